@@ -1,0 +1,141 @@
+"""Coders: one file each, found by themselves.
+
+A coder turns a tensor into the bytes of one section and back. To add one, put a file here that defines a class
+with the members of `Coder` and a module-level `CODER` instance; the reader, the conformance tests, the ledger
+and the command line find it (CONTRIBUTING.md walks through it).
+
+Decoding is written as a *generator*: a coder yields the entropy-coded streams it needs decoded and is sent the
+symbols, so that the reader can advance the streams of all units of a file together. No coder imports torch
+when it decodes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.entropy import Stream, Tables, decode
+from bytecap.errors import CorruptError
+
+FloatArray = npt.NDArray[np.float32]
+Decoding = Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all units of a file share.
+
+    Attributes:
+        tables: frequency tables by class.
+        offset: reconstruction offsets (64, 17) in steps, see `bytecap.coders.rounding`.
+    """
+
+    tables: Tables = field(default_factory=lambda: Tables({}))
+    offset: FloatArray = field(default_factory=lambda: np.zeros((64, 17), np.float32))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes of one section and the ledger's view of them.
+
+    Attributes:
+        data: the section.
+        kinds: (kind, bytes) in file order; the sum is `len(data)`.
+    """
+
+    data: bytes
+    kinds: tuple[tuple[str, int], ...]
+
+
+class Coder(Protocol):
+    """What every coder offers to the reader."""
+
+    id: ClassVar[str]
+    tag: ClassVar[int]
+
+    def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
+        """Yield streams, be sent their symbols, return the (rows, cols) matrix."""
+        ...
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Ledger kinds of a section, in file order, from its bytes alone."""
+        ...
+
+
+@cache
+def registry() -> dict[int, Coder]:
+    """All coders by on-disk tag."""
+    found: dict[int, Coder] = {}
+    for info in pkgutil.iter_modules(__path__):
+        coder = getattr(importlib.import_module(f"{__name__}.{info.name}"), "CODER", None)
+        if coder is not None:
+            if coder.tag in found:
+                raise RuntimeError(f"coders {coder.id} and {found[coder.tag].id} share the tag {coder.tag}")
+            found[coder.tag] = coder
+    return found
+
+
+def coder(tag: int) -> Coder:
+    """The coder with an on-disk tag.
+
+    Raises:
+        CorruptError: no such coder.
+    """
+    try:
+        return registry()[tag]
+    except KeyError:
+        raise CorruptError(f"the file names coder {tag}, which does not exist") from None
+
+
+def run(decodings: Sequence[Decoding]) -> list[npt.NDArray[Any]]:
+    """Drive coders' generators together, decoding all their pending streams in one go."""
+    results: list[npt.NDArray[Any]] = [np.zeros(0)] * len(decodings)
+    pending: dict[int, list[Stream]] = {}
+
+    def advance(i: int, symbols: list[npt.NDArray[np.int32]] | None) -> None:
+        try:
+            pending[i] = next(decodings[i]) if symbols is None else decodings[i].send(symbols)
+        except StopIteration as stop:
+            results[i] = stop.value
+
+    for i in range(len(decodings)):
+        advance(i, None)
+    while pending:
+        asked, pending = pending, {}
+        decoded = iter(decode([s for streams in asked.values() for s in streams]))
+        for i, streams in asked.items():
+            advance(i, [next(decoded) for _ in streams])
+    return results
+
+
+def read_leb(data: bytes, at: int) -> tuple[int, int]:
+    """(value, next position) of an unsigned LEB128 integer of at most 9 bytes."""
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 56:
+            raise CorruptError("a section ends inside an integer")
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+        shift += 7
+
+
+def leb(value: int) -> bytes:
+    """Unsigned LEB128.
+
+    >>> leb(300).hex(), read_leb(leb(300), 0)
+    ('ac02', (300, 2))
+    """
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])

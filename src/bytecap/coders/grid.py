@@ -1,0 +1,197 @@
+"""`grid`: an entropy-coded integer grid with a step per column and per row. The default coder of matrices.
+
+A weight is stored as an integer `z` and decoded, in float32 and in this order, as::
+
+    w = (sign(z) * (|z| - offset[class, |z|]) * row_step) * (c * column_step)
+
+Steps are powers `2^(k/4)`; `offset` is shared by the whole file. The class of a weight, which selects its
+frequency table and its offset, is the sum of a row's and a column's, so symbols are coded with what the
+decoder already knows about their spread. Bit width plays no role: integers are unbounded.
+
+Section (format.md, 6.1): groups u8 | c f32 | four side arrays' (base i8, class u8) | LEB128 length of the side
+stream | side stream | payload stream. The side arrays are column step, column spread, row step and row spread,
+in quarter octaves; an array whose class is 0 is constant.
+
+Sources: WaterSIC (arXiv:2603.04956) for the per-column step; Radio (arXiv:2505.03031) for slope allocation.
+The encoder's search is in `bytecap.coders.rounding`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.coders import Decoding, Encoded, Shared, leb, read_leb
+from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
+from bytecap.entropy import Stream, Tables, encode
+from bytecap.errors import CorruptError
+
+IntArray = npt.NDArray[np.integer[Any]]
+_HEAD = struct.Struct("<Bf8B")
+_MAX_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class GridCode:
+    """Everything a section stores, before coding.
+
+    Attributes:
+        step: c.
+        symbols: (rows, cols).
+        column_step: (groups, cols), quarter octaves.
+        column_class: (groups, cols).
+        row_step: (rows,), quarter octaves.
+        row_class: (rows,), added to the column's class.
+    """
+
+    step: float
+    symbols: IntArray
+    column_step: IntArray
+    column_class: IntArray
+    row_step: IntArray
+    row_class: IntArray
+
+    def side_arrays(self) -> list[IntArray]:
+        """The four stored arrays; spreads are absolute (class plus step), which varies less."""
+        return [
+            self.column_step.reshape(-1), (self.column_class + self.column_step - UNIT_CLASS).reshape(-1),
+            self.row_step, self.row_class + self.row_step,
+        ]  # fmt: skip
+
+
+def weight_classes(column_class: IntArray, row_class: IntArray) -> npt.NDArray[np.uint8]:
+    """Class of every weight, (rows, cols), from (groups, cols) and (rows,)."""
+    parts = [
+        np.clip(rows[:, None] + columns[None, :], 1, CLASSES - 1).astype(np.uint8)
+        for columns, rows in zip(
+            column_class.astype(np.int16), np.array_split(row_class.astype(np.int16), len(column_class)), strict=True
+        )
+    ]
+    return np.concatenate(parts)
+
+
+def _choose_class(values: IntArray, tables: Tables) -> tuple[int, int]:
+    """(base, class) that store an array in the fewest bits; class 0 if it is constant."""
+    base = int(np.clip(np.median(values), -128, 127)) if len(values) else 0
+    if len(values) == 0 or bool((values == base).all()):
+        return base, 0
+    residual = values - base
+    spread, count = np.unique(residual, return_counts=True)
+    best = (float("inf"), 0)
+    for cls, table in tables.table.items():
+        bits = _bits(spread, count, cls, table.low, tables)
+        best = min(best, (bits, cls))
+    if best[1] == 0:
+        raise CorruptError("there is no table to code side information with")
+    return base, best[1]
+
+
+def _bits(values: IntArray, count: IntArray, cls: int, low: int, tables: Tables) -> float:
+    entry, escaped = tables.index(values, np.full(len(values), cls, np.uint8))
+    del low
+    return float(tables.cost[entry] @ count + 12.0 * count[escaped].sum())
+
+
+class Grid:
+    """Reader and writer of `grid` sections."""
+
+    id: ClassVar[str] = "grid"
+    tag: ClassVar[int] = 1
+
+    def encode(self, code: GridCode, shared: Shared) -> Encoded:
+        """Bytes of a section under the file's shared tables."""
+        arrays = code.side_arrays()
+        chosen = [_choose_class(a, shared.tables) for a in arrays]
+        coded = [(a - base, np.full(len(a), cls, np.uint8)) for a, (base, cls) in zip(arrays, chosen, strict=True) if cls]
+        side = b""
+        if coded:
+            side = encode(np.concatenate([a for a, _ in coded]), np.concatenate([c for _, c in coded]), shared.tables)
+        flat = [v for base, cls in chosen for v in (base & 255, cls)]
+        head = _HEAD.pack(len(code.column_step), code.step, *flat) + leb(len(side))
+        classes = weight_classes(code.column_class, code.row_class)
+        payload = encode(code.symbols.reshape(-1), classes.reshape(-1), shared.tables)
+        return Encoded(head + side + payload, (("header", len(head)), ("side", len(side)), ("payload", len(payload))))
+
+    def side_bits(self, code: GridCode, tables: Tables) -> float:
+        """Estimated bits of header and side information."""
+        bits = 8.0 * (_HEAD.size + 2 + 4 + 3 * 2)
+        for a in code.side_arrays():
+            base, cls = _choose_class(a, tables)
+            if cls:
+                values, count = np.unique(a - base, return_counts=True)
+                bits += _bits(values, count, cls, 0, tables)
+        return bits
+
+    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[int, float, list[tuple[int, int]], bytes, bytes, int]:
+        if len(data) < _HEAD.size:
+            raise CorruptError(f"a grid section of {len(data)} bytes is shorter than its header")
+        groups, step, *flat = _HEAD.unpack_from(data)
+        if not 1 <= groups <= min(_MAX_GROUPS, max(1, shape[0])):
+            raise CorruptError(f"a grid section declares {groups} groups for {shape[0]} rows")
+        if not (np.isfinite(step) and step > 0):
+            raise CorruptError(f"a grid section declares the step {step}")
+        length, at = read_leb(data, _HEAD.size)
+        if length > len(data) - at:
+            raise CorruptError(f"a grid section declares {length} bytes of side information, {len(data) - at} are left")
+        pairs = [(base - 256 if base > 127 else base, cls) for base, cls in zip(flat[::2], flat[1::2], strict=True)]
+        if any(cls >= CLASSES for _, cls in pairs):
+            raise CorruptError("a grid section names a class above 63")
+        return groups, step, pairs, data[at : at + length], data[at + length :], at
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Header, side information and payload of a section."""
+        del dtype
+        *_, side, payload, at = self._parse(data, shape)
+        return (("header", at), ("side", len(side)), ("payload", len(payload)))
+
+    def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
+        """Decode to float32 (rows, cols)."""
+        del dtype
+        rows, cols = shape
+        groups, step, pairs, side, payload, _ = self._parse(data, shape)
+        sizes = [groups * cols, groups * cols, rows, rows]
+        classes = np.concatenate([np.full(n if cls else 0, cls, np.uint8) for n, (_, cls) in zip(sizes, pairs, strict=True)])
+        (residual,) = yield [Stream(side, classes, shared.tables)]
+        arrays, at = [], 0
+        for n, (base, cls) in zip(sizes, pairs, strict=True):
+            arrays.append(residual[at : at + n] + base if cls else np.full(n, base, np.int32))
+            at += n if cls else 0
+        column_step, column_spread, row_step, row_spread = arrays
+        column_class = (column_spread - column_step + UNIT_CLASS).reshape(groups, cols)
+        weight_class = weight_classes(np.clip(column_class, -999, 999), np.clip(row_spread - row_step, -999, 999))
+        (symbols,) = yield [Stream(payload, weight_class.reshape(-1), shared.tables)]
+        if max(abs(int(a.min(initial=0))) | abs(int(a.max(initial=0))) for a in (column_step, row_step)) > 500:
+            raise CorruptError("a grid section holds a step out of range")
+        return dequantize(
+            symbols.reshape(rows, cols), weight_class, np.float32(step), column_step.reshape(groups, cols), row_step,
+            shared.offset,
+        )  # fmt: skip
+
+
+def dequantize(
+    symbols: IntArray,
+    classes: IntArray,
+    step: np.float32,
+    column_step: IntArray,
+    row_step: IntArray,
+    offset: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """The format's reconstruction arithmetic, float32 throughout; returns (rows, cols)."""
+    size = np.abs(symbols)
+    index = np.minimum(size, CENTRES - 1)
+    index += classes.astype(np.int32) * CENTRES
+    value = size.astype(np.float32)
+    value -= offset.reshape(-1)[index]
+    np.copysign(value, symbols, out=value, where=symbols < 0)
+    value *= quarter(row_step)[:, None]
+    scales = step * quarter(column_step)  # (groups, cols)
+    for block, scale in zip(np.array_split(value, len(scales)), scales, strict=True):
+        block *= scale
+    return value
+
+
+CODER = Grid()

@@ -1,0 +1,194 @@
+"""Waterfilled rounding with error feedback: the encoder's side of the `grid` coder.
+
+With `H = L L^T`, columns are rounded from last to first. What the columns done so far lack is fed back::
+
+    Y_k = W_k + sum_{j>k} E_j L_jk / L_kk        E_j = W_j - W^_j
+    step_k = c / L_kk                            every column costs c^2/12, whatever H is
+
+which is reverse waterfilling at high rate (WaterSIC, arXiv:2603.04956; GPTQ is the special case of one step
+per row). Each weight's reconstruction is its bin's centroid under the class of its column and row, so the
+shrinkage that least squares asks for costs no side information; the *shrunk* value is what is fed back.
+
+Everything is batched over equally shaped matrices and runs on any torch device. Encoder only: decoding needs
+none of this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
+
+_BLOCK = 64
+_SAMPLE = 8  # every so many columns are looked at for centroids
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Reconstruction rules by class.
+
+    Attributes:
+        offset: centroid of bin `z` is `|z| - offset[class, min(|z|, CENTRES - 1)]` steps, shape (64, CENTRES).
+        dead_zone: how much later than 1/2 a value rounds up, in steps, shape (64,).
+    """
+
+    offset: npt.NDArray[np.float32]
+    dead_zone: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Outcome for a batch of B matrices, in stored column order.
+
+    Attributes:
+        symbols: int32 (B, cols, rows).
+        column_step: int (B, cols): the step of column k is `c * 2^(column_step / 4)`.
+        column_class: int (B, cols).
+        row_class: int (B, rows), added to the column's.
+        distortion: float (B,), in the units of H, including row factors.
+        centres: (2, 64, CENTRES): how many sampled values fell into a bin, and by how much it overstates them, summed, in steps.
+    """
+
+    symbols: Tensor
+    column_step: Tensor
+    column_class: Tensor
+    row_class: Tensor
+    distortion: Tensor
+    centres: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch of B equally shaped matrices to round.
+
+    Attributes:
+        weight: (B, cols, rows), float32, already divided by the rows' steps, columns in rounding order.
+        lower: (B, cols, cols), Cholesky factor.
+        order: (B, cols), stored index of each column.
+        rows: (B, rows), row weights of the distortion after the division by row steps.
+        row_class: (B, rows), class offset of each row.
+    """
+
+    weight: Tensor
+    lower: Tensor
+    order: Tensor
+    rows: Tensor
+    row_class: Tensor
+
+
+def round_batch(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: bool = True) -> Rounded:
+    """Round a batch at steps `c` of shape (B,); without `waterfill` all columns of a matrix share one step."""
+    weight, lower = problem.weight, problem.lower
+    batch, cols, rows = weight.shape
+    device = weight.device
+    diag = lower.diagonal(dim1=1, dim2=2)  # (B, cols)
+    ideal = -4 * torch.log2(diag)
+    if not waterfill:
+        ideal = ideal.mean(1, keepdim=True).expand_as(ideal)
+    exponent = torch.round(ideal).to(torch.int32)
+    scale = step[:, None] * torch.exp2(exponent.float() / 4)
+    unit_lower = lower / diag[:, None, :]  # column k divided by L_kk
+    offset = torch.from_numpy(shrink.offset).to(device).reshape(-1)
+    dead = torch.from_numpy(0.5 - shrink.dead_zone).to(device)
+    whiten = torch.exp2(-problem.row_class.float() / 4)
+    row_class = problem.row_class.long()
+    error = torch.empty_like(weight)
+    symbols = torch.empty(batch, cols, rows, dtype=torch.int16 if step_fits(weight, scale) else torch.int32)
+    symbols = symbols.to(device)
+    column_class = torch.empty(batch, cols, dtype=torch.int32, device=device)
+    distortion = torch.zeros(batch, dtype=torch.float64, device=device)
+    centres = torch.zeros(2, CLASSES * CENTRES, dtype=torch.float64, device=device)
+    for hi in range(cols, 0, -_BLOCK):
+        lo = max(0, hi - _BLOCK)
+        pending = torch.bmm(unit_lower[:, hi:, lo:hi].transpose(1, 2), error[:, hi:]) if hi < cols else None
+        for k in range(hi - 1, lo - 1, -1):
+            y = weight[:, k]
+            if pending is not None:
+                y = y + pending[:, k - lo]
+            if k + 1 < hi:
+                y = y + torch.bmm(unit_lower[:, k + 1 : hi, k].unsqueeze(1), error[:, k + 1 : hi])[:, 0]
+            s = scale[:, k : k + 1]
+            u = y / s
+            column = quarter_class((u * whiten).square().mean(1))
+            cls = (row_class + column[:, None]).clamp_(1, CLASSES - 1)
+            size = u.abs()
+            z = torch.floor(size + dead[cls])
+            index = cls * CENTRES + z.clamp(max=CENTRES - 1).long()
+            value = z - offset[index]
+            if k % _SAMPLE == 0:
+                centres[0] += torch.bincount(index.reshape(-1), minlength=CLASSES * CENTRES)
+                centres[1] += torch.bincount(index.reshape(-1), (z - size).reshape(-1), minlength=CLASSES * CENTRES)
+            sign = torch.sign(u)
+            e = (u - sign * value).mul_(s)
+            error[:, k] = e - y + weight[:, k]
+            symbols[:, k] = (sign * z).to(symbols.dtype)
+            column_class[:, k] = column
+            distortion += ((e.square() * problem.rows).sum(1) * diag[:, k].square()).double()
+    inverse = torch.argsort(problem.order, dim=1)
+    return Rounded(
+        symbols.gather(1, inverse[:, :, None].expand(-1, -1, rows)), exponent.gather(1, inverse),
+        column_class.gather(1, inverse), problem.row_class, distortion / 2,
+        centres.reshape(2, CLASSES, CENTRES).cpu().numpy(),
+    )  # fmt: skip
+
+
+def step_fits(weight: Tensor, scale: Tensor) -> bool:
+    """Whether symbols surely fit 16 bits, feedback included."""
+    return bool(weight.abs().amax() * 16 < 32767 * scale.min())
+
+
+def quarter_class(mean_square: Tensor) -> Tensor:
+    """Class of a mean square in squared steps: quarter octaves of the standard deviation, 1..63."""
+    value = torch.round(2 * torch.log2(mean_square.clamp(min=1e-12))) + UNIT_CLASS
+    return value.clamp_(1, CLASSES - 1).to(torch.int64)
+
+
+def gaussian_shrink(dead_zone: float) -> Shrink:
+    """Rules for Gaussian classes: the starting point, replaced by what the model's own weights show."""
+    sigma = np.array([quarter(k - UNIT_CLASS) for k in range(CLASSES)])
+    dead = np.minimum(0.25, dead_zone * 0.0416 / sigma**2).astype(np.float32)
+    grid = np.linspace(0, CENTRES + 1, 256 * (CENTRES + 1) + 1)
+    offset = np.zeros((CLASSES, CENTRES), np.float32)
+    for k in range(1, CLASSES):
+        density = np.exp(-0.5 * (grid / sigma[k]) ** 2)
+        z = np.floor(grid + 0.5 - dead[k]).astype(int)
+        for m in range(1, CENTRES):
+            inside = z == m
+            mass = density[inside].sum()
+            # bins so far out that nothing falls there keep the slope of the density's tail: half a step
+            centre = float((grid[inside] * density[inside]).sum() / mass) if mass > 1e-200 else m - 0.5
+            offset[k, m] = np.clip(m - centre, -0.5, 127 / 256)
+    return Shrink(np.round(offset * 256).astype(np.float32) / 256, dead)
+
+
+def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Tensor:
+    """Class offsets of the rows from their energy in steps, shape (B, rows), mean about 0.
+
+    Args:
+        weight: (B, cols, rows).
+        lower: (B, cols, cols); column k has step `step / L_kk`.
+        step: (B,).
+        coarse: quarter octaves per code; 0 switches row classes off.
+    """
+    if coarse == 0:
+        return torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.int32, device=weight.device)
+    diag = lower.diagonal(dim1=1, dim2=2)
+    energy = (weight * (diag / step[:, None])[:, :, None]).square().mean(1) + 1 / 12
+    log = 2 * torch.log2(energy)
+    log = log - log.mean(1, keepdim=True)
+    return (torch.round(log / coarse) * coarse).clamp_(-40, 40).to(torch.int32)
+
+
+def high_rate_step(distortion: float, weights: int) -> float:
+    """The step `c` at which `weights` columns' errors add up to `distortion` (c^2/24 each).
+
+    >>> round(high_rate_step(24.0, 1), 3)
+    24.0
+    """
+    return math.sqrt(24 * distortion / weights)

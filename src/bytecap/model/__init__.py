@@ -1,0 +1,1 @@
+"""From a checkpoint on disk to tensors, token windows, statistics and scores."""

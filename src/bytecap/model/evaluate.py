@@ -1,0 +1,189 @@
+"""Scores of a model, and of a coded model against its original, on tokens nothing was fitted on.
+
+Reported always together: bits per byte (what users are scored on), KL to the original (the honest distortion:
+shrunk weights can improve the loss on foreign text without being closer to the original), the share of equal
+top-1 predictions, and the original at its best temperature. Standard errors are over windows, and paired for
+differences.
+
+bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the original text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bytecap.core import Score
+from bytecap.model.probe import Progress, batch_tokens, batches, logits_of
+from bytecap.model.text import Text, Window
+
+_TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A coded model against its original on one text (or the unweighted mean over several).
+
+    All `nats` and `kl` figures are per token; `stderr` fields are standard errors over windows.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    nats_original: float
+    nats_artifact: float
+    nats_temperature: float
+    temperature: float
+    bpb_original: float
+    bpb_artifact: float
+    bpb_stderr: float
+    delta_nats: float
+    delta_stderr: float
+    kl_nats: float
+    kl_stderr: float
+    same_top1: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON."""
+        return dict(self.__dict__)
+
+
+def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
+    return -logp.gather(1, labels[:, None])[:, 0]
+
+
+def _stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
+    """Standard error of the ratio sum(total) / sum(weight) over windows (linearised)."""
+    n = len(total)
+    if n < 2:
+        return float("nan")
+    residual = total - total.sum() / weight.sum() * weight
+    return float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / weight.sum())
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None
+) -> Score:
+    """Bits per byte of one model on one text."""
+    losses, counts, sizes = [], [], []
+    for ids, mask, windows in _batches(text.windows, module):
+        logits = logits_of(module(ids[:, :-1].to(device))).float()
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(device), reduction="none")
+        losses += (loss * mask.to(device)).double().sum(1).tolist()
+        counts += mask.sum(1).tolist()
+        sizes += [w.bytes for w in windows]
+        if progress is not None:
+            progress(int(mask.sum()))
+    total, tokens, size = np.array(losses), np.array(counts), np.array(sizes)
+    return Score(
+        text.name, int(tokens.sum()), int(size.sum()), float(total.sum() / tokens.sum()),
+        float(total.sum() / math.log(2) / size.sum()), _stderr(total / math.log(2), size),
+    )  # fmt: skip
+
+
+def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
+    """Batches with the windows they hold, in the order `batches` sorts them."""
+    vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
+    order = sorted(windows, key=lambda w: -len(w.tokens))
+    at = 0
+    for ids, mask in batches(windows, batch_tokens(int(vocabulary))):
+        yield ids, mask, order[at : at + len(ids)]
+        at += len(ids)
+
+
+@torch.no_grad()
+def compare(
+    original: nn.Module, coded: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None
+) -> Comparison:
+    """Score a coded model against its original on the same tokens."""
+    sums: list[list[float]] = []
+    temperature = np.zeros(len(_TEMPERATURES))
+    same = 0
+    for ids, mask, windows in _batches(text.windows, original):
+        inputs, flat = ids[:, :-1].to(device), mask.to(device)
+        labels = ids[:, 1:].to(device)[flat]
+        p = logits_of(original(inputs))[flat].float()
+        q = torch.log_softmax(logits_of(coded(inputs))[flat].float(), -1)
+        for i, t in enumerate(_TEMPERATURES):
+            temperature[i] += float(nn.functional.cross_entropy(p / t, labels, reduction="sum"))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        p = torch.log_softmax(p, -1)
+        row = torch.repeat_interleave(torch.arange(len(ids), device=device), flat.sum(1))
+        kl = (p.exp() * (p - q)).sum(-1)
+        columns = [_token_losses(p, labels), _token_losses(q, labels), kl]
+        grouped = [torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, row, c.double()) for c in columns]
+        for i, w in enumerate(windows):
+            sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
+        if progress is not None:
+            progress(int(mask.sum()))
+    return _summary(text.name, np.array(sums), temperature, same)
+
+
+def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: int) -> Comparison:
+    nats_p, nats_q, kl, tokens, size = sums.T
+    n = tokens.sum()
+    best, nats_best = _best_temperature(temperature / n)
+    return Comparison(
+        name=name, tokens=int(n), bytes=int(size.sum()),
+        nats_original=float(nats_p.sum() / n), nats_artifact=float(nats_q.sum() / n),
+        nats_temperature=nats_best, temperature=best,
+        bpb_original=float(nats_p.sum() / math.log(2) / size.sum()),
+        bpb_artifact=float(nats_q.sum() / math.log(2) / size.sum()),
+        bpb_stderr=_stderr((nats_q - nats_p) / math.log(2), size),
+        delta_nats=float((nats_q - nats_p).sum() / n), delta_stderr=_stderr(nats_q - nats_p, tokens),
+        kl_nats=float(kl.sum() / n), kl_stderr=_stderr(kl, tokens), same_top1=same / float(n),
+    )  # fmt: skip
+
+
+def _best_temperature(nats: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Minimum of a parabola through the three best sampled temperatures."""
+    i = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
+    x, y = np.array(_TEMPERATURES[i - 1 : i + 2]), nats[i - 1 : i + 2]
+    a, b, c = np.polyfit(x, y, 2)
+    if a <= 0:
+        j = int(np.argmin(nats))
+        return float(_TEMPERATURES[j]), float(nats[j])
+    best = float(np.clip(-b / (2 * a), x[0], x[2]))
+    return best, float(a * best**2 + b * best + c)
+
+
+def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
+    """Unweighted mean over texts; standard errors of independent texts."""
+    n = len(parts)
+    values: dict[str, Any] = {}
+    for key in parts[0].__dict__:
+        items = [getattr(p, key) for p in parts]
+        if key == "name":
+            values[key] = "mean"
+        elif key in {"tokens", "bytes"}:
+            values[key] = sum(items)
+        elif key.endswith("stderr"):
+            values[key] = math.sqrt(sum(x * x for x in items)) / n
+        else:
+            values[key] = sum(items) / n
+    return Comparison(**values)
+
+
+@torch.no_grad()
+def kl_to(
+    original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu"
+) -> tuple[float, float]:
+    """KL to the original in nats per token and its standard error, on plain windows."""
+    kl, tokens = [], []
+    for ids, mask, _ in _batches(windows, original):
+        flat = mask.to(device)
+        p = torch.log_softmax(logits_of(original(ids[:, :-1].to(device)))[flat].float(), -1)
+        q = torch.log_softmax(logits_of(coded(ids[:, :-1].to(device)))[flat].float(), -1)
+        row = torch.repeat_interleave(torch.arange(len(ids), device=device), flat.sum(1))
+        per = torch.zeros(len(ids), dtype=torch.float64, device=device)
+        kl += per.index_add_(0, row, (p.exp() * (p - q)).sum(-1).double()).tolist()
+        tokens += mask.sum(1).tolist()
+    total, count = np.array(kl), np.array(tokens, dtype=float)
+    return float(total.sum() / count.sum()), _stderr(total, count)

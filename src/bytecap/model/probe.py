@@ -1,0 +1,292 @@
+"""Statistics of every unit from one streamed forward and backward pass over calibration windows.
+
+The distortion of a unit is the Fisher quadratic form of the model's own loss, in nats per token::
+
+    D = 1/2 * sum_i G_i * (W^ - W)_i H (W^ - W)_i^T        i: rows
+
+Labels are sampled from the model itself, so gradients are of the true Fisher and D predicts the KL divergence
+to the original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
+output gradient over a group of rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
+For an embedding `H` is the second moment of the gradient at its output and `G` the rows' gradient energy.
+A tensor with several uses keeps one `Use` for each; `bytecap.sensitivity` joins them.
+
+Memory does not grow with the number of tokens: blocks are float32 and are merged into float64 sums. Very wide
+models are probed in several passes over groups of layers so that the sums stay under `memory` bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bytecap.core import Unit
+from bytecap.model.checkpoint import linear_weights
+from bytecap.model.text import Window
+
+Progress = Callable[[int], None]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass
+class Use:
+    """Accumulated statistics of one use of a weight.
+
+    Attributes:
+        moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (groups, cols, cols).
+        rows: summed squared output gradient of each row, shape (rows,).
+        weight: summed token weights of each group, shape (groups,).
+    """
+
+    moment: Tensor
+    rows: Tensor
+    weight: Tensor
+
+
+@dataclass
+class Statistics:
+    """What the probe found.
+
+    Attributes:
+        uses: per unit name, one `Use` for each place the weight is used.
+        diagonal: per unit name without a known use, its mean squared gradient per token, in stored layout.
+        tokens: number of predicted tokens.
+    """
+
+    uses: dict[str, list[Use]]
+    diagonal: dict[str, FloatArray]
+    tokens: int
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions."""
+    order = sorted(windows, key=lambda w: -len(w.tokens))
+    at = 0
+    while at < len(order):
+        length = len(order[at].tokens)
+        group = order[at : at + max(1, tokens // length)]
+        ids = torch.zeros(len(group), length, dtype=torch.long)
+        mask = torch.zeros(len(group), length - 1, dtype=torch.bool)
+        for row, w in enumerate(group):
+            ids[row, : len(w.tokens)] = torch.tensor(w.tokens)
+            mask[row, : len(w.tokens) - 1] = True
+        yield ids, mask
+        at += len(group)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if supported else torch.float32
+
+
+def batch_tokens(vocabulary: int) -> int:
+    """Tokens a batch may hold so that its logits stay near 64 MB."""
+    return max(256, min(2048, 2**24 // max(1, vocabulary)))
+
+
+def probe(
+    module: nn.Module,
+    units: Sequence[Unit],
+    windows: Sequence[Window],
+    *,
+    seed: int = 0,
+    groups: int = 1,
+    guided: bool = True,
+    device: str = "cpu",
+    memory: int = 2**31,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics of all units.
+
+    Args:
+        module: causal model; `module(ids).logits` or `module(ids)` gives (batch, length, vocabulary).
+        units: its units.
+        windows: calibration windows.
+        seed: of the labels sampled from the model.
+        groups: row groups of the guided Hessian, 1 to 4.
+        guided: weight tokens by output gradient energy; False gives plain input second moments, same scale.
+        device: torch device of the passes.
+        memory: bytes the second moments may take; more needs several passes.
+        progress: called with the number of tokens finished.
+    """
+    target = torch.device(device)
+    twin = copy.deepcopy(module).to(target, fast_dtype(target))
+    hooks = _leaves(twin, units)
+    total = Statistics({}, {}, 0)
+    names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
+    plan = _passes(twin, names, memory, groups)
+    for number, chosen in enumerate(plan):
+        found = _one_pass(twin, chosen, windows, seed, groups, guided, target, hooks, progress)
+        for name, uses in found.uses.items():
+            total.uses.setdefault(name, []).extend(uses)
+        if number == 0:
+            total.diagonal, total.tokens = found.diagonal, found.tokens
+    return total
+
+
+@dataclass
+class _Leaves:
+    """Tensors of the twin that collect gradients themselves: embeddings (untied) and everything not linear."""
+
+    embedding: dict[str, Tensor]
+    other: dict[str, Tensor]
+
+
+def _leaves(twin: nn.Module, units: Sequence[Unit]) -> _Leaves:
+    """Untie embeddings in the twin, so that their gradient holds the input use alone."""
+    names = {alias: u for u in units for alias in (u.name, *u.aliases)}
+    embedding = {}
+    for name, (m, kind) in linear_weights(twin).items():
+        if kind == "embedding":
+            weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[union-attr,operator]
+            m.weight = weight
+            embedding[names[name].name] = weight
+    other = {}
+    for name, p in twin.named_parameters():
+        if name in names and not names[name].linear and p.is_floating_point():
+            p.requires_grad_(True)  # noqa: FBT003 (torch's signature)
+            other[names[name].name] = p
+    return _Leaves(embedding, other)
+
+
+def _passes(
+    twin: nn.Module, names: dict[str, str], memory: int, groups: int
+) -> list[list[tuple[str, nn.Module, str]]]:
+    """Groups of linear modules whose second moments fit `memory`."""
+    plan: list[list[tuple[str, nn.Module, str]]] = [[]]
+    size = 0
+    for name, (m, kind) in linear_weights(twin).items():
+        if kind == "embedding" or name not in names:
+            continue
+        weight: Tensor = m.weight  # type: ignore[assignment]
+        cols = weight.shape[0] if kind == "conv1d" else weight.shape[1]
+        need = 8 * groups * cols * cols
+        if plan[-1] and size + need > memory:
+            plan.append([])
+            size = 0
+        plan[-1].append((names[name], m, kind))
+        size += need
+    return plan
+
+
+class _Collector:
+    """Second moments of one linear module, filled by its hooks."""
+
+    def __init__(self, rows: int, cols: int, groups: int, guided: bool, device: torch.device) -> None:
+        self.use = Use(
+            torch.zeros(groups, cols, cols, dtype=torch.float64, device=device),
+            torch.zeros(rows, dtype=torch.float64, device=device),
+            torch.zeros(groups, dtype=torch.float64, device=device),
+        )
+        self.guided = guided
+        self.groups = groups
+
+    def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        if output.requires_grad:
+            output.register_hook(lambda g: self.add(x, g))
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add tokens: inputs x (..., cols), output gradients g (..., rows)."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        square = g.reshape(-1, g.shape[-1]).float().square_()
+        self.use.rows += square.sum(0, dtype=torch.float64)
+        for i, part in enumerate(torch.tensor_split(square, self.groups, dim=1)):
+            w = part.mean(1)
+            total = w.sum(dtype=torch.float64)
+            self.use.weight[i] += total
+            if self.guided:
+                scaled = x * w.sqrt_()[:, None]
+                self.use.moment[i] += scaled.T @ scaled
+            else:
+                self.use.moment[i] += (x.T @ x) * float(total / max(1, len(x)))
+
+
+def _one_pass(
+    twin: nn.Module,
+    chosen: list[tuple[str, nn.Module, str]],
+    windows: Sequence[Window],
+    seed: int,
+    groups: int,
+    guided: bool,
+    device: torch.device,
+    leaves: _Leaves,
+    progress: Progress | None,
+) -> Statistics:
+    collectors: dict[str, list[_Collector]] = {}
+    handles = []
+    for name, m, kind in chosen:
+        weight: Tensor = m.weight  # type: ignore[assignment]
+        rows, cols = weight.shape[::-1] if kind == "conv1d" else weight.shape
+        collector = _Collector(rows, cols, groups, guided, device)
+        collectors.setdefault(name, []).append(collector)
+        handles.append(m.register_forward_hook(collector.forward_hook))
+    diagonal = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.other.items()}
+    embedded = {
+        n: _Collector(p.shape[0], p.shape[1], 1, guided, device).use for n, p in leaves.embedding.items()
+    }  # fmt: skip
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = 0
+    vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
+    for ids, mask in batches(windows, batch_tokens(vocabulary)):
+        sampled_loss(twin, ids.to(device), mask.to(device), generator).backward()  # type: ignore[no-untyped-call]
+        _harvest(leaves, embedded, diagonal)
+        tokens += int(mask.sum())
+        if progress is not None:
+            progress(int(mask.sum()))
+    for handle in handles:
+        handle.remove()
+    uses = {name: [c.use for c in group] for name, group in collectors.items()}
+    for name, use in embedded.items():
+        uses.setdefault(name, []).append(use)
+    return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
+
+
+def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
+    logits = logits_of(module(ids[:, :-1]))
+    logp = torch.log_softmax(logits[mask].float(), -1)
+    with torch.no_grad():
+        noise = torch.empty_like(logp).exponential_(generator=generator).log_()
+        labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax
+    return -logp.gather(1, labels[:, None]).sum()
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output: the tensor itself, or its `.logits`."""
+    result: Tensor = output if isinstance(output, Tensor) else output.logits
+    return result
+
+
+def _harvest(leaves: _Leaves, embedded: dict[str, Use], diagonal: dict[str, Tensor]) -> None:
+    """Square the gradients of this batch into the sums and clear them."""
+    for name, p in leaves.embedding.items():
+        if p.grad is not None:
+            g = p.grad.float()
+            square = g.square().sum(1)
+            touched = square.nonzero()[:, 0]
+            embedded[name].rows += square.double()
+            embedded[name].moment[0] += g[touched].T @ g[touched]
+            embedded[name].weight[0] += square.sum(dtype=torch.float64) / p.shape[1]
+            p.grad = None
+    for name, p in leaves.other.items():
+        if p.grad is not None:
+            diagonal[name] += p.grad.double().square()
+            p.grad = None
+
+
+def iterate(items: Iterable[Any], progress: Progress | None) -> Iterator[Any]:
+    """Pass items on, reporting one step each."""
+    for item in items:
+        yield item
+        if progress is not None:
+            progress(1)

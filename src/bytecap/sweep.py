@@ -1,0 +1,203 @@
+"""Prepared matrix units and their measured points: step in, integers, bytes and distortion out.
+
+Equally shaped units are rounded together. Rates here are code lengths under the shared tables plus every byte
+of side information; the allocator works with them, the writer serialises for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.coders import Shared
+from bytecap.coders.grid import CODER, GridCode, weight_classes
+from bytecap.coders.rounding import Problem, Rounded, Shrink, gaussian_shrink, round_batch, row_classes
+from bytecap.core import Unit
+from bytecap.sensitivity import Metric, factor
+from bytecap.tables import Counts, count_symbols, fit_shared
+
+_BATCH_VALUES = 2**24  # weights rounded together
+
+
+@dataclass(frozen=True)
+class Options:
+    """Ingredients of the `grid` coder, each of which can be switched off.
+
+    Attributes:
+        feedback: error feedback and per-column steps from the Cholesky factor.
+        waterfill: per-column steps; False gives one step per row with feedback, as GPTQ.
+        order: round columns of large input energy first.
+        row_power: row steps proportional to `G^(-row_power / 2)`; 0 switches them off.
+        row_quantum: quarter octaves a row step is rounded to.
+        row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
+        shrink: reconstruct at centroids.
+        dead_zone: rate term in rounding, 0 off.
+        damping: of the Hessian, in fractions of its mean diagonal.
+        guided: weight tokens by output gradient energy.
+        groups: row groups of the guided Hessian.
+    """
+
+    feedback: bool = True
+    waterfill: bool = True
+    order: bool = True
+    row_power: float = 1.0
+    row_quantum: int = 2
+    row_class: int = 1
+    shrink: bool = True
+    dead_zone: float = 0.0
+    damping: float = 1e-3
+    guided: bool = True
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A matrix unit ready for rounding: one `Problem` row per row group.
+
+    Attributes:
+        unit: the unit.
+        weight: (rows, cols) float32, original values.
+        target: (rows, cols) float32, what to approximate (drift targets differ from the weight).
+        metric: its quadratic form.
+        row_step: (rows,), quarter octaves.
+        lower, order: Cholesky factors (groups, cols, cols) and column orders (groups, cols).
+    """
+
+    unit: Unit
+    weight: Tensor
+    metric: Metric
+    row_step: Tensor
+    lower: Tensor
+    order: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Row groups."""
+        return len(self.lower)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix unit at one step: what would be stored, and its predicted distortion in nats per token."""
+
+    code: GridCode
+    distortion: float
+
+
+def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
+    """Factor the Hessian and fix the row steps of a unit."""
+    if not options.feedback:
+        diagonals = torch.stack([torch.diag(h.diagonal()) for h in metric.hessian])
+        metric = replace(metric, hessian=diagonals)
+    lower, order = factor(metric, options.damping, options.order)
+    energy = metric.rows.clamp(min=1e-9)
+    exponent = -2 * options.row_power * torch.log2(energy)
+    exponent = exponent - exponent.mean()
+    step = torch.round(exponent / options.row_quantum) * options.row_quantum
+    return Prepared(unit, weight.float(), metric, step.clamp(-60, 60).to(torch.int32), lower, order)
+
+
+def initial_shared(options: Options) -> tuple[Shared, Shrink]:
+    """Gaussian tables and offsets for every class: where fitting starts."""
+    shrink = gaussian_shrink(options.dead_zone)
+    if not options.shrink:
+        shrink = Shrink(np.zeros_like(shrink.offset), shrink.dead_zone)
+    from bytecap.coders.classes import CLASSES, UNIT_CLASS, quarter
+    from bytecap.entropy import MAX_HALF
+
+    z = np.arange(MAX_HALF + 2)
+    counts = np.zeros((CLASSES, MAX_HALF + 2))
+    for k in range(1, CLASSES):
+        sigma = max(float(quarter(k - UNIT_CLASS)), 0.2)
+        counts[k] = np.exp(-0.5 * (z / sigma) ** 2) * np.where(z, 2, 1)
+        counts[k] *= 1e6 / counts[k].sum()
+    counts[counts < 1e-2] = 0
+    fitted = fit_shared(counts, np.zeros((2, 64, 17)), None)
+    return Shared(fitted.tables, shrink.offset), shrink
+
+
+def round_units(
+    items: Sequence[Prepared],
+    steps: Mapping[str, float],
+    shrink: Shrink,
+    options: Options,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
+    """Round units at their steps.
+
+    Returns:
+        Coded units by name, and summed centroid statistics (2, 64, CENTRES).
+    """
+    groups: dict[tuple[int, int], list[tuple[Prepared, int]]] = {}
+    for item in items:
+        rows, cols = item.weight.shape
+        for g, part in enumerate(np.array_split(np.arange(rows), item.groups)):
+            groups.setdefault((len(part), cols), []).append((item, g))
+    rounded: dict[tuple[str, int], tuple[Rounded, int]] = {}
+    centres = np.zeros((2, 64, 17))
+    for (rows, cols), members in groups.items():
+        size = max(1, _BATCH_VALUES // max(1, rows * cols))
+        for at in range(0, len(members), size):
+            chunk = members[at : at + size]
+            result = _round_members(chunk, steps, shrink, options)
+            centres += result.centres
+            for i, (item, g) in enumerate(chunk):
+                rounded[item.unit.name, g] = (result, i)
+            if progress is not None:
+                progress(rows * cols * len(chunk))
+    return {item.unit.name: _collect(item, steps, rounded) for item in items}, centres
+
+
+def _round_members(
+    members: Sequence[tuple[Prepared, int]], steps: Mapping[str, float], shrink: Shrink, options: Options
+) -> Rounded:
+    weights, rows = [], []
+    for item, g in members:
+        row_step = torch.exp2(torch.tensor_split(item.row_step, item.groups)[g].float() / 4)
+        part = torch.tensor_split(item.weight, item.groups)[g]
+        weights.append((part / row_step[:, None]).T[item.order[g]])
+        rows.append(torch.tensor_split(item.metric.rows, item.groups)[g].float() * row_step.square())
+    weight = torch.stack(weights).contiguous()
+    lower = torch.stack([item.lower[g] for item, g in members])
+    order = torch.stack([item.order[g] for item, g in members])
+    step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
+    classes = row_classes(weight, lower, step, options.row_class)
+    problem = Problem(weight, lower, order, torch.stack(rows), classes)
+    return round_batch(problem, step, shrink, waterfill=options.waterfill)
+
+
+def _collect(
+    item: Prepared, steps: Mapping[str, float], rounded: Mapping[tuple[str, int], tuple[Rounded, int]]
+) -> Coded:
+    parts = [rounded[item.unit.name, g] for g in range(item.groups)]
+
+    def stack(name: str) -> list[np.ndarray]:  # type: ignore[type-arg]
+        return [getattr(r, name)[i].cpu().numpy() for r, i in parts]
+
+    code = GridCode(
+        step=float(np.float32(steps[item.unit.name])),
+        symbols=np.concatenate([s.T for s in stack("symbols")]),
+        column_step=np.stack(stack("column_step")), column_class=np.stack(stack("column_class")),
+        row_step=item.row_step.cpu().numpy(), row_class=np.concatenate(stack("row_class")),
+    )  # fmt: skip
+    return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)))
+
+
+def histogram(codes: Sequence[GridCode]) -> Counts:
+    """Symbol counts by class of payloads and side information together."""
+    total = np.zeros((64, 1025))
+    for code in codes:
+        total += count_symbols(code.symbols, weight_classes(code.column_class, code.row_class))
+    return total
+
+
+def rate(code: GridCode, shared: Shared) -> float:
+    """Estimated bytes of a unit's section: payload code length, side information and header."""
+    classes = weight_classes(code.column_class, code.row_class)
+    payload = shared.tables.bits(code.symbols.reshape(-1), classes.reshape(-1))
+    return (payload + CODER.side_bits(code, shared.tables)) / 8
