@@ -70,7 +70,9 @@ def allocate(curves: Sequence[Curve], budget: float) -> Plan:
     """
     floor = floor_rate(curves)
     if floor > budget:
-        raise BudgetError(f"the units need at least {floor:.0f} bytes, {budget:.0f} are left for them", math.ceil(floor))
+        raise BudgetError(
+            f"the units need at least {floor:.0f} bytes, {budget:.0f} are left for them", math.ceil(floor)
+        )
     hulls = [lower_hull(c.points) for c in curves]
     slopes = sorted({_slope(a, b) for h in hulls for a, b in zip(h, h[1:], strict=False)})
     low, high = 0, len(slopes)  # taking every step steeper than slopes[i]: feasible for all i >= high
@@ -116,7 +118,10 @@ def _fill(curves: Sequence[Curve], chosen: list[Point], budget: float) -> list[P
                 if p.distortion >= now.distortion or p.rate - now.rate > left:
                     continue
                 gain = math.inf if p.rate <= now.rate else _slope(now, p)
-                if best is None or (gain, now.distortion - p.distortion) > (best[0], chosen[best[1]].distortion - best[2].distortion):
+                if best is None or (gain, now.distortion - p.distortion) > (
+                    best[0],
+                    chosen[best[1]].distortion - best[2].distortion,
+                ):
                     best = (gain, i, p)
         if best is None:
             return chosen

@@ -104,13 +104,15 @@ class Tables:
             at += len(table.freq)
         return starts
 
-    def _flat(self, kind: str) -> npt.NDArray[np.int64]:
+    def flat(self, kind: str) -> npt.NDArray[np.int64]:
         parts = [np.array([TOTAL, 1]) if kind == "freq" else np.array([0, TOTAL])]
         for _, table in sorted(self.table.items()):
             parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
         return np.concatenate(parts)
 
-    def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def index(
+        self, symbols: IntArray, classes: IntArray
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
         low, last = np.zeros(MAX_CLASS + 1, np.int64), np.zeros(MAX_CLASS + 1, np.int64)
         for cls, table in self.table.items():
@@ -131,7 +133,7 @@ class Tables:
     @cached_property
     def cost(self) -> npt.NDArray[np.float64]:
         """Bits of every entry of the concatenated tables."""
-        return PROB_BITS - np.log2(self._flat("freq"))
+        return PROB_BITS - np.log2(self.flat("freq"))
 
     @cached_property
     def lookup(self) -> npt.NDArray[np.uint64]:
@@ -147,7 +149,9 @@ class Tables:
         return table
 
 
-def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = False) -> npt.NDArray[np.int64]:
+def integer_frequencies(
+    weights: npt.NDArray[np.float64], *, symmetric: bool = False
+) -> npt.NDArray[np.int64]:
     """Positive integers with sum `2**14`, close to proportional to `weights` (the last one is the escape's).
 
     >>> integer_frequencies(np.array([1.0, 6.0, 1.0, 0.0]), symmetric=True).tolist()
@@ -240,8 +244,8 @@ def encode(symbols: IntArray, classes: IntArray, tables: Tables) -> bytes:
     entry, escaped = tables.index(symbols, classes)
     padded = np.zeros(steps * k, np.int64)  # entry 0: the padding symbol
     padded[:n] = entry
-    freq = tables._flat("freq")[padded].astype(np.uint64).reshape(steps, k)
-    cum = tables._flat("cum")[padded].astype(np.uint64).reshape(steps, k)
+    freq = tables.flat("freq")[padded].astype(np.uint64).reshape(steps, k)
+    cum = tables.flat("cum")[padded].astype(np.uint64).reshape(steps, k)
     limit = freq << np.uint64(32 - PROB_BITS)
     state = np.full(k, LOW, np.uint64)
     chunks = []
@@ -283,6 +287,11 @@ def _split(stream: Stream) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint1
         raise CorruptError(f"a stream of {len(data)} bytes declares {count} words and {k} lanes: truncated")
     states = np.frombuffer(data, "<u4", k, at)
     return states, np.frombuffer(data, "<u2", count, at + 4 * k), data[end:]
+
+
+def escape_bytes(stream: Stream) -> int:
+    """Bytes a stream spends on escaped symbols."""
+    return len(_split(stream)[2]) if len(stream.classes) else 0
 
 
 def decode(streams: list[Stream]) -> list[npt.NDArray[np.int32]]:

@@ -43,7 +43,9 @@ class Metric:
     def distortion(self, error: Tensor) -> float:
         """1/2 sum_i G_i e_i H e_i^T of an error of shape (rows, cols), in nats per token."""
         total = 0.0
-        for h, e, g in zip(self.hessian, _split(error, self.hessian), _split(self.rows, self.hessian), strict=True):
+        for h, e, g in zip(
+            self.hessian, _split(error, self.hessian), _split(self.rows, self.hessian), strict=True
+        ):
             e64 = e.double()
             total += float(((e64 @ h) * e64).sum(1) @ g)
         return total / 2

@@ -61,16 +61,15 @@ class Prepared:
 
     Attributes:
         unit: the unit.
-        weight: (rows, cols) float32, original values.
-        target: (rows, cols) float32, what to approximate (drift targets differ from the weight).
-        metric: its quadratic form.
+        weight: (rows, cols) float32, what to approximate.
+        rows: (rows,), weight of each row's error.
         row_step: (rows,), quarter octaves.
         lower, order: Cholesky factors (groups, cols, cols) and column orders (groups, cols).
     """
 
     unit: Unit
     weight: Tensor
-    metric: Metric
+    rows: Tensor
     row_step: Tensor
     lower: Tensor
     order: Tensor
@@ -99,7 +98,7 @@ def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Pre
     exponent = -2 * options.row_power * torch.log2(energy)
     exponent = exponent - exponent.mean()
     step = torch.round(exponent / options.row_quantum) * options.row_quantum
-    return Prepared(unit, weight.float(), metric, step.clamp(-60, 60).to(torch.int32), lower, order)
+    return Prepared(unit, weight.float(), metric.rows, step.clamp(-60, 60).to(torch.int32), lower, order)
 
 
 def initial_shared(options: Options) -> tuple[Shared, Shrink]:
@@ -161,11 +160,13 @@ def _round_members(
         row_step = torch.exp2(torch.tensor_split(item.row_step, item.groups)[g].float() / 4)
         part = torch.tensor_split(item.weight, item.groups)[g]
         weights.append((part / row_step[:, None]).T[item.order[g]])
-        rows.append(torch.tensor_split(item.metric.rows, item.groups)[g].float() * row_step.square())
+        rows.append(torch.tensor_split(item.rows, item.groups)[g].float() * row_step.square())
     weight = torch.stack(weights).contiguous()
     lower = torch.stack([item.lower[g] for item, g in members])
     order = torch.stack([item.order[g] for item, g in members])
-    step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
+    step = torch.tensor(
+        [steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device
+    )
     classes = row_classes(weight, lower, step, options.row_class)
     problem = Problem(weight, lower, order, torch.stack(rows), classes)
     return round_batch(problem, step, shrink, waterfill=options.waterfill)

@@ -72,11 +72,14 @@ def fit_shared(counts: Counts, centres: npt.NDArray[np.float64], previous: Share
         centres: (2, 64, CENTRES) count of values in each bin and the summed overstatement of the bin, in steps.
         previous: offsets where `centres` saw too little; zeros if None.
     """
-    groups = [([k], counts[k]) for k in range(1, CLASSES) if counts[k].sum() > 0] or [([UNIT_CLASS], counts[UNIT_CLASS])]
+    groups = [([k], counts[k]) for k in range(1, CLASSES) if counts[k].sum() > 0] or [
+        ([UNIT_CLASS], counts[UNIT_CLASS])
+    ]
     fitted = [_priced(c, k) for k, c in groups]
     while len(groups) > 1:
         merged = [
-            _priced(groups[i][1] + groups[i + 1][1], groups[i][0] + groups[i + 1][0]) for i in range(len(groups) - 1)
+            _priced(groups[i][1] + groups[i + 1][1], groups[i][0] + groups[i + 1][0])
+            for i in range(len(groups) - 1)
         ]
         gains = [fitted[i][1] + fitted[i + 1][1] - m[1] for i, m in enumerate(merged)]
         i = int(np.argmax(gains))
@@ -156,7 +159,9 @@ def load_shared(data: bytes) -> Shared:
         served, at = read_leb(raw, at)
         half, at = read_leb(raw, at)
         if served < 1 or cls + served > CLASSES or half > MAX_HALF:
-            raise CorruptError(f"the tables section serves {served} classes from {cls} with {half} symbols a side")
+            raise CorruptError(
+                f"the tables section serves {served} classes from {cls} with {half} symbols a side"
+            )
         freq = np.zeros(2 * half + 2, np.int64)
         for i in range(half + 1):
             value, at = read_leb(raw, at)
@@ -169,8 +174,9 @@ def load_shared(data: bytes) -> Shared:
             raise CorruptError("the tables section is truncated")
         values = np.frombuffer(raw, np.int8, count, at).astype(np.float32) / 256
         at += count
+        one = Table(-half, freq)
         for k in range(cls, cls + served):
-            table[k] = one if k > cls else (one := Table(-half, freq))
+            table[k] = one
             offset[k, 1 : count + 1] = values
             offset[k, count + 1 :] = values[-1] if count else 0
         cls += served

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -94,8 +94,16 @@ def coder(tag: int) -> Coder:
         raise CorruptError(f"the file names coder {tag}, which does not exist") from None
 
 
-def run(decodings: Sequence[Decoding]) -> list[npt.NDArray[Any]]:
-    """Drive coders' generators together, decoding all their pending streams in one go."""
+Observer = Callable[[Stream, npt.NDArray[np.int32]], None]
+
+
+def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[npt.NDArray[Any]]:
+    """Drive coders' generators together, decoding all their pending streams in one go.
+
+    Args:
+        decodings: what coders' `decode` gave.
+        observe: shown every stream with its symbols.
+    """
     results: list[npt.NDArray[Any]] = [np.zeros(0)] * len(decodings)
     pending: dict[int, list[Stream]] = {}
 
@@ -109,9 +117,14 @@ def run(decodings: Sequence[Decoding]) -> list[npt.NDArray[Any]]:
         advance(i, None)
     while pending:
         asked, pending = pending, {}
-        decoded = iter(decode([s for streams in asked.values() for s in streams]))
-        for i, streams in asked.items():
-            advance(i, [next(decoded) for _ in streams])
+        streams = [s for group in asked.values() for s in group]
+        symbols = decode(streams)
+        if observe is not None:
+            for stream, z in zip(streams, symbols, strict=True):
+                observe(stream, z)
+        decoded = iter(symbols)
+        for i, group in asked.items():
+            advance(i, [next(decoded) for _ in group])
     return results
 
 

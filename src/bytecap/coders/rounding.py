@@ -123,7 +123,9 @@ def round_batch(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: bo
             value = z - offset[index]
             if k % _SAMPLE == 0:
                 centres[0] += torch.bincount(index.reshape(-1), minlength=CLASSES * CENTRES)
-                centres[1] += torch.bincount(index.reshape(-1), (z - size).reshape(-1), minlength=CLASSES * CENTRES)
+                centres[1] += torch.bincount(
+                    index.reshape(-1), (z - size).reshape(-1), minlength=CLASSES * CENTRES
+                )
             sign = torch.sign(u)
             e = (u - sign * value).mul_(s)
             error[:, k] = e - y + weight[:, k]

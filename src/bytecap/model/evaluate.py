@@ -100,7 +100,12 @@ def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
 
 @torch.no_grad()
 def compare(
-    original: nn.Module, coded: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None
+    original: nn.Module,
+    coded: nn.Module,
+    text: Text,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Comparison:
     """Score a coded model against its original on the same tokens."""
     sums: list[list[float]] = []
@@ -118,7 +123,10 @@ def compare(
         row = torch.repeat_interleave(torch.arange(len(ids), device=device), flat.sum(1))
         kl = (p.exp() * (p - q)).sum(-1)
         columns = [_token_losses(p, labels), _token_losses(q, labels), kl]
-        grouped = [torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, row, c.double()) for c in columns]
+        grouped = [
+            torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, row, c.double())
+            for c in columns
+        ]
         for i, w in enumerate(windows):
             sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
         if progress is not None:
@@ -126,7 +134,9 @@ def compare(
     return _summary(text.name, np.array(sums), temperature, same)
 
 
-def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: int) -> Comparison:
+def _summary(
+    name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: int
+) -> Comparison:
     nats_p, nats_q, kl, tokens, size = sums.T
     n = tokens.sum()
     best, nats_best = _best_temperature(temperature / n)

@@ -41,7 +41,7 @@ class Use:
     Attributes:
         moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (groups, cols, cols).
         rows: summed squared output gradient of each row, shape (rows,).
-        weight: summed token weights of each group, shape (groups,).
+        weight: what divides `moment * rows` (linear: summed token weights; embedding: summed energy), shape (groups,).
     """
 
     moment: Tensor
@@ -276,7 +276,7 @@ def _harvest(leaves: _Leaves, embedded: dict[str, Use], diagonal: dict[str, Tens
             touched = square.nonzero()[:, 0]
             embedded[name].rows += square.double()
             embedded[name].moment[0] += g[touched].T @ g[touched]
-            embedded[name].weight[0] += square.sum(dtype=torch.float64) / p.shape[1]
+            embedded[name].weight[0] += square.sum(dtype=torch.float64)
             p.grad = None
     for name, p in leaves.other.items():
         if p.grad is not None:

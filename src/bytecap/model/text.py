@@ -75,15 +75,19 @@ def tokenizer_encoder(tokenizer: object, first: int | None) -> Encoder:
         encoding = tokenizer.encode(document, add_special_tokens=False)  # type: ignore[attr-defined]
         ends = [end for _, end in encoding.offsets]
         sizes, at, done = [], 0, 0
-        for end in ends:  # offsets are in characters; a character split over tokens is charged to its last one
+        for (
+            end
+        ) in ends:  # offsets are in characters; a character split over tokens is charged to its last one
             stop = max(end, at)
             sizes.append(len(document[at:stop].encode("utf-8")))
             done += sizes[-1]
             at = stop
         if sizes:
             sizes[-1] += len(document.encode("utf-8")) - done
-        return ([first], [0]) if not encoding.ids and first is not None else (
-            ([first, *encoding.ids], [0, *sizes]) if first is not None else (encoding.ids, sizes)
+        return (
+            ([first], [0])
+            if not encoding.ids and first is not None
+            else (([first, *encoding.ids], [0, *sizes]) if first is not None else (encoding.ids, sizes))
         )
 
     return encode

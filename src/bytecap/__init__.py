@@ -1,0 +1,74 @@
+"""bytecap: a trained language model in ONE file under a hard byte cap, every byte spent where it recovers most.
+
+`load` needs numpy alone; `fit` and `load_model` need the `hf` extra.
+
+>>> import bytecap
+>>> bytecap.parse_size("3MB")
+3000000
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bytecap.decode import load
+from bytecap.errors import (
+    ArtifactError,
+    BudgetError,
+    BytecapError,
+    CheckpointError,
+    CorruptError,
+    NotAnArtifact,
+    OutputError,
+    TextError,
+    UsageError,
+    VersionError,
+)
+from bytecap.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from bytecap.fit import Artifact
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "BudgetError",
+    "BytecapError",
+    "CheckpointError",
+    "CorruptError",
+    "NotAnArtifact",
+    "OutputError",
+    "TextError",
+    "UsageError",
+    "VersionError",
+    "fit",
+    "format_size",
+    "load",
+    "load_model",
+    "parse_size",
+]
+
+
+def fit(model: Any, budget: int | str, **options: Any) -> Artifact:
+    """Put a model into one file of at most `budget` bytes; see `bytecap.pipeline.fit` for every option."""
+    from bytecap.pipeline import fit as run
+
+    return run(model, budget, **options)
+
+
+def load_model(path: Path | str) -> Any:
+    """The decoded model of an artifact as a torch module in evaluation mode; see `bytecap.unpack`."""
+    from bytecap.unpack import load_model as run
+
+    return run(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Artifact":
+        from bytecap.pipeline import Artifact
+
+        return Artifact
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""From a file to arrays: all units' streams are decoded together. No torch here.
+
+Units are decoded in groups of a few million values, so that memory stays near the size of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap import artifact
+from bytecap.artifact import Contents, UnitSection
+from bytecap.coders import Observer, coder, run
+from bytecap.core import Unit
+from bytecap.entropy import Stream, escape_bytes
+from bytecap.errors import CorruptError
+from bytecap.tables import load_shared
+
+_GROUP_VALUES = 2**25
+
+Array = npt.NDArray[Any]
+
+
+def _from_matrix(unit: Unit, matrix: Array) -> Array:
+    """(rows, cols) as coders see it -> stored layout."""
+    return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
+
+
+def _groups(units: tuple[UnitSection, ...]) -> Iterator[list[UnitSection]]:
+    group: list[UnitSection] = []
+    size = 0
+    for u in units:
+        if group and size + u.unit.parameters > _GROUP_VALUES:
+            yield group
+            group, size = [], 0
+        group.append(u)
+        size += u.unit.parameters
+    if group:
+        yield group
+
+
+def decode_units(
+    contents: Contents, *, aliases: bool = True, progress: Callable[[int], None] | None = None, observe: Observer | None = None
+) -> dict[str, Array]:
+    """Values of every unit in stored layout, by name.
+
+    Args:
+        contents: of an artifact.
+        aliases: also list tied names (the same array).
+        progress: called with the number of values decoded.
+        observe: shown every entropy-coded stream with its symbols.
+
+    Raises:
+        CorruptError: a section cannot be decoded; the message names the unit.
+    """
+    shared = load_shared(contents.tables)
+    values: dict[str, Array] = {}
+    for group in _groups(contents.units):
+        try:
+            matrices = run([coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe)
+        except CorruptError as exc:
+            names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
+            raise CorruptError(f"units {names}: {exc}") from exc
+        for u, matrix in zip(group, matrices, strict=True):
+            values[u.unit.name] = _from_matrix(u.unit, matrix)
+            if aliases:
+                values.update(dict.fromkeys(u.unit.aliases, values[u.unit.name]))
+            if progress is not None:
+                progress(u.unit.parameters)
+    return values
+
+
+def load(path: Path | str) -> dict[str, Array]:
+    """Decoded values of an artifact file by name; tied names share one array.
+
+    Args:
+        path: `.bcap` file.
+
+    Returns:
+        float32 arrays in stored layout (integer and float64 tensors keep their dtype).
+
+    Raises:
+        ArtifactError: the file cannot be trusted.
+    """
+    return decode_units(artifact.read(path))
+
+
+def ideal_bytes(contents: Contents) -> int:
+    """File size if every stream took its ideal code length under its own tables (escapes count as they are)."""
+    excess = 0.0
+
+    def observe(stream: Stream, symbols: npt.NDArray[np.int32]) -> None:
+        nonlocal excess
+        if len(stream.data):
+            excess += len(stream.data) - escape_bytes(stream) - stream.tables.bits(symbols, stream.classes) / 8
+
+    decode_units(contents, observe=observe)
+    return round(len(artifact.serialize(contents)) - excess)

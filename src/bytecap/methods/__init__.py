@@ -1,0 +1,113 @@
+"""Methods: ways to turn a model into sections that fit a cap. All share container, ledger and evaluation.
+
+A method is a function from a `Job` to an `Outcome`. `bytecap` is the default; `golf` and `uniform` are the
+baselines it is measured against.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bytecap.core import Unit
+from bytecap.errors import UsageError
+
+if TYPE_CHECKING:
+    from bytecap.model.checkpoint import Model
+    from bytecap.model.text import TokenSets
+    from bytecap.progress import Reporter
+
+METHODS = {
+    "bytecap": ("bytecap.methods.default", "run"),
+    "golf": ("bytecap.methods.baselines", "run_golf"),
+    "uniform": ("bytecap.methods.baselines", "run_uniform"),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One unit as stored: the coder's on-disk tag and its bytes."""
+
+    tag: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method works on.
+
+    Attributes:
+        model: the model, on `device`.
+        sets: the three disjoint token sets.
+        budget: cap on the whole file in bytes.
+        size: file size for given sections and tables section.
+        device: torch device.
+        seed: of every random choice.
+        reporter: told about progress.
+        options: ingredients of the default coder.
+        dry_run: predict only; sections may be left out.
+    """
+
+    model: Model
+    sets: TokenSets
+    budget: int
+    size: Callable[[dict[str, Section], bytes], int]
+    device: str
+    seed: int
+    reporter: Reporter
+    options: dict[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method found.
+
+    Attributes:
+        sections: of every unit.
+        tables: shared tables section, may be empty.
+        predicted: predicted KL to the original in nats per token (NaN where a method predicts nothing).
+        slope: nats per token that a byte buys at the margin.
+        gap: duality gap of the plan in nats per token.
+        plan: which plan was shipped.
+    """
+
+    sections: dict[str, Section]
+    tables: bytes
+    predicted: float
+    slope: float
+    gap: float
+    plan: str
+
+
+Method = Callable[[Job], Outcome]
+
+
+def find(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        UsageError: unknown; the message suggests the nearest one.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1, 0.0)
+        raise UsageError(f"unknown method {name!r}, did you mean {near[0]}? (there are {', '.join(METHODS)})")
+    module, function = METHODS[name]
+    method: Method = getattr(importlib.import_module(module), function)
+    return method
+
+
+def smallest_section(unit: Unit) -> tuple[int, bytes]:
+    """(tag, bytes) of the least a unit can take: every value at its centre."""
+    import numpy as np
+
+    from bytecap.coders import Shared
+    from bytecap.coders.exact import CODER as EXACT
+    from bytecap.coders.vector import CODER as VECTOR
+
+    if not unit.dtype.startswith(("F", "BF")):
+        return EXACT.tag, EXACT.encode(np.zeros(unit.matrix_shape), unit.dtype)
+    return VECTOR.tag, VECTOR.encode(np.zeros(unit.parameters, np.float32), 1.0, Shared()).data

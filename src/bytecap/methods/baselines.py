@@ -1,0 +1,54 @@
+"""`--method golf` and `--method uniform`: the baselines, given the same tokens, container and cap."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bytecap.methods import Job, Outcome, Section
+from bytecap.model.checkpoint import linear_weights
+from bytecap.model.probe import probe
+
+
+def run_golf(job: Job) -> Outcome:
+    """The record-shaped Parameter Golf quantizer on plain input second moments."""
+    from bytecap.methods.golf import golf
+
+    model = job.model
+    total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    with job.reporter.step("statistics", total) as advance:
+        found = probe(
+            model.module, model.units, job.sets.statistics, seed=job.seed, guided=False, device=job.device, progress=advance
+        )
+    names = {alias: u.name for u in model.units for alias in (u.name, *u.aliases)}
+    embeddings = {names[n] for n, (_, kind) in linear_weights(model.module).items() if kind == "embedding"}
+    hessians = {n: uses[0].moment[0].cpu() for n, uses in found.uses.items() if n not in embeddings}
+    with job.reporter.step("bisection to the cap", 1) as advance:
+        sections = golf(model.units, _matrices(job), hessians, embeddings, _capacity(job), advance)
+    return Outcome(sections, b"", math.nan, math.nan, math.nan, "golf")
+
+
+def run_uniform(job: Job) -> Outcome:
+    """Round to nearest at the bit width that fits."""
+    from bytecap.methods.uniform import uniform
+
+    with job.reporter.step("bit width", 1) as advance:
+        sections = uniform(job.model.units, _matrices(job), _capacity(job), advance)
+    return Outcome(sections, b"", math.nan, math.nan, math.nan, "uniform")
+
+
+def _matrices(job: Job) -> dict[str, Any]:
+    """Float32 values of every unit as (rows, cols), on the CPU."""
+    found = {}
+    for u in job.model.units:
+        values = job.model.tensor(u).detach().float().cpu()
+        flat = values.reshape(u.shape[0], -1) if len(u.shape) >= 2 else values.reshape(1, -1)
+        found[u.name] = flat.T.contiguous() if u.transposed else flat
+    return found
+
+
+def _capacity(job: Job) -> int:
+    """Bytes left for sections: the directory's growth with longer sections is taken off."""
+    blank = {u.name: Section(3, b"") for u in job.model.units}
+    growth = sum(3 if u.parameters > 1 << 13 else 1 for u in job.model.units)
+    return job.budget - job.size(blank, b"") - growth

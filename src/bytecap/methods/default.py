@@ -1,0 +1,194 @@
+"""`--method bytecap`: probe, prepare, search, correct, allocate, settle, trim.
+
+The plan is made twice: once plain (one step for all units in the Fisher metric) and once allocated with measured
+correction factors and rate-distortion points. Both are measured on the correction tokens at the same bytes, and
+the better one is shipped.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bytecap import correct, sensitivity
+from bytecap.allocate import allocate
+from bytecap.coders.exact import CODER as EXACT
+from bytecap.core import Curve, Plan, Point
+from bytecap.errors import BudgetError
+from bytecap.methods import Job, Outcome, Section
+from bytecap.methods.waterfill import Planner, State, VectorUnit
+from bytecap.model.evaluate import kl_to
+from bytecap.model.probe import probe
+from bytecap.model.text import Window
+from bytecap.swap import swapped
+from bytecap.sweep import Options, prepare
+from bytecap.tables import dump_shared
+from bytecap.trim import fit_to_cap
+
+_LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
+_FACTOR_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Prepared job: the planner, bytes it may use, and sections that are not planned."""
+
+    planner: Planner
+    fixed: dict[str, Section]
+
+
+def run(job: Job) -> Outcome:
+    """Find the best sections under the cap."""
+    options = Options(**job.options)
+    work = _prepare(job, options)
+    planner = work.planner
+    with job.reporter.step("search", 1):
+        tables_guess = 700
+        capacity = _capacity(job, work, tables_guess)
+        ones = dict.fromkeys(planner.names, 1.0)
+        c, plain = planner.search(ones, capacity, start=planner.first_step(capacity))
+        if plain.rate > 1.02 * capacity:
+            _raise_floor(job, work, plain)
+    twin = copy.deepcopy(job.model.module)
+    with job.reporter.step("correction factors", len(correct.roles(planner))) as advance:
+        windows = _some(job.sets.correction, _FACTOR_TOKENS)
+        factors = correct.measure(
+            planner, plain, job.model.module, twin, windows, device=job.device, advance=advance
+        )
+    kappa = dict.fromkeys(planner.names, 1.0) | correct.shrunk(factors)
+    with job.reporter.step("allocation", len(_LADDER)):
+        plan, multipliers = _allocate(planner, plain, kappa, capacity)
+        c_planned, planned = planner.search(multipliers, capacity, start=c, rounds=5)
+    with job.reporter.step("comparison with a plain plan", 2) as advance:
+        chosen, measured, label = _better(job, planner, {"allocated": planned, "plain": plain}, twin, advance)
+    multipliers, c = (multipliers, c_planned) if label == "allocated" else (ones, c)
+    if label == "plain":
+        job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that one")
+    predicted = measured
+    if job.dry_run:
+        return Outcome({}, b"", predicted, plan.slope, plan.gap, label)
+    return _finish(job, work, multipliers, c, chosen, capacity, Outcome({}, b"", predicted, plan.slope, plan.gap, label))
+
+
+def _prepare(job: Job, options: Options) -> _Work:
+    """Statistics, factors of the Hessians, vectors, and units that are stored exactly."""
+    model = job.model
+    total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    with job.reporter.step("statistics", total) as advance:
+        found = probe(
+            model.module, model.units, job.sets.statistics, seed=job.seed, groups=options.groups, guided=options.guided,
+            device=job.device, progress=advance,
+        )  # fmt: skip
+    matrices, vectors, fixed = [], [], {}
+    with job.reporter.step("factorisation", len(model.units)) as advance:
+        for u in model.units:
+            values = model.tensor(u).detach()
+            if u.name in found.uses and min(u.shape) > 1:
+                metric = sensitivity.join(found.uses.pop(u.name), found.tokens)
+                matrices.append(prepare(u, values.T if u.transposed else values, metric, options))
+            elif values.is_floating_point() and values.numel():
+                vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
+            else:
+                array = values.cpu().numpy().reshape(u.matrix_shape)
+                fixed[u.name] = Section(EXACT.tag, EXACT.encode(array, u.dtype))
+            advance(1)
+    return _Work(Planner(matrices, vectors, options), fixed)
+
+
+def _capacity(job: Job, work: _Work, tables: int) -> float:
+    """Bytes left for planned units."""
+    blank = {n: Section(1, b"") for n in work.planner.names} | work.fixed
+    lengths = 2 * len(work.planner.names)  # longer lengths in the directory
+    lanes = 2.2 * sum(p.unit.parameters for p in work.planner.matrices) / 8192  # a lane's state beyond its content
+    return job.budget - job.size(blank, bytes(tables)) - lengths - lanes
+
+
+def _raise_floor(job: Job, work: _Work, state: State) -> None:
+    floor = math.ceil(state.rate + job.budget - _capacity(job, work, 700))
+    top = ", ".join(f"{n} {state.rates[n]:.0f}" for n in sorted(state.rates, key=lambda n: -state.rates[n])[:3])
+    raise BudgetError(
+        f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; the largest units are {top}",
+        floor,
+    )
+
+
+def _some(windows: tuple[Window, ...], tokens: int) -> list[Window]:
+    taken: list[Window] = []
+    for w in windows:
+        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
+            break
+        taken.append(w)
+    return taken
+
+
+def _allocate(
+    planner: Planner, plain: State, kappa: Mapping[str, float], capacity: float
+) -> tuple[Plan, dict[str, float]]:
+    """One slope over measured, corrected curves; returns the plan and each unit's step multiplier."""
+    curves = planner.ladder(plain.steps, plain, _LADDER)
+    fine = [_refine(c, kappa[c.name]) for c in curves]
+    plan = allocate(fine, max(capacity, sum(min(p.rate for p in c.points) for c in fine)))
+    return plan, {n: 2.0 ** plan.choice[n].setting for n in planner.names}
+
+
+def _refine(curve: Curve, kappa: float) -> Curve:
+    """Points every sixteenth of an octave between the measured ones (monotone interpolation in the logarithm)."""
+    measured = sorted(curve.points, key=lambda p: p.setting)
+    x = np.array([p.setting for p in measured])
+    fine = np.linspace(x[0], x[-1], int(round((x[-1] - x[0]) * 16)) + 1)
+    rate = _pchip(x, np.array([p.rate for p in measured]), fine)
+    log_d = _pchip(x, np.log(np.maximum([p.distortion for p in measured], 1e-15)), fine)
+    points = tuple(
+        Point(float(r), float(kappa * np.exp(d)), float(s)) for r, d, s in zip(rate, log_d, fine, strict=True)
+    )
+    return Curve(curve.name, points)
+
+
+def _pchip(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """Shape-preserving cubic interpolation (Fritsch-Carlson slopes)."""
+    h, d = np.diff(x), np.diff(y) / np.diff(x)
+    m = np.concatenate([[d[0]], np.where(d[:-1] * d[1:] > 0, 2 * d[:-1] * d[1:] / (d[:-1] + d[1:] + 1e-300), 0), [d[-1]]])
+    i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(h) - 1)
+    t = (at - x[i]) / h[i]
+    result: np.ndarray = (  # type: ignore[type-arg]
+        (1 + 2 * t) * (1 - t) ** 2 * y[i] + t * (1 - t) ** 2 * h[i] * m[i]
+        + t**2 * (3 - 2 * t) * y[i + 1] + t**2 * (t - 1) * h[i] * m[i + 1]
+    )  # fmt: skip
+    return result
+
+
+def _better(
+    job: Job, planner: Planner, states: Mapping[str, State], twin: object, advance: object
+) -> tuple[State, float, str]:
+    """The state with the smaller KL on the correction tokens, that KL, and its name."""
+    best: tuple[float, str] | None = None
+    for label, state in states.items():
+        with swapped(twin, correct.unit_values(planner, state)):  # type: ignore[arg-type]
+            kl, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)  # type: ignore[arg-type]
+        advance(1)  # type: ignore[operator]
+        if best is None or kl < best[0]:
+            best = (kl, label)
+    assert best is not None  # noqa: S101 (two states were given)
+    return states[best[1]], best[0], best[1]
+
+
+def _finish(
+    job: Job, work: _Work, multipliers: Mapping[str, float], c: float, state: State, capacity: float, outcome: Outcome
+) -> Outcome:
+    """Settle the chosen plan's tables, then meet the cap on real bytes."""
+    planner = work.planner
+    with job.reporter.step("trimming to the cap", 1):
+        planner.shared = state.shared
+        c, state = planner.search(multipliers, capacity, start=c, rounds=3, tolerance=3e-4)
+        tables = dump_shared(state.shared)
+        # one more rounding with exactly the tables and offsets that will be written
+        state = planner.settle(state.steps, refit=False)
+        packed = fit_to_cap(
+            planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget
+        )
+    sections = {**packed.sections, **work.fixed}
+    return Outcome(sections, packed.tables, outcome.predicted, outcome.slope, outcome.gap, outcome.plan)

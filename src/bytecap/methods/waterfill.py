@@ -1,0 +1,222 @@
+"""The default method: waterfilled grids for matrices, uniform steps for vectors, one slope for everything.
+
+Every unit has one number to choose, its step `c`. At high rate equal slopes mean equal steps in the Fisher
+metric, so steps are written `c_l = c0 * multiplier_l`; multipliers come from correction factors and from measured
+rate-distortion points, `c0` from the cap. `Planner` holds the prepared units and the shared tables while both
+are settled; `bytecap.trim` then meets the cap on real bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.coders import Shared
+from bytecap.coders.classes import UNIT_CLASS
+from bytecap.coders.grid import CODER as GRID
+from bytecap.coders.grid import GridCode, _choose_class, dequantize, weight_classes
+from bytecap.coders.rounding import Shrink
+from bytecap.coders.vector import CODER as VECTOR
+from bytecap.core import Curve, Point, Unit
+from bytecap.sweep import Coded, Options, Prepared, histogram, initial_shared, rate, round_units
+from bytecap.tables import Counts, fit_shared
+
+FloatArray = npt.NDArray[np.float32]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class VectorUnit:
+    """A unit without input statistics: its values and mean squared gradient per token."""
+
+    unit: Unit
+    values: FloatArray
+    fisher: npt.NDArray[np.float64]
+
+    def step(self, c: float) -> float:
+        """The uniform step that has the slope of a grid at `c`; at most half the values' spread."""
+        energy = float(self.fisher.mean()) if self.fisher.size else 0.0
+        spread = float(self.values.std()) / 2 if self.values.size else 0.0
+        widest = max(spread, float(np.abs(self.values).max(initial=0.0)) * 2**-8, 1e-30)
+        return min(c / math.sqrt(energy), widest) if energy > 0 else widest
+
+    def distortion(self, c: float) -> float:
+        """Nats per token at step `c`."""
+        centre, symbols = VECTOR.quantize(self.values, self.step(c))
+        error = VECTOR.dequantize(centre, self.step(c), symbols).astype(np.float64) - self.values.reshape(-1)
+        return float(0.5 * (self.fisher.reshape(-1) * error**2).sum())
+
+
+@dataclass
+class State:
+    """A settled plan: everything that would be stored, under one set of tables."""
+
+    steps: dict[str, float]
+    coded: dict[str, Coded]
+    shared: Shared
+    rates: dict[str, float]
+    distortions: dict[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Estimated bytes of all units."""
+        return sum(self.rates.values())
+
+    @property
+    def distortion(self) -> float:
+        """Predicted nats per token."""
+        return sum(self.distortions.values())
+
+
+@dataclass
+class Planner:
+    """Prepared units, and the tables that the last settled plan fitted."""
+
+    matrices: Sequence[Prepared]
+    vectors: Sequence[VectorUnit]
+    options: Options
+    shared: Shared = field(init=False)
+    shrink: Shrink = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shared, self.shrink = initial_shared(self.options)
+
+    @property
+    def names(self) -> list[str]:
+        """All units, matrices first."""
+        return [p.unit.name for p in self.matrices] + [v.unit.name for v in self.vectors]
+
+    @property
+    def parameters(self) -> int:
+        """Values in matrices."""
+        return sum(p.unit.parameters for p in self.matrices)
+
+    def settle(self, steps: Mapping[str, float], *, refit: bool = True) -> State:
+        """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
+        coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
+        if refit:
+            counts = histogram([c.code for c in coded.values()]) + self._side_counts(coded, steps)
+            used = self.shared.offset if self.options.shrink else None
+            self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
+        state = self.price(coded, steps)
+        if refit and self.options.shrink:
+            self.shrink = Shrink(self.shared.offset, self.shrink.dead_zone)
+        return state
+
+    def price(self, coded: dict[str, Coded], steps: Mapping[str, float]) -> State:
+        """Rates and distortions of rounded units under the present tables."""
+        rates = {n: rate(c.code, self.shared) for n, c in coded.items()}
+        distortions = {n: c.distortion for n, c in coded.items()}
+        for v in self.vectors:
+            rates[v.unit.name] = VECTOR.rate(v.values, v.step(steps[v.unit.name]), self.shared)
+            distortions[v.unit.name] = v.distortion(steps[v.unit.name])
+        return State(dict(steps), coded, self.shared, rates, distortions)
+
+    def _side_counts(self, coded: Mapping[str, Coded], steps: Mapping[str, float]) -> Counts:
+        """Histogram of side information and vectors by the class they would use now."""
+        counts = np.zeros((64, 1025))
+        for c in coded.values():
+            for array in c.code.side_arrays():
+                base, cls = _choose_class(array, self.shared.tables)
+                if cls:
+                    np.add.at(counts[cls], np.minimum(np.abs(array - base), 1024), 1)
+        for v in self.vectors:
+            _, symbols = VECTOR.quantize(v.values, v.step(steps[v.unit.name]))
+            cls, _ = VECTOR.best_class(symbols, self.shared)
+            if cls:
+                np.add.at(counts[cls], np.minimum(np.abs(symbols), 1024), 1)
+        if not counts.any():
+            counts[UNIT_CLASS, :2] = 1
+        return counts
+
+    def first_step(self, capacity: float) -> float:
+        """A guess of `c0` from Gaussian high-rate theory."""
+        bits = 8 * capacity / max(1, self.parameters)
+        logs = []
+        for p in self.matrices:
+            diag = p.lower.diagonal(dim1=1, dim2=2).double()
+            spread = float(p.weight.double().square().mean().clamp(min=1e-30).sqrt())
+            logs.append((p.unit.parameters, float(diag.log2().mean()) + math.log2(spread)))
+        mean = sum(n * x for n, x in logs) / max(1, self.parameters)
+        return float(2 ** (mean + 2.05 - bits))
+
+    def search(
+        self,
+        multipliers: Mapping[str, float],
+        capacity: float,
+        *,
+        start: float,
+        rounds: int = 8,
+        tolerance: float = 5e-4,
+    ) -> tuple[float, State]:
+        """The `c0` whose estimated bytes meet `capacity`; tables are refitted on the way.
+
+        Returns:
+            c0 and the settled state.
+        """
+        c, seen = start, []
+        for i in range(rounds):
+            state = self.settle({n: c * multipliers[n] for n in self.names})
+            seen.append((math.log(c), state.rate))
+            if i >= 1 and abs(state.rate - capacity) <= tolerance * capacity:
+                break
+            if i + 1 < rounds:
+                c = math.exp(_next_log_step(seen, capacity, self.parameters))
+        return c, state
+
+    def ladder(self, steps: Mapping[str, float], centre: State, offsets: Sequence[float]) -> list[Curve]:
+        """Measured curve of every unit at `steps * 2^offset`, tables as they are.
+
+        Args:
+            steps: present steps.
+            centre: state at `steps`.
+            offsets: octaves, 0 excluded.
+        """
+        points = {n: [Point(centre.rates[n], centre.distortions[n], 0.0)] for n in self.names}
+        for offset in offsets:
+            state = self.settle({n: s * 2**offset for n, s in steps.items()}, refit=False)
+            for n in self.names:
+                points[n].append(Point(state.rates[n], state.distortions[n], offset))
+        return [Curve(n, tuple(sorted(p, key=lambda q: q.rate))) for n, p in points.items()]
+
+    def decode(self, state: State, name: str) -> FloatArray:
+        """Decoded (rows, cols) values of one unit, exactly as a reader would give them."""
+        if name in state.coded:
+            return decode_grid(state.coded[name].code, state.shared)
+        v = next(v for v in self.vectors if v.unit.name == name)
+        centre, symbols = VECTOR.quantize(v.values, v.step(state.steps[name]))
+        return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
+
+    def encode(self, state: State, name: str) -> tuple[int, bytes]:
+        """(tag, section) of one unit."""
+        if name in state.coded:
+            return GRID.tag, GRID.encode(state.coded[name].code, state.shared).data
+        v = next(v for v in self.vectors if v.unit.name == name)
+        return VECTOR.tag, VECTOR.encode(v.values, v.step(state.steps[name]), state.shared).data
+
+
+def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
+    """(rows, cols) values of a grid code."""
+    return dequantize(
+        code.symbols.astype(np.int32), weight_classes(code.column_class, code.row_class), np.float32(code.step),
+        code.column_step, code.row_step, shared.offset,
+    )  # fmt: skip
+
+
+def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:
+    """Secant step towards the capacity; bytes fall by about n/8 * log2(e) per unit of log c."""
+    x, r = seen[-1]
+    slope = -parameters / 8 * 1.2
+    below = [s for s in seen if s[1] <= capacity]
+    above = [s for s in seen if s[1] > capacity]
+    if below and above:
+        low, high = min(below, key=lambda s: s[0]), max(above, key=lambda s: s[0])
+        if abs(high[0] - low[0]) > 1e-9:
+            slope = min((high[1] - low[1]) / (high[0] - low[0]), -1e-9)
+    elif len(seen) > 1 and abs(seen[-1][0] - seen[-2][0]) > 1e-9:
+        slope = min((seen[-1][1] - seen[-2][1]) / (seen[-1][0] - seen[-2][0]), slope / 20)
+    return x + float(np.clip((capacity - r) / slope, -2.0, 2.0))

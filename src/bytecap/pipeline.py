@@ -1,0 +1,246 @@
+"""The pipeline: a checkpoint in, one file under a hard byte cap out, read back and measured.
+
+`fit` is the whole job on one screen; every step is a module of its own (docs/tour.md is the reading order).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bytecap import artifact, methods, sidefiles
+from bytecap.artifact import Contents, FileSection, UnitSection
+from bytecap.coders.exact import CODER as EXACT
+from bytecap.decode import decode_units, ideal_bytes
+from bytecap.errors import BudgetError, UsageError
+from bytecap.ledger import Entry, by_unit
+from bytecap.methods import Job, Outcome, Section
+from bytecap.model.checkpoint import Model, as_matrix, load_model
+from bytecap.model.evaluate import Comparison, compare, mean_comparison
+from bytecap.progress import Reporter, Silent
+from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
+from bytecap.swap import load_values
+from bytecap.trim import allowed_slack
+from bytecap.units import format_size, parse_size
+
+
+@dataclass
+class Artifact:
+    """A finished file.
+
+    Attributes:
+        contents: what is in it.
+        data: its bytes.
+        report: every figure of the job, as `--json` prints it.
+    """
+
+    contents: Contents
+    data: bytes
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path | str) -> int:
+        """Write atomically; returns the size in bytes."""
+        return artifact.write_atomically(self.data, Path(path))
+
+    def ledger(self) -> list[Entry]:
+        """Owner and kind of every byte."""
+        return artifact.ledger(self.contents)
+
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Decoded values by name, aliases included."""
+        return decode_units(self.contents)
+
+
+def fit(
+    model: Model | Path | str,
+    budget: int | str,
+    *,
+    calibration: Paths = None,
+    evaluation: Paths = None,
+    method: str = "bytecap",
+    device: str = "auto",
+    seed: int = 0,
+    output: Path | str | None = None,
+    dry_run: bool = False,
+    tokens: int = TOKENS,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    window: int = WINDOW,
+    tokenizer: bool = True,
+    config: bool = True,
+    options: dict[str, Any] | None = None,
+    reporter: Reporter | None = None,
+) -> Artifact:
+    """Put a model into one file of at most `budget` bytes.
+
+    Args:
+        model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
+        budget: bytes, or text such as `3MB` or `3MiB`.
+        calibration: text files, documents separated by form feed; the embedded text if None.
+        evaluation: text files nothing is fitted on; the embedded text if None.
+        method: `bytecap`, `golf` or `uniform`.
+        device: `auto`, `cpu` or `cuda`.
+        seed: of every random choice.
+        output: where to write; None keeps the result in memory.
+        dry_run: predict, write and evaluate nothing.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens for evaluation.
+        window: predicted tokens in a window.
+        tokenizer: keep tokenizer files inside.
+        config: keep config files inside.
+        options: ingredients of the coder, see `bytecap.sweep.Options`.
+        reporter: told about progress.
+
+    Raises:
+        BytecapError: see `bytecap.errors`; nothing has been written then.
+    """
+    started = time.perf_counter()
+    reporter = reporter or Silent()
+    limit = parse_size(budget)
+    reporter.note(f"budget: {format_size(limit)}")
+    run = methods.find(method)
+    target = _device(device)
+    loaded = model if isinstance(model, Model) else load_model(model)
+    files = _side_files(loaded, tokenizer=tokenizer, config=config)
+    about = {"budget": limit, "method": method}
+    size = _sizer(loaded, files, about)
+    stored = _lossless(loaded, files, about, limit, reporter)
+    if stored is None:
+        _check_floor(loaded, size, limit)
+    sets = load_sets(
+        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
+        reporter=reporter,
+    )  # fmt: skip
+    loaded.module.to(target)
+    outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
+    if stored is None:
+        job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
+        outcome = run(job)
+        stored = _contents(loaded, files, about, outcome, limit, method)
+    result = Artifact(stored, artifact.serialize(stored))
+    result.report = _report(result, loaded, outcome, limit, method, sets, seed)
+    if not dry_run:
+        if output is not None:
+            result.save(output)
+            reporter.note(f"wrote {output}: {format_size(len(result.data))}")
+        parts = _measure(result, loaded, sets, target, reporter)
+        result.report |= _quality(parts)
+    result.report["seconds"] = round(time.perf_counter() - started, 3)
+    return result
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in {"cpu", "cuda"}:
+        raise UsageError(f"unknown device {device!r}: use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but torch sees no CUDA device")
+    return device
+
+
+def _side_files(model: Model, *, tokenizer: bool, config: bool) -> tuple[FileSection, ...]:
+    kept = {n: d for n, d in model.files.items() if (tokenizer if artifact.is_tokenizer(n) else config)}
+    return tuple(FileSection(n, sidefiles.pack(n, d)) for n, d in kept.items())
+
+
+def _sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[[dict[str, Section], bytes], int]:
+    def size(sections: dict[str, Section], tables: bytes) -> int:
+        units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
+        return len(artifact.serialize(Contents(units, tables, files, about)))
+
+    return size
+
+
+def _contents(
+    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], outcome: Outcome, budget: int, method: str
+) -> Contents:
+    units = tuple(UnitSection(u, outcome.sections[u.name].tag, outcome.sections[u.name].data) for u in model.units)
+    contents = Contents(units, outcome.tables, files, about)
+    total = len(artifact.serialize(contents))
+    if total > budget:
+        raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)
+    return contents
+
+
+def _lossless(
+    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], budget: int, reporter: Reporter
+) -> Contents | None:
+    """The losslessly coded model, if it fits the budget."""
+    raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in model.units)
+    if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
+        return None
+    units = []
+    with reporter.step("lossless size", len(model.units)) as advance:
+        for u in model.units:
+            values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
+            dtype = u.dtype if u.dtype in {"BF16", "F16", "F32"} else "F32"
+            units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
+            advance(1)
+    contents = Contents(tuple(units), b"", files, {**about, "lossless": True})
+    total = len(artifact.serialize(contents))
+    if total > budget:
+        return None
+    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored without any loss")
+    return contents
+
+
+def _check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int) -> None:
+    """Refuse a budget that not even empty sections fit, naming who holds the floor."""
+    sections = {u.name: Section(*methods.smallest_section(u)) for u in model.units}
+    floor = size(sections, b"")
+    if floor > budget:
+        units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
+        rest = floor - sum(len(u.data) for u in units)
+        top = ", ".join(f"{u.unit.name} {len(u.data)}" for u in sorted(units, key=lambda u: -len(u.data))[:3])
+        raise BudgetError(
+            f"a budget of {budget:,} bytes is below the floor of {floor:,}: config, tokenizer and index hold {rest:,}, "
+            f"the largest units {top} (--no-tokenizer and --no-config leave files out)",
+            floor,
+        )
+
+
+def _measure(
+    result: Artifact, model: Model, sets: Any, device: str, reporter: Reporter
+) -> list[Comparison]:
+    """Read the finished bytes back and score them against the original."""
+    contents = artifact.parse(result.data)
+    twin = copy.deepcopy(model.module)
+    load_values(twin, {u.unit.name: v for u, v in zip(contents.units, decode_units(contents, aliases=False).values(), strict=True)})
+    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
+        return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
+
+
+def _report(
+    result: Artifact, model: Model, outcome: Outcome, budget: int, method: str, sets: Any, seed: int
+) -> dict[str, Any]:
+    entries = result.ledger()
+    return {
+        "model": model.name, "method": method, "plan": outcome.plan, "seed": seed,
+        "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
+        "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": ideal_bytes(result.contents),
+        "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
+        "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
+        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
+        "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
+        "statistics_tokens": sum(len(w.tokens) - 1 for w in sets.statistics),
+        "correction_tokens": sum(len(w.tokens) - 1 for w in sets.correction),
+    }  # fmt: skip
+
+
+def _quality(parts: list[Comparison]) -> dict[str, Any]:
+    mean = mean_comparison(parts)
+    keys = (
+        "bpb_original", "bpb_artifact", "bpb_stderr", "nats_original", "nats_artifact", "nats_temperature", "temperature",
+        "kl_nats", "kl_stderr", "same_top1",
+    )  # fmt: skip
+    return {k: getattr(mean, k) for k in keys} | {
+        "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
+        "evaluation_tokens": mean.tokens, "texts": [p.as_dict() for p in parts],
+    }  # fmt: skip

@@ -1,0 +1,123 @@
+"""Model and texts of a job: tokenizer, windows, and the embedded texts as a stand-in.
+
+Without `--calib` or `--eval` the embedded model's own texts are used, and the job says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bytecap.errors import CheckpointError, TextError
+from bytecap.model.checkpoint import Model, demo_directory
+from bytecap.model.text import Encoder, Text, TokenSets, load_text, split_sets, tokenizer_encoder
+from bytecap.progress import Reporter
+
+Paths = str | Path | Sequence[str | Path] | None
+
+WINDOW = 512
+TOKENS = 131_072  # statistics; results/calibration.jsonl has the curve behind this number
+CORRECTION_TOKENS = 8_192
+EVALUATION_TOKENS = 32_768
+
+
+def encoder(files: dict[str, bytes]) -> Encoder:
+    """Encoder of documents from a model's side files.
+
+    Raises:
+        CheckpointError: there is no readable `tokenizer.json`.
+    """
+    if "tokenizer.json" not in files:
+        raise CheckpointError("the model has no tokenizer.json, so texts cannot be turned into tokens")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as exc:
+        raise CheckpointError("texts need the extra packages: pip install 'bytecap[hf]'") from exc
+    try:
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+    except Exception as exc:
+        raise CheckpointError(f"tokenizer.json cannot be read: {exc}") from exc
+    return tokenizer_encoder(tokenizer, first_token(files))
+
+
+def first_token(files: dict[str, bytes]) -> int | None:
+    """Token put in front of every document: the config's `bos_token_id`, if it names one."""
+    import json
+
+    config: dict[str, Any] = json.loads(files.get("config.json", b"{}"))
+    token = config.get("bos_token_id")
+    return token if isinstance(token, int) else None
+
+
+def window_limit(model: Model, window: int) -> int:
+    """Window length the model's positions allow."""
+    positions = model.config().get("max_position_embeddings") or model.config().get("n_positions")
+    return min(window, int(positions)) if positions else window
+
+
+def as_paths(paths: Paths) -> list[Path]:
+    """One path or several, as a list."""
+    if paths is None:
+        return []
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+
+
+def load_sets(
+    model: Model,
+    calibration: Paths,
+    evaluation: Paths,
+    *,
+    window: int = WINDOW,
+    tokens: int = TOKENS,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    seed: int = 0,
+    reporter: Reporter,
+) -> TokenSets:
+    """The three disjoint token sets of a job.
+
+    Args:
+        model: whose tokenizer is used.
+        calibration: text files for statistics and correction factors.
+        evaluation: text files nothing is fitted on.
+        window: predicted tokens in a window.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens for evaluation, over all texts.
+        seed: order in which calibration windows are drawn.
+        reporter: told when embedded texts stand in.
+    """
+    encode = encoder(model.files)
+    window = window_limit(model, window)
+    calib, held = as_paths(calibration), as_paths(evaluation)
+    missing = [name for name, paths in (("--calib", calib), ("--eval", held)) if not paths]
+    if missing:
+        reporter.note(
+            f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in, "
+            "and quality on your text depends on it"
+        )
+    calib = calib or [demo_directory() / "calib.txt"]
+    held = held or [demo_directory() / "val.txt"]
+    share = 2 * (tokens + CORRECTION_TOKENS) // len(calib)
+    sets = split_sets(
+        [load_text(p, encode, window=window, limit=share) for p in calib],
+        [load_text(p, encode, window=window, limit=max(1, evaluation_tokens // len(held))) for p in held],
+        tokens=tokens, correction_tokens=CORRECTION_TOKENS, seed=seed,
+    )  # fmt: skip
+    _check_vocabulary(model, sets)
+    reporter.note(
+        f"tokens: {_count(sets.statistics):,} for statistics, {_count(sets.correction):,} for correction factors, "
+        f"{sum(t.tokens for t in sets.evaluation):,} for evaluation; the three sets are disjoint"
+        + (f" ({sets.dropped} repeated windows dropped)" if sets.dropped else "")
+    )
+    return sets
+
+
+def _count(windows: Any) -> int:
+    return sum(len(w.tokens) - 1 for w in windows)
+
+
+def _check_vocabulary(model: Model, sets: TokenSets) -> None:
+    size = model.config().get("vocab_size")
+    top = max((max(w.tokens) for w in (*sets.statistics, *sets.correction)), default=0)
+    if isinstance(size, int) and top >= size:
+        raise TextError(f"the tokenizer gives token {top}, but the model's vocabulary has only {size} entries")

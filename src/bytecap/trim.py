@@ -1,0 +1,123 @@
+"""Meeting the cap on real bytes: estimates end here, every number is the length of a serialised section.
+
+Tables are frozen, so the file's size is a constant plus the sections' lengths and one unit's bytes can be moved
+without touching the others. First the common step is nudged until the whole file is close; then single units'
+steps are moved until at most `max(64, 0.05%)` bytes are left. The cap is never exceeded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from bytecap.errors import BudgetError
+from bytecap.methods import Section
+from bytecap.methods.waterfill import Planner, State
+from bytecap.progress import Advance
+from bytecap.sweep import round_units
+
+Size = Callable[[dict[str, Section], bytes], int]
+
+_GLOBAL_TRIES = 5
+_UNIT_TRIES = 16
+
+
+def allowed_slack(budget: int) -> int:
+    """Most bytes of a budget that may stay unused.
+
+    >>> allowed_slack(100_000), allowed_slack(3_000_000)
+    (64, 1500)
+    """
+    return max(64, budget // 2000)
+
+
+@dataclass
+class Packed:
+    """A plan as real sections."""
+
+    state: State
+    sections: dict[str, Section]
+    tables: bytes
+
+
+def encode_all(planner: Planner, state: State, tables: bytes, advance: Advance | None = None) -> Packed:
+    """Serialise every unit of a state."""
+    sections = {}
+    for name in planner.names:
+        sections[name] = Section(*planner.encode(state, name))
+        if advance is not None:
+            advance(1)
+    return Packed(state, sections, tables)
+
+
+def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget: int) -> Packed:
+    """Real sections whose file is at most `budget` bytes and leaves almost nothing unused.
+
+    Args:
+        planner: its tables must be those of `state` and of `tables`.
+        state: a settled plan close to the budget.
+        tables: the serialised tables section.
+        size: file size of given sections and tables.
+        budget: the cap in bytes.
+
+    Raises:
+        BudgetError: the plan cannot be brought under the cap.
+    """
+    packed = encode_all(planner, state, tables)
+    best: Packed | None = None
+    for _ in range(_GLOBAL_TRIES):
+        left = budget - size(packed.sections, tables)
+        if left >= 0 and (best is None or left < budget - size(best.sections, tables)):
+            best = packed
+        if 0 <= left <= 4 * allowed_slack(budget):
+            break
+        # bytes fall by about 1.2 bits per weight and octave-e of the step; aim a little below the cap
+        change = (0.5 * allowed_slack(budget) - left) / (planner.parameters / 8 * 1.2 + 1)
+        steps = {n: s * math.exp(min(1.0, max(-1.0, change))) for n, s in packed.state.steps.items()}
+        packed = encode_all(planner, planner.settle(steps, refit=False), tables)
+    if best is None:
+        over = size(packed.sections, tables)
+        raise BudgetError(f"the plan could not be brought under {budget} bytes: {over} remain", over)
+    return _move_units(planner, best, size, budget)
+
+
+def _move_units(planner: Planner, packed: Packed, size: Size, budget: int) -> Packed:
+    """Spend what is left by moving single units' steps, mid-sized units first."""
+    order = sorted(planner.matrices, key=lambda p: abs(math.log((p.unit.parameters + 1) / 1e5)))
+    total = size(packed.sections, packed.tables)
+    tries = 0
+    for item in order:
+        name = item.unit.name
+        low, high = 0.0, 0.0  # log-step changes known to fit / not to fit
+        change = 0.0
+        while tries < _UNIT_TRIES and budget - total > 48:
+            tries += 1
+            weight = item.unit.parameters / 8 * 1.2 + 1
+            change = low - min(0.7, (budget - total - 8) / weight) if high == 0.0 else (low + high) / 2
+            if high and abs(high - low) < 1e-6:
+                break
+            section, moved = _requantize(planner, packed.state, name, change)
+            length = total - len(packed.sections[name].data) + len(section.data)
+            if length <= budget and length > total:
+                packed = Packed(moved, {**packed.sections, name: section}, packed.tables)
+                total, low, high = length, 0.0, 0.0
+            elif length > budget:
+                high = change
+            else:
+                break
+        if budget - total <= 48 or tries >= _UNIT_TRIES:
+            break
+    return packed
+
+
+def _requantize(planner: Planner, state: State, name: str, change: float) -> tuple[Section, State]:
+    """One unit at `exp(change)` times its step, everything else as it is."""
+    step = state.steps[name] * math.exp(change)
+    item = next(p for p in planner.matrices if p.unit.name == name)
+    coded, _ = round_units([item], {name: step}, planner.shrink, planner.options)
+    moved = replace(
+        state, steps={**state.steps, name: step}, coded={**state.coded, name: coded[name]},
+        distortions={**state.distortions, name: coded[name].distortion},
+    )  # fmt: skip
+    return Section(*planner.encode(moved, name)), moved

@@ -1,0 +1,121 @@
+"""From an artifact back to an ordinary Hugging Face directory or a live module.
+
+`unpack` writes exactly the values `eval` scores: in the source dtype where that holds them all, else float32.
+No network, no code from the file: config and tokenizer come out of the artifact's own sections.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap import artifact, sidefiles
+from bytecap.artifact import Contents
+from bytecap.coders.exact import is_lossless, to_bytes
+from bytecap.decode import decode_units
+from bytecap.errors import ArtifactError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
+
+
+def side_files(contents: Contents) -> dict[str, bytes]:
+    """Config and tokenizer files of an artifact."""
+    return {f.name: sidefiles.unpack(f.name, f.data) for f in contents.files}
+
+
+def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> str:
+    """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer).
+
+    Args:
+        path: `.bcap` file.
+        directory: created if missing; existing files of these names are replaced.
+        dtype: `auto` (the source dtype if it holds every value exactly, else float32), `float32`, `float16`
+            or `bfloat16` (rounded).
+
+    Returns:
+        The dtype written.
+
+    Raises:
+        ArtifactError: the file cannot be trusted. OutputError: the directory cannot be written.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    contents = artifact.read(path)
+    values = decode_units(contents, aliases=False)
+    source = {u.unit.name: u.unit.dtype for u in contents.units}
+    chosen = _choose_dtypes(values, source, dtype)
+    target = Path(directory)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"cannot create {target}: {exc.strerror}") from exc
+    artifact.write_atomically(_safetensors(values, chosen), target / "model.safetensors")
+    float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
+    written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
+    for name, content in side_files(contents).items():
+        if name == "config.json":
+            config = json.loads(content)
+            config["dtype" if "dtype" in config else "torch_dtype"] = written
+            content = (json.dumps(config, indent=2) + "\n").encode()  # noqa: PLW2901 (same file, adjusted)
+        artifact.write_atomically(content, target / name)
+    return written
+
+
+def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], dtype: str) -> dict[str, str]:
+    """Dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
+    floats = [n for n in values if values[n].dtype.kind == "f"]
+    if dtype != "auto":
+        return {n: DTYPES[dtype] if n in floats else source[n] for n in values}
+    exact = all(is_lossless(values[n], source[n]) for n in floats)
+    return {n: source[n] if exact or n not in floats else "F32" for n in values}
+
+
+def _safetensors(values: dict[str, npt.NDArray[Any]], dtypes: dict[str, str]) -> bytes:
+    """Bytes of a safetensors file; written here because the library's numpy interface has no bfloat16."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    chunks, at = [], 0
+    for name in sorted(values):
+        data = _rounded_bytes(values[name], dtypes[name])
+        header[name] = {"dtype": dtypes[name], "shape": list(values[name].shape), "data_offsets": [at, at + len(data)]}
+        chunks.append(data)
+        at += len(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(chunks)
+
+
+def _rounded_bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
+    if dtype == "BF16":  # round to nearest even, as torch does
+        bits = np.ascontiguousarray(values, "<f4").view("<u4").astype(np.uint64)
+        bits += 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
+        return (bits >> np.uint64(16)).astype("<u2").tobytes()
+    return to_bytes(values, dtype).tobytes()
+
+
+def load_model(path: Path | str) -> nn.Module:
+    """The decoded model as a torch module in evaluation mode, float32.
+
+    Raises:
+        ArtifactError: the file cannot be trusted or holds no config.
+    """
+    from bytecap.model.checkpoint import module_from_config
+    from bytecap.swap import load_values
+
+    contents = artifact.read(path)
+    files = side_files(contents)
+    if "config.json" not in files:
+        raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_bytes(files["config.json"])
+        module = module_from_config(Path(directory))
+    load_values(module, decode_units(contents, aliases=False))
+    return module
