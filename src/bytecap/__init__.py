@@ -28,7 +28,7 @@ from bytecap.errors import (
 from bytecap.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from bytecap.fit import Artifact
+    from bytecap.pipeline import Artifact
 
 __version__ = "0.1.0"
 

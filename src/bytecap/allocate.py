@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from bytecap.core import Curve, Plan, Point
 from bytecap.errors import BudgetError
@@ -74,7 +75,7 @@ def allocate(curves: Sequence[Curve], budget: float) -> Plan:
             f"the units need at least {floor:.0f} bytes, {budget:.0f} are left for them", math.ceil(floor)
         )
     hulls = [lower_hull(c.points) for c in curves]
-    slopes = sorted({_slope(a, b) for h in hulls for a, b in zip(h, h[1:], strict=False)})
+    slopes = sorted({_slope(a, b) for h in hulls for a, b in pairwise(h)})
     low, high = 0, len(slopes)  # taking every step steeper than slopes[i]: feasible for all i >= high
     while low < high:
         middle = (low + high) // 2

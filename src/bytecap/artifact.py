@@ -137,27 +137,31 @@ class _Span:
     length: int
 
 
-def _directory(data: bytes, name: str) -> list[_Span]:
-    """Check header, directory and every checksum; return the sections' places."""
+def _check_header(data: bytes, name: str) -> int:
+    """Check the header and its checksum; returns the directory's length."""
     if len(data) < 8 or data[:8] != MAGIC:
         raise NotAnArtifact(f"{name} is not a bytecap artifact")
     if len(data) < HEADER_SIZE:
         raise CorruptError(f"{name} is truncated: {len(data)} bytes, the header alone has {HEADER_SIZE}")
     _, major, minor, reserved, length, size = _HEAD.unpack_from(data)
     if major > VERSION[0]:
-        raise VersionError(
-            f"{name} has format version {major}.{minor}, this reader knows {VERSION[0]}.{VERSION[1]}"
-        )
+        raise VersionError(f"{name} has format version {major}.{minor}, this reader knows {VERSION[0]}.{VERSION[1]}")
     if size != len(data):
         raise CorruptError(f"{name} is damaged: the header says {size} bytes, the file has {len(data)}")
     if HEADER_SIZE + length > len(data):
         raise CorruptError(f"{name} is damaged: a directory of {length} bytes does not fit the file")
-    directory = data[HEADER_SIZE : HEADER_SIZE + length]
     (checksum,) = struct.unpack_from("<I", data, _HEAD.size)
-    if checksum != zlib.crc32(data[: _HEAD.size] + directory):
+    if checksum != zlib.crc32(data[: _HEAD.size] + data[HEADER_SIZE : HEADER_SIZE + length]):
         raise CorruptError(f"{name} is damaged: the checksum of header and directory does not match")
     if reserved or major < 1:
         raise CorruptError(f"{name} uses reserved header bits or version {major}.{minor}")
+    return int(length)
+
+
+def _directory(data: bytes, name: str) -> list[_Span]:
+    """Check header, directory and every checksum; return the sections' places."""
+    length = _check_header(data, name)
+    directory = data[HEADER_SIZE : HEADER_SIZE + length]
     spans, at, start = [], 0, HEADER_SIZE + length
     count, at = read_leb(directory, at)
     for i in range(count):

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from bytecap.methods.waterfill import Planner, State
 from bytecap.model.checkpoint import from_matrix
 from bytecap.model.evaluate import kl_to
 from bytecap.model.text import Window
-from bytecap.methods.waterfill import Planner, State
 from bytecap.progress import Advance
 from bytecap.swap import Values, swapped
 
@@ -60,7 +60,7 @@ def measure(
         device: torch device.
         advance: called once a role.
     """
-    found = {}
+    found: dict[str, Factor] = {}
     for names in roles(planner).values():
         with swapped(twin, unit_values(planner, state, names)):
             kl, stderr = kl_to(original, twin, windows, device=device)
@@ -95,5 +95,7 @@ def shrunk(factors: Mapping[str, Factor]) -> dict[str, float]:
     noise = np.array([(factors[n].stderr / factors[n].kappa) ** 2 for n in names])
     mean = float(np.average(logs, weights=1 / (noise + 0.01)))
     spread = max(1e-9, float(np.mean((logs - mean) ** 2 - noise)))
-    values = {n: math.exp(mean + (x - mean) * spread / (spread + e)) for n, x, e in zip(names, logs, noise, strict=True)}
+    values = {
+        n: math.exp(mean + (x - mean) * spread / (spread + e)) for n, x, e in zip(names, logs, noise, strict=True)
+    }
     return {n: float(np.clip(values.get(n, math.exp(mean)), 0.05, 20.0)) for n in factors}

@@ -44,7 +44,11 @@ def _groups(units: tuple[UnitSection, ...]) -> Iterator[list[UnitSection]]:
 
 
 def decode_units(
-    contents: Contents, *, aliases: bool = True, progress: Callable[[int], None] | None = None, observe: Observer | None = None
+    contents: Contents,
+    *,
+    aliases: bool = True,
+    progress: Callable[[int], None] | None = None,
+    observe: Observer | None = None,
 ) -> dict[str, Array]:
     """Values of every unit in stored layout, by name.
 
@@ -61,7 +65,9 @@ def decode_units(
     values: dict[str, Array] = {}
     for group in _groups(contents.units):
         try:
-            matrices = run([coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe)
+            matrices = run(
+                [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe
+            )
         except CorruptError as exc:
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -105,14 +106,13 @@ class Tables:
         return starts
 
     def flat(self, kind: str) -> npt.NDArray[np.int64]:
+        """Frequencies (`freq`) or cumulative frequencies (`cum`) of all classes' entries, one after the other."""
         parts = [np.array([TOTAL, 1]) if kind == "freq" else np.array([0, TOTAL])]
         for _, table in sorted(self.table.items()):
             parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
         return np.concatenate(parts)
 
-    def index(
-        self, symbols: IntArray, classes: IntArray
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
         low, last = np.zeros(MAX_CLASS + 1, np.int64), np.zeros(MAX_CLASS + 1, np.int64)
         for cls, table in self.table.items():
@@ -149,9 +149,7 @@ class Tables:
         return table
 
 
-def integer_frequencies(
-    weights: npt.NDArray[np.float64], *, symmetric: bool = False
-) -> npt.NDArray[np.int64]:
+def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = False) -> npt.NDArray[np.int64]:
     """Positive integers with sum `2**14`, close to proportional to `weights` (the last one is the escape's).
 
     >>> integer_frequencies(np.array([1.0, 6.0, 1.0, 0.0]), symmetric=True).tolist()
@@ -344,7 +342,7 @@ def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], lis
             pointer[:live], width[:live],
         )  # fmt: skip
         at = stop
-    for i, (lo, hi) in enumerate(zip(first, first[1:], strict=False)):
+    for i, (lo, hi) in enumerate(pairwise(first)):
         if (state[lo:hi] != LOW).any() or pointer[i] - start[i] != counts[i]:
             raise CorruptError(f"stream {i} does not end in its initial state: damaged")
     spans = zip(streams, first, first[1:], steps, strict=False)

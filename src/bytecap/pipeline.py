@@ -105,14 +105,13 @@ def fit(
     limit = parse_size(budget)
     reporter.note(f"budget: {format_size(limit)}")
     run = methods.find(method)
-    target = _device(device)
+    target = choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
     files = _side_files(loaded, tokenizer=tokenizer, config=config)
     about = {"budget": limit, "method": method}
     size = _sizer(loaded, files, about)
     stored = _lossless(loaded, files, about, limit, reporter)
-    if stored is None:
-        _check_floor(loaded, size, limit)
+    floor = _check_floor(loaded, size, limit)
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
         reporter=reporter,
@@ -122,9 +121,13 @@ def fit(
     if stored is None:
         job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
         outcome = run(job)
-        stored = _contents(loaded, files, about, outcome, limit, method)
-    result = Artifact(stored, artifact.serialize(stored))
+        if not (dry_run and not outcome.sections):
+            stored = _contents(loaded, files, about, outcome, limit, method)
+    result = (
+        Artifact(stored, artifact.serialize(stored)) if stored is not None else Artifact(Contents((), b"", (), {}), b"")
+    )
     result.report = _report(result, loaded, outcome, limit, method, sets, seed)
+    result.report["floor_bytes"] = floor
     if not dry_run:
         if output is not None:
             result.save(output)
@@ -135,7 +138,8 @@ def fit(
     return result
 
 
-def _device(device: str) -> str:
+def choose_device(device: str) -> str:
+    """Torch device of `auto`, `cpu` or `cuda`."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in {"cpu", "cuda"}:
@@ -150,7 +154,9 @@ def _side_files(model: Model, *, tokenizer: bool, config: bool) -> tuple[FileSec
     return tuple(FileSection(n, sidefiles.pack(n, d)) for n, d in kept.items())
 
 
-def _sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[[dict[str, Section], bytes], int]:
+def _sizer(
+    model: Model, files: tuple[FileSection, ...], about: dict[str, Any]
+) -> Callable[[dict[str, Section], bytes], int]:
     def size(sections: dict[str, Section], tables: bytes) -> int:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
         return len(artifact.serialize(Contents(units, tables, files, about)))
@@ -191,8 +197,8 @@ def _lossless(
     return contents
 
 
-def _check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int) -> None:
-    """Refuse a budget that not even empty sections fit, naming who holds the floor."""
+def _check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int) -> int:
+    """The smallest reachable file; refuses a budget below it, naming who holds the floor."""
     sections = {u.name: Section(*methods.smallest_section(u)) for u in model.units}
     floor = size(sections, b"")
     if floor > budget:
@@ -204,15 +210,17 @@ def _check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int],
             f"the largest units {top} (--no-tokenizer and --no-config leave files out)",
             floor,
         )
+    return floor
 
 
-def _measure(
-    result: Artifact, model: Model, sets: Any, device: str, reporter: Reporter
-) -> list[Comparison]:
+def _measure(result: Artifact, model: Model, sets: Any, device: str, reporter: Reporter) -> list[Comparison]:
     """Read the finished bytes back and score them against the original."""
     contents = artifact.parse(result.data)
     twin = copy.deepcopy(model.module)
-    load_values(twin, {u.unit.name: v for u, v in zip(contents.units, decode_units(contents, aliases=False).values(), strict=True)})
+    load_values(
+        twin,
+        {u.unit.name: v for u, v in zip(contents.units, decode_units(contents, aliases=False).values(), strict=True)},
+    )
     with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
         return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
 
@@ -237,8 +245,8 @@ def _report(
 def _quality(parts: list[Comparison]) -> dict[str, Any]:
     mean = mean_comparison(parts)
     keys = (
-        "bpb_original", "bpb_artifact", "bpb_stderr", "nats_original", "nats_artifact", "nats_temperature", "temperature",
-        "kl_nats", "kl_stderr", "same_top1",
+        "bpb_original", "bpb_artifact", "bpb_stderr", "nats_original", "nats_artifact", "nats_temperature",
+        "temperature", "kl_nats", "kl_stderr", "same_top1",
     )  # fmt: skip
     return {k: getattr(mean, k) for k in keys} | {
         "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,

@@ -43,9 +43,7 @@ class Metric:
     def distortion(self, error: Tensor) -> float:
         """1/2 sum_i G_i e_i H e_i^T of an error of shape (rows, cols), in nats per token."""
         total = 0.0
-        for h, e, g in zip(
-            self.hessian, _split(error, self.hessian), _split(self.rows, self.hessian), strict=True
-        ):
+        for h, e, g in zip(self.hessian, _split(error, self.hessian), _split(self.rows, self.hessian), strict=True):
             e64 = e.double()
             total += float(((e64 @ h) * e64).sum(1) @ g)
         return total / 2
@@ -88,9 +86,7 @@ def join(uses: Sequence[Use], tokens: int) -> Metric:
 
 def metrics(units: Sequence[Unit], statistics: Statistics) -> dict[str, Metric]:
     """Metric of every matrix unit the probe saw in use."""
-    return {
-        u.name: join(statistics.uses[u.name], statistics.tokens) for u in units if u.name in statistics.uses
-    }
+    return {u.name: join(statistics.uses[u.name], statistics.tokens) for u in units if u.name in statistics.uses}
 
 
 def diagonal(unit: Unit, statistics: Statistics) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bytecap.errors import CheckpointError, TextError
 from bytecap.model.checkpoint import Model, demo_directory
-from bytecap.model.text import Encoder, Text, TokenSets, load_text, split_sets, tokenizer_encoder
+from bytecap.model.text import Encoder, TokenSets, load_text, split_sets, tokenizer_encoder
 from bytecap.progress import Reporter
 
 Paths = str | Path | Sequence[str | Path] | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -164,9 +165,7 @@ def _round_members(
     weight = torch.stack(weights).contiguous()
     lower = torch.stack([item.lower[g] for item, g in members])
     order = torch.stack([item.order[g] for item, g in members])
-    step = torch.tensor(
-        [steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device
-    )
+    step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
     problem = Problem(weight, lower, order, torch.stack(rows), classes)
     return round_batch(problem, step, shrink, waterfill=options.waterfill)
@@ -177,7 +176,7 @@ def _collect(
 ) -> Coded:
     parts = [rounded[item.unit.name, g] for g in range(item.groups)]
 
-    def stack(name: str) -> list[np.ndarray]:  # type: ignore[type-arg]
+    def stack(name: str) -> list[npt.NDArray[Any]]:
         return [getattr(r, name)[i].cpu().numpy() for r, i in parts]
 
     code = GridCode(

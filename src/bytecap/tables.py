@@ -78,8 +78,7 @@ def fit_shared(counts: Counts, centres: npt.NDArray[np.float64], previous: Share
     fitted = [_priced(c, k) for k, c in groups]
     while len(groups) > 1:
         merged = [
-            _priced(groups[i][1] + groups[i + 1][1], groups[i][0] + groups[i + 1][0])
-            for i in range(len(groups) - 1)
+            _priced(groups[i][1] + groups[i + 1][1], groups[i][0] + groups[i + 1][0]) for i in range(len(groups) - 1)
         ]
         gains = [fitted[i][1] + fitted[i + 1][1] - m[1] for i, m in enumerate(merged)]
         i = int(np.argmax(gains))
@@ -159,9 +158,7 @@ def load_shared(data: bytes) -> Shared:
         served, at = read_leb(raw, at)
         half, at = read_leb(raw, at)
         if served < 1 or cls + served > CLASSES or half > MAX_HALF:
-            raise CorruptError(
-                f"the tables section serves {served} classes from {cls} with {half} symbols a side"
-            )
+            raise CorruptError(f"the tables section serves {served} classes from {cls} with {half} symbols a side")
         freq = np.zeros(2 * half + 2, np.int64)
         for i in range(half + 1):
             value, at = read_leb(raw, at)

@@ -35,9 +35,7 @@ def parse_size(size: int | str) -> int:
         match = _SIZE.fullmatch(size.strip())
         factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            raise UsageError(
-                f"cannot read the size {size!r}: use bytes (3000000), 3MB (decimal) or 3MiB (binary)"
-            )
+            raise UsageError(f"cannot read the size {size!r}: use bytes (3000000), 3MB (decimal) or 3MiB (binary)")
         value = float(match[1].replace("_", "").replace(",", "")) * factor
     if value < 1:
         raise UsageError(f"the budget must be at least one byte, not {size}")

@@ -20,4 +20,5 @@ _QUARTERS = np.array([1.0, 1.1892071, 1.4142135, 1.6817929], np.float32)
 def quarter(k: int | npt.ArrayLike) -> npt.NDArray[np.float32]:
     """`2^(k/4)` in the format's exact float32 arithmetic."""
     whole = np.floor_divide(np.asarray(k, np.int32), 4)
-    return np.ldexp(_QUARTERS[np.asarray(k, np.int32) - 4 * whole], whole)
+    power: npt.NDArray[np.float32] = np.ldexp(_QUARTERS[np.asarray(k, np.int32) - 4 * whole], whole)
+    return power

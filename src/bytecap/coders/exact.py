@@ -48,9 +48,7 @@ def from_bytes(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
 def is_lossless(values: npt.NDArray[Any], dtype: str) -> bool:
     """Whether a dtype holds every value exactly."""
     with np.errstate(over="ignore"):
-        return dtype in WIDTH and bool(
-            np.array_equal(from_bytes(to_bytes(values, dtype), dtype), values.reshape(-1))
-        )
+        return dtype in WIDTH and bool(np.array_equal(from_bytes(to_bytes(values, dtype), dtype), values.reshape(-1)))
 
 
 class Exact:
@@ -70,13 +68,7 @@ class Exact:
         freq = integer_frequencies(np.append(counts[low : high + 1], 0.0))
         table = Tables({1: Table(low, freq)})
         stream = encode(plane.astype(np.int32), np.ones(len(plane), np.uint8), table)
-        coded = (
-            leb(low)
-            + leb(high - low + 1)
-            + b"".join(leb(int(f)) for f in freq[:-1])
-            + leb(len(stream))
-            + stream
-        )
+        coded = leb(low) + leb(high - low + 1) + b"".join(leb(int(f)) for f in freq[:-1]) + leb(len(stream)) + stream
         return b"\x01" + coded if len(coded) < len(plane) else b"\x00" + plane.tobytes()
 
     def _planes(self, data: bytes, count: int, dtype: str) -> Iterator[tuple[int, Table | None, bytes]]:
@@ -106,9 +98,7 @@ class Exact:
             elif mode != 0:
                 raise CorruptError(f"an exact section has a plane of mode {mode}")
             if length > len(data) - at:
-                raise CorruptError(
-                    f"an exact section is truncated: {length} bytes needed, {len(data) - at} left"
-                )
+                raise CorruptError(f"an exact section is truncated: {length} bytes needed, {len(data) - at} left")
             yield at - start, table, data[at : at + length]
             at += length
         if at != len(data):
@@ -130,9 +120,7 @@ class Exact:
         symbols = iter(
             (yield [Stream(body, ones, Tables({1: table})) for _, table, body in planes if table is not None])
         )
-        columns = [
-            np.frombuffer(body, np.uint8) if table is None else next(symbols) for _, table, body in planes
-        ]
+        columns = [np.frombuffer(body, np.uint8) if table is None else next(symbols) for _, table, body in planes]
         merged = np.zeros((count, WIDTH[dtype]), np.uint8)
         for i, column in enumerate(reversed(columns)):
             if column.min(initial=0) < 0 or column.max(initial=0) > 255:

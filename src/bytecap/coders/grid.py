@@ -109,22 +109,16 @@ class Grid:
         arrays = code.side_arrays()
         chosen = [_choose_class(a, shared.tables) for a in arrays]
         coded = [
-            (a - base, np.full(len(a), cls, np.uint8))
-            for a, (base, cls) in zip(arrays, chosen, strict=True)
-            if cls
+            (a - base, np.full(len(a), cls, np.uint8)) for a, (base, cls) in zip(arrays, chosen, strict=True) if cls
         ]
         side = b""
         if coded:
-            side = encode(
-                np.concatenate([a for a, _ in coded]), np.concatenate([c for _, c in coded]), shared.tables
-            )
+            side = encode(np.concatenate([a for a, _ in coded]), np.concatenate([c for _, c in coded]), shared.tables)
         flat = [v for base, cls in chosen for v in (base & 255, cls)]
         head = _HEAD.pack(len(code.column_step), code.step, *flat) + leb(len(side))
         classes = weight_classes(code.column_class, code.row_class)
         payload = encode(code.symbols.reshape(-1), classes.reshape(-1), shared.tables)
-        return Encoded(
-            head + side + payload, (("header", len(head)), ("side", len(side)), ("payload", len(payload)))
-        )
+        return Encoded(head + side + payload, (("header", len(head)), ("side", len(side)), ("payload", len(payload))))
 
     def side_bits(self, code: GridCode, tables: Tables) -> float:
         """Estimated bits of header and side information."""
@@ -148,12 +142,8 @@ class Grid:
             raise CorruptError(f"a grid section declares the step {step}")
         length, at = read_leb(data, _HEAD.size)
         if length > len(data) - at:
-            raise CorruptError(
-                f"a grid section declares {length} bytes of side information, {len(data) - at} are left"
-            )
-        pairs = [
-            (base - 256 if base > 127 else base, cls) for base, cls in zip(flat[::2], flat[1::2], strict=True)
-        ]
+            raise CorruptError(f"a grid section declares {length} bytes of side information, {len(data) - at} are left")
+        pairs = [(base - 256 if base > 127 else base, cls) for base, cls in zip(flat[::2], flat[1::2], strict=True)]
         if any(cls >= CLASSES for _, cls in pairs):
             raise CorruptError("a grid section names a class above 63")
         return groups, step, pairs, data[at : at + length], data[at + length :], at
@@ -180,14 +170,9 @@ class Grid:
             at += n if cls else 0
         column_step, column_spread, row_step, row_spread = arrays
         column_class = (column_spread - column_step + UNIT_CLASS).reshape(groups, cols)
-        weight_class = weight_classes(
-            np.clip(column_class, -999, 999), np.clip(row_spread - row_step, -999, 999)
-        )
+        weight_class = weight_classes(np.clip(column_class, -999, 999), np.clip(row_spread - row_step, -999, 999))
         (symbols,) = yield [Stream(payload, weight_class.reshape(-1), shared.tables)]
-        if (
-            max(abs(int(a.min(initial=0))) | abs(int(a.max(initial=0))) for a in (column_step, row_step))
-            > 500
-        ):
+        if max(abs(int(a.min(initial=0))) | abs(int(a.max(initial=0))) for a in (column_step, row_step)) > 500:
             raise CorruptError("a grid section holds a step out of range")
         return dequantize(
             symbols.reshape(rows, cols), weight_class, np.float32(step), column_step.reshape(groups, cols), row_step,
@@ -213,7 +198,7 @@ def dequantize(
     value *= quarter(row_step)[:, None]
     scales = step * quarter(column_step)  # (groups, cols)
     for block, scale in zip(np.array_split(value, len(scales)), scales, strict=True):
-        block *= scale
+        np.multiply(block, scale, out=block)
     return value
 
 

@@ -52,7 +52,8 @@ class Rounded:
         column_class: int (B, cols).
         row_class: int (B, rows), added to the column's.
         distortion: float (B,), in the units of H, including row factors.
-        centres: (2, 64, CENTRES): how many sampled values fell into a bin, and by how much it overstates them, summed, in steps.
+        centres: (2, 64, CENTRES): how many sampled values fell into a bin, and by how much it overstates them,
+            summed, in steps.
     """
 
     symbols: Tensor
@@ -123,9 +124,7 @@ def round_batch(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: bo
             value = z - offset[index]
             if k % _SAMPLE == 0:
                 centres[0] += torch.bincount(index.reshape(-1), minlength=CLASSES * CENTRES)
-                centres[1] += torch.bincount(
-                    index.reshape(-1), (z - size).reshape(-1), minlength=CLASSES * CENTRES
-                )
+                centres[1] += torch.bincount(index.reshape(-1), (z - size).reshape(-1), minlength=CLASSES * CENTRES)
             sign = torch.sign(u)
             e = (u - sign * value).mul_(s)
             error[:, k] = e - y + weight[:, k]
@@ -166,7 +165,7 @@ def gaussian_shrink(dead_zone: float) -> Shrink:
             # bins so far out that nothing falls there keep the slope of the density's tail: half a step
             centre = float((grid[inside] * density[inside]).sum() / mass) if mass > 1e-200 else m - 0.5
             offset[k, m] = np.clip(m - centre, -0.5, 127 / 256)
-    return Shrink(np.round(offset * 256).astype(np.float32) / 256, dead)
+    return Shrink((np.round(offset * 256) / 256).astype(np.float32), dead.astype(np.float32))
 
 
 def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Tensor:

@@ -29,9 +29,7 @@ class Vector:
     id: ClassVar[str] = "vector"
     tag: ClassVar[int] = 2
 
-    def quantize(
-        self, values: npt.NDArray[np.float32], step: float
-    ) -> tuple[np.float32, npt.NDArray[np.int32]]:
+    def quantize(self, values: npt.NDArray[np.float32], step: float) -> tuple[np.float32, npt.NDArray[np.int32]]:
         """(centre, integers) at a step."""
         flat = values.reshape(-1).astype(np.float64)
         centre = np.float32(np.median(flat)) if flat.size else np.float32(0)

@@ -18,13 +18,19 @@ def run_golf(job: Job) -> Outcome:
     total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
     with job.reporter.step("statistics", total) as advance:
         found = probe(
-            model.module, model.units, job.sets.statistics, seed=job.seed, guided=False, device=job.device, progress=advance
+            model.module,
+            model.units,
+            job.sets.statistics,
+            seed=job.seed,
+            guided=False,
+            device=job.device,
+            progress=advance,
         )
     names = {alias: u.name for u in model.units for alias in (u.name, *u.aliases)}
     embeddings = {names[n] for n, (_, kind) in linear_weights(model.module).items() if kind == "embedding"}
     hessians = {n: uses[0].moment[0].cpu() for n, uses in found.uses.items() if n not in embeddings}
-    with job.reporter.step("bisection to the cap", 1) as advance:
-        sections = golf(model.units, _matrices(job), hessians, embeddings, _capacity(job), advance)
+    with job.reporter.step("bisection to the cap", 1):
+        sections = golf(model.units, _matrices(job), hessians, embeddings, _capacity(job))
     return Outcome(sections, b"", math.nan, math.nan, math.nan, "golf")
 
 
@@ -32,8 +38,8 @@ def run_uniform(job: Job) -> Outcome:
     """Round to nearest at the bit width that fits."""
     from bytecap.methods.uniform import uniform
 
-    with job.reporter.step("bit width", 1) as advance:
-        sections = uniform(job.model.units, _matrices(job), _capacity(job), advance)
+    with job.reporter.step("bit width", 1):
+        sections = uniform(job.model.units, _matrices(job), _capacity(job))
     return Outcome(sections, b"", math.nan, math.nan, math.nan, "uniform")
 
 

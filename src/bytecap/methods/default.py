@@ -11,8 +11,10 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bytecap import correct, sensitivity
 from bytecap.allocate import allocate
@@ -56,9 +58,7 @@ def run(job: Job) -> Outcome:
     twin = copy.deepcopy(job.model.module)
     with job.reporter.step("correction factors", len(correct.roles(planner))) as advance:
         windows = _some(job.sets.correction, _FACTOR_TOKENS)
-        factors = correct.measure(
-            planner, plain, job.model.module, twin, windows, device=job.device, advance=advance
-        )
+        factors = correct.measure(planner, plain, job.model.module, twin, windows, device=job.device, advance=advance)
     kappa = dict.fromkeys(planner.names, 1.0) | correct.shrunk(factors)
     with job.reporter.step("allocation", len(_LADDER)):
         plan, multipliers = _allocate(planner, plain, kappa, capacity)
@@ -71,7 +71,9 @@ def run(job: Job) -> Outcome:
     predicted = measured
     if job.dry_run:
         return Outcome({}, b"", predicted, plan.slope, plan.gap, label)
-    return _finish(job, work, multipliers, c, chosen, capacity, Outcome({}, b"", predicted, plan.slope, plan.gap, label))
+    return _finish(
+        job, work, multipliers, c, chosen, capacity, Outcome({}, b"", predicted, plan.slope, plan.gap, label)
+    )
 
 
 def _prepare(job: Job, options: Options) -> _Work:
@@ -111,7 +113,8 @@ def _raise_floor(job: Job, work: _Work, state: State) -> None:
     floor = math.ceil(state.rate + job.budget - _capacity(job, work, 700))
     top = ", ".join(f"{n} {state.rates[n]:.0f}" for n in sorted(state.rates, key=lambda n: -state.rates[n])[:3])
     raise BudgetError(
-        f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; the largest units are {top}",
+        f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; "
+        f"the largest units are {top}",
         floor,
     )
 
@@ -139,7 +142,7 @@ def _refine(curve: Curve, kappa: float) -> Curve:
     """Points every sixteenth of an octave between the measured ones (monotone interpolation in the logarithm)."""
     measured = sorted(curve.points, key=lambda p: p.setting)
     x = np.array([p.setting for p in measured])
-    fine = np.linspace(x[0], x[-1], int(round((x[-1] - x[0]) * 16)) + 1)
+    fine = np.linspace(x[0], x[-1], round(float(x[-1] - x[0]) * 16) + 1)
     rate = _pchip(x, np.array([p.rate for p in measured]), fine)
     log_d = _pchip(x, np.log(np.maximum([p.distortion for p in measured], 1e-15)), fine)
     points = tuple(
@@ -148,13 +151,15 @@ def _refine(curve: Curve, kappa: float) -> Curve:
     return Curve(curve.name, points)
 
 
-def _pchip(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _pchip(x: npt.NDArray[Any], y: npt.NDArray[Any], at: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Shape-preserving cubic interpolation (Fritsch-Carlson slopes)."""
     h, d = np.diff(x), np.diff(y) / np.diff(x)
-    m = np.concatenate([[d[0]], np.where(d[:-1] * d[1:] > 0, 2 * d[:-1] * d[1:] / (d[:-1] + d[1:] + 1e-300), 0), [d[-1]]])
+    m = np.concatenate(
+        [[d[0]], np.where(d[:-1] * d[1:] > 0, 2 * d[:-1] * d[1:] / (d[:-1] + d[1:] + 1e-300), 0), [d[-1]]]
+    )
     i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(h) - 1)
     t = (at - x[i]) / h[i]
-    result: np.ndarray = (  # type: ignore[type-arg]
+    result: npt.NDArray[Any] = (
         (1 + 2 * t) * (1 - t) ** 2 * y[i] + t * (1 - t) ** 2 * h[i] * m[i]
         + t**2 * (3 - 2 * t) * y[i + 1] + t**2 * (t - 1) * h[i] * m[i + 1]
     )  # fmt: skip
@@ -187,8 +192,6 @@ def _finish(
         tables = dump_shared(state.shared)
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, refit=False)
-        packed = fit_to_cap(
-            planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget
-        )
+        packed = fit_to_cap(planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
     sections = {**packed.sections, **work.fixed}
     return Outcome(sections, packed.tables, outcome.predicted, outcome.slope, outcome.gap, outcome.plan)

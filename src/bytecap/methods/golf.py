@@ -218,7 +218,7 @@ def _bracket(search: _Search, room: int, report: Progress) -> tuple[dict[str, Me
     k, target, margin = search.solve(room, K), float(room), 0.002
     while True:
         found = search.measure(k)
-        report(f"k {k:.4g}: {total(found):,} of {room:,} bytes")
+        report(0)
         if total(found) <= room:
             fits = (k, found)
             if k <= _FINEST * 1.001:
@@ -256,7 +256,7 @@ def golf(
         hessians: float64 (cols, cols) second moments of the inputs of linear layers, of any scale.
         embeddings: names of embedding tables, tied heads included: rounded to nearest.
         capacity: bytes for all sections together.
-        progress: called with a line of text for every `k` that was measured for real.
+        progress: called with 0 after every `k` measured for real and with 1 at the end.
         embedding_power: how `k_emb` follows `k`; 0 keeps it at the published 15.
 
     Raises:
@@ -267,7 +267,7 @@ def golf(
     matrices = {u.name: weights[u.name].detach().float().cpu() for u in units if u.name not in sections}
     linear = [n for n in matrices if n in hessians and n not in embeddings]
     search = _Search(matrices, {n: factorize(hessians[n].cpu()) for n in linear}, embedding_power)
-    report: Progress = progress if progress is not None else lambda _line: None
+    report: Progress = progress if progress is not None else lambda _: None
     try:
         low, high, k = _bracket(search, capacity - fixed, report) if matrices else ({}, {}, K)
     except BudgetError as exc:
@@ -284,5 +284,6 @@ def golf(
         high = search.measure(k)
     if fixed + total(low) > capacity:
         raise BudgetError(f"golf needs {fixed:,} bytes for vectors alone, {capacity:,} are left", fixed)
+    report(1)
     sections |= {n: Section(CODER.tag, part.data) for n, part in low.items()}
     return {u.name: sections[u.name] for u in units}

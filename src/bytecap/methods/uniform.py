@@ -34,7 +34,7 @@ from bytecap.core import Unit
 from bytecap.errors import BudgetError
 from bytecap.methods import Section
 
-Progress = Callable[[str], None]
+Progress = Callable[[int], None]
 MAX_LEVELS = 127  # an int8 container, symmetric
 _EXACT_VALUES = 65_536  # a tensor that is no known matrix and not larger than this is kept exact
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -169,7 +169,7 @@ def uniform(
         units: of the model.
         weights: float32 (rows, cols) by unit name, vectors as one row.
         capacity: bytes for all sections together.
-        progress: called with a line of text for every number of levels tried.
+        progress: called with 0 after every number of levels tried and with 1 at the end.
 
     Raises:
         BudgetError: one level a side (ternary) does not fit; `.floor` is the size it needs.
@@ -181,7 +181,7 @@ def uniform(
     def at(levels: int) -> dict[str, Measured]:
         found = measure({n: round_rows(w, levels) for n, w in arrays.items()}, ZLIB)
         if progress is not None:
-            progress(f"{levels} levels a side: {fixed + total(found):,} of {capacity:,} bytes")
+            progress(0)
         return found
 
     fits, over, low, high = 1, MAX_LEVELS + 1, at(1), None
@@ -198,5 +198,7 @@ def uniform(
     if high is not None:
         room, enough = capacity - fixed - total(low), tolerance(capacity) // 4
         low = fill(low, high, room, compression=ZLIB, enough=enough)
+    if progress is not None:
+        progress(1)
     sections |= {n: Section(CODER.tag, part.data) for n, part in low.items()}
     return {u.name: sections[u.name] for u in units}

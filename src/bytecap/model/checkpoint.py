@@ -80,9 +80,7 @@ def resolve(model: Path | str) -> Path:
     if path.exists():
         if path.suffix in _PICKLES:
             raise CheckpointError(_pickle_message(path))
-        raise CheckpointError(
-            f"{path} is a file; give the directory that holds config.json and *.safetensors"
-        )
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
     if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
         return _from_hub(str(model))
     raise CheckpointError(f"no model at {path}: the directory does not exist")
@@ -120,9 +118,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
     """
     config = directory / "config.json"
     if not config.is_file():
-        raise CheckpointError(
-            f"{directory} holds no config.json, so it is not a Hugging Face model directory"
-        )
+        raise CheckpointError(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
     try:
         json.loads(config.read_bytes())
     except ValueError as exc:
@@ -144,9 +140,7 @@ def weight_files(directory: Path) -> list[Path]:
             raise CheckpointError(f"{index} is not a valid shard index") from exc
         missing = [s for s in shards if not (directory / s).is_file()]
         if missing:
-            raise CheckpointError(
-                f"{index} names {missing[0]}, which is missing ({len(missing)} of {len(shards)})"
-            )
+            raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} of {len(shards)})")
         return [directory / s for s in shards]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -280,17 +274,13 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
     tensors = _named_tensors(module)
     for name, tensor in tensors.items():
-        key = (
-            (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), tuple(tensor.shape))
-        )
+        key = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), tuple(tensor.shape))
         groups.setdefault(key, []).append(name)
     linears = linear_weights(module)
     units = []
     for names in groups.values():
         kinds = {linears[n][1] for n in names if n in linears}
-        dtype = next(
-            (dtypes[n] for n in names if n in dtypes), _DTYPES.get(str(tensors[names[0]].dtype), "F32")
-        )
+        dtype = next((dtypes[n] for n in names if n in dtypes), _DTYPES.get(str(tensors[names[0]].dtype), "F32"))
         units.append(
             Unit(
                 name=names[0],
@@ -299,18 +289,14 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
                 aliases=tuple(names[1:]),
                 transposed=kinds == {"conv1d"},
                 linear=bool(kinds),
-            )  # fmt: skip
+            )
         )
     return tuple(units)
 
 
 def as_matrix(unit: Unit, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Stored tensor -> (rows, cols) as coders see it."""
-    flat = (
-        values.reshape(unit.shape[0], -1)
-        if len(unit.shape) >= 2 and unit.parameters
-        else values.reshape(1, -1)
-    )
+    flat = values.reshape(unit.shape[0], -1) if len(unit.shape) >= 2 and unit.parameters else values.reshape(1, -1)
     return flat.T if unit.transposed else flat
 
 

@@ -68,9 +68,7 @@ def _stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    module: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None
-) -> Score:
+def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None) -> Score:
     """Bits per byte of one model on one text."""
     losses, counts, sizes = [], [], []
     for ids, mask, windows in _batches(text.windows, module):
@@ -124,8 +122,7 @@ def compare(
         kl = (p.exp() * (p - q)).sum(-1)
         columns = [_token_losses(p, labels), _token_losses(q, labels), kl]
         grouped = [
-            torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, row, c.double())
-            for c in columns
+            torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, row, c.double()) for c in columns
         ]
         for i, w in enumerate(windows):
             sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
@@ -134,9 +131,7 @@ def compare(
     return _summary(text.name, np.array(sums), temperature, same)
 
 
-def _summary(
-    name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: int
-) -> Comparison:
+def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: int) -> Comparison:
     nats_p, nats_q, kl, tokens, size = sums.T
     n = tokens.sum()
     best, nats_best = _best_temperature(temperature / n)

@@ -144,23 +144,21 @@ class _Leaves:
 def _leaves(twin: nn.Module, units: Sequence[Unit]) -> _Leaves:
     """Untie embeddings in the twin, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
-    embedding = {}
+    embedding: dict[str, Tensor] = {}
     for name, (m, kind) in linear_weights(twin).items():
         if kind == "embedding":
-            weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[union-attr,operator]
+            weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[operator]
             m.weight = weight
             embedding[names[name].name] = weight
-    other = {}
+    other: dict[str, Tensor] = {}
     for name, p in twin.named_parameters():
         if name in names and not names[name].linear and p.is_floating_point():
-            p.requires_grad_(True)  # noqa: FBT003 (torch's signature)
+            p.requires_grad_(True)
             other[names[name].name] = p
     return _Leaves(embedding, other)
 
 
-def _passes(
-    twin: nn.Module, names: dict[str, str], memory: int, groups: int
-) -> list[list[tuple[str, nn.Module, str]]]:
+def _passes(twin: nn.Module, names: dict[str, str], memory: int, groups: int) -> list[list[tuple[str, nn.Module, str]]]:
     """Groups of linear modules whose second moments fit `memory`."""
     plan: list[list[tuple[str, nn.Module, str]]] = [[]]
     size = 0
@@ -238,7 +236,7 @@ def _one_pass(
     tokens = 0
     vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
     for ids, mask in batches(windows, batch_tokens(vocabulary)):
-        sampled_loss(twin, ids.to(device), mask.to(device), generator).backward()  # type: ignore[no-untyped-call]
+        sampled_loss(twin, ids.to(device), mask.to(device), generator).backward()
         _harvest(leaves, embedded, diagonal)
         tokens += int(mask.sum())
         if progress is not None:

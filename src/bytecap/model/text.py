@@ -75,9 +75,7 @@ def tokenizer_encoder(tokenizer: object, first: int | None) -> Encoder:
         encoding = tokenizer.encode(document, add_special_tokens=False)  # type: ignore[attr-defined]
         ends = [end for _, end in encoding.offsets]
         sizes, at, done = [], 0, 0
-        for (
-            end
-        ) in ends:  # offsets are in characters; a character split over tokens is charged to its last one
+        for end in ends:  # offsets are in characters; a character split over tokens is charged to its last one
             stop = max(end, at)
             sizes.append(len(document[at:stop].encode("utf-8")))
             done += sizes[-1]

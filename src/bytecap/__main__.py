@@ -1,0 +1,5 @@
+"""`python -m bytecap`."""
+
+from bytecap.cli import main
+
+main()

@@ -1,0 +1,279 @@
+"""The command line: parse, call, print. Every command works offline; only `fit --factory` style code is never run.
+
+Errors are one line on standard error with exit code 2 (`--debug` shows the traceback); Ctrl-C exits with 130.
+With `--json` exactly one JSON object goes to standard output and nothing else is said.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bytecap.errors import BytecapError, OutputError
+from bytecap.progress import Bars, Reporter, Silent
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Put a trained language model into ONE file under a hard byte cap.",
+)  # fmt: skip
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
+
+
+def _reporter(quiet: bool) -> Reporter:
+    return Silent() if quiet else Bars()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity become null: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value  # noqa: PLR0124
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
+    budget: Annotated[str, typer.Option("--budget", help="Cap on the file: 3000000, 3MB (decimal), 3MiB.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
+    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
+    eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
+    method: Annotated[str, typer.Option(help="bytecap, golf or uniform.")] = "bytecap",
+    device: _Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.")] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print floor and predicted quality, write nothing.")
+    ] = False,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
+    no_config: Annotated[bool, typer.Option("--no-config", help="Leave the config out.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
+    from bytecap.pipeline import fit as run
+    from bytecap.report.terminal import print_fit
+    from bytecap.sources import EVALUATION_TOKENS, TOKENS
+
+    if output is None and not dry_run:
+        raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
+    if output is not None:
+        _check_output(output)
+    result = run(
+        model, budget, calibration=calib, evaluation=eval_, method=method, device=device, seed=seed, output=output,
+        dry_run=dry_run, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
+        tokenizer=not no_tokenizer, config=not no_config, reporter=_reporter(as_json),
+    )  # fmt: skip
+    if as_json:
+        _print_json(result.report)
+    else:
+        print_fit(result.report, result.ledger())
+
+
+def _check_output(path: Path) -> None:
+    """Fail before hours of work, not after."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
+    import os
+
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: the directory {path.parent} is not writable")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model directory, hub id, `demo`, or .bcap file.")],
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text to score (repeatable).")] = None,
+    window: Annotated[int, typer.Option(help="Predicted tokens in a window.")] = 512,
+    tokens: Annotated[int | None, typer.Option(help="Most tokens per text; all by default.")] = None,
+    device: _Device = "auto",
+    as_json: _Json = False,
+) -> None:
+    """Bits per byte of a model or an artifact."""
+    from bytecap.report.terminal import print_scores
+    from bytecap.scoring import score
+
+    reporter = _reporter(as_json)
+    scores = score(model, text, window=window, tokens=tokens, device=device, reporter=reporter)
+    if as_json:
+        _print_json(_score_json(scores))
+    else:
+        print_scores(scores)
+
+
+def _score_json(scores: list[Any]) -> dict[str, Any]:
+    """Unweighted means over the texts on top, each text under `texts`."""
+    n = len(scores)
+    return {
+        "bpb": sum(s.bpb for s in scores) / n,
+        "bpb_stderr": sum(s.bpb_stderr**2 for s in scores) ** 0.5 / n,
+        "nats_per_token": sum(s.nats for s in scores) / n,
+        "tokens": sum(s.tokens for s in scores), "bytes": sum(s.bytes for s in scores),
+        "texts": [s.as_dict() for s in scores],
+    }  # fmt: skip
+
+
+@app.command()
+def ledger(path: _Artifact, as_json: _Json = False) -> None:
+    """Where every byte went, rebuilt from the file alone."""
+    from bytecap import artifact
+    from bytecap.ledger import total
+    from bytecap.report.terminal import print_ledger
+
+    entries = artifact.ledger(artifact.read(path))
+    if as_json:
+        _print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
+    else:
+        print_ledger(entries, str(path))
+
+
+@app.command()
+def check(path: _Artifact, as_json: _Json = False) -> None:
+    """Strict integrity check: every checksum, every count, every stream. Needs no torch."""
+    from bytecap import artifact
+    from bytecap.decode import decode_units
+
+    contents = artifact.read(path)
+    values = decode_units(contents, aliases=False)
+    parameters = sum(v.size for v in values.values())
+    size = path.stat().st_size
+    if as_json:
+        _print_json({"ok": True, "file_bytes": size, "units": len(values), "parameters": parameters})
+    else:
+        typer.echo(f"{path}: sound. {size:,} bytes, {len(values)} units, {parameters:,} parameters")
+
+
+@app.command()
+def unpack(
+    path: _Artifact,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    as_json: _Json = False,
+) -> None:
+    """Write an ordinary Hugging Face directory; exactly the values that `eval` scores."""
+    from bytecap.unpack import unpack as run
+
+    written = run(path, output, dtype=dtype)
+    if as_json:
+        _print_json({"directory": str(output), "dtype": written})
+    else:
+        typer.echo(f"{output}: written as {written}")
+
+
+@app.command()
+def generate(
+    path: _Artifact,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: _Json = False,
+) -> None:
+    """Continue a prompt with the model in an artifact."""
+    from bytecap.scoring import continue_prompt
+
+    text = continue_prompt(path, prompt, tokens=tokens, temperature=temperature, seed=seed)
+    if as_json:
+        _print_json({"prompt": prompt, "text": text})
+    else:
+        typer.echo(prompt + text)
+
+
+@app.command()
+def demo(
+    budget: Annotated[str, typer.Option("--budget", help="Cap on the file.")] = "600kB",
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("demo.bcap"),
+    as_json: _Json = False,
+) -> None:
+    """The main job on the embedded model: fit, read back, show where every byte went."""
+    from bytecap.model.checkpoint import demo_directory
+    from bytecap.pipeline import fit as run
+    from bytecap.report.terminal import print_fit, print_ledger
+
+    _check_output(output)
+    texts = demo_directory()
+    result = run(
+        "demo", budget, calibration=texts / "calib.txt", evaluation=texts / "val.txt", output=output,
+        evaluation_tokens=16_384, reporter=_reporter(as_json),
+    )  # fmt: skip
+    if as_json:
+        _print_json(result.report)
+        return
+    print_ledger(result.ledger(), str(output))
+    print_fit(result.report, result.ledger())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from bytecap import __version__
+
+        typer.echo(f"bytecap {__version__}, format 1.0")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del debug, version  # read in `main`, which sees errors of every command
+
+
+def main() -> None:
+    """Entry point: run the command, turn errors into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write("\ninterrupted; nothing was written\n")
+        raise SystemExit(130) from None
+    except Exception as exc:
+        if debug:
+            raise
+        raise SystemExit(_complain(exc)) from None
+
+
+def _complain(exc: Exception) -> int:
+    """Print one line for an error; returns the exit code."""
+    import click
+
+    if isinstance(exc, click.exceptions.Abort):  # what click makes of Ctrl-C
+        sys.stderr.write("\ninterrupted; nothing was written\n")
+        return 130
+    if isinstance(exc, click.exceptions.Exit):
+        return int(exc.exit_code)
+    if isinstance(exc, click.ClickException):
+        message = exc.format_message()
+    elif isinstance(exc, BytecapError):
+        message = str(exc)
+    elif isinstance(exc, MemoryError):
+        message = "out of memory"
+    elif isinstance(exc, ModuleNotFoundError):
+        message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"
+    else:
+        message = f"unexpected {type(exc).__name__}: {exc} (run with --debug for the traceback)"
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    return 2
+
+
+if __name__ == "__main__":
+    main()

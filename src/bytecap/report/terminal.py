@@ -1,0 +1,105 @@
+"""Tables on the terminal: the ledger, the outcome of a fit, scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bytecap.core import Score
+from bytecap.ledger import Entry, by_kind, by_unit, total
+from bytecap.units import format_size
+
+_COLOURS = {
+    "payload": "green", "side": "yellow", "table": "magenta", "tokenizer": "cyan", "config": "blue", "index": "red",
+    "header": "bright_black", "code": "white", "padding": "bright_red",
+}  # fmt: skip
+_BAR = 72
+
+
+def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None:
+    """A bar of kinds, then owners by falling size."""
+    console = Console()
+    size = total(entries)
+    kinds = by_kind(entries)
+    console.print(f"[bold]{name}[/bold]: {format_size(size)}", highlight=False)
+    bar = "".join(f"[{_COLOURS[k]}]{'█' * max(1, round(_BAR * n / size))}[/]" for k, n in kinds.items())
+    console.print(bar)
+    console.print(
+        "  ".join(f"[{_COLOURS[k]}]■[/] {k} {n:,} ({100 * n / size:.2f}%)" for k, n in kinds.items()), highlight=False
+    )
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (
+        ("owner", "left"),
+        ("bytes", "right"),
+        ("share", "right"),
+        ("bits/parameter", "right"),
+        ("side", "right"),
+    ):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    lines = by_unit(entries)
+    for line in lines[:most]:
+        side = line.kinds.get("side", 0) + line.kinds.get("header", 0)
+        bits = f"{8 * line.bytes / line.parameters:.3f}" if line.parameters else ""
+        share = f"{100 * side / line.bytes:.2f}%" if line.parameters and line.bytes else ""
+        table.add_row(line.unit, f"{line.bytes:,}", f"{100 * line.bytes / size:.2f}%", bits, share)
+    rest = lines[most:]
+    if rest:
+        table.add_row(f"({len(rest)} more)", f"{sum(line.bytes for line in rest):,}", "", "", "")
+    console.print(table)
+
+
+def print_fit(report: dict[str, Any], entries: Sequence[Entry]) -> None:
+    """The outcome of a fit."""
+    console = Console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    size = report["file_bytes"]
+    del entries
+    if "bpb_artifact" in report:
+        table.add_row("file", f"{format_size(size)}; {report['slack_bytes']:,} bytes of the budget left")
+        table.add_row(
+            "bits per parameter", f"{report['bits_per_parameter']:.3f} over {report['parameters']:,} unique parameters"
+        )
+        table.add_row("bits per byte", _bpb(report))
+        table.add_row("KL to the original", f"{report['kl_nats']:.4f} ± {report['kl_stderr']:.4f} nats per token")
+        table.add_row("loss", _loss(report))
+        table.add_row("same top-1 token", f"{100 * report['same_top1']:.1f}%")
+    else:
+        table.add_row("dry run", f"nothing written; {format_size(report['budget_bytes'])} budget")
+        table.add_row("floor", f"{format_size(report['floor_bytes'])} is the smallest reachable file")
+        table.add_row("predicted KL", f"{report['predicted_delta_nats']:.4f} nats per token")
+    if math.isfinite(report["slope_nats_per_byte"] or math.nan):
+        table.add_row("one more kilobyte", f"buys {1000 * report['slope_nats_per_byte']:.2e} nats per token")
+    table.add_row("plan", f"{report['method']}: {report['plan']}; {report['seconds']:.1f} s")
+    console.print(table, highlight=False)
+
+
+def _bpb(report: dict[str, Any]) -> str:
+    change = report["bpb_artifact"] - report["bpb_original"]
+    return (
+        f"{report['bpb_original']:.4f} -> {report['bpb_artifact']:.4f} "
+        f"({change:+.4f} ± {report['bpb_stderr']:.4f}, paired)"
+    )
+
+
+def _loss(report: dict[str, Any]) -> str:
+    return (
+        f"{report['nats_original']:.4f} -> {report['nats_artifact']:.4f} nats per token; predicted change "
+        f"{report['predicted_delta_nats'] or math.nan:+.4f}, measured {report['measured_delta_nats']:+.4f}; "
+        f"the original at its best temperature {report['temperature']:.2f} has {report['nats_temperature']:.4f}"
+    )
+
+
+def print_scores(scores: Sequence[Score]) -> None:
+    """Bits per byte of every text."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("text", "bits per byte", "nats per token", "tokens", "bytes"):
+        table.add_column(title, justify="left" if title == "text" else "right")
+    for s in scores:
+        table.add_row(s.name, f"{s.bpb:.4f} ± {s.bpb_stderr:.4f}", f"{s.nats:.4f}", f"{s.tokens:,}", f"{s.bytes:,}")
+    Console().print(table)

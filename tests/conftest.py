@@ -1,0 +1,147 @@
+"""Shared fixtures: four tiny random models of different families, a small tokenizer, short texts, one fitted file each."""
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import bytecap
+from bytecap.model.checkpoint import demo_directory
+
+settings.register_profile(
+    "suite", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
+
+VOCABULARY = 288
+KINDS = ("rotary", "biased", "transposed", "offset")  # families of models below
+BUDGET = 21_000
+SMALL = {"tokens": 2000, "evaluation_tokens": 1000, "window": 128}  # enough to exercise everything
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Matrices here are so small that a second thread only waits."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Paths of a calibration and an evaluation text, some documents each."""
+    directory = tmp_path_factory.mktemp("texts")
+    paths = {}
+    for name, size in (("calib", 24_000), ("val", 8_000)):
+        content = (demo_directory() / f"{name}.txt").read_text("utf-8")[:size]
+        paths[name] = directory / f"{name}.txt"
+        paths[name].write_text(content, "utf-8")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json(texts):
+    """A byte-level BPE tokenizer with a few dozen merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train([str(texts["calib"])], trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    return tokenizer.to_str(pretty=True)
+
+
+def _config(kind, **changes):
+    import transformers
+
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    wide = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
+    }  # fmt: skip
+    if kind == "rotary":
+        return transformers.LlamaConfig(**common, **wide, **{"tie_word_embeddings": True, **changes})
+    if kind == "biased":
+        return transformers.Qwen2Config(**common, **wide, **{"tie_word_embeddings": False, **changes})
+    if kind == "transposed":
+        return transformers.GPT2Config(
+            **common, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.15,
+            **{"tie_word_embeddings": True, **changes},
+        )  # fmt: skip
+    return transformers.OPTConfig(
+        **{**common, "pad_token_id": 1}, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, word_embed_proj_dim=32, init_std=0.15, dropout=0.0,
+        **{"tie_word_embeddings": True, **changes},
+    )  # fmt: skip
+
+
+def build(kind, *, dtype=torch.float32, seed=0, **changes):
+    """A random model of a family, biases and norms random too."""
+    import transformers
+
+    torch.manual_seed(seed)
+    module = transformers.AutoModelForCausalLM.from_config(_config(kind, **changes))
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim == 1:
+                p.add_(0.1 * torch.randn_like(p))
+    return module.to(dtype).eval()
+
+
+def save(module, directory, tokenizer_json, **options):
+    """An ordinary model directory."""
+    module.save_pretrained(directory, **options)
+    (directory / "tokenizer.json").write_text(tokenizer_json, "utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory, tokenizer_json):
+    """Function: directory of a tiny model of a family (see `KINDS`), built once for each set of options."""
+    made = {}
+
+    def get(kind="rotary", *, dtype=torch.bfloat16, **changes):
+        key = (kind, str(dtype), *sorted(changes.items()))
+        if key not in made:
+            module = build(kind, dtype=dtype, **changes)
+            made[key] = save(module, tmp_path_factory.mktemp(kind), tokenizer_json)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory, model_directory, texts):
+    """Function: (artifact, path) of a tiny model under `BUDGET`, made once for each set of options."""
+    made = {}
+
+    def get(kind="rotary", method="bytecap", budget=BUDGET, **changes):
+        key = (kind, method, budget, *sorted(changes.items()))
+        if key not in made:
+            path = tmp_path_factory.mktemp("fitted") / f"{kind}.bcap"
+            result = bytecap.fit(
+                model_directory(kind, **changes), budget, calibration=texts["calib"], evaluation=texts["val"],
+                method=method, output=path, **SMALL,
+            )  # fmt: skip
+            made[key] = (result, path)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def edited_config():
+    """Function: change entries of a directory's config.json in place."""
+
+    def edit(directory, **changes):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+    return edit
