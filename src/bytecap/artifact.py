@@ -34,7 +34,8 @@ HEADER_SIZE = _HEAD.size + 4
 INDEX, TABLES, UNIT, FILE, CODE, PADDING = 1, 2, 3, 4, 5, 6
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
 _MAX_INDEX = 1 << 26
-_MAX_PARAMETERS = 1 << 40
+_MAX_DIMENSIONS = 32
+_SPARE_VALUES, _VALUES_PER_BYTE = 1 << 24, 2048  # most values a file may declare: an entropy-coded one has no more
 
 
 class _Index(msgspec.Struct, forbid_unknown_fields=True):
@@ -185,13 +186,16 @@ def _directory(data: bytes, name: str) -> list[_Span]:
 def _read_index(data: bytes, name: str) -> _Index:
     try:
         if data[:1] == b"\x01":
-            raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA).decompress(data[1:], _MAX_INDEX)
+            machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
+            raw = machine.decompress(data[1:], _MAX_INDEX)
+            if not machine.eof or machine.unused_data:
+                raise CorruptError(f"{name} has an index whose packing does not end where it should")
         elif data[:1] == b"\x00":
             raw = data[1:]
         else:
             raise CorruptError(f"{name} has an index of unknown packing")
         index = msgspec.json.decode(raw, type=_Index)
-    except (lzma.LZMAError, msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except (lzma.LZMAError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise CorruptError(f"{name} has an index that cannot be read: {exc}") from exc
     names = [n for entry in index.units for n in (entry[0], *entry[5])]
     if len(set(names)) != len(names) or len(set(index.files)) != len(index.files):
@@ -199,13 +203,19 @@ def _read_index(data: bytes, name: str) -> _Index:
     for file in index.files:
         if not file or "/" in file or "\\" in file or file.startswith(".") or "\0" in file:
             raise CorruptError(f"{name} holds a file with the unsafe name {file!r}")
+    return index
+
+
+def _check_shapes(index: _Index, size: int, name: str) -> None:
+    """A small file must not make its reader allocate much: sizes of 0 count as 1."""
+    left = _SPARE_VALUES + _VALUES_PER_BYTE * size
     for unit, shape, *_ in index.units:
         count = 1
         for n in shape:
-            count *= n if n >= 0 else _MAX_PARAMETERS + 1
-            if count > _MAX_PARAMETERS:
-                raise CorruptError(f"{name} declares the impossible shape {shape} for {unit}")
-    return index
+            count = count * max(n, 1) if n >= 0 else left + 1
+            if count > left or len(shape) > _MAX_DIMENSIONS:
+                raise CorruptError(f"{name} declares the impossible shape {shape[:_MAX_DIMENSIONS]} for {unit}")
+        left -= count
 
 
 def parse(data: bytes, name: str = "the artifact") -> Contents:
@@ -216,6 +226,7 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     """
     spans = _directory(data, name)
     index, expected = _expected_kinds(data, spans, name)
+    _check_shapes(index, len(data), name)
     if [s.kind for s in spans] != expected:
         raise CorruptError(f"{name} holds sections of unexpected kinds or in an unexpected order")
     body = [data[s.start : s.start + s.length] for s in spans]

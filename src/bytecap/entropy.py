@@ -38,6 +38,7 @@ LOW = 1 << 16  # a lane's state lives in [LOW, 2**32)
 LANE_SYMBOLS = 8192  # symbols a lane holds; fixes the number of lanes
 MAX_CLASS = 63  # class 0 is padding: one symbol of probability 1
 MAX_HALF = 1023  # largest |symbol| a table may hold; anything larger is escaped
+MAX_SYMBOL = 2**31 - 1  # largest |symbol| at all
 
 
 def lanes(count: int) -> int:
@@ -93,6 +94,10 @@ class Tables:
                 dense = (dense + dense[::-1]) / 2
             fitted[cls] = Table(low, integer_frequencies(np.append(dense, rest), symmetric=symmetric))
         return Tables(fitted)
+
+    def distinct(self) -> list[tuple[int, Table]]:
+        """Every table once, with the lowest class it serves."""
+        return list({id(t): (cls, t) for cls, t in sorted(self.table.items(), reverse=True)}.values())[::-1]
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -218,6 +223,8 @@ def _read_zigzag(data: bytes, count: int) -> list[int]:
             if data[at - 1] < 128:
                 break
         values.append(rest >> 1 if rest % 2 == 0 else -(rest >> 1) - 1)
+        if abs(values[-1]) > MAX_SYMBOL:
+            raise CorruptError(f"a stream holds the escaped symbol {values[-1]}")
     if at != len(data):
         raise CorruptError(f"{len(data) - at} bytes are left over behind the escaped symbols of a stream")
     return values
@@ -278,12 +285,16 @@ def _split(stream: Stream) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint1
         at += 1
         if data[at - 1] < 128:
             break
+    if count % 2:
+        raise CorruptError("a stream declares a negative number of words")
     count >>= 1
     k = lanes(len(stream.classes))
     end = at + 4 * k + 2 * count
     if end > len(data):
         raise CorruptError(f"a stream of {len(data)} bytes declares {count} words and {k} lanes: truncated")
     states = np.frombuffer(data, "<u4", k, at)
+    if states.min(initial=LOW) < LOW:
+        raise CorruptError("a stream begins in an impossible state")
     return states, np.frombuffer(data, "<u2", count, at + 4 * k), data[end:]
 
 

@@ -41,6 +41,9 @@ class Options:
         damping: of the Hessian, in fractions of its mean diagonal.
         guided: weight tokens by output gradient energy.
         groups: row groups of the guided Hessian.
+        correct: measure correction factors with the real loss.
+        allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
+        drift: strength of drift targets, 0 off.
     """
 
     feedback: bool = True
@@ -54,6 +57,9 @@ class Options:
     damping: float = 1e-3
     guided: bool = True
     groups: int = 1
+    correct: bool = True
+    allocate: bool = True
+    drift: float = 0.0
 
 
 @dataclass(frozen=True)

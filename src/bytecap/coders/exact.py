@@ -89,7 +89,8 @@ class Exact:
                     raise CorruptError(f"an exact section declares {size} byte values from {low}")
                 freq = np.zeros(size + 1, np.int64)
                 for i in range(size):
-                    freq[i], at = read_leb(data, at)
+                    value, at = read_leb(data, at)
+                    freq[i] = min(value, TOTAL)  # anything larger is refused below, and must not overflow the sum
                 freq[-1] = TOTAL - int(freq.sum())
                 if freq.min() < 1:
                     raise CorruptError(f"the frequencies of an exact section do not add up to {TOTAL}")
@@ -126,6 +127,8 @@ class Exact:
             if column.min(initial=0) < 0 or column.max(initial=0) > 255:
                 raise CorruptError("an exact section holds a byte out of range")
             merged[:, i] = column
+        if dtype == "BOOL" and merged.max(initial=0) > 1:
+            raise CorruptError("an exact section holds a truth value that is neither 0 nor 1")
         return from_bytes(merged, dtype).reshape(shape)
 
 

@@ -33,6 +33,7 @@ from bytecap.errors import CorruptError
 IntArray = npt.NDArray[np.integer[Any]]
 _HEAD = struct.Struct("<Bf8B")
 _MAX_GROUPS = 4
+_MAX_STEP, _MAX_SPREAD = 500, 1000  # quarter octaves
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _choose_class(values: IntArray, tables: Tables) -> tuple[int, int]:
     residual = values - base
     spread, count = np.unique(residual, return_counts=True)
     best = (float("inf"), 0)
-    for cls, table in tables.table.items():
+    for cls, table in tables.distinct():
         bits = _bits(spread, count, cls, table.low, tables)
         best = min(best, (bits, cls))
     if best[1] == 0:
@@ -166,18 +167,23 @@ class Grid:
         (residual,) = yield [Stream(side, classes, shared.tables)]
         arrays, at = [], 0
         for n, (base, cls) in zip(sizes, pairs, strict=True):
-            arrays.append(residual[at : at + n] + base if cls else np.full(n, base, np.int32))
+            arrays.append(residual[at : at + n].astype(np.int64) + base if cls else np.full(n, base, np.int64))
             at += n if cls else 0
         column_step, column_spread, row_step, row_spread = arrays
+        for steps, spreads in ((column_step, column_spread), (row_step, row_spread)):
+            if np.abs(steps).max(initial=0) > _MAX_STEP or np.abs(spreads).max(initial=0) > _MAX_SPREAD:
+                raise CorruptError("a grid section holds a step or a spread out of range")
         column_class = (column_spread - column_step + UNIT_CLASS).reshape(groups, cols)
-        weight_class = weight_classes(np.clip(column_class, -999, 999), np.clip(row_spread - row_step, -999, 999))
+        weight_class = weight_classes(column_class, row_spread - row_step)
         (symbols,) = yield [Stream(payload, weight_class.reshape(-1), shared.tables)]
-        if max(abs(int(a.min(initial=0))) | abs(int(a.max(initial=0))) for a in (column_step, row_step)) > 500:
-            raise CorruptError("a grid section holds a step out of range")
-        return dequantize(
-            symbols.reshape(rows, cols), weight_class, np.float32(step), column_step.reshape(groups, cols), row_step,
-            shared.offset,
-        )  # fmt: skip
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = dequantize(
+                symbols.reshape(rows, cols), weight_class, np.float32(step), column_step.reshape(groups, cols),
+                row_step, shared.offset,
+            )  # fmt: skip
+        if not np.isfinite(values).all():
+            raise CorruptError("a grid section holds a value out of range")
+        return values
 
 
 def dequantize(

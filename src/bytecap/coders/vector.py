@@ -47,7 +47,7 @@ class Vector:
             return 0, 0.0
         found = (float("inf"), 0)
         values, count = np.unique(symbols, return_counts=True)
-        for cls in shared.tables.table:
+        for cls, _ in shared.tables.distinct():
             entry, escaped = shared.tables.index(values, np.full(len(values), cls, np.uint8))
             found = min(found, (float(shared.tables.cost[entry] @ count + 12.0 * count[escaped].sum()), cls))
         return found[1], found[0]
@@ -83,7 +83,11 @@ class Vector:
         (symbols,) = yield [stream]
         if not cls:
             symbols = np.zeros(count, np.int32)
-        return self.dequantize(np.float32(centre), step, symbols).reshape(shape)
+        with np.errstate(over="ignore"):
+            values = self.dequantize(np.float32(centre), step, symbols).reshape(shape)
+        if not np.isfinite(values).all():
+            raise CorruptError("a vector section holds a value out of range")
+        return values
 
 
 CODER = Vector()

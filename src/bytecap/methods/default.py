@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from bytecap import correct, sensitivity
 from bytecap.allocate import allocate
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Curve, Plan, Point
+from bytecap.drift import drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.waterfill import Planner, State, VectorUnit
@@ -33,6 +35,8 @@ from bytecap.trim import fit_to_cap
 
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
 _FACTOR_TOKENS = 4096
+_DRIFT_TOKENS = 32_768
+_TABLES_GUESS = 700  # bytes of the tables section before it exists
 
 
 @dataclass(frozen=True)
@@ -48,32 +52,50 @@ def run(job: Job) -> Outcome:
     options = Options(**job.options)
     work = _prepare(job, options)
     planner = work.planner
+    capacity = _capacity(job, work, _TABLES_GUESS)
+    ones = dict.fromkeys(planner.names, 1.0)
     with job.reporter.step("search", 1):
-        tables_guess = 700
-        capacity = _capacity(job, work, tables_guess)
-        ones = dict.fromkeys(planner.names, 1.0)
-        c, plain = planner.search(ones, capacity, start=planner.first_step(capacity))
+        c, plain = planner.search(ones, capacity, start=planner.first_step(capacity), tolerance=2e-3)
         if plain.rate > 1.02 * capacity:
             _raise_floor(job, work, plain)
     twin = copy.deepcopy(job.model.module)
+    kappa = _factors(job, planner, plain, twin) if options.correct else ones
+    with job.reporter.step("allocation", 1):
+        plan, multipliers = _allocate(planner, plain, kappa, capacity)
+        c_planned, planned = c, plain
+        if options.allocate:
+            c_planned, planned = planner.search(multipliers, capacity, start=c, rounds=4, tolerance=2e-3)
+    with job.reporter.step("comparison with a plain plan", 1):
+        candidates = {"plain": plain, "allocated": planned} if options.allocate else {"plain": plain}
+        label, predicted = _better(job, planner, candidates, twin)
+    if label == "plain":
+        if options.allocate:
+            job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that")
+        multipliers, c_planned, planned = ones, c, plain
+    outcome = Outcome({}, b"", predicted, plan.slope, plan.gap, label)
+    if job.dry_run:
+        return outcome
+    if options.drift:
+        _apply_drift(job, planner, planned, twin)
+    return _finish(job, work, multipliers, c_planned, planned, capacity, outcome)
+
+
+def _factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[str, float]:
+    """Correction factor of every unit."""
     with job.reporter.step("correction factors", len(correct.roles(planner))) as advance:
         windows = _some(job.sets.correction, _FACTOR_TOKENS)
-        factors = correct.measure(planner, plain, job.model.module, twin, windows, device=job.device, advance=advance)
-    kappa = dict.fromkeys(planner.names, 1.0) | correct.shrunk(factors)
-    with job.reporter.step("allocation", len(_LADDER)):
-        plan, multipliers = _allocate(planner, plain, kappa, capacity)
-        c_planned, planned = planner.search(multipliers, capacity, start=c, rounds=5)
-    with job.reporter.step("comparison with a plain plan", 2) as advance:
-        chosen, measured, label = _better(job, planner, {"allocated": planned, "plain": plain}, twin, advance)
-    multipliers, c = (multipliers, c_planned) if label == "allocated" else (ones, c)
-    if label == "plain":
-        job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that one")
-    predicted = measured
-    if job.dry_run:
-        return Outcome({}, b"", predicted, plan.slope, plan.gap, label)
-    return _finish(
-        job, work, multipliers, c, chosen, capacity, Outcome({}, b"", predicted, plan.slope, plan.gap, label)
-    )
+        found = correct.measure(planner, state, job.model.module, twin, windows, device=job.device, advance=advance)
+    return dict.fromkeys(planner.names, 1.0) | correct.shrunk(found)
+
+
+def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> None:
+    """Replace the planner's targets."""
+    windows = _some(job.sets.statistics, _DRIFT_TOKENS)
+    with job.reporter.step("drift targets", len(planner.matrices)) as advance:
+        planner.matrices = drift_targets(
+            planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
+            advance=advance,
+        )  # fmt: skip
 
 
 def _prepare(job: Job, options: Options) -> _Work:
@@ -110,7 +132,7 @@ def _capacity(job: Job, work: _Work, tables: int) -> float:
 
 
 def _raise_floor(job: Job, work: _Work, state: State) -> None:
-    floor = math.ceil(state.rate + job.budget - _capacity(job, work, 700))
+    floor = math.ceil(state.rate + job.budget - _capacity(job, work, _TABLES_GUESS))
     top = ", ".join(f"{n} {state.rates[n]:.0f}" for n in sorted(state.rates, key=lambda n: -state.rates[n])[:3])
     raise BudgetError(
         f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; "
@@ -166,19 +188,14 @@ def _pchip(x: npt.NDArray[Any], y: npt.NDArray[Any], at: npt.NDArray[Any]) -> np
     return result
 
 
-def _better(
-    job: Job, planner: Planner, states: Mapping[str, State], twin: object, advance: object
-) -> tuple[State, float, str]:
-    """The state with the smaller KL on the correction tokens, that KL, and its name."""
-    best: tuple[float, str] | None = None
+def _better(job: Job, planner: Planner, states: Mapping[str, State], twin: nn.Module) -> tuple[str, float]:
+    """Name of the state with the smallest KL on the correction tokens, and that KL."""
+    measured = {}
     for label, state in states.items():
-        with swapped(twin, correct.unit_values(planner, state)):  # type: ignore[arg-type]
-            kl, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)  # type: ignore[arg-type]
-        advance(1)  # type: ignore[operator]
-        if best is None or kl < best[0]:
-            best = (kl, label)
-    assert best is not None  # noqa: S101 (two states were given)
-    return states[best[1]], best[0], best[1]
+        with swapped(twin, correct.unit_values(planner, state)):
+            measured[label], _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)
+    best = min(measured, key=lambda label: measured[label])
+    return best, measured[best]
 
 
 def _finish(
