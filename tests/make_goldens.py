@@ -32,7 +32,8 @@ from bytecap.coders.packed import CODER as PACKED
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Unit
 from bytecap.decode import decode_units
-from bytecap.entropy import Table, Tables, encode, integer_frequencies, zigzag_bytes
+from bytecap.entropy import encode, zigzag_bytes
+from bytecap.frequencies import Table, Tables, integer_frequencies
 from bytecap.tables import dump_shared
 
 DIRECTORY = Path(__file__).parent / "goldens"

@@ -20,24 +20,18 @@ arXiv:1402.3392. Omitted on purpose: adaptive models, which would make the lanes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
+from bytecap.frequencies import MAX_CLASS, PROB_BITS, TOTAL, IntArray, Tables
 
-IntArray = npt.NDArray[np.integer]
-
-PROB_BITS = 14
-TOTAL = 1 << PROB_BITS  # every table's frequencies sum to this
 LOW = 1 << 16  # a lane's state lives in [LOW, 2**32)
 LANE_SYMBOLS = 8192  # symbols a lane holds; fixes the number of lanes
-MAX_CLASS = 63  # class 0 is padding: one symbol of probability 1
-MAX_HALF = 1023  # largest |symbol| a table may hold; anything larger is escaped
 MAX_SYMBOL = 2**31 - 1  # largest |symbol| at all
 
 
@@ -48,149 +42,6 @@ def lanes(count: int) -> int:
     (0, 1, 2)
     """
     return -(-count // LANE_SYMBOLS)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Frequencies of the symbols `low .. low + len(freq) - 2`, then of the escape.
-
-    Args:
-        low: smallest symbol.
-        freq: positive integers with sum `2**14`; the last one is the escape's.
-    """
-
-    low: int
-    freq: npt.NDArray[np.int64]
-
-    @property
-    def high(self) -> int:
-        """Largest symbol that needs no escape."""
-        return self.low + len(self.freq) - 2
-
-
-@dataclass(frozen=True)
-class Tables:
-    """A set of tables, one for each class in use."""
-
-    table: Mapping[int, Table]
-    _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
-
-    @staticmethod
-    def from_counts(counts: Mapping[int, Mapping[int, float]], *, symmetric: bool = True) -> Tables:
-        """Tables fitted to symbol counts per class; `symmetric` gives `z` and `-z` one frequency."""
-        fitted = {}
-        for cls, histogram in counts.items():
-            high = min(max((abs(z) for z in histogram), default=0), MAX_HALF)
-            low = -high if symmetric else min(histogram, default=0)
-            size = (high if symmetric else max(histogram, default=0)) - low + 1
-            dense = np.zeros(size)
-            rest = 0.0
-            for z, n in histogram.items():
-                if low <= z < low + size:
-                    dense[z - low] += n
-                else:
-                    rest += n
-            if symmetric:
-                dense = (dense + dense[::-1]) / 2
-            fitted[cls] = Table(low, integer_frequencies(np.append(dense, rest), symmetric=symmetric))
-        return Tables(fitted)
-
-    def distinct(self) -> list[tuple[int, Table]]:
-        """Every table once, with the lowest class it serves."""
-        return list({id(t): (cls, t) for cls, t in sorted(self.table.items(), reverse=True)}.values())[::-1]
-
-    @cached_property
-    def _starts(self) -> npt.NDArray[np.int64]:
-        """Start of each class's entries in the concatenated arrays below; entry 0 is the padding symbol."""
-        starts = np.full(MAX_CLASS + 1, -1, np.int64)
-        starts[0] = 0
-        at = 2
-        for cls, table in sorted(self.table.items()):
-            starts[cls] = at
-            at += len(table.freq)
-        return starts
-
-    def flat(self, kind: str) -> npt.NDArray[np.int64]:
-        """Frequencies (`freq`) or cumulative frequencies (`cum`) of all classes' entries, one after the other."""
-        parts = [np.array([TOTAL, 1]) if kind == "freq" else np.array([0, TOTAL])]
-        for _, table in sorted(self.table.items()):
-            parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
-        return np.concatenate(parts)
-
-    def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
-        low, last = np.zeros(MAX_CLASS + 1, np.int64), np.zeros(MAX_CLASS + 1, np.int64)
-        for cls, table in self.table.items():
-            low[cls], last[cls] = table.low, len(table.freq) - 1
-        offset = symbols.astype(np.int64) - low[classes]
-        escaped = (offset < 0) | (offset >= last[classes])
-        escaped &= classes > 0
-        starts = self._starts[classes]
-        if starts.min(initial=0) < 0:
-            raise CorruptError("a symbol's class has no table")
-        return starts + np.where(escaped, last[classes], offset), escaped
-
-    def bits(self, symbols: IntArray, classes: IntArray) -> float:
-        """Ideal code length of the symbols in bits, escapes' own bytes not included."""
-        entry, _ = self.index(symbols, classes)
-        return float(np.bincount(entry) @ self.cost[: int(entry.max(initial=-1)) + 1])
-
-    @cached_property
-    def cost(self) -> npt.NDArray[np.float64]:
-        """Bits of every entry of the concatenated tables."""
-        return PROB_BITS - np.log2(self.flat("freq"))
-
-    @cached_property
-    def lookup(self) -> npt.NDArray[np.uint64]:
-        """(classes, 2**14) slots: symbol index << 32 | frequency - 1 << 16 | slot - cumulative frequency."""
-        table = np.zeros((max(self.table, default=0) + 1, TOTAL), np.uint64)
-        slots = np.arange(TOTAL, dtype=np.uint64)
-        table[0] = slots | np.uint64((TOTAL - 1) << 16)
-        for cls, entry in self.table.items():
-            freq = entry.freq.astype(np.uint64)
-            cum = np.cumsum(freq) - freq
-            which = np.repeat(np.arange(len(freq)), entry.freq)
-            table[cls] = (which.astype(np.uint64) << 32) | ((freq - 1)[which] << 16) | (slots - cum[which])
-        return table
-
-
-def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = False) -> npt.NDArray[np.int64]:
-    """Positive integers with sum `2**14`, close to proportional to `weights` (the last one is the escape's).
-
-    >>> integer_frequencies(np.array([1.0, 6.0, 1.0, 0.0]), symmetric=True).tolist()
-    [2048, 12287, 2048, 1]
-    """
-    size = len(weights)
-    if size > TOTAL // 2:
-        raise ValueError(f"{size} symbols do not fit a table of {TOTAL}")
-    total = weights.sum()
-    share = weights / total if total > 0 else np.full(size, 1 / size)
-    freq = np.maximum(1, np.floor(share * TOTAL + 0.5)).astype(np.int64)
-    if symmetric:
-        half = (size - 1) // 2
-        freq[half + 1 : -1] = freq[:half][::-1]
-    while (excess := int(freq.sum()) - TOTAL) != 0:
-        if symmetric:
-            excess = _take_symmetric(freq, excess)
-            continue
-        top = int(np.argmax(freq))
-        freq[top] -= min(excess, int(freq[top]) - 1) if excess > 0 else excess
-    return freq
-
-
-def _take_symmetric(freq: npt.NDArray[np.int64], excess: int) -> int:
-    """Move `excess` out of the largest entries, keeping both signs equal; the centre takes what is odd."""
-    half = (len(freq) - 2) // 2
-    centre = half
-    if excess < 0 or freq[centre] > excess:
-        freq[centre] -= excess
-        return 0
-    freq[centre] = max(1, int(freq[centre]) // 2)
-    largest = int(np.argmax(freq[:half]))
-    cut = min(int(freq[largest]) // 2, (excess + 1) // 2)
-    freq[largest] -= cut
-    freq[-2 - largest] -= cut
-    return excess
 
 
 def zigzag_bytes(values: Iterable[int]) -> bytes:
@@ -230,39 +81,80 @@ def _read_zigzag(data: bytes, count: int) -> list[int]:
     return values
 
 
-def encode(symbols: IntArray, classes: IntArray, tables: Tables) -> bytes:
-    """One stream: lane states, shared words, escaped symbols.
+@dataclass(frozen=True)
+class Source:
+    """What `encode_all` needs: symbols of any range, each symbol's class in 1..63 (both `(n,)`), and the tables."""
 
-    Args:
-        symbols: integers, any range, shape `(n,)`.
-        classes: table of each symbol, in 1..63, shape `(n,)`.
-        tables: the frequency tables.
+    symbols: IntArray
+    classes: IntArray
+    tables: Tables
+
+
+def encode(symbols: IntArray, classes: IntArray, tables: Tables) -> bytes:
+    """One stream; see `encode_all`."""
+    return encode_all([Source(symbols, classes, tables)])[0]
+
+
+def encode_all(sources: Sequence[Source]) -> list[bytes]:
+    """Streams of several sources; the lanes of all of them advance together.
 
     Returns:
-        `u32` word count (as LEB128), `K` states (`<u4`), the words (`<u2`), then escaped symbols (zigzag LEB128).
+        For each: word count (zigzag LEB128), `K` states (`<u4`), the words (`<u2`), escaped symbols (zigzag LEB128);
+        nothing at all for a source without symbols.
     """
-    n = len(symbols)
-    if n == 0:
-        return b""
-    k = lanes(n)
-    steps = -(-n // k)
-    entry, escaped = tables.index(symbols, classes)
-    padded = np.zeros(steps * k, np.int64)  # entry 0: the padding symbol
-    padded[:n] = entry
-    freq = tables.flat("freq")[padded].astype(np.uint64).reshape(steps, k)
-    cum = tables.flat("cum")[padded].astype(np.uint64).reshape(steps, k)
-    limit = freq << np.uint64(32 - PROB_BITS)
-    state = np.full(k, LOW, np.uint64)
-    chunks = []
-    for t in range(steps - 1, -1, -1):
-        over = state >= limit[t]
-        chunks.append(state[over].astype("<u2"))
-        state = np.where(over, state >> np.uint64(16), state)
-        quotient, remainder = np.divmod(state, freq[t])
-        state = (quotient << np.uint64(PROB_BITS)) + remainder + cum[t]
-    words = np.concatenate(chunks[::-1])
-    tail = zigzag_bytes(int(z) for z in symbols[escaped])
-    return zigzag_bytes([len(words)]) + state.astype("<u4").tobytes() + words.tobytes() + tail
+    order = sorted((i for i, s in enumerate(sources) if len(s.symbols)), key=lambda i: -_steps(sources[i]))
+    result = [b""] * len(sources)
+    if not order:
+        return result
+    chosen = [sources[i] for i in order]
+    width = np.array([lanes(len(s.symbols)) for s in chosen])
+    steps = np.array([_steps(s) for s in chosen])
+    first = np.concatenate([[0], np.cumsum(width)])
+    entries, freq, cum, tails = _entries(chosen, steps, first)
+    state = np.full(int(first[-1]), LOW, np.uint32)
+    owners, words = [], []
+    owner = np.repeat(np.arange(len(chosen)), width)
+    bits, sixteen, top = np.uint32(PROB_BITS), np.uint32(16), np.uint32(32 - PROB_BITS)
+    live = 0
+    for t in range(int(steps[0]) - 1, -1, -1):
+        while live < len(chosen) and steps[live] > t:
+            live += 1
+        x, entry = state[: first[live]], entries[t, : first[live]]
+        f = freq[entry]
+        over = np.flatnonzero((x >> top) >= f)
+        words.append(x[over].astype("<u2"))
+        owners.append(owner[over])
+        x[over] >>= sixteen
+        quotient = x // f
+        x[:] = (quotient << bits) + (x - quotient * f) + cum[entry]
+    all_words, all_owners = np.concatenate(words[::-1]), np.concatenate(owners[::-1])
+    all_words = all_words[np.argsort(all_owners, kind="stable")]
+    ends = np.cumsum(np.bincount(all_owners, minlength=len(chosen)))
+    for j, i in enumerate(order):
+        mine = all_words[ends[j - 1] if j else 0 : ends[j]]
+        result[i] = zigzag_bytes([len(mine)]) + state[first[j] : first[j + 1]].tobytes() + mine.tobytes() + tails[j]
+    return result
+
+
+def _entries(
+    sources: Sequence[Source], steps: npt.NDArray[np.int64], first: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32], npt.NDArray[np.uint32], list[bytes]]:
+    """(steps, lanes) table entries, all tables' frequencies and cumulative ones, and the escapes' bytes."""
+    entries = np.zeros((int(steps[0]), int(first[-1])), np.int32)  # entry 0 of any tables is the padding symbol
+    start_of: dict[int, int] = {}
+    freq, cum, tails, size = [], [], [], 0
+    for s, lo, hi, t in zip(sources, first, first[1:], steps, strict=False):
+        if id(s.tables) not in start_of:
+            start_of[id(s.tables)] = size
+            freq.append(s.tables.flat("freq"))
+            cum.append(s.tables.flat("cum"))
+            size += len(freq[-1])
+        entry, escaped = s.tables.index(s.symbols, s.classes)
+        padded = np.zeros(t * (hi - lo), np.int32)
+        padded[: len(entry)] = entry + start_of[id(s.tables)]
+        entries[:t, lo:hi] = padded.reshape(t, hi - lo)
+        tails.append(zigzag_bytes(int(z) for z in s.symbols[escaped]))
+    return entries, np.concatenate(freq).astype(np.uint32), np.concatenate(cum).astype(np.uint32), tails
 
 
 @dataclass(frozen=True)
@@ -322,7 +214,7 @@ def decode(streams: list[Stream]) -> list[npt.NDArray[np.int32]]:
     return result
 
 
-def _steps(stream: Stream) -> int:
+def _steps(stream: Stream | Source) -> int:
     n = len(stream.classes)
     return -(-n // lanes(n))
 

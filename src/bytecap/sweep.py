@@ -89,10 +89,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Coded:
-    """A matrix unit at one step: what would be stored, and its predicted distortion in nats per token."""
+    """A matrix unit at one step: what would be stored, its predicted distortion in nats per token, and its symbols.
+
+    Attributes:
+        counts: histogram of |z| by class, shape (64, MAX_HALF + 2).
+    """
 
     code: GridCode
     distortion: float
+    counts: Counts
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
@@ -114,7 +119,7 @@ def initial_shared(options: Options) -> tuple[Shared, Shrink]:
     if not options.shrink:
         shrink = Shrink(np.zeros_like(shrink.offset), shrink.dead_zone)
     from bytecap.coders.classes import CLASSES, UNIT_CLASS, quarter
-    from bytecap.entropy import MAX_HALF
+    from bytecap.frequencies import MAX_HALF
 
     z = np.arange(MAX_HALF + 2)
     counts = np.zeros((CLASSES, MAX_HALF + 2))
@@ -191,19 +196,12 @@ def _collect(
         column_step=np.stack(stack("column_step")), column_class=np.stack(stack("column_class")),
         row_step=item.row_step.cpu().numpy(), row_class=np.concatenate(stack("row_class")),
     )  # fmt: skip
-    return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)))
+    counts = count_symbols(code.symbols, weight_classes(code.column_class, code.row_class))
+    return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
 
 
-def histogram(codes: Sequence[GridCode]) -> Counts:
-    """Symbol counts by class of payloads and side information together."""
-    total = np.zeros((64, 1025))
-    for code in codes:
-        total += count_symbols(code.symbols, weight_classes(code.column_class, code.row_class))
-    return total
-
-
-def rate(code: GridCode, shared: Shared) -> float:
+def rate(coded: Coded, shared: Shared) -> float:
     """Estimated bytes of a unit's section: payload code length, side information and header."""
-    classes = weight_classes(code.column_class, code.row_class)
-    payload = shared.tables.bits(code.symbols.reshape(-1), classes.reshape(-1))
-    return (payload + CODER.side_bits(code, shared.tables)) / 8
+    cost = shared.tables.cost_by_size
+    seen = coded.counts > 0
+    return (float(coded.counts[seen] @ cost[seen]) + CODER.side_bits(coded.code, shared.tables)) / 8

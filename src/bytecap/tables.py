@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from bytecap.coders import Shared, leb, read_leb
 from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
-from bytecap.entropy import MAX_HALF, TOTAL, Table, Tables, integer_frequencies
 from bytecap.errors import CorruptError
+from bytecap.frequencies import MAX_HALF, TOTAL, Table, Tables, integer_frequencies
 
 Counts = npt.NDArray[np.float64]  # (64, half + 1): how often |z| occurred in each class
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from bytecap.errors import BudgetError
 from bytecap.methods import Section
 from bytecap.methods.waterfill import Planner, State
-from bytecap.progress import Advance
 from bytecap.sweep import round_units
 
 Size = Callable[[dict[str, Section], bytes], int]
@@ -41,14 +40,9 @@ class Packed:
     tables: bytes
 
 
-def encode_all(planner: Planner, state: State, tables: bytes, advance: Advance | None = None) -> Packed:
+def _pack(planner: Planner, state: State, tables: bytes) -> Packed:
     """Serialise every unit of a state."""
-    sections = {}
-    for name in planner.names:
-        sections[name] = Section(*planner.encode(state, name))
-        if advance is not None:
-            advance(1)
-    return Packed(state, sections, tables)
+    return Packed(state, {n: Section(*coded) for n, coded in planner.encode(state).items()}, tables)
 
 
 def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget: int) -> Packed:
@@ -64,7 +58,7 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
     Raises:
         BudgetError: the plan cannot be brought under the cap.
     """
-    packed = encode_all(planner, state, tables)
+    packed = _pack(planner, state, tables)
     best: Packed | None = None
     for _ in range(_GLOBAL_TRIES):
         left = budget - size(packed.sections, tables)
@@ -75,7 +69,7 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
         # bytes fall by about 1.2 bits per weight and octave-e of the step; aim a little below the cap
         change = (0.5 * allowed_slack(budget) - left) / (planner.parameters / 8 * 1.2 + 1)
         steps = {n: s * math.exp(min(1.0, max(-1.0, change))) for n, s in packed.state.steps.items()}
-        packed = encode_all(planner, planner.settle(steps, refit=False), tables)
+        packed = _pack(planner, planner.settle(steps, refit=False), tables)
     if best is None:
         over = size(packed.sections, tables)
         raise BudgetError(f"the plan could not be brought under {budget} bytes: {over} remain", over)
@@ -120,4 +114,4 @@ def _requantize(planner: Planner, state: State, name: str, change: float) -> tup
         state, steps={**state.steps, name: step}, coded={**state.coded, name: coded[name]},
         distortions={**state.distortions, name: coded[name].distortion},
     )  # fmt: skip
-    return Section(*planner.encode(moved, name)), moved
+    return Section(*planner.encode(moved, [name])[name]), moved

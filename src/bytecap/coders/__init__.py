@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.entropy import Stream, Tables, decode
+from bytecap.entropy import Stream, decode
 from bytecap.errors import CorruptError
+from bytecap.frequencies import Tables
 
 FloatArray = npt.NDArray[np.float32]
 Decoding = Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]]

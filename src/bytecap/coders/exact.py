@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import Decoding, Shared, leb, read_leb
-from bytecap.entropy import TOTAL, Stream, Table, Tables, encode, integer_frequencies
+from bytecap.entropy import Stream, encode
 from bytecap.errors import CorruptError
+from bytecap.frequencies import TOTAL, Table, Tables, integer_frequencies
 
 _NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",

@@ -19,6 +19,7 @@ The encoder's search is in `bytecap.coders.rounding`.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,8 +28,9 @@ import numpy.typing as npt
 
 from bytecap.coders import Decoding, Encoded, Shared, leb, read_leb
 from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
-from bytecap.entropy import Stream, Tables, encode
+from bytecap.entropy import Source, Stream, encode_all
 from bytecap.errors import CorruptError
+from bytecap.frequencies import Tables
 
 IntArray = npt.NDArray[np.integer[Any]]
 _HEAD = struct.Struct("<Bf8B")
@@ -77,7 +79,7 @@ def weight_classes(column_class: IntArray, row_class: IntArray) -> npt.NDArray[n
     return np.concatenate(parts)
 
 
-def _choose_class(values: IntArray, tables: Tables) -> tuple[int, int]:
+def choose_class(values: IntArray, tables: Tables) -> tuple[int, int]:
     """(base, class) that store an array in the fewest bits; class 0 if it is constant."""
     base = int(np.clip(np.median(values), -128, 127)) if len(values) else 0
     if len(values) == 0 or bool((values == base).all()):
@@ -105,27 +107,37 @@ class Grid:
     id: ClassVar[str] = "grid"
     tag: ClassVar[int] = 1
 
+    def sources(self, code: GridCode, shared: Shared) -> list[Source]:
+        """Side and payload streams of a section, for `encode_all` to code with those of other units."""
+        coded = [
+            (a - base, np.full(len(a), cls, np.uint8)) for a, base, cls in self._chosen(code, shared.tables) if cls
+        ]
+        empty = np.zeros(0, np.int64)
+        side = [np.concatenate([x[i] for x in coded]) if coded else empty for i in range(2)]
+        classes = weight_classes(code.column_class, code.row_class)
+        payload = Source(code.symbols.reshape(-1), classes.reshape(-1), shared.tables)
+        return [Source(side[0], side[1], shared.tables), payload]
+
+    def _chosen(self, code: GridCode, tables: Tables) -> list[tuple[IntArray, int, int]]:
+        """(array, base, class) of the side arrays."""
+        return [(a, *choose_class(a, tables)) for a in code.side_arrays()]
+
+    def assemble(self, code: GridCode, shared: Shared, streams: Sequence[bytes]) -> Encoded:
+        """A section from its coded streams."""
+        side, payload = streams
+        flat = [v for _, base, cls in self._chosen(code, shared.tables) for v in (base & 255, cls)]
+        head = _HEAD.pack(len(code.column_step), code.step, *flat) + leb(len(side))
+        return Encoded(head + side + payload, (("header", len(head)), ("side", len(side)), ("payload", len(payload))))
+
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Bytes of a section under the file's shared tables."""
-        arrays = code.side_arrays()
-        chosen = [_choose_class(a, shared.tables) for a in arrays]
-        coded = [
-            (a - base, np.full(len(a), cls, np.uint8)) for a, (base, cls) in zip(arrays, chosen, strict=True) if cls
-        ]
-        side = b""
-        if coded:
-            side = encode(np.concatenate([a for a, _ in coded]), np.concatenate([c for _, c in coded]), shared.tables)
-        flat = [v for base, cls in chosen for v in (base & 255, cls)]
-        head = _HEAD.pack(len(code.column_step), code.step, *flat) + leb(len(side))
-        classes = weight_classes(code.column_class, code.row_class)
-        payload = encode(code.symbols.reshape(-1), classes.reshape(-1), shared.tables)
-        return Encoded(head + side + payload, (("header", len(head)), ("side", len(side)), ("payload", len(payload))))
+        return self.assemble(code, shared, encode_all(self.sources(code, shared)))
 
     def side_bits(self, code: GridCode, tables: Tables) -> float:
         """Estimated bits of header and side information."""
         bits = 8.0 * (_HEAD.size + 2 + 4 + 3 * 2)
         for a in code.side_arrays():
-            base, cls = _choose_class(a, tables)
+            base, cls = choose_class(a, tables)
             if cls:
                 values, count = np.unique(a - base, return_counts=True)
                 bits += _bits(values, count, cls, 0, tables)

@@ -10,6 +10,7 @@ Omitted: error feedback, for which no second moment exists here.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from bytecap.coders import Decoding, Encoded, Shared
 from bytecap.coders.classes import CLASSES
-from bytecap.entropy import Stream, encode
+from bytecap.entropy import Source, Stream, encode_all
 from bytecap.errors import CorruptError
 
 _HEAD = struct.Struct("<ffB")
@@ -57,13 +58,24 @@ class Vector:
         _, symbols = self.quantize(values, step)
         return _HEAD.size + (48 + self.best_class(symbols, shared)[1]) / 8
 
+    def sources(self, values: npt.NDArray[np.float32], step: float, shared: Shared) -> list[Source]:
+        """The one stream of a section."""
+        _, symbols = self.quantize(values, step)
+        cls, _ = self.best_class(symbols, shared)
+        symbols = symbols[: len(symbols) if cls else 0]
+        return [Source(symbols, np.full(len(symbols), cls, np.uint8), shared.tables)]
+
+    def assemble(
+        self, values: npt.NDArray[np.float32], step: float, shared: Shared, streams: Sequence[bytes]
+    ) -> Encoded:
+        """A section from its coded stream."""
+        centre, symbols = self.quantize(values, step)
+        head = _HEAD.pack(centre, step, self.best_class(symbols, shared)[0])
+        return Encoded(head + streams[0], (("header", len(head)), ("payload", len(streams[0]))))
+
     def encode(self, values: npt.NDArray[np.float32], step: float, shared: Shared) -> Encoded:
         """Bytes of a section."""
-        centre, symbols = self.quantize(values, step)
-        cls, _ = self.best_class(symbols, shared)
-        head = _HEAD.pack(centre, step, cls)
-        stream = encode(symbols, np.full(len(symbols), cls, np.uint8), shared.tables) if cls else b""
-        return Encoded(head + stream, (("header", len(head)), ("payload", len(stream))))
+        return self.assemble(values, step, shared, encode_all(self.sources(values, step, shared)))
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header and payload."""

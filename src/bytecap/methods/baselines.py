@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from bytecap.methods import Job, Outcome, Section
 from bytecap.model.checkpoint import linear_weights
 from bytecap.model.probe import probe
@@ -28,7 +30,9 @@ def run_golf(job: Job) -> Outcome:
         )
     names = {alias: u.name for u in model.units for alias in (u.name, *u.aliases)}
     embeddings = {names[n] for n, (_, kind) in linear_weights(model.module).items() if kind == "embedding"}
-    hessians = {n: uses[0].moment[0].cpu() for n, uses in found.uses.items() if n not in embeddings}
+    hessians = {
+        n: torch.stack([u.moment[0].cpu() for u in us]).sum(0) for n, us in found.uses.items() if n not in embeddings
+    }
     with job.reporter.step("bisection to the cap", 1):
         sections = golf(model.units, _matrices(job), hessians, embeddings, _capacity(job))
     return Outcome(sections, b"", math.nan, math.nan, math.nan, "golf")

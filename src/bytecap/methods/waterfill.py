@@ -18,11 +18,12 @@ import numpy.typing as npt
 from bytecap.coders import Shared
 from bytecap.coders.classes import UNIT_CLASS
 from bytecap.coders.grid import CODER as GRID
-from bytecap.coders.grid import GridCode, _choose_class, dequantize, weight_classes
+from bytecap.coders.grid import GridCode, choose_class, dequantize, weight_classes
 from bytecap.coders.rounding import Shrink
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
-from bytecap.sweep import Coded, Options, Prepared, histogram, initial_shared, rate, round_units
+from bytecap.entropy import encode_all
+from bytecap.sweep import Coded, Options, Prepared, initial_shared, rate, round_units
 from bytecap.tables import Counts, fit_shared
 
 FloatArray = npt.NDArray[np.float32]
@@ -99,7 +100,7 @@ class Planner:
         """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
         coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
         if refit:
-            counts = histogram([c.code for c in coded.values()]) + self._side_counts(coded, steps)
+            counts = sum((c.counts for c in coded.values()), self._side_counts(coded, steps))
             used = self.shared.offset if self.options.shrink else None
             self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
         state = self.price(coded, steps)
@@ -109,7 +110,7 @@ class Planner:
 
     def price(self, coded: dict[str, Coded], steps: Mapping[str, float]) -> State:
         """Rates and distortions of rounded units under the present tables."""
-        rates = {n: rate(c.code, self.shared) for n, c in coded.items()}
+        rates = {n: rate(c, self.shared) for n, c in coded.items()}
         distortions = {n: c.distortion for n, c in coded.items()}
         for v in self.vectors:
             rates[v.unit.name] = VECTOR.rate(v.values, v.step(steps[v.unit.name]), self.shared)
@@ -121,7 +122,7 @@ class Planner:
         counts = np.zeros((64, 1025))
         for c in coded.values():
             for array in c.code.side_arrays():
-                base, cls = _choose_class(array, self.shared.tables)
+                base, cls = choose_class(array, self.shared.tables)
                 if cls:
                     np.add.at(counts[cls], np.minimum(np.abs(array - base), 1024), 1)
         for v in self.vectors:
@@ -191,12 +192,26 @@ class Planner:
         centre, symbols = VECTOR.quantize(v.values, v.step(state.steps[name]))
         return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
 
-    def encode(self, state: State, name: str) -> tuple[int, bytes]:
-        """(tag, section) of one unit."""
-        if name in state.coded:
-            return GRID.tag, GRID.encode(state.coded[name].code, state.shared).data
-        v = next(v for v in self.vectors if v.unit.name == name)
-        return VECTOR.tag, VECTOR.encode(v.values, v.step(state.steps[name]), state.shared).data
+    def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
+        """(tag, section) of units by name, all by default; their streams are coded together."""
+        vectors = {v.unit.name: v for v in self.vectors}
+        names = self.names if names is None else names
+        sources = []
+        for n in names:
+            if n in state.coded:
+                sources.append(GRID.sources(state.coded[n].code, state.shared))
+            else:
+                sources.append(VECTOR.sources(vectors[n].values, vectors[n].step(state.steps[n]), state.shared))
+        streams = iter(encode_all([s for group in sources for s in group]))
+        found = {}
+        for n, group in zip(names, sources, strict=True):
+            mine = [next(streams) for _ in group]
+            if n in state.coded:
+                found[n] = GRID.tag, GRID.assemble(state.coded[n].code, state.shared, mine).data
+            else:
+                v = vectors[n]
+                found[n] = VECTOR.tag, VECTOR.assemble(v.values, v.step(state.steps[n]), state.shared, mine).data
+        return found
 
 
 def decode_grid(code: GridCode, shared: Shared) -> FloatArray:

@@ -199,14 +199,10 @@ class _Collector:
         square = g.reshape(-1, g.shape[-1]).float().square_()
         self.use.rows += square.sum(0, dtype=torch.float64)
         for i, part in enumerate(torch.tensor_split(square, self.groups, dim=1)):
-            w = part.mean(1)
-            total = w.sum(dtype=torch.float64)
-            self.use.weight[i] += total
-            if self.guided:
-                scaled = x * w.sqrt_()[:, None]
-                self.use.moment[i] += scaled.T @ scaled
-            else:
-                self.use.moment[i] += (x.T @ x) * float(total / max(1, len(x)))
+            w = part.mean(1) if self.guided else (part.amax(1) > 0).float()  # padding has no gradient
+            self.use.weight[i] += w.sum(dtype=torch.float64)
+            scaled = x * w.sqrt_()[:, None]
+            self.use.moment[i] += scaled.T @ scaled
 
 
 def _one_pass(

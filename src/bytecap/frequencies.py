@@ -1,0 +1,181 @@
+"""Integer frequency tables: what the rANS coder knows about symbols before it sees them.
+
+A table gives every symbol of a class a positive integer frequency; frequencies, the escape's included, sum to
+`2**14`. Fitting may use floating point, coding never does. `bytecap.tables` fits and stores the tables a file
+shares.
+
+>>> tables = Tables.from_counts({1: {0: 6, 1: 1, -1: 1}})
+>>> round(tables.bits(np.array([0, 0, 1]), np.ones(3, np.uint8)), 1)
+3.8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import CorruptError
+
+IntArray = npt.NDArray[np.integer]
+
+PROB_BITS = 14
+TOTAL = 1 << PROB_BITS  # every table's frequencies sum to this
+MAX_CLASS = 63  # class 0 is padding: one symbol of probability 1
+MAX_HALF = 1023  # largest |symbol| a table may hold; anything larger is escaped
+
+
+@dataclass(frozen=True)
+class Table:
+    """Frequencies of the symbols `low .. low + len(freq) - 2`, then of the escape.
+
+    Args:
+        low: smallest symbol.
+        freq: positive integers with sum `2**14`; the last one is the escape's.
+    """
+
+    low: int
+    freq: npt.NDArray[np.int64]
+
+    @property
+    def high(self) -> int:
+        """Largest symbol that needs no escape."""
+        return self.low + len(self.freq) - 2
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A set of tables, one for each class in use."""
+
+    table: Mapping[int, Table]
+    _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def from_counts(counts: Mapping[int, Mapping[int, float]], *, symmetric: bool = True) -> Tables:
+        """Tables fitted to symbol counts per class; `symmetric` gives `z` and `-z` one frequency."""
+        fitted = {}
+        for cls, histogram in counts.items():
+            high = min(max((abs(z) for z in histogram), default=0), MAX_HALF)
+            low = -high if symmetric else min(histogram, default=0)
+            size = (high if symmetric else max(histogram, default=0)) - low + 1
+            dense = np.zeros(size)
+            rest = 0.0
+            for z, n in histogram.items():
+                if low <= z < low + size:
+                    dense[z - low] += n
+                else:
+                    rest += n
+            if symmetric:
+                dense = (dense + dense[::-1]) / 2
+            fitted[cls] = Table(low, integer_frequencies(np.append(dense, rest), symmetric=symmetric))
+        return Tables(fitted)
+
+    def distinct(self) -> list[tuple[int, Table]]:
+        """Every table once, with the lowest class it serves."""
+        return list({id(t): (cls, t) for cls, t in sorted(self.table.items(), reverse=True)}.values())[::-1]
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        """Start of each class's entries in the concatenated arrays below; entry 0 is the padding symbol."""
+        starts = np.full(MAX_CLASS + 1, -1, np.int64)
+        starts[0] = 0
+        at = 2
+        for cls, table in sorted(self.table.items()):
+            starts[cls] = at
+            at += len(table.freq)
+        return starts
+
+    def flat(self, kind: str) -> npt.NDArray[np.int64]:
+        """Frequencies (`freq`) or cumulative frequencies (`cum`) of all classes' entries, one after the other."""
+        parts = [np.array([TOTAL, 1]) if kind == "freq" else np.array([0, TOTAL])]
+        for _, table in sorted(self.table.items()):
+            parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
+        return np.concatenate(parts)
+
+    def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
+        low, last = np.zeros(MAX_CLASS + 1, np.int64), np.zeros(MAX_CLASS + 1, np.int64)
+        for cls, table in self.table.items():
+            low[cls], last[cls] = table.low, len(table.freq) - 1
+        offset = symbols.astype(np.int64) - low[classes]
+        escaped = (offset < 0) | (offset >= last[classes])
+        escaped &= classes > 0
+        starts = self._starts[classes]
+        if starts.min(initial=0) < 0:
+            raise CorruptError("a symbol's class has no table")
+        return starts + np.where(escaped, last[classes], offset), escaped
+
+    def bits(self, symbols: IntArray, classes: IntArray) -> float:
+        """Ideal code length of the symbols in bits, escapes' own bytes not included."""
+        entry, _ = self.index(symbols, classes)
+        return float(np.bincount(entry) @ self.cost[: int(entry.max(initial=-1)) + 1])
+
+    @cached_property
+    def cost(self) -> npt.NDArray[np.float64]:
+        """Bits of every entry of the concatenated tables."""
+        return PROB_BITS - np.log2(self.flat("freq"))
+
+    @cached_property
+    def cost_by_size(self) -> npt.NDArray[np.float64]:
+        """(64, MAX_HALF + 2) bits of a symbol by class and |z|; 16 more for an escape; infinite without a table."""
+        cost = np.full((MAX_CLASS + 1, MAX_HALF + 2), np.inf)
+        for cls, table in self.table.items():
+            bits = PROB_BITS - np.log2(table.freq)
+            cost[cls] = bits[-1] + 16
+            cost[cls, : table.high + 1] = bits[-table.low : -1]
+        return cost
+
+    @cached_property
+    def lookup(self) -> npt.NDArray[np.uint64]:
+        """(classes, 2**14) slots: symbol index << 32 | frequency - 1 << 16 | slot - cumulative frequency."""
+        table = np.zeros((max(self.table, default=0) + 1, TOTAL), np.uint64)
+        slots = np.arange(TOTAL, dtype=np.uint64)
+        table[0] = slots | np.uint64((TOTAL - 1) << 16)
+        for cls, entry in self.table.items():
+            freq = entry.freq.astype(np.uint64)
+            cum = np.cumsum(freq) - freq
+            which = np.repeat(np.arange(len(freq)), entry.freq)
+            table[cls] = (which.astype(np.uint64) << 32) | ((freq - 1)[which] << 16) | (slots - cum[which])
+        return table
+
+
+def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = False) -> npt.NDArray[np.int64]:
+    """Positive integers with sum `2**14`, close to proportional to `weights` (the last one is the escape's).
+
+    >>> integer_frequencies(np.array([1.0, 6.0, 1.0, 0.0]), symmetric=True).tolist()
+    [2048, 12287, 2048, 1]
+    """
+    size = len(weights)
+    if size > TOTAL // 2:
+        raise ValueError(f"{size} symbols do not fit a table of {TOTAL}")
+    total = weights.sum()
+    share = weights / total if total > 0 else np.full(size, 1 / size)
+    freq = np.maximum(1, np.floor(share * TOTAL + 0.5)).astype(np.int64)
+    if symmetric:
+        half = (size - 1) // 2
+        freq[half + 1 : -1] = freq[:half][::-1]
+    while (excess := int(freq.sum()) - TOTAL) != 0:
+        if symmetric:
+            excess = _take_symmetric(freq, excess)
+            continue
+        top = int(np.argmax(freq))
+        freq[top] -= min(excess, int(freq[top]) - 1) if excess > 0 else excess
+    return freq
+
+
+def _take_symmetric(freq: npt.NDArray[np.int64], excess: int) -> int:
+    """Move `excess` out of the largest entries, keeping both signs equal; the centre takes what is odd."""
+    half = (len(freq) - 2) // 2
+    centre = half
+    if excess < 0 or freq[centre] > excess:
+        freq[centre] -= excess
+        return 0
+    freq[centre] = max(1, int(freq[centre]) // 2)
+    largest = int(np.argmax(freq[:half]))
+    cut = min(int(freq[largest]) // 2, (excess + 1) // 2)
+    freq[largest] -= cut
+    freq[-2 - largest] -= cut
+    return excess
