@@ -6,6 +6,7 @@ bytes `golf` needs for the KL that `bytecap` reaches (interpolated in log KL bet
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ def main() -> None:
     p.add_argument("--more-golf-bits", nargs="*", type=float, default=[4.25])
     p.add_argument("--methods", nargs="*", default=["golf", "bytecap"])
     args = p.parse_args()
-    rows: dict[tuple[str, float, str], dict[str, Any]] = {}
+    rows = finished(args)
     for name in args.model:
         for method in args.methods:
             for bits in [*args.bits, *(args.more_golf_bits if method == "golf" else [])]:
@@ -32,6 +33,13 @@ def main() -> None:
                     flush=True,
                 )
     ratios(args, rows)
+
+
+def finished(args: Any) -> dict[tuple[str, float, str], dict[str, Any]]:
+    """Cells that the output file already holds: an interrupted run goes on where it stopped."""
+    lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(r["model"], r["bits"], r["method"]): r for r in rows if r["benchmark"] == "targets"}
 
 
 def one(args: Any, name: str, bits: float, method: str) -> dict[str, Any]:

@@ -155,17 +155,23 @@ def exact_units() -> Iterator[UnitSection]:
 def _grids() -> Iterator[tuple[str, bytes]]:
     yield "tiny", tiny()
     yield "grid", pack(unit("a.weight", (24, 40), 1, grid((24, 40)), linear=True))
-    yield "grid_groups", pack(*(unit(f"g{n}", (n + 6, 12), 1, grid((n + 6, 12), seed=n, groups=n)) for n in range(1, 5)))
+    yield (
+        "grid_groups",
+        pack(*(unit(f"g{n}", (n + 6, 12), 1, grid((n + 6, 12), seed=n, groups=n)) for n in range(1, 5))),
+    )
     wide = [13, -13, 1023, -1024, 70_000, 2**31 - 1, 1 - 2**31, 64]
     yield "grid_escapes", pack(unit("a", (9, 9), 1, grid((9, 9), seed=3, wide=wide)))
     sparse = (Numbers(4).below(12, 8281) == 0) * np.array([-1, 1, 2] * 2761)[:8281]
     yield "grid_lanes", pack(unit("a", (91, 91), 1, grid((91, 91), seed=4, wide=sparse, varied=False, base=8)))
     yield "grid_constant_sides", pack(unit("a", (6, 7), 1, grid((6, 7), seed=8, varied=False)))
-    yield "transposed", pack(
-        unit("conv1d", (30, 8), 1, grid((8, 30), seed=6), transposed=True, linear=True),
-        unit("deep", (4, 3, 5), 1, grid((15, 4), seed=7), transposed=True),
-        unit("plain", (4, 3, 5), 1, grid((4, 15), seed=7)),
-        unit("v", (2, 3), 2, vector(np.arange(6)), transposed=True),
+    yield (
+        "transposed",
+        pack(
+            unit("conv1d", (30, 8), 1, grid((8, 30), seed=6), transposed=True, linear=True),
+            unit("deep", (4, 3, 5), 1, grid((15, 4), seed=7), transposed=True),
+            unit("plain", (4, 3, 5), 1, grid((4, 15), seed=7)),
+            unit("v", (2, 3), 2, vector(np.arange(6)), transposed=True),
+        ),
     )
 
 
@@ -178,41 +184,65 @@ def _others() -> Iterator[tuple[str, bytes]]:
     codes = r.around(30, 6, 10)
     codes[2, 3] = -9000
     scales = (r.below(200, 6) / 64).astype(np.float16)
-    yield "packed", pack(
-        unit("zlib", (2, 3), 4, packed_zlib(bytes([1, 255, 2, 254, 3, 128]), [0.5, -3.0])),
-        unit("zlib2", (1, 2), 4, packed_zlib(bytes([1, 255, 2, 254]), [0.25], 2)),
-        unit("brotli", (6, 10), 4, PACKED.encode(Quantized(codes, scales), BROTLI)),
-        unit("turned", (10, 6), 4, PACKED.encode(Quantized(codes // 999, scales), BROTLI), transposed=True),
-        tables=False,
+    yield (
+        "packed",
+        pack(
+            unit("zlib", (2, 3), 4, packed_zlib(bytes([1, 255, 2, 254, 3, 128]), [0.5, -3.0])),
+            unit("zlib2", (1, 2), 4, packed_zlib(bytes([1, 255, 2, 254]), [0.25], 2)),
+            unit("brotli", (6, 10), 4, PACKED.encode(Quantized(codes, scales), BROTLI)),
+            unit("turned", (10, 6), 4, PACKED.encode(Quantized(codes // 999, scales), BROTLI), transposed=True),
+            tables=False,
+        ),
     )
-    yield "tied", pack(
-        unit("embed.weight", (10, 6), 1, grid((10, 6), seed=9), aliases=("head.weight", "ähnlich.weight"), linear=True),
-        unit("b", (5,), 2, vector([1, 2, 3, 4, 9]), aliases=("c",)),
+    yield (
+        "tied",
+        pack(
+            unit(
+                "embed.weight",
+                (10, 6),
+                1,
+                grid((10, 6), seed=9),
+                aliases=("head.weight", "ähnlich.weight"),
+                linear=True,
+            ),
+            unit("b", (5,), 2, vector([1, 2, 3, 4, 9]), aliases=("c",)),
+        ),
     )
     none = np.zeros(0)
-    yield "empty_tensors", pack(
-        unit("v", (0,), 2, vector(none)),
-        unit("rows", (0, 5), 1, grid((0, 0), varied=False)),
-        unit("cols", (5, 0), 1, grid((5, 0), seed=4)),
-        unit("exact", (0, 7), 3, b"", "BF16"),
-        unit("turned", (3, 0, 2), 1, grid((0, 3), seed=4), transposed=True),
-        unit("packed", (0,), 4, packed_zlib(b"", [1.0])),
+    yield (
+        "empty_tensors",
+        pack(
+            unit("v", (0,), 2, vector(none)),
+            unit("rows", (0, 5), 1, grid((0, 0), varied=False)),
+            unit("cols", (5, 0), 1, grid((5, 0), seed=4)),
+            unit("exact", (0, 7), 3, b"", "BF16"),
+            unit("turned", (3, 0, 2), 1, grid((0, 3), seed=4), transposed=True),
+            unit("packed", (0,), 4, packed_zlib(b"", [1.0])),
+        ),
     )
-    yield "one_element", pack(
-        unit("scalar", (), 2, vector([2.5])),
-        unit("one", (1,), 2, vector([-3.0])),
-        unit("steps", (1, 1), 3, exact(np.array([[7]]), "I64"), "I64"),
-        unit("grid", (1, 1), 1, grid((1, 1), seed=11, wide=[5])),
-        unit("packed", (1, 1, 1), 4, packed_zlib(b"\x85", [0.5])),
+    yield (
+        "one_element",
+        pack(
+            unit("scalar", (), 2, vector([2.5])),
+            unit("one", (1,), 2, vector([-3.0])),
+            unit("steps", (1, 1), 3, exact(np.array([[7]]), "I64"), "I64"),
+            unit("grid", (1, 1), 1, grid((1, 1), seed=11, wide=[5])),
+            unit("packed", (1, 1, 1), 4, packed_zlib(b"\x85", [0.5])),
+        ),
     )
     yield "no_units", pack(tables=False)
     config = b'{\n  "model_type": "llama",\n  "hidden_size": 64\n}\n'
     token = b'{"model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}'
-    yield "files", pack(
-        unit("a", (4, 6), 1, grid((4, 6), seed=12)),
-        files=[FileSection(n, sidefiles.pack(n, c)) for n, c in (("config.json", config), ("tokenizer.json", token))],
-        about={"method": "default", "budget": 4096, "note": None, "ratio": 0.5},
-        padding=33,
+    yield (
+        "files",
+        pack(
+            unit("a", (4, 6), 1, grid((4, 6), seed=12)),
+            files=[
+                FileSection(n, sidefiles.pack(n, c)) for n, c in (("config.json", config), ("tokenizer.json", token))
+            ],
+            about={"method": "default", "budget": 4096, "note": None, "ratio": 0.5},
+            padding=33,
+        ),
     )
     minor = bytearray(tiny())
     minor[9] = 7
@@ -297,7 +327,7 @@ def _indexes() -> Iterator[tuple[str, bytes]]:
 
     yield "index_packing", file(b"\x02{}")
     yield "index_empty", file(b"")
-    packed = artifact._pack_index(Contents((), b"", (), {"note": "a" * 100}))  # noqa: SLF001
+    packed = artifact._pack_index(Contents((), b"", (), {"note": "a" * 100}))
     yield "index_lzma_truncated", file(packed[:-2])
     yield "index_lzma_left_over", file(packed + b"\x00")
     yield "index_lzma_damaged", file(b"\x01\xff" + packed[2:])
@@ -310,7 +340,7 @@ def _indexes() -> Iterator[tuple[str, bytes]]:
     for _ in range(200):
         deep = [deep]
     nested = index(about={"a": deep}).replace(b"[]", b"[" * 99_800 + b"]" * 99_800, 1)[1:]
-    yield "index_too_deep", file(b"\x01" + lzma.compress(nested, lzma.FORMAT_RAW, filters=artifact._LZMA))  # noqa: SLF001
+    yield "index_too_deep", file(b"\x01" + lzma.compress(nested, lzma.FORMAT_RAW, filters=artifact._LZMA))
     yield "index_unit_too_long", file(index(("a", [1], "F32", 2, 0, [], 1)), (UNIT, flat))
     yield "index_float_shape", shaped([1.0])
     yield "index_bool_shape", shaped([True])
@@ -422,8 +452,10 @@ def _coders() -> Iterator[tuple[str, bytes]]:
     yield "packed_scale_length", one(good[:2] + b"\x7f" + good[3:], (2, 1), 4)
     yield "packed_nan_scale", one(packed_zlib(b"\x01\x02", [1.0, np.nan]), (2, 1), 4)
     side = brotli.compress(np.ones(2, "<f2").tobytes())
-    bomb = bytes([1, 1]) + leb(len(side)) + side + brotli.compress(bytes(4_000_000))
-    yield "packed_bomb", one(bomb, (2, 1), 4)
+    head = bytes([1, 1]) + leb(len(side)) + side
+    yield "packed_bomb", one(head + brotli.compress(bytes(4_000_000)), (2, 1), 4)
+    yield "packed_brotli_left_over", one(head + brotli.compress(bytes(2)) + b"\x00", (2, 1), 4)
+    yield "packed_brotli_cut", one(head + brotli.compress(bytes(2))[:-1], (2, 1), 4)
 
 
 def invalid() -> dict[str, tuple[bytes, str]]:

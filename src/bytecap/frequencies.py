@@ -173,6 +173,9 @@ def _take_symmetric(freq: npt.NDArray[np.int64], excess: int) -> int:
     if excess < 0 or freq[centre] > excess:
         freq[centre] -= excess
         return 0
+    if freq[-1] > freq[centre]:  # nearly everything is escaped
+        freq[-1] -= min(excess, int(freq[-1]) - 1)
+        return excess
     freq[centre] = max(1, int(freq[centre]) // 2)
     largest = int(np.argmax(freq[:half]))
     cut = min(int(freq[largest]) // 2, (excess + 1) // 2)

@@ -1,8 +1,7 @@
-"""A second decoder, written from `docs/format.md` alone: what the document says, in the document's order.
+"""A second decoder, written from `docs/format.md` alone; section numbers below are the document's.
 
 It shares nothing with the package but the names of the errors, so that a mistake in either decoder or in the document
-shows up as a difference. It needs numpy and the standard library, and brotli for the sections that use it. Section
-numbers below are the document's. What it omits: side files are not unpacked, and nothing is ever written.
+shows up as a difference. It needs only numpy, and brotli where that is used. Omitted: side files; writing.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ import json
 import lzma
 import struct
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 
 Array = npt.NDArray[Any]
 _Coder = Generator[Any, list[Array], None]
+_Shared = tuple[list["_Table | None"], Array]  # tables and offsets by class
 
-_BATCH = 2**25  # values decoded together
 _BITS, _TOTAL, _LOW = 14, 2**14, 2**16
 _ESCAPE = -(2**31)  # stands for the escape; no symbol has this value
 _Q = [float.fromhex(c) for c in ("0x1.000000p+0", "0x1.306fe0p+0", "0x1.6a09e6p+0", "0x1.ae89fap+0")]
@@ -32,18 +33,13 @@ _DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "u1"}
 
 
 def decode_file(data: bytes) -> dict[str, Array]:
-    """Tensors of an artifact's bytes by name, aliases included, in stored layout.
-
-    Raises:
-        NotAnArtifact, VersionError, CorruptError: see section 8 of the document.
-    """
+    """Tensors of an artifact's bytes by name, aliases included, in stored layout; section 8 has the errors."""
     units, tables, bodies = _contents(data)
     shared = _read_tables(tables)
     batches: dict[int, list[tuple[_Unit, bytes]]] = {}
-    total = 0
-    for unit, body in zip(units, bodies, strict=True):
-        total += max(prod(unit.shape), 2**16)  # small units cost tables and places
-        batches.setdefault(total // _BATCH, []).append((unit, body))
+    ends = accumulate(max(prod(u.shape), 2**16) for u in units)  # small units cost tables and places
+    for unit, body, end in zip(units, bodies, ends, strict=True):
+        batches.setdefault(end // 2**25, []).append((unit, body))  # values decoded together
     values: dict[str, Array] = {}
     for batch in batches.values():
         for (unit, _), matrix in zip(batch, _decode_batch(batch, shared), strict=True):
@@ -57,6 +53,14 @@ def _require(condition: object, message: str) -> None:
         raise CorruptError(message)
 
 
+@contextmanager
+def _damage(*errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise CorruptError(f"damaged: {error}") from error
+
+
 class _Reader:
     """Section 1: takes fields off the front of some bytes."""
 
@@ -64,7 +68,7 @@ class _Reader:
         self.data, self.at = data, 0
 
     def take(self, size: int) -> bytes:
-        _require(size <= len(self.data) - self.at, f"{size} bytes needed, {len(self.data) - self.at} are left")
+        _require(0 <= size <= len(self.data) - self.at, f"{size} bytes needed, {len(self.data) - self.at} are left")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -95,10 +99,8 @@ def _lzma(section: bytes, lc: int, dictionary: int, limit: int) -> bytes:
         return section[1:]
     parameters = {"id": lzma.FILTER_LZMA1, "dict_size": dictionary, "lc": lc, "lp": 0, "pb": 0}
     machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[parameters])
-    try:
+    with _damage(lzma.LZMAError):
         content = machine.decompress(section[1:], limit)
-    except lzma.LZMAError as error:
-        raise CorruptError(f"LZMA data is damaged: {error}") from error
     _require(machine.eof and not machine.unused_data, "LZMA data does not end where it should")
     return content
 
@@ -124,9 +126,7 @@ def _sections(data: bytes) -> list[tuple[int, bytes]]:
     return sections
 
 
-class _Unit(NamedTuple):
-    """Section 4: an element of the index's `units`."""
-
+class _Unit(NamedTuple):  # section 4
     name: str
     shape: list[int]
     dtype: str
@@ -142,19 +142,12 @@ class _Unit(NamedTuple):
         return (b, a) if self.flags & 1 else (a, b)
 
 
-def _is_index(index: Any) -> bool:
-    """Whether a JSON value is an index: names, types and ranges (no JSON type stands in for another)."""
-    if type(index) is not dict or set(index) != {"about", "files", "units"}:
-        return False
-    if [type(index[k]) for k in ("about", "files", "units")] != [dict, list, list]:
-        return False
-    if any([type(v) for v in e] != [str, list, str, int, int, list] for e in index["units"] if type(e) is list):
-        return False
-    strings = [s for e in index["units"] if type(e) is list for s in e[5]] + index["files"]
-    sizes = [n for e in index["units"] if type(e) is list for n in e[1]]
-    types = {type(e) for e in index["units"]} <= {list} and {type(s) for s in strings} <= {str}
-    types = types and {type(n) for n in sizes} <= {int}
-    return types and min(sizes, default=0) >= 0 and all(0 <= e[4] <= 3 and len(e[1]) <= 32 for e in index["units"])
+def _matches(value: Any, schema: Any) -> bool:
+    """Whether a JSON value has exactly these types; `[t]` is a list of any length, a tuple one of that length."""
+    if isinstance(schema, type):
+        return type(value) is schema
+    wanted = schema if isinstance(schema, tuple) else schema * len(value) if type(value) is list else schema
+    return type(value) is list and len(value) == len(wanted) and all(map(_matches, value, wanted))
 
 
 def _contents(data: bytes) -> tuple[list[_Unit], bytes, list[bytes]]:
@@ -162,23 +155,23 @@ def _contents(data: bytes) -> tuple[list[_Unit], bytes, list[bytes]]:
     sections = _sections(data)
     kinds = [kind for kind, _ in sections]
     _require(kinds[:1] == [1], "the first section is no index")
-    try:
+    with _damage(ValueError, RecursionError):
         index = json.loads(_lzma(sections[0][1], 4, 2**20, 2**26).decode())
         json.dumps(index, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, infinities, lone surrogates
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"the index cannot be read: {error}") from error
-    _require(_is_index(index), "the index holds something of the wrong type or out of range")
+    known = type(index) is dict and set(index) == {"about", "files", "units"}
+    schema = (dict, [str], [(str, [int], str, int, int, [str])])
+    _require(known and _matches([*map(index.get, ("about", "files", "units"))], schema), "the index is of wrong types")
     units, files = [_Unit(*entry) for entry in index["units"]], index["files"]
+    for u in units:
+        _require(len(u.shape) <= 32 and min(u.shape, default=0) >= 0 and 0 <= u.flags <= 3, f"{u} is out of range")
     names = [n for u in units for n in (u.name, *u.aliases)]
     _require(len(set(names)) == len(names) and len(set(files)) == len(files), "a name occurs twice")
-    unsafe = [f for f in files if not f or f.startswith(".") or set(f) & {"/", "\\", "\0"}]
-    _require(not unsafe, f"unsafe names of files: {unsafe}")
+    _require(not any(not f or f[0] == "." or set(f) & {"/", "\\", "\0"} for f in files), "a file's name is unsafe")
     declared = sum(prod(max(n, 1) for n in u.shape) for u in units)
     _require(declared <= 2**24 + 2048 * len(data), f"{declared} values are declared in {len(data)} bytes")
     tables, padding = kinds[1:2] == [2], kinds[-1] == 6
     expected = [1] + [2] * tables + [3] * len(units) + [4] * len(files) + [6] * padding
-    _require(kinds == expected, "sections of unexpected kinds, numbers or order")
-    _require(not padding or not any(sections[-1][1]), "the padding is not empty")
+    _require(kinds == expected and not (padding and any(sections[-1][1])), "unexpected sections, or used padding")
     return units, sections[1][1] if tables else b"", [section for kind, section in sections if kind == 3]
 
 
@@ -202,7 +195,7 @@ class _Stream(NamedTuple):
     tables: Sequence[_Table | None]
 
     def shape(self) -> tuple[int, int]:
-        """(steps, lanes)."""
+        """Steps and lanes."""
         lanes = -(-len(self.classes) // 8192)
         return -(-len(self.classes) // max(1, lanes)), lanes
 
@@ -214,44 +207,32 @@ def _decode_streams(streams: Sequence[_Stream]) -> list[Array]:
     order = sorted((i for i, s in enumerate(streams) if len(s.classes)), key=lambda i: -streams[i].shape()[0])
     if not order:
         return results
-    chosen = [(streams[i], _Reader(streams[i].data)) for i in order]
-    counts = [reader.zigzag(6) for _, reader in chosen]
-    _require(min(counts) >= 0, "a stream has a negative number of words")
-    state = np.concatenate([np.frombuffer(r.take(4 * s.shape()[1]), "<u4") for s, r in chosen]).astype(np.uint32)
+    readers, shapes = [_Reader(streams[i].data) for i in order], [streams[i].shape() for i in order]
+    counts = [reader.zigzag(6) for reader in readers]
+    states = [np.frombuffer(r.take(4 * lanes), "<u4") for r, (_, lanes) in zip(readers, shapes, strict=True)]
+    state = np.concatenate(states).astype(np.uint32)
     _require(state.min() >= _LOW, "a lane begins in an impossible state")
-    words = [np.frombuffer(r.take(2 * n), "<u2") for (_, r), n in zip(chosen, counts, strict=True)]
-    distinct = {id(t): t for s, _ in chosen for t in s.tables if t is not None}
-    tables = [_Table(0, [], escape=0), *distinct.values()]  # the first one is the padding's
-    places = _places([s for s, _ in chosen], tables)
-    _advance([s.shape() for s, _ in chosen], state, words, places, np.concatenate([t.entry for t in tables]))
+    words = [np.frombuffer(r.take(2 * n), "<u2") for r, n in zip(readers, counts, strict=True)]
+    tables = [_Table(0, [], escape=0), *{id(t): t for i in order for t in streams[i].tables if t}.values()]
+    begin, missing = {id(t): k << _BITS for k, t in enumerate(tables)}, 2**32 - 1
+    places = np.zeros((shapes[0][0], len(state)), np.uint32)  # table of every symbol; 0 is the padding's
+    ends = np.cumsum([lanes for _, lanes in shapes])
+    views = [places[:steps, end - lanes : end] for (steps, lanes), end in zip(shapes, ends, strict=True)]
+    for i, view in zip(order, views, strict=True):
+        padded = np.zeros(view.size, np.uint32)
+        begins = np.array([begin.get(id(t), missing) for t in streams[i].tables], np.uint32)
+        padded[: len(streams[i].classes)] = begins.take(streams[i].classes)
+        _require(int(padded.max()) != missing, "a stream uses a class without a table")
+        view[:] = padded.reshape(view.shape)
+    _advance(shapes, state, words, places, np.concatenate([t.entry for t in tables]))
     symbols = np.concatenate([t.symbol for t in tables])
-    lane = 0
-    for i, (stream, reader) in zip(order, chosen, strict=True):
-        steps, lanes = stream.shape()
-        results[i] = symbols.take(places[:steps, lane : lane + lanes].reshape(-1)[: len(stream.classes)])
-        lane += lanes
+    for i, view, reader in zip(order, views, readers, strict=True):
+        results[i] = symbols.take(view.reshape(-1)[: len(streams[i].classes)])
         escaped = np.flatnonzero(results[i] == _ESCAPE)
         values = [reader.zigzag() for _ in escaped]
-        _require(not reader.rest(), "bytes are left over behind a stream")
-        _require(all(abs(v) < 2**31 for v in values), "an escaped symbol is out of range")
+        _require(not reader.rest() and all(abs(v) < 2**31 for v in values), "escaped symbols are damaged")
         results[i][escaped] = values
     return results
-
-
-def _places(streams: Sequence[_Stream], tables: Sequence[_Table]) -> Array:
-    """Where the table of every symbol begins in the joined tables, (steps, lanes); 0 is the padding's."""
-    begin = {id(t): i << _BITS for i, t in enumerate(tables)}
-    missing = 2**32 - 1
-    places = np.zeros((streams[0].shape()[0], sum(s.shape()[1] for s in streams)), np.uint32)
-    lane = 0
-    for s in streams:
-        steps, lanes = s.shape()
-        padded = np.zeros(steps * lanes, np.uint32)
-        padded[: len(s.classes)] = np.array([begin.get(id(t), missing) for t in s.tables], np.uint32).take(s.classes)
-        _require(int(padded.max()) != missing, "a stream uses a class without a table")
-        places[:steps, lane : lane + lanes] = padded.reshape(steps, lanes)
-        lane += lanes
-    return places
 
 
 def _advance(shapes: list[tuple[int, int]], state: Array, words: list[Array], places: Array, entries: Array) -> None:
@@ -270,19 +251,17 @@ def _advance(shapes: list[tuple[int, int]], state: Array, words: list[Array], pl
         entry = entries.take(slot)
         x >>= bits
         x *= entry >> bits
-        entry &= mask
-        x += entry
+        x += entry & mask
         need = np.flatnonzero(x < _LOW)
         stream = owner[need]
         used = np.bincount(stream, minlength=len(taken))
         at = (begin + taken - np.cumsum(used) + used)[stream] + ramp[: len(need)]
         x[need] = x[need] << sixteen | pool.take(at, mode="clip")
         taken += used
-    _require((taken == sizes).all(), "a stream has too few or too many words")
-    _require((state == _LOW).all(), "a lane does not end in its final state")
+    _require((taken == sizes).all() and (state == _LOW).all(), "a stream does not end in its final state")
 
 
-def _read_tables(section: bytes) -> tuple[list[_Table | None], Array]:
+def _read_tables(section: bytes) -> _Shared:
     """Section 5.2: tables by class, and offsets (64, 17) by class and size."""
     tables: list[_Table | None] = [None]
     offset = np.zeros((64, 17), np.float32)
@@ -293,12 +272,8 @@ def _read_tables(section: bytes) -> tuple[list[_Table | None], Array]:
         sizes = [reader.leb() for _ in range(half + 1)]
         stored = np.frombuffer(reader.take(min(half, 16)), np.int8) / np.float32(256)
         tables += [_Table(-half, sizes[:0:-1] + sizes)] * served
-        offset[first : first + served, 1 : len(stored) + 1] = stored
-        offset[first : first + served, len(stored) + 1 :] = stored[-1] if half else 0
+        offset[first : first + served, 1:] = np.pad(stored, (0, 16 - len(stored)), "edge") if half else 0
     return tables + [None] * (64 - len(tables)), offset
-
-
-_Shared = tuple[list[_Table | None], Array]
 
 
 def _decode_batch(batch: list[tuple[_Unit, bytes]], shared: _Shared) -> list[Array]:
@@ -344,10 +319,8 @@ def _grid(unit: _Unit, reader: _Reader, shared: _Shared) -> _Coder:
     (symbols,) = yield [_Stream(reader.rest(), weight_class.reshape(-1), tables)]
     z = symbols.reshape(rows, cols)
     size = np.abs(z)
-    place = weight_class.astype(np.int32) * 17
-    place += np.minimum(size, 16)
     v = size.astype(np.float32)
-    v -= offset.reshape(-1).take(place)
+    v -= offset.reshape(-1).take(weight_class.astype(np.int32) * 17 + np.minimum(size, 16))
     np.negative(v, out=v, where=z < 0)
     with np.errstate(over="ignore", invalid="ignore"):
         v *= _q(row_step)[:, None]
@@ -367,13 +340,12 @@ def _vector(unit: _Unit, reader: _Reader, shared: _Shared) -> _Coder:
         yield _finite(np.float32(centre) + np.float32(step) * z.astype(np.float32)).reshape(unit.matrix())
 
 
-def _exact(unit: _Unit, reader: _Reader, _: _Shared) -> _Coder:
+def _exact(unit: _Unit, reader: _Reader, _shared: _Shared) -> _Coder:
     """6.3: byte planes, most significant first."""
     yield []
     _require(unit.dtype in _DTYPES, f"there is no dtype {unit.dtype}")
     kind, count = np.dtype(_DTYPES[unit.dtype]), prod(unit.shape)
-    planes: list[Array | None] = []
-    streams = []
+    planes, streams = list[Array | None](), list[_Stream]()
     for _ in range(kind.itemsize if count else 0):
         mode = reader.take(1)[0]
         _require(mode < 2, f"there is no mode {mode}")
@@ -398,39 +370,31 @@ def _exact(unit: _Unit, reader: _Reader, _: _Shared) -> _Coder:
 
 def _expand(compression: int, data: bytes, size: int) -> bytes:
     """Exactly `size` bytes of zlib or brotli data."""
-    if compression == 1:
-        return _unbrotli(data, size)
-    machine = zlib.decompressobj()
-    try:
-        out = machine.decompress(data, size + 1)
-    except zlib.error as error:
-        raise CorruptError(f"zlib data is damaged: {error}") from error
-    _require(machine.eof and not machine.unused_data and len(out) == size, f"zlib data is not exactly {size} bytes")
+    if compression == 0:
+        inflate = zlib.decompressobj()
+        with _damage(zlib.error):
+            out = inflate.decompress(data, size + 1)
+        ended = inflate.eof and not inflate.unused_data
+    else:
+        import brotli
+
+        machine = brotli.Decompressor()
+        with _damage(brotli.error):
+            out = chunk = machine.process(data, output_buffer_limit=size + 1)
+            while chunk and len(out) <= size and not machine.is_finished():
+                out += (chunk := machine.process(b"", output_buffer_limit=size + 1))
+        ended = machine.is_finished()
+    _require(ended and len(out) == size, f"compressed data is not exactly {size} bytes")
     return out
 
 
-def _unbrotli(data: bytes, size: int) -> bytes:
-    import brotli
-
-    machine = brotli.Decompressor()
-    try:
-        out: bytes = machine.process(data, output_buffer_limit=size + 1)
-        while len(out) <= size and not machine.is_finished() and not machine.can_accept_more_data():
-            out += machine.process(b"", output_buffer_limit=size + 1)
-    except brotli.error as error:
-        raise CorruptError(f"brotli data is damaged: {error}") from error
-    _require(machine.is_finished() and len(out) == size, f"brotli data is not exactly {size} bytes")
-    return out
-
-
-def _packed(unit: _Unit, reader: _Reader, _: _Shared) -> _Coder:
+def _packed(unit: _Unit, reader: _Reader, _shared: _Shared) -> _Coder:
     """6.4: integer codes and a scale for every row under a general-purpose compressor."""
     yield []
     (rows, cols), (compression, width) = unit.matrix(), reader.fields("<BB")
     _require(compression < 2 and width in {1, 2}, f"compression {compression}, width {width}")
     scales = np.frombuffer(_expand(compression, reader.take(reader.leb()), 2 * rows), "<f2")
     planes = np.frombuffer(_expand(compression, reader.rest(), width * rows * cols), np.int8)
-    codes = planes.reshape(width, cols, rows).astype(np.int32)
-    code = codes[0] + 256 * codes[1] if width == 2 else codes[0]
+    low, high = np.split(planes.reshape(width, cols, rows).astype(np.int32), [1])
     yield []
-    yield code.T.astype(np.float32) * _finite(scales).astype(np.float32)[:, None]
+    yield (low[0] + 256 * high.sum(0)).T.astype(np.float32) * _finite(scales).astype(np.float32)[:, None]

@@ -85,12 +85,12 @@ def _expand_brotli(data: bytes, size: int) -> bytes:
     out = bytearray()
     try:
         chunk = machine.process(data, output_buffer_limit=_STEP)
-        while True:
+        while chunk:  # an unfinished machine may accept input and still hold output: ask until none comes
             out += chunk
             if len(out) > size:
                 raise CorruptError(f"a packed section expands beyond the {size} bytes of its codes")
-            if machine.is_finished() or machine.can_accept_more_data():
-                break  # done, or it wants input and there is none
+            if machine.is_finished():
+                break
             chunk = machine.process(b"", output_buffer_limit=_STEP)
     except brotli.error as exc:
         raise CorruptError(f"a packed section is not valid brotli: {exc}") from exc
