@@ -26,7 +26,7 @@ def main() -> None:
     for name in args.model:
         for method in args.methods:
             for bits in [*args.bits, *(args.more_golf_bits if method == "golf" else [])]:
-                row = one(args, name, bits, method)
+                row = rows.get((name, bits, method)) or one(args, name, bits, method)
                 rows[name, bits, method] = row
                 print(
                     f"{name} {bits} {method}: KL {row['kl_nats']:.4f} loss {row['measured_delta_nats']:+.4f}",

@@ -75,8 +75,8 @@ def allocate(curves: Sequence[Curve], budget: float) -> Plan:
             f"the units need at least {floor:.0f} bytes, {budget:.0f} are left for them", math.ceil(floor)
         )
     hulls = [lower_hull(c.points) for c in curves]
-    slopes = sorted({_slope(a, b) for h in hulls for a, b in pairwise(h)})
-    low, high = 0, len(slopes)  # taking every step steeper than slopes[i]: feasible for all i >= high
+    slopes = sorted({0.0} | {_slope(a, b) for h in hulls for a, b in pairwise(h)})
+    low, high = 0, len(slopes) - 1  # taking every step steeper than slopes[i] fits for all i >= high
     while low < high:
         middle = (low + high) // 2
         chosen = _at_slope(hulls, slopes[middle])
@@ -84,14 +84,8 @@ def allocate(curves: Sequence[Curve], budget: float) -> Plan:
             high = middle
         else:
             low = middle + 1
-    slope = slopes[high] if high < len(slopes) else (slopes[-1] if slopes else 0.0)
-    start = _at_slope(hulls, slopes[high] if high < len(slopes) else math.inf)
-    chosen_points = [h[i] for h, i in zip(hulls, start, strict=True)]
-    # the slope of the first step that no longer fits is the exchange rate at the margin
-    if high > 0:
-        slope = slopes[high - 1]
-    elif all(i == len(h) - 1 for h, i in zip(hulls, start, strict=True)):
-        slope = 0.0
+    slope = slopes[high]  # steps of exactly this slope no longer fit: the exchange rate at the margin; 0 if all fit
+    chosen_points = [h[i] for h, i in zip(hulls, _at_slope(hulls, slope), strict=True)]
     bound = _bound(hulls, slope, budget)
     filled = _fill(curves, chosen_points, budget)
     distortion = sum(p.distortion for p in filled)

@@ -53,8 +53,8 @@ def fit(
     method: Annotated[str, typer.Option(help="bytecap, golf or uniform.")] = "bytecap",
     device: _Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.")] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.", min=1)] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print floor and predicted quality, write nothing.")
     ] = False,
@@ -98,8 +98,8 @@ def _check_output(path: Path) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model directory, hub id, `demo`, or .bcap file.")],
     text: Annotated[list[Path] | None, typer.Option("--text", help="Text to score (repeatable).")] = None,
-    window: Annotated[int, typer.Option(help="Predicted tokens in a window.")] = 512,
-    tokens: Annotated[int | None, typer.Option(help="Most tokens per text; all by default.")] = None,
+    window: Annotated[int, typer.Option(help="Predicted tokens in a window.", min=1)] = 512,
+    tokens: Annotated[int | None, typer.Option(help="Most tokens per text; all by default.", min=1)] = None,
     device: _Device = "auto",
     as_json: _Json = False,
 ) -> None:
@@ -178,7 +178,7 @@ def unpack(
 def generate(
     path: _Artifact,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to add.", min=0)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: _Json = False,
@@ -240,29 +240,29 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # Ctrl-C and typer.Exit come back as a number or as an exception
     except KeyboardInterrupt:
         if debug:
             raise
-        sys.stderr.write("\ninterrupted; nothing was written\n")
-        raise SystemExit(130) from None
+        code = 130
     except Exception as exc:
         if debug:
             raise
-        raise SystemExit(_complain(exc)) from None
+        code = _complain(exc)
+    if code == 130:
+        sys.stderr.write("\ninterrupted; no partial file is left behind\n")
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
 
 
 def _complain(exc: Exception) -> int:
     """Print one line for an error; returns the exit code."""
-    import click
-
-    if isinstance(exc, click.exceptions.Abort):  # what click makes of Ctrl-C
-        sys.stderr.write("\ninterrupted; nothing was written\n")
+    if isinstance(exc, typer.Abort):
         return 130
-    if isinstance(exc, click.exceptions.Exit):
+    if isinstance(exc, typer.Exit):
         return int(exc.exit_code)
-    if isinstance(exc, click.ClickException):
-        message = exc.format_message()
+    if hasattr(exc, "format_message"):  # usage errors: typer carries its own copy of click, or click itself
+        message = str(exc.format_message())
     elif isinstance(exc, BytecapError):
         message = str(exc)
     elif isinstance(exc, MemoryError):

@@ -21,6 +21,7 @@ from bytecap.errors import CorruptError
 from bytecap.tables import load_shared
 
 _GROUP_VALUES = 2**25
+_UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
 
 Array = npt.NDArray[Any]
 
@@ -34,11 +35,12 @@ def _groups(units: tuple[UnitSection, ...]) -> Iterator[list[UnitSection]]:
     group: list[UnitSection] = []
     size = 0
     for u in units:
-        if group and size + u.unit.parameters > _GROUP_VALUES:
+        cost = max(u.unit.parameters, _UNIT_VALUES)
+        if group and size + cost > _GROUP_VALUES:
             yield group
             group, size = [], 0
         group.append(u)
-        size += u.unit.parameters
+        size += cost
     if group:
         yield group
 

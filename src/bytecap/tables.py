@@ -137,9 +137,13 @@ def _unpack(data: bytes, limit: int) -> bytes:
     if data[0] == 0:
         return data[1:]
     try:
-        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS).decompress(data[1:], limit)
+        machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+        raw = machine.decompress(data[1:], limit)
     except lzma.LZMAError as exc:
         raise CorruptError("the tables section does not decompress") from exc
+    if not machine.eof or machine.unused_data:
+        raise CorruptError("the tables section's packing does not end where it should")
+    return raw
 
 
 def load_shared(data: bytes) -> Shared:
@@ -162,7 +166,7 @@ def load_shared(data: bytes) -> Shared:
         freq = np.zeros(2 * half + 2, np.int64)
         for i in range(half + 1):
             value, at = read_leb(raw, at)
-            freq[half + i] = freq[half - i] = value
+            freq[half + i] = freq[half - i] = min(value, TOTAL)  # larger ones are refused below; no overflow
         freq[-1] = TOTAL - int(freq.sum())
         if freq.min() < 1:
             raise CorruptError(f"the frequencies of class {cls} do not add up to {TOTAL}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.model.checkpoint import linear_weights
 from bytecap.model.probe import probe
@@ -34,8 +36,7 @@ def run_golf(job: Job) -> Outcome:
         n: torch.stack([u.moment[0].cpu() for u in us]).sum(0) for n, us in found.uses.items() if n not in embeddings
     }
     with job.reporter.step("bisection to the cap", 1):
-        sections = golf(model.units, _matrices(job), hessians, embeddings, _capacity(job))
-    return Outcome(sections, b"", math.nan, math.nan, math.nan, "golf")
+        return _outcome(job, "golf", lambda room: golf(model.units, _matrices(job), hessians, embeddings, room))
 
 
 def run_uniform(job: Job) -> Outcome:
@@ -43,8 +44,22 @@ def run_uniform(job: Job) -> Outcome:
     from bytecap.methods.uniform import uniform
 
     with job.reporter.step("bit width", 1):
-        sections = uniform(job.model.units, _matrices(job), _capacity(job))
-    return Outcome(sections, b"", math.nan, math.nan, math.nan, "uniform")
+        return _outcome(job, "uniform", lambda room: uniform(job.model.units, _matrices(job), room))
+
+
+def _outcome(job: Job, name: str, sections: Callable[[int], dict[str, Section]]) -> Outcome:
+    """Sections under the cap; a refusal names the floor of the whole file."""
+    capacity = _capacity(job)
+    try:
+        return Outcome(sections(capacity), b"", math.nan, math.nan, math.nan, name)
+    except BudgetError as exc:
+        floor = exc.floor + job.budget - capacity
+        largest = max(job.model.units, key=lambda u: u.parameters)
+        raise BudgetError(
+            f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}: {exc}; "
+            f"the largest unit is {largest.name}",
+            floor,
+        ) from exc
 
 
 def _matrices(job: Job) -> dict[str, Any]:

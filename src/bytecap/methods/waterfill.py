@@ -225,13 +225,12 @@ def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
 def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:
     """Secant step towards the capacity; bytes fall by about n/8 * log2(e) per unit of log c."""
     x, r = seen[-1]
-    slope = -parameters / 8 * 1.2
+    slope = steepest = -parameters / 8 * 1.2
     below = [s for s in seen if s[1] <= capacity]
     above = [s for s in seen if s[1] > capacity]
+    one, two = seen[-1], seen[max(0, len(seen) - 2)]
     if below and above:
-        low, high = min(below, key=lambda s: s[0]), max(above, key=lambda s: s[0])
-        if abs(high[0] - low[0]) > 1e-9:
-            slope = min((high[1] - low[1]) / (high[0] - low[0]), -1e-9)
-    elif len(seen) > 1 and abs(seen[-1][0] - seen[-2][0]) > 1e-9:
-        slope = min((seen[-1][1] - seen[-2][1]) / (seen[-1][0] - seen[-2][0]), slope / 20)
+        one, two = min(below, key=lambda s: s[0]), max(above, key=lambda s: s[0])
+    if abs(one[0] - two[0]) > 0.01:  # closer points differ by refitted tables more than by their steps
+        slope = float(np.clip((one[1] - two[1]) / (one[0] - two[0]), 2 * steepest, steepest / 20))
     return x + float(np.clip((capacity - r) / slope, -2.0, 2.0))

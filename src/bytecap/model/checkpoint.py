@@ -10,6 +10,7 @@ no architecture is named here.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from importlib import resources
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64",
+}  # fmt: skip
+_WIDTHS = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
 
@@ -120,9 +125,11 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
     if not config.is_file():
         raise CheckpointError(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
     try:
-        json.loads(config.read_bytes())
+        parsed = json.loads(config.read_bytes())
     except ValueError as exc:
         raise CheckpointError(f"{config} is not valid JSON: {exc}") from exc
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{config} holds no JSON object")
     return {n: (directory / n).read_bytes() for n in SIDE_FILES if (directory / n).is_file()}
 
 
@@ -169,11 +176,20 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
             spans = {k: (int(v["data_offsets"][0]), int(v["data_offsets"][1])) for k, v in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
             raise CheckpointError(f"{path} has a corrupt safetensors header: {exc}") from exc
+    at = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if not 0 <= start <= stop <= size - 8 - length:
             raise CheckpointError(
                 f"{path} is truncated: tensor {name} needs bytes {start}..{stop} of {size - 8 - length}"
             )
+        shape, dtype = entries[name].get("shape"), entries[name].get("dtype")
+        if dtype in _WIDTHS and (not isinstance(shape, list) or stop - start != _WIDTHS[dtype] * math.prod(shape)):
+            raise CheckpointError(f"{path} is corrupt: tensor {name} of {dtype} {shape} takes {stop - start} bytes")
+        if start != at:
+            raise CheckpointError(f"{path} is corrupt: tensor {name} begins at byte {start}, not at {at}")
+        at = stop
+    if at != size - 8 - length:
+        raise CheckpointError(f"{path} is corrupt: {size - 8 - length - at} bytes are left over behind its tensors")
     return entries
 
 
@@ -220,11 +236,20 @@ def build_module(directory: Path) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        module = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        module, found = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except Exception as exc:
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise CheckpointError(
+            f"{directory}: tensor {name} has shape {list(stored)}, the model of config.json wants {list(wanted)}"
+        )
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{directory} lacks tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)"
+        )
     return freeze(module)
 
 

@@ -127,7 +127,8 @@ def probe(
     for number, chosen in enumerate(plan):
         found = _one_pass(twin, chosen, windows, seed, groups, guided, target, hooks, progress)
         for name, uses in found.uses.items():
-            total.uses.setdefault(name, []).extend(uses)
+            repeated = number > 0 and name in hooks.embedding  # every pass sees an embedding's own use, its last one
+            total.uses.setdefault(name, []).extend(uses[:-1] if repeated else uses)
         if number == 0:
             total.diagonal, total.tokens = found.diagonal, found.tokens
     return total
@@ -196,7 +197,7 @@ class _Collector:
     def add(self, x: Tensor, g: Tensor) -> None:
         """Add tokens: inputs x (..., cols), output gradients g (..., rows)."""
         x = x.reshape(-1, x.shape[-1]).float()
-        square = g.reshape(-1, g.shape[-1]).float().square_()
+        square = g.reshape(-1, g.shape[-1]).float().square()  # out of place: float32 gradients still flow on
         self.use.rows += square.sum(0, dtype=torch.float64)
         for i, part in enumerate(torch.tensor_split(square, self.groups, dim=1)):
             w = part.mean(1) if self.guided else (part.amax(1) > 0).float()  # padding has no gradient
