@@ -25,8 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "damping 1e-4": {"damping": 1e-4},
     "no correction factors": {"correct": False},
     "plain plan (one slope by theory)": {"allocate": False},
-    "drift targets": {"drift": 1.0},
-    "drift targets, half strength": {"drift": 0.5},
+    "no drift targets": {"drift": 0.0},
+    "drift targets at full strength": {"drift": 1.0},
 }
 
 

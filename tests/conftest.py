@@ -1,4 +1,4 @@
-"""Shared fixtures: four tiny random models of different families, a small tokenizer, short texts, one fitted file each."""
+"""Shared fixtures: tiny random models of four families, a small tokenizer, short texts, fitted files."""
 
 import json
 import os
@@ -61,7 +61,12 @@ def tokenizer_json(texts):
 def _config(kind, **changes):
     import transformers
 
-    common = {"vocab_size": changes.pop("vocab_size", VOCABULARY), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    common = {
+        "vocab_size": changes.pop("vocab_size", VOCABULARY),
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
     wide = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,

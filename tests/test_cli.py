@@ -340,7 +340,7 @@ class TestBadModels:
         (copied / "tokenizer.json").write_text('{"model": 3}', "utf-8")
         assert "tokenizer.json" in refused(*job(copied))
 
-    def test_tokenizer_of_another_model(self, refused, job, model_directory, tmp_path, edited_config):
+    def test_tokenizer_of_another_model(self, refused, job, model_directory, tmp_path):
         import shutil
 
         directory = shutil.copytree(model_directory("rotary", vocab_size=200), tmp_path / "small")
@@ -555,14 +555,14 @@ class TestBadArtifacts:
 
 def spawn(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603 (our own interpreter)
         [sys.executable, "-m", "bytecap", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=environment, **options,
     )  # fmt: skip
 
 
 class TestInterruption:
-    def test_ctrl_c_in_a_real_process(self, job, tmp_path, model_directory, texts):
+    def test_ctrl_c_in_a_real_process(self, tmp_path, texts):
         process = spawn(
             "fit", "demo", "--budget", "600kB", "-o", tmp_path / "out.bcap", "--calib", texts["calib"], "--eval",
             texts["val"],

@@ -1,5 +1,6 @@
 """Integer tables and the interleaved rANS coder: exact, tight, and unmoved by damage."""
 
+import contextlib
 import lzma
 import zlib
 
@@ -216,10 +217,8 @@ class TestDamage:
     @given(st.binary(max_size=300), tables(), st.integers(1, 9000))
     def test_noise_never_raises_anything_else(self, noise, model, n):
         classes = np.resize(np.array(sorted(model.table), np.uint8), n)
-        try:
+        with contextlib.suppress(CorruptError):
             decode([Stream(noise, classes, model)])
-        except CorruptError:
-            pass
 
     def test_nearly_every_flip_in_the_words_is_noticed(self):
         z = gaussian(3000, 1.5)

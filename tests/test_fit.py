@@ -67,6 +67,7 @@ class TestEveryFamily:
 
     def test_unpacked_directories_give_the_same_logits(self, fitted, kind, method, tmp_path):
         import transformers
+
         from bytecap.unpack import unpack
 
         _, path = fitted(kind, method)
@@ -164,6 +165,7 @@ def test_more_bytes_mean_less_damage(fitted):
 @pytest.mark.parametrize("kind", ["rotary", "transposed"])
 def test_a_large_budget_stores_the_model_losslessly(model_directory, texts, tmp_path, kind, dtype):
     import transformers
+
     from bytecap.unpack import unpack
 
     directory = model_directory(kind, dtype=dtype)
@@ -229,8 +231,8 @@ def test_the_floor_itself_can_be_reached_or_is_refused_in_one_line(model_directo
             **SMALL,
         )  # fmt: skip
     except bytecap.BudgetError as exc:
-        assert exc.floor > budget
-        assert "\n" not in str(exc)
+        assert exc.floor > budget  # noqa: PT017 (either outcome is fine)
+        assert "\n" not in str(exc)  # noqa: PT017 (either outcome is fine)
         assert list(tmp_path.iterdir()) == []
     else:
         assert output.stat().st_size == len(result.data) <= budget

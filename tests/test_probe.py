@@ -222,7 +222,9 @@ class TestSharing:
         handle.remove()
         gradients.reverse()  # the second use's gradient comes first
         assert len(inputs) == len(gradients) == 2
-        moment = sum(torch.einsum("t,ti,tj->ij", g.square().mean(1), x, x) for x, g in zip(inputs, gradients, strict=True))
+        moment = sum(
+            torch.einsum("t,ti,tj->ij", g.square().mean(1), x, x) for x, g in zip(inputs, gradients, strict=True)
+        )
         torch.testing.assert_close(use.moment[0], moment, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(use.rows, sum(g.square().sum(0) for g in gradients), rtol=1e-4, atol=1e-9)
 
@@ -256,7 +258,9 @@ class TestStreaming:
         for other in found[1:]:
             assert other.tokens == found[0].tokens
             for name in ("inner.weight", "head.weight"):
-                torch.testing.assert_close(other.uses[name][0].moment, found[0].uses[name][0].moment, rtol=1e-5, atol=1e-9)
+                torch.testing.assert_close(
+                    other.uses[name][0].moment, found[0].uses[name][0].moment, rtol=1e-5, atol=1e-9
+                )
                 torch.testing.assert_close(other.uses[name][0].rows, found[0].uses[name][0].rows, rtol=1e-5, atol=1e-9)
 
     def test_padding_counts_for_nothing(self):

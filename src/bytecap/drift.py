@@ -13,6 +13,7 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,26 +31,66 @@ from bytecap.swap import load_values
 from bytecap.sweep import Prepared, round_units
 
 
-class _Reached(Exception):  # noqa: N818 (control flow, never seen outside)
-    """The stage's input has been captured; the rest of the forward pass is not needed."""
+class _Cancelled(Exception):  # noqa: N818 (control flow, never seen outside)
+    """The rest of a forward pass is not needed."""
 
 
-def _input_of(model: nn.Module, stage: nn.Module, ids: Tensor) -> Tensor:
-    """Input of the first module of a stage."""
-    caught: list[Tensor] = []
+class _Walk:
+    """One forward pass that stops at every stage until it is asked for the next one.
 
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0].detach())
-        raise _Reached
+    The pass runs in a thread of its own, but never at the same time as its caller: each hands over to the other.
+    So a stage's weights can be replaced while many passes wait in front of it, and every pass is run only once.
+    """
 
-    handle = stage.register_forward_pre_hook(hook)
-    try:
-        model(ids)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
+    def __init__(self, model: nn.Module, ids: Tensor, stops: Sequence[nn.Module]) -> None:
+        self._stops = {id(m) for m in stops}
+        self._input: Tensor | None = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(model, ids, stops), daemon=True)
+        self._thread.start()
+
+    def _run(self, model: nn.Module, ids: Tensor, stops: Sequence[nn.Module]) -> None:
+        self._go.acquire()
+        handles = [m.register_forward_pre_hook(self._stop) for m in stops]
+        try:
+            with torch.no_grad():
+                if not self._cancelled:
+                    model(ids)
+        except _Cancelled:
+            pass
+        except BaseException as exc:  # noqa: BLE001 (handed to the caller)
+            self._error = exc
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._stopped.release()
+
+    def _stop(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if threading.current_thread() is not self._thread:
+            return  # another pass over the same model
+        self._input = args[0]
+        self._stopped.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+    def advance(self) -> Tensor:
+        """Input of the next stage."""
+        self._input = None
+        self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+        assert self._input is not None  # noqa: S101 (stages were listed from the same model)
+        return self._input
+
+    def cancel(self) -> None:
+        """Let the thread end."""
+        self._cancelled = True
+        self._go.release()
+        self._thread.join()
 
 
 def stages(model: nn.Module, ids: Tensor) -> list[list[str]]:
@@ -111,33 +152,41 @@ def drift_targets(
     units = {p.unit.name: p for p in planner.matrices}
     vocabulary = max((p.unit.matrix_shape[0] for p in planner.matrices), default=4096)
     data = [(ids[:, :-1].to(device), mask.to(device)) for ids, mask in batches(windows, batch_tokens(vocabulary))]
-    plan = stages(original, data[0][0][:1])
-    modules, coded = linear_weights(original), linear_weights(twin)
-    staged = {n for names in plan for n in names if n in units and not units[n].unit.aliases}
+    plan = [
+        [n for n in names if n in units and not units[n].unit.aliases] for names in stages(original, data[0][0][:1])
+    ]
+    plan = [names for names in plan if names]
+    staged = {n for names in plan for n in names}
     load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
-    for names in plan:
-        members = [units[n] for n in names if n in staged]
-        if members:
-            a, c = _moments(original, twin, modules[names[0]][0], coded[names[0]][0], data)
+    walks = [_walks(model, data, plan) for model in (original, twin)]
+    try:
+        for names in plan:
+            a, c = _moments(walks, [mask for _, mask in data])
             fix = torch.linalg.solve(a, c.T).T.float() * strength  # C A^-1
-            members = [replace(p, weight=p.weight + p.weight @ fix.to(p.weight.device)) for p in members]
+            members = [replace(units[n], weight=units[n].weight + units[n].weight @ fix) for n in names]
             units.update({p.unit.name: p for p in members})
             rounded, _ = round_units(members, state.steps, planner.shrink, planner.options)
             partial = State(state.steps, {**state.coded, **rounded}, state.shared, {}, {})
-            load_values(twin, unit_values(planner, partial, [p.unit.name for p in members]))
-        advance(1)
+            load_values(twin, unit_values(planner, partial, names))
+            advance(1)
+    finally:
+        for walk in (w for group in walks for w in group):
+            walk.cancel()
     return [units[p.unit.name] for p in planner.matrices]
 
 
-def _moments(
-    original: nn.Module, twin: nn.Module, stage: nn.Module, stage_twin: nn.Module, data: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """(E[x^ x^T] with a ridge, E[(x - x^) x^T]) in float64."""
+def _walks(model: nn.Module, data: list[tuple[Tensor, Tensor]], plan: list[list[str]]) -> list[_Walk]:
+    modules = linear_weights(model)
+    return [_Walk(model, ids, [modules[names[0]][0] for names in plan]) for ids, _ in data]
+
+
+def _moments(walks: list[list[_Walk]], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(E[x^ x^T] with a ridge, E[(x - x^) x^T]) of the next stage, in float64."""
     a: Tensor | float = 0.0
     c: Tensor | float = 0.0
-    for ids, mask in data:
-        x = _input_of(original, stage, ids)[mask].float()
-        seen = _input_of(twin, stage_twin, ids)[mask].float()
+    for original, twin, mask in zip(*walks, masks, strict=True):
+        x = original.advance()[mask].float()
+        seen = twin.advance()[mask].float()
         a = a + (seen.T @ seen).double()
         c = c + ((x - seen).T @ seen).double()
     assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)

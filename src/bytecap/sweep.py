@@ -59,7 +59,7 @@ class Options:
     groups: int = 1
     correct: bool = True
     allocate: bool = True
-    drift: float = 0.0
+    drift: float = 0.4
 
 
 @dataclass(frozen=True)

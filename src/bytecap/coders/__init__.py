@@ -70,11 +70,16 @@ class Coder(Protocol):
         ...
 
 
+_ENCODER_ONLY = {"rounding"}  # needs torch, which reading must not
+
+
 @cache
 def registry() -> dict[int, Coder]:
     """All coders by on-disk tag."""
     found: dict[int, Coder] = {}
     for info in pkgutil.iter_modules(__path__):
+        if info.name in _ENCODER_ONLY:
+            continue
         coder = getattr(importlib.import_module(f"{__name__}.{info.name}"), "CODER", None)
         if coder is not None:
             if coder.tag in found:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,14 @@ from bytecap.methods.waterfill import Planner, State, VectorUnit
 from bytecap.model.evaluate import kl_to
 from bytecap.model.probe import probe
 from bytecap.model.text import Window
-from bytecap.swap import swapped
+from bytecap.swap import load_values, swapped
 from bytecap.sweep import Options, prepare
 from bytecap.tables import dump_shared
 from bytecap.trim import fit_to_cap
 
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
 _FACTOR_TOKENS = 4096
-_DRIFT_TOKENS = 32_768
+_DRIFT_TOKENS = 16_384
 _TABLES_GUESS = 700  # bytes of the tables section before it exists
 
 
@@ -77,7 +77,7 @@ def run(job: Job) -> Outcome:
         return outcome
     if options.drift:
         _apply_drift(job, planner, planned, twin)
-    return _finish(job, work, multipliers, c_planned, planned, capacity, outcome)
+    return _finish(job, work, multipliers, c_planned, planned, capacity, outcome, twin)
 
 
 def _factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[str, float]:
@@ -210,5 +210,8 @@ def _finish(
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, refit=False)
         packed = fit_to_cap(planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
+    with job.reporter.step("prediction", 1):
+        load_values(twin, correct.unit_values(planner, packed.state))
+        predicted, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)
     sections = {**packed.sections, **work.fixed}
-    return Outcome(sections, packed.tables, outcome.predicted, outcome.slope, outcome.gap, outcome.plan)
+    return replace(outcome, sections=sections, tables=packed.tables, predicted=predicted)

@@ -143,9 +143,9 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as exc:
+            missing = [s for s in shards if not (directory / s).is_file()]
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise CheckpointError(f"{index} is not a valid shard index") from exc
-        missing = [s for s in shards if not (directory / s).is_file()]
         if missing:
             raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} of {len(shards)})")
         return [directory / s for s in shards]

@@ -1,0 +1,72 @@
+# make demo | test | nightly | lint | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
+# demo, test, nightly, lint and bench set up .venv by themselves, again after every change of pyproject or constraints.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# For `make bench`: which benchmarks, on what, written where (results/ holds the committed runs).
+BENCH ?= targets ablation
+MODELS ?=
+TEXTS ?=
+BENCHFLAGS ?=
+BENCHDIR ?= build/bench
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test nightly lint format directories bench clean distclean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "bytecap needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/bytecap demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Two workers with one thread each: more threads than cores only wait for one another.
+test nightly: export OMP_NUM_THREADS = 1
+
+test: lint
+	$(BIN)/pytest -n 2 -m 'not nightly'
+
+nightly: test
+	$(BIN)/pytest -n 2 -m nightly
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+directories:
+	@test -d "$(MODELS)" && test -d "$(TEXTS)" || \
+		{ echo "usage: make bench MODELS=DIR TEXTS=DIR [BENCH='targets ablation'] [BENCHFLAGS=...]" >&2; exit 1; }
+
+bench: directories $(INSTALLED)
+	mkdir -p $(BENCHDIR)
+	@set -e; for name in $(BENCH); do \
+		echo "== $$name"; \
+		$(BIN)/python benchmarks/$$name.py --models "$(MODELS)" --texts "$(TEXTS)" --output $(BENCHDIR)/$$name.jsonl \
+			$(BENCHFLAGS); \
+	done
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.bcap
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

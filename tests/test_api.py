@@ -1,0 +1,136 @@
+"""The public face: names, imports without torch, errors, and a source tree that names no architecture."""
+
+import ast
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bytecap
+from bytecap import errors
+
+SOURCE = Path(bytecap.__file__).parent
+
+BLOCKED = """
+import sys
+
+class Block:
+    names = {"torch", "transformers", "tokenizers", "safetensors", "scipy", "constriction", "matplotlib"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run_blocked(code, *arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(  # noqa: S603 (our own interpreter and code)
+        [sys.executable, "-W", "error", "-c", BLOCKED + code, *map(str, arguments)], capture_output=True, text=True,
+        env=environment, timeout=60, check=False,
+    )  # fmt: skip
+
+
+class TestNames:
+    def test_all_is_sorted_and_complete(self):
+        assert bytecap.__all__ == sorted(bytecap.__all__)
+        assert len(set(bytecap.__all__)) == len(bytecap.__all__)
+
+    @pytest.mark.parametrize("name", bytecap.__all__)
+    def test_every_public_name_can_be_imported_and_is_documented(self, name):
+        value = getattr(bytecap, name)
+        assert value.__doc__
+
+    def test_every_error_is_public_and_derives_from_one(self):
+        found = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)}
+        assert found <= set(bytecap.__all__)
+        assert all(issubclass(getattr(bytecap, n), bytecap.BytecapError) for n in found)
+
+    def test_unknown_names_are_attribute_errors(self):
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = bytecap.no_such_name
+
+    def test_artifact_is_what_fit_gives(self, fitted):
+        assert isinstance(fitted("rotary", "uniform")[0], bytecap.Artifact)
+
+    def test_every_module_has_a_docstring_and_every_one_imports(self):
+        for info in pkgutil.walk_packages([str(SOURCE)], "bytecap."):
+            if not info.name.endswith("__main__"):
+                assert __import__(info.name, fromlist=["x"]).__doc__, info.name
+
+
+class TestWithoutTorch:
+    def test_import_and_load(self, fitted):
+        _, path = fitted("rotary")
+        done = run_blocked(
+            "import bytecap\nvalues = bytecap.load(sys.argv[1])\nprint(len(values), bytecap.parse_size('3MB'))", path
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["21", "3000000"]
+
+    @pytest.mark.parametrize("method", ["bytecap", "golf", "uniform"])
+    @pytest.mark.parametrize("command", ["check", "ledger"])
+    def test_commands(self, fitted, command, method):
+        _, path = fitted("rotary", method)
+        done = run_blocked("sys.argv[0] = 'bytecap'\nfrom bytecap.cli import main\nmain()", command, path, "--json")
+        assert done.returncode == 0, done.stderr
+        assert '"file_bytes"' in done.stdout
+
+    def test_unpack_needs_no_torch_either(self, fitted, tmp_path):
+        _, path = fitted("rotary")
+        done = run_blocked(
+            "sys.argv[0] = 'bytecap'\nfrom bytecap.cli import main\nmain()", "unpack", path, "-o", tmp_path / "out"
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    @pytest.mark.parametrize("command", [["fit", "demo", "--budget", "600kB", "-o", "x.bcap"], ["eval", "demo"]])
+    def test_what_needs_torch_says_so_in_one_line(self, command, tmp_path):
+        done = run_blocked(
+            f"import os\nos.chdir({str(tmp_path)!r})\nsys.argv[0] = 'bytecap'\nfrom bytecap.cli import main\nmain()",
+            *command,
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("error: ") == 1
+        assert "pip install 'bytecap[hf]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def files():
+    return [p for p in sorted(SOURCE.rglob("*.py")) if "data" not in p.relative_to(SOURCE).parts]
+
+
+class TestSource:
+    # usual.py holds the format's own dictionary of text: data, though spelled in Python
+    @pytest.mark.parametrize(
+        "path", [p for p in files() if p.name != "usual.py"], ids=lambda p: str(p.relative_to(SOURCE))
+    )
+    def test_no_architecture_is_named(self, path):
+        words = set(re.findall(r"[a-z0-9]+", path.read_text("utf-8").lower()))
+        assert not words & {"llama", "qwen", "qwen2", "gpt2", "opt", "mistral", "gemma", "phi", "bloom", "pythia"}
+
+    @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+    def test_nothing_from_a_file_is_ever_executed(self, path):
+        tree = ast.parse(path.read_text("utf-8"))
+        imported = {
+            n.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names
+        }
+        imported |= {
+            (node.module or "").partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+        }
+        assert not imported & {"pickle", "marshal", "shelve", "dill", "joblib"}
+        calls = {
+            node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"eval", "exec", "compile"}
+
+    def test_the_version_is_the_package_s(self):
+        pyproject = SOURCE.parents[1] / "pyproject.toml"
+        if pyproject.is_file():
+            assert f'version = "{bytecap.__version__}"' in pyproject.read_text("utf-8")
