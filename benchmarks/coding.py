@@ -58,9 +58,11 @@ def one(args: Any, name: str) -> dict[str, Any]:
         n for u in weights for k, n in GRID.kinds(u.data, u.unit.matrix_shape, u.unit.dtype) if k != "payload"
     )
     return record(args, {
-        "benchmark": "coding", "model": name, "bits": args.bits, "file_bytes": size, "payload_over_ideal": payload / ideal,
+        "benchmark": "coding", "model": name, "bits": args.bits, "file_bytes": size,
+        "payload_over_ideal": payload / ideal,
         "side_tables_headers_share": (overhead + kinds.get("table", 0)) / size,
-        "side_files": sum(len(f.data) for f in result.contents.files), "side_files_brotli11": sum(files.values()),
+        "side_files": sum(len(f.data) for f in result.contents.files),
+        "side_files_brotli11": sum(files.values()),
         "payload": payload, "payload_and_tables": payload + kinds.get("table", 0),
         "static_table_per_tensor": sum(static(z) for _, z in matrices),
         "brotli11": sum(len(brotli.compress(r, quality=11)) for r in raw),

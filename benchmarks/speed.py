@@ -41,8 +41,8 @@ def one(args: Any, name: str) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     result = fit(
-        model, int(args.bits * model.parameters / 8), calibration=calibration, evaluation=evaluation, device=args.device,
-        seed=args.seed, tokens=args.tokens, evaluation_tokens=args.eval_tokens, reporter=Bars(),
+        model, int(args.bits * model.parameters / 8), calibration=calibration, evaluation=evaluation,
+        device=args.device, seed=args.seed, tokens=args.tokens, evaluation_tokens=args.eval_tokens, reporter=Bars(),
     )  # fmt: skip
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -199,7 +199,14 @@ def _better(job: Job, planner: Planner, states: Mapping[str, State], twin: nn.Mo
 
 
 def _finish(
-    job: Job, work: _Work, multipliers: Mapping[str, float], c: float, state: State, capacity: float, outcome: Outcome
+    job: Job,
+    work: _Work,
+    multipliers: Mapping[str, float],
+    c: float,
+    state: State,
+    capacity: float,
+    outcome: Outcome,
+    twin: nn.Module,
 ) -> Outcome:
     """Settle the chosen plan's tables, then meet the cap on real bytes."""
     planner = work.planner
