@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-# For `make bench`: which benchmarks, on what, written where (results/ holds the committed runs).
+# For `make bench`: which of targets, ablation, calibration, coding and speed, on what, written where (results/ holds
+# the committed runs).
 BENCH ?= targets ablation
 MODELS ?=
 TEXTS ?=

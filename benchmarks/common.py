@@ -46,7 +46,9 @@ def host() -> str:
 
 def record(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     """Append one result with everything needed to repeat it."""
-    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    names = {str(args.models): "MODELS", str(args.texts): "TEXTS", str(args.output): "OUTPUT"}
+    words = [names.get(word, word) for word in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     row = {**row, "seed": args.seed, "host": host(), "date": time.strftime("%Y-%m-%d"), "command": command}
     if args.output:
         with args.output.open("a") as f:

@@ -185,8 +185,8 @@ def _moments(walks: list[list[_Walk]], masks: list[Tensor]) -> tuple[Tensor, Ten
     a: Tensor | float = 0.0
     c: Tensor | float = 0.0
     for original, twin, mask in zip(*walks, masks, strict=True):
-        x = original.advance()[mask].float()
-        seen = twin.advance()[mask].float()
+        keep = mask.reshape(-1)  # some models flatten (batch, length) before a layer
+        x, seen = (walk.advance().flatten(0, -2)[keep].float() for walk in (original, twin))
         a = a + (seen.T @ seen).double()
         c = c + ((x - seen).T @ seen).double()
     assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)

@@ -236,12 +236,14 @@ def build_module(directory: Path) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        module, found = transformers.AutoModelForCausalLM.from_pretrained(
+        built: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as exc:
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
+    module: torch.nn.Module = built[0]
+    found: dict[str, Any] = built[1]
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise CheckpointError(
             f"{directory}: tensor {name} has shape {list(stored)}, the model of config.json wants {list(wanted)}"
