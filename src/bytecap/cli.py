@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Every command works offline; only `fit --factory` style code is never run.
+"""The command line: parse, call, print. Every command works offline.
 
 Errors are one line on standard error with exit code 2 (`--debug` shows the traceback); Ctrl-C exits with 130.
 With `--json` exactly one JSON object goes to standard output and nothing else is said.
@@ -263,6 +263,8 @@ def _complain(exc: Exception) -> int:
         return int(exc.exit_code)
     if hasattr(exc, "format_message"):  # usage errors: typer carries its own copy of click, or click itself
         message = str(exc.format_message())
+        if not message:  # no command was given: the help has been printed
+            return 2
     elif isinstance(exc, BytecapError):
         message = str(exc)
     elif isinstance(exc, MemoryError):

@@ -21,7 +21,7 @@ from bytecap.coders.exact import CODER as EXACT
 from bytecap.decode import decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_unit
-from bytecap.methods import Job, Outcome, Section
+from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.model.checkpoint import Model, as_matrix, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
 from bytecap.progress import Reporter, Silent
@@ -108,7 +108,7 @@ def fit(
     target = choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
     files = _side_files(loaded, tokenizer=tokenizer, config=config)
-    about = {"budget": limit, "method": method}
+    about: dict[str, Any] = {"budget": limit, "method": method}
     size = _sizer(loaded, files, about)
     stored = _lossless(loaded, files, about, limit, reporter)
     floor = _check_floor(loaded, size, limit)
@@ -117,24 +117,29 @@ def fit(
         reporter=reporter,
     )  # fmt: skip
     loaded.module.to(target)
-    outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
-    if stored is None:
-        job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
-        outcome = run(job)
-        if not (dry_run and not outcome.sections):
-            stored = _contents(loaded, files, about, outcome, limit, method)
-    result = (
-        Artifact(stored, artifact.serialize(stored)) if stored is not None else Artifact(Contents((), b"", (), {}), b"")
-    )
-    result.report = _report(result, loaded, outcome, limit, method, sets, seed)
+    job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
+    result = _solve(job, run, files, about, stored)
     result.report["floor_bytes"] = floor
     if not dry_run:
         if output is not None:
             result.save(output)
             reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-        parts = _measure(result, loaded, sets, target, reporter)
-        result.report |= _quality(parts)
+        result.report |= _quality(_measure(result, loaded, sets, target, reporter))
     result.report["seconds"] = round(time.perf_counter() - started, 3)
+    return result
+
+
+def _solve(
+    job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any], stored: Contents | None
+) -> Artifact:
+    """The finished bytes and their report, quality not yet measured; `stored` is a lossless solution or None."""
+    outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
+    if stored is None:
+        outcome = run(job)
+        if outcome.sections:
+            stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
+    result = Artifact(stored, artifact.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
+    result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
     return result
 
 

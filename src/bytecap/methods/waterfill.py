@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bytecap.coders import Shared
 from bytecap.coders.classes import UNIT_CLASS
@@ -43,13 +44,26 @@ class VectorUnit:
         energy = float(self.fisher.mean()) if self.fisher.size else 0.0
         spread = float(self.values.std()) / 2 if self.values.size else 0.0
         widest = max(spread, float(np.abs(self.values).max(initial=0.0)) * 2**-8, 1e-30)
-        return min(c / math.sqrt(energy), widest) if energy > 0 else widest
+        wanted = min(c / math.sqrt(energy), widest) if energy > 0 else widest
+        return max(wanted, float(np.ptp(self.values)) * 2**-15 if self.values.size else 0.0)
 
     def distortion(self, c: float) -> float:
         """Nats per token at step `c`."""
         centre, symbols = VECTOR.quantize(self.values, self.step(c))
         error = VECTOR.dequantize(centre, self.step(c), symbols).astype(np.float64) - self.values.reshape(-1)
         return float(0.5 * (self.fisher.reshape(-1) * error**2).sum())
+
+
+def finest_step(item: Prepared) -> float:
+    """The step below which symbols would exceed 16 bits: finer grids gain nothing and integers would overflow."""
+    widest = 0.0
+    for weight, row_step, lower, order in zip(
+        torch.tensor_split(item.weight, item.groups), torch.tensor_split(item.row_step, item.groups), item.lower,
+        item.order, strict=True,
+    ):  # fmt: skip
+        largest = (weight.abs() / torch.exp2(row_step.float() / 4)[:, None]).amax(0)  # (cols,)
+        widest = max(widest, float((largest[order] * lower.diagonal()).max()))
+    return widest * 2.0**-15
 
 
 @dataclass
@@ -82,9 +96,11 @@ class Planner:
     options: Options
     shared: Shared = field(init=False)
     shrink: Shrink = field(init=False)
+    _finest: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.shared, self.shrink = initial_shared(self.options)
+        self._finest = {p.unit.name: finest_step(p) for p in self.matrices}
 
     @property
     def names(self) -> list[str]:
@@ -98,6 +114,7 @@ class Planner:
 
     def settle(self, steps: Mapping[str, float], *, refit: bool = True) -> State:
         """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
+        steps = {n: max(s, self._finest.get(n, 0.0)) for n, s in steps.items()}
         coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
         if refit:
             counts = sum((c.counts for c in coded.values()), self._side_counts(coded, steps))

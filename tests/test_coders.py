@@ -1,0 +1,39 @@
+"""Conformance: what every registered coder must do, checked on the goldens; a new coder joins by its golden alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bytecap import artifact
+from bytecap.coders import registry
+from bytecap.decode import decode_units
+from bytecap.ledger import KINDS, total
+
+DIRECTORY = Path(__file__).parent / "goldens"
+GOLDENS = [DIRECTORY / name for name in json.loads((DIRECTORY / "expected.json").read_text())["valid"]]
+
+
+def test_every_coder_has_a_golden() -> None:
+    used = {u.tag for path in GOLDENS for u in artifact.read(path).units}
+    assert used == set(registry())
+
+
+def test_ids_and_tags_are_unique() -> None:
+    coders = registry()
+    assert len({c.id for c in coders.values()}) == len(coders)
+    assert all(tag == c.tag for tag, c in coders.items())
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
+def test_sections_are_fully_owned_and_decode_to_their_shape(path: Path) -> None:
+    contents = artifact.read(path)
+    for u in contents.units:
+        kinds = registry()[u.tag].kinds(u.data, u.unit.matrix_shape, u.unit.dtype)
+        assert sum(n for _, n in kinds) == len(u.data)
+        assert {k for k, _ in kinds} <= set(KINDS)
+    assert total(artifact.ledger(contents)) == path.stat().st_size
+    values = decode_units(contents, aliases=False)
+    assert {n: v.shape for n, v in values.items()} == {u.unit.name: u.unit.shape for u in contents.units}
