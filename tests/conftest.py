@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import bytecap
+from bytecap import cli
 from bytecap.model.checkpoint import demo_directory
 
 settings.register_profile(
@@ -150,3 +152,62 @@ def edited_config():
         path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
 
     return edit
+
+
+FAST = ("--method", "uniform", "--tokens", "2000", "--eval-tokens", "1000")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Function: (exit code, standard output, standard error) of a command line."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bytecap", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exc:
+            code = exc.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Function: the one line a command is refused with; checks exit code, silence on standard output, no traceback."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 2, (out, err)
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        assert "unexpected" not in err
+        return err
+
+    return call
+
+
+@pytest.fixture
+def job(model_directory, texts, tmp_path):
+    """Function: arguments of a fast `fit` with parts replaced."""
+
+    def arguments(model=None, *, budget=BUDGET, output=None, calib=None, evaluation=None):
+        return [
+            "fit", model or model_directory("rotary"), "--budget", budget, "-o", output or tmp_path / "out.bcap",
+            "--calib", calib or texts["calib"], "--eval", evaluation or texts["val"], *FAST,
+        ]  # fmt: skip
+
+    return arguments
+
+
+@pytest.fixture
+def copied(model_directory, tmp_path):
+    """A private copy of a tiny model's directory, to be spoiled."""
+    import shutil
+
+    return shutil.copytree(model_directory("rotary"), tmp_path / "spoiled")

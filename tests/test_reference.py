@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import golden_parts
 import make_goldens
 from bytecap import artifact, errors, reference, usual
 from bytecap.artifact import Contents
@@ -30,7 +31,7 @@ from bytecap.entropy import encode
 from bytecap.frequencies import Table, Tables, integer_frequencies
 from bytecap.tables import dump_shared, load_shared
 
-DIRECTORY = make_goldens.DIRECTORY
+DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 MODEST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -94,12 +95,12 @@ def test_every_flipped_bit_is_noticed(name, decoder):
         with pytest.raises(errors.ArtifactError):
             decoder(bytes(flipped))
         if place in unread:
-            assert outcome(decoder, make_goldens.sealed(bytes(flipped))) == outcome(decoder, data)
+            assert outcome(decoder, golden_parts.sealed(bytes(flipped))) == outcome(decoder, data)
 
 
 @pytest.mark.parametrize("decoder", [main_decoder, reference.decode_file])
 def test_every_truncation_is_noticed(decoder):
-    data = make_goldens.tiny()
+    data = golden_parts.tiny()
     for length in range(len(data)):
         assert outcome(decoder, data[:length]) is (errors.NotAnArtifact if length < 8 else errors.CorruptError)
 
@@ -216,7 +217,7 @@ def artifacts(draw):
         shape = tuple(draw(st.lists(st.integers(0, 13), max_size=3)))
         dtype = draw(st.sampled_from(["BF16", "F16", "F32", "I32", "I64", "BOOL"]))
         tag = draw(st.integers(1, 4))
-        plain = make_goldens.unit(
+        plain = golden_parts.unit(
             f"u{i}", shape, tag, b"", dtype, [f"u{i}'"] * draw(st.booleans()), transposed=draw(st.booleans())
         )
         section = random_section(rng, plain.unit.matrix_shape, dtype, tag, shared, draw(st.sampled_from([0, 0, 3])))
@@ -232,15 +233,15 @@ def test_both_decoders_agree_on_random_artifacts(data):
 
 def test_both_decoders_agree_on_streams_of_many_lanes():
     rng = np.random.default_rng(3)
-    shared = make_goldens.SHARED
+    shared = golden_parts.SHARED
     shapes = [(130, 127), (64, 128), (1, 8193), (257, 64)]
     units = [
-        make_goldens.unit(f"u{i}", s, 1, random_grid(rng, s, shared, 5), linear=True) for i, s in enumerate(shapes)
+        golden_parts.unit(f"u{i}", s, 1, random_grid(rng, s, shared, 5), linear=True) for i, s in enumerate(shapes)
     ]
     units += [
-        make_goldens.unit(f"v{i}", (9000 * i,), 2, make_goldens.vector(rng.standard_normal(9000 * i))) for i in range(3)
+        golden_parts.unit(f"v{i}", (9000 * i,), 2, golden_parts.vector(rng.standard_normal(9000 * i))) for i in range(3)
     ]
-    assert_same(make_goldens.pack(*units))
+    assert_same(golden_parts.pack(*units))
 
 
 # ------------------------------------------------------------------------------------------------------- damage
@@ -283,5 +284,5 @@ def test_damage_behind_right_checksums_is_refused_by_both_or_by_none(name, data)
         else:
             del damaged[at:]
     parts[which] = (kind, bytes(damaged))
-    file = make_goldens.build(parts)
+    file = golden_parts.build(parts)
     assert outcome(main_decoder, file) == outcome(reference.decode_file, file)

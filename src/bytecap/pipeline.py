@@ -77,7 +77,7 @@ def fit(
     options: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
-    """Put a model into one file of at most `budget` bytes.
+    """Put a model into one file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
 
     Args:
         model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
@@ -96,16 +96,12 @@ def fit(
         config: keep config files inside.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
-
-    Raises:
-        BytecapError: see `bytecap.errors`; nothing has been written then.
     """
     started = time.perf_counter()
     reporter = reporter or Silent()
     limit = parse_size(budget)
     reporter.note(f"budget: {format_size(limit)}")
-    run = methods.find(method)
-    target = choose_device(device)
+    run, target = methods.find(method), choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
     files = _side_files(loaded, tokenizer=tokenizer, config=config)
     about: dict[str, Any] = {"budget": limit, "method": method}
@@ -114,19 +110,22 @@ def fit(
     floor = _check_floor(loaded, size, limit)
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
-        reporter=reporter,
-    )  # fmt: skip
+        reporter=reporter)  # fmt: skip
     loaded.module.to(target)
     job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
     result = _solve(job, run, files, about, stored)
-    result.report["floor_bytes"] = floor
     if not dry_run:
-        if output is not None:
-            result.save(output)
-            reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-        result.report |= _quality(_measure(result, loaded, sets, target, reporter))
-    result.report["seconds"] = round(time.perf_counter() - started, 3)
+        _deliver(result, job, output)
+    result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
+
+
+def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
+    """Write the file and measure what was written."""
+    if output is not None:
+        result.save(output)
+        job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
+    result.report |= _quality(_measure(result, job.model, job.sets, job.device, job.reporter))
 
 
 def _solve(

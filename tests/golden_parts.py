@@ -1,0 +1,167 @@
+"""Building blocks of the golden artifacts: small sections, whole files, and files put together wrongly."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bytecap import artifact
+from bytecap.artifact import INDEX, TABLES, UNIT, Contents, UnitSection
+from bytecap.coders import Shared, leb
+from bytecap.coders.exact import CODER as EXACT
+from bytecap.coders.grid import CODER as GRID
+from bytecap.coders.grid import GridCode, weight_classes
+from bytecap.coders.vector import CODER as VECTOR
+from bytecap.core import Unit
+from bytecap.frequencies import Table, Tables, integer_frequencies
+from bytecap.tables import dump_shared
+
+DIRECTORY = Path(__file__).parent / "goldens"
+
+
+class Numbers:
+    """A linear congruential generator: the same integers on every machine."""
+
+    def __init__(self, seed):
+        self.state = seed
+
+    def below(self, n, *shape):
+        out = np.empty(int(np.prod(shape)), np.int64)
+        for i in range(len(out)):
+            self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
+            out[i] = (self.state >> 33) % n
+        return out.reshape(shape)
+
+    def around(self, spread, *shape):
+        """Integers around zero: a sum of four even distributions."""
+        return sum(self.below(2 * spread + 1, *shape) - spread for _ in range(4)) // 2
+
+
+def example_shared() -> Shared:
+    """Three tables: classes 1 to 12, 13 to 24 and 25 to 63."""
+    table, offset = {}, np.zeros((64, 17), np.float32)
+    for first, last, half in ((1, 12, 1), (13, 24, 4), (25, 63, 12)):
+        z = np.abs(np.arange(-half, half + 1))
+        freq = integer_frequencies(np.append((2.0 * half + 1 - z) ** 3, 1.0), symmetric=True)
+        one = Table(-half, freq)
+        values = (7 * np.arange(1, half + 1) - 20) / 256
+        for k in range(first, last + 1):
+            table[k] = one
+            offset[k, 1 : half + 1] = values
+            offset[k, half + 1 :] = values[-1]
+    return Shared(Tables(table), offset)
+
+
+def tiny_shared() -> Shared:
+    """Two tables, easy to follow by hand: classes 1 to 19, and 20 to 63."""
+    narrow = Table(-1, np.array([2000, 12000, 2000, 384]))
+    wide = Table(-2, np.array([1000, 3000, 8000, 3000, 1000, 384]))
+    offset = np.zeros((64, 17), np.float32)
+    offset[1:20, 1:] = 16 / 256
+    offset[20:, 1], offset[20:, 2:] = 8 / 256, -4 / 256
+    return Shared(Tables({k: narrow if k < 20 else wide for k in range(1, 64)}), offset)
+
+
+SHARED, TINY = example_shared(), tiny_shared()
+
+
+def grid(shape, *, seed=1, groups=1, wide=(), varied=True, base=18):
+    """A grid section: symbols that suit their classes but begin with `wide`, which may need escapes."""
+    rows, cols = shape
+    r = Numbers(seed)
+    column_step = r.around(3 * varied, groups, cols)
+    column_class = base + r.around(6 * varied, groups, cols)
+    row_step, row_class = r.around(2 * varied, rows), r.around(2 * varied, rows)
+    classes = weight_classes(column_class, row_class).astype(int)
+    symbols = r.around(9, rows, cols) * classes // 32
+    symbols.reshape(-1)[: len(wide)] = wide
+    return GRID.encode(GridCode(0.0625, symbols, column_step, column_class, row_step, row_class), SHARED).data
+
+
+def vector(values, step=0.125):
+    return VECTOR.encode(np.asarray(values, np.float32), step, SHARED).data
+
+
+def stored_zlib(data: bytes) -> bytes:
+    """Zlib data without compression, so that no library's version matters."""
+    body = b"\x01" + struct.pack("<HH", len(data), 65535 - len(data)) + data
+    return b"\x78\x01" + body + struct.pack(">I", zlib.adler32(data))
+
+
+def packed_zlib(codes: bytes, scales: Sequence[float], width=1) -> bytes:
+    side = stored_zlib(np.array(scales, "<f2").tobytes())
+    return bytes([0, width]) + leb(len(side)) + side + stored_zlib(codes)
+
+
+def unit(name, shape, tag, data, dtype="F32", aliases=(), *, transposed=False, linear=False):
+    return UnitSection(Unit(name, tuple(shape), dtype, tuple(aliases), transposed, linear), tag, data)
+
+
+def pack(*units, files=(), about=None, padding=0, tables=True):
+    section = dump_shared(SHARED) if tables else b""
+    return artifact.serialize(Contents(units, section, tuple(files), about or {}, padding))
+
+
+def tiny() -> bytes:
+    """The worked example of docs/format.md."""
+    symbols = np.array([[0, 1, -1], [0, 0, -7]])
+    zero = np.zeros((1, 3), int)
+    code = GridCode(0.5, symbols, np.array([[0, 4, 0]]), zero + 18, np.array([0, -4]), np.zeros(2, int))
+    data = GRID.encode(code, TINY).data
+    return artifact.serialize(Contents((unit("w", (2, 3), 1, data),), dump_shared(TINY), (), {}))
+
+
+def exact(values, dtype):
+    return EXACT.encode(np.asarray(values), dtype)
+
+
+def exact_units() -> Iterator[UnitSection]:
+    r = Numbers(5)
+    bf16 = (np.uint32(0x3C00) + r.below(700, 20, 30).astype(np.uint32) << 16).view(np.float32)
+    yield unit("bf16", (20, 30), 3, exact(bf16, "BF16"), "BF16")
+    f16 = (r.around(300, 150) / 256).astype(np.float16).astype(np.float32)
+    yield unit("f16", (150,), 3, exact(f16, "F16"), "F16")
+    f32 = r.around(10**8, 40).astype(np.float32) * np.float32(1.1)
+    f32[:4] = [np.inf, -0.0, np.float32(2**-149), np.nan]
+    yield unit("f32", (5, 8), 3, exact(f32, "F32"), "F32")
+    yield unit("f64", (7,), 3, exact(r.around(10**9, 7) / 3, "F64"), "F64")
+    for dtype, span in (("I64", 10**9), ("I32", 10**6), ("I16", 10**4), ("I8", 30)):
+        values = r.around(span // 2, 9).astype(f"<i{dtype[1:]}" if dtype == "I8" else f"<i{int(dtype[1:]) // 8}")
+        yield unit(dtype.lower(), (3, 3), 3, exact(values, dtype), dtype)
+    yield unit("u8", (9300,), 3, exact((r.below(16, 9300) == 0).astype(np.uint8), "U8"), "U8")
+    yield unit("bool", (100,), 3, exact(r.below(9, 100) == 0, "BOOL"), "BOOL")
+
+
+def sealed(data: bytes) -> bytes:
+    """The file with the header's checksum made right again."""
+    length = struct.unpack_from("<I", data, 12)[0]
+    crc = zlib.crc32(data[:24] + data[28 : 28 + length])
+    return data[:24] + struct.pack("<I", crc) + data[28:]
+
+
+def build(sections: Sequence[tuple[int, bytes]], extra: bytes = b"") -> bytes:
+    """A container of any sections, its checksums right; `extra` goes behind the directory's last entry."""
+    directory = leb(len(sections)) + b"".join(
+        bytes([kind]) + leb(len(d)) + struct.pack("<I", zlib.crc32(d)) for kind, d in sections
+    )
+    directory += extra
+    body = b"".join(d for _, d in sections)
+    head = artifact.MAGIC + struct.pack("<BBHIQ", 1, 0, 0, len(directory), 28 + len(directory) + len(body))
+    return sealed(head + bytes(4) + directory + body)
+
+
+def index(*units, files=(), **more) -> bytes:
+    fields = {"about": {}, "files": list(files), "units": [list(u) for u in units]} | more
+    return b"\x00" + json.dumps({k: v for k, v in fields.items() if v is not None}).encode()
+
+
+def one(data: bytes, shape=(2,), tag=2, dtype="F32", flags=0, aliases=(), tables: bytes | None = None) -> bytes:
+    """A file with a single unit of any bytes."""
+    shared = dump_shared(SHARED) if tables is None else tables
+    sections = [(INDEX, index(("a", list(shape), dtype, tag, flags, list(aliases)))), (TABLES, shared), (UNIT, data)]
+    return build([s for s in sections if s[0] != TABLES or s[1]])
