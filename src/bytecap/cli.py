@@ -208,7 +208,7 @@ def demo(
     texts = demo_directory()
     result = run(
         "demo", budget, calibration=texts / "calib.txt", evaluation=texts / "val.txt", output=output,
-        evaluation_tokens=16_384, reporter=_reporter(as_json),
+        tokens=32_768, evaluation_tokens=16_384, reporter=_reporter(as_json),
     )  # fmt: skip
     if as_json:
         _print_json(result.report)

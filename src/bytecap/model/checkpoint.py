@@ -258,6 +258,8 @@ def build_module(directory: Path) -> torch.nn.Module:
 def freeze(module: torch.nn.Module) -> torch.nn.Module:
     """Evaluation mode, no gradients."""
     module.eval()
+    if hasattr(module, "config"):  # keys and values of windows scored once would only fill memory
+        module.config.use_cache = False  # type: ignore[union-attr]
     for p in module.parameters():
         p.requires_grad_(False)
     return module

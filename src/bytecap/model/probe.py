@@ -232,7 +232,7 @@ def _one_pass(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = 0
     vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
-    for ids, mask in batches(windows, batch_tokens(vocabulary)):
+    for ids, mask in batches(windows, batch_tokens(vocabulary) // 2):  # saved activations double a batch's memory
         sampled_loss(twin, ids.to(device), mask.to(device), generator).backward()
         _harvest(leaves, embedded, diagonal)
         tokens += int(mask.sum())
