@@ -158,6 +158,8 @@ def spawn(*arguments, **options):
     return subprocess.Popen(  # noqa: S603 (our own interpreter)
         [sys.executable, "-m", "bytecap", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=environment, **options,
+        # a background job of a shell starts with Ctrl-C ignored, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (nothing else runs here)
     )  # fmt: skip
 
 
