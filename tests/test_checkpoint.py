@@ -13,12 +13,12 @@ from torch import nn
 
 from bytecap import CheckpointError
 from bytecap.core import Unit
+from bytecap.decode import from_matrix
 from bytecap.model.checkpoint import (
     as_matrix,
     check_safetensors,
     demo_directory,
     find_units,
-    from_matrix,
     load_model,
     resolve,
     weight_files,

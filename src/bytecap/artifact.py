@@ -126,11 +126,6 @@ def serialize(contents: Contents) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head + directory)) + directory + body
 
 
-def overhead(contents: Contents) -> int:
-    """Bytes of the file that are not units' sections."""
-    return len(serialize(contents)) - sum(len(u.data) for u in contents.units)
-
-
 @dataclass(frozen=True)
 class _Span:
     kind: int

@@ -79,7 +79,7 @@ def fit(
     if as_json:
         _print_json(result.report)
     else:
-        print_fit(result.report, result.ledger())
+        print_fit(result.report)
 
 
 def _check_output(path: Path) -> None:
@@ -214,7 +214,7 @@ def demo(
         _print_json(result.report)
         return
     print_ledger(result.ledger(), str(output))
-    print_fit(result.report, result.ledger())
+    print_fit(result.report)
 
 
 def _version(wanted: bool) -> None:

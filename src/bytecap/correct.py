@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from bytecap.decode import from_matrix
 from bytecap.methods.waterfill import Planner, State
-from bytecap.model.checkpoint import from_matrix
 from bytecap.model.evaluate import kl_to
 from bytecap.model.text import Window
 from bytecap.progress import Advance

@@ -26,7 +26,7 @@ _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes t
 Array = npt.NDArray[Any]
 
 
-def _from_matrix(unit: Unit, matrix: Array) -> Array:
+def from_matrix(unit: Unit, matrix: Array) -> Array:
     """(rows, cols) as coders see it -> stored layout."""
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
@@ -74,7 +74,7 @@ def decode_units(
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc
         for u, matrix in zip(group, matrices, strict=True):
-            values[u.unit.name] = _from_matrix(u.unit, matrix)
+            values[u.unit.name] = from_matrix(u.unit, matrix)
             if aliases:
                 values.update(dict.fromkeys(u.unit.aliases, values[u.unit.name]))
             if progress is not None:

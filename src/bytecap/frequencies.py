@@ -118,6 +118,11 @@ class Tables:
         """Bits of every entry of the concatenated tables."""
         return PROB_BITS - np.log2(self.flat("freq"))
 
+    def count_bits(self, values: IntArray, count: IntArray, cls: int) -> float:
+        """Bits of `count[i]` times `values[i]` under one class, escapes at 12 bits more."""
+        entry, escaped = self.index(values, np.full(len(values), cls, np.uint8))
+        return float(self.cost[entry] @ count + 12.0 * count[escaped].sum())
+
     @cached_property
     def cost_by_size(self) -> npt.NDArray[np.float64]:
         """(64, MAX_HALF + 2) bits of a symbol by class and |z|; 16 more for an escape; infinite without a table."""

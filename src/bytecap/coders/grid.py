@@ -87,18 +87,11 @@ def choose_class(values: IntArray, tables: Tables) -> tuple[int, int]:
     residual = values - base
     spread, count = np.unique(residual, return_counts=True)
     best = (float("inf"), 0)
-    for cls, table in tables.distinct():
-        bits = _bits(spread, count, cls, table.low, tables)
-        best = min(best, (bits, cls))
+    for cls, _ in tables.distinct():
+        best = min(best, (tables.count_bits(spread, count, cls), cls))
     if best[1] == 0:
         raise CorruptError("there is no table to code side information with")
     return base, best[1]
-
-
-def _bits(values: IntArray, count: IntArray, cls: int, low: int, tables: Tables) -> float:
-    entry, escaped = tables.index(values, np.full(len(values), cls, np.uint8))
-    del low
-    return float(tables.cost[entry] @ count + 12.0 * count[escaped].sum())
 
 
 class Grid:
@@ -140,7 +133,7 @@ class Grid:
             base, cls = choose_class(a, tables)
             if cls:
                 values, count = np.unique(a - base, return_counts=True)
-                bits += _bits(values, count, cls, 0, tables)
+                bits += tables.count_bits(values, count, cls)
         return bits
 
     def _parse(

@@ -15,7 +15,6 @@ none of this.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,12 +183,3 @@ def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Ten
     log = 2 * torch.log2(energy)
     log = log - log.mean(1, keepdim=True)
     return (torch.round(log / coarse) * coarse).clamp_(-40, 40).to(torch.int32)
-
-
-def high_rate_step(distortion: float, weights: int) -> float:
-    """The step `c` at which `weights` columns' errors add up to `distortion` (c^2/24 each).
-
-    >>> round(high_rate_step(24.0, 1), 3)
-    24.0
-    """
-    return math.sqrt(24 * distortion / weights)

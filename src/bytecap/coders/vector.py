@@ -49,8 +49,7 @@ class Vector:
         found = (float("inf"), 0)
         values, count = np.unique(symbols, return_counts=True)
         for cls, _ in shared.tables.distinct():
-            entry, escaped = shared.tables.index(values, np.full(len(values), cls, np.uint8))
-            found = min(found, (float(shared.tables.cost[entry] @ count + 12.0 * count[escaped].sum()), cls))
+            found = min(found, (shared.tables.count_bits(values, count, cls), cls))
         return found[1], found[0]
 
     def rate(self, values: npt.NDArray[np.float32], step: float, shared: Shared) -> float:

@@ -44,7 +44,6 @@ class Model:
         units: its stored tensors, in state-dict order.
         files: side files kept in the artifact (`config.json`, `tokenizer.json`, ...) as bytes.
         name: for messages.
-        modified: a state dict outside `units` was skipped (always empty for the models we read).
     """
 
     module: torch.nn.Module
@@ -327,11 +326,6 @@ def as_matrix(unit: Unit, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Stored tensor -> (rows, cols) as coders see it."""
     flat = values.reshape(unit.shape[0], -1) if len(unit.shape) >= 2 and unit.parameters else values.reshape(1, -1)
     return flat.T if unit.transposed else flat
-
-
-def from_matrix(unit: Unit, matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """(rows, cols) as coders see it -> stored tensor."""
-    return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
 
 def module_from_config(directory: Path) -> torch.nn.Module:

@@ -17,7 +17,7 @@ models are probed in several passes over groups of layers so that the sums stay 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,11 +277,3 @@ def _harvest(leaves: _Leaves, embedded: dict[str, Use], diagonal: dict[str, Tens
         if p.grad is not None:
             diagonal[name] += p.grad.double().square()
             p.grad = None
-
-
-def iterate(items: Iterable[Any], progress: Progress | None) -> Iterator[Any]:
-    """Pass items on, reporting one step each."""
-    for item in items:
-        yield item
-        if progress is not None:
-            progress(1)

@@ -52,14 +52,13 @@ def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None
     console.print(table)
 
 
-def print_fit(report: dict[str, Any], entries: Sequence[Entry]) -> None:
+def print_fit(report: dict[str, Any]) -> None:
     """The outcome of a fit."""
     console = Console()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     size = report["file_bytes"]
-    del entries
     if "bpb_artifact" in report:
         table.add_row("file", f"{format_size(size)}; {report['slack_bytes']:,} bytes of the budget left")
         table.add_row(
