@@ -19,10 +19,10 @@ from torch import nn
 
 from bytecap.decode import from_matrix
 from bytecap.methods.waterfill import Planner, State
-from bytecap.model.evaluate import kl_to
+from bytecap.model.evaluate import kl_each
 from bytecap.model.text import Window
 from bytecap.progress import Advance
-from bytecap.swap import Values, swapped
+from bytecap.swap import Lazy, Values
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Factor:
 
 
 def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
-    """Decoded values in stored layout."""
+    """Decoded values in stored layout, each decoded when it is looked at."""
     units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
-    return {n: from_matrix(units[n], planner.decode(state, n)) for n in (names or planner.names)}
+    return Lazy(names or planner.names, lambda n: from_matrix(units[n], planner.decode(state, n)))
 
 
 def measure(
@@ -58,16 +58,17 @@ def measure(
         twin: equal model whose values may be replaced; restored afterwards.
         windows: tokens that neither statistics nor evaluation use.
         device: torch device.
-        advance: called once a role.
+        advance: called with the share of a role that is done.
     """
     found: dict[str, Factor] = {}
-    for names in roles(planner).values():
-        with swapped(twin, unit_values(planner, state, names)):
-            kl, stderr = kl_to(original, twin, windows, device=device)
+    groups = roles(planner)
+    values = {role: unit_values(planner, state, names) for role, names in groups.items()}
+    measured = kl_each(original, twin, values, windows, device=device, advance=advance)
+    for role, names in groups.items():
+        kl, stderr = measured[role]
         predicted = max(sum(state.distortions[n] for n in names), 1e-12)
         factor = Factor(kl / predicted, stderr / predicted if math.isfinite(stderr) else kl / predicted)
         found |= dict.fromkeys(names, factor)
-        advance(1)
     return found
 
 

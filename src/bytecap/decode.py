@@ -20,7 +20,7 @@ from bytecap.entropy import Stream, escape_bytes
 from bytecap.errors import CorruptError
 from bytecap.tables import load_shared
 
-_GROUP_VALUES = 2**25
+_GROUP_VALUES = 2**24
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
 
 Array = npt.NDArray[Any]
@@ -63,8 +63,17 @@ def decode_units(
     Raises:
         CorruptError: a section cannot be decoded; the message names the unit.
     """
-    shared = load_shared(contents.tables)
     values: dict[str, Array] = {}
+    for unit, array in decode_each(contents, observe):
+        values.update(dict.fromkeys((unit.name, *(unit.aliases if aliases else ())), array))
+        if progress is not None:
+            progress(unit.parameters)
+    return values
+
+
+def decode_each(contents: Contents, observe: Observer | None = None) -> Iterator[tuple[Unit, Array]]:
+    """Units and their values in stored layout one after the other; see `decode_units`."""
+    shared = load_shared(contents.tables)
     for group in _groups(contents.units):
         try:
             matrices = run(
@@ -74,12 +83,7 @@ def decode_units(
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc
         for u, matrix in zip(group, matrices, strict=True):
-            values[u.unit.name] = from_matrix(u.unit, matrix)
-            if aliases:
-                values.update(dict.fromkeys(u.unit.aliases, values[u.unit.name]))
-            if progress is not None:
-                progress(u.unit.parameters)
-    return values
+            yield u.unit, from_matrix(u.unit, matrix)
 
 
 def load(path: Path | str) -> dict[str, Array]:
@@ -106,5 +110,6 @@ def ideal_bytes(contents: Contents) -> int:
         if len(stream.data):
             excess += len(stream.data) - escape_bytes(stream) - stream.tables.bits(symbols, stream.classes) / 8
 
-    decode_units(contents, observe=observe)
+    for _ in decode_each(contents, observe):
+        pass
     return round(len(artifact.serialize(contents)) - excess)

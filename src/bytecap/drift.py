@@ -13,14 +13,15 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from bytecap import memory
 from bytecap.correct import unit_values
 from bytecap.methods.waterfill import Planner, State
 from bytecap.model.checkpoint import linear_weights
@@ -31,66 +32,38 @@ from bytecap.swap import load_values
 from bytecap.sweep import Prepared, round_units
 
 
-class _Cancelled(Exception):  # noqa: N818 (control flow, never seen outside)
-    """The rest of a forward pass is not needed."""
-
-
 class _Walk:
     """One forward pass that stops at every stage until it is asked for the next one.
 
-    The pass runs in a thread of its own, but never at the same time as its caller: each hands over to the other.
-    So a stage's weights can be replaced while many passes wait in front of it, and every pass is run only once.
+    The pass is a coroutine, so a stage's weights can be replaced while many passes wait in front of it, and every
+    pass is run only once. (Threads instead would each keep a pool of workers and buffers of their own.)
     """
 
     def __init__(self, model: nn.Module, ids: Tensor, stops: Sequence[nn.Module]) -> None:
-        self._stops = {id(m) for m in stops}
-        self._input: Tensor | None = None
-        self._error: BaseException | None = None
-        self._cancelled = False
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model, ids, stops), daemon=True)
-        self._thread.start()
+        self._pass = greenlet(self._run)
+        self._arguments: tuple[Any, ...] | None = (model, ids, stops)
 
     def _run(self, model: nn.Module, ids: Tensor, stops: Sequence[nn.Module]) -> None:
-        self._go.acquire()
         handles = [m.register_forward_pre_hook(self._stop) for m in stops]
         try:
-            with torch.no_grad():
-                if not self._cancelled:
-                    model(ids)
-        except _Cancelled:
-            pass
-        except BaseException as exc:  # noqa: BLE001 (handed to the caller)
-            self._error = exc
+            model(ids)
         finally:
             for handle in handles:
                 handle.remove()
-            self._stopped.release()
 
     def _stop(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if threading.current_thread() is not self._thread:
-            return  # another pass over the same model
-        self._input = args[0]
-        self._stopped.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise _Cancelled
+        if getcurrent() is self._pass and self._pass.parent is not None:  # else another pass over the same model
+            self._pass.parent.switch(args[0])
 
     def advance(self) -> Tensor:
         """Input of the next stage."""
-        self._input = None
-        self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
-        assert self._input is not None  # noqa: S101 (stages were listed from the same model)
-        return self._input
+        arguments, self._arguments = self._arguments or (), None
+        found: Tensor = self._pass.switch(*arguments)
+        return found
 
     def cancel(self) -> None:
-        """Let the thread end."""
-        self._cancelled = True
-        self._go.release()
-        self._thread.join()
+        """Leave the pass; only its hooks are tidied up."""
+        self._pass.throw()
 
 
 def stages(model: nn.Module, ids: Tensor) -> list[list[str]]:
@@ -137,13 +110,13 @@ def drift_targets(
     device: str,
     advance: Advance,
 ) -> list[Prepared]:
-    """Prepared units with drift targets instead of weights; `twin` ends up holding the coded values.
+    """Prepared units with drift targets instead of weights.
 
     Args:
         planner: prepared units.
         state: steps to code the prefix at.
         original: untouched model.
-        twin: equal model, overwritten.
+        twin: a twin of it, overwritten.
         windows: calibration windows.
         strength: 1 is the least-squares target, 0 the weight itself.
         device: torch device.
@@ -153,21 +126,29 @@ def drift_targets(
     vocabulary = max((p.unit.matrix_shape[0] for p in planner.matrices), default=4096)
     data = [(ids[:, :-1].to(device), mask.to(device)) for ids, mask in batches(windows, batch_tokens(vocabulary))]
     plan = [
-        [n for n in names if n in units and not units[n].unit.aliases] for names in stages(original, data[0][0][:1])
+        [n for n in names if n in units and not units[n].unit.aliases] for names in stages(original, data[0][0][:1, :8])
     ]
     plan = [names for names in plan if names]
     staged = {n for names in plan for n in names}
     load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
+    source, live = (dict(m.named_parameters()) for m in (original, twin))
+    coded = {n: c for n, c in state.coded.items() if n not in staged}
     walks = [_walks(model, data, plan) for model in (original, twin)]
+    passed: dict[str, nn.Parameter] = {}
     try:
         for names in plan:
             a, c = _moments(walks, [mask for _, mask in data])
+            for name, weight in passed.items():  # no pass will look at it again
+                live[name].data = weight.data
             fix = torch.linalg.solve(a, c.T).T.float() * strength  # C A^-1
             members = [replace(units[n], weight=units[n].weight + units[n].weight @ fix) for n in names]
             units.update({p.unit.name: p for p in members})
             rounded, _ = round_units(members, state.steps, planner.shrink, planner.options)
-            partial = State(state.steps, {**state.coded, **rounded}, state.shared, {}, {})
+            partial = State(state.steps, {**coded, **rounded}, state.shared, {}, {})
             load_values(twin, unit_values(planner, partial, names))
+            passed = {n: source[n] for n in names}
+            del members, rounded, partial
+            memory.release()
             advance(1)
     finally:
         for walk in (w for group in walks for w in group):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bytecap import artifact, methods, sidefiles
+from bytecap import artifact, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.coders.exact import CODER as EXACT
-from bytecap.decode import decode_units, ideal_bytes
+from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
@@ -26,7 +25,7 @@ from bytecap.model.checkpoint import Model, as_matrix, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
 from bytecap.progress import Reporter, Silent
 from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
-from bytecap.swap import load_values
+from bytecap.swap import load_values, twin_of
 from bytecap.trim import allowed_slack
 from bytecap.units import format_size, parse_size
 
@@ -111,6 +110,7 @@ def fit(
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
         reporter=reporter)  # fmt: skip
+    memory.one_arena()
     loaded.module.to(target)
     job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
     result = _solve(job, run, files, about, stored)
@@ -220,11 +220,10 @@ def _check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int],
 def _measure(result: Artifact, model: Model, sets: Any, device: str, reporter: Reporter) -> list[Comparison]:
     """Read the finished bytes back and score them against the original."""
     contents = artifact.parse(result.data)
-    twin = copy.deepcopy(model.module)
-    load_values(
-        twin,
-        {u.unit.name: v for u, v in zip(contents.units, decode_units(contents, aliases=False).values(), strict=True)},
-    )
+    twin = twin_of(model.module)
+    for unit, values in decode_each(contents):
+        load_values(twin, {unit.name: values})
+    memory.release()
     with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
         return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
 

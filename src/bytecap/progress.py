@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-Advance = Callable[[int], None]
+Advance = Callable[[float], None]
 
 
 class Reporter(Protocol):

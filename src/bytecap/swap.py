@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,41 @@ from bytecap.errors import ArtifactError
 Values = Mapping[str, npt.NDArray[Any]]
 
 
+class Lazy(Values):
+    """Values made when they are asked for, so that a whole model never exists twice.
+
+    >>> values = Lazy(["a"], lambda name: np.zeros(3)); values["a"].shape
+    (3,)
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], npt.NDArray[Any]]) -> None:
+        self._names, self._make = tuple(names), make
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """A copy that shares the original's storage until values are loaded into it."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo: dict[int, Any] = {}
+    for t in tensors:
+        shared = t.detach()
+        memo[id(t)] = nn.Parameter(shared, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else shared
+    return copy.deepcopy(module, memo)
+
+
 @torch.no_grad()
 def load_values(module: nn.Module, values: Values) -> None:
-    """Copy stored-layout arrays into a module's tensors, in place.
+    """Make stored-layout arrays a module's tensors; the tensors' old storage is left alone.
 
     Raises:
         ArtifactError: a name or shape does not fit the module.
@@ -37,18 +70,18 @@ def load_values(module: nn.Module, values: Values) -> None:
             raise ArtifactError(f"the model has no tensor {name}")
         if tuple(live[name].shape) != tuple(array.shape):
             raise ArtifactError(f"tensor {name} has shape {tuple(live[name].shape)}, the artifact {tuple(array.shape)}")
-        live[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        fresh = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        live[name].data = fresh.to(live[name].device, live[name].dtype)
 
 
 @contextlib.contextmanager
 def swapped(module: nn.Module, values: Values) -> Iterator[None]:
     """The module with some tensors replaced; the old values return on leaving."""
     live = dict(module.state_dict(keep_vars=True))
-    kept = {name: live[name].detach().clone() for name in values}
+    kept = {name: live[name].data for name in values}
     try:
         load_values(module, values)
         yield
     finally:
-        with torch.no_grad():
-            for name, old in kept.items():
-                live[name].copy_(old)
+        for name, old in kept.items():
+            live[name].data = old

@@ -22,7 +22,7 @@ from bytecap.core import Unit
 from bytecap.sensitivity import Metric, factor
 from bytecap.tables import Counts, count_symbols, fit_shared
 
-_BATCH_VALUES = 2**24  # weights rounded together
+_BATCH_VALUES = {"cpu": 6 * 2**20, "cuda": 2**25}  # weights and Hessian factors rounded together
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Options:
         correct: measure correction factors with the real loss.
         allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
         drift: strength of drift targets, 0 off.
+        drift_tokens: tokens they are computed from.
     """
 
     feedback: bool = True
@@ -60,6 +61,7 @@ class Options:
     correct: bool = True
     allocate: bool = True
     drift: float = 0.4
+    drift_tokens: int = 16_384
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Coded:
     """A matrix unit at one step: what would be stored, its predicted distortion in nats per token, and its symbols.
 
     Attributes:
-        counts: histogram of |z| by class, shape (64, MAX_HALF + 2).
+        counts: histogram of |z| by class, shape (64, up to MAX_HALF + 2).
     """
 
     code: GridCode
@@ -149,31 +151,38 @@ def round_units(
         rows, cols = item.weight.shape
         for g, part in enumerate(np.array_split(np.arange(rows), item.groups)):
             groups.setdefault((len(part), cols), []).append((item, g))
-    rounded: dict[tuple[str, int], tuple[Rounded, int]] = {}
+    rounded: dict[str, dict[int, tuple[Rounded, int]]] = {item.unit.name: {} for item in items}
+    coded: dict[str, Coded] = {}
     centres = np.zeros((2, 64, 17))
     for (rows, cols), members in groups.items():
-        size = max(1, _BATCH_VALUES // max(1, rows * cols))
+        most = _BATCH_VALUES.get(members[0][0].weight.device.type, 2**22)
+        size = max(1, most // max(1, rows * cols + cols * cols))
         for at in range(0, len(members), size):
             chunk = members[at : at + size]
             result = _round_members(chunk, steps, shrink, options)
             centres += result.centres
             for i, (item, g) in enumerate(chunk):
-                rounded[item.unit.name, g] = (result, i)
+                parts = rounded[item.unit.name]
+                parts[g] = (result, i)
+                if len(parts) == item.groups:
+                    coded[item.unit.name] = _collect(item, steps, rounded.pop(item.unit.name))
             if progress is not None:
                 progress(rows * cols * len(chunk))
-    return {item.unit.name: _collect(item, steps, rounded) for item in items}, centres
+    return {item.unit.name: coded[item.unit.name] for item in items}, centres
 
 
 def _round_members(
     members: Sequence[tuple[Prepared, int]], steps: Mapping[str, float], shrink: Shrink, options: Options
 ) -> Rounded:
-    weights, rows = [], []
-    for item, g in members:
+    first, g = members[0]
+    shape = first.lower.shape[-1], len(torch.tensor_split(first.row_step, first.groups)[g])
+    weight = torch.empty(len(members), *shape, device=first.weight.device)
+    rows = []
+    for i, (item, g) in enumerate(members):
         row_step = torch.exp2(torch.tensor_split(item.row_step, item.groups)[g].float() / 4)
         part = torch.tensor_split(item.weight, item.groups)[g]
-        weights.append((part / row_step[:, None]).T[item.order[g]])
+        weight[i] = (part / row_step[:, None]).T[item.order[g]]
         rows.append(torch.tensor_split(item.rows, item.groups)[g].float() * row_step.square())
-    weight = torch.stack(weights).contiguous()
     lower = torch.stack([item.lower[g] for item, g in members])
     order = torch.stack([item.order[g] for item, g in members])
     step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
@@ -182,17 +191,15 @@ def _round_members(
     return round_batch(problem, step, shrink, waterfill=options.waterfill)
 
 
-def _collect(
-    item: Prepared, steps: Mapping[str, float], rounded: Mapping[tuple[str, int], tuple[Rounded, int]]
-) -> Coded:
-    parts = [rounded[item.unit.name, g] for g in range(item.groups)]
+def _collect(item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, tuple[Rounded, int]]) -> Coded:
+    parts = [rounded[g] for g in range(item.groups)]
 
     def stack(name: str) -> list[npt.NDArray[Any]]:
         return [getattr(r, name)[i].cpu().numpy() for r, i in parts]
 
     code = GridCode(
         step=float(np.float32(steps[item.unit.name])),
-        symbols=np.concatenate([s.T for s in stack("symbols")]),
+        symbols=_narrow(np.concatenate([s.T for s in stack("symbols")])),
         column_step=np.stack(stack("column_step")), column_class=np.stack(stack("column_class")),
         row_step=item.row_step.cpu().numpy(), row_class=np.concatenate(stack("row_class")),
     )  # fmt: skip
@@ -200,8 +207,14 @@ def _collect(
     return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
 
 
+def _narrow(symbols: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
+    """The same integers in one byte each, where they fit."""
+    fits = symbols.size == 0 or (symbols.min() >= -127 and symbols.max() <= 127)
+    return symbols.astype(np.int8) if fits else symbols
+
+
 def rate(coded: Coded, shared: Shared) -> float:
     """Estimated bytes of a unit's section: payload code length, side information and header."""
-    cost = shared.tables.cost_by_size
+    cost = shared.tables.cost_by_size[:, : coded.counts.shape[1]]
     seen = coded.counts > 0
     return (float(coded.counts[seen] @ cost[seen]) + CODER.side_bits(coded.code, shared.tables)) / 8

@@ -12,6 +12,7 @@ True
 from __future__ import annotations
 
 import lzma
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +29,19 @@ _PRIOR_WEIGHT = 4.0  # symbols' worth of a Gaussian given to every class
 
 
 def count_symbols(symbols: npt.NDArray[np.integer], classes: npt.NDArray[np.integer]) -> Counts:
-    """Histogram of |z| by class, shape (64, MAX_HALF + 2); the last bin holds everything larger."""
+    """Histogram of |z| by class, shape (64, largest + 1); bin MAX_HALF + 1 holds everything larger."""
     size = np.minimum(np.abs(symbols.reshape(-1)).astype(np.int32), MAX_HALF + 1)
-    index = classes.reshape(-1).astype(np.int32) * (MAX_HALF + 2) + size
-    return np.bincount(index, minlength=CLASSES * (MAX_HALF + 2)).reshape(CLASSES, -1).astype(float)
+    width = int(size.max(initial=0)) + 1
+    index = classes.reshape(-1).astype(np.int32) * width + size
+    return np.bincount(index, minlength=CLASSES * width).reshape(CLASSES, -1).astype(float)
+
+
+def sum_counts(parts: Iterable[Counts]) -> Counts:
+    """Sum of histograms of different widths, shape (64, MAX_HALF + 2)."""
+    total = np.zeros((CLASSES, MAX_HALF + 2))
+    for p in parts:
+        total[:, : p.shape[1]] += p
+    return total
 
 
 def _half_table(counts: npt.NDArray[np.float64], cls: float) -> tuple[npt.NDArray[np.float64], float]:

@@ -93,26 +93,27 @@ def round_batch(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: bo
         ideal = ideal.mean(1, keepdim=True).expand_as(ideal)
     exponent = torch.round(ideal).to(torch.int32)
     scale = step[:, None] * torch.exp2(exponent.float() / 4)
-    unit_lower = lower / diag[:, None, :]  # column k divided by L_kk
     offset = torch.from_numpy(shrink.offset).to(device).reshape(-1)
     dead = torch.from_numpy(0.5 - shrink.dead_zone).to(device)
     whiten = torch.exp2(-problem.row_class.float() / 4)
     row_class = problem.row_class.long()
     error = torch.empty_like(weight)
-    symbols = torch.empty(batch, cols, rows, dtype=torch.int16 if step_fits(weight, scale) else torch.int32)
-    symbols = symbols.to(device)
+    symbols = torch.empty(
+        batch, cols, rows, dtype=torch.int16 if step_fits(weight, scale) else torch.int32, device=device
+    )
     column_class = torch.empty(batch, cols, dtype=torch.int32, device=device)
     distortion = torch.zeros(batch, dtype=torch.float64, device=device)
     centres = torch.zeros(2, CLASSES * CENTRES, dtype=torch.float64, device=device)
     for hi in range(cols, 0, -_BLOCK):
         lo = max(0, hi - _BLOCK)
-        pending = torch.bmm(unit_lower[:, hi:, lo:hi].transpose(1, 2), error[:, hi:]) if hi < cols else None
+        unit_lower = lower[:, lo:, lo:hi] / diag[:, None, lo:hi]  # columns divided by L_kk
+        pending = torch.bmm(unit_lower[:, hi - lo :].transpose(1, 2), error[:, hi:]) if hi < cols else None
         for k in range(hi - 1, lo - 1, -1):
             y = weight[:, k]
             if pending is not None:
                 y = y + pending[:, k - lo]
             if k + 1 < hi:
-                y = y + torch.bmm(unit_lower[:, k + 1 : hi, k].unsqueeze(1), error[:, k + 1 : hi])[:, 0]
+                y = y + torch.bmm(unit_lower[:, k + 1 - lo : hi - lo, k - lo].unsqueeze(1), error[:, k + 1 : hi])[:, 0]
             s = scale[:, k : k + 1]
             u = y / s
             column = quarter_class((u * whiten).square().mean(1))
@@ -179,7 +180,7 @@ def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Ten
     if coarse == 0:
         return torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.int32, device=weight.device)
     diag = lower.diagonal(dim1=1, dim2=2)
-    energy = (weight * (diag / step[:, None])[:, :, None]).square().mean(1) + 1 / 12
+    energy = (weight * (diag / step[:, None])[:, :, None]).square_().mean(1) + 1 / 12
     log = 2 * torch.log2(energy)
     log = log - log.mean(1, keepdim=True)
     return (torch.round(log / coarse) * coarse).clamp_(-40, 40).to(torch.int32)

@@ -7,7 +7,6 @@ the better one is shipped.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from bytecap import correct, sensitivity
+from bytecap import correct, memory, sensitivity
 from bytecap.allocate import allocate
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Curve, Plan, Point
@@ -25,17 +24,16 @@ from bytecap.drift import drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.waterfill import Planner, State, VectorUnit
-from bytecap.model.evaluate import kl_to
+from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import probe
 from bytecap.model.text import Window
-from bytecap.swap import load_values, swapped
+from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options, prepare
 from bytecap.tables import dump_shared
 from bytecap.trim import fit_to_cap
 
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
 _FACTOR_TOKENS = 4096
-_DRIFT_TOKENS = 16_384
 _TABLES_GUESS = 700  # bytes of the tables section before it exists
 
 
@@ -54,13 +52,15 @@ def run(job: Job) -> Outcome:
     planner = work.planner
     capacity = _capacity(job, work, _TABLES_GUESS)
     ones = dict.fromkeys(planner.names, 1.0)
-    with job.reporter.step("search", 1):
+    with memory.no_holes(), job.reporter.step("search", 1):
         c, plain = planner.search(ones, capacity, start=planner.first_step(capacity), tolerance=2e-3)
         if plain.rate > 1.02 * capacity:
             _raise_floor(job, work, plain)
-    twin = copy.deepcopy(job.model.module)
+    memory.release()
+    twin = twin_of(job.model.module)
     kappa = _factors(job, planner, plain, twin) if options.correct else ones
-    with job.reporter.step("allocation", 1):
+    memory.release()
+    with memory.no_holes(), job.reporter.step("allocation", 1):
         plan, multipliers = _allocate(planner, plain, kappa, capacity)
         c_planned, planned = c, plain
         if options.allocate:
@@ -68,10 +68,13 @@ def run(job: Job) -> Outcome:
     with job.reporter.step("comparison with a plain plan", 1):
         candidates = {"plain": plain, "allocated": planned} if options.allocate else {"plain": plain}
         label, predicted = _better(job, planner, candidates, twin)
+    del candidates
+    memory.release()
     if label == "plain":
         if options.allocate:
             job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that")
         multipliers, c_planned, planned = ones, c, plain
+    del plain
     outcome = Outcome({}, b"", predicted, plan.slope, plan.gap, label)
     if job.dry_run:
         return outcome
@@ -90,8 +93,8 @@ def _factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[
 
 def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> None:
     """Replace the planner's targets."""
-    windows = _some(job.sets.statistics, _DRIFT_TOKENS)
-    with job.reporter.step("drift targets", len(planner.matrices)) as advance:
+    windows = _some(job.sets.statistics, planner.options.drift_tokens)
+    with memory.no_holes(), job.reporter.step("drift targets", len(planner.matrices)) as advance:
         planner.matrices = drift_targets(
             planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
             advance=advance,
@@ -107,6 +110,7 @@ def _prepare(job: Job, options: Options) -> _Work:
             model.module, model.units, job.sets.statistics, seed=job.seed, groups=options.groups, guided=options.guided,
             device=job.device, progress=advance,
         )  # fmt: skip
+    memory.release()
     matrices, vectors, fixed = [], [], {}
     with job.reporter.step("factorisation", len(model.units)) as advance:
         for u in model.units:
@@ -120,6 +124,8 @@ def _prepare(job: Job, options: Options) -> _Work:
                 array = values.cpu().numpy().reshape(u.matrix_shape)
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(array, u.dtype))
             advance(1)
+    found.uses.clear()
+    memory.release()
     return _Work(Planner(matrices, vectors, options), fixed)
 
 
@@ -190,12 +196,10 @@ def _pchip(x: npt.NDArray[Any], y: npt.NDArray[Any], at: npt.NDArray[Any]) -> np
 
 def _better(job: Job, planner: Planner, states: Mapping[str, State], twin: nn.Module) -> tuple[str, float]:
     """Name of the state with the smallest KL on the correction tokens, and that KL."""
-    measured = {}
-    for label, state in states.items():
-        with swapped(twin, correct.unit_values(planner, state)):
-            measured[label], _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)
-    best = min(measured, key=lambda label: measured[label])
-    return best, measured[best]
+    values = {label: correct.unit_values(planner, state) for label, state in states.items()}
+    measured = kl_each(job.model.module, twin, values, job.sets.correction, device=job.device)
+    best = min(measured, key=lambda label: measured[label][0])
+    return best, measured[best][0]
 
 
 def _finish(
@@ -210,13 +214,16 @@ def _finish(
 ) -> Outcome:
     """Settle the chosen plan's tables, then meet the cap on real bytes."""
     planner = work.planner
-    with job.reporter.step("trimming to the cap", 1):
+    memory.release()
+    with memory.no_holes(), job.reporter.step("trimming to the cap", 1):
         planner.shared = state.shared
         c, state = planner.search(multipliers, capacity, start=c, rounds=3, tolerance=3e-4)
         tables = dump_shared(state.shared)
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, refit=False)
         packed = fit_to_cap(planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
+    planner.forget()
+    memory.release()
     with job.reporter.step("prediction", 1):
         load_values(twin, correct.unit_values(planner, packed.state))
         predicted, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)

@@ -9,8 +9,8 @@ are settled; `bytecap.trim` then meets the cap on real bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,10 @@ from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
 from bytecap.entropy import encode_all
 from bytecap.sweep import Coded, Options, Prepared, initial_shared, rate, round_units
-from bytecap.tables import Counts, fit_shared
+from bytecap.tables import Counts, fit_shared, sum_counts
 
 FloatArray = npt.NDArray[np.float32]
-Report = Callable[[str], None]
+_ENCODE_VALUES = 2**22  # symbols coded together
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,17 @@ class Planner:
         """Values in matrices."""
         return sum(p.unit.parameters for p in self.matrices)
 
+    def forget(self) -> None:
+        """Drop what only rounding needs; decoding still works."""
+        none = torch.zeros(0)
+        self.matrices = [replace(p, weight=none, rows=none, lower=none, order=none) for p in self.matrices]
+
     def settle(self, steps: Mapping[str, float], *, refit: bool = True) -> State:
         """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
         steps = {n: max(s, self._finest.get(n, 0.0)) for n, s in steps.items()}
         coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
         if refit:
-            counts = sum((c.counts for c in coded.values()), self._side_counts(coded, steps))
+            counts = sum_counts([self._side_counts(coded, steps), *(c.counts for c in coded.values())])
             used = self.shared.offset if self.options.shrink else None
             self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
         state = self.price(coded, steps)
@@ -136,7 +141,7 @@ class Planner:
 
     def _side_counts(self, coded: Mapping[str, Coded], steps: Mapping[str, float]) -> Counts:
         """Histogram of side information and vectors by the class they would use now."""
-        counts = np.zeros((64, 1025))
+        counts = sum_counts([])
         for c in coded.values():
             for array in c.code.side_arrays():
                 base, cls = choose_class(array, self.shared.tables)
@@ -177,7 +182,9 @@ class Planner:
             c0 and the settled state.
         """
         c, seen = start, []
+        state = State({}, {}, self.shared, {}, {})
         for i in range(rounds):
+            del state  # the next one takes its place in memory
             state = self.settle({n: c * multipliers[n] for n in self.names})
             seen.append((math.log(c), state.rate))
             if i >= 1 and abs(state.rate - capacity) <= tolerance * capacity:
@@ -211,8 +218,20 @@ class Planner:
 
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
         """(tag, section) of units by name, all by default; their streams are coded together."""
+        names = list(self.names if names is None else names)
+        sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
+        found: dict[str, tuple[int, bytes]] = {}
+        while names:
+            group: list[str] = []
+            total = 0
+            while names and (not group or total + sizes.get(names[0], 0) <= _ENCODE_VALUES):
+                total += sizes.get(names[0], 0)
+                group.append(names.pop(0))
+            found |= self._encode_group(state, group)
+        return found
+
+    def _encode_group(self, state: State, names: Sequence[str]) -> dict[str, tuple[int, bytes]]:
         vectors = {v.unit.name: v for v in self.vectors}
-        names = self.names if names is None else names
         sources = []
         for n in names:
             if n in state.coded:

@@ -11,7 +11,7 @@ bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the or
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from bytecap.core import Score
 from bytecap.model.probe import Progress, batch_tokens, batches, logits_of
 from bytecap.model.text import Text, Window
+from bytecap.progress import Advance
+from bytecap.swap import Values, swapped
 
 _TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
@@ -176,19 +178,50 @@ def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
     return Comparison(**values)
 
 
-@torch.no_grad()
 def kl_to(
     original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu"
 ) -> tuple[float, float]:
     """KL to the original in nats per token and its standard error, on plain windows."""
-    kl, tokens = [], []
+    return kl_each(original, coded, {"": {}}, windows, device=device)[""]
+
+
+@torch.no_grad()
+def kl_each(
+    original: nn.Module,
+    twin: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    *,
+    device: str = "cpu",
+    advance: Advance | None = None,
+) -> dict[str, tuple[float, float]]:
+    """KL to the original in nats per token and its standard error, of several variants of one model.
+
+    Batch by batch, so that the original is run once whatever the number of variants.
+
+    Args:
+        original: untouched model.
+        twin: the model variants are made of; restored afterwards.
+        variants: by name, the values put into the twin.
+        windows: plain windows.
+        device: torch device.
+        advance: called with the share of a variant that is done.
+    """
+    sums: dict[str, list[float]] = {label: [] for label in variants}
+    tokens: list[int] = []
+    total = sum(len(w.tokens) - 1 for w in windows)
     for ids, mask, _ in _batches(windows, original):
-        flat = mask.to(device)
-        p = torch.log_softmax(logits_of(original(ids[:, :-1].to(device)))[flat].float(), -1)
-        q = torch.log_softmax(logits_of(coded(ids[:, :-1].to(device)))[flat].float(), -1)
+        inputs, flat = ids[:, :-1].to(device), mask.to(device)
         row = torch.repeat_interleave(torch.arange(len(ids), device=device), flat.sum(1))
-        per = torch.zeros(len(ids), dtype=torch.float64, device=device)
-        kl += per.index_add_(0, row, (p.exp() * (p - q)).sum(-1).double()).tolist()
+        p = torch.log_softmax(logits_of(original(inputs))[flat].float(), -1)
         tokens += mask.sum(1).tolist()
-    total, count = np.array(kl), np.array(tokens, dtype=float)
-    return float(total.sum() / count.sum()), _stderr(total, count)
+        for label, values in variants.items():
+            with swapped(twin, values):
+                q = torch.log_softmax(logits_of(twin(inputs))[flat].float(), -1)
+            per = torch.zeros(len(ids), dtype=torch.float64, device=device)
+            kl = q.sub_(p).neg_().mul_(p.exp()).sum(-1)
+            sums[label] += per.index_add_(0, row, kl.double()).tolist()
+            if advance is not None:
+                advance(float(mask.sum()) / total)
+    count = np.array(tokens, dtype=float)
+    return {k: (float(sum(v) / count.sum()), _stderr(np.array(v), count)) for k, v in sums.items()}

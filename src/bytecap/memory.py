@@ -1,0 +1,56 @@
+"""Giving freed memory back to the system.
+
+The C allocator keeps freed blocks for reuse, in one arena for every thread that ever allocated: after a pass over a
+24M-parameter model that was 500 MB nobody used. One arena, and handing back what is free between the steps of a
+job, costs nothing measurable. Does nothing where the C library is not glibc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
+_SMALL, _LARGE = 1 << 17, 1 << 25  # the largest threshold glibc reaches by itself
+
+
+@cache
+def _library() -> Any:
+    """The C library, if it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
+
+
+def one_arena() -> None:
+    """Let threads started from now on share the main arena."""
+    if _library() is not None:
+        _library().mallopt(_ARENA_MAX, 1)
+
+
+@contextlib.contextmanager
+def no_holes() -> Iterator[None]:
+    """Blocks of 128 kB and more get pages of their own, which go back as soon as they are freed.
+
+    For work that keeps many blocks of changing size alive: 13% slower passes, but no holes between blocks.
+    """
+    if _library() is not None:
+        _library().mallopt(_MMAP_THRESHOLD, _SMALL)
+        _library().mallopt(_TRIM_THRESHOLD, _SMALL)
+    try:
+        yield
+    finally:
+        if _library() is not None:
+            _library().mallopt(_MMAP_THRESHOLD, _LARGE)
+            _library().mallopt(_TRIM_THRESHOLD, 2 * _LARGE)
+
+
+def release() -> None:
+    """Hand free memory back to the system."""
+    if _library() is not None:
+        _library().malloc_trim(0)
