@@ -27,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain plan (one slope by theory)": {"allocate": False},
     "no drift targets": {"drift": 0.0},
     "drift targets at full strength": {"drift": 1.0},
+    "drift targets from 4k tokens": {"drift_tokens": 4096},
+    "drift targets from 8k tokens": {"drift_tokens": 8192},
 }
 
 
@@ -34,19 +36,18 @@ def main() -> None:
     """Run all variants and print the table."""
     p = parser(__doc__ or "")
     p.add_argument("--bits", nargs="*", type=float, default=[3.5, 2.5])
-    p.add_argument("--only", nargs="*", help="run these variants only")
+    p.add_argument("--only", nargs="*", help="run these variants only; ratios are to the first")
     args = p.parse_args()
     for name in args.model:
         for bits in args.bits:
             base = None
             for label, options in VARIANTS.items():
-                if args.only and label not in args.only and label != "default":
+                if args.only and label not in args.only:
                     continue
                 row = one(args, name, bits, label, options)
-                base = base or row
-                change = row["kl_nats"] / base["kl_nats"]
+                base = base or row["kl_nats"]
                 print(
-                    f"{name} {bits} {label:38s} KL {row['kl_nats']:.4f} ({change:.3f}) "
+                    f"{name} {bits} {label:38s} KL {row['kl_nats']:.4f} ({row['kl_nats'] / base:.3f}) "
                     f"loss {row['measured_delta_nats']:+.4f} {row['file_bytes']:,} bytes", flush=True,
                 )  # fmt: skip
 
