@@ -5,8 +5,7 @@ Layers behind coded ones see other inputs `x^` than the original `x`. The best s
     W' = W + strength * W (E[(x - x^) x^T]) (E[x^ x^T] + ridge)^-1
 
 Units are taken in the order the model calls them; modules fed by the same tensor form a stage, a stage is coded
-before the next one is looked at. Each stage costs a forward pass of both models up to its inputs, so a bounded
-number of tokens is used. Units with several uses keep their weights.
+before the next one is looked at. Units with several uses keep their weights.
 
 Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the corrected target.
 """
@@ -28,8 +27,10 @@ from bytecap.model.checkpoint import linear_weights
 from bytecap.model.probe import batch_tokens, batches
 from bytecap.model.text import Window
 from bytecap.progress import Advance
-from bytecap.swap import load_values
+from bytecap.swap import Values, load_values
 from bytecap.sweep import Prepared, round_units
+
+_ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
 
 
 class _Walk:
@@ -112,6 +113,8 @@ def drift_targets(
 ) -> list[Prepared]:
     """Prepared units with drift targets instead of weights.
 
+    The windows are walked in rounds, which bounds memory; targets are means over the rounds so far.
+
     Args:
         planner: prepared units.
         state: steps to code the prefix at.
@@ -120,40 +123,66 @@ def drift_targets(
         windows: calibration windows.
         strength: 1 is the least-squares target, 0 the weight itself.
         device: torch device.
-        advance: called once a stage.
+        advance: called with the share of the work that is done.
     """
     units = {p.unit.name: p for p in planner.matrices}
     vocabulary = max((p.unit.matrix_shape[0] for p in planner.matrices), default=4096)
-    data = [(ids[:, :-1].to(device), mask.to(device)) for ids, mask in batches(windows, batch_tokens(vocabulary))]
-    plan = [
-        [n for n in names if n in units and not units[n].unit.aliases] for names in stages(original, data[0][0][:1, :8])
-    ]
+    first = next(batches(windows, 1))[0][:1, :8].to(device)
+    plan = [[n for n in names if n in units and not units[n].unit.aliases] for names in stages(original, first)]
     plan = [names for names in plan if names]
     staged = {n for names in plan for n in names}
     load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
+    change: dict[str, Tensor] = {}
+    groups = rounds(windows, _ROUND_TOKENS[torch.device(device).type])
+    for number, chosen in enumerate(groups):
+        data = [(ids[:, :-1].to(device), mask.to(device)) for ids, mask in batches(chosen, batch_tokens(vocabulary))]
+        walks = [_walks(model, data, plan) for model in (original, twin)]
+        try:
+            for names in plan:
+                fix = _fix(walks, [mask for _, mask in data]) * strength
+                for n in names:
+                    fresh = units[n].weight @ fix
+                    change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
+                members = [replace(units[n], weight=units[n].weight + change[n]) for n in names]
+                rounded, _ = round_units(members, state.steps, planner.shrink, planner.options)
+                partial = State(state.steps, dict(rounded), state.shared, {}, {})
+                _only(twin, original, unit_values(planner, partial, names), staged)
+                del members, rounded, partial
+                memory.release()
+                advance(1 / len(plan) / len(groups))
+        finally:
+            for walk in (w for group in walks for w in group):
+                walk.cancel()
+    return [
+        replace(p, weight=p.weight + change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices
+    ]
+
+
+def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
+    """The windows in groups of about so many predicted tokens.
+
+    >>> [len(r) for r in rounds([Window(tuple(range(4097)), 1)] * 5, 8192)]
+    [2, 2, 1]
+    """
+    groups: list[list[Window]] = [[]]
+    size = 0
+    for w in windows:
+        if size >= tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(w)
+        size += len(w.tokens) - 1
+    if len(groups) > 1 and size < tokens // 2:  # too few for targets of their own
+        groups[-2] += groups.pop()
+    return groups
+
+
+def _only(twin: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
+    """Let the twin hold these values, and the original's storage for other staged units: no pass needs those again."""
     source, live = (dict(m.named_parameters()) for m in (original, twin))
-    coded = {n: c for n, c in state.coded.items() if n not in staged}
-    walks = [_walks(model, data, plan) for model in (original, twin)]
-    passed: dict[str, nn.Parameter] = {}
-    try:
-        for names in plan:
-            a, c = _moments(walks, [mask for _, mask in data])
-            for name, weight in passed.items():  # no pass will look at it again
-                live[name].data = weight.data
-            fix = torch.linalg.solve(a, c.T).T.float() * strength  # C A^-1
-            members = [replace(units[n], weight=units[n].weight + units[n].weight @ fix) for n in names]
-            units.update({p.unit.name: p for p in members})
-            rounded, _ = round_units(members, state.steps, planner.shrink, planner.options)
-            partial = State(state.steps, {**coded, **rounded}, state.shared, {}, {})
-            load_values(twin, unit_values(planner, partial, names))
-            passed = {n: source[n] for n in names}
-            del members, rounded, partial
-            memory.release()
-            advance(1)
-    finally:
-        for walk in (w for group in walks for w in group):
-            walk.cancel()
-    return [units[p.unit.name] for p in planner.matrices]
+    for name in staged:
+        live[name].data = source[name].data
+    load_values(twin, values)
 
 
 def _walks(model: nn.Module, data: list[tuple[Tensor, Tensor]], plan: list[list[str]]) -> list[_Walk]:
@@ -161,8 +190,8 @@ def _walks(model: nn.Module, data: list[tuple[Tensor, Tensor]], plan: list[list[
     return [_Walk(model, ids, [modules[names[0]][0] for names in plan]) for ids, _ in data]
 
 
-def _moments(walks: list[list[_Walk]], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(E[x^ x^T] with a ridge, E[(x - x^) x^T]) of the next stage, in float64."""
+def _fix(walks: list[list[_Walk]], masks: list[Tensor]) -> Tensor:
+    """E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, solved in float64."""
     a: Tensor | float = 0.0
     c: Tensor | float = 0.0
     for original, twin, mask in zip(*walks, masks, strict=True):
@@ -173,4 +202,4 @@ def _moments(walks: list[list[_Walk]], masks: list[Tensor]) -> tuple[Tensor, Ten
     assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)
     assert isinstance(c, Tensor)  # noqa: S101
     a.diagonal().add_(1e-2 * float(a.diagonal().mean()))
-    return a, c
+    return torch.linalg.solve(a, c.T).T.float()

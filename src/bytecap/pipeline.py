@@ -97,6 +97,7 @@ def fit(
         reporter: told about progress.
     """
     started = time.perf_counter()
+    memory.one_arena()
     reporter = reporter or Silent()
     limit = parse_size(budget)
     reporter.note(f"budget: {format_size(limit)}")
@@ -110,7 +111,6 @@ def fit(
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
         reporter=reporter)  # fmt: skip
-    memory.one_arena()
     loaded.module.to(target)
     job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
     result = _solve(job, run, files, about, stored)

@@ -94,7 +94,7 @@ def _factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[
 def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> None:
     """Replace the planner's targets."""
     windows = _some(job.sets.statistics, planner.options.drift_tokens)
-    with memory.no_holes(), job.reporter.step("drift targets", len(planner.matrices)) as advance:
+    with memory.no_holes(), job.reporter.step("drift targets", 1) as advance:
         planner.matrices = drift_targets(
             planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
             advance=advance,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bytecap import memory
 from bytecap.core import Unit
 from bytecap.errors import CheckpointError
 
@@ -214,6 +215,7 @@ def load_model(model: Path | str) -> Model:
     Raises:
         CheckpointError: missing, corrupt, not finite, pickle, or of a kind transformers cannot build.
     """
+    memory.one_arena()
     directory = resolve(model)
     files = read_side_files(directory)
     dtypes: dict[str, str] = {}
