@@ -202,4 +202,5 @@ def _fix(walks: list[list[_Walk]], masks: list[Tensor]) -> Tensor:
     assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)
     assert isinstance(c, Tensor)  # noqa: S101
     a.diagonal().add_(1e-2 * float(a.diagonal().mean()))
-    return torch.linalg.solve(a, c.T).T.float()
+    fix: Tensor = torch.linalg.solve(a, c.T).T.float()
+    return fix

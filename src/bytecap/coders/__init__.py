@@ -70,13 +70,34 @@ class Coder(Protocol):
         ...
 
 
+class Layer(Protocol):
+    """An exception path: changes the matrix a base coder gave. Its tag is 32 or above; `stack` runs it."""
+
+    id: ClassVar[str]
+    tag: ClassVar[int]
+
+    def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
+        """Yield streams, be sent their symbols, return the changed float32 (rows, cols) matrix.
+
+        `base` belongs to the layer, which may change it in place.
+        """
+        ...
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Ledger kinds of the layer's bytes, in file order."""
+        ...
+
+
 _ENCODER_ONLY = {"rounding"}  # needs torch, which reading must not
 
 
+_FIRST_LAYER = 32  # tags from here on are layers
+
+
 @cache
-def registry() -> dict[int, Coder]:
-    """All coders by on-disk tag."""
-    found: dict[int, Coder] = {}
+def _found() -> dict[int, Any]:
+    """All coders and layers by on-disk tag."""
+    found: dict[int, Any] = {}
     for info in pkgutil.iter_modules(__path__):
         if info.name in _ENCODER_ONLY:
             continue
@@ -88,16 +109,38 @@ def registry() -> dict[int, Coder]:
     return found
 
 
+def registry() -> dict[int, Coder]:
+    """All coders by on-disk tag."""
+    return {tag: c for tag, c in _found().items() if tag < _FIRST_LAYER}
+
+
+def layers() -> dict[int, Layer]:
+    """All layers by on-disk tag."""
+    return {tag: c for tag, c in _found().items() if tag >= _FIRST_LAYER}
+
+
 def coder(tag: int) -> Coder:
     """The coder with an on-disk tag.
 
     Raises:
         CorruptError: no such coder.
     """
-    try:
-        return registry()[tag]
-    except KeyError:
-        raise CorruptError(f"the file names coder {tag}, which does not exist") from None
+    if tag not in _found() or tag >= _FIRST_LAYER:
+        raise CorruptError(f"the file names coder {tag}, which does not exist")
+    found: Coder = _found()[tag]
+    return found
+
+
+def layer(tag: int) -> Layer:
+    """The layer with an on-disk tag.
+
+    Raises:
+        CorruptError: no such layer.
+    """
+    if tag not in _found() or tag < _FIRST_LAYER:
+        raise CorruptError(f"the file names layer {tag}, which does not exist")
+    found: Layer = _found()[tag]
+    return found
 
 
 Observer = Callable[[Stream, npt.NDArray[np.int32]], None]

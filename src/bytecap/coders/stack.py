@@ -1,0 +1,79 @@
+"""`stack`: a base coder and exception paths over it, one after the other.
+
+A path is a *layer*: it is given the matrix decoded so far and changes it (protected columns replace, a low-rank
+residual adds, group scales multiply). So every path composes with every base.
+
+Section (format.md, 6.5): base tag u8 | layers u8 | LEB128 length, base section | for each layer: tag u8, LEB128
+length, its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from bytecap.coders import Decoding, Shared, coder, layer, leb, read_leb
+from bytecap.errors import CorruptError
+
+
+class Stack:
+    """Reader and writer of `stack` sections."""
+
+    id: ClassVar[str] = "stack"
+    tag: ClassVar[int] = 5
+
+    def encode(self, base: tuple[int, bytes], layers: Sequence[tuple[int, bytes]]) -> bytes:
+        """A section from (tag, bytes) of the base and of at least one layer."""
+        out = bytes([base[0], len(layers)]) + leb(len(base[1])) + base[1]
+        for tag, data in layers:
+            out += bytes([tag]) + leb(len(data)) + data
+        return out
+
+    def _parse(self, data: bytes) -> list[tuple[int, int, bytes]]:
+        """(tag, bytes of tag and length, contents) of the base and its layers."""
+        if len(data) < 2:
+            raise CorruptError(f"a stack of {len(data)} bytes is shorter than its header")
+        tag, count, at = data[0], data[1], 2
+        if count == 0 or tag == self.tag:
+            raise CorruptError("a stack has no layer over its base, or is its own base")
+        parts = []
+        start = 0
+        for i in range(count + 1):
+            if i:
+                if at >= len(data):
+                    raise CorruptError("a stack ends in front of a layer")
+                tag, start, at = data[at], at, at + 1
+            length, at = read_leb(data, at)
+            if length > len(data) - at:
+                raise CorruptError(f"a stack declares a part of {length} bytes, {len(data) - at} are left")
+            parts.append((tag, at - start, data[at : at + length]))
+            at += length
+        if at != len(data):
+            raise CorruptError(f"{len(data) - at} bytes are left over behind a stack's last layer")
+        return parts
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Kinds of the base, then of every layer with the layer's id in front."""
+        (tag, head, base), *rest = self._parse(data)
+        found = [("header", head), *coder(tag).kinds(base, shape, dtype)]
+        for tag, head, part in rest:
+            path = layer(tag)
+            found.append((f"{path.id} header", head))
+            found += [(f"{path.id} {kind}", n) for kind, n in path.kinds(part, shape, dtype)]
+        return tuple(found)
+
+    def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
+        """Decode the base to float32 (rows, cols) and apply the layers."""
+        (tag, _, base), *rest = self._parse(data)
+        matrix = yield from coder(tag).decode(base, shape, dtype, shared)
+        for tag, _, part in rest:
+            values = np.array(matrix, np.float32)  # a matrix of its own, which the layer may change
+            matrix = yield from layer(tag).apply(part, values, shared)
+        if not np.isfinite(matrix).all():
+            raise CorruptError("a stack holds a value out of range")
+        return matrix
+
+
+CODER = Stack()

@@ -1,0 +1,101 @@
+"""Exception paths, seen from the encoder: what a path asks of its base, and what it stores over it.
+
+A path never knows which base it stands on. Before the base codes a unit, the path may take something off its
+shoulders (`before`: protected columns become zeros that cost next to nothing, and the Hessian forgets them). After the
+base is coded, the path is given the decoded values and writes its layer (`after`). Reading is `bytecap.coders`' job:
+every path's layer is one file there, under the same name.
+
+One file each; a path is found by its module-level `PATH`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from bytecap.core import Unit
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A matrix unit to approximate.
+
+    An error `E` of shape (rows, cols) costs `1/2 sum_i rows_i E_i H E_i^T` nats per token.
+
+    Attributes:
+        unit: the unit.
+        weight: (rows, cols) float32.
+        hessian: (cols, cols) float64, damped, positive definite.
+        rows: (rows,) float64, mean 1.
+    """
+
+    unit: Unit
+    weight: Tensor
+    hessian: Tensor
+    rows: Tensor
+
+    def distortion(self, values: Tensor) -> float:
+        """Nats per token of values (rows, cols) in the weight's place."""
+        error = (values - self.weight).double()
+        return float((((error @ self.hessian) * error).sum(1) @ self.rows) / 2)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a path stored over a base.
+
+    Attributes:
+        tag, data: the layer, for `bytecap.coders.stack`.
+        values: (rows, cols) float32, base and layer decoded, exactly as a reader gives them.
+        side: bytes of side information (positions, scales) within `data`.
+        share: share of the unit's weights that the path protects.
+    """
+
+    tag: int
+    data: bytes
+    values: Tensor
+    side: int
+    share: float
+
+
+class Path(Protocol):
+    """One kind of exception path."""
+
+    id: ClassVar[str]
+
+    def settings(self, problem: Problem) -> Sequence[Any]:
+        """Ladder of amounts, cheapest first; empty where the path cannot apply."""
+        ...
+
+    def before(self, problem: Problem, setting: Any) -> Problem:
+        """What the base should code instead."""
+        ...
+
+    def after(self, problem: Problem, base: Tensor, setting: Any) -> Applied:
+        """The layer over a base's decoded values (rows, cols)."""
+        ...
+
+
+@cache
+def paths() -> dict[str, Path]:
+    """All paths by name."""
+    found: dict[str, Path] = {}
+    for info in pkgutil.iter_modules(__path__):
+        path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "PATH", None)
+        if path is not None:
+            found[path.id] = path
+    return found
+
+
+def decoded(coding: Any) -> Tensor:
+    """Values of one coder's or layer's decoding generator, as a tensor."""
+    from bytecap.coders import run
+
+    return torch.from_numpy(run([coding])[0])

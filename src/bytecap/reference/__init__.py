@@ -1,0 +1,50 @@
+"""A second decoder, written from `docs/format.md` alone; section numbers below are the document's.
+
+It shares nothing with the package but the names of the errors, so that a mistake in either decoder or in the document
+shows up as a difference. It needs only numpy, and brotli where that is used. Omitted: side files; writing.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from math import prod
+
+import numpy as np
+
+from bytecap.reference.container import Reader, Unit, contents, require
+from bytecap.reference.stack import CODERS
+from bytecap.reference.streams import Array, Shared, decode_streams, read_tables
+
+
+def decode_file(data: bytes) -> dict[str, Array]:
+    """Tensors of an artifact's bytes by name, aliases included, in stored layout; section 8 has the errors."""
+    units, tables, bodies = contents(data)
+    shared = read_tables(tables)
+    batches: dict[int, list[tuple[Unit, bytes]]] = {}
+    ends = accumulate(max(prod(u.shape), 2**16) for u in units)  # small units cost tables and places
+    for unit, body, end in zip(units, bodies, ends, strict=True):
+        batches.setdefault(end // 2**25, []).append((unit, body))  # values decoded together
+    values: dict[str, Array] = {}
+    for batch in batches.values():
+        for (unit, _), matrix in zip(batch, _decode_batch(batch, shared), strict=True):
+            array = np.ascontiguousarray(matrix.T if unit.flags & 1 else matrix).reshape(unit.shape)
+            values |= dict.fromkeys((unit.name, *unit.aliases), array)
+    return values
+
+
+def _decode_batch(batch: list[tuple[Unit, bytes]], shared: Shared) -> list[Array]:
+    """Section 6. Streams that coders wait for are decoded together, until every coder has given its matrix."""
+    require(all(unit.coder in CODERS for unit, _ in batch), "a unit names a coder that does not exist")
+    running = [CODERS[unit.coder](unit, Reader(body), shared) for unit, body in batch]
+    matrices: list[Array] = [np.zeros(0)] * len(batch)
+    waiting: dict[int, list[Array] | None] = dict.fromkeys(range(len(batch)))
+    while waiting:
+        asked = {}
+        for i, symbols in waiting.items():
+            try:
+                asked[i] = running[i].send(symbols)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                matrices[i] = stop.value
+        decoded = iter(decode_streams([stream for part in asked.values() for stream in part]))
+        waiting = {i: [next(decoded) for _ in part] for i, part in asked.items()}
+    return matrices
