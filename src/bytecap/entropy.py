@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.frequencies import MAX_CLASS, PROB_BITS, TOTAL, IntArray, Tables
+from bytecap.frequencies import PROB_BITS, SPLIT_CLASSES, TOTAL, IntArray, Tables
 
 LOW = 1 << 16  # a lane's state lives in [LOW, 2**32)
 LANE_SYMBOLS = 8192  # symbols a lane holds; fixes the number of lanes
@@ -229,7 +229,7 @@ def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], lis
     classes = np.zeros((int(steps[0]), int(first[-1])), np.uint32)
     for s, lo, hi, t, base in zip(streams, first, first[1:], steps, bases, strict=False):
         padded = np.zeros(t * (hi - lo), np.uint32)
-        padded[: len(s.classes)] = s.classes
+        padded[: len(s.classes)] = s.tables.row[s.classes]
         classes[:t, lo:hi] = (padded.reshape(t, hi - lo) + base) << PROB_BITS
     words = np.concatenate([p[1] for p in parts] + [np.zeros(1, "<u2")]).astype(np.uint32)
     counts = np.array([len(p[1]) for p in parts])
@@ -260,8 +260,10 @@ def _join_lookups(streams: list[Stream]) -> tuple[npt.NDArray[np.uint64], list[i
             row_of[id(s.tables)] = rows
             luts.append(s.tables.lookup)
             rows += len(luts[-1])
-        if int(s.classes.max()) >= len(s.tables.lookup):
-            raise CorruptError(f"class {int(s.classes.max())} has no table")
+        used = np.flatnonzero(np.bincount(s.classes, minlength=1))
+        missing = used[s.tables.row[used] < 0]
+        if len(missing):
+            raise CorruptError(f"class {missing[0]} has no table")
     return np.concatenate(luts).reshape(-1), [row_of[id(s.tables)] for s in streams]
 
 
@@ -307,7 +309,7 @@ def _advance(
 
 def _symbols(stream: Stream, index: npt.NDArray[np.uint16], tail: bytes) -> npt.NDArray[np.int32]:
     """Turn symbol indices into symbols and put the escaped ones in."""
-    low, last = np.zeros(MAX_CLASS + 1, np.int32), np.full(MAX_CLASS + 1, -1, np.int32)
+    low, last = np.zeros(SPLIT_CLASSES, np.int32), np.full(SPLIT_CLASSES, -1, np.int32)
     for cls, table in stream.tables.table.items():
         low[cls], last[cls] = table.low, len(table.freq) - 1
     symbols = index.astype(np.int32) + low[stream.classes]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ IntArray = npt.NDArray[np.integer]
 PROB_BITS = 14
 TOTAL = 1 << PROB_BITS  # every table's frequencies sum to this
 MAX_CLASS = 63  # class 0 is padding: one symbol of probability 1
+SPLIT_CLASSES = 4 * (MAX_CLASS + 1)  # classes of split tables: whole, then restricted to 4m, 4m+1, 4m+2
 MAX_HALF = 1023  # largest |symbol| a table may hold; anything larger is escaped
 
 
@@ -80,7 +82,7 @@ class Tables:
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
         """Start of each class's entries in the concatenated arrays below; entry 0 is the padding symbol."""
-        starts = np.full(MAX_CLASS + 1, -1, np.int64)
+        starts = np.full(SPLIT_CLASSES, -1, np.int64)
         starts[0] = 0
         at = 2
         for cls, table in sorted(self.table.items()):
@@ -97,7 +99,7 @@ class Tables:
 
     def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
-        low, last = np.zeros(MAX_CLASS + 1, np.int64), np.zeros(MAX_CLASS + 1, np.int64)
+        low, last = np.zeros(SPLIT_CLASSES, np.int64), np.zeros(SPLIT_CLASSES, np.int64)
         for cls, table in self.table.items():
             low[cls], last[cls] = table.low, len(table.freq) - 1
         offset = symbols.astype(np.int64) - low[classes]
@@ -134,17 +136,63 @@ class Tables:
         return cost
 
     @cached_property
+    def split(self) -> Tables:
+        """These tables, and for every class `k` those restricted to the values `4m + d`, as classes `64(d + 1) + k`."""
+        found = dict(self.table)
+        for d in range(3):
+            made = {id(t): restricted(t, d) for t in self.table.values()}
+            found |= {(MAX_CLASS + 1) * (d + 1) + cls: made[id(t)] for cls, t in self.table.items()}
+        return Tables(found)
+
+    @cached_property
+    def split_cost(self) -> npt.NDArray[np.float64]:
+        """Like `cost_by_size`, of a value coded by its subset's bit and its place in the subset."""
+        cost = np.full((MAX_CLASS + 1, MAX_HALF + 2), np.inf)
+        for cls in self.table:
+            for d in range(3):
+                part = self.split.table[(MAX_CLASS + 1) * (d + 1) + cls]
+                bits = 1 + PROB_BITS - np.log2(part.freq)
+                cost[cls, d::4] = cost[cls, 4 - d :: 4] = bits[-1] + 16
+                values = 4 * np.arange(part.low, part.high + 1) + d
+                cost[cls, np.abs(values)] = bits[:-1]
+        return cost
+
+    @cached_property
+    def row(self) -> npt.NDArray[np.int64]:
+        """Row of `lookup` by class, -1 without a table; classes that share a table share a row."""
+        rows = np.full(SPLIT_CLASSES, -1, np.int64)
+        rows[0] = 0
+        place: dict[int, int] = {}
+        for cls, table in self.table.items():
+            rows[cls] = place.setdefault(id(table), len(place) + 1)
+        return rows
+
+    @cached_property
     def lookup(self) -> npt.NDArray[np.uint64]:
-        """(classes, 2**14) slots: symbol index << 32 | frequency - 1 << 16 | slot - cumulative frequency."""
-        table = np.zeros((max(self.table, default=0) + 1, TOTAL), np.uint64)
+        """(rows, 2**14) slots: symbol index << 32 | frequency - 1 << 16 | slot - cumulative frequency."""
         slots = np.arange(TOTAL, dtype=np.uint64)
-        table[0] = slots | np.uint64((TOTAL - 1) << 16)
-        for cls, entry in self.table.items():
+        parts: list[npt.NDArray[Any]] = [slots | np.uint64((TOTAL - 1) << 16)]
+        for entry in {id(t): t for t in self.table.values()}.values():
             freq = entry.freq.astype(np.uint64)
             cum = np.cumsum(freq) - freq
             which = np.repeat(np.arange(len(freq)), entry.freq)
-            table[cls] = (which.astype(np.uint64) << 32) | ((freq - 1)[which] << 16) | (slots - cum[which])
-        return table
+            parts.append((which.astype(np.uint64) << 32) | ((freq - 1)[which] << 16) | (slots - cum[which]))
+        return np.stack(parts)
+
+
+def restricted(table: Table, d: int) -> Table:
+    """Table of `m` for the values `4 m + d` of a symmetric table; what rounding leaves over goes to the largest.
+
+    >>> t = restricted(Table(-2, np.array([1000, 2000, 8000, 2000, 1000, 2384])), 2)
+    >>> t.low, t.freq.tolist()
+    (-1, [3737, 3737, 8910])
+    """
+    low, high = -((table.high + d) // 4), (table.high - d) // 4
+    values = 4 * np.arange(low, high + 1) + d
+    freq = np.append(table.freq[values - table.low], table.freq[-1])
+    freq = freq * TOTAL // freq.sum()
+    freq[int(np.argmax(freq))] += TOTAL - int(freq.sum())
+    return Table(low, freq)
 
 
 def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = False) -> npt.NDArray[np.int64]:

@@ -16,12 +16,18 @@ import torch
 from torch import Tensor
 
 from bytecap.coders import Shared
-from bytecap.coders.grid import CODER, GridCode, weight_classes
-from bytecap.coders.rounding import Problem, Rounded, Shrink, gaussian_shrink, round_batch, row_classes
+from bytecap.coders.classes import CLASSES, UNIT_CLASS, quarter
+from bytecap.coders.grid import GridCode, side_bits
+from bytecap.coders.trellis import dependent, fine_classes
 from bytecap.core import Unit
+from bytecap.frequencies import MAX_HALF
+from bytecap.rounding import Problem, Rounded, Shrink, gaussian_shrink, row_classes
+from bytecap.rounding.scalar import round_scalar
+from bytecap.rounding.trellis import round_trellis
 from bytecap.sensitivity import Metric, factor
 from bytecap.tables import Counts, count_symbols, fit_shared
 
+FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
 _BATCH_VALUES = {"cpu": 6 * 2**20, "cuda": 2**25}  # weights and Hessian factors rounded together
 
 
@@ -36,6 +42,7 @@ class Options:
         row_power: row steps proportional to `G^(-row_power / 2)`; 0 switches them off.
         row_quantum: quarter octaves a row step is rounded to.
         row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
+        trellis: walk columns of some spread along a trellis.
         shrink: reconstruct at centroids.
         dead_zone: rate term in rounding, 0 off.
         damping: of the Hessian, in fractions of its mean diagonal.
@@ -53,6 +60,7 @@ class Options:
     row_power: float = 1.0
     row_quantum: int = 2
     row_class: int = 1
+    trellis: bool = True
     shrink: bool = True
     dead_zone: float = 0.0
     damping: float = 1e-3
@@ -94,7 +102,7 @@ class Coded:
     """A matrix unit at one step: what would be stored, its predicted distortion in nats per token, and its symbols.
 
     Attributes:
-        counts: histogram of |z| by class, shape (64, up to MAX_HALF + 2).
+        counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
     """
 
     code: GridCode
@@ -120,9 +128,6 @@ def initial_shared(options: Options) -> tuple[Shared, Shrink]:
     shrink = gaussian_shrink(options.dead_zone)
     if not options.shrink:
         shrink = Shrink(np.zeros_like(shrink.offset), shrink.dead_zone)
-    from bytecap.coders.classes import CLASSES, UNIT_CLASS, quarter
-    from bytecap.frequencies import MAX_HALF
-
     z = np.arange(MAX_HALF + 2)
     counts = np.zeros((CLASSES, MAX_HALF + 2))
     for k in range(1, CLASSES):
@@ -165,7 +170,7 @@ def round_units(
                 parts = rounded[item.unit.name]
                 parts[g] = (result, i)
                 if len(parts) == item.groups:
-                    coded[item.unit.name] = _collect(item, steps, rounded.pop(item.unit.name))
+                    coded[item.unit.name] = _collect(item, steps, rounded.pop(item.unit.name), trellis=options.trellis)
             if progress is not None:
                 progress(rows * cols * len(chunk))
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
@@ -188,10 +193,14 @@ def _round_members(
     step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
     problem = Problem(weight, lower, order, torch.stack(rows), classes)
-    return round_batch(problem, step, shrink, waterfill=options.waterfill)
+    if options.trellis:
+        return round_trellis(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
+    return round_scalar(problem, step, shrink, waterfill=options.waterfill)
 
 
-def _collect(item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, tuple[Rounded, int]]) -> Coded:
+def _collect(
+    item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, tuple[Rounded, int]], *, trellis: bool
+) -> Coded:
     parts = [rounded[g] for g in range(item.groups)]
 
     def stack(name: str) -> list[npt.NDArray[Any]]:
@@ -202,8 +211,10 @@ def _collect(item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, t
         symbols=_narrow(np.concatenate([s.T for s in stack("symbols")])),
         column_step=np.stack(stack("column_step")), column_class=np.stack(stack("column_class")),
         row_step=item.row_step.cpu().numpy(), row_class=np.concatenate(stack("row_class")),
+        first=FIRST_DEPENDENT if trellis else CLASSES,
     )  # fmt: skip
-    counts = count_symbols(code.symbols, weight_classes(code.column_class, code.row_class))
+    mask = dependent(code.column_class, code.first, len(code.row_class))
+    counts = count_symbols(code.symbols, fine_classes(code), mask)
     return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
 
 
@@ -215,6 +226,8 @@ def _narrow(symbols: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any
 
 def rate(coded: Coded, shared: Shared) -> float:
     """Estimated bytes of a unit's section: payload code length, side information and header."""
-    cost = shared.tables.cost_by_size[:, : coded.counts.shape[1]]
-    seen = coded.counts > 0
-    return (float(coded.counts[seen] @ cost[seen]) + CODER.side_bits(coded.code, shared.tables)) / 8
+    bits = side_bits(coded.code, shared.tables)
+    for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
+        seen = counts > 0
+        bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
+    return bits / 8

@@ -28,12 +28,21 @@ _FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 16, "lc": 3
 _PRIOR_WEIGHT = 4.0  # symbols' worth of a Gaussian given to every class
 
 
-def count_symbols(symbols: npt.NDArray[np.integer], classes: npt.NDArray[np.integer]) -> Counts:
-    """Histogram of |z| by class, shape (64, largest + 1); bin MAX_HALF + 1 holds everything larger."""
+def count_symbols(
+    symbols: npt.NDArray[np.integer], classes: npt.NDArray[np.integer], mask: npt.NDArray[np.bool_] | None = None
+) -> Counts:
+    """Histogram of |z| by class, shape (64, largest + 1); bin MAX_HALF + 1 holds everything larger.
+
+    With a mask two histograms (2, 64, largest + 1): of the symbols outside and inside it.
+    """
     size = np.minimum(np.abs(symbols.reshape(-1)).astype(np.int32), MAX_HALF + 1)
     width = int(size.max(initial=0)) + 1
     index = classes.reshape(-1).astype(np.int32) * width + size
-    return np.bincount(index, minlength=CLASSES * width).reshape(CLASSES, -1).astype(float)
+    if mask is not None:
+        index += CLASSES * width * mask.reshape(-1)
+    kinds = 1 if mask is None else 2
+    counts = np.bincount(index, minlength=kinds * CLASSES * width).astype(float)
+    return counts.reshape(CLASSES, width) if mask is None else counts.reshape(kinds, CLASSES, width)
 
 
 def sum_counts(parts: Iterable[Counts]) -> Counts:

@@ -35,7 +35,7 @@ class Shared:
 
     Attributes:
         tables: frequency tables by class.
-        offset: reconstruction offsets (64, 17) in steps, see `bytecap.coders.rounding`.
+        offset: reconstruction offsets (64, 17) in steps, see `bytecap.rounding`.
     """
 
     tables: Tables = field(default_factory=lambda: Tables({}))
@@ -88,9 +88,6 @@ class Layer(Protocol):
         ...
 
 
-_ENCODER_ONLY = {"rounding"}  # needs torch, which reading must not
-
-
 _FIRST_LAYER = 32  # tags from here on are layers
 
 
@@ -99,8 +96,6 @@ def _found() -> dict[int, Any]:
     """All coders and layers by on-disk tag."""
     found: dict[int, Any] = {}
     for info in pkgutil.iter_modules(__path__):
-        if info.name in _ENCODER_ONLY:
-            continue
         coder = getattr(importlib.import_module(f"{__name__}.{info.name}"), "CODER", None)
         if coder is not None:
             if coder.tag in found:

@@ -13,13 +13,13 @@ stream | side stream | payload stream. The side arrays are column step, column s
 in quarter octaves; an array whose class is 0 is constant.
 
 Sources: WaterSIC (arXiv:2603.04956) for the per-column step; Radio (arXiv:2505.03031) for slope allocation.
-The encoder's search is in `bytecap.coders.rounding`.
+The encoder's search is in `bytecap.rounding`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +49,7 @@ class GridCode:
         column_class: (groups, cols).
         row_step: (rows,), quarter octaves.
         row_class: (rows,), added to the column's class.
+        first: columns of this class and above are dependent (`bytecap.coders.trellis`); CLASSES if none is.
     """
 
     step: float
@@ -57,6 +58,7 @@ class GridCode:
     column_class: IntArray
     row_step: IntArray
     row_class: IntArray
+    first: int = CLASSES
 
     def side_arrays(self) -> list[IntArray]:
         """The four stored arrays; spreads are absolute (class plus step), which varies less."""
@@ -94,6 +96,99 @@ def choose_class(values: IntArray, tables: Tables) -> tuple[int, int]:
     return base, best[1]
 
 
+@dataclass(frozen=True)
+class Head:
+    """What stands in front of a section's payload.
+
+    Attributes:
+        groups, step: see `GridCode`.
+        pairs: (base, class) of the four side arrays.
+        extra: bytes behind the pairs that only some coders have.
+        side, rest: the side stream, and everything behind it.
+        at: bytes in front of the side stream.
+    """
+
+    groups: int
+    step: float
+    pairs: list[tuple[int, int]]
+    extra: bytes
+    side: bytes
+    rest: bytes
+    at: int
+
+
+def _chosen(code: GridCode, tables: Tables) -> list[tuple[IntArray, int, int]]:
+    """(array, base, class) of the side arrays."""
+    return [(a, *choose_class(a, tables)) for a in code.side_arrays()]
+
+
+def write_sides(code: GridCode, tables: Tables) -> Source:
+    """The side stream's symbols."""
+    coded = [(a - base, np.full(len(a), cls, np.uint8)) for a, base, cls in _chosen(code, tables) if cls]
+    empty = np.zeros(0, np.int64)
+    side = [np.concatenate([x[i] for x in coded]) if coded else empty for i in range(2)]
+    return Source(side[0], side[1], tables)
+
+
+def write_head(code: GridCode, tables: Tables, extra: bytes, side: bytes) -> bytes:
+    """Everything in front of the side stream."""
+    flat = [v for _, base, cls in _chosen(code, tables) for v in (base & 255, cls)]
+    return _HEAD.pack(len(code.column_step), code.step, *flat) + extra + leb(len(side))
+
+
+def read_head(data: bytes, shape: tuple[int, int], extra: int) -> Head:
+    """Split a section with `extra` bytes of its own behind the pairs."""
+    if len(data) < _HEAD.size + extra:
+        raise CorruptError(f"a grid section of {len(data)} bytes is shorter than its header")
+    groups, step, *flat = _HEAD.unpack_from(data)
+    if not 1 <= groups <= min(_MAX_GROUPS, max(1, shape[0])):
+        raise CorruptError(f"a grid section declares {groups} groups for {shape[0]} rows")
+    if not (np.isfinite(step) and step > 0):
+        raise CorruptError(f"a grid section declares the step {step}")
+    length, at = read_leb(data, _HEAD.size + extra)
+    if length > len(data) - at:
+        raise CorruptError(f"a grid section declares {length} bytes of side information, {len(data) - at} are left")
+    pairs = [(base - 256 if base > 127 else base, cls) for base, cls in zip(flat[::2], flat[1::2], strict=True)]
+    if any(cls >= CLASSES for _, cls in pairs):
+        raise CorruptError("a grid section names a class above 63")
+    own = data[_HEAD.size : _HEAD.size + extra]
+    return Head(groups, step, pairs, own, data[at : at + length], data[at + length :], at)
+
+
+Sides = Generator[list[Stream], list[npt.NDArray[np.int32]], tuple[IntArray, IntArray, IntArray, IntArray]]
+
+
+def read_sides(head: Head, shape: tuple[int, int], tables: Tables) -> Sides:
+    """Column step and class (groups, cols), row step and class (rows,)."""
+    rows, cols = shape
+    sizes = [head.groups * cols, head.groups * cols, rows, rows]
+    classes = np.concatenate(
+        [np.full(n if cls else 0, cls, np.uint8) for n, (_, cls) in zip(sizes, head.pairs, strict=True)]
+    )
+    (residual,) = yield [Stream(head.side, classes, tables)]
+    arrays, at = [], 0
+    for n, (base, cls) in zip(sizes, head.pairs, strict=True):
+        arrays.append(residual[at : at + n].astype(np.int64) + base if cls else np.full(n, base, np.int64))
+        at += n if cls else 0
+    column_step, column_spread, row_step, row_spread = arrays
+    for steps, spreads in ((column_step, column_spread), (row_step, row_spread)):
+        if np.abs(steps).max(initial=0) > _MAX_STEP or np.abs(spreads).max(initial=0) > _MAX_SPREAD:
+            raise CorruptError("a grid section holds a step or a spread out of range")
+    column_class = (column_spread - column_step + UNIT_CLASS).reshape(head.groups, cols)
+    return column_step.reshape(head.groups, cols), column_class, row_step, row_spread - row_step
+
+
+def side_bits(code: GridCode, tables: Tables) -> float:
+    """Estimated bits of header and side information."""
+    bits = 8.0 * (_HEAD.size + 2 + 4 + 3 * 2)
+    for a in code.side_arrays():
+        base, cls = choose_class(a, tables)
+        if cls:
+            values, count = np.unique(a - base, return_counts=True)
+            bits += tables.count_bits(values, count, cls)
+    return bits
+
+
 class Grid:
     """Reader and writer of `grid` sections."""
 
@@ -102,90 +197,37 @@ class Grid:
 
     def sources(self, code: GridCode, shared: Shared) -> list[Source]:
         """Side and payload streams of a section, for `encode_all` to code with those of other units."""
-        coded = [
-            (a - base, np.full(len(a), cls, np.uint8)) for a, base, cls in self._chosen(code, shared.tables) if cls
-        ]
-        empty = np.zeros(0, np.int64)
-        side = [np.concatenate([x[i] for x in coded]) if coded else empty for i in range(2)]
         classes = weight_classes(code.column_class, code.row_class)
         payload = Source(code.symbols.reshape(-1), classes.reshape(-1), shared.tables)
-        return [Source(side[0], side[1], shared.tables), payload]
-
-    def _chosen(self, code: GridCode, tables: Tables) -> list[tuple[IntArray, int, int]]:
-        """(array, base, class) of the side arrays."""
-        return [(a, *choose_class(a, tables)) for a in code.side_arrays()]
+        return [write_sides(code, shared.tables), payload]
 
     def assemble(self, code: GridCode, shared: Shared, streams: Sequence[bytes]) -> Encoded:
         """A section from its coded streams."""
         side, payload = streams
-        flat = [v for _, base, cls in self._chosen(code, shared.tables) for v in (base & 255, cls)]
-        head = _HEAD.pack(len(code.column_step), code.step, *flat) + leb(len(side))
+        head = write_head(code, shared.tables, b"", side)
         return Encoded(head + side + payload, (("header", len(head)), ("side", len(side)), ("payload", len(payload))))
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Bytes of a section under the file's shared tables."""
         return self.assemble(code, shared, encode_all(self.sources(code, shared)))
 
-    def side_bits(self, code: GridCode, tables: Tables) -> float:
-        """Estimated bits of header and side information."""
-        bits = 8.0 * (_HEAD.size + 2 + 4 + 3 * 2)
-        for a in code.side_arrays():
-            base, cls = choose_class(a, tables)
-            if cls:
-                values, count = np.unique(a - base, return_counts=True)
-                bits += tables.count_bits(values, count, cls)
-        return bits
-
-    def _parse(
-        self, data: bytes, shape: tuple[int, int]
-    ) -> tuple[int, float, list[tuple[int, int]], bytes, bytes, int]:
-        if len(data) < _HEAD.size:
-            raise CorruptError(f"a grid section of {len(data)} bytes is shorter than its header")
-        groups, step, *flat = _HEAD.unpack_from(data)
-        if not 1 <= groups <= min(_MAX_GROUPS, max(1, shape[0])):
-            raise CorruptError(f"a grid section declares {groups} groups for {shape[0]} rows")
-        if not (np.isfinite(step) and step > 0):
-            raise CorruptError(f"a grid section declares the step {step}")
-        length, at = read_leb(data, _HEAD.size)
-        if length > len(data) - at:
-            raise CorruptError(f"a grid section declares {length} bytes of side information, {len(data) - at} are left")
-        pairs = [(base - 256 if base > 127 else base, cls) for base, cls in zip(flat[::2], flat[1::2], strict=True)]
-        if any(cls >= CLASSES for _, cls in pairs):
-            raise CorruptError("a grid section names a class above 63")
-        return groups, step, pairs, data[at : at + length], data[at + length :], at
-
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header, side information and payload of a section."""
         del dtype
-        *_, side, payload, at = self._parse(data, shape)
-        return (("header", at), ("side", len(side)), ("payload", len(payload)))
+        head = read_head(data, shape, 0)
+        return (("header", head.at), ("side", len(head.side)), ("payload", len(head.rest)))
 
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode to float32 (rows, cols)."""
         del dtype
-        rows, cols = shape
-        groups, step, pairs, side, payload, _ = self._parse(data, shape)
-        sizes = [groups * cols, groups * cols, rows, rows]
-        classes = np.concatenate(
-            [np.full(n if cls else 0, cls, np.uint8) for n, (_, cls) in zip(sizes, pairs, strict=True)]
-        )
-        (residual,) = yield [Stream(side, classes, shared.tables)]
-        arrays, at = [], 0
-        for n, (base, cls) in zip(sizes, pairs, strict=True):
-            arrays.append(residual[at : at + n].astype(np.int64) + base if cls else np.full(n, base, np.int64))
-            at += n if cls else 0
-        column_step, column_spread, row_step, row_spread = arrays
-        for steps, spreads in ((column_step, column_spread), (row_step, row_spread)):
-            if np.abs(steps).max(initial=0) > _MAX_STEP or np.abs(spreads).max(initial=0) > _MAX_SPREAD:
-                raise CorruptError("a grid section holds a step or a spread out of range")
-        column_class = (column_spread - column_step + UNIT_CLASS).reshape(groups, cols)
-        weight_class = weight_classes(column_class, row_spread - row_step)
-        (symbols,) = yield [Stream(payload, weight_class.reshape(-1), shared.tables)]
+        head = read_head(data, shape, 0)
+        column_step, column_class, row_step, row_class = yield from read_sides(head, shape, shared.tables)
+        weight_class = weight_classes(column_class, row_class)
+        (symbols,) = yield [Stream(head.rest, weight_class.reshape(-1), shared.tables)]
         with np.errstate(over="ignore", invalid="ignore"):
             values = dequantize(
-                symbols.reshape(rows, cols), weight_class, np.float32(step), column_step.reshape(groups, cols),
-                row_step, shared.offset,
-            )  # fmt: skip
+                symbols.reshape(shape), weight_class, np.float32(head.step), column_step, row_step, shared.offset
+            )
         if not np.isfinite(values).all():
             raise CorruptError("a grid section holds a value out of range")
         return values
@@ -198,12 +240,18 @@ def dequantize(
     column_step: IntArray,
     row_step: IntArray,
     offset: npt.NDArray[np.float32],
+    fine: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """The format's reconstruction arithmetic, float32 throughout; returns (rows, cols)."""
+    """The format's reconstruction arithmetic, float32 throughout; returns (rows, cols).
+
+    Where `fine` (rows, cols) holds, symbols count half steps.
+    """
     size = np.abs(symbols)
     index = np.minimum(size, CENTRES - 1)
     index += classes.astype(np.int32) * CENTRES
     value = size.astype(np.float32)
+    if fine is not None:
+        np.multiply(value, np.float32(0.5), out=value, where=fine)
     value -= offset.reshape(-1)[index]
     np.copysign(value, symbols, out=value, where=symbols < 0)
     value *= quarter(row_step)[:, None]

@@ -19,11 +19,13 @@ import torch
 from bytecap.coders import Shared
 from bytecap.coders.classes import UNIT_CLASS
 from bytecap.coders.grid import CODER as GRID
-from bytecap.coders.grid import GridCode, choose_class, dequantize, weight_classes
-from bytecap.coders.rounding import Shrink
+from bytecap.coders.grid import GridCode, choose_class, dequantize
+from bytecap.coders.trellis import CODER as TRELLIS
+from bytecap.coders.trellis import dependent, fine_classes
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
 from bytecap.entropy import encode_all
+from bytecap.rounding import Shrink
 from bytecap.sweep import Coded, Options, Prepared, initial_shared, rate, round_units
 from bytecap.tables import Counts, fit_shared, sum_counts
 
@@ -122,7 +124,7 @@ class Planner:
         steps = {n: max(s, self._finest.get(n, 0.0)) for n, s in steps.items()}
         coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
         if refit:
-            counts = sum_counts([self._side_counts(coded, steps), *(c.counts for c in coded.values())])
+            counts = sum_counts([self._side_counts(coded, steps), *(c.counts.sum(0) for c in coded.values())])
             used = self.shared.offset if self.options.shrink else None
             self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
         state = self.price(coded, steps)
@@ -231,11 +233,12 @@ class Planner:
         return found
 
     def _encode_group(self, state: State, names: Sequence[str]) -> dict[str, tuple[int, bytes]]:
+        coder = TRELLIS if self.options.trellis else GRID
         vectors = {v.unit.name: v for v in self.vectors}
         sources = []
         for n in names:
             if n in state.coded:
-                sources.append(GRID.sources(state.coded[n].code, state.shared))
+                sources.append(coder.sources(state.coded[n].code, state.shared))
             else:
                 sources.append(VECTOR.sources(vectors[n].values, vectors[n].step(state.steps[n]), state.shared))
         streams = iter(encode_all([s for group in sources for s in group]))
@@ -243,7 +246,7 @@ class Planner:
         for n, group in zip(names, sources, strict=True):
             mine = [next(streams) for _ in group]
             if n in state.coded:
-                found[n] = GRID.tag, GRID.assemble(state.coded[n].code, state.shared, mine).data
+                found[n] = coder.tag, coder.assemble(state.coded[n].code, state.shared, mine).data
             else:
                 v = vectors[n]
                 found[n] = VECTOR.tag, VECTOR.assemble(v.values, v.step(state.steps[n]), state.shared, mine).data
@@ -253,8 +256,8 @@ class Planner:
 def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
     """(rows, cols) values of a grid code."""
     return dequantize(
-        code.symbols.astype(np.int32), weight_classes(code.column_class, code.row_class), np.float32(code.step),
-        code.column_step, code.row_step, shared.offset,
+        code.symbols.astype(np.int32), fine_classes(code), np.float32(code.step),
+        code.column_step, code.row_step, shared.offset, dependent(code.column_class, code.first, len(code.row_class)),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Waterfilled rounding with error feedback: the encoder's side of the `grid` coder.
+"""Waterfilled rounding with error feedback: the encoder's side of the `grid` and `trellis` coders.
 
 With `H = L L^T`, columns are rounded from last to first. What the columns done so far lack is fed back::
 
@@ -9,8 +9,8 @@ which is reverse waterfilling at high rate (WaterSIC, arXiv:2603.04956; GPTQ is 
 per row). Each weight's reconstruction is its bin's centroid under the class of its column and row, so the
 shrinkage that least squares asks for costs no side information; the *shrunk* value is what is fed back.
 
-Everything is batched over equally shaped matrices and runs on any torch device. Encoder only: decoding needs
-none of this.
+Two ways to round a column: every weight to its nearest point (`scalar`), or the column as a whole along the best
+path through a trellis (`trellis`). Decoding needs none of this.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
 
-_BLOCK = 64
-_SAMPLE = 8  # every so many columns are looked at for centroids
+BLOCK = 64
+SAMPLE = 8  # every so many columns are looked at for centroids
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Rounded:
     """Outcome for a batch of B matrices, in stored column order.
 
     Attributes:
-        symbols: int32 (B, cols, rows).
+        symbols: int (B, cols, rows).
         column_step: int (B, cols): the step of column k is `c * 2^(column_step / 4)`.
         column_class: int (B, cols).
         row_class: int (B, rows), added to the column's.
@@ -82,58 +82,22 @@ class Problem:
     row_class: Tensor
 
 
-def round_batch(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: bool = True) -> Rounded:
-    """Round a batch at steps `c` of shape (B,); without `waterfill` all columns of a matrix share one step."""
-    weight, lower = problem.weight, problem.lower
-    batch, cols, rows = weight.shape
-    device = weight.device
-    diag = lower.diagonal(dim1=1, dim2=2)  # (B, cols)
-    ideal = -4 * torch.log2(diag)
+def column_steps(problem: Problem, step: Tensor, *, waterfill: bool) -> tuple[Tensor, Tensor]:
+    """Exponents in quarter octaves, int32 (B, cols), and the steps themselves, float32 (B, cols)."""
+    ideal = -4 * torch.log2(problem.lower.diagonal(dim1=1, dim2=2))
     if not waterfill:
         ideal = ideal.mean(1, keepdim=True).expand_as(ideal)
     exponent = torch.round(ideal).to(torch.int32)
-    scale = step[:, None] * torch.exp2(exponent.float() / 4)
-    offset = torch.from_numpy(shrink.offset).to(device).reshape(-1)
-    dead = torch.from_numpy(0.5 - shrink.dead_zone).to(device)
-    whiten = torch.exp2(-problem.row_class.float() / 4)
-    row_class = problem.row_class.long()
-    error = torch.empty_like(weight)
-    symbols = torch.empty(
-        batch, cols, rows, dtype=torch.int16 if step_fits(weight, scale) else torch.int32, device=device
-    )
-    column_class = torch.empty(batch, cols, dtype=torch.int32, device=device)
-    distortion = torch.zeros(batch, dtype=torch.float64, device=device)
-    centres = torch.zeros(2, CLASSES * CENTRES, dtype=torch.float64, device=device)
-    for hi in range(cols, 0, -_BLOCK):
-        lo = max(0, hi - _BLOCK)
-        unit_lower = lower[:, lo:, lo:hi] / diag[:, None, lo:hi]  # columns divided by L_kk
-        pending = torch.bmm(unit_lower[:, hi - lo :].transpose(1, 2), error[:, hi:]) if hi < cols else None
-        for k in range(hi - 1, lo - 1, -1):
-            y = weight[:, k]
-            if pending is not None:
-                y = y + pending[:, k - lo]
-            if k + 1 < hi:
-                y = y + torch.bmm(unit_lower[:, k + 1 - lo : hi - lo, k - lo].unsqueeze(1), error[:, k + 1 : hi])[:, 0]
-            s = scale[:, k : k + 1]
-            u = y / s
-            column = quarter_class((u * whiten).square().mean(1))
-            cls = (row_class + column[:, None]).clamp_(1, CLASSES - 1)
-            size = u.abs()
-            z = torch.floor(size + dead[cls])
-            index = cls * CENTRES + z.clamp(max=CENTRES - 1).long()
-            value = z - offset[index]
-            if k % _SAMPLE == 0:
-                centres[0] += torch.bincount(index.reshape(-1), minlength=CLASSES * CENTRES)
-                centres[1] += torch.bincount(index.reshape(-1), (z - size).reshape(-1), minlength=CLASSES * CENTRES)
-            sign = torch.sign(u)
-            e = (u - sign * value).mul_(s)
-            error[:, k] = e - y + weight[:, k]
-            symbols[:, k] = (sign * z).to(symbols.dtype)
-            column_class[:, k] = column
-            distortion += ((e.square() * problem.rows).sum(1) * diag[:, k].square()).double()
+    return exponent, step[:, None] * torch.exp2(exponent.float() / 4)
+
+
+def stored_order(
+    problem: Problem, symbols: Tensor, exponent: Tensor, column_class: Tensor, distortion: Tensor, centres: Tensor
+) -> Rounded:
+    """What came out in rounding order, put into stored column order; `distortion` is twice the cost."""
     inverse = torch.argsort(problem.order, dim=1)
     return Rounded(
-        symbols.gather(1, inverse[:, :, None].expand(-1, -1, rows)), exponent.gather(1, inverse),
+        symbols.gather(1, inverse[:, :, None].expand(-1, -1, symbols.shape[2])), exponent.gather(1, inverse),
         column_class.gather(1, inverse), problem.row_class, distortion / 2,
         centres.reshape(2, CLASSES, CENTRES).cpu().numpy(),
     )  # fmt: skip
