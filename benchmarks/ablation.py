@@ -10,6 +10,7 @@ from common import parser, record, texts
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "no trellis (scalar grid)": {"trellis": False},
     "no error feedback": {"feedback": False},
     "one step per row (no waterfilling)": {"waterfill": False},
     "columns in stored order": {"order": False},
