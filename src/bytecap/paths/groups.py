@@ -70,7 +70,7 @@ def stored(scales: Tensor, bits: int) -> Tensor:
     return torch.where(scales - low <= high - scales, low, high)
 
 
-def _wanted(problem: Problem, setting: Grouping) -> Tensor:
+def wanted(problem: Problem, setting: Grouping) -> Tensor:
     """Scales (rows, groups) by which the base's problem is divided; ones if it is not."""
     rows, cols = problem.weight.shape
     size = setting.size
@@ -86,13 +86,13 @@ def _wanted(problem: Problem, setting: Grouping) -> Tensor:
 def refit(problem: Problem, base: Tensor, setting: Grouping) -> Tensor:
     """Scales (rows, groups) float64, as stored, that fit the decoded base best."""
     rows, cols = problem.weight.shape
-    size, wanted = setting.size, _wanted(problem, setting)
-    groups = wanted.shape[1]
+    size, asked = setting.size, wanted(problem, setting)
+    groups = asked.shape[1]
     step = max(1, _ENTRIES // max(groups * groups, cols))
     found = []
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        values, prior = base[part].double(), wanted[part]
+        values, prior = base[part].double(), asked[part]
         matrix = torch.empty(len(values), groups, groups, dtype=torch.float64)
         for g in range(groups):
             cut = slice(g * size, (g + 1) * size)
@@ -100,7 +100,9 @@ def refit(problem: Problem, base: Tensor, setting: Grouping) -> Tensor:
         ridge = (_RIDGE * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)).clamp_min(1e-30)
         matrix += torch.diag_embed(ridge.expand(-1, groups))
         target = _grouped(problem.weight[part].double() @ problem.hessian * values, size) + ridge * prior
-        found.append(_descend(matrix, target, setting.bits))
+        fitted = _descend(matrix, target, setting.bits)
+        cost = [((matrix @ t[:, :, None])[:, :, 0] * t - 2 * target * t).sum(1) for t in (fitted, prior)]
+        found.append(torch.where((cost[0] <= cost[1])[:, None], fitted, prior))
     return torch.cat(found)
 
 
@@ -130,12 +132,12 @@ class Groups:
         if not setting.divide:
             return problem
         cols = problem.weight.shape[1]
-        scales = _spread(_wanted(problem, setting), setting.size, cols)
+        scales = _spread(wanted(problem, setting), setting.size, cols)
         squares = scales**2
         column = (problem.rows @ squares) / problem.rows.sum()
         row = problem.rows * (squares / column).mean(1)
         root, mean = column.sqrt(), row.mean()
-        hessian = problem.hessian * root[:, None] * root * mean
+        hessian = problem.hessian * torch.outer(root, root) * mean
         return Problem(problem.unit, (problem.weight / scales).float(), hessian, row / mean)
 
     def after(self, problem: Problem, base: Tensor, setting: Grouping) -> Applied:

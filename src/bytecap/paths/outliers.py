@@ -37,7 +37,8 @@ class Outliers:
         worth = scores(problem, base, score).reshape(-1)
         order = worth.topk(top).indices.numpy().astype(np.int64)
         counts = sorted({size // share for share in _SHARES} - {0})
-        return [Amount(count, bits, 0, order) for count in counts for bits in (8, 16)]
+        # the scale of so few i8 values would cost more than they save
+        return [Amount(count, bits, 0, order) for count in counts for bits in (8, 16) if bits == 16 or count > 2]
 
     def before(self, problem: Problem, setting: Amount) -> Problem:
         """Zeros in place of the protected weights."""

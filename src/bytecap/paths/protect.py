@@ -29,7 +29,7 @@ Score = Literal["measured", "owq"]
 _HALF_MAX = 65504.0
 _CODE = 127
 _LEVELS = 3  # a side, of the rounding that stands for an unknown base
-_TINY = 1e-6  # what is left of the metric where weights are protected
+_TINY = 1e-4  # what is left of the metric where weights are protected, in units of what is usual elsewhere
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,12 @@ def without_columns(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
     factor = torch.linalg.cholesky(hessian[chosen][:, chosen])
     across = torch.linalg.solve_triangular(factor, hessian[chosen], upper=False)  # (k, cols)
     schur = hessian - across.T @ across
-    tiny = _TINY * hessian.diagonal().mean()
+    schur = (schur + schur.T) / 2
+    others = np.delete(np.arange(len(schur)), index)
+    usual = schur.diagonal()[torch.from_numpy(others)].median() if len(others) else 1.0
     schur[chosen] = 0
     schur[:, chosen] = 0
-    schur[chosen, chosen] = tiny
-    schur = (schur + schur.T) / 2
+    schur[chosen, chosen] = _TINY * usual
     return Problem(problem.unit, weight, schur, problem.rows)
 
 
