@@ -27,8 +27,7 @@ from bytecap.paths.protect import apply
 
 _BITS = (4, 6, 8)
 _MOST = 8  # one in so many of the full rank at most
-_SMALL = 1024  # sides up to this are decomposed exactly
-_MORE, _PASSES = 8, 4  # further directions, and passes, of the iteration for larger ones
+_MORE, _PASSES = 8, 4  # further directions, and passes, of the iteration for few directions of many
 _ROUNDS = 2
 _SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the largest value that a factor's codes reach
 
@@ -42,8 +41,8 @@ class Rank:
 
 
 def directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets (rows, rank), (rank,), (rank, cols); by subspace iteration if the matrix is large."""
-    if min(matrix.shape) > _SMALL:
+    """Leading singular triplets (rows, rank), (rank,), (rank, cols); by subspace iteration where they are few."""
+    if min(matrix.shape) > 4 * (rank + _MORE):
         start = torch.Generator().manual_seed(0)
         probe = torch.randn(matrix.shape[1], rank + _MORE, dtype=matrix.dtype, generator=start)
         for _ in range(_PASSES):
