@@ -79,7 +79,7 @@ def _compress(data: bytes, compression: int) -> bytes:
     return zlib.compress(data, 9)
 
 
-def _expand_brotli(data: bytes, size: int) -> bytes:
+def expand_brotli(data: bytes, size: int) -> bytes:
     """Decompress exactly `size` bytes, never holding much more."""
     machine = brotli.Decompressor()
     out = bytearray()
@@ -88,14 +88,14 @@ def _expand_brotli(data: bytes, size: int) -> bytes:
         while chunk:  # an unfinished machine may accept input and still hold output: ask until none comes
             out += chunk
             if len(out) > size:
-                raise CorruptError(f"a packed section expands beyond the {size} bytes of its codes")
+                raise CorruptError(f"packed data expands beyond the {size} bytes that it should hold")
             if machine.is_finished():
                 break
             chunk = machine.process(b"", output_buffer_limit=_STEP)
     except brotli.error as exc:
-        raise CorruptError(f"a packed section is not valid brotli: {exc}") from exc
+        raise CorruptError(f"packed data is not valid brotli: {exc}") from exc
     if not machine.is_finished() or len(out) != size:
-        raise CorruptError(f"a packed section expands to {len(out)} bytes, its codes need {size}")
+        raise CorruptError(f"packed data expands to {len(out)} bytes, not to {size}")
     return bytes(out)
 
 
@@ -149,7 +149,7 @@ class Packed:
         yield from ()
         rows, cols = shape
         compression, width, _, side, body = self._parse(data)
-        expand = _expand_brotli if compression == BROTLI else _expand_zlib
+        expand = expand_brotli if compression == BROTLI else _expand_zlib
         scales = np.frombuffer(expand(side, 2 * rows), "<f2")
         if not np.isfinite(scales).all():
             raise CorruptError("a packed section holds a scale that is not finite")

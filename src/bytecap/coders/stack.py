@@ -17,6 +17,8 @@ import numpy as np
 from bytecap.coders import Decoding, Shared, coder, layer, leb, read_leb
 from bytecap.errors import CorruptError
 
+MAX_LAYERS = 16  # a few bytes of layer may ask for long work
+
 
 class Stack:
     """Reader and writer of `stack` sections."""
@@ -36,8 +38,8 @@ class Stack:
         if len(data) < 2:
             raise CorruptError(f"a stack of {len(data)} bytes is shorter than its header")
         tag, count, at = data[0], data[1], 2
-        if count == 0 or tag == self.tag:
-            raise CorruptError("a stack has no layer over its base, or is its own base")
+        if not 1 <= count <= MAX_LAYERS or tag == self.tag:
+            raise CorruptError(f"a stack has {count} layers over its base, or is its own base")
         parts = []
         start = 0
         for i in range(count + 1):
@@ -67,10 +69,11 @@ class Stack:
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode the base to float32 (rows, cols) and apply the layers."""
         (tag, _, base), *rest = self._parse(data)
-        matrix = yield from coder(tag).decode(base, shape, dtype, shared)
+        decoded = yield from coder(tag).decode(base, shape, dtype, shared)
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix = np.array(decoded, np.float32, order="C")  # of its own: layers change it in place
         for tag, _, part in rest:
-            values = np.array(matrix, np.float32)  # a matrix of its own, which the layer may change
-            matrix = yield from layer(tag).apply(part, values, shared)
+            matrix = yield from layer(tag).apply(part, matrix, shared)
         if not np.isfinite(matrix).all():
             raise CorruptError("a stack holds a value out of range")
         return matrix
