@@ -83,17 +83,19 @@ class Fixed:
     id: ClassVar[str] = "fixed"
     tag: ClassVar[int] = 10
 
-    def encode(self, code: FixedCode, *, coded: bool) -> bytes:
-        """Bytes of a section, as published or entropy coded."""
+    def encode(self, code: FixedCode, *, coded: bool, estimate: bool = False) -> bytes:
+        """Bytes of a section, as published or entropy coded; with `estimate` only their number is about right."""
         columns = np.asarray(code.columns, "<u2")
         head = bytes([coded, code.width]) + leb(len(columns)) + columns.tobytes()
+        widths = np.full(code.codes.size, code.width, np.uint8)
+        how = {"coded": coded, "estimate": estimate}
         return b"".join(
             [
                 head,
-                write_halves(code.scales, coded=coded),
-                write_integers(code.zeros, np.full(len(code.zeros), code.width, np.uint8), coded=coded),
-                write_halves(np.ascontiguousarray(code.protected.T), coded=coded),
-                write_integers(code.codes, np.full(code.codes.size, code.width, np.uint8), coded=coded),
+                write_halves(code.scales, **how),
+                write_integers(code.zeros, np.full(len(code.zeros), code.width, np.uint8), **how),
+                write_halves(np.ascontiguousarray(code.protected.T), **how),
+                write_integers(code.codes, widths, **how),
             ]
         )
 
