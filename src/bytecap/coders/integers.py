@@ -62,7 +62,7 @@ def _stream(symbols: npt.NDArray[np.int32], classes: Widths, tables: Tables, *, 
     """A stream, or zeros of about its length, which is many times faster to know."""
     if not estimate:
         return encode(symbols, classes, tables)
-    return bytes(math.ceil(tables.bits(symbols, classes) / 8) + 4 * lanes(len(symbols)) + 2) if len(symbols) else b""
+    return bytes(math.ceil(tables.bits(symbols, classes) / 8) + 2 * lanes(len(symbols)) + 3) if len(symbols) else b""
 
 
 def write_integers(
@@ -159,7 +159,7 @@ def _exact_size(values: npt.NDArray[np.float16]) -> int:
         counts = np.bincount(plane)[int(plane.min(initial=0)) :].astype(np.float64)
         freq = integer_frequencies(np.append(counts, 0.0))[:-1]
         bits = float(counts @ (PROB_BITS - np.log2(freq)))
-        coded = int(bits / 8) + len(freq) + int((freq > 127).sum()) + 4 * lanes(plane.size) + 7
+        coded = int(bits / 8) + len(freq) + int((freq > 127).sum()) + 2 * lanes(plane.size) + 7
         size += 1 + min(plane.size, coded)
     return size
 

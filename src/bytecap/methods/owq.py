@@ -38,6 +38,7 @@ from bytecap.methods.uniform import exact_sections
 
 _RANGES = 40  # clipped ranges tried for a row, down to a fifth of the whole one
 _HALVINGS = 12  # of the share of protected columns
+_REPAIRS = 4  # real sizes against estimated ones
 _MOST_COLUMNS = 65_535  # what a u16 index reaches
 
 
@@ -143,26 +144,29 @@ class _Fit:
     fixed: dict[str, Section]
     coded: bool
     ranks: dict[tuple[str, int], list[int]] = field(default_factory=dict)
-    made: dict[tuple[str, int, int], Section] = field(default_factory=dict)
+    made: dict[tuple[str, int, int, bool], Section] = field(default_factory=dict)
 
-    def section(self, name: str, width: int, count: int) -> Section:
-        """A unit at a width with `count` protected columns."""
-        key = (name, width, count)
+    def section(self, name: str, width: int, count: int, *, estimate: bool) -> Section:
+        """A unit at a width with `count` protected columns, or zeros of about its length."""
+        key = (name, width, count, estimate and self.coded)
         if key not in self.made:
             weight, hessian = self.weights[name], self.hessians.get(name)
             if count and hessian is not None and (name, width) not in self.ranks:
                 scores = column_scores(weight, hessian, width)
                 self.ranks[name, width] = torch.argsort(scores, descending=True, stable=True).tolist()
             weak = self.ranks[name, width][:count] if count else ()
-            data = CODER.encode(quantize(weight, hessian, width, weak), coded=self.coded)
+            data = CODER.encode(quantize(weight, hessian, width, weak), coded=self.coded, estimate=estimate)
             self.made[key] = Section(CODER.tag, data)
         return self.made[key]
 
-    def sections(self, width: int, other: int, counts: Mapping[str, int]) -> dict[str, Section]:
+    def sections(
+        self, width: int, other: int, counts: Mapping[str, int], *, estimate: bool = False
+    ) -> dict[str, Section]:
         """All units: layers at `width` bits, what has no Hessian at `other`."""
-        found = {
-            n: self.section(n, width if n in self.hessians else other, counts.get(n, 0)) for n in self.weights
-        } | self.fixed
+        found = dict(self.fixed)
+        for n in self.weights:
+            bits = width if n in self.hessians else other
+            found[n] = self.section(n, bits, counts.get(n, 0), estimate=estimate)
         return {u.name: found[u.name] for u in self.job.model.units}
 
     def room(self, sections: dict[str, Section]) -> int:
@@ -182,7 +186,8 @@ def _widths(fit: _Fit) -> tuple[int, int]:
     """
     for width in range(MAX_WIDTH, 0, -1):
         for other in (min(width + 1, MAX_WIDTH), width):
-            if fit.room(fit.sections(width, other, {})) >= 0:
+            guess = fit.room(fit.sections(width, other, {}, estimate=True))
+            if guess >= -fit.job.budget // 50 and fit.room(fit.sections(width, other, {})) >= 0:
                 return width, other
     floor = fit.job.size(fit.sections(1, 1, {}), b"")
     largest = max(fit.job.model.units, key=lambda u: u.parameters)
@@ -193,29 +198,34 @@ def _widths(fit: _Fit) -> tuple[int, int]:
 
 
 def _share(fit: _Fit, width: int, other: int) -> dict[str, int]:
-    """Protected columns of every layer at the largest share that fits."""
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        share = (low + high) / 2
-        if fit.room(fit.sections(width, other, fit.counts(share))) >= 0:
-            low = share
-        else:
-            high = share
-    return fit.counts(low)
+    """Protected columns of every layer at the largest share that fits: bisected on estimates, held to real bytes."""
+    correction = 0  # estimated less real room
+    for _ in range(_REPAIRS):
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            share = (low + high) / 2
+            if fit.room(fit.sections(width, other, fit.counts(share), estimate=True)) >= correction:
+                low = share
+            else:
+                high = share
+        counts = fit.counts(low)
+        room = fit.room(fit.sections(width, other, counts))
+        if room >= 0:
+            return counts
+        correction = fit.room(fit.sections(width, other, counts, estimate=True)) - room
+    return fit.counts(0.0)
 
 
 def _spend(fit: _Fit, width: int, other: int, counts: dict[str, int]) -> dict[str, Section]:
     """Sections of these counts and of single columns more, as long as one fits."""
     sections = fit.sections(width, other, counts)
     left = fit.room(sections)
-    for name in sorted(fit.hessians, key=lambda n: -len(fit.weights[n])):
-        if counts[name] >= min(fit.weights[name].shape[1], _MOST_COLUMNS):
-            continue
+    for name in [*sorted(fit.hessians, key=lambda n: -len(fit.weights[n]))] * 2:
         nominal = len(fit.weights[name]) * (16 - width) / 8
-        if nominal > 1.5 * left:
+        full = counts[name] >= min(fit.weights[name].shape[1], _MOST_COLUMNS)
+        if full or nominal > 1.2 * left:
             continue
-        more = fit.section(name, width, counts[name] + 1)
-        trial = sections | {name: more}
+        trial = sections | {name: fit.section(name, width, counts[name] + 1, estimate=False)}
         after = fit.room(trial)
         if 0 <= after < left:
             counts[name] += 1

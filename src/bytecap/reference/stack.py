@@ -7,6 +7,7 @@ from typing import Any
 
 from bytecap.reference.coders import Coder, exact, finite, grid, packed, vector
 from bytecap.reference.container import Reader, Unit, require
+from bytecap.reference.fixed import companded, fixed
 from bytecap.reference.streams import Array, Shared
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
@@ -30,3 +31,4 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 CODERS[5] = stack
+CODERS |= {10: fixed, 11: companded}
