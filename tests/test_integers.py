@@ -130,11 +130,12 @@ def test_coding_costs_next_to_nothing_where_codes_are_even_and_saves_where_they_
     assert len(write_integers(even, widths, coded=True)) <= 1000 * width * 1.01 + 24
     skewed = np.zeros(8000, int)
     skewed[::50] = (1 << width) - 1
-    assert len(write_integers(skewed, widths, coded=True)) < 0.3 * 1000
+    assert len(write_integers(skewed, widths, coded=True)) < 200 + (1 << width)
 
 
 @pytest.mark.parametrize(
-    "head", [b"", b"\x02\x03\x00", b"\x00\x00\x00", b"\x00\x09\x00", b"\x00\x03\x05" + bytes(10), b"\x00\x03\x02\1\0\1\0"]
+    "head",
+    [b"", b"\x02\x03\x00", b"\x00\x00\x00", b"\x00\x09\x00", b"\x00\x03\x05" + bytes(10), b"\x00\x03\x02\1\0\1\0"],
 )
 def test_bad_heads_of_fixed_are_corrupt(head):
     for make in (lambda d: decode(FIXED, d, (2, 4)), lambda d: refer(fixed, d, (2, 4))):

@@ -77,7 +77,7 @@ def dequantize(code: CompandedCode) -> FloatArray:
     table, begin = _joined()
     index = begin[code.depths][code.sets]
     index += code.codes.astype(np.int32)
-    values = table.take(index)
+    values: FloatArray = table.take(index)
     values *= code.scales.astype(np.float32)[code.sets]
     values += code.offsets.astype(np.float32)[code.sets]
     return values

@@ -13,7 +13,8 @@ integers: zero points | halves: protected columns, one after the other | integer
 Source: Lee et al., OWQ (arXiv:2306.02272); the asymmetric row quantizer with its zero point of `width` bits is that of
 GPTQ (arXiv:2210.17323). Omitted: scales for groups of columns, which neither needs at its default.
 
->>> part = FixedCode(2, np.array([[0, 3]]), np.array([0.5], np.float16), np.array([1]), [1], np.ones((1, 1), np.float16))
+>>> one = np.ones((1, 1), np.float16)
+>>> part = FixedCode(2, np.array([[0, 3]]), one[0] / 2, np.array([1]), [1], one)
 >>> section = CODER.encode(part, coded=False)
 >>> from bytecap.coders import run
 >>> run([CODER.decode(section, (1, 3), "F32", Shared())])[0].tolist()

@@ -58,7 +58,7 @@ def _fitted(values: npt.NDArray[np.integer[Any]], width: int) -> tuple[bytes, Ta
     return (stored, Table(low, freq)) if bits + 8 * len(stored) < width * len(values) + 16 else (bytes(2), _flat(width))
 
 
-def _stream(symbols: npt.NDArray[np.int32], classes: Widths, tables: Tables, *, estimate: bool) -> bytes:
+def _stream(symbols: npt.NDArray[np.integer[Any]], classes: Widths, tables: Tables, *, estimate: bool) -> bytes:
     """A stream, or zeros of about its length, which is many times faster to know."""
     if not estimate:
         return encode(symbols, classes, tables)

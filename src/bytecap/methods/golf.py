@@ -128,11 +128,12 @@ def round_nearest(weight: Tensor, steps: Tensor) -> Quantized:
 
 def gptq(weight: Tensor, factor: Factor, steps: Tensor) -> Quantized:
     """Integers of weights (rows, cols) at fp16 steps (rows,), every column's error fed back to the later ones."""
-    return _quantized(feedback(weight, factor, steps.float(), -MAX_CODE, MAX_CODE)[0], steps)
+    most = torch.tensor(float(MAX_CODE))
+    return _quantized(feedback(weight, factor, steps.float(), -most, most)[0], steps)
 
 
 def feedback(
-    weight: Tensor, factor: Factor, step: Tensor, low: Tensor | float, high: Tensor | float, kept: int = 0
+    weight: Tensor, factor: Factor, step: Tensor, low: Tensor, high: Tensor, kept: int = 0
 ) -> tuple[Tensor, Tensor]:
     """GPTQ's loop over columns in the factor's order.
 
@@ -143,8 +144,8 @@ def feedback(
         weight: (rows, cols).
         factor: of the layer's Hessian.
         step: float32 (rows,).
-        low: smallest code, one for all or (rows,).
-        high: largest code.
+        low: smallest code, () or (rows,).
+        high: largest code, () or (rows,).
         kept: columns at the end of the order that are not rounded and so only absorb the others' errors.
 
     Returns:

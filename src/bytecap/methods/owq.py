@@ -251,5 +251,3 @@ def run(job: Job) -> Outcome:
     plan = f"owq {width} bits, embeddings {other}, {protected} of {total} columns protected"
     job.reporter.note(f"{plan}; {fit.room(sections):,} bytes are left")
     return Outcome(sections, b"", math.nan, math.nan, math.nan, plan)
-
-

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,13 +160,17 @@ class Companding:
             cols = np.flatnonzero(chosen.any(0))
             mask = chosen[:, cols]
             found = compand(self.weight[:, torch.from_numpy(cols)], self.groups, depth)
-            for old, new, where in zip(
-                (code.codes, code.scales, code.offsets), found, (mask[sets], mask, mask), strict=True
-            ):
-                part = old[:, cols]
-                part[where] = new[where]
-                old[:, cols] = part
+            _put(code.codes, cols, found[0], mask[sets])
+            _put(code.scales, cols, found[1], mask)
+            _put(code.offsets, cols, found[2], mask)
         self.code = replace(code, depths=depths)
+
+
+def _put(old: npt.NDArray[Any], cols: npt.NDArray[np.int64], new: npt.NDArray[Any], where: npt.NDArray[Any]) -> None:
+    """Replace values in some columns of an array where a mask of these columns says so."""
+    part = old[:, cols]
+    part[where] = new[where]
+    old[:, cols] = part
 
 
 def _nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, depth: int) -> Tensor:
@@ -202,9 +206,7 @@ def compand(
         z = _nearest_codes(weight, c.float()[sets], o.float()[sets], depth)
         found = _by_set((weight - o.float()[sets] - c.float()[sets] * table[z]).square(), sets, sizes)
         better = found < error
-        error, scale, offset = (
-            torch.where(better, new, old) for new, old in ((found, error), (c, scale), (o, offset))
-        )
+        error, scale, offset = (torch.where(better, new, old) for new, old in ((found, error), (c, scale), (o, offset)))
         codes = torch.where(better[sets], z.to(torch.uint8), codes)
     return codes.numpy(), scale.numpy(), offset.numpy()
 
@@ -248,9 +250,7 @@ class _Fit:
                 self.estimates[name] = Section(CODER.tag, data)
             found = dict(self.estimates)
         else:
-            found = {
-                n: Section(CODER.tag, CODER.encode(p.code, coded=self.coded)) for n, p in self.parts.items()
-            }
+            found = {n: Section(CODER.tag, CODER.encode(p.code, coded=self.coded)) for n, p in self.parts.items()}
         found |= exact_sections([units[n] for n in self.exact], self.exact)
         return {n: found[n] for n in units} | self._biases(units)
 
@@ -361,25 +361,25 @@ def run(job: Job) -> Outcome:
     values = matrices(job)
     fixed = exact_sections(job.model.units, values)
     weights = {n: w for n, w in values.items() if n not in fixed}
-    found = _gradients(job, job.model.module, job.seed)
     capacity = job.budget - sum(len(s.data) for s in fixed.values())
+    found, module = Gradients(), job.model.module
     for i in range(max(1, rounds)):
-        if i:
-            again = _gradients(job, _twin(job, fit.parts), job.seed + i)
-            for name, square in again.square.items():
-                found.square[name] += (square - found.square[name]) / (i + 1)
+        again = _gradients(job, module, job.seed + i)
         for name, weight in weights.items():  # what no gradient was ever seen of counts as the least of all
-            found.square.setdefault(name, torch.zeros_like(weight))
+            square = again.square.get(name, torch.zeros_like(weight))
+            old = found.square.get(name, square)
+            found.square[name] = old + (square - old) / (i + 1)
+        found.inputs = again.inputs if i == 0 else found.inputs
         with job.reporter.step("dual ascent to the cap", 1) as advance:
             size = int(job.options.get("group", 0)) or _set_size(weights, found, capacity, _GROUP_BITS[entropy])
             parts = {n: Companding.start(w, cut(w, found.square[n], size)) for n, w in weights.items()}
             fit = _Fit(job, parts, found.inputs, {n: values[n] for n in fixed}, entropy)
             rate, sections = _solve(fit)
             advance(1)
+        if i + 1 < rounds:
+            module = _twin(job, parts)
     lost = sum(
         float((found.square[n] * (p.weight - torch.from_numpy(dequantize(p.code))).square()).sum()) / 2
-        for n, p in fit.parts.items()
+        for n, p in parts.items()
     )
     return Outcome(sections, b"", lost, math.nan, math.nan, f"radio {rate:.3f} bits, sets of {size} rows")
-
-
