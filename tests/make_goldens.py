@@ -35,6 +35,8 @@ from golden_parts import (
     build,
     exact,
     exact_units,
+    fixed_broken,
+    fixed_units,
     grid,
     index,
     one,
@@ -146,6 +148,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
     minor = bytearray(tiny())
     minor[9] = 7
     yield "newer_minor", sealed(bytes(minor))
+    yield "fixed", pack(*fixed_units(), tables=False)
 
 
 def valid() -> dict[str, bytes]:
@@ -330,7 +333,7 @@ def _coders() -> Iterator[tuple[str, bytes]]:
 def invalid() -> dict[str, tuple[bytes, str]]:
     """Broken artifacts and the name of the error each must raise, by name."""
     found = {name: (data, error) for name, data, error in _containers()}
-    parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (_indexes, _streams, _tables, _coders)
+    parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (_indexes, _streams, _tables, _coders, fixed_broken)
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
     return found
