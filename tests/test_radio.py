@@ -1,12 +1,16 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import bytecap
+from bytecap.coders import Shared, run
 from bytecap.coders.companded import dequantize
+from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Unit
 from bytecap.methods.gradient import mean_squared_gradients
-from bytecap.methods.radio import Companding, bias_names, compand, cut, depths_at, dual_ascent
+from bytecap.methods.radio import Companding, _Fit, bias_names, compand, cut, depths_at, dual_ascent
 from bytecap.model.checkpoint import find_units, load_model
 from bytecap.model.text import Window
 
@@ -114,6 +118,19 @@ def test_extreme_groups(depth):
 def test_biases_are_found_by_name():
     units = {n: Unit(n, (3,), "F32") for n in ("a.weight", "a.bias", "b.weight")}
     assert bias_names(units) == {"a.weight": "a.bias"}
+
+
+def test_a_bias_takes_up_the_mean_error():
+    torch.manual_seed(1)
+    units = {"a.weight": Unit("a.weight", (8, 6), "F32", linear=True), "a.bias": Unit("a.bias", (8,), "F32")}
+    weight, bias, mean = torch.randn(8, 6), torch.randn(1, 8), torch.randn(6, dtype=torch.float64)
+    part = Companding.start(weight, cut(weight, torch.ones_like(weight), 64))
+    part.move(np.full(part.groups.importance.shape, 2, np.uint8))
+    job = SimpleNamespace(model=SimpleNamespace(units=tuple(units.values())))
+    sections = _Fit(job, {"a.weight": part}, {"a.weight": mean}, {"a.bias": bias}, True).sections(estimate=False)
+    (stored,) = run([EXACT.decode(sections["a.bias"].data, (1, 8), "F32", Shared())])
+    before, after = weight.double() @ mean + bias[0], torch.from_numpy(dequantize(part.code)).double() @ mean
+    torch.testing.assert_close(after + torch.from_numpy(stored[0]).double(), before, atol=1e-5, rtol=1e-5)
 
 
 def test_fit_is_under_the_cap():

@@ -17,6 +17,9 @@ leaves embeddings and head in 16 bit; here they are in the budget, final hidden 
 the loss puts all tensors on one scale. Scale and offset are refitted in closed form for every scale tried. Where a
 map has a bias, it takes up the mean error, `(W - W^) E[x]`; where it has none, nothing does.
 
+Omitted: error feedback, which the paper does not have either. KL to the original on the embedded 1.4M model at 600,000
+bytes, 4,096 calibration tokens: 1.00 coded, 1.29 as published (`golf` 0.42, `owq` 0.76).
+
 `options["accounting"]` is `coded` (default) or `published`, as in `owq`; `options["rounds"]` says how often gradients
 are measured, after the first time in the quantized model, as a running mean.
 """
