@@ -13,9 +13,15 @@ import numpy as np
 from bytecap import artifact
 from bytecap.artifact import INDEX, TABLES, UNIT, Contents, UnitSection
 from bytecap.coders import Shared, leb
+from bytecap.coders.companded import CODER as COMPANDED
+from bytecap.coders.companded import CompandedCode
 from bytecap.coders.exact import CODER as EXACT
+from bytecap.coders.fixed import CODER as FIXED
+from bytecap.coders.fixed import FixedCode
 from bytecap.coders.grid import CODER as GRID
 from bytecap.coders.grid import GridCode, weight_classes
+from bytecap.coders.trellis import CODER as TRELLIS
+from bytecap.coders.trellis import dependent, subsets
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Unit
 from bytecap.frequencies import Table, Tables, integer_frequencies
@@ -81,6 +87,21 @@ def grid(shape, *, seed=1, groups=1, wide=(), varied=True, base=18):
     symbols = r.around(9, rows, cols) * classes // 32
     symbols.reshape(-1)[: len(wide)] = wide
     return GRID.encode(GridCode(0.0625, symbols, column_step, column_class, row_step, row_class), SHARED).data
+
+
+def trellis(shape, *, seed=1, groups=1, first=18):
+    """A trellis section of arbitrary paths."""
+    rows, cols = shape
+    r = Numbers(seed)
+    column_step, column_class = r.around(3, groups, cols), 18 + r.around(8, groups, cols)
+    row_step, row_class = r.around(2, rows), r.around(3, rows)
+    mask = dependent(column_class, first, rows)
+    bits = r.below(2, rows, cols).astype(np.uint8) * mask
+    symbols = r.around(6, rows, cols)
+    symbols.reshape(-1)[:3] = [0, 70_000, -70_000]
+    points = np.where(mask, 4 * symbols + subsets(bits, groups), symbols)
+    code = GridCode(0.0625, points, column_step, column_class, row_step, row_class, first)
+    return TRELLIS.encode(code, SHARED).data
 
 
 def vector(values, step=0.125):
@@ -165,3 +186,44 @@ def one(data: bytes, shape=(2,), tag=2, dtype="F32", flags=0, aliases=(), tables
     shared = dump_shared(SHARED) if tables is None else tables
     sections = [(INDEX, index(("a", list(shape), dtype, tag, flags, list(aliases)))), (TABLES, shared), (UNIT, data)]
     return build([s for s in sections if s[0] != TABLES or s[1]])
+
+
+def fixed_units() -> Iterator[UnitSection]:
+    """Coders 10 and 11, as published and coded."""
+    r = Numbers(10)
+    kept = (r.around(300, 12, 2) / 64).astype(np.float16)
+    scales = (r.below(200, 12) / 512).astype(np.float16)
+    code = FixedCode(3, r.below(8, 12, 8), scales, r.below(8, 12), [2, 9], kept)
+    plain = FixedCode(1, r.below(2, 5, 7), scales[:5], r.below(2, 5), [], np.zeros((5, 0), np.float16))
+    steep = FixedCode(8, np.minimum(r.below(9, 12, 8) * r.below(9, 12, 8), 60), scales, r.below(256, 12), [0, 1], kept)
+    for name, value, shape in (("a", code, (12, 10)), ("b", plain, (5, 7)), ("c", steep, (12, 10))):
+        yield unit(f"fixed.{name}", shape, 10, FIXED.encode(value, coded=False))
+        yield unit(f"fixed.{name}.coded", shape, 10, FIXED.encode(value, coded=True))
+    depths = r.below(9, 3, 8)
+    sets = r.below(3, 14)
+    codes = r.below(256, 14, 8) % (1 << depths[sets])
+    offsets, steps = ((r.around(99, 3, 8) / 128).astype(np.float16) for _ in range(2))
+    many = CompandedCode(sets, depths, offsets, np.where(depths > 0, steps, 0).astype(np.float16), codes)
+    one = CompandedCode(np.zeros(4, int), depths[:1], offsets[:1], steps[:1], r.below(256, 4, 8) % (1 << depths[:1]))
+    for name, value, rows in (("a", many, 14), ("b", one, 4)):
+        yield unit(f"companded.{name}", (rows, 8), 11, COMPANDED.encode(value, coded=False))
+        yield unit(f"companded.{name}.coded", (8, rows), 11, COMPANDED.encode(value, coded=True), transposed=True)
+
+
+def fixed_broken() -> Iterator[tuple[str, bytes]]:
+    """Files with a broken section of coder 10 or 11."""
+    half = np.ones(2, "<f2").tobytes()
+    good = bytes([0, 2, 1]) + b"\1\0" + half + b"\2\1" + half + b"\2\1"
+    deep = bytes([0, 1, 8, 1, 0, 0, 1]) + half
+    for name, data in {
+        "mode": b"\2" + good[1:], "width": b"\0\x09" + good[2:], "no_width": b"\0\0" + good[2:],
+        "columns": good[:2] + b"\3" + good[3:], "column": good[:3] + b"\2" + good[4:],
+        "infinite": good[:5] + np.full(2, np.inf, "<f2").tobytes() + good[9:], "padding": good[:-1] + b"\x81",
+        "short": good[:-1], "left_over": good + b"\0",
+    }.items():  # fmt: skip
+        yield f"fixed_{name}", one(data, (2, 2), 10)
+    for name, data in {
+        "mode": b"\2" + deep[1:], "no_sets": b"\0\0" + deep[2:], "sets": b"\0\2" + deep[2:], "depth": deep,
+        "length": deep[:2] + b"\x7f" + deep[3:], "left_over": bytes([0, 1, 6, 0, 0, 0, 0]) + half[:2] + b"\0",
+    }.items():  # fmt: skip
+        yield f"companded_{name}", one(data, (1, 1), 11)

@@ -36,6 +36,8 @@ from golden_parts import (
     build,
     exact,
     exact_units,
+    fixed_broken,
+    fixed_units,
     grid,
     index,
     one,
@@ -43,6 +45,7 @@ from golden_parts import (
     packed_zlib,
     sealed,
     tiny,
+    trellis,
     unit,
     vector,
 )
@@ -54,6 +57,17 @@ def _grids() -> Iterator[tuple[str, bytes]]:
     yield (
         "grid_groups",
         pack(*(unit(f"g{n}", (n + 6, 12), 1, grid((n + 6, 12), seed=n, groups=n)) for n in range(1, 5))),
+    )
+    yield (
+        "trellis",
+        pack(
+            unit("t.weight", (24, 40), 9, trellis((24, 40)), linear=True),
+            unit("groups", (11, 6), 9, trellis((11, 6), seed=2, groups=4)),
+            unit("all", (5, 9), 9, trellis((5, 9), seed=3, first=1)),
+            unit("none", (5, 9), 9, trellis((5, 9), seed=4, first=64)),
+            unit("short", (2, 9), 9, trellis((2, 9), seed=5, first=1)),
+            unit("one", (1, 4), 9, trellis((1, 4), seed=6)),
+        ),
     )
     wide = [13, -13, 1023, -1024, 70_000, 2**31 - 1, 1 - 2**31, 64]
     yield "grid_escapes", pack(unit("a", (9, 9), 1, grid((9, 9), seed=3, wide=wide)))
@@ -147,6 +161,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
     minor = bytearray(tiny())
     minor[9] = 7
     yield "newer_minor", sealed(bytes(minor))
+    yield "fixed", pack(*fixed_units(), tables=False)
 
 
 def valid() -> dict[str, bytes]:
@@ -332,7 +347,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     """Broken artifacts and the name of the error each must raise, by name."""
     found = {name: (data, error) for name, data, error in _containers()}
     parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (
-        _indexes, _streams, _tables, _coders, golden_layers.invalid,
+        _indexes, _streams, _tables, _coders, golden_layers.invalid, fixed_broken,
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}

@@ -29,7 +29,7 @@ from bytecap.ledger import Entry
 
 MAGIC = b"\x89BCAP\r\n\x1a"
 VERSION = (1, 1)  # newest this reader knows; files say the lowest that describes them
-_STACK = 5  # coder tag
+_FIRST_CODERS = 4  # tags up to this one came with 1.0
 _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
 HEADER_SIZE = _HEAD.size + 4
 INDEX, TABLES, UNIT, FILE, CODE, PADDING = 1, 2, 3, 4, 5, 6
@@ -116,8 +116,8 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
 
 
 def _minor(contents: Contents) -> int:
-    """Lowest minor version that describes the contents: `stack` came with 1.1."""
-    return int(any(u.tag == _STACK for u in contents.units))
+    """Lowest minor version that describes the contents."""
+    return int(any(u.tag > _FIRST_CODERS for u in contents.units))
 
 
 def serialize(contents: Contents) -> bytes:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bytecap.errors import BytecapError, OutputError
+from bytecap.methods import METHODS
 from bytecap.progress import Bars, Reporter, Silent
 
 app = typer.Typer(
@@ -50,7 +51,7 @@ def fit(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
     calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
     eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
-    method: Annotated[str, typer.Option(help="bytecap, golf or uniform.")] = "bytecap",
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}.")] = "bytecap",
     device: _Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,

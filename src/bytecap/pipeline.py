@@ -83,7 +83,7 @@ def fit(
         budget: bytes, or text such as `3MB` or `3MiB`.
         calibration: text files, documents separated by form feed; the embedded text if None.
         evaluation: text files nothing is fitted on; the embedded text if None.
-        method: `bytecap`, `golf` or `uniform`.
+        method: `bytecap`, `golf`, `uniform`, `owq` or `radio`.
         device: `auto`, `cpu` or `cuda`.
         seed: of every random choice.
         output: where to write; None keeps the result in memory.

@@ -6,7 +6,7 @@ kept as it is because it cannot be predicted, that says which of the two, and an
 subset, coded with the class's table restricted to that subset. The state is made of the last three bits, so a
 reader finds all subsets at once. All other columns are coded as in `grid`.
 
-Section (format.md, 6.6): as `grid`, with `first` u8 behind the side arrays' pairs, and LEB128 length and bits of the
+Section (format.md, 6.15): as `grid`, with `first` u8 behind the side arrays' pairs, and LEB128 length and bits of the
 path in front of the payload.
 Bytes: (weights in dependent columns) / 8 more than `grid`, payload symbols two bits smaller there, and the grid may be
 0.18 bit coarser at the same distortion.
@@ -57,7 +57,7 @@ def fine_classes(code: GridCode) -> npt.NDArray[np.uint8]:
     return np.where(mask, np.minimum(classes + OCTAVE, CLASSES - 1), classes).astype(np.uint8)
 
 
-def _subsets(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+def subsets(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
     """Subset of every weight from the path's bits (rows, cols); every group's path begins in state 0."""
     flat = SUBSET.reshape(-1).astype(np.uint8)  # index: last three bits, oldest first, then this one
     parts = []
@@ -128,7 +128,7 @@ class Trellis:
         head, path, payload = self._parse(data, shape)
         length = len(head.rest) - len(path) - len(payload)
         return (
-            ("header", head.at), ("side", len(head.side)), ("header", length), ("path", len(path)),
+            ("header", head.at), ("side", len(head.side)), ("header", length), ("path payload", len(path)),
             ("payload", len(payload)),
         )  # fmt: skip
 
@@ -149,7 +149,7 @@ class Trellis:
             raise CorruptError("a trellis section has unused bits that are not 0")
         bits = np.zeros(shape, np.uint8)
         bits[mask] = np.unpackbits(packed, count=count, bitorder="little")
-        subset = _subsets(bits, head.groups)
+        subset = subsets(bits, head.groups)
         classes[mask] = np.minimum(classes[mask] + OCTAVE, CLASSES - 1)
         used = classes + np.where(mask, _TABLE[subset], 0).astype(np.uint8)
         (symbols,) = yield [Stream(payload, used.reshape(-1), tables)]

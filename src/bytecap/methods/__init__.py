@@ -1,7 +1,7 @@
 """Methods: ways to turn a model into sections that fit a cap. All share container, ledger and evaluation.
 
-A method is a function from a `Job` to an `Outcome`. `bytecap` is the default; `golf` and `uniform` are the
-baselines it is measured against.
+A method is a function from a `Job` to an `Outcome`. `bytecap` is the default; `golf`, `uniform`, `owq`
+and `radio` are what it is measured against.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ METHODS = {
     "bytecap": ("bytecap.methods.default", "run"),
     "golf": ("bytecap.methods.baselines", "run_golf"),
     "uniform": ("bytecap.methods.baselines", "run_uniform"),
+    "owq": ("bytecap.methods.owq", "run"),
+    "radio": ("bytecap.methods.radio", "run"),
 }
 
 

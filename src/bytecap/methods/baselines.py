@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
@@ -18,9 +19,16 @@ def run_golf(job: Job) -> Outcome:
     """The record-shaped Parameter Golf quantizer on plain input second moments."""
     from bytecap.methods.golf import golf
 
+    hessians, embeddings = second_moments(job)
+    with job.reporter.step("bisection to the cap", 1):
+        return _outcome(job, "golf", lambda room: golf(job.model.units, matrices(job), hessians, embeddings, room))
+
+
+def second_moments(job: Job) -> tuple[dict[str, Tensor], set[str]]:
+    """Plain second moments (cols, cols) of the inputs of linear layers, and the names of embedding tables."""
     model = job.model
-    total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
-    with job.reporter.step("statistics", total) as advance:
+    count = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    with job.reporter.step("statistics", count) as advance:
         found = probe(
             model.module,
             model.units,
@@ -35,8 +43,7 @@ def run_golf(job: Job) -> Outcome:
     hessians = {
         n: torch.stack([u.moment[0].cpu() for u in us]).sum(0) for n, us in found.uses.items() if n not in embeddings
     }
-    with job.reporter.step("bisection to the cap", 1):
-        return _outcome(job, "golf", lambda room: golf(model.units, _matrices(job), hessians, embeddings, room))
+    return hessians, embeddings
 
 
 def run_uniform(job: Job) -> Outcome:
@@ -44,7 +51,7 @@ def run_uniform(job: Job) -> Outcome:
     from bytecap.methods.uniform import uniform
 
     with job.reporter.step("bit width", 1):
-        return _outcome(job, "uniform", lambda room: uniform(job.model.units, _matrices(job), room))
+        return _outcome(job, "uniform", lambda room: uniform(job.model.units, matrices(job), room))
 
 
 def _outcome(job: Job, name: str, sections: Callable[[int], dict[str, Section]]) -> Outcome:
@@ -62,7 +69,7 @@ def _outcome(job: Job, name: str, sections: Callable[[int], dict[str, Section]])
         ) from exc
 
 
-def _matrices(job: Job) -> dict[str, Any]:
+def matrices(job: Job) -> dict[str, Any]:
     """Float32 values of every unit as (rows, cols), on the CPU."""
     found = {}
     for u in job.model.units:

@@ -72,18 +72,22 @@ class Factor:
     order: Tensor
 
 
-def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
+def factorize(hessian: Tensor, damping: float = DAMPING, last: Sequence[int] = ()) -> Factor:
     """Factor the inverse of a damped Hessian, columns by falling diagonal ("act-order").
 
     Args:
         hessian: float64 (cols, cols), second moments of the layer's inputs, of any scale.
         damping: added to the diagonal, as a fraction of its mean.
+        last: columns that come behind all others, whatever their diagonal.
     """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
-    if not mean > 0:  # no input was ever seen: without feedback, this is round to nearest
-        return Factor(torch.eye(len(hessian)), torch.arange(len(hessian)))
+    late = torch.zeros(len(hessian))
+    late[list(last)] = 1
     order = torch.argsort(diagonal, descending=True, stable=True)
+    order = order[torch.argsort(late[order], stable=True)]
+    if not mean > 0:  # no input was ever seen: without feedback, this is round to nearest
+        return Factor(torch.eye(len(hessian)), order)
     damped = (hessian.double() / mean)[order][:, order]
     damped.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -123,29 +127,48 @@ def round_nearest(weight: Tensor, steps: Tensor) -> Quantized:
 
 
 def gptq(weight: Tensor, factor: Factor, steps: Tensor) -> Quantized:
-    """Integers of weights (rows, cols) at fp16 steps (rows,), every column's error fed back to the later ones.
+    """Integers of weights (rows, cols) at fp16 steps (rows,), every column's error fed back to the later ones."""
+    most = torch.tensor(float(MAX_CODE))
+    return _quantized(feedback(weight, factor, steps.float(), -most, most)[0], steps)
+
+
+def feedback(
+    weight: Tensor, factor: Factor, step: Tensor, low: Tensor, high: Tensor, kept: int = 0
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's loop over columns in the factor's order.
 
     With U from `factor`, column j's error `e = (w_j - q_j) / U_jj` is taken off the later columns as `e U_jk`:
     inside a block of columns at once, beyond it in one matrix product per block.
+
+    Args:
+        weight: (rows, cols).
+        factor: of the layer's Hessian.
+        step: float32 (rows,).
+        low: smallest code, () or (rows,).
+        high: largest code, () or (rows,).
+        kept: columns at the end of the order that are not rounded and so only absorb the others' errors.
+
+    Returns:
+        Codes (rows, cols), those of kept columns without meaning, and the kept columns (rows, kept) in that order.
     """
-    upper, step = factor.upper, steps.float()
+    upper = factor.upper
     inverse = _inverse(step)
     left = weight.T[factor.order].contiguous()  # (cols, rows): the columns of the loop are contiguous
     codes = torch.empty_like(left)
-    cols = len(left)
+    cols = len(left) - kept
     scale = (1 / upper.diagonal()).tolist()
     for start in range(0, cols, _BLOCK):
         stop = min(cols, start + _BLOCK)
         errors = torch.empty(stop - start, left.shape[1])
         for j in range(start, stop):
-            codes[j] = _codes(left[j], inverse)
+            codes[j] = torch.round(left[j] * inverse).clamp_(low, high)
             error = torch.addcmul(left[j], codes[j], step, value=-1).mul_(scale[j])
             errors[j - start] = error
             left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     stored = torch.empty_like(codes)
     stored[factor.order] = codes
-    return _quantized(stored.T, steps)
+    return stored.T, left[cols:].T
 
 
 def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:

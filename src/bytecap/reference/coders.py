@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Generator
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,10 +30,23 @@ def quarter(k: Array) -> Any:
     return np.ldexp(np.array(_Q, np.float32)[k % 4], (k // 4).astype(np.int32))
 
 
-def grid(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """6.1: symbols with a step for every column and every row."""
-    (rows, cols), (tables, offset) = unit.matrix(), shared
+class Sides(NamedTuple):
+    """What `grid` and `trellis` read in front of their payloads: group of every row, then the four arrays."""
+
+    run: Array
+    c: float
+    column_step: Array
+    column: Array
+    row_step: Array
+    row: Array
+    first: int
+
+
+def read_sides(unit: Unit, reader: Reader, shared: Shared, own: str = "") -> Generator[Any, list[Array], Sides]:
+    """6.1 and 6.15: header and side arrays; `own` is the layout of a field of the coder's own."""
+    (rows, cols), tables = unit.matrix(), shared[0]
     groups, c, *pairs = reader.fields("<Bf" + 4 * "bB")
+    first = reader.fields("<" + own)[0] if own else 64
     require(1 <= groups <= min(4, max(1, rows)), f"{groups} groups of {rows} rows")
     require(np.isfinite(c) and c > 0 and max(pairs[1::2]) <= 63, "the step or a class is out of range")
     sides = list(zip((groups * cols, groups * cols, rows, rows), pairs[::2], pairs[1::2], strict=True))
@@ -48,16 +61,27 @@ def grid(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     row_step, row_spread = arrays[2:]
     run = np.repeat(np.arange(groups), [rows // groups + (g < rows % groups) for g in range(groups)])
     column, row = (column_spread - column_step + 20).astype(np.int16), (row_spread - row_step).astype(np.int16)
-    weight_class = np.clip(column[run] + row[:, None], 1, 63).astype(np.uint8)
-    (symbols,) = yield [Stream(reader.rest(), weight_class.reshape(-1), tables)]
-    z = symbols.reshape(rows, cols)
+    return Sides(run, c, column_step, column, row_step, row, first)
+
+
+def grid(unit: Unit, reader: Reader, shared: Shared) -> Coder:
+    """6.1: symbols with a step for every column and every row."""
+    side = yield from read_sides(unit, reader, shared)
+    weight_class = np.clip(side.column[side.run] + side.row[:, None], 1, 63).astype(np.uint8)
+    (symbols,) = yield [Stream(reader.rest(), weight_class.reshape(-1), shared[0])]
+    z = symbols.reshape(unit.matrix())
     size = np.abs(z)
     v = size.astype(np.float32)
-    v -= offset.reshape(-1).take(weight_class.astype(np.int32) * 17 + np.minimum(size, 16))
+    v -= shared[1].reshape(-1).take(weight_class.astype(np.int32) * 17 + np.minimum(size, 16))
     np.negative(v, out=v, where=z < 0)
+    return scaled(v, side)
+
+
+def scaled(v: Array, side: Sides) -> Array:
+    """The last lines of 6.1's arithmetic: times the row's step, times the column's."""
     with np.errstate(over="ignore", invalid="ignore"):
-        v *= quarter(row_step)[:, None]
-        v *= (np.float32(c) * quarter(column_step))[run]
+        v *= quarter(side.row_step)[:, None]
+        v *= (np.float32(side.c) * quarter(side.column_step))[side.run]
     return finite(v)
 
 

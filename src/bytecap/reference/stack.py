@@ -8,8 +8,10 @@ import numpy as np
 
 from bytecap.reference.coders import Coder, exact, finite, grid, packed, vector
 from bytecap.reference.container import Reader, Unit, require
+from bytecap.reference.fixed import companded, fixed
 from bytecap.reference.layers import LAYERS
 from bytecap.reference.streams import Array, Shared
+from bytecap.reference.trellis import trellis
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
 
@@ -34,3 +36,5 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 CODERS[5] = stack
+CODERS[9] = trellis
+CODERS |= {10: fixed, 11: companded}

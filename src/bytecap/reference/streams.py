@@ -24,6 +24,7 @@ class Table:
         freq = [*frequencies, TOTAL - sum(frequencies)]
         require(min(freq) >= 1, f"frequencies do not add up to {TOTAL}")
         wide = np.array(freq)
+        self.low, self.freq = low, freq
         start = np.repeat(np.cumsum(wide) - wide, wide)
         self.entry = (np.repeat(wide << BITS, wide) + np.arange(TOTAL) - start).astype(np.uint32)
         self.symbol = np.repeat([*range(low, low + len(frequencies)), escape], wide).astype(np.int32)

@@ -1,0 +1,57 @@
+"""Section 6.15: the grid walked along a trellis."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bytecap.reference.coders import Coder, read_sides, scaled
+from bytecap.reference.container import Reader, Unit, require
+from bytecap.reference.streams import TOTAL, Array, Shared, Stream, Table
+
+_SUBSETS = np.array([0, 2, 1, 3, 2, 0, 3, 1, 2, 0, 3, 1, 0, 2, 1, 3])  # by 2 * state + bit
+
+
+def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
+    """6.15: dependent columns have a bit a weight, and symbols that count within a subset of half steps."""
+    side = yield from read_sides(unit, reader, shared, "B")
+    require(1 <= side.first <= 64, f"{side.first} is no class")
+    dependent = (side.column >= side.first)[side.run]
+    path = np.frombuffer(reader.take(reader.leb()), np.uint8)
+    count = int(dependent.sum())
+    bits = np.unpackbits(path, bitorder="little")
+    require(len(path) == (count + 7) // 8 and not bits[count:].any(), "a path of the wrong length, or bits behind it")
+    bit = np.zeros(unit.matrix(), np.int64)
+    bit[dependent] = bits[:count]
+    subset = np.zeros_like(bit)
+    state = np.zeros(bit.shape[1], np.int64)
+    for i, row in enumerate(bit):
+        if i and side.run[i] != side.run[i - 1]:
+            state[:] = 0
+        subset[i] = _SUBSETS[2 * state + row]
+        state = 2 * state % 8 + row
+    weight_class = np.clip(side.column[side.run].astype(np.int64) + side.row[:, None], 1, 63)
+    weight_class[dependent] = np.minimum(weight_class[dependent] + 4, 63)
+    part = np.where(dependent, np.array([64, 128, 192, 128])[subset], 0)
+    tables = [*shared[0], *(restricted(t, d) for d in range(3) for t in shared[0])]
+    (symbols,) = yield [Stream(reader.rest(), (weight_class + part).reshape(-1).astype(np.uint8), tables)]
+    z = symbols.reshape(bit.shape).astype(np.int64)
+    require(np.abs(z).max(initial=0) <= 2**24, "a symbol is out of range")
+    point = np.where(subset == 3, -4 * z - 1, 4 * z + subset)
+    z = np.where(dependent, point, z)
+    size = np.abs(z)
+    v = np.where(dependent, size.astype(np.float32) * np.float32(0.5), size.astype(np.float32))
+    v -= shared[1].reshape(-1).take(weight_class * 17 + np.minimum(size, 16))
+    np.negative(v, out=v, where=z < 0)
+    return scaled(v, side)
+
+
+def restricted(table: Table | None, d: int) -> Table | None:
+    """The table of the values `4 m + d` of a symmetric table."""
+    if table is None:
+        return None
+    half = -table.low
+    kept = [m for m in range(-half, half + 1) if -half <= 4 * m + d <= half]
+    freq: Array = np.array([table.freq[4 * m + d + half] for m in kept] + [table.freq[-1]])
+    freq = freq * TOTAL // freq.sum()
+    freq[np.argmax(freq)] += TOTAL - freq.sum()
+    return Table(kept[0] if kept else 0, freq[:-1].tolist())

@@ -1,0 +1,141 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import bytecap
+from bytecap.coders import Shared, run
+from bytecap.coders.companded import dequantize
+from bytecap.coders.exact import CODER as EXACT
+from bytecap.core import Unit
+from bytecap.methods.gradient import mean_squared_gradients
+from bytecap.methods.radio import Companding, _Fit, bias_names, compand, cut, depths_at, dual_ascent
+from bytecap.model.checkpoint import find_units, load_model
+from bytecap.model.text import Window
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices here are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Groups of all matrices of the demo model, gradients from a few random tokens."""
+    model = load_model("demo")
+    rng = np.random.default_rng(0)
+    windows = [Window(tuple(rng.integers(0, 2048, 65).tolist()), 256) for _ in range(4)]
+    found = mean_squared_gradients(model.module, model.units, windows)
+    weights = {u.name: model.module.state_dict()[u.name].float() for u in model.units if u.linear}
+    return {n: (w, cut(w, found.square[n], 128)) for n, w in weights.items()}
+
+
+def joined(groups):
+    importance = np.concatenate([g.importance.reshape(-1) for _, g in groups.values()])
+    weights = np.concatenate([np.repeat(g.sizes, g.importance.shape[1]) for _, g in groups.values()]).astype(float)
+    return importance, weights
+
+
+@pytest.mark.parametrize("rate", [0.3, 2.0, 3.3, 5.0, 7.9])
+def test_dual_ascent_meets_the_rate_and_equalises_slopes(groups, rate):
+    importance, weights = joined(groups)
+    depth = depths_at(importance, dual_ascent(importance, weights, rate))
+    assert abs(weights @ depth / weights.sum() - rate) < 1e-3
+    inside = (depth > 0) & (depth < 8)
+    slopes = np.exp2(importance - 2 * depth)[inside]
+    assert slopes.max() / slopes.min() < 1 + 1e-6
+    assert np.exp2(importance[depth == 0]).max(initial=0) <= slopes.max() * (1 + 1e-6)
+    whole = np.rint(depth)
+    inside &= (whole > 0) & (whole < 8)
+    slopes = np.exp2(importance - 2 * whole)[inside]
+    assert slopes.max() / slopes.min() < 4.1
+
+
+def test_sets_are_equal_and_every_row_is_in_one(groups):
+    for weight, group in groups.values():
+        assert group.sets.shape == (len(weight),)
+        assert group.sizes.sum() == len(weight)
+        assert group.sizes.max() - group.sizes.min() <= 1
+        assert group.importance.shape == (len(group.sizes), weight.shape[1])
+
+
+def test_a_bit_more_means_less_error_and_depth_0_is_the_mean(groups):
+    weight = next(iter(groups.values()))[0][:, :24]
+    errors = []
+    for depth in range(9):
+        part = Companding.start(weight, cut(weight, torch.ones_like(weight), 128))
+        part.move(np.full(part.groups.importance.shape, depth, np.uint8))
+        errors.append(float((weight - torch.from_numpy(dequantize(part.code))).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert 0.5 * float(weight.var()) < errors[0] < float(weight.var())
+    for depth in range(1, 7):
+        assert errors[depth] < 0.5 * errors[depth - 1]  # near the factor 4 of the model
+
+
+def test_depths_may_move_group_by_group(groups):
+    weight, group = list(groups.values())[6]
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(0, 9, group.importance.shape).astype(np.uint8) for _ in range(2))
+    moved, direct = Companding.start(weight, group), Companding.start(weight, group)
+    moved.move(a)
+    moved.move(b)
+    direct.move(b)
+    np.testing.assert_array_equal(dequantize(moved.code), dequantize(direct.code))
+
+
+def test_squared_gradients_are_those_of_single_tokens():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11)).eval()
+    units = find_units(module)
+    found = mean_squared_gradients(module, units, [Window(tuple(range(11)), 11)], seed=3)
+    assert found.tokens == 10
+    torch.testing.assert_close(found.inputs["1.weight"], module[0].weight[:10].double().mean(0), atol=1e-2, rtol=1e-2)
+    total = found.square["0.weight"]
+    assert total.shape == (11, 4)
+    assert (total[10] > 0).all()  # never an input, but not without worth
+    assert (total[:10] > total[10]).all()
+    x = module[0].weight[:10].square()  # the squared gradient is a sum of outer products of g^2 and x^2
+    ratio = found.square["1.weight"] @ torch.linalg.pinv(x)
+    torch.testing.assert_close(ratio @ x, found.square["1.weight"], atol=1e-3, rtol=3e-2)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 8])
+def test_extreme_groups(depth):
+    weight = torch.tensor([[0, 1e-9, 1e4, 3.0], [0, -1e-9, -3e4, 3.0], [0, 0, 5, 3.0]])
+    group = cut(weight, torch.zeros_like(weight), 64)
+    codes, scales, offsets = compand(weight, group, depth)
+    assert np.isfinite(scales).all()
+    assert np.isfinite(offsets).all()
+    assert codes.max() < 1 << depth
+    assert offsets[0, 3] == 3
+
+
+def test_biases_are_found_by_name():
+    units = {n: Unit(n, (3,), "F32") for n in ("a.weight", "a.bias", "b.weight")}
+    assert bias_names(units) == {"a.weight": "a.bias"}
+
+
+def test_a_bias_takes_up_the_mean_error():
+    torch.manual_seed(1)
+    units = {"a.weight": Unit("a.weight", (8, 6), "F32", linear=True), "a.bias": Unit("a.bias", (8,), "F32")}
+    weight, bias, mean = torch.randn(8, 6), torch.randn(1, 8), torch.randn(6, dtype=torch.float64)
+    part = Companding.start(weight, cut(weight, torch.ones_like(weight), 64))
+    part.move(np.full(part.groups.importance.shape, 2, np.uint8))
+    job = SimpleNamespace(model=SimpleNamespace(units=tuple(units.values())))
+    sections = _Fit(job, {"a.weight": part}, {"a.weight": mean}, {"a.bias": bias}, True).sections(estimate=False)
+    (stored,) = run([EXACT.decode(sections["a.bias"].data, (1, 8), "F32", Shared())])
+    before, after = weight.double() @ mean + bias[0], torch.from_numpy(dequantize(part.code)).double() @ mean
+    torch.testing.assert_close(after + torch.from_numpy(stored[0]).double(), before, atol=1e-5, rtol=1e-5)
+
+
+def test_fit_is_under_the_cap():
+    options = {"accounting": "published"}
+    result = bytecap.fit("demo", 600_000, method="radio", tokens=4096, evaluation_tokens=2048, options=options)
+    assert len(result.data) <= 600_000
+    assert result.report["slack_bytes"] <= result.report["allowed_slack_bytes"]
+    assert result.report["kl_nats"] < 2
