@@ -24,6 +24,8 @@ METHODS = {
     "bytecap": ("bytecap.methods.default", "run"),
     "golf": ("bytecap.methods.baselines", "run_golf"),
     "uniform": ("bytecap.methods.baselines", "run_uniform"),
+    "cluscomp": ("bytecap.methods.cluscomp", "run"),
+    "reallm": ("bytecap.methods.reallm", "run"),
 }
 
 

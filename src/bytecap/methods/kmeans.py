@@ -76,6 +76,28 @@ def fit(
     return words
 
 
+def quantize(
+    vectors: Tensor,
+    n: int,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
+    *,
+    start: Tensor | None = None,
+    sample: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """(codewords (n, g), indices (count,)): fitted to at most `sample * n` vectors (16384 or more), polished on all."""
+    limit = max(sample * n, 16_384)
+    few = torch.randperm(len(vectors), generator=generator)[:limit].to(vectors.device)
+    part, heavy = (vectors, weights) if len(few) == len(vectors) else (vectors[few], None)
+    if weights is not None and heavy is None:
+        heavy = weights[few]
+    rounds = ITERATIONS if vectors.shape[1] > 1 else 4 * ITERATIONS
+    words = fit(part, n, generator, weights=heavy, start=start, iterations=rounds)
+    if len(few) < len(vectors):
+        words = fit(vectors, n, generator, weights=weights, start=words, iterations=2)
+    return words, assign(vectors, words)
+
+
 def vectors_of(weight: Tensor, g: int) -> Tensor:
     """(rows * ceil(cols / g), g) vectors along the rows of a matrix; the last one of a row is padded with zeros."""
     rows, cols = weight.shape
