@@ -28,6 +28,7 @@ from bytecap.coders.packed import CODER as PACKED
 from bytecap.decode import decode_units
 from bytecap.entropy import encode, zigzag_bytes
 from bytecap.frequencies import Table, Tables
+import golden_codebooks
 from golden_parts import (
     DIRECTORY,
     SHARED,
@@ -150,7 +151,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    return dict([*_grids(), *_others(), *_bare()])
+    return dict([*_grids(), *_others(), *_bare(), *golden_codebooks.valid()])
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -333,6 +334,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (_indexes, _streams, _tables, _coders)
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
+    found |= {name: (data, "CorruptError") for name, data in golden_codebooks.invalid()}
     return found
 
 

@@ -92,6 +92,13 @@ class CodebookCoder:
         words = write_numbers(book.words[order], byte=byte)
         return bytes([g, byte]) + leb(n) + words + write_indices(indices, n, coded=coded)
 
+    def with_words(self, data: bytes, book: Codebook, words: FloatArray) -> bytes:
+        """A section that `encode` made of `book`, with other codewords (n, g) for the same indices."""
+        n, g = book.words.shape
+        _, _, byte, at, end = self._parse(data, (1, g))
+        order, _ = by_use(book.indices, n)
+        return data[:at] + write_numbers(words[order], byte=byte) + data[end:]
+
     def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[int, int, bool, int, int]:
         """(g, n, whether codewords are bytes, where they begin, where indices begin)."""
         if len(data) < 3:

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import Decoding, FloatArray, leb, read_leb
-from bytecap.entropy import Stream, decode, encode
+from bytecap.entropy import Stream, decode, encode, lanes
 from bytecap.errors import CorruptError
-from bytecap.frequencies import TOTAL, IntArray, Table, Tables, integer_frequencies
+from bytecap.frequencies import PROB_BITS, TOTAL, IntArray, Table, Tables, integer_frequencies
 
 MAX_CODEWORDS = 1 << 16
 MAX_TABLE = 1 << 12  # frequencies a section may store
@@ -77,14 +77,13 @@ def by_use(indices: IntArray, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArra
     return order, place[indices]
 
 
-def _coded(indices: IntArray, n: int, low: int) -> bytes:
-    """Indices with `low` packed bits and an entropy-coded rest."""
-    high = (indices >> low).astype(np.int32)
-    counts = np.bincount(high, minlength=((n - 1) >> low) + 1)
+def _coded(flat: IntArray, n: int, low: int) -> tuple[float, npt.NDArray[np.int64]]:
+    """(bytes that indices take, frequencies of their high parts) with `low` packed bits; the bytes are estimated."""
+    counts = np.bincount(flat >> low, minlength=((n - 1) >> low) + 1)
     freq = integer_frequencies(np.append(counts, 0.0))
-    stream = encode(high, np.ones(len(high), np.uint8), Tables({1: Table(0, freq)}))
-    table = b"".join(leb(int(f)) for f in freq[:-1])
-    return bytes([1 + low]) + table + leb(len(stream)) + stream + pack_bits(indices & ((1 << low) - 1), low)
+    bits = float(counts @ (PROB_BITS - np.log2(freq[:-1])))
+    table = len(freq) - 1 + int((freq[:-1] >= 128).sum())
+    return table + bits / 8 + 4 * lanes(len(flat)) + packed_size(len(flat), low), freq
 
 
 def write_indices(indices: IntArray, n: int, *, coded: bool = True) -> bytes:
@@ -96,13 +95,24 @@ def write_indices(indices: IntArray, n: int, *, coded: bool = True) -> bytes:
         coded: try entropy coding too.
     """
     flat = indices.reshape(-1).astype(np.int64)
-    best = b"\x00" + pack_bits(flat, width_of(n))
-    if not coded or not flat.size:
-        return best
-    for low in range(width_of(n)):
-        if ((n - 1) >> low) + 1 <= min(MAX_TABLE, len(best)):  # a table alone must not be longer
-            best = min(best, _coded(flat, n, low), key=len)
-    return best
+    packed = b"\x00" + pack_bits(flat, width_of(n))
+    lows = [low for low in range(width_of(n)) if (n - 1) >> low < MAX_TABLE] if coded and flat.size else []
+    if not lows:
+        return packed
+    low = min(lows, key=lambda low: _coded(flat, n, low)[0])
+    _, freq = _coded(flat, n, low)
+    high = (flat >> low).astype(np.int32)
+    stream = encode(high, np.ones(len(high), np.uint8), Tables({1: Table(0, freq)}))
+    table = b"".join(leb(int(f)) for f in freq[:-1])
+    best = bytes([1 + low]) + table + leb(len(stream)) + stream + pack_bits(flat & ((1 << low) - 1), low)
+    return min(packed, best, key=len)
+
+
+def indices_size(indices: IntArray, n: int, *, coded: bool = True) -> int:
+    """Estimated length of what `write_indices` gives for indices numbered by falling use."""
+    flat = indices.reshape(-1).astype(np.int64)
+    sizes = [_coded(flat, n, low)[0] + 5 for low in range(width_of(n)) if (n - 1) >> low < MAX_TABLE and coded]
+    return int(min([1 + packed_size(len(flat), width_of(n)), *sizes]))
 
 
 def _read_table(data: bytes, at: int, size: int) -> tuple[Table, int]:

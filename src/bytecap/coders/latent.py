@@ -68,6 +68,10 @@ class Decoder:
         """In file order."""
         return self.skip, self.inner, self.bias, self.outer
 
+    def stored(self, bits: int) -> Decoder:
+        """As it comes back from a file that holds it at `bits` bits a weight."""
+        return read_decoder(write_decoder(self, bits))[0]
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -210,6 +214,12 @@ class LatentCoder:
         if matrix.left is not None and matrix.right is not None and rank:
             out += b"".join(write_numbers(f.T, byte=byte_factors) for f in (matrix.left, matrix.right))
         return out + write_indices(indices, n, coded=coded)
+
+    def with_factors(self, data: bytes, shape: tuple[int, int], left: FloatArray, right: FloatArray) -> bytes:
+        """A section with another low-rank part of the same rank, (rows, rank) and (cols, rank)."""
+        p = self._parse(data, shape)
+        new = b"".join(write_numbers(f.T, byte=bool(data[0] & _BYTE_FACTORS)) for f in (left, right))
+        return data[: p.end - p.spans[2]] + new + data[p.end :]
 
     def _parse(self, data: bytes, shape: tuple[int, int]) -> _Parsed:
         if len(data) < 2:

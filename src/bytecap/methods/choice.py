@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,21 @@ from torch import Tensor
 from bytecap import sensitivity
 from bytecap.allocate import allocate
 from bytecap.core import Curve, Plan, Point, Unit
+from bytecap.coders import Shared, coder
+from bytecap.coders import run as decode_alone
+from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
-from bytecap.methods import Job, Section
+from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.uniform import exact_sections, is_exact
+from bytecap.model.evaluate import kl_to
 from bytecap.model.probe import probe
+from bytecap.swap import load_values, twin_of
 
 S = TypeVar("S")
-_ROUNDS = 12
+_ROUNDS = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Material:
     """A matrix to code.
 
@@ -53,17 +58,35 @@ class Material:
 
 @dataclass(frozen=True)
 class Coded(Generic[S]):
-    """A matrix coded for real.
+    """A matrix coded for real, its entropy coding left for later.
 
     Attributes:
-        section: tag and bytes.
+        size: bytes of the section, estimated where indices are entropy coded.
         distortion: nats per token, predicted.
-        kept: what recovery tuning goes on from.
+        kept: what the section is made from, and recovery tuning goes on with.
     """
 
-    section: Section
+    size: int
     distortion: float
     kept: S
+
+
+class Family(Protocol[S]):
+    """What a method tells `choose` about its codings."""
+
+    name: str
+
+    def encode(self, material: Material, setting: float) -> Coded[S]:
+        """Code a matrix at a setting of its curve."""
+        ...
+
+    def section(self, material: Material, kept: S) -> Section:
+        """The bytes."""
+        ...
+
+    def kind(self, setting: float) -> int:
+        """Settings of one kind are estimated alike."""
+        ...
 
 
 def prepare(job: Job) -> tuple[list[Material], dict[str, Section]]:
@@ -119,19 +142,15 @@ def option(options: Mapping[str, Any], allowed: Mapping[str, Any], name: str) ->
 
 @dataclass(frozen=True)
 class Choice(Generic[S]):
-    """What was chosen for every matrix, coded for real, and the plan it came from."""
+    """What was chosen for every matrix, its section, and the plan it came from."""
 
-    coded: dict[str, Coded[S]]
+    kept: dict[str, S]
+    sections: dict[str, Section]
     plan: Plan
 
 
 def choose(
-    job: Job,
-    materials: Sequence[Material],
-    stored: Mapping[str, Section],
-    curves: Sequence[Curve],
-    encode: Callable[[Material, Point], Coded[S]],
-    name: str,
+    job: Job, materials: Sequence[Material], stored: Mapping[str, Section], curves: Sequence[Curve], family: Family[S]
 ) -> Choice[S]:
     """Real sections under the cap.
 
@@ -140,57 +159,86 @@ def choose(
         materials: the matrices.
         stored: sections of everything else.
         curves: one for each matrix; rates may be estimates.
-        encode: codes a matrix at a point of its curve.
-        name: of the method, for messages.
+        family: codes matrices.
 
     Raises:
         BudgetError: the cheapest settings do not fit.
     """
     by_name = {m.unit.name: m for m in materials}
-    real: dict[tuple[str, float], Coded[S]] = {}
+    tried: dict[tuple[str, float], Coded[S]] = {}
     curve = {c.name: c for c in curves}
     room = capacity(job, materials, stored)
-    plan: Plan | None = None
+
+    def attempt(n: str, setting: float) -> None:
+        found = tried[n, setting] = family.encode(by_name[n], setting)
+        curve[n] = _calibrated(curve[n], Point(found.size, found.distortion, setting), {s for k, s in tried if k == n}, family)
+
     with job.reporter.step("coding", _ROUNDS) as advance:
         for _ in range(_ROUNDS):
+            plan = _plan(list(curve.values()), room, job.budget, family.name)
+            fresh = [(n, p.setting) for n, p in plan.choice.items() if (n, p.setting) not in tried]
+            for n, setting in fresh:
+                attempt(n, setting)
             advance(1)
-            plan = _plan(list(curve.values()), room, job.budget, name)
-            fresh = [(n, p) for n, p in plan.choice.items() if (n, p.setting) not in real]
-            if not fresh:
-                break
-            for n, p in fresh:
-                found = real[n, p.setting] = encode(by_name[n], p)
-                point = Point(len(found.section.data), found.distortion, p.setting)
-                curve[n] = Curve(n, tuple(point if q.setting == p.setting else q for q in curve[n].points))
-        # only what has been coded for real may be shipped
-        only = [
-            Curve(n, tuple(p for p in c.points if (n, p.setting) in real)) for n, c in curve.items()
-        ]  # fmt: skip
-        while True:
-            try:
-                plan = allocate(only, room)
-            except BudgetError:  # estimates were too low throughout: pay for the cheapest setting of everything
-                only = [_with_cheapest(c, curve[c.name], by_name[c.name], encode, real) for c in only]
-                plan = _plan(only, room, job.budget, name)
-            coded = {n: real[n, p.setting] for n, p in plan.choice.items()}
-            excess = job.size({**stored, **{n: c.section for n, c in coded.items()}}, b"") - job.budget
-            if excess <= 0:
-                return Choice(coded, plan)
-            room -= excess
+    return _settle(job, by_name, stored, curve, tried, attempt, room, family)
 
 
-def _with_cheapest(
-    only: Curve,
-    full: Curve,
-    material: Material,
-    encode: Callable[[Material, Point], Coded[S]],
-    real: dict[tuple[str, float], Coded[S]],
-) -> Curve:
-    cheapest = min(full.points, key=lambda p: p.rate)
-    if (only.name, cheapest.setting) in real:
-        return only
-    found = real[only.name, cheapest.setting] = encode(material, cheapest)
-    return Curve(only.name, (*only.points, Point(len(found.section.data), found.distortion, cheapest.setting)))
+def _settle(
+    job: Job,
+    materials: Mapping[str, Material],
+    stored: Mapping[str, Section],
+    curve: dict[str, Curve],
+    tried: Mapping[tuple[str, float], Coded[S]],
+    attempt: Callable[[str, float], None],
+    room: float,
+    family: Family[S],
+) -> Choice[S]:
+    """Code what was tried and is chosen for real, until it fits."""
+    written: dict[tuple[str, float], Section] = {}
+    while True:
+        only = [_only(c, tried, written) for c in curve.values()]
+        try:
+            plan = allocate(only, room)
+        except BudgetError:  # what was tried is too large: try the cheapest setting of everything
+            for n in list(curve):
+                cheapest = min(curve[n].points, key=lambda p: p.rate).setting
+                if (n, cheapest) not in tried:
+                    attempt(n, cheapest)
+            plan = _plan([_only(c, tried, written) for c in curve.values()], room, job.budget, family.name)
+        chosen = {n: p.setting for n, p in plan.choice.items()}
+        fresh = [key for key in chosen.items() if key not in written]
+        for n, setting in fresh:
+            written[n, setting] = family.section(materials[n], tried[n, setting].kept)
+        sections = {n: written[n, setting] for n, setting in chosen.items()}
+        excess = job.size({**stored, **sections}, b"") - job.budget
+        if excess <= 0:
+            return Choice({n: tried[n, s].kept for n, s in chosen.items()}, sections, plan)
+        room -= 0 if fresh else excess  # real sizes alone may already change the plan
+
+
+def _only(curve: Curve, tried: Mapping[tuple[str, float], Any], written: Mapping[tuple[str, float], Section]) -> Curve:
+    """The points that were tried, with real sizes where sections are written."""
+    points = []
+    for p in curve.points:
+        key = (curve.name, p.setting)
+        if key in tried:
+            points.append(replace(p, rate=float(len(written[key].data))) if key in written else p)
+    return Curve(curve.name, tuple(points))
+
+
+def _calibrated(curve: Curve, point: Point, tried: set[float], family: Family[Any]) -> Curve:
+    """A curve with a real point in it; estimated points of its kind move with it."""
+    old = next(p for p in curve.points if p.setting == point.setting)
+    wider, worse = point.rate / max(old.rate, 1e-30), point.distortion / max(old.distortion, 1e-30)
+    kind = family.kind(point.setting)
+    moved = [
+        Point(p.rate * wider, p.distortion * worse, p.setting)
+        if p.setting not in tried and family.kind(p.setting) == kind
+        else p
+        for p in curve.points
+        if p.setting != point.setting
+    ]
+    return Curve(curve.name, (*moved, point))
 
 
 def _plan(curves: Sequence[Curve], room: float, budget: int, name: str) -> Plan:
@@ -204,6 +252,20 @@ def _plan(curves: Sequence[Curve], room: float, budget: int, name: str) -> Plan:
             f"the largest unit is {largest.name}",
             floor,
         ) from exc
+
+
+def finish(job: Job, choice: Choice[Any], sections: Mapping[str, Section], name: str) -> Outcome:
+    """The outcome of sections under the cap, its KL predicted on the correction tokens."""
+    twin = twin_of(job.model.module)
+    shared = Shared()
+    for u in job.model.units:
+        s = sections[u.name]
+        values = decode_alone([coder(s.tag).decode(s.data, u.matrix_shape, u.dtype, shared)])[0]
+        load_values(twin, {u.name: from_matrix(u, values)})
+    with job.reporter.step("prediction", 1):
+        predicted, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)
+    ordered = {u.name: sections[u.name] for u in job.model.units}
+    return Outcome(ordered, b"", predicted, choice.plan.slope, choice.plan.gap, name)
 
 
 def capacity(job: Job, materials: Sequence[Material], stored: Mapping[str, Section]) -> float:

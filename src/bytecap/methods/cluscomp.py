@@ -26,19 +26,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytecap.coders import run as decode_alone
-from bytecap.coders.codebook import CODER, MAX_DIMENSION, Codebook
-from bytecap.coders.indices import MAX_CODEWORDS
+from bytecap.coders import FloatArray
+from bytecap.coders.codebook import CODER, MAX_DIMENSION, Codebook, look_up
+from bytecap.coders.indices import MAX_CODEWORDS, by_use, indices_size, read_numbers, write_numbers
 from bytecap.core import Curve, Point
 from bytecap.errors import UsageError
 from bytecap.methods import Job, Outcome, Section, kmeans
-from bytecap.methods.choice import Coded, Material, choose, entropy_bits, option, prepare, sampled
+from bytecap.methods.choice import Coded, Material, choose, entropy_bits, finish, option, prepare, sampled
 from bytecap.methods.recovery import Part, recover
 
-OPTIONS: dict[str, Any] = {"accounting": "coded", "g": None, "n": None, "recover": 12, "weighted": False}
+OPTIONS: dict[str, Any] = {"accounting": "coded", "g": None, "n": None, "recover": 40, "weighted": False}
 DIMENSIONS = (1, 2, 3, 4, 6, 8)
 _AROUND = 1.6  # bits per weight on both sides of the mean rate that are looked at
 _FINE = 8  # settings an octave of n, between measured ones
+_MOST_SAMPLED = 128  # codewords that are tried out on samples
 _SAMPLE = 24  # vectors a codeword that estimates are made from
 
 
@@ -104,26 +105,38 @@ def book_bytes(n: int, g: int, options: dict[str, Any]) -> int:
 
 
 def curve(material: Material, rate: float, options: dict[str, Any], seed: int) -> Curve:
-    """Estimated points of a matrix, from samples."""
+    """Estimated points of a matrix: from samples, and for many codewords from the slope of fewer ones."""
     coded, measured = options["accounting"] == "coded", dict[Setting, Point]()
+    seen: dict[Setting, tuple[float, float]] = {}
     for s in settings(material, rate, options):
-        generator = torch.Generator().manual_seed(seed)
-        few = sampled(material.weight, generator, max(2 * _SAMPLE * s.n * s.g, 8192))
-        vectors = kmeans.vectors_of(few, s.g)
-        vectors = vectors[torch.randperm(len(vectors), generator=generator).to(vectors.device)]
-        limit = max(_SAMPLE * s.n, 2048)
-        words = kmeans.fit(vectors[:limit], s.n, generator, iterations=8)
-        held = vectors[-limit:]
-        index = kmeans.assign(held, words)
-        error = float((held - words[index]).square().mean()) * material.weight.numel()
-        bits = min(entropy_bits(index, s.n), math.log2(s.n)) if coded else (s.n - 1).bit_length()
+        m = min(s.n, _MOST_SAMPLED)
+        small = Setting(m, s.g)
+        if small not in seen:
+            seen[small] = _sampled(material, small, seed)
+        error, bits = seen[small]
+        error *= (m / s.n) ** (2 / s.g)  # what every vector quantizer tends to at high rate
+        bits = min(bits + math.log2(s.n / m), math.log2(s.n)) if coded else (s.n - 1).bit_length()
         count = material.weight.shape[0] * -(-material.weight.shape[1] // s.g)
-        table = min(s.n, 96) if coded else 0
-        measured[s] = Point(8 + table + book_bytes(s.n, s.g, options) + count * bits / 8, material.price * error, s.number)
+        size = 8 + (min(s.n, 96) if coded else 0) + book_bytes(s.n, s.g, options) + count * bits / 8
+        measured[s] = Point(size, material.price * error, s.number)
     points = list(measured.values())
     if coded and not options["n"]:
         points += _between(measured)
     return Curve(material.unit.name, tuple(points))
+
+
+def _sampled(material: Material, s: Setting, seed: int) -> tuple[float, float]:
+    """(squared error of the matrix, entropy of an index in bits), from vectors that the codewords have not seen."""
+    generator = torch.Generator().manual_seed(seed)
+    few = sampled(material.weight, generator, max(2 * _SAMPLE * s.n * s.g, 4096))
+    vectors = kmeans.vectors_of(few, s.g)
+    vectors = vectors[torch.randperm(len(vectors), generator=generator).to(vectors.device)]
+    limit = max(_SAMPLE * s.n, 2048)
+    words = kmeans.fit(vectors[:limit], s.n, generator, iterations=8)
+    held = vectors[-limit:]
+    index = kmeans.assign(held, words)
+    error = float((held - words[index]).square().mean()) * material.weight.numel()
+    return error, entropy_bits(index, s.n)
 
 
 def _between(measured: dict[Setting, Point]) -> list[Point]:
@@ -149,22 +162,43 @@ def _vector_weights(material: Material, g: int) -> Tensor:
     return kmeans.vectors_of(full, g).mean(1)
 
 
-def encode(material: Material, s: Setting, options: dict[str, Any], seed: int) -> Coded[Codebook]:
-    """Fit a codebook to the whole matrix and store it."""
-    vectors = kmeans.vectors_of(material.weight, s.g)
-    weights = _vector_weights(material, s.g) if options["weighted"] else None
-    words, index = kmeans.quantize(vectors, s.n, torch.Generator().manual_seed(seed), weights)
-    return store(material, Codebook(words.cpu().numpy(), index.cpu().numpy()), options)
+def rounded(words: FloatArray, *, byte: bool) -> FloatArray:
+    """Numbers as they come back from a file."""
+    return read_numbers(write_numbers(words, byte=byte), words.size, byte=byte).reshape(words.shape)
 
 
-def store(material: Material, book: Codebook, options: dict[str, Any]) -> Coded[Codebook]:
-    """The section of a codebook, and what it decodes to."""
-    from bytecap.coders import Shared
+@dataclass(frozen=True)
+class ClusComp:
+    """The family of codings with one codebook for each matrix."""
 
-    coded, shape = options["accounting"] == "coded", material.unit.matrix_shape
-    data = CODER.encode(book, shape, byte=coded, coded=coded)
-    values = decode_alone([CODER.decode(data, shape, "F32", Shared())])[0]
-    return Coded(Section(CODER.tag, data), material.distortion(torch.from_numpy(values).to(material.weight.device)), book)
+    options: dict[str, Any]
+    seed: int
+    name: str = "cluscomp"
+
+    @property
+    def coded(self) -> bool:
+        """Whether the accounting is `coded`."""
+        return bool(self.options["accounting"] == "coded")
+
+    def encode(self, material: Material, setting: float) -> Coded[Codebook]:
+        """Fit a codebook to the whole matrix."""
+        s, shape = Setting.of(setting), material.unit.matrix_shape
+        vectors = kmeans.vectors_of(material.weight, s.g)
+        weights = _vector_weights(material, s.g) if self.options["weighted"] else None
+        words, index = kmeans.quantize(vectors, s.n, torch.Generator().manual_seed(self.seed), weights)
+        book = Codebook(words.cpu().numpy(), index.cpu().numpy())
+        values = torch.from_numpy(look_up(rounded(book.words, byte=self.coded), book.indices, shape))
+        side = 4 + book_bytes(s.n, s.g, self.options)
+        size = side + indices_size(by_use(book.indices, s.n)[1], s.n, coded=self.coded)
+        return Coded(size, material.distortion(values.to(material.weight.device)), book)
+
+    def section(self, material: Material, kept: Codebook) -> Section:
+        """A codebook's bytes."""
+        return Section(CODER.tag, CODER.encode(kept, material.unit.matrix_shape, byte=self.coded, coded=self.coded))
+
+    def kind(self, setting: float) -> int:
+        """The dimension."""
+        return Setting.of(setting).g
 
 
 def part(material: Material, book: Codebook) -> Part:
@@ -190,19 +224,12 @@ def run(job: Job) -> Outcome:
         for m in materials:
             curves.append(curve(m, rate, options, job.seed))
             advance(1)
-    choice = choose(
-        job, materials, stored, curves, lambda m, p: encode(m, Setting.of(p.setting), options, job.seed), "cluscomp"
-    )
-    coded = choice.coded
+    family = ClusComp(options, job.seed)
+    choice = choose(job, materials, stored, curves, family)
+    sections = {**stored, **choice.sections}
     if options["recover"] and not job.dry_run:
-        parts = {m.unit.name: part(m, coded[m.unit.name].kept) for m in materials}
-        tuned = recover(job, parts, steps=options["recover"])
-        for m in materials:
-            if m.unit.name in tuned:
-                book = coded[m.unit.name].kept
-                words = parts[m.unit.name].tensors[0].detach().cpu().numpy()
-                coded[m.unit.name] = store(m, Codebook(words, book.indices), options)
-    sections = {**stored, **{n: c.section for n, c in coded.items()}}
-    ordered = {u.name: sections[u.name] for u in job.model.units}
-    predicted = sum(c.distortion for c in coded.values())
-    return Outcome(ordered, b"", predicted, choice.plan.slope, choice.plan.gap, "cluscomp")
+        parts = {m.unit.name: part(m, choice.kept[m.unit.name]) for m in materials}
+        for n in recover(job, parts, steps=options["recover"]):
+            words = parts[n].tensors[0].detach().cpu().numpy()
+            sections[n] = Section(CODER.tag, CODER.with_words(sections[n].data, choice.kept[n], words))
+    return finish(job, choice, sections, "cluscomp")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 22  # scores held at a time
 ITERATIONS = 12
+_WORK = 1 << 27  # distances in one iteration
 
 
 def assign(vectors: Tensor, words: Tensor) -> Tensor:
@@ -83,10 +84,9 @@ def quantize(
     weights: Tensor | None = None,
     *,
     start: Tensor | None = None,
-    sample: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """(codewords (n, g), indices (count,)): fitted to at most `sample * n` vectors (16384 or more), polished on all."""
-    limit = max(sample * n, 16_384)
+    """(codewords (n, g), indices (count,)): fitted to a part of many vectors, polished on all."""
+    limit = max(16_384, min(64 * n, _WORK // n))
     few = torch.randperm(len(vectors), generator=generator)[:limit].to(vectors.device)
     part, heavy = (vectors, weights) if len(few) == len(vectors) else (vectors[few], None)
     if weights is not None and heavy is None:

@@ -119,6 +119,8 @@ def _tune(
         {"params": [t], "lr": RATE * max(float(t.detach().std(correction=0)), 1e-8)} for p in parts.values() for t in p.tensors
     ]
     leaves = [t for p in parts.values() for t in p.tensors]
+    if not leaves:
+        return
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / max(1, steps))
 

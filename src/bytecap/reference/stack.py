@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bytecap.reference.binary import binary
+from bytecap.reference.codebook import codebook
 from bytecap.reference.coders import Coder, exact, finite, grid, packed, vector
 from bytecap.reference.container import Reader, Unit, require
+from bytecap.reference.latent import latent
 from bytecap.reference.streams import Array, Shared
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
 LAYERS: dict[int, Callable[[Unit, Reader, Shared, Array], Coder]] = {}
+CODERS[6] = codebook
+CODERS[7] = latent
+CODERS[8] = binary
 
 
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
