@@ -43,7 +43,7 @@ def pack_bits(values: IntArray, width: int) -> bytes:
     """
     if not width:
         return b""
-    bits = (values.astype(np.int64)[:, None] >> np.arange(width)) & 1
+    bits = (values.astype(np.int64).reshape(-1, 1) >> np.arange(width)) & 1
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
 
 
