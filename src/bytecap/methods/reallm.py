@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytecap.allocate import lower_hull
 from bytecap.coders import FloatArray
 from bytecap.coders.codebook import look_up
 from bytecap.coders.indices import by_use, indices_size, numbers_size
@@ -40,7 +41,7 @@ from bytecap.methods.recovery import Part, recover
 OPTIONS: dict[str, Any] = {
     "accounting": "coded", "g": None, "n": None, "rank": None, "decoder": "auto", "recover": 40, "weighted": False,
 }  # fmt: skip
-RANKS = (1, 2, 4, 8, 16)  # never 0 by itself: recovery would have nothing to tune
+RANKS = (1, 2, 4, 8)  # never 0 by itself: recovery would have nothing to tune
 PATCH, HIDDEN, BITS = 16, 16, 8
 _STEPS, _BATCH = 60, 4096  # of the decoder's training, in steps and patches
 _SHARE = 0.02  # of a section that an automatic decoder may take
@@ -148,7 +149,8 @@ class ReALLM:
                     better = share * (0.99 if decoder else 1.0)
                     setting = pack_setting(p.setting, rank, decoder=decoder)
                     points.append(Point(p.rate + more, p.distortion * better, setting))
-        return Curve(plain.name, tuple(points))
+        kinds = {self.kind(p.setting) for p in points}
+        return Curve(plain.name, tuple(p for k in kinds for p in lower_hull([q for q in points if self.kind(q.setting) == k])))
 
     def _decoders(self, material: Material, s: cluscomp.Setting, rate: float) -> tuple[bool, ...]:
         """Which of plain and decoded to offer."""
