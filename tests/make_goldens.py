@@ -20,6 +20,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 
+import golden_codebooks
 from bytecap import artifact, sidefiles
 from bytecap.artifact import FILE, INDEX, PADDING, UNIT, Contents, FileSection
 from bytecap.coders import leb
@@ -28,7 +29,6 @@ from bytecap.coders.packed import CODER as PACKED
 from bytecap.decode import decode_units
 from bytecap.entropy import encode, zigzag_bytes
 from bytecap.frequencies import Table, Tables
-import golden_codebooks
 from golden_parts import (
     DIRECTORY,
     SHARED,

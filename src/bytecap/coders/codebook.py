@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
 from bytecap.coders.indices import (
@@ -63,7 +62,7 @@ def published_bits(shape: tuple[int, int], n: int, g: int) -> float:
     return vectors_in(shape, g) * float(np.log2(n)) + 16 * n * g
 
 
-def look_up(words: FloatArray, indices: npt.NDArray[np.int32], shape: tuple[int, int]) -> FloatArray:
+def look_up(words: FloatArray, indices: IntArray, shape: tuple[int, int]) -> FloatArray:
     """The matrix (rows, cols) of codewords (n, g) and indices in row order."""
     rows, cols = shape
     wide = words.take(indices, axis=0).reshape(rows, -(-cols // words.shape[1]) * words.shape[1])

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bytecap import sensitivity
 from bytecap.allocate import allocate
-from bytecap.core import Curve, Plan, Point, Unit
 from bytecap.coders import Shared, coder
 from bytecap.coders import run as decode_alone
+from bytecap.core import Curve, Plan, Point, Unit
 from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Outcome, Section
@@ -74,7 +74,10 @@ class Coded(Generic[S]):
 class Family(Protocol[S]):
     """What a method tells `choose` about its codings."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        ...
 
     def encode(self, material: Material, setting: float) -> Coded[S]:
         """Code a matrix at a setting of its curve."""
@@ -171,7 +174,9 @@ def choose(
 
     def attempt(n: str, setting: float) -> None:
         found = tried[n, setting] = family.encode(by_name[n], setting)
-        curve[n] = _calibrated(curve[n], Point(found.size, found.distortion, setting), {s for k, s in tried if k == n}, family)
+        curve[n] = _calibrated(
+            curve[n], Point(found.size, found.distortion, setting), {s for k, s in tried if k == n}, family
+        )
 
     with job.reporter.step("coding", _ROUNDS) as advance:
         for _ in range(_ROUNDS):

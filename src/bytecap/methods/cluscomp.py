@@ -204,7 +204,7 @@ class ClusComp:
 def part(material: Material, book: Codebook) -> Part:
     """The codebook as something to tune."""
     device = material.weight.device
-    words = torch.from_numpy(book.words).to(device).clone().requires_grad_(True)  # noqa: FBT003
+    words = torch.from_numpy(book.words).to(device).clone().requires_grad_()
     index = torch.from_numpy(np.asarray(book.indices, np.int64)).to(device)
     rows, cols = material.unit.matrix_shape
     return Part(material.unit, [words], lambda: words[index].reshape(rows, -1)[:, :cols])

@@ -105,11 +105,19 @@ class ReALLM:
         indices, decoder = index.cpu().numpy(), None
         base = look_up(exact, indices, shape)
         if with_decoder:
-            decoder = train(kmeans.vectors_of(torch.from_numpy(base), PATCH), kmeans.vectors_of(rest.cpu(), PATCH), generator)
-            base = patches_to_matrix(decode_patches(decoder, kmeans.vectors_of(torch.from_numpy(base), PATCH).numpy()), shape)
+            decoder = train(
+                kmeans.vectors_of(torch.from_numpy(base), PATCH), kmeans.vectors_of(rest.cpu(), PATCH), generator
+            )
+            base = patches_to_matrix(
+                decode_patches(decoder, kmeans.vectors_of(torch.from_numpy(base), PATCH).numpy()), shape
+            )
         factors = (left.cpu().numpy(), right.cpu().numpy()) if rank else (None, None)
         values = base if stored is None else base + stored[0] @ stored[1].T
-        size = 6 + indices_size(by_use(indices, s.n)[1], s.n, coded=self.coded) + self._side(shape, s, rank, decoder=with_decoder)
+        size = (
+            6
+            + indices_size(by_use(indices, s.n)[1], s.n, coded=self.coded)
+            + self._side(shape, s, rank, decoder=with_decoder)
+        )
         distortion = material.distortion(torch.from_numpy(values).to(material.weight.device))
         return Coded(size, distortion, Kept(Latent(words.cpu().numpy(), indices, decoder, *factors), base))
 
@@ -142,7 +150,9 @@ class ReALLM:
         points = []
         for p in plain.points:
             s = cluscomp.Setting.of(p.setting)
-            for rank in sorted({min(r, min(shape) // 2) for r in ranks} if self.options["rank"] is None else set(ranks)):
+            for rank in sorted(
+                {min(r, min(shape) // 2) for r in ranks} if self.options["rank"] is None else set(ranks)
+            ):
                 share = float(left[rank - 1].clamp(min=1e-6)) if rank else 1.0
                 for decoder in self._decoders(material, s, p.rate):
                     more = self._side(shape, s, rank, decoder=decoder) - self._side(shape, s, 0, decoder=False)
@@ -150,7 +160,9 @@ class ReALLM:
                     setting = pack_setting(p.setting, rank, decoder=decoder)
                     points.append(Point(p.rate + more, p.distortion * better, setting))
         kinds = {self.kind(p.setting) for p in points}
-        return Curve(plain.name, tuple(p for k in kinds for p in lower_hull([q for q in points if self.kind(q.setting) == k])))
+        return Curve(
+            plain.name, tuple(p for k in kinds for p in lower_hull([q for q in points if self.kind(q.setting) == k]))
+        )
 
     def _decoders(self, material: Material, s: cluscomp.Setting, rate: float) -> tuple[bool, ...]:
         """Which of plain and decoded to offer."""
@@ -182,10 +194,10 @@ def train(latents: Tensor, targets: Tensor, generator: torch.Generator) -> Decod
     """
     e, g = latents.shape[1], targets.shape[1]
     spread = float(targets.std(correction=0)) or 1.0
-    skip = torch.eye(g, e).requires_grad_(True)  # noqa: FBT003
-    inner = (torch.randn(HIDDEN, e, generator=generator) / e**0.5).requires_grad_(True)  # noqa: FBT003
-    bias = torch.zeros(HIDDEN).requires_grad_(True)  # noqa: FBT003
-    outer = torch.zeros(g, HIDDEN).requires_grad_(True)  # noqa: FBT003
+    skip = torch.eye(g, e).requires_grad_()
+    inner = (torch.randn(HIDDEN, e, generator=generator) / e**0.5).requires_grad_()
+    bias = torch.zeros(HIDDEN).requires_grad_()
+    outer = torch.zeros(g, HIDDEN).requires_grad_()
     leaves = [skip, inner, bias, outer]
     optimizer = torch.optim.Adam(leaves, lr=3e-3)
     for _ in range(_STEPS):
@@ -205,8 +217,8 @@ def part(material: Material, kept: Kept) -> Part:
     base = torch.from_numpy(kept.base).to(device)
     if latent.left is None or latent.right is None:
         return Part(material.unit, [], lambda: base)
-    left = torch.from_numpy(latent.left.copy()).to(device).requires_grad_(True)  # noqa: FBT003
-    right = torch.from_numpy(latent.right.copy()).to(device).requires_grad_(True)  # noqa: FBT003
+    left = torch.from_numpy(latent.left.copy()).to(device).requires_grad_()
+    right = torch.from_numpy(latent.right.copy()).to(device).requires_grad_()
     return Part(material.unit, [left, right], lambda: base + left @ right.T)
 
 

@@ -100,10 +100,14 @@ def _output(result: Any) -> Tensor:
     return found
 
 
-def _loss(block: nn.Module, weights: dict[str, Tensor], item: _Pass, at: int, target: Tensor) -> Tensor:
+def _run(block: nn.Module, weights: dict[str, Tensor], item: _Pass, at: int) -> Tensor:
+    """The block's output with other weights, from what the coded prefix delivers."""
     args, kwargs = item.arguments[at]
-    out = _output(functional_call(block, weights, (item.coded, *args[1:]), kwargs))
-    error = (out - target).square().mean(-1)[item.mask].sum()
+    return _output(functional_call(block, weights, (item.coded, *args[1:]), kwargs))
+
+
+def _loss(block: nn.Module, weights: dict[str, Tensor], item: _Pass, at: int, target: Tensor) -> Tensor:
+    error = (_run(block, weights, item, at) - target).square().mean(-1)[item.mask].sum()
     return error / target.square().mean(-1)[item.mask].sum().clamp(min=1e-30)
 
 
@@ -112,11 +116,19 @@ def _local(parts: Mapping[str, Part], prefix: str) -> dict[str, Tensor]:
 
 
 def _tune(
-    block: nn.Module, prefix: str, parts: Mapping[str, Part], passes: list[_Pass], at: int, targets: list[Tensor], steps: int
+    block: nn.Module,
+    prefix: str,
+    parts: Mapping[str, Part],
+    passes: list[_Pass],
+    at: int,
+    targets: list[Tensor],
+    steps: int,
 ) -> None:
     """Tune one block; the best parameters seen are left in place."""
     groups = [
-        {"params": [t], "lr": RATE * max(float(t.detach().std(correction=0)), 1e-8)} for p in parts.values() for t in p.tensors
+        {"params": [t], "lr": RATE * max(float(t.detach().std(correction=0)), 1e-8)}
+        for p in parts.values()
+        for t in p.tensors
     ]
     leaves = [t for p in parts.values() for t in p.tensors]
     if not leaves:
@@ -136,7 +148,7 @@ def _tune(
         _loss(block, _local(parts, prefix), passes[k], at, targets[k]).backward()
         optimizer.step()
         schedule.step()
-    if (last := total()) >= best or last != last:  # worse, or not a number
+    if not total() < best:  # worse, or not a number
         with torch.no_grad():
             for t, old in zip(leaves, kept, strict=True):
                 t.copy_(old)
@@ -179,9 +191,7 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
                 tuned |= set(mine)
             with torch.no_grad():
                 weights = _local(mine, prefix)
-                passes = [
-                    replace(p, original=t, coded=_output(functional_call(block, weights, (p.coded, *p.arguments[at][0][1:]), p.arguments[at][1])))
-                    for p, t in zip(passes, targets, strict=True)
-                ]  # fmt: skip
+                outputs = [_run(block, weights, p, at) for p in passes]
+            passes = [replace(p, original=t, coded=o) for p, t, o in zip(passes, targets, outputs, strict=True)]
             advance(1)
     return tuned
