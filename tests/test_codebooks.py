@@ -189,12 +189,12 @@ SECTIONS = {
 def test_every_truncation_is_noticed(name):
     tag, shape, data = SECTIONS[name]
     decode(tag, data, shape)
-    for length in range(len(data)):
+    for length in {*range(0, len(data), 1 + len(data) // 60), len(data) - 1}:
         with pytest.raises(CorruptError):
             run([coder(tag).decode(data[:length], shape, "F32", Shared())])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SECTIONS)), st.integers(0, 10**6), st.integers(0, 255))
 def test_a_changed_byte_is_refused_by_both_decoders_or_by_none(name, position, value):
     tag, shape, data = SECTIONS[name]

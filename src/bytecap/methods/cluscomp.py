@@ -85,8 +85,9 @@ def settings(material: Material, rate: float, options: dict[str, Any]) -> list[S
     values, cols = material.weight.numel(), material.weight.shape[1]
     for g in (options["g"],) if options["g"] else DIMENSIONS:
         if options["n"]:
-            check(material, options["n"], g)
-            found.append(Setting(options["n"], g))
+            if options["g"] or (g <= cols and options["n"] * g <= values):
+                check(material, options["n"], g)
+                found.append(Setting(options["n"], g))
             continue
         if options["g"]:
             check(material, 1, g)
@@ -96,6 +97,8 @@ def settings(material: Material, rate: float, options: dict[str, Any]) -> list[S
             low = abs(power / g + side - rate) < _AROUND or power <= 1
             if g <= cols and 2 * n * g <= values and low and power < 14:
                 found.append(Setting(n, g))
+    if options["n"] and not found:
+        check(material, options["n"], 1)
     return found or [Setting(1, 1)]
 
 

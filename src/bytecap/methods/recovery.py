@@ -171,7 +171,7 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
         job.reporter.note("no list of blocks was found: nothing is tuned")
         return set()
     passes = []
-    for ids, mask in batches(_some(job.sets.correction, TOKENS), batch_tokens(4096)):
+    for ids, mask in batches(_some(job.sets.statistics, TOKENS), batch_tokens(4096)):
         inside = ids[:, :-1].to(job.device)
         calls = _inputs(original, [b for _, b in plain], inside)
         coded = _inputs(twin, [chain[0][1]], inside)
