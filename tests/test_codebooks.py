@@ -154,7 +154,7 @@ def test_decoders_agree_on_latents(shape, d, patch, hidden, rank):
 @pytest.mark.parametrize("levels", [2, 3])
 @pytest.mark.parametrize("form", [0, 1, 2])
 def test_binary_is_sign_times_scale(weights, levels, form):
-    for w in list(weights.values())[:4]:
+    for w in list(weights.values())[:1]:
         matrix = binarize(w.numpy(), levels, form)
         data = BINARY.encode(matrix)
         found = decode(8, data, tuple(w.shape))

@@ -251,12 +251,10 @@ class LatentCoder:
         return _Parsed(head, words, decoder, factors[0], factors[1], (at - head, used, end - start), count)
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
-        """Header, codewords, decoder and low-rank part (side information), then indices."""
+        """Header; codewords, decoder and low-rank part as side information; then indices."""
         del dtype
         p = self._parse(data, shape)
-        words, decoder, factors = p.spans
-        parts = (("header", p.head), ("side", words), ("decoder", decoder), ("low-rank", factors))
-        return (*parts, *index_kinds(data[p.end :], p.count, len(p.words)))
+        return (("header", p.head), ("side", sum(p.spans)), *index_kinds(data[p.end :], p.count, len(p.words)))
 
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode to float32 (rows, cols)."""
