@@ -10,6 +10,8 @@ points of one curve for each matrix, and real bytes decide. Without decoder this
 special case to beat. What the paper leaves open or this container forbids: its decoder is one deep network for the
 whole model; here every matrix has its own small one (`coders/latent.py`), trained with the codes frozen, so it is the
 identity plus what the latents of a patch say about each other. It is offered where it costs at most a fiftieth.
+Measured on the embedded model at 600 kB, vectors of two: 0.70 nats per token without decoders, 0.82 with one in every
+matrix, so no decoder pays there; free to choose, the plan takes none.
 
 Accounting `published`: f16 codewords and factors, indices at whole bits. `coded`: 8-bit ones, indices entropy coded
 where that is shorter. Decoder weights have 8 bits in both.
