@@ -20,6 +20,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 
+import golden_codebooks
 import golden_layers
 from bytecap import artifact, sidefiles
 from bytecap.artifact import FILE, INDEX, PADDING, UNIT, Contents, FileSection
@@ -166,7 +167,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    return dict([*_grids(), *_others(), *_bare(), *golden_layers.valid()])
+    return dict([*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid()])
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -351,6 +352,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
+    found |= {name: (data, "CorruptError") for name, data in golden_codebooks.invalid()}
     return found
 
 

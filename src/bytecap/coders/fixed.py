@@ -128,7 +128,12 @@ class Fixed:
         """Header with the protected columns' indices, scales and zero points, protected columns, codes."""
         del dtype
         head, _, side, protected, end = self._parse(data, shape).ends
-        return (("header", head), ("side", side - head), ("protected payload", protected - side), ("payload", end - protected))
+        return (
+            ("header", head),
+            ("side", side - head),
+            ("protected payload", protected - side),
+            ("payload", end - protected),
+        )
 
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode to float32 (rows, cols)."""

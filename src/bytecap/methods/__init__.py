@@ -26,6 +26,8 @@ METHODS = {
     "uniform": ("bytecap.methods.baselines", "run_uniform"),
     "owq": ("bytecap.methods.owq", "run"),
     "radio": ("bytecap.methods.radio", "run"),
+    "cluscomp": ("bytecap.methods.cluscomp", "run"),
+    "reallm": ("bytecap.methods.reallm", "run"),
 }
 
 

@@ -6,14 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bytecap.reference.binary import binary
+from bytecap.reference.codebook import codebook
 from bytecap.reference.coders import Coder, exact, finite, grid, packed, vector
 from bytecap.reference.container import Reader, Unit, require
 from bytecap.reference.fixed import companded, fixed
+from bytecap.reference.latent import latent
 from bytecap.reference.layers import LAYERS
 from bytecap.reference.streams import Array, Shared
 from bytecap.reference.trellis import trellis
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
+CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded}
 
 
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
@@ -36,5 +40,3 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 CODERS[5] = stack
-CODERS[9] = trellis
-CODERS |= {10: fixed, 11: companded}

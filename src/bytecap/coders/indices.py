@@ -1,0 +1,217 @@
+"""Codebook entries and their indices, as `codebook`, `latent` and `binary` store them (docs/format.md, 6.16).
+
+Indices are packed at `ceil(log2 n)` bits, or their high parts are entropy coded with a table kept in the section and
+only the low parts are packed. Writers number codewords by falling use, so that codewords with equal high parts are
+about equally frequent and packing the low parts loses little: a table of 64 frequencies serves 4096 codewords.
+
+>>> data = write_indices(np.array([0, 1, 2, 0, 0, 1]), 3)
+>>> len(data), run_alone(read_indices(data, 6, 3)).tolist()
+(3, [0, 1, 2, 0, 0, 1])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.coders import Decoding, FloatArray, leb, read_leb
+from bytecap.entropy import Stream, decode, encode, lanes
+from bytecap.errors import CorruptError
+from bytecap.frequencies import PROB_BITS, TOTAL, IntArray, Table, Tables, integer_frequencies
+
+MAX_CODEWORDS = 1 << 16
+MAX_TABLE = 1 << 12  # frequencies a section may store
+
+
+def width_of(n: int) -> int:
+    """Bits of an index below `n`.
+
+    >>> width_of(1), width_of(2), width_of(3), width_of(256)
+    (0, 1, 2, 8)
+    """
+    return (n - 1).bit_length()
+
+
+def pack_bits(values: IntArray, width: int) -> bytes:
+    """Values (n,) at `width` bits each, least significant bit first, in whole bytes.
+
+    >>> pack_bits(np.array([1, 2, 3]), 4).hex()
+    '2103'
+    """
+    if not width:
+        return b""
+    bits = (values.astype(np.int64).reshape(-1, 1) >> np.arange(width)) & 1
+    return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+
+
+def packed_size(count: int, width: int) -> int:
+    """Bytes that `pack_bits` makes of `count` values."""
+    return -(-count * width // 8)
+
+
+def unpack_bits(data: bytes, count: int, width: int) -> npt.NDArray[np.int32]:
+    """Values (count,) of exactly the bytes that `pack_bits` gave.
+
+    Raises:
+        CorruptError: another number of bytes, or bits that are not used and not zero.
+    """
+    if len(data) != packed_size(count, width):
+        raise CorruptError(f"{count} values of {width} bits are packed into {len(data)} bytes")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    if bits[count * width :].any():
+        raise CorruptError("the last byte of packed values has bits that belong to none")
+    values = np.zeros(count, np.int32)
+    for i in range(width):
+        values |= bits[i : count * width : width].astype(np.int32) << i
+    return values
+
+
+def by_use(indices: IntArray, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(order, renumbered indices): codewords by falling use; `order[new]` is the old number."""
+    order = np.argsort(-np.bincount(indices.reshape(-1), minlength=n), kind="stable")
+    place = np.empty(n, np.int64)
+    place[order] = np.arange(n)
+    return order, place[indices]
+
+
+def _coded(flat: IntArray, n: int, low: int) -> tuple[float, npt.NDArray[np.int64]]:
+    """(bytes that indices take, frequencies of their high parts) with `low` packed bits; the bytes are estimated."""
+    counts = np.bincount(flat >> low, minlength=((n - 1) >> low) + 1)
+    freq = integer_frequencies(np.append(counts, 0.0))
+    bits = float(counts @ (PROB_BITS - np.log2(freq[:-1])))
+    table = len(freq) - 1 + int((freq[:-1] >= 128).sum())
+    return table + bits / 8 + 4 * lanes(len(flat)) + packed_size(len(flat), low), freq
+
+
+def write_indices(indices: IntArray, n: int, *, coded: bool = True) -> bytes:
+    """Indices (count,) below `n`: the shortest form, or the packed one.
+
+    Args:
+        indices: best numbered by falling use, see `by_use`.
+        n: number of codewords.
+        coded: try entropy coding too.
+    """
+    flat = indices.reshape(-1).astype(np.int64)
+    packed = b"\x00" + pack_bits(flat, width_of(n))
+    lows = [low for low in range(width_of(n)) if (n - 1) >> low < MAX_TABLE] if coded and flat.size else []
+    if not lows:
+        return packed
+    low = min(lows, key=lambda low: _coded(flat, n, low)[0])
+    _, freq = _coded(flat, n, low)
+    high = (flat >> low).astype(np.int32)
+    stream = encode(high, np.ones(len(high), np.uint8), Tables({1: Table(0, freq)}))
+    table = b"".join(leb(int(f)) for f in freq[:-1])
+    best = bytes([1 + low]) + table + leb(len(stream)) + stream + pack_bits(flat & ((1 << low) - 1), low)
+    return min(packed, best, key=len)
+
+
+def indices_size(indices: IntArray, n: int, *, coded: bool = True) -> int:
+    """Estimated length of what `write_indices` gives for indices numbered by falling use."""
+    flat = indices.reshape(-1).astype(np.int64)
+    sizes = [_coded(flat, n, low)[0] + 5 for low in range(width_of(n)) if (n - 1) >> low < MAX_TABLE and coded]
+    return int(min([1 + packed_size(len(flat), width_of(n)), *sizes]))
+
+
+def _read_table(data: bytes, at: int, size: int) -> tuple[Table, int]:
+    freq = np.zeros(size + 1, np.int64)
+    for i in range(size):
+        value, at = read_leb(data, at)
+        freq[i] = min(value, TOTAL)  # anything larger is refused below
+    freq[-1] = TOTAL - int(freq.sum())
+    if freq.min() < 1:
+        raise CorruptError(f"the frequencies of {size} indices do not add up to {TOTAL}")
+    return Table(0, freq), at
+
+
+def parse_indices(data: bytes, count: int, n: int) -> tuple[int, Table | None, int, bytes, bytes]:
+    """(low bits, table or None, bytes of header and table, stream, packed part) of all of `data`."""
+    if not data:
+        raise CorruptError("a section ends in front of its indices")
+    if data[0] == 0:
+        return width_of(n), None, 1, b"", data[1:]
+    low = data[0] - 1
+    size = ((n - 1) >> low) + 1
+    if low >= max(1, width_of(n)) or size > MAX_TABLE:
+        raise CorruptError(f"{n} codewords cannot have {low} packed bits and a table for the rest")
+    table, at = _read_table(data, 1, size)
+    length, at = read_leb(data, at)
+    if length > len(data) - at:
+        raise CorruptError(f"a section declares {length} bytes of indices, {len(data) - at} are left")
+    if len(data) - at - length != packed_size(count, low):
+        raise CorruptError(f"{count} indices need {packed_size(count, low)} bytes of low parts")
+    return low, table, at, data[at : at + length], data[at + length :]
+
+
+def index_kinds(data: bytes, count: int, n: int) -> tuple[tuple[str, int], ...]:
+    """Ledger kinds of what `write_indices` gave."""
+    _, table, head, stream, packed = parse_indices(data, count, n)
+    return (("table" if table is not None else "header", head), ("payload", len(stream) + len(packed)))
+
+
+def read_indices(data: bytes, count: int, n: int) -> Decoding:
+    """Indices (count,) int32 below `n`; a generator like a coder's, which asks for at most one stream."""
+    low, table, _, stream, packed = parse_indices(data, count, n)
+    values = unpack_bits(packed, count, low)
+    if table is not None:
+        (high,) = yield [Stream(stream, np.ones(count, np.uint8), Tables({1: table}))]
+        if high.min(initial=0) < 0 or high.max(initial=0) > (n - 1) >> low:
+            raise CorruptError("an index has a high part out of range")
+        values |= high << low
+    if values.max(initial=0) >= n:
+        raise CorruptError(f"a section names codeword {values.max()} of {n}")
+    return values
+
+
+def run_alone(coding: Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Result of one generator that nothing else is decoded with."""
+    try:
+        asked = next(coding)
+        while True:
+            asked = coding.send(decode(asked))
+    except StopIteration as stop:
+        result: npt.NDArray[Any] = stop.value
+        return result
+
+
+def write_numbers(values: FloatArray, *, byte: bool) -> bytes:
+    """Numbers as f16, or as an f16 scale and one signed byte each.
+
+    Raises:
+        ValueError: a number is not finite, or too large for f16.
+    """
+    with np.errstate(over="ignore"):
+        half = np.asarray(values, np.float32).astype("<f2").reshape(-1)
+    if not np.isfinite(half).all():
+        raise ValueError("numbers beyond the range of f16 cannot be stored")
+    if not byte:
+        return half.tobytes()
+    peak = float(np.abs(values).max(initial=0))
+    scale = np.float16(peak / 127)
+    if float(scale) * 127 < peak:
+        scale = np.nextafter(scale, np.float16(np.inf))
+    flat = np.asarray(values, np.float64).reshape(-1)
+    codes = np.rint(flat / float(scale)) if scale > 0 else np.zeros(flat.size)
+    return np.array([scale], "<f2").tobytes() + np.clip(codes, -127, 127).astype(np.int8).tobytes()
+
+
+def numbers_size(count: int, *, byte: bool) -> int:
+    """Bytes that `write_numbers` makes of `count` numbers."""
+    return 2 + count if byte else 2 * count
+
+
+def read_numbers(data: bytes, count: int, *, byte: bool) -> FloatArray:
+    """Float32 numbers (count,) of the first bytes of `data`.
+
+    Raises:
+        CorruptError: too few bytes, or a number that is not finite.
+    """
+    size = numbers_size(count, byte=byte)
+    if len(data) < size:
+        raise CorruptError(f"{count} numbers need {size} bytes, {len(data)} are left")
+    half = np.frombuffer(data, "<f2", 1 if byte else count).astype(np.float32)
+    if not np.isfinite(half).all():
+        raise CorruptError("a codebook or factor holds a number that is not finite")
+    return half * np.frombuffer(data, np.int8, count, 2).astype(np.float32) if byte else half

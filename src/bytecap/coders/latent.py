@@ -1,0 +1,277 @@
+"""`latent`: codewords that a small decoder turns into weights, plus a low-rank part.
+
+    W = D(latent) + L1 L2^T
+
+A row is cut into patches of `g` weights, and a patch's latent has `e <= g` numbers: `e / d` codewords of `d`. The
+decoder is the same for all patches of the tensor: a linear map, and one hidden layer of `h` rectified units beside it.
+Without decoder a latent *is* its patch (`g = e = d`), which is plain vector quantization.
+
+Section (format.md, 6.17): form u8 | d u8 | LEB128 n | LEB128 rank | codewords | decoder | L1 | L2 | indices.
+Source: ReALLM (arXiv:2405.13155). Its decoder is a deep convolutional one shared by the whole model; a coder sees one
+section only, so here every tensor brings its own, which is why it is small. Arithmetic is written out operation by
+operation, so that two readers agree in every bit. Omitted: training (`methods/reallm.py`).
+
+>>> plain = Latent(np.array([[0.5], [-1.0]], np.float32), np.array([0, 1, 1]))
+>>> section = CODER.encode(plain, (1, 3))
+>>> from bytecap.coders import run
+>>> run([CODER.decode(section, (1, 3), "F32", Shared())])[0].tolist()
+[[0.5, -1.0, -1.0]]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
+from bytecap.coders.codebook import MAX_DIMENSION, look_up, vectors_in
+from bytecap.coders.indices import (
+    MAX_CODEWORDS,
+    by_use,
+    index_kinds,
+    numbers_size,
+    pack_bits,
+    packed_size,
+    read_indices,
+    read_numbers,
+    unpack_bits,
+    write_indices,
+    write_numbers,
+)
+from bytecap.errors import CorruptError
+from bytecap.frequencies import IntArray
+
+MAX_PATCH = 64
+_CHUNK = 1 << 14  # patches decoded at a time, which bounds the memory of the hidden layer
+_BYTE_WORDS, _DECODER, _BYTE_FACTORS = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """`w = S z + B max(0, A z + a)` for every patch.
+
+    Attributes:
+        skip: S, float32 (g, e).
+        inner: A, float32 (h, e).
+        bias: a, float32 (h,).
+        outer: B, float32 (g, h).
+    """
+
+    skip: FloatArray
+    inner: FloatArray
+    bias: FloatArray
+    outer: FloatArray
+
+    def arrays(self) -> tuple[FloatArray, ...]:
+        """In file order."""
+        return self.skip, self.inner, self.bias, self.outer
+
+    def stored(self, bits: int) -> Decoder:
+        """As it comes back from a file that holds it at `bits` bits a weight."""
+        return read_decoder(write_decoder(self, bits))[0]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A matrix (rows, cols) as stored.
+
+    Attributes:
+        words: float32 (n, d).
+        indices: (rows * patches * e / d,), in the order of rows, patches and codewords.
+        decoder: None for plain vector quantization.
+        left, right: float32 (rows, rank) and (cols, rank), or None for rank 0.
+    """
+
+    words: FloatArray
+    indices: IntArray
+    decoder: Decoder | None = None
+    left: FloatArray | None = None
+    right: FloatArray | None = None
+
+
+def add_low_rank(base: FloatArray, left: FloatArray, right: FloatArray) -> FloatArray:
+    """The format's arithmetic: base (rows, cols) plus one outer product after the other; may write into `base`."""
+    for k in range(left.shape[1]):
+        base += left[:, k, None] * right[None, :, k]
+    return base
+
+
+def decode_patches(decoder: Decoder, z: FloatArray) -> FloatArray:
+    """The format's arithmetic: latents (patches, e) to weights (patches, g), one multiply and one add at a time."""
+    out = np.empty((len(z), len(decoder.skip)), np.float32)
+    for start in range(0, len(z), _CHUNK):
+        part = z[start : start + _CHUNK]
+        w = np.zeros((len(part), len(decoder.skip)), np.float32)
+        for k in range(part.shape[1]):
+            w += part[:, k, None] * decoder.skip[None, :, k]
+        t = np.repeat(decoder.bias[None], len(part), axis=0)
+        for k in range(part.shape[1]):
+            t += part[:, k, None] * decoder.inner[None, :, k]
+        t = np.maximum(t, np.float32(0))
+        for j in range(t.shape[1]):
+            w += t[:, j, None] * decoder.outer[None, :, j]
+        out[start : start + _CHUNK] = w
+    return out
+
+
+def _write_weights(values: FloatArray, bits: int) -> bytes:
+    top = 2 ** (bits - 1) - 1
+    scale = np.float16(np.abs(values).max(initial=0) / top)
+    codes = np.rint(values / np.float32(scale)) if scale > 0 else np.zeros(values.shape)
+    return np.array([scale], "<f2").tobytes() + pack_bits(np.clip(codes, -top, top).astype(np.int64) + top + 1, bits)
+
+
+def _read_weights(data: bytes, shape: tuple[int, ...], bits: int) -> FloatArray:
+    codes = unpack_bits(data[2:], int(np.prod(shape)), bits) - 2 ** (bits - 1)
+    scale = np.frombuffer(data, "<f2", 1).astype(np.float32)
+    if not np.isfinite(scale).all():
+        raise CorruptError("a latent section holds a decoder that is not finite")
+    values: FloatArray = (codes.astype(np.float32) * scale).reshape(shape)
+    return values
+
+
+def write_decoder(decoder: Decoder, bits: int) -> bytes:
+    """Header and arrays at `bits` (6 to 8) bits a weight."""
+    (g, e), h = decoder.skip.shape, len(decoder.bias)
+    return bytes([g, e, h, bits]) + b"".join(_write_weights(a, bits) for a in decoder.arrays())
+
+
+def decoder_bytes(g: int, e: int, h: int, bits: int) -> int:
+    """Length of what `write_decoder` gives."""
+    return 4 + sum(2 + packed_size(n, bits) for n in (g * e, h * e, h, g * h))
+
+
+def read_decoder(data: bytes) -> tuple[Decoder, int]:
+    """(decoder, bytes used) from the front of `data`."""
+    if len(data) < 4:
+        raise CorruptError("a latent section ends in front of its decoder")
+    g, e, h, bits = data[:4]
+    if not (1 <= e <= g <= MAX_PATCH and h <= MAX_PATCH and 6 <= bits <= 8):
+        raise CorruptError(f"a decoder declares {e} numbers, {h} units and {g} weights of {bits} bits")
+    if decoder_bytes(g, e, h, bits) > len(data):
+        raise CorruptError(f"a decoder of {decoder_bytes(g, e, h, bits)} bytes is cut off")
+    arrays, at = [], 4
+    for shape in ((g, e), (h, e), (h,), (g, h)):
+        end = at + 2 + packed_size(int(np.prod(shape)), bits)
+        arrays.append(_read_weights(data[at:end], shape, bits))
+        at = end
+    return Decoder(*arrays), at
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    head: int  # bytes in front of the codewords
+    words: FloatArray
+    decoder: Decoder | None
+    left: FloatArray
+    right: FloatArray
+    spans: tuple[int, int, int]  # bytes of codewords, decoder and factors
+    count: int  # of indices
+
+    @property
+    def end(self) -> int:
+        """Where the indices begin."""
+        return self.head + sum(self.spans)
+
+
+class LatentCoder:
+    """Reader and writer of `latent` sections."""
+
+    id: ClassVar[str] = "latent"
+    tag: ClassVar[int] = 7
+
+    def encode(
+        self,
+        matrix: Latent,
+        shape: tuple[int, int],
+        *,
+        byte_words: bool = False,
+        byte_factors: bool = False,
+        bits: int = 8,
+        coded: bool = True,
+    ) -> bytes:
+        """Bytes of a section.
+
+        Args:
+            matrix: what to store; codewords are written by falling use.
+            shape: (rows, cols).
+            byte_words: store codewords as signed bytes.
+            byte_factors: store the low-rank part as signed bytes.
+            bits: of a decoder's weight, 6 to 8.
+            coded: allow entropy-coded indices.
+        """
+        n, d = matrix.words.shape
+        rank = matrix.left.shape[1] if matrix.left is not None else 0
+        if n > MAX_CODEWORDS or d > min(MAX_DIMENSION, max(1, shape[1])) or rank > min(shape):
+            raise ValueError(f"{n} codewords of {d} dimensions and rank {rank} cannot code {shape}")
+        order, indices = by_use(matrix.indices, n)
+        form = _BYTE_WORDS * byte_words | _DECODER * (matrix.decoder is not None) | _BYTE_FACTORS * byte_factors
+        out = bytes([form, d]) + leb(n) + leb(rank) + write_numbers(matrix.words[order], byte=byte_words)
+        if matrix.decoder is not None:
+            out += write_decoder(matrix.decoder, bits)
+        if matrix.left is not None and matrix.right is not None and rank:
+            out += b"".join(write_numbers(f.T, byte=byte_factors) for f in (matrix.left, matrix.right))
+        return out + write_indices(indices, n, coded=coded)
+
+    def with_factors(self, data: bytes, shape: tuple[int, int], left: FloatArray, right: FloatArray) -> bytes:
+        """A section with another low-rank part of the same rank, (rows, rank) and (cols, rank)."""
+        p = self._parse(data, shape)
+        new = b"".join(write_numbers(f.T, byte=bool(data[0] & _BYTE_FACTORS)) for f in (left, right))
+        return data[: p.end - p.spans[2]] + new + data[p.end :]
+
+    def _parse(self, data: bytes, shape: tuple[int, int]) -> _Parsed:
+        if len(data) < 2:
+            raise CorruptError(f"a latent section of {len(data)} bytes is shorter than its header")
+        form, d = data[0], data[1]
+        n, at = read_leb(data, 2)
+        rank, head = read_leb(data, at)
+        wide = max(1, shape[1])
+        if form > 7 or not 1 <= d <= min(MAX_DIMENSION, wide) or not 1 <= n <= MAX_CODEWORDS or rank > min(shape):
+            raise CorruptError(f"a latent section declares form {form}, {n} codewords of {d}, rank {rank}")
+        if form & _BYTE_FACTORS and not rank:
+            raise CorruptError("a latent section declares the form of factors it does not have")
+        at = head + numbers_size(n * d, byte=bool(form & _BYTE_WORDS))
+        words = read_numbers(data[head:at], n * d, byte=bool(form & _BYTE_WORDS)).reshape(n, d)
+        decoder, used, count = None, 0, vectors_in(shape, d)
+        if form & _DECODER:
+            decoder, used = read_decoder(data[at:])
+            g, e = decoder.skip.shape
+            if g > wide or e % d:
+                raise CorruptError(f"a latent section has patches of {g} weights and {e} numbers, codewords of {d}")
+            count = vectors_in(shape, g) * (e // d)
+        start = at + used
+        factors, end = [], start
+        for size in shape if rank else (0, 0):
+            length = numbers_size(size * rank, byte=bool(form & _BYTE_FACTORS)) if rank else 0
+            part = read_numbers(data[end : end + length], size * rank, byte=bool(form & _BYTE_FACTORS and rank))
+            factors.append(part.reshape(rank, size).T)
+            end += length
+        return _Parsed(head, words, decoder, factors[0], factors[1], (at - head, used, end - start), count)
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Header; codewords, decoder and low-rank part as side information; then indices."""
+        del dtype
+        p = self._parse(data, shape)
+        return (("header", p.head), ("side", sum(p.spans)), *index_kinds(data[p.end :], p.count, len(p.words)))
+
+    def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
+        """Decode to float32 (rows, cols)."""
+        del dtype, shared
+        p = self._parse(data, shape)
+        indices = yield from read_indices(data[p.end :], p.count, len(p.words))
+        with np.errstate(over="ignore", invalid="ignore"):
+            if p.decoder is None:
+                values = look_up(p.words, indices, shape)
+            else:
+                (g, e), rows = p.decoder.skip.shape, shape[0]
+                wide = decode_patches(p.decoder, p.words.take(indices, axis=0).reshape(-1, e))
+                values = np.ascontiguousarray(wide.reshape(rows, -(-shape[1] // g) * g)[:, : shape[1]])
+            values = add_low_rank(values, p.left, p.right)
+        if not np.isfinite(values).all():
+            raise CorruptError("a latent section holds a value out of range")
+        return values
+
+
+CODER = LatentCoder()
