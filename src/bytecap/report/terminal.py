@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bytecap.core import Score
 from bytecap.ledger import Entry, by_kind, by_unit, total
+from bytecap.report.page import sentence
 from bytecap.units import format_size
 
 _COLOURS = {
@@ -102,3 +103,36 @@ def print_scores(scores: Sequence[Score]) -> None:
     for s in scores:
         table.add_row(s.name, f"{s.bpb:.4f} ± {s.bpb_stderr:.4f}", f"{s.nats:.4f}", f"{s.tokens:,}", f"{s.bytes:,}")
     Console().print(table)
+
+
+def print_curves(found: dict[str, Any]) -> None:
+    """What the best amount of every path bought, against finer steps."""
+    console = Console()
+    base = found["base"]
+    console.print(
+        f"base {base['name']}: {base['bytes']:,} bytes of matrices, KL {base['kl_nats']:.4f} nats per token, "
+        f"{base['bpb']:.4f} bits per byte; finer steps buy {found['lambda']['nats_per_byte'] or math.nan:.2e} nats per byte",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("path", "bytes", "side", "weights", "KL recovered", "nats/byte", "bpb per kB", "90% at", "rank", ""):
+        table.add_column(title, justify="left" if title in {"path", ""} else "right")
+    for name, path in found["paths"].items():
+        verdict = sentence(path).partition(" (")[0]
+        for i, p in enumerate(path["whole"]):
+            last = i + 1 == len(path["whole"])
+            table.add_row(
+                name if i == 0 else "", f"{p['bytes']:,}", f"{p['side_bytes']:,}", f"{100 * p['weights_share']:.1f}%",
+                f"{p['kl_recovered']:.5f} ± {p['kl_stderr']:.5f}", f"{p['nats_per_byte'] or math.nan:.2e}",
+                f"{p['bpb_per_kb'] or math.nan:.2e}",
+                f"{path['ninety_percent_bytes'] or math.nan:,.0f}" if last else "",
+                f"{path['agreement']['spearman']:.2f}" if last else "", verdict if last else "",
+            )  # fmt: skip
+        if not path["whole"]:
+            table.add_row(name, *[""] * 8, verdict)
+    console.print(table, highlight=False)
+    ranks = found["agreement"]
+    console.print(
+        f"single units: rank correlation of predicted and measured gain {ranks['spearman'] or math.nan:.3f} over "
+        f"{ranks['points']} points; noise allows {ranks['ceiling'] or math.nan:.3f}", highlight=False,
+    )  # fmt: skip
