@@ -28,7 +28,8 @@ from bytecap.errors import CorruptError, NotAnArtifact, OutputError, VersionErro
 from bytecap.ledger import Entry
 
 MAGIC = b"\x89BCAP\r\n\x1a"
-VERSION = (1, 0)
+VERSION = (1, 1)  # newest this reader knows; files say the lowest that describes them
+_STACK = 5  # coder tag
 _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
 HEADER_SIZE = _HEAD.size + 4
 INDEX, TABLES, UNIT, FILE, CODE, PADDING = 1, 2, 3, 4, 5, 6
@@ -114,6 +115,11 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
     return found
 
 
+def _minor(contents: Contents) -> int:
+    """Lowest minor version that describes the contents: `stack` came with 1.1."""
+    return int(any(u.tag == _STACK for u in contents.units))
+
+
 def serialize(contents: Contents) -> bytes:
     """The bytes of an artifact; a pure function of its contents."""
     sections = _sections(contents)
@@ -122,7 +128,7 @@ def serialize(contents: Contents) -> bytes:
     )
     body = b"".join(data for _, data in sections)
     size = HEADER_SIZE + len(directory) + len(body)
-    head = _HEAD.pack(MAGIC, *VERSION, 0, len(directory), size)
+    head = _HEAD.pack(MAGIC, 1, _minor(contents), 0, len(directory), size)
     return head + struct.pack("<I", zlib.crc32(head + directory)) + directory + body
 
 

@@ -1,6 +1,7 @@
 """The ledger: every byte of an artifact has an owner and a kind.
 
-Kinds: header, index, side, table, payload, config, tokenizer, code, padding.
+Kinds: header, index, side, table, payload, config, tokenizer, code, padding. Those of an exception path have its name
+in front ("columns payload").
 
 >>> total([Entry("a", "payload", 3, 4), Entry("(file)", "header", 2)])
 5
@@ -62,8 +63,8 @@ def by_unit(entries: Iterable[Entry]) -> list[Line]:
 
 
 def by_kind(entries: Iterable[Entry]) -> dict[str, int]:
-    """Bytes of every kind, in the ledger's order, zeros left out."""
+    """Bytes of every kind, in the ledger's order, zeros left out; a layer's kinds count without its name."""
     sums = dict.fromkeys(KINDS, 0)
     for e in entries:
-        sums[e.kind] += e.bytes
+        sums[e.kind.rpartition(" ")[2]] += e.bytes
     return {k: v for k, v in sums.items() if v}

@@ -79,7 +79,7 @@ def _compress(data: bytes, compression: int) -> bytes:
     return zlib.compress(data, 9)
 
 
-def _expand_brotli(data: bytes, size: int) -> bytes:
+def expand_brotli(data: bytes, size: int) -> bytes:
     """Decompress exactly `size` bytes, never holding much more."""
     machine = brotli.Decompressor()
     out = bytearray()
@@ -149,7 +149,7 @@ class Packed:
         yield from ()
         rows, cols = shape
         compression, width, _, side, body = self._parse(data)
-        expand = _expand_brotli if compression == BROTLI else _expand_zlib
+        expand = expand_brotli if compression == BROTLI else _expand_zlib
         scales = np.frombuffer(expand(side, 2 * rows), "<f2")
         if not np.isfinite(scales).all():
             raise CorruptError("a packed section holds a scale that is not finite")

@@ -67,10 +67,11 @@ class Stack:
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode the base to float32 (rows, cols) and apply the layers."""
         (tag, _, base), *rest = self._parse(data)
-        matrix = yield from coder(tag).decode(base, shape, dtype, shared)
+        decoded = yield from coder(tag).decode(base, shape, dtype, shared)
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix = np.array(decoded, np.float32, order="C")  # of its own: layers change it in place
         for tag, _, part in rest:
-            values = np.array(matrix, np.float32)  # a matrix of its own, which the layer may change
-            matrix = yield from layer(tag).apply(part, values, shared)
+            matrix = yield from layer(tag).apply(part, matrix, shared)
         if not np.isfinite(matrix).all():
             raise CorruptError("a stack holds a value out of range")
         return matrix

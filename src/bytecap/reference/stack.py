@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+
+import numpy as np
 
 from bytecap.reference.coders import Coder, exact, finite, grid, packed, vector
 from bytecap.reference.container import Reader, Unit, require
+from bytecap.reference.layers import LAYERS
 from bytecap.reference.streams import Array, Shared
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
-LAYERS: dict[int, Callable[[Unit, Reader, Shared, Array], Coder]] = {}
 
 
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
@@ -22,11 +23,13 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
         parts.append((tag, Reader(reader.take(reader.leb()))))
     require(count >= 1 and not reader.rest(), "a stack has no layer, or bytes behind the last one")
     require(base in CODERS and base != 5, f"coder {base} is no base of a stack")
-    matrix: Any = yield from CODERS[base](unit, parts[0][1], shared)
-    for tag, part in parts[1:]:
-        require(tag in LAYERS, f"there is no layer {tag}")
-        matrix = yield from LAYERS[tag](unit, part, shared, matrix)
-    return finite(matrix)
+    require(all(tag in LAYERS for tag, _ in parts[1:]), "there is no such layer")
+    matrix = yield from CODERS[base](unit, parts[0][1], shared)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: Array = np.array(matrix, np.float32, order="C")
+        for tag, part in parts[1:]:
+            values = LAYERS[tag](part, values)
+    return finite(values)
 
 
 CODERS[5] = stack

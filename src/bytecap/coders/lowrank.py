@@ -1,0 +1,91 @@
+"""`lowrank`: a residual of low rank, added to what the base decoded. A layer; see `stack`.
+
+`w[i, j] = w[i, j] + (scale[r] * left[r, i]) * right[r, j]` for one rank `r` after the other, float32 throughout.
+Factors are signed integers of `bits` bits, left (rank, rows) and right (rank, cols); one f32 scale a rank is enough,
+since only the product of both factors' scales matters.
+
+Layer (format.md, 6.10): rank u8 | bits u8 (2 to 8) | packing u8 (0 bits, 1 brotli) | scales | factors.
+Bytes: 3 + 4 rank + rank (rows + cols) bits / 8.
+
+Sources: LQER (arXiv:2402.02446), CALDERA (arXiv:2405.18886). Omitted: an entropy-coded stream of the factors: they
+are dense around zero, and brotli already takes what their peaks leave.
+
+>>> from bytecap.coders import Shared, run
+>>> data = CODER.encode(np.array([[1, 2]]), np.array([[3, 0, -4]]), np.array([0.5], np.float32), 4)
+>>> run([CODER.apply(data, np.zeros((2, 3), np.float32), Shared())])[0].tolist()
+[[1.5, 0.0, -2.0], [3.0, 0.0, -4.0]]
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.coders import Decoding, FloatArray, Shared
+from bytecap.coders.parts import Kinds, pack, pack_bits, take, unpack, unpack_bits
+from bytecap.errors import CorruptError
+
+MAX_RANK = 255
+_HEAD = 3
+
+
+class LowRank:
+    """Reader and writer of `lowrank` layers."""
+
+    id: ClassVar[str] = "lowrank"
+    tag: ClassVar[int] = 35
+
+    def encode(
+        self,
+        left: npt.NDArray[np.integer[Any]],
+        right: npt.NDArray[np.integer[Any]],
+        scales: FloatArray,
+        bits: int,
+    ) -> bytes:
+        """Bytes of a layer: codes (rank, rows) and (rank, cols) of `bits` bits, scales (rank,)."""
+        codes = np.concatenate([left, right], axis=1).reshape(-1)  # rank after rank
+        if not 2 <= bits <= 8 or np.abs(2 * codes.astype(np.int64) + 1).max(initial=0) >= 1 << bits:
+            raise ValueError(f"codes do not fit {bits} bits")
+        plain = pack_bits(codes + (1 << (bits - 1)), bits)
+        packing, body = pack(codes.astype(np.int8).tobytes())
+        packing, body = (1, body) if packing and len(body) < len(plain) else (0, plain)
+        return bytes([len(scales), bits, packing]) + scales.astype("<f4").tobytes() + body
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> Kinds:
+        """Header, scales and factors."""
+        del dtype
+        rank, bits, packing = take(data, 0, _HEAD)
+        if not 1 <= rank <= min(shape) or not 2 <= bits <= 8 or packing > 1:
+            raise CorruptError(f"a lowrank layer declares rank {rank}, {bits} bits, packing {packing} for {shape}")
+        take(data, _HEAD, 4 * rank)
+        return (("header", _HEAD), ("side", 4 * rank), ("payload", len(data) - _HEAD - 4 * rank))
+
+    def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
+        """Add the residual."""
+        del shared
+        yield from ()
+        rows, cols = base.shape
+        _, (_, side), _ = self.kinds(data, (rows, cols), "F32")
+        rank, bits, packing = data[:_HEAD]
+        scales = np.frombuffer(data, "<f4", rank, _HEAD).astype(np.float32)
+        if not np.isfinite(scales).all():
+            raise CorruptError("a lowrank layer holds a scale that is not finite")
+        body, count, half = data[_HEAD + side :], rank * (rows + cols), 1 << (bits - 1)
+        if packing:
+            codes = np.frombuffer(unpack(1, body, count), np.int8).astype(np.int64)
+        else:
+            if len(body) != -(-count * bits // 8):
+                raise CorruptError(f"a lowrank layer has {len(body)} bytes for {count} codes of {bits} bits")
+            codes = unpack_bits(body, count, bits) - half
+        if codes.min(initial=0) < -half or codes.max(initial=0) >= half:
+            raise CorruptError(f"a lowrank layer holds a code of more than {bits} bits")
+        factors = codes.reshape(rank, rows + cols).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for scale, factor in zip(scales, factors, strict=True):
+                base += np.multiply.outer(scale * factor[:rows], factor[rows:])
+        return base
+
+
+CODER = LowRank()
