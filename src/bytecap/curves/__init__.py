@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 AMOUNTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 TOP = 0.1  # most bytes a path is given, as a share of the base
-TOKENS, EVALUATION_TOKENS, POINT_TOKENS, POINTS = 32_768, 8_192, 4_096, 72
+TOKENS, EVALUATION_TOKENS, POINT_TOKENS, POINTS = 32_768, 8_192, 4_096, 64
 
 Offers = dict[str, dict[str, list[Offer]]]
 
@@ -97,8 +97,8 @@ def byte_returns(
     cache = _store(store, directory)
     ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
     found = _curves(ground, names, _some(sets.correction, point_tokens), points, cache)
-    found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed} | found
-    found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key} | found["base"]
+    found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
+    found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
     if directory is not None:
         _write(found, directory, reporter)
     return found
@@ -203,10 +203,9 @@ def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
     taken: list[Offer] = []
     order = sorted(cells)
     while len(taken) < points and any(cells.values()):
-        for key in order:
-            if cells[key]:
-                taken.append(cells[key].pop())
-    return taken
+        rng.shuffle(order)
+        taken += [cells[key].pop() for key in order if cells[key]]
+    return taken[: max(points, len(cells))]
 
 
 def _path(

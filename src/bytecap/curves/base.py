@@ -54,19 +54,27 @@ class Rounded:
 
 
 class Base(Protocol):
-    """A settled coding of all matrices.
+    """A settled coding of all matrices."""
 
-    Attributes:
-        problems: by unit name.
-        shared: what decoding needs.
-        kappa: correction factor of every unit's predicted distortion.
-        units: every unit at the operating point.
-    """
+    @property
+    def problems(self) -> Mapping[str, Problem]:
+        """By unit name."""
+        ...
 
-    problems: Mapping[str, Problem]
-    shared: Shared
-    kappa: Mapping[str, float]
-    units: Mapping[str, Rounded]
+    @property
+    def shared(self) -> Shared:
+        """What decoding needs."""
+        ...
+
+    @property
+    def kappa(self) -> Mapping[str, float]:
+        """Correction factor of every unit's predicted distortion."""
+        ...
+
+    @property
+    def units(self) -> Mapping[str, Rounded]:
+        """Every unit at the operating point."""
+        ...
 
     def round(self, problems: Sequence[Problem], finer: float) -> list[Rounded]:
         """Code problems at `2^-finer` times their units' steps."""

@@ -25,6 +25,7 @@ from bytecap.store import Store, digest
 
 STEP = "step"
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
+_RUNGS = 8  # settings of one path on one unit
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,11 @@ def known(names: Sequence[str] | None) -> list[str]:
 
 
 def ladder(path: str, problem: Problem) -> Sequence[Any]:
-    """Settings of a path on a problem, cheapest first."""
-    return STEPS if path == STEP else paths()[path].settings(problem)
+    """Settings of a path on a problem, cheapest first; long ladders are thinned evenly, their ends kept."""
+    every = STEPS if path == STEP else paths()[path].settings(problem)
+    if len(every) <= _RUNGS:
+        return every
+    return [every[round(i * (len(every) - 1) / (_RUNGS - 1))] for i in range(_RUNGS)]
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
@@ -122,23 +126,42 @@ def offers(ground: Ground, path: str, store: Store, advance: Advance) -> dict[st
         else:
             found[name] = [Offer(**o) for o in kept]
             advance(1)
+    found |= _promises(base, path, missing, advance)
     for name in missing:
-        problem = base.problems[name]
-        whole = problem.distortion(base.units[name].values)
-        found[name] = [_offer(base, path, name, i, setting, whole) for i, setting in enumerate(ladder(path, problem))]
         store.put(keys[name], [asdict(o) for o in found[name]])
-        advance(1)
     return {n: found[n] for n in base.problems}
 
 
-def _offer(base: Base, path: str, name: str, index: int, setting: Any, whole: float) -> Offer:
-    rounded, applied = _try(base, path, {name: setting})[name]
-    problem, growth = base.problems[name], rounded.estimate - base.units[name].estimate
+def _promises(base: Base, path: str, names: Sequence[str], advance: Advance) -> dict[str, list[Offer]]:
+    """Offers of units, one amount after the other: equally shaped units are coded together."""
+    rungs = {n: ladder(path, base.problems[n]) for n in names}
+    whole = {n: base.problems[n].distortion(base.units[n].values) for n in names}
+    found: dict[str, list[Offer]] = {n: [] for n in names}
+    longest = max((len(r) for r in rungs.values()), default=0)
+    for index in range(longest):
+        wanted = {n: r[index] for n, r in rungs.items() if index < len(r)}
+        for name, (rounded, applied) in _try(base, path, wanted).items():
+            found[name].append(_offer(base, path, name, index, wanted[name], rounded, applied, whole[name]))
+        advance(len(names) / longest)
+    return found
+
+
+def _offer(
+    base: Base,
+    path: str,
+    name: str,
+    index: int,
+    setting: Any,
+    rounded: Rounded,
+    applied: Applied | None,
+    whole: float,
+) -> Offer:
+    growth = rounded.estimate - base.units[name].estimate
     values, side, share = rounded.values, 0, 1.0
     if applied is not None:
         growth += 2 + len(leb(round(rounded.estimate))) + 1 + len(leb(len(applied.data))) + len(applied.data)
         values, side, share = applied.values, applied.side, applied.share
-    gain = base.kappa.get(name, 1.0) * (whole - problem.distortion(values))
+    gain = base.kappa.get(name, 1.0) * (whole - base.problems[name].distortion(values))
     return Offer(path, name, index, _words(path, setting), float(growth), gain, side, float(share))
 
 

@@ -47,22 +47,21 @@ def page(found: Mapping[str, Any]) -> str:
     base = found["base"]
     styles = {name: i for i, name in enumerate(found["paths"])}
     legend = "".join(key(i, n) for n, i in styles.items()) + key(-1, "lambda")
+    title = f"Byte returns of {escape(str(found['model']))} at {found['budget_bytes']:,} bytes"
     parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>Byte returns of {escape(str(found["model"]))}</title>'
-        f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Byte returns of {escape(str(found['model']))} at {found['budget_bytes']:,} bytes</h1>",
-        f"<p>Base <b>{escape(base['name'])}</b>: {base['bytes']:,} bytes of matrices, KL to the original "
-        f"{base['kl_nats']:.4f} ± {base['kl_stderr'] or 0:.4f} nats per token, {base['bpb']:.4f} bits per byte (original "
-        f"{base['bpb_original']:.4f}). The lambda line is what the same base buys by finer steps: "
-        f"{found['lambda']['nats_per_byte'] or 0:.2e} nats per byte.</p>",
-        f"<p>{legend}</p>",
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
+        f"<p>Base <b>{escape(base['name'])}</b>: {base['bytes']:,} bytes of matrices, KL to the original",
+        f"{base['kl_nats']:.4f} ± {base['kl_stderr'] or 0:.4f} nats per token, {base['bpb']:.4f} bits per byte",
+        f"(original {base['bpb_original']:.4f}). The lambda line is what the same base buys by finer steps:",
+        f"{found['lambda']['nats_per_byte'] or 0:.2e} nats per byte.</p><p>{legend}</p>",
         _whole(found, styles, "kl_recovered", "kl_stderr", "KL recovered, nats per token"),
         _whole(found, styles, "loss_recovered", "loss_stderr", "loss recovered, nats per token"),
         _agreement(found, styles),
         *(_path(n, p, styles[n], found["lambda"]) for n, p in found["paths"].items()),
-        '<p class="dim">Every measured point is decoded from real sections. Whiskers are one standard error, paired '
-        "with the base on the same tokens.</p></body></html>",
+        '<p class="dim">Every measured point is decoded from real sections. Whiskers are one standard error,',
+        "paired with the base on the same tokens.</p></body></html>",
     ]
     return "\n".join(parts) + "\n"
 

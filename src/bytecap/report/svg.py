@@ -71,8 +71,10 @@ def chart(series: Sequence[Series], title: str, across: str, up: str, *, width: 
     Args:
         series: lines, drawn in order.
         title: what it shows.
-        across, up: axis labels.
-        width, height: in pixels.
+        across: label of the horizontal axis.
+        up: label of the vertical axis.
+        width: in pixels.
+        height: in pixels.
     """
     points = [p for s in series for p in s.points]
     xs = ticks(min([0.0, *(p[0] for p in points)]), max([1e-9, *(p[0] for p in points)]))
@@ -84,9 +86,8 @@ def chart(series: Sequence[Series], title: str, across: str, up: str, *, width: 
             height - _BOTTOM - (y - ys[0]) / (ys[-1] - ys[0]) * (height - _TOP - _BOTTOM),
         )
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
-    ]
+    name, middle = escape(title), (height - _BOTTOM) / 2
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}"><title>{name}</title>']
     for x in xs:
         px, top, bottom = at(x, 0)[0], at(0, ys[-1])[1], at(0, ys[0])[1]
         parts.append(f'<line class="grid" x1="{px:.1f}" y1="{top:.1f}" x2="{px:.1f}" y2="{bottom:.1f}"/>')
@@ -96,9 +97,7 @@ def chart(series: Sequence[Series], title: str, across: str, up: str, *, width: 
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{py:.1f}" x2="{width - _RIGHT}" y2="{py:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     parts.append(f'<text x="{(width + _LEFT) / 2:.0f}" y="{height - 8}" text-anchor="middle">{escape(across)}</text>')
-    parts.append(
-        f'<text transform="translate(14 {(height - _BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(up)}</text>'
-    )
+    parts.append(f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(up)}</text>')
     for s in series:
         parts += _draw(s, [(*at(x, y), abs(at(x, y + e)[1] - at(x, y)[1])) for x, y, e in s.points])
     return "\n".join([*parts, "</svg>"])

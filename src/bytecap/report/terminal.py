@@ -106,31 +106,29 @@ def print_scores(scores: Sequence[Score]) -> None:
 
 
 def print_curves(found: dict[str, Any]) -> None:
-    """What the best amount of every path bought, against finer steps."""
+    """What every amount of every path bought, against finer steps."""
     console = Console()
-    base = found["base"]
+    base, slope = found["base"], found["lambda"]["nats_per_byte"] or math.nan
     console.print(
-        f"base {base['name']}: {base['bytes']:,} bytes of matrices, KL {base['kl_nats']:.4f} nats per token, "
-        f"{base['bpb']:.4f} bits per byte; finer steps buy {found['lambda']['nats_per_byte'] or math.nan:.2e} nats per byte",
-        highlight=False,
-    )
+        f"base {base['name']}: {format_size(base['bytes'])} of matrices, KL {base['kl_nats']:.4f} nats per token, "
+        f"{base['bpb']:.4f} bits per byte; finer steps buy {slope:.2e} nats per byte", highlight=False,
+    )  # fmt: skip
     table = Table(box=None, pad_edge=False)
-    for title in ("path", "bytes", "side", "weights", "KL recovered", "nats/byte", "bpb per kB", "90% at", "rank", ""):
-        table.add_column(title, justify="left" if title in {"path", ""} else "right")
+    for title in ("path", "bytes", "side", "weights", "KL recovered", "±", "nats/byte", "bpb/kB"):
+        table.add_column(title, justify="left" if title == "path" else "right", no_wrap=True)
     for name, path in found["paths"].items():
-        verdict = sentence(path).partition(" (")[0]
         for i, p in enumerate(path["whole"]):
-            last = i + 1 == len(path["whole"])
             table.add_row(
-                name if i == 0 else "", f"{p['bytes']:,}", f"{p['side_bytes']:,}", f"{100 * p['weights_share']:.1f}%",
-                f"{p['kl_recovered']:.5f} ± {p['kl_stderr']:.5f}", f"{p['nats_per_byte'] or math.nan:.2e}",
-                f"{p['bpb_per_kb'] or math.nan:.2e}",
-                f"{path['ninety_percent_bytes'] or math.nan:,.0f}" if last else "",
-                f"{path['agreement']['spearman']:.2f}" if last else "", verdict if last else "",
+                "" if i else name, f"{p['bytes']:,}", f"{p['side_bytes']:,}", f"{100 * p['weights_share']:.2f}%",
+                f"{p['kl_recovered']:.5f}", f"{p['kl_stderr'] or math.nan:.5f}",
+                f"{p['nats_per_byte'] or math.nan:.1e}", f"{p['bpb_per_kb'] or math.nan:.1e}",
             )  # fmt: skip
-        if not path["whole"]:
-            table.add_row(name, *[""] * 8, verdict)
     console.print(table, highlight=False)
+    for name, path in found["paths"].items():
+        extra = ""
+        if path["ninety_percent_bytes"] is not None:
+            extra = f"; 90% of its gain within {path['ninety_percent_bytes']:,.0f} bytes"
+        console.print(f"[bold]{name}[/bold]: {sentence(path)}{extra}", highlight=False)
     ranks = found["agreement"]
     console.print(
         f"single units: rank correlation of predicted and measured gain {ranks['spearman'] or math.nan:.3f} over "
