@@ -20,6 +20,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 
+import golden_layers
 from bytecap import artifact, sidefiles
 from bytecap.artifact import FILE, INDEX, PADDING, UNIT, Contents, FileSection
 from bytecap.coders import leb
@@ -150,7 +151,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    return dict([*_grids(), *_others(), *_bare()])
+    return dict([*_grids(), *_others(), *_bare(), *golden_layers.valid()])
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -330,7 +331,9 @@ def _coders() -> Iterator[tuple[str, bytes]]:
 def invalid() -> dict[str, tuple[bytes, str]]:
     """Broken artifacts and the name of the error each must raise, by name."""
     found = {name: (data, error) for name, data, error in _containers()}
-    parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (_indexes, _streams, _tables, _coders)
+    parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (
+        _indexes, _streams, _tables, _coders, golden_layers.invalid,
+    )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
     return found

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bytecap import artifact
-from bytecap.coders import registry
+from bytecap.coders import layers, registry
+from bytecap.coders.stack import CODER as STACK
 from bytecap.decode import decode_units
 from bytecap.ledger import KINDS, total
 
@@ -21,8 +22,17 @@ def test_every_coder_has_a_golden() -> None:
     assert used == set(registry())
 
 
+def test_every_layer_has_goldens_over_two_bases() -> None:
+    bases: dict[int, set[int]] = {tag: set() for tag in layers()}
+    for u in (u for path in GOLDENS for u in artifact.read(path).units if u.tag == STACK.tag):
+        (base, _, _), *stacked = STACK._parse(u.data)
+        for tag, _, _ in stacked:
+            bases[tag].add(base)
+    assert all(len(over) >= 2 for over in bases.values())
+
+
 def test_ids_and_tags_are_unique() -> None:
-    coders = registry()
+    coders = registry() | layers()
     assert len({c.id for c in coders.values()}) == len(coders)
     assert all(tag == c.tag for tag, c in coders.items())
 
@@ -33,7 +43,7 @@ def test_sections_are_fully_owned_and_decode_to_their_shape(path: Path) -> None:
     for u in contents.units:
         kinds = registry()[u.tag].kinds(u.data, u.unit.matrix_shape, u.unit.dtype)
         assert sum(n for _, n in kinds) == len(u.data)
-        assert {k for k, _ in kinds} <= set(KINDS)
+        assert {k.rpartition(" ")[2] for k, _ in kinds} <= set(KINDS)
     assert total(artifact.ledger(contents)) == path.stat().st_size
     values = decode_units(contents, aliases=False)
     assert {n: v.shape for n, v in values.items()} == {u.unit.name: u.unit.shape for u in contents.units}

@@ -256,6 +256,11 @@ DAMAGED = [
     "one_element",
     "empty_tensors",
     "tied",
+    "stack",
+    "layer_columns",
+    "layer_lowrank",
+    "layer_groups",
+    "layer_channels",
 ]
 
 

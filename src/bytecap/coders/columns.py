@@ -20,7 +20,7 @@ values scaled to their largest take nearly all of their eight bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,12 @@ from bytecap.coders import Decoding, FloatArray, Shared
 from bytecap.coders.parts import Kinds, read_positions, read_values, split_values, write_positions, write_values
 
 
-class Lines:
-    """Reader and writer of `columns` (axis 1) and `rows` (axis 0) layers."""
+class Columns:
+    """Reader and writer of `columns` layers; `axis` 0 makes it rows."""
 
-    def __init__(self, name: str, tag: int, axis: int) -> None:
-        self.id, self.tag, self.axis = name, tag, axis
+    id: ClassVar[str] = "columns"
+    tag: ClassVar[int] = 32
+    axis: ClassVar[int] = 1
 
     def encode(
         self,
@@ -72,4 +73,4 @@ class Lines:
         return base
 
 
-CODER = Lines("columns", 32, 1)
+CODER = Columns()

@@ -45,8 +45,8 @@ class LowRank:
         bits: int,
     ) -> bytes:
         """Bytes of a layer: codes (rank, rows) and (rank, cols) of `bits` bits, scales (rank,)."""
-        codes = np.concatenate([left, right], axis=1).reshape(-1)  # rank after rank
-        if not 2 <= bits <= 8 or np.abs(2 * codes.astype(np.int64) + 1).max(initial=0) >= 1 << bits:
+        codes = np.concatenate([left, right], axis=1).reshape(-1).astype(np.int64)  # rank after rank
+        if not 2 <= bits <= 8 or np.abs(2 * codes + 1).max(initial=0) >= 1 << bits:
             raise ValueError(f"codes do not fit {bits} bits")
         plain = pack_bits(codes + (1 << (bits - 1)), bits)
         packing, body = pack(codes.astype(np.int8).tobytes())

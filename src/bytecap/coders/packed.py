@@ -88,14 +88,14 @@ def expand_brotli(data: bytes, size: int) -> bytes:
         while chunk:  # an unfinished machine may accept input and still hold output: ask until none comes
             out += chunk
             if len(out) > size:
-                raise CorruptError(f"a packed section expands beyond the {size} bytes of its codes")
+                raise CorruptError(f"packed data expands beyond the {size} bytes that it should hold")
             if machine.is_finished():
                 break
             chunk = machine.process(b"", output_buffer_limit=_STEP)
     except brotli.error as exc:
-        raise CorruptError(f"a packed section is not valid brotli: {exc}") from exc
+        raise CorruptError(f"packed data is not valid brotli: {exc}") from exc
     if not machine.is_finished() or len(out) != size:
-        raise CorruptError(f"a packed section expands to {len(out)} bytes, its codes need {size}")
+        raise CorruptError(f"packed data expands to {len(out)} bytes, not to {size}")
     return bytes(out)
 
 

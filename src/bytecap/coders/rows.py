@@ -14,8 +14,19 @@ positions + 2 + k (2 + cols) with i8. The class is that of `columns`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np  # noqa: F401, for the example
 
-from bytecap.coders.columns import Lines
+from bytecap.coders.columns import Columns
 
-CODER = Lines("rows", 33, 0)
+
+class Rows(Columns):
+    """Reader and writer of `rows` layers."""
+
+    id: ClassVar[str] = "rows"
+    tag: ClassVar[int] = 33
+    axis: ClassVar[int] = 0
+
+
+CODER = Rows()

@@ -43,7 +43,7 @@ def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     lines = by_unit(entries)
     for line in lines[:most]:
-        side = line.kinds.get("side", 0) + line.kinds.get("header", 0)
+        side = sum(n for kind, n in line.kinds.items() if kind.rpartition(" ")[2] in {"header", "index", "side"})
         bits = f"{8 * line.bytes / line.parameters:.3f}" if line.parameters else ""
         share = f"{100 * side / line.bytes:.2f}%" if line.parameters and line.bytes else ""
         table.add_row(line.unit, f"{line.bytes:,}", f"{100 * line.bytes / size:.2f}%", bits, share)

@@ -1,0 +1,47 @@
+"""Protected rows: whole output rows kept as f16 or i8, the base spends nothing on them.
+
+Rows do not touch each other in the metric, so the best value of a protected row is the row itself, and its worth is
+exactly the distortion that the base leaves in it. For the base its weights are 0 and its importance is next to none.
+The layer is `bytecap.coders.rows`.
+
+Omitted: error feedback along a row of i8 values. Its error is 2^-16 of the row's energy before any feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bytecap.coders.rows import CODER
+from bytecap.paths import Applied, Problem
+from bytecap.paths.protect import Amount, Score, apply, ladder, row_scores, store, without_rows
+
+_MOST = 8  # one in so many rows at most
+
+
+class Rows:
+    """The path; a setting is an `Amount`."""
+
+    id: ClassVar[str] = "rows"
+
+    def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
+        """Powers of two up to an eighth of the rows; `base` (rows, cols) are values to rank by, if known."""
+        worth = row_scores(problem, base, score)
+        return list(ladder(worth.argsort(descending=True, stable=True), problem.weight.shape[0] // _MOST))
+
+    def before(self, problem: Problem, setting: Amount) -> Problem:
+        """Zeros in place of the protected rows."""
+        return without_rows(problem, setting.index)
+
+    def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
+        """The protected rows."""
+        index = setting.index
+        stored = store(problem.weight[torch.from_numpy(index)], setting.bits)
+        rows = problem.weight.shape[0]
+        return apply(CODER, CODER.encode(index, stored.values, rows, stored.scales), base, len(index) / rows)
+
+
+PATH = Rows()
