@@ -2,7 +2,7 @@
 
 Every path starts from the same base (`bytecap.curves.base`), promises bytes and nats for every unit
 (`curves.trial`), is given amounts of bytes to spend over the whole model (`curves.choose`), and is measured on real
-sections that were decoded again (`curves.measure`). Finer steps of whole tensors are the yardstick.
+sections that were decoded again (`curves.points`). Finer steps of whole tensors are the yardstick.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap import artifact, memory
 from bytecap.curves.choose import hull, most, spend
-from bytecap.curves.ground import Ground, lay, make_job
-from bytecap.curves.measure import Measured, Pick, at_base, measure
+from bytecap.curves.ground import Ground, check_base, lay, make_job
+from bytecap.curves.points import Measured, Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, ninety, point, verdict, yardstick
 from bytecap.curves.trial import STEP, Offer, known, offers
 from bytecap.errors import OutputError
@@ -88,7 +88,7 @@ def byte_returns(
 
     reporter = reporter or Silent()
     memory.one_arena()
-    names, limit, target = known(paths), parse_size(budget), choose_device(device)
+    base, names, limit, target = check_base(base), known(paths), parse_size(budget), choose_device(device)
     directory = _directory(output)
     loaded = model if isinstance(model, Model) else load_model(model)
     sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,

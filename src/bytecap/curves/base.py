@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,7 +119,9 @@ class GridBase:
         steps = {p.unit.name: max(self.steps[p.unit.name] * 2.0**-finer, finest_step(p)) for p in items}
         coded, _ = round_units(items, steps, self.planner.shrink, self.planner.options)
         return [
-            Rounded(c.code, torch.from_numpy(decode_grid(c.code, self.shared)), rate(c, self.shared))
+            Rounded(
+                c.code, torch.from_numpy(np.ascontiguousarray(decode_grid(c.code, self.shared))), rate(c, self.shared)
+            )
             for c in (coded[p.unit.name] for p in items)
         ]
 

@@ -58,6 +58,13 @@ class Ground:
         return sum(len(s.data) for s in self.sections.values())
 
 
+def check_base(name: str) -> str:
+    """The name of a base, if it is one."""
+    if name not in BASES:
+        raise UsageError(f"unknown base {name!r}: use {' or '.join(BASES)}")
+    return name
+
+
 def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Any) -> Job:
     """A job as `fit` would work on; refuses budgets at which there is nothing to recover."""
     files = pipeline.side_files(model)
@@ -89,11 +96,8 @@ def lay(job: Job, base: str, store: Store) -> Ground:
         store: where statistics and operating points are kept.
 
     Raises:
-        UsageError: unknown base.
         BudgetError: the base cannot get below the budget.
     """
-    if base not in BASES:
-        raise UsageError(f"unknown base {base!r}: use {' or '.join(BASES)}")
     options = Options()
     key = digest(library(), model_key(job.model), windows_key(job.sets.statistics), job.seed)
     found = _statistics(job, options, store, key)

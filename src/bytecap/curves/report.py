@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.curves.measure import Measured
+from bytecap.curves.points import Measured
 from bytecap.curves.ranks import ceiling, spearman
 from bytecap.curves.trial import STEP, Offer
 from bytecap.model.evaluate import ByWindow, ratio_stderr
