@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap import artifact, memory
 from bytecap.curves.choose import hull, most, spend
-from bytecap.curves.ground import Ground, check_base, lay, make_job
+from bytecap.curves.ground import Ground, check_base, lay, make_job, some
 from bytecap.curves.points import Measured, Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, ninety, point, verdict, yardstick
 from bytecap.curves.trial import STEP, Offer, known, offers
@@ -96,7 +96,7 @@ def byte_returns(
     loaded.module.to(target)
     cache = _store(store, directory)
     ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
-    found = _curves(ground, names, _some(sets.correction, point_tokens), points, cache)
+    found = _curves(ground, names, some(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
     found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
     if directory is not None:
@@ -121,15 +121,6 @@ def _store(store: Path | str | None, directory: Path | None) -> Store:
     if directory is not None:
         return Store(directory / "store")
     return Store(None)
-
-
-def _some(windows: Sequence[Window], tokens: int) -> list[Window]:
-    taken: list[Window] = []
-    for w in windows:
-        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
-            break
-        taken.append(w)
-    return taken
 
 
 def _write(found: Mapping[str, Any], directory: Path, reporter: Reporter) -> None:

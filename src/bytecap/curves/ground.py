@@ -5,6 +5,8 @@ Statistics and operating points are kept in the store, so that a second budget r
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +19,14 @@ from torch import nn
 from bytecap import memory, pipeline
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.coders.rounding import Shrink
+from bytecap.correct import Factor, shrunk
 from bytecap.curves.base import Base, GolfBase, GridBase, golf_k, problem_of
 from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Section
 from bytecap.methods.default import planned, statistics
 from bytecap.model.checkpoint import Model, linear_weights
+from bytecap.model.evaluate import kl_each
 from bytecap.model.probe import Statistics, Use
 from bytecap.model.text import TokenSets, Window
 from bytecap.store import Store, digest, library
@@ -32,6 +36,7 @@ from bytecap.tables import dump_shared, load_shared
 
 BASES = ("grid", "golf")
 Array = npt.NDArray[Any]
+_FACTOR_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,38 @@ def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str)
         if room <= 0:
             raise BudgetError(f"golf needs {job.budget - room:,} bytes without any matrix", job.budget - room)
         with job.reporter.step("search", 1):
-            kept = {"k": golf_k(problems, tables, room)}
+            k = golf_k(problems, tables, room)
+            kept = {"k": k, "kappa": _factors(job, GolfBase(problems, tables, k, ones))}
         store.put(digest(key, "k"), kept)
-    return GolfBase(problems, tables, kept["k"], ones), {}
+    return GolfBase(problems, tables, kept["k"], kept["kappa"]), {}
+
+
+def _factors(job: Job, base: Base) -> dict[str, float]:
+    """Correction factor of every unit of a base, one role at a time; see `bytecap.correct`."""
+    roles: dict[str, list[str]] = {}
+    for name in base.problems:
+        roles.setdefault(re.sub("[0-9]+", "#", name), []).append(name)
+    values = {
+        role: {n: from_matrix(base.problems[n].unit, base.units[n].values.numpy()) for n in names}
+        for role, names in roles.items()
+    }
+    module = job.model.module
+    measured = kl_each(module, twin_of(module), values, some(job.sets.correction, _FACTOR_TOKENS), device=job.device)
+    found: dict[str, Factor] = {}
+    for role, names in roles.items():
+        predicted = max(sum(base.problems[n].distortion(base.units[n].values) for n in names), 1e-12)
+        kl, error = measured[role]
+        found |= dict.fromkeys(
+            names, Factor(kl / predicted, error / predicted if math.isfinite(error) else kl / predicted)
+        )
+    return shrunk(found)
+
+
+def some(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """The first windows with at least so many predicted tokens together, or all."""
+    taken: list[Window] = []
+    for w in windows:
+        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
+            break
+        taken.append(w)
+    return taken
