@@ -177,7 +177,8 @@ def _bad_stacks() -> Iterator[tuple[str, bytes]]:
     yield "stack_left_over", file(good + b"\x00")
     yield "stack_long_base", file(good[:2] + leb(2**60) + good[3:])
     most = (36, GROUPS.encode(np.full((2, 1), 127, np.int8), 3))
-    yield "stack_overflow", file(STACK.encode(constant(1.0), [most] * 17))
+    yield "stack_overflow", file(STACK.encode(constant(4.0), [most] * 16))
+    yield "stack_many_layers", file(STACK.encode(base, [rows] * 17))
     nan = exact(np.full(shape, np.nan, np.float32), "F32")
     yield "stack_nan", file(STACK.encode((3, nan), [rows]))
 

@@ -6,6 +6,7 @@ with large gradients. `w[rows[c]] = value[c]`, shapes (rows, cols), (k,) and (k,
 Layer (format.md, 6.8): positions of the rows | values, row after row. Bytes: positions + 2 + 2 k cols, or
 positions + 2 + k (2 + cols) with i8. The class is that of `columns`.
 
+>>> import numpy as np
 >>> from bytecap.coders import Shared, run
 >>> data = CODER.encode(np.array([1]), np.array([[2, -4, 6]], np.int8), 2, np.array([0.5], np.float16))
 >>> run([CODER.apply(data, np.zeros((2, 3), np.float32), Shared())])[0].tolist()
@@ -15,8 +16,6 @@ positions + 2 + k (2 + cols) with i8. The class is that of `columns`.
 from __future__ import annotations
 
 from typing import ClassVar
-
-import numpy as np  # noqa: F401, for the example
 
 from bytecap.coders.columns import Columns
 

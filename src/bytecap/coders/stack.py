@@ -17,6 +17,8 @@ import numpy as np
 from bytecap.coders import Decoding, Shared, coder, layer, leb, read_leb
 from bytecap.errors import CorruptError
 
+MAX_LAYERS = 16  # a few bytes of layer may ask for long work
+
 
 class Stack:
     """Reader and writer of `stack` sections."""
@@ -36,8 +38,8 @@ class Stack:
         if len(data) < 2:
             raise CorruptError(f"a stack of {len(data)} bytes is shorter than its header")
         tag, count, at = data[0], data[1], 2
-        if count == 0 or tag == self.tag:
-            raise CorruptError("a stack has no layer over its base, or is its own base")
+        if not 1 <= count <= MAX_LAYERS or tag == self.tag:
+            raise CorruptError(f"a stack has {count} layers over its base, or is its own base")
         parts = []
         start = 0
         for i in range(count + 1):

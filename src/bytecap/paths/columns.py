@@ -7,6 +7,15 @@ absorb the others' errors afterwards, E_S = -E_R H_RS H_SS^-1, so the base may m
 
 Source: OWQ (arXiv:2306.02272), which keeps f16 columns by its score and lets them absorb errors. Here the score may be
 measured, the values may be i8, and the base knows beforehand what will be absorbed.
+
+>>> from bytecap.core import Unit
+>>> loud = torch.eye(16).double()
+>>> loud[3, 3] = 100
+>>> problem = Problem(Unit("a", (2, 16), "F32"), torch.linspace(-1, 1, 32).view(2, 16), loud, torch.ones(2).double())
+>>> [(s.count, s.bits, s.index.tolist()) for s in PATH.settings(problem)][:2]
+[(1, 8, [3]), (1, 16, [3])]
+>>> PATH.after(problem, torch.zeros(2, 16), PATH.settings(problem)[1]).values[:, 2:5].tolist()
+[[0.0, -0.806640625, 0.0], [0.0, 0.225830078125, 0.0]]
 """
 
 from __future__ import annotations

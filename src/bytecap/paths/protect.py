@@ -9,6 +9,9 @@ What they become: the values that absorb the others' errors, in closed form, the
 later ones absorb what the earlier lost. What is fed back are values as decoded.
 
 Omitted: scores that change with what is already protected. One ranking serves a whole ladder.
+
+>>> round_vector(torch.tensor([1.0, -0.3]), 8)[0].tolist()
+[127, -38]
 """
 
 from __future__ import annotations

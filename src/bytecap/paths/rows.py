@@ -5,6 +5,12 @@ exactly the distortion that the base leaves in it. For the base its weights are 
 The layer is `bytecap.coders.rows`.
 
 Omitted: error feedback along a row of i8 values. Its error is 2^-16 of the row's energy before any feedback.
+
+>>> from bytecap.core import Unit
+>>> rows = torch.ones(8).double()
+>>> problem = Problem(Unit("a", (8, 2), "F32"), torch.arange(16.0).view(8, 2), torch.eye(2).double(), rows)
+>>> [(s.count, s.bits, s.index.tolist()) for s in PATH.settings(problem, torch.zeros(8, 2))]
+[(1, 8, [7]), (1, 16, [7])]
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     """A base's matrix, changed by one layer after the other."""
     base, count = reader.fields("<BB")
+    require(1 <= count <= 16, f"a stack has {count} layers")
     parts: list[tuple[int, Reader]] = []
     for _ in range(count + 1):
         tag = base if not parts else reader.fields("<B")[0]
         parts.append((tag, Reader(reader.take(reader.leb()))))
-    require(count >= 1 and not reader.rest(), "a stack has no layer, or bytes behind the last one")
+    require(not reader.rest(), "a stack has bytes behind the last layer")
     require(base in CODERS and base != 5, f"coder {base} is no base of a stack")
     require(all(tag in LAYERS for tag, _ in parts[1:]), "there is no such layer")
     matrix = yield from CODERS[base](unit, parts[0][1], shared)
