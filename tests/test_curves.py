@@ -9,10 +9,12 @@ import pytest
 import bytecap
 from bytecap.curves import byte_returns, trial
 from bytecap.curves.choose import hull, most, spend
+from bytecap.curves.points import Measured
 from bytecap.curves.ranks import ceiling, spearman
-from bytecap.curves.report import ninety
+from bytecap.curves.report import ninety, verdict
 from bytecap.curves.trial import Offer
 from bytecap.errors import UsageError
+from bytecap.model.evaluate import ByWindow
 from bytecap.progress import Silent
 from bytecap.report.page import page
 from bytecap.report.svg import ticks
@@ -108,6 +110,30 @@ class TestRanks:
         tokens = np.ones(16)
         clean, noisy = (ceiling(signal + s * rng.normal(size=signal.shape), tokens, 0) for s in (0.01, 3.0))
         assert clean > 0.99 > noisy
+
+
+class TestVerdict:
+    def measured(self, spent, kl):
+        return Measured({"u": spent}, 0, 1.0, np.array(kl, float), np.zeros(4))
+
+    def judge(self, *path):
+        tokens = np.full(4, 10.0)
+        base = ByWindow(np.array([4.0, 5, 6, 5]), np.zeros(4), np.zeros(4), tokens, tokens)
+        steps = [self.measured(100, base.kl - [1.0, 1.1, 0.9, 1.0])]
+        return verdict("p", [self.measured(n, base.kl - gain) for n, gain in path], steps, base)
+
+    def test_a_lead_at_one_amount_is_enough(self):
+        found = self.judge((50, [0.5, 0.4, 0.6, 0.4]), (100, [2.0, 2.2, 1.9, 2.0]))
+        assert found["verdict"] == "earns"
+        assert found["advantage_bytes"] == 100
+        assert found["advantage_nats"] == pytest.approx((8.1 - 4.0) / 40)
+
+    def test_a_lag_without_a_lead_is_a_refusal(self):
+        assert self.judge((50, [0.6, 0.4, 0.5, 0.5]), (100, [0.1, 0.2, 0.0, 0.1]))["verdict"] == "does not earn"
+
+    def test_noise_is_no_difference(self):
+        assert self.judge((100, [3.0, -1.0, 2.0, 0.0]))["verdict"] == "no difference"
+        assert self.judge()["verdict"] == "not applicable"
 
 
 class TestPaths:

@@ -76,11 +76,12 @@ def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
 
 
 def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
-    """Whether a path recovers more than finer steps do for the same bytes, at its best amount.
+    """Whether a path recovers more than finer steps do for the same bytes, at any amount.
 
     Returns:
         `verdict` (`yardstick`, `earns`, `does not earn`, `no difference`, `not applicable`), `advantage_nats` over
-        finer steps at the same bytes, its paired standard error, and the bytes it was found at.
+        finer steps at the same bytes, its paired standard error, and the bytes it was found at: the clearest lead
+        if it earns, else the clearest lag.
     """
     if path == STEP:
         return {"verdict": "yardstick"}
@@ -88,11 +89,12 @@ def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], bas
     for m in whole:
         ahead = base.kl - m.kl - _at(m.bytes, steps, base)
         gain, error = float(ahead.sum() / base.tokens.sum()), ratio_stderr(ahead, base.tokens)
-        found.append((gain / error if error > 0 else math.copysign(math.inf, gain), gain, error, m.bytes))
+        found.append((gain / error if error > 0 else math.copysign(_SURE, gain), gain, error, m.bytes))
     if not found:
         return {"verdict": "not applicable"}
-    sure, gain, error, spent = max(found)
-    word = "earns" if sure > _SURE else "does not earn" if sure < -_SURE else "no difference"
+    best, worst = max(found), min(found)
+    word = "earns" if best[0] > _SURE else "does not earn" if worst[0] < -_SURE else "no difference"
+    _, gain, error, spent = best if word == "earns" else worst
     return {"verdict": word, "advantage_nats": gain, "advantage_stderr": error, "advantage_bytes": spent}
 
 
