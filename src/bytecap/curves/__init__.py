@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecap import artifact, memory
+from bytecap import artifact
 from bytecap.curves.choose import hull, most, spend
 from bytecap.curves.ground import Ground, check_base, lay, make_job, some
 from bytecap.curves.points import Measured, Pick, at_base, measure
@@ -62,7 +62,7 @@ def byte_returns(
     Args:
         model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
         budget: bytes, or text such as `3MB`.
-        output: directory for `curves.json` and `curves.html`; None writes neither.
+        output: directory for `curves.json` and `curves.html`, or None.
         base: `grid` (the default method's plan) or `golf`.
         paths: their names; all by default. `step`, the yardstick, is always measured.
         calibration: text files for statistics and single-unit points; the embedded text if None.
@@ -73,13 +73,12 @@ def byte_returns(
         evaluation_tokens: most tokens of whole-model points.
         point_tokens: most tokens of single-unit points.
         points: single-unit points to measure.
-        window: predicted tokens in a window.
+        window: predicted tokens in one.
         store: directory of measured points; `output`/store by default.
         reporter: told about progress.
 
     Raises:
-        UsageError: unknown path, base or device, or a budget that holds the model losslessly.
-        BudgetError: the budget cannot be met.
+        BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
     """
     from bytecap.model.checkpoint import Model, load_model
     from bytecap.pipeline import choose_device
@@ -87,21 +86,18 @@ def byte_returns(
     from bytecap.units import parse_size
 
     reporter = reporter or Silent()
-    memory.one_arena()
     base, names, limit, target = check_base(base), known(paths), parse_size(budget), choose_device(device)
     directory = _directory(output)
     loaded = model if isinstance(model, Model) else load_model(model)
     sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,
                      evaluation_tokens=evaluation_tokens, seed=seed, reporter=reporter)  # fmt: skip
     loaded.module.to(target)
-    cache = _store(store, directory)
+    cache = Store(Path(store) if store is not None else directory and directory / "store")
     ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
     found = _curves(ground, names, some(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
     found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
-    if directory is not None:
-        _write(found, directory, reporter)
-    return found
+    return _write(found, directory, reporter) if directory is not None else found
 
 
 def _directory(output: Path | str | None) -> Path | None:
@@ -115,15 +111,8 @@ def _directory(output: Path | str | None) -> Path | None:
     return Path(output)
 
 
-def _store(store: Path | str | None, directory: Path | None) -> Store:
-    if store is not None:
-        return Store(Path(store))
-    if directory is not None:
-        return Store(directory / "store")
-    return Store(None)
-
-
-def _write(found: Mapping[str, Any], directory: Path, reporter: Reporter) -> None:
+def _write(found: dict[str, Any], directory: Path, reporter: Reporter) -> dict[str, Any]:
+    """Write both files; returns what was found."""
     from bytecap.report.page import page
     from bytecap.report.plain import finite
 
@@ -131,6 +120,7 @@ def _write(found: Mapping[str, Any], directory: Path, reporter: Reporter) -> Non
     artifact.write_atomically((json.dumps(clean, indent=1, allow_nan=False) + "\n").encode(), directory / "curves.json")
     artifact.write_atomically(page(clean).encode(), directory / "curves.html")
     reporter.note(f"wrote {directory / 'curves.json'} and {directory / 'curves.html'}")
+    return found
 
 
 def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points: int, store: Store) -> dict[str, Any]:
