@@ -44,6 +44,7 @@ __all__ = [
     "TextError",
     "UsageError",
     "VersionError",
+    "byte_returns",
     "fit",
     "format_size",
     "load",
@@ -57,6 +58,13 @@ def fit(model: Any, budget: int | str, **options: Any) -> Artifact:
     from bytecap.pipeline import fit as run
 
     return run(model, budget, **options)
+
+
+def byte_returns(model: Any, budget: int | str, output: Path | str | None = None, **options: Any) -> dict[str, Any]:
+    """What a byte buys on every exception path; see `bytecap.curves.byte_returns` for every option."""
+    from bytecap.curves import byte_returns as run
+
+    return run(model, budget, output, **options)
 
 
 def load_model(path: Path | str) -> Any:

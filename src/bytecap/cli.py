@@ -16,6 +16,7 @@ import typer
 from bytecap.errors import BytecapError, OutputError
 from bytecap.methods import METHODS
 from bytecap.progress import Bars, Reporter, Silent
+from bytecap.report.plain import finite
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -32,16 +33,7 @@ def _reporter(quiet: bool) -> Reporter:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity become null: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value  # noqa: PLR0124
+    sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
 @app.command()
@@ -192,6 +184,38 @@ def generate(
         _print_json({"prompt": prompt, "text": text})
     else:
         typer.echo(prompt + text)
+
+
+@app.command()
+def curves(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
+    budget: Annotated[str, typer.Option("--budget", help="Budget whose operating point is the base.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    base: Annotated[str, typer.Option(help="grid or golf.")] = "grid",
+    paths: Annotated[list[str] | None, typer.Option("--paths", help="Paths, by comma or repeated; all.")] = None,
+    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
+    eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    device: _Device = "auto",
+    tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.", min=1)] = None,
+    store: Annotated[Path | None, typer.Option(help="Directory of measured points; DIR/store.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """What a byte buys on every exception path, at a budget's operating point."""
+    from bytecap.curves import EVALUATION_TOKENS, TOKENS, byte_returns
+    from bytecap.report.terminal import print_curves
+
+    names = [n.strip() for group in paths or () for n in group.split(",") if n.strip()] or None
+    found = byte_returns(
+        model, budget, output, base=base, paths=names, calibration=calib, evaluation=eval_, device=device, seed=seed,
+        tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS, store=store,
+        reporter=_reporter(as_json),
+    )  # fmt: skip
+    if as_json:
+        _print_json(found)
+    else:
+        print_curves(found)
 
 
 @app.command()

@@ -103,11 +103,11 @@ def fit(
     reporter.note(f"budget: {format_size(limit)}")
     run, target = methods.find(method), choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
-    files = _side_files(loaded, tokenizer=tokenizer, config=config)
+    files = side_files(loaded, tokenizer=tokenizer, config=config)
     about: dict[str, Any] = {"budget": limit, "method": method}
-    size = _sizer(loaded, files, about)
+    size = sizer(loaded, files, about)
     stored = _lossless(loaded, files, about, limit, reporter)
-    floor = _check_floor(loaded, size, limit)
+    floor = check_floor(loaded, size, limit)
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
         reporter=reporter)  # fmt: skip
@@ -153,14 +153,17 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _side_files(model: Model, *, tokenizer: bool, config: bool) -> tuple[FileSection, ...]:
+def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> tuple[FileSection, ...]:
+    """Config and tokenizer as they are stored."""
     kept = {n: d for n, d in model.files.items() if (tokenizer if artifact.is_tokenizer(n) else config)}
     return tuple(FileSection(n, sidefiles.pack(n, d)) for n, d in kept.items())
 
 
-def _sizer(
+def sizer(
     model: Model, files: tuple[FileSection, ...], about: dict[str, Any]
 ) -> Callable[[dict[str, Section], bytes], int]:
+    """File size as a function of sections and tables."""
+
     def size(sections: dict[str, Section], tables: bytes) -> int:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
         return len(artifact.serialize(Contents(units, tables, files, about)))
@@ -201,7 +204,7 @@ def _lossless(
     return contents
 
 
-def _check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int) -> int:
+def check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int) -> int:
     """The smallest reachable file; refuses a budget below it, naming who holds the floor."""
     sections = {u.name: Section(*methods.smallest_section(u)) for u in model.units}
     floor = size(sections, b"")

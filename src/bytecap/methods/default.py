@@ -25,7 +25,7 @@ from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.waterfill import Planner, State, VectorUnit
 from bytecap.model.evaluate import kl_each, kl_to
-from bytecap.model.probe import probe
+from bytecap.model.probe import Statistics, probe
 from bytecap.model.text import Window
 from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options, prepare
@@ -48,7 +48,7 @@ class _Work:
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
     options = Options(**job.options)
-    work = _prepare(job, options)
+    work = _prepare(job, options, statistics(job, options))
     planner = work.planner
     capacity = _capacity(job, work, _TABLES_GUESS)
     ones = dict.fromkeys(planner.names, 1.0)
@@ -83,6 +83,37 @@ def run(job: Job) -> Outcome:
     return _finish(job, work, multipliers, c_planned, planned, capacity, outcome, twin)
 
 
+def planned(
+    job: Job, options: Options, found: Statistics, known: Mapping[str, float] | None = None
+) -> tuple[Planner, State, dict[str, float]]:
+    """The allocated plan before drift targets, trimming and exception paths; uses up the statistics.
+
+    Args:
+        job: what to plan.
+        options: ingredients.
+        found: statistics of the job's tokens.
+        known: steps of an earlier call with the same arguments; spares the search, and leaves the factors out.
+
+    Returns:
+        The planner, its state a little below the budget, and every unit's correction factor.
+    """
+    work = _prepare(job, options, found)
+    planner = work.planner
+    ones = dict.fromkeys(planner.names, 1.0)
+    if known is not None:
+        return planner, State(dict(known), {}, planner.shared, {}, {}), ones
+    capacity = _capacity(job, work, _TABLES_GUESS)
+    with job.reporter.step("search", 1):
+        c, state = planner.search(ones, capacity, start=planner.first_step(capacity), tolerance=2e-3)
+        if state.rate > 1.02 * capacity:
+            _raise_floor(job, work, state)
+    kappa = _factors(job, planner, state, twin_of(job.model.module)) if options.correct else ones
+    with job.reporter.step("allocation", 1):
+        _, multipliers = _allocate(planner, state, kappa, capacity)
+        _, state = planner.search(multipliers, capacity, start=c, rounds=4, tolerance=2e-3)
+    return planner, state, kappa
+
+
 def _factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[str, float]:
     """Correction factor of every unit."""
     with job.reporter.step("correction factors", len(correct.roles(planner))) as advance:
@@ -101,8 +132,8 @@ def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> N
         )  # fmt: skip
 
 
-def _prepare(job: Job, options: Options) -> _Work:
-    """Statistics, factors of the Hessians, vectors, and units that are stored exactly."""
+def statistics(job: Job, options: Options) -> Statistics:
+    """What one pass over the statistics tokens finds."""
     model = job.model
     total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
     with job.reporter.step("statistics", total) as advance:
@@ -111,6 +142,12 @@ def _prepare(job: Job, options: Options) -> _Work:
             device=job.device, progress=advance,
         )  # fmt: skip
     memory.release()
+    return found
+
+
+def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
+    """Factors of the Hessians, vectors, and units that are stored exactly; uses up the statistics."""
+    model = job.model
     matrices, vectors, fixed = [], [], {}
     with job.reporter.step("factorisation", len(model.units)) as advance:
         for u in model.units:

@@ -180,7 +180,7 @@ def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:
 
 
 @dataclass
-class _Search:
+class Search:
     """All matrices of a model as functions of `k`.
 
     Attributes:
@@ -238,7 +238,7 @@ class _Search:
         return found
 
 
-def _bracket(search: _Search, room: int, report: Progress) -> tuple[dict[str, Measured], dict[str, Measured], float]:
+def _bracket(search: Search, room: int, report: Progress) -> tuple[dict[str, Measured], dict[str, Measured], float]:
     """Real codings that fit `room` bytes and that do not, at most 3% apart in `k`, and the finer `k`.
 
     The second is empty if the finest `k` fits.
@@ -299,7 +299,7 @@ def golf(
     fixed = sum(len(s.data) for s in sections.values())
     matrices = {u.name: weights[u.name].detach().float().cpu() for u in units if u.name not in sections}
     linear = [n for n in matrices if n in hessians and n not in embeddings]
-    search = _Search(matrices, {n: factorize(hessians[n].cpu()) for n in linear}, embedding_power)
+    search = Search(matrices, {n: factorize(hessians[n].cpu()) for n in linear}, embedding_power)
     report: Progress = progress if progress is not None else lambda _: None
     try:
         low, high, k = _bracket(search, capacity - fixed, report) if matrices else ({}, {}, K)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from bytecap.model.text import Text, Window
 from bytecap.progress import Advance
 from bytecap.swap import Values, swapped
 
+FloatArray = npt.NDArray[np.float64]
 _TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -60,7 +62,7 @@ def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
     return -logp.gather(1, labels[:, None])[:, 0]
 
 
-def _stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
+def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
     """Standard error of the ratio sum(total) / sum(weight) over windows (linearised)."""
     n = len(total)
     if n < 2:
@@ -84,7 +86,7 @@ def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Pr
     total, tokens, size = np.array(losses), np.array(counts), np.array(sizes)
     return Score(
         text.name, int(tokens.sum()), int(size.sum()), float(total.sum() / tokens.sum()),
-        float(total.sum() / math.log(2) / size.sum()), _stderr(total / math.log(2), size),
+        float(total.sum() / math.log(2) / size.sum()), ratio_stderr(total / math.log(2), size),
     )  # fmt: skip
 
 
@@ -143,9 +145,9 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
         nats_temperature=nats_best, temperature=best,
         bpb_original=float(nats_p.sum() / math.log(2) / size.sum()),
         bpb_artifact=float(nats_q.sum() / math.log(2) / size.sum()),
-        bpb_stderr=_stderr((nats_q - nats_p) / math.log(2), size),
-        delta_nats=float((nats_q - nats_p).sum() / n), delta_stderr=_stderr(nats_q - nats_p, tokens),
-        kl_nats=float(kl.sum() / n), kl_stderr=_stderr(kl, tokens), same_top1=same / float(n),
+        bpb_stderr=ratio_stderr((nats_q - nats_p) / math.log(2), size),
+        delta_nats=float((nats_q - nats_p).sum() / n), delta_stderr=ratio_stderr(nats_q - nats_p, tokens),
+        kl_nats=float(kl.sum() / n), kl_stderr=ratio_stderr(kl, tokens), same_top1=same / float(n),
     )  # fmt: skip
 
 
@@ -185,7 +187,6 @@ def kl_to(
     return kl_each(original, coded, {"": {}}, windows, device=device)[""]
 
 
-@torch.no_grad()
 def kl_each(
     original: nn.Module,
     twin: nn.Module,
@@ -195,7 +196,41 @@ def kl_each(
     device: str = "cpu",
     advance: Advance | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """KL to the original in nats per token and its standard error, of several variants of one model.
+    """KL to the original in nats per token and its standard error, of several variants; see `by_window`."""
+    found = by_window(original, twin, variants, windows, device=device, advance=advance)
+    return {k: (float(v.kl.sum() / v.tokens.sum()), ratio_stderr(v.kl, v.tokens)) for k, v in found.items()}
+
+
+@dataclass(frozen=True)
+class ByWindow:
+    """Sums over the predicted tokens of every window, each array of shape (windows,), longest windows first.
+
+    Attributes:
+        kl: KL to the original, nats.
+        nats: negative log-likelihood.
+        original: negative log-likelihood of the original.
+        tokens: predicted tokens.
+        bytes: UTF-8 bytes they stand for.
+    """
+
+    kl: FloatArray
+    nats: FloatArray
+    original: FloatArray
+    tokens: FloatArray
+    bytes: FloatArray
+
+
+@torch.no_grad()
+def by_window(
+    original: nn.Module,
+    twin: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    *,
+    device: str = "cpu",
+    advance: Advance | None = None,
+) -> dict[str, ByWindow]:
+    """Scores of several variants of one model, window by window, for paired comparisons.
 
     Batch by batch, so that the original is run once whatever the number of variants.
 
@@ -207,21 +242,26 @@ def kl_each(
         device: torch device.
         advance: called with the share of a variant that is done.
     """
-    sums: dict[str, list[float]] = {label: [] for label in variants}
-    tokens: list[int] = []
+    kls: dict[str, list[float]] = {label: [] for label in variants}
+    losses: dict[str, list[float]] = {label: [] for label in variants}
+    first, tokens, sizes = [], [], []
     total = sum(len(w.tokens) - 1 for w in windows)
-    for ids, mask, _ in _batches(windows, original):
+    for ids, mask, members in _batches(windows, original):
         inputs, flat = ids[:, :-1].to(device), mask.to(device)
+        labels = ids[:, 1:].to(device)[flat]
         row = torch.repeat_interleave(torch.arange(len(ids), device=device), flat.sum(1))
+        zeros = torch.zeros(len(ids), dtype=torch.float64, device=device)
         p = torch.log_softmax(logits_of(original(inputs))[flat].float(), -1)
+        first += zeros.index_add(0, row, _token_losses(p, labels).double()).tolist()
         tokens += mask.sum(1).tolist()
+        sizes += [w.bytes for w in members]
         for label, values in variants.items():
             with swapped(twin, values):
                 q = torch.log_softmax(logits_of(twin(inputs))[flat].float(), -1)
-            per = torch.zeros(len(ids), dtype=torch.float64, device=device)
+            losses[label] += zeros.index_add(0, row, _token_losses(q, labels).double()).tolist()
             kl = q.sub_(p).neg_().mul_(p.exp()).sum(-1)
-            sums[label] += per.index_add_(0, row, kl.double()).tolist()
+            kls[label] += zeros.index_add(0, row, kl.double()).tolist()
             if advance is not None:
                 advance(float(mask.sum()) / total)
-    count = np.array(tokens, dtype=float)
-    return {k: (float(sum(v) / count.sum()), _stderr(np.array(v), count)) for k, v in sums.items()}
+    common = [np.array(x, dtype=float) for x in (first, tokens, sizes)]
+    return {label: ByWindow(np.array(kls[label]), np.array(losses[label]), *common) for label in variants}

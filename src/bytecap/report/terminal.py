@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bytecap.core import Score
 from bytecap.ledger import Entry, by_kind, by_unit, total
+from bytecap.report.page import sentence
 from bytecap.units import format_size
 
 _COLOURS = {
@@ -102,3 +103,34 @@ def print_scores(scores: Sequence[Score]) -> None:
     for s in scores:
         table.add_row(s.name, f"{s.bpb:.4f} ± {s.bpb_stderr:.4f}", f"{s.nats:.4f}", f"{s.tokens:,}", f"{s.bytes:,}")
     Console().print(table)
+
+
+def print_curves(found: dict[str, Any]) -> None:
+    """What every amount of every path bought, against finer steps."""
+    console = Console()
+    base, slope = found["base"], found["lambda"]["nats_per_byte"] or math.nan
+    console.print(
+        f"base {base['name']}: {format_size(base['bytes'])} of matrices, KL {base['kl_nats']:.4f} nats per token, "
+        f"{base['bpb']:.4f} bits per byte; finer steps buy {slope:.2e} nats per byte", highlight=False,
+    )  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    for title in ("path", "bytes", "side", "weights", "KL recovered", "±", "nats/byte", "bpb/kB"):
+        table.add_column(title, justify="left" if title == "path" else "right", no_wrap=True)
+    for name, path in found["paths"].items():
+        for i, p in enumerate(path["whole"]):
+            table.add_row(
+                "" if i else name, f"{p['bytes']:,}", f"{p['side_bytes']:,}", f"{100 * p['weights_share']:.2f}%",
+                f"{p['kl_recovered']:.5f}", f"{p['kl_stderr'] or math.nan:.5f}",
+                f"{p['nats_per_byte'] or math.nan:.1e}", f"{p['bpb_per_kb'] or math.nan:.1e}",
+            )  # fmt: skip
+    console.print(table, highlight=False)
+    for name, path in found["paths"].items():
+        extra = ""
+        if path["ninety_percent_bytes"] is not None:
+            extra = f"; 90% of its gain within {path['ninety_percent_bytes']:,.0f} bytes"
+        console.print(f"[bold]{name}[/bold]: {sentence(path)}{extra}", highlight=False)
+    ranks = found["agreement"]
+    console.print(
+        f"single units: rank correlation of predicted and measured gain {ranks['spearman'] or math.nan:.3f} over "
+        f"{ranks['points']} points; noise allows {ranks['ceiling'] or math.nan:.3f}", highlight=False,
+    )  # fmt: skip

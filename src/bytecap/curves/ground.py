@@ -1,0 +1,215 @@
+"""From a model and a budget to the ground the curves stand on: statistics, operating point, a twin that holds it.
+
+Statistics and operating points are kept in the store, so that a second budget reuses the one and a second run both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from bytecap import memory, pipeline
+from bytecap.coders.exact import CODER as EXACT
+from bytecap.coders.rounding import Shrink
+from bytecap.correct import Factor, shrunk
+from bytecap.curves.base import Base, GolfBase, GridBase, golf_k, problem_of
+from bytecap.decode import from_matrix
+from bytecap.errors import BudgetError, UsageError
+from bytecap.methods import Job, Section
+from bytecap.methods.default import planned, statistics
+from bytecap.model.checkpoint import Model, linear_weights
+from bytecap.model.evaluate import kl_each
+from bytecap.model.probe import Statistics, Use
+from bytecap.model.text import TokenSets, Window
+from bytecap.store import Store, digest, library
+from bytecap.swap import load_values, twin_of
+from bytecap.sweep import Options
+from bytecap.tables import dump_shared, load_shared
+
+BASES = ("grid", "golf")
+Array = npt.NDArray[Any]
+_FACTOR_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Where every path starts.
+
+    Attributes:
+        job: model, texts, budget.
+        base: the operating point.
+        sections: of the base's units, real bytes.
+        twin: a module that holds the base's decoded values.
+        key: hash of all of it.
+    """
+
+    job: Job
+    base: Base
+    sections: Mapping[str, Section]
+    twin: nn.Module
+    key: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the base's sections."""
+        return sum(len(s.data) for s in self.sections.values())
+
+
+def check_base(name: str) -> str:
+    """The name of a base, if it is one."""
+    if name not in BASES:
+        raise UsageError(f"unknown base {name!r}: use {' or '.join(BASES)}")
+    return name
+
+
+def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Any) -> Job:
+    """A job as `fit` would work on; refuses budgets at which there is nothing to recover."""
+    files = pipeline.side_files(model)
+    about: dict[str, Any] = {"budget": budget, "method": "bytecap"}
+    size = pipeline.sizer(model, files, about)
+    pipeline.check_floor(model, size, budget)
+    if budget >= size({u.name: Section(EXACT.tag, bytes(2 * u.parameters)) for u in model.units}, b""):
+        raise UsageError(f"a budget of {budget:,} bytes holds the model losslessly: no byte can recover anything")
+    return Job(model, sets, budget, size, device, seed, reporter)
+
+
+def windows_key(windows: Sequence[Window]) -> str:
+    """Hash of token windows."""
+    return digest([[list(w.tokens), w.bytes] for w in windows])
+
+
+def model_key(model: Model) -> str:
+    """Hash of a model's tensors and side files."""
+    tensors = [model.tensor(u).detach().cpu().numpy() for u in model.units]
+    return digest([[u.name, u.dtype, list(u.aliases)] for u in model.units], *tensors, *model.files.values())
+
+
+def lay(job: Job, base: str, store: Store) -> Ground:
+    """The ground of a job.
+
+    Args:
+        job: model, texts, budget.
+        base: `grid` or `golf`.
+        store: where statistics and operating points are kept.
+
+    Raises:
+        BudgetError: the base cannot get below the budget.
+    """
+    options = Options()
+    key = digest(library(), model_key(job.model), windows_key(job.sets.statistics), job.seed)
+    found = _statistics(job, options, store, key)
+    key = digest(key, base, job.budget, windows_key(job.sets.correction))
+    made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
+    sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))
+    twin = twin_of(job.model.module)
+    units = {u.name: u for u in job.model.units}
+    load_values(twin, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
+    memory.release()
+    hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
+    return Ground(job, made, sections, twin, hashed)
+
+
+def _statistics(job: Job, options: Options, store: Store, key: str) -> Statistics:
+    """The probe's statistics, from the store if they are there."""
+    kept = store.arrays(digest(key, "statistics"))
+    if kept is None:
+        found = statistics(job, options)
+        store.put_arrays(digest(key, "statistics"), _flat(found))
+        return found
+    uses: dict[str, list[Use]] = {}
+    diagonal: dict[str, Any] = {}
+    for name, array in kept.items():
+        kind, _, unit = name.partition(" ")
+        if kind == "diagonal":
+            diagonal[unit] = array
+        elif kind == "moment":
+            number, _, owner = unit.partition(" ")
+            parts = [torch.from_numpy(kept[f"{k} {number} {owner}"]) for k in ("moment", "rows", "weight")]
+            uses.setdefault(owner, []).append(Use(*parts))
+    return Statistics(uses, diagonal, int(kept["tokens"]))
+
+
+def _flat(found: Statistics) -> dict[str, Array]:
+    """Statistics as named arrays."""
+    arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
+    for name, uses in found.uses.items():
+        for i, use in enumerate(uses):
+            for kind in ("moment", "rows", "weight"):
+                arrays[f"{kind} {i} {name}"] = getattr(use, kind).cpu().numpy()
+    return arrays | {f"diagonal {n}": a for n, a in found.diagonal.items()}
+
+
+def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[Base, dict[str, Array]]:
+    """The grid base and the decoded values of all other units."""
+    kept = store.get(digest(key, "plan"))
+    planner, state, kappa = planned(job, options, found, kept["steps"] if kept else None)
+    if kept is None:
+        kept = {"steps": state.steps, "kappa": kappa, "tables": dump_shared(state.shared).hex()}
+        store.put(digest(key, "plan"), kept)
+    planner.shared = load_shared(bytes.fromhex(kept["tables"]))
+    planner.shrink = Shrink(planner.shared.offset, planner.shrink.dead_zone)
+    state.steps.update(kept["steps"])
+    base = GridBase(planner, kept["steps"], kept["kappa"])
+    rest = {v.unit.name: from_matrix(v.unit, planner.decode(state, v.unit.name)) for v in planner.vectors}
+    return base, rest
+
+
+def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[Base, dict[str, Array]]:
+    """The golf base; all other units keep their values."""
+    planner, _, ones = planned(job, options, found, {})
+    problems = {p.unit.name: problem_of(p) for p in planner.matrices}
+    names = {alias: u.name for u in job.model.units for alias in (u.name, *u.aliases)}
+    tables = frozenset(names[n] for n, (_, kind) in linear_weights(job.model.module).items() if kind == "embedding")
+    kept = store.get(digest(key, "k"))
+    if kept is None:
+        blank = {}
+        for u in job.model.units:
+            values = job.model.tensor(u).detach().float().cpu().numpy().reshape(u.matrix_shape)
+            blank[u.name] = Section(3, b"" if u.name in problems else EXACT.encode(values, u.dtype))
+        room = job.budget - job.size(blank, b"") - 3 * len(problems)
+        if room <= 0:
+            raise BudgetError(f"golf needs {job.budget - room:,} bytes without any matrix", job.budget - room)
+        with job.reporter.step("search", 1):
+            k = golf_k(problems, tables, room)
+            kept = {"k": k, "kappa": _factors(job, GolfBase(problems, tables, k, ones))}
+        store.put(digest(key, "k"), kept)
+    return GolfBase(problems, tables, kept["k"], kept["kappa"]), {}
+
+
+def _factors(job: Job, base: Base) -> dict[str, float]:
+    """Correction factor of every unit of a base, one role at a time; see `bytecap.correct`."""
+    roles: dict[str, list[str]] = {}
+    for name in base.problems:
+        roles.setdefault(re.sub("[0-9]+", "#", name), []).append(name)
+    values = {
+        role: {n: from_matrix(base.problems[n].unit, base.units[n].values.numpy()) for n in names}
+        for role, names in roles.items()
+    }
+    module = job.model.module
+    measured = kl_each(module, twin_of(module), values, some(job.sets.correction, _FACTOR_TOKENS), device=job.device)
+    found: dict[str, Factor] = {}
+    for role, names in roles.items():
+        predicted = max(sum(base.problems[n].distortion(base.units[n].values) for n in names), 1e-12)
+        kl, error = measured[role]
+        found |= dict.fromkeys(
+            names, Factor(kl / predicted, error / predicted if math.isfinite(error) else kl / predicted)
+        )
+    return shrunk(found)
+
+
+def some(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """The first windows with at least so many predicted tokens together, or all."""
+    taken: list[Window] = []
+    for w in windows:
+        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
+            break
+        taken.append(w)
+    return taken

@@ -1,0 +1,125 @@
+"""Measured points: real sections, decoded, put into the model that holds the base, scored window by window.
+
+Points are measured some at a time, so that the original runs once for all of them, and each is kept in the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.curves.ground import Ground, windows_key
+from bytecap.curves.trial import Real, realise
+from bytecap.decode import from_matrix
+from bytecap.model.evaluate import ByWindow, by_window
+from bytecap.model.text import Window
+from bytecap.progress import Advance
+from bytecap.store import Store, digest
+
+FloatArray = npt.NDArray[np.float64]
+_TOGETHER = 12  # points measured in one pass over the original
+_VALUES = 2**26  # float32 values they may hold together
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What to measure: settings' indices by unit name, all of one path."""
+
+    path: str
+    chosen: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pick on real bytes and decoded values.
+
+    Attributes:
+        growth: bytes by which each chosen unit's section grew.
+        side: bytes of side information within the growth.
+        share: share of all matrices' weights that is protected.
+        kl: KL to the original summed over each window's tokens, (windows,) in nats.
+        nats: negative log-likelihood likewise.
+    """
+
+    growth: dict[str, int]
+    side: int
+    share: float
+    kl: FloatArray
+    nats: FloatArray
+
+    @property
+    def bytes(self) -> int:
+        """Bytes spent."""
+        return sum(self.growth.values())
+
+
+def at_base(ground: Ground, windows: Sequence[Window], store: Store) -> ByWindow:
+    """Scores of the base itself; per-window arrays in the order of every point's."""
+    key = digest(ground.key, "base", windows_key(windows))
+    kept = store.get(key)
+    if kept is None:
+        found = by_window(ground.job.model.module, ground.twin, {"": {}}, windows, device=ground.job.device)[""]
+        kept = {k: v.tolist() for k, v in found.__dict__.items()}
+        store.put(key, kept)
+    return ByWindow(**{k: np.array(v) for k, v in kept.items()})
+
+
+def measure(
+    ground: Ground, picks: Sequence[Pick], windows: Sequence[Window], store: Store, advance: Advance
+) -> list[Measured]:
+    """Every pick, measured on windows.
+
+    Args:
+        ground: where the paths start.
+        picks: what to measure; equal ones are measured once.
+        windows: plain windows.
+        store: looked into first.
+        advance: called with the number of points done, in fractions.
+    """
+    texts = windows_key(windows)
+    keys = [digest(ground.key, "point", texts, p.path, dict(p.chosen)) for p in picks]
+    kept: dict[str, Any] = {k: store.get(k) for k in dict.fromkeys(keys)}
+    advance(sum(kept[k] is not None for k in keys))
+    missing = {k: p for k, p in zip(keys, picks, strict=True) if kept[k] is None}
+    parameters = sum(p.unit.parameters for p in ground.base.problems.values())
+    for group in _groups(ground, missing):
+        reals = {k: realise(ground, missing[k].path, missing[k].chosen) for k in group}
+        units = {n: p.unit for n, p in ground.base.problems.items()}
+        values = {k: {n: from_matrix(units[n], r.values) for n, r in real.items()} for k, real in reals.items()}
+        scores = by_window(
+            ground.job.model.module, ground.twin, values, windows, device=ground.job.device, advance=advance
+        )
+        for k, real in reals.items():
+            kept[k] = _entry(ground, real, scores[k], parameters)
+            store.put(k, kept[k])
+    return [
+        Measured(e["growth"], e["side"], e["share"], np.array(e["kl"]), np.array(e["nats"]))
+        for e in (kept[k] for k in keys)
+    ]
+
+
+def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameters: int) -> dict[str, Any]:
+    protected = sum(r.share * ground.base.problems[n].unit.parameters for n, r in real.items())
+    return {
+        "growth": {n: len(r.section.data) - len(ground.sections[n].data) for n, r in real.items()},
+        "side": sum(r.side for r in real.values()), "share": protected / max(1, parameters),
+        "kl": scores.kl.tolist(), "nats": scores.nats.tolist(),
+    }  # fmt: skip
+
+
+def _groups(ground: Ground, missing: Mapping[str, Pick]) -> Iterator[list[str]]:
+    group: list[str] = []
+    held = 0
+    for key, pick in missing.items():
+        size = sum(ground.base.problems[n].unit.parameters for n in pick.chosen)
+        if group and (len(group) == _TOGETHER or held + size > _VALUES):
+            yield group
+            group, held = [], 0
+        group.append(key)
+        held += size
+    if group:
+        yield group
