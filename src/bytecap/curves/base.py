@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from bytecap.coders import Shared
-from bytecap.coders.grid import CODER as GRID
 from bytecap.coders.packed import BROTLI, dequantize
 from bytecap.coders.packed import CODER as PACKED
 from bytecap.entropy import encode_all
@@ -33,7 +32,7 @@ from bytecap.methods.golf import (
     round_nearest,
     row_steps,
 )
-from bytecap.methods.waterfill import Planner, decode_grid, finest_step
+from bytecap.methods.waterfill import Planner, coder_of, decode_grid, finest_step
 from bytecap.paths import Problem
 from bytecap.sensitivity import Metric
 from bytecap.sweep import Prepared, prepare, rate, round_units
@@ -138,11 +137,11 @@ class GridBase:
 
     def sections(self, rounded: Sequence[Rounded]) -> list[Section]:
         """See `Base`."""
-        sources = [GRID.sources(r.code, self.shared) for r in rounded]
+        sources = [coder_of(r.code).sources(r.code, self.shared) for r in rounded]
         streams = iter(encode_all([s for group in sources for s in group]))
         mine = [[next(streams) for _ in group] for group in sources]
         return [
-            Section(GRID.tag, GRID.assemble(r.code, self.shared, part).data)
+            Section(coder_of(r.code).tag, coder_of(r.code).assemble(r.code, self.shared, part).data)
             for r, part in zip(rounded, mine, strict=True)
         ]
 

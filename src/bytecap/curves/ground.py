@@ -18,7 +18,6 @@ from torch import nn
 
 from bytecap import memory, pipeline
 from bytecap.coders.exact import CODER as EXACT
-from bytecap.coders.rounding import Shrink
 from bytecap.correct import Factor, shrunk
 from bytecap.curves.base import Base, GolfBase, GridBase, golf_k, problem_of
 from bytecap.decode import from_matrix
@@ -29,6 +28,7 @@ from bytecap.model.checkpoint import Model, linear_weights
 from bytecap.model.evaluate import kl_each
 from bytecap.model.probe import Statistics, Use
 from bytecap.model.text import TokenSets, Window
+from bytecap.rounding import Shrink
 from bytecap.store import Store, digest, library
 from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options

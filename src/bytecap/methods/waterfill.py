@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 
 from bytecap.coders import Shared
-from bytecap.coders.classes import UNIT_CLASS
+from bytecap.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.coders.grid import CODER as GRID
-from bytecap.coders.grid import GridCode, choose_class, dequantize
+from bytecap.coders.grid import Grid, GridCode, choose_class, dequantize
 from bytecap.coders.trellis import CODER as TRELLIS
-from bytecap.coders.trellis import dependent, fine_classes
+from bytecap.coders.trellis import Trellis, dependent, fine_classes
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
 from bytecap.entropy import encode_all
@@ -233,12 +233,12 @@ class Planner:
         return found
 
     def _encode_group(self, state: State, names: Sequence[str]) -> dict[str, tuple[int, bytes]]:
-        coder = TRELLIS if self.options.trellis else GRID
         vectors = {v.unit.name: v for v in self.vectors}
         sources = []
         for n in names:
             if n in state.coded:
-                sources.append(coder.sources(state.coded[n].code, state.shared))
+                code = state.coded[n].code
+                sources.append(coder_of(code).sources(code, state.shared))
             else:
                 sources.append(VECTOR.sources(vectors[n].values, vectors[n].step(state.steps[n]), state.shared))
         streams = iter(encode_all([s for group in sources for s in group]))
@@ -246,11 +246,17 @@ class Planner:
         for n, group in zip(names, sources, strict=True):
             mine = [next(streams) for _ in group]
             if n in state.coded:
-                found[n] = coder.tag, coder.assemble(state.coded[n].code, state.shared, mine).data
+                code = state.coded[n].code
+                found[n] = coder_of(code).tag, coder_of(code).assemble(code, state.shared, mine).data
             else:
                 v = vectors[n]
                 found[n] = VECTOR.tag, VECTOR.assemble(v.values, v.step(state.steps[n]), state.shared, mine).data
         return found
+
+
+def coder_of(code: GridCode) -> Grid | Trellis:
+    """The coder that writes a code."""
+    return TRELLIS if code.first < CLASSES else GRID
 
 
 def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
