@@ -50,9 +50,9 @@ class TestEveryFamily:
         entries = artifact.ledger(artifact.read(path))
         assert entries == result.ledger()
         assert ledger.total(entries) == path.stat().st_size
-        assert all(e.bytes >= 0 and e.kind in ledger.KINDS for e in entries)
+        assert all(e.bytes >= 0 and e.kind.rpartition(" ")[2] in ledger.KINDS for e in entries)
         assert len({(e.unit, e.kind) for e in entries}) == len(entries)
-        assert {e.kind for e in entries} >= {"header", "index", "payload", "config", "tokenizer"}
+        assert {e.kind.rpartition(" ")[2] for e in entries} >= {"header", "index", "payload", "config", "tokenizer"}
 
     def test_what_is_read_back_is_what_was_scored(self, fitted, kind, method):
         result, path = fitted(kind, method)
@@ -104,7 +104,8 @@ def test_the_default_is_closer_to_the_original_than_the_baselines(fitted, kind):
 
 
 def test_every_method_of_the_table_is_tested():
-    assert set(METHODS) == set(METHOD_NAMES)
+    elsewhere = {"owq", "radio", "cluscomp", "reallm"}  # slower: test_owq, test_radio, test_codebook_methods
+    assert set(METHODS) == {*METHOD_NAMES, *elsewhere}
 
 
 def test_tied_tensors_are_stored_once(fitted, model_directory):

@@ -20,7 +20,8 @@ from bytecap.entropy import Stream, escape_bytes
 from bytecap.errors import CorruptError
 from bytecap.tables import load_shared
 
-_GROUP_VALUES = 2**24
+_GROUP_VALUES = 2**25
+_SMALL_GROUP = 2**22  # where memory matters more than time
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
 
 Array = npt.NDArray[Any]
@@ -31,12 +32,12 @@ def from_matrix(unit: Unit, matrix: Array) -> Array:
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
 
-def _groups(units: tuple[UnitSection, ...]) -> Iterator[list[UnitSection]]:
+def _groups(units: tuple[UnitSection, ...], values: int) -> Iterator[list[UnitSection]]:
     group: list[UnitSection] = []
     size = 0
     for u in units:
         cost = max(u.unit.parameters, _UNIT_VALUES)
-        if group and size + cost > _GROUP_VALUES:
+        if group and size + cost > values:
             yield group
             group, size = [], 0
         group.append(u)
@@ -64,17 +65,19 @@ def decode_units(
         CorruptError: a section cannot be decoded; the message names the unit.
     """
     values: dict[str, Array] = {}
-    for unit, array in decode_each(contents, observe):
+    for unit, array in decode_each(contents, observe, values=_GROUP_VALUES):
         values.update(dict.fromkeys((unit.name, *(unit.aliases if aliases else ())), array))
         if progress is not None:
             progress(unit.parameters)
     return values
 
 
-def decode_each(contents: Contents, observe: Observer | None = None) -> Iterator[tuple[Unit, Array]]:
-    """Units and their values in stored layout one after the other; see `decode_units`."""
+def decode_each(
+    contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP
+) -> Iterator[tuple[Unit, Array]]:
+    """Units and their values in stored layout, some `values` at a time; see `decode_units`."""
     shared = load_shared(contents.tables)
-    for group in _groups(contents.units):
+    for group in _groups(contents.units, values):
         try:
             matrices = run(
                 [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe

@@ -36,6 +36,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 _HEAD = struct.Struct("<Bf8B")
 _MAX_GROUPS = 4
 _MAX_STEP, _MAX_SPREAD = 500, 1000  # quarter octaves
+_CACHED = 2**16  # values dequantized together
 
 
 @dataclass(frozen=True)
@@ -244,20 +245,28 @@ def dequantize(
 ) -> npt.NDArray[np.float32]:
     """The format's reconstruction arithmetic, float32 throughout; returns (rows, cols).
 
-    Where `fine` (rows, cols) holds, symbols count half steps.
+    Where `fine` (groups, cols) holds, symbols count half steps.
     """
-    size = np.abs(symbols)
-    index = np.minimum(size, CENTRES - 1)
-    index += classes.astype(np.int32) * CENTRES
-    value = size.astype(np.float32)
-    if fine is not None:
-        np.multiply(value, np.float32(0.5), out=value, where=fine)
-    value -= offset.reshape(-1)[index]
-    np.copysign(value, symbols, out=value, where=symbols < 0)
-    value *= quarter(row_step)[:, None]
     scales = step * quarter(column_step)  # (groups, cols)
-    for block, scale in zip(np.array_split(value, len(scales)), scales, strict=True):
-        np.multiply(block, scale, out=block)
+    halves = np.where(np.zeros_like(column_step, bool) if fine is None else fine, np.float32(0.5), np.float32(1))
+    rows = quarter(row_step)[:, None]
+    value = np.empty(symbols.shape, np.float32)
+    flat = offset.reshape(-1)
+    high = max(1, _CACHED // max(1, symbols.shape[1]))
+    for run, scale, half in zip(np.array_split(np.arange(len(symbols)), len(scales)), scales, halves, strict=True):
+        for at in range(0, len(run), high):  # a block at a time stays in the processor's cache
+            block = slice(run[at], run[min(at + high, len(run)) - 1] + 1)
+            size = np.abs(symbols[block])
+            index = np.minimum(size, CENTRES - 1)
+            out = value[block]
+            out[:] = size
+            out *= half
+            np.multiply(classes[block], CENTRES, out=size, casting="unsafe", dtype=np.int32)
+            index += size
+            out -= flat.take(index)
+            np.negative(out, out=out, where=symbols[block] < 0)
+            out *= rows[block]
+            np.multiply(out, scale, out=out)
     return value
 
 

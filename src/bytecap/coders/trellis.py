@@ -59,14 +59,17 @@ def fine_classes(code: GridCode) -> npt.NDArray[np.uint8]:
 
 def subsets(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
     """Subset of every weight from the path's bits (rows, cols); every group's path begins in state 0."""
-    flat = SUBSET.reshape(-1).astype(np.uint8)  # index: last three bits, oldest first, then this one
-    parts = []
-    for part in np.array_split(bits, groups):
-        index = part.copy()
+    found: npt.NDArray[np.uint8] = SUBSET.reshape(-1).astype(np.uint8).take(_branches(bits, groups))
+    return found
+
+
+def _branches(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+    """2 * state + bit of every weight: the last four bits, oldest first."""
+    index = bits.copy()
+    for part, out in zip(np.array_split(bits, groups), np.array_split(index, groups), strict=True):
         for back in (1, 2, 3):
-            index[back:] += part[:-back] << np.uint8(back)
-        parts.append(flat[index])
-    return np.concatenate(parts)
+            out[back:] += part[:-back] << np.uint8(back)
+    return index
 
 
 def _bits(subsets: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
@@ -128,7 +131,7 @@ class Trellis:
         head, path, payload = self._parse(data, shape)
         length = len(head.rest) - len(path) - len(payload)
         return (
-            ("header", head.at), ("side", len(head.side)), ("header", length), ("path payload", len(path)),
+            ("header", head.at), ("side", len(head.side)), ("path header", length), ("path payload", len(path)),
             ("payload", len(payload)),
         )  # fmt: skip
 
@@ -139,30 +142,65 @@ class Trellis:
         first = head.extra[0]
         tables = shared.tables.split
         column_step, column_class, row_step, row_class = yield from read_sides(head, shape, shared.tables)
-        classes = scalar_classes(column_class, row_class)
-        mask = dependent(column_class, first, shape[0])
-        count = int(mask.sum())
-        packed = np.frombuffer(path, np.uint8)
-        if len(packed) != -(-count // 8):
-            raise CorruptError(f"a trellis section has a path of {len(packed)} bytes for {count} weights")
-        if count % 8 and packed[-1] >> count % 8:
-            raise CorruptError("a trellis section has unused bits that are not 0")
-        bits = np.zeros(shape, np.uint8)
-        bits[mask] = np.unpackbits(packed, count=count, bitorder="little")
-        subset = subsets(bits, head.groups)
-        classes[mask] = np.minimum(classes[mask] + OCTAVE, CLASSES - 1)
-        used = classes + np.where(mask, _TABLE[subset], 0).astype(np.uint8)
+        fine = column_class >= first
+        bits = _read_path(path, fine[_rows_of(head.groups, shape[0])])
+        classes = _classes(column_class, row_class, fine)
+        branch = _branches(bits, head.groups)
+        used = _TABLE[SUBSET].reshape(-1).take(branch)
+        for part, dependent_column in zip(np.array_split(used, head.groups), fine, strict=True):
+            np.multiply(part, dependent_column, out=part)
+        used += classes
         (symbols,) = yield [Stream(payload, used.reshape(-1), tables)]
-        if int(np.abs(symbols).max(initial=0)) > _LARGEST:
+        if len(symbols) and max(int(symbols.max()), -int(symbols.min())) > _LARGEST:
             raise CorruptError("a trellis section holds a symbol out of range")
-        symbols = symbols.reshape(shape)
-        points = (symbols << 2) + _base(subset)
-        points = np.where(mask, np.where(subset == 3, -points, points), symbols)
+        points = _points(symbols.reshape(shape), branch, fine)
         with np.errstate(over="ignore", invalid="ignore"):
-            values = dequantize(points, classes, np.float32(head.step), column_step, row_step, shared.offset, mask)
+            values = dequantize(points, classes, np.float32(head.step), column_step, row_step, shared.offset, fine)
         if not np.isfinite(values).all():
             raise CorruptError("a trellis section holds a value out of range")
         return values
+
+
+def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
+    """The path's bits (rows, cols), 0 where a weight is not dependent."""
+    count = int(mask.sum())
+    packed = np.frombuffer(path, np.uint8)
+    if len(packed) != -(-count // 8):
+        raise CorruptError(f"a trellis section has a path of {len(packed)} bytes for {count} weights")
+    if count % 8 and packed[-1] >> count % 8:
+        raise CorruptError("a trellis section has unused bits that are not 0")
+    bits = np.unpackbits(packed, count=count, bitorder="little")
+    if count == mask.size:
+        return bits.reshape(mask.shape)
+    spread = np.zeros(mask.shape, np.uint8)
+    spread[mask] = bits
+    return spread
+
+
+def _classes(column_class: IntArray, row_class: IntArray, fine: Mask) -> npt.NDArray[np.uint8]:
+    """Class of every weight in steps of the grid it lies on: an octave more, and at least 5, where that is fine."""
+    parts = [
+        np.clip(rows[:, None] + (columns + OCTAVE * own)[None, :], (1 + OCTAVE * own)[None, :], CLASSES - 1)
+        for columns, own, rows in zip(
+            column_class.astype(np.int16), fine.astype(np.int16),
+            np.array_split(row_class.astype(np.int16), len(fine)), strict=True,
+        )
+    ]  # fmt: skip
+    return np.concatenate(parts).astype(np.uint8)
+
+
+def _points(symbols: npt.NDArray[np.int32], branch: npt.NDArray[np.uint8], fine: Mask) -> npt.NDArray[np.int32]:
+    """Points of the grid from the symbols; replaces the symbols."""
+    base = _base(SUBSET.reshape(-1).astype(np.uint8))
+    sign = np.where(SUBSET.reshape(-1) == 3, -1, 1).astype(np.int32)
+    for part, own, at in zip(np.array_split(symbols, len(fine)), fine, np.array_split(branch, len(fine)), strict=True):
+        if own.all():
+            np.left_shift(part, 2, out=part)
+            np.add(part, base.take(at), out=part)
+            np.multiply(part, sign.take(at), out=part)
+        else:
+            np.copyto(part, ((part << 2) + base.take(at)) * sign.take(at), where=own[None, :])
+    return symbols
 
 
 def _base(subset: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:

@@ -62,7 +62,7 @@ def fit(
     words = vectors[chosen.to(vectors.device)].clone() if start is None else start.clone()
     if vectors.shape[1] == 1 and start is None:  # on a line, even spacing halfway to even counts is close to optimal
         flat = vectors[:, 0].sort().values
-        at = torch.linspace(0, 1, n + 2)[1:-1]
+        at = torch.linspace(0, 1, n + 2, device=flat.device)[1:-1]
         counts = flat[(at * (count - 1)).round().long()]
         words = (counts + flat[0] + (flat[-1] - flat[0]) * at)[:, None] / 2
     for _ in range(iterations):

@@ -21,7 +21,7 @@ from bytecap.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.coders.grid import CODER as GRID
 from bytecap.coders.grid import Grid, GridCode, choose_class, dequantize
 from bytecap.coders.trellis import CODER as TRELLIS
-from bytecap.coders.trellis import Trellis, dependent, fine_classes
+from bytecap.coders.trellis import Trellis, fine_classes
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
 from bytecap.entropy import encode_all
@@ -263,7 +263,7 @@ def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
     """(rows, cols) values of a grid code."""
     return dequantize(
         code.symbols.astype(np.int32), fine_classes(code), np.float32(code.step),
-        code.column_step, code.row_step, shared.offset, dependent(code.column_class, code.first, len(code.row_class)),
+        code.column_step, code.row_step, shared.offset, code.column_class >= code.first,
     )  # fmt: skip
 
 

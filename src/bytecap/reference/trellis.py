@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from bytecap.reference.coders import Coder, read_sides, scaled
 from bytecap.reference.container import Reader, Unit, require
 from bytecap.reference.streams import TOTAL, Array, Shared, Stream, Table
 
-_SUBSETS = np.array([0, 2, 1, 3, 2, 0, 3, 1, 2, 0, 3, 1, 0, 2, 1, 3])  # by 2 * state + bit
+_SUBSETS = np.array([0, 2, 1, 3, 2, 0, 3, 1, 2, 0, 3, 1, 0, 2, 1, 3], np.uint8)  # by 2 * state + bit
 
 
 def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
@@ -20,23 +22,23 @@ def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     count = int(dependent.sum())
     bits = np.unpackbits(path, bitorder="little")
     require(len(path) == (count + 7) // 8 and not bits[count:].any(), "a path of the wrong length, or bits behind it")
-    bit = np.zeros(unit.matrix(), np.int64)
+    bit = np.zeros(unit.matrix(), np.uint8)
     bit[dependent] = bits[:count]
     subset = np.zeros_like(bit)
-    state = np.zeros(bit.shape[1], np.int64)
+    state = np.zeros(bit.shape[1], np.uint8)
     for i, row in enumerate(bit):
         if i and side.run[i] != side.run[i - 1]:
             state[:] = 0
         subset[i] = _SUBSETS[2 * state + row]
         state = 2 * state % 8 + row
-    weight_class = np.clip(side.column[side.run].astype(np.int64) + side.row[:, None], 1, 63)
+    weight_class = np.clip(side.column[side.run].astype(np.int32) + side.row[:, None], 1, 63)
     weight_class[dependent] = np.minimum(weight_class[dependent] + 4, 63)
-    part = np.where(dependent, np.array([64, 128, 192, 128])[subset], 0)
+    part = np.where(dependent, np.array([64, 128, 192, 128], np.int32)[subset], 0)
     tables = [*shared[0], *(restricted(t, d) for d in range(3) for t in shared[0])]
     (symbols,) = yield [Stream(reader.rest(), (weight_class + part).reshape(-1).astype(np.uint8), tables)]
-    z = symbols.reshape(bit.shape).astype(np.int64)
+    z = symbols.reshape(bit.shape)
     require(np.abs(z).max(initial=0) <= 2**24, "a symbol is out of range")
-    point = np.where(subset == 3, -4 * z - 1, 4 * z + subset)
+    point = np.where(subset == 3, -4 * z - 1, 4 * z + subset.astype(np.int32))
     z = np.where(dependent, point, z)
     size = np.abs(z)
     v = np.where(dependent, size.astype(np.float32) * np.float32(0.5), size.astype(np.float32))
@@ -45,6 +47,7 @@ def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     return scaled(v, side)
 
 
+@cache
 def restricted(table: Table | None, d: int) -> Table | None:
     """The table of the values `4 m + d` of a symmetric table."""
     if table is None:
