@@ -10,6 +10,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,12 @@ def main() -> None:
     p = parser(__doc__ or "", models="base-s1")
     p.add_argument("--bits", type=float, default=3.0)
     p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--artifact", type=Path, help="time the decoding of this file and nothing else")
     args = p.parse_args()
+    if args.artifact:
+        torch.set_num_threads(1)
+        print(record(args, {"benchmark": "decoding", **decoding(args.artifact.read_bytes(), args.repeats)}))
+        return
     for name in args.model:
         print(one(args, name))
 
@@ -51,18 +57,25 @@ def one(args: Any, name: str) -> dict[str, Any]:
         str(d): training_pass(model, sets.statistics, d) for d in (torch.float32, fast_dtype(torch.device("cpu")))
     }
     torch.set_num_threads(1)
-    contents = artifact.parse(result.data)
-    decode = [(clock(lambda: decode_units(contents)), clock(lambda: reference.decode_file(result.data)))
-              for _ in range(args.repeats)]  # fmt: skip
-    main_s, reference_s = (statistics.median(d) for d in zip(*decode, strict=True))
     millions = model.parameters / 1e6
     return record(args, {
         "benchmark": "speed", "model": name, "tokens": result.report["statistics_tokens"], "fit_seconds": seconds,
         "pass_seconds": passes, "fit_over_pass": {d: seconds / s for d, s in passes.items()},
-        "decode_main_M_per_s": millions / main_s, "decode_reference_M_per_s": millions / reference_s,
+        **decoding(result.data, args.repeats),
         "peak_MB": peak / 1024, "before_fit_MB": before / 1024, "model_fp32_MB": 4 * millions,
         "peak_limit_MB": 16 * millions + 700,
     })  # fmt: skip
+
+
+def decoding(data: bytes, repeats: int) -> dict[str, float]:
+    """Millions of weights a second of both decoders, medians of runs taken in turns."""
+    contents = artifact.parse(data)
+    times = [
+        (clock(lambda: decode_units(contents)), clock(lambda: reference.decode_file(data))) for _ in range(repeats)
+    ]
+    main_s, reference_s = (statistics.median(t) for t in zip(*times, strict=True))
+    millions = sum(u.unit.parameters for u in contents.units) / 1e6
+    return {"decode_main_M_per_s": millions / main_s, "decode_reference_M_per_s": millions / reference_s}
 
 
 def training_pass(model: Any, windows: Any, dtype: torch.dtype) -> float:
