@@ -309,10 +309,11 @@ def _advance(
 
 def _symbols(stream: Stream, index: npt.NDArray[np.uint16], tail: bytes) -> npt.NDArray[np.int32]:
     """Turn symbol indices into symbols and put the escaped ones in."""
-    low, last = np.zeros(SPLIT_CLASSES, np.int32), np.full(SPLIT_CLASSES, -1, np.int32)
+    low, last = np.zeros(SPLIT_CLASSES, np.int32), np.full(SPLIT_CLASSES, 2**16 - 1, np.uint16)
     for cls, table in stream.tables.table.items():
         low[cls], last[cls] = table.low, len(table.freq) - 1
-    symbols = index.astype(np.int32) + low[stream.classes]
-    escaped = np.flatnonzero(index == last[stream.classes])
+    symbols = low.take(stream.classes)
+    symbols += index
+    escaped = np.flatnonzero(index == last.take(stream.classes))
     symbols[escaped] = _read_zigzag(tail, len(escaped))
     return symbols

@@ -103,8 +103,7 @@ def fit(
     reporter.note(f"budget: {format_size(limit)}")
     run, target = methods.find(method), choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
-    files = side_files(loaded, tokenizer=tokenizer, config=config)
-    about: dict[str, Any] = {"budget": limit, "method": method}
+    files, about = side_files(loaded, tokenizer=tokenizer, config=config), {"budget": limit, "method": method}
     size = sizer(loaded, files, about)
     stored = _lossless(loaded, files, about, limit, reporter)
     floor = check_floor(loaded, size, limit)
