@@ -12,9 +12,10 @@ from bytecap import artifact, reference
 from bytecap.coders import Shared, coder, leb, run
 from bytecap.coders.binary import CODER as BINARY
 from bytecap.coders.binary import binarize, packed_bytes
+from bytecap.coders.bits import pack_bits, unpack_bits
 from bytecap.coders.codebook import CODER as CODEBOOK
 from bytecap.coders.codebook import Codebook, published_bits
-from bytecap.coders.indices import indices_size, pack_bits, run_alone, unpack_bits, write_indices
+from bytecap.coders.indices import indices_size, write_indices
 from bytecap.coders.indices import read_indices as read
 from bytecap.coders.latent import CODER as LATENT
 from bytecap.coders.latent import Latent, add_low_rank
@@ -61,7 +62,7 @@ def test_bits_come_back(values, width):
 def test_indices_come_back(n, count, coded, seed):
     values = np.minimum(*np.random.default_rng(seed).integers(0, n, (2, count)))
     data = write_indices(values, n, coded=coded)
-    assert run_alone(read(data, count, n)).tolist() == values.tolist()
+    assert run([read(data, count, n)])[0].tolist() == values.tolist()
     assert abs(indices_size(values, n, coded=coded) - len(data)) <= 12
 
 

@@ -9,15 +9,6 @@ from bytecap.methods.uniform import tolerance
 from test_uniform import decoded, model, used
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices here are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def second_moment(cols, seed, samples=600, decay=1.0):
     """Second moment of correlated inputs with a few loud channels."""
     rng = np.random.default_rng(seed)

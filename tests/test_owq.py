@@ -12,15 +12,6 @@ from bytecap.model.text import Window
 from test_golf import output_error, second_moment
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices here are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def demo():
     return load_model("demo")

@@ -15,15 +15,6 @@ from bytecap.model.checkpoint import find_units, load_model
 from bytecap.model.text import Window
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices here are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def groups():
     """Groups of all matrices of the demo model, gradients from a few random tokens."""

@@ -10,15 +10,6 @@ from bytecap.errors import BudgetError
 from bytecap.methods.uniform import round_rows, tolerance, uniform
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices here are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def model(seed=0, width=64, rows=300):
     rng = torch.Generator().manual_seed(seed)
     units = (

@@ -24,6 +24,8 @@ from bytecap.model.text import Window
 from bytecap.progress import Advance
 from bytecap.swap import Lazy, Values
 
+TOKENS = 4096  # that factors are measured on
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -31,6 +33,12 @@ class Factor:
 
     kappa: float
     stderr: float
+
+    @staticmethod
+    def of(measured: tuple[float, float], predicted: float) -> Factor:
+        """From a measured loss with its standard error, which may be NaN, and the prediction."""
+        (kl, stderr), predicted = measured, max(predicted, 1e-12)
+        return Factor(kl / predicted, stderr / predicted if math.isfinite(stderr) else kl / predicted)
 
 
 def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
@@ -65,18 +73,24 @@ def measure(
     values = {role: unit_values(planner, state, names) for role, names in groups.items()}
     measured = kl_each(original, twin, values, windows, device=device, advance=advance)
     for role, names in groups.items():
-        kl, stderr = measured[role]
-        predicted = max(sum(state.distortions[n] for n in names), 1e-12)
-        factor = Factor(kl / predicted, stderr / predicted if math.isfinite(stderr) else kl / predicted)
-        found |= dict.fromkeys(names, factor)
+        found |= dict.fromkeys(names, Factor.of(measured[role], sum(state.distortions[n] for n in names)))
     return found
+
+
+def role_name(name: str) -> str:
+    """A unit's name without the numbers in it.
+
+    >>> role_name("layers.12.mlp.weight")
+    'layers.#.mlp.weight'
+    """
+    return re.sub("[0-9]+", "#", name)
 
 
 def roles(planner: Planner) -> dict[str, list[str]]:
     """Units of one role: same shape, same name but for the numbers in it; all vectors are one role."""
     groups: dict[str, list[str]] = {}
     for item in planner.matrices:
-        groups.setdefault(f"{re.sub('[0-9]+', '#', item.unit.name)} {item.unit.shape}", []).append(item.unit.name)
+        groups.setdefault(f"{role_name(item.unit.name)} {item.unit.shape}", []).append(item.unit.name)
     if planner.vectors:
         groups["vectors"] = [v.unit.name for v in planner.vectors]
     return groups

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap import artifact
-from bytecap.artifact import Contents, UnitSection
+from bytecap.artifact import Contents
 from bytecap.coders import Observer, coder, run
 from bytecap.core import Unit
 from bytecap.entropy import Stream, escape_bytes
 from bytecap.errors import CorruptError
 from bytecap.tables import load_shared
+from bytecap.units import in_groups
 
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
@@ -30,20 +31,6 @@ Array = npt.NDArray[Any]
 def from_matrix(unit: Unit, matrix: Array) -> Array:
     """(rows, cols) as coders see it -> stored layout."""
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
-
-
-def _groups(units: tuple[UnitSection, ...], values: int) -> Iterator[list[UnitSection]]:
-    group: list[UnitSection] = []
-    size = 0
-    for u in units:
-        cost = max(u.unit.parameters, _UNIT_VALUES)
-        if group and size + cost > values:
-            yield group
-            group, size = [], 0
-        group.append(u)
-        size += cost
-    if group:
-        yield group
 
 
 def decode_units(
@@ -77,7 +64,7 @@ def decode_each(
 ) -> Iterator[tuple[Unit, Array]]:
     """Units and their values in stored layout, some `values` at a time; see `decode_units`."""
     shared = load_shared(contents.tables)
-    for group in _groups(contents.units, values):
+    for group in in_groups(contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values):
         try:
             matrices = run(
                 [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe

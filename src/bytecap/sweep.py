@@ -18,7 +18,7 @@ from torch import Tensor
 from bytecap.coders import Shared
 from bytecap.coders.classes import CLASSES, UNIT_CLASS, quarter
 from bytecap.coders.grid import GridCode, side_bits
-from bytecap.coders.trellis import dependent, fine_classes
+from bytecap.coders.trellis import dependent
 from bytecap.core import Unit
 from bytecap.frequencies import MAX_HALF
 from bytecap.rounding import Problem, Rounded, Shrink, gaussian_shrink, row_classes
@@ -214,7 +214,7 @@ def _collect(
         first=FIRST_DEPENDENT if trellis else CLASSES,
     )  # fmt: skip
     mask = dependent(code.column_class, code.first, len(code.row_class))
-    counts = count_symbols(code.symbols, fine_classes(code), mask)
+    counts = count_symbols(code.symbols, code.classes(), mask)
     return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
 
 

@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from bytecap.errors import UsageError
 
@@ -47,3 +49,24 @@ def format_size(count: int) -> str:
     if count < 1_000_000:
         return f"{count:,} bytes ({count / 1e3:.1f} kB, {count / 2**10:.1f} KiB)"
     return f"{count:,} bytes ({count / 1e6:.3f} MB, {count / 2**20:.3f} MiB)"
+
+
+T = TypeVar("T")
+
+
+def in_groups(items: Iterable[T], size: Callable[[T], int], most: int, count: int | None = None) -> Iterator[list[T]]:
+    """Consecutive groups whose sizes add up to at most `most`, of at most `count` items; a larger item stands alone.
+
+    >>> list(in_groups([3, 4, 9, 1, 1, 1], int, 8, 2))
+    [[3, 4], [9], [1, 1], [1]]
+    """
+    group: list[T] = []
+    held = 0
+    for item in items:
+        if group and (len(group) == count or held + size(item) > most):
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size(item)
+    if group:
+        yield group

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from bytecap.entropy import Stream, decode
 from bytecap.errors import CorruptError
-from bytecap.frequencies import Tables
+from bytecap.frequencies import TOTAL, Table, Tables
 
 FloatArray = npt.NDArray[np.float32]
 Decoding = Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]]
@@ -183,6 +183,18 @@ def read_leb(data: bytes, at: int) -> tuple[int, int]:
         if data[at - 1] < 128:
             return value, at
         shift += 7
+
+
+def read_frequencies(data: bytes, at: int, low: int, size: int, owner: str) -> tuple[Table, int]:
+    """(table of the symbols from `low` on, next position) from LEB128 frequencies; the escape has the rest."""
+    freq = np.zeros(size + 1, np.int64)
+    for i in range(size):
+        value, at = read_leb(data, at)
+        freq[i] = min(value, TOTAL)  # anything larger is refused below, and must not overflow the sum
+    freq[-1] = TOTAL - int(freq.sum())
+    if freq.min() < 1:
+        raise CorruptError(f"the frequencies of {owner} do not add up to {TOTAL}")
+    return Table(low, freq), at
 
 
 def leb(value: int) -> bytes:

@@ -23,11 +23,11 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
-from bytecap.coders.indices import pack_bits, packed_size, unpack_bits
+from bytecap.coders import Decoding, FloatArray, Shared, leb, read_frequencies
+from bytecap.coders.bits import pack_bits, packed_size, unpack_bits
 from bytecap.entropy import Stream, encode
 from bytecap.errors import CorruptError
-from bytecap.frequencies import TOTAL, IntArray, Table, Tables, integer_frequencies
+from bytecap.frequencies import IntArray, Table, Tables, integer_frequencies
 
 _HEAD = 3
 _TRITS = 5  # in a byte: 3^5 = 243
@@ -80,7 +80,7 @@ def _pack(codes: IntArray, levels: int) -> bytes:
 
 def _unpack(data: bytes, count: int, levels: int) -> npt.NDArray[np.int32]:
     if levels == 2:
-        return unpack_bits(data, count, 1)
+        return unpack_bits(data, count, 1).astype(np.int32)
     if len(data) != -(-count // _TRITS):
         raise CorruptError(f"{count} trits are packed into {len(data)} bytes")
     raw = np.frombuffer(data, np.uint8).astype(np.int32)
@@ -121,14 +121,8 @@ class BinaryCoder:
             raise CorruptError(f"a binary section of {len(data)} bytes cannot hold {shape[0]} scales")
         if data[2] == 0:
             return end, end, None
-        freq, at = np.zeros(data[0] + 1, np.int64), end
-        for i in range(data[0]):
-            value, at = read_leb(data, at)
-            freq[i] = min(value, TOTAL)
-        freq[-1] = TOTAL - int(freq.sum())
-        if freq.min() < 1:
-            raise CorruptError(f"the frequencies of a binary section do not add up to {TOTAL}")
-        return end, at, Table(0, freq)
+        table, at = read_frequencies(data, end, 0, data[0], "a binary section")
+        return end, at, table
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header, scales and means, table, codes."""

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, Shared, leb, read_leb
+from bytecap.coders import Decoding, Shared, leb, read_frequencies, read_leb
 from bytecap.entropy import Stream, encode
 from bytecap.errors import CorruptError
-from bytecap.frequencies import TOTAL, Table, Tables, integer_frequencies
+from bytecap.frequencies import Table, Tables, integer_frequencies
 
 _NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
@@ -88,14 +88,7 @@ class Exact:
                 size, at = read_leb(data, at)
                 if low + size > 256 or size < 1:
                     raise CorruptError(f"an exact section declares {size} byte values from {low}")
-                freq = np.zeros(size + 1, np.int64)
-                for i in range(size):
-                    value, at = read_leb(data, at)
-                    freq[i] = min(value, TOTAL)  # anything larger is refused below, and must not overflow the sum
-                freq[-1] = TOTAL - int(freq.sum())
-                if freq.min() < 1:
-                    raise CorruptError(f"the frequencies of an exact section do not add up to {TOTAL}")
-                table = Table(low, freq)
+                table, at = read_frequencies(data, at, low, size, "an exact section")
                 length, at = read_leb(data, at)
             elif mode != 0:
                 raise CorruptError(f"an exact section has a plane of mode {mode}")

@@ -35,6 +35,7 @@ from bytecap.frequencies import Tables
 IntArray = npt.NDArray[np.integer[Any]]
 _HEAD = struct.Struct("<Bf8B")
 _MAX_GROUPS = 4
+OCTAVE = 4  # quarter octaves between a column's step and the fine grid of `bytecap.coders.trellis`
 _MAX_STEP, _MAX_SPREAD = 500, 1000  # quarter octaves
 _CACHED = 2**16  # values dequantized together
 
@@ -61,6 +62,16 @@ class GridCode:
     row_class: IntArray
     first: int = CLASSES
 
+    @property
+    def fine(self) -> npt.NDArray[np.bool_]:
+        """(groups, cols): which columns are dependent, on a grid of half the step."""
+        found: npt.NDArray[np.bool_] = self.column_class >= self.first
+        return found
+
+    def classes(self) -> npt.NDArray[np.uint8]:
+        """Class of every weight in steps of the grid it lies on, (rows, cols)."""
+        return weight_classes(self.column_class, self.row_class, self.fine)
+
     def side_arrays(self) -> list[IntArray]:
         """The four stored arrays; spreads are absolute (class plus step), which varies less."""
         return [
@@ -69,16 +80,21 @@ class GridCode:
         ]  # fmt: skip
 
 
-def weight_classes(column_class: IntArray, row_class: IntArray) -> npt.NDArray[np.uint8]:
-    """Class of every weight, (rows, cols), from (groups, cols) and (rows,)."""
+def weight_classes(
+    column_class: IntArray, row_class: IntArray, fine: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Class of every weight, (rows, cols), from (groups, cols) and (rows,), in steps of the grid it lies on.
+
+    Where `fine` (groups, cols) holds, the grid has half the step: an octave more, and at least 5.
+    """
+    octaves = np.zeros(column_class.shape, np.int16) if fine is None else fine * np.int16(OCTAVE)
     parts = [
-        np.clip(rows[:, None] + columns[None, :], 1, CLASSES - 1).astype(np.uint8)
-        for columns, rows in zip(
-            column_class.astype(np.int16),
-            np.array_split(row_class.astype(np.int16), len(column_class)),
+        np.clip(rows[:, None] + (columns + more)[None, :], 1 + more, CLASSES - 1).astype(np.uint8)
+        for columns, more, rows in zip(
+            column_class.astype(np.int16), octaves, np.array_split(row_class.astype(np.int16), len(column_class)),
             strict=True,
         )
-    ]
+    ]  # fmt: skip
     return np.concatenate(parts)
 
 

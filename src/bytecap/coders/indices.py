@@ -4,23 +4,22 @@ Indices are packed at `ceil(log2 n)` bits, or their high parts are entropy coded
 only the low parts are packed. Writers number codewords by falling use, so that codewords with equal high parts are
 about equally frequent and packing the low parts loses little: a table of 64 frequencies serves 4096 codewords.
 
+>>> from bytecap.coders import run
 >>> data = write_indices(np.array([0, 1, 2, 0, 0, 1]), 3)
->>> len(data), run_alone(read_indices(data, 6, 3)).tolist()
+>>> len(data), run([read_indices(data, 6, 3)])[0].tolist()
 (3, [0, 1, 2, 0, 0, 1])
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, leb, read_leb
-from bytecap.entropy import Stream, decode, encode, lanes
+from bytecap.coders import Decoding, FloatArray, leb, read_frequencies, read_leb
+from bytecap.coders.bits import pack_bits, packed_size, unpack_bits
+from bytecap.entropy import Stream, encode, lanes
 from bytecap.errors import CorruptError
-from bytecap.frequencies import PROB_BITS, TOTAL, IntArray, Table, Tables, integer_frequencies
+from bytecap.frequencies import PROB_BITS, IntArray, Table, Tables, integer_frequencies
 
 MAX_CODEWORDS = 1 << 16
 MAX_TABLE = 1 << 12  # frequencies a section may store
@@ -33,40 +32,6 @@ def width_of(n: int) -> int:
     (0, 1, 2, 8)
     """
     return (n - 1).bit_length()
-
-
-def pack_bits(values: IntArray, width: int) -> bytes:
-    """Values (n,) at `width` bits each, least significant bit first, in whole bytes.
-
-    >>> pack_bits(np.array([1, 2, 3]), 4).hex()
-    '2103'
-    """
-    if not width:
-        return b""
-    bits = (values.astype(np.int64).reshape(-1, 1) >> np.arange(width)) & 1
-    return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
-
-
-def packed_size(count: int, width: int) -> int:
-    """Bytes that `pack_bits` makes of `count` values."""
-    return -(-count * width // 8)
-
-
-def unpack_bits(data: bytes, count: int, width: int) -> npt.NDArray[np.int32]:
-    """Values (count,) of exactly the bytes that `pack_bits` gave.
-
-    Raises:
-        CorruptError: another number of bytes, or bits that are not used and not zero.
-    """
-    if len(data) != packed_size(count, width):
-        raise CorruptError(f"{count} values of {width} bits are packed into {len(data)} bytes")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    if bits[count * width :].any():
-        raise CorruptError("the last byte of packed values has bits that belong to none")
-    values = np.zeros(count, np.int32)
-    for i in range(width):
-        values |= bits[i : count * width : width].astype(np.int32) << i
-    return values
 
 
 def by_use(indices: IntArray, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -115,17 +80,6 @@ def indices_size(indices: IntArray, n: int, *, coded: bool = True) -> int:
     return int(min([1 + packed_size(len(flat), width_of(n)), *sizes]))
 
 
-def _read_table(data: bytes, at: int, size: int) -> tuple[Table, int]:
-    freq = np.zeros(size + 1, np.int64)
-    for i in range(size):
-        value, at = read_leb(data, at)
-        freq[i] = min(value, TOTAL)  # anything larger is refused below
-    freq[-1] = TOTAL - int(freq.sum())
-    if freq.min() < 1:
-        raise CorruptError(f"the frequencies of {size} indices do not add up to {TOTAL}")
-    return Table(0, freq), at
-
-
 def parse_indices(data: bytes, count: int, n: int) -> tuple[int, Table | None, int, bytes, bytes]:
     """(low bits, table or None, bytes of header and table, stream, packed part) of all of `data`."""
     if not data:
@@ -136,7 +90,7 @@ def parse_indices(data: bytes, count: int, n: int) -> tuple[int, Table | None, i
     size = ((n - 1) >> low) + 1
     if low >= max(1, width_of(n)) or size > MAX_TABLE:
         raise CorruptError(f"{n} codewords cannot have {low} packed bits and a table for the rest")
-    table, at = _read_table(data, 1, size)
+    table, at = read_frequencies(data, 1, 0, size, f"{size} indices")
     length, at = read_leb(data, at)
     if length > len(data) - at:
         raise CorruptError(f"a section declares {length} bytes of indices, {len(data) - at} are left")
@@ -154,7 +108,7 @@ def index_kinds(data: bytes, count: int, n: int) -> tuple[tuple[str, int], ...]:
 def read_indices(data: bytes, count: int, n: int) -> Decoding:
     """Indices (count,) int32 below `n`; a generator like a coder's, which asks for at most one stream."""
     low, table, _, stream, packed = parse_indices(data, count, n)
-    values = unpack_bits(packed, count, low)
+    values = unpack_bits(packed, count, low).astype(np.int32)
     if table is not None:
         (high,) = yield [Stream(stream, np.ones(count, np.uint8), Tables({1: table}))]
         if high.min(initial=0) < 0 or high.max(initial=0) > (n - 1) >> low:
@@ -163,17 +117,6 @@ def read_indices(data: bytes, count: int, n: int) -> Decoding:
     if values.max(initial=0) >= n:
         raise CorruptError(f"a section names codeword {values.max()} of {n}")
     return values
-
-
-def run_alone(coding: Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Result of one generator that nothing else is decoded with."""
-    try:
-        asked = next(coding)
-        while True:
-            asked = coding.send(decode(asked))
-    except StopIteration as stop:
-        result: npt.NDArray[Any] = stop.value
-        return result
 
 
 def write_numbers(values: FloatArray, *, byte: bool) -> bytes:

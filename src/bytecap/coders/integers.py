@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, Shared, leb, read_leb
+from bytecap.coders import Decoding, Shared, leb, read_frequencies, read_leb
+from bytecap.coders.bits import read_bits
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.entropy import Stream, encode, lanes
 from bytecap.errors import CorruptError
-from bytecap.frequencies import PROB_BITS, TOTAL, Table, Tables, integer_frequencies
+from bytecap.frequencies import PROB_BITS, Table, Tables, integer_frequencies
 
 MAX_WIDTH = 8
 Widths = npt.NDArray[np.uint8]
@@ -91,14 +92,7 @@ def _read_table(data: bytes, at: int, width: int) -> tuple[Table, int]:
         return _flat(width), at
     if size < 1 or low + size > 1 << width:
         raise CorruptError(f"a block of integers declares {size} values from {low} of {width} bits")
-    freq = np.zeros(size + 1, np.int64)
-    for i in range(size):
-        value, at = read_leb(data, at)
-        freq[i] = min(value, TOTAL)  # anything larger is refused below, and must not overflow the sum
-    freq[-1] = TOTAL - int(freq.sum())
-    if freq.min() < 1:
-        raise CorruptError(f"the frequencies of a block of integers do not add up to {TOTAL}")
-    return Table(low, freq), at
+    return read_frequencies(data, at, low, size, "a block of integers")
 
 
 @dataclass(frozen=True)
@@ -143,11 +137,8 @@ class Integers:
         at = 0
         for p, size in enumerate(_planes(self.widths)):
             used = self.widths > p
-            bits = np.unpackbits(np.frombuffer(self.data, np.uint8, size, at), bitorder="little")
-            count = int(np.count_nonzero(used))
-            if bits[count:].any():
-                raise CorruptError("a block of integers has padding bits that are not zero")
-            values[used] |= bits[:count].astype(np.int32) << p
+            bits = read_bits(self.data[at : at + size], int(np.count_nonzero(used)))
+            values[used] |= bits.astype(np.int32) << p
             at += size
         return values
 

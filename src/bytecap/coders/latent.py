@@ -26,17 +26,15 @@ from typing import ClassVar
 import numpy as np
 
 from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
+from bytecap.coders.bits import pack_bits, packed_size, unpack_bits
 from bytecap.coders.codebook import MAX_DIMENSION, look_up, vectors_in
 from bytecap.coders.indices import (
     MAX_CODEWORDS,
     by_use,
     index_kinds,
     numbers_size,
-    pack_bits,
-    packed_size,
     read_indices,
     read_numbers,
-    unpack_bits,
     write_indices,
     write_numbers,
 )

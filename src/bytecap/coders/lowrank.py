@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import Decoding, FloatArray, Shared
-from bytecap.coders.parts import Kinds, pack, pack_bits, take, unpack, unpack_bits
+from bytecap.coders.bits import pack_bits, unpack_bits
+from bytecap.coders.parts import Kinds, pack, take, unpack
 from bytecap.errors import CorruptError
 
 MAX_RANK = 255
@@ -76,8 +77,6 @@ class LowRank:
         if packing:
             codes = np.frombuffer(unpack(1, body, count), np.int8).astype(np.int64)
         else:
-            if len(body) != -(-count * bits // 8):
-                raise CorruptError(f"a lowrank layer has {len(body)} bytes for {count} codes of {bits} bits")
             codes = unpack_bits(body, count, bits) - half
         if codes.min(initial=0) < -half or codes.max(initial=0) >= half:
             raise CorruptError(f"a lowrank layer holds a code of more than {bits} bits")

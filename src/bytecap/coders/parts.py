@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import FloatArray, leb, read_leb
+from bytecap.coders.bits import pack_bits, packed_size, read_bits, unpack_bits
 from bytecap.coders.packed import expand_brotli
 from bytecap.errors import CorruptError
 
@@ -33,29 +34,6 @@ Kinds = tuple[tuple[str, int], ...]
 
 
 # ------------------------------------------------------------------------------------------------- bits and bytes
-
-
-def pack_bits(values: npt.NDArray[np.integer[Any]], width: int) -> bytes:
-    """Unsigned integers of `width` bits each, low bit first."""
-    bits = (values.astype(np.int64)[:, None] >> np.arange(width)) & 1
-    return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
-
-
-def unpack_bits(data: bytes, count: int, width: int) -> IntArray:
-    """Integers of `pack_bits`; the bytes must be exactly theirs, left-over bits 0."""
-    bits = _bits(data, count * width)
-    values = np.zeros(count, np.int64)
-    for i in range(width):
-        values |= bits[i : count * width : width].astype(np.int64) << i
-    return values
-
-
-def _bits(data: bytes, count: int) -> npt.NDArray[np.uint8]:
-    """So many bits, which must be all of the bytes but for zeros in the last one."""
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    if len(data) != -(-count // 8) or bits[count:].any():
-        raise CorruptError(f"a layer's {len(data)} bytes are not {count} bits, or left-over bits are set")
-    return bits
 
 
 def pack(raw: bytes) -> tuple[int, bytes]:
@@ -119,11 +97,11 @@ def read_positions(data: bytes, at: int, size: int) -> tuple[IntArray, int]:
     mode, at = take(data, at, 1)[0], at + 1
     width = max(size - 1, 0).bit_length()
     if mode == BITMAP:
-        length = -(-size // 8)
-        listed = np.flatnonzero(_bits(take(data, at, length), size))
+        length = packed_size(size, 1)
+        listed = np.flatnonzero(read_bits(take(data, at, length), size))
         at += length
     elif mode == NUMBERS:
-        length = -(-count * width // 8)
+        length = packed_size(count, width)
         listed = unpack_bits(take(data, at, length), count, width)
         at += length
     elif mode in (GAPS, RICE):
@@ -158,7 +136,7 @@ def _read_rice(data: bytes, at: int, count: int, size: int) -> tuple[IntArray, i
     p, at = take(data, at, 1)[0], at + 1
     if p > max(size - 1, 0).bit_length():
         raise CorruptError(f"a layer declares {p} low bits for {size} places")
-    length = -(-count * p // 8)
+    length = packed_size(count, p)
     low = unpack_bits(take(data, at, length), count, p)
     at += length
     longest = -(-(count + (size >> p)) // 8)  # rising positions below `size` need no more

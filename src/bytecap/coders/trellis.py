@@ -24,13 +24,22 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import Decoding, Encoded, Shared, leb, read_leb
+from bytecap.coders.bits import read_bits
 from bytecap.coders.classes import CLASSES
-from bytecap.coders.grid import GridCode, Head, IntArray, dequantize, read_head, read_sides, write_head, write_sides
-from bytecap.coders.grid import weight_classes as scalar_classes
+from bytecap.coders.grid import (
+    GridCode,
+    Head,
+    IntArray,
+    dequantize,
+    read_head,
+    read_sides,
+    weight_classes,
+    write_head,
+    write_sides,
+)
 from bytecap.entropy import Source, Stream, encode_all
 from bytecap.errors import CorruptError
 
-OCTAVE = 4  # quarter octaves between a column's step and its fine grid
 SUBSET = np.array([[0, 2], [1, 3], [2, 0], [3, 1], [2, 0], [3, 1], [0, 2], [1, 3]], np.int64)  # by state and bit
 _BIT = np.array([[1 if SUBSET[s, 1] == d else 0 for d in range(4)] for s in range(8)], np.uint8)  # by state, subset
 _TABLE = np.array([1, 2, 3, 2], np.uint8) * np.uint8(CLASSES)  # which restriction of a class's table a subset uses
@@ -48,13 +57,6 @@ def dependent(column_class: IntArray, first: int, rows: int) -> Mask:
     """(rows, cols) mask of the weights in dependent columns, from classes (groups, cols)."""
     mask: Mask = (column_class >= first)[_rows_of(len(column_class), rows)]
     return mask
-
-
-def fine_classes(code: GridCode) -> npt.NDArray[np.uint8]:
-    """Class of every weight in steps of the grid it lies on, (rows, cols)."""
-    classes = scalar_classes(code.column_class, code.row_class)
-    mask = dependent(code.column_class, code.first, len(code.row_class))
-    return np.where(mask, np.minimum(classes + OCTAVE, CLASSES - 1), classes).astype(np.uint8)
 
 
 def subsets(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
@@ -97,7 +99,7 @@ class Trellis:
         points = code.symbols.astype(np.int32)
         mask = dependent(code.column_class, code.first, len(code.row_class))
         subset = (points & 3).astype(np.uint8)
-        classes = fine_classes(code) + np.where(mask, _TABLE[subset], 0).astype(np.uint8)
+        classes = code.classes() + np.where(mask, _TABLE[subset], 0).astype(np.uint8)
         symbols = np.where(mask, (np.where(subset == 3, -points, points) - _base(subset)) >> 2, points)
         return [write_sides(code, shared.tables), Source(symbols.reshape(-1), classes.reshape(-1), tables)]
 
@@ -144,7 +146,7 @@ class Trellis:
         column_step, column_class, row_step, row_class = yield from read_sides(head, shape, shared.tables)
         fine = column_class >= first
         bits = _read_path(path, fine[_rows_of(head.groups, shape[0])])
-        classes = _classes(column_class, row_class, fine)
+        classes = weight_classes(column_class, row_class, fine)
         branch = _branches(bits, head.groups)
         used = _TABLE[SUBSET].reshape(-1).take(branch)
         for part, dependent_column in zip(np.array_split(used, head.groups), fine, strict=True):
@@ -164,29 +166,12 @@ class Trellis:
 def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
     """The path's bits (rows, cols), 0 where a weight is not dependent."""
     count = int(mask.sum())
-    packed = np.frombuffer(path, np.uint8)
-    if len(packed) != -(-count // 8):
-        raise CorruptError(f"a trellis section has a path of {len(packed)} bytes for {count} weights")
-    if count % 8 and packed[-1] >> count % 8:
-        raise CorruptError("a trellis section has unused bits that are not 0")
-    bits = np.unpackbits(packed, count=count, bitorder="little")
+    bits = read_bits(path, count)
     if count == mask.size:
         return bits.reshape(mask.shape)
     spread = np.zeros(mask.shape, np.uint8)
     spread[mask] = bits
     return spread
-
-
-def _classes(column_class: IntArray, row_class: IntArray, fine: Mask) -> npt.NDArray[np.uint8]:
-    """Class of every weight in steps of the grid it lies on: an octave more, and at least 5, where that is fine."""
-    parts = [
-        np.clip(rows[:, None] + (columns + OCTAVE * own)[None, :], (1 + OCTAVE * own)[None, :], CLASSES - 1)
-        for columns, own, rows in zip(
-            column_class.astype(np.int16), fine.astype(np.int16),
-            np.array_split(row_class.astype(np.int16), len(fine)), strict=True,
-        )
-    ]  # fmt: skip
-    return np.concatenate(parts).astype(np.uint8)
 
 
 def _points(symbols: npt.NDArray[np.int32], branch: npt.NDArray[np.uint8], fine: Mask) -> npt.NDArray[np.int32]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecap import artifact
+from bytecap.correct import role_name
 from bytecap.curves.choose import hull, most, spend
-from bytecap.curves.ground import Ground, check_base, lay, make_job, some
+from bytecap.curves.ground import Ground, check_base, lay, make_job
 from bytecap.curves.points import Measured, Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, ninety, point, verdict, yardstick
 from bytecap.curves.trial import STEP, Offer, known, offers
 from bytecap.errors import OutputError
 from bytecap.model.evaluate import ByWindow
-from bytecap.model.text import Window
+from bytecap.model.text import Window, leading
 from bytecap.progress import Reporter, Silent
 from bytecap.store import Store
 
@@ -94,7 +94,7 @@ def byte_returns(
     loaded.module.to(target)
     cache = Store(Path(store) if store is not None else directory and directory / "store")
     ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
-    found = _curves(ground, names, some(sets.correction, point_tokens), points, cache)
+    found = _curves(ground, names, leading(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
     found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
     return _write(found, directory, reporter) if directory is not None else found
@@ -178,7 +178,7 @@ def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
     for name, units in promised.items():
         for unit, mine in units.items():
             for o in mine:
-                cells.setdefault((re.sub("[0-9]+", "#", unit), name), []).append(o)
+                cells.setdefault((role_name(unit), name), []).append(o)
     for cell in cells.values():
         rng.shuffle(cell)
     taken: list[Offer] = []

@@ -5,8 +5,6 @@ Statistics and operating points are kept in the store, so that a second budget r
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +16,16 @@ from torch import nn
 
 from bytecap import memory, pipeline
 from bytecap.coders.exact import CODER as EXACT
-from bytecap.correct import Factor, shrunk
+from bytecap.correct import TOKENS, Factor, role_name, shrunk
 from bytecap.curves.base import Base, GolfBase, GridBase, golf_k, problem_of
 from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Section
 from bytecap.methods.default import planned, statistics
-from bytecap.model.checkpoint import Model, linear_weights
+from bytecap.model.checkpoint import Model
 from bytecap.model.evaluate import kl_each
 from bytecap.model.probe import Statistics, Use
-from bytecap.model.text import TokenSets, Window
+from bytecap.model.text import TokenSets, Window, leading
 from bytecap.rounding import Shrink
 from bytecap.store import Store, digest, library
 from bytecap.swap import load_values, twin_of
@@ -36,7 +34,6 @@ from bytecap.tables import dump_shared, load_shared
 
 BASES = ("grid", "golf")
 Array = npt.NDArray[Any]
-_FACTOR_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -166,8 +163,7 @@ def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str)
     """The golf base; all other units keep their values."""
     planner, _, ones = planned(job, options, found, {})
     problems = {p.unit.name: problem_of(p) for p in planner.matrices}
-    names = {alias: u.name for u in job.model.units for alias in (u.name, *u.aliases)}
-    tables = frozenset(names[n] for n, (_, kind) in linear_weights(job.model.module).items() if kind == "embedding")
+    tables = frozenset(job.model.embeddings())
     kept = store.get(digest(key, "k"))
     if kept is None:
         blank = {}
@@ -188,28 +184,15 @@ def _factors(job: Job, base: Base) -> dict[str, float]:
     """Correction factor of every unit of a base, one role at a time; see `bytecap.correct`."""
     roles: dict[str, list[str]] = {}
     for name in base.problems:
-        roles.setdefault(re.sub("[0-9]+", "#", name), []).append(name)
+        roles.setdefault(role_name(name), []).append(name)
     values = {
         role: {n: from_matrix(base.problems[n].unit, base.units[n].values.numpy()) for n in names}
         for role, names in roles.items()
     }
     module = job.model.module
-    measured = kl_each(module, twin_of(module), values, some(job.sets.correction, _FACTOR_TOKENS), device=job.device)
+    measured = kl_each(module, twin_of(module), values, leading(job.sets.correction, TOKENS), device=job.device)
     found: dict[str, Factor] = {}
     for role, names in roles.items():
-        predicted = max(sum(base.problems[n].distortion(base.units[n].values) for n in names), 1e-12)
-        kl, error = measured[role]
-        found |= dict.fromkeys(
-            names, Factor(kl / predicted, error / predicted if math.isfinite(error) else kl / predicted)
-        )
+        predicted = sum(base.problems[n].distortion(base.units[n].values) for n in names)
+        found |= dict.fromkeys(names, Factor.of(measured[role], predicted))
     return shrunk(found)
-
-
-def some(windows: Sequence[Window], tokens: int) -> list[Window]:
-    """The first windows with at least so many predicted tokens together, or all."""
-    taken: list[Window] = []
-    for w in windows:
-        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
-            break
-        taken.append(w)
-    return taken

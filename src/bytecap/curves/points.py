@@ -5,7 +5,7 @@ Points are measured some at a time, so that the original runs once for all of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from bytecap.model.evaluate import ByWindow, by_window
 from bytecap.model.text import Window
 from bytecap.progress import Advance
 from bytecap.store import Store, digest
+from bytecap.units import in_groups
 
 FloatArray = npt.NDArray[np.float64]
 _TOGETHER = 12  # points measured in one pass over the original
@@ -86,7 +87,8 @@ def measure(
     advance(sum(kept[k] is not None for k in keys))
     missing = {k: p for k, p in zip(keys, picks, strict=True) if kept[k] is None}
     parameters = sum(p.unit.parameters for p in ground.base.problems.values())
-    for group in _groups(ground, missing):
+    sizes = {k: sum(ground.base.problems[n].unit.parameters for n in p.chosen) for k, p in missing.items()}
+    for group in in_groups(missing, sizes.__getitem__, _VALUES, _TOGETHER):
         reals = {k: realise(ground, missing[k].path, missing[k].chosen) for k in group}
         units = {n: p.unit for n, p in ground.base.problems.items()}
         values = {k: {n: from_matrix(units[n], r.values) for n, r in real.items()} for k, real in reals.items()}
@@ -109,17 +111,3 @@ def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameter
         "side": sum(r.side for r in real.values()), "share": protected / max(1, parameters),
         "kl": scores.kl.tolist(), "nats": scores.nats.tolist(),
     }  # fmt: skip
-
-
-def _groups(ground: Ground, missing: Mapping[str, Pick]) -> Iterator[list[str]]:
-    group: list[str] = []
-    held = 0
-    for key, pick in missing.items():
-        size = sum(ground.base.problems[n].unit.parameters for n in pick.chosen)
-        if group and (len(group) == _TOGETHER or held + size > _VALUES):
-            yield group
-            group, held = [], 0
-        group.append(key)
-        held += size
-    if group:
-        yield group

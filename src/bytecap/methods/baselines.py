@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
-from bytecap.model.checkpoint import linear_weights
 from bytecap.model.probe import probe
 
 
@@ -38,8 +37,7 @@ def second_moments(job: Job) -> tuple[dict[str, Tensor], set[str]]:
             device=job.device,
             progress=advance,
         )
-    names = {alias: u.name for u in model.units for alias in (u.name, *u.aliases)}
-    embeddings = {names[n] for n, (_, kind) in linear_weights(model.module).items() if kind == "embedding"}
+    embeddings = model.embeddings()
     hessians = {
         n: torch.stack([u.moment[0].cpu() for u in us]).sum(0) for n, us in found.uses.items() if n not in embeddings
     }

@@ -26,14 +26,13 @@ from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.waterfill import Planner, State, VectorUnit
 from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics, probe
-from bytecap.model.text import Window
+from bytecap.model.text import leading
 from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options, prepare
 from bytecap.tables import dump_shared
 from bytecap.trim import fit_to_cap
 
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
-_FACTOR_TOKENS = 4096
 _TABLES_GUESS = 700  # bytes of the tables section before it exists
 
 
@@ -52,11 +51,7 @@ def run(job: Job) -> Outcome:
     planner = work.planner
     capacity = _capacity(job, work, _TABLES_GUESS)
     ones = dict.fromkeys(planner.names, 1.0)
-    with memory.no_holes(), job.reporter.step("search", 1):
-        c, plain = planner.search(ones, capacity, start=planner.first_step(capacity), tolerance=2e-3)
-        if plain.rate > 1.02 * capacity:
-            _raise_floor(job, work, plain)
-    memory.release()
+    c, plain = _plain(job, work, capacity)
     twin = twin_of(job.model.module)
     kappa = _factors(job, planner, plain, twin) if options.correct else ones
     memory.release()
@@ -103,10 +98,7 @@ def planned(
     if known is not None:
         return planner, State(dict(known), {}, planner.shared, {}, {}), ones
     capacity = _capacity(job, work, _TABLES_GUESS)
-    with job.reporter.step("search", 1):
-        c, state = planner.search(ones, capacity, start=planner.first_step(capacity), tolerance=2e-3)
-        if state.rate > 1.02 * capacity:
-            _raise_floor(job, work, state)
+    c, state = _plain(job, work, capacity)
     kappa = _factors(job, planner, state, twin_of(job.model.module)) if options.correct else ones
     with job.reporter.step("allocation", 1):
         _, multipliers = _allocate(planner, state, kappa, capacity)
@@ -114,17 +106,29 @@ def planned(
     return planner, state, kappa
 
 
+def _plain(job: Job, work: _Work, capacity: float) -> tuple[float, State]:
+    """The plan of one step for all units, and that step."""
+    planner = work.planner
+    with memory.no_holes(), job.reporter.step("search", 1):
+        ones = dict.fromkeys(planner.names, 1.0)
+        c, state = planner.search(ones, capacity, start=planner.first_step(capacity), tolerance=2e-3)
+        if state.rate > 1.02 * capacity:
+            _raise_floor(job, work, state)
+    memory.release()
+    return c, state
+
+
 def _factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[str, float]:
     """Correction factor of every unit."""
     with job.reporter.step("correction factors", len(correct.roles(planner))) as advance:
-        windows = _some(job.sets.correction, _FACTOR_TOKENS)
+        windows = leading(job.sets.correction, correct.TOKENS)
         found = correct.measure(planner, state, job.model.module, twin, windows, device=job.device, advance=advance)
     return dict.fromkeys(planner.names, 1.0) | correct.shrunk(found)
 
 
 def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> None:
     """Replace the planner's targets."""
-    windows = _some(job.sets.statistics, planner.options.drift_tokens)
+    windows = leading(job.sets.statistics, planner.options.drift_tokens)
     with memory.no_holes(), job.reporter.step("drift targets", 1) as advance:
         planner.matrices = drift_targets(
             planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
@@ -182,15 +186,6 @@ def _raise_floor(job: Job, work: _Work, state: State) -> None:
         f"the largest units are {top}",
         floor,
     )
-
-
-def _some(windows: tuple[Window, ...], tokens: int) -> list[Window]:
-    taken: list[Window] = []
-    for w in windows:
-        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
-            break
-        taken.append(w)
-    return taken
 
 
 def _allocate(

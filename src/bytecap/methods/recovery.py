@@ -22,7 +22,7 @@ from torch.func import functional_call
 from bytecap.core import Unit
 from bytecap.methods import Job
 from bytecap.model.probe import batch_tokens, batches
-from bytecap.model.text import Window
+from bytecap.model.text import leading
 from bytecap.swap import load_values, twin_of
 
 TOKENS = 8192  # calibration tokens that are walked
@@ -69,15 +69,6 @@ def blocks(module: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module
             if held > most:
                 best, most = [(f"{prefix}.{k}.", child) for k, child in found.named_children()], held
     return best
-
-
-def _some(windows: Sequence[Window], tokens: int) -> list[Window]:
-    taken: list[Window] = []
-    for w in windows:
-        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
-            break
-        taken.append(w)
-    return taken
 
 
 def _inputs(model: nn.Module, chain: Sequence[nn.Module], ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -171,7 +162,7 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
         job.reporter.note("no list of blocks was found: nothing is tuned")
         return set()
     passes = []
-    for ids, mask in batches(_some(job.sets.statistics, TOKENS), batch_tokens(4096)):
+    for ids, mask in batches(leading(job.sets.statistics, TOKENS), batch_tokens(4096)):
         inside = ids[:, :-1].to(job.device)
         calls = _inputs(original, [b for _, b in plain], inside)
         coded = _inputs(twin, [chain[0][1]], inside)

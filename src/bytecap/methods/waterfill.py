@@ -21,13 +21,14 @@ from bytecap.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.coders.grid import CODER as GRID
 from bytecap.coders.grid import Grid, GridCode, choose_class, dequantize
 from bytecap.coders.trellis import CODER as TRELLIS
-from bytecap.coders.trellis import Trellis, fine_classes
+from bytecap.coders.trellis import Trellis
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
 from bytecap.entropy import encode_all
 from bytecap.rounding import Shrink
 from bytecap.sweep import Coded, Options, Prepared, initial_shared, rate, round_units
 from bytecap.tables import Counts, fit_shared, sum_counts
+from bytecap.units import in_groups
 
 FloatArray = npt.NDArray[np.float32]
 _ENCODE_VALUES = 2**22  # symbols coded together
@@ -220,15 +221,9 @@ class Planner:
 
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
         """(tag, section) of units by name, all by default; their streams are coded together."""
-        names = list(self.names if names is None else names)
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
         found: dict[str, tuple[int, bytes]] = {}
-        while names:
-            group: list[str] = []
-            total = 0
-            while names and (not group or total + sizes.get(names[0], 0) <= _ENCODE_VALUES):
-                total += sizes.get(names[0], 0)
-                group.append(names.pop(0))
+        for group in in_groups(self.names if names is None else names, lambda n: sizes.get(n, 0), _ENCODE_VALUES):
             found |= self._encode_group(state, group)
         return found
 
@@ -262,8 +257,8 @@ def coder_of(code: GridCode) -> Grid | Trellis:
 def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
     """(rows, cols) values of a grid code."""
     return dequantize(
-        code.symbols.astype(np.int32), fine_classes(code), np.float32(code.step),
-        code.column_step, code.row_step, shared.offset, code.column_class >= code.first,
+        code.symbols.astype(np.int32), code.classes(), np.float32(code.step),
+        code.column_step, code.row_step, shared.offset, code.fine,
     )  # fmt: skip
 
 

@@ -61,6 +61,11 @@ class Model:
         """The live parameter or buffer of a unit."""
         return _named_tensors(self.module)[unit.name]
 
+    def embeddings(self) -> set[str]:
+        """Names of the units that are embedding tables."""
+        names = {alias: u.name for u in self.units for alias in (u.name, *u.aliases)}
+        return {names[n] for n, (_, kind) in linear_weights(self.module).items() if kind == "embedding"}
+
     def config(self) -> dict[str, Any]:
         """The parsed `config.json`, or an empty dictionary."""
         return dict(json.loads(self.files["config.json"])) if "config.json" in self.files else {}

@@ -31,6 +31,16 @@ class Window:
     bytes: int
 
 
+def leading(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """The first windows with at least so many predicted tokens together, or all."""
+    taken: list[Window] = []
+    for w in windows:
+        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
+            break
+        taken.append(w)
+    return taken
+
+
 @dataclass(frozen=True)
 class Text:
     """A tokenized text."""

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS
-from bytecap.coders.trellis import OCTAVE, SUBSET
+from bytecap.coders.grid import OCTAVE
+from bytecap.coders.trellis import SUBSET
 from bytecap.rounding import BLOCK, SAMPLE, Problem, Rounded, Shrink, column_steps, stored_order
 
 _Array = npt.NDArray[Any]
