@@ -23,7 +23,9 @@ from bytecap.core import Curve, Plan, Point
 from bytecap.drift import drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
+from bytecap.methods.floats import fit_floats
 from bytecap.methods.waterfill import Planner, State, VectorUnit
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics, probe
 from bytecap.model.text import leading
@@ -33,6 +35,7 @@ from bytecap.tables import dump_shared
 from bytecap.trim import fit_to_cap
 
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
+_FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
 _TABLES_GUESS = 700  # bytes of the tables section before it exists
 
 
@@ -51,6 +54,8 @@ def run(job: Job) -> Outcome:
     planner = work.planner
     capacity = _capacity(job, work, _TABLES_GUESS)
     ones = dict.fromkeys(planner.names, 1.0)
+    if 8 * capacity > _FINE_BITS * planner.parameters and planner.finest_rate() < capacity:
+        return _floats(job, work)
     c, plain = _plain(job, work, capacity)
     twin = twin_of(job.model.module)
     kappa = _factors(job, planner, plain, twin) if options.correct else ones
@@ -104,6 +109,20 @@ def planned(
         _, multipliers = _allocate(planner, state, kappa, capacity)
         _, state = planner.search(multipliers, capacity, start=c, rounds=4, tolerance=2e-3)
     return planner, state, kappa
+
+
+def _floats(job: Job, work: _Work) -> Outcome:
+    """Fill a budget that the finest grids leave unused."""
+    units = [u for u in job.model.units if u.name not in work.fixed]
+    work.planner.forget()
+    with job.reporter.step("floats of fewer bits", 1):
+        sections = fit_floats(
+            units, lambda u: as_matrix(u, job.model.tensor(u).detach().float().cpu().numpy()),
+            lambda s: job.size({**s, **work.fixed}, b""), job.budget,
+        )  # fmt: skip
+    if sections is None:
+        raise BudgetError(f"no plan fills {job.budget:,} bytes", job.budget)
+    return Outcome({**sections, **work.fixed}, b"", 0.0, 0.0, 0.0, "floats")
 
 
 def _plain(job: Job, work: _Work, capacity: float) -> tuple[float, State]:

@@ -133,6 +133,10 @@ class Planner:
             self.shrink = Shrink(self.shared.offset, self.shrink.dead_zone)
         return state
 
+    def finest_rate(self) -> float:
+        """Bytes of all units at the finest steps whose integers still fit 16 bits."""
+        return self.settle(dict.fromkeys(self.names, 0.0)).rate
+
     def price(self, coded: dict[str, Coded], steps: Mapping[str, float]) -> State:
         """Rates and distortions of rounded units under the present tables."""
         rates = {n: rate(c, self.shared) for n, c in coded.items()}
