@@ -217,7 +217,7 @@ def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_direc
     assert result.report["kl_nats"] < 1e-5
 
 
-def test_a_bfloat16_model_with_far_outliers_fills_its_budget(texts):
+def test_a_bfloat16_model_with_far_outliers_fills_its_budget():
     model = load_model("demo")
     weight = dict(model.module.named_parameters())["model.layers.0.mlp.down_proj.weight"]
     with torch.no_grad():

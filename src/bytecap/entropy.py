@@ -27,8 +27,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from bytecap import compiled
 from bytecap.errors import CorruptError
-from bytecap.frequencies import PROB_BITS, SPLIT_CLASSES, TOTAL, IntArray, Tables
+from bytecap.frequencies import PROB_BITS, TOTAL, IntArray, Tables
 
 LOW = 1 << 16  # a lane's state lives in [LOW, 2**32)
 LANE_SYMBOLS = 8192  # symbols a lane holds; fixes the number of lanes
@@ -203,15 +204,34 @@ def decode(streams: list[Stream]) -> list[npt.NDArray[np.int32]]:
     """
     order = sorted((i for i, s in enumerate(streams) if len(s.classes)), key=lambda i: -_steps(streams[i]))
     result: list[npt.NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(streams)
-    for i, stream in enumerate(streams):
+    for stream in streams:
         if not len(stream.classes) and stream.data:
             raise CorruptError(f"an empty stream holds {len(stream.data)} bytes")
-        result[i] = np.zeros(len(stream.classes), np.int32)
-    if order:
+    if compiled.worth(sum(len(s.classes) for s in streams)):
+        for i in order:
+            result[i] = _decode_compiled(i, streams[i])
+    elif order:
         indices, tails = _run_lanes([streams[i] for i in order])
         for i, index, tail in zip(order, indices, tails, strict=True):
             result[i] = _symbols(streams[i], index, tail)
     return result
+
+
+def _decode_compiled(number: int, stream: Stream) -> npt.NDArray[np.int32]:
+    """Symbols of one stream that is not empty, by machine code."""
+    states, words, tail = _split(stream)
+    states = states.copy()
+    symbols, escaped, used = compiled.run_lanes(
+        states, words.astype(np.uint16), stream.classes, stream.tables, len(tail)
+    )
+    _check_end(number, states, used, len(words))
+    symbols[escaped] = _read_zigzag(tail, len(escaped))
+    return symbols
+
+
+def _check_end(number: int, states: npt.NDArray[np.uint32], used: int, count: int) -> None:
+    if (states != LOW).any() or used != count:
+        raise CorruptError(f"stream {number} does not end in its initial state: damaged")
 
 
 def _steps(stream: Stream | Source) -> int:
@@ -246,8 +266,7 @@ def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], lis
         )  # fmt: skip
         at = stop
     for i, (lo, hi) in enumerate(pairwise(first)):
-        if (state[lo:hi] != LOW).any() or pointer[i] - start[i] != counts[i]:
-            raise CorruptError(f"stream {i} does not end in its initial state: damaged")
+        _check_end(i, state[lo:hi], int(pointer[i] - start[i]), int(counts[i]))
     spans = zip(streams, first, first[1:], steps, strict=False)
     return [out[:t, lo:hi].reshape(-1)[: len(s.classes)] for s, lo, hi, t in spans], [p[2] for p in parts]
 
@@ -309,9 +328,7 @@ def _advance(
 
 def _symbols(stream: Stream, index: npt.NDArray[np.uint16], tail: bytes) -> npt.NDArray[np.int32]:
     """Turn symbol indices into symbols and put the escaped ones in."""
-    low, last = np.zeros(SPLIT_CLASSES, np.int32), np.full(SPLIT_CLASSES, 2**16 - 1, np.uint16)
-    for cls, table in stream.tables.table.items():
-        low[cls], last[cls] = table.low, len(table.freq) - 1
+    low, last = stream.tables.edges
     symbols = low.take(stream.classes)
     symbols += index
     escaped = np.flatnonzero(index == last.take(stream.classes))

@@ -28,7 +28,7 @@ from bytecap.sensitivity import Metric, factor
 from bytecap.tables import Counts, count_symbols, fit_shared
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
-_BATCH_VALUES = {"cpu": 6 * 2**20, "cuda": 2**25}  # weights and Hessian factors rounded together
+_BATCH_VALUES = {"cpu": 4 * 2**20, "cuda": 2**25}  # weights and Hessian factors rounded together
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from bytecap import compiled
 from bytecap.coders import Decoding, Encoded, Shared, leb, read_leb
 from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
 from bytecap.entropy import Source, Stream, encode_all
@@ -269,7 +270,12 @@ def dequantize(
     value = np.empty(symbols.shape, np.float32)
     flat = offset.reshape(-1)
     high = max(1, _CACHED // max(1, symbols.shape[1]))
+    loop = compiled.kernel("values") if compiled.worth(symbols.size) else None
     for run, scale, half in zip(np.array_split(np.arange(len(symbols)), len(scales)), scales, halves, strict=True):
+        if loop is not None:
+            part = slice(run[0], run[-1] + 1) if len(run) else slice(0, 0)
+            loop(symbols[part], classes[part], half, scale, rows[part, 0], offset, value[part])
+            continue
         for at in range(0, len(run), high):  # a block at a time stays in the processor's cache
             block = slice(run[at], run[min(at + high, len(run)) - 1] + 1)
             size = np.abs(symbols[block])

@@ -23,6 +23,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from bytecap import compiled
 from bytecap.coders import Decoding, Encoded, Shared, leb, read_leb
 from bytecap.coders.bits import read_bits
 from bytecap.coders.classes import CLASSES
@@ -178,8 +179,11 @@ def _points(symbols: npt.NDArray[np.int32], branch: npt.NDArray[np.uint8], fine:
     """Points of the grid from the symbols; replaces the symbols."""
     base = _base(SUBSET.reshape(-1).astype(np.uint8))
     sign = np.where(SUBSET.reshape(-1) == 3, -1, 1).astype(np.int32)
+    loop = compiled.kernel("points") if compiled.worth(symbols.size) else None
     for part, own, at in zip(np.array_split(symbols, len(fine)), fine, np.array_split(branch, len(fine)), strict=True):
-        if own.all():
+        if loop is not None:
+            loop(part, at, own, base, sign)
+        elif own.all():
             np.left_shift(part, 2, out=part)
             np.add(part, base.take(at), out=part)
             np.multiply(part, sign.take(at), out=part)

@@ -172,7 +172,7 @@ def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
     """Factors of the Hessians, vectors, and units that are stored exactly; uses up the statistics."""
     model = job.model
     matrices, vectors, fixed = [], [], {}
-    with job.reporter.step("factorisation", len(model.units)) as advance:
+    with memory.no_holes(), job.reporter.step("factorisation", len(model.units)) as advance:
         for u in model.units:
             values = model.tensor(u).detach()
             if u.name in found.uses and min(u.shape) > 1:

@@ -31,7 +31,7 @@ from bytecap.tables import Counts, fit_shared, sum_counts
 from bytecap.units import in_groups
 
 FloatArray = npt.NDArray[np.float32]
-_ENCODE_VALUES = 2**22  # symbols coded together
+_ENCODE_VALUES = 2**21  # symbols coded together
 
 
 @dataclass(frozen=True)

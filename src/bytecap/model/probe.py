@@ -27,8 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.core import Unit
+from bytecap.memory import release
 from bytecap.model.checkpoint import linear_weights
 from bytecap.model.text import Window
+
+_ROUND_LENGTH = 64
+_RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
 
 Progress = Callable[[int], None]
 FloatArray = npt.NDArray[np.float64]
@@ -65,11 +69,15 @@ class Statistics:
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions."""
+    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
+
+    Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
+    """
     order = sorted(windows, key=lambda w: -len(w.tokens))
-    at = 0
+    longest = len(order[0].tokens) if order else 0
+    at = number = 0
     while at < len(order):
-        length = len(order[at].tokens)
+        length = min(longest, -(-(len(order[at].tokens) - 1) // _ROUND_LENGTH) * _ROUND_LENGTH + 1)
         group = order[at : at + max(1, tokens // length)]
         ids = torch.zeros(len(group), length, dtype=torch.long)
         mask = torch.zeros(len(group), length - 1, dtype=torch.bool)
@@ -78,6 +86,9 @@ def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Te
             mask[row, : len(w.tokens) - 1] = True
         yield ids, mask
         at += len(group)
+        number += 1
+        if number % _RELEASE_EVERY == 0:
+            release()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
