@@ -118,7 +118,9 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[npt.NDA
     ids = range(tokenizer.vocab_size())
     control = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
     pieces = ["" if control[i] else tokenizer.id_to_piece(i) for i in ids]
-    size = [1 if tokenizer.is_byte(i) else len(p.removeprefix(_SPACE).encode()) for i, p in zip(ids, pieces, strict=True)]
+    size = [
+        1 if tokenizer.is_byte(i) else len(p.removeprefix(_SPACE).encode()) for i, p in zip(ids, pieces, strict=True)
+    ]
     space = [not tokenizer.is_byte(i) and p.startswith(_SPACE) for i, p in zip(ids, pieces, strict=True)]
     return np.array(size, np.int64), np.array(space, np.int64), np.array(control, np.int64)
 
@@ -136,7 +138,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--pieces", type=int, default=PIECES)
     parser.add_argument("--held-out", type=int, default=80, help="one document in so many is for validation")
-    parser.add_argument("--tokenizer-bytes", type=int, default=8_000_000, help="characters the tokenizer is trained on")
+    parser.add_argument("--tokenizer-text", type=int, default=8_000_000, help="characters the tokenizer is trained on")
     parser.add_argument("--shard-tokens", type=int, default=20_000_000)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def main() -> None:
         parts[held_out(text, args.held_out)].append(text)
     if not parts[True] or not parts[False]:
         parser.error(f"{len(parts[False])} documents for training, {len(parts[True])} held out: choose --held-out anew")
-    stride = max(1, sum(map(len, parts[False])) // args.tokenizer_bytes)
+    stride = max(1, sum(map(len, parts[False])) // args.tokenizer_text)
     tokenizer = train_tokenizer(parts[False][::stride], args.output / "tokenizer", args.pieces)
     for kind, texts in (("train", parts[False]), ("val", parts[True])):
         tokens = encode(tokenizer, texts)

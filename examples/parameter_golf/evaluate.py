@@ -14,13 +14,14 @@ import json
 import math
 from pathlib import Path
 
-import data
-import model as models
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 import torch
 from torch import nn
+
+import data
+import model as models
 
 Table = tuple[npt.NDArray[np.int64], ...]
 

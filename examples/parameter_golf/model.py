@@ -183,7 +183,7 @@ def looped() -> Golf:
 
 
 def mini() -> Golf:
-    """For a CPU: 4 blocks of width 128, 592,912 parameters."""
+    """For a CPU: 4 blocks of width 128, 592,144 parameters."""
     return Golf(width=128, blocks=4, heads=4, kv_heads=2)
 
 

@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
-import model as models
 import numpy as np
 import torch
-from evaluate import evaluate, held_out
 from torch import Tensor, nn
+
+import data
+import model as models
+from evaluate import evaluate, held_out
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Recipe:
 
 
 FULL = Recipe(batch=131_072, micro=65_536, length=1024)
-MINI = Recipe(batch=4_096, micro=4_096, length=256)
+MINI = Recipe(batch=2_048, micro=2_048, length=256)
 
 
 def windows(tokens: Tensor, length: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
