@@ -97,7 +97,7 @@ def stored_steps(unit, section):
 def test_what_golf_stores_is_the_recipe():
     units, weights = model()
     hessians = hessians_of(units)
-    sections = golf(units, weights, hessians, {"embed"}, 16_000)
+    sections = golf(units, weights, hessians, {"embed"}, 16_000, coder="brotli")
     found = decoded(units, sections)
     ks = {}
     for u in units:
@@ -122,7 +122,7 @@ def test_what_golf_stores_is_the_recipe():
 
 def test_a_fixed_embedding_k_stays_as_published():
     units, weights = model()
-    sections = golf(units, weights, hessians_of(units), {"embed"}, 16_000, embedding_power=0)
+    sections = golf(units, weights, hessians_of(units), {"embed"}, 16_000, embedding_power=0, coder="brotli")
     k = stored_steps(units[0], sections["embed"]) * 63 / weights["embed"].std(dim=1, correction=0).numpy()
     np.testing.assert_allclose(k, 15, rtol=2e-3)
 
