@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from bytecap.coders.bands import CODER as BANDS
 from bytecap.coders.packed import MAX_CODE, dequantize
+from bytecap.coders.stack import CODER as STACK
 from bytecap.errors import BudgetError
 from bytecap.methods.golf import factorize, golf, gptq, round_nearest, row_steps
+from bytecap.methods.residual import Residual
 from bytecap.methods.uniform import tolerance
 from test_uniform import decoded, model, used
 
@@ -166,3 +169,36 @@ def test_degenerate_inputs_stay_finite():
             assert not found.codes[0].any()
     column = torch.tensor([[0.7], [-0.1]])
     assert np.abs(dequantize(round_nearest(column, row_steps(column, 12.5))) - column.numpy()).max() < 0.15
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_residual_of_rank_four_lowers_the_error_of_the_worst_tensors_under_the_cap(bits):
+    units, weights = model()
+    hessians = hessians_of(units)
+    residual = Residual(bits, tensors=1)
+    plain = golf(units, weights, hessians, {"embed"}, 16_000 - residual.bytes(units, hessians))
+    sections = golf(units, weights, hessians, {"embed"}, 16_000, residual=residual)
+    assert used(sections) <= 16_000
+    changed = [n for n in sections if sections[n].tag == STACK.tag]
+    assert len(changed) == 1
+    errors = {
+        n: [output_error(decoded(units, s)[n], weights[n], hessians[n].numpy()) for s in (plain, sections)]
+        for n in hessians
+    }
+    assert changed[0] == max(errors, key=lambda n: errors[n][0])
+    assert errors[changed[0]][1] < 0.97 * errors[changed[0]][0]
+    others = [n for n in sections if n not in changed]
+    assert all(sections[n] == plain[n] for n in others)
+
+
+def test_the_best_coder_is_finer_at_the_same_bytes():
+    units, weights = model()
+    hessians = hessians_of(units)
+    error = {}
+    for coder in ("brotli", "best"):
+        sections = golf(units, weights, hessians, {"embed"}, 16_000, coder=coder)
+        assert used(sections) <= 16_000
+        found = decoded(units, sections)
+        error[coder] = sum(output_error(found[n], weights[n], hessians[n].numpy()) for n in hessians)
+    assert {s.tag for s in sections.values()} >= {BANDS.tag}
+    assert error["best"] < error["brotli"]
