@@ -1,4 +1,4 @@
-"""Golden artifacts of the coder bands."""
+"""Golden artifacts of the coder bands and the layer order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from bytecap.coders import leb
 from bytecap.coders.bands import CODER
+from bytecap.coders.order import CODER as ORDER
 from bytecap.coders.packed import Quantized
+from bytecap.coders.stack import CODER as STACK
 from golden_parts import Numbers, one, pack, unit
 
 
@@ -22,6 +24,10 @@ def bands(shape, seed=1, growth=0):
     return CODER.encode(Quantized(codes, ((1 + r.below(200, shape[0])) / 64).astype(np.float16)))
 
 
+def place(rows):
+    return np.argsort(Numbers(rows).below(1000, rows), kind="stable")
+
+
 def valid() -> Iterator[tuple[str, bytes]]:
     """Sound files."""
     yield (
@@ -31,6 +37,16 @@ def valid() -> Iterator[tuple[str, bytes]]:
             unit("several", (60, 41), 14, bands((60, 41), 2, 30)),
             unit("turned", (20, 50), 14, bands((50, 20), 3), transposed=True),
             unit("empty", (3, 0), 14, bands((3, 0))),
+            tables=False,
+        ),
+    )
+    yield (
+        "layer_order",
+        pack(
+            *(
+                unit(f"rows{n}", (n, 9), 5, STACK.encode((14, bands((n, 9), n)), [(40, ORDER.encode(place(n)))]))
+                for n in (1, 2, 33)
+            ),
             tables=False,
         ),
     )
@@ -57,3 +73,13 @@ def invalid() -> Iterator[tuple[str, bytes]]:
     yield "bands_zero", section(tables=leb(1) + leb(0) * 3)
     yield "bands_truncated", section(tables=leb(1), body=b"")
     yield "bands_left_over", section(body=stream + b"\x00")
+
+    def ordered(part):
+        base = struct.pack("<ffB", 0.5, 0, 0)
+        return one(STACK.encode((2, base), [(40, part)]), (3, 2), 5, tables=b"")
+
+    yield "order_short", ordered(b"")
+    yield "order_twice", ordered(b"\x14")
+    yield "order_beyond", ordered(b"\x34")
+    yield "order_spare_bits", ordered(b"\x64")
+    yield "order_left_over", ordered(b"\x24\x00")

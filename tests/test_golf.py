@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from bytecap.coders import Shared, run
 from bytecap.coders.bands import CODER as BANDS
-from bytecap.coders.packed import MAX_CODE, dequantize
+from bytecap.coders.packed import MAX_CODE, Quantized, dequantize
 from bytecap.coders.stack import CODER as STACK
 from bytecap.errors import BudgetError
-from bytecap.methods.golf import factorize, golf, gptq, round_nearest, row_steps
+from bytecap.methods.golf import factorize, golf, gptq, round_nearest, row_steps, smallest, with_brotli
 from bytecap.methods.residual import Residual
 from bytecap.methods.uniform import tolerance
 from test_uniform import decoded, model, used
@@ -202,3 +203,16 @@ def test_the_best_coder_is_finer_at_the_same_bytes():
         error[coder] = sum(output_error(found[n], weights[n], hessians[n].numpy()) for n in hessians)
     assert {s.tag for s in sections.values()} >= {BANDS.tag}
     assert error["best"] < error["brotli"]
+
+
+def test_rows_are_sorted_where_they_resemble_one_another():
+    rng = np.random.default_rng(0)
+    base = np.rint(rng.normal(size=(40, 96)) * 4)
+    codes = base[rng.permutation(np.repeat(np.arange(40), 12))] + (rng.random((480, 96)) < 0.1)
+    matrix = Quantized(codes.astype(np.int8), rng.uniform(0.1, 1, 480).astype(np.float16))
+    section = smallest(matrix)
+    assert section.tag == STACK.tag
+    assert len(section.data) < 0.95 * len(with_brotli(matrix).data)
+    found = run([STACK.decode(section.data, codes.shape, "F32", Shared())])[0]
+    np.testing.assert_array_equal(found, dequantize(matrix))
+    assert smallest(Quantized(rng.permuted(matrix.codes, axis=1), matrix.scales)).tag == BANDS.tag

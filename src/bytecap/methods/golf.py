@@ -24,7 +24,8 @@ not. Then single tensors, and rows of one, move to the finer `k` until the cap i
 
 Source: Frantar et al., GPTQ (arXiv:2210.17323), from which two details differ, both to its advantage: inputs that
 calibration never saw keep their weights (the reference code sets them to zero), and nothing is ever clipped to a
-bit width. Omitted: what is particular to the record's model, such as its low-rank residual on three tensors.
+bit width. Every tensor takes the smallest of three coders (`smallest`), at most what zpaq -m5 over whole roles takes;
+the record's low-rank residual on three tensors is an option, see LOG.md for what it costs here.
 
 >>> weight = torch.tensor([[0.9, -0.2, 0.4, 0.0], [0.1, 0.7, -0.6, 0.3]])
 >>> gptq(weight, factorize(torch.eye(4, dtype=torch.float64)), row_steps(weight, 31.0)).codes.tolist()
@@ -44,7 +45,10 @@ import torch
 from torch import Tensor
 
 from bytecap.coders.bands import CODER as BANDS
+from bytecap.coders.order import CODER as ORDER
+from bytecap.coders.order import by_likeness
 from bytecap.coders.packed import BROTLI, CODER, MAX_CODE, Quantized
+from bytecap.coders.stack import CODER as STACK
 from bytecap.core import Unit
 from bytecap.errors import BudgetError
 from bytecap.methods import Section
@@ -59,6 +63,7 @@ _FINEST, _COARSEST = 0.01, 400.0  # k: about 13 bits a weight; next to nothing l
 _SAMPLE_ROWS = 256  # of every matrix, for estimates
 _CLOSE = 1.03  # largest ratio of the two k that are mixed in the end
 _REFILLS = 4
+_SORTED_ROWS = 16_384  # sorting takes time of the square
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,21 @@ def with_brotli(matrix: Quantized) -> Section:
     return Section(CODER.tag, CODER.encode(matrix, BROTLI))
 
 
+def sorted_rows(matrix: Quantized) -> Section:
+    """`packed` under brotli-11, like rows next to one another, and the permutation that takes them back."""
+    chain = by_likeness(matrix.codes)
+    base = with_brotli(Quantized(matrix.codes[chain], matrix.scales[chain]))
+    return Section(STACK.tag, STACK.encode((base.tag, base.data), [(ORDER.tag, ORDER.encode(np.argsort(chain)))]))
+
+
 def smallest(matrix: Quantized) -> Section:
-    """The smaller one of `packed` under brotli-11 and `bands`."""
-    return min(with_brotli(matrix), Section(BANDS.tag, BANDS.encode(matrix)), key=lambda s: len(s.data))
+    """The smallest of `packed` under brotli-11, `bands`, and sorted rows where rows may resemble one another."""
+    plain, banded = with_brotli(matrix), Section(BANDS.tag, BANDS.encode(matrix))
+    found = [plain, banded]
+    rows, cols = matrix.codes.shape
+    if rows <= _SORTED_ROWS and (rows > 4 * cols or len(plain.data) <= len(banded.data)):
+        found.append(sorted_rows(matrix))
+    return min(found, key=lambda s: len(s.data))
 
 
 WRITERS: dict[str, Writer] = {"best": smallest, "brotli": with_brotli}
@@ -310,7 +327,7 @@ def golf(
         capacity: bytes for all sections together.
         progress: called with 0 after every `k` measured for real and with 1 at the end.
         embedding_power: how `k_emb` follows `k`; 0 keeps it at the published 15.
-        coder: "best" of brotli and `bands` for every tensor, or "brotli" for all.
+        coder: "best" of brotli, brotli over sorted rows and `bands` for every tensor, or "brotli" for all.
         residual: a low-rank residual on the tensors of largest error; none by default.
 
     Raises:
