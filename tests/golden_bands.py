@@ -13,7 +13,7 @@ from bytecap.coders.bands import CODER
 from bytecap.coders.order import CODER as ORDER
 from bytecap.coders.packed import Quantized
 from bytecap.coders.stack import CODER as STACK
-from golden_parts import Numbers, one, pack, unit
+from golden_parts import Numbers, one, pack, packed_zlib, unit
 
 
 def bands(shape, seed=1, growth=0):
@@ -46,6 +46,12 @@ def valid() -> Iterator[tuple[str, bytes]]:
             *(
                 unit(f"rows{n}", (n, 9), 5, STACK.encode((14, bands((n, 9), n)), [(40, ORDER.encode(place(n)))]))
                 for n in (1, 2, 33)
+            ),
+            unit(
+                "zlib",
+                (5, 4),
+                5,
+                STACK.encode((4, packed_zlib(bytes(range(20)), [0.5, 1, 2, 3, 4])), [(40, ORDER.encode(place(5)))]),
             ),
             tables=False,
         ),
