@@ -9,10 +9,10 @@ Section (format.md, 6.16): bands u8 (1 to 63) | LEB128 length, scales under brot
 bits | a table for each band: LEB128 half, frequencies of -half .. half as LEB128 | stream of all codes, row after row.
 
 Measured on the integers of golf (7M parameters; bytes over order-0 entropy of every tensor, at 3.5 / 2.5 bits):
-brotli-11 1.009 / 1.018, LZMA 1.048 / 1.130, zpaq -m5 on whole roles 1.0014 / 1.0015, and 1.000 / 1.000 here. Only in
+brotli-11 1.009 / 1.018, LZMA 1.048 / 1.130, zpaq -m5 on whole roles 1.0014 / 1.0015, and 1.001 / 1.001 here. Only in
 embeddings is there more for a context mixer to find, 1.7% of them.
 
-Omitted: adaptive tables. Mixing contexts symbol by symbol gains less than zpaq loses against static tables.
+Omitted: adaptive tables and mixed contexts, which in zpaq cost more on linear layers than they find.
 
 >>> from bytecap.coders import run
 >>> section = CODER.encode(Quantized(np.array([[1, -2]]), np.array([0.5], np.float16)))
