@@ -20,6 +20,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 
+import golden_bands
 import golden_codebooks
 import golden_layers
 from bytecap import artifact, sidefiles
@@ -167,7 +168,9 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    return dict([*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid()])
+    return dict(
+        [*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid(), *golden_bands.valid()]
+    )
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -353,6 +356,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
     found |= {name: (data, "CorruptError") for name, data in golden_codebooks.invalid()}
+    found |= {name: (data, "CorruptError") for name, data in golden_bands.invalid()}
     return found
 
 

@@ -2,9 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from bytecap.coders.packed import MAX_CODE, dequantize
+from bytecap.coders import Shared, run
+from bytecap.coders.bands import CODER as BANDS
+from bytecap.coders.packed import MAX_CODE, Quantized, dequantize
+from bytecap.coders.stack import CODER as STACK
 from bytecap.errors import BudgetError
-from bytecap.methods.golf import factorize, golf, gptq, round_nearest, row_steps
+from bytecap.methods.golf import factorize, golf, gptq, round_nearest, row_steps, smallest, with_brotli
+from bytecap.methods.residual import Residual
 from bytecap.methods.uniform import tolerance
 from test_uniform import decoded, model, used
 
@@ -97,7 +101,7 @@ def stored_steps(unit, section):
 def test_what_golf_stores_is_the_recipe():
     units, weights = model()
     hessians = hessians_of(units)
-    sections = golf(units, weights, hessians, {"embed"}, 16_000)
+    sections = golf(units, weights, hessians, {"embed"}, 16_000, coder="brotli")
     found = decoded(units, sections)
     ks = {}
     for u in units:
@@ -122,7 +126,7 @@ def test_what_golf_stores_is_the_recipe():
 
 def test_a_fixed_embedding_k_stays_as_published():
     units, weights = model()
-    sections = golf(units, weights, hessians_of(units), {"embed"}, 16_000, embedding_power=0)
+    sections = golf(units, weights, hessians_of(units), {"embed"}, 16_000, embedding_power=0, coder="brotli")
     k = stored_steps(units[0], sections["embed"]) * 63 / weights["embed"].std(dim=1, correction=0).numpy()
     np.testing.assert_allclose(k, 15, rtol=2e-3)
 
@@ -166,3 +170,49 @@ def test_degenerate_inputs_stay_finite():
             assert not found.codes[0].any()
     column = torch.tensor([[0.7], [-0.1]])
     assert np.abs(dequantize(round_nearest(column, row_steps(column, 12.5))) - column.numpy()).max() < 0.15
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_residual_of_rank_four_lowers_the_error_of_the_worst_tensors_under_the_cap(bits):
+    units, weights = model()
+    hessians = hessians_of(units)
+    residual = Residual(bits, tensors=1)
+    plain = golf(units, weights, hessians, {"embed"}, 16_000 - residual.bytes(units, hessians))
+    sections = golf(units, weights, hessians, {"embed"}, 16_000, residual=residual)
+    assert used(sections) <= 16_000
+    changed = [n for n in sections if sections[n].tag == STACK.tag]
+    assert len(changed) == 1
+    errors = {
+        n: [output_error(decoded(units, s)[n], weights[n], hessians[n].numpy()) for s in (plain, sections)]
+        for n in hessians
+    }
+    assert changed[0] == max(errors, key=lambda n: errors[n][0])
+    assert errors[changed[0]][1] < 0.97 * errors[changed[0]][0]
+    others = [n for n in sections if n not in changed]
+    assert all(sections[n] == plain[n] for n in others)
+
+
+def test_the_best_coder_is_finer_at_the_same_bytes():
+    units, weights = model()
+    hessians = hessians_of(units)
+    error = {}
+    for coder in ("brotli", "best"):
+        sections = golf(units, weights, hessians, {"embed"}, 16_000, coder=coder)
+        assert used(sections) <= 16_000
+        found = decoded(units, sections)
+        error[coder] = sum(output_error(found[n], weights[n], hessians[n].numpy()) for n in hessians)
+    assert {s.tag for s in sections.values()} >= {BANDS.tag}
+    assert error["best"] < error["brotli"]
+
+
+def test_rows_are_sorted_where_they_resemble_one_another():
+    rng = np.random.default_rng(0)
+    base = np.rint(rng.normal(size=(40, 96)) * 4)
+    codes = base[rng.permutation(np.repeat(np.arange(40), 12))] + (rng.random((480, 96)) < 0.1)
+    matrix = Quantized(codes.astype(np.int8), rng.uniform(0.1, 1, 480).astype(np.float16))
+    section = smallest(matrix)
+    assert section.tag == STACK.tag
+    assert len(section.data) < 0.95 * len(with_brotli(matrix).data)
+    found = run([STACK.decode(section.data, codes.shape, "F32", Shared())])[0]
+    np.testing.assert_array_equal(found, dequantize(matrix))
+    assert smallest(Quantized(rng.permuted(matrix.codes, axis=1), matrix.scales)).tag == BANDS.tag

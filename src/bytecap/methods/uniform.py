@@ -47,6 +47,15 @@ class Measured:
 
     matrix: Quantized
     data: bytes
+    tag: int
+
+
+Writer = Callable[[Quantized], Section]
+
+
+def zipped(matrix: Quantized) -> Section:
+    """A `packed` section under zlib-9."""
+    return Section(CODER.tag, CODER.encode(matrix, ZLIB))
 
 
 def is_exact(unit: Unit) -> bool:
@@ -75,11 +84,11 @@ def total(parts: Mapping[str, Measured]) -> int:
     return sum(len(p.data) for p in parts.values())
 
 
-def measure(matrices: Mapping[str, Quantized], compression: int) -> dict[str, Measured]:
+def measure(matrices: Mapping[str, Quantized], write: Writer) -> dict[str, Measured]:
     """Compress every matrix for real; compressors release the interpreter lock, so threads help."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sections = pool.map(lambda m: CODER.encode(m, compression), matrices.values())
-        return {n: Measured(m, data) for (n, m), data in zip(matrices.items(), sections, strict=True)}
+        sections = pool.map(write, matrices.values())
+        return {n: Measured(m, s.data, s.tag) for (n, m), s in zip(matrices.items(), sections, strict=True)}
 
 
 def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
@@ -90,7 +99,7 @@ def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
     )
 
 
-def _split_rows(low: Measured, high: Measured, room: int, enough: int, compression: int) -> Measured:
+def _split_rows(low: Measured, high: Measured, room: int, enough: int, write: Writer) -> Measured:
     """As many leading rows of `high` as `room` more bytes pay for, found on real sizes.
 
     Sizes grow almost linearly with the number of rows, so guesses are interpolated; every second one halves the
@@ -105,18 +114,19 @@ def _split_rows(low: Measured, high: Measured, room: int, enough: int, compressi
         share = (limit - fits[1]) / max(1, over[1] - fits[1]) if probe % 2 == 0 else 0.5
         rows = fits[0] + min(width - 1, max(1, round(width * share)))
         matrix = _mixed(low.matrix, high.matrix, rows)
-        data = CODER.encode(matrix, compression)
+        section = write(matrix)
+        data = section.data
         if len(data) > limit:
             over = (rows, len(data))
             continue
         fits = (rows, len(data))
         if len(data) >= len(best.data):
-            best = Measured(matrix, data)
+            best = Measured(matrix, data, section.tag)
     return best
 
 
 def fill(
-    low: Mapping[str, Measured], high: Mapping[str, Measured], room: int, *, compression: int, enough: int
+    low: Mapping[str, Measured], high: Mapping[str, Measured], room: int, *, write: Writer, enough: int
 ) -> dict[str, Measured]:
     """Mix two codings of a model so that `room` bytes more than `low` takes are used.
 
@@ -127,7 +137,7 @@ def fill(
         low: a coding that fits.
         high: a finer one, of the same tensors.
         room: bytes to spend on top of `low`.
-        compression: of the sections.
+        write: makes sections.
         enough: bytes that may stay unused.
     """
     mixed, left = dict(low), []
@@ -141,7 +151,7 @@ def fill(
     for name in reversed(left):
         if room <= enough:
             break
-        mixed[name] = _split_rows(low[name], high[name], room, enough, compression)
+        mixed[name] = _split_rows(low[name], high[name], room, enough, write)
         room -= len(mixed[name].data) - len(low[name].data)
     return mixed
 
@@ -179,7 +189,7 @@ def uniform(
     arrays = {u.name: weights[u.name].detach().float().cpu().numpy() for u in units if u.name not in sections}
 
     def at(levels: int) -> dict[str, Measured]:
-        found = measure({n: round_rows(w, levels) for n, w in arrays.items()}, ZLIB)
+        found = measure({n: round_rows(w, levels) for n, w in arrays.items()}, zipped)
         if progress is not None:
             progress(0)
         return found
@@ -197,8 +207,8 @@ def uniform(
             over, high = levels, found
     if high is not None:
         room, enough = capacity - fixed - total(low), tolerance(capacity) // 4
-        low = fill(low, high, room, compression=ZLIB, enough=enough)
+        low = fill(low, high, room, write=zipped, enough=enough)
     if progress is not None:
         progress(1)
-    sections |= {n: Section(CODER.tag, part.data) for n, part in low.items()}
+    sections |= {n: Section(part.tag, part.data) for n, part in low.items()}
     return {u.name: sections[u.name] for u in units}

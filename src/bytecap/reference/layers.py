@@ -1,4 +1,4 @@
-"""Sections 6.6 to 6.12: layers, each a function from the bytes and the matrix so far to the matrix."""
+"""Sections 6.6 to 6.12 and 6.17: layers, each a function from the bytes and the matrix so far to the matrix."""
 
 from __future__ import annotations
 
@@ -173,6 +173,13 @@ def channels(reader: Reader, w: Array) -> Array:
     return w
 
 
+def order(reader: Reader, w: Array) -> Array:
+    """6.17."""
+    place = integers(reader, len(w), max(0, len(w) - 1).bit_length())
+    require(not reader.rest() and np.array_equal(np.sort(place), np.arange(len(w))), "rows are not permuted")
+    return np.ascontiguousarray(w[place])
+
+
 LAYERS: dict[int, Callable[[Reader, Array], Array]] = {
-    32: columns, 33: rows, 34: outliers, 35: lowrank, 36: groups, 37: channels,
+    32: columns, 33: rows, 34: outliers, 35: lowrank, 36: groups, 37: channels, 40: order,
 }  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bytecap.reference.bands import bands
 from bytecap.reference.binary import binary
 from bytecap.reference.codebook import codebook
 from bytecap.reference.coders import Coder, exact, finite, grid, packed, vector
@@ -17,7 +18,7 @@ from bytecap.reference.streams import Array, Shared
 from bytecap.reference.trellis import trellis
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
-CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded}
+CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded, 14: bands}
 
 
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
