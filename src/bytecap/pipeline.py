@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bytecap import artifact, memory, methods, sidefiles
+from bytecap import artifact, codefiles, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.decode import decode_each, decode_units, ideal_bytes
@@ -73,6 +73,8 @@ def fit(
     window: int = WINDOW,
     tokenizer: bool = True,
     config: bool = True,
+    code: Sequence[Path | str] = (),
+    code_accounting: str = "packed",
     options: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
@@ -93,29 +95,35 @@ def fit(
         window: predicted tokens in a window.
         tokenizer: keep tokenizer files inside.
         config: keep config files inside.
+        code: source files to keep inside, minified and compressed; never executed by a reader.
+        code_accounting: `packed`, or `raw` if the file has to meet the cap with its code counted as given.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
     started = time.perf_counter()
     memory.one_arena()
     reporter = reporter or Silent()
-    limit = parse_size(budget)
-    reporter.note(f"budget: {format_size(limit)}")
+    asked, source = parse_size(budget), codefiles.pack(code, code_accounting)
+    limit = asked - source.reserve
+    reporter.note(f"budget: {format_size(asked)}")
     run, target = methods.find(method), choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
-    files, about = side_files(loaded, tokenizer=tokenizer, config=config), {"budget": limit, "method": method}
+    files, about = side_files(loaded, tokenizer=tokenizer, config=config), {"budget": asked, "method": method}
+    files += source.sections
     size = sizer(loaded, files, about)
     stored = _lossless(loaded, files, about, limit, reporter)
-    floor = check_floor(loaded, size, limit)
+    with source.floor(asked):
+        floor = check_floor(loaded, size, limit)
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
         reporter=reporter)  # fmt: skip
     loaded.module.to(target)
     job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
-    result = _solve(job, run, files, about, stored)
+    with source.floor(asked):
+        result = _solve(job, run, files, about, stored)
     if not dry_run:
         _deliver(result, job, output)
-    result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
+    result.report |= source.report(asked) | {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
 
 
