@@ -20,6 +20,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 
+import golden_code
 import golden_codebooks
 import golden_layers
 from bytecap import artifact, sidefiles
@@ -167,7 +168,9 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    return dict([*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid()])
+    return dict(
+        [*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid(), *golden_code.valid()]
+    )
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -348,7 +351,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     """Broken artifacts and the name of the error each must raise, by name."""
     found = {name: (data, error) for name, data, error in _containers()}
     parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (
-        _indexes, _streams, _tables, _coders, golden_layers.invalid, fixed_broken,
+        _indexes, _streams, _tables, _coders, golden_layers.invalid, fixed_broken, golden_code.invalid,
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}

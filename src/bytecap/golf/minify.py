@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 from bytecap.errors import CodeError, UsageError
+
+_USES_DOCSTRINGS = re.compile(r"__doc__|\b(getdoc|doctest|typer|click|fire|docopt)\b")
 
 
 def parse(source: bytes, name: str) -> tuple[str, ast.Module]:
@@ -29,14 +32,17 @@ def parse(source: bytes, name: str) -> tuple[str, ast.Module]:
 def minified(source: str, name: str) -> str:
     """A program without comments, docstrings and needless space, for code that is not ours.
 
-    Names and annotations stay: kernels, schemas and command lines are made from them.
+    Names and annotations stay: kernels, schemas and command lines are made from them. Docstrings stay where they may
+    be read.
     """
-    return _minify(source, name, remove_annotations=False, rename_locals=False)
+    unread = not _USES_DOCSTRINGS.search(source)
+    return _minify(source, name, remove_annotations=False, rename_locals=False, remove_literal_statements=unread)
 
 
 def crushed(source: str, keep: str) -> str:
     """The shortest form of our own code: every name but `keep` may change."""
-    return _minify(source, keep, rename_locals=True, rename_globals=True, preserve_globals=[keep])
+    options = {"rename_locals": True, "rename_globals": True, "preserve_globals": [keep]}
+    return _minify(source, keep, remove_literal_statements=True, **options)
 
 
 def _minify(source: str, name: str, **options: Any) -> str:
@@ -45,9 +51,7 @@ def _minify(source: str, name: str, **options: Any) -> str:
     except ModuleNotFoundError as exc:
         raise UsageError("the package python-minifier is missing: pip install 'bytecap[golf]'") from exc
     try:
-        found = python_minifier.minify(
-            source, name, remove_literal_statements=True, hoist_literals=False, convert_posargs_to_args=True, **options
-        )
+        found = python_minifier.minify(source, name, hoist_literals=False, **options)
     except (python_minifier.UnstableMinification, RecursionError) as exc:
         raise CodeError(f"{name}, line 1: cannot be minified: {type(exc).__name__}") from exc
     return str(found)

@@ -14,6 +14,7 @@ import ast
 import symtable
 from collections import Counter
 from collections.abc import Collection, Iterable
+from functools import cache
 from importlib import resources
 
 from bytecap.artifact import Contents
@@ -46,9 +47,14 @@ def decoder(used: Collection[int] = DEFAULT) -> str:
     Args:
         used: coders and layers to keep, see `tags`.
     """
+    return _decoder(frozenset(used))
+
+
+@cache
+def _decoder(used: frozenset[int]) -> str:
     body = [node for module in _modules() for node in module]
     tree = ast.Module([*body, *ast.parse(_LOAD).body], [])
-    tree = ast.fix_missing_locations(_Strip(frozenset(used)).visit(tree))
+    tree = ast.fix_missing_locations(_Strip(used).visit(tree))
     tree.body = _reachable(tree.body, "load")
     return crushed(ast.unparse(_positional(tree)), "load")
 
