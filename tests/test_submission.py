@@ -17,10 +17,12 @@ import make_goldens
 from bytecap import artifact
 from bytecap.golf import check, export, pack, vendor
 from bytecap.golf.minify import parse
+from bytecap.reference.layers import LAYERS
+from bytecap.reference.stack import CODERS
 
 DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
-ALL = frozenset(range(1, 12)) | frozenset(range(32, 38))
+ALL = frozenset(CODERS) | frozenset(LAYERS)
 
 SCRIPT = '''"""Evaluates a model."""
 import hashlib

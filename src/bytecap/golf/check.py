@@ -151,7 +151,7 @@ def _check_imports(root: Path, files: Sequence[str], libraries: set[str]) -> Non
         packed = unpacked(text)
         trees = {f"{file} ({name})": parse(s.encode(), f"{root}/{file} ({name})")[1] for name, s in packed.items()}
         known = public | set(packed) | _beside((root / file).parent) | _beside(root)
-        for name, one in (trees or {file: tree}).items():
+        for name, one in ({file: tree} | trees).items():
             _refuse_unknown(root, name, _needed(one), known)
 
 

@@ -180,6 +180,7 @@ def _file(texts: Mapping[str, str], *, brotli: bool = False) -> bytes:
     tries = [("zlib", zlib.compress(raw, 9))]
     for lc in range(5):
         options = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": lc, "lp": 0, "pb": 0}
+        options["dict_size"] = max(len(raw), 1 << 12)
         tries.append(("lzma", lzma.compress(raw, lzma.FORMAT_ALONE, filters=[options])))
     if brotli:  # bytecap brings it along
         from brotli import compress
