@@ -134,8 +134,8 @@ class TestFit:
 
     def test_slack(self, model_directory, texts, source):
         result = bytecap.fit(
-            model_directory("rotary"), 24_000, calibration=texts["calib"], evaluation=texts["val"], code=[source],
-            code_accounting="raw", tokens=2000, evaluation_tokens=1000, window=128,
+            model_directory("rotary"), 24_000, calibration=texts["calib"], evaluation=texts["val"],
+            code=codefiles.pack([source], "raw"), tokens=2000, evaluation_tokens=1000, window=128,
         )  # fmt: skip
         assert 0 <= result.report["slack_bytes"] <= 64
 

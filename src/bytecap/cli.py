@@ -61,6 +61,7 @@ def fit(
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
+    from bytecap import codefiles
     from bytecap.pipeline import fit as run
     from bytecap.report.terminal import print_fit
     from bytecap.sources import EVALUATION_TOKENS, TOKENS
@@ -72,7 +73,7 @@ def fit(
     result = run(
         model, budget, calibration=calib, evaluation=eval_, method=method, device=device, seed=seed, output=output,
         dry_run=dry_run, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
-        tokenizer=not no_tokenizer, config=not no_config, code=code or (), code_accounting=code_accounting,
+        tokenizer=not no_tokenizer, config=not no_config, code=codefiles.pack(code or (), code_accounting),
         reporter=_reporter(as_json),
     )  # fmt: skip
     if as_json:

@@ -16,6 +16,7 @@ import torch
 
 from bytecap import artifact, codefiles, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
+from bytecap.codefiles import Code
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
@@ -73,8 +74,7 @@ def fit(
     window: int = WINDOW,
     tokenizer: bool = True,
     config: bool = True,
-    code: Sequence[Path | str] = (),
-    code_accounting: str = "packed",
+    code: Code | Sequence[Path | str] = (),
     options: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
@@ -95,32 +95,25 @@ def fit(
         window: predicted tokens in a window.
         tokenizer: keep tokenizer files inside.
         config: keep config files inside.
-        code: source files to keep inside, minified and compressed; never executed by a reader.
-        code_accounting: `packed`, or `raw` if the file has to meet the cap with its code counted as given.
+        code: source files to keep inside, counted packed, or what `bytecap.codefiles.pack` made of them.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
-    started = time.perf_counter()
+    started, reporter = time.perf_counter(), reporter or Silent()
     memory.one_arena()
-    reporter = reporter or Silent()
-    asked, source = parse_size(budget), codefiles.pack(code, code_accounting)
-    limit = asked - source.reserve
+    asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target = methods.find(method), choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
-    files, about = side_files(loaded, tokenizer=tokenizer, config=config), {"budget": asked, "method": method}
-    files += source.sections
-    size = sizer(loaded, files, about)
-    stored = _lossless(loaded, files, about, limit, reporter)
+    files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
+    about = {"budget": asked, "method": method}
     with source.floor(asked):
-        floor = check_floor(loaded, size, limit)
-    sets = load_sets(
-        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
-        reporter=reporter)  # fmt: skip
-    loaded.module.to(target)
-    job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
-    with source.floor(asked):
-        result = _solve(job, run, files, about, stored)
+        floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
+        sets = load_sets(
+            loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
+            seed=seed, reporter=reporter)  # fmt: skip
+        job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
+        result = _solve(job, run, files, about)
     if not dry_run:
         _deliver(result, job, output)
     result.report |= source.report(asked) | {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
@@ -135,10 +128,10 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     result.report |= _quality(_measure(result, job.model, job.sets, job.device, job.reporter))
 
 
-def _solve(
-    job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any], stored: Contents | None
-) -> Artifact:
-    """The finished bytes and their report, quality not yet measured; `stored` is a lossless solution or None."""
+def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
+    """The finished bytes and their report, quality not yet measured."""
+    stored = _lossless(job.model, files, about, job.budget, job.reporter)
+    job.model.module.to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run(job)
