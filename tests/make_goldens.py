@@ -21,6 +21,7 @@ import brotli
 import numpy as np
 
 import golden_bands
+import golden_code
 import golden_codebooks
 import golden_layers
 from bytecap import artifact, sidefiles
@@ -168,9 +169,8 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    return dict(
-        [*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid(), *golden_bands.valid()]
-    )
+    others = (golden_layers, golden_codebooks, golden_bands, golden_code)
+    return dict([*_grids(), *_others(), *_bare(), *(one for module in others for one in module.valid())])
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -351,7 +351,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     """Broken artifacts and the name of the error each must raise, by name."""
     found = {name: (data, error) for name, data, error in _containers()}
     parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (
-        _indexes, _streams, _tables, _coders, golden_layers.invalid, fixed_broken,
+        _indexes, _streams, _tables, _coders, golden_layers.invalid, fixed_broken, golden_code.invalid,
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}

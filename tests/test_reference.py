@@ -261,6 +261,7 @@ DAMAGED = [
     "layer_lowrank",
     "layer_groups",
     "layer_channels",
+    "code_and_files",
 ]
 
 

@@ -28,7 +28,7 @@ from bytecap.errors import CorruptError, NotAnArtifact, OutputError, VersionErro
 from bytecap.ledger import Entry
 
 MAGIC = b"\x89BCAP\r\n\x1a"
-VERSION = (1, 1)  # newest this reader knows; files say the lowest that describes them
+VERSION = (1, 2)  # newest this reader knows; files say the lowest that describes them
 _FIRST_CODERS = 4  # tags up to this one came with 1.0
 _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
 HEADER_SIZE = _HEAD.size + 4
@@ -45,6 +45,7 @@ class _Index(msgspec.Struct, forbid_unknown_fields=True):
     units: list[tuple[str, list[int], str, int, int, list[str]]]
     files: list[str]
     about: dict[str, Any]
+    code: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class UnitSection:
 
 @dataclass(frozen=True)
 class FileSection:
-    """A side file as stored; `data` is packed."""
+    """A side file or code file as stored; `data` is packed (`bytecap.sidefiles`, `bytecap.codefiles`)."""
 
     name: str
     data: bytes
+    kind: int = FILE
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Contents:
     Attributes:
         units: in state-dict order.
         tables: the shared tables section, may be empty.
-        files: packed side files.
+        files: packed side files, and code files behind them.
         about: method, budget and other remarks; small and optional.
         padding: number of zero bytes at the end.
     """
@@ -86,7 +88,7 @@ class Contents:
 def _pack_index(contents: Contents) -> bytes:
     index = {
         "about": contents.about,
-        "files": [f.name for f in contents.files],
+        "files": [f.name for f in contents.files if f.kind == FILE],
         "units": [
             (
                 u.unit.name,
@@ -99,6 +101,8 @@ def _pack_index(contents: Contents) -> bytes:
             for u in contents.units
         ],
     }
+    if code := [f.name for f in contents.files if f.kind == CODE]:
+        index["code"] = code
     raw = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
     packed = lzma.compress(raw, lzma.FORMAT_RAW, filters=_LZMA)
     return b"\x01" + packed if len(packed) < len(raw) else b"\x00" + raw
@@ -109,7 +113,7 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
     if contents.tables:
         found.append((TABLES, contents.tables))
     found += [(UNIT, u.data) for u in contents.units]
-    found += [(FILE, f.data) for f in contents.files]
+    found += [(f.kind, f.data) for f in sorted(contents.files, key=lambda f: f.kind)]
     if contents.padding:
         found.append((PADDING, bytes(contents.padding)))
     return found
@@ -117,6 +121,8 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
 
 def _minor(contents: Contents) -> int:
     """Lowest minor version that describes the contents."""
+    if any(f.kind == CODE for f in contents.files):
+        return 2
     return int(any(u.tag > _FIRST_CODERS for u in contents.units))
 
 
@@ -199,12 +205,17 @@ def _read_index(data: bytes, name: str) -> _Index:
     except (lzma.LZMAError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise CorruptError(f"{name} has an index that cannot be read: {exc}") from exc
     names = [n for entry in index.units for n in (entry[0], *entry[5])]
-    if len(set(names)) != len(names) or len(set(index.files)) != len(index.files):
-        raise CorruptError(f"{name} names a unit or file twice")
-    for file in index.files:
+    files = index.files + _code(index)
+    if len(set(names)) != len(names) or len(set(files)) != len(files) or index.code == []:
+        raise CorruptError(f"{name} names a unit or file twice, or lists no code")
+    for file in files:
         if not file or "/" in file or "\\" in file or file.startswith(".") or "\0" in file:
             raise CorruptError(f"{name} holds a file with the unsafe name {file!r}")
     return index
+
+
+def _code(index: _Index) -> list[str]:
+    return index.code if isinstance(index.code, list) else []
 
 
 def _check_shapes(index: _Index, size: int, name: str) -> None:
@@ -242,7 +253,8 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
         described = Unit(unit, tuple(shape), dtype, tuple(aliases), bool(flags & 1), bool(flags & 2))
         units.append(UnitSection(described, tag, section))
     at += len(units)
-    files = tuple(FileSection(n, d) for n, d in zip(index.files, body[at:], strict=False))
+    names = [(n, FILE) for n in index.files] + [(n, CODE) for n in _code(index)]
+    files = tuple(FileSection(n, d, kind) for (n, kind), d in zip(names, body[at:], strict=False))
     padding = spans[-1].length if expected[-1] == PADDING else 0
     if padding and any(body[-1]):
         raise CorruptError(f"{name} holds something in its padding")
@@ -256,7 +268,7 @@ def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index,
     expected = [INDEX]
     if len(spans) > 1 and spans[1].kind == TABLES:
         expected.append(TABLES)
-    expected += [UNIT] * len(index.units) + [FILE] * len(index.files)
+    expected += [UNIT] * len(index.units) + [FILE] * len(index.files) + [CODE] * len(_code(index))
     if spans[-1].kind == PADDING:
         expected.append(PADDING)
     return index, expected
@@ -325,7 +337,8 @@ def ledger(contents: Contents) -> list[Entry]:
             merged[kind] = merged.get(kind, 0) + size
         entries += [Entry(u.unit.name, kind, size, u.unit.parameters) for kind, size in merged.items()]
     for f in contents.files:
-        entries.append(Entry(f.name, "tokenizer" if is_tokenizer(f.name) else "config", len(f.data)))
+        kind = "code" if f.kind == CODE else "tokenizer" if is_tokenizer(f.name) else "config"
+        entries.append(Entry(f.name, kind, len(f.data)))
     if contents.padding:
         entries.append(Entry("(file)", "padding", contents.padding))
     return entries

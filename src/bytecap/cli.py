@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bytecap.cli_golf import app as golf_app
 from bytecap.errors import BytecapError, OutputError
 from bytecap.methods import METHODS
 from bytecap.progress import Bars, Reporter, Silent
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Put a trained language model into ONE file under a hard byte cap.",
 )  # fmt: skip
+
+app.add_typer(golf_app, name="golf")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -53,9 +56,12 @@ def fit(
     ] = False,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")] = False,
     no_config: Annotated[bool, typer.Option("--no-config", help="Leave the config out.")] = False,
+    code: Annotated[list[Path] | None, typer.Option("--code", help="Source file to pack (repeatable).")] = None,
+    code_accounting: Annotated[str, typer.Option(help="Which size of the code meets the cap: packed, raw.")] = "packed",
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
+    from bytecap import codefiles
     from bytecap.pipeline import fit as run
     from bytecap.report.terminal import print_fit
     from bytecap.sources import EVALUATION_TOKENS, TOKENS
@@ -67,7 +73,8 @@ def fit(
     result = run(
         model, budget, calibration=calib, evaluation=eval_, method=method, device=device, seed=seed, output=output,
         dry_run=dry_run, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
-        tokenizer=not no_tokenizer, config=not no_config, reporter=_reporter(as_json),
+        tokenizer=not no_tokenizer, config=not no_config, code=codefiles.pack(code or (), code_accounting),
+        reporter=_reporter(as_json),
     )  # fmt: skip
     if as_json:
         _print_json(result.report)
@@ -245,8 +252,9 @@ def demo(
 def _version(wanted: bool) -> None:
     if wanted:
         from bytecap import __version__
+        from bytecap.artifact import VERSION
 
-        typer.echo(f"bytecap {__version__}, format 1.0")
+        typer.echo(f"bytecap {__version__}, format {'.'.join(map(str, VERSION))}")
         raise typer.Exit
 
 

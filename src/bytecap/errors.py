@@ -8,6 +8,7 @@ The tree (all derive from `BytecapError`, so one `except` catches them all)::
     ├── CheckpointError     the model on disk is missing, damaged, or not a format we read
     ├── TextError           calibration or evaluation text is missing, too short, or not UTF-8
     ├── OutputError         the result cannot be written
+    ├── CodeError           a source file cannot be packed, or a submission does not hold
     └── ArtifactError       a `.bcap` file cannot be trusted
         ├── NotAnArtifact   it is some other kind of file
         ├── VersionError    it was written by a newer, incompatible version of the format
@@ -52,6 +53,10 @@ class TextError(BytecapError):
 
 class OutputError(BytecapError):
     """The result cannot be written."""
+
+
+class CodeError(BytecapError):
+    """A source file cannot be packed, or a submission made of code does not hold."""
 
 
 class ArtifactError(BytecapError):

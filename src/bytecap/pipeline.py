@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bytecap import artifact, memory, methods, sidefiles
+from bytecap import artifact, codefiles, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
+from bytecap.codefiles import Code
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
@@ -73,6 +74,7 @@ def fit(
     window: int = WINDOW,
     tokenizer: bool = True,
     config: bool = True,
+    code: Code | Sequence[Path | str] = (),
     options: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
@@ -93,29 +95,28 @@ def fit(
         window: predicted tokens in a window.
         tokenizer: keep tokenizer files inside.
         config: keep config files inside.
+        code: source files to keep inside, counted packed, or what `bytecap.codefiles.pack` made of them.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
-    started = time.perf_counter()
+    started, reporter = time.perf_counter(), reporter or Silent()
     memory.one_arena()
-    reporter = reporter or Silent()
-    limit = parse_size(budget)
-    reporter.note(f"budget: {format_size(limit)}")
+    asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
+    reporter.note(f"budget: {format_size(asked)}")
     run, target = methods.find(method), choose_device(device)
     loaded = model if isinstance(model, Model) else load_model(model)
-    files, about = side_files(loaded, tokenizer=tokenizer, config=config), {"budget": limit, "method": method}
-    size = sizer(loaded, files, about)
-    stored = _lossless(loaded, files, about, limit, reporter)
-    floor = check_floor(loaded, size, limit)
-    sets = load_sets(
-        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
-        reporter=reporter)  # fmt: skip
-    loaded.module.to(target)
-    job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
-    result = _solve(job, run, files, about, stored)
+    files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
+    about = {"budget": asked, "method": method}
+    with source.floor(asked):
+        floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
+        sets = load_sets(
+            loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
+            seed=seed, reporter=reporter)  # fmt: skip
+        job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
+        result = _solve(job, run, files, about)
     if not dry_run:
         _deliver(result, job, output)
-    result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
+    result.report |= source.report(asked) | {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
 
 
@@ -127,10 +128,10 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     result.report |= _quality(_measure(result, job.model, job.sets, job.device, job.reporter))
 
 
-def _solve(
-    job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any], stored: Contents | None
-) -> Artifact:
-    """The finished bytes and their report, quality not yet measured; `stored` is a lossless solution or None."""
+def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
+    """The finished bytes and their report, quality not yet measured."""
+    stored = _lossless(job.model, files, about, job.budget, job.reporter)
+    job.model.module.to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run(job)

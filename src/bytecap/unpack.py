@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap import artifact, sidefiles
-from bytecap.artifact import Contents
+from bytecap import artifact, codefiles, sidefiles
+from bytecap.artifact import FILE, Contents
 from bytecap.coders.exact import is_lossless, to_bytes
 from bytecap.decode import decode_units
 from bytecap.errors import ArtifactError, OutputError, UsageError
@@ -29,11 +29,11 @@ _CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
 
 def side_files(contents: Contents) -> dict[str, bytes]:
     """Config and tokenizer files of an artifact."""
-    return {f.name: sidefiles.unpack(f.name, f.data) for f in contents.files}
+    return {f.name: sidefiles.unpack(f.name, f.data) for f in contents.files if f.kind == FILE}
 
 
 def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> str:
-    """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer).
+    """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer, code).
 
     Args:
         path: `.bcap` file.
@@ -61,7 +61,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
     artifact.write_atomically(_safetensors(values, chosen), target / "model.safetensors")
     float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
-    for name, content in side_files(contents).items():
+    for name, content in (side_files(contents) | codefiles.files(contents)).items():
         if name == "config.json":
             config = json.loads(content)
             config["dtype" if "dtype" in config else "torch_dtype"] = written

@@ -56,6 +56,10 @@ class Stack:
             raise CorruptError(f"{len(data) - at} bytes are left over behind a stack's last layer")
         return parts
 
+    def tags(self, data: bytes) -> list[int]:
+        """Tags of the base and of its layers."""
+        return [tag for tag, _, _ in self._parse(data)]
+
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Kinds of the base, then of every layer with the layer's id in front."""
         (tag, head, base), *rest = self._parse(data)

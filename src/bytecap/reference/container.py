@@ -85,7 +85,7 @@ def _sections(data: bytes) -> list[tuple[int, bytes]]:
     reader = Reader(data)
     _, major, minor, reserved, length, size, checksum = reader.fields("<8sBBHIQI")
     if major > 1:
-        raise VersionError(f"format version {major}.{minor}, this decoder knows 1.1")
+        raise VersionError(f"format version {major}.{minor}, this decoder knows 1.2")
     require(size == len(data), f"the header says {size} bytes, the file has {len(data)}")
     directory = reader.take(length)
     require(zlib.crc32(data[:24] + directory) == checksum, "the checksum of header and directory does not match")
@@ -133,10 +133,12 @@ def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes]]:
     with damage(ValueError, RecursionError):
         index = json.loads(unpack_lzma(sections[0][1], 4, 2**20, 2**26).decode())
         json.dumps(index, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, infinities, lone surrogates
-    known = type(index) is dict and set(index) == {"about", "files", "units"}
-    schema = (dict, [str], [(str, [int], str, int, int, [str])])
-    require(known and _matches([*map(index.get, ("about", "files", "units"))], schema), "the index is of wrong types")
-    units, files = [Unit(*entry) for entry in index["units"]], index["files"]
+    known = type(index) is dict and set(index) - {"code"} == {"about", "files", "units"}
+    schema = (dict, [str], [(str, [int], str, int, int, [str])], [str])
+    listed = [index.get(key, []) for key in ("about", "files", "units", "code")] if known else []
+    require(_matches(listed, schema) and index.get("code") != [], "the index is of wrong types")
+    units, code = [Unit(*entry) for entry in index["units"]], listed[3]
+    files = index["files"] + code
     for u in units:
         require(len(u.shape) <= 32 and min(u.shape, default=0) >= 0 and 0 <= u.flags <= 3, f"{u} is out of range")
     names = [n for u in units for n in (u.name, *u.aliases)]
@@ -145,6 +147,6 @@ def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes]]:
     declared = sum(prod(max(n, 1) for n in u.shape) for u in units)
     require(declared <= 2**24 + 2048 * len(data), f"{declared} values are declared in {len(data)} bytes")
     tables, padding = kinds[1:2] == [2], kinds[-1] == 6
-    expected = [1] + [2] * tables + [3] * len(units) + [4] * len(files) + [6] * padding
+    expected = [1] + [2] * tables + [3] * len(units) + [4] * len(index["files"]) + [5] * len(code) + [6] * padding
     require(kinds == expected and not (padding and any(sections[-1][1])), "unexpected sections, or used padding")
     return units, sections[1][1] if tables else b"", [section for kind, section in sections if kind == 3]

@@ -73,6 +73,11 @@ def print_fit(report: dict[str, Any]) -> None:
         table.add_row("dry run", f"nothing written; {format_size(report['budget_bytes'])} budget")
         table.add_row("floor", f"{format_size(report['floor_bytes'])} is the smallest reachable file")
         table.add_row("predicted KL", f"{report['predicted_delta_nats']:.4f} nats per token")
+    if "code_files" in report:
+        table.add_row(
+            "code", f"{report['code_packed_bytes']:,} bytes packed, {report['code_raw_bytes']:,} raw; "
+            f"the cap is met {report['code_accounting']}",
+        )  # fmt: skip
     if math.isfinite(report["slope_nats_per_byte"] or math.nan):
         table.add_row("one more kilobyte", f"buys {1000 * report['slope_nats_per_byte']:.2e} nats per token")
     table.add_row("plan", f"{report['method']}: {report['plan']}; {report['seconds']:.1f} s")
