@@ -22,6 +22,7 @@ import numpy as np
 
 import golden_codebooks
 import golden_layers
+import golden_shared
 from bytecap import artifact, sidefiles
 from bytecap.artifact import FILE, INDEX, PADDING, UNIT, Contents, FileSection
 from bytecap.coders import leb
@@ -167,7 +168,9 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    return dict([*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid()])
+    return dict(
+        [*_grids(), *_others(), *_bare(), *golden_layers.valid(), *golden_codebooks.valid(), *golden_shared.valid()]
+    )
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -352,7 +355,8 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
-    found |= {name: (data, "CorruptError") for name, data in golden_codebooks.invalid()}
+    for module in (golden_codebooks, golden_shared):
+        found |= {name: (data, "CorruptError") for name, data in module.invalid()}
     return found
 
 

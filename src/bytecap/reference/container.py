@@ -85,7 +85,7 @@ def _sections(data: bytes) -> list[tuple[int, bytes]]:
     reader = Reader(data)
     _, major, minor, reserved, length, size, checksum = reader.fields("<8sBBHIQI")
     if major > 1:
-        raise VersionError(f"format version {major}.{minor}, this decoder knows 1.1")
+        raise VersionError(f"format version {major}.{minor}, this decoder knows 1.2")
     require(size == len(data), f"the header says {size} bytes, the file has {len(data)}")
     directory = reader.take(length)
     require(zlib.crc32(data[:24] + directory) == checksum, "the checksum of header and directory does not match")
@@ -125,8 +125,8 @@ def _matches(value: Any, schema: Any) -> bool:
     return type(value) is list and len(value) == len(wanted) and all(map(_matches, value, wanted))
 
 
-def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes]]:
-    """Units, tables section, and the units' sections."""
+def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes], list[bytes]]:
+    """Units, tables section, shared objects, and the units' sections."""
     sections = _sections(data)
     kinds = [kind for kind, _ in sections]
     require(kinds[:1] == [1], "the first section is no index")
@@ -145,6 +145,7 @@ def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes]]:
     declared = sum(prod(max(n, 1) for n in u.shape) for u in units)
     require(declared <= 2**24 + 2048 * len(data), f"{declared} values are declared in {len(data)} bytes")
     tables, padding = kinds[1:2] == [2], kinds[-1] == 6
-    expected = [1] + [2] * tables + [3] * len(units) + [4] * len(files) + [6] * padding
+    expected = [1] + [2] * tables + [7] * kinds.count(7) + [3] * len(units) + [4] * len(files) + [6] * padding
     require(kinds == expected and not (padding and any(sections[-1][1])), "unexpected sections, or used padding")
-    return units, sections[1][1] if tables else b"", [section for kind, section in sections if kind == 3]
+    shared, bodies = ([section for kind, section in sections if kind == k] for k in (7, 3))
+    return units, sections[1][1] if tables else b"", shared, bodies
