@@ -90,7 +90,7 @@ def valid() -> Iterator[tuple[str, bytes]]:
     yield "shared_list", pack(*units, tables=False, objects=objects)
     left, right = (Numbers(s).around(9, 2, n) for s, n in ((6, 2), (7, 700)))
     steps = np.array([0.5, -0.1], np.float32)
-    body = STACK.encode(constant(1.0), [(35, LOWRANK.encode(left // 4, right // 4, steps, 8))])
+    body = STACK.encode(constant(1.0), [(35, LOWRANK.encode(left // 3, right // 3, steps, 8))])
     other = STACK.encode(packed((2, 700)), [(35, LOWRANK.encode(left // 3, right // 3, steps, 4))])
     assert STACK.parts(body)[1][2][2] == STACK.parts(other)[1][2][2] == 2
     yield "layer_lowrank_coded", pack(unit("a", (2, 700), 5, body), unit("b", (2, 700), 5, other), tables=False)

@@ -160,12 +160,12 @@ def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> 
 
 def sizer(
     model: Model, files: tuple[FileSection, ...], about: dict[str, Any]
-) -> Callable[[dict[str, Section], bytes], int]:
-    """File size as a function of sections and tables."""
+) -> Callable[..., int]:
+    """File size as a function of sections, tables and shared objects."""
 
-    def size(sections: dict[str, Section], tables: bytes) -> int:
+    def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
-        return len(artifact.serialize(Contents(units, tables, files, about)))
+        return len(artifact.serialize(Contents(units, tables, files, about, objects=objects)))
 
     return size
 
@@ -174,7 +174,7 @@ def _contents(
     model: Model, files: tuple[FileSection, ...], about: dict[str, Any], outcome: Outcome, budget: int, method: str
 ) -> Contents:
     units = tuple(UnitSection(u, outcome.sections[u.name].tag, outcome.sections[u.name].data) for u in model.units)
-    contents = Contents(units, outcome.tables, files, about)
+    contents = Contents(units, outcome.tables, files, about, objects=outcome.objects)
     total = len(artifact.serialize(contents))
     if total > budget:
         raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)

@@ -37,11 +37,18 @@ class Part:
         unit: the unit.
         tensors: leaves with gradient.
         weight: the matrix (rows, cols) they make.
+        spread: what learning rates are relative to; None for the standard deviation of each tensor.
     """
 
     unit: Unit
     tensors: list[Tensor]
     weight: Callable[[], Tensor]
+    spread: float | None = None
+
+    def rate(self, tensor: Tensor) -> float:
+        """First learning rate of a tensor."""
+        spread = float(tensor.detach().std(correction=0)) if self.spread is None else self.spread
+        return RATE * max(spread, 1e-8)
 
     def stored(self) -> Tensor:
         """The weight in stored layout."""
@@ -117,7 +124,7 @@ def _tune(
 ) -> None:
     """Tune one block; the best parameters seen are left in place."""
     groups = [
-        {"params": [t], "lr": RATE * max(float(t.detach().std(correction=0)), 1e-8)}
+        {"params": [t], "lr": p.rate(t)}
         for p in parts.values()
         for t in p.tensors
     ]
