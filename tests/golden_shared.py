@@ -132,7 +132,7 @@ def _bad_objects() -> Iterator[tuple[str, bytes]]:
     yield "shared_list_of_list", file(good, b"\x03\x06\x01\x04\x00")
     yield "shared_table_sum", file(good, b"\x04\x03" + leb(8000) * 3)
     yield "shared_table_empty", file(good, b"\x04\x00")
-    yield "shared_table_many", file(good, b"\x04" + leb(4097) + b"\x01" * 4097)
+    yield "shared_table_many", file(good, b"\x04" + leb(4097) + b"\x01" * 9)
     first = index(("a", [1, 3], "F32", 6, 0, []))
     yield "shared_behind_units", build([(INDEX, first), (UNIT, section), (SHARED, good)])
     yield "codebook_shared_scale", _file([good], section[:4] + b"\x00\x7c" + section[6:])

@@ -14,10 +14,11 @@ where that is shorter.
 
 On a small model a codebook of every matrix's own costs too much, so codewords may also be shared by all matrices
 (`methods/shared.py`): the plan is solved with and without, by bytes and predicted nats, and matrices still choose
-between the shared and an own codebook. `shared=False` is the paper's form. Of shared codewords, recovery tunes the
-matrix's scale alone.
+between the shared and an own codebook. `shared=False` is the paper's form. Block by
+block, recovery tunes own codewords and the scales of shared ones; then all of them are tuned end to end, which the
+paper leaves optional.
 
-Source: ClusComp (ACL 2025). Omitted: end-to-end tuning. Off by default, as in the paper: weighting k-means by
+Source: ClusComp (ACL 2025). Omitted: end-to-end tuning where nothing is shared. Off by default, as in the paper: weighting k-means by
 sensitivity.
 """
 
@@ -38,11 +39,12 @@ from bytecap.allocate import lower_hull
 from bytecap.coders import FloatArray
 from bytecap.coders.codebook import CODER, MAX_DIMENSION, Codebook, look_up
 from bytecap.coders.indices import MAX_CODEWORDS, by_use, indices_size, read_numbers, width_of, write_numbers
+from bytecap.coders.objects import write_codebook
 from bytecap.core import Curve, Point
 from bytecap.errors import UsageError
 from bytecap.methods import Job, Outcome, Section, kmeans, shared
 from bytecap.methods.choice import Coded, Material, capacity, choose, entropy_bits, finish, option, prepare, sampled
-from bytecap.methods.recovery import Part, recover
+from bytecap.methods.recovery import Part, recover, whole
 
 OPTIONS: dict[str, Any] = {
     "accounting": "coded", "g": None, "n": None, "recover": 40, "weighted": False, "shared": True,
@@ -230,7 +232,7 @@ class ClusComp:
 
     def kind(self, setting: float) -> int:
         """The dimension."""
-        return int(setting) if setting >= shared.BASE else Setting.of(setting).g
+        return shared.BASE if setting >= shared.BASE else Setting.of(setting).g
 
     def common(self, materials: Sequence[Material], system: shared.System) -> list[Curve]:
         """Points of every matrix in the system's codewords, what is shared left out."""
@@ -247,14 +249,17 @@ class ClusComp:
         return found
 
 
-def part(material: Material, book: Codebook | Common) -> Part:
-    """The codebook, or the scale of a shared one, as something to tune."""
+def part(material: Material, book: Codebook | Common, words: Tensor | None = None) -> Part:
+    """The codebook, or the scale of a shared one, as something to tune; `words` (n, g) may be tuned by the caller."""
     device = material.weight.device
     if isinstance(book, Common):
         rows, cols = material.unit.matrix_shape
-        base = book.words[torch.from_numpy(book.indices).to(device)].reshape(rows, -1)[:, :cols]
+        which = torch.from_numpy(book.indices).to(device)
         scale = torch.tensor([book.scale], device=device).requires_grad_()
-        return Part(material.unit, [scale], lambda: base * scale, spread=book.scale / 10)
+        base = book.words if words is None else words
+        return Part(
+            material.unit, [scale], lambda: base[which].reshape(rows, -1)[:, :cols] * scale, spread=book.scale / 10
+        )
     words = torch.from_numpy(book.words).to(device).clone().requires_grad_()
     index = torch.from_numpy(np.asarray(book.indices, np.int64)).to(device)
     rows, cols = material.unit.matrix_shape
@@ -288,8 +293,12 @@ def run(job: Job) -> Outcome:
     objects = objects if commons else ()
     sections = {**stored, **choice.sections}
     if options["recover"] and not job.dry_run:
-        parts = {m.unit.name: part(m, choice.kept[m.unit.name]) for m in materials}
-        for n in recover(job, parts, steps=options["recover"]):
+        base = family.system.words.clone().requires_grad_() if family.system is not None and commons else None
+        parts = {m.unit.name: part(m, choice.kept[m.unit.name], base) for m in materials}
+        tuned = recover(job, parts, steps=options["recover"])
+        if base is not None and whole(job, parts, [base], steps=options["recover"]):
+            tuned, objects = set(parts), (write_codebook(base.detach().cpu().numpy(), byte=family.coded),)
+        for n in tuned:
             sections[n] = _tuned(sections[n], parts[n], choice.kept[n])
     return finish(job, choice, sections, f"cluscomp, {len(commons)} of {len(materials)} shared", objects)
 
