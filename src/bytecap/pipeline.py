@@ -17,6 +17,8 @@ import torch
 from bytecap import artifact, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.coders.exact import CODER as EXACT
+from bytecap.coders.objects import share_lists
+from bytecap.coders.stack import CODER as STACK
 from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_unit
@@ -135,10 +137,20 @@ def _solve(
     if stored is None:
         outcome = run(job)
         if outcome.sections:
+            outcome = _with_lists(outcome, job.model)
             stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
     result = Artifact(stored, artifact.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
     result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
     return result
+
+
+def _with_lists(outcome: Outcome, model: Model) -> Outcome:
+    """Lists of positions that several stacks have in common stored once, where that is smaller."""
+    shapes = {u.name: u.matrix_shape for u in model.units}
+    stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
+    changed, objects = share_lists(stacks, outcome.objects)
+    sections = {n: Section(s.tag, changed.get(n, s.data)) for n, s in outcome.sections.items()}
+    return replace(outcome, sections=sections, objects=objects)
 
 
 def choose_device(device: str) -> str:
@@ -158,9 +170,7 @@ def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> 
     return tuple(FileSection(n, sidefiles.pack(n, d)) for n, d in kept.items())
 
 
-def sizer(
-    model: Model, files: tuple[FileSection, ...], about: dict[str, Any]
-) -> Callable[..., int]:
+def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:
     """File size as a function of sections, tables and shared objects."""
 
     def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:

@@ -18,8 +18,8 @@ between the shared and an own codebook. `shared=False` is the paper's form. Bloc
 block, recovery tunes own codewords and the scales of shared ones; then all of them are tuned end to end, which the
 paper leaves optional.
 
-Source: ClusComp (ACL 2025). Omitted: end-to-end tuning where nothing is shared. Off by default, as in the paper: weighting k-means by
-sensitivity.
+Source: ClusComp (ACL 2025). Omitted: end-to-end tuning where nothing is shared. Off by default, as in the
+paper: weighting k-means by sensitivity.
 """
 
 from __future__ import annotations

@@ -124,11 +124,7 @@ def _tune(
     steps: int,
 ) -> None:
     """Tune one block; the best parameters seen are left in place."""
-    groups = [
-        {"params": [t], "lr": p.rate(t)}
-        for p in parts.values()
-        for t in p.tensors
-    ]
+    groups = [{"params": [t], "lr": p.rate(t)} for p in parts.values() for t in p.tensors]
     leaves = [t for p in parts.values() for t in p.tensors]
     if not leaves:
         return

@@ -1,7 +1,7 @@
 """Codewords, and a decoder, that all matrices of a model share: how they are found and what they cost.
 
-A matrix is divided by a scale of its own, cut into vectors, and every vector becomes one of the shared codewords; with a
-decoder, a patch goes through an encoder first and its codewords through the decoder afterwards. The scale is also the
+A matrix is divided by a scale of its own, cut into vectors, and every vector becomes one of the shared codewords; with
+a decoder, a patch goes through an encoder first and its codewords through the decoder afterwards. The scale is also the
 rate: a coarser one uses fewer codewords around zero, and the entropy coder takes what that leaves. So one codebook
 serves every rate, and its bytes are a fixed charge of the file: the plan is solved with and without it.
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.allocate import allocate
-from bytecap.coders import FloatArray
 from bytecap.coders.latent import Decoder, decode_patches
 from bytecap.coders.objects import write_codebook, write_shared_decoder
 from bytecap.core import Curve
