@@ -127,19 +127,24 @@ def test_coded_factors_of_a_low_rank_are_smaller_and_come_back():
     data = LOWRANK.encode(left, right, np.ones(2, np.float32), 4)
     assert data[2] == CODED
     assert len(data) < 0.6 * (3 + 8 + 2 * 1800 * 4 / 8)
-    contents = Contents((unit("a", (300, 1500), 5, STACK.encode(golden_shared.constant(0.0), [(35, data)])),), b"", (), {})
+    contents = Contents(
+        (unit("a", (300, 1500), 5, STACK.encode(golden_shared.constant(0.0), [(35, data)])),), b"", (), {}
+    )
     values, stored = both(contents)
     np.testing.assert_array_equal(values["a"], (left.T @ right).astype(np.float32))
     assert stored[9] == 2
 
 
-def test_coded_factors_buy_more_than_plain_ones_at_equal_bytes():
+def test_coded_factors_fill_the_ladder_between_plain_ones():
     m = material(rows=160, cols=160)
     problem = Problem(m.unit, m.weight, torch.eye(160).double(), torch.ones(160).double())
-    base = torch.zeros(160, 160)
-    plain, coded = (PATH.after(problem, base, s) for s in (Rank(8, 4), Rank(8, 4, coded=True)))
-    assert len(coded.data) < 1.03 * len(plain.data)
-    assert problem.distortion(coded.values) < problem.distortion(plain.values)
+    settings = [Rank(8, 3, coded=True), Rank(8, 4), Rank(8, 4, coded=True), Rank(8, 5, coded=True), Rank(8, 6)]
+    assert set(settings) <= set(PATH.settings(problem))
+    found = [PATH.after(problem, torch.zeros(160, 160), s) for s in settings]
+    sizes, errors = [len(f.data) for f in found], [problem.distortion(f.values) for f in found]
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors, reverse=True)
+    assert found[0].data[2] == CODED
 
 
 @pytest.mark.parametrize("decoder", [False, True])
