@@ -123,9 +123,9 @@ def unit(name, shape, tag, data, dtype="F32", aliases=(), *, transposed=False, l
     return UnitSection(Unit(name, tuple(shape), dtype, tuple(aliases), transposed, linear), tag, data)
 
 
-def pack(*units, files=(), about=None, padding=0, tables=True):
+def pack(*units, files=(), about=None, padding=0, tables=True, objects=()):
     section = dump_shared(SHARED) if tables else b""
-    return artifact.serialize(Contents(units, section, tuple(files), about or {}, padding))
+    return artifact.serialize(Contents(units, section, tuple(files), about or {}, padding, tuple(objects)))
 
 
 def tiny() -> bytes:

@@ -24,6 +24,7 @@ import golden_bands
 import golden_code
 import golden_codebooks
 import golden_layers
+import golden_shared
 from bytecap import artifact, sidefiles
 from bytecap.artifact import FILE, INDEX, PADDING, UNIT, Contents, FileSection
 from bytecap.coders import leb
@@ -169,7 +170,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    others = (golden_layers, golden_codebooks, golden_bands, golden_code)
+    others = (golden_layers, golden_codebooks, golden_bands, golden_code, golden_shared)
     return dict([*_grids(), *_others(), *_bare(), *(one for module in others for one in module.valid())])
 
 
@@ -355,8 +356,8 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
-    found |= {name: (data, "CorruptError") for name, data in golden_codebooks.invalid()}
-    found |= {name: (data, "CorruptError") for name, data in golden_bands.invalid()}
+    for module in (golden_codebooks, golden_bands, golden_shared):
+        found |= {name: (data, "CorruptError") for name, data in module.invalid()}
     return found
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import golden_codebooks
 import golden_parts
 from bytecap import artifact, reference
-from bytecap.coders import Shared, coder, leb, run
+from bytecap.coders import Objects, Shared, coder, leb, run
 from bytecap.coders.binary import CODER as BINARY
 from bytecap.coders.binary import binarize, packed_bytes
 from bytecap.coders.bits import pack_bits, unpack_bits
@@ -62,7 +62,7 @@ def test_bits_come_back(values, width):
 def test_indices_come_back(n, count, coded, seed):
     values = np.minimum(*np.random.default_rng(seed).integers(0, n, (2, count)))
     data = write_indices(values, n, coded=coded)
-    assert run([read(data, count, n)])[0].tolist() == values.tolist()
+    assert run([read(data, count, n, Objects())])[0].tolist() == values.tolist()
     assert abs(indices_size(values, n, coded=coded) - len(data)) <= 12
 
 

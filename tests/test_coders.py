@@ -25,7 +25,7 @@ def test_every_coder_has_a_golden() -> None:
 def test_every_layer_has_goldens_over_two_bases() -> None:
     bases: dict[int, set[int]] = {tag: set() for tag in layers()}
     for u in (u for path in GOLDENS for u in artifact.read(path).units if u.tag == STACK.tag):
-        (base, _, _), *stacked = STACK._parse(u.data)
+        (base, _, _), *stacked = STACK.parts(u.data)
         for tag, _, _ in stacked:
             bases[tag].add(base)
     assert all(len(over) >= 2 for over in bases.values())

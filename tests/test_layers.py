@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import golden_parts
 from bytecap import artifact, reference
-from bytecap.coders import Shared, layers, run
+from bytecap.coders import Objects, Shared, layers, run
 from bytecap.coders import parts as p
 from bytecap.coders.channels import lengths, places
 from bytecap.coders.groups import sixteenth
@@ -165,7 +165,7 @@ def test_a_changed_byte_is_refused_by_both_or_by_none(name, seed, data):
 def test_positions_come_back_in_the_fewest_bytes(size, count, seed):
     listed = np.sort(np.random.default_rng(seed).permutation(size)[:count])
     block = p.write_positions(listed, size)
-    again, at = p.read_positions(b"xy" + block + b"z", 2, size)
+    again, at = p.read_positions(b"xy" + block + b"z", 2, size, Objects())
     np.testing.assert_array_equal(again, listed)
     assert at == 2 + len(block)
     assert len(block) <= 3 + min(-(-size // 8), len(listed) * (1 + (size > 128)))
@@ -178,7 +178,7 @@ def test_rice_codes_hold_sparse_positions_near_their_entropy():
     assert block[2] == p.RICE
     ideal = count * (np.log2(size / count) + np.log2(np.e))
     assert 8 * len(block) < 1.03 * ideal
-    np.testing.assert_array_equal(p.read_positions(block, 0, size)[0], listed)
+    np.testing.assert_array_equal(p.read_positions(block, 0, size, Objects())[0], listed)
 
 
 def test_positions_that_do_not_rise_are_our_mistake():

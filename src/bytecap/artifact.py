@@ -23,6 +23,8 @@ from typing import Any
 import msgspec
 
 from bytecap.coders import coder, leb, read_leb
+from bytecap.coders.objects import describe
+from bytecap.coders.stack import CODER as STACK
 from bytecap.core import Unit
 from bytecap.errors import CorruptError, NotAnArtifact, OutputError, VersionError
 from bytecap.ledger import Entry
@@ -32,7 +34,7 @@ VERSION = (1, 2)  # newest this reader knows; files say the lowest that describe
 _FIRST_CODERS = 4  # tags up to this one came with 1.0
 _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
 HEADER_SIZE = _HEAD.size + 4
-INDEX, TABLES, UNIT, FILE, CODE, PADDING = 1, 2, 3, 4, 5, 6
+INDEX, TABLES, UNIT, FILE, CODE, PADDING, SHARED = 1, 2, 3, 4, 5, 6, 7
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
 _MAX_INDEX = 1 << 26
 _MAX_DIMENSIONS = 32
@@ -76,6 +78,7 @@ class Contents:
         files: packed side files, and code files behind them.
         about: method, budget and other remarks; small and optional.
         padding: number of zero bytes at the end.
+        objects: shared objects, which sections refer to by their place.
     """
 
     units: tuple[UnitSection, ...]
@@ -83,6 +86,7 @@ class Contents:
     files: tuple[FileSection, ...]
     about: dict[str, Any]
     padding: int = 0
+    objects: tuple[bytes, ...] = ()
 
 
 def _pack_index(contents: Contents) -> bytes:
@@ -112,6 +116,7 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
     found = [(INDEX, _pack_index(contents))]
     if contents.tables:
         found.append((TABLES, contents.tables))
+    found += [(SHARED, o) for o in contents.objects]
     found += [(UNIT, u.data) for u in contents.units]
     found += [(f.kind, f.data) for f in sorted(contents.files, key=lambda f: f.kind)]
     if contents.padding:
@@ -121,7 +126,8 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
 
 def _minor(contents: Contents) -> int:
     """Lowest minor version that describes the contents."""
-    if any(f.kind == CODE for f in contents.files):
+    stacks = (u.data for u in contents.units if u.tag == STACK.tag)
+    if contents.objects or any(f.kind == CODE for f in contents.files) or any(STACK.minor(d) > 1 for d in stacks):
         return 2
     return int(any(u.tag > _FIRST_CODERS for u in contents.units))
 
@@ -246,6 +252,8 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     tables = b""
     if TABLES in expected:
         tables, at = body[1], 2
+    objects = tuple(body[at : at + expected.count(SHARED)])
+    at += len(objects)
     units = []
     for (unit, shape, dtype, tag, flags, aliases), section in zip(index.units, body[at:], strict=False):
         if flags > 3 or flags < 0:
@@ -258,7 +266,7 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     padding = spans[-1].length if expected[-1] == PADDING else 0
     if padding and any(body[-1]):
         raise CorruptError(f"{name} holds something in its padding")
-    return Contents(tuple(units), tables, files, index.about, padding)
+    return Contents(tuple(units), tables, files, index.about, padding, objects)
 
 
 def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:
@@ -268,6 +276,7 @@ def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index,
     expected = [INDEX]
     if len(spans) > 1 and spans[1].kind == TABLES:
         expected.append(TABLES)
+    expected += [SHARED] * sum(s.kind == SHARED for s in spans)
     expected += [UNIT] * len(index.units) + [FILE] * len(index.files) + [CODE] * len(_code(index))
     if spans[-1].kind == PADDING:
         expected.append(PADDING)
@@ -331,6 +340,9 @@ def ledger(contents: Contents) -> list[Entry]:
     ]
     if contents.tables:
         entries.append(Entry("(shared)", "table", len(contents.tables)))
+    for number, data in enumerate(contents.objects):
+        name, parts = describe(data)
+        entries += [Entry(f"(shared) {name} {number}", kind, size) for kind, size in parts]
     for u in contents.units:
         merged: dict[str, int] = {}
         for kind, size in coder(u.tag).kinds(u.data, u.unit.matrix_shape, u.unit.dtype):

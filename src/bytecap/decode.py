@@ -6,6 +6,7 @@ Units are decoded in groups of a few million values, so that memory stays near t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from bytecap import artifact
 from bytecap.artifact import Contents
 from bytecap.coders import Observer, coder, run
+from bytecap.coders.objects import load_objects
 from bytecap.core import Unit
 from bytecap.entropy import Stream, escape_bytes
 from bytecap.errors import CorruptError
@@ -63,7 +65,7 @@ def decode_each(
     contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP
 ) -> Iterator[tuple[Unit, Array]]:
     """Units and their values in stored layout, some `values` at a time; see `decode_units`."""
-    shared = load_shared(contents.tables)
+    shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
     for group in in_groups(contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values):
         try:
             matrices = run(
@@ -74,6 +76,7 @@ def decode_each(
             raise CorruptError(f"units {names}: {exc}") from exc
         for u, matrix in zip(group, matrices, strict=True):
             yield u.unit, from_matrix(u.unit, matrix)
+    shared.objects.check_used()
 
 
 def load(path: Path | str) -> dict[str, Array]:

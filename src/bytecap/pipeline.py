@@ -18,6 +18,8 @@ from bytecap import artifact, codefiles, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.codefiles import Code
 from bytecap.coders.exact import CODER as EXACT
+from bytecap.coders.objects import share_lists
+from bytecap.coders.stack import CODER as STACK
 from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_unit
@@ -136,10 +138,20 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
     if stored is None:
         outcome = run(job)
         if outcome.sections:
+            outcome = _with_lists(outcome, job.model)
             stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
     result = Artifact(stored, artifact.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
     result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
     return result
+
+
+def _with_lists(outcome: Outcome, model: Model) -> Outcome:
+    """Lists of positions that several stacks have in common stored once, where that is smaller."""
+    shapes = {u.name: u.matrix_shape for u in model.units}
+    stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
+    changed, objects = share_lists(stacks, outcome.objects)
+    sections = {n: Section(s.tag, changed.get(n, s.data)) for n, s in outcome.sections.items()}
+    return replace(outcome, sections=sections, objects=objects)
 
 
 def choose_device(device: str) -> str:
@@ -159,14 +171,12 @@ def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> 
     return tuple(FileSection(n, sidefiles.pack(n, d)) for n, d in kept.items())
 
 
-def sizer(
-    model: Model, files: tuple[FileSection, ...], about: dict[str, Any]
-) -> Callable[[dict[str, Section], bytes], int]:
-    """File size as a function of sections and tables."""
+def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:
+    """File size as a function of sections, tables and shared objects."""
 
-    def size(sections: dict[str, Section], tables: bytes) -> int:
+    def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
-        return len(artifact.serialize(Contents(units, tables, files, about)))
+        return len(artifact.serialize(Contents(units, tables, files, about, objects=objects)))
 
     return size
 
@@ -175,7 +185,7 @@ def _contents(
     model: Model, files: tuple[FileSection, ...], about: dict[str, Any], outcome: Outcome, budget: int, method: str
 ) -> Contents:
     units = tuple(UnitSection(u, outcome.sections[u.name].tag, outcome.sections[u.name].data) for u in model.units)
-    contents = Contents(units, outcome.tables, files, about)
+    contents = Contents(units, outcome.tables, files, about, objects=outcome.objects)
     total = len(artifact.serialize(contents))
     if total > budget:
         raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)

@@ -30,16 +30,51 @@ Decoding = Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Objects:
+    """What sections refer to by number: codebooks, decoders, lists of positions, tables (`coders/objects.py`).
+
+    Attributes:
+        items: (kind, value) in file order.
+        used: numbers that were referred to.
+    """
+
+    items: tuple[tuple[str, Any], ...] = ()
+    used: set[int] = field(default_factory=set)
+
+    def get(self, number: int, kind: str) -> Any:
+        """The object of a number.
+
+        Raises:
+            CorruptError: there is none, or it is of another kind.
+        """
+        if number >= len(self.items):
+            raise CorruptError(f"a section refers to the shared object {number}, the file has {len(self.items)}")
+        found, value = self.items[number]
+        if found != kind:
+            raise CorruptError(f"a section takes the shared object {number} for a {kind}, it is a {found}")
+        self.used.add(number)
+        return value
+
+    def check_used(self) -> None:
+        """Refuse a file whose units, all of them decoded, leave an object unused."""
+        spare = set(range(len(self.items))) - self.used
+        if spare:
+            raise CorruptError(f"no unit uses the shared object {min(spare)}")
+
+
+@dataclass(frozen=True)
 class Shared:
     """What all units of a file share.
 
     Attributes:
         tables: frequency tables by class.
         offset: reconstruction offsets (64, 17) in steps, see `bytecap.rounding`.
+        objects: shared objects.
     """
 
     tables: Tables = field(default_factory=lambda: Tables({}))
     offset: FloatArray = field(default_factory=lambda: np.zeros((64, 17), np.float32))
+    objects: Objects = field(default_factory=Objects)
 
 
 @dataclass(frozen=True)

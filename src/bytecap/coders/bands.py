@@ -5,7 +5,7 @@ of like spread share a band, and a band has one static, symmetric table. A weigh
 
     w = scale[row] * code
 
-Section (format.md, 6.16): bands u8 (1 to 63) | LEB128 length, scales under brotli | band of every column in the fewest
+Section (format.md, 6.19): bands u8 (1 to 63) | LEB128 length, scales under brotli | band of every column in the fewest
 bits | a table for each band: LEB128 half, frequencies of -half .. half as LEB128 | stream of all codes, row after row.
 
 Measured on the integers of golf (7M parameters; bytes over order-0 entropy of every tensor, at 3.5 / 2.5 bits):

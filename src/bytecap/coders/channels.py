@@ -9,8 +9,8 @@ stored once, with the rows.
 Layer (format.md, 6.12): mode u8 (1 columns, 2 rows, 3 both) | positions, below the smaller of the sides in use |
 values: the columns, then the rows. Bytes: 1 + positions + 2 + (2 or 1) * k * (sides' lengths) + 2 per i8 vector.
 
-Omitted: one list for several tensors. A section is decoded from its own bytes alone (units may be decoded in any
-order and in groups), and a list costs about a byte per channel beside hundreds of bytes of values.
+Matrices that see the same stream may name one list that the file stores once (`coders/objects.py`): a row of one
+tensor and the column of its partner then cost three bytes of index each.
 Sources: OWQ (arXiv:2306.02272) for columns; LLM.int8() (arXiv:2208.07339) for channels that persist across layers.
 
 >>> from bytecap.coders import Shared, run
@@ -30,6 +30,7 @@ from bytecap.coders import Decoding, FloatArray, Shared
 from bytecap.coders.parts import (
     IntArray,
     Kinds,
+    count_positions,
     read_positions,
     read_values,
     split_values,
@@ -71,25 +72,26 @@ class Channels:
         """Bytes of a layer: all vectors' values (see `lengths`) as float16, or int8 with a scale per vector."""
         return bytes([mode]) + write_positions(index, places(mode, shape)) + write_values(values, scales)
 
-    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[int, IntArray, int]:
+    def mode(self, data: bytes) -> int:
+        """Which sides a layer protects."""
         mode = take(data, 0, 1)[0]
         if mode not in (COLUMNS, ROWS, BOTH):
             raise CorruptError(f"a channels layer has the unknown mode {mode}")
-        return (mode, *read_positions(data, 1, places(mode, shape)))
+        return mode
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> Kinds:
         """Mode, positions, two bytes of header, scales and values."""
         del dtype
-        mode, index, at = self._parse(data, shape)
-        vectors = len(lengths(mode, len(index), shape))
+        mode = self.mode(data)
+        count, at = count_positions(data, 1, places(mode, shape))
+        vectors = len(lengths(mode, count, shape))
         return (("header", 1), ("index", at - 1), *split_values(data, at, vectors))
 
     def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
         """Replace the protected channels."""
-        del shared
         yield from ()
-        shape = (base.shape[0], base.shape[1])
-        mode, index, at = self._parse(data, shape)
+        shape, mode = (base.shape[0], base.shape[1]), self.mode(data)
+        index, at = read_positions(data, 1, places(mode, shape), shared.objects)
         sizes = lengths(mode, len(index), shape)
         values = read_values(data, at, sizes)
         inner = int(sizes[: len(index)].sum()) if mode & COLUMNS else 0

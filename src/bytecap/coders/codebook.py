@@ -1,12 +1,14 @@
 """`codebook`: vectors of `g` neighbouring weights of a row, each replaced by one of `n` codewords.
 
-One codebook for each tensor: codewords as f16, or as signed bytes with one f16 scale. Indices are packed at
-`ceil(log2 n)` bits, which is what the paper counts, or entropy coded, whichever is shorter (`coders/indices.py`).
+One codebook for each tensor, or one that several tensors share (`coders/objects.py`), times a scale of each tensor.
+Codewords are f16, or signed bytes with one f16 scale. Indices are packed at `ceil(log2 n)` bits, which the paper
+counts, or entropy coded, whichever is shorter (`coders/indices.py`).
 A row whose length is no multiple of `g` ends in a vector whose last components are not used.
 
-Section (format.md, 6.16): g u8 | form u8 (0 f16, 1 bytes) | LEB128 n | codewords | indices.
-Source: ClusComp (ACL 2025): `log2(n) / g + 16 n g / (rows cols)` bits a weight. Omitted: a codebook that several
-tensors share, since a coder sees one section only; the search for codewords, which is `methods/kmeans.py`.
+Section (format.md, 6.16): g u8 | form u8 (0 f16, 1 bytes, 2 shared) | LEB128 n | codewords, or LEB128 number of the
+shared object and f16 scale | indices.
+Source: ClusComp (ACL 2025): `log2(n) / g + 16 n g / (rows cols)` bits a weight. Omitted: the search for codewords,
+which is `methods/kmeans.py`.
 
 >>> book = Codebook(np.array([[0.5, 1.0], [-2.0, 0.0]], np.float32), np.array([[0, 1]]))
 >>> section = CODER.encode(book, (1, 3))
@@ -25,6 +27,7 @@ import numpy as np
 from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
 from bytecap.coders.indices import (
     MAX_CODEWORDS,
+    SharedTable,
     by_use,
     index_kinds,
     numbers_size,
@@ -37,6 +40,7 @@ from bytecap.errors import CorruptError
 from bytecap.frequencies import IntArray
 
 MAX_DIMENSION = 16
+SHARED = 2  # form of a section whose codewords are a shared object
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,24 @@ def look_up(words: FloatArray, indices: IntArray, shape: tuple[int, int]) -> Flo
     return np.ascontiguousarray(wide[:, :cols])
 
 
+def shared_words(shared: Shared, number: int, n: int, g: int) -> FloatArray:
+    """Codewords (n, g) of a shared object, which must be of just that shape."""
+    words: FloatArray = shared.objects.get(number, "codebook")
+    if words.shape != (n, g):
+        raise CorruptError(f"the shared codebook {number} is {words.shape[0]} x {words.shape[1]}, not {n} x {g}")
+    return words
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    g: int
+    form: int
+    n: int
+    number: int  # of the shared object
+    at: int  # where codewords or scale begin
+    end: int  # where indices begin
+
+
 class CodebookCoder:
     """Reader and writer of `codebook` sections."""
 
@@ -91,39 +113,75 @@ class CodebookCoder:
         words = write_numbers(book.words[order], byte=byte)
         return bytes([g, byte]) + leb(n) + words + write_indices(indices, n, coded=coded)
 
+    def encode_shared(
+        self,
+        indices: IntArray,
+        words: tuple[int, int],
+        number: int,
+        scale: float,
+        *,
+        coded: bool = True,
+        table: SharedTable | None = None,
+    ) -> bytes:
+        """Bytes of a section whose codewords are a shared object.
+
+        Args:
+            indices: (count,), as the object numbers its codewords.
+            words: (n, g) of the object.
+            number: of the object.
+            scale: that the codewords are multiplied by; stored as f16.
+            coded: allow entropy-coded indices.
+            table: shared one for the indices.
+        """
+        side = leb(words[0]) + leb(number) + np.array([scale], "<f2").tobytes()
+        return bytes([words[1], SHARED]) + side + write_indices(indices, words[0], coded=coded, shared=table)
+
+    def with_scale(self, data: bytes, shape: tuple[int, int], scale: float) -> bytes:
+        """A section that `encode_shared` made for a matrix (rows, cols), with another scale."""
+        end = self._parse(data, shape).end
+        return data[: end - 2] + np.array([scale], "<f2").tobytes() + data[end:]
+
     def with_words(self, data: bytes, book: Codebook, words: FloatArray) -> bytes:
         """A section that `encode` made of `book`, with other codewords (n, g) for the same indices."""
         n, g = book.words.shape
-        _, _, byte, at, end = self._parse(data, (1, g))
+        p = self._parse(data, (1, g))
         order, _ = by_use(book.indices, n)
-        return data[:at] + write_numbers(words[order], byte=byte) + data[end:]
+        return data[: p.at] + write_numbers(words[order], byte=p.form == 1) + data[p.end :]
 
-    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[int, int, bool, int, int]:
-        """(g, n, whether codewords are bytes, where they begin, where indices begin)."""
+    def _parse(self, data: bytes, shape: tuple[int, int]) -> _Parsed:
         if len(data) < 3:
             raise CorruptError(f"a codebook section of {len(data)} bytes is shorter than its header")
         g, form = data[0], data[1]
         n, at = read_leb(data, 2)
-        if not 1 <= g <= min(MAX_DIMENSION, max(1, shape[1])) or form > 1 or not 1 <= n <= MAX_CODEWORDS:
+        if not 1 <= g <= min(MAX_DIMENSION, max(1, shape[1])) or form > SHARED or not 1 <= n <= MAX_CODEWORDS:
             raise CorruptError(f"a codebook section declares form {form} and {n} codewords of {g} dimensions")
-        end = at + numbers_size(n * g, byte=form == 1)
+        number = -1
+        if form == SHARED:
+            number, at = read_leb(data, at)
+        end = at + (2 if form == SHARED else numbers_size(n * g, byte=form == 1))
         if end > len(data):
             raise CorruptError(f"a codebook section of {len(data)} bytes declares {n} codewords: truncated")
-        return g, n, form == 1, at, end
+        return _Parsed(g, form, n, number, at, end)
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header, codewords (side information), then indices."""
         del dtype
-        g, n, _, at, end = self._parse(data, shape)
-        return (("header", at), ("side", end - at), *index_kinds(data[end:], vectors_in(shape, g), n))
+        p = self._parse(data, shape)
+        return (("header", p.at), ("side", p.end - p.at), *index_kinds(data[p.end :], vectors_in(shape, p.g), p.n))
 
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode to float32 (rows, cols)."""
-        del dtype, shared
-        g, n, byte, at, end = self._parse(data, shape)
-        words = read_numbers(data[at:end], n * g, byte=byte).reshape(n, g)
-        indices = yield from read_indices(data[end:], vectors_in(shape, g), n)
-        return look_up(words, indices, shape)
+        del dtype
+        p = self._parse(data, shape)
+        if p.form == SHARED:
+            words = shared_words(shared, p.number, p.n, p.g)
+        else:
+            words = read_numbers(data[p.at : p.end], p.n * p.g, byte=p.form == 1).reshape(p.n, p.g)
+        indices = yield from read_indices(data[p.end :], vectors_in(shape, p.g), p.n, shared.objects)
+        values = look_up(words, indices, shape)
+        if p.form == SHARED:
+            values *= read_numbers(data[p.at : p.end], 1, byte=False)
+        return values
 
 
 CODER = CodebookCoder()

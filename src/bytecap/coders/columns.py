@@ -26,7 +26,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import Decoding, FloatArray, Shared
-from bytecap.coders.parts import Kinds, read_positions, read_values, split_values, write_positions, write_values
+from bytecap.coders.parts import (
+    Kinds,
+    count_positions,
+    read_positions,
+    read_values,
+    split_values,
+    write_positions,
+    write_values,
+)
 
 
 class Columns:
@@ -56,14 +64,13 @@ class Columns:
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> Kinds:
         """Positions, two bytes of header, scales and values."""
         del dtype
-        index, at = read_positions(data, 0, shape[self.axis])
-        return (("index", at), *split_values(data, at, len(index)))
+        count, at = count_positions(data, 0, shape[self.axis])
+        return (("index", at), *split_values(data, at, count))
 
     def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
         """Replace the protected columns (or rows)."""
-        del shared
         yield from ()
-        index, at = read_positions(data, 0, base.shape[self.axis])
+        index, at = read_positions(data, 0, base.shape[self.axis], shared.objects)
         length = base.shape[1 - self.axis]
         values = read_values(data, at, np.full(len(index), length)).reshape(len(index), length)
         if self.axis:

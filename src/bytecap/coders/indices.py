@@ -2,20 +2,23 @@
 
 Indices are packed at `ceil(log2 n)` bits, or their high parts are entropy coded with a table kept in the section and
 only the low parts are packed. Writers number codewords by falling use, so that codewords with equal high parts are
-about equally frequent and packing the low parts loses little: a table of 64 frequencies serves 4096 codewords.
+about equally frequent and packing the low parts loses little: a table of 64 frequencies serves 4096 codewords. The
+table may also be a shared object.
 
 >>> from bytecap.coders import run
 >>> data = write_indices(np.array([0, 1, 2, 0, 0, 1]), 3)
->>> len(data), run([read_indices(data, 6, 3)])[0].tolist()
+>>> len(data), run([read_indices(data, 6, 3, Objects())])[0].tolist()
 (3, [0, 1, 2, 0, 0, 1])
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, leb, read_frequencies, read_leb
+from bytecap.coders import Decoding, FloatArray, Objects, leb, read_frequencies, read_leb
 from bytecap.coders.bits import pack_bits, packed_size, unpack_bits
 from bytecap.entropy import Stream, encode, lanes
 from bytecap.errors import CorruptError
@@ -23,6 +26,22 @@ from bytecap.frequencies import PROB_BITS, IntArray, Table, Tables, integer_freq
 
 MAX_CODEWORDS = 1 << 16
 MAX_TABLE = 1 << 12  # frequencies a section may store
+_SHARED = 128  # modes from here on take a shared table
+
+
+@dataclass(frozen=True)
+class SharedTable:
+    """A table that several sections share.
+
+    Attributes:
+        number: of the shared object.
+        freq: frequencies (m + 1,) of the high parts, the escape's last.
+        low: bits of a low part.
+    """
+
+    number: int
+    freq: npt.NDArray[np.int64]
+    low: int
 
 
 def width_of(n: int) -> int:
@@ -51,26 +70,33 @@ def _coded(flat: IntArray, n: int, low: int) -> tuple[float, npt.NDArray[np.int6
     return table + bits / 8 + 4 * lanes(len(flat)) + packed_size(len(flat), low), freq
 
 
-def write_indices(indices: IntArray, n: int, *, coded: bool = True) -> bytes:
+def write_indices(indices: IntArray, n: int, *, coded: bool = True, shared: SharedTable | None = None) -> bytes:
     """Indices (count,) below `n`: the shortest form, or the packed one.
 
     Args:
         indices: best numbered by falling use, see `by_use`.
         n: number of codewords.
         coded: try entropy coding too.
+        shared: a table to try beside one of the section's own.
     """
     flat = indices.reshape(-1).astype(np.int64)
-    packed = b"\x00" + pack_bits(flat, width_of(n))
+    found = [b"\x00" + pack_bits(flat, width_of(n))]
     lows = [low for low in range(width_of(n)) if (n - 1) >> low < MAX_TABLE] if coded and flat.size else []
-    if not lows:
-        return packed
-    low = min(lows, key=lambda low: _coded(flat, n, low)[0])
-    _, freq = _coded(flat, n, low)
+    if lows:
+        low = min(lows, key=lambda low: _coded(flat, n, low)[0])
+        _, freq = _coded(flat, n, low)
+        table = b"".join(leb(int(f)) for f in freq[:-1])
+        found.append(bytes([1 + low]) + table + _stream(flat, low, freq))
+    if coded and flat.size and shared is not None:
+        found.append(bytes([_SHARED + shared.low]) + leb(shared.number) + _stream(flat, shared.low, shared.freq))
+    return min(found, key=len)
+
+
+def _stream(flat: IntArray, low: int, freq: npt.NDArray[np.int64]) -> bytes:
+    """High parts behind their length, then the packed low parts."""
     high = (flat >> low).astype(np.int32)
     stream = encode(high, np.ones(len(high), np.uint8), Tables({1: Table(0, freq)}))
-    table = b"".join(leb(int(f)) for f in freq[:-1])
-    best = bytes([1 + low]) + table + leb(len(stream)) + stream + pack_bits(flat & ((1 << low) - 1), low)
-    return min(packed, best, key=len)
+    return leb(len(stream)) + stream + pack_bits(flat & ((1 << low) - 1), low)
 
 
 def indices_size(indices: IntArray, n: int, *, coded: bool = True) -> int:
@@ -80,40 +106,61 @@ def indices_size(indices: IntArray, n: int, *, coded: bool = True) -> int:
     return int(min([1 + packed_size(len(flat), width_of(n)), *sizes]))
 
 
-def parse_indices(data: bytes, count: int, n: int) -> tuple[int, Table | None, int, bytes, bytes]:
-    """(low bits, table or None, bytes of header and table, stream, packed part) of all of `data`."""
+@dataclass(frozen=True)
+class _Parsed:
+    low: int  # bits of a low part
+    size: int  # symbols of the table, 0 without
+    table: Table | None  # None also where it is shared
+    number: int | None  # of the shared table
+    head: int  # bytes of header and table
+    stream: bytes
+    packed: bytes
+
+
+def parse_indices(data: bytes, count: int, n: int) -> _Parsed:
+    """What all of `data` holds."""
     if not data:
         raise CorruptError("a section ends in front of its indices")
     if data[0] == 0:
-        return width_of(n), None, 1, b"", data[1:]
-    low = data[0] - 1
+        return _Parsed(width_of(n), 0, None, None, 1, b"", data[1:])
+    refers = data[0] >= _SHARED
+    low = data[0] - (_SHARED if refers else 1)
     size = ((n - 1) >> low) + 1
     if low >= max(1, width_of(n)) or size > MAX_TABLE:
         raise CorruptError(f"{n} codewords cannot have {low} packed bits and a table for the rest")
-    table, at = read_frequencies(data, 1, 0, size, f"{size} indices")
+    table, number = None, None
+    if refers:
+        number, at = read_leb(data, 1)
+    else:
+        table, at = read_frequencies(data, 1, 0, size, f"{size} indices")
     length, at = read_leb(data, at)
     if length > len(data) - at:
         raise CorruptError(f"a section declares {length} bytes of indices, {len(data) - at} are left")
     if len(data) - at - length != packed_size(count, low):
         raise CorruptError(f"{count} indices need {packed_size(count, low)} bytes of low parts")
-    return low, table, at, data[at : at + length], data[at + length :]
+    return _Parsed(low, size, table, number, at, data[at : at + length], data[at + length :])
 
 
 def index_kinds(data: bytes, count: int, n: int) -> tuple[tuple[str, int], ...]:
     """Ledger kinds of what `write_indices` gave."""
-    _, table, head, stream, packed = parse_indices(data, count, n)
-    return (("table" if table is not None else "header", head), ("payload", len(stream) + len(packed)))
+    p = parse_indices(data, count, n)
+    return (("table" if p.table is not None else "header", p.head), ("payload", len(p.stream) + len(p.packed)))
 
 
-def read_indices(data: bytes, count: int, n: int) -> Decoding:
+def read_indices(data: bytes, count: int, n: int, objects: Objects) -> Decoding:
     """Indices (count,) int32 below `n`; a generator like a coder's, which asks for at most one stream."""
-    low, table, _, stream, packed = parse_indices(data, count, n)
-    values = unpack_bits(packed, count, low).astype(np.int32)
+    p = parse_indices(data, count, n)
+    table = p.table
+    if p.number is not None:
+        table = objects.get(p.number, "table")
+        if len(table.freq) != p.size + 1:
+            raise CorruptError(f"the shared table {p.number} has {len(table.freq) - 1} symbols, not {p.size}")
+    values = unpack_bits(p.packed, count, p.low).astype(np.int32)
     if table is not None:
-        (high,) = yield [Stream(stream, np.ones(count, np.uint8), Tables({1: table}))]
-        if high.min(initial=0) < 0 or high.max(initial=0) > (n - 1) >> low:
+        (high,) = yield [Stream(p.stream, np.ones(count, np.uint8), Tables({1: table}))]
+        if high.min(initial=0) < 0 or high.max(initial=0) >= p.size:
             raise CorruptError("an index has a high part out of range")
-        values |= high << low
+        values |= high << p.low
     if values.max(initial=0) >= n:
         raise CorruptError(f"a section names codeword {values.max()} of {n}")
     return values

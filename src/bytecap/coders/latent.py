@@ -4,12 +4,13 @@
 
 A row is cut into patches of `g` weights, and a patch's latent has `e <= g` numbers: `e / d` codewords of `d`. The
 decoder is the same for all patches of the tensor: a linear map, and one hidden layer of `h` rectified units beside it.
-Without decoder a latent *is* its patch (`g = e = d`), which is plain vector quantization.
+Without decoder a latent *is* its patch (`g = e = d`), which is plain vector quantization. Codewords and decoder may be
+the tensor's own or shared by many tensors (`coders/objects.py`), whose scales then are the tensor's own.
 
 Section (format.md, 6.17): form u8 | d u8 | LEB128 n | LEB128 rank | codewords | decoder | L1 | L2 | indices.
-Source: ReALLM (arXiv:2405.13155). Its decoder is a deep convolutional one shared by the whole model; a coder sees one
-section only, so here every tensor brings its own, which is why it is small. Arithmetic is written out operation by
-operation, so that two readers agree in every bit. Omitted: training (`methods/reallm.py`).
+Source: ReALLM (arXiv:2405.13155). Its decoder is a deep convolutional one; here it is small, since its bytes count.
+Arithmetic is written out operation by operation, so that two readers agree in every bit. Omitted: training
+(`methods/reallm.py`, `methods/shared_latent.py`).
 
 >>> plain = Latent(np.array([[0.5], [-1.0]], np.float32), np.array([0, 1, 1]))
 >>> section = CODER.encode(plain, (1, 3))
@@ -27,9 +28,10 @@ import numpy as np
 
 from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
 from bytecap.coders.bits import pack_bits, packed_size, unpack_bits
-from bytecap.coders.codebook import MAX_DIMENSION, look_up, vectors_in
+from bytecap.coders.codebook import MAX_DIMENSION, shared_words, vectors_in
 from bytecap.coders.indices import (
     MAX_CODEWORDS,
+    SharedTable,
     by_use,
     index_kinds,
     numbers_size,
@@ -43,7 +45,7 @@ from bytecap.frequencies import IntArray
 
 MAX_PATCH = 64
 _CHUNK = 1 << 14  # patches decoded at a time, which bounds the memory of the hidden layer
-_BYTE_WORDS, _DECODER, _BYTE_FACTORS = 1, 2, 4
+_BYTE_WORDS, _DECODER, _BYTE_FACTORS, _SHARED_DECODER, _SHARED_WORDS = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,23 @@ class Decoder:
     def stored(self, bits: int) -> Decoder:
         """As it comes back from a file that holds it at `bits` bits a weight."""
         return read_decoder(write_decoder(self, bits))[0]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A shared object that takes the place of a matrix's own codewords or decoder.
+
+    Attributes:
+        number: of the object.
+        scale: that its values, or the patches it gives, are multiplied by; stored as f16.
+    """
+
+    number: int
+    scale: float
+
+    def stored(self) -> bytes:
+        """LEB128 number, f16 scale."""
+        return leb(self.number) + np.array([self.scale], "<f2").tobytes()
 
 
 @dataclass(frozen=True)
@@ -160,18 +179,18 @@ def read_decoder(data: bytes) -> tuple[Decoder, int]:
 
 @dataclass(frozen=True)
 class _Parsed:
-    head: int  # bytes in front of the codewords
-    words: FloatArray
-    decoder: Decoder | None
-    left: FloatArray
-    right: FloatArray
-    spans: tuple[int, int, int]  # bytes of codewords, decoder and factors
-    count: int  # of indices
+    form: int
+    n: int
+    d: int
+    g: int
+    e: int
+    rank: int
+    ends: tuple[int, int, int, int]  # of header, codewords, decoder and factors
+    links: tuple[int, int]  # numbers of shared codewords and decoder, -1 for none
 
-    @property
-    def end(self) -> int:
-        """Where the indices begin."""
-        return self.head + sum(self.spans)
+    def count(self, shape: tuple[int, int]) -> int:
+        """Number of indices."""
+        return vectors_in(shape, self.g) * (self.e // self.d)
 
 
 class LatentCoder:
@@ -189,35 +208,47 @@ class LatentCoder:
         byte_factors: bool = False,
         bits: int = 8,
         coded: bool = True,
+        words: Link | None = None,
+        decoder: Link | None = None,
+        table: SharedTable | None = None,
     ) -> bytes:
         """Bytes of a section.
 
         Args:
-            matrix: what to store; codewords are written by falling use.
+            matrix: what to store; codewords of its own are written by falling use.
             shape: (rows, cols).
             byte_words: store codewords as signed bytes.
             byte_factors: store the low-rank part as signed bytes.
             bits: of a decoder's weight, 6 to 8.
             coded: allow entropy-coded indices.
+            words: shared codewords, which are `matrix.words` before their scale; indices are theirs.
+            decoder: shared decoder, which is `matrix.decoder` before its scale.
+            table: shared one for the indices.
         """
         n, d = matrix.words.shape
         rank = matrix.left.shape[1] if matrix.left is not None else 0
         if n > MAX_CODEWORDS or d > min(MAX_DIMENSION, max(1, shape[1])) or rank > min(shape):
             raise ValueError(f"{n} codewords of {d} dimensions and rank {rank} cannot code {shape}")
-        order, indices = by_use(matrix.indices, n)
         form = _BYTE_WORDS * byte_words | _DECODER * (matrix.decoder is not None) | _BYTE_FACTORS * byte_factors
-        out = bytes([form, d]) + leb(n) + leb(rank) + write_numbers(matrix.words[order], byte=byte_words)
+        form |= _SHARED_DECODER * (decoder is not None) | _SHARED_WORDS * (words is not None)
+        out, indices = bytes([form, d]) + leb(n) + leb(rank), matrix.indices
+        if words is not None:
+            out += words.stored()
+        else:
+            order, indices = by_use(matrix.indices, n)
+            out += write_numbers(matrix.words[order], byte=byte_words)
         if matrix.decoder is not None:
-            out += write_decoder(matrix.decoder, bits)
+            own = write_decoder(matrix.decoder, bits)
+            out += own if decoder is None else own[:2] + decoder.stored()
         if matrix.left is not None and matrix.right is not None and rank:
             out += b"".join(write_numbers(f.T, byte=byte_factors) for f in (matrix.left, matrix.right))
-        return out + write_indices(indices, n, coded=coded)
+        return out + write_indices(indices, n, coded=coded, shared=table)
 
     def with_factors(self, data: bytes, shape: tuple[int, int], left: FloatArray, right: FloatArray) -> bytes:
         """A section with another low-rank part of the same rank, (rows, rank) and (cols, rank)."""
-        p = self._parse(data, shape)
+        ends = self._parse(data, shape).ends
         new = b"".join(write_numbers(f.T, byte=bool(data[0] & _BYTE_FACTORS)) for f in (left, right))
-        return data[: p.end - p.spans[2]] + new + data[p.end :]
+        return data[: ends[2]] + new + data[ends[3] :]
 
     def _parse(self, data: bytes, shape: tuple[int, int]) -> _Parsed:
         if len(data) < 2:
@@ -226,47 +257,81 @@ class LatentCoder:
         n, at = read_leb(data, 2)
         rank, head = read_leb(data, at)
         wide = max(1, shape[1])
-        if form > 7 or not 1 <= d <= min(MAX_DIMENSION, wide) or not 1 <= n <= MAX_CODEWORDS or rank > min(shape):
+        if form > 31 or not 1 <= d <= min(MAX_DIMENSION, wide) or not 1 <= n <= MAX_CODEWORDS or rank > min(shape):
             raise CorruptError(f"a latent section declares form {form}, {n} codewords of {d}, rank {rank}")
         if form & _BYTE_FACTORS and not rank:
             raise CorruptError("a latent section declares the form of factors it does not have")
-        at = head + numbers_size(n * d, byte=bool(form & _BYTE_WORDS))
-        words = read_numbers(data[head:at], n * d, byte=bool(form & _BYTE_WORDS)).reshape(n, d)
-        decoder, used, count = None, 0, vectors_in(shape, d)
+        if (form & _SHARED_WORDS and form & _BYTE_WORDS) or (form & _SHARED_DECODER and not form & _DECODER):
+            raise CorruptError("a latent section declares the form of codewords or of a decoder it does not have")
+        words = decoder = -1
+        if form & _SHARED_WORDS:
+            words, head = read_leb(data, head)
+        at = head + (2 if form & _SHARED_WORDS else numbers_size(n * d, byte=bool(form & _BYTE_WORDS)))
+        end, g, e = at, d, d
         if form & _DECODER:
-            decoder, used = read_decoder(data[at:])
-            g, e = decoder.skip.shape
-            if g > wide or e % d:
+            if at + 4 > len(data):
+                raise CorruptError("a latent section ends in front of its decoder")
+            g, e = data[at], data[at + 1]
+            if form & _SHARED_DECODER:
+                decoder, end = read_leb(data, at + 2)
+                end += 2
+            else:
+                end += decoder_bytes(*data[at : at + 4])
+            if not 1 <= g <= wide or not 1 <= e <= g or e % d:
                 raise CorruptError(f"a latent section has patches of {g} weights and {e} numbers, codewords of {d}")
-            count = vectors_in(shape, g) * (e // d)
-        start = at + used
-        factors, end = [], start
-        for size in shape if rank else (0, 0):
-            length = numbers_size(size * rank, byte=bool(form & _BYTE_FACTORS)) if rank else 0
-            part = read_numbers(data[end : end + length], size * rank, byte=bool(form & _BYTE_FACTORS and rank))
-            factors.append(part.reshape(rank, size).T)
-            end += length
-        return _Parsed(head, words, decoder, factors[0], factors[1], (at - head, used, end - start), count)
+        stop = end + sum(numbers_size(k * rank, byte=bool(form & _BYTE_FACTORS)) for k in shape if rank)
+        if stop > len(data):
+            raise CorruptError(f"a latent section of {len(data)} bytes should have {stop} in front of its indices")
+        return _Parsed(form, n, d, g, e, rank, (head, at, end, stop), (words, decoder))
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header; codewords, decoder and low-rank part as side information; then indices."""
         del dtype
         p = self._parse(data, shape)
-        return (("header", p.head), ("side", sum(p.spans)), *index_kinds(data[p.end :], p.count, len(p.words)))
+        head, *_, stop = p.ends
+        return (("header", head), ("side", stop - head), *index_kinds(data[stop:], p.count(shape), p.n))
+
+    def _words(self, data: bytes, p: _Parsed, shared: Shared) -> tuple[FloatArray, FloatArray | None]:
+        """Codewords, and the scale of shared ones."""
+        part = data[p.ends[0] : p.ends[1]]
+        if p.form & _SHARED_WORDS:
+            return shared_words(shared, p.links[0], p.n, p.d), read_numbers(part, 1, byte=False)
+        return read_numbers(part, p.n * p.d, byte=bool(p.form & _BYTE_WORDS)).reshape(p.n, p.d), None
+
+    def _decoder(self, data: bytes, p: _Parsed, shared: Shared) -> tuple[Decoder | None, FloatArray | None]:
+        """Decoder, and the scale of a shared one."""
+        if not p.form & _SHARED_DECODER:
+            return (read_decoder(data[p.ends[1] : p.ends[2]])[0] if p.form & _DECODER else None), None
+        found: Decoder = shared.objects.get(p.links[1], "decoder")
+        if found.skip.shape != (p.g, p.e):
+            raise CorruptError(f"the shared decoder {p.links[1]} makes {found.skip.shape}, not ({p.g}, {p.e})")
+        return found, read_numbers(data[p.ends[2] - 2 : p.ends[2]], 1, byte=False)
+
+    def _factors(self, data: bytes, p: _Parsed, shape: tuple[int, int]) -> list[FloatArray]:
+        byte, at, found = bool(p.form & _BYTE_FACTORS), p.ends[2], []
+        for size in shape if p.rank else ():
+            found.append(read_numbers(data[at:], size * p.rank, byte=byte).reshape(p.rank, size).T)
+            at += numbers_size(size * p.rank, byte=byte)
+        return found
 
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode to float32 (rows, cols)."""
-        del dtype, shared
+        del dtype
         p = self._parse(data, shape)
-        indices = yield from read_indices(data[p.end :], p.count, len(p.words))
+        words, words_scale = self._words(data, p, shared)
+        decoder, scale = self._decoder(data, p, shared)
+        factors = self._factors(data, p, shape)
+        indices = yield from read_indices(data[p.ends[3] :], p.count(shape), p.n, shared.objects)
         with np.errstate(over="ignore", invalid="ignore"):
-            if p.decoder is None:
-                values = look_up(p.words, indices, shape)
-            else:
-                (g, e), rows = p.decoder.skip.shape, shape[0]
-                wide = decode_patches(p.decoder, p.words.take(indices, axis=0).reshape(-1, e))
-                values = np.ascontiguousarray(wide.reshape(rows, -(-shape[1] // g) * g)[:, : shape[1]])
-            values = add_low_rank(values, p.left, p.right)
+            z = words.take(indices, axis=0).reshape(-1, p.e)
+            if words_scale is not None:
+                z *= words_scale
+            wide = z if decoder is None else decode_patches(decoder, z)
+            if scale is not None:
+                wide *= scale
+            values = np.ascontiguousarray(wide.reshape(shape[0], -(-shape[1] // p.g) * p.g)[:, : shape[1]])
+            if factors:
+                values = add_low_rank(values, *factors)
         if not np.isfinite(values).all():
             raise CorruptError("a latent section holds a value out of range")
         return values

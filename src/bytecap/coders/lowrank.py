@@ -4,11 +4,11 @@
 Factors are signed integers of `bits` bits, left (rank, rows) and right (rank, cols); one f32 scale a rank is enough,
 since only the product of both factors' scales matters.
 
-Layer (format.md, 6.10): rank u8 | bits u8 (2 to 8) | packing u8 (0 bits, 1 brotli) | scales | factors.
-Bytes: 3 + 4 rank + rank (rows + cols) bits / 8.
+Layer (format.md, 6.10): rank u8 | bits u8 (2 to 8) | packing u8 (0 bits, 1 brotli, 2 entropy coded) | scales | factors.
+Bytes: 3 + 4 rank + rank (rows + cols) bits / 8, or the codes' entropy under one fitted table; the smallest is stored.
 
-Sources: LQER (arXiv:2402.02446), CALDERA (arXiv:2405.18886). Omitted: an entropy-coded stream of the factors: they
-are dense around zero, and brotli already takes what their peaks leave.
+Sources: LQER (arXiv:2402.02446), CALDERA (arXiv:2405.18886). Omitted: a table for each factor. All are scaled to about
+the same spread, and a table costs more than what is left between them.
 
 >>> from bytecap.coders import Shared, run
 >>> data = CODER.encode(np.array([[1, 2]]), np.array([[3, 0, -4]]), np.array([0.5], np.float32), 4)
@@ -25,11 +25,17 @@ import numpy.typing as npt
 
 from bytecap.coders import Decoding, FloatArray, Shared
 from bytecap.coders.bits import pack_bits, unpack_bits
+from bytecap.coders.integers import Integers, write_integers
 from bytecap.coders.parts import Kinds, pack, take, unpack
 from bytecap.errors import CorruptError
 
 MAX_RANK = 255
+CODED = 2  # the packing that format 1.2 adds
 _HEAD = 3
+
+
+def _widths(count: int, bits: int) -> npt.NDArray[np.uint8]:
+    return np.full(count, bits, np.uint8)
 
 
 class LowRank:
@@ -49,16 +55,17 @@ class LowRank:
         codes = np.concatenate([left, right], axis=1).reshape(-1).astype(np.int64)  # rank after rank
         if not 2 <= bits <= 8 or np.abs(2 * codes + 1).max(initial=0) >= 1 << bits:
             raise ValueError(f"codes do not fit {bits} bits")
-        plain = pack_bits(codes + (1 << (bits - 1)), bits)
+        shifted = codes + (1 << (bits - 1))
         packing, body = pack(codes.astype(np.int8).tobytes())
-        packing, body = (1, body) if packing and len(body) < len(plain) else (0, plain)
+        ways = [(0, pack_bits(shifted, bits)), (CODED, write_integers(shifted, _widths(len(codes), bits), coded=True))]
+        packing, body = min([*ways, (1, body)] if packing else ways, key=lambda way: len(way[1]))
         return bytes([len(scales), bits, packing]) + scales.astype("<f4").tobytes() + body
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> Kinds:
         """Header, scales and factors."""
         del dtype
         rank, bits, packing = take(data, 0, _HEAD)
-        if not 1 <= rank <= min(shape) or not 2 <= bits <= 8 or packing > 1:
+        if not 1 <= rank <= min(shape) or not 2 <= bits <= 8 or packing > CODED:
             raise CorruptError(f"a lowrank layer declares rank {rank}, {bits} bits, packing {packing} for {shape}")
         take(data, _HEAD, 4 * rank)
         return (("header", _HEAD), ("side", 4 * rank), ("payload", len(data) - _HEAD - 4 * rank))
@@ -66,7 +73,6 @@ class LowRank:
     def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
         """Add the residual."""
         del shared
-        yield from ()
         rows, cols = base.shape
         _, (_, side), _ = self.kinds(data, (rows, cols), "F32")
         rank, bits, packing = data[:_HEAD]
@@ -74,7 +80,12 @@ class LowRank:
         if not np.isfinite(scales).all():
             raise CorruptError("a lowrank layer holds a scale that is not finite")
         body, count, half = data[_HEAD + side :], rank * (rows + cols), 1 << (bits - 1)
-        if packing:
+        if packing == CODED:
+            block, end = Integers.parse(body, 0, _widths(count, bits), coded=True)
+            if end != len(body):
+                raise CorruptError(f"{len(body) - end} bytes are left over behind a lowrank layer's factors")
+            codes = (yield from block.decode()).astype(np.int64) - half
+        elif packing:
             codes = np.frombuffer(unpack(1, body, count), np.int8).astype(np.int64)
         else:
             codes = unpack_bits(body, count, bits) - half

@@ -3,7 +3,7 @@
 Row `i` of the matrix is row `place[i]` of what the base decoded. A base under a general-purpose compressor gets smaller
 where like rows are neighbours, which pays in embeddings (rare tokens resemble one another) and hardly in linear layers.
 
-Layer (format.md, 6.17): place of every row, ceil(log2(rows)) bits each.
+Layer (format.md, 6.20): place of every row, ceil(log2(rows)) bits each.
 
 Source: the row-similarity order of the Parameter Golf records. Omitted: a permutation in its log2(rows!) bits, which
 is 1.44 bits a row less.

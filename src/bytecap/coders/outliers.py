@@ -22,7 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import Decoding, FloatArray, Shared
-from bytecap.coders.parts import Kinds, read_positions, read_values, split_values, write_positions, write_values
+from bytecap.coders.parts import (
+    Kinds,
+    count_positions,
+    read_positions,
+    read_values,
+    split_values,
+    write_positions,
+    write_values,
+)
 
 
 class Outliers:
@@ -44,14 +52,13 @@ class Outliers:
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> Kinds:
         """Positions, two bytes of header, the scale and values."""
         del dtype
-        _, at = read_positions(data, 0, shape[0] * shape[1])
+        _, at = count_positions(data, 0, shape[0] * shape[1])
         return (("index", at), *split_values(data, at, 1))
 
     def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
         """Replace the listed weights."""
-        del shared
         yield from ()
-        positions, at = read_positions(data, 0, base.size)
+        positions, at = read_positions(data, 0, base.size, shared.objects)
         row, column = np.divmod(positions, max(base.shape[1], 1))
         base[row, column] = read_values(data, at, np.array([len(positions)]))
         return base

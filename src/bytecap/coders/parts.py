@@ -2,14 +2,15 @@
 
 Positions are stored in whichever of four ways is smallest; a byte says which. At `n` places of which `k` are listed
 the costs are about `n / 8` bytes (bitmap), `k` (gaps, while they are below 128), `k (1.5 + log2(n / k)) / 8` (Rice
-codes of the gaps, with low and high bits apart, so that numpy reads them at once) and `k log2(n) / 8` (numbers).
+codes of the gaps, with low and high bits apart, so that numpy reads them at once) and `k log2(n) / 8` (numbers). A
+fifth way names a list that the file's layers share (`coders/objects.py`).
 
 Values are f16, or i8 with an f16 scale for every vector; either may be under brotli. Two planes keep the bytes with
 the exponents of f16 values together, which is what brotli can use.
 
 >>> positions = np.array([3, 4, 900])
 >>> block = write_positions(positions, 1000)
->>> block.hex(), read_positions(block, 0, 1000)[0].tolist()
+>>> block.hex(), read_positions(block, 0, 1000, Objects())[0].tolist()
 ('03010300ff06', [3, 4, 900])
 """
 
@@ -21,12 +22,12 @@ import brotli
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import FloatArray, leb, read_leb
+from bytecap.coders import FloatArray, Objects, leb, read_leb
 from bytecap.coders.bits import pack_bits, packed_size, read_bits, unpack_bits
 from bytecap.coders.packed import expand_brotli
 from bytecap.errors import CorruptError
 
-BITMAP, GAPS, RICE, NUMBERS = range(4)
+BITMAP, GAPS, RICE, NUMBERS, LISTED = range(5)
 HALF, BYTE = 0, 1  # precision of protected values
 _WINDOW = 24  # log2 of brotli's window
 IntArray = npt.NDArray[np.int64]
@@ -89,12 +90,34 @@ def _rice(gaps: IntArray, width: int) -> bytes:
     return bytes([p]) + pack_bits(gaps & ((1 << p) - 1), p) + np.packbits(unary, bitorder="little").tobytes()
 
 
-def read_positions(data: bytes, at: int, size: int) -> tuple[IntArray, int]:
-    """(rising positions below `size`, place behind the block)."""
-    count, at = read_leb(data, at)
+def refer_positions(data: bytes, at: int, size: int, number: int) -> tuple[bytes, int]:
+    """(a reference to a shared list in place of the block of positions from `at`, place behind that block)."""
+    index, end = read_positions(data, at, size, Objects())
+    return leb(len(index)) + bytes([LISTED]) + leb(number), end
+
+
+def count_positions(data: bytes, at: int, size: int) -> tuple[int, int]:
+    """(number of positions, place behind the block), shared lists left alone."""
+    count, begin = read_leb(data, at)
     if count > size:
         raise CorruptError(f"a layer lists {count} of {size} places")
+    if take(data, begin, 1)[0] == LISTED:
+        return count, read_leb(data, begin + 1)[1]
+    return count, read_positions(data, at, size, Objects())[1]
+
+
+def read_positions(data: bytes, at: int, size: int, objects: Objects) -> tuple[IntArray, int]:
+    """(rising positions below `size`, place behind the block)."""
+    count, at = read_leb(data, at)
     mode, at = take(data, at, 1)[0], at + 1
+    if count > size or (mode != LISTED and count > 8 * len(data) + 1):  # the other ways take a bit for each
+        raise CorruptError(f"a layer lists {count} of {size} places")
+    if mode == LISTED:
+        number, at = read_leb(data, at)
+        below, listed = objects.get(number, "list")
+        if below != size or len(listed) != count:
+            raise CorruptError(f"a layer lists {count} of {size} places, the shared list {number} has others")
+        return listed, at
     width = max(size - 1, 0).bit_length()
     if mode == BITMAP:
         length = packed_size(size, 1)

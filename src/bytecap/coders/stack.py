@@ -15,6 +15,8 @@ from typing import ClassVar
 import numpy as np
 
 from bytecap.coders import Decoding, Shared, coder, layer, leb, read_leb
+from bytecap.coders.lowrank import CODED
+from bytecap.coders.lowrank import CODER as LOW_RANK
 from bytecap.errors import CorruptError
 
 MAX_LAYERS = 16  # a few bytes of layer may ask for long work
@@ -33,7 +35,7 @@ class Stack:
             out += bytes([tag]) + leb(len(data)) + data
         return out
 
-    def _parse(self, data: bytes) -> list[tuple[int, int, bytes]]:
+    def parts(self, data: bytes) -> list[tuple[int, int, bytes]]:
         """(tag, bytes of tag and length, contents) of the base and its layers."""
         if len(data) < 2:
             raise CorruptError(f"a stack of {len(data)} bytes is shorter than its header")
@@ -58,11 +60,19 @@ class Stack:
 
     def tags(self, data: bytes) -> list[int]:
         """Tags of the base and of its layers."""
-        return [tag for tag, _, _ in self._parse(data)]
+        return [tag for tag, _, _ in self.parts(data)]
+
+    def minor(self, data: bytes) -> int:
+        """Lowest minor version of the format that knows the layers of a section."""
+        return (
+            2
+            if any(tag == LOW_RANK.tag and part[2:3] == bytes([CODED]) for tag, _, part in self.parts(data)[1:])
+            else 1
+        )
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Kinds of the base, then of every layer with the layer's id in front."""
-        (tag, head, base), *rest = self._parse(data)
+        (tag, head, base), *rest = self.parts(data)
         found = [("header", head), *coder(tag).kinds(base, shape, dtype)]
         for tag, head, part in rest:
             path = layer(tag)
@@ -72,7 +82,7 @@ class Stack:
 
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
         """Decode the base to float32 (rows, cols) and apply the layers."""
-        (tag, _, base), *rest = self._parse(data)
+        (tag, _, base), *rest = self.parts(data)
         decoded = yield from coder(tag).decode(base, shape, dtype, shared)
         with np.errstate(over="ignore", invalid="ignore"):
             matrix = np.array(decoded, np.float32, order="C")  # of its own: layers change it in place

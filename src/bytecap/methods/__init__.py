@@ -47,7 +47,7 @@ class Job:
         model: the model, on `device`.
         sets: the three disjoint token sets.
         budget: cap on the whole file in bytes.
-        size: file size for given sections and tables section.
+        size: file size for given sections, tables section, and shared objects if there are any.
         device: torch device.
         seed: of every random choice.
         reporter: told about progress.
@@ -58,7 +58,7 @@ class Job:
     model: Model
     sets: TokenSets
     budget: int
-    size: Callable[[dict[str, Section], bytes], int]
+    size: Callable[..., int]
     device: str
     seed: int
     reporter: Reporter
@@ -77,6 +77,7 @@ class Outcome:
         slope: nats per token that a byte buys at the margin.
         gap: duality gap of the plan in nats per token.
         plan: which plan was shipped.
+        objects: shared objects.
     """
 
     sections: dict[str, Section]
@@ -85,6 +86,7 @@ class Outcome:
     slope: float
     gap: float
     plan: str
+    objects: tuple[bytes, ...] = ()
 
 
 Method = Callable[[Job], Outcome]

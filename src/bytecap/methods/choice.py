@@ -20,6 +20,7 @@ from bytecap import sensitivity
 from bytecap.allocate import allocate
 from bytecap.coders import Shared, coder
 from bytecap.coders import run as decode_alone
+from bytecap.coders.objects import load_objects
 from bytecap.core import Curve, Plan, Point, Unit
 from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
@@ -259,10 +260,12 @@ def _plan(curves: Sequence[Curve], room: float, budget: int, name: str) -> Plan:
         ) from exc
 
 
-def finish(job: Job, choice: Choice[Any], sections: Mapping[str, Section], name: str) -> Outcome:
+def finish(
+    job: Job, choice: Choice[Any], sections: Mapping[str, Section], name: str, objects: tuple[bytes, ...] = ()
+) -> Outcome:
     """The outcome of sections under the cap, its KL predicted on the correction tokens."""
     twin = twin_of(job.model.module)
-    shared = Shared()
+    shared = Shared(objects=load_objects(objects))
     for u in job.model.units:
         s = sections[u.name]
         values = decode_alone([coder(s.tag).decode(s.data, u.matrix_shape, u.dtype, shared)])[0]
@@ -270,7 +273,7 @@ def finish(job: Job, choice: Choice[Any], sections: Mapping[str, Section], name:
     with job.reporter.step("prediction", 1):
         predicted, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)
     ordered = {u.name: sections[u.name] for u in job.model.units}
-    return Outcome(ordered, b"", predicted, choice.plan.slope, choice.plan.gap, name)
+    return Outcome(ordered, b"", predicted, choice.plan.slope, choice.plan.gap, name, objects)
 
 
 def capacity(job: Job, materials: Sequence[Material], stored: Mapping[str, Section]) -> float:

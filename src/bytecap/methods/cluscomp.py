@@ -12,30 +12,43 @@ are chosen under a byte cap (here: one slope, `methods/choice.py`).
 Accounting `published`: f16 codewords, indices packed at whole bits. `coded`: 8-bit codewords, indices entropy coded
 where that is shorter.
 
-Source: ClusComp (ACL 2025). Omitted: end-to-end tuning. Off by default, as in the paper: weighting k-means by
-sensitivity.
+On a small model a codebook of every matrix's own costs too much, so codewords may also be shared by all matrices
+(`methods/shared.py`): the plan is solved with and without, by bytes and predicted nats, and matrices still choose
+between the shared and an own codebook. `shared=False` is the paper's form. Block by
+block, recovery tunes own codewords and the scales of shared ones; then all of them are tuned end to end, which the
+paper leaves optional.
+
+Source: ClusComp (ACL 2025). Omitted: end-to-end tuning where nothing is shared. Off by default, as in the
+paper: weighting k-means by sensitivity.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bytecap.allocate import lower_hull
 from bytecap.coders import FloatArray
 from bytecap.coders.codebook import CODER, MAX_DIMENSION, Codebook, look_up
-from bytecap.coders.indices import MAX_CODEWORDS, by_use, indices_size, read_numbers, write_numbers
+from bytecap.coders.indices import MAX_CODEWORDS, by_use, indices_size, read_numbers, width_of, write_numbers
+from bytecap.coders.objects import write_codebook
 from bytecap.core import Curve, Point
 from bytecap.errors import UsageError
-from bytecap.methods import Job, Outcome, Section, kmeans
-from bytecap.methods.choice import Coded, Material, choose, entropy_bits, finish, option, prepare, sampled
-from bytecap.methods.recovery import Part, recover
+from bytecap.methods import Job, Outcome, Section, kmeans, shared
+from bytecap.methods.choice import Coded, Material, capacity, choose, entropy_bits, finish, option, prepare, sampled
+from bytecap.methods.recovery import Part, recover, whole
 
-OPTIONS: dict[str, Any] = {"accounting": "coded", "g": None, "n": None, "recover": 40, "weighted": False}
+OPTIONS: dict[str, Any] = {
+    "accounting": "coded", "g": None, "n": None, "recover": 40, "weighted": False, "shared": True,
+}  # fmt: skip
 DIMENSIONS = (1, 2, 3, 4, 6, 8)
 _AROUND = 1.6  # bits per weight on both sides of the mean rate that are looked at
 _FINE = 4  # settings an octave of n, between measured ones
@@ -170,21 +183,36 @@ def rounded(words: FloatArray, *, byte: bool) -> FloatArray:
     return read_numbers(write_numbers(words, byte=byte), words.size, byte=byte).reshape(words.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Common:
+    """A matrix in shared codewords: indices (count,), the scale, and the vectors' codewords (n, g)."""
+
+    indices: npt.NDArray[np.int64]
+    scale: float
+    words: Tensor
+
+
 @dataclass(frozen=True)
 class ClusComp:
-    """The family of codings with one codebook for each matrix."""
+    """The family of codings with a codebook for each matrix, or one for all."""
 
     options: dict[str, Any]
     seed: int
     name: str = "cluscomp"
+    system: shared.System | None = None
 
     @property
     def coded(self) -> bool:
         """Whether the accounting is `coded`."""
         return bool(self.options["accounting"] == "coded")
 
-    def encode(self, material: Material, setting: float) -> Coded[Codebook]:
-        """Fit a codebook to the whole matrix."""
+    def encode(self, material: Material, setting: float) -> Coded[Codebook | Common]:
+        """Fit a codebook to the whole matrix, or take the shared one."""
+        if self.system is not None and setting >= shared.BASE:
+            words, scale = self.system.words, shared.stored_scale(material.weight, int(setting) - shared.BASE)
+            indices, found = self.system.code(material.weight, scale)
+            size = 8 + indices_size(indices, len(words), coded=self.coded)
+            return Coded(size, material.distortion(found), Common(indices, scale, words))
         s, shape = Setting.of(setting), material.unit.matrix_shape
         vectors = kmeans.vectors_of(material.weight, s.g)
         weights = _vector_weights(material, s.g) if self.options["weighted"] else None
@@ -195,18 +223,43 @@ class ClusComp:
         size = side + indices_size(by_use(book.indices, s.n)[1], s.n, coded=self.coded)
         return Coded(size, material.distortion(values.to(material.weight.device)), book)
 
-    def section(self, material: Material, kept: Codebook) -> Section:
-        """A codebook's bytes."""
+    def section(self, material: Material, kept: Codebook | Common) -> Section:
+        """A matrix's bytes."""
+        if isinstance(kept, Common):
+            n, g = kept.words.shape
+            return Section(CODER.tag, CODER.encode_shared(kept.indices, (n, g), 0, kept.scale, coded=self.coded))
         return Section(CODER.tag, CODER.encode(kept, material.unit.matrix_shape, byte=self.coded, coded=self.coded))
 
     def kind(self, setting: float) -> int:
         """The dimension."""
-        return Setting.of(setting).g
+        return shared.BASE if setting >= shared.BASE else Setting.of(setting).g
+
+    def common(self, materials: Sequence[Material], system: shared.System) -> list[Curve]:
+        """Points of every matrix in the system's codewords, what is shared left out."""
+        n, g = system.words.shape
+        found = []
+        for m in materials:
+            points = []
+            for step in range(len(shared.STEPS)) if m.weight.shape[1] >= g else ():
+                error, bits = shared.estimate(m.weight, system, step, self.seed)
+                count = m.weight.shape[0] * -(-m.weight.shape[1] // g)
+                size = 8 + (min(n, 96) + count * bits / 8 if self.coded else count * width_of(n) / 8)
+                points.append(Point(size, m.price * error, float(shared.BASE + step)))
+            found.append(Curve(m.unit.name, tuple(lower_hull(points))))
+        return found
 
 
-def part(material: Material, book: Codebook) -> Part:
-    """The codebook as something to tune."""
+def part(material: Material, book: Codebook | Common, words: Tensor | None = None) -> Part:
+    """The codebook, or the scale of a shared one, as something to tune; `words` (n, g) may be tuned by the caller."""
     device = material.weight.device
+    if isinstance(book, Common):
+        rows, cols = material.unit.matrix_shape
+        which = torch.from_numpy(book.indices).to(device)
+        scale = torch.tensor([book.scale], device=device).requires_grad_()
+        base = book.words if words is None else words
+        return Part(
+            material.unit, [scale], lambda: base[which].reshape(rows, -1)[:, :cols] * scale, spread=book.scale / 10
+        )
     words = torch.from_numpy(book.words).to(device).clone().requires_grad_()
     index = torch.from_numpy(np.asarray(book.indices, np.int64)).to(device)
     rows, cols = material.unit.matrix_shape
@@ -227,12 +280,32 @@ def run(job: Job) -> Outcome:
         for m in materials:
             curves.append(curve(m, rate, options, job.seed))
             advance(1)
-    family = ClusComp(options, job.seed)
-    choice = choose(job, materials, stored, curves, family)
+    family, objects = ClusComp(options, job.seed), tuple[bytes, ...]()
+    if shared.wanted(options):
+        with job.reporter.step("shared codewords", 1):
+            systems = [shared.book(materials, n, d, byte=family.coded, seed=job.seed) for n, d in shared.sizes(rate)]
+            room = capacity(job, materials, stored)
+            system, curves = shared.solve(curves, systems, partial(family.common, materials), room)
+        if system is not None:
+            family, objects = replace(family, system=system), system.objects()
+    choice = choose(shared.charged(job, objects), materials, stored, curves, family)
+    commons = [n for n, k in choice.kept.items() if isinstance(k, Common)]
+    objects = objects if commons else ()
     sections = {**stored, **choice.sections}
     if options["recover"] and not job.dry_run:
-        parts = {m.unit.name: part(m, choice.kept[m.unit.name]) for m in materials}
-        for n in recover(job, parts, steps=options["recover"]):
-            words = parts[n].tensors[0].detach().cpu().numpy()
-            sections[n] = Section(CODER.tag, CODER.with_words(sections[n].data, choice.kept[n], words))
-    return finish(job, choice, sections, "cluscomp")
+        base = family.system.words.clone().requires_grad_() if family.system is not None and commons else None
+        parts = {m.unit.name: part(m, choice.kept[m.unit.name], base) for m in materials}
+        tuned = recover(job, parts, steps=options["recover"])
+        if base is not None and whole(job, parts, [base], steps=options["recover"]):
+            tuned, objects = set(parts), (write_codebook(base.detach().cpu().numpy(), byte=family.coded),)
+        for n in tuned:
+            sections[n] = _tuned(sections[n], parts[n], choice.kept[n])
+    return finish(job, choice, sections, f"cluscomp, {len(commons)} of {len(materials)} shared", objects)
+
+
+def _tuned(section: Section, part: Part, kept: Codebook | Common) -> Section:
+    """A section with what recovery made of its codewords or its scale."""
+    found = part.tensors[0].detach().cpu().numpy()
+    if isinstance(kept, Common):
+        return Section(CODER.tag, CODER.with_scale(section.data, part.unit.matrix_shape, float(found[0])))
+    return Section(CODER.tag, CODER.with_words(section.data, kept, found))

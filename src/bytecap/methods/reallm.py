@@ -5,24 +5,28 @@
 `L1 L2^T` are the leading singular directions of the weight; k-means codes what they leave. Then the low-rank part is
 tuned block by block against the original's outputs (`methods/recovery.py`), codes and decoder frozen.
 
-Fitted to the cap by bits per latent coordinate (`log2(n) / d`), `d`, rank, and whether a matrix has a decoder: all are
-points of one curve for each matrix, and real bytes decide. Without decoder this is plain vector quantization, the
-special case to beat. What the paper leaves open or this container forbids: its decoder is one deep network for the
-whole model; here every matrix has its own small one (`coders/latent.py`), trained with the codes frozen, so it is the
-identity plus what the latents of a patch say about each other. It is offered where it costs at most a fiftieth.
-Measured on the embedded model at 600 kB, vectors of two: 0.70 nats per token without decoders, 0.82 with one in every
-matrix, so no decoder pays there; free to choose, the plan takes none.
+Fitted to the cap by bits per latent coordinate (`log2(n) / d`), `d`, rank, and what a matrix shares: all are points of
+one curve for each matrix, and real bytes decide. Three forms of D are offered:
+
+- shared by the whole model, as in the paper: an encoder and a decoder trained together over patches of all matrices,
+  then their latents' codewords, which are shared too (`methods/shared.py`). The paper's decoder is deep and
+  convolutional; here it is one hidden layer beside a linear map, because its bytes count in a file of this size;
+- shared codewords without decoder, the special case to beat;
+- own codewords, without decoder, or with a small one trained with the codes frozen, if that costs at most a fiftieth.
+
+`shared=False` leaves the first two out, `decoder=True` all without a decoder, `decoder=False` all with one.
 
 Accounting `published`: f16 codewords and factors, indices at whole bits. `coded`: 8-bit ones, indices entropy coded
 where that is shorter. Decoder weights have 8 bits in both.
 
-Source: ReALLM (arXiv:2405.13155). Omitted: its encoder network (the latent starts as the weight itself) and
-global tuning.
+Source: ReALLM (arXiv:2405.13155). Omitted: global tuning.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,15 +37,16 @@ from bytecap.allocate import lower_hull
 from bytecap.coders import FloatArray
 from bytecap.coders.codebook import look_up
 from bytecap.coders.indices import by_use, indices_size, numbers_size
-from bytecap.coders.latent import CODER, Decoder, Latent, decode_patches, decoder_bytes
+from bytecap.coders.latent import CODER, Decoder, Latent, Link, decode_patches, decoder_bytes
 from bytecap.core import Curve, Point
 from bytecap.errors import UsageError
-from bytecap.methods import Job, Outcome, Section, cluscomp, kmeans
-from bytecap.methods.choice import Coded, Material, choose, finish, option, prepare
+from bytecap.methods import Job, Outcome, Section, cluscomp, kmeans, shared
+from bytecap.methods.choice import Coded, Material, capacity, choose, finish, option, prepare
 from bytecap.methods.recovery import Part, recover
 
 OPTIONS: dict[str, Any] = {
     "accounting": "coded", "g": None, "n": None, "rank": None, "decoder": "auto", "recover": 40, "weighted": False,
+    "shared": True,
 }  # fmt: skip
 RANKS = (1, 2, 4, 8)  # never 0 by itself: recovery would have nothing to tune
 PATCH, HIDDEN, BITS = 16, 16, 8
@@ -74,10 +79,11 @@ def check_rank(material: Material, rank: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A matrix as codewords, decoder and low-rank part, and the part of it that is not low-rank."""
+    """A matrix as codewords, decoder and low-rank part; the part that is not low-rank; its scale if shared."""
 
     latent: Latent
     base: FloatArray
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class ReALLM:
     options: dict[str, Any]
     seed: int
     name: str = "reallm"
+    system: shared.System | None = None
 
     @property
     def coded(self) -> bool:
@@ -96,12 +103,10 @@ class ReALLM:
     def encode(self, material: Material, setting: float) -> Coded[Kept]:
         """Low-rank part first, then codewords for the rest, then a decoder for the codes."""
         s, rank, with_decoder = unpack_setting(setting)
+        if self.system is not None and setting % _FACTOR >= shared.BASE:
+            return self._encode_shared(material, self.system, int(setting % _FACTOR) - shared.BASE, rank)
         shape, generator = material.unit.matrix_shape, torch.Generator().manual_seed(self.seed)
-        left, right = low_rank(material.weight, rank)
-        stored = [cluscomp.rounded(f.cpu().numpy().T, byte=self.coded).T for f in (left, right)] if rank else None
-        rest = material.weight
-        if stored is not None:
-            rest = rest - torch.from_numpy(stored[0] @ stored[1].T).to(rest.device)
+        factors, stored, rest = self._low_rank(material, rank)
         words, index = kmeans.quantize(kmeans.vectors_of(rest, s.g), s.n, generator)
         exact = cluscomp.rounded(words.cpu().numpy(), byte=self.coded)
         indices, decoder = index.cpu().numpy(), None
@@ -113,7 +118,6 @@ class ReALLM:
             base = patches_to_matrix(
                 decode_patches(decoder, kmeans.vectors_of(torch.from_numpy(base), PATCH).numpy()), shape
             )
-        factors = (left.cpu().numpy(), right.cpu().numpy()) if rank else (None, None)
         values = base if stored is None else base + stored[0] @ stored[1].T
         size = (
             6
@@ -122,6 +126,64 @@ class ReALLM:
         )
         distortion = material.distortion(torch.from_numpy(values).to(material.weight.device))
         return Coded(size, distortion, Kept(Latent(words.cpu().numpy(), indices, decoder, *factors), base))
+
+    def _low_rank(
+        self, material: Material, rank: int
+    ) -> tuple[tuple[FloatArray | None, FloatArray | None], list[FloatArray] | None, Tensor]:
+        """(factors, factors as stored, what they leave of the weight)."""
+        if not rank:
+            return (None, None), None, material.weight
+        left, right = (f.cpu().numpy() for f in low_rank(material.weight, rank))
+        stored = [cluscomp.rounded(f.T, byte=self.coded).T for f in (left, right)]
+        return (
+            (left, right),
+            stored,
+            material.weight - torch.from_numpy(stored[0] @ stored[1].T).to(material.weight.device),
+        )
+
+    def _encode_shared(self, material: Material, system: shared.System, step: int, rank: int) -> Coded[Kept]:
+        """Low-rank part first, then the shared system for the rest."""
+        factors, stored, rest = self._low_rank(material, rank)
+        scale = shared.stored_scale(material.weight, step)
+        indices, values = system.code(rest, scale)
+        n, base = len(system.words), values.cpu().numpy()
+        size = 16 + indices_size(indices, n, coded=self.coded)
+        size += sum(numbers_size(rank * k, byte=self.coded) for k in material.unit.matrix_shape) if rank else 0
+        whole = base if stored is None else base + stored[0] @ stored[1].T
+        distortion = material.distortion(torch.from_numpy(whole).to(rest.device))
+        words = system.words.cpu().numpy()
+        return Coded(size, distortion, Kept(Latent(words, indices, system.decoder, *factors), base, scale))
+
+    def common(self, materials: Sequence[Material], system: shared.System) -> list[Curve]:
+        """Points of every matrix in the system's codewords with the smallest rank that is allowed."""
+        n, d = system.words.shape
+        rank = RANKS[0] if self.options["rank"] is None else self.options["rank"]
+        found = []
+        for m in materials:
+            points, shape = [], m.unit.matrix_shape
+            fits = shape[1] >= system.width and rank <= min(shape) // 2
+            share = 1 - float(
+                torch.linalg.svdvals(m.weight)[:rank].square().sum() / m.weight.square().sum().clamp(min=1e-30)
+            )
+            for step in range(len(shared.STEPS)) if fits else ():
+                error, bits = shared.estimate(m.weight, system, step, self.seed)
+                count = shape[0] * -(-shape[1] // system.width) * system.width // d
+                size = 16 + (min(n, 96) + count * bits / 8 if self.coded else count * (n - 1).bit_length() / 8)
+                size += sum(numbers_size(rank * k, byte=self.coded) for k in shape) if rank else 0
+                setting = pack_setting(float(shared.BASE + step), rank, decoder=False)
+                points.append(Point(size, m.price * error * (share if not self.coded else 1.0), setting))
+            found.append(Curve(m.unit.name, tuple(lower_hull(points))))
+        return found
+
+    def systems(self, materials: Sequence[Material], rate: float) -> list[shared.System]:
+        """Candidates: with decoder, and without."""
+        found, wanted = [], self.options["decoder"]
+        for n, d in shared.sizes(rate)[:1]:
+            if wanted is not True:
+                found.append(shared.book(materials, n, d, byte=self.coded, seed=self.seed))
+            if wanted is not False and shared.PATCH % d == 0:
+                found.append(shared.autoencoder(materials, n, d, byte=self.coded, seed=self.seed))
+        return found
 
     def _side(self, shape: tuple[int, int], s: cluscomp.Setting, rank: int, *, decoder: bool) -> int:
         """Bytes of codewords, decoder and factors."""
@@ -134,11 +196,20 @@ class ReALLM:
         latent, coded = kept.latent, self.coded
         byte_factors = coded and latent.left is not None
         shape = material.unit.matrix_shape
-        data = CODER.encode(latent, shape, byte_words=coded, byte_factors=byte_factors, bits=BITS, coded=coded)
+        words = decoder = None
+        if kept.scale is not None:
+            decoder = Link(1, kept.scale) if latent.decoder is not None else None
+            words = Link(0, 1.0 if decoder is not None else kept.scale)
+        data = CODER.encode(
+            latent, shape, byte_words=coded and words is None, byte_factors=byte_factors, bits=BITS, coded=coded,
+            words=words, decoder=decoder,
+        )  # fmt: skip
         return Section(CODER.tag, data)
 
     def kind(self, setting: float) -> int:
         """Dimension and decoder."""
+        if setting % _FACTOR >= shared.BASE:
+            return shared.BASE
         s, _, decoder = unpack_setting(setting)
         return 2 * s.g + decoder
 
@@ -240,7 +311,17 @@ def run(job: Job) -> Outcome:
         for m in materials:
             curves.append(family.curve(m, rate))
             advance(1)
-    choice = choose(job, materials, stored, curves, family)
+    objects = tuple[bytes, ...]()
+    if shared.wanted(options):
+        with job.reporter.step("shared latents", 1):
+            systems = family.systems(materials, rate)
+            room = capacity(job, materials, stored)
+            system, curves = shared.solve(curves, systems, partial(family.common, materials), room)
+        if system is not None:
+            family, objects = replace(family, system=system), system.objects()
+    choice = choose(shared.charged(job, objects), materials, stored, curves, family)
+    commons = [k for k in choice.kept.values() if k.scale is not None]
+    objects = objects if commons else ()
     sections = {**stored, **choice.sections}
     if options["recover"] and not job.dry_run:
         parts = {m.unit.name: part(m, choice.kept[m.unit.name]) for m in materials}
@@ -249,7 +330,8 @@ def run(job: Job) -> Outcome:
                 factors = [t.detach().cpu().numpy() for t in parts[n].tensors]
                 sections[n] = Section(CODER.tag, CODER.with_factors(sections[n].data, job_shape(job, n), *factors))
     decoders = sum(k.latent.decoder is not None for k in choice.kept.values())
-    return finish(job, choice, sections, f"reallm, {decoders} of {len(materials)} with decoder")
+    label = f"reallm, {decoders} of {len(materials)} with decoder, {len(commons)} shared"
+    return finish(job, choice, sections, label, objects)
 
 
 def job_shape(job: Job, name: str) -> tuple[int, int]:

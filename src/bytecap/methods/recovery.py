@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from bytecap.core import Unit
 from bytecap.methods import Job
+from bytecap.model.evaluate import kl_to
 from bytecap.model.probe import batch_tokens, batches
 from bytecap.model.text import leading
 from bytecap.swap import load_values, twin_of
@@ -37,11 +38,18 @@ class Part:
         unit: the unit.
         tensors: leaves with gradient.
         weight: the matrix (rows, cols) they make.
+        spread: what learning rates are relative to; None for the standard deviation of each tensor.
     """
 
     unit: Unit
     tensors: list[Tensor]
     weight: Callable[[], Tensor]
+    spread: float | None = None
+
+    def rate(self, tensor: Tensor) -> float:
+        """First learning rate of a tensor."""
+        spread = float(tensor.detach().std(correction=0)) if self.spread is None else self.spread
+        return RATE * max(spread, 1e-8)
 
     def stored(self) -> Tensor:
         """The weight in stored layout."""
@@ -116,11 +124,7 @@ def _tune(
     steps: int,
 ) -> None:
     """Tune one block; the best parameters seen are left in place."""
-    groups = [
-        {"params": [t], "lr": RATE * max(float(t.detach().std(correction=0)), 1e-8)}
-        for p in parts.values()
-        for t in p.tensors
-    ]
+    groups = [{"params": [t], "lr": p.rate(t)} for p in parts.values() for t in p.tensors]
     leaves = [t for p in parts.values() for t in p.tensors]
     if not leaves:
         return
@@ -186,3 +190,52 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
             passes = [replace(p, original=t, coded=o) for p, t, o in zip(passes, targets, outputs, strict=True)]
             advance(1)
     return tuned
+
+
+def whole(job: Job, parts: Mapping[str, Part], common: Sequence[Tensor], *, steps: int) -> bool:
+    """Tune all parts and what they have in common end to end, by KL to the original; whether that was of use.
+
+    Tuned on calibration tokens, judged on the correction tokens: parts stay as they were unless KL falls there.
+
+    Args:
+        job: names the model and the tokens.
+        parts: all coded matrices.
+        common: leaves that parts share.
+        steps: of AdamW.
+    """
+    original = job.model.module
+    twin = twin_of(original)
+    leaves = [*common, *(t for p in parts.values() for t in p.tensors)]
+    rates = [RATE * float(t.detach().std(correction=0)) for t in common]
+    rates += [p.rate(t) for p in parts.values() for t in p.tensors]
+    optimizer = torch.optim.AdamW(
+        [{"params": [t], "lr": r / 4} for t, r in zip(leaves, rates, strict=True)], betas=(0.9, 0.95), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / max(1, steps))
+    prepared = list(batches(leading(job.sets.statistics, TOKENS), batch_tokens(1024)))
+
+    def score() -> float:
+        with torch.no_grad():
+            load_values(twin, {n: p.stored().detach().cpu().contiguous().numpy() for n, p in parts.items()})
+        return kl_to(original, twin, job.sets.correction, device=job.device)[0]
+
+    before, kept = score(), [t.detach().clone() for t in leaves]
+    with job.reporter.step("recovery end to end", steps) as advance:
+        for step in range(steps):
+            ids, mask = prepared[step % len(prepared)]
+            inside, mask = ids[:, :-1].to(job.device), mask.to(job.device)
+            with torch.no_grad():
+                target = original(inside).logits[mask].log_softmax(-1)
+            optimizer.zero_grad()
+            found = functional_call(twin, {n: p.stored() for n, p in parts.items()}, (inside,)).logits[mask]
+            loss = torch.nn.functional.kl_div(found.log_softmax(-1), target, reduction="batchmean", log_target=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            advance(1)
+    if score() < before:
+        return True
+    with torch.no_grad():
+        for t, old in zip(leaves, kept, strict=True):
+            t.copy_(old)
+    return False

@@ -33,6 +33,8 @@ from bytecap.paths import Applied, Problem
 from bytecap.paths.protect import apply
 
 _BITS = (4, 6, 8)
+_CODED = (3, 4, 5)
+_SPREAD = 4.13  # steps of a normal distribution's spread that one step more than an entropy of 0 bits takes
 _MOST = 8  # one in so many of the full rank at most
 _MORE, _PASSES = 8, 4  # further directions, and passes, of the iteration for few directions of many
 _ROUNDS = 2
@@ -41,10 +43,11 @@ _SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the largest value that a factor's cod
 
 @dataclass(frozen=True)
 class Rank:
-    """A setting: rank and bits of a factor's values."""
+    """A setting: rank and bits of a factor's values; with `coded`, about so many bits after entropy coding."""
 
     rank: int
     bits: int
+    coded: bool = False
 
 
 def directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,12 +79,16 @@ def factors(problem: Problem, base: Tensor, rank: int, *, weighted: bool = True)
     return left * values / row[:, None], torch.linalg.solve_triangular(root, right, upper=False, left=False)
 
 
-def _codes(vector: Tensor, weights: Tensor, bits: int) -> Tensor:
-    """Integers (n,) float64 proportional to a vector up to rounding, the best of a few ranges."""
+def _codes(vector: Tensor, weights: Tensor, setting: Rank) -> Tensor:
+    """Integers (n,) float64 proportional to a vector up to rounding, the best of a few ranges; coded, of one step."""
+    bits = 8 if setting.coded else setting.bits
     half = 2 ** (bits - 1) - 1
     largest = float(vector.abs().max())
     if largest == 0:
         return torch.zeros_like(vector)
+    if setting.coded:  # no code needs to be cut off: rare ones cost more, common ones less
+        step = max(float(vector.square().mean().sqrt()) * _SPREAD / 2**setting.bits, largest / half)
+        return torch.round(vector / step)
     found: list[tuple[float, Tensor]] = []
     for shrink in _SHRINKS:
         step = shrink * largest / half
@@ -96,11 +103,12 @@ class LowRank:
     id: ClassVar[str] = "lowrank"
 
     def settings(self, problem: Problem) -> Sequence[Rank]:
-        """Powers of two up to an eighth of the full rank, with 4, 6 and 8 bits, by rising bytes."""
+        """Powers of two up to an eighth of the full rank; 4, 6 and 8 bits, 3 to 5 coded ones; by rising bytes."""
         ranks, most = [1], min(min(problem.weight.shape) // _MOST, MAX_RANK)
         while 2 * ranks[-1] <= most:
             ranks.append(2 * ranks[-1])
         found = [Rank(rank, bits) for rank in ranks if rank <= most for bits in _BITS]
+        found += [Rank(rank, bits, coded=True) for rank in ranks if rank <= most for bits in _CODED]
         return sorted(found, key=lambda s: (s.rank * s.bits, s.rank))
 
     def before(self, problem: Problem, setting: Rank) -> Problem:
@@ -110,18 +118,18 @@ class LowRank:
 
     def after(self, problem: Problem, base: Tensor, setting: Rank) -> Applied:
         """The residual of the decoded base."""
-        hessian, rows, bits = problem.hessian, problem.rows, setting.bits
+        hessian, rows = problem.hessian, problem.rows
         diagonal = hessian.diagonal()
         _, starts = factors(problem, base, setting.rank)
         residual = (problem.weight - base).double()
         lefts, rights, scales = [], [], []
         for start in starts:
-            b = _codes(start, diagonal, bits)
+            b = _codes(start, diagonal, setting)
             for i in range(_ROUNDS):
                 pulled = hessian @ b
-                a = _codes(residual @ pulled, rows, bits)
+                a = _codes(residual @ pulled, rows, setting)
                 if i < _ROUNDS - 1 and bool(a.any()):
-                    b = _codes((rows * a) @ residual, diagonal, bits)
+                    b = _codes((rows * a) @ residual, diagonal, setting)
             energy = float((rows * a) @ a) * float(b @ pulled)
             scale = np.float32(float((rows * a) @ residual @ pulled) / energy if energy > 0 else 0.0)
             residual -= float(scale) * torch.outer(a, b)
@@ -129,6 +137,10 @@ class LowRank:
             rights.append(b)
             scales.append(scale)
         left, right = (torch.stack(part).numpy().astype(np.int64) for part in (lefts, rights))
+        bits = setting.bits
+        if setting.coded:
+            most = max(int(np.abs(left).max()), int(np.abs(right).max()))
+            bits = max(2, (2 * most + 1).bit_length())
         return apply(CODER, CODER.encode(left, right, np.array(scales, np.float32), bits), base, 1.0)
 
 

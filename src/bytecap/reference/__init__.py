@@ -12,14 +12,15 @@ from math import prod
 import numpy as np
 
 from bytecap.reference.container import Reader, Unit, contents, require
+from bytecap.reference.objects import read_objects
 from bytecap.reference.stack import CODERS
 from bytecap.reference.streams import Array, Shared, decode_streams, read_tables
 
 
 def decode_file(data: bytes) -> dict[str, Array]:
     """Tensors of an artifact's bytes by name, aliases included, in stored layout; section 8 has the errors."""
-    units, tables, bodies = contents(data)
-    shared = read_tables(tables)
+    units, tables, objects, bodies = contents(data)
+    shared = read_tables(tables, read_objects(objects))
     batches: dict[int, list[tuple[Unit, bytes]]] = {}
     ends = accumulate(max(prod(u.shape), 2**16) for u in units)  # small units cost tables and places
     for unit, body, end in zip(units, bodies, ends, strict=True):
@@ -29,6 +30,7 @@ def decode_file(data: bytes) -> dict[str, Array]:
         for (unit, _), matrix in zip(batch, _decode_batch(batch, shared), strict=True):
             array = np.ascontiguousarray(matrix.T if unit.flags & 1 else matrix).reshape(unit.shape)
             values |= dict.fromkeys((unit.name, *unit.aliases), array)
+    require(len(shared[2].used) == len(objects), "a shared object is not used")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Section 6.16: integer codes under a table for every band of columns."""
+"""Section 6.19: integer codes under a table for every band of columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bytecap.reference.streams import Array, Shared, Stream, Table
 
 
 def bands(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
-    """6.16: a scale for every row, a band for every column."""
+    """6.19: a scale for every row, a band for every column."""
     rows, cols = unit.matrix()
     (count,) = reader.fields("<B")
     require(1 <= count <= 63, f"{count} bands")

@@ -9,7 +9,7 @@ import numpy as np
 
 from bytecap.reference.coders import Coder, finite
 from bytecap.reference.container import Reader, Unit, require
-from bytecap.reference.streams import Array, Shared, Stream, Table
+from bytecap.reference.streams import Array, Objects, Shared, Stream, Table
 
 Part = Generator[Any, list[Array], Array]
 
@@ -38,18 +38,29 @@ def table(reader: Reader, size: int) -> Table:
     return Table(0, [reader.leb() for _ in range(size)])
 
 
-def indices(reader: Reader, count: int, n: int) -> Part:
+def words_of(objects: Objects, number: int, n: int, g: int) -> Array:
+    """Codewords (n, g) of a shared object."""
+    found: Array = objects.get(number, 1)
+    require(found.shape == (n, g), f"the shared codebook {number} is not {n} x {g}")
+    return found
+
+
+def indices(reader: Reader, count: int, n: int, objects: Objects) -> Part:
     """Indices below n, to the end of the section."""
     mode = reader.take(1)[0]
     width = (n - 1).bit_length()
     high: Array = np.zeros(count, np.int64)
     low = width
     if mode:
-        low = mode - 1
+        low = mode - 128 if mode >= 128 else mode - 1
         require(low < max(1, width), f"{low} low bits of {width}")
         size = ((n - 1) >> low) + 1
         require(size <= 4096, f"a table of {size} symbols")
-        one = table(reader, size)
+        if mode >= 128:
+            symbols, one = objects.get(reader.leb(), 4)
+            require(symbols == size, f"a shared table of {symbols} symbols instead of {size}")
+        else:
+            one = table(reader, size)
         stream = reader.take(reader.leb())
         require(len(reader.data) - reader.at == (count * low + 7) // 8, "the low parts are of a wrong length")
         (high,) = yield [Stream(stream, np.ones(count, np.uint8), [None, one])]
@@ -59,13 +70,15 @@ def indices(reader: Reader, count: int, n: int) -> Part:
     return found
 
 
-def codebook(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
+def codebook(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     """6.16: every vector of a row is a codeword."""
     rows, cols = unit.matrix()
     g, form = reader.fields("<BB")
     n = reader.leb()
-    require(1 <= g <= min(16, max(1, cols)) and form < 2 and 1 <= n <= 65536, f"form {form}, {n} codewords of {g}")
-    words = numbers(reader, n * g, form).reshape(n, g)
+    require(1 <= g <= min(16, max(1, cols)) and form < 3 and 1 <= n <= 65536, f"form {form}, {n} codewords of {g}")
+    words = words_of(shared[2], reader.leb(), n, g) if form == 2 else numbers(reader, n * g, form).reshape(n, g)
+    scale = numbers(reader, 1, 0) if form == 2 else None
     across = -(-cols // g)
-    which = yield from indices(reader, rows * across, n)
-    return words[which].reshape(rows, across * g)[:, :cols]
+    which = yield from indices(reader, rows * across, n, shared[2])
+    values = words[which].reshape(rows, across * g)[:, :cols]
+    return values if scale is None else values * scale

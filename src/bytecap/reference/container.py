@@ -125,8 +125,8 @@ def _matches(value: Any, schema: Any) -> bool:
     return type(value) is list and len(value) == len(wanted) and all(map(_matches, value, wanted))
 
 
-def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes]]:
-    """Units, tables section, and the units' sections."""
+def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes], list[bytes]]:
+    """Units, tables section, shared objects, and the units' sections."""
     sections = _sections(data)
     kinds = [kind for kind, _ in sections]
     require(kinds[:1] == [1], "the first section is no index")
@@ -147,6 +147,8 @@ def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes]]:
     declared = sum(prod(max(n, 1) for n in u.shape) for u in units)
     require(declared <= 2**24 + 2048 * len(data), f"{declared} values are declared in {len(data)} bytes")
     tables, padding = kinds[1:2] == [2], kinds[-1] == 6
-    expected = [1] + [2] * tables + [3] * len(units) + [4] * len(index["files"]) + [5] * len(code) + [6] * padding
+    expected = [1] + [2] * tables + [7] * kinds.count(7) + [3] * len(units) + [4] * len(index["files"])
+    expected += [5] * len(code) + [6] * padding
     require(kinds == expected and not (padding and any(sections[-1][1])), "unexpected sections, or used padding")
-    return units, sections[1][1] if tables else b"", [section for kind, section in sections if kind == 3]
+    shared, bodies = ([section for kind, section in sections if kind == k] for k in (7, 3))
+    return units, sections[1][1] if tables else b"", shared, bodies

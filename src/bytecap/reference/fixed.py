@@ -10,7 +10,7 @@ import numpy as np
 
 from bytecap.reference.coders import Coder, exact, finite
 from bytecap.reference.container import Reader, Unit, require
-from bytecap.reference.streams import Array, Shared, Stream, Table
+from bytecap.reference.streams import Array, Objects, Shared, Stream, Table
 
 Block = Generator[Any, list[Array], Array]
 
@@ -53,7 +53,7 @@ def halves(reader: Reader, count: int, coded: int) -> Block:
     if not coded:
         return finite(np.frombuffer(reader.take(2 * count), "<f2")).astype(np.float32)
     part = Reader(reader.take(reader.leb()))
-    nothing: Shared = ([], np.zeros(0))
+    nothing: Shared = ([], np.zeros(0), Objects())
     values = yield from exact(Unit("", [count], "F16", 3, 0, []), part, nothing)
     return finite(values).reshape(-1)
 

@@ -1,8 +1,8 @@
-"""Sections 6.6 to 6.12 and 6.17: layers, each a function from the bytes and the matrix so far to the matrix."""
+"""Sections 6.6 to 6.12 and 6.20: layers, each a function from the bytes and the matrix so far to the matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +10,10 @@ import numpy as np
 
 from bytecap.reference.coders import expand, finite
 from bytecap.reference.container import Reader, require
-from bytecap.reference.streams import Array
+from bytecap.reference.fixed import integers as block
+from bytecap.reference.streams import Array, Objects
+
+Part = Generator[Any, list[Array], Array]
 
 _SIXTEENTH = """3F800000 3F85AAC3 3F8B95C2 3F91C3D3 3F9837F0 3F9EF532 3FA5FED7 3FAD583F
                 3FB504F3 3FBD08A4 3FC5672A 3FCE248C 3FD744FD 3FE0CCDF 3FEAC0C7 3FF5257D"""
@@ -45,10 +48,15 @@ def unary(reader: Reader, count: int) -> list[int]:
     return found
 
 
-def positions(reader: Reader, size: int) -> Array:
+def positions(reader: Reader, size: int, objects: Objects) -> Array:
     """6.6: rising integers below `size`."""
     count, mode = reader.leb(), reader.take(1)[0]
-    require(count <= size and mode < 4, f"{count} positions below {size}, stored in way {mode}")
+    require(count <= size and mode < 5, f"{count} positions below {size}, stored in way {mode}")
+    require(mode == 4 or count <= 8 * len(reader.data) + 1, f"{count} positions in {len(reader.data)} bytes")
+    if mode == 4:
+        limit, shared = objects.get(reader.leb(), 3)
+        require(limit == size and len(shared) == count, f"the shared list is not {count} of {size}")
+        return np.array(shared)
     width = max(size - 1, 0).bit_length()
     if mode == 0:
         listed = np.flatnonzero(bits(reader.take(-(-size // 8)), size)).tolist()
@@ -100,38 +108,43 @@ def vectors(reader: Reader, lengths: list[int]) -> list[Array]:
     return [v * s for v, s in zip(found, scales, strict=True)] if precision else found
 
 
-def columns(reader: Reader, w: Array) -> Array:
+def columns(reader: Reader, w: Array, objects: Objects) -> Part:
     """6.7."""
-    listed = positions(reader, w.shape[1])
+    yield from ()
+    listed = positions(reader, w.shape[1], objects)
     for j, values in zip(listed, vectors(reader, [w.shape[0]] * len(listed)), strict=True):
         w[:, j] = values
     return w
 
 
-def rows(reader: Reader, w: Array) -> Array:
+def rows(reader: Reader, w: Array, objects: Objects) -> Part:
     """6.8."""
-    listed = positions(reader, w.shape[0])
+    yield from ()
+    listed = positions(reader, w.shape[0], objects)
     for i, values in zip(listed, vectors(reader, [w.shape[1]] * len(listed)), strict=True):
         w[i] = values
     return w
 
 
-def outliers(reader: Reader, w: Array) -> Array:
+def outliers(reader: Reader, w: Array, objects: Objects) -> Part:
     """6.9."""
-    listed = positions(reader, w.size)
+    yield from ()
+    listed = positions(reader, w.size, objects)
     (values,) = vectors(reader, [len(listed)])
     w.reshape(-1)[listed] = values
     return w
 
 
-def lowrank(reader: Reader, w: Array) -> Array:
+def lowrank(reader: Reader, w: Array, _objects: Objects) -> Part:
     """6.10."""
     (m, n), (rank, width, packing) = w.shape, reader.fields("<BBB")
-    require(1 <= rank <= min(m, n) and 2 <= width <= 8 and packing < 2, f"rank {rank}, {width} bits")
+    require(1 <= rank <= min(m, n) and 2 <= width <= 8 and packing < 3, f"rank {rank}, {width} bits")
     scales = finite(np.frombuffer(reader.take(4 * rank), "<f4"))
     count, offset = rank * (m + n), 2 ** (width - 1)
-    if packing:
-        codes: Any = np.frombuffer(unpack(1, reader.rest(), count), np.int8).astype(np.int64)
+    if packing == 2:
+        codes = (yield from block(reader, np.full(count, width), 1)).astype(np.int64) - offset
+    elif packing:
+        codes = np.frombuffer(unpack(1, reader.rest(), count), np.int8).astype(np.int64)
     else:
         codes = integers(reader, count, width) - offset
     require(not reader.rest(), "bytes are left over behind the factors")
@@ -142,8 +155,9 @@ def lowrank(reader: Reader, w: Array) -> Array:
     return w
 
 
-def groups(reader: Reader, w: Array) -> Array:
+def groups(reader: Reader, w: Array, _objects: Objects) -> Part:
     """6.11."""
+    yield from ()
     (m, n), size, (precision, packing) = w.shape, reader.leb(), reader.fields("<BB")
     require(1 <= size <= max(1, n) and precision < 2, f"groups of {size}, precision {precision}")
     each = -(-n // size)
@@ -156,11 +170,12 @@ def groups(reader: Reader, w: Array) -> Array:
     return w * scales.reshape(m, each)[:, np.arange(n) // size]
 
 
-def channels(reader: Reader, w: Array) -> Array:
+def channels(reader: Reader, w: Array, objects: Objects) -> Part:
     """6.12."""
+    yield from ()
     (m, n), mode = w.shape, reader.take(1)[0]
     require(1 <= mode <= 3, f"there is no mode {mode}")
-    listed = positions(reader, (n, m, min(m, n))[mode - 1])
+    listed = positions(reader, (n, m, min(m, n))[mode - 1], objects)
     k, crossed = len(listed), set(listed.tolist() if mode == 3 else [])
     others = [i for i in range(m) if i not in crossed]
     found = vectors(reader, [len(others)] * (k if mode & 1 else 0) + [n] * (k if mode & 2 else 0))
@@ -173,13 +188,14 @@ def channels(reader: Reader, w: Array) -> Array:
     return w
 
 
-def order(reader: Reader, w: Array) -> Array:
-    """6.17."""
+def order(reader: Reader, w: Array, _objects: Objects) -> Part:
+    """6.20."""
+    yield from ()
     place = integers(reader, len(w), max(0, len(w) - 1).bit_length())
     require(not reader.rest() and np.array_equal(np.sort(place), np.arange(len(w))), "rows are not permuted")
     return np.ascontiguousarray(w[place])
 
 
-LAYERS: dict[int, Callable[[Reader, Array], Array]] = {
+LAYERS: dict[int, Callable[[Reader, Array, Objects], Part]] = {
     32: columns, 33: rows, 34: outliers, 35: lowrank, 36: groups, 37: channels, 40: order,
 }  # fmt: skip

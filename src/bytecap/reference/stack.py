@@ -36,7 +36,7 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     with np.errstate(over="ignore", invalid="ignore"):
         values: Array = np.array(matrix, np.float32, order="C")
         for tag, part in parts[1:]:
-            values = LAYERS[tag](part, values)
+            values = yield from LAYERS[tag](part, values, shared[2])
     return finite(values)
 
 

@@ -11,7 +11,22 @@ import numpy.typing as npt
 from bytecap.reference.container import Reader, require, unpack_lzma
 
 Array = npt.NDArray[Any]
-Shared = tuple[list["Table | None"], Array]  # tables and offsets by class
+
+
+class Objects:
+    """Section 5.3: shared objects as (kind, value), and the numbers of those that are used."""
+
+    def __init__(self, items: Sequence[tuple[int, Any]] = ()) -> None:
+        self.items, self.used = items, set[int]()
+
+    def get(self, number: int, kind: int) -> Any:
+        """The object of a number, which must be of this kind."""
+        require(number < len(self.items) and self.items[number][0] == kind, f"no object {number} of kind {kind}")
+        self.used.add(number)
+        return self.items[number][1]
+
+
+Shared = tuple[list["Table | None"], Array, Objects]  # tables and offsets by class, objects
 
 BITS, TOTAL, LOW = 14, 2**14, 2**16
 _ESCAPE = -(2**31)  # stands for the escape; no symbol has this value
@@ -104,7 +119,7 @@ def _advance(shapes: list[tuple[int, int]], state: Array, words: list[Array], pl
     require((taken == sizes).all() and (state == LOW).all(), "a stream does not end in its final state")
 
 
-def read_tables(section: bytes) -> Shared:
+def read_tables(section: bytes, objects: Objects) -> Shared:
     """Section 5.2: tables by class, and offsets (64, 17) by class and size."""
     tables: list[Table | None] = [None]
     offset = np.zeros((64, 17), np.float32)
@@ -116,4 +131,4 @@ def read_tables(section: bytes) -> Shared:
         stored = np.frombuffer(reader.take(min(half, 16)), np.int8) / np.float32(256)
         tables += [Table(-half, sizes[:0:-1] + sizes)] * served
         offset[first : first + served, 1:] = np.pad(stored, (0, 16 - len(stored)), "edge") if half else 0
-    return tables + [None] * (64 - len(tables)), offset
+    return tables + [None] * (64 - len(tables)), offset, objects
