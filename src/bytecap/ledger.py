@@ -62,6 +62,21 @@ def by_unit(entries: Iterable[Entry]) -> list[Line]:
     return sorted(lines.values(), key=lambda line: (-line.bytes, line.unit))
 
 
+def by_path(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
+    """Units and bytes of every exception path's layers.
+
+    >>> by_path([Entry("a", "rows side", 3), Entry("a", "rows payload", 5), Entry("a", "payload", 9)])
+    {'rows': {'units': 1, 'bytes': 8}}
+    """
+    found: dict[str, dict[str, int]] = {}
+    for e in entries:
+        path = e.kind.rpartition(" ")[0]
+        if path:
+            sizes = found.setdefault(path, {})
+            sizes[e.unit] = sizes.get(e.unit, 0) + e.bytes
+    return {n: {"units": len(sizes), "bytes": sum(sizes.values())} for n, sizes in sorted(found.items())}
+
+
 def by_kind(entries: Iterable[Entry]) -> dict[str, int]:
     """Bytes of every kind, in the ledger's order, zeros left out; a layer's kinds count without its name."""
     sums = dict.fromkeys(KINDS, 0)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
-from bytecap.ledger import Entry, by_unit
+from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.model.checkpoint import Model, as_matrix, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
@@ -73,6 +73,7 @@ def fit(
     window: int = WINDOW,
     tokenizer: bool = True,
     config: bool = True,
+    paths: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
@@ -93,6 +94,7 @@ def fit(
         window: predicted tokens in a window.
         tokenizer: keep tokenizer files inside.
         config: keep config files inside.
+        paths: exception paths the allocator may choose from, or `all`; the default menu if None.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
@@ -101,7 +103,7 @@ def fit(
     reporter = reporter or Silent()
     limit = parse_size(budget)
     reporter.note(f"budget: {format_size(limit)}")
-    run, target = methods.find(method), choose_device(device)
+    run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
     loaded = model if isinstance(model, Model) else load_model(model)
     files, about = side_files(loaded, tokenizer=tokenizer, config=config), {"budget": limit, "method": method}
     size = sizer(loaded, files, about)
@@ -111,7 +113,7 @@ def fit(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
         reporter=reporter)  # fmt: skip
     loaded.module.to(target)
-    job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
+    job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run, menu)
     result = _solve(job, run, files, about, stored)
     if not dry_run:
         _deliver(result, job, output)
@@ -242,6 +244,7 @@ def _report(
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
+        "paths": by_path(entries),
         "statistics_tokens": sum(len(w.tokens) - 1 for w in sets.statistics),
         "correction_tokens": sum(len(w.tokens) - 1 for w in sets.correction),
     }  # fmt: skip
