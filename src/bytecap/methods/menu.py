@@ -8,9 +8,6 @@ together, decoded, in the unit's metric, times the unit's correction factor. `by
 
 A path that keeps something once for the whole file is charged for it once: the plan is solved with and without it.
 None of today's paths does (`charge` is 0).
-
-Fewer options would be measured with less noise: a rounding's own luck favours whatever was tried most often. So a path
-must beat the unit's best plain choice by `_MARGIN` of the distortion that the unit has there.
 """
 
 from __future__ import annotations
@@ -41,7 +38,6 @@ PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without a path
 UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under a path
 _RUNGS = 8  # amounts of a path tried on a unit
 _KEPT = 2  # of them tried at other steps
-_MARGIN = 0.0
 _VALUES = 2**22  # weights measured together
 
 
@@ -119,7 +115,9 @@ class Menu:
                 for unit, curves in served.items():
                     offers[unit] += curves
                 advance(sum(p.unit.parameters for p in items) / whole)
-        self.curves = [_nested(fine[n], offers[n], slope) for n in planner.names]
+        self.curves = [
+            Curve(n, tuple(p for c in (fine[n], *offers[n]) for p in c.points)) for n in planner.names
+        ]  # fmt: skip
 
     def _scaled(self, true: Mapping[str, float]) -> dict[str, float]:
         """Factors for distortions in the units' own metric, which a base without error feedback does not see."""
@@ -215,16 +213,13 @@ def _distortion(problem: Problem, coded: Coded, shared: Shared) -> float:
     return problem.distortion(torch.from_numpy(decode_coded(coded, shared)))
 
 
-def _nested(plain: Curve, offers: Sequence[Curve], slope: float) -> Curve:
-    """One curve of all choices that no other choice dominates; a path's points carry the margin they must win by."""
-    margin = _MARGIN * min(plain.points, key=lambda p: p.distortion + slope * p.rate).distortion
-    every = [*plain.points]
-    every += [replace(p, distortion=p.distortion + margin) for c in offers for p in c.points]
+def _front(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Points that no other point dominates, by rising rate."""
     kept: list[Point] = []
-    for p in sorted(every, key=lambda p: (p.rate, p.distortion)):
+    for p in sorted(points, key=lambda p: (p.rate, p.distortion)):
         if not kept or p.distortion < kept[-1].distortion:
             kept.append(p)
-    return Curve(plain.name, tuple(kept))
+    return tuple(kept)
 
 
 def solve(curves: Sequence[Curve], capacity: float, charges: Mapping[str, int]) -> Plan:
@@ -244,7 +239,7 @@ def solve(curves: Sequence[Curve], capacity: float, charges: Mapping[str, int]) 
     for left_out in itertools.chain.from_iterable(
         itertools.combinations(charged, k) for k in range(len(charged) + 1)
     ):  # fmt: skip
-        allowed = [Curve(c.name, tuple(p for p in c.points if _path(p) not in left_out)) for c in curves]
+        allowed = [Curve(c.name, _front(p for p in c.points if _path(p) not in left_out)) for c in curves]
         room = capacity - sum(charges[n] for n in charged if n not in left_out)
         if left_out != tuple(charged) and room < floor_rate(allowed):
             continue
