@@ -18,11 +18,11 @@ import torch
 WORKLOADS = ("literature", "technical", "general")
 
 
-def parser(description: str, *, models: str = "small-s0") -> argparse.ArgumentParser:
-    """Options every benchmark has."""
+def parser(description: str, *, models: str = "small-s0", required: bool = True) -> argparse.ArgumentParser:
+    """Options every benchmark has; `required`: it cannot do without directories."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--models", type=Path, required=True, help="directory that holds the model directories")
-    p.add_argument("--texts", type=Path, required=True, help="directory that holds NAME.calib.txt and NAME.val.txt")
+    p.add_argument("--models", type=Path, required=required, help="directory that holds the model directories")
+    p.add_argument("--texts", type=Path, required=required, help="directory that holds NAME.calib.txt and NAME.val.txt")
     p.add_argument("--model", nargs="*", default=models.split(","), help="model directories to use")
     p.add_argument("--device", default="auto")
     p.add_argument("--tokens", type=int, default=131_072)

@@ -39,6 +39,11 @@ def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
+def _names(paths: list[str] | None) -> list[str] | None:
+    """Names of paths, given by comma or repeated; None if there are none."""
+    return [n.strip() for group in paths or () for n in group.split(",") if n.strip()] or None
+
+
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
@@ -58,6 +63,9 @@ def fit(
     no_config: Annotated[bool, typer.Option("--no-config", help="Leave the config out.")] = False,
     code: Annotated[list[Path] | None, typer.Option("--code", help="Source file to pack (repeatable).")] = None,
     code_accounting: Annotated[str, typer.Option(help="Which size of the code meets the cap: packed, raw.")] = "packed",
+    paths: Annotated[
+        list[str] | None, typer.Option("--paths", help="Exception paths to choose from, by comma or repeated, or all.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
@@ -74,7 +82,7 @@ def fit(
         model, budget, calibration=calib, evaluation=eval_, method=method, device=device, seed=seed, output=output,
         dry_run=dry_run, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
         tokenizer=not no_tokenizer, config=not no_config, code=codefiles.pack(code or (), code_accounting),
-        reporter=_reporter(as_json),
+        paths=_names(paths), reporter=_reporter(as_json),
     )  # fmt: skip
     if as_json:
         _print_json(result.report)
@@ -213,10 +221,9 @@ def curves(
     from bytecap.curves import EVALUATION_TOKENS, TOKENS, byte_returns
     from bytecap.report.terminal import print_curves
 
-    names = [n.strip() for group in paths or () for n in group.split(",") if n.strip()] or None
     found = byte_returns(
-        model, budget, output, base=base, paths=names, calibration=calib, evaluation=eval_, device=device, seed=seed,
-        tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS, store=store,
+        model, budget, output, base=base, paths=_names(paths), calibration=calib, evaluation=eval_, device=device,
+        seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS, store=store,
         reporter=_reporter(as_json),
     )  # fmt: skip
     if as_json:

@@ -13,7 +13,6 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from bytecap.model.probe import batch_tokens, batches
 from bytecap.model.text import Window
 from bytecap.progress import Advance
 from bytecap.swap import Values, load_values
-from bytecap.sweep import Prepared, round_units
+from bytecap.sweep import Prepared
 
 _ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
 
@@ -141,11 +140,11 @@ def drift_targets(
             for names in plan:
                 fix = _fix(walks, [mask for _, mask in data]) * strength
                 for n in names:
-                    fresh = units[n].weight @ fix
+                    fresh = units[n].target @ fix
                     change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
-                members = [replace(units[n], weight=units[n].weight + change[n]) for n in names]
-                rounded, _ = round_units(members, state.steps, planner.shrink, planner.options)
-                partial = State(state.steps, dict(rounded), state.shared, {}, {})
+                members = [units[n].moved(change[n]) for n in names]
+                rounded = planner.round(members, state.steps, state.shared)
+                partial = State(state.steps, rounded, state.shared, {}, {})
                 _only(twin, original, unit_values(planner, partial, names), staged)
                 del members, rounded, partial
                 memory.release()
@@ -153,9 +152,7 @@ def drift_targets(
         finally:
             for walk in (w for group in walks for w in group):
                 walk.cancel()
-    return [
-        replace(p, weight=p.weight + change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices
-    ]
+    return [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
 
 
 def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:

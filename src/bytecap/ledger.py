@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bytecap.coders import layers
+
 KINDS = ("header", "index", "side", "table", "payload", "config", "tokenizer", "code", "padding")
 
 
@@ -60,6 +62,22 @@ def by_unit(entries: Iterable[Entry]) -> list[Line]:
         line = lines.setdefault(e.unit, Line(e.unit, e.parameters, {}))
         line.kinds[e.kind] = line.kinds.get(e.kind, 0) + e.bytes
     return sorted(lines.values(), key=lambda line: (-line.bytes, line.unit))
+
+
+def by_path(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
+    """Units and bytes of every exception path's layers.
+
+    >>> by_path([Entry("a", "rows side", 3), Entry("a", "rows payload", 5), Entry("a", "payload", 9)])
+    {'rows': {'units': 1, 'bytes': 8}}
+    """
+    names = {layer.id for layer in layers().values()}
+    found: dict[str, dict[str, int]] = {}
+    for e in entries:
+        path = e.kind.partition(" ")[0]
+        if path in names:
+            sizes = found.setdefault(path, {})
+            sizes[e.unit] = sizes.get(e.unit, 0) + e.bytes
+    return {n: {"units": len(sizes), "bytes": sum(sizes.values())} for n, sizes in sorted(found.items())}
 
 
 def by_kind(entries: Iterable[Entry]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from bytecap.coders.objects import share_lists
 from bytecap.coders.stack import CODER as STACK
 from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
-from bytecap.ledger import Entry, by_unit
+from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.model.checkpoint import Model, as_matrix, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
@@ -77,6 +77,7 @@ def fit(
     tokenizer: bool = True,
     config: bool = True,
     code: Code | Sequence[Path | str] = (),
+    paths: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
@@ -98,6 +99,7 @@ def fit(
         tokenizer: keep tokenizer files inside.
         config: keep config files inside.
         code: source files to keep inside, counted packed, or what `bytecap.codefiles.pack` made of them.
+        paths: exception paths the allocator may choose from, or `all`; the default menu if None.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
@@ -105,7 +107,7 @@ def fit(
     memory.one_arena()
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
-    run, target = methods.find(method), choose_device(device)
+    run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
     loaded = model if isinstance(model, Model) else load_model(model)
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method}
@@ -114,7 +116,7 @@ def fit(
         sets = load_sets(
             loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
             seed=seed, reporter=reporter)  # fmt: skip
-        job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
+        job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run, menu)
         result = _solve(job, run, files, about)
     if not dry_run:
         _deliver(result, job, output)
@@ -253,6 +255,7 @@ def _report(
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
+        "paths": by_path(entries),
         "statistics_tokens": sum(len(w.tokens) - 1 for w in sets.statistics),
         "correction_tokens": sum(len(w.tokens) - 1 for w in sets.correction),
     }  # fmt: skip

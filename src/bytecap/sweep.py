@@ -18,6 +18,7 @@ from torch import Tensor
 from bytecap.coders import Shared
 from bytecap.coders.classes import CLASSES, UNIT_CLASS, quarter
 from bytecap.coders.grid import GridCode, side_bits
+from bytecap.coders.stack import CODER as STACK
 from bytecap.coders.trellis import dependent
 from bytecap.core import Unit
 from bytecap.frequencies import MAX_HALF
@@ -82,6 +83,7 @@ class Prepared:
         rows: (rows,), weight of each row's error.
         row_step: (rows,), quarter octaves.
         lower, order: Cholesky factors (groups, cols, cols) and column orders (groups, cols).
+        hessian: (cols, cols), damped, where `lower` says less than that (no error feedback, one row group).
     """
 
     unit: Unit
@@ -90,11 +92,31 @@ class Prepared:
     row_step: Tensor
     lower: Tensor
     order: Tensor
+    hessian: Tensor | None = None
 
     @property
     def groups(self) -> int:
         """Row groups."""
         return len(self.lower)
+
+    @property
+    def target(self) -> Tensor:
+        """(rows, cols), what the decoded unit is to approximate."""
+        return self.weight
+
+    def moved(self, change: Tensor) -> Prepared:
+        """The unit with `change` (rows, cols) added to its target."""
+        return replace(self, weight=self.weight + change)
+
+    def complete(self, coded: Coded, shared: Shared) -> Coded:
+        """What was rounded, with a layer over it where the unit has one (`bytecap.methods.layered`)."""
+        del shared
+        return coded
+
+    def emptied(self) -> Prepared:
+        """Without all that only rounding needs."""
+        none = torch.zeros(0)
+        return replace(self, weight=none, rows=none, lower=none, order=none, hessian=None)
 
 
 @dataclass(frozen=True)
@@ -103,16 +125,22 @@ class Coded:
 
     Attributes:
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
+        layer: tag and bytes of an exception path over it, or None.
     """
 
     code: GridCode
     distortion: float
     counts: Counts
+    layer: tuple[int, bytes] | None = None
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
     """Factor the Hessian and fix the row steps of a unit."""
+    whole = None
     if not options.feedback:
+        if len(metric.hessian) == 1:
+            whole = metric.hessian[0].clone()
+            whole.diagonal().add_(max(options.damping * float(whole.diagonal().mean()), 1e-30))
         diagonals = torch.stack([torch.diag(h.diagonal()) for h in metric.hessian])
         metric = replace(metric, hessian=diagonals)
     lower, order = factor(metric, options.damping, options.order)
@@ -120,7 +148,7 @@ def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Pre
     exponent = -2 * options.row_power * torch.log2(energy)
     exponent = exponent - exponent.mean()
     step = torch.round(exponent / options.row_quantum) * options.row_quantum
-    return Prepared(unit, weight.float(), metric.rows, step.clamp(-60, 60).to(torch.int32), lower, order)
+    return Prepared(unit, weight.float(), metric.rows, step.clamp(-60, 60).to(torch.int32), lower, order, whole)
 
 
 def initial_shared(options: Options) -> tuple[Shared, Shrink]:
@@ -225,9 +253,9 @@ def _narrow(symbols: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any
 
 
 def rate(coded: Coded, shared: Shared) -> float:
-    """Estimated bytes of a unit's section: payload code length, side information and header."""
+    """Estimated bytes of a unit's section: payload code length, side information, header, layer."""
     bits = side_bits(coded.code, shared.tables)
     for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
         seen = counts > 0
         bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
-    return bits / 8
+    return bits / 8 + (STACK.growth(bits / 8, coded.layer[1]) if coded.layer else 0)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from bytecap.errors import BudgetError
 from bytecap.methods import Section
 from bytecap.methods.waterfill import Planner, State
-from bytecap.sweep import round_units
 
 Size = Callable[[dict[str, Section], bytes], int]
 
@@ -109,7 +108,7 @@ def _requantize(planner: Planner, state: State, name: str, change: float) -> tup
     """One unit at `exp(change)` times its step, everything else as it is."""
     step = state.steps[name] * math.exp(change)
     item = next(p for p in planner.matrices if p.unit.name == name)
-    coded, _ = round_units([item], {name: step}, planner.shrink, planner.options)
+    coded = planner.round([item], {name: step})
     moved = replace(
         state, steps={**state.steps, name: step}, coded={**state.coded, name: coded[name]},
         distortions={**state.distortions, name: coded[name].distortion},

@@ -35,6 +35,10 @@ class Stack:
             out += bytes([tag]) + leb(len(data)) + data
         return out
 
+    def growth(self, base: float, layer: bytes) -> int:
+        """Bytes that one layer adds to a base section of (an estimated) so many bytes."""
+        return 2 + len(leb(round(base))) + 1 + len(leb(len(layer))) + len(layer)
+
     def parts(self, data: bytes) -> list[tuple[int, int, bytes]]:
         """(tag, bytes of tag and length, contents) of the base and its layers."""
         if len(data) < 2:

@@ -32,6 +32,7 @@ from bytecap.methods.golf import (
     round_nearest,
     row_steps,
 )
+from bytecap.methods.layered import problem_of
 from bytecap.methods.waterfill import Planner, coder_of, decode_grid, finest_step
 from bytecap.paths import Problem
 from bytecap.sensitivity import Metric
@@ -83,14 +84,6 @@ class Base(Protocol):
     def sections(self, rounded: Sequence[Rounded]) -> list[Section]:
         """Real sections."""
         ...
-
-
-def problem_of(item: Prepared) -> Problem:
-    """The problem whose damped Hessian was factored; undoes the column order."""
-    order, lower = item.order[0].cpu(), item.lower[0].double().cpu()
-    hessian = torch.empty_like(lower)
-    hessian[order[:, None], order[None, :]] = lower @ lower.T
-    return Problem(item.unit, item.weight.cpu().contiguous(), hessian, item.rows.double().cpu())
 
 
 @dataclass

@@ -17,11 +17,12 @@ from torch import nn
 from bytecap import memory, pipeline
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.correct import TOKENS, Factor, role_name, shrunk
-from bytecap.curves.base import Base, GolfBase, GridBase, golf_k, problem_of
+from bytecap.curves.base import Base, GolfBase, GridBase, golf_k
 from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Section
 from bytecap.methods.default import planned, statistics
+from bytecap.methods.layered import problem_of
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluate import kl_each
 from bytecap.model.probe import Statistics, Use

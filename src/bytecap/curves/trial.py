@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import coder, leb, run
+from bytecap.coders import coder, run
 from bytecap.coders.stack import CODER as STACK
 from bytecap.curves.base import Base, Rounded
 from bytecap.curves.ground import Ground
-from bytecap.errors import UsageError
 from bytecap.methods import Section
-from bytecap.paths import Applied, Path, Problem, paths
+from bytecap.paths import Applied, Path, Problem, check_names, paths, thinned
 from bytecap.progress import Advance
 from bytecap.store import Store, digest
 
@@ -77,19 +75,13 @@ def known(names: Sequence[str] | None) -> list[str]:
         UsageError: unknown; the message suggests the nearest one.
     """
     every = [STEP, *sorted(paths())]
-    for name in names or ():
-        if name not in every:
-            near = difflib.get_close_matches(name, every, 1, 0.0)
-            raise UsageError(f"unknown path {name!r}, did you mean {near[0]}? (there are {', '.join(every)})")
+    check_names(names or (), every)
     return [STEP, *dict.fromkeys(n for n in names if n != STEP)] if names else every
 
 
 def ladder(path: str, problem: Problem) -> Sequence[Any]:
     """Settings of a path on a problem, cheapest first; long ladders are thinned evenly, their ends kept."""
-    every = STEPS if path == STEP else paths()[path].settings(problem)
-    if len(every) <= _RUNGS:
-        return every
-    return [every[round(i * (len(every) - 1) / (_RUNGS - 1))] for i in range(_RUNGS)]
+    return thinned(STEPS if path == STEP else paths()[path].settings(problem), _RUNGS)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
@@ -159,7 +151,7 @@ def _offer(
     growth = rounded.estimate - base.units[name].estimate
     values, side, share = rounded.values, 0, 1.0
     if applied is not None:
-        growth += 2 + len(leb(round(rounded.estimate))) + 1 + len(leb(len(applied.data))) + len(applied.data)
+        growth += STACK.growth(rounded.estimate, applied.data)
         values, side, share = applied.values, applied.side, applied.share
     gain = base.kappa.get(name, 1.0) * (whole - base.problems[name].distortion(values))
     return Offer(path, name, index, _words(path, setting), float(growth), gain, side, float(share))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Job:
         reporter: told about progress.
         options: ingredients of the default coder.
         dry_run: predict only; sections may be left out.
+        paths: exception paths to choose from, see `bytecap.methods.menu`.
     """
 
     model: Model
@@ -64,6 +65,7 @@ class Job:
     reporter: Reporter
     options: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,19 @@ def find(name: str) -> Method:
     module, function = METHODS[name]
     method: Method = getattr(importlib.import_module(module), function)
     return method
+
+
+def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
+    """The exception paths that a method may choose from.
+
+    Raises:
+        UsageError: an unknown path, or a method that chooses none.
+    """
+    from bytecap.methods import menu
+
+    if names and method != "bytecap":
+        raise UsageError(f"method {method} chooses no exception paths: --paths is for --method bytecap")
+    return menu.known(names) if method == "bytecap" else ()
 
 
 def smallest_section(unit: Unit) -> tuple[int, bytes]:

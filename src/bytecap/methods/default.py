@@ -2,7 +2,11 @@
 
 The plan is made twice: once plain (one step for all units in the Fisher metric) and once allocated with measured
 correction factors and rate-distortion points. Both are measured on the correction tokens at the same bytes, and
-the better one is shipped.
+the better one is shipped. With a menu of exception paths (`bytecap.methods.menu`) there is a third plan, over base
+steps, paths and amounts, made around the allocated one and compared with both.
+
+Drift targets come after the choice of paths: they aim the shipped plan's units, layers included, at the inputs that
+its own coded prefix delivers. Aiming first would correct for errors of a prefix without paths, which is not shipped.
 """
 
 from __future__ import annotations
@@ -10,19 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from bytecap import correct, memory, sensitivity
-from bytecap.allocate import allocate
+from bytecap.allocate import allocate, refine
 from bytecap.coders.exact import CODER as EXACT
-from bytecap.core import Curve, Plan, Point
+from bytecap.core import Plan
 from bytecap.drift import drift_targets
 from bytecap.errors import BudgetError
-from bytecap.methods import Job, Outcome, Section
+from bytecap.methods import Job, Outcome, Section, menu
 from bytecap.methods.floats import fit_floats
 from bytecap.methods.waterfill import Planner, State, VectorUnit
 from bytecap.model.checkpoint import as_matrix
@@ -47,6 +48,23 @@ class _Work:
     fixed: dict[str, Section]
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A settled plan that could be shipped: every unit's step is `c` times its multiplier.
+
+    Attributes:
+        planner: holds the units, under their paths if it has any.
+        slope, gap: of the plan it was made from.
+    """
+
+    planner: Planner
+    multipliers: Mapping[str, float]
+    c: float
+    state: State
+    slope: float
+    gap: float
+
+
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
     options = Options(**job.options)
@@ -62,25 +80,44 @@ def run(job: Job) -> Outcome:
     memory.release()
     with memory.no_holes(), job.reporter.step("allocation", 1):
         plan, multipliers = _allocate(planner, plain, kappa, capacity)
-        c_planned, planned = c, plain
+        found = {"plain": _Candidate(planner, ones, c, plain, plan.slope, plan.gap)}
         if options.allocate:
-            c_planned, planned = planner.search(multipliers, capacity, start=c, rounds=4, tolerance=2e-3)
-    with job.reporter.step("comparison with a plain plan", 1):
-        candidates = {"plain": plain, "allocated": planned} if options.allocate else {"plain": plain}
-        label, predicted = _better(job, planner, candidates, twin)
-    del candidates
-    memory.release()
-    if label == "plain":
-        if options.allocate:
-            job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that")
-        multipliers, c_planned, planned = ones, c, plain
+            c, state = planner.search(multipliers, capacity, start=c, rounds=4, tolerance=2e-3)
+            found["allocated"] = _Candidate(planner, multipliers, c, state, plan.slope, plan.gap)
+            del state
     del plain
-    outcome = Outcome({}, b"", predicted, plan.slope, plan.gap, label)
+    if job.paths:
+        found |= _with_paths(job, found["allocated" if options.allocate else "plain"], kappa, capacity)
+    with job.reporter.step("comparison with a plain plan", 1):
+        label, predicted = _better(job, found, capacity, twin)
+    best = found[label]
+    found.clear()
+    memory.release()
+    outcome = Outcome({}, b"", predicted, best.slope, best.gap, label)
     if job.dry_run:
         return outcome
     if options.drift:
-        _apply_drift(job, planner, planned, twin)
-    return _finish(job, work, multipliers, c_planned, planned, capacity, outcome, twin)
+        _apply_drift(job, best.planner, best.state, twin)
+    return _finish(job, work, best, capacity, outcome, twin)
+
+
+def _with_paths(job: Job, start: _Candidate, kappa: Mapping[str, float], capacity: float) -> dict[str, _Candidate]:
+    """The plan over exception paths, settled; nothing if no unit takes one."""
+    found = menu.Menu(start.planner, start.state, kappa, capacity, job.paths)
+    with job.reporter.step("exception paths", 1) as advance:
+        found.measure(advance)
+        for name, count in found.skipped.items():
+            if count:
+                job.reporter.note(f"path {name} cannot apply to {count} of {len(start.planner.matrices)} matrices")
+        plan = found.solve()
+        taken = menu.chosen(plan)
+        if not taken:
+            job.reporter.note("no exception path earns its bytes on any unit: steps alone are better")
+            return {}
+        planner, steps = found.planned(plan)
+        del found
+        c, state = planner.search(steps, capacity - menu.charges(taken), start=1.0, rounds=4, tolerance=2e-3)
+    return {menu.LABEL: _Candidate(planner, steps, c, state, plan.slope, plan.gap)}
 
 
 def planned(
@@ -212,63 +249,37 @@ def _allocate(
 ) -> tuple[Plan, dict[str, float]]:
     """One slope over measured, corrected curves; returns the plan and each unit's step multiplier."""
     curves = planner.ladder(plain.steps, plain, _LADDER)
-    fine = [_refine(c, kappa[c.name]) for c in curves]
+    fine = [refine(c, kappa[c.name]) for c in curves]
     plan = allocate(fine, max(capacity, sum(min(p.rate for p in c.points) for c in fine)))
     return plan, {n: 2.0 ** plan.choice[n].setting for n in planner.names}
 
 
-def _refine(curve: Curve, kappa: float) -> Curve:
-    """Points every sixteenth of an octave between the measured ones (monotone interpolation in the logarithm)."""
-    measured = sorted(curve.points, key=lambda p: p.setting)
-    x = np.array([p.setting for p in measured])
-    fine = np.linspace(x[0], x[-1], round(float(x[-1] - x[0]) * 16) + 1)
-    rate = _pchip(x, np.array([p.rate for p in measured]), fine)
-    log_d = _pchip(x, np.log(np.maximum([p.distortion for p in measured], 1e-15)), fine)
-    points = tuple(
-        Point(float(r), float(kappa * np.exp(d)), float(s)) for r, d, s in zip(rate, log_d, fine, strict=True)
-    )
-    return Curve(curve.name, points)
+def _better(job: Job, found: Mapping[str, _Candidate], capacity: float, twin: nn.Module) -> tuple[str, float]:
+    """Name of the candidate with the smallest KL on the correction tokens, and that KL.
 
-
-def _pchip(x: npt.NDArray[Any], y: npt.NDArray[Any], at: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Shape-preserving cubic interpolation (Fritsch-Carlson slopes)."""
-    h, d = np.diff(x), np.diff(y) / np.diff(x)
-    m = np.concatenate(
-        [[d[0]], np.where(d[:-1] * d[1:] > 0, 2 * d[:-1] * d[1:] / (d[:-1] + d[1:] + 1e-300), 0), [d[-1]]]
-    )
-    i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(h) - 1)
-    t = (at - x[i]) / h[i]
-    result: npt.NDArray[Any] = (
-        (1 + 2 * t) * (1 - t) ** 2 * y[i] + t * (1 - t) ** 2 * h[i] * m[i]
-        + t**2 * (3 - 2 * t) * y[i + 1] + t**2 * (t - 1) * h[i] * m[i + 1]
-    )  # fmt: skip
-    return result
-
-
-def _better(job: Job, planner: Planner, states: Mapping[str, State], twin: nn.Module) -> tuple[str, float]:
-    """Name of the state with the smallest KL on the correction tokens, and that KL."""
-    values = {label: correct.unit_values(planner, state) for label, state in states.items()}
+    Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
+    """
+    values = {label: correct.unit_values(x.planner, x.state) for label, x in found.items()}
     measured = kl_each(job.model.module, twin, values, job.sets.correction, device=job.device)
-    best = min(measured, key=lambda label: measured[label][0])
+    cost = {n: kl + found[n].slope * (found[n].state.rate - capacity) for n, (kl, _) in measured.items()}
+    without = min((n for n in cost if n != menu.LABEL), key=cost.__getitem__)
+    best = min(cost, key=cost.__getitem__)
+    if menu.LABEL in found:
+        job.reporter.note(menu.outcome(found[menu.LABEL].planner, cost[menu.LABEL], cost[without]))
+    if best == "plain" and "allocated" in found:
+        job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that")
     return best, measured[best][0]
 
 
 def _finish(
-    job: Job,
-    work: _Work,
-    multipliers: Mapping[str, float],
-    c: float,
-    state: State,
-    capacity: float,
-    outcome: Outcome,
-    twin: nn.Module,
-) -> Outcome:
+    job: Job, work: _Work, best: _Candidate, capacity: float, outcome: Outcome, twin: nn.Module
+) -> Outcome:  # fmt: skip
     """Settle the chosen plan's tables, then meet the cap on real bytes."""
-    planner = work.planner
+    planner = best.planner
     memory.release()
     with memory.no_holes(), job.reporter.step("trimming to the cap", 1):
-        planner.shared = state.shared
-        c, state = planner.search(multipliers, capacity, start=c, rounds=3, tolerance=3e-4)
+        planner.shared = best.state.shared
+        _, state = planner.search(best.multipliers, capacity, start=best.c, rounds=3, tolerance=3e-4)
         tables = dump_shared(state.shared)
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, refit=False)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from bytecap.coders import Shared
+from bytecap.coders import Shared, run
+from bytecap.coders import layer as layer_of
 from bytecap.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.coders.grid import CODER as GRID
 from bytecap.coders.grid import Grid, GridCode, choose_class, dequantize
+from bytecap.coders.stack import CODER as STACK
 from bytecap.coders.trellis import CODER as TRELLIS
 from bytecap.coders.trellis import Trellis
 from bytecap.coders.vector import CODER as VECTOR
@@ -117,8 +119,7 @@ class Planner:
 
     def forget(self) -> None:
         """Drop what only rounding needs; decoding still works."""
-        none = torch.zeros(0)
-        self.matrices = [replace(p, weight=none, rows=none, lower=none, order=none) for p in self.matrices]
+        self.matrices = [p.emptied() for p in self.matrices]
 
     def settle(self, steps: Mapping[str, float], *, refit: bool = True) -> State:
         """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
@@ -137,8 +138,17 @@ class Planner:
         """Bytes of all units at the finest steps whose integers still fit 16 bits."""
         return self.settle(dict.fromkeys(self.names, 0.0)).rate
 
+    def round(
+        self, items: Sequence[Prepared], steps: Mapping[str, float], shared: Shared | None = None
+    ) -> dict[str, Coded]:
+        """Units rounded at their steps and completed; `shared` is what they are read with."""
+        coded, _ = round_units(items, steps, self.shrink, self.options)
+        shared = shared or self.shared
+        return {p.unit.name: p.complete(coded[p.unit.name], shared) for p in items}
+
     def price(self, coded: dict[str, Coded], steps: Mapping[str, float]) -> State:
-        """Rates and distortions of rounded units under the present tables."""
+        """Rates and distortions of rounded units under the present tables; layers are put over them first."""
+        coded = {p.unit.name: p.complete(coded[p.unit.name], self.shared) for p in self.matrices}
         rates = {n: rate(c, self.shared) for n, c in coded.items()}
         distortions = {n: c.distortion for n, c in coded.items()}
         for v in self.vectors:
@@ -218,7 +228,7 @@ class Planner:
     def decode(self, state: State, name: str) -> FloatArray:
         """Decoded (rows, cols) values of one unit, exactly as a reader would give them."""
         if name in state.coded:
-            return decode_grid(state.coded[name].code, state.shared)
+            return decode_coded(state.coded[name], state.shared)
         v = next(v for v in self.vectors if v.unit.name == name)
         centre, symbols = VECTOR.quantize(v.values, v.step(state.steps[name]))
         return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
@@ -247,6 +257,9 @@ class Planner:
             if n in state.coded:
                 code = state.coded[n].code
                 found[n] = coder_of(code).tag, coder_of(code).assemble(code, state.shared, mine).data
+                layer = state.coded[n].layer
+                if layer:
+                    found[n] = STACK.tag, STACK.encode(found[n], [layer])
             else:
                 v = vectors[n]
                 found[n] = VECTOR.tag, VECTOR.assemble(v.values, v.step(state.steps[n]), state.shared, mine).data
@@ -264,6 +277,16 @@ def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
         code.symbols.astype(np.int32), code.classes(), np.float32(code.step),
         code.column_step, code.row_step, shared.offset, code.fine,
     )  # fmt: skip
+
+
+def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
+    """(rows, cols) values of a unit, its layer included."""
+    values = decode_grid(coded.code, shared)
+    if coded.layer is None:
+        return values
+    tag, data = coded.layer
+    layered: FloatArray = run([layer_of(tag).apply(data, np.array(values, np.float32, order="C"), shared)])[0]
+    return layered
 
 
 def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:

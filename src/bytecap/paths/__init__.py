@@ -10,6 +10,7 @@ One file each; a path is found by its module-level `PATH`.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bytecap.core import Unit
+from bytecap.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ class Path(Protocol):
     """One kind of exception path."""
 
     id: ClassVar[str]
+    charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its layers
 
-    def settings(self, problem: Problem) -> Sequence[Any]:
-        """Ladder of amounts, cheapest first; empty where the path cannot apply."""
+    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Any]:
+        """Ladder of amounts, cheapest first; empty where the path cannot apply.
+
+        `base` (rows, cols) are the base's decoded values, to rank by, if they are known.
+        """
         ...
 
     def before(self, problem: Problem, setting: Any) -> Problem:
@@ -92,6 +98,29 @@ def paths() -> dict[str, Path]:
         if path is not None:
             found[path.id] = path
     return found
+
+
+def check_names(names: Sequence[str], every: Sequence[str]) -> None:
+    """Refuse names of no path.
+
+    Raises:
+        UsageError: unknown; the message suggests the nearest one.
+    """
+    for name in names:
+        if name not in every:
+            near = difflib.get_close_matches(name, every, 1, 0.0)
+            raise UsageError(f"unknown path {name!r}, did you mean {near[0]}? (there are {', '.join(every)})")
+
+
+def thinned(ladder: Sequence[Any], most: int) -> Sequence[Any]:
+    """A ladder of at most so many rungs, evenly spread, its ends kept.
+
+    >>> thinned(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(ladder) <= most:
+        return ladder
+    return [ladder[round(i * (len(ladder) - 1) / (most - 1))] for i in range(most)]
 
 
 def decoded(coding: Any) -> Tensor:

@@ -40,6 +40,7 @@ class Channels:
     """The path; a setting is an `Amount` with its mode."""
 
     id: ClassVar[str] = "channels"
+    charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """Powers of two up to a sixteenth of a square matrix's channels, both sides protected."""

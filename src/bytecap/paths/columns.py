@@ -37,6 +37,7 @@ class Columns:
     """The path; a setting is an `Amount`."""
 
     id: ClassVar[str] = "columns"
+    charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """Powers of two up to an eighth of the columns; `base` (rows, cols) are values to rank by, if known."""

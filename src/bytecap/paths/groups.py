@@ -125,9 +125,11 @@ class Groups:
     """The path; a setting is a `Grouping`."""
 
     id: ClassVar[str] = "groups"
+    charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem) -> Sequence[Grouping]:
-        """Groups of 512 down to 16, 8 and 16 bits a scale, by rising bytes."""
+    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Grouping]:
+        """Groups of 512 down to 16, 8 and 16 bits a scale, by rising bytes; nothing is ranked."""
+        del base
         sizes = [size for size in _SIZES if size < problem.weight.shape[1]]
         found = [Grouping(size, bits, divide) for size in sizes for bits in (8, 16) for divide in (False, True)]
         return sorted(found, key=lambda s: s.bits / s.size)

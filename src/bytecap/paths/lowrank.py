@@ -101,9 +101,11 @@ class LowRank:
     """The path; a setting is a `Rank`."""
 
     id: ClassVar[str] = "lowrank"
+    charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem) -> Sequence[Rank]:
-        """Powers of two up to an eighth of the full rank; 4, 6 and 8 bits, 3 to 5 coded ones; by rising bytes."""
+    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Rank]:
+        """Powers of two up to an eighth of the full rank; 4, 6, 8 bits, 3 to 5 coded ones; by bytes; nothing is ranked."""
+        del base
         ranks, most = [1], min(min(problem.weight.shape) // _MOST, MAX_RANK)
         while 2 * ranks[-1] <= most:
             ranks.append(2 * ranks[-1])

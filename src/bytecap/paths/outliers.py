@@ -29,6 +29,7 @@ class Outliers:
     """The path; a setting is an `Amount`."""
 
     id: ClassVar[str] = "outliers"
+    charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """One weight in 4096 to one in 32; `base` (rows, cols) are values to rank by, if known."""

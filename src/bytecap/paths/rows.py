@@ -32,6 +32,7 @@ class Rows:
     """The path; a setting is an `Amount`."""
 
     id: ClassVar[str] = "rows"
+    charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """Powers of two up to an eighth of the rows; `base` (rows, cols) are values to rank by, if known."""

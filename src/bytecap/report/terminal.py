@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bytecap.core import Score
-from bytecap.ledger import Entry, by_kind, by_unit, total
+from bytecap.ledger import Entry, by_kind, by_path, by_unit, total
 from bytecap.report.page import sentence
 from bytecap.units import format_size
 
@@ -32,6 +32,8 @@ def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None
     console.print(
         "  ".join(f"[{_COLOURS[k]}]■[/] {k} {n:,} ({100 * n / size:.2f}%)" for k, n in kinds.items()), highlight=False
     )
+    if paths := by_path(entries):
+        console.print(f"exception paths: {_paths(paths)}", highlight=False)
     table = Table(box=None, pad_edge=False)
     for title, justify in (
         ("owner", "left"),
@@ -80,8 +82,14 @@ def print_fit(report: dict[str, Any]) -> None:
         )  # fmt: skip
     if math.isfinite(report["slope_nats_per_byte"] or math.nan):
         table.add_row("one more kilobyte", f"buys {1000 * report['slope_nats_per_byte']:.2e} nats per token")
+    if report["paths"]:
+        table.add_row("exception paths", _paths(report["paths"]))
     table.add_row("plan", f"{report['method']}: {report['plan']}; {report['seconds']:.1f} s")
     console.print(table, highlight=False)
+
+
+def _paths(found: dict[str, dict[str, int]]) -> str:
+    return ", ".join(f"{n} on {x['units']} units, {x['bytes']:,} bytes" for n, x in found.items())
 
 
 def _bpb(report: dict[str, Any]) -> str:

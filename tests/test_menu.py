@@ -1,0 +1,219 @@
+"""Exception paths chosen by the allocator: on a weak base they are taken and pay, on the strong one nothing is lost."""
+
+import numpy as np
+import pytest
+import torch
+
+import bytecap
+from bytecap import artifact, reference
+from bytecap.coders.stack import CODER as STACK
+from bytecap.core import Curve, Plan, Point, Unit
+from bytecap.errors import UsageError
+from bytecap.ledger import by_path
+from bytecap.methods import menu
+from bytecap.methods.layered import layered, problem_of
+from bytecap.methods.menu import Choice, solve
+from bytecap.methods.waterfill import Planner, decode_coded
+from bytecap.model.checkpoint import load_model
+from bytecap.paths import paths
+from bytecap.progress import Silent
+from bytecap.report.terminal import print_fit, print_ledger
+from bytecap.sensitivity import Metric
+from bytecap.sweep import Options, prepare
+from bytecap.trim import allowed_slack
+from conftest import BUDGET, SMALL, build, save
+
+WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
+LOUD = (5, 21)
+MENU = ("columns", "channels")
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory, tokenizer_json):
+    """A tiny model two of whose channels are thirty times as loud as the others wherever a layer reads."""
+    module = build("rotary", dtype=torch.float32)
+    with torch.no_grad():
+        for layer in module.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[list(LOUD)] *= 30
+    return save(module, tmp_path_factory.mktemp("loud"), tokenizer_json)
+
+
+@pytest.fixture(scope="module")
+def outcome(loud, texts):
+    """Function: (artifact, notes) of the loud model on a base, with a menu, made once for each."""
+    made = {}
+
+    def get(base, *names):
+        key = (base, names)
+        if key not in made:
+            reporter = Silent()
+            result = bytecap.fit(
+                loud, BUDGET, calibration=texts["calib"], evaluation=texts["val"], paths=names,
+                options=WEAK if base == "weak" else {}, reporter=reporter, **SMALL,
+            )  # fmt: skip
+            made[key] = result, reporter.notes
+        return made[key]
+
+    return get
+
+
+class TestWeakBase:
+    def test_paths_are_taken_and_pay(self, outcome):
+        (without, _), (found, notes) = outcome("weak"), outcome("weak", *MENU)
+        assert found.report["plan"] == "paths"
+        assert found.report["paths"]["columns"]["units"] >= 1
+        assert found.report["kl_nats"] < 0.9 * without.report["kl_nats"]
+        assert sum("shipping with them" in n and "better" in n for n in notes) == 1
+        assert without.report["paths"] == {}
+
+    def test_the_cap_holds_to_the_byte(self, outcome):
+        found, _ = outcome("weak", *MENU)
+        padding = sum(e.bytes for e in found.ledger() if e.kind == "padding")
+        assert len(found.data) <= BUDGET
+        assert BUDGET - len(found.data) + padding <= allowed_slack(BUDGET)
+        assert found.report["slack_bytes"] == BUDGET - len(found.data)
+
+    def test_the_loud_channels_are_the_protected_ones(self, outcome, loud):
+        found, _ = outcome("weak", *MENU)
+        original = load_model(loud).module.state_dict()
+        stacks = [u for u in found.contents.units if u.tag == STACK.tag]
+        reading = [u for u in stacks if any(p in u.unit.name for p in ("q_proj", "k_proj", "v_proj", "gate", "up"))]
+        assert reading
+        for u in reading:
+            error = (torch.from_numpy(found.tensors()[u.unit.name]) - original[u.unit.name]).abs().mean(0)
+            quiet = np.delete(np.arange(len(error)), LOUD)
+            assert float(error[list(LOUD)].min()) < 0.3 * float(error[quiet].mean()), u.unit.name
+
+    def test_file_report_and_ledger_agree(self, outcome):
+        found, _ = outcome("weak", *MENU)
+        entries = artifact.ledger(artifact.parse(found.data))
+        assert by_path(entries) == found.report["paths"]
+        assert sum(e.bytes for e in entries) == len(found.data)
+        stacks = sum(u.tag == STACK.tag for u in found.contents.units)
+        assert sum(x["units"] for x in found.report["paths"].values()) == stacks > 0
+
+    def test_the_second_decoder_reads_the_same(self, outcome):
+        found, _ = outcome("weak", *MENU)
+        other = reference.decode_file(found.data)
+        for name, values in found.tensors().items():
+            np.testing.assert_array_equal(other[name], values)
+
+    def test_what_cannot_apply_is_said_once(self, outcome):
+        _, notes = outcome("weak", *MENU)
+        assert [n for n in notes if "cannot apply" in n] == ["path channels cannot apply to 11 of 15 matrices"]
+
+
+class TestStrongBase:
+    @pytest.mark.parametrize("names", [("columns",), pytest.param(("all",), marks=pytest.mark.nightly)])
+    def test_never_worse_beyond_noise(self, outcome, names):
+        (without, _), (found, notes) = outcome("strong"), outcome("strong", *names)
+        noise = (without.report["kl_stderr"] ** 2 + found.report["kl_stderr"] ** 2) ** 0.5
+        assert found.report["kl_nats"] <= without.report["kl_nats"] + 2 * noise
+        assert len(found.data) <= BUDGET
+        said = [n for n in notes if n.startswith(("exception paths (", "no exception path"))]
+        assert len(said) == 1
+        assert ("shipping with them" in said[0]) == bool(found.report["paths"])
+
+
+class TestNames:
+    def test_unknown_ones_are_refused_before_any_work(self):
+        with pytest.raises(UsageError, match="did you mean columns"):
+            bytecap.fit("no such model", "1MB", paths=["colums"])
+        with pytest.raises(UsageError, match="--method bytecap"):
+            bytecap.fit("no such model", "1MB", method="golf", paths=["columns"])
+
+    def test_on_the_command_line(self, refused, tmp_path):
+        arguments = ("fit", "demo", "--budget", "600kB", "-o", tmp_path / "a.bcap", "--paths")
+        assert "did you mean lowrank" in refused(*arguments, "rows,lowrang")
+
+    def test_the_default_menu_is_empty(self):
+        assert menu.known(None) == menu.known(()) == ()
+        assert menu.known(["all"]) == tuple(sorted(paths()))
+
+    def test_all_reaches_the_job_from_the_command_line(self, run, model_directory, texts, tmp_path, monkeypatch):
+        seen = []
+        monkeypatch.setattr("bytecap.pipeline._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
+        arguments = ("fit", model_directory("rotary"), "--budget", BUDGET, "-o", tmp_path / "a.bcap")
+        arguments += ("--calib", texts["calib"], "--eval", texts["val"])
+        for names, expected in (("all", tuple(sorted(paths()))), ("rows, lowrank", ("rows", "lowrank"))):
+            run(*arguments, "--paths", names)
+            assert seen.pop() == expected
+
+    def test_one_line_on_the_terminal(self, outcome, capsys):
+        found, _ = outcome("weak", *MENU)
+        size = found.report["paths"]["columns"]["bytes"]
+        print_fit(found.report)
+        assert (
+            f"columns on {found.report['paths']['columns']['units']} units, {size:,} bytes" in capsys.readouterr().out
+        )
+        print_ledger(found.ledger(), "a.bcap")
+        assert f"{size:,} bytes" in capsys.readouterr().out
+
+
+class TestSolve:
+    def test_a_charge_is_paid_by_those_who_use_it(self):
+        def unit(name):
+            return Curve(name, (Point(10, 4.0, 0), Point(14, 3.0, 1), Choice(10, 1.0, 0, "p", 1)))
+
+        few, many = [unit("a")], [unit(n) for n in "abcde"]
+        assert menu.chosen(solve(few, 10 + 3, {"p": 4})) == {}
+        assert menu.chosen(solve(few, 10 + 4, {"p": 4})) == {"p": 1}
+        plan = solve(many, 50 + 4, {"p": 4, "q": 100})
+        assert menu.chosen(plan) == {"p": 5}
+        assert plan.rate <= 50
+
+    def test_without_paths_it_is_the_plain_plan(self):
+        curves = [Curve("a", (Point(1, 2.0, 0), Point(2, 1.0, 1)))]
+        plan = solve(curves, 2, {})
+        assert isinstance(plan, Plan)
+        assert (plan.rate, plan.distortion) == (2, 1.0)
+
+
+def matrix(options):
+    """A prepared unit with two loud columns, and its planner."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 32, generator=g, dtype=torch.float64)
+    x[:, list(LOUD)] *= 30
+    weight = torch.randn(48, 32, generator=g)
+    rows = torch.rand(48, generator=g, dtype=torch.float64) + 0.5
+    metric = Metric((x.T @ x / 256)[None], rows / rows.mean())
+    item = prepare(Unit("a", (48, 32), "F32"), weight, metric, options)
+    return item, Planner([item], [], options), metric
+
+
+@pytest.mark.parametrize("options", [Options(), Options(**WEAK)], ids=["strong", "weak"])
+@pytest.mark.parametrize("name", sorted(paths()))
+def test_a_layered_unit_is_what_a_reader_decodes(name, options):
+    item, planner, _ = matrix(options)
+    problem = problem_of(item)
+    ladder = paths()[name].settings(problem)
+    if name == "channels":
+        assert not ladder  # not square
+        return
+    under = layered(item, problem, paths()[name], ladder[len(ladder) // 2], options)
+    changed = Planner([under], [], options)
+    state = changed.settle({"a": 0.5})
+    values = changed.decode(state, "a")
+    assert state.coded["a"].layer is not None
+    assert state.distortions["a"] == pytest.approx(problem.distortion(torch.from_numpy(values)), rel=1e-9)
+    tag, data = changed.encode(state)["a"]
+    assert tag == STACK.tag
+    assert abs(state.rates["a"] - len(data)) < 40  # an estimate of the base's streams; the layer's bytes are exact
+    base = planner.settle({"a": 0.5})
+    assert under.same_base == (name == "lowrank" or (name == "groups" and not under.setting.divide))
+    assert base.coded["a"].layer is None
+    moved = under.moved(torch.full((48, 32), 0.125))
+    torch.testing.assert_close(moved.target, item.weight + 0.125)
+    assert torch.equal(moved.problem.hessian, under.problem.hessian)
+
+
+def test_the_metric_is_whole_even_if_the_base_does_not_see_it():
+    for options in (Options(), Options(**WEAK)):
+        item, planner, metric = matrix(options)
+        found = problem_of(item).hessian
+        damped = metric.hessian[0].clone()
+        damped.diagonal().add_(options.damping * damped.diagonal().mean())
+        torch.testing.assert_close(found, damped, rtol=1e-4, atol=1e-4 * float(damped.diagonal().max()))
+        coded = planner.settle({"a": 0.5}).coded["a"]
+        assert decode_coded(coded, planner.shared).shape == (48, 32)
