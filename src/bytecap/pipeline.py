@@ -23,6 +23,7 @@ from bytecap.ledger import Entry, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.model.checkpoint import Model, as_matrix, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
+from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
 from bytecap.swap import load_values, twin_of
@@ -96,22 +97,47 @@ def fit(
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
+    reporter = reporter or Silent()
+
+    def sets(loaded: Model) -> TokenSets:
+        return load_sets(
+            loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
+            seed=seed, reporter=reporter)  # fmt: skip
+
+    return fit_sets(
+        lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
+        seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config, options=options,
+        reporter=reporter)  # fmt: skip
+
+
+def fit_sets(
+    model: Callable[[], Model],
+    budget: int | str,
+    sets: Callable[[Model], TokenSets],
+    *,
+    method: str = "bytecap",
+    device: str = "auto",
+    seed: int = 0,
+    output: Path | str | None = None,
+    dry_run: bool = False,
+    tokenizer: bool = True,
+    config: bool = True,
+    options: dict[str, Any] | None = None,
+    reporter: Reporter,
+) -> Artifact:
+    """`fit` for any model and any sets, both made when cheaper arguments have been checked."""
     started = time.perf_counter()
     memory.one_arena()
-    reporter = reporter or Silent()
     limit = parse_size(budget)
     reporter.note(f"budget: {format_size(limit)}")
     run, target = methods.find(method), choose_device(device)
-    loaded = model if isinstance(model, Model) else load_model(model)
+    loaded = model()
     files, about = side_files(loaded, tokenizer=tokenizer, config=config), {"budget": limit, "method": method}
     size = sizer(loaded, files, about)
     stored = _lossless(loaded, files, about, limit, reporter)
     floor = check_floor(loaded, size, limit)
-    sets = load_sets(
-        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens, seed=seed,
-        reporter=reporter)  # fmt: skip
     loaded.module.to(target)
-    job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
+    job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run=dry_run)
     result = _solve(job, run, files, about, stored)
     if not dry_run:
         _deliver(result, job, output)
@@ -192,7 +218,7 @@ def _lossless(
     with reporter.step("lossless size", len(model.units)) as advance:
         for u in model.units:
             values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
-            dtype = u.dtype if u.dtype in {"BF16", "F16", "F32"} else "F32"
+            dtype = u.dtype if u.dtype != "F64" or values.dtype == np.float64 else "F32"
             units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
             advance(1)
     contents = Contents(tuple(units), b"", files, {**about, "lossless": True})
@@ -242,8 +268,8 @@ def _report(
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
-        "statistics_tokens": sum(len(w.tokens) - 1 for w in sets.statistics),
-        "correction_tokens": sum(len(w.tokens) - 1 for w in sets.correction),
+        "statistics_tokens": sum(w.predicted for w in sets.statistics),
+        "correction_tokens": sum(w.predicted for w in sets.correction),
     }  # fmt: skip
 
 

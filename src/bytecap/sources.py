@@ -113,7 +113,7 @@ def load_sets(
 
 
 def _count(windows: Any) -> int:
-    return sum(len(w.tokens) - 1 for w in windows)
+    return sum(w.predicted for w in windows)
 
 
 def _check_vocabulary(model: Model, sets: TokenSets) -> None:

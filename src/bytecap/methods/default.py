@@ -24,6 +24,7 @@ from bytecap.drift import drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.waterfill import Planner, State, VectorUnit
+from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics, probe
 from bytecap.model.text import leading
@@ -139,7 +140,7 @@ def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> N
 def statistics(job: Job, options: Options) -> Statistics:
     """What one pass over the statistics tokens finds."""
     model = job.model
-    total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    total = sum(w.predicted for w in job.sets.statistics)
     with job.reporter.step("statistics", total) as advance:
         found = probe(
             model.module, model.units, job.sets.statistics, seed=job.seed, groups=options.groups, guided=options.guided,
@@ -153,13 +154,14 @@ def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
     """Factors of the Hessians, vectors, and units that are stored exactly; uses up the statistics."""
     model = job.model
     matrices, vectors, fixed = [], [], {}
+    buffers = dict(model.module.named_buffers(remove_duplicate=False))
     with job.reporter.step("factorisation", len(model.units)) as advance:
         for u in model.units:
             values = model.tensor(u).detach()
-            if u.name in found.uses and min(u.shape) > 1:
+            if u.name in found.uses and min(u.matrix_shape) > 1:
                 metric = sensitivity.join(found.uses.pop(u.name), found.tokens)
-                matrices.append(prepare(u, values.T if u.transposed else values, metric, options))
-            elif values.is_floating_point() and values.numel():
+                matrices.append(prepare(u, as_matrix(u, values), metric, options))
+            elif values.is_floating_point() and values.numel() and u.name not in buffers:
                 vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
                 array = values.cpu().numpy().reshape(u.matrix_shape)
