@@ -17,6 +17,7 @@ import torch
 from bytecap import artifact, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.coders.exact import CODER as EXACT
+from bytecap.coders.exact import WIDTH
 from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_unit
@@ -218,7 +219,8 @@ def _lossless(
     with reporter.step("lossless size", len(model.units)) as advance:
         for u in model.units:
             values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
-            dtype = u.dtype if u.dtype != "F64" or values.dtype == np.float64 else "F32"
+            narrowed = u.dtype not in WIDTH or (u.dtype == "F64" and values.dtype != np.float64)
+            dtype = "F32" if narrowed else u.dtype
             units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
             advance(1)
     contents = Contents(tuple(units), b"", files, {**about, "lossless": True})

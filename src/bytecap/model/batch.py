@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.overrides import TorchFunctionMode
 
-from bytecap.errors import UsageError
+from bytecap.errors import BytecapError, UsageError
 from bytecap.model.text import Window
 from bytecap.swap import Values, swapped
 
@@ -58,7 +58,12 @@ class Batch(Window):
         Raises:
             UsageError: it is not one finite number.
         """
-        found = self.loss(module, on(self.data, device))
+        try:
+            found = self.loss(module, on(self.data, device))
+        except BytecapError:
+            raise
+        except Exception as exc:
+            raise UsageError(f"the loss raised {type(exc).__name__}: {exc}") from exc
         if not isinstance(found, Tensor):
             raise UsageError(f"the loss must return a scalar tensor, not {type(found).__name__}")
         if found.numel() != 1:

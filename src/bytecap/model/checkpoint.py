@@ -200,7 +200,8 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
+def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
+    """Refuse infinities and NaN, naming tensor and index."""
     import torch
 
     tensors = _named_tensors(module)
@@ -230,7 +231,7 @@ def load_model(model: Path | str) -> Model:
         dtypes.update({name: str(entry["dtype"]) for name, entry in check_safetensors(path).items()})
     module = build_module(directory)
     units = find_units(module, dtypes)
-    _check_finite(units, module)
+    check_finite(units, module)
     return Model(module, units, files, str(model))
 
 

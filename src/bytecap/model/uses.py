@@ -29,7 +29,7 @@ class Uses(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._names = {id(p): n for n, p in module.named_parameters()}
-        self.count = dict.fromkeys(self._names.values(), 0)
+        self.count: dict[str, int] = dict.fromkeys(self._names.values(), 0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at one call."""
@@ -47,6 +47,7 @@ class Uses(TorchFunctionMode):
 
 def count_uses(module: nn.Module, run: Any) -> dict[str, int]:
     """Uses of every parameter, by first name, in `run(module)` without gradients."""
-    with torch.no_grad(), Uses(module) as uses:
+    uses = Uses(module)
+    with torch.no_grad(), uses:
         run(module)
     return uses.count
