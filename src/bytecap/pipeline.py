@@ -146,6 +146,13 @@ def fit_sets(
     return result
 
 
+def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Reporter) -> Job:
+    """A job as `fit` would work on, to be looked at."""
+    size = sizer(model, side_files(model), {"budget": budget, "method": "bytecap"})
+    check_floor(model, size, budget)
+    return Job(model, sets, budget, size, device, seed, reporter)
+
+
 def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     """Write the file and measure what was written."""
     if output is not None:
