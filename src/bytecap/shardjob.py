@@ -154,20 +154,18 @@ def trial(model: Model, loss: Loss | None = None) -> Any:
 
 
 def numbers_and_shards(values: Sequence[str] | None, option: str) -> tuple[int | None, list[str]]:
-    """A limit and shards out of one option's values.
+    """A limit (the last one given) and shards out of one option's values.
 
     >>> numbers_and_shards(["train_*.bin", "4096"], "--tokens")
     (4096, ['train_*.bin'])
 
     Raises:
-        UsageError: the limit is below 1, or there are two.
+        UsageError: the limit is below 1.
     """
     numbers = [v for v in values or () if v.lstrip("-").isdigit()]
-    if len(numbers) > 1:
-        raise UsageError(f"{option} was given two numbers, {numbers[0]} and {numbers[1]}")
-    if numbers and int(numbers[0]) < 1:
-        raise UsageError(f"{option} {numbers[0]} is below 1")
-    return (int(numbers[0]) if numbers else None), [v for v in values or () if v not in numbers]
+    if any(int(v) < 1 for v in numbers):
+        raise UsageError(f"{option} {numbers[-1]} is below 1")
+    return (int(numbers[-1]) if numbers else None), [v for v in values or () if v not in numbers]
 
 
 def limit_only(values: Sequence[str] | None, option: str) -> int | None:

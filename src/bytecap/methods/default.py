@@ -167,9 +167,17 @@ def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
                 array = values.cpu().numpy().reshape(u.matrix_shape)
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(array, u.dtype))
             advance(1)
+    _say_unused(job, [p.unit.name for p in matrices if not float(p.rows.sum())], vectors)
     found.uses.clear()
     memory.release()
     return _Work(Planner(matrices, vectors, options), fixed)
+
+
+def _say_unused(job: Job, matrices: list[str], vectors: list[VectorUnit]) -> None:
+    """Name the units that calibration says nothing about: they get next to no bytes."""
+    idle = matrices + [v.unit.name for v in vectors if not v.fisher.any()]
+    if idle:
+        job.reporter.note(f"warning: no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
 
 
 def _capacity(job: Job, work: _Work, tables: int) -> float:
