@@ -2,13 +2,14 @@
 
 import doctest
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import bytecap
 from bytecap.drift import stages
@@ -145,6 +146,7 @@ class TestFit:
         def loss(module, batch):
             return (module(batch["x"]) - batch["y"]).square().mean() / 0.18 * 8
 
+        @torch.no_grad()
         def evaluate(module):
             return float(np.mean([float(loss(module, b)) for b in batches[-4:]]))
 
@@ -173,7 +175,7 @@ class TestFit:
 
     def test_methods_that_need_only_statistics_run_on_a_loss(self, odd):
         for method in ("uniform", "golf"):
-            assert len(bytecap.fit(Speaking(odd), 12_000, calibration=[ids()], method=method).data) <= 12_000
+            assert len(bytecap.fit(Speaking(odd), 30_000, calibration=[ids()], method=method).data) <= 30_000
         with pytest.raises(bytecap.UsageError, match="radio needs a module whose forward"):
             bytecap.fit(Speaking(odd), 12_000, calibration=[ids()], method="radio")
 
@@ -189,7 +191,7 @@ class TestStatistics:
             (use,) = found.uses[name]
             traced = float(use.rows.sum()) / found.tokens
             if name == "once.weight":  # by hooks: rows are energies of the output
-                traced = float((use.moment[0].trace() * use.rows.sum() / use.weight[0] / found.tokens))
+                traced = float(use.moment[0].trace() * use.rows.sum() / use.weight[0] / found.tokens)
             assert traced == pytest.approx(exact[name], rel=0.2), name
         assert float(found.diagonal["gain"].sum()) == pytest.approx(exact["gain"], rel=0.3)
 
@@ -247,7 +249,7 @@ class TestShared:
             assert artifact.report["parameters"] == 4 * 64 * 64  # stored once
             found = bits(artifact)
             extra.append(found["shared.weight"] - found["once.weight"])
-        assert all(b > a + 0.15 for a, b in zip(extra, extra[1:], strict=False)), extra
+        assert all(b > a + 0.15 for a, b in pairwise(extra)), extra
         assert extra[-1] - extra[0] == pytest.approx(1.5, abs=0.35)  # three doublings
 
     def test_statistics_add_up_over_calls_and_names(self):
@@ -283,9 +285,9 @@ class TestShared:
 
 
 class TestLoadInto:
-    @pytest.fixture(scope="class")
-    def path(self, tmp_path_factory):
-        path = tmp_path_factory.mktemp("artifact") / "looped.bcap"
+    @pytest.fixture
+    def path(self, tmp_path):
+        path = tmp_path / "looped.bcap"
         bytecap.fit(Looped(2), 6600, calibration=[ids()], output=path)
         return path
 
@@ -346,7 +348,8 @@ class TestBadInput:
             bytecap.fit(nn.Linear(64, 4), 900, calibration=[torch.randn(8, 64)], loss=lambda m, b: m(b).mean())
 
     def test_dtype_that_cannot_be_stored(self):
-        module = nn.Linear(4, 4).to(torch.complex64)
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
         with pytest.raises(bytecap.CheckpointError, match="weight has the dtype complex64"):
             bytecap.fit(module, 9000, calibration=[ids()])
 

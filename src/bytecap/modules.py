@@ -119,7 +119,8 @@ def check_method(method: str) -> None:
 def _scores(model: Model, result: Artifact, evaluate: Evaluate) -> dict[str, float]:
     twin = twin_of(model.module)
     load_values(twin, decode_units(result.contents, aliases=False))
-    return {"score_original": float(evaluate(model.module)), "score_artifact": float(evaluate(twin))}
+    with torch.no_grad():
+        return {"score_original": float(evaluate(model.module)), "score_artifact": float(evaluate(twin))}
 
 
 def _sets(

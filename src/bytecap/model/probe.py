@@ -275,7 +275,8 @@ def _one_pass(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
     vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
-    for loss, count in _losses(twin, windows, batch_tokens(vocabulary) // 2, generator, device):
+    size = 1 if leaves.matrix else batch_tokens(vocabulary) // 2  # a matrix's gradient is one sample a batch
+    for loss, count in _losses(twin, windows, size, generator, device):
         loss.backward()
         _harvest(leaves, embedded, moments, diagonal)
         tokens, passes = tokens + count, passes + 1
