@@ -11,6 +11,7 @@ import ast
 import difflib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     import pickle
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is an error
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
         raise CheckpointError(
             f"{path} holds pickled objects, which can run code, or is no checkpoint; it is refused: save "

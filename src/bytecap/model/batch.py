@@ -69,7 +69,7 @@ class Batch(Window):
         if found.numel() != 1:
             raise UsageError(f"the loss must return one number, not a tensor of shape {tuple(found.shape)}")
         if not bool(torch.isfinite(found)):
-            raise UsageError(f"the loss returned {float(found)} on a batch of {self.count} predictions")
+            raise UsageError(f"the loss returned {float(found.detach())} on a batch of {self.count} predictions")
         return found.reshape(())
 
     def fisher_loss(self, module: nn.Module, generator: torch.Generator, device: torch.device) -> Tensor:
