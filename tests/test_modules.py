@@ -284,6 +284,28 @@ class TestShared:
         assert [n for group in stages(looped, lambda m: m(ids(1))) for n in group] == ["once.weight", "head.weight"]
         assert [n for group in stages(odd, lambda m: m(ids(1))) for n in group] == ["once.weight"]
 
+    @pytest.mark.parametrize("rare", [True, False])
+    def test_an_order_that_depends_on_the_data_has_no_drift_targets(self, rare):
+        class Branching(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+            def forward(self, x):
+                return self.c(torch.relu(self.b(self.a(x)) if x[0, 0] > 0 else self.a(self.b(x))))
+
+        torch.manual_seed(0)
+        batches = [(torch.randn(32, 16), torch.randint(16, (32,))) for _ in range(24)]
+        for i, (x, _) in enumerate(batches):
+            x[0, 0] = -1.0 if i == 5 or (not rare and i % 2) else 1.0
+        reporter = Silent()
+        found = bytecap.fit(
+            Branching(), 1400, calibration=batches, loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]), reporter=reporter
+        )
+        assert found.report["kl_nats"] < 0.05
+        if rare:  # seen by no sample of batches, so noticed on the way
+            assert any("no drift targets" in note for note in reporter.notes)
+
 
 class TestLoadInto:
     @pytest.fixture

@@ -39,6 +39,10 @@ Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 _ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
 
 
+class LostError(Exception):
+    """A pass did not call its modules in the order of the stages."""
+
+
 class _Walk:
     """One forward pass that stops at every stage until it is asked for the next one.
 
@@ -49,6 +53,7 @@ class _Walk:
     def __init__(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
         self._pass = greenlet(self._run)
         self._arguments: tuple[Any, ...] | None = (model, run, stops)
+        self._stops = iter(stops)
 
     def _run(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
         handles = [m.register_forward_pre_hook(self._stop) for m in stops]
@@ -58,15 +63,18 @@ class _Walk:
             for handle in handles:
                 handle.remove()
 
-    def _stop(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _stop(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if getcurrent() is self._pass and self._pass.parent is not None:  # else another pass over the same model
-            self._pass.parent.switch(args[0])
+            self._pass.parent.switch((module, args[0]))
 
     def advance(self) -> Tensor:
-        """Input of the next stage."""
+        """Input of the next stage; raises `LostError` where the pass is somewhere else."""
         arguments, self._arguments = self._arguments or (), None
-        found: Tensor = self._pass.switch(*arguments)
-        return found
+        found = self._pass.switch(*arguments)
+        if not found or found[0] is not next(self._stops):
+            raise LostError
+        x: Tensor = found[1]
+        return x
 
     def cancel(self) -> None:
         """Leave the pass; only its hooks are tidied up."""

@@ -20,7 +20,7 @@ from bytecap import correct, memory, sensitivity
 from bytecap.allocate import allocate
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Curve, Plan, Point
-from bytecap.drift import drift_targets
+from bytecap.drift import LostError, drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.waterfill import Planner, State, VectorUnit
@@ -131,10 +131,13 @@ def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> N
     """Replace the planner's targets."""
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
     with memory.no_holes(), job.reporter.step("drift targets", 1) as advance:
-        planner.matrices = drift_targets(
-            planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
-            advance=advance,
-        )  # fmt: skip
+        try:
+            planner.matrices = drift_targets(
+                planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
+                advance=advance,
+            )  # fmt: skip
+        except LostError:
+            job.reporter.note("the order in which modules are called depends on the data: no drift targets")
 
 
 def statistics(job: Job, options: Options) -> Statistics:
