@@ -206,27 +206,6 @@ def test_budgets_just_below_the_lossless_size_are_met(fitted, share):
     assert result.report["kl_nats"] < 1e-3
 
 
-@pytest.mark.parametrize("bits", [13, 16, 20, 25])
-def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_directory, texts, bits):
-    budget = bits * 27_808 // 8  # lossless is about 27 bits; grids stop at 16-bit symbols
-    result = bytecap.fit(
-        model_directory("rotary", dtype=torch.float32), budget, calibration=texts["calib"], evaluation=texts["val"],
-        **SMALL,
-    )  # fmt: skip
-    assert budget - allowed_slack(budget) <= len(result.data) <= budget
-    assert result.report["kl_nats"] < 1e-5
-
-
-def test_a_bfloat16_model_with_far_outliers_fills_its_budget():
-    model = load_model("demo")
-    weight = dict(model.module.named_parameters())["model.layers.0.mlp.down_proj.weight"]
-    with torch.no_grad():
-        weight[:, ::7] *= 2.0**12
-    budget = int(9.5 * model.parameters / 8)
-    result = bytecap.fit(model, budget, **SMALL)
-    assert budget - allowed_slack(budget) <= len(result.data) <= budget
-
-
 def test_a_budget_of_about_the_lossless_size_is_lossless(fitted):
     exact = len(fitted("rotary", budget=1_000_000)[0].data)  # the budget itself is stored too: digits vary
     assert fitted("rotary", budget=exact + 8)[0].report["lossless"]

@@ -1,6 +1,7 @@
 """bytecap: a trained language model in ONE file under a hard byte cap, every byte spent where it recovers most.
 
-`load` needs numpy alone; `fit` and `load_model` need the `hf` extra.
+`load` needs numpy alone, `fit` of a torch module and `load_into` the `torch` extra; `fit` of a checkpoint and
+`load_model` need `hf`.
 
 >>> import bytecap
 >>> bytecap.parse_size("3MB")
@@ -50,13 +51,21 @@ __all__ = [
     "fit",
     "format_size",
     "load",
+    "load_into",
     "load_model",
     "parse_size",
 ]
 
 
 def fit(model: Any, budget: int | str, **options: Any) -> Artifact:
-    """Put a model into one file of at most `budget` bytes; see `bytecap.pipeline.fit` for every option."""
+    """Put a model into one file of at most `budget` bytes.
+
+    See `bytecap.pipeline.fit` for every option, and `bytecap.modules.fit_module` where `model` is a torch module.
+    """
+    if hasattr(model, "named_modules"):
+        from bytecap.modules import fit_module
+
+        return fit_module(model, budget, **options)
     from bytecap.pipeline import fit as run
 
     return run(model, budget, **options)
@@ -74,6 +83,13 @@ def load_model(path: Path | str) -> Any:
     from bytecap.unpack import load_model as run
 
     return run(path)
+
+
+def load_into(path: Path | str, module: Any) -> None:
+    """Put an artifact's decoded values into a torch module, in place; see `bytecap.unpack`."""
+    from bytecap.unpack import load_into as run
+
+    run(path, module)
 
 
 def __getattr__(name: str) -> Any:

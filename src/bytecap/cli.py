@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bytecap.cli_golf import app as golf_app
-from bytecap.errors import BytecapError, OutputError
+from bytecap.cli_inspect import inspect
+from bytecap.errors import BytecapError, OutputError, UsageError
 from bytecap.methods import METHODS
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
@@ -28,6 +30,19 @@ app.add_typer(golf_app, name="golf")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Factory = Annotated[
+    str | None,
+    typer.Option("--factory", help="FILE.py:CALLABLE that returns the module, instead of MODEL. The file is run."),
+]
+_State = Annotated[
+    Path | None, typer.Option("--state", help="The factory module's state dict: safetensors, or torch.save.")
+]
+_Loss = Annotated[
+    str | None, typer.Option("--loss", help="FILE.py:CALLABLE(module, ids) -> mean nats. The file is run.")
+]
+_Bytes = Annotated[
+    Path | None, typer.Option("--bytes-per-token", help="Table (.npy, text) or SentencePiece model (.model).")
+]
 _Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
 
 
@@ -46,16 +61,24 @@ def _names(paths: list[str] | None) -> list[str] | None:
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
     budget: Annotated[str, typer.Option("--budget", help="Cap on the file: 3000000, 3MB (decimal), 3MiB.")],
+    model: Annotated[str | None, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
     calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
     eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}.")] = "bytecap",
     device: _Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.", min=1)] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option(help="Most calibration tokens; with --factory also shards (repeatable).")
+    ] = None,
+    eval_tokens: Annotated[
+        list[str] | None, typer.Option(help="Most evaluation tokens; with --factory also shards (repeatable).")
+    ] = None,
+    factory: _Factory = None,
+    state: _State = None,
+    loss: _Loss = None,
+    bytes_per_token: _Bytes = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print floor and predicted quality, write nothing.")
     ] = False,
@@ -72,22 +95,50 @@ def fit(
     from bytecap import codefiles
     from bytecap.pipeline import fit as run
     from bytecap.report.terminal import print_fit
+    from bytecap.shardjob import fit_shards, limit_only, numbers_and_shards
     from bytecap.sources import EVALUATION_TOKENS, TOKENS
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
     if output is not None:
         _check_output(output)
-    result = run(
-        model, budget, calibration=calib, evaluation=eval_, method=method, device=device, seed=seed, output=output,
-        dry_run=dry_run, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
-        tokenizer=not no_tokenizer, config=not no_config, code=codefiles.pack(code or (), code_accounting),
-        paths=_names(paths), reporter=_reporter(as_json),
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
+        "tokenizer": not no_tokenizer, "config": not no_config, "reporter": _reporter(as_json),
+        "code": codefiles.pack(code or (), code_accounting), "paths": _names(paths),
+    }  # fmt: skip
+    if factory is not None:
+        source = _source(factory, model, state, loss, bytes_per_token)
+        most, shards = numbers_and_shards(tokens, "--tokens")
+        most_eval, held = numbers_and_shards(eval_tokens, "--eval-tokens")
+        result = fit_shards(
+            source, budget, shards, evaluation=held, tokens=most, evaluation_tokens=most_eval, **common
+        )  # fmt: skip
+    else:
+        most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
+        result = run(
+            _needed(model), budget, calibration=calib, evaluation=eval_, tokens=most or TOKENS,
+            evaluation_tokens=most_eval or EVALUATION_TOKENS, **common,
+        )  # fmt: skip
     if as_json:
         _print_json(result.report)
     else:
         print_fit(result.report)
+
+
+def _needed(model: str | None) -> str:
+    if model is None:
+        raise typer.BadParameter("say which MODEL, or give --factory FILE.py:CALLABLE")
+    return model
+
+
+def _source(factory: str, model: str | None, state: Path | None, loss: str | None, table: Path | None) -> Any:
+    """The factory's module; MODEL may be its artifact, in place of --state."""
+    from bytecap.shardjob import Source
+
+    if model is not None and (state is not None or not model.endswith(".bcap")):
+        raise UsageError(f"give --factory or the model {model}, not both (an artifact may stand for --state)")
+    return Source(factory, Path(model) if model is not None else state, loss, table)
 
 
 def _check_output(path: Path) -> None:
@@ -104,19 +155,33 @@ def _check_output(path: Path) -> None:
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model directory, hub id, `demo`, or .bcap file.")],
+    model: Annotated[str | None, typer.Argument(help="Model directory, hub id, `demo`, or .bcap file.")] = None,
     text: Annotated[list[Path] | None, typer.Option("--text", help="Text to score (repeatable).")] = None,
     window: Annotated[int, typer.Option(help="Predicted tokens in a window.", min=1)] = 512,
-    tokens: Annotated[int | None, typer.Option(help="Most tokens per text; all by default.", min=1)] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="Most tokens per text, all by default; with --factory also shards (repeatable)."),
+    ] = None,
+    factory: _Factory = None,
+    state: _State = None,
+    loss: _Loss = None,
+    bytes_per_token: _Bytes = None,
     device: _Device = "auto",
     as_json: _Json = False,
 ) -> None:
     """Bits per byte of a model or an artifact."""
     from bytecap.report.terminal import print_scores
     from bytecap.scoring import score
+    from bytecap.shardjob import limit_only, numbers_and_shards, score_shards
 
     reporter = _reporter(as_json)
-    scores = score(model, text, window=window, tokens=tokens, device=device, reporter=reporter)
+    if factory is not None:
+        source = replace(_source(factory, model, state, loss, bytes_per_token), window=window)
+        most, shards = numbers_and_shards(tokens, "--tokens")
+        scores = score_shards(source, shards, tokens=most, device=device, reporter=reporter)
+    else:
+        most = limit_only(tokens, "--tokens")
+        scores = score(_needed(model), text, window=window, tokens=most, device=device, reporter=reporter)
     if as_json:
         _print_json(_score_json(scores))
     else:
@@ -133,6 +198,9 @@ def _score_json(scores: list[Any]) -> dict[str, Any]:
         "tokens": sum(s.tokens for s in scores), "bytes": sum(s.bytes for s in scores),
         "texts": [s.as_dict() for s in scores],
     }  # fmt: skip
+
+
+app.command()(inspect)
 
 
 @app.command()

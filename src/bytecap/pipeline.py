@@ -18,6 +18,7 @@ from bytecap import artifact, codefiles, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.codefiles import Code
 from bytecap.coders.exact import CODER as EXACT
+from bytecap.coders.exact import WIDTH
 from bytecap.coders.objects import share_lists
 from bytecap.coders.stack import CODER as STACK
 from bytecap.decode import decode_each, decode_units, ideal_bytes
@@ -26,6 +27,7 @@ from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.model.checkpoint import Model, as_matrix, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
+from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
 from bytecap.swap import load_values, twin_of
@@ -103,25 +105,60 @@ def fit(
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
-    started, reporter = time.perf_counter(), reporter or Silent()
+    reporter = reporter or Silent()
+
+    def sets(loaded: Model) -> TokenSets:
+        return load_sets(
+            loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
+            seed=seed, reporter=reporter)  # fmt: skip
+
+    return fit_sets(
+        lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
+        seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config, code=code, paths=paths,
+        options=options, reporter=reporter)  # fmt: skip
+
+
+def fit_sets(
+    model: Callable[[], Model],
+    budget: int | str,
+    sets: Callable[[Model], TokenSets],
+    *,
+    method: str = "bytecap",
+    device: str = "auto",
+    seed: int = 0,
+    output: Path | str | None = None,
+    dry_run: bool = False,
+    tokenizer: bool = True,
+    config: bool = True,
+    code: Code | Sequence[Path | str] = (),
+    paths: Sequence[str] | None = None,
+    options: dict[str, Any] | None = None,
+    reporter: Reporter,
+) -> Artifact:
+    """`fit` for any model and any sets, both made when cheaper arguments have been checked."""
+    started = time.perf_counter()
     memory.one_arena()
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
-    loaded = model if isinstance(model, Model) else load_model(model)
+    loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method}
     with source.floor(asked):
         floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
-        sets = load_sets(
-            loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
-            seed=seed, reporter=reporter)  # fmt: skip
-        job = Job(loaded, sets, limit, size, target, seed, reporter, options or {}, dry_run, menu)
+        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu)
         result = _solve(job, run, files, about)
     if not dry_run:
         _deliver(result, job, output)
     result.report |= source.report(asked) | {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
+
+
+def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Reporter) -> Job:
+    """A job as `fit` would work on, to be looked at."""
+    size = sizer(model, side_files(model), {"budget": budget, "method": "bytecap"})
+    check_floor(model, size, budget)
+    return Job(model, sets, budget, size, device, seed, reporter)
 
 
 def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
@@ -205,7 +242,8 @@ def _lossless(
     with reporter.step("lossless size", len(model.units)) as advance:
         for u in model.units:
             values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
-            dtype = u.dtype if u.dtype in {"BF16", "F16", "F32"} else "F32"
+            narrowed = u.dtype not in WIDTH or (u.dtype == "F64" and values.dtype != np.float64)
+            dtype = "F32" if narrowed else u.dtype
             units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
             advance(1)
     contents = Contents(tuple(units), b"", files, {**about, "lossless": True})
@@ -256,8 +294,8 @@ def _report(
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_path(entries),
-        "statistics_tokens": sum(len(w.tokens) - 1 for w in sets.statistics),
-        "correction_tokens": sum(len(w.tokens) - 1 for w in sets.correction),
+        "statistics_tokens": sum(w.predicted for w in sets.statistics),
+        "correction_tokens": sum(w.predicted for w in sets.correction),
     }  # fmt: skip
 
 

@@ -104,16 +104,21 @@ def load_sets(
         tokens=tokens, correction_tokens=CORRECTION_TOKENS, seed=seed,
     )  # fmt: skip
     _check_vocabulary(model, sets)
+    report_sets(sets, reporter)
+    return sets
+
+
+def report_sets(sets: TokenSets, reporter: Reporter) -> None:
+    """Say what the sets hold."""
     reporter.note(
         f"tokens: {_count(sets.statistics):,} for statistics, {_count(sets.correction):,} for correction factors, "
         f"{sum(t.tokens for t in sets.evaluation):,} for evaluation; the three sets are disjoint"
         + (f" ({sets.dropped} repeated windows dropped)" if sets.dropped else "")
     )
-    return sets
 
 
 def _count(windows: Any) -> int:
-    return sum(len(w.tokens) - 1 for w in windows)
+    return sum(w.predicted for w in windows)
 
 
 def _check_vocabulary(model: Model, sets: TokenSets) -> None:

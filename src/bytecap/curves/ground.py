@@ -70,13 +70,10 @@ def check_base(name: str) -> str:
 
 def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Any) -> Job:
     """A job as `fit` would work on; refuses budgets at which there is nothing to recover."""
-    files = pipeline.side_files(model)
-    about: dict[str, Any] = {"budget": budget, "method": "bytecap"}
-    size = pipeline.sizer(model, files, about)
-    pipeline.check_floor(model, size, budget)
-    if budget >= size({u.name: Section(EXACT.tag, bytes(2 * u.parameters)) for u in model.units}, b""):
+    job = pipeline.make_job(model, sets, budget, device, seed, reporter)
+    if budget >= job.size({u.name: Section(EXACT.tag, bytes(2 * u.parameters)) for u in model.units}, b""):
         raise UsageError(f"a budget of {budget:,} bytes holds the model losslessly: no byte can recover anything")
-    return Job(model, sets, budget, size, device, seed, reporter)
+    return job
 
 
 def windows_key(windows: Sequence[Window]) -> str:

@@ -38,7 +38,7 @@ def run_golf(job: Job) -> Outcome:
 def second_moments(job: Job) -> tuple[dict[str, Tensor], set[str]]:
     """Plain second moments (cols, cols) of the inputs of linear layers, and the names of embedding tables."""
     model = job.model
-    count = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    count = sum(w.predicted for w in job.sets.statistics)
     with job.reporter.step("statistics", count) as advance:
         found = probe(
             model.module,

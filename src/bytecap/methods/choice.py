@@ -96,7 +96,7 @@ class Family(Protocol[S]):
 def prepare(job: Job) -> tuple[list[Material], dict[str, Section]]:
     """Matrices with their prices, and sections of what is stored exactly."""
     model = job.model
-    total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    total = sum(w.predicted for w in job.sets.statistics)
     with job.reporter.step("statistics", total) as advance:
         found = probe(
             model.module, model.units, job.sets.statistics, seed=job.seed, device=job.device, progress=advance

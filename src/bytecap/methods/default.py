@@ -21,12 +21,12 @@ from bytecap import correct, memory, sensitivity
 from bytecap.allocate import allocate, refine
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Plan
-from bytecap.drift import drift_targets
+from bytecap.drift import LostError, drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section, menu
 from bytecap.methods.floats import fit_floats
 from bytecap.methods.waterfill import Planner, State, VectorUnit
-from bytecap.model.checkpoint import as_matrix
+from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics, probe
 from bytecap.model.text import leading
@@ -154,7 +154,7 @@ def _floats(job: Job, work: _Work) -> Outcome:
     work.planner.forget()
     with job.reporter.step("floats of fewer bits", 1):
         sections = fit_floats(
-            units, lambda u: as_matrix(u, job.model.tensor(u).detach().float().cpu().numpy()),
+            units, lambda u: as_matrix(u, job.model.tensor(u).detach().float().cpu()).numpy(),
             lambda s: job.size({**s, **work.fixed}, b""), job.budget,
         )  # fmt: skip
     if sections is None:
@@ -186,16 +186,19 @@ def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> N
     """Replace the planner's targets."""
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
     with memory.no_holes(), job.reporter.step("drift targets", 1) as advance:
-        planner.matrices = drift_targets(
-            planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
-            advance=advance,
-        )  # fmt: skip
+        try:
+            planner.matrices = drift_targets(
+                planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
+                advance=advance,
+            )  # fmt: skip
+        except LostError:
+            job.reporter.note("the order in which modules are called depends on the data: no drift targets")
 
 
 def statistics(job: Job, options: Options) -> Statistics:
     """What one pass over the statistics tokens finds."""
     model = job.model
-    total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    total = sum(w.predicted for w in job.sets.statistics)
     with job.reporter.step("statistics", total) as advance:
         found = probe(
             model.module, model.units, job.sets.statistics, seed=job.seed, groups=options.groups, guided=options.guided,
@@ -209,21 +212,30 @@ def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
     """Factors of the Hessians, vectors, and units that are stored exactly; uses up the statistics."""
     model = job.model
     matrices, vectors, fixed = [], [], {}
+    buffers = dict(model.module.named_buffers(remove_duplicate=False))
     with memory.no_holes(), job.reporter.step("factorisation", len(model.units)) as advance:
         for u in model.units:
             values = model.tensor(u).detach()
-            if u.name in found.uses and min(u.shape) > 1:
+            if u.name in found.uses and min(u.matrix_shape) > 1:
                 metric = sensitivity.join(found.uses.pop(u.name), found.tokens)
-                matrices.append(prepare(u, values.T if u.transposed else values, metric, options))
-            elif values.is_floating_point() and values.numel():
+                matrices.append(prepare(u, as_matrix(u, values), metric, options))
+            elif values.is_floating_point() and values.numel() and u.name not in buffers:
                 vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
                 array = values.cpu().numpy().reshape(u.matrix_shape)
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(array, u.dtype))
             advance(1)
+    _say_unused(job, [p.unit.name for p in matrices if not float(p.rows.sum())], vectors)
     found.uses.clear()
     memory.release()
     return _Work(Planner(matrices, vectors, options), fixed)
+
+
+def _say_unused(job: Job, matrices: list[str], vectors: list[VectorUnit]) -> None:
+    """Name the units that calibration says nothing about: they get next to no bytes."""
+    idle = matrices + [v.unit.name for v in vectors if not v.fisher.any()]
+    if idle:
+        job.reporter.note(f"warning: no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
 
 
 def _capacity(job: Job, work: _Work, tables: int) -> float:

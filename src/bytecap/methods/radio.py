@@ -352,7 +352,7 @@ def _twin(job: Job, parts: Mapping[str, Companding]) -> nn.Module:
 
 
 def _gradients(job: Job, module: nn.Module, seed: int) -> Gradients:
-    total = sum(len(w.tokens) - 1 for w in job.sets.statistics)
+    total = sum(w.predicted for w in job.sets.statistics)
     with job.reporter.step("gradients", total) as advance:
         return mean_squared_gradients(
             module, job.model.units, job.sets.statistics, seed=seed, device=job.device, progress=advance

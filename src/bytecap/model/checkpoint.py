@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     import torch
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DTYPES = {
+DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }  # fmt: skip
 _WIDTHS = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
@@ -198,7 +200,8 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
+def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
+    """Refuse infinities and NaN, naming tensor and index."""
     import torch
 
     tensors = _named_tensors(module)
@@ -228,7 +231,7 @@ def load_model(model: Path | str) -> Model:
         dtypes.update({name: str(entry["dtype"]) for name, entry in check_safetensors(path).items()})
     module = build_module(directory)
     units = find_units(module, dtypes)
-    _check_finite(units, module)
+    check_finite(units, module)
     return Model(module, units, files, str(model))
 
 
@@ -259,6 +262,11 @@ def build_module(directory: Path) -> torch.nn.Module:
             f"{directory} lacks tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)"
         )
     return freeze(module)
+
+
+def of_transformers(module: torch.nn.Module) -> bool:
+    """Whether transformers wrote the module's class: its passes may run in bfloat16, and its modules are called."""
+    return any(c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__)
 
 
 def freeze(module: torch.nn.Module) -> torch.nn.Module:
@@ -315,7 +323,7 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
     units = []
     for names in groups.values():
         kinds = {linears[n][1] for n in names if n in linears}
-        dtype = next((dtypes[n] for n in names if n in dtypes), _DTYPES.get(str(tensors[names[0]].dtype), "F32"))
+        dtype = next((dtypes[n] for n in names if n in dtypes), DTYPES.get(str(tensors[names[0]].dtype), "F32"))
         units.append(
             Unit(
                 name=names[0],

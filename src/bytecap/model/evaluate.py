@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.core import Score
+from bytecap.model.batch import Batch, Look, is_batches, variants_of
 from bytecap.model.probe import Progress, batch_tokens, batches, logits_of
 from bytecap.model.text import Text, Window
 from bytecap.progress import Advance
@@ -63,9 +64,9 @@ def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
 
 
 def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
-    """Standard error of the ratio sum(total) / sum(weight) over windows (linearised)."""
+    """Standard error of the ratio sum(total) / sum(weight) over windows (linearised); NaN where it has none."""
     n = len(total)
-    if n < 2:
+    if n < 2 or not weight.any():
         return float("nan")
     residual = total - total.sum() / weight.sum() * weight
     return float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / weight.sum())
@@ -74,6 +75,8 @@ def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> f
 @torch.no_grad()
 def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None) -> Score:
     """Bits per byte of one model on one text."""
+    if is_batches(text.windows):
+        return _score_batches(module, text, device, progress)
     losses, counts, sizes = [], [], []
     for ids, mask, windows in _batches(text.windows, module):
         logits = logits_of(module(ids[:, :-1].to(device))).float()
@@ -84,10 +87,31 @@ def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Pr
         if progress is not None:
             progress(int(mask.sum()))
     total, tokens, size = np.array(losses), np.array(counts), np.array(sizes)
+    return _score(text.name, total, tokens, size)
+
+
+def _score(name: str, total: FloatArray, tokens: FloatArray, size: FloatArray) -> Score:
+    """From sums over windows."""
     return Score(
-        text.name, int(tokens.sum()), int(size.sum()), float(total.sum() / tokens.sum()),
-        float(total.sum() / math.log(2) / size.sum()), ratio_stderr(total / math.log(2), size),
+        name, int(tokens.sum()), int(size.sum()), float(total.sum() / tokens.sum()), _bpb(total, size),
+        ratio_stderr(total / math.log(2), size),
     )  # fmt: skip
+
+
+def _bpb(nats: FloatArray, size: FloatArray) -> float:
+    """Bits per byte; NaN where nobody counted bytes."""
+    return float(nats.sum() / math.log(2) / size.sum()) if size.any() else math.nan
+
+
+def _score_batches(module: nn.Module, text: Text, device: str, progress: Progress | None) -> Score:
+    losses = []
+    for batch in text.windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (a text holds one kind)
+        losses.append(Look.at(module, batch, device).loss * batch.count)
+        if progress is not None:
+            progress(batch.count)
+    tokens, size = (np.array(x, dtype=float) for x in zip(*((w.predicted, w.bytes) for w in text.windows), strict=True))
+    return _score(text.name, np.array(losses), tokens, size)
 
 
 def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
@@ -110,6 +134,8 @@ def compare(
     progress: Progress | None = None,
 ) -> Comparison:
     """Score a coded model against its original on the same tokens."""
+    if is_batches(text.windows):
+        return _compare_batches(original, coded, text, device, progress)
     sums: list[list[float]] = []
     temperature = np.zeros(len(_TEMPERATURES))
     same = 0
@@ -135,7 +161,24 @@ def compare(
     return _summary(text.name, np.array(sums), temperature, same)
 
 
-def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: int) -> Comparison:
+def _compare_batches(
+    original: nn.Module, coded: nn.Module, text: Text, device: str, progress: Progress | None
+) -> Comparison:
+    """Through each batch's own loss; what needs predictions is NaN where the loss holds none."""
+    sums, temperature, same = [], np.zeros(len(_TEMPERATURES)), 0.0
+    for batch in text.windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (a text holds one kind)
+        p, q, n = Look.at(original, batch, device), Look.at(coded, batch, device), batch.count
+        kl = p.kl(q) if p.seen else math.nan
+        sums.append([p.loss * n, q.loss * n, kl * n, n, batch.bytes])
+        temperature += [p.tempered(t) * n for t in _TEMPERATURES]
+        same += p.same(q) * n
+        if progress is not None:
+            progress(n)
+    return _summary(text.name, np.array(sums, dtype=float), temperature, same)
+
+
+def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: float) -> Comparison:
     nats_p, nats_q, kl, tokens, size = sums.T
     n = tokens.sum()
     best, nats_best = _best_temperature(temperature / n)
@@ -143,8 +186,7 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
         name=name, tokens=int(n), bytes=int(size.sum()),
         nats_original=float(nats_p.sum() / n), nats_artifact=float(nats_q.sum() / n),
         nats_temperature=nats_best, temperature=best,
-        bpb_original=float(nats_p.sum() / math.log(2) / size.sum()),
-        bpb_artifact=float(nats_q.sum() / math.log(2) / size.sum()),
+        bpb_original=_bpb(nats_p, size), bpb_artifact=_bpb(nats_q, size),
         bpb_stderr=ratio_stderr((nats_q - nats_p) / math.log(2), size),
         delta_nats=float((nats_q - nats_p).sum() / n), delta_stderr=ratio_stderr(nats_q - nats_p, tokens),
         kl_nats=float(kl.sum() / n), kl_stderr=ratio_stderr(kl, tokens), same_top1=same / float(n),
@@ -153,6 +195,8 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
 
 def _best_temperature(nats: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Minimum of a parabola through the three best sampled temperatures."""
+    if not np.isfinite(nats).all():
+        return math.nan, math.nan
     i = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
     x, y = np.array(_TEMPERATURES[i - 1 : i + 2]), nats[i - 1 : i + 2]
     a, b, c = np.polyfit(x, y, 2)
@@ -242,10 +286,12 @@ def by_window(
         device: torch device.
         advance: called with the share of a variant that is done.
     """
+    if is_batches(windows):
+        return _by_batch(original, twin, variants, windows, device, advance)
     kls: dict[str, list[float]] = {label: [] for label in variants}
     losses: dict[str, list[float]] = {label: [] for label in variants}
     first, tokens, sizes = [], [], []
-    total = sum(len(w.tokens) - 1 for w in windows)
+    total = sum(w.predicted for w in windows)
     for ids, mask, members in _batches(windows, original):
         inputs, flat = ids[:, :-1].to(device), mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
@@ -265,3 +311,25 @@ def by_window(
                 advance(float(mask.sum()) / total)
     common = [np.array(x, dtype=float) for x in (first, tokens, sizes)]
     return {label: ByWindow(np.array(kls[label]), np.array(losses[label]), *common) for label in variants}
+
+
+def _by_batch(
+    original: nn.Module,
+    twin: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    device: str,
+    advance: Advance | None,
+) -> dict[str, ByWindow]:
+    """`by_window` through the batches' own loss; without predictions its increase stands in for the KL."""
+    rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
+    total = sum(w.predicted for w in windows)
+    for batch in windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
+        n = batch.count
+        first, found = variants_of(original, twin, variants, batch, device)
+        for label, (kl, loss) in found.items():
+            rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
+            if advance is not None:
+                advance(n / total)
+    return {label: ByWindow(*np.array(r, dtype=float).T) for label, r in rows.items()}

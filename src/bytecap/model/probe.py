@@ -7,8 +7,9 @@ The distortion of a unit is the Fisher quadratic form of the model's own loss, i
 Labels are sampled from the model itself, so gradients are of the true Fisher and D predicts the KL divergence
 to the original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
 output gradient over a group of rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
-For an embedding `H` is the second moment of the gradient at its output and `G` the rows' gradient energy.
-A tensor with several uses keeps one `Use` for each; `bytecap.sensitivity` joins them.
+For an embedding `H` is the second moment of the gradient at its output and `G` the rows' gradient energy; the same
+for every matrix that hooks do not see through (`bytecap.model.blind`). A tensor with several uses keeps one `Use`
+for each; `bytecap.sensitivity` joins them. A module called several times adds up in one.
 
 Memory does not grow with the number of tokens: blocks are float32 and are merged into float64 sums. Very wide
 models are probed in several passes over groups of layers so that the sums stay under `memory` bytes.
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 
 from bytecap.core import Unit
 from bytecap.memory import release
-from bytecap.model.checkpoint import linear_weights
+from bytecap.model.batch import Batch
+from bytecap.model.blind import Account, as_matrix, is_matrix, shrunk_moment
+from bytecap.model.checkpoint import linear_weights, of_transformers
 from bytecap.model.text import Window
 
 _ROUND_LENGTH = 64
@@ -119,7 +122,8 @@ def probe(
     """Statistics of all units.
 
     Args:
-        module: causal model; `module(ids).logits` or `module(ids)` gives (batch, length, vocabulary).
+        module: causal model; `module(ids).logits` or `module(ids)` gives (batch, length, vocabulary). Any module
+            where the windows are a `bytecap.model.batch.Batch` each.
         units: its units.
         windows: calibration windows.
         seed: of the labels sampled from the model.
@@ -130,16 +134,18 @@ def probe(
         progress: called with the number of tokens finished.
     """
     target = torch.device(device)
-    twin = copy.deepcopy(module).to(target, fast_dtype(target))
+    twin = copy.deepcopy(module).to(target, fast_dtype(target) if of_transformers(module) else None)
     hooks = _leaves(twin, units)
+    if not of_transformers(module):
+        _account(twin, units, hooks, windows, seed, target)
     total = Statistics({}, {}, 0)
     names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
-    plan = _passes(twin, names, memory, groups)
+    plan = _passes(twin, {n: u for n, u in names.items() if u not in hooks.matrix}, memory, groups)
     for number, chosen in enumerate(plan):
         found = _one_pass(twin, chosen, windows, seed, groups, guided, target, hooks, progress)
         for name, uses in found.uses.items():
-            repeated = number > 0 and name in hooks.embedding  # every pass sees an embedding's own use, its last one
-            total.uses.setdefault(name, []).extend(uses[:-1] if repeated else uses)
+            own = (name in hooks.embedding) + (name in hooks.matrix)  # uses every pass sees, the last ones
+            total.uses.setdefault(name, []).extend(uses[: len(uses) - own] if number > 0 else uses)
         if number == 0:
             total.diagonal, total.tokens = found.diagonal, found.tokens
     return total
@@ -147,10 +153,19 @@ def probe(
 
 @dataclass
 class _Leaves:
-    """Tensors of the twin that collect gradients themselves: embeddings (untied) and everything not linear."""
+    """Tensors of the twin that collect gradients themselves.
+
+    Attributes:
+        embedding: tables, untied.
+        matrix: matrices that hooks do not see through, with their units.
+        other: vectors and the like.
+        idle: weights that ask for a gradient only so that their module's output has one.
+    """
 
     embedding: dict[str, Tensor]
+    matrix: dict[str, tuple[Unit, Tensor]]
     other: dict[str, Tensor]
+    idle: list[Tensor]
 
 
 def _leaves(twin: nn.Module, units: Sequence[Unit]) -> _Leaves:
@@ -158,16 +173,43 @@ def _leaves(twin: nn.Module, units: Sequence[Unit]) -> _Leaves:
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     embedding: dict[str, Tensor] = {}
     for name, (m, kind) in linear_weights(twin).items():
-        if kind == "embedding":
+        if kind == "embedding" and name in names:
             weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[operator]
             m.weight = weight
             embedding[names[name].name] = weight
+    matrix: dict[str, tuple[Unit, Tensor]] = {}
     other: dict[str, Tensor] = {}
     for name, p in twin.named_parameters():
         if name in names and not names[name].linear and p.is_floating_point():
             p.requires_grad_(True)
-            other[names[name].name] = p
-    return _Leaves(embedding, other)
+            unit = names[name]
+            if is_matrix(unit):
+                matrix[unit.name] = unit, p
+            else:
+                other[unit.name] = p
+    return _Leaves(embedding, matrix, other, [])
+
+
+def _account(
+    twin: nn.Module, units: Sequence[Unit], leaves: _Leaves, windows: Sequence[Window], seed: int, device: torch.device
+) -> None:
+    """Let weights that hooks do not see through collect their gradients themselves."""
+    names = {alias: u for u in units for alias in (u.name, *u.aliases)}
+    modules = {n: found for n, found in linear_weights(twin).items() if n in names}
+    first = [min(windows, key=lambda w: w.predicted)]
+
+    def run() -> Tensor:
+        return next(_losses(twin, first, 1, torch.Generator(device).manual_seed(seed), device))[0]
+
+    account = Account(modules, run)
+    for name in account.unexplained | account.frozen:
+        weight: Tensor = modules[name][0].weight  # type: ignore[assignment]
+        weight.requires_grad_(True)
+        if name in account.unexplained:
+            leaves.matrix[names[name].name] = names[name], weight
+        else:
+            leaves.idle.append(weight)
+    _harvest(leaves, None, None, None)
 
 
 def _passes(twin: nn.Module, names: dict[str, str], memory: int, groups: int) -> list[list[tuple[str, nn.Module, str]]]:
@@ -240,21 +282,43 @@ def _one_pass(
     embedded = {
         n: _Collector(p.shape[0], p.shape[1], 1, guided, device).use for n, p in leaves.embedding.items()
     }  # fmt: skip
+    moments = {n: _matrix_use(u, device) for n, (u, _) in leaves.matrix.items()}
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = 0
+    tokens = passes = 0
     vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
-    for ids, mask in batches(windows, batch_tokens(vocabulary) // 2):  # saved activations double a batch's memory
-        sampled_loss(twin, ids.to(device), mask.to(device), generator).backward()
-        _harvest(leaves, embedded, diagonal)
-        tokens += int(mask.sum())
+    size = 1 if leaves.matrix else batch_tokens(vocabulary) // 2  # a matrix's gradient is one sample a batch
+    for loss, count in _losses(twin, windows, size, generator, device):
+        loss.backward()
+        _harvest(leaves, embedded, moments, diagonal)
+        tokens, passes = tokens + count, passes + 1
         if progress is not None:
-            progress(int(mask.sum()))
+            progress(count)
     for handle in handles:
         handle.remove()
     uses = {name: [c.use for c in group] for name, group in collectors.items()}
     for name, use in embedded.items():
         uses.setdefault(name, []).append(use)
+    for name, use in moments.items():
+        use.moment[0] = shrunk_moment(use.moment[0], passes * len(use.rows))
+        uses.setdefault(name, []).append(use)
     return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
+
+
+def _matrix_use(unit: Unit, device: torch.device) -> Use:
+    return _Collector(*unit.matrix_shape, 1, guided=True, device=device).use
+
+
+def _losses(
+    twin: nn.Module, windows: Sequence[Window], tokens: int, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, int]]:
+    """(summed loss, predictions) of every batch of about so many tokens, which saved activations double in memory."""
+    if isinstance(windows[0], Batch):
+        for batch in windows:
+            assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
+            yield batch.fisher_loss(twin, generator, device), batch.count
+        return
+    for ids, mask in batches(windows, tokens):
+        yield sampled_loss(twin, ids.to(device), mask.to(device), generator), int(mask.sum())
 
 
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -273,18 +337,31 @@ def logits_of(output: Any) -> Tensor:
     return result
 
 
-def _harvest(leaves: _Leaves, embedded: dict[str, Use], diagonal: dict[str, Tensor]) -> None:
-    """Square the gradients of this batch into the sums and clear them."""
+def _harvest(
+    leaves: _Leaves, embedded: dict[str, Use] | None, moments: dict[str, Use] | None, diagonal: dict[str, Tensor] | None
+) -> None:
+    """Square the gradients of this batch into the sums (None drops them) and clear them."""
     for name, p in leaves.embedding.items():
-        if p.grad is not None:
+        if p.grad is not None and embedded is not None:
             g = p.grad.float()
             square = g.square().sum(1)
             touched = square.nonzero()[:, 0]
-            embedded[name].rows += square.double()
-            embedded[name].moment[0] += g[touched].T @ g[touched]
-            embedded[name].weight[0] += square.sum(dtype=torch.float64)
-            p.grad = None
+            _add(embedded[name], square, g[touched])
+        p.grad = None
+    for name, (unit, p) in leaves.matrix.items():
+        if p.grad is not None and moments is not None:
+            g = as_matrix(unit, p.grad.float())
+            _add(moments[name], g.square().sum(1), g)
+        p.grad = None
     for name, p in leaves.other.items():
-        if p.grad is not None:
+        if p.grad is not None and diagonal is not None:
             diagonal[name] += p.grad.double().square()
-            p.grad = None
+        p.grad = None
+    for p in leaves.idle:
+        p.grad = None
+
+
+def _add(use: Use, square: Tensor, g: Tensor) -> None:
+    use.rows += square.double()
+    use.moment[0] += g.T @ g
+    use.weight[0] += square.sum(dtype=torch.float64)

@@ -30,12 +30,17 @@ class Window:
     tokens: tuple[int, ...]
     bytes: int
 
+    @property
+    def predicted(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.tokens) - 1
+
 
 def leading(windows: Sequence[Window], tokens: int) -> list[Window]:
     """The first windows with at least so many predicted tokens together, or all."""
     taken: list[Window] = []
     for w in windows:
-        if sum(len(t.tokens) - 1 for t in taken) >= tokens:
+        if sum(t.predicted for t in taken) >= tokens:
             break
         taken.append(w)
     return taken
@@ -51,7 +56,7 @@ class Text:
     @property
     def tokens(self) -> int:
         """Number of predicted tokens."""
-        return sum(len(w.tokens) - 1 for w in self.windows)
+        return sum(w.predicted for w in self.windows)
 
 
 def read_documents(path: Path | str) -> list[str]:
@@ -122,7 +127,7 @@ def load_text(path: Path | str, encode: Encoder, *, window: int, limit: int | No
         windows.extend(cut_windows(ids, sizes, window))
     if not windows:
         raise TextError(f"the text {path} is too short: it holds no token to predict")
-    if limit is not None and sum(len(w.tokens) - 1 for w in windows) > limit:
+    if limit is not None and sum(w.predicted for w in windows) > limit:
         windows = _spread(windows, limit)
     return Text(path.name, tuple(windows))
 
@@ -137,7 +142,7 @@ def _take_documents(documents: list[str], limit: int | None) -> Iterable[str]:
 
 def _spread(windows: list[Window], limit: int) -> list[Window]:
     """Windows evenly spaced over the text, with about `limit` tokens."""
-    mean = sum(len(w.tokens) - 1 for w in windows) / len(windows)
+    mean = sum(w.predicted for w in windows) / len(windows)
     count = max(1, min(len(windows), int(limit / mean)))
     return [windows[i * len(windows) // count] for i in range(count)]
 
@@ -185,7 +190,7 @@ def split_sets(
                 pool.append(w)
         rng.shuffle(pool)
         pools.append(pool)
-    total = sum(len(w.tokens) - 1 for pool in pools for w in pool)
+    total = sum(w.predicted for pool in pools for w in pool)
     queue = [w for turn in _round_robin(pools) for w in turn]
     correction = _draw(queue, min(correction_tokens, total // 8))
     statistics = _draw(queue, tokens)
@@ -207,6 +212,6 @@ def _draw(queue: list[Window], tokens: int) -> list[Window]:
     taken: list[Window] = []
     count = 0
     while queue and (not taken or count < tokens):
-        count += len(queue[0].tokens) - 1
+        count += queue[0].predicted
         taken.append(queue.pop(0))
     return taken

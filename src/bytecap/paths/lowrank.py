@@ -104,7 +104,7 @@ class LowRank:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Rank]:
-        """Powers of two up to an eighth of the full rank; 4, 6, 8 bits, 3 to 5 coded ones; by bytes; nothing is ranked."""
+        """Powers of two up to an eighth of the full rank; 4, 6, 8 bits, 3 to 5 coded; by bytes, nothing is ranked."""
         del base
         ranks, most = [1], min(min(problem.weight.shape) // _MOST, MAX_RANK)
         while 2 * ranks[-1] <= most:

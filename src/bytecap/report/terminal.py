@@ -67,10 +67,12 @@ def print_fit(report: dict[str, Any]) -> None:
         table.add_row(
             "bits per parameter", f"{report['bits_per_parameter']:.3f} over {report['parameters']:,} unique parameters"
         )
-        table.add_row("bits per byte", _bpb(report))
-        table.add_row("KL to the original", f"{report['kl_nats']:.4f} ± {report['kl_stderr']:.4f} nats per token")
+        if math.isfinite(report["bpb_artifact"]):  # somebody counted bytes
+            table.add_row("bits per byte", _bpb(report))
+        if math.isfinite(report["kl_nats"]):  # the loss holds predictions
+            table.add_row("KL to the original", f"{report['kl_nats']:.4f} ± {report['kl_stderr']:.4f} nats per token")
+            table.add_row("same top-1 token", f"{100 * report['same_top1']:.1f}%")
         table.add_row("loss", _loss(report))
-        table.add_row("same top-1 token", f"{100 * report['same_top1']:.1f}%")
     else:
         table.add_row("dry run", f"nothing written; {format_size(report['budget_bytes'])} budget")
         table.add_row("floor", f"{format_size(report['floor_bytes'])} is the smallest reachable file")
@@ -101,10 +103,11 @@ def _bpb(report: dict[str, Any]) -> str:
 
 
 def _loss(report: dict[str, Any]) -> str:
+    best = f"; the original at its best temperature {report['temperature']:.2f} has {report['nats_temperature']:.4f}"
     return (
         f"{report['nats_original']:.4f} -> {report['nats_artifact']:.4f} nats per token; predicted change "
-        f"{report['predicted_delta_nats'] or math.nan:+.4f}, measured {report['measured_delta_nats']:+.4f}; "
-        f"the original at its best temperature {report['temperature']:.2f} has {report['nats_temperature']:.4f}"
+        f"{report['predicted_delta_nats'] or math.nan:+.4f}, measured {report['measured_delta_nats']:+.4f}"
+        f"{best if math.isfinite(report['temperature']) else ''}"
     )
 
 

@@ -1,0 +1,84 @@
+"""`bytecap inspect`: a model drawn, before anything is spent on it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bytecap.errors import UsageError
+from bytecap.progress import Bars, Reporter, Silent
+from bytecap.report.plain import finite
+
+
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face directory, hub id, `demo`, or .bcap file.", metavar="MODEL")
+    ] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Plan bytes under this cap.")] = None,
+    factory: Annotated[
+        str | None, typer.Option("--factory", help="FILE.py:CALLABLE that returns the module. The file is run.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option("--state", help="Checkpoint for the factory's module.")] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="FILE.py:CALLABLE(module, ids) -> nats. The file is run.")
+    ] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option("--tokens", help="Token shards to plan with, or most calibration tokens.")
+    ] = None,
+    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text to plan with.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Draw a model: units, uses, bytes now, bytes planned."""
+    from bytecap import survey
+    from bytecap.report.tree import print_survey
+
+    path = Path(model) if model is not None else None
+    if path is not None and path.suffix == ".bcap":
+        lines = survey.of_artifact(path)
+    else:
+        lines = _lines(model, budget, factory, state, loss, tokens, calib, device, Silent() if as_json else Bars())
+    if as_json:
+        total: dict[str, Any] = {"bytes": sum(x.bytes for x in lines), "units": [x.as_dict() for x in lines]}
+        sys.stdout.write(json.dumps(finite(total), allow_nan=False) + "\n")
+    else:
+        print_survey(lines, str(model or factory))
+
+
+def _lines(
+    model: str | None,
+    budget: str | None,
+    factory: str | None,
+    state: Path | None,
+    loss: str | None,
+    tokens: list[str] | None,
+    calib: list[Path] | None,
+    device: str,
+    reporter: Reporter,
+) -> list[Any]:
+    from bytecap import survey
+    from bytecap.model.checkpoint import load_model
+    from bytecap.pipeline import choose_device, make_job
+    from bytecap.shardjob import Source, job_sets, numbers_and_shards, trial
+    from bytecap.sources import TOKENS, load_sets
+    from bytecap.units import parse_size
+
+    if (model is None) == (factory is None):
+        raise UsageError("say what to draw: MODEL, or --factory FILE.py:CALLABLE")
+    most, shards = numbers_and_shards(tokens, "--tokens")
+    source = Source(factory, state, loss) if factory is not None else None
+    loaded = source.model() if source is not None else load_model(str(model))
+    planned = None
+    if budget is not None:
+        target = choose_device(device)
+        loaded.module.to(target)
+        if source is not None:
+            sets = job_sets(source, loaded, shards, tokens=most, reporter=reporter)
+        else:
+            sets = load_sets(loaded, calib, None, tokens=most or TOKENS, reporter=reporter)
+        planned = survey.plan(make_job(loaded, sets, parse_size(budget), target, 0, reporter))
+    return survey.of_model(loaded, trial(loaded, source.user_loss() if source is not None else None), planned)
