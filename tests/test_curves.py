@@ -47,7 +47,7 @@ def curved(tmp_path_factory, model_directory, texts):
 
 
 def offer(size, gain, unit="u"):
-    return Offer("p", unit, 0, "", size, gain, 0, 1.0)
+    return Offer("p", unit, 0, "", size, gain, gain, 0, 1.0)
 
 
 class TestStore:
@@ -266,7 +266,7 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
         found = real(ground, path, chosen)
         for name, r in found.items():
             index = chosen[name]
-            wanted = {name: trial.ladder(path, ground.base.problems[name])[index]}
+            wanted = {name: trial.ladder(path, ground.base, name)[index]}
             rounded, applied = trial._try(ground.base, path, wanted)[name]
             seen.append(np.array_equal(r.values, (applied or rounded).values.numpy()))
         return found

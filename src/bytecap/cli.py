@@ -282,17 +282,19 @@ def curves(
     device: _Device = "auto",
     tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,
     eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.", min=1)] = None,
+    points: Annotated[int | None, typer.Option(help="Single-unit points to measure.", min=1)] = None,
+    point_tokens: Annotated[int | None, typer.Option(help="Most tokens each of them is measured on.", min=1)] = None,
     store: Annotated[Path | None, typer.Option(help="Directory of measured points; DIR/store.")] = None,
     as_json: _Json = False,
 ) -> None:
     """What a byte buys on every exception path, at a budget's operating point."""
-    from bytecap.curves import EVALUATION_TOKENS, TOKENS, byte_returns
+    from bytecap.curves import EVALUATION_TOKENS, POINT_TOKENS, POINTS, TOKENS, byte_returns
     from bytecap.report.terminal import print_curves
 
     found = byte_returns(
         model, budget, output, base=base, paths=_names(paths), calibration=calib, evaluation=eval_, device=device,
-        seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS, store=store,
-        reporter=_reporter(as_json),
+        seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
+        points=points or POINTS, point_tokens=point_tokens or POINT_TOKENS, store=store, reporter=_reporter(as_json),
     )  # fmt: skip
     if as_json:
         _print_json(found)

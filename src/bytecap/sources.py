@@ -71,6 +71,7 @@ def load_sets(
     window: int = WINDOW,
     tokens: int = TOKENS,
     evaluation_tokens: int = EVALUATION_TOKENS,
+    correction_tokens: int = CORRECTION_TOKENS,
     seed: int = 0,
     reporter: Reporter,
 ) -> TokenSets:
@@ -83,6 +84,7 @@ def load_sets(
         window: predicted tokens in a window.
         tokens: most tokens for statistics.
         evaluation_tokens: most tokens for evaluation, over all texts.
+        correction_tokens: most tokens for correction factors and other measurements besides.
         seed: order in which calibration windows are drawn.
         reporter: told when embedded texts stand in.
     """
@@ -97,11 +99,11 @@ def load_sets(
         )
     calib = calib or [demo_directory() / "calib.txt"]
     held = held or [demo_directory() / "val.txt"]
-    share = 2 * (tokens + CORRECTION_TOKENS) // len(calib)
+    share = 2 * (tokens + correction_tokens) // len(calib)
     sets = split_sets(
         [load_text(p, encode, window=window, limit=share) for p in calib],
         [load_text(p, encode, window=window, limit=max(1, evaluation_tokens // len(held))) for p in held],
-        tokens=tokens, correction_tokens=CORRECTION_TOKENS, seed=seed,
+        tokens=tokens, correction_tokens=correction_tokens, seed=seed,
     )  # fmt: skip
     _check_vocabulary(model, sets)
     report_sets(sets, reporter)

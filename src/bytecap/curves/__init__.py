@@ -82,7 +82,7 @@ def byte_returns(
     """
     from bytecap.model.checkpoint import Model, load_model
     from bytecap.pipeline import choose_device
-    from bytecap.sources import load_sets
+    from bytecap.sources import CORRECTION_TOKENS, load_sets
     from bytecap.units import parse_size
 
     reporter = reporter or Silent()
@@ -90,7 +90,8 @@ def byte_returns(
     directory = _directory(output)
     loaded = model if isinstance(model, Model) else load_model(model)
     sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,
-                     evaluation_tokens=evaluation_tokens, seed=seed, reporter=reporter)  # fmt: skip
+                     evaluation_tokens=evaluation_tokens, correction_tokens=max(point_tokens, CORRECTION_TOKENS),
+                     seed=seed, reporter=reporter)  # fmt: skip
     loaded.module.to(target)
     cache = Store(Path(store) if store is not None else directory and directory / "store")
     ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
@@ -224,8 +225,8 @@ def _singles(
     mine = [(o, m) for o, m in zip(sample, measured, strict=True) if o.path == path]
     return {
         "sample": [
-            {"unit": o.unit, "setting": o.setting, "predicted_bytes": o.bytes}
-            | {k: v for k, v in point(m, base, o.gain, count).items() if k != "units"}
+            {"unit": o.unit, "setting": o.setting, "predicted_bytes": o.bytes, "curvature_nats": o.gain}
+            | {k: v for k, v in point(m, base, o.alone, count).items() if k != "units"}
             for o, m in mine
         ],
         "agreement": agreement([o for o, _ in mine], [m for _, m in mine], base, seed),

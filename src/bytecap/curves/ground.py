@@ -23,8 +23,10 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Section
 from bytecap.methods.default import planned, statistics
 from bytecap.methods.layered import problem_of
+from bytecap.model.blind import as_matrix
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluate import kl_each
+from bytecap.model.gradient import kl_gradients
 from bytecap.model.probe import Statistics, Use
 from bytecap.model.text import TokenSets, Window, leading
 from bytecap.rounding import Shrink
@@ -34,6 +36,7 @@ from bytecap.sweep import Options
 from bytecap.tables import dump_shared, load_shared
 
 BASES = ("grid", "golf")
+_SLOPE_TOKENS = 32_768
 Array = npt.NDArray[Any]
 
 
@@ -46,6 +49,7 @@ class Ground:
         base: the operating point.
         sections: of the base's units, real bytes.
         twin: a module that holds the base's decoded values.
+        slopes: gradient of the KL there, nats per token, (rows, cols) by unit name.
         key: hash of all of it.
     """
 
@@ -53,6 +57,7 @@ class Ground:
     base: Base
     sections: Mapping[str, Section]
     twin: nn.Module
+    slopes: Mapping[str, torch.Tensor]
     key: str
 
     @property
@@ -109,7 +114,21 @@ def lay(job: Job, base: str, store: Store) -> Ground:
     load_values(twin, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
     memory.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
-    return Ground(job, made, sections, twin, hashed)
+    return Ground(job, made, sections, twin, _slopes(job, made, twin, store, hashed), hashed)
+
+
+def _slopes(job: Job, base: Base, twin: nn.Module, store: Store, key: str) -> dict[str, torch.Tensor]:
+    """Gradient of the KL at the base, from the store if it is there."""
+    windows = leading(job.sets.statistics, _SLOPE_TOKENS)
+    kept = store.arrays(digest(key, "slopes", _SLOPE_TOKENS))
+    if kept is None:
+        with job.reporter.step("slopes", sum(w.predicted for w in windows)) as advance:
+            found = kl_gradients(
+                job.model.module, twin, list(base.problems), windows, device=job.device, progress=advance
+            )
+        kept = {n: g.numpy() for n, g in found.items()}
+        store.put_arrays(digest(key, "slopes", _SLOPE_TOKENS), kept)
+    return {n: as_matrix(p.unit, torch.from_numpy(kept[n])) for n, p in base.problems.items()}
 
 
 def _statistics(job: Job, options: Options, store: Store, key: str) -> Statistics:

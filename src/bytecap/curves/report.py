@@ -113,7 +113,7 @@ def ninety(points: Sequence[Mapping[str, Any]]) -> float | None:
 def agreement(offers: Sequence[Offer], measured: Sequence[Measured], base: ByWindow, seed: int) -> dict[str, Any]:
     """Rank correlation of predicted and measured gains over a sample, with its ceiling."""
     gains = np.array([base.kl - m.kl for m in measured])
-    predicted = np.array([o.gain for o in offers])
+    predicted = np.array([o.alone for o in offers])
     found = gains.sum(1) / base.tokens.sum() if len(gains) else np.zeros(0)
     return {"points": len(offers), "spearman": spearman(predicted, found),
             "ceiling": ceiling(gains, base.tokens, seed)}  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from bytecap.coders import coder, run
 from bytecap.coders.stack import CODER as STACK
@@ -36,7 +37,8 @@ class Offer:
         index: into the path's settings for this unit.
         setting: the setting in words.
         bytes: estimated growth of the section.
-        gain: predicted nats per token recovered, correction factor included.
+        gain: predicted nats per token recovered by many units together: curvature and correction factor.
+        alone: predicted nats per token recovered if this unit alone changes.
         side: bytes of side information within the growth.
         share: share of the unit's weights that is protected.
     """
@@ -47,6 +49,7 @@ class Offer:
     setting: str
     bytes: float
     gain: float
+    alone: float
     side: int
     share: float
 
@@ -79,9 +82,11 @@ def known(names: Sequence[str] | None) -> list[str]:
     return [STEP, *dict.fromkeys(n for n in names if n != STEP)] if names else every
 
 
-def ladder(path: str, problem: Problem) -> Sequence[Any]:
-    """Settings of a path on a problem, cheapest first; long ladders are thinned evenly, their ends kept."""
-    return thinned(STEPS if path == STEP else paths()[path].settings(problem), _RUNGS)
+def ladder(path: str, base: Base, name: str) -> Sequence[Any]:
+    """Settings of a path on a unit, cheapest first; long ladders are thinned evenly, their ends kept."""
+    if path == STEP:
+        return STEPS
+    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), _RUNGS)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
@@ -118,43 +123,56 @@ def offers(ground: Ground, path: str, store: Store, advance: Advance) -> dict[st
         else:
             found[name] = [Offer(**o) for o in kept]
             advance(1)
-    found |= _promises(base, path, missing, advance)
+    found |= _promises(ground, path, missing, advance)
     for name in missing:
         store.put(keys[name], [asdict(o) for o in found[name]])
     return {n: found[n] for n in base.problems}
 
 
-def _promises(base: Base, path: str, names: Sequence[str], advance: Advance) -> dict[str, list[Offer]]:
+def _promises(ground: Ground, path: str, names: Sequence[str], advance: Advance) -> dict[str, list[Offer]]:
     """Offers of units, one amount after the other: equally shaped units are coded together."""
-    rungs = {n: ladder(path, base.problems[n]) for n in names}
-    whole = {n: base.problems[n].distortion(base.units[n].values) for n in names}
+    base = ground.base
+    rungs = {n: ladder(path, base, n) for n in names}
     found: dict[str, list[Offer]] = {n: [] for n in names}
     longest = max((len(r) for r in rungs.values()), default=0)
     for index in range(longest):
         wanted = {n: r[index] for n, r in rungs.items() if index < len(r)}
         for name, (rounded, applied) in _try(base, path, wanted).items():
-            found[name].append(_offer(base, path, name, index, wanted[name], rounded, applied, whole[name]))
+            found[name].append(_offer(ground, path, name, index, wanted[name], rounded, applied))
         advance(len(names) / longest)
     return found
 
 
 def _offer(
-    base: Base,
-    path: str,
-    name: str,
-    index: int,
-    setting: Any,
-    rounded: Rounded,
-    applied: Applied | None,
-    whole: float,
+    ground: Ground, path: str, name: str, index: int, setting: Any, rounded: Rounded, applied: Applied | None
 ) -> Offer:
+    base = ground.base
     growth = rounded.estimate - base.units[name].estimate
     values, side, share = rounded.values, 0, 1.0
     if applied is not None:
         growth += STACK.growth(rounded.estimate, applied.data)
         values, side, share = applied.values, applied.side, applied.share
-    gain = base.kappa.get(name, 1.0) * (whole - base.problems[name].distortion(values))
-    return Offer(path, name, index, _words(path, setting), float(growth), gain, side, float(share))
+    problem, before, kappa = base.problems[name], base.units[name].values, base.kappa.get(name, 1.0)
+    gain = kappa * (problem.distortion(before) - problem.distortion(values))
+    alone = recovered(problem, before, values, ground.slopes[name], kappa)
+    return Offer(path, name, index, _words(path, setting), float(growth), gain, alone, side, float(share))
+
+
+def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, kappa: float) -> float:
+    """Nats per token that other values of one unit recover: second-order expansion of the KL around the base.
+
+    Exact to second order for one unit, too hopeful for a sum: several units are credited with the same slope.
+
+    Args:
+        problem: whose metric is the curvature.
+        before: the base's values (rows, cols).
+        after: the new ones.
+        slope: measured gradient of the KL at the base; holds the errors of all other units too.
+        kappa: correction factor of the curvature.
+    """
+    change = (after - before).double()
+    curved = float((((change @ problem.hessian) * change).sum(1) @ problem.rows) / 2)
+    return -float((slope.double() * change).sum()) - kappa * curved
 
 
 def _words(path: str, setting: Any) -> str:
@@ -172,7 +190,7 @@ def realise(ground: Ground, path: str, chosen: Mapping[str, int]) -> dict[str, R
     base = ground.base
     tried: dict[str, tuple[Rounded, Applied | None]] = {}
     for index in sorted(set(chosen.values())):
-        mine = {n: ladder(path, base.problems[n])[index] for n, i in chosen.items() if i == index}
+        mine = {n: ladder(path, base, n)[index] for n, i in chosen.items() if i == index}
         tried |= _try(base, path, mine)
     tried = {n: tried[n] for n in chosen}
     below = base.sections([r for r, _ in tried.values()])
