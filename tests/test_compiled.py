@@ -44,6 +44,16 @@ def streams_outcome(streams, *, engine):
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.lists(sources(), max_size=3))
+def test_both_encode_to_the_same_bytes(group):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "worth", lambda _: True)
+        fast = encode_all(group)
+        patch.setattr(compiled, "worth", lambda _: False)
+        assert fast == encode_all(group)
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.lists(sources(), min_size=1, max_size=3), st.data())
 def test_streams_whole_and_damaged(group, data):
     encoded = encode_all(group)

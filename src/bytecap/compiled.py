@@ -62,3 +62,19 @@ def run_lanes(
     if found > escapes:
         raise CorruptError("the escaped symbols of a stream are damaged")
     return symbols, where[:found], used
+
+
+def encode_lanes(
+    entries: npt.NDArray[Any], freq: npt.NDArray[Any], cum: npt.NDArray[Any], states: npt.NDArray[np.uint32]
+) -> npt.NDArray[np.uint16]:
+    """Words of one stream; changes `states`.
+
+    Args:
+        entries: (n,) of every symbol, into the tables.
+        freq: frequency by entry.
+        cum: cumulative frequency by entry.
+        states: (lanes,) first states.
+    """
+    words = np.empty(len(entries), np.uint16)  # a symbol costs one at most
+    found: npt.NDArray[np.uint16] = words[kernel("encode")(states, entries, freq, cum, words) :]
+    return found

@@ -43,6 +43,21 @@ def _lanes(
     return used, found
 
 
+def _encode(states: _Array, entries: _Array, freq: _Array, cum: _Array, words: _Array) -> int:
+    """Code the entries of one stream from the last to the first; the words fill the end of `words`; returns where."""
+    width, at = len(states), len(words)
+    for i in range(len(entries) - 1, -1, -1):
+        lane = i % width
+        entry = entries[i]
+        f, x = np.uint64(freq[entry]), np.uint64(states[lane])
+        if (x >> np.uint64(18)) >= f:
+            at -= 1
+            words[at] = np.uint16(x & np.uint64(0xFFFF))
+            x >>= np.uint64(16)
+        states[lane] = np.uint32(((x // f) << np.uint64(14)) + x % f + np.uint64(cum[entry]))
+    return at
+
+
 def _points(symbols: _Array, branch: _Array, fine: _Array, base: _Array, sign: _Array) -> None:
     """Turn the symbols (rows, cols) of dependent columns into points of the grid."""
     for r in range(len(symbols)):
@@ -68,4 +83,5 @@ def _values(
 
 points: Any = numba.njit(nogil=True, cache=True)(_points)
 values: Any = numba.njit(nogil=True, cache=True, fastmath=False)(_values)
+encode: Any = numba.njit(nogil=True, cache=True)(_encode)
 lanes: Any = numba.njit(nogil=True, cache=True)(_lanes)
