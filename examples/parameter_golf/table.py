@@ -82,7 +82,7 @@ def score(found: Losses, original: Losses, size: np.ndarray[Any, Any], group: np
 
 
 def ratios(found: dict[str, Losses], group: np.ndarray[Any, Any]) -> dict[str, float]:
-    """bytecap's gap and KL over golf's, with standard errors over groups of tokens."""
+    """Gap and KL of bytecap over golf's, with standard errors over groups of tokens."""
     ours, theirs, original = (found[n] for n in ("bytecap", "golf", "original"))
     pairs = {"gap": (ours.nats - original.nats, theirs.nats - original.nats), "kl": (ours.kl, theirs.kl)}
     result = {}
