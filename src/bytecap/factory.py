@@ -104,7 +104,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    import pickle
+    import pickle  # for its error alone
 
     try:
         with warnings.catch_warnings():
