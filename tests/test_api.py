@@ -102,6 +102,9 @@ class TestWithoutTorch:
         assert "Traceback" not in done.stderr
 
 
+RUNS_A_FILE = {"exec_module", "spec_from_file_location"}
+
+
 def files():
     return [p for p in sorted(SOURCE.rglob("*.py")) if "data" not in p.relative_to(SOURCE).parts]
 
@@ -124,11 +127,30 @@ class TestSource:
         imported |= {
             (node.module or "").partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
         }
-        assert not imported & {"pickle", "marshal", "shelve", "dill", "joblib"}
+        pickles = imported & {"pickle", "marshal", "shelve", "dill", "joblib"}
+        assert pickles <= ({"pickle"} if path.name == "factory.py" else set())
+        if pickles:  # the class of an error that torch raises, and nothing else
+            assert set(re.findall(r"\bpickle\.(\w+)", ast.unparse(tree))) == {"UnpicklingError"}
         calls = {
             node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not calls & {"eval", "exec", "compile"}
+        methods = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        running = {"exec_module", "load_module", "run_path", "run_module", "spec_from_file_location"}
+        # factory.py alone runs a file, the one that the user named with --factory or --loss
+        assert methods & running == (RUNS_A_FILE if path.name == "factory.py" else set())
+
+    def test_the_one_file_that_is_run_is_the_user_s(self):
+        """What `factory.py` executes comes from the path it is given, and nothing but the command line gives it one."""
+        tree = ast.parse((SOURCE / "factory.py").read_text("utf-8"))
+        runs = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and "exec_module" in ast.unparse(f)]
+        assert [f.name for f in runs] == ["load_callable"]
+        (located,) = re.findall(r"spec_from_file_location\((.*)\)", ast.unparse(runs[0]))
+        assert located.endswith(", path")
+        assert "path = Path(file)" in ast.unparse(runs[0])
+        assert "file, _, rest = spec.rpartition(':')" in ast.unparse(runs[0])
+        callers = {p.name for p in files() if "load_callable(" in p.read_text("utf-8")}
+        assert callers == {"factory.py", "shardjob.py"}
 
     def test_the_version_is_the_package_s(self):
         pyproject = SOURCE.parents[1] / "pyproject.toml"

@@ -22,7 +22,7 @@ from bytecap.reference.stack import CODERS
 
 DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
-ALL = frozenset(CODERS) | frozenset(LAYERS)
+ALL = frozenset(CODERS) | frozenset(LAYERS) | {vendor.OBJECTS}
 
 SCRIPT = '''"""Evaluates a model."""
 import hashlib

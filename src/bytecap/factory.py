@@ -10,9 +10,10 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    import pickle
+    import pickle  # for its error alone
 
     try:
         with warnings.catch_warnings():
@@ -112,16 +113,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
         raise CheckpointError(
-            f"{path} holds pickled objects, which can run code, or is no checkpoint; it is refused: save "
-            f"`module.state_dict()` alone ({_first_words(exc)})"
+            f"{path} holds pickled objects{_named(exc)}, which can run code, or is no checkpoint; it is refused: save "
+            "`module.state_dict()` alone"
         ) from exc
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as exc:
-        raise CheckpointError(f"{path} is no readable checkpoint: {_first_words(exc)}") from exc
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as exc:
+        why = f"nothing that torch.save wrote ({type(exc).__name__}: {str(exc).strip().split(chr(10), 1)[0][:160]})"
+        raise CheckpointError(f"{path} is no readable checkpoint: {why}") from exc
     return _state(found, path)
 
 
-def _first_words(exc: BaseException) -> str:
-    return str(exc).strip().split("\n", 1)[0][:160]
+def _named(exc: Exception) -> str:
+    """The class that torch refused, from its message."""
+    found = re.search(r"GLOBAL (\S+)", str(exc))
+    return f" ({found[1]})" if found else ""
 
 
 def _state(found: Any, path: Path) -> dict[str, Tensor]:
@@ -158,7 +162,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> No
         if n in live and live[n].shape != t.shape
     ]
     if missing or extra or shapes:
-        pairs = [f"{n} ~ {near[0]}" for n in missing if (near := difflib.get_close_matches(n, extra, 1, 0.5))]
+        pairs = [f"{a} ~ {b}" for a, b in _nearest(missing, extra)]
         parts = [
             f"only in the module: {', '.join(missing)}" if missing else "",
             f"only in the checkpoint: {', '.join(extra)}" if extra else "",
@@ -169,6 +173,20 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> No
     with torch.no_grad():
         for n, t in state.items():
             live[n].copy_(t)
+
+
+def _nearest(names: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
+    """Names that are alike, each in one pair at most, the most alike first.
+
+    >>> _nearest(["blocks.weight", "blocks.bias", "gain"], ["block.weight", "zzz"])
+    [('blocks.weight', 'block.weight')]
+    """
+    likeness = {(a, b): difflib.SequenceMatcher(None, a, b).ratio() for a in names for b in others}
+    found: list[tuple[str, str]] = []
+    for (a, b), share in sorted(likeness.items(), key=lambda item: -item[1]):
+        if share >= 0.5 and not any(a == x or b == y for x, y in found):
+            found.append((a, b))
+    return found
 
 
 def load_factory(spec: str, state: Path | None) -> Model:

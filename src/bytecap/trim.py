@@ -2,7 +2,8 @@
 
 Tables are frozen, so the file's size is a constant plus the sections' lengths and one unit's bytes can be moved
 without touching the others. First the common step is nudged until the whole file is close; then single units'
-steps are moved until at most `max(64, 0.05%)` bytes are left. The cap is never exceeded.
+steps are moved, by 10% at most at once, until a few bytes are left (64 at most, unless the steps are at their limit).
+The cap is never exceeded.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from dataclasses import dataclass, replace
 from bytecap.errors import BudgetError
 from bytecap.methods import Section
 from bytecap.methods.waterfill import Planner, State
+from bytecap.sweep import Prepared
 
 Size = Callable[[dict[str, Section], bytes], int]
 
 _GLOBAL_TRIES = 5
-_UNIT_TRIES = 16
+_UNIT_TRIES = 40
+_UNIT_CHANGE = 0.1  # of a unit's log-step at once: more would spend its bytes off the plan's slope
+_ENOUGH = 16  # bytes left over that are not worth another rounding
 
 
 def allowed_slack(budget: int) -> int:
@@ -63,7 +67,7 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
         left = budget - size(packed.sections, tables)
         if left >= 0 and (best is None or left < budget - size(best.sections, tables)):
             best = packed
-        if 0 <= left <= 4 * allowed_slack(budget):
+        if 0 <= left <= 2 * allowed_slack(budget):
             break
         # bytes fall by about 1.2 bits per weight and octave-e of the step; aim a little below the cap
         change = (0.5 * allowed_slack(budget) - left) / (planner.parameters / 8 * 1.2 + 1)
@@ -76,32 +80,30 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
 
 
 def _move_units(planner: Planner, packed: Packed, size: Size, budget: int) -> Packed:
-    """Spend what is left by moving single units' steps, mid-sized units first."""
-    order = sorted(planner.matrices, key=lambda p: abs(math.log((p.unit.parameters + 1) / 1e5)))
+    """Spend what is left by refining single units' steps: few bytes on small units, many on large ones."""
+    units = sorted((p for p in planner.matrices if p.unit.parameters), key=lambda p: p.unit.parameters)
     total = size(packed.sections, packed.tables)
-    tries = 0
-    for item in order:
-        name = item.unit.name
-        low, high = 0.0, 0.0  # log-step changes known to fit / not to fit
-        change = 0.0
-        while tries < _UNIT_TRIES and budget - total > 48:
-            tries += 1
-            weight = item.unit.parameters / 8 * 1.2 + 1
-            change = low - min(0.7, (budget - total - 8) / weight) if high == 0.0 else (low + high) / 2
-            if high and abs(high - low) < 1e-6:
-                break
-            section, moved = _requantize(planner, packed.state, name, change)
-            length = total - len(packed.sections[name].data) + len(section.data)
-            if length <= budget and length > total:
-                packed = Packed(moved, {**packed.sections, name: section}, packed.tables)
-                total, low, high = length, 0.0, 0.0
-            elif length > budget:
-                high = change
-            else:
-                break
-        if budget - total <= 48 or tries >= _UNIT_TRIES:
+    failures = 0
+    for _ in range(_UNIT_TRIES if units else 0):
+        left = budget - total
+        if left <= _ENOUGH:
             break
+        able = [p for p in units if _bytes_per_e(p) * _UNIT_CHANGE >= left]
+        item = able[failures % len(able)] if able else units[-1 - failures % len(units)]
+        name = item.unit.name
+        change = min(_UNIT_CHANGE, 0.8**failures * (left - _ENOUGH / 2) / _bytes_per_e(item))
+        section, moved = _requantize(planner, packed.state, name, -change)
+        length = total - len(packed.sections[name].data) + len(section.data)
+        if total < length <= budget:
+            packed = Packed(moved, {**packed.sections, name: section}, packed.tables)
+            total = length
+        failures = 0 if able and packed.state is moved else failures + 1
     return packed
+
+
+def _bytes_per_e(item: Prepared) -> float:
+    """Bytes by which a unit grows when its step shrinks by a factor of e, at most."""
+    return item.unit.parameters / 8 * math.log2(math.e) + 1
 
 
 def _requantize(planner: Planner, state: State, name: str, change: float) -> tuple[Section, State]:

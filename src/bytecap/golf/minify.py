@@ -24,7 +24,8 @@ def parse(source: bytes, name: str) -> tuple[str, ast.Module]:
         line = source.count(b"\n", 0, exc.start) + 1
         raise CodeError(f"{name}, line {line}: not UTF-8 (byte {source[exc.start]:#04x})") from None
     except (SyntaxError, ValueError) as exc:  # ValueError: a NUL byte
-        raise CodeError(f"{name}, line {getattr(exc, 'lineno', None) or 1}: does not parse: {exc}") from None
+        line, why = getattr(exc, "lineno", None) or 1, getattr(exc, "msg", None) or exc
+        raise CodeError(f"{name}, line {line}: does not parse: {why}") from None
     except RecursionError:
         raise CodeError(f"{name}, line 1: nested too deeply to be parsed") from None
 

@@ -22,9 +22,15 @@ from bytecap.coders.stack import CODER as STACK
 from bytecap.golf.minify import crushed
 
 DEFAULT = frozenset({1, 2, 3, 9})  # grid, vector, exact, trellis
+OBJECTS = -1  # stands among the coders for shared objects, which only some of them can refer to
 _PACKAGE = "bytecap.reference"
 _ERRORS = {"CorruptError", "NotAnArtifact", "VersionError"}
 _TABLES = {"CODERS", "LAYERS"}
+_REFERRING = frozenset({5, 6, 7})  # stack, codebook, latent
+_WITHOUT_OBJECTS = {
+    "read_objects": "def read_objects(sections): require(not sections)",
+    "all_used": "def all_used(objects): return True",
+}
 _LOAD = """
 def load(path):
     with open(path, "rb") as file:
@@ -33,8 +39,8 @@ def load(path):
 
 
 def tags(contents: Contents) -> frozenset[int]:
-    """Coders and layers that an artifact uses."""
-    found = {u.tag for u in contents.units}
+    """Coders and layers that an artifact uses, and `OBJECTS` if it has any."""
+    found = {u.tag for u in contents.units} | ({OBJECTS} if contents.objects else set())
     for u in contents.units:
         if u.tag == STACK.tag:
             found |= set(STACK.tags(u.data))
@@ -47,7 +53,7 @@ def decoder(used: Collection[int] = DEFAULT) -> str:
     Args:
         used: coders and layers to keep, see `tags`.
     """
-    return _decoder(frozenset(used))
+    return _decoder(frozenset(used) | ({OBJECTS} if _REFERRING & set(used) else set()))
 
 
 @cache
@@ -66,13 +72,17 @@ def _modules() -> list[list[ast.stmt]]:
     """Bodies of the reference's modules, every one behind those it imports; names that clash have been changed."""
     trees: dict[str, ast.Module] = {}
     _collect("__init__", trees)
-    counts = Counter(name for tree in trees.values() for name in _own(tree))
+    owned = {module: _own(tree) for module, tree in trees.items()}  # before names change
+    counts = Counter(name for names in owned.values() for name in names)
     for module, tree in trees.items():
-        new = {name: f"{name}_{module}" for name in _own(tree) if counts[name] > 1}
+        new = {name: f"{name}_{module}" for name in owned[module] if counts[name] > 1}
         for node in _imports(tree):
             source = (node.module or "").rpartition(".")[2]
-            own = _own(trees[source])
-            new |= {a.name: f"{a.name}_{source}" for a in node.names if a.name in own and counts[a.name] > 1}
+            there = {
+                a: f"{a.name}_{source}" if a.name in owned[source] and counts[a.name] > 1 else a.name
+                for a in node.names
+            }
+            new |= {a.asname or a.name: name for a, name in there.items()}
         _rename(tree, new)
     return [[n for n in tree.body if not _is_own_import(n)] for tree in trees.values()]
 
@@ -125,6 +135,8 @@ class _Strip(ast.NodeTransformer):
         """Annotations; and `require` loses its message."""
         if node.name == "require":
             return ast.parse("def require(condition):\n    if not condition: raise ValueError").body[0]
+        if node.name in _WITHOUT_OBJECTS and OBJECTS not in self.used:
+            return ast.parse(_WITHOUT_OBJECTS[node.name]).body[0]
         node.returns = None
         for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg]:
             if arg is not None:

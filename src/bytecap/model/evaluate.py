@@ -28,6 +28,7 @@ from bytecap.progress import Advance
 from bytecap.swap import Values, swapped
 
 FloatArray = npt.NDArray[np.float64]
+_GPU_BATCHES = 8  # times the tokens of a processor's batch; variants are decoded anew for every batch
 _TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -119,7 +120,8 @@ def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
     order = sorted(windows, key=lambda w: -len(w.tokens))
     at = 0
-    for ids, mask in batches(windows, batch_tokens(int(vocabulary))):
+    tokens = batch_tokens(int(vocabulary)) * (_GPU_BATCHES if next(module.parameters()).is_cuda else 1)
+    for ids, mask in batches(windows, tokens):
         yield ids, mask, order[at : at + len(ids)]
         at += len(ids)
 

@@ -54,7 +54,10 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
             if b.dtype in _HALVES:
                 b.data = b.data.float()
     units = tuple(_oriented(u) for u in find_units(twin, dtypes))
-    check_finite(units, twin)
+    try:
+        check_finite(units, twin)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{name}: {exc}") from None
     return Model(twin, units, {}, name)
 
 

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from bytecap.reference.container import Reader, Unit, contents, require
-from bytecap.reference.objects import read_objects
+from bytecap.reference.objects import all_used, read_objects
 from bytecap.reference.stack import CODERS
 from bytecap.reference.streams import Array, Shared, decode_streams, read_tables
 
@@ -30,7 +30,7 @@ def decode_file(data: bytes) -> dict[str, Array]:
         for (unit, _), matrix in zip(batch, _decode_batch(batch, shared), strict=True):
             array = np.ascontiguousarray(matrix.T if unit.flags & 1 else matrix).reshape(unit.shape)
             values |= dict.fromkeys((unit.name, *unit.aliases), array)
-    require(len(shared[2].used) == len(objects), "a shared object is not used")
+    require(all_used(shared[2]), "a shared object is not used")
     return values
 
 
