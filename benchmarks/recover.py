@@ -30,8 +30,10 @@ def main() -> None:
     p.add_argument("--bits", nargs="*", type=float, default=[2.5, 3.5])
     p.add_argument("--recover", default="600", help="steps or time, as for fit")
     p.add_argument("--recover-text", nargs="*", help="the calibration texts by default")
-    p.add_argument("--no-tuning", action="store_true", help="leave plain fine-tuning of the original out")
+    p.add_argument("--tuning-steps", type=int, help="of plain fine-tuning; those of recovery by default, 0 none")
+    p.add_argument("--rate", type=float, default=recover.RATE, help="first learning rate, in grid steps")
     args = p.parse_args()
+    recover.RATE = args.rate
     args.device = choose_device(args.device)
     for name in args.model:
         model = load_model(name if name == "demo" else args.models / name)
@@ -42,25 +44,25 @@ def main() -> None:
         )  # fmt: skip
         sets = with_recovery(model, sets, args.recover_text, seed=args.seed, reporter=Bars())
         for bits in args.bits:
-            without, found = (one(args, model, sets, bits, recover) for recover in (None, args.recover))
+            without, found = (one(args, model, sets, bits, effort) for effort in (None, args.recover))
             ratio = found["kl_nats"] / without["kl_nats"]
             summary = {"model": name, "bits": bits, "recover": args.recover, "kl_ratio": ratio}
             record(args, {"benchmark": "recover-ratio", **summary})
             print(f"{name} {bits} KL with recovery over without {ratio:.3f}", flush=True)
-        effort = Effort.parse(args.recover)
-        if not args.no_tuning and effort.steps is not None:
-            tuned(args, model, sets, effort.steps)
+        steps = args.tuning_steps if args.tuning_steps is not None else Effort.parse(args.recover).steps or 0
+        if steps:
+            tuned(args, model, sets, steps)
 
 
-def one(args: Any, model: Model, sets: TokenSets, bits: float, recover: str | None) -> dict[str, Any]:
+def one(args: Any, model: Model, sets: TokenSets, bits: float, effort: str | None) -> dict[str, Any]:
     """One fit, measured and recorded."""
     budget = int(bits * model.parameters / 8)
     result = fit_sets(
-        lambda: model, budget, lambda _: sets, device=args.device, seed=args.seed, recover=recover, reporter=Bars()
+        lambda: model, budget, lambda _: sets, device=args.device, seed=args.seed, recover=effort, reporter=Bars()
     )  # fmt: skip
-    row = record(args, {"benchmark": "recover", "bits": bits, "recover": recover, **result.report})
+    row = record(args, {"benchmark": "recover", "bits": bits, "recover": effort, "rate": args.rate, **result.report})
     print(
-        f"{model.name} {bits} recover {recover}: KL {row['kl_nats']:.4f} ± {row['kl_stderr']:.4f} loss "
+        f"{model.name} {bits} recover {effort}: KL {row['kl_nats']:.4f} ± {row['kl_stderr']:.4f} loss "
         f"{row['measured_delta_nats']:+.4f} ± {row['measured_delta_stderr']:.4f} {row['file_bytes']:,} bytes "
         f"{row['seconds']:.0f} s", flush=True,
     )  # fmt: skip
@@ -79,7 +81,7 @@ def tuned(args: Any, model: Model, sets: TokenSets, steps: int) -> None:
         parts = [compare(model.module, twin, t, device=args.device) for t in sets.evaluation]
         mean = mean_comparison(parts)
         record(args, {
-            "benchmark": "recover-fine-tuning", "model": model.name, "rate": rate, "recover": args.recover,
+            "benchmark": "recover-fine-tuning", "model": model.name, "rate": rate, "steps": steps,
             "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
             "kl_nats": mean.kl_nats, "seconds": round(time.perf_counter() - started, 1),
         })  # fmt: skip
@@ -90,7 +92,8 @@ def _train(twin: torch.nn.Module, windows: list[Window], steps: int, rate: float
     """AdamW on the labels, in moves of as many tokens as recovery makes."""
     parameters = [p.requires_grad_(True) for p in twin.parameters() if p.is_floating_point()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    rng, most = random.Random(args.seed), tokens_of_move(args.device)
+    rng = random.Random(args.seed)  # noqa: S311 (sampling, not cryptography)
+    most = tokens_of_move(args.device)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - 0.9 * step / steps)
@@ -98,7 +101,7 @@ def _train(twin: torch.nn.Module, windows: list[Window], steps: int, rate: float
         while sum(w.predicted for w in chosen) < most:
             chosen.append(rng.choice(windows))
         optimizer.zero_grad()
-        for ids, mask in batches(chosen, most):
+        for ids, mask in batches(chosen, most // 4):
             inside, real = ids[:, :-1].to(args.device), mask.to(args.device)
             labels = ids[:, 1:].to(args.device)[real]
             loss = torch.nn.functional.cross_entropy(twin(inside).logits[real], labels, reduction="sum")
