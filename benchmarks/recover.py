@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bytecap import recover
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluate import compare, mean_comparison
 from bytecap.model.probe import batches
