@@ -43,7 +43,9 @@ def main() -> None:
             model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens,
             evaluation_tokens=args.eval_tokens, seed=args.seed, reporter=Bars(),
         )  # fmt: skip
-        sets = with_recovery(model, sets, args.recover_text, seed=args.seed, reporter=Bars())
+        sets = with_recovery(
+            model, sets, args.recover_text or texts(args.texts, "calib"), seed=args.seed, reporter=Bars()
+        )
         for bits in args.bits:
             without, found = (one(args, model, sets, bits, effort) for effort in (None, args.recover))
             ratio = found["kl_nats"] / without["kl_nats"]

@@ -25,7 +25,7 @@ from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
-from bytecap.model.checkpoint import Model, as_matrix, load_model
+from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
@@ -116,7 +116,10 @@ def fit(
         found = load_sets(
             loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
             seed=seed, reporter=reporter)  # fmt: skip
-        return with_recovery(loaded, found, recover_text, window=window, seed=seed, reporter=reporter)
+        if recover is None:
+            return found
+        tuning = recover_text or calibration or demo_directory() / "calib.txt"
+        return with_recovery(loaded, found, tuning, window=window, seed=seed, reporter=reporter)
 
     return fit_sets(
         lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,

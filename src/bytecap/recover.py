@@ -48,6 +48,7 @@ from bytecap.sweep import Coded, Prepared
 RATE = 0.0015  # first learning rate, in steps of each weight's grid
 _VECTOR = 0.1  # what is a step for vectors, in their mean sizes
 _BETAS = (0.9, 0.95)
+_WARMING = 10  # moves until the full rate
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
 _CHECKS = 12  # times the correction tokens are looked at
 _CHECK_TOKENS = 8192
@@ -286,7 +287,7 @@ def tune(job: Job, planner: Planner, state: State, kl: float, twin: nn.Module) -
         done = 0.0
         while done < 1:
             number += 1
-            course.move(next(source), RATE * (1 - 0.9 * done), number)
+            course.move(next(source), RATE * min(1.0, number / _WARMING) * (1 - done), number)
             done, before = effort.share(number, time.monotonic() - started), done
             advance(min(1.0, done) - before)
             if done >= 1 or done - last >= 1 / _CHECKS:

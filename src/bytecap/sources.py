@@ -23,6 +23,7 @@ TOKENS = 131_072  # statistics; results/calibration.jsonl has the curve behind t
 CORRECTION_TOKENS = 8_192
 EVALUATION_TOKENS = 32_768
 RECOVERY_TOKENS = 2**20  # most of them
+_BEGINNING = 8  # tokens by which windows are told apart
 
 
 def encoder(files: dict[str, bytes]) -> Encoder:
@@ -116,6 +117,8 @@ def with_recovery(
 ) -> TokenSets:
     """The sets with windows of texts to recover on; what evaluation and correction hold is left out.
 
+    Windows are told apart by how they begin: of a text that was read in part only, the last one may be cut short.
+
     Args:
         model: whose tokenizer is used.
         sets: the other sets.
@@ -130,10 +133,10 @@ def with_recovery(
     if not as_paths(texts):
         return sets
     encode, length = encoder(model.files), window_limit(model, window)
-    taken = {w.tokens for held in (sets.correction, *(t.windows for t in sets.evaluation)) for w in held}
+    taken = {w.tokens[:_BEGINNING] for held in (sets.correction, *(t.windows for t in sets.evaluation)) for w in held}
     share = 2 * RECOVERY_TOKENS // len(as_paths(texts))
     found = {w.tokens: w for p in as_paths(texts) for w in load_text(p, encode, window=length, limit=share).windows}
-    left = [w for tokens, w in found.items() if tokens not in taken]
+    left = [w for tokens, w in found.items() if tokens[:_BEGINNING] not in taken]
     if not left:
         raise TextError(f"the recovery text {as_paths(texts)[0]} holds nothing that evaluation does not hold as well")
     random.Random(seed).shuffle(left)  # noqa: S311 (sampling, not cryptography)
