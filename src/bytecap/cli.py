@@ -106,6 +106,8 @@ def fit(
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
+    if recover_text and (recover is None or factory is not None):
+        raise UsageError("--recover-text is read by --recover, without --factory")
     if output is not None:
         _check_output(output)
     common: dict[str, Any] = {

@@ -38,6 +38,7 @@ from bytecap import correct, memory
 from bytecap.errors import UsageError
 from bytecap.methods import Job
 from bytecap.methods.waterfill import Planner, State
+from bytecap.model.batch import is_batches
 from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_to
 from bytecap.model.probe import batch_tokens, batches, logits_of
@@ -173,6 +174,8 @@ class _Course:
             if v.fisher.any():
                 values = torch.from_numpy(v.values.copy()).to(job.device)
                 self.moving[v.unit.name] = _Moving(values, _VECTOR * values.abs().mean())
+        vocabulary = int(getattr(getattr(job.model.module, "config", None), "vocab_size", 4096))
+        self.batch = batch_tokens(vocabulary) * (8 if torch.device(job.device).type == "cuda" else 1)
         self.steps = dict(state.steps)
         self.state = planner.settle(self.steps, refit=False)
         self.capacity = self.state.rate
@@ -193,7 +196,7 @@ class _Course:
     def move(self, windows: Sequence[Window], rate: float, number: int) -> float:
         """One move on some windows; the mean KL on them before it."""
         self.load()
-        kl, gradients = gradient(self.job.model.module, self.twin, list(self.moving), windows, device=self.job.device)
+        kl, gradients = self.gradients(windows)
         for name, x in self.moving.items():
             x.move(as_matrix(self.units[name], gradients[name]).reshape(x.value.shape), rate, number)
         self.place({n: x.value for n, x in self.moving.items()})
@@ -201,6 +204,21 @@ class _Course:
         excess = (self.state.rate - self.capacity) / (self.planner.parameters / 8 * 1.2)
         self.steps = {n: s * math.exp(_STEERING * excess) for n, s in self.steps.items()}
         return kl
+
+    def gradients(self, windows: Sequence[Window]) -> tuple[float, dict[str, Tensor]]:
+        """KL and gradients on some windows; batches are halved where the device's memory ends."""
+        while True:
+            try:
+                return gradient(
+                    self.job.model.module, self.twin, list(self.moving), windows, device=self.job.device,
+                    batch=self.batch,
+                )  # fmt: skip
+            except torch.OutOfMemoryError:
+                if self.batch < 2 * max(w.predicted for w in windows):
+                    raise MemoryError("recovery: the device's memory does not hold one window") from None
+                self.batch //= 2
+                torch.cuda.empty_cache()
+                self.job.reporter.note(f"recovery: out of device memory, {self.batch:,} tokens a batch from now on")
 
     def load(self) -> None:
         """Put what is coded now into the twin; units are decoded side by side."""
@@ -228,7 +246,13 @@ class _Course:
 
 
 def gradient(
-    original: nn.Module, twin: nn.Module, names: Sequence[str], windows: Sequence[Window], *, device: str
+    original: nn.Module,
+    twin: nn.Module,
+    names: Sequence[str],
+    windows: Sequence[Window],
+    *,
+    device: str,
+    batch: int = 1024,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean KL from the original to the twin in nats per token, and its gradient at the twin's tensors.
 
@@ -238,6 +262,7 @@ def gradient(
         names: parameters of the twin.
         windows: plain windows.
         device: torch device.
+        batch: tokens of one pass.
     """
     live = dict(twin.named_parameters(remove_duplicate=False))
     leaves = [live[n] for n in names]
@@ -245,11 +270,9 @@ def gradient(
         p.requires_grad_(True)
         p.grad = None
     tokens = sum(w.predicted for w in windows)
-    vocabulary = int(getattr(getattr(original, "config", None), "vocab_size", 4096))
-    size = batch_tokens(vocabulary) * (8 if torch.device(device).type == "cuda" else 1)
     total = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        for ids, mask in batches(windows, size):
+        for ids, mask in batches(windows, batch):
             inside, real = ids[:, :-1].to(device), mask.to(device)
             with torch.no_grad():
                 target = logits_of(original(inside))[real].float().log_softmax(-1)
@@ -277,6 +300,9 @@ def tune(job: Job, planner: Planner, state: State, kl: float, twin: nn.Module) -
         kl: of that on the correction tokens.
         twin: a twin of the model, overwritten.
     """
+    if is_batches(job.sets.statistics):
+        job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
+        return None
     effort = job.recover
     assert effort is not None  # noqa: S101 (callers ask first)
     course = _Course(job, planner, state, twin)
