@@ -47,7 +47,7 @@ def plain(fit):
 
 class TestWholeFits:
     def test_recovery_lowers_the_kl_of_a_trained_model(self, fit):
-        found, notes = fit("demo", 430_000, recover="8")
+        found, notes = fit("demo", 430_000, recover="8", evaluation_tokens=300)
         line = next(n for n in notes if "before" in n)
         before, after = (float(x) for x in re.findall(r"[0-9]\.[0-9]+", line))
         assert found.report["predicted_delta_nats"] == pytest.approx(after, abs=1e-4)
