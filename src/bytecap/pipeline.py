@@ -116,9 +116,7 @@ def fit(
         found = load_sets(
             loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
             seed=seed, reporter=reporter)  # fmt: skip
-        if recover is None:
-            return found
-        tuning = recover_text or calibration or demo_directory() / "calib.txt"
+        tuning = (recover_text or calibration or demo_directory() / "calib.txt") if recover is not None else None
         return with_recovery(loaded, found, tuning, window=window, seed=seed, reporter=reporter)
 
     return fit_sets(
