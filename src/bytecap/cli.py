@@ -89,6 +89,12 @@ def fit(
     paths: Annotated[
         list[str] | None, typer.Option("--paths", help="Exception paths to choose from, by comma or repeated, or all.")
     ] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="Tune what was coded: so many steps (600) or so long (45s, 10m).")
+    ] = None,
+    recover_text: Annotated[
+        list[Path] | None, typer.Option("--recover-text", help="Text to tune on (repeatable).")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
@@ -100,12 +106,14 @@ def fit(
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
+    if recover_text and (recover is None or factory is not None):
+        raise UsageError("--recover-text is read by --recover, without --factory")
     if output is not None:
         _check_output(output)
     common: dict[str, Any] = {
         "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
         "tokenizer": not no_tokenizer, "config": not no_config, "reporter": _reporter(as_json),
-        "code": codefiles.pack(code or (), code_accounting), "paths": _names(paths),
+        "code": codefiles.pack(code or (), code_accounting), "paths": _names(paths), "recover": recover,
     }  # fmt: skip
     if factory is not None:
         source = _source(factory, model, state, loss, bytes_per_token)
@@ -118,7 +126,7 @@ def fit(
         most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
         result = run(
             _needed(model), budget, calibration=calib, evaluation=eval_, tokens=most or TOKENS,
-            evaluation_tokens=most_eval or EVALUATION_TOKENS, **common,
+            evaluation_tokens=most_eval or EVALUATION_TOKENS, recover_text=recover_text, **common,
         )  # fmt: skip
     if as_json:
         _print_json(result.report)

@@ -25,11 +25,12 @@ from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
-from bytecap.model.checkpoint import Model, as_matrix, load_model
+from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
 from bytecap.model.evaluate import Comparison, compare, mean_comparison
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
-from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
+from bytecap.recover import effort_of
+from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets, with_recovery
 from bytecap.swap import load_values, twin_of
 from bytecap.trim import allowed_slack
 from bytecap.units import format_size, parse_size
@@ -80,6 +81,8 @@ def fit(
     config: bool = True,
     code: Code | Sequence[Path | str] = (),
     paths: Sequence[str] | None = None,
+    recover: str | None = None,
+    recover_text: Paths = None,
     options: dict[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
@@ -102,20 +105,24 @@ def fit(
         config: keep config files inside.
         code: source files to keep inside, counted packed, or what `bytecap.codefiles.pack` made of them.
         paths: exception paths the allocator may choose from, or `all`; the default menu if None.
+        recover: steps (`600`) or time (`10m`) for tuning what was coded; none if None.
+        recover_text: text files to tune on; the calibration texts if None.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         reporter: told about progress.
     """
     reporter = reporter or Silent()
 
     def sets(loaded: Model) -> TokenSets:
-        return load_sets(
+        found = load_sets(
             loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
             seed=seed, reporter=reporter)  # fmt: skip
+        tuning = (recover_text or calibration or demo_directory() / "calib.txt") if recover is not None else None
+        return with_recovery(loaded, found, tuning, window=window, seed=seed, reporter=reporter)
 
     return fit_sets(
         lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
         seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config, code=code, paths=paths,
-        options=options, reporter=reporter)  # fmt: skip
+        recover=recover, options=options, reporter=reporter)  # fmt: skip
 
 
 def fit_sets(
@@ -132,6 +139,7 @@ def fit_sets(
     config: bool = True,
     code: Code | Sequence[Path | str] = (),
     paths: Sequence[str] | None = None,
+    recover: str | None = None,
     options: dict[str, Any] | None = None,
     reporter: Reporter,
 ) -> Artifact:
@@ -141,12 +149,13 @@ def fit_sets(
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
+    effort = effort_of(recover, method)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method}
     with source.floor(asked):
         floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
-        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu)
+        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, effort)
         result = _solve(job, run, files, about)
     if not dry_run:
         _deliver(result, job, output)

@@ -5,13 +5,15 @@ Without `--calib` or `--eval` the embedded model's own texts are used, and the j
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError, TextError
 from bytecap.model.checkpoint import Model, demo_directory
-from bytecap.model.text import Encoder, TokenSets, load_text, split_sets, tokenizer_encoder
+from bytecap.model.text import Encoder, TokenSets, leading, load_text, split_sets, tokenizer_encoder
 from bytecap.progress import Reporter
 
 Paths = str | Path | Sequence[str | Path] | None
@@ -20,6 +22,8 @@ WINDOW = 512
 TOKENS = 131_072  # statistics; results/calibration.jsonl has the curve behind this number
 CORRECTION_TOKENS = 8_192
 EVALUATION_TOKENS = 32_768
+RECOVERY_TOKENS = 2**20  # most of them
+_BEGINNING = 8  # tokens by which windows are told apart
 
 
 def encoder(files: dict[str, bytes]) -> Encoder:
@@ -108,6 +112,40 @@ def load_sets(
     _check_vocabulary(model, sets)
     report_sets(sets, reporter)
     return sets
+
+
+def with_recovery(
+    model: Model, sets: TokenSets, texts: Paths, *, window: int = WINDOW, seed: int = 0, reporter: Reporter
+) -> TokenSets:
+    """The sets with windows of texts to recover on; what evaluation and correction hold is left out.
+
+    Windows are told apart by how they begin: of a text that was read in part only, the last one may be cut short.
+
+    Args:
+        model: whose tokenizer is used.
+        sets: the other sets.
+        texts: text files; none leaves the sets as they are.
+        window: predicted tokens in a window.
+        seed: order of the windows.
+        reporter: told how many tokens there are.
+
+    Raises:
+        TextError: nothing is left.
+    """
+    if not as_paths(texts):
+        return sets
+    encode, length = encoder(model.files), window_limit(model, window)
+    taken = {w.tokens[:_BEGINNING] for held in (sets.correction, *(t.windows for t in sets.evaluation)) for w in held}
+    share = 2 * RECOVERY_TOKENS // len(as_paths(texts))
+    found = {w.tokens: w for p in as_paths(texts) for w in load_text(p, encode, window=length, limit=share).windows}
+    left = [w for tokens, w in found.items() if tokens[:_BEGINNING] not in taken]
+    if not left:
+        raise TextError(f"the recovery text {as_paths(texts)[0]} holds nothing that evaluation does not hold as well")
+    random.Random(seed).shuffle(left)  # noqa: S311 (sampling, not cryptography)
+    recovery = tuple(leading(left, RECOVERY_TOKENS))
+    dropped = f" ({len(found) - len(left)} windows of other sets dropped)" if len(left) < len(found) else ""
+    reporter.note(f"tokens: {_count(recovery):,} for recovery{dropped}")
+    return replace(sets, recovery=recovery)
 
 
 def report_sets(sets: TokenSets, reporter: Reporter) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bytecap.model.checkpoint import Model
     from bytecap.model.text import TokenSets
     from bytecap.progress import Reporter
+    from bytecap.recover import Effort
 
 METHODS = {
     "bytecap": ("bytecap.methods.default", "run"),
@@ -54,6 +55,7 @@ class Job:
         options: ingredients of the default coder.
         dry_run: predict only; sections may be left out.
         paths: exception paths to choose from, see `bytecap.methods.menu`.
+        recover: how long to tune what was coded, or None.
     """
 
     model: Model
@@ -66,6 +68,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
     paths: tuple[str, ...] = ()
+    recover: Effort | None = None
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics, probe
 from bytecap.model.text import leading
+from bytecap.recover import tune
 from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options, prepare
 from bytecap.tables import dump_shared
-from bytecap.trim import fit_to_cap
+from bytecap.trim import Packed, fit_to_cap
 
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
@@ -296,10 +297,32 @@ def _finish(
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, refit=False)
         packed = fit_to_cap(planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
+    with job.reporter.step("prediction", 1):
+        predicted = _measured(job, planner, packed, twin)
+    if job.recover is not None:
+        packed, predicted = _recovered(job, work, planner, packed, predicted, twin)
     planner.forget()
     memory.release()
-    with job.reporter.step("prediction", 1):
-        load_values(twin, correct.unit_values(planner, packed.state))
-        predicted, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)
     sections = {**packed.sections, **work.fixed}
     return replace(outcome, sections=sections, tables=packed.tables, predicted=predicted)
+
+
+def _measured(job: Job, planner: Planner, packed: Packed, twin: nn.Module) -> float:
+    """KL on the correction tokens."""
+    load_values(twin, correct.unit_values(planner, packed.state))
+    return kl_to(job.model.module, twin, job.sets.correction, device=job.device)[0]
+
+
+def _recovered(
+    job: Job, work: _Work, planner: Planner, packed: Packed, kl: float, twin: nn.Module
+) -> tuple[Packed, float]:
+    """What recovery made of a packed plan, trimmed to the same cap, and its KL; the plan itself if that is better."""
+    state = tune(job, planner, packed.state, kl, twin)
+    if state is not None:
+        tuned = fit_to_cap(planner, state, packed.tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
+        now = _measured(job, planner, tuned, twin)
+        if now < kl:
+            job.reporter.note(f"recovery: KL on the correction tokens {kl:.4f} before, {now:.4f} after")
+            return tuned, now
+    job.reporter.note("recovery did not lower the KL on the correction tokens: stored as it was")
+    return packed, kl

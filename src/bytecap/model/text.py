@@ -153,12 +153,14 @@ class TokenSets:
 
     Attributes:
         dropped: windows taken out of the first two because the evaluation holds them too.
+        recovery: a fourth set, for recovery; empty where the first serves.
     """
 
     statistics: tuple[Window, ...]
     correction: tuple[Window, ...]
     evaluation: tuple[Text, ...]
     dropped: int
+    recovery: tuple[Window, ...] = ()
 
 
 def split_sets(

@@ -56,7 +56,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
             lo = max(0, hi - BLOCK)
             unit_lower = lower[:, lo:, lo:hi] / diag[:, None, lo:hi]  # columns divided by L_kk
             pending = torch.zeros(batch, hi - lo, rows)
-            if hi < cols:
+            if hi < cols and bool(unit_lower[:, hi - lo :].any()):  # no feedback: nothing to add up
                 torch.bmm(unit_lower[:, hi - lo :].transpose(1, 2), error[:, hi:], out=pending)
             inner, fed = unit_lower[:, : hi - lo].contiguous().numpy(), pending.numpy()
 
@@ -129,7 +129,8 @@ def _round_columns(
         y = fed[k - lo]
         y += weight[k]
         for j in range(k + 1, hi):
-            y += inner[j - lo, k - lo] * error[j]
+            if inner[j - lo, k - lo] != 0:
+                y += inner[j - lo, k - lo] * error[j]
         energy = 0.0
         for r in range(rows):
             x = y[r] / scale[k] * whiten[r]

@@ -1,0 +1,118 @@
+"""Recovery at equal file bytes: KL and loss with and without `--recover`, beside plain fine-tuning on the same text.
+
+Fine-tuning trains the uncoded original on the labels of the recovery text, with as many tokens as recovery saw. What
+it gains in loss is extra training, not compression: a recovered file's loss has to be read beside it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+
+from bytecap import recover
+from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.evaluate import compare, mean_comparison
+from bytecap.model.probe import batches
+from bytecap.model.text import TokenSets, Window
+from bytecap.pipeline import choose_device, fit_sets
+from bytecap.progress import Bars
+from bytecap.recover import Effort, tokens_of_move
+from bytecap.sources import load_sets, with_recovery
+from bytecap.swap import twin_of
+from common import parser, record, texts
+
+
+def main() -> None:
+    """Every model at every budget, with and without."""
+    p = parser(__doc__ or "")
+    p.add_argument("--bits", nargs="*", type=float, default=[2.5, 3.5])
+    p.add_argument("--recover", default="600", help="steps or time, as for fit")
+    p.add_argument("--recover-text", nargs="*", help="the calibration texts by default")
+    p.add_argument("--tuning-steps", type=int, help="of plain fine-tuning; those of recovery by default, 0 none")
+    p.add_argument("--rate", type=float, default=recover.RATE, help="first learning rate, in grid steps")
+    args = p.parse_args()
+    recover.RATE = args.rate
+    args.device = choose_device(args.device)
+    for name in args.model:
+        model = load_model(name if name == "demo" else args.models / name)
+        model.name = name
+        sets = load_sets(
+            model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens,
+            evaluation_tokens=args.eval_tokens, seed=args.seed, reporter=Bars(),
+        )  # fmt: skip
+        sets = with_recovery(
+            model, sets, args.recover_text or texts(args.texts, "calib"), seed=args.seed, reporter=Bars()
+        )
+        for bits in args.bits:
+            without, found = (one(args, model, sets, bits, effort) for effort in (None, args.recover))
+            ratio = found["kl_nats"] / without["kl_nats"]
+            summary = {"model": name, "bits": bits, "recover": args.recover, "kl_ratio": ratio}
+            record(args, {"benchmark": "recover-ratio", **summary})
+            print(f"{name} {bits} KL with recovery over without {ratio:.3f}", flush=True)
+        steps = args.tuning_steps if args.tuning_steps is not None else Effort.parse(args.recover).steps or 0
+        if steps:
+            tuned(args, model, sets, steps)
+
+
+def one(args: Any, model: Model, sets: TokenSets, bits: float, effort: str | None) -> dict[str, Any]:
+    """One fit, measured and recorded."""
+    budget = int(bits * model.parameters / 8)
+    result = fit_sets(
+        lambda: model, budget, lambda _: sets, device=args.device, seed=args.seed, recover=effort, reporter=Bars()
+    )  # fmt: skip
+    row = record(args, {"benchmark": "recover", "bits": bits, "recover": effort, "rate": args.rate, **result.report})
+    print(
+        f"{model.name} {bits} recover {effort}: KL {row['kl_nats']:.4f} ± {row['kl_stderr']:.4f} loss "
+        f"{row['measured_delta_nats']:+.4f} ± {row['measured_delta_stderr']:.4f} {row['file_bytes']:,} bytes "
+        f"{row['seconds']:.0f} s", flush=True,
+    )  # fmt: skip
+    return row
+
+
+def tuned(args: Any, model: Model, sets: TokenSets, steps: int) -> None:
+    """Plain fine-tuning of the original on the recovery text: as many tokens, three learning rates."""
+    for rate in (1e-5, 3e-5, 1e-4):
+        started = time.perf_counter()
+        twin = twin_of(model.module)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.data = p.data.clone()
+        _train(twin, list(sets.recovery or sets.statistics), steps, rate, args)
+        parts = [compare(model.module, twin, t, device=args.device) for t in sets.evaluation]
+        mean = mean_comparison(parts)
+        record(args, {
+            "benchmark": "recover-fine-tuning", "model": model.name, "rate": rate, "steps": steps,
+            "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
+            "kl_nats": mean.kl_nats, "seconds": round(time.perf_counter() - started, 1),
+        })  # fmt: skip
+        print(f"{model.name} fine-tuned at {rate}: loss {mean.delta_nats:+.4f} ± {mean.delta_stderr:.4f}", flush=True)
+
+
+def _train(twin: torch.nn.Module, windows: list[Window], steps: int, rate: float, args: Any) -> None:
+    """AdamW on the labels, in moves of as many tokens as recovery makes."""
+    parameters = [p.requires_grad_(True) for p in twin.parameters() if p.is_floating_point()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    rng = random.Random(args.seed)  # noqa: S311 (sampling, not cryptography)
+    most = tokens_of_move(args.device)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - 0.9 * step / steps)
+        chosen: list[Window] = []
+        while sum(w.predicted for w in chosen) < most:
+            chosen.append(rng.choice(windows))
+        optimizer.zero_grad()
+        for ids, mask in batches(chosen, most // 4):
+            inside, real = ids[:, :-1].to(args.device), mask.to(args.device)
+            labels = ids[:, 1:].to(args.device)[real]
+            loss = torch.nn.functional.cross_entropy(twin(inside).logits[real], labels, reduction="sum")
+            (loss / sum(w.predicted for w in chosen)).backward()
+        optimizer.step()
+    for p in parameters:
+        p.requires_grad_(False)
+
+
+if __name__ == "__main__":
+    main()
