@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap.core import Unit
 from bytecap.errors import UsageError
+from bytecap.store import Store
 
 if TYPE_CHECKING:
     from bytecap.model.checkpoint import Model
@@ -54,6 +55,7 @@ class Job:
         options: ingredients of the default coder.
         dry_run: predict only; sections may be left out.
         paths: exception paths to choose from, see `bytecap.methods.menu`.
+        store: where statistics are kept, so that jobs on the same tokens share them.
     """
 
     model: Model
@@ -66,6 +68,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
     paths: tuple[str, ...] = ()
+    store: Store = field(default_factory=lambda: Store(None))
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,17 @@ Method = Callable[[Job], Outcome]
 def find(name: str) -> Method:
     """The method of a name.
 
+    Args:
+        name: one of `METHODS`, or `FILE.py:CALLABLE`, a `Method` in a file of the user's. That file is run.
+
     Raises:
         UsageError: unknown; the message suggests the nearest one.
     """
+    if name.partition(":")[0].endswith(".py"):
+        from bytecap.factory import load_callable
+
+        own: Method = load_callable(name)[0]
+        return own
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1, 0.0)
         raise UsageError(f"unknown method {name!r}, did you mean {near[0]}? (there are {', '.join(METHODS)})")

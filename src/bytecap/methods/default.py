@@ -25,10 +25,11 @@ from bytecap.drift import LostError, drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section, menu
 from bytecap.methods.floats import fit_floats
+from bytecap.methods.statistics import moments
 from bytecap.methods.waterfill import Planner, State, VectorUnit
 from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
-from bytecap.model.probe import Statistics, probe
+from bytecap.model.probe import Statistics
 from bytecap.model.text import leading
 from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options, prepare
@@ -197,15 +198,7 @@ def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> N
 
 def statistics(job: Job, options: Options) -> Statistics:
     """What one pass over the statistics tokens finds."""
-    model = job.model
-    total = sum(w.predicted for w in job.sets.statistics)
-    with job.reporter.step("statistics", total) as advance:
-        found = probe(
-            model.module, model.units, job.sets.statistics, seed=job.seed, groups=options.groups, guided=options.guided,
-            device=job.device, progress=advance,
-        )  # fmt: skip
-    memory.release()
-    return found
+    return moments(job, groups=options.groups, guided=options.guided)
 
 
 def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
