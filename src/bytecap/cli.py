@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bytecap.cli_compare import compare
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
 from bytecap.errors import BytecapError, OutputError, UsageError
@@ -89,6 +90,7 @@ def fit(
     paths: Annotated[
         list[str] | None, typer.Option("--paths", help="Exception paths to choose from, by comma or repeated, or all.")
     ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Page to write (HTML).")] = None,
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
@@ -100,8 +102,8 @@ def fit(
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
-    if output is not None:
-        _check_output(output)
+    for path in filter(None, (output, report)):
+        _check_output(path)
     common: dict[str, Any] = {
         "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
         "tokenizer": not no_tokenizer, "config": not no_config, "reporter": _reporter(as_json),
@@ -120,6 +122,11 @@ def fit(
             _needed(model), budget, calibration=calib, evaluation=eval_, tokens=most or TOKENS,
             evaluation_tokens=most_eval or EVALUATION_TOKENS, **common,
         )  # fmt: skip
+    if report is not None:
+        from bytecap.artifact import write_atomically
+        from bytecap.report.fit import page
+
+        write_atomically(page(result.report, [] if dry_run else result.ledger()).encode(), report)
     if as_json:
         _print_json(result.report)
     else:
@@ -201,6 +208,7 @@ def _score_json(scores: list[Any]) -> dict[str, Any]:
 
 
 app.command()(inspect)
+app.command()(compare)
 
 
 @app.command()

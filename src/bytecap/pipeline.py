@@ -303,7 +303,7 @@ def _report(
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
-        "paths": by_path(entries),
+        "paths": by_path(entries), "margin": outcome.margin or None,
         "statistics_tokens": sum(w.predicted for w in sets.statistics),
         "correction_tokens": sum(w.predicted for w in sets.correction),
     }  # fmt: skip

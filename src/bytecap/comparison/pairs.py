@@ -82,7 +82,8 @@ def fold(values: npt.ArrayLike, of: npt.NDArray[np.int64]) -> FloatArray:
     """Sums (..., windows) to sums (..., clusters)."""
     array = np.asarray(values, dtype=float)
     found = np.zeros((*array.shape[:-1], int(of.max(initial=-1)) + 1))
-    np.add.at(found, (..., of), array)
+    for i, cluster in enumerate(of):
+        found[..., cluster] += array[..., i]
     return found
 
 

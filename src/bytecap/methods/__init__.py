@@ -83,6 +83,7 @@ class Outcome:
         gap: duality gap of the plan in nats per token.
         plan: which plan was shipped.
         objects: shared objects.
+        margin: what more or fewer bytes would do, see `bytecap.methods.margin`; empty where nothing is planned.
     """
 
     sections: dict[str, Section]
@@ -92,6 +93,7 @@ class Outcome:
     gap: float
     plan: str
     objects: tuple[bytes, ...] = ()
+    margin: dict[str, Any] = field(default_factory=dict)
 
 
 Method = Callable[[Job], Outcome]

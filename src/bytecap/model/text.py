@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bytecap.errors import TextError
@@ -35,7 +35,7 @@ class Window:
 
     tokens: tuple[int, ...]
     bytes: int
-    document: int = -1
+    document: int = field(default=-1, kw_only=True)
 
     @property
     def predicted(self) -> int:
@@ -116,7 +116,7 @@ def tokenizer_encoder(tokenizer: object, first: int | None) -> Encoder:
 def cut_windows(ids: Sequence[int], sizes: Sequence[int], window: int, document: int = -1) -> list[Window]:
     """Windows of at most `window` predicted tokens; every token but the first is predicted once."""
     return [
-        Window(tuple(ids[i : i + window + 1]), sum(sizes[i + 1 : i + window + 1]), document)
+        Window(tuple(ids[i : i + window + 1]), sum(sizes[i + 1 : i + window + 1]), document=document)
         for i in range(0, len(ids) - 1, window)
     ]
 
