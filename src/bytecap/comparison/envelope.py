@@ -24,14 +24,18 @@ from bytecap.comparison.pairs import Entry
 
 Points = Sequence[tuple[float, float]]
 RESAMPLES = 200
+_SAME = 1.001  # sizes within this ratio are one size: caps are met to some bytes
 
 
 def envelope(points: Points) -> list[tuple[float, float]]:
-    """Points (bytes, quality; less is better) that no other one beats, by rising size."""
+    """Points (bytes, quality; less is better) that no other one beats, by rising size, 0.1% being no difference."""
     kept: list[tuple[float, float]] = []
-    for size, value in sorted(points):
-        if math.isfinite(value) and (not kept or value < kept[-1][1]):
-            kept.append((size, value))
+    for size, value in sorted(p for p in points if math.isfinite(p[1])):
+        if kept and value >= kept[-1][1]:
+            continue
+        if kept and size <= _SAME * kept[-1][0]:
+            kept.pop()
+        kept.append((size, value))
     return kept
 
 

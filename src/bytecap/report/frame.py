@@ -26,8 +26,10 @@ svg polyline { fill: none; stroke-width: 2; } figure { margin: 1rem 0; overflow-
 figure > svg { width: 100%; min-width: 34rem; }
 .key { display: inline-block; margin-right: 1.2rem; white-space: nowrap; } .verdict { font-weight: 600; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--soft); } th { font-weight: 600; }
-th:first-child, td:first-child { text-align: left; } td.words, th.words { text-align: left; }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--soft); } th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+td.words { text-align: left; white-space: normal; min-width: 16rem; }
 caption { text-align: left; color: var(--dim); padding-bottom: .3rem; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
@@ -37,7 +39,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 .cards li { border: 1px solid var(--soft); border-radius: .5rem; padding: .6rem 1rem; flex: 1 1 11rem; }
 .cards b { display: block; font-size: 1.25rem; }
 svg.bar { display: block; width: 100%; height: 1.2rem; }
-svg.bar rect, .mark > * { stroke: var(--ink); stroke-width: .6; }
+svg.bar rect, .mark > :not(line) { stroke: var(--ink); stroke-width: .6; }
 td.bars { min-width: 12rem; width: 40%; }
 td.heat { background: color-mix(in srgb, var(--heat) calc(var(--v) * 60%), transparent); print-color-adjust: exact; }
 pre { white-space: pre-wrap; border: 1px solid var(--soft); padding: .6rem; border-radius: .4rem; }
@@ -112,6 +114,7 @@ SCRIPT = """
 })();
 """
 
+_LONG = 44  # characters, from which a cell may wrap
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -154,10 +157,7 @@ def table(
         name: identifier on the page.
         raw: columns whose cells are markup, the `td` included.
     """
-    lines = "".join(
-        "<tr>" + "".join(c if i in raw else f"<td>{escape(c)}</td>" for i, c in enumerate(row)) + "</tr>"
-        for row in rows
-    )
+    lines = "".join("<tr>" + "".join(c if i in raw else _cell(c) for i, c in enumerate(row)) + "</tr>" for row in rows)
     filters = (
         f'<p class="filter"><label>Show rows with <input type="search" data-filters="{name}"></label></p>'
         if name else ""
@@ -169,6 +169,10 @@ def table(
         f'{filters}<div class="wide" tabindex="0" role="group" aria-label="{escape(caption or "table")}">'
         f'<table class="sorts"{mark}>{label}<thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
     )
+
+
+def _cell(text: str) -> str:
+    return f"<td class=words>{escape(text)}</td>" if len(text) > _LONG else f"<td>{escape(text)}</td>"
 
 
 def cards(items: Sequence[tuple[str, str, str]]) -> str:

@@ -13,7 +13,7 @@ from html import escape
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#666666")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4", "6 2 2 2")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 16, 16, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 36, 16, 48
 
 
 @dataclass(frozen=True)
