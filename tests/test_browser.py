@@ -35,8 +35,8 @@ document.title = JSON.stringify({hover, moved, filtered, sorted, narrow});
 
 
 def browse(directory, path, *options):
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-               "--enable-logging=stderr", f"--user-data-dir={directory / 'profile'}", *options, path.as_uri()]  # fmt: skip
+    options = (*options, f"--user-data-dir={directory / 'profile'}", "--enable-logging=stderr", path.as_uri())
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *options]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)  # noqa: S603
     assert not re.search(r"Uncaught|violates|Refused|net::ERR", found.stderr), found.stderr
     return found.stdout

@@ -79,7 +79,12 @@ def model_of(path: str) -> Model:
 def _directory_key(directory: str) -> str:
     """Hash of the weights and the config of a directory, file by file."""
     names = sorted(p for p in Path(directory).iterdir() if p.suffix in {".safetensors", ".json"})
-    return digest([[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in names])
+    return digest([[p.name, _file_key(p)] for p in names])
+
+
+def _file_key(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: str) -> Iterator[Task]:
@@ -94,6 +99,8 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
         if cell.directory:
             parts += [_directory_key(cell.directory)]
         else:
+            own = cell.method.partition(":")[0]
+            parts += [_file_key(Path(own))] if own.endswith(".py") else []
             parts += [cell.seed, windows_key(sets.statistics), windows_key(sets.correction)]
         yield Task(cell, setting, store, command, digest(library(SHOWN), *parts))
 
