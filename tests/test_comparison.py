@@ -16,11 +16,13 @@ from bytecap.comparison.cells import grid, read_budget, read_external, read_meth
 from bytecap.comparison.envelope import bytes_at, envelope, saved
 from bytecap.comparison.pairs import Entry, Sums, clusters, difference, estimate, figure, fold
 from bytecap.errors import UsageError
+from bytecap.ledger import KINDS
 from bytecap.model.evaluate import ratio_stderr
 from bytecap.progress import Silent
 from bytecap.report.comparison import page
 from bytecap.report.fit import page as fit_page
-from bytecap.report.svg import Axis, log_ticks
+from bytecap.report.fit import style
+from bytecap.report.svg import Axis, colour, log_ticks
 from conftest import BUDGET, SMALL
 
 BUDGETS = (BUDGET, BUDGET + 3000)
@@ -351,6 +353,10 @@ class TestPages:
         assert f"{len(result.data):,}" in text
         assert f"{result.report['kl_nats']:.4f}" in text
         assert ("next 1,000 bytes" in text) == (method == "bytecap")
+
+    def test_every_kind_has_its_own_colour(self):
+        assert len({colour(style(k)) for k in KINDS}) == len(KINDS)
+        assert style("columns payload") == style("payload")
 
     def test_the_command_writes_it(self, job, run, tmp_path):
         code, _, _ = run(*job(), "--report", tmp_path / "fit.html", "--json")

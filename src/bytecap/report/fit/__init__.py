@@ -9,9 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bytecap.ledger import KINDS, Entry
+from bytecap.ledger import Entry
 from bytecap.report.frame import sections, shell
 from bytecap.report.plain import finite
+
+_ORDER = (
+    "payload",
+    "side",
+    "table",
+    "index",
+    "config",
+    "tokenizer",
+    "header",
+    "code",
+)  # eight colours; padding is grey
 
 
 def page(report: Mapping[str, Any], entries: Sequence[Entry]) -> str:
@@ -22,4 +33,5 @@ def page(report: Mapping[str, Any], entries: Sequence[Entry]) -> str:
 
 def style(kind: str) -> int:
     """Colour of a kind of bytes; a layer's kinds have that of the plain ones."""
-    return (KINDS[4:] + KINDS[:4]).index(kind.rpartition(" ")[2])
+    plain = kind.rpartition(" ")[2]
+    return -1 if plain == "padding" else _ORDER.index(plain)
