@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
     """All figures of runs; nothing but the records is needed."""
-    runs = [r for r in records if r["record"] == "run"]
+    runs = sorted((r for r in records if r["record"] == "run"), key=lambda r: int(r.get("order", 0)))  # as asked for
     texts = {r["key"]: r for r in records if r["record"] == "texts"}
     models = list(dict.fromkeys(r["model"] for r in runs))
     return {

@@ -56,6 +56,7 @@ class Task:
     store: Path | None
     command: str
     key: str
+    order: int
 
 
 @lru_cache(maxsize=1)
@@ -90,7 +91,7 @@ def _file_key(path: Path) -> str:
 def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: str) -> Iterator[Task]:
     """Every cell with its key."""
     hashes: dict[str, str] = {}
-    for cell in cells:
+    for order, cell in enumerate(cells):
         if cell.model not in hashes:
             hashes[cell.model] = model_key(_model(cell.model))
         sets = _sets(cell.model, cell.seed, setting)
@@ -102,7 +103,7 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
             own = cell.method.partition(":")[0]
             parts += [_file_key(Path(own))] if own.endswith(".py") else []
             parts += [cell.seed, windows_key(sets.statistics), windows_key(sets.correction)]
-        yield Task(cell, setting, store, command, digest(library(SHOWN), *parts))
+        yield Task(cell, setting, store, command, digest(library(SHOWN), *parts), order)
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -177,7 +178,7 @@ def run_cells(
             advance(1)
     _model.cache_clear()
     _sets.cache_clear()
-    runs = [known[t.key] for t in wanted]
+    runs = [known[t.key] | {"order": t.order} for t in wanted]
     return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
 
 
@@ -204,7 +205,7 @@ def run(task: Task) -> list[Record]:
     cell, started, cpu = task.cell, time.perf_counter(), time.process_time()
     model, sets = _model(cell.model), _sets(cell.model, cell.seed, task.setting)
     record: Record = {
-        "record": "run", "key": task.key, "model": cell.model, "method": cell.method, "budget_bytes": cell.budget,
+        "record": "run", "key": task.key, "order": task.order, "model": cell.model, "method": cell.method, "budget_bytes": cell.budget,
         "seed": None if cell.directory else cell.seed, "setting": asdict(task.setting), "command": task.command,
         "host": _host(task.setting.device), "versions": _versions(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
