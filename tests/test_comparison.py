@@ -308,8 +308,9 @@ class TestCompare:
         cell = next(c for c in model["cells"] if c["method"] == "exact")
         assert cell["file_bytes"] == BUDGET - 5
         assert abs(cell["scores"]["mean"]["kl"]["mean"]) < 1e-6
-        assert {w["best"] for w in model["wins"] if w["budget_bytes"] == BUDGET} == {"exact"}
-        assert {w["best"] for w in model["wins"] if w["budget_bytes"] != BUDGET} == {"golf"}
+        wins = [w for w in model["wins"] if w["metric"] == "kl"]
+        assert {w["best"] for w in wins if w["budget_bytes"] == BUDGET} == {"exact"}
+        assert {w["best"] for w in wins if w["budget_bytes"] != BUDGET} == {"golf"}
 
     def test_a_method_of_the_users_own(self, compared, tmp_path):
         own = tmp_path / "mine.py"
@@ -377,7 +378,7 @@ class TestPages:
 def test_margins_balance(fitted):
     """A kilobyte more goes to somebody, and the predicted loss falls about as the slope says."""
     margin = fitted()[0].report["margin"]
-    assert 0 < sum(m["bytes"] for m in margin["next"]) <= 1000
+    assert 0 < sum(m["bytes"] for m in margin["next"]) <= 1010  # what the plan had left counts too
     gained = -sum(m["nats"] for m in margin["next"])
     assert 0 < gained <= 1.05 * 1000 * margin["slope_nats_per_byte"]
     line = sorted(margin["line"], key=lambda p: p["bytes"])

@@ -205,7 +205,8 @@ def run(task: Task) -> list[Record]:
     cell, started, cpu = task.cell, time.perf_counter(), time.process_time()
     model, sets = _model(cell.model), _sets(cell.model, cell.seed, task.setting)
     record: Record = {
-        "record": "run", "key": task.key, "order": task.order, "model": cell.model, "method": cell.method, "budget_bytes": cell.budget,
+        "record": "run", "key": task.key, "order": task.order, "model": cell.model, "method": cell.method,
+        "budget_bytes": cell.budget,
         "seed": None if cell.directory else cell.seed, "setting": asdict(task.setting), "command": task.command,
         "host": _host(task.setting.device), "versions": _versions(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
