@@ -67,6 +67,9 @@ class Strict(HTMLParser):
         if tag not in self.void and not self.get_starttag_text().endswith("/>"):
             self.open.append(tag)
 
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
@@ -314,8 +317,8 @@ class TestCompare:
 
     def test_a_method_of_the_users_own(self, compared, tmp_path):
         own = tmp_path / "mine.py"
-        own.write_text("from bytecap.methods.baselines import run_uniform as plain\n")
-        found, _ = compared(tmp_path / "out", methods=(f"{own}:plain", "uniform"), seeds=1, budgets=BUDGETS[:1])
+        own.write_text("from bytecap.methods.baselines import run_uniform as uniform\n")
+        found, _ = compared(tmp_path / "out", methods=(f"{own}:uniform", "uniform"), seeds=1, budgets=BUDGETS[:1])
         sizes = {c["method"]: c["scores"]["mean"]["kl"]["mean"] for c in found["models"][0]["cells"]}
         assert len(set(sizes.values())) == 1
         assert len(sizes) == 2

@@ -150,7 +150,7 @@ def fit_sets(
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
-    about = {"budget": asked, "method": method}
+    about = {"budget": asked, "method": method.rpartition(":")[2]}  # of FILE.py:CALLABLE no path
     with source.floor(asked):
         floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
         job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu,
