@@ -197,7 +197,7 @@ class TestCurves:
         _, directory = curved()
         before = (directory / "curves.json").read_bytes()
         monkeypatch.setattr("bytecap.curves.points.by_window", None)
-        monkeypatch.setattr("bytecap.methods.default.probe", None)
+        monkeypatch.setattr("bytecap.methods.statistics.probe", None)
         curved(directory=directory)
         assert (directory / "curves.json").read_bytes() == before
 
@@ -228,7 +228,7 @@ class TestCurves:
         _, directory = curved()
         calls = []
         real = bytecap.curves.points.by_window
-        monkeypatch.setattr("bytecap.curves.ground.library", lambda: "another")
+        monkeypatch.setattr("bytecap.methods.statistics.library", lambda: "another")
         monkeypatch.setattr("bytecap.curves.points.by_window", lambda *a, **k: calls.append(1) or real(*a, **k))
         before = len(list((directory / "store").iterdir()))
         curved(directory=directory, paths=("step",), points=1)
@@ -237,7 +237,7 @@ class TestCurves:
 
     def test_a_second_budget_reuses_statistics(self, model_directory, texts, curved, monkeypatch):
         _, directory = curved()
-        monkeypatch.setattr("bytecap.methods.default.probe", None)
+        monkeypatch.setattr("bytecap.methods.statistics.probe", None)
         found = byte_returns(
             model_directory("rotary"), BUDGET + 500, None, store=directory / "store", calibration=texts["calib"],
             evaluation=texts["val"], paths=["step"], points=1, point_tokens=500, **SMALL,

@@ -48,6 +48,7 @@ __all__ = [
     "UsageError",
     "VersionError",
     "byte_returns",
+    "compare",
     "fit",
     "format_size",
     "load",
@@ -76,6 +77,13 @@ def byte_returns(model: Any, budget: int | str, output: Path | str | None = None
     from bytecap.curves import byte_returns as run
 
     return run(model, budget, output, **options)
+
+
+def compare(models: Any, output: Path | str | None = None, **options: Any) -> dict[str, Any]:
+    """Methods at equal bytes on equal tokens; see `bytecap.comparison.compare` for every option."""
+    from bytecap.comparison import compare as run
+
+    return run(models, output, **options)
 
 
 def load_model(path: Path | str) -> Any:

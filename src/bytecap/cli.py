@@ -6,7 +6,6 @@ With `--json` exactly one JSON object goes to standard output and nothing else i
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from bytecap.cli_common import names, print_json, progress
+from bytecap.cli_compare import compare
+from bytecap.cli_curves import curves
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
 from bytecap.errors import BytecapError, OutputError, UsageError
 from bytecap.methods import METHODS
-from bytecap.progress import Bars, Reporter, Silent
-from bytecap.report.plain import finite
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -44,19 +44,6 @@ _Bytes = Annotated[
     Path | None, typer.Option("--bytes-per-token", help="Table (.npy, text) or SentencePiece model (.model).")
 ]
 _Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
-
-
-def _reporter(quiet: bool) -> Reporter:
-    return Silent() if quiet else Bars()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
-
-
-def _names(paths: list[str] | None) -> list[str] | None:
-    """Names of paths, given by comma or repeated; None if there are none."""
-    return [n.strip() for group in paths or () for n in group.split(",") if n.strip()] or None
 
 
 @app.command()
@@ -95,6 +82,7 @@ def fit(
     recover_text: Annotated[
         list[Path] | None, typer.Option("--recover-text", help="Text to tune on (repeatable).")
     ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Page to write (HTML).")] = None,
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
@@ -108,12 +96,12 @@ def fit(
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
     if recover_text and (recover is None or factory is not None):
         raise UsageError("--recover-text is read by --recover, without --factory")
-    if output is not None:
-        _check_output(output)
+    for path in filter(None, (output, report)):
+        _check_output(path)
     common: dict[str, Any] = {
         "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
-        "tokenizer": not no_tokenizer, "config": not no_config, "reporter": _reporter(as_json),
-        "code": codefiles.pack(code or (), code_accounting), "paths": _names(paths), "recover": recover,
+        "tokenizer": not no_tokenizer, "config": not no_config, "reporter": progress(as_json),
+        "code": codefiles.pack(code or (), code_accounting), "paths": names(paths), "recover": recover,
     }  # fmt: skip
     if factory is not None:
         source = _source(factory, model, state, loss, bytes_per_token)
@@ -128,8 +116,13 @@ def fit(
             _needed(model), budget, calibration=calib, evaluation=eval_, tokens=most or TOKENS,
             evaluation_tokens=most_eval or EVALUATION_TOKENS, recover_text=recover_text, **common,
         )  # fmt: skip
+    if report is not None:
+        from bytecap.artifact import write_atomically
+        from bytecap.report.fit import page
+
+        write_atomically(page(result.report, [] if dry_run else result.ledger()).encode(), report)
     if as_json:
-        _print_json(result.report)
+        print_json(result.report)
     else:
         print_fit(result.report)
 
@@ -182,7 +175,7 @@ def evaluate(
     from bytecap.scoring import score
     from bytecap.shardjob import limit_only, numbers_and_shards, score_shards
 
-    reporter = _reporter(as_json)
+    reporter = progress(as_json)
     if factory is not None:
         source = replace(_source(factory, model, state, loss, bytes_per_token), window=window)
         most, shards = numbers_and_shards(tokens, "--tokens")
@@ -191,7 +184,7 @@ def evaluate(
         most = limit_only(tokens, "--tokens")
         scores = score(_needed(model), text, window=window, tokens=most, device=device, reporter=reporter)
     if as_json:
-        _print_json(_score_json(scores))
+        print_json(_score_json(scores))
     else:
         print_scores(scores)
 
@@ -209,6 +202,8 @@ def _score_json(scores: list[Any]) -> dict[str, Any]:
 
 
 app.command()(inspect)
+app.command()(compare)
+app.command()(curves)
 
 
 @app.command()
@@ -220,7 +215,7 @@ def ledger(path: _Artifact, as_json: _Json = False) -> None:
 
     entries = artifact.ledger(artifact.read(path))
     if as_json:
-        _print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
+        print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
     else:
         print_ledger(entries, str(path))
 
@@ -236,7 +231,7 @@ def check(path: _Artifact, as_json: _Json = False) -> None:
     parameters = sum(v.size for v in values.values())
     size = path.stat().st_size
     if as_json:
-        _print_json({"ok": True, "file_bytes": size, "units": len(values), "parameters": parameters})
+        print_json({"ok": True, "file_bytes": size, "units": len(values), "parameters": parameters})
     else:
         typer.echo(f"{path}: sound. {size:,} bytes, {len(values)} units, {parameters:,} parameters")
 
@@ -253,7 +248,7 @@ def unpack(
 
     written = run(path, output, dtype=dtype)
     if as_json:
-        _print_json({"directory": str(output), "dtype": written})
+        print_json({"directory": str(output), "dtype": written})
     else:
         typer.echo(f"{output}: written as {written}")
 
@@ -272,42 +267,9 @@ def generate(
 
     text = continue_prompt(path, prompt, tokens=tokens, temperature=temperature, seed=seed)
     if as_json:
-        _print_json({"prompt": prompt, "text": text})
+        print_json({"prompt": prompt, "text": text})
     else:
         typer.echo(prompt + text)
-
-
-@app.command()
-def curves(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
-    budget: Annotated[str, typer.Option("--budget", help="Budget whose operating point is the base.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    base: Annotated[str, typer.Option(help="grid or golf.")] = "grid",
-    paths: Annotated[list[str] | None, typer.Option("--paths", help="Paths, by comma or repeated; all.")] = None,
-    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
-    eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    device: _Device = "auto",
-    tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.", min=1)] = None,
-    points: Annotated[int | None, typer.Option(help="Single-unit points to measure.", min=1)] = None,
-    point_tokens: Annotated[int | None, typer.Option(help="Most tokens each of them is measured on.", min=1)] = None,
-    store: Annotated[Path | None, typer.Option(help="Directory of measured points; DIR/store.")] = None,
-    as_json: _Json = False,
-) -> None:
-    """What a byte buys on every exception path, at a budget's operating point."""
-    from bytecap.curves import EVALUATION_TOKENS, POINT_TOKENS, POINTS, TOKENS, byte_returns
-    from bytecap.report.terminal import print_curves
-
-    found = byte_returns(
-        model, budget, output, base=base, paths=_names(paths), calibration=calib, evaluation=eval_, device=device,
-        seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
-        points=points or POINTS, point_tokens=point_tokens or POINT_TOKENS, store=store, reporter=_reporter(as_json),
-    )  # fmt: skip
-    if as_json:
-        _print_json(found)
-    else:
-        print_curves(found)
 
 
 @app.command()
@@ -325,10 +287,10 @@ def demo(
     texts = demo_directory()
     result = run(
         "demo", budget, calibration=texts / "calib.txt", evaluation=texts / "val.txt", output=output,
-        tokens=32_768, evaluation_tokens=16_384, reporter=_reporter(as_json),
+        tokens=32_768, evaluation_tokens=16_384, reporter=progress(as_json),
     )  # fmt: skip
     if as_json:
-        _print_json(result.report)
+        print_json(result.report)
         return
     print_ledger(result.ledger(), str(output))
     print_fit(result.report)

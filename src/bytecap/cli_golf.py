@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bytecap.report.plain import finite
+from bytecap.cli_common import print_json
 from bytecap.units import format_size, parse_size
 
 app = typer.Typer(no_args_is_help=True, help="Parameter Golf: code and model under one cap.")
@@ -18,10 +16,6 @@ _Cap = Annotated[str, typer.Option("--cap", help="Cap on code and model together
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _Vendored = Annotated[bool, typer.Option("--vendored/--library", help="Carry a numpy-only decoder, or import bytecap.")]
 _DEFAULT_CAP = "16000000"
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
 @app.command()
@@ -38,7 +32,7 @@ def budget(
     limit = parse_size(cap)
     left = export.budget(script, cap=limit, vendored=vendored, like=like)
     if as_json:
-        _print_json({"budget_bytes": left, "cap_bytes": limit, "script_bytes": limit - left})
+        print_json({"budget_bytes": left, "cap_bytes": limit, "script_bytes": limit - left})
     else:
         typer.echo(left)
 
@@ -59,7 +53,7 @@ def export(
 
     found = run(path, output, script, vendored=vendored, cap=parse_size(cap))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     decoder = f", {found['decoder_bytes']:,} of them the decoder" if vendored else ", bytecap not counted"
     _print_count(found, {"train_gpt.py": f"{found['script_raw_bytes']:,} bytes of source{decoder}"})
@@ -85,7 +79,7 @@ def check(
     if eval_ is not None:
         found |= evaluate(directory, eval_, data=data or (), seconds=seconds)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     _print_count(found, dict.fromkeys(found["public"], "public data, not counted"))
     if eval_ is not None:

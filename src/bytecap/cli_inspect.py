@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bytecap.cli_common import print_json, progress
 from bytecap.errors import UsageError
-from bytecap.progress import Bars, Reporter, Silent
-from bytecap.report.plain import finite
+from bytecap.progress import Reporter
 
 
 def inspect(
@@ -41,10 +39,10 @@ def inspect(
     if path is not None and path.suffix == ".bcap":
         lines = survey.of_artifact(path)
     else:
-        lines = _lines(model, budget, factory, state, loss, tokens, calib, device, Silent() if as_json else Bars())
+        lines = _lines(model, budget, factory, state, loss, tokens, calib, device, progress(as_json))
     if as_json:
         total: dict[str, Any] = {"bytes": sum(x.bytes for x in lines), "units": [x.as_dict() for x in lines]}
-        sys.stdout.write(json.dumps(finite(total), allow_nan=False) + "\n")
+        print_json(total)
     else:
         print_survey(lines, str(model or factory))
 

@@ -26,11 +26,12 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
-from bytecap.model.evaluate import Comparison, compare, mean_comparison
+from bytecap.model.evaluate import ByWindow, Comparison, compare, mean_comparison
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.recover import effort_of
 from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets, with_recovery
+from bytecap.store import Store
 from bytecap.swap import load_values, twin_of
 from bytecap.trim import allowed_slack
 from bytecap.units import format_size, parse_size
@@ -44,11 +45,13 @@ class Artifact:
         contents: what is in it.
         data: its bytes.
         report: every figure of the job, as `--json` prints it.
+        windows: scores of every evaluation text by window; none after a dry run.
     """
 
     contents: Contents
     data: bytes
     report: dict[str, Any] = field(default_factory=dict)
+    windows: tuple[ByWindow, ...] = ()
 
     def save(self, path: Path | str) -> int:
         """Write atomically; returns the size in bytes."""
@@ -141,9 +144,13 @@ def fit_sets(
     paths: Sequence[str] | None = None,
     recover: str | None = None,
     options: dict[str, Any] | None = None,
+    store: Store | None = None,
     reporter: Reporter,
 ) -> Artifact:
-    """`fit` for any model and any sets, both made when cheaper arguments have been checked."""
+    """`fit` for any model and any sets, both made when cheaper arguments have been checked.
+
+    Statistics are taken from `store` and kept there, so that several fits on the same tokens share them.
+    """
     started = time.perf_counter()
     memory.one_arena()
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
@@ -152,10 +159,11 @@ def fit_sets(
     effort = effort_of(recover, method)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
-    about = {"budget": asked, "method": method}
+    about = {"budget": asked, "method": method.rpartition(":")[2]}  # of FILE.py:CALLABLE no path
     with source.floor(asked):
         floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
-        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, effort)
+        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, effort,
+                  store or Store(None))  # fmt: skip
         result = _solve(job, run, files, about)
     if not dry_run:
         _deliver(result, job, output)
@@ -175,7 +183,9 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     if output is not None:
         result.save(output)
         job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-    result.report |= _quality(_measure(result, job.model, job.sets, job.device, job.reporter))
+    parts = _measure(result, job.model, job.sets, job.device, job.reporter)
+    result.report |= _quality(parts)
+    result.windows = tuple(p.windows for p in parts if p.windows is not None)
 
 
 def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
@@ -302,7 +312,7 @@ def _report(
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
-        "paths": by_path(entries),
+        "paths": by_path(entries), "margin": outcome.margin or None,
         "statistics_tokens": sum(w.predicted for w in sets.statistics),
         "correction_tokens": sum(w.predicted for w in sets.correction),
     }  # fmt: skip

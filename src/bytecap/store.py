@@ -13,10 +13,11 @@ does not fit it counts as absent. Files are written under a temporary name and r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ import numpy.typing as npt
 
 from bytecap import artifact
 from bytecap.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _HASH = 16  # bytes
@@ -49,12 +55,18 @@ def digest(*parts: Any) -> str:
 
 
 @cache
-def library() -> str:
-    """Version of this library and hash of its source: results of other code are other results."""
+def library(without: tuple[str, ...] = ()) -> str:
+    """Version of this library and hash of its source: results of other code are other results.
+
+    Args:
+        without: beginnings of paths, relative to the package, that do not matter.
+    """
     from bytecap import __version__
 
     root = Path(__file__).parent
-    sources: Iterable[Path] = sorted(root.rglob("*.py"))
+    sources: Iterable[Path] = [
+        p for p in sorted(root.rglob("*.py")) if not p.relative_to(root).as_posix().startswith(without)
+    ]
     return f"{__version__} {digest([[str(p.relative_to(root)), p.read_text('utf-8')] for p in sources])}"
 
 
@@ -78,14 +90,29 @@ class Store:
         self.found += 1
         return data[_HASH:]
 
-    def _write(self, name: str, data: bytes) -> None:
-        if self.directory is None:
-            return
+    def _make(self) -> None:
+        assert self.directory is not None  # noqa: S101 (callers look)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise OutputError(f"cannot make the directory {self.directory}: {exc.strerror}") from exc
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self.directory is None:
+            return
+        self._make()
         artifact.write_atomically(_hash(data) + data, self.directory / name)
+
+    @contextlib.contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold a key while its value is made; where files cannot be locked, two processes may make the same value."""
+        if self.directory is None or fcntl is None:
+            yield
+            return
+        self._make()
+        with (self.directory / f"{key}.lock").open("w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
 
     def get(self, key: str) -> Any:
         """The JSON value of a key, or None."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap.core import Unit
 from bytecap.errors import UsageError
+from bytecap.store import Store
 
 if TYPE_CHECKING:
     from bytecap.model.checkpoint import Model
@@ -56,6 +57,7 @@ class Job:
         dry_run: predict only; sections may be left out.
         paths: exception paths to choose from, see `bytecap.methods.menu`.
         recover: how long to tune what was coded, or None.
+        store: where statistics are kept, so that jobs on the same tokens share them.
     """
 
     model: Model
@@ -69,6 +71,7 @@ class Job:
     dry_run: bool = False
     paths: tuple[str, ...] = ()
     recover: Effort | None = None
+    store: Store = field(default_factory=lambda: Store(None))
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Outcome:
         gap: duality gap of the plan in nats per token.
         plan: which plan was shipped.
         objects: shared objects.
+        margin: what more or fewer bytes would do, see `bytecap.methods.margin`; empty where nothing is planned.
     """
 
     sections: dict[str, Section]
@@ -92,6 +96,7 @@ class Outcome:
     gap: float
     plan: str
     objects: tuple[bytes, ...] = ()
+    margin: dict[str, Any] = field(default_factory=dict)
 
 
 Method = Callable[[Job], Outcome]
@@ -100,9 +105,17 @@ Method = Callable[[Job], Outcome]
 def find(name: str) -> Method:
     """The method of a name.
 
+    Args:
+        name: one of `METHODS`, or `FILE.py:CALLABLE`, a `Method` in a file of the user's. That file is run.
+
     Raises:
         UsageError: unknown; the message suggests the nearest one.
     """
+    if name.partition(":")[0].endswith(".py"):
+        from bytecap.factory import load_callable
+
+        own: Method = load_callable(name)[0]
+        return own
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1, 0.0)
         raise UsageError(f"unknown method {name!r}, did you mean {near[0]}? (there are {', '.join(METHODS)})")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Outcome, Section
-from bytecap.model.probe import probe
+from bytecap.methods.statistics import moments
 
 
 def run_golf(job: Job) -> Outcome:
@@ -37,19 +37,8 @@ def run_golf(job: Job) -> Outcome:
 
 def second_moments(job: Job) -> tuple[dict[str, Tensor], set[str]]:
     """Plain second moments (cols, cols) of the inputs of linear layers, and the names of embedding tables."""
-    model = job.model
-    count = sum(w.predicted for w in job.sets.statistics)
-    with job.reporter.step("statistics", count) as advance:
-        found = probe(
-            model.module,
-            model.units,
-            job.sets.statistics,
-            seed=job.seed,
-            guided=False,
-            device=job.device,
-            progress=advance,
-        )
-    embeddings = model.embeddings()
+    found = moments(job, guided=False)
+    embeddings = job.model.embeddings()
     hessians = {
         n: torch.stack([u.moment[0].cpu() for u in us]).sum(0) for n, us in found.uses.items() if n not in embeddings
     }

@@ -25,9 +25,9 @@ from bytecap.core import Curve, Plan, Point, Unit
 from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Outcome, Section
+from bytecap.methods.statistics import moments
 from bytecap.methods.uniform import exact_sections, is_exact
 from bytecap.model.evaluate import kl_to
-from bytecap.model.probe import probe
 from bytecap.swap import load_values, twin_of
 
 S = TypeVar("S")
@@ -96,11 +96,7 @@ class Family(Protocol[S]):
 def prepare(job: Job) -> tuple[list[Material], dict[str, Section]]:
     """Matrices with their prices, and sections of what is stored exactly."""
     model = job.model
-    total = sum(w.predicted for w in job.sets.statistics)
-    with job.reporter.step("statistics", total) as advance:
-        found = probe(
-            model.module, model.units, job.sets.statistics, seed=job.seed, device=job.device, progress=advance
-        )
+    found = moments(job)
     weights = {u.name: _matrix(u, model.tensor(u)) for u in model.units}
     materials = []
     for u in model.units:

@@ -14,21 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from bytecap import correct, memory, sensitivity
-from bytecap.allocate import allocate, refine
+from bytecap.allocate import allocate, floor_rate, refine
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Plan
 from bytecap.drift import LostError, drift_targets
 from bytecap.errors import BudgetError
 from bytecap.methods import Job, Outcome, Section, menu
 from bytecap.methods.floats import fit_floats
+from bytecap.methods.margin import margin
+from bytecap.methods.statistics import moments
 from bytecap.methods.waterfill import Planner, State, VectorUnit
 from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
-from bytecap.model.probe import Statistics, probe
+from bytecap.model.probe import Statistics
 from bytecap.model.text import leading
 from bytecap.recover import tune
 from bytecap.swap import load_values, twin_of
@@ -80,7 +83,7 @@ def run(job: Job) -> Outcome:
     kappa = _factors(job, planner, plain, twin) if options.correct else ones
     memory.release()
     with memory.no_holes(), job.reporter.step("allocation", 1):
-        plan, multipliers = _allocate(planner, plain, kappa, capacity)
+        plan, multipliers, around = _allocate(planner, plain, kappa, capacity)
         found = {"plain": _Candidate(planner, ones, c, plain, plan.slope, plan.gap)}
         if options.allocate:
             c, state = planner.search(multipliers, capacity, start=c, rounds=4, tolerance=2e-3)
@@ -94,7 +97,7 @@ def run(job: Job) -> Outcome:
     best = found[label]
     found.clear()
     memory.release()
-    outcome = Outcome({}, b"", predicted, best.slope, best.gap, label)
+    outcome = Outcome({}, b"", predicted, best.slope, best.gap, label, margin=around)
     if job.dry_run:
         return outcome
     if options.drift:
@@ -144,7 +147,7 @@ def planned(
     c, state = _plain(job, work, capacity)
     kappa = _factors(job, planner, state, twin_of(job.model.module)) if options.correct else ones
     with job.reporter.step("allocation", 1):
-        _, multipliers = _allocate(planner, state, kappa, capacity)
+        _, multipliers, _ = _allocate(planner, state, kappa, capacity)
         _, state = planner.search(multipliers, capacity, start=c, rounds=4, tolerance=2e-3)
     return planner, state, kappa
 
@@ -198,15 +201,7 @@ def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> N
 
 def statistics(job: Job, options: Options) -> Statistics:
     """What one pass over the statistics tokens finds."""
-    model = job.model
-    total = sum(w.predicted for w in job.sets.statistics)
-    with job.reporter.step("statistics", total) as advance:
-        found = probe(
-            model.module, model.units, job.sets.statistics, seed=job.seed, groups=options.groups, guided=options.guided,
-            device=job.device, progress=advance,
-        )  # fmt: skip
-    memory.release()
-    return found
+    return moments(job, groups=options.groups, guided=options.guided)
 
 
 def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
@@ -259,12 +254,13 @@ def _raise_floor(job: Job, work: _Work, state: State) -> None:
 
 def _allocate(
     planner: Planner, plain: State, kappa: Mapping[str, float], capacity: float
-) -> tuple[Plan, dict[str, float]]:
-    """One slope over measured, corrected curves; returns the plan and each unit's step multiplier."""
+) -> tuple[Plan, dict[str, float], dict[str, Any]]:
+    """One slope over measured, corrected curves; returns the plan, each unit's step multiplier, and the margin."""
     curves = planner.ladder(plain.steps, plain, _LADDER)
     fine = [refine(c, kappa[c.name]) for c in curves]
-    plan = allocate(fine, max(capacity, sum(min(p.rate for p in c.points) for c in fine)))
-    return plan, {n: 2.0 ** plan.choice[n].setting for n in planner.names}
+    room = max(capacity, floor_rate(fine))
+    plan = allocate(fine, room)
+    return plan, {n: 2.0 ** plan.choice[n].setting for n in planner.names}, margin(fine, plan, room)
 
 
 def _better(job: Job, found: Mapping[str, _Candidate], capacity: float, twin: nn.Module) -> tuple[str, float]:

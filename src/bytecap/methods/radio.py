@@ -45,6 +45,7 @@ from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.baselines import matrices
 from bytecap.methods.gradient import Gradients, mean_squared_gradients
 from bytecap.methods.owq import coded
+from bytecap.methods.statistics import gradients
 from bytecap.methods.uniform import exact_sections
 from bytecap.swap import load_values, twin_of
 
@@ -368,7 +369,7 @@ def run(job: Job) -> Outcome:
     capacity = job.budget - sum(len(s.data) for s in fixed.values())
     found, module = Gradients(), job.model.module
     for i in range(max(1, rounds)):
-        again = _gradients(job, module, job.seed + i)
+        again = _gradients(job, module, job.seed + i) if i else gradients(job)
         for name, weight in weights.items():  # what no gradient was ever seen of counts as the least of all
             square = again.square.get(name, torch.zeros_like(weight))
             old = found.square.get(name, square)

@@ -36,7 +36,8 @@ _TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
 class Comparison:
     """A coded model against its original on one text (or the unweighted mean over several).
 
-    All `nats` and `kl` figures are per token; `stderr` fields are standard errors over windows.
+    All `nats` and `kl` figures are per token; `stderr` fields are standard errors over windows; `windows` holds what
+    they were made from (None in a mean over texts).
     """
 
     name: str
@@ -54,10 +55,11 @@ class Comparison:
     kl_nats: float
     kl_stderr: float
     same_top1: float
+    windows: ByWindow | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionary for JSON."""
-        return dict(self.__dict__)
+        """Plain dictionary for JSON, without the windows."""
+        return {k: v for k, v in self.__dict__.items() if k != "windows"}
 
 
 def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
@@ -115,10 +117,15 @@ def _score_batches(module: nn.Module, text: Text, device: str, progress: Progres
     return _score(text.name, np.array(losses), tokens, size)
 
 
+def longest_first(windows: Sequence[Window]) -> list[Window]:
+    """Windows in the order in which they are scored, and in which `ByWindow` holds them."""
+    return sorted(windows, key=lambda w: -len(w.tokens))
+
+
 def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
     """Batches with the windows they hold, in the order `batches` sorts them."""
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
-    order = sorted(windows, key=lambda w: -len(w.tokens))
+    order = longest_first(windows)
     at = 0
     tokens = batch_tokens(int(vocabulary)) * (_GPU_BATCHES if next(module.parameters()).is_cuda else 1)
     for ids, mask in batches(windows, tokens):
@@ -192,6 +199,7 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
         bpb_stderr=ratio_stderr((nats_q - nats_p) / math.log(2), size),
         delta_nats=float((nats_q - nats_p).sum() / n), delta_stderr=ratio_stderr(nats_q - nats_p, tokens),
         kl_nats=float(kl.sum() / n), kl_stderr=ratio_stderr(kl, tokens), same_top1=same / float(n),
+        windows=ByWindow(kl, nats_q, nats_p, tokens, size),
     )  # fmt: skip
 
 
@@ -217,6 +225,8 @@ def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
         items = [getattr(p, key) for p in parts]
         if key == "name":
             values[key] = "mean"
+        elif key == "windows":
+            values[key] = None
         elif key in {"tokens", "bytes"}:
             values[key] = sum(items)
         elif key.endswith("stderr"):

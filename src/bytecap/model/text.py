@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bytecap.errors import TextError
@@ -25,10 +25,17 @@ Encoder = Callable[[str], tuple[list[int], list[int]]]
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens of one window: the first is context only, the others are predicted; `bytes` is what they stand for."""
+    """Tokens of one window: the first is context only, the others are predicted.
+
+    Attributes:
+        tokens: of the window.
+        bytes: UTF-8 bytes that the predicted ones stand for.
+        document: number of its document in the text, -1 where nobody counted.
+    """
 
     tokens: tuple[int, ...]
     bytes: int
+    document: int = field(default=-1, kw_only=True)
 
     @property
     def predicted(self) -> int:
@@ -106,10 +113,10 @@ def tokenizer_encoder(tokenizer: object, first: int | None) -> Encoder:
     return encode
 
 
-def cut_windows(ids: Sequence[int], sizes: Sequence[int], window: int) -> list[Window]:
+def cut_windows(ids: Sequence[int], sizes: Sequence[int], window: int, document: int = -1) -> list[Window]:
     """Windows of at most `window` predicted tokens; every token but the first is predicted once."""
     return [
-        Window(tuple(ids[i : i + window + 1]), sum(sizes[i + 1 : i + window + 1]))
+        Window(tuple(ids[i : i + window + 1]), sum(sizes[i + 1 : i + window + 1]), document=document)
         for i in range(0, len(ids) - 1, window)
     ]
 
@@ -122,9 +129,9 @@ def load_text(path: Path | str, encode: Encoder, *, window: int, limit: int | No
     """
     path = Path(path)
     windows: list[Window] = []
-    for document in _take_documents(read_documents(path), limit):
+    for number, document in enumerate(_take_documents(read_documents(path), limit)):
         ids, sizes = encode(document)
-        windows.extend(cut_windows(ids, sizes, window))
+        windows.extend(cut_windows(ids, sizes, window, number))
     if not windows:
         raise TextError(f"the text {path} is too short: it holds no token to predict")
     if limit is not None and sum(w.predicted for w in windows) > limit:

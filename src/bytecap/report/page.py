@@ -6,21 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from bytecap.report.frame import shell
 from bytecap.report.svg import Series, chart, key
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #d9dee4; --dim: #57606a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0f1318; --soft: #30363d; --dim: #9aa4ae; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 62rem; padding: 1.5rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } p.dim { color: var(--dim); }
-svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg .grid { stroke: var(--soft); }
-svg polyline { fill: none; stroke-width: 2; } figure { margin: 1rem 0; overflow-x: auto; } figure > svg { width: 100%; }
-.key { display: inline-block; margin-right: 1.2rem; white-space: nowrap; } .verdict { font-weight: 600; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--soft); } th { font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-"""
 
 SENTENCES = {
     "yardstick": "the yardstick: every other path is measured against it",
@@ -47,11 +34,8 @@ def page(found: Mapping[str, Any]) -> str:
     base = found["base"]
     styles = {name: i for i, name in enumerate(found["paths"])}
     legend = "".join(key(i, n) for n, i in styles.items()) + key(-1, "lambda")
-    title = f"Byte returns of {escape(str(found['model']))} at {found['budget_bytes']:,} bytes"
+    title = f"Byte returns of {found['model']} at {found['budget_bytes']:,} bytes"
     parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">',
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
         f"<p>Base <b>{escape(base['name'])}</b>: {base['bytes']:,} bytes of matrices, KL to the original",
         f"{base['kl_nats']:.4f} ± {base['kl_stderr'] or 0:.4f} nats per token, {base['bpb']:.4f} bits per byte",
         f"(original {base['bpb_original']:.4f}). The lambda line is what the same base buys by finer steps:",
@@ -61,9 +45,9 @@ def page(found: Mapping[str, Any]) -> str:
         _agreement(found, styles),
         *(_path(n, p, styles[n], found["lambda"]) for n, p in found["paths"].items()),
         '<p class="dim">Every measured point is decoded from real sections. Whiskers are one standard error,',
-        "paired with the base on the same tokens.</p></body></html>",
+        "paired with the base on the same tokens.</p>",
     ]
-    return "\n".join(parts) + "\n"
+    return shell(title, parts, script=False)
 
 
 def _whole(found: Mapping[str, Any], styles: Mapping[str, int], value: str, error: str, label: str) -> str:

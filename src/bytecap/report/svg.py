@@ -1,7 +1,7 @@
-"""Small line charts as inline SVG: axes with round ticks, error bars, one marker and one dash for each series.
+"""Charts as inline SVG: axes with round ticks, error bars, one marker and one dash for each series.
 
 Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart under all common colour blindness; markers
-and dashes carry the same distinction without colour. The `lambda` line is grey and dotted.
+and dashes carry the same distinction without colour. Guides (the lambda line, an envelope) are grey and dotted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from html import escape
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#666666")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4", "6 2 2 2")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 16, 16, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 36, 16, 48
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,31 @@ class Series:
     Attributes:
         name: for the legend and for readers of the markup.
         points: (x, y, standard error of y).
-        style: index of its colour, marker and dash; negative is the lambda line.
+        style: index of its colour, marker and dash; negative is a guide.
         line: join the points.
+        tips: exact figures of every point, shown on hover and focus.
     """
 
     name: str
     points: Sequence[tuple[float, float, float]]
     style: int
     line: bool = True
+    tips: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range with its ticks, linear or logarithmic."""
+
+    ticks: Sequence[float]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """0 to 1 from the first tick to the last."""
+        low, high = self.ticks[0], self.ticks[-1]
+        if self.log:
+            return (math.log(max(value, 1e-3 * low)) - math.log(low)) / (math.log(high) - math.log(low))
+        return (value - low) / (high - low)
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -43,7 +60,20 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten that cover a positive range.
+
+    >>> log_ticks(0.03, 0.4)
+    [0.02, 0.05, 0.1, 0.2, 0.5]
+    """
+    steps = [float(f"{m}e{e}") for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+             for m in (1, 2, 5)]  # fmt: skip
+    first = max(s for s in steps if s <= low)
+    last = min((s for s in steps if s >= high), default=steps[-1])
+    return [s for s in steps if first <= s <= max(last, steps[steps.index(first) + 1])]
 
 
 def colour(style: int) -> str:
@@ -65,7 +95,33 @@ def marker(style: int, x: float, y: float) -> str:
     return f'<polygon points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)}" {fill}/>'
 
 
-def chart(series: Sequence[Series], title: str, across: str, up: str, *, width: int = 760, height: int = 380) -> str:
+def tipped(inside: str, tip: str, first: bool) -> str:
+    """A mark with its figures, reached by pointer, tab and arrow keys, and read aloud."""
+    text = escape(tip)
+    return (
+        f'<g class="mark" role="img" tabindex="{0 if first else -1}" aria-label="{text}" data-tip="{text}">'
+        f"<title>{text}</title>{inside}</g>"
+    )
+
+
+def axes(series: Sequence[Series], *, log: bool, zero: bool) -> tuple[Axis, Axis]:
+    """Axes that hold all points and their error bars."""
+    points = [p for s in series for p in s.points]
+    start = [0.0] if zero else []
+    xs = start + [p[0] for p in points] or [0.0]
+    across = Axis(ticks(min(xs), max([1e-9 if zero else min(xs) + 1e-9, *xs])))
+    if log:
+        values = [p[1] for p in points if p[1] > 0] or [1.0]
+        tops = [p[1] + p[2] for p in points if p[1] > 0] or [1.0]
+        return across, Axis(log_ticks(min(values), max(tops)), True)
+    lows, highs = [0.0, *(p[1] - p[2] for p in points)], [1e-12, *(p[1] + p[2] for p in points)]
+    return across, Axis(ticks(min(lows), max(highs)))
+
+
+def chart(
+    series: Sequence[Series], title: str, across: str, up: str, *, width: int = 760, height: int = 380,
+    log: bool = False, zero: bool = True,
+) -> str:  # fmt: skip
     """A chart with a title for screen readers.
 
     Args:
@@ -75,48 +131,101 @@ def chart(series: Sequence[Series], title: str, across: str, up: str, *, width: 
         up: label of the vertical axis.
         width: in pixels.
         height: in pixels.
+        log: logarithmic vertical axis; values that are not positive lie on its lower edge.
+        zero: the horizontal axis begins at zero.
     """
-    points = [p for s in series for p in s.points]
-    xs = ticks(min([0.0, *(p[0] for p in points)]), max([1e-9, *(p[0] for p in points)]))
-    ys = ticks(min([0.0, *(p[1] - p[2] for p in points)]), max([1e-12, *(p[1] + p[2] for p in points)]))
+    xs, ys = axes(series, log=log, zero=zero)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
-            _LEFT + (x - xs[0]) / (xs[-1] - xs[0]) * (width - _LEFT - _RIGHT),
-            height - _BOTTOM - (y - ys[0]) / (ys[-1] - ys[0]) * (height - _TOP - _BOTTOM),
+            _LEFT + xs.place(x) * (width - _LEFT - _RIGHT),
+            height - _BOTTOM - min(1.0, max(0.0, ys.place(y))) * (height - _TOP - _BOTTOM),
         )
 
     name, middle = escape(title), (height - _BOTTOM) / 2
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}"><title>{name}</title>']
-    for x in xs:
-        px, top, bottom = at(x, 0)[0], at(0, ys[-1])[1], at(0, ys[0])[1]
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="{name}"><title>{name}</title>']
+    top, bottom = _TOP, height - _BOTTOM
+    for x in xs.ticks:
+        px = at(x, ys.ticks[0])[0]
         parts.append(f'<line class="grid" x1="{px:.1f}" y1="{top:.1f}" x2="{px:.1f}" y2="{bottom:.1f}"/>')
         parts.append(f'<text x="{px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{x:,.6g}</text>')
-    for y in ys:
-        py = at(0, y)[1]
+    for y in ys.ticks:
+        py = at(xs.ticks[0], y)[1]
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{py:.1f}" x2="{width - _RIGHT}" y2="{py:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     parts.append(f'<text x="{(width + _LEFT) / 2:.0f}" y="{height - 8}" text-anchor="middle">{escape(across)}</text>')
     parts.append(f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(up)}</text>')
     for s in series:
-        parts += _draw(s, [(*at(x, y), abs(at(x, y + e)[1] - at(x, y)[1])) for x, y, e in s.points])
+        parts += _draw(s, [(*at(x, y), at(x, y - e)[1], at(x, y + e)[1]) for x, y, e in s.points])
     return "\n".join([*parts, "</svg>"])
 
 
-def _draw(series: Series, points: Sequence[tuple[float, float, float]]) -> list[str]:
-    """Markup of one series at pixel places."""
+def _draw(series: Series, points: Sequence[tuple[float, float, float, float]]) -> list[str]:
+    """Markup of one series at pixel places: x, y, and both ends of the error bar."""
     ink = colour(series.style)
     dash = "2 4" if series.style < 0 else _DASHES[series.style % len(_DASHES)]
-    parts = [f'<g class="{"lambda" if series.style < 0 else "curve"}" data-path="{escape(series.name)}">']
+    parts = [f'<g class="{"guide" if series.style < 0 else "curve"}" data-path="{escape(series.name)}">']
     if series.line:
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
         parts.append(f'<polyline points="{line}" stroke="{ink}" stroke-dasharray="{dash}"/>')
-    for x, y, error in points:
-        if error > 0.5:
-            parts.append(f'<line x1="{x:.1f}" y1="{y - error:.1f}" x2="{x:.1f}" y2="{y + error:.1f}" stroke="{ink}"/>')
+    for i, (x, y, low, high) in enumerate(points):
+        if low - high > 1:
+            parts.append(f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{ink}"/>')
         if series.style >= 0:
-            parts.append(marker(series.style, x, y))
+            mark = marker(series.style, x, y)
+            parts.append(tipped(mark, series.tips[i], i == 0) if series.tips else mark)
     return [*parts, "</g>"]
+
+
+def forest(
+    rows: Sequence[tuple[str, float, float, int]], title: str, across: str, *, line: float = 0.0, width: int = 760
+) -> str:  # fmt: skip
+    """Means with bars of two standard errors, one below the other, against a line.
+
+    Args:
+        rows: (label, mean, standard error, style).
+        title: what it shows.
+        across: label of the axis.
+        line: where the vertical line stands.
+        width: in pixels.
+    """
+    lows, highs = [line, *(m - 2 * e for _, m, e, _ in rows)], [line, *(m + 2 * e for _, m, e, _ in rows)]
+    axis, left, step = Axis(ticks(min(lows), max(highs), 5)), 220, 22
+    height, name = step * len(rows) + 52, escape(title)
+
+    def at(x: float) -> float:
+        return left + axis.place(x) * (width - left - _RIGHT)
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="{name}"><title>{name}</title>']
+    for x in axis.ticks:
+        parts.append(f'<line class="grid" x1="{at(x):.1f}" y1="4" x2="{at(x):.1f}" y2="{height - 44}"/>')
+        parts.append(f'<text x="{at(x):.1f}" y="{height - 28}" text-anchor="middle">{x:.4g}</text>')
+    parts.append(f'<line x1="{at(line):.1f}" y1="0" x2="{at(line):.1f}" y2="{height - 44}" stroke="#888" '
+                 'stroke-width="2" stroke-dasharray="2 3"/>')  # fmt: skip
+    for i, (label, mean, error, style) in enumerate(rows):
+        y = 16 + step * i
+        bar = (
+            f'<line x1="{at(mean - 2 * error):.1f}" y1="{y}" x2="{at(mean + 2 * error):.1f}" y2="{y}" '
+            f'stroke="{colour(style)}" stroke-width="2"/>{marker(style, at(mean), y)}'
+        )
+        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
+        parts.append(tipped(bar, f"{label}: {mean:.5g} ± {error:.2g}", i == 0))
+    parts.append(f'<text x="{(width + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(across)}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def bar(parts: Sequence[tuple[int, float, str]], whole: float, label: str, *, first: bool = True) -> str:
+    """A bar of parts: (style, size, tip), on a scale that ends at `whole`."""
+    at, marks = 0.0, []
+    for i, (style, size, tip) in enumerate(parts):
+        wide = 1000 * size / max(whole, 1e-30)
+        rect = f'<rect x="{at:.2f}" y="0" width="{wide:.2f}" height="18" fill="{colour(style)}"/>'
+        marks.append(tipped(rect, tip, first and i == 0))
+        at += wide
+    return (
+        f'<svg class="bar" viewBox="0 0 1000 18" preserveAspectRatio="none" role="group" aria-label="{escape(label)}">'
+        f"{''.join(marks)}</svg>"
+    )
 
 
 def key(style: int, name: str) -> str:
@@ -126,4 +235,12 @@ def key(style: int, name: str) -> str:
     return (
         f'<span class="key"><svg width="32" height="14" aria-hidden="true"><line x1="0" y1="7" x2="32" y2="7" '
         f'stroke="{colour(style)}" stroke-width="2" stroke-dasharray="{dash}"/>{mark}</svg> {escape(name)}</span>'
+    )
+
+
+def swatch(style: int, name: str) -> str:
+    """A legend entry of a bar's part."""
+    return (
+        f'<span class="key"><svg width="14" height="14" aria-hidden="true"><rect width="14" height="14" '
+        f'fill="{colour(style)}"/></svg> {escape(name)}</span>'
     )

@@ -1,0 +1,86 @@
+"""A comparison on the terminal: tables through rich, a sparkline for each method, plain text when piped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bytecap.report.comparison import NAMES, winner
+from bytecap.report.frame import plus_minus
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_WIDE = 160  # columns where there is no terminal to ask
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Bars on a logarithmic scale from the smallest to the largest value.
+
+    >>> sparkline([1.0, 0.1, 0.01])
+    '█▅▁'
+    """
+    logs = [math.log(max(v, 1e-12)) for v in values]
+    low, high = min(logs), max(logs)
+    return "".join(_BLOCKS[round((v - low) / (high - low) * 7) if high > low else 0] for v in logs)
+
+
+def print_comparison(found: Mapping[str, Any]) -> None:
+    """Cells, differences, wins, bytes saved."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)
+    for model in found["models"]:
+        _print_model(model, console)
+    if any(len(m.get("seeds", ())) == 1 for m in found["models"]):
+        console.print("one calibration seed: standard errors hold the noise of the texts, not that of calibration")
+    console.print(f"{found['cpu_seconds']:,.0f} CPU seconds in all runs", highlight=False)
+
+
+def _print_model(model: Mapping[str, Any], console: Console) -> None:
+    console.print(f"[bold]{model['model']}[/bold]", highlight=False)
+    for r in model["refused"]:
+        console.print(f"{r['method']} cannot get below {r['floor_bytes']:,} bytes: no run at {r['budget_bytes']:,}",
+                      highlight=False)  # fmt: skip
+    if not model["cells"]:
+        return
+    first = model["methods"][0]
+    rows = [
+        [f"{c['budget_bytes']:,}", c["method"], f"{c['file_bytes']:,.0f}", *_scores(c["scores"]["mean"])]
+        for c in sorted(model["cells"], key=lambda c: (c["budget_bytes"], model["methods"].index(c["method"])))
+    ]
+    head = ["budget", "method", "file bytes", "KL", f"minus {first}", "loss increase", f"minus {first}"]
+    console.print(_table(head, rows, words=(1,)), highlight=False)
+    for method in model["methods"]:
+        mine = sorted((c for c in model["cells"] if c["method"] == method), key=lambda c: c["file_bytes"])
+        values = [c["scores"]["mean"]["kl"]["mean"] for c in mine]
+        console.print(f"{sparkline(values)} KL of {method} over rising bytes", highlight=False)
+    wins = [[f"{w['budget_bytes']:,}", w["text"], NAMES[w["metric"]], winner(w), w["second"],
+             plus_minus(w["difference"]["mean"], w["difference"]["stderr"])] for w in model["wins"]]  # fmt: skip
+    head = ["budget", "text", "figure", "best", "second", "second minus best"]
+    if wins:
+        console.print(_table(head, wins, words=(1, 2, 3, 4)), highlight=False)
+    for x in model["saved"]:
+        if x["metric"] == "kl" and x["method"] == first:
+            console.print(f"{first} saves {100 * x['mean']:.1f}% ± {100 * (x['stderr'] or 0):.1f}% of the bytes of "
+                          f"{x['against']} at equal KL ({len(x['points'])} points)", highlight=False)  # fmt: skip
+
+
+def _scores(scores: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for metric in NAMES:
+        cells.append(plus_minus(scores[metric]["mean"], scores[metric]["stderr"]))
+        against = scores.get("against")
+        cells.append(plus_minus(against[metric]["mean"], against[metric]["stderr"]) if against else "")
+    return cells
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for i, title in enumerate(head):
+        table.add_column(title, justify="left" if i in words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table

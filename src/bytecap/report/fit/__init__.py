@@ -1,0 +1,37 @@
+"""`fit --report`: one page of what a fit asked for and got; every other file here is one of its sections.
+
+A section gets `report`, the figures of the job, and `ledger`, the entries of the file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bytecap.ledger import Entry
+from bytecap.report.frame import sections, shell
+from bytecap.report.plain import finite
+
+_ORDER = (
+    "payload",
+    "side",
+    "table",
+    "index",
+    "config",
+    "tokenizer",
+    "header",
+    "code",
+)  # eight colours; padding is grey
+
+
+def page(report: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    """The page of a fit."""
+    found = {"report": finite(dict(report)), "ledger": list(entries)}
+    return shell(f"{report['model']} in {report['budget_bytes']:,} bytes", sections(sys.modules[__name__], found))
+
+
+def style(kind: str) -> int:
+    """Colour of a kind of bytes; a layer's kinds have that of the plain ones."""
+    plain = kind.rpartition(" ")[2]
+    return -1 if plain == "padding" else _ORDER.index(plain)
