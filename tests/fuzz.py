@@ -208,7 +208,7 @@ class Target:
         contents = self.parse(data)
         self.parsed += 1
         refused = None
-        for step in (self.values, self.owners, self.unpack.side_files, self.codefiles.files):
+        for step in (self.decode, self.ledger, self.unpack.side_files, self.codefiles.files, self.unpack.directory_files):
             try:
                 step(contents)
             except self.refusal as error:
@@ -216,14 +216,6 @@ class Target:
         if refused is not None:
             raise refused
         self.accepted += 1
-
-    def values(self, contents):
-        values = self.decode(contents, aliases=False)
-        source = {u.unit.name: u.unit.dtype for u in contents.units}
-        self.unpack._safetensors(values, self.unpack._choose_dtypes(values, source, "auto"))
-
-    def owners(self, contents):
-        self.ledger(contents)
 
     def __call__(self, data):
         self.executed += 1

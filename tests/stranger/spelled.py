@@ -2,7 +2,7 @@
 
 import heapq
 
-from stranger.basics import Bytes, need
+from stranger.basics import need
 
 ORDER = "\u0120etaoinsrhldcumfpgwybvkx"
 ODDS = [1 << 40]
@@ -118,9 +118,6 @@ def join(text, ranks):
 
 
 def spelled(data, names, count, words):
-    if not count:
-        Bytes(data).end()
-        return []
     coder, (path_of, root) = Coder(data), tree(names)
     sign = next((c for c in ("\u0120", "\u2581") if c in path_of), "")
     for word in words:
