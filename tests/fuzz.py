@@ -208,7 +208,7 @@ class Target:
         contents = self.parse(data)
         self.parsed += 1
         refused = None
-        for step in (self.decode, self.ledger, self.unpack.side_files, self.codefiles.files, self.unpack.directory_files):
+        for step in (self.decode, self.ledger, self.unpack.directory_files, self.unpack.side_files, self.codefiles.files):
             try:
                 step(contents)
             except self.refusal as error:
@@ -225,7 +225,8 @@ class Target:
         except self.refusal:
             pass
         except Exception as error:  # noqa: BLE001 (everything else is what we are looking for)
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if "bytecap" in f.filename]
+            frames = traceback.extract_tb(error.__traceback__)
+            frames = [f for f in frames if "bytecap/" in f.filename] or frames
             self.found(f"{type(error).__name__} {Path(frames[-1].filename).name}:{frames[-1].lineno} {error}", data)
         spent = time.perf_counter() - start
         self.slowest = max(self.slowest, spent)

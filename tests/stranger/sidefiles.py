@@ -14,7 +14,7 @@ from stranger.basics import Bytes, CorruptError, need, unbrotli, unzip
 from stranger.spelled import spelled
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
-LAYOUTS = (("", ",", ":"), ("", ", ", ":"), ("  ", ",", ": "), ("    ", ",", ": "), (" ", ",", ": "), ("\t", ",", ": "))
+LAYOUTS = (("", ",", ":"), ("", ", ", ": "), ("  ", ",", ": "), ("    ", ",", ": "), (" ", ",", ": "), ("\t", ",", ": "))
 
 
 @cache
