@@ -31,9 +31,10 @@ SLOW = 2.0  # seconds
 LARGEST = 4096  # bytes of an input
 _INTERESTING = (0, 1, 2, 3, 4, 7, 8, 16, 32, 63, 64, 127, 128, 129, 254, 255)
 _LEBS = (127, 128, 16383, 16384, 65535, 65536, 2**20, 2**24, 2**31, 2**32, 2**62, 2**63 - 1, 2**63)
-_WORDS = ("0", "1", "-1", "2", "3", "33", "64", "1048576", "16777216", "4294967296", "9223372036854775808", "1e3", "NaN",
-          '"F64"', '"F32"', '"F16"', '"BF16"', '"I64"', '"BOOL"', '"U8"', '"X"', "[]", "{}", "null", "true", '"../a"',
-          '"\\ud800"', '"a"', "[2,3]", "[0,3]", "[3,0,2]", "[]", "[1]", "[16777216]", '"model.safetensors"')  # fmt: skip
+_WORDS = ("0", "1", "-1", "2", "3", "33", "64", "1048576", "16777216", "4294967296", "9223372036854775808", "1e3",
+          "NaN", '"F64"', '"F32"', '"F16"', '"BF16"', '"I64"', '"BOOL"', '"U8"', '"X"', "[]", "{}", "null", "true", '"../a"',
+          '"\\ud800"', '"a"', "[2,3]", "[0,3]", "[3,0,2]", "[]", "[1]", "[16777216]",
+          '"model.safetensors"')  # fmt: skip
 _INDEX_FILTER = [{"id": lzma.FILTER_LZMA1, "lc": 4, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
 _TABLE_FILTER = [{"id": lzma.FILTER_LZMA1, "lc": 3, "lp": 0, "pb": 0, "dict_size": 1 << 16}]
 
@@ -208,7 +209,13 @@ class Target:
         contents = self.parse(data)
         self.parsed += 1
         refused = None
-        for step in (self.decode, self.ledger, self.unpack.directory_files, self.unpack.side_files, self.codefiles.files):
+        for step in (
+            self.decode,
+            self.ledger,
+            self.unpack.directory_files,
+            self.unpack.side_files,
+            self.codefiles.files,
+        ):
             try:
                 step(contents)
             except self.refusal as error:
@@ -274,7 +281,7 @@ def sound():
 
 def plain(target, arguments, start):
     """Mutations of the seeds, not guided; what is accepted becomes a seed."""
-    rng, pool = random.Random(arguments.seed), seeds()
+    rng, pool = random.Random(arguments.seed)  # noqa: S311 (no secret), seeds()
     valid = sound()
     pool += 8 * valid
     fixed = len(pool)
@@ -300,7 +307,7 @@ def guided(target, arguments, start):
         (corpus / hashlib.sha1(data, usedforsecurity=False).hexdigest()).write_bytes(data)
 
     def custom(data, size, seed):
-        rng = random.Random(seed)
+        rng = random.Random(seed)  # noqa: S311 (no secret)
         if arguments.mode == "raw":
             return atheris.Mutate(data, size)
         return mutate(data, rng, others, "repaired")[:size]
@@ -311,8 +318,10 @@ def guided(target, arguments, start):
             finish(target, arguments, start)
             os._exit(bool(target.places))  # libFuzzer has no other way out that keeps our figures
 
-    flags = [sys.argv[0], f"-max_len={LARGEST}", "-len_control=0", f"-seed={arguments.seed}", "-timeout=60", "-rss_limit_mb=0",
-             "-verbosity=0", str(corpus)]  # fmt: skip
+    flags = [
+        sys.argv[0], f"-max_len={LARGEST}", "-len_control=0", f"-seed={arguments.seed}", "-timeout=60",
+        "-rss_limit_mb=0", "-verbosity=0", str(corpus),
+    ]  # fmt: skip
     atheris.Setup(flags, one, custom_mutator=custom)
     atheris.Fuzz()
 

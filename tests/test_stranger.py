@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from make_goldens import digest
 from stranger.basics import FormatError
 from stranger.reader import read

@@ -48,7 +48,7 @@ def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, 
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
     found = side_files(contents) | codefiles.files(contents)
     for name in found:
-        if name.lower() == _WEIGHTS or PureWindowsPath(name).name != name:
+        if name.lower() == _WEIGHTS or PureWindowsPath(name).name != name or ":" in name:
             raise ArtifactError(f"a side file must not have the name {name!r}")
     if "config.json" in found:
         found["config.json"] = _with_dtype(found["config.json"], written)

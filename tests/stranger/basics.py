@@ -15,7 +15,7 @@ class FormatError(Exception):
     """Section 8: what a reader refuses a file with."""
 
 
-class NotAnArtifact(FormatError):
+class NotAnArtifact(FormatError):  # noqa: N818 (the document calls it so)
     pass
 
 

@@ -17,8 +17,8 @@ def power(k):
     return np.ldexp(ROOTS[k % 4], k // 4).astype(np.float32)
 
 
-def side_arrays(source, rows, cols, *, trellis):
-    """Groups, c, first, and the four arrays of 6.1 as lists: steps and spreads of [group][column], of rows."""
+def read_head(source, rows, *, trellis):
+    """Groups, c, (base, class) of the four side arrays, first, and the side stream (6.1, 6.15)."""
     groups = source.u8(1, min(4, max(1, rows)))
     c = source.f32()
     need(c > 0, f"c is {c}")
@@ -32,7 +32,7 @@ def grid(data, shape, dtype, shared, *, trellis=False):
     del dtype
     rows, cols = shape
     source = Bytes(data)
-    groups, c, pairs, first, side = side_arrays(source, rows, cols, trellis=trellis)
+    groups, c, pairs, first, side = read_head(source, rows, trellis=trellis)
     sizes = (groups * cols, groups * cols, rows, rows)
     classes = [k for size, (_, k) in zip(sizes, pairs, strict=True) for _ in range(size if k else 0)]
     symbols = iter(stream(side, classes, shared.tables))

@@ -1,4 +1,6 @@
-"""Sections 5.2 and 5.3 of docs/format.md: tables and shared objects; numbers, weights and positions (6.6, 6.16, 6.17)."""
+"""Sections 5.2 and 5.3 of docs/format.md, tables and shared objects; numbers, weights, positions (6.6, 6.16, 6.17)."""
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -111,7 +113,7 @@ def positions(source, limit, shared):
         for gap in gaps:
             at += gap + 1
             places.append(at)
-    need(all(a < b for a, b in zip(places, places[1:], strict=False)), "positions do not rise")
+    need(all(a < b for a, b in pairwise(places)), "positions do not rise")
     need(not places or places[-1] < limit, "a position is not below its limit")
     return places
 

@@ -1,4 +1,4 @@
-"""Sections 7 to 7.2 of docs/format.md: side files, structured JSON, numbered merges. Appendices come from the document."""
+"""Sections 7 to 7.2 of docs/format.md: side files, structured JSON, numbered merges; appendices from the document."""
 
 import base64
 import hashlib
@@ -14,7 +14,14 @@ from stranger.basics import Bytes, CorruptError, need, unbrotli, unzip
 from stranger.spelled import spelled
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
-LAYOUTS = (("", ",", ":"), ("", ", ", ": "), ("  ", ",", ": "), ("    ", ",", ": "), (" ", ",", ": "), ("\t", ",", ": "))
+LAYOUTS = (
+    ("", ",", ":"),
+    ("", ", ", ": "),
+    ("  ", ",", ": "),
+    ("    ", ",", ": "),
+    (" ", ",", ": "),
+    ("\t", ",", ": "),
+)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Section 7.3 of docs/format.md: merges spelled by binary decisions."""
 
 import heapq
+from itertools import pairwise
 
 from stranger.basics import need
 
@@ -110,7 +111,7 @@ def join(text, ranks):
     """Parts of a text under the merges so far."""
     parts = list(text)
     while True:
-        found = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks]
+        found = [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]
         if not found:
             return parts
         i = min(found)[1]
