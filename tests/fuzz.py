@@ -32,7 +32,8 @@ LARGEST = 4096  # bytes of an input
 _INTERESTING = (0, 1, 2, 3, 4, 7, 8, 16, 32, 63, 64, 127, 128, 129, 254, 255)
 _LEBS = (127, 128, 16383, 16384, 65535, 65536, 2**20, 2**24, 2**31, 2**32, 2**62, 2**63 - 1, 2**63)
 _WORDS = ("0", "1", "-1", "2", "3", "33", "64", "1048576", "16777216", "4294967296", "9223372036854775808", "1e3",
-          "NaN", '"F64"', '"F32"', '"F16"', '"BF16"', '"I64"', '"BOOL"', '"U8"', '"X"', "[]", "{}", "null", "true", '"../a"',
+          "NaN",
+          '"F64"', '"F32"', '"F16"', '"BF16"', '"I64"', '"BOOL"', '"U8"', '"X"', "[]", "{}", "null", "true", '"../a"',
           '"\\ud800"', '"a"', "[2,3]", "[0,3]", "[3,0,2]", "[]", "[1]", "[16777216]",
           '"model.safetensors"')  # fmt: skip
 _INDEX_FILTER = [{"id": lzma.FILTER_LZMA1, "lc": 4, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
@@ -281,7 +282,8 @@ def sound():
 
 def plain(target, arguments, start):
     """Mutations of the seeds, not guided; what is accepted becomes a seed."""
-    rng, pool = random.Random(arguments.seed)  # noqa: S311 (no secret), seeds()
+    rng = random.Random(arguments.seed)  # noqa: S311 (no secret)
+    pool = seeds()
     valid = sound()
     pool += 8 * valid
     fixed = len(pool)
