@@ -17,7 +17,7 @@ import sys
 ALLOWED = {allowed!r} | set(sys.stdlib_module_names) | {{"bytecap"}} | {{m.lstrip("_") for m in sys.stdlib_module_names}}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0].lstrip("_") not in ALLOWED:
+        if name.partition(".")[0].lstrip("_") not in ALLOWED and not name.startswith("_sysconfigdata"):
             raise ImportError(f"{{name}} is blocked")
 sys.meta_path.insert(0, Blocker())
 sys.argv = ["bytecap", *{arguments!r}]
