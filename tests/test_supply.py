@@ -14,10 +14,12 @@ ROOT = Path(__file__).parents[1]
 PERMISSIVE = ("BSD", "MIT", "Apache", "PSF", "0BSD", "ISC", "Zlib", "CC0")
 BLOCKER = """
 import sys
-ALLOWED = {allowed!r} | set(sys.stdlib_module_names) | {{"bytecap"}} | {{m.lstrip("_") for m in sys.stdlib_module_names}}
+ALLOWED = {allowed!r} | set(sys.stdlib_module_names)
+ALLOWED |= {{"bytecap"}} | {{m.lstrip("_") for m in sys.stdlib_module_names}}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0].lstrip("_") not in ALLOWED and not name.startswith("_sysconfigdata"):
+        top = name.partition(".")[0]
+        if top.lstrip("_") not in ALLOWED and not top.startswith("_sysconfigdata"):
             raise ImportError(f"{{name}} is blocked")
 sys.meta_path.insert(0, Blocker())
 sys.argv = ["bytecap", *{arguments!r}]
