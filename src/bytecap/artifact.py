@@ -36,7 +36,7 @@ _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory le
 HEADER_SIZE = _HEAD.size + 4
 INDEX, TABLES, UNIT, FILE, CODE, PADDING, SHARED = 1, 2, 3, 4, 5, 6, 7
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
-_MAX_INDEX = 1 << 26
+_MAX_INDEX, _SPARE_INDEX, _INDEX_PER_BYTE = 1 << 26, 1 << 20, 64  # bytes of text: at most, for nothing, by file length
 _MAX_DIMENSIONS = 32
 _SPARE_VALUES, _VALUES_PER_BYTE = 1 << 24, 2048  # most values a file may declare: an entropy-coded one has no more
 
@@ -196,17 +196,20 @@ def _directory(data: bytes, name: str) -> list[_Span]:
     return spans
 
 
-def _read_index(data: bytes, name: str) -> _Index:
+def _read_index(data: bytes, size: int, name: str) -> _Index:
+    limit = min(_MAX_INDEX, _SPARE_INDEX + _INDEX_PER_BYTE * size)
     try:
         if data[:1] == b"\x01":
             machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
-            raw = machine.decompress(data[1:], _MAX_INDEX)
-            if not machine.eof or machine.unused_data:
+            raw = machine.decompress(data[1:], limit + 1)
+            if len(raw) <= limit and (not machine.eof or machine.unused_data):
                 raise CorruptError(f"{name} has an index whose packing does not end where it should")
         elif data[:1] == b"\x00":
             raw = data[1:]
         else:
             raise CorruptError(f"{name} has an index of unknown packing")
+        if len(raw) > limit:
+            raise CorruptError(f"{name} has an index of more than {limit} bytes, which is too much for {size}")
         index = msgspec.json.decode(raw, type=_Index)
     except (lzma.LZMAError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise CorruptError(f"{name} has an index that cannot be read: {exc}") from exc
@@ -272,7 +275,7 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
 def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:
     if not spans or spans[0].kind != INDEX:
         raise CorruptError(f"{name} does not begin with an index")
-    index = _read_index(data[spans[0].start : spans[0].start + spans[0].length], name)
+    index = _read_index(data[spans[0].start : spans[0].start + spans[0].length], len(data), name)
     expected = [INDEX]
     if len(spans) > 1 and spans[1].kind == TABLES:
         expected.append(TABLES)

@@ -121,7 +121,7 @@ def squeeze(content: bytes) -> bytes:
         bytes([_BROTLI]) + brotli.compress(content, quality=11),
         bytes([_LZMA]) + lzma.compress(content, lzma.FORMAT_RAW, filters=_FILTERS),
     ]
-    return min(tries, key=len)
+    return min((t for t in tries if len(content) <= sidefiles.most(t, _LIMIT)), key=len, default=tries[0])
 
 
 def unpack(name: str, data: bytes) -> bytes:
@@ -133,14 +133,14 @@ def unpack(name: str, data: bytes) -> bytes:
     if data[:1] != bytes([_LZMA]):
         if data[:1] not in {bytes([_STORED]), bytes([_BROTLI])}:
             raise CorruptError(f"{name}: its packing does not exist")
-        return sidefiles.unpack(name, data, limit=_LIMIT)
-    machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+        return sidefiles.unpack(name, data, limit=sidefiles.most(data, _LIMIT))
+    machine, limit = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS), sidefiles.most(data, _LIMIT)
     try:
-        content = machine.decompress(data[1:], _LIMIT + 1)
+        content = machine.decompress(data[1:], limit + 1)
     except lzma.LZMAError as exc:
         raise CorruptError(f"{name}: damaged ({exc})") from exc
-    if not machine.eof or machine.unused_data or len(content) > _LIMIT:
-        raise CorruptError(f"{name}: its LZMA data does not end where it should, or is more than {_LIMIT} bytes")
+    if not machine.eof or machine.unused_data or len(content) > limit:
+        raise CorruptError(f"{name}: its LZMA data does not end where it should, or is more than {limit} bytes")
     return content
 
 

@@ -45,6 +45,16 @@ def lanes(count: int) -> int:
     return -(-count // LANE_SYMBOLS)
 
 
+def check_room(size: int, count: int) -> None:
+    """Refuse a stream of `size` bytes that cannot hold `count` symbols, before anything is allocated for them.
+
+    Raises:
+        CorruptError: the lanes' states alone take more.
+    """
+    if count and size < 1 + 4 * lanes(count):
+        raise CorruptError(f"a stream of {size} bytes is truncated: {count} symbols have {lanes(count)} lanes")
+
+
 def zigzag_bytes(values: Iterable[int]) -> bytes:
     """Unsigned LEB128 of zigzag-mapped integers.
 

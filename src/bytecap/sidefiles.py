@@ -43,6 +43,7 @@ from bytecap.usual import TEMPLATE
 
 _STORED, _BROTLI, _STRUCTURED, _DEFLATE = range(4)
 _STEP = 1 << 16  # bytes to decompress at a time
+_MOST, _SPARE, _PER_BYTE = 1 << 28, 1 << 22, 1 << 10  # bytes of content: at most, for nothing, by packed byte
 _DAMAGE = (ValueError, IndexError, RecursionError, zlib.error, brotli.error)
 
 # ---------------------------------------------------------------------------------------- whole-file packings
@@ -59,8 +60,10 @@ def pack(name: str, content: bytes) -> bytes:
         At most one byte more than `content` or its brotli, whichever is smaller; usually far less.
     """
     best = _squeeze(content)
+    if len(content) > most(best):
+        return bytes([_STORED]) + content
     for data in _dismantle(content):
-        if len(data) < len(best):
+        if len(data) < len(best) and len(content) <= most(data):
             try:
                 same = unpack(name, data, limit=len(content)) == content
             except CorruptError:  # an input that looks structured and is not: the plain packing stands
@@ -69,17 +72,23 @@ def pack(name: str, content: bytes) -> bytes:
     return best
 
 
-def unpack(name: str, data: bytes, *, limit: int = 1 << 28) -> bytes:
+def most(data: bytes, cap: int = _MOST) -> int:
+    """Bytes that packed data may hold: no bomb is worth a reader's memory (format.md, 7)."""
+    return min(cap, _SPARE + _PER_BYTE * len(data))
+
+
+def unpack(name: str, data: bytes, *, limit: int | None = None) -> bytes:
     """Invert `pack`.
 
     Args:
         name: file name, for messages.
         data: what `pack` returned.
-        limit: most bytes to produce.
+        limit: most bytes to produce, `most(data)` by default.
 
     Raises:
         CorruptError: `data` is damaged, or holds more than `limit` bytes.
     """
+    limit = most(data) if limit is None else limit
     try:
         if data[:1] != bytes([_STRUCTURED]):
             return _release(data, limit)
@@ -281,6 +290,8 @@ def _assemble(data: bytes, limit: int) -> bytes:
     there if the first style has `_MERGES`.
     """
     style, merge_style = data[0], data[1] if data[0] & _MERGES else 0
+    if style & _PAIRS or merge_style & _MERGES:
+        raise CorruptError("its styles have bits that mean nothing")
     fields, pos = [], 2 if style & _MERGES else 1
     for _ in range(5 if style & _MERGES else 1):
         value, pos = read_leb(data, pos)
@@ -304,8 +315,8 @@ def _assemble(data: bytes, limit: int) -> bytes:
             raise CorruptError(f"merges of kind {kind} do not exist")
     if head:
         names[head - 1 : head - 1] = [a + b for a, b in merges]
-    if sum(map(len, names)) > limit:
-        raise CorruptError(f"it unpacks to more than {limit} bytes")
+    if sum(map(len, names)) > limit or len(set(names)) < len(names):
+        raise CorruptError(f"its tokens have more than {limit} letters, or are not distinct")
     blocks = [(start, _render({n: i for i, n in enumerate(names)}, style & 63))]
     if style & _MERGES:
         written = [list(m) if merge_style & _PAIRS else " ".join(m) for m in merges]

@@ -171,10 +171,16 @@ class _Speller:
             raise CorruptError("its tokens are too long to be spelled")
         parts, ranks = list(text), self.ranks
         while len(parts) > 1:
-            rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
-            if rank == len(ranks):
+            best = min(pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
+            if best not in ranks:
                 break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            # All of the pair at once: merges that take the new part came later, so none of them is earlier.
+            joined, i = list[str](), 0
+            while i < len(parts):
+                found = (parts[i], parts[i + 1]) == best if i + 1 < len(parts) else False
+                joined.append(parts[i] + parts[i + 1] if found else parts[i])
+                i += 1 + found
+            parts = joined
         return parts
 
     def _cells(self, text: str, last: str, second: bool) -> list[dict[int, list[int]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +27,43 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
 
 
+_WEIGHTS = "model.safetensors"
+_METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
+
+
 def side_files(contents: Contents) -> dict[str, bytes]:
     """Config and tokenizer files of an artifact."""
     return {f.name: sidefiles.unpack(f.name, f.data) for f in contents.files if f.kind == FILE}
+
+
+def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
+    """Every file that `unpack` writes, by name, and the dtype written; nothing is written here.
+
+    Raises:
+        ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
+    """
+    values = decode_units(contents, aliases=False)
+    chosen = _choose_dtypes(values, {u.unit.name: u.unit.dtype for u in contents.units}, dtype)
+    float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
+    written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
+    found = side_files(contents) | codefiles.files(contents)
+    for name in found:
+        if name.lower() == _WEIGHTS or PureWindowsPath(name).name != name or ":" in name:
+            raise ArtifactError(f"a side file must not have the name {name!r}")
+    if "config.json" in found:
+        found["config.json"] = _with_dtype(found["config.json"], written)
+    return {_WEIGHTS: _safetensors(values, chosen), **found}, written
+
+
+def _with_dtype(content: bytes, written: str) -> bytes:
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise ArtifactError(f"the artifact's config.json is not valid JSON: {exc}") from exc
+    if not isinstance(config, dict):
+        raise ArtifactError("the artifact's config.json is not an object")
+    config["dtype" if "dtype" in config else "torch_dtype"] = written
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> str:
@@ -49,23 +83,13 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    contents = artifact.read(path)
-    values = decode_units(contents, aliases=False)
-    source = {u.unit.name: u.unit.dtype for u in contents.units}
-    chosen = _choose_dtypes(values, source, dtype)
+    found, written = directory_files(artifact.read(path), dtype)
     target = Path(directory)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"cannot create {target}: {exc.strerror}") from exc
-    artifact.write_atomically(_safetensors(values, chosen), target / "model.safetensors")
-    float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
-    written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
-    for name, content in (side_files(contents) | codefiles.files(contents)).items():
-        if name == "config.json":
-            config = json.loads(content)
-            config["dtype" if "dtype" in config else "torch_dtype"] = written
-            content = (json.dumps(config, indent=2) + "\n").encode()  # noqa: PLW2901 (same file, adjusted)
+    for name, content in found.items():
         artifact.write_atomically(content, target / name)
     return written
 
@@ -81,7 +105,9 @@ def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], 
 
 def _safetensors(values: dict[str, npt.NDArray[Any]], dtypes: dict[str, str]) -> bytes:
     """Bytes of a safetensors file; written here because the library's numpy interface has no bfloat16."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    if _METADATA in values:
+        raise ArtifactError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     chunks, at = [], 0
     for name in sorted(values):
         data = _rounded_bytes(values[name], dtypes[name])

@@ -46,7 +46,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 class _Parts:
     head: int
     side: bytes
-    bands: npt.NDArray[np.int64]  # (cols,) from 0
+    bands: npt.NDArray[np.uint8]  # (cols,) from 0
     tables: Tables
     payload: int  # where it begins
 
@@ -112,7 +112,7 @@ class Bands:
         at = head + length
         width = _width(count)
         size = packed_size(shape[1], width)
-        bands = unpack_bits(take(data, at, size), shape[1], width)
+        bands = unpack_bits(take(data, at, size), shape[1], width).astype(np.uint8)
         if bands.max(initial=0) >= count:
             raise CorruptError(f"a column is in band {bands.max()} of {count}")
         at += size
@@ -140,7 +140,7 @@ class Bands:
         scales = np.frombuffer(expand_brotli(p.side, 2 * shape[0]), "<f2")
         if not np.isfinite(scales).all():
             raise CorruptError("a section of bands holds a scale that is not finite")
-        classes = np.broadcast_to(p.bands + 1, shape).reshape(-1).astype(np.uint8)
+        classes = np.broadcast_to(p.bands + np.uint8(1), shape).reshape(-1)
         (codes,) = yield [Stream(data[p.payload :], classes, p.tables)]
         values = dequantize(Quantized(codes.reshape(shape), scales))
         if not np.isfinite(values).all():

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from bytecap import compiled
 from bytecap.coders import Decoding, Encoded, Shared, leb, read_leb
 from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
-from bytecap.entropy import Source, Stream, encode_all
+from bytecap.entropy import Source, Stream, check_room, encode_all
 from bytecap.errors import CorruptError
 from bytecap.frequencies import Tables
 
@@ -180,6 +180,8 @@ def read_sides(head: Head, shape: tuple[int, int], tables: Tables) -> Sides:
     """Column step and class (groups, cols), row step and class (rows,)."""
     rows, cols = shape
     sizes = [head.groups * cols, head.groups * cols, rows, rows]
+    check_room(len(head.side), sum(n for n, (_, cls) in zip(sizes, head.pairs, strict=True) if cls))
+    check_room(len(head.rest), rows * cols)
     classes = np.concatenate(
         [np.full(n if cls else 0, cls, np.uint8) for n, (_, cls) in zip(sizes, head.pairs, strict=True)]
     )

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from bytecap.coders import Decoding, Shared, leb, read_frequencies, read_leb
 from bytecap.coders.bits import read_bits
 from bytecap.coders.exact import CODER as EXACT
-from bytecap.entropy import Stream, encode, lanes
+from bytecap.entropy import Stream, check_room, encode, lanes
 from bytecap.errors import CorruptError
 from bytecap.frequencies import PROB_BITS, Table, Tables, integer_frequencies
 
@@ -119,6 +119,8 @@ class Integers:
             length, at = read_leb(data, at)
         else:
             length = sum(_planes(widths))
+        if coded:
+            check_room(length, int(np.count_nonzero(widths)))
         if length > len(data) - at:
             raise CorruptError(f"a block of integers takes {length} bytes, {len(data) - at} are left")
         return Integers(widths, data[at : at + length], Tables(tables) if coded else None), at + length

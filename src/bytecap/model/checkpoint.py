@@ -352,8 +352,8 @@ def module_from_config(directory: Path) -> torch.nn.Module:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
     transformers.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-        module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as exc:
         raise CheckpointError(f"cannot build a model from {directory}/config.json: {_first_line(exc)}") from exc
     return freeze(module)
