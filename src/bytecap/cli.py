@@ -17,6 +17,7 @@ import typer
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
 from bytecap.errors import BytecapError, OutputError, UsageError
+from bytecap.memory import is_shortage
 from bytecap.methods import METHODS
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
@@ -89,6 +90,10 @@ def fit(
     paths: Annotated[
         list[str] | None, typer.Option("--paths", help="Exception paths to choose from, by comma or repeated, or all.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Directory of finished steps: a killed run, started again, goes on."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
@@ -108,6 +113,8 @@ def fit(
         "code": codefiles.pack(code or (), code_accounting), "paths": _names(paths),
     }  # fmt: skip
     if factory is not None:
+        if store is not None:
+            raise UsageError("--store is for checkpoints: what a factory's code computes has no name to be kept under")
         source = _source(factory, model, state, loss, bytes_per_token)
         most, shards = numbers_and_shards(tokens, "--tokens")
         most_eval, held = numbers_and_shards(eval_tokens, "--eval-tokens")
@@ -118,7 +125,7 @@ def fit(
         most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
         result = run(
             _needed(model), budget, calibration=calib, evaluation=eval_, tokens=most or TOKENS,
-            evaluation_tokens=most_eval or EVALUATION_TOKENS, **common,
+            evaluation_tokens=most_eval or EVALUATION_TOKENS, store=store, **common,
         )  # fmt: skip
     if as_json:
         _print_json(result.report)
@@ -375,8 +382,8 @@ def _complain(exc: Exception) -> int:
             return 2
     elif isinstance(exc, BytecapError):
         message = str(exc)
-    elif isinstance(exc, MemoryError):
-        message = "out of memory"
+    elif is_shortage(exc):
+        message = f"out of memory: {exc}"
     elif isinstance(exc, ModuleNotFoundError):
         message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"
     else:

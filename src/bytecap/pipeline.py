@@ -16,6 +16,7 @@ import torch
 
 from bytecap import artifact, codefiles, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
+from bytecap.atomic import write_atomically
 from bytecap.codefiles import Code
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.coders.exact import WIDTH
@@ -30,6 +31,7 @@ from bytecap.model.evaluate import Comparison, compare, mean_comparison
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
+from bytecap.store import Store
 from bytecap.swap import load_values, twin_of
 from bytecap.trim import allowed_slack
 from bytecap.units import format_size, parse_size
@@ -51,7 +53,7 @@ class Artifact:
 
     def save(self, path: Path | str) -> int:
         """Write atomically; returns the size in bytes."""
-        return artifact.write_atomically(self.data, Path(path))
+        return write_atomically(self.data, Path(path))
 
     def ledger(self) -> list[Entry]:
         """Owner and kind of every byte."""
@@ -81,6 +83,7 @@ def fit(
     code: Code | Sequence[Path | str] = (),
     paths: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
+    store: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
     """Put a model into one file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
@@ -103,6 +106,8 @@ def fit(
         code: source files to keep inside, counted packed, or what `bytecap.codefiles.pack` made of them.
         paths: exception paths the allocator may choose from, or `all`; the default menu if None.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
+        store: directory in which steps are kept as they are finished, so that a killed run can be started again and
+            goes on from there; nothing is kept if None.
         reporter: told about progress.
     """
     reporter = reporter or Silent()
@@ -115,7 +120,7 @@ def fit(
     return fit_sets(
         lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
         seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config, code=code, paths=paths,
-        options=options, reporter=reporter)  # fmt: skip
+        options=options, store=store, reporter=reporter)  # fmt: skip
 
 
 def fit_sets(
@@ -133,6 +138,7 @@ def fit_sets(
     code: Code | Sequence[Path | str] = (),
     paths: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
+    store: Path | str | None = None,
     reporter: Reporter,
 ) -> Artifact:
     """`fit` for any model and any sets, both made when cheaper arguments have been checked."""
@@ -140,16 +146,17 @@ def fit_sets(
     memory.one_arena()
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
-    run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
+    run, target, menu, kept = methods.find(method), choose_device(device), methods.menu_of(paths, method), Store(store)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method}
-    with source.floor(asked):
+    with source.floor(asked), memory.stated(loaded.parameters):
         floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
-        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu)
+        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, kept)
         result = _solve(job, run, files, about)
     if not dry_run:
-        _deliver(result, job, output)
+        with memory.stated(loaded.parameters):
+            _deliver(result, job, output)
     result.report |= source.report(asked) | {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from bytecap import artifact, codefiles, sidefiles
 from bytecap.artifact import FILE, Contents
+from bytecap.atomic import write_atomically
 from bytecap.coders.exact import is_lossless, to_bytes
 from bytecap.decode import decode_units
 from bytecap.errors import ArtifactError, OutputError, UsageError
@@ -58,7 +59,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
         target.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"cannot create {target}: {exc.strerror}") from exc
-    artifact.write_atomically(_safetensors(values, chosen), target / "model.safetensors")
+    write_atomically(_safetensors(values, chosen), target / "model.safetensors")
     float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
     for name, content in (side_files(contents) | codefiles.files(contents)).items():
@@ -66,7 +67,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
             config = json.loads(content)
             config["dtype" if "dtype" in config else "torch_dtype"] = written
             content = (json.dumps(config, indent=2) + "\n").encode()  # noqa: PLW2901 (same file, adjusted)
-        artifact.write_atomically(content, target / name)
+        write_atomically(content, target / name)
     return written
 
 

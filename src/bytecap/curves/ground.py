@@ -5,13 +5,11 @@ Statistics and operating points are kept in the store, so that a second budget r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from bytecap import memory, pipeline
@@ -25,10 +23,11 @@ from bytecap.methods.default import planned, statistics
 from bytecap.methods.layered import problem_of
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluate import kl_each
-from bytecap.model.probe import Statistics, Use
-from bytecap.model.text import TokenSets, Window, leading
+from bytecap.model.probe import Statistics
+from bytecap.model.text import TokenSets, leading
+from bytecap.resume import statistics_key, windows_key
 from bytecap.rounding import Shrink
-from bytecap.store import Store, digest, library
+from bytecap.store import Store, digest
 from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options
 from bytecap.tables import dump_shared, load_shared
@@ -76,17 +75,6 @@ def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int,
     return job
 
 
-def windows_key(windows: Sequence[Window]) -> str:
-    """Hash of token windows."""
-    return digest([[list(w.tokens), w.bytes] for w in windows])
-
-
-def model_key(model: Model) -> str:
-    """Hash of a model's tensors and side files."""
-    tensors = [model.tensor(u).detach().cpu().numpy() for u in model.units]
-    return digest([[u.name, u.dtype, list(u.aliases)] for u in model.units], *tensors, *model.files.values())
-
-
 def lay(job: Job, base: str, store: Store) -> Ground:
     """The ground of a job.
 
@@ -99,9 +87,9 @@ def lay(job: Job, base: str, store: Store) -> Ground:
         BudgetError: the base cannot get below the budget.
     """
     options = Options()
-    key = digest(library(), model_key(job.model), windows_key(job.sets.statistics), job.seed)
-    found = _statistics(job, options, store, key)
-    key = digest(key, base, job.budget, windows_key(job.sets.correction))
+    job = replace(job, store=store)
+    found = statistics(job, options)
+    key = digest(statistics_key(job, options), base, job.budget, windows_key(job.sets.correction))
     made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
     sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))
     twin = twin_of(job.model.module)
@@ -110,36 +98,6 @@ def lay(job: Job, base: str, store: Store) -> Ground:
     memory.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
     return Ground(job, made, sections, twin, hashed)
-
-
-def _statistics(job: Job, options: Options, store: Store, key: str) -> Statistics:
-    """The probe's statistics, from the store if they are there."""
-    kept = store.arrays(digest(key, "statistics"))
-    if kept is None:
-        found = statistics(job, options)
-        store.put_arrays(digest(key, "statistics"), _flat(found))
-        return found
-    uses: dict[str, list[Use]] = {}
-    diagonal: dict[str, Any] = {}
-    for name, array in kept.items():
-        kind, _, unit = name.partition(" ")
-        if kind == "diagonal":
-            diagonal[unit] = array
-        elif kind == "moment":
-            number, _, owner = unit.partition(" ")
-            parts = [torch.from_numpy(kept[f"{k} {number} {owner}"]) for k in ("moment", "rows", "weight")]
-            uses.setdefault(owner, []).append(Use(*parts))
-    return Statistics(uses, diagonal, int(kept["tokens"]))
-
-
-def _flat(found: Statistics) -> dict[str, Array]:
-    """Statistics as named arrays."""
-    arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
-    for name, uses in found.uses.items():
-        for i, use in enumerate(uses):
-            for kind in ("moment", "rows", "weight"):
-                arrays[f"{kind} {i} {name}"] = getattr(use, kind).cpu().numpy()
-    return arrays | {f"diagonal {n}": a for n, a in found.diagonal.items()}
 
 
 def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[Base, dict[str, Array]]:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.curves.ground import Ground, windows_key
+from bytecap.curves.ground import Ground
 from bytecap.curves.trial import Real, realise
 from bytecap.decode import from_matrix
 from bytecap.model.evaluate import ByWindow, by_window
 from bytecap.model.text import Window
 from bytecap.progress import Advance
+from bytecap.resume import windows_key
 from bytecap.store import Store, digest
 from bytecap.units import in_groups
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap.core import Unit
 from bytecap.errors import UsageError
+from bytecap.store import Store
 
 if TYPE_CHECKING:
     from bytecap.model.checkpoint import Model
@@ -54,6 +55,7 @@ class Job:
         options: ingredients of the default coder.
         dry_run: predict only; sections may be left out.
         paths: exception paths to choose from, see `bytecap.methods.menu`.
+        store: where a killed run's successor finds what was known, see `bytecap.resume`.
     """
 
     model: Model
@@ -66,6 +68,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     dry_run: bool = False
     paths: tuple[str, ...] = ()
+    store: Store = field(default_factory=Store)
 
 
 @dataclass(frozen=True)
