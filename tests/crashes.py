@@ -60,7 +60,7 @@ class Crashes:
     def __init__(self, command, options, directory, seed):
         self.command, self.options, self.directory = command, options, directory
         self.work, self.store = directory / "work", directory / "store"
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # noqa: S311
         self.seen = dict.fromkeys(("kills", "finished", "partial", "old_lost", "different", "leftovers"), 0)
         self.seen["resumed_seconds"] = []
 
@@ -115,10 +115,11 @@ class Crashes:
         self.check(done=True)
         self.fresh()
 
-    def run(self, kills):
+    def run(self, kills, seconds):
+        began = time.monotonic()
         self.undisturbed()
         self.fresh()
-        while self.seen["kills"] < kills:
+        while self.seen["kills"] < kills and time.monotonic() < began + seconds:
             self.attempt(kill=self.since < 3 or self.random.random() < 0.5)
         self.attempt(kill=False)
         return {"command": self.command, "seconds": round(self.seconds, 2), **self.seen}
@@ -128,6 +129,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=NAMES)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no attempt after so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--budget", default="600kB")
@@ -145,7 +147,7 @@ def main():
         found = Crashes(
             asked.command, [asked.model, "--budget", asked.budget, *asked.more], Path(directory), asked.seed
         )
-        counted = found.run(asked.kills)
+        counted = found.run(asked.kills, asked.seconds)
     about = {"model": Path(asked.model).name, "budget": asked.budget, "seed": asked.seed, "host": platform.machine()}
     sys.stdout.write(
         json.dumps(counted | about | {"run": " ".join(["python", "tests/crashes.py", *sys.argv[1:]])}) + "\n"

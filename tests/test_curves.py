@@ -228,7 +228,7 @@ class TestCurves:
         _, directory = curved()
         calls = []
         real = bytecap.curves.points.by_window
-        monkeypatch.setattr("bytecap.curves.ground.library", lambda: "another")
+        monkeypatch.setattr("bytecap.resume.library", lambda: "another")
         monkeypatch.setattr("bytecap.curves.points.by_window", lambda *a, **k: calls.append(1) or real(*a, **k))
         before = len(list((directory / "store").iterdir()))
         curved(directory=directory, paths=("step",), points=1)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,6 @@ Rules = tuple[Shared, Shrink]
 _ARITHMETIC = ("torch", "numpy", "numba", "transformers")
 
 
-@cache
 def environment(device: str) -> list[str]:
     """Versions and hardware that numbers may depend on."""
     found = [library(), *(f"{p} {metadata.version(p)}" for p in _ARITHMETIC if _installed(p)), platform.machine()]
