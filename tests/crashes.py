@@ -17,28 +17,21 @@ import tempfile
 import time
 from pathlib import Path
 
+import forks
+
 OLD = b"the old file"
 NAMES = {"fit": ("out.bcap",), "curves": ("curves.json", "curves.html")}
 
 
 def start(arguments):
     """Process id of a command line, forked."""
-    pid = os.fork()
-    if pid:
-        return pid
     from bytecap import cli
 
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    sys.argv = ["bytecap", *map(str, arguments)]
-    code = 1
-    try:
+    def work():
+        sys.argv = ["bytecap", *map(str, arguments)]
         cli.main()
-        code = 0
-    except SystemExit as exc:
-        code = exc.code or 0
-    finally:
-        os._exit(code)
+
+    return forks.start(work, Path(os.devnull))
 
 
 def finish(pid, limit=None):

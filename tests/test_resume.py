@@ -15,6 +15,7 @@ from bytecap.frequencies import Table, Tables
 from bytecap.rounding import gaussian_shrink
 from bytecap.store import Store, digest
 from conftest import BUDGET, SMALL
+from forks import child, together
 
 
 class Killed(BaseException):
@@ -113,19 +114,6 @@ class TestGoingOn:
         assert back.tables.table[1] is back.tables.table[2]
         np.testing.assert_array_equal(back.offset, shared.offset)
         np.testing.assert_array_equal(shrink.dead_zone, gaussian_shrink(0.1).dead_zone)
-
-
-def child(work):
-    """Exit code of `work` in a process of its own, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class TestFiles:
@@ -238,19 +226,3 @@ class TestStore:
         (tmp_path / "a").touch()
         with pytest.raises(OutputError, match=str(tmp_path / "a")):
             Store(tmp_path / "a")
-
-
-def together(count, work):
-    """Exit codes of processes that run at the same time."""
-    pids = []
-    for number in range(count):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                work(number)
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

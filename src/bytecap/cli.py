@@ -17,7 +17,7 @@ import typer
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
 from bytecap.errors import BytecapError, OutputError, UsageError
-from bytecap.memory import is_shortage
+from bytecap.memory import BOUND, is_shortage
 from bytecap.methods import METHODS
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
@@ -383,7 +383,7 @@ def _complain(exc: Exception) -> int:
     elif isinstance(exc, BytecapError):
         message = str(exc)
     elif is_shortage(exc):
-        message = f"out of memory: {exc}"
+        message = f"out of memory ({str(exc) or type(exc).__name__}): {BOUND}"
     elif isinstance(exc, ModuleNotFoundError):
         message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"
     else:

@@ -17,6 +17,7 @@ from typing import Any
 from bytecap.errors import ShortageError
 
 _SIGNS = ("allocate memory", "out of memory", "std::bad_alloc", "can't start new thread")
+BOUND = "a fit needs 4 x the model's float32 size + 700 MB, see docs/trust.md"
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 _SMALL, _LARGE = 1 << 17, 1 << 25  # the largest threshold glibc reaches by itself
 
@@ -70,8 +71,9 @@ def bound(parameters: int) -> int:
 
 def is_shortage(exc: BaseException) -> bool:
     """Whether an error says that memory ran out, in whatever way: Python, numpy, torch, the dynamic loader."""
+    signs = _SIGNS + (("could not create a primitive",) if _limits() else ())  # oneDNN gives no other reason
     return isinstance(exc, MemoryError) or (
-        isinstance(exc, RuntimeError | OSError | ImportError) and any(s in str(exc) for s in _SIGNS)
+        isinstance(exc, RuntimeError | OSError | ImportError) and any(s in str(exc) for s in signs)
     )
 
 
@@ -88,8 +90,8 @@ def stated(parameters: int) -> Iterator[None]:
         if not is_shortage(exc):
             raise
         raise ShortageError(
-            f"out of memory: a model of {parameters:,} parameters needs {bound(parameters) / 1e6:,.0f} MB "
-            f"(4 x its float32 size + 700 MB); see docs/trust.md{_limits()}"
+            f"out of memory: a fit of {parameters:,} parameters needs {bound(parameters) / 1e6:,.0f} MB "
+            f"(4 x the float32 model + 700 MB, see docs/trust.md){_limits()}"
         ) from exc
 
 
