@@ -1,7 +1,11 @@
 """Runs that were killed go on from their store and give the bytes of an undisturbed run, whatever is in the store."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from bytecap.rounding import gaussian_shrink
 from bytecap.store import Store, digest
 from conftest import BUDGET, SMALL
 from forks import child, together
+
+HERE = Path(__file__).parent
 
 
 class Killed(BaseException):
@@ -226,3 +232,28 @@ class TestStore:
         (tmp_path / "a").touch()
         with pytest.raises(OutputError, match=str(tmp_path / "a")):
             Store(tmp_path / "a")
+
+
+def crashes(command, kills, *more):
+    """What tests/crashes.py counted."""
+    line = [sys.executable, HERE / "crashes.py", command, "--kills", str(kills), *more]
+    made = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)  # noqa: S603 (our own)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+class TestKilled:
+    @pytest.mark.parametrize("command", ["fit", "curves"])
+    def test_at_three_random_moments(self, model_directory, texts, command):
+        more = ["--paths", "step,rows"] if command == "curves" else []
+        found = crashes(
+            command, 3, "--model", model_directory("rotary"), "--budget", BUDGET, "--more", "--tokens", 2000,
+            "--eval-tokens", 1000, "--calib", texts["calib"], "--eval", texts["val"], *more,
+        )  # fmt: skip
+        assert found["kills"] == 3
+        assert found["finished"]
+
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("command", ["fit", "curves"])
+    def test_at_fifty_random_moments_on_the_embedded_model(self, command):
+        assert crashes(command, 50)["kills"] == 50
