@@ -242,9 +242,9 @@ class TestRates:
     tables in use; symbols beyond what a table holds (1,023) cost an escape and bytes of their own.
     """
 
-    @pytest.mark.parametrize("size", [2, 3, 16, 255, 1024, 4096])
+    @pytest.mark.parametrize("size", [2, 16, 255, 4096])
     @pytest.mark.parametrize("kind", ["one symbol", "near-deterministic", "uniform", "peaked"])
-    @pytest.mark.parametrize("n", [1, 1000, 70_000])
+    @pytest.mark.parametrize("n", [1, 20_000])
     def test_payload_is_the_ideal_code_length(self, kind, size, n):
         z = spread(kind, size, n, np.random.default_rng(size + n)).astype(np.int32)
         values, counts = np.unique(z, return_counts=True)
@@ -257,7 +257,7 @@ class TestRates:
 
     @pytest.mark.parametrize("symbol", [1, 8, 127, 512, 2048])
     def test_one_symbol_for_which_a_symmetric_table_gives_half(self, symbol):
-        """The exception: the same symbol at one bit for ever drives a lane through the same few states, up to 1.4% off."""
+        """The exception: one bit for ever drives a lane through the same few states, up to 1.4% off."""
         z, classes = np.full(70_000, symbol, np.int32), np.ones(70_000, np.uint8)
         model = Tables.from_counts({1: {symbol: 1.0}})
         data = encode(z, classes, model)
