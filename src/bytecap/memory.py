@@ -17,6 +17,8 @@ from typing import Any
 from bytecap.errors import ShortageError
 
 _SIGNS = ("allocate memory", "out of memory", "std::bad_alloc", "can't start new thread")
+# what oneDNN, llvmlite and C extensions say when a limit on memory is met: they give no other reason
+_UNDER_LIMITS = ("could not create a primitive", "find/load shared object", "without exception set")
 BOUND = "a fit needs 4 x the model's float32 size + 700 MB, see docs/trust.md"
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 _SMALL, _LARGE = 1 << 17, 1 << 25  # the largest threshold glibc reaches by itself
@@ -71,9 +73,9 @@ def bound(parameters: int) -> int:
 
 def is_shortage(exc: BaseException) -> bool:
     """Whether an error says that memory ran out, in whatever way: Python, numpy, torch, the dynamic loader."""
-    signs = _SIGNS + (("could not create a primitive",) if _limits() else ())  # oneDNN gives no other reason
+    signs = _SIGNS + (_UNDER_LIMITS if _limits() else ())
     return isinstance(exc, MemoryError) or (
-        isinstance(exc, RuntimeError | OSError | ImportError) and any(s in str(exc) for s in signs)
+        isinstance(exc, RuntimeError | OSError | ImportError | SystemError) and any(s in str(exc) for s in signs)
     )
 
 
