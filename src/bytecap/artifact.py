@@ -4,17 +4,14 @@ Layout: header (28 bytes) | directory | sections back to back. The directory giv
 and CRC-32; the header's CRC-32 covers header and directory. The index section names units (name, shape, dtype,
 coder, aliases) and files. Reading is strict: no gaps, no overlaps, nothing left over, no code executed.
 
-Writing goes to a temporary name in the same directory, is synced, and renamed: a crash leaves the old file.
+Writing is atomic (`bytecap.atomic`): a crash leaves the old file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import lzma
-import os
 import struct
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +19,12 @@ from typing import Any
 
 import msgspec
 
+from bytecap.atomic import write_atomically
 from bytecap.coders import coder, leb, read_leb
 from bytecap.coders.objects import describe
 from bytecap.coders.stack import CODER as STACK
 from bytecap.core import Unit
-from bytecap.errors import CorruptError, NotAnArtifact, OutputError, VersionError
+from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 from bytecap.ledger import Entry
 
 MAGIC = b"\x89BCAP\r\n\x1a"
@@ -303,29 +301,6 @@ def write(contents: Contents, path: Path | str) -> int:
         OutputError: the directory is missing or not writable, or the disk is full; the old file stays intact.
     """
     return write_atomically(serialize(contents), Path(path))
-
-
-def write_atomically(data: bytes, path: Path) -> int:
-    """Write bytes to a temporary name beside `path`, sync, rename."""
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(path)
-        temporary = ""
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-    return len(data)
 
 
 def is_tokenizer(name: str) -> bool:

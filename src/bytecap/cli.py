@@ -19,6 +19,7 @@ from bytecap.cli_curves import curves
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
 from bytecap.errors import BytecapError, OutputError, UsageError
+from bytecap.memory import BOUND, is_shortage
 from bytecap.methods import METHODS
 
 app = typer.Typer(
@@ -83,6 +84,10 @@ def fit(
         list[Path] | None, typer.Option("--recover-text", help="Text to tune on (repeatable).")
     ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Page to write (HTML).")] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Directory of finished steps: a killed run, started again, goes on."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
@@ -104,6 +109,8 @@ def fit(
         "code": codefiles.pack(code or (), code_accounting), "paths": names(paths), "recover": recover,
     }  # fmt: skip
     if factory is not None:
+        if store is not None:
+            raise UsageError("--store is for checkpoints: what a factory's code computes has no name to be kept under")
         source = _source(factory, model, state, loss, bytes_per_token)
         most, shards = numbers_and_shards(tokens, "--tokens")
         most_eval, held = numbers_and_shards(eval_tokens, "--eval-tokens")
@@ -114,10 +121,10 @@ def fit(
         most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
         result = run(
             _needed(model), budget, calibration=calib, evaluation=eval_, tokens=most or TOKENS,
-            evaluation_tokens=most_eval or EVALUATION_TOKENS, recover_text=recover_text, **common,
+            evaluation_tokens=most_eval or EVALUATION_TOKENS, recover_text=recover_text, store=store, **common,
         )  # fmt: skip
     if report is not None:
-        from bytecap.artifact import write_atomically
+        from bytecap.atomic import write_atomically
         from bytecap.report.fit import page
 
         write_atomically(page(result.report, [] if dry_run else result.ledger()).encode(), report)
@@ -347,8 +354,8 @@ def _complain(exc: Exception) -> int:
             return 2
     elif isinstance(exc, BytecapError):
         message = str(exc)
-    elif isinstance(exc, MemoryError):
-        message = "out of memory"
+    elif is_shortage(exc):
+        message = f"out of memory ({str(exc) or type(exc).__name__}): {BOUND}"
     elif isinstance(exc, ModuleNotFoundError):
         message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"
     else:

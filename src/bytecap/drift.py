@@ -32,7 +32,6 @@ from bytecap.model.text import Window
 from bytecap.model.uses import count_uses
 from bytecap.progress import Advance
 from bytecap.swap import Values, load_values
-from bytecap.sweep import Prepared
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 _ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
@@ -127,8 +126,8 @@ def drift_targets(
     strength: float,
     device: str,
     advance: Advance,
-) -> list[Prepared]:
-    """Prepared units with drift targets instead of weights.
+) -> dict[str, Tensor]:
+    """What to add to units' targets, (rows, cols) by unit name; units without drift targets are left out.
 
     The windows are walked in rounds, which bounds memory; targets are means over the rounds so far.
 
@@ -149,7 +148,7 @@ def drift_targets(
     ]
     plan = [names for names in plan if names]
     if not plan:
-        return list(planner.matrices)
+        return {}
     staged = {n for names in plan for n in names}
     load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
     change: dict[str, Tensor] = {}
@@ -173,7 +172,7 @@ def drift_targets(
         finally:
             for walk in (w for group in walks for w in group):
                 walk.cancel()
-    return [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
+    return change
 
 
 def _runs(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:

@@ -8,6 +8,7 @@ The tree (all derive from `BytecapError`, so one `except` catches them all)::
     ├── CheckpointError     the model on disk is missing, damaged, or not a format we read
     ├── TextError           calibration or evaluation text is missing, too short, or not UTF-8
     ├── OutputError         the result cannot be written
+    ├── ShortageError       the memory does not suffice; the message says how much a job needs
     ├── CodeError           a source file cannot be packed, or a submission does not hold
     └── ArtifactError       a `.bcap` file cannot be trusted
         ├── NotAnArtifact   it is some other kind of file
@@ -53,6 +54,10 @@ class TextError(BytecapError):
 
 class OutputError(BytecapError):
     """The result cannot be written."""
+
+
+class ShortageError(BytecapError):
+    """The memory does not suffice."""
 
 
 class CodeError(BytecapError):

@@ -14,6 +14,12 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from bytecap.errors import ShortageError
+
+_SIGNS = ("allocate memory", "out of memory", "std::bad_alloc", "can't start new thread")
+# what oneDNN, llvmlite and C extensions say when a limit on memory is met: they give no other reason
+_UNDER_LIMITS = ("could not create a primitive", "find/load shared object", "without exception set")
+BOUND = "a fit needs 4 x the model's float32 size + 700 MB, see docs/trust.md"
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 _SMALL, _LARGE = 1 << 17, 1 << 25  # the largest threshold glibc reaches by itself
 
@@ -54,3 +60,53 @@ def release() -> None:
     """Hand free memory back to the system."""
     if _library() is not None:
         _library().malloc_trim(0)
+
+
+def bound(parameters: int) -> int:
+    """Bytes of memory that `fit` of a model is meant to stay within: four times the float32 model and 700 MB.
+
+    >>> bound(1_000_000)
+    716000000
+    """
+    return 16 * parameters + 700_000_000
+
+
+def is_shortage(exc: BaseException) -> bool:
+    """Whether an error says that memory ran out, in whatever way: Python, numpy, torch, the dynamic loader."""
+    signs = _SIGNS + (_UNDER_LIMITS if _limits() else ())
+    return isinstance(exc, MemoryError) or (
+        isinstance(exc, RuntimeError | OSError | ImportError | SystemError) and any(s in str(exc) for s in signs)
+    )
+
+
+@contextlib.contextmanager
+def stated(parameters: int) -> Iterator[None]:
+    """Turn an error for lack of memory into one line that says how much a job needs.
+
+    Raises:
+        ShortageError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if not is_shortage(exc):
+            raise
+        raise ShortageError(
+            f"out of memory: a fit of {parameters:,} parameters needs {bound(parameters) / 1e6:,.0f} MB "
+            f"(4 x the float32 model + 700 MB, see docs/trust.md){_limits()}"
+        ) from exc
+
+
+def _limits() -> str:
+    """The process's own limits, where there are some."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover (Windows)
+        return ""
+    found = [
+        f"{name} {limit / 1e6:,.0f} MB"
+        for name, limit in (("RLIMIT_AS", resource.getrlimit(resource.RLIMIT_AS)[0]),
+                            ("RLIMIT_DATA", resource.getrlimit(resource.RLIMIT_DATA)[0]))
+        if limit != resource.RLIM_INFINITY
+    ]  # fmt: skip
+    return f"; this process is limited to {', '.join(found)}" if found else ""

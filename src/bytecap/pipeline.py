@@ -16,6 +16,7 @@ import torch
 
 from bytecap import artifact, codefiles, memory, methods, sidefiles
 from bytecap.artifact import Contents, FileSection, UnitSection
+from bytecap.atomic import write_atomically
 from bytecap.codefiles import Code
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.coders.exact import WIDTH
@@ -55,7 +56,7 @@ class Artifact:
 
     def save(self, path: Path | str) -> int:
         """Write atomically; returns the size in bytes."""
-        return artifact.write_atomically(self.data, Path(path))
+        return write_atomically(self.data, Path(path))
 
     def ledger(self) -> list[Entry]:
         """Owner and kind of every byte."""
@@ -87,6 +88,7 @@ def fit(
     recover: str | None = None,
     recover_text: Paths = None,
     options: dict[str, Any] | None = None,
+    store: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
     """Put a model into one file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
@@ -111,6 +113,8 @@ def fit(
         recover: steps (`600`) or time (`10m`) for tuning what was coded; none if None.
         recover_text: text files to tune on; the calibration texts if None.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
+        store: directory in which steps are kept as they are finished, so that a killed run can be started again and
+            goes on from there; nothing is kept if None.
         reporter: told about progress.
     """
     reporter = reporter or Silent()
@@ -125,7 +129,7 @@ def fit(
     return fit_sets(
         lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
         seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config, code=code, paths=paths,
-        recover=recover, options=options, reporter=reporter)  # fmt: skip
+        recover=recover, options=options, store=store, reporter=reporter)  # fmt: skip
 
 
 def fit_sets(
@@ -144,7 +148,7 @@ def fit_sets(
     paths: Sequence[str] | None = None,
     recover: str | None = None,
     options: dict[str, Any] | None = None,
-    store: Store | None = None,
+    store: Store | Path | str | None = None,
     reporter: Reporter,
 ) -> Artifact:
     """`fit` for any model and any sets, both made when cheaper arguments have been checked.
@@ -156,17 +160,17 @@ def fit_sets(
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
-    effort = effort_of(recover, method)
+    effort, kept = effort_of(recover, method), store if isinstance(store, Store) else Store(store)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method.rpartition(":")[2]}  # of FILE.py:CALLABLE no path
-    with source.floor(asked):
+    with source.floor(asked), memory.stated(loaded.parameters):
         floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
-        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, effort,
-                  store or Store(None))  # fmt: skip
+        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, effort, kept)
         result = _solve(job, run, files, about)
     if not dry_run:
-        _deliver(result, job, output)
+        with memory.stated(loaded.parameters):
+            _deliver(result, job, output)
     result.report |= source.report(asked) | {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
 

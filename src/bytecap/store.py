@@ -1,8 +1,8 @@
 """A cache of measured results by content: what was measured on the same bytes is never measured again.
 
 An entry's name is the hash of everything its value depends on, so there is nothing to invalidate: another model,
-another text or another version of the library simply asks for other names. Every file carries a checksum; one that
-does not fit it counts as absent. Files are written under a temporary name and renamed.
+another text or another version of the library simply asks for other names. Every file carries a checksum of its name
+and contents; one that does not fit it counts as absent. Files appear whole or not at all (`bytecap.atomic`).
 
 >>> import tempfile
 >>> store = Store(Path(tempfile.mkdtemp()))
@@ -17,15 +17,16 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap import artifact
+from bytecap.atomic import replacing, sweep
 from bytecap.errors import OutputError
 
 try:
@@ -35,10 +36,34 @@ except ImportError:  # not a POSIX system
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 _HASH = 16  # bytes
+_CHUNK = 2**20
+_NAME = rf"[0-9a-f]{{{2 * _HASH}}}\.(?:json|npz)"
 
 
-def _hash(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_HASH).digest()
+def _start(name: str) -> hashlib.blake2b:
+    """A checksum that fits one name only: an entry under another one's name counts as damaged."""
+    return hashlib.blake2b(name.encode(), digest_size=_HASH)
+
+
+class _Hashing:
+    """A stream that is hashed as it is written; zip archives need no more than this."""
+
+    def __init__(self, f: BinaryIO, name: str) -> None:
+        self._f = f
+        self.total = _start(name)
+
+    def write(self, data: Any) -> int:
+        """Hash and pass on."""
+        self.total.update(data)
+        return self._f.write(data)
+
+    def flush(self) -> None:
+        """Pass on."""
+        self._f.flush()
+
+    def read(self, _size: int = -1) -> bytes:
+        """Nothing: numpy takes only what can be read for a file."""
+        raise io.UnsupportedOperation
 
 
 def digest(*parts: Any) -> str:
@@ -46,10 +71,13 @@ def digest(*parts: Any) -> str:
     total = hashlib.blake2b(digest_size=_HASH)
     for part in parts:
         if isinstance(part, np.ndarray):
-            data = repr((part.shape, part.dtype.str)).encode() + np.ascontiguousarray(part).tobytes()
+            head = repr((part.shape, part.dtype.str)).encode()
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
         else:
-            data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        total.update(len(data).to_bytes(8, "little"))
+            head = b""
+            data = memoryview(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+        total.update((len(head) + len(data)).to_bytes(8, "little"))
+        total.update(head)
         total.update(data)
     return total.hexdigest()
 
@@ -71,37 +99,52 @@ def library(without: tuple[str, ...] = ()) -> str:
 
 
 class Store:
-    """Entries under a directory, which is made when the first one is written; without one, nothing is kept."""
+    """Entries under a directory; without one, nothing is kept.
 
-    def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
+    Several runs may share a directory: entries appear whole under their names, and the last one written stays.
+
+    Raises:
+        OutputError: the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: Path | str | None = None) -> None:
+        self.directory = Path(directory) if directory is not None else None
         self.found = 0  # entries that were there
-
-    def _read(self, name: str) -> bytes | None:
-        """Contents of a sound file."""
         if self.directory is None:
-            return None
-        try:
-            data = (self.directory / name).read_bytes()
-        except OSError:
-            return None
-        if data[:_HASH] != _hash(data[_HASH:]):
-            return None
-        self.found += 1
-        return data[_HASH:]
-
-    def _make(self) -> None:
-        assert self.directory is not None  # noqa: S101 (callers look)
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise OutputError(f"cannot make the directory {self.directory}: {exc.strerror}") from exc
+        if not os.access(self.directory, os.W_OK):
+            raise OutputError(f"cannot keep anything in {self.directory}: the directory is not writable")
+        sweep(self.directory, _NAME)
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _sound(self, name: str) -> BinaryIO | None:
+        """An open file whose checksum fits, at the beginning of its contents; None where there is none."""
         if self.directory is None:
-            return
-        self._make()
-        artifact.write_atomically(_hash(data) + data, self.directory / name)
+            return None
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            f = stack.enter_context((self.directory / name).open("rb"))
+            total, kept = _start(name), f.read(_HASH)
+            while data := f.read(_CHUNK):
+                total.update(data)
+            if kept == total.digest():
+                f.seek(_HASH)
+                stack.pop_all()
+                self.found += 1
+                return f
+        return None
+
+    @contextlib.contextmanager
+    def _write(self, directory: Path, name: str) -> Iterator[_Hashing]:
+        """Where the contents of a file go; its checksum is put in front of them at the end."""
+        with replacing(directory / name, sync=False) as f:
+            f.write(bytes(_HASH))
+            into = _Hashing(f, name)
+            yield into
+            f.seek(0)
+            f.write(into.total.digest())
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
@@ -109,30 +152,34 @@ class Store:
         if self.directory is None or fcntl is None:
             yield
             return
-        self._make()
         with (self.directory / f"{key}.lock").open("w") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
 
     def get(self, key: str) -> Any:
         """The JSON value of a key, or None."""
-        data = self._read(f"{key}.json")
-        return None if data is None else json.loads(data)
+        f = self._sound(f"{key}.json")
+        if f is None:
+            return None
+        with f:
+            return json.loads(f.read())
 
     def put(self, key: str, value: Any) -> None:
         """Keep a JSON value."""
-        self._write(f"{key}.json", json.dumps(value).encode())
+        if self.directory is not None:
+            with self._write(self.directory, f"{key}.json") as f:
+                f.write(json.dumps(value).encode())
 
     def arrays(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
         """The arrays of a key by name, or None."""
-        data = self._read(f"{key}.npz")
-        if data is None:
+        f = self._sound(f"{key}.npz")
+        if f is None:
             return None
-        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        with f, np.load(f, allow_pickle=False) as found:
             return {n: found[n] for n in found.files}
 
     def put_arrays(self, key: str, values: Arrays) -> None:
-        """Keep arrays by name."""
-        data = io.BytesIO()
-        np.savez(data, **{n: np.asarray(v) for n, v in values.items()})  # type: ignore[arg-type]
-        self._write(f"{key}.npz", data.getvalue())
+        """Keep arrays by name; they are written one after the other and never copied."""
+        if self.directory is not None:
+            with self._write(self.directory, f"{key}.npz") as f:
+                np.savez(f, **{n: np.asarray(v) for n, v in values.items()})  # type: ignore[arg-type]

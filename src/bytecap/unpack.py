@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from bytecap import artifact, codefiles, sidefiles
 from bytecap.artifact import FILE, Contents
+from bytecap.atomic import write_atomically
 from bytecap.coders.exact import is_lossless, to_bytes
 from bytecap.decode import decode_units
 from bytecap.errors import ArtifactError, OutputError, UsageError
@@ -90,7 +91,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
     except OSError as exc:
         raise OutputError(f"cannot create {target}: {exc.strerror}") from exc
     for name, content in found.items():
-        artifact.write_atomically(content, target / name)
+        write_atomically(content, target / name)
     return written
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bytecap import artifact
+from bytecap.atomic import write_atomically
 from bytecap.comparison.cells import Cell, External, Setting, grid, read_external, read_method
 from bytecap.comparison.figures import summarize
 from bytecap.errors import OutputError, UsageError
@@ -138,9 +138,9 @@ def _write(
     pages = [Path(report)] if report is not None else [directory / "compare.html"] if directory is not None else []
     if directory is not None:
         data = json.dumps(clean, indent=1, allow_nan=False) + "\n"
-        artifact.write_atomically(data.encode(), directory / "compare.json")
+        write_atomically(data.encode(), directory / "compare.json")
         reporter.note(f"wrote {directory / 'compare.json'}")
     for path in pages:
-        artifact.write_atomically(page(clean).encode(), path)
+        write_atomically(page(clean).encode(), path)
         reporter.note(f"wrote {path}")
     return clean

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecap import artifact
+from bytecap.atomic import write_atomically
 from bytecap.correct import role_name
 from bytecap.curves.choose import hull, most, spend
 from bytecap.curves.ground import Ground, check_base, lay, make_job
@@ -93,7 +93,7 @@ def byte_returns(
                      evaluation_tokens=evaluation_tokens, correction_tokens=max(point_tokens, CORRECTION_TOKENS),
                      seed=seed, reporter=reporter)  # fmt: skip
     loaded.module.to(target)
-    cache = Store(Path(store) if store is not None else directory and directory / "store")
+    cache = Store(store if store is not None else directory and directory / "store")
     ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
     found = _curves(ground, names, leading(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
@@ -118,8 +118,8 @@ def _write(found: dict[str, Any], directory: Path, reporter: Reporter) -> dict[s
     from bytecap.report.plain import finite
 
     clean = finite(found)
-    artifact.write_atomically((json.dumps(clean, indent=1, allow_nan=False) + "\n").encode(), directory / "curves.json")
-    artifact.write_atomically(page(clean).encode(), directory / "curves.html")
+    write_atomically((json.dumps(clean, indent=1, allow_nan=False) + "\n").encode(), directory / "curves.json")
+    write_atomically(page(clean).encode(), directory / "curves.html")
     reporter.note(f"wrote {directory / 'curves.json'} and {directory / 'curves.html'}")
     return found
 

@@ -93,7 +93,8 @@ def lay(job: Job, base: str, store: Store) -> Ground:
         BudgetError: the base cannot get below the budget.
     """
     options = Options()
-    key, found = job_key(job), statistics(replace(job, store=store), options)
+    job = replace(job, store=store)
+    key, found = job_key(job), statistics(job, options)
     key = digest(key, base, job.budget, windows_key(job.sets.correction))
     made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
     sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 from bytecap import artifact, codefiles
 from bytecap.artifact import FILE
+from bytecap.atomic import write_atomically
 from bytecap.errors import BudgetError, CodeError, OutputError
 from bytecap.golf import pack, vendor
 
@@ -64,8 +65,8 @@ def export(
             f"{cap:,}: fit again with --budget {cap - len(packed.data)}", total,
         )  # fmt: skip
     target = _directory(Path(directory))
-    artifact.write_atomically(packed.data, target / SCRIPT)
-    artifact.write_atomically(model, target / MODEL)
+    write_atomically(packed.data, target / SCRIPT)
+    write_atomically(model, target / MODEL)
     return {
         "directory": str(directory), "variant": "vendored" if vendored else "library", "cap_bytes": cap,
         "total_bytes": total, "slack_bytes": cap - total, "files": {SCRIPT: len(packed.data), MODEL: len(model)},

@@ -57,7 +57,8 @@ class Job:
         dry_run: predict only; sections may be left out.
         paths: exception paths to choose from, see `bytecap.methods.menu`.
         recover: how long to tune what was coded, or None.
-        store: where statistics are kept, so that jobs on the same tokens share them.
+        store: where statistics and finished steps are kept: for other jobs on the same tokens, and for a killed run's
+            successor, see `bytecap.resume`.
     """
 
     model: Model
@@ -71,7 +72,7 @@ class Job:
     dry_run: bool = False
     paths: tuple[str, ...] = ()
     recover: Effort | None = None
-    store: Store = field(default_factory=lambda: Store(None))
+    store: Store = field(default_factory=Store)
 
 
 @dataclass(frozen=True)

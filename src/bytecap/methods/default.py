@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,7 @@ from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics
 from bytecap.model.text import leading
 from bytecap.recover import tune
+from bytecap.resume import Kept, rules_from_json, rules_to_json
 from bytecap.swap import load_values, twin_of
 from bytecap.sweep import Options, prepare
 from bytecap.tables import dump_shared
@@ -59,6 +60,8 @@ class _Candidate:
     Attributes:
         planner: holds the units, under their paths if it has any.
         slope, gap: of the plan it was made from.
+        label, predicted, margin: once it is chosen, its name, its KL on the correction tokens, and what more or fewer
+            bytes would do.
     """
 
     planner: Planner
@@ -67,6 +70,9 @@ class _Candidate:
     state: State
     slope: float
     gap: float
+    label: str = ""
+    margin: dict[str, Any] = field(default_factory=dict)
+    predicted: float = 0.0
 
 
 def run(job: Job) -> Outcome:
@@ -75,12 +81,33 @@ def run(job: Job) -> Outcome:
     work = _prepare(job, options, statistics(job, options))
     planner = work.planner
     capacity = _capacity(job, work, _TABLES_GUESS)
-    ones = dict.fromkeys(planner.names, 1.0)
     if 8 * capacity > _FINE_BITS * planner.parameters and planner.finest_rate() < capacity:
         return _floats(job, work)
-    c, plain = _plain(job, work, capacity)
     twin = twin_of(job.model.module)
-    kappa = _factors(job, planner, plain, twin) if options.correct else ones
+    kept = Kept(job, options, capacity)
+    best = _kept_plan(planner, kept)
+    if best is None:
+        best = _choose(job, work, options, capacity, twin, kept)
+    memory.release()
+    outcome = Outcome({}, b"", best.predicted, best.slope, best.gap, best.label, margin=best.margin)
+    if job.dry_run:
+        return outcome
+    if options.drift:
+        _apply_drift(job, best.planner, best.state, twin, kept)
+    return _finish(job, work, best, capacity, outcome, twin)
+
+
+def _choose(
+    job: Job, work: _Work, options: Options, capacity: float, twin: nn.Module, kept: Kept
+) -> _Candidate:  # fmt: skip
+    """The best of all plans."""
+    planner = work.planner
+    ones = dict.fromkeys(planner.names, 1.0)
+    c, plain = _plain(job, work, capacity)
+    kappa = kept.get("factors") if options.correct else ones
+    if kappa is None:
+        kappa = _factors(job, planner, plain, twin)
+        kept.put("factors", kappa)
     memory.release()
     with memory.no_holes(), job.reporter.step("allocation", 1):
         plan, multipliers, around = _allocate(planner, plain, kappa, capacity)
@@ -94,15 +121,32 @@ def run(job: Job) -> Outcome:
         found |= _with_paths(job, found["allocated" if options.allocate else "plain"], kappa, capacity)
     with job.reporter.step("comparison with a plain plan", 1):
         label, predicted = _better(job, found, capacity, twin)
-    best = found[label]
-    found.clear()
-    memory.release()
-    outcome = Outcome({}, b"", predicted, best.slope, best.gap, label, margin=around)
-    if job.dry_run:
-        return outcome
-    if options.drift:
-        _apply_drift(job, best.planner, best.state, twin)
-    return _finish(job, work, best, capacity, outcome, twin)
+    best = replace(found[label], label=label, predicted=predicted, margin=around)
+    if best.planner is planner:  # not one whose units are under exception paths
+        _keep_plan(best, kept)
+    return best
+
+
+def _keep_plan(best: _Candidate, kept: Kept) -> None:
+    """Put the chosen plan into the store: its numbers, and the rules its state was settled under."""
+    assert best.state.rules is not None  # noqa: S101 (every settled state has them)
+    kept.put("plan", {
+        "label": best.label, "predicted": best.predicted, "slope": best.slope, "gap": best.gap, "c": best.c,
+        "multipliers": dict(best.multipliers), "steps": best.state.steps, "rules": rules_to_json(best.state.rules),
+        "last": rules_to_json((best.planner.shared, best.planner.shrink)), "margin": best.margin,
+    })  # fmt: skip
+
+
+def _kept_plan(planner: Planner, kept: Kept) -> _Candidate | None:
+    """The chosen plan from the store, settled once more, and the planner as it was when it was chosen."""
+    found = kept.get("plan")
+    if found is None:
+        return None
+    planner.shared, planner.shrink = rules_from_json(found["rules"])
+    state = planner.settle(found["steps"])
+    planner.shared, planner.shrink = rules_from_json(found["last"])
+    numbers = {k: found[k] for k in ("multipliers", "c", "slope", "gap", "label", "predicted", "margin")}
+    return _Candidate(planner, state=state, **numbers)
 
 
 def _with_paths(job: Job, start: _Candidate, kappa: Mapping[str, float], capacity: float) -> dict[str, _Candidate]:
@@ -186,17 +230,22 @@ def _factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[
     return dict.fromkeys(planner.names, 1.0) | correct.shrunk(found)
 
 
-def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module) -> None:
+def _apply_drift(job: Job, planner: Planner, state: State, twin: nn.Module, kept: Kept) -> None:
     """Replace the planner's targets."""
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
+    change = kept.tensors("drift")
     with memory.no_holes(), job.reporter.step("drift targets", 1) as advance:
         try:
-            planner.matrices = drift_targets(
-                planner, state, job.model.module, twin, windows, strength=planner.options.drift, device=job.device,
-                advance=advance,
-            )  # fmt: skip
+            if change is None:
+                change = drift_targets(
+                    planner, state, job.model.module, twin, windows, strength=planner.options.drift,
+                    device=job.device, advance=advance,
+                )  # fmt: skip
+                kept.put_tensors("drift", change)
         except LostError:
             job.reporter.note("the order in which modules are called depends on the data: no drift targets")
+            return
+        planner.matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
 
 
 def statistics(job: Job, options: Options) -> Statistics:

@@ -7,7 +7,9 @@ two processes from computing the same thing at the same time.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,23 @@ from bytecap.model.text import Window
 from bytecap.store import digest, library
 
 Array = npt.NDArray[Any]
+_ARITHMETIC = ("torch", "numpy", "numba", "transformers")
 _PARTS = ("moment", "rows", "weight")
+
+
+def environment(device: str) -> list[str]:
+    """Versions and hardware that numbers may depend on."""
+    found = [library(), *(f"{p} {metadata.version(p)}" for p in _ARITHMETIC if _installed(p)), platform.machine()]
+    gpu = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else ""
+    return [*found, torch.backends.cpu.get_cpu_capability(), device, gpu]
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def windows_key(windows: Sequence[Window]) -> str:
@@ -33,13 +51,16 @@ def windows_key(windows: Sequence[Window]) -> str:
 
 def model_key(model: Model) -> str:
     """Hash of a model's tensors and side files."""
-    tensors = [model.tensor(u).detach().cpu().numpy() for u in model.units]
+    tensors = (model.tensor(u).detach().cpu().numpy() for u in model.units)
     return digest([[u.name, u.dtype, list(u.aliases)] for u in model.units], *tensors, *model.files.values())
 
 
 def job_key(job: Job) -> str:
     """Hash of what statistics depend on."""
-    return digest(library(), model_key(job.model), windows_key(job.sets.statistics), job.seed)
+    return digest(
+        environment(job.device), torch.get_num_threads(), model_key(job.model), windows_key(job.sets.statistics),
+        job.seed,
+    )  # fmt: skip
 
 
 def moments(job: Job, *, groups: int = 1, guided: bool = True) -> Statistics:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -73,13 +73,18 @@ def finest_step(item: Prepared) -> float:
 
 @dataclass
 class State:
-    """A settled plan: everything that would be stored, under one set of tables."""
+    """A settled plan: everything that would be stored, under one set of tables.
+
+    Attributes:
+        rules: the planner's tables and rounding rules before it settled this state.
+    """
 
     steps: dict[str, float]
     coded: dict[str, Coded]
     shared: Shared
     rates: dict[str, float]
     distortions: dict[str, float]
+    rules: tuple[Shared, Shrink] | None = None
 
     @property
     def rate(self) -> float:
@@ -123,13 +128,14 @@ class Planner:
 
     def settle(self, steps: Mapping[str, float], *, refit: bool = True) -> State:
         """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
+        rules = self.shared, self.shrink
         steps = {n: max(s, self._finest.get(n, 0.0)) for n, s in steps.items()}
         coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
         if refit:
             counts = sum_counts([self._side_counts(coded, steps), *(c.counts.sum(0) for c in coded.values())])
             used = self.shared.offset if self.options.shrink else None
             self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
-        state = self.price(coded, steps)
+        state = replace(self.price(coded, steps), rules=rules)
         if refit and self.options.shrink:
             self.shrink = Shrink(self.shared.offset, self.shrink.dead_zone)
         return state

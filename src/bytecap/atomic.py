@@ -1,0 +1,102 @@
+"""Files that appear whole or not at all.
+
+Writing goes to a temporary name in the same directory and is renamed: a crash at any moment leaves the old file. Who
+writes holds a lock on the temporary file, which the system drops when the process dies however it dies; so a later
+writer can tell what a dead run left behind from what a living one is writing, and takes only the former away.
+Where there are no such locks (Windows, some network file systems) such leftovers stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from bytecap.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover (Windows)
+    fcntl = None  # type: ignore[assignment]
+
+_RANDOM = r"[a-z0-9_]{8}\.tmp"  # what `tempfile` puts behind our prefix
+
+
+def write_atomically(data: bytes, path: Path) -> int:
+    """Write bytes to a temporary name beside `path`, sync, rename; returns their number.
+
+    Raises:
+        OutputError: the directory is missing or not writable, or the disk is full; the old file stays intact.
+    """
+    with replacing(path) as f:
+        f.write(data)
+    return len(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends without an error.
+
+    Args:
+        path: final name.
+        sync: wait until the disk has it; caches whose entries carry checksums need not.
+
+    Raises:
+        OutputError: see `write_atomically`.
+    """
+    temporary = None
+    try:
+        sweep(path.parent, re.escape(path.name))
+        f, temporary = _locked(path)
+        with f:
+            yield f
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
+            if fcntl is None:  # pragma: no cover (Windows renames no open file)
+                f.close()
+            temporary.replace(path)
+            temporary = None
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _locked(path: Path) -> tuple[BinaryIO, Path]:
+    """A temporary file beside `path` whose lock is ours."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        f = os.fdopen(handle, "w+b")
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # without locks nobody sweeps either
+                fcntl.flock(f, fcntl.LOCK_EX)
+        if os.fstat(f.fileno()).st_nlink:
+            return f, Path(name)
+        f.close()  # swept between its birth and our lock
+
+
+def sweep(directory: Path, names: str) -> None:
+    """Take away what dead runs left behind while they wrote files of certain names.
+
+    Args:
+        directory: to look through; may be missing.
+        names: regular expression of the files' final names.
+    """
+    if fcntl is None:
+        return
+    pattern = re.compile(rf"\.(?:{names})\.{_RANDOM}")
+    with contextlib.suppress(OSError):
+        for entry in [e for e in os.scandir(directory) if pattern.fullmatch(e.name)]:
+            with contextlib.suppress(OSError), Path(entry.path).open("r+b") as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the writer lives
+                Path(entry.path).unlink()

@@ -1,0 +1,206 @@
+"""Disks that are full or read-only and memory that does not suffice: one line, exit code 2, nothing left behind."""
+
+import ctypes
+import os
+import resource
+import shutil
+import signal
+import sys
+
+import pytest
+
+from bytecap import cli, memory
+from bytecap.decode import load
+from conftest import BUDGET, FAST
+from forks import child
+
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def mount(source, target, kind, flags, options=None):
+    """Mount in a namespace of the calling process alone."""
+    spelled = [None if x is None else str(x).encode() for x in (source, target, kind, options)]
+    if LIBC.mount(spelled[0], spelled[1], spelled[2], ctypes.c_ulong(flags), spelled[3]):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def own_mounts():
+    """Leave the mounts of everybody else alone."""
+    if LIBC.unshare(CLONE_NEWNS | (CLONE_NEWUSER if os.geteuid() else 0)):
+        raise OSError(ctypes.get_errno(), "unshare")
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+
+
+@pytest.fixture(scope="module")
+def mounts(tmp_path_factory):
+    """Skips where nobody may mount."""
+    directory = tmp_path_factory.mktemp("mount")
+
+    def work():
+        own_mounts()
+        mount("none", directory, "tmpfs", 0, "size=64k")
+
+    if not sys.platform.startswith("linux") or child(work, directory / "log"):
+        pytest.skip("no mount namespaces here")
+
+
+@pytest.fixture
+def limited(tmp_path):
+    """Function: (exit code, what was printed) of a command line run behind `limit()` in a process of its own."""
+
+    def call(limit, arguments):
+        def work():
+            limit()
+            sys.argv = ["bytecap", *map(str, arguments), "--json"]
+            cli.main()
+
+        log = tmp_path / "log"
+        code = child(work, log)
+        text = log.read_text("utf-8")
+        log.unlink()
+        return code, text
+
+    return call
+
+
+@pytest.fixture
+def stopped(limited):
+    """Function: the one line such a command line stops with."""
+
+    def call(limit, arguments):
+        code, text = limited(limit, arguments)
+        assert code == 2, text
+        assert text.startswith("error: "), text
+        assert text.count("\n") == 1
+        return text
+
+    return call
+
+
+@pytest.fixture
+def slow(job, tmp_path):
+    """Arguments of a fit by the default method with a store."""
+    arguments = job()
+    at = arguments.index(FAST[0])
+    return [*arguments[:at], *arguments[at + 2 :], "--store", tmp_path / "store"]
+
+
+def file_size(most):
+    """Function: nothing larger than `most` bytes can be written."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    return limit
+
+
+class TestDisk:
+    def test_the_store_does_not_fit(self, stopped, slow, tmp_path):
+        assert str(tmp_path / "store") in stopped(file_size(8192), slow)
+        assert [p.name for p in tmp_path.rglob("*")] == ["store"]
+
+    def test_later_entries_do_not_fit(self, stopped, slow, tmp_path):
+        """Statistics are there, so the next run goes on from them."""
+        assert str(tmp_path / "out.bcap") in stopped(file_size(BUDGET // 2), [*slow[:-2]])
+        assert not list(tmp_path.iterdir())
+
+    def test_a_small_disk_is_full(self, stopped, slow, tmp_path, mounts):  # noqa: ARG002
+        def limit():
+            own_mounts()
+            (tmp_path / "store").mkdir()
+            mount("none", tmp_path / "store", "tmpfs", 0, "size=64k")
+
+        text = stopped(limit, slow)
+        assert "No space left" in text
+        assert str(tmp_path / "store") in text
+        assert [p.name for p in tmp_path.rglob("*")] == ["store"]
+
+    def test_a_small_disk_is_full_before_the_file_is_written(self, stopped, job, tmp_path, mounts):  # noqa: ARG002
+        disk = tmp_path / "disk"
+        disk.mkdir()
+
+        def limit():
+            own_mounts()
+            mount("none", disk, "tmpfs", 0, "size=8k")
+
+        assert "No space left" in stopped(limit, job(output=disk / "out.bcap"))
+
+    @pytest.mark.parametrize("what", ["output", "store"])
+    def test_a_read_only_directory(self, stopped, slow, tmp_path, mounts, what):  # noqa: ARG002
+        closed = tmp_path / "closed"
+        closed.mkdir()
+
+        def limit():
+            own_mounts()
+            mount(closed, closed, None, MS_BIND)
+            mount(None, closed, None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+        at = slow.index("-o" if what == "output" else "--store") + 1
+        arguments = [*slow[:at], closed / "out.bcap" if what == "output" else closed, *slow[at + 1 :]]
+        assert "not writable" in stopped(limit, arguments)
+        assert not list(closed.iterdir())
+
+    def test_a_store_that_is_a_file(self, refused, slow, tmp_path):
+        (tmp_path / "store").write_bytes(b"mine")
+        assert str(tmp_path / "store") in refused(*slow)
+        assert (tmp_path / "store").read_bytes() == b"mine"
+
+    def test_a_store_for_code_of_the_users(self, refused, tmp_path):
+        (tmp_path / "m.py").write_text("def make(): raise SystemExit", "utf-8")
+        arguments = ("fit", "--factory", f"{tmp_path / 'm.py'}:make", "--budget", "1MB", "-o", tmp_path / "out.bcap")
+        assert "--store" in refused(*arguments, "--store", tmp_path / "store")
+
+
+def data(megabytes):
+    """Function: a process may have so much memory of its own (mapped libraries do not count)."""
+
+    def limit():
+        most = int(megabytes * 1e6)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+    return limit
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+class TestMemory:
+    def test_within_the_stated_bound(self, limited, slow, tmp_path):
+        parameters = sum(v.size for v in _fitted(limited, slow, tmp_path).values())
+        code, text = limited(data(memory.bound(parameters) / 1e6), slow)
+        assert code == 0, text
+
+    @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
+    def test_one_line_says_how_much_is_needed(self, stopped, slow, tmp_path, kind):
+        name = {"RLIMIT_DATA": "VmData", "RLIMIT_AS": "VmSize"}[kind]
+
+        def limit():
+            with open("/proc/self/status", encoding="ascii") as f:  # noqa: PTH123
+                now = next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
+            most = now + 20_000_000
+            resource.setrlimit(getattr(resource, kind), (most, most))
+
+        assert "700 MB" in stopped(limit, slow[:-2])
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("exc", "is_one"),
+        [
+            (MemoryError(), True), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+            (RuntimeError("CUDA out of memory. Tried to allocate"), True), (RuntimeError("size mismatch"), False),
+            (OSError("libx.so: failed to map segment: Cannot allocate memory"), True),
+            (ValueError("out of memory"), False),
+        ],
+    )  # fmt: skip
+    def test_what_counts_as_lack_of_memory(self, exc, is_one):
+        assert memory.is_shortage(exc) == is_one
+
+
+def _fitted(limited, arguments, directory):
+    code, text = limited(lambda: None, arguments)
+    assert code == 0, text
+    values = load(directory / "out.bcap")
+    (directory / "out.bcap").unlink()
+    shutil.rmtree(directory / "store")
+    return values
