@@ -149,8 +149,12 @@ class TestSource:
         assert located.endswith(", path")
         assert "path = Path(file)" in ast.unparse(runs[0])
         assert "file, _, rest = spec.rpartition(':')" in ast.unparse(runs[0])
-        callers = {p.name for p in files() if "load_callable(" in p.read_text("utf-8")}
-        assert callers == {"factory.py", "shardjob.py"}
+        callers = {p.relative_to(SOURCE).as_posix() for p in files() if "load_callable(" in p.read_text("utf-8")}
+        assert callers == {
+            "factory.py",
+            "shardjob.py",
+            "methods/__init__.py",
+        }  # --factory, --loss, --method FILE.py:NAME
 
     def test_the_version_is_the_package_s(self):
         pyproject = SOURCE.parents[1] / "pyproject.toml"

@@ -5,11 +5,12 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
 
-from bytecap import cli, memory
+from bytecap import memory
 from bytecap.decode import load
 from conftest import BUDGET, FAST
 from forks import child
@@ -47,20 +48,16 @@ def mounts(tmp_path_factory):
 
 
 @pytest.fixture
-def limited(tmp_path):
+def limited():
     """Function: (exit code, what was printed) of a command line run behind `limit()` in a process of its own."""
 
     def call(limit, arguments):
-        def work():
-            limit()
-            sys.argv = ["bytecap", *map(str, arguments), "--json"]
-            cli.main()
-
-        log = tmp_path / "log"
-        code = child(work, log)
-        text = log.read_text("utf-8")
-        log.unlink()
-        return code, text
+        words = [sys.executable, "-m", "bytecap", *map(str, arguments), "--json"]
+        done = subprocess.run(  # noqa: S603 (our own command)
+            words, capture_output=True, text=True, check=False, timeout=300,
+            preexec_fn=limit,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
 
     return call
 
@@ -164,24 +161,41 @@ def data(megabytes):
     return limit
 
 
+_FRESH = """
+import resource, sys
+kind, most, more, *sys.argv = sys.argv[1:]
+if more == "more":  # than what the process has with everything imported
+    import torch, transformers.models.llama, bytecap.pipeline, bytecap.kernels, bytecap.methods.default
+    with open("/proc/self/status", encoding="ascii") as f:
+        name = {"RLIMIT_DATA": "VmData", "RLIMIT_AS": "VmSize"}[kind]
+        most = int(most) + next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
+resource.setrlimit(getattr(resource, kind), (int(most), int(most)))
+import bytecap.cli
+bytecap.cli.main()
+"""
+
+
+def fresh(arguments, kind, most, more="less"):
+    """(exit code, what was printed) of a command line in a limited process that inherits nobody's memory."""
+    words = [sys.executable, "-c", _FRESH, kind, str(most), more, "bytecap", *map(str, arguments), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
 class TestMemory:
     def test_within_the_stated_bound(self, limited, slow, tmp_path):
         parameters = sum(v.size for v in _fitted(limited, slow, tmp_path).values())
-        code, text = limited(data(memory.bound(parameters) / 1e6), slow)
+        code, text = fresh(slow, "RLIMIT_DATA", memory.bound(parameters))
         assert code == 0, text
 
     @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
-    def test_one_line_says_how_much_is_needed(self, stopped, slow, tmp_path, kind):
-        name = {"RLIMIT_DATA": "VmData", "RLIMIT_AS": "VmSize"}[kind]
-
-        def limit():
-            with open("/proc/self/status", encoding="ascii") as f:  # noqa: PTH123
-                now = next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
-            most = now + 20_000_000
-            resource.setrlimit(getattr(resource, kind), (most, most))
-
-        assert "700 MB" in stopped(limit, slow[:-2])
+    def test_one_line_says_how_much_is_needed(self, slow, tmp_path, kind):
+        code, text = fresh(slow[:-2], kind, 20_000_000, "more")
+        assert code == 2, text
+        assert text.startswith("error: "), text
+        assert text.count("\n") == 1
+        assert "700 MB" in text
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(

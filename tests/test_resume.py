@@ -62,8 +62,8 @@ class TestGoingOn:
         fit()
         entries = sorted((tmp_path / "store").iterdir())
         assert len(entries) == 4  # statistics, factors, plan, drift targets
-        for name in ("probe", "correct.measure", "drift_targets", "kl_each"):
-            monkeypatch.setattr(f"bytecap.methods.default.{name}", None)
+        for name in ("statistics.probe", "default.correct.measure", "default.drift_targets", "default.kl_each"):
+            monkeypatch.setattr(f"bytecap.methods.{name}", None)
         assert fit() == fitted()[0].data
 
     def test_spoiled_entries_are_not_trusted(self, fit, fitted, tmp_path):

@@ -18,7 +18,7 @@ from bytecap.errors import ShortageError
 
 _SIGNS = ("allocate memory", "out of memory", "std::bad_alloc", "can't start new thread")
 # what oneDNN, llvmlite and C extensions say when a limit on memory is met: they give no other reason
-_UNDER_LIMITS = ("could not create a primitive", "find/load shared object", "without exception set")
+_UNDER_LIMITS = ("could not create a primitive", "find/load shared object", "failed to map", "without exception set")
 BOUND = "a fit needs 4 x the model's float32 size + 700 MB, see docs/trust.md"
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 _SMALL, _LARGE = 1 << 17, 1 << 25  # the largest threshold glibc reaches by itself

@@ -152,9 +152,17 @@ class Store:
         if self.directory is None or fcntl is None:
             yield
             return
-        with (self.directory / f"{key}.lock").open("w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
+        path = self.directory / f"{key}.lock"
+        while True:
+            with path.open("w") as f:
+                fcntl.flock(f, fcntl.LOCK_EX)
+                if not (path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino):
+                    continue  # who held it has removed it meanwhile
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
     def get(self, key: str) -> Any:
         """The JSON value of a key, or None."""

@@ -14,7 +14,7 @@ from bytecap.curves.trial import Offer
 def hull(offers: Sequence[Offer]) -> list[Offer]:
     """Offers on the upper concave hull of gain over bytes from (0, 0), by rising bytes.
 
-    >>> def at(size, gain): return Offer("p", "u", 0, "", size, gain, 0, 1.0)
+    >>> def at(size, gain): return Offer("p", "u", 0, "", size, gain, gain, 0, 1.0)
     >>> [o.bytes for o in hull([at(10, 1.0), at(20, 1.2), at(40, 4.0), at(50, 3.0)])]
     [40]
     """

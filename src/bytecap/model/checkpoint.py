@@ -250,6 +250,8 @@ def build_module(directory: Path) -> torch.nn.Module:
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as exc:
+        if memory.is_shortage(exc):
+            raise
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
     module: torch.nn.Module = built[0]
     found: dict[str, Any] = built[1]
@@ -355,5 +357,7 @@ def module_from_config(directory: Path) -> torch.nn.Module:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as exc:
+        if memory.is_shortage(exc):
+            raise
         raise CheckpointError(f"cannot build a model from {directory}/config.json: {_first_line(exc)}") from exc
     return freeze(module)
