@@ -192,6 +192,8 @@ class TestMemory:
     @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
     def test_one_line_says_how_much_is_needed(self, slow, tmp_path, kind):
         code, text = fresh(slow[:-2], kind, 20_000_000, "more")
+        if "700 MB" not in text:  # rarely a library that meets the limit first says it in words of its own
+            code, text = fresh(slow[:-2], kind, 40_000_000, "more")
         assert code == 2, text
         assert text.startswith("error: "), text
         assert text.count("\n") == 1
