@@ -1,4 +1,7 @@
-"""Draw quality against bytes: `python benchmarks/figure.py results/targets.jsonl docs/figures/quality.svg`."""
+"""Draw quality against bytes.
+
+python benchmarks/figure.py results/targets.jsonl results/methods.jsonl docs/figures/quality.svg
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ import matplotlib.pyplot as plt
 def main() -> None:
     """One panel per model."""
     mpl.rcParams["svg.hashsalt"] = "bytecap"
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    rows = [r for r in rows if r["benchmark"] == "targets"]
+    *sources, target = sys.argv[1:]
+    rows = [json.loads(line) for source in sources for line in Path(source).read_text().splitlines()]
+    rows = [r for r in rows if r["benchmark"] in {"targets", "methods"}]
     models = sorted({r["model"] for r in rows}, key=lambda m: (m.startswith("base"), m))
     figure, axes = plt.subplots(1, len(models), figsize=(3.4 * len(models), 3), sharey=True)
     for axis, model in zip(axes, models, strict=True):
@@ -33,7 +37,7 @@ def main() -> None:
     axes[0].set_ylabel("KL to the original, nats per token")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(sys.argv[2], metadata={"Date": None})
+    figure.savefig(target, metadata={"Date": None})
 
 
 if __name__ == "__main__":
