@@ -26,6 +26,19 @@ except ImportError:  # pragma: no cover (Windows)
 _RANDOM = r"[a-z0-9_]{8}\.tmp"  # what `tempfile` puts behind our prefix
 
 
+def make_directory(path: Path | str) -> Path:
+    """A directory to write to, made before hours of work, not after.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"cannot make the directory {path}: {exc.strerror}") from exc
+    return Path(path)
+
+
 def write_atomically(data: bytes, path: Path) -> int:
     """Write bytes to a temporary name beside `path`, sync, rename; returns their number.
 

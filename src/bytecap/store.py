@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.atomic import replacing, sweep
+from bytecap.atomic import make_directory, replacing, sweep
 from bytecap.errors import OutputError
 
 try:
@@ -112,10 +112,7 @@ class Store:
         self.found = 0  # entries that were there
         if self.directory is None:
             return
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(f"cannot make the directory {self.directory}: {exc.strerror}") from exc
+        make_directory(self.directory)
         if not os.access(self.directory, os.W_OK):
             raise OutputError(f"cannot keep anything in {self.directory}: the directory is not writable")
         sweep(self.directory, _NAME)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bytecap.atomic import write_atomically
+from bytecap.atomic import make_directory, write_atomically
 from bytecap.comparison.cells import Cell, External, Setting, grid, read_external, read_method
 from bytecap.comparison.figures import summarize
-from bytecap.errors import OutputError, UsageError
+from bytecap.errors import UsageError
 from bytecap.progress import Reporter, Silent
 from bytecap.report.plain import finite
 from bytecap.sources import Paths, as_paths
@@ -82,7 +82,7 @@ def compare(
     files = [tuple(map(str, as_paths(p))) for p in (calibration, evaluation)]
     _warn(files, reporter)
     setting = Setting(files[0], files[1], tokens, evaluation_tokens, window, choose_device(device))
-    directory = _directory(output)
+    directory = make_directory(output) if output is not None else None
     drawn = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     cells = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])
     cells += [Cell(e.model, e.name, e.bytes, directory=e.directory) for e in others]
@@ -108,24 +108,15 @@ def render(
     records = read_lines(Path(runs))
     if not any(r["record"] == "run" for r in records):
         raise UsageError(f"{runs} holds no runs")
-    return _write(summarize(records), _directory(output), report, reporter or Silent())
+    return _write(
+        summarize(records), (make_directory(output) if output is not None else None), report, reporter or Silent()
+    )
 
 
 def _warn(files: Sequence[Sequence[str]], reporter: Reporter) -> None:
     missing = [n for n, given in zip(("--calib", "--eval"), files, strict=True) if not given]
     if missing:
         reporter.note(f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in")
-
-
-def _directory(output: Path | str | None) -> Path | None:
-    """The output directory, made before hours of work, not after."""
-    if output is None:
-        return None
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"cannot make the directory {output}: {exc.strerror}") from exc
-    return Path(output)
 
 
 def _write(

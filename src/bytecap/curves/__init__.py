@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecap.atomic import write_atomically
+from bytecap.atomic import make_directory, write_atomically
 from bytecap.correct import role_name
 from bytecap.curves.choose import hull, most, spend
 from bytecap.curves.ground import Ground, check_base, lay, make_job
 from bytecap.curves.points import Measured, Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, ninety, point, verdict, yardstick
 from bytecap.curves.trial import STEP, Offer, known, offers
-from bytecap.errors import OutputError
 from bytecap.model.evaluate import ByWindow
 from bytecap.model.text import Window, leading
 from bytecap.progress import Reporter, Silent
@@ -87,7 +86,7 @@ def byte_returns(
 
     reporter = reporter or Silent()
     base, names, limit, target = check_base(base), known(paths), parse_size(budget), choose_device(device)
-    directory = _directory(output)
+    directory = make_directory(output) if output is not None else None
     loaded = model if isinstance(model, Model) else load_model(model)
     sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,
                      evaluation_tokens=evaluation_tokens, correction_tokens=max(point_tokens, CORRECTION_TOKENS),
@@ -99,17 +98,6 @@ def byte_returns(
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
     found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
     return _write(found, directory, reporter) if directory is not None else found
-
-
-def _directory(output: Path | str | None) -> Path | None:
-    """The output directory, made before hours of work, not after."""
-    if output is None:
-        return None
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"cannot make the directory {output}: {exc.strerror}") from exc
-    return Path(output)
 
 
 def _write(found: dict[str, Any], directory: Path, reporter: Reporter) -> dict[str, Any]:
