@@ -337,11 +337,16 @@ def _finish(
     memory.release()
     with memory.no_holes(), job.reporter.step("trimming to the cap", 1):
         planner.shared = best.state.shared
+        best.state.coded.clear()  # nobody looks at it any more
         _, state = planner.search(best.multipliers, capacity, start=best.c, rounds=3, tolerance=3e-4)
         tables = dump_shared(state.shared)
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, refit=False)
         packed = fit_to_cap(planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
+    del state
+    if job.recover is None:
+        planner.forget()
+    memory.release()
     with job.reporter.step("prediction", 1):
         predicted = _measured(job, planner, packed, twin)
     if job.recover is not None:
