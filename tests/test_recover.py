@@ -13,8 +13,9 @@ from bytecap.errors import TextError, UsageError
 from bytecap.methods.waterfill import Planner
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluate import kl_to
+from bytecap.model.gradient import gradient
 from bytecap.progress import Silent
-from bytecap.recover import Effort, gradient, shadow
+from bytecap.recover import Effort, shadow
 from bytecap.sensitivity import Metric
 from bytecap.sources import load_sets, with_recovery
 from bytecap.swap import load_values, twin_of

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli_common import names, print_json, progress
+from bytecap.cli_common import Device, Factory, Json, Loss, State, names, print_json, progress
 from bytecap.cli_compare import compare
 from bytecap.cli_curves import curves
 from bytecap.cli_golf import app as golf_app
@@ -29,18 +29,6 @@ app = typer.Typer(
 
 app.add_typer(golf_app, name="golf")
 
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-_Factory = Annotated[
-    str | None,
-    typer.Option("--factory", help="FILE.py:CALLABLE that returns the module, instead of MODEL. The file is run."),
-]
-_State = Annotated[
-    Path | None, typer.Option("--state", help="The factory module's state dict: safetensors, or torch.save.")
-]
-_Loss = Annotated[
-    str | None, typer.Option("--loss", help="FILE.py:CALLABLE(module, ids) -> mean nats. The file is run.")
-]
 _Bytes = Annotated[
     Path | None, typer.Option("--bytes-per-token", help="Table (.npy, text) or SentencePiece model (.model).")
 ]
@@ -55,7 +43,7 @@ def fit(
     calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
     eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}.")] = "bytecap",
-    device: _Device = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     tokens: Annotated[
         list[str] | None, typer.Option(help="Most calibration tokens; with --factory also shards (repeatable).")
@@ -63,9 +51,9 @@ def fit(
     eval_tokens: Annotated[
         list[str] | None, typer.Option(help="Most evaluation tokens; with --factory also shards (repeatable).")
     ] = None,
-    factory: _Factory = None,
-    state: _State = None,
-    loss: _Loss = None,
+    factory: Factory = None,
+    state: State = None,
+    loss: Loss = None,
     bytes_per_token: _Bytes = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print floor and predicted quality, write nothing.")
@@ -88,7 +76,7 @@ def fit(
         Path | None,
         typer.Option(help="Directory of finished steps: a killed run, started again, goes on."),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
     from bytecap import codefiles
@@ -170,12 +158,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Most tokens per text, all by default; with --factory also shards (repeatable)."),
     ] = None,
-    factory: _Factory = None,
-    state: _State = None,
-    loss: _Loss = None,
+    factory: Factory = None,
+    state: State = None,
+    loss: Loss = None,
     bytes_per_token: _Bytes = None,
-    device: _Device = "auto",
-    as_json: _Json = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Bits per byte of a model or an artifact."""
     from bytecap.report.terminal import print_scores
@@ -214,7 +202,7 @@ app.command()(curves)
 
 
 @app.command()
-def ledger(path: _Artifact, as_json: _Json = False) -> None:
+def ledger(path: _Artifact, as_json: Json = False) -> None:
     """Where every byte went, rebuilt from the file alone."""
     from bytecap import artifact
     from bytecap.ledger import total
@@ -228,7 +216,7 @@ def ledger(path: _Artifact, as_json: _Json = False) -> None:
 
 
 @app.command()
-def check(path: _Artifact, as_json: _Json = False) -> None:
+def check(path: _Artifact, as_json: Json = False) -> None:
     """Strict integrity check: every checksum, every count, every stream. Needs no torch."""
     from bytecap import artifact
     from bytecap.decode import decode_units
@@ -248,7 +236,7 @@ def unpack(
     path: _Artifact,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Write an ordinary Hugging Face directory; exactly the values that `eval` scores."""
     from bytecap.unpack import unpack as run
@@ -267,7 +255,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="Tokens to add.", min=0)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Continue a prompt with the model in an artifact."""
     from bytecap.scoring import continue_prompt
@@ -283,7 +271,7 @@ def generate(
 def demo(
     budget: Annotated[str, typer.Option("--budget", help="Cap on the file.")] = "600kB",
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("demo.bcap"),
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """The main job on the embedded model: fit, read back, show where every byte went."""
     from bytecap.model.checkpoint import demo_directory

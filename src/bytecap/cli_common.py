@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Factory = Annotated[
+    str | None,
+    typer.Option("--factory", help="FILE.py:CALLABLE that returns the module, instead of MODEL. The file is run."),
+]
+State = Annotated[
+    Path | None, typer.Option("--state", help="The factory module's state dict: safetensors, or torch.save.")
+]
+Loss = Annotated[
+    str | None, typer.Option("--loss", help="FILE.py:CALLABLE(module, ids) -> mean nats. The file is run.")
+]
 
 
 def progress(quiet: bool) -> Reporter:

@@ -7,15 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli_common import print_json, progress
+from bytecap.cli_common import Device, Json, names, print_json, progress
 from bytecap.errors import UsageError
 
 _DEFAULT_METHODS = "bytecap,golf,owq,radio,uniform"
 _DEFAULT_BUDGETS = "3bpp,3.5bpp,4bpp,5bpp"
-
-
-def _split(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def compare(
@@ -37,14 +33,14 @@ def compare(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
     eval_tokens: Annotated[int, typer.Option(help="Most evaluation tokens, over all texts.", min=1)] = 16_384,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
     store: Annotated[Path | None, typer.Option(help="Directory of statistics; DIR/store.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Page to write; DIR/compare.html.")] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="Show finished runs (runs.jsonl) again; nothing is run.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Every method, budget and calibration seed on every MODEL, paired on the same tokens."""
     from bytecap import comparison
@@ -60,8 +56,8 @@ def compare(
         from bytecap.comparison.runs import command_line
 
         found = comparison.compare(
-            models or [], output if output is not None else Path("compare"), budgets=_split(budgets),
-            methods=_split(methods), seeds=seeds, externals=external or (), calibration=calib, evaluation=eval_,
+            models or [], output if output is not None else Path("compare"), budgets=names([budgets]) or (),
+            methods=names([methods]) or (), seeds=seeds, externals=external or (), calibration=calib, evaluation=eval_,
             tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store, report=report,
             command=command_line(), reporter=reporter,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli_common import names, print_json, progress
+from bytecap.cli_common import Device, Json, names, print_json, progress
 
 
 def curves(
@@ -19,13 +19,13 @@ def curves(
     calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
     eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,
     eval_tokens: Annotated[int | None, typer.Option(help="Most evaluation tokens.", min=1)] = None,
     points: Annotated[int | None, typer.Option(help="Single-unit points to measure.", min=1)] = None,
     point_tokens: Annotated[int | None, typer.Option(help="Most tokens each of them is measured on.", min=1)] = None,
     store: Annotated[Path | None, typer.Option(help="Directory of measured points; DIR/store.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What a byte buys on every exception path, at a budget's operating point."""
     from bytecap.curves import EVALUATION_TOKENS, POINT_TOKENS, POINTS, TOKENS, byte_returns

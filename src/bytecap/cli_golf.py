@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli_common import print_json
+from bytecap.cli_common import Json, print_json
 from bytecap.units import format_size, parse_size
 
 app = typer.Typer(no_args_is_help=True, help="Parameter Golf: code and model under one cap.")
 
 _Cap = Annotated[str, typer.Option("--cap", help="Cap on code and model together.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _Vendored = Annotated[bool, typer.Option("--vendored/--library", help="Carry a numpy-only decoder, or import bytecap.")]
 _DEFAULT_CAP = "16000000"
 
@@ -24,7 +23,7 @@ def budget(
     vendored: _Vendored = True,
     cap: _Cap = _DEFAULT_CAP,
     like: Annotated[Path | None, typer.Option(help="Artifact whose coders the decoder must know.")] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Print what the cap leaves for the model: the --budget of `fit`."""
     from bytecap.golf import export
@@ -46,7 +45,7 @@ def export(
     ] = None,
     vendored: _Vendored = True,
     cap: _Cap = _DEFAULT_CAP,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Write a whole submission: train_gpt.py, which extracts itself, and model.bcap."""
     from bytecap.golf.export import export as run
@@ -69,7 +68,7 @@ def check(
         list[str] | None, typer.Option("--library", help="Public library that is not installed here (repeatable).")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Most seconds of the evaluation.", min=0.1)] = 600.0,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Recount a submission from outside: every file counts. Runs nothing but the command of --eval."""
     from bytecap.golf.check import check as run

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli_common import print_json, progress
+from bytecap.cli_common import Device, Factory, Json, Loss, State, print_json, progress
 from bytecap.errors import UsageError
 from bytecap.progress import Reporter
 
@@ -17,19 +17,15 @@ def inspect(
         str | None, typer.Argument(help="Hugging Face directory, hub id, `demo`, or .bcap file.", metavar="MODEL")
     ] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Plan bytes under this cap.")] = None,
-    factory: Annotated[
-        str | None, typer.Option("--factory", help="FILE.py:CALLABLE that returns the module. The file is run.")
-    ] = None,
-    state: Annotated[Path | None, typer.Option("--state", help="Checkpoint for the factory's module.")] = None,
-    loss: Annotated[
-        str | None, typer.Option("--loss", help="FILE.py:CALLABLE(module, ids) -> nats. The file is run.")
-    ] = None,
+    factory: Factory = None,
+    state: State = None,
+    loss: Loss = None,
     tokens: Annotated[
         list[str] | None, typer.Option("--tokens", help="Token shards to plan with, or most calibration tokens.")
     ] = None,
     calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text to plan with.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Draw a model: units, uses, bytes now, bytes planned."""
     from bytecap import survey

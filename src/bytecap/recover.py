@@ -41,7 +41,8 @@ from bytecap.methods.waterfill import Planner, State
 from bytecap.model.batch import is_batches
 from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_to
-from bytecap.model.probe import batch_tokens, batches, logits_of
+from bytecap.model.gradient import gradient
+from bytecap.model.probe import pass_tokens
 from bytecap.model.text import Window, leading
 from bytecap.swap import load_values
 from bytecap.sweep import Coded, Prepared
@@ -174,8 +175,7 @@ class _Course:
             if v.fisher.any():
                 values = torch.from_numpy(v.values.copy()).to(job.device)
                 self.moving[v.unit.name] = _Moving(values, _VECTOR * values.abs().mean())
-        vocabulary = int(getattr(getattr(job.model.module, "config", None), "vocab_size", 4096))
-        self.batch = batch_tokens(vocabulary) * (8 if torch.device(job.device).type == "cuda" else 1)
+        self.batch = pass_tokens(job.model.module, torch.device(job.device))
         self.steps = dict(state.steps)
         self.state = planner.settle(self.steps, refit=False)
         self.capacity = self.state.rate
@@ -243,51 +243,6 @@ class _Course:
     def kept(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Shadows and steps as they are now."""
         return {n: x.value.clone() for n, x in self.moving.items()}, dict(self.steps)
-
-
-def gradient(
-    original: nn.Module,
-    twin: nn.Module,
-    names: Sequence[str],
-    windows: Sequence[Window],
-    *,
-    device: str,
-    batch: int = 1024,
-) -> tuple[float, dict[str, Tensor]]:
-    """Mean KL from the original to the twin in nats per token, and its gradient at the twin's tensors.
-
-    Args:
-        original: untouched model.
-        twin: coded model.
-        names: parameters of the twin.
-        windows: plain windows.
-        device: torch device.
-        batch: tokens of one pass.
-    """
-    live = dict(twin.named_parameters(remove_duplicate=False))
-    leaves = [live[n] for n in names]
-    for p in leaves:
-        p.requires_grad_(True)
-        p.grad = None
-    tokens = sum(w.predicted for w in windows)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    try:
-        for ids, mask in batches(windows, batch):
-            inside, real = ids[:, :-1].to(device), mask.to(device)
-            with torch.no_grad():
-                target = logits_of(original(inside))[real].float().log_softmax(-1)
-            found = logits_of(twin(inside))[real].float().log_softmax(-1)
-            loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens
-            loss.backward()
-            total += loss.detach()
-        found_gradients = {
-            n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in zip(names, leaves, strict=True)
-        }
-    finally:
-        for p in leaves:
-            p.grad = None
-            p.requires_grad_(False)
-    return float(total), {n: g.float() for n, g in found_gradients.items()}
 
 
 def tune(job: Job, planner: Planner, state: State, kl: float, twin: nn.Module) -> State | None:

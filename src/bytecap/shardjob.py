@@ -21,7 +21,7 @@ from bytecap.model.text import Text, TokenSets
 from bytecap.modules import check_method, with_loss
 from bytecap.pipeline import Artifact, choose_device, fit_sets
 from bytecap.progress import Reporter
-from bytecap.shards import byte_counts, check_ids, expand, read_shard, shard_sets, windows
+from bytecap.shards import ByteCounts, byte_counts, check_ids, expand, read_shard, shard_sets, windows
 from bytecap.sources import EVALUATION_TOKENS, TOKENS, WINDOW, report_sets
 
 
@@ -46,6 +46,10 @@ class Source:
     def model(self) -> Model:
         """The filled module."""
         return load_factory(self.factory, self.state)
+
+    def counts(self) -> ByteCounts | None:
+        """Bytes of tokens, if they are known."""
+        return byte_counts(self.bytes_per_token) if self.bytes_per_token else None
 
     def user_loss(self) -> Loss | None:
         """The user's loss."""
@@ -109,7 +113,7 @@ def job_sets(
         expand(shards), expand(evaluation), window=source.window, tokens=tokens or TOKENS,
         evaluation_tokens=evaluation_tokens or EVALUATION_TOKENS, seed=seed,
         vocabulary=source.size(model.module, loss),
-        counts=byte_counts(source.bytes_per_token) if source.bytes_per_token else None,
+        counts=source.counts(),
     )  # fmt: skip
     scoring = source.scoring(model.module, loss)
     if scoring is not None:
@@ -129,7 +133,7 @@ def score_shards(
         raise UsageError("say what to score with --tokens SHARD (repeatable, patterns are expanded)")
     target, model, loss = choose_device(device), source.model(), source.user_loss()
     size = source.size(model.module, loss)
-    counts = byte_counts(source.bytes_per_token) if source.bytes_per_token else None
+    counts = source.counts()
     scoring = source.scoring(model.module, loss)
     scores = []
     for path in expand(shards):

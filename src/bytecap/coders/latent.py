@@ -10,7 +10,7 @@ the tensor's own or shared by many tensors (`coders/objects.py`), whose scales t
 Section (format.md, 6.17): form u8 | d u8 | LEB128 n | LEB128 rank | codewords | decoder | L1 | L2 | indices.
 Source: ReALLM (arXiv:2405.13155). Its decoder is a deep convolutional one; here it is small, since its bytes count.
 Arithmetic is written out operation by operation, so that two readers agree in every bit. Omitted: training
-(`methods/reallm.py`, `methods/shared_latent.py`).
+(`methods/reallm.py`, `methods/shared.py`).
 
 >>> plain = Latent(np.array([[0.5], [-1.0]], np.float32), np.array([0, 1, 1]))
 >>> section = CODER.encode(plain, (1, 3))

@@ -28,7 +28,8 @@ from bytecap.comparison.cells import Cell, Setting, read_method
 from bytecap.errors import BudgetError, CheckpointError, OutputError
 from bytecap.methods.statistics import model_key, windows_key
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluate import ByWindow, compare, longest_first
+from bytecap.model.evaluate import ByWindow, compare
+from bytecap.model.probe import longest_first
 from bytecap.model.text import TokenSets
 from bytecap.pipeline import Artifact, fit_sets
 from bytecap.progress import Reporter, Silent
@@ -60,21 +61,17 @@ class Task:
 
 
 @lru_cache(maxsize=1)
-def _model(path: str) -> Model:
+def model_of(path: str) -> Model:
+    """A model, kept until another one is asked for."""
     return load_model(path)
 
 
 @lru_cache(maxsize=1)
 def _sets(path: str, seed: int, setting: Setting) -> TokenSets:
     return load_sets(
-        _model(path), setting.calibration or None, setting.evaluation or None, window=setting.window,
+        model_of(path), setting.calibration or None, setting.evaluation or None, window=setting.window,
         tokens=setting.tokens, evaluation_tokens=setting.evaluation_tokens, seed=seed, reporter=Silent(),
     )  # fmt: skip
-
-
-def model_of(path: str) -> Model:
-    """A model, kept until another one is asked for."""
-    return _model(path)
 
 
 def _directory_key(directory: str) -> str:
@@ -93,7 +90,7 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
     hashes: dict[str, str] = {}
     for order, cell in enumerate(cells):
         if cell.model not in hashes:
-            hashes[cell.model] = model_key(_model(cell.model))
+            hashes[cell.model] = model_key(model_of(cell.model))
         sets = _sets(cell.model, cell.seed, setting)
         parts: list[Any] = [hashes[cell.model], cell.method, cell.budget, setting.device]
         parts += [windows_key([w for t in sets.evaluation for w in t.windows]), [t.name for t in sets.evaluation]]
@@ -176,7 +173,7 @@ def run_cells(
             known |= {r["key"]: r for r in fresh}
             _append(path, fresh)
             advance(1)
-    _model.cache_clear()
+    model_of.cache_clear()
     _sets.cache_clear()
     runs = [known[t.key] | {"order": t.order} for t in wanted]
     return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
@@ -188,7 +185,7 @@ def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
         for task in missing:
             yield run(task)
         return
-    _model.cache_clear()
+    model_of.cache_clear()
     _sets.cache_clear()
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
@@ -203,7 +200,7 @@ def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
 def run(task: Task) -> list[Record]:
     """The record of a cell, behind that of its texts."""
     cell, started, cpu = task.cell, time.perf_counter(), time.process_time()
-    model, sets = _model(cell.model), _sets(cell.model, cell.seed, task.setting)
+    model, sets = model_of(cell.model), _sets(cell.model, cell.seed, task.setting)
     record: Record = {
         "record": "run", "key": task.key, "order": task.order, "model": cell.model, "method": cell.method,
         "budget_bytes": cell.budget,
@@ -228,8 +225,7 @@ def _fitted(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence
         lambda: model, cell.budget, lambda _: sets, method=way.name, device=task.setting.device, seed=cell.seed,
         paths=way.paths, options=dict(way.options), store=Store(task.store), reporter=Silent(),
     )  # fmt: skip
-    report = {k: v for k, v in result.report.items() if k not in {"texts", "largest_units", "model", "method", "seed"}}
-    kept = {k: v for k, v in report.items() if k in _KEPT}
+    kept = {k: v for k, v in result.report.items() if k in _KEPT}
     return {**kept, "file_sha256": hashlib.sha256(result.data).hexdigest()}, result.windows
 
 

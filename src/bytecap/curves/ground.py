@@ -26,8 +26,8 @@ from bytecap.methods.statistics import job_key, windows_key
 from bytecap.model.blind import as_matrix
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluate import kl_each
-from bytecap.model.gradient import kl_gradients
-from bytecap.model.probe import Statistics
+from bytecap.model.gradient import gradient
+from bytecap.model.probe import Statistics, pass_tokens
 from bytecap.model.text import TokenSets, leading
 from bytecap.rounding import Shrink
 from bytecap.store import Store, digest
@@ -112,10 +112,11 @@ def _slopes(job: Job, base: Base, twin: nn.Module, store: Store, key: str) -> di
     kept = store.arrays(digest(key, "slopes", _SLOPE_TOKENS))
     if kept is None:
         with job.reporter.step("slopes", sum(w.predicted for w in windows)) as advance:
-            found = kl_gradients(
-                job.model.module, twin, list(base.problems), windows, device=job.device, progress=advance
-            )
-        kept = {n: g.numpy() for n, g in found.items()}
+            _, found = gradient(
+                job.model.module, twin, list(base.problems), windows, device=job.device,
+                batch=pass_tokens(job.model.module, torch.device(job.device)), progress=advance,
+            )  # fmt: skip
+        kept = {n: g.cpu().numpy() for n, g in found.items()}
         store.put_arrays(digest(key, "slopes", _SLOPE_TOKENS), kept)
     return {n: as_matrix(p.unit, torch.from_numpy(kept[n])) for n, p in base.problems.items()}
 

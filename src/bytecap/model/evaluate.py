@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from bytecap.core import Score
 from bytecap.model.batch import Batch, Look, is_batches, variants_of
-from bytecap.model.probe import Progress, batch_tokens, batches, logits_of
+from bytecap.model.probe import Progress, batches, logits_of, longest_first, pass_tokens
 from bytecap.model.text import Text, Window
 from bytecap.progress import Advance
 from bytecap.swap import Values, swapped
 
 FloatArray = npt.NDArray[np.float64]
-_GPU_BATCHES = 8  # times the tokens of a processor's batch; variants are decoded anew for every batch
 _TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -117,18 +116,11 @@ def _score_batches(module: nn.Module, text: Text, device: str, progress: Progres
     return _score(text.name, np.array(losses), tokens, size)
 
 
-def longest_first(windows: Sequence[Window]) -> list[Window]:
-    """Windows in the order in which they are scored, and in which `ByWindow` holds them."""
-    return sorted(windows, key=lambda w: -len(w.tokens))
-
-
 def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
     """Batches with the windows they hold, in the order `batches` sorts them."""
-    vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
     order = longest_first(windows)
     at = 0
-    tokens = batch_tokens(int(vocabulary)) * (_GPU_BATCHES if next(module.parameters()).is_cuda else 1)
-    for ids, mask in batches(windows, tokens):
+    for ids, mask in batches(windows, pass_tokens(module, next(module.parameters()).device)):
         yield ids, mask, order[at : at + len(ids)]
         at += len(ids)
 

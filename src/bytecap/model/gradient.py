@@ -6,57 +6,60 @@ metric predicts, and the share of all other units' errors, which no metric of si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from bytecap.model.probe import batch_tokens, batches, logits_of
+from bytecap.model.probe import batches, logits_of
 from bytecap.model.text import Window
 
 
-def kl_gradients(
+def gradient(
     original: nn.Module,
-    coded: nn.Module,
-    names: Collection[str],
+    twin: nn.Module,
+    names: Sequence[str],
     windows: Sequence[Window],
     *,
-    device: str = "cpu",
+    device: str,
+    batch: int = 1024,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Mean gradient of KL(original || coded), nats per token, float32 in stored layout on the CPU.
+) -> tuple[float, dict[str, Tensor]]:
+    """Mean KL from the original to the twin in nats per token, and its gradient at the twin's tensors.
 
     Args:
-        original: untouched model, gives logits.
-        coded: the same model with other values.
-        names: parameters, by a name of each.
+        original: untouched model.
+        twin: coded model.
+        names: parameters of the twin.
         windows: plain windows.
         device: torch device.
+        batch: tokens of one pass.
         progress: called with the number of tokens finished.
     """
-    live = dict(coded.named_parameters(remove_duplicate=False))
-    wanted = {n: live[n] for n in names}
-    before = {n: p.requires_grad for n, p in wanted.items()}
-    vocabulary = max((len(p) for p in wanted.values() if p.ndim == 2), default=4096)
-    tokens = 0
+    live = dict(twin.named_parameters(remove_duplicate=False))
+    leaves = [live[n] for n in names]
+    before = [p.requires_grad for p in leaves]
+    for p in leaves:
+        p.requires_grad_(True)
+        p.grad = None
+    tokens = sum(w.predicted for w in windows)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        for p in wanted.values():
-            p.requires_grad_(True)
-            p.grad = None
-        for ids, mask in batches(windows, batch_tokens(vocabulary)):
-            inputs, flat = ids[:, :-1].to(device), mask.to(device)
+        for ids, mask in batches(windows, batch):
+            inside, real = ids[:, :-1].to(device), mask.to(device)
             with torch.no_grad():
-                target = torch.softmax(logits_of(original(inputs))[flat].float(), -1)
-            found = torch.log_softmax(logits_of(coded(inputs))[flat].float(), -1)
-            (-(target * found).sum()).backward()
-            tokens += int(mask.sum())
+                target = logits_of(original(inside))[real].float().log_softmax(-1)
+            found = logits_of(twin(inside))[real].float().log_softmax(-1)
+            loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens
+            loss.backward()
+            total += loss.detach()
             if progress is not None:
                 progress(int(mask.sum()))
-        return {
-            n: (torch.zeros_like(p) if p.grad is None else p.grad).detach().float().cpu() / max(1, tokens)
-            for n, p in wanted.items()
+        found_gradients = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in zip(names, leaves, strict=True)
         }
     finally:
-        for n, p in wanted.items():
+        for p, wanted in zip(leaves, before, strict=True):
             p.grad = None
-            p.requires_grad_(before[n])
+            p.requires_grad_(wanted)
+    return float(total), {n: g.float() for n, g in found_gradients.items()}

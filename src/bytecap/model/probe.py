@@ -35,6 +35,7 @@ from bytecap.model.checkpoint import linear_weights, of_transformers
 from bytecap.model.text import Window
 
 _ROUND_LENGTH = 64
+_GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and fills only so
 _RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
 
 Progress = Callable[[int], None]
@@ -71,12 +72,17 @@ class Statistics:
     tokens: int
 
 
+def longest_first(windows: Sequence[Window]) -> list[Window]:
+    """Windows in the order in which `batches` holds them."""
+    return sorted(windows, key=lambda w: -len(w.tokens))
+
+
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
 
     Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
     """
-    order = sorted(windows, key=lambda w: -len(w.tokens))
+    order = longest_first(windows)
     longest = len(order[0].tokens) if order else 0
     at = number = 0
     while at < len(order):
@@ -105,6 +111,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def batch_tokens(vocabulary: int) -> int:
     """Tokens a batch may hold so that its float32 logits stay near 16 MB; larger batches are not faster on a CPU."""
     return max(256, min(1024, 2**22 // max(1, vocabulary)))
+
+
+def pass_tokens(module: nn.Module, device: torch.device) -> int:
+    """Tokens a batch may hold in passes without sums of statistics, by the vocabulary the module's config names."""
+    vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
+    return batch_tokens(int(vocabulary)) * (_GPU_BATCHES if device.type == "cuda" else 1)
 
 
 def probe(

@@ -145,6 +145,15 @@ def sections(package: ModuleType, found: Mapping[str, Any]) -> list[str]:
     return [t for t in texts if t]
 
 
+def identifier(prefix: str, name: str) -> str:
+    """A table's name in the page.
+
+    >>> identifier("wins", "org/small v2")
+    'wins-org-small-v2'
+    """
+    return f"{prefix}-" + "".join(c if c.isalnum() else "-" for c in name)
+
+
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, name: str = "", raw: Sequence[int] = ()
 ) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from bytecap.report.comparison import NAMES, styles
-from bytecap.report.frame import plus_minus, table
+from bytecap.report.frame import identifier, plus_minus, table
 from bytecap.report.svg import forest
 
 ORDER = 30
@@ -36,7 +36,7 @@ def _model(model: Mapping[str, Any]) -> str:
         for c in cells for text, s in c["scores"].items() for metric, d in s["against"].items()
     ]  # fmt: skip
     head = ("budget, bytes", "method", "text", "figure", f"minus {first}", "error of documents", "error of seeds")
-    name = "differences-" + "".join(c if c.isalnum() else "-" for c in model["model"])
+    name = identifier("differences", model["model"])
     return (
         f"<h2>{escape(model['model'])}: differences to {escape(first)}</h2>"
         "<p>On the same tokens, document by document; "

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from bytecap.report.comparison import NAMES
-from bytecap.report.frame import table
+from bytecap.report.frame import identifier, table
 
 ORDER = 40
 
@@ -24,6 +24,6 @@ def _model(model: Mapping[str, Any]) -> str:
         for x in model["saved"]
     ]  # fmt: skip
     head = ("method", "against", "at equal", "bytes saved", "standard error", "bytes for bytes of the other, by point")
-    name = "saved-" + "".join(c if c.isalnum() else "-" for c in model["model"])
+    name = identifier("saved", model["model"])
     caption = "Read off the other's lower envelope, linear in the logarithm; nothing beyond its ends"
     return f"<h2>{escape(model['model'])}: bytes saved</h2>{table(head, rows, caption, name=name)}"

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from bytecap.report.comparison import NAMES, winner
-from bytecap.report.frame import cards, plus_minus, table
+from bytecap.report.frame import cards, identifier, plus_minus, table
 
 ORDER = 10
 
@@ -36,7 +36,7 @@ def _model(model: Mapping[str, Any]) -> str:
         for r in model["refused"]
     )
     head = ("budget, bytes", "text", "figure", "best", "second", "second minus best, nats per token")
-    name = "wins-" + "".join(c if c.isalnum() else "-" for c in model["model"])
+    name = identifier("wins", model["model"])
     return (
         f"<h2>{escape(model['model'])}: who wins where</h2><p>{model['parameters']:,} parameters; calibration seeds "
         f"{', '.join(map(str, model['seeds']))}; {escape(texts)}.</p>{cards(items)}"
