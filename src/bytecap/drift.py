@@ -133,7 +133,7 @@ def drift_targets(
 
     Args:
         planner: prepared units.
-        state: steps to code the prefix at.
+        state: steps to code the prefix at; its coded units are used up.
         original: untouched model.
         twin: a twin of it, overwritten.
         windows: calibration windows.
@@ -151,6 +151,7 @@ def drift_targets(
         return {}
     staged = {n for names in plan for n in names}
     load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
+    state.coded.clear()
     change: dict[str, Tensor] = {}
     groups = rounds(windows, _ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):

@@ -28,6 +28,7 @@ TOTAL = 1 << PROB_BITS  # every table's frequencies sum to this
 MAX_CLASS = 63  # class 0 is padding: one symbol of probability 1
 SPLIT_CLASSES = 4 * (MAX_CLASS + 1)  # classes of split tables: whole, then restricted to 4m, 4m+1, 4m+2
 MAX_HALF = 1023  # largest |symbol| a table may hold; anything larger is escaped
+_FAR = 2**30  # escaped under any table
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Tables:
         return list({id(t): (cls, t) for cls, t in sorted(self.table.items(), reverse=True)}.values())[::-1]
 
     @cached_property
-    def _starts(self) -> npt.NDArray[np.int64]:
+    def _starts(self) -> npt.NDArray[np.int32]:
         """Start of each class's entries in the concatenated arrays below; entry 0 is the padding symbol."""
-        starts = np.full(SPLIT_CLASSES, -1, np.int64)
+        starts = np.full(SPLIT_CLASSES, -1, np.int32)
         starts[0] = 0
         at = 2
         for cls, table in sorted(self.table.items()):
@@ -97,18 +98,21 @@ class Tables:
             parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
         return np.concatenate(parts)
 
-    def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
-        low, last = np.zeros(SPLIT_CLASSES, np.int64), np.zeros(SPLIT_CLASSES, np.int64)
-        for cls, table in self.table.items():
-            low[cls], last[cls] = table.low, len(table.freq) - 1
-        offset = symbols.astype(np.int64) - low[classes]
-        escaped = (offset < 0) | (offset >= last[classes])
+        low, last = self.edges
+        if symbols.dtype.itemsize > 2:
+            symbols = np.clip(symbols, -_FAR, _FAR)
+        offset = symbols.astype(np.int32) - low[classes]
+        end = last[classes]
+        escaped = (offset < 0) | (offset >= end)
         escaped &= classes > 0
+        np.copyto(offset, end, where=escaped)
         starts = self._starts[classes]
         if starts.min(initial=0) < 0:
             raise CorruptError("a symbol's class has no table")
-        return starts + np.where(escaped, last[classes], offset), escaped
+        offset += starts
+        return offset, escaped
 
     def bits(self, symbols: IntArray, classes: IntArray) -> float:
         """Ideal code length of the symbols in bits, escapes' own bytes not included."""
@@ -120,10 +124,32 @@ class Tables:
         """Bits of every entry of the concatenated tables."""
         return PROB_BITS - np.log2(self.flat("freq"))
 
-    def count_bits(self, values: IntArray, count: IntArray, cls: int) -> float:
-        """Bits of `count[i]` times `values[i]` under one class, escapes at 12 bits more."""
-        entry, escaped = self.index(values, np.full(len(values), cls, np.uint8))
-        return float(self.cost[entry] @ count + 12.0 * count[escaped].sum())
+    def cheapest(self, values: IntArray, count: IntArray) -> tuple[int, float]:
+        """(class, bits) of the table that codes `count[i]` times `values[i]` in the fewest bits.
+
+        Escapes cost 12 bits more than their entry.
+
+        Raises:
+            CorruptError: there are no tables.
+        """
+        classes, cost = self._choices
+        if not len(classes):
+            raise CorruptError("there is no table to code side information with")
+        column = np.clip(values, -MAX_HALF - 1, MAX_HALF + 1) + (MAX_HALF + 1)
+        bits = (cost[:, column] * count).sum(1)
+        best = int(bits.argmin())
+        return int(classes[best]), float(bits[best])
+
+    @cached_property
+    def _choices(self) -> tuple[IntArray, npt.NDArray[np.float64]]:
+        """Lowest class of every table, ascending, and (tables, 2 MAX_HALF + 3) bits of every value under it."""
+        found = sorted(self.distinct(), key=lambda x: x[0])
+        cost = np.empty((len(found), 2 * MAX_HALF + 3))
+        for row, (_, table) in zip(cost, found, strict=True):
+            bits = PROB_BITS - np.log2(table.freq)
+            row[:] = bits[-1] + 12
+            row[table.low + MAX_HALF + 1 : table.high + MAX_HALF + 2] = bits[:-1]
+        return np.array([cls for cls, _ in found], np.int64), cost
 
     @cached_property
     def cost_by_size(self) -> npt.NDArray[np.float64]:

@@ -81,7 +81,45 @@ def _values(
             value[r, c] = x * rows[r] * scale[c]
 
 
+def _path(subsets: _Array, bit: _Array, bits: _Array) -> None:
+    """Path's bits (rows, cols) from subsets (rows, cols); `bit` (8, 4) by state and subset, paths begin in state 0."""
+    state = np.zeros(subsets.shape[1], np.uint8)
+    for r in range(len(subsets)):
+        for c in range(subsets.shape[1]):
+            b = bit[state[c], subsets[r, c]]
+            bits[r, c] = b
+            state[c] = (state[c] << 1 | b) & 7
+
+
+def _store(
+    symbols: _Array, columns: _Array, more: _Array, fine: _Array, rows: _Array, out: _Array, counts: _Array
+) -> None:
+    """Turn symbols (cols, rows) of one row group into `out` (rows, cols) and add to `counts` (2, classes, widths).
+
+    Args:
+        symbols: what was rounded.
+        columns: class of every column.
+        more: quarter octaves added to it.
+        fine: 1 where the column is dependent, else 0.
+        rows: class of every row.
+        out: gets the symbols.
+        counts: how often |z| occurred by class, outside and inside dependent columns; the last bin holds all above.
+    """
+    top, last = counts.shape[1] - 1, counts.shape[2] - 1
+    cols, height = symbols.shape
+    for c0 in range(0, cols, 64):
+        for r0 in range(0, height, 64):
+            for c in range(c0, min(c0 + 64, cols)):
+                for r in range(r0, min(r0 + 64, height)):
+                    z = symbols[c, r]
+                    out[r, c] = z
+                    cls = min(max(rows[r] + columns[c] + more[c], 1 + more[c]), top)
+                    counts[fine[c], cls, min(abs(z), last)] += 1
+
+
 points: Any = numba.njit(nogil=True, cache=True)(_points)
 values: Any = numba.njit(nogil=True, cache=True, fastmath=False)(_values)
 encode: Any = numba.njit(nogil=True, cache=True)(_encode)
 lanes: Any = numba.njit(nogil=True, cache=True)(_lanes)
+path: Any = numba.njit(nogil=True, cache=True)(_path)
+store: Any = numba.njit(nogil=True, cache=True)(_store)

@@ -46,6 +46,7 @@ from bytecap.model.probe import pass_tokens
 from bytecap.model.text import Window, leading
 from bytecap.swap import load_values
 from bytecap.sweep import Coded, Prepared
+from bytecap.triangle import Triangles
 
 RATE = 0.0015  # first learning rate, in steps of each weight's grid
 _VECTOR = 0.1  # what is a step for vectors, in their mean sizes
@@ -138,7 +139,7 @@ def shadow(item: Prepared, decoded: Tensor) -> Prepared:
         error = (weight - coded)[:, order]
         part[:, order] = weight[:, order] + error @ torch.tril(lower, -1) / diag
         lowers.append(torch.diag(diag))
-    return replace(item, weight=target, lower=torch.stack(lowers))
+    return replace(item, weight=target, lower=Triangles.of(torch.stack(lowers)))
 
 
 def _grid_steps(item: Prepared, coded: Coded) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bytecap.core import Unit
 from bytecap.model.probe import Statistics, Use
+from bytecap.triangle import Triangles
 
 _UNSEEN_TOKENS = 0.5  # tokens' worth of gradient energy given to every row
 
@@ -95,7 +96,7 @@ def diagonal(unit: Unit, statistics: Statistics) -> np.ndarray[tuple[int, ...], 
     return found if found is not None else np.zeros(unit.shape)
 
 
-def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Tensor, Tensor]:
+def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangles, Tensor]:
     """Cholesky factors of the damped Hessian.
 
     Args:
@@ -104,8 +105,8 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Tensor, 
         order: put columns of large diagonal last, so that they are rounded first and the rest absorbs their error.
 
     Returns:
-        L, float32, lower triangular, shape (groups, cols, cols), of the permuted Hessian; and the permutation
-        (groups, cols). The decoder needs neither.
+        L, float32, (cols, cols) for each row group, of the permuted Hessian; and the permutation (groups, cols).
+        The decoder needs neither.
     """
     factors, orders = [], []
     for h in metric.hessian:
@@ -122,4 +123,4 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Tensor, 
             ridge *= 10  # numerically singular: more damping until it factors
         factors.append(lower.float())
         orders.append(perm)
-    return torch.stack(factors), torch.stack(orders)
+    return Triangles.of(torch.stack(factors)), torch.stack(orders)

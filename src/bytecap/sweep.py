@@ -17,16 +17,18 @@ from torch import Tensor
 
 from bytecap.coders import Shared
 from bytecap.coders.classes import CLASSES, UNIT_CLASS, quarter
-from bytecap.coders.grid import GridCode, side_bits
+from bytecap.coders.grid import OCTAVE, GridCode, side_bits
 from bytecap.coders.stack import CODER as STACK
-from bytecap.coders.trellis import dependent
 from bytecap.core import Unit
 from bytecap.frequencies import MAX_HALF
+from bytecap.kernels import store
 from bytecap.rounding import Problem, Rounded, Shrink, gaussian_shrink, row_classes
 from bytecap.rounding.scalar import round_scalar
 from bytecap.rounding.trellis import round_trellis
 from bytecap.sensitivity import Metric, factor
-from bytecap.tables import Counts, count_symbols, fit_shared
+from bytecap.tables import Counts, fit_shared
+from bytecap.threads import in_threads
+from bytecap.triangle import Triangles
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
 _BATCH_VALUES = {"cpu": 4 * 2**20, "cuda": 2**25}  # weights and Hessian factors rounded together
@@ -82,7 +84,8 @@ class Prepared:
         weight: (rows, cols) float32, what to approximate.
         rows: (rows,), weight of each row's error.
         row_step: (rows,), quarter octaves.
-        lower, order: Cholesky factors (groups, cols, cols) and column orders (groups, cols).
+        lower: Cholesky factors, (cols, cols) for each row group.
+        order: column orders (groups, cols).
         hessian: (cols, cols), damped, where `lower` says less than that (no error feedback, one row group).
     """
 
@@ -90,7 +93,7 @@ class Prepared:
     weight: Tensor
     rows: Tensor
     row_step: Tensor
-    lower: Tensor
+    lower: Triangles
     order: Tensor
     hessian: Tensor | None = None
 
@@ -116,7 +119,7 @@ class Prepared:
     def emptied(self) -> Prepared:
         """Without all that only rounding needs."""
         none = torch.zeros(0)
-        return replace(self, weight=none, rows=none, lower=none, order=none, hessian=None)
+        return replace(self, weight=none, rows=none, lower=Triangles(none, 0), order=none, hessian=None)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,10 @@ def round_units(
             groups.setdefault((len(part), cols), []).append((item, g))
     rounded: dict[str, dict[int, tuple[Rounded, int]]] = {item.unit.name: {} for item in items}
     coded: dict[str, Coded] = {}
+
+    def collect(item: Prepared) -> Coded:
+        return _collect(item, steps, rounded.pop(item.unit.name), trellis=options.trellis)
+
     centres = np.zeros((2, 64, 17))
     for (rows, cols), members in groups.items():
         most = _BATCH_VALUES.get(members[0][0].weight.device.type, 2**22)
@@ -195,10 +202,9 @@ def round_units(
             result = _round_members(chunk, steps, shrink, options)
             centres += result.centres
             for i, (item, g) in enumerate(chunk):
-                parts = rounded[item.unit.name]
-                parts[g] = (result, i)
-                if len(parts) == item.groups:
-                    coded[item.unit.name] = _collect(item, steps, rounded.pop(item.unit.name), trellis=options.trellis)
+                rounded[item.unit.name][g] = (result, i)
+            ready = list({m.unit.name: m for m, _ in chunk if len(rounded[m.unit.name]) == m.groups}.values())
+            coded |= {c.unit.name: x for c, x in zip(ready, in_threads(collect, ready), strict=True)}
             if progress is not None:
                 progress(rows * cols * len(chunk))
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
@@ -208,7 +214,7 @@ def _round_members(
     members: Sequence[tuple[Prepared, int]], steps: Mapping[str, float], shrink: Shrink, options: Options
 ) -> Rounded:
     first, g = members[0]
-    shape = first.lower.shape[-1], len(torch.tensor_split(first.row_step, first.groups)[g])
+    shape = first.lower.size, len(torch.tensor_split(first.row_step, first.groups)[g])
     weight = torch.empty(len(members), *shape, device=first.weight.device)
     rows = []
     for i, (item, g) in enumerate(members):
@@ -231,25 +237,42 @@ def _collect(
 ) -> Coded:
     parts = [rounded[g] for g in range(item.groups)]
 
-    def stack(name: str) -> list[npt.NDArray[Any]]:
-        return [getattr(r, name)[i].cpu().numpy() for r, i in parts]
+    def each(name: str) -> list[npt.NDArray[Any]]:
+        return [getattr(r, name)[i] for r, i in parts]
 
+    columns, rows = np.stack(each("column_class")), np.concatenate(each("row_class"))
+    first = FIRST_DEPENDENT if trellis else CLASSES
+    symbols, counts = _stored(each("symbols"), columns, rows, first)
     code = GridCode(
-        step=float(np.float32(steps[item.unit.name])),
-        symbols=_narrow(np.concatenate([s.T for s in stack("symbols")])),
-        column_step=np.stack(stack("column_step")), column_class=np.stack(stack("column_class")),
-        row_step=item.row_step.cpu().numpy(), row_class=np.concatenate(stack("row_class")),
-        first=FIRST_DEPENDENT if trellis else CLASSES,
+        step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=np.stack(each("column_step")),
+        column_class=columns, row_step=item.row_step.cpu().numpy(), row_class=rows, first=first,
     )  # fmt: skip
-    mask = dependent(code.column_class, code.first, len(code.row_class))
-    counts = count_symbols(code.symbols, code.classes(), mask)
     return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
 
 
-def _narrow(symbols: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
-    """The same integers in one byte each, where they fit."""
-    fits = symbols.size == 0 or (symbols.min() >= -127 and symbols.max() <= 127)
-    return symbols.astype(np.int8) if fits else symbols
+def _stored(
+    symbols: Sequence[npt.NDArray[Any]], columns: npt.NDArray[Any], rows: npt.NDArray[Any], first: int
+) -> tuple[npt.NDArray[Any], Counts]:
+    """Symbols (rows, cols), a byte each where they fit, and their counts.
+
+    Args:
+        symbols: (cols, rows) of every row group.
+        columns: (groups, cols) classes.
+        rows: (rows,) classes.
+        first: class of dependent columns.
+    """
+    peak = max((max(int(s.max()), -int(s.min())) for s in symbols if s.size), default=0)
+    kind = np.int8 if peak < 2**7 else np.int16 if peak < 2**15 else np.int32
+    out = np.empty((len(rows), columns.shape[1]), kind)
+    counts = np.zeros((2, CLASSES, min(peak, MAX_HALF + 1) + 1))
+    fine = columns >= first
+    groups = (symbols, columns, fine, np.array_split(rows, len(columns)), np.array_split(out, len(columns)))
+    for s, column, dependent, row, part in zip(*groups, strict=True):
+        store(
+            s, column.astype(np.int64), dependent * OCTAVE, dependent.astype(np.int64), row.astype(np.int64), part,
+            counts,
+        )  # fmt: skip
+    return out, counts
 
 
 def rate(coded: Coded, shared: Shared) -> float:

@@ -19,7 +19,7 @@ from bytecap.sweep import Prepared
 
 Size = Callable[[dict[str, Section], bytes], int]
 
-_GLOBAL_TRIES = 5
+_GLOBAL_TRIES = 8
 _UNIT_TRIES = 40
 _UNIT_CHANGE = 0.1  # of a unit's log-step at once: more would spend its bytes off the plan's slope
 _ENOUGH = 16  # bytes left over that are not worth another rounding
@@ -63,15 +63,18 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
     """
     packed = _pack(planner, state, tables)
     best: Packed | None = None
+    slope, before = planner.parameters / 8 * 1.2 + 1, None  # bytes by which the file shrinks an octave-e of the step
     for _ in range(_GLOBAL_TRIES):
         left = budget - size(packed.sections, tables)
         if left >= 0 and (best is None or left < budget - size(best.sections, tables)):
             best = packed
         if 0 <= left <= 2 * allowed_slack(budget):
             break
-        # bytes fall by about 1.2 bits per weight and octave-e of the step; aim a little below the cap
-        change = (0.5 * allowed_slack(budget) - left) / (planner.parameters / 8 * 1.2 + 1)
-        steps = {n: s * math.exp(min(1.0, max(-1.0, change))) for n, s in packed.state.steps.items()}
+        if before is not None and (left - before[0]) * before[1] > 0:  # weights that are zero already shrink no more
+            slope = (left - before[0]) / before[1]
+        change = min(1.0, max(-1.0, (0.5 * allowed_slack(budget) - left) / slope))  # aim a little below the cap
+        before = left, change
+        steps = {n: s * math.exp(change) for n, s in packed.state.steps.items()}
         packed = _pack(planner, planner.settle(steps, refit=False), tables)
     if best is None:
         over = size(packed.sections, tables)

@@ -99,19 +99,12 @@ def weight_classes(
     return np.concatenate(parts)
 
 
-def choose_class(values: IntArray, tables: Tables) -> tuple[int, int]:
-    """(base, class) that store an array in the fewest bits; class 0 if it is constant."""
+def choose_class(values: IntArray, tables: Tables) -> tuple[int, int, float]:
+    """(base, class, bits) that store an array in the fewest bits; class 0 if it is constant."""
     base = int(np.clip(np.median(values), -128, 127)) if len(values) else 0
     if len(values) == 0 or bool((values == base).all()):
-        return base, 0
-    residual = values - base
-    spread, count = np.unique(residual, return_counts=True)
-    best = (float("inf"), 0)
-    for cls, _ in tables.distinct():
-        best = min(best, (tables.count_bits(spread, count, cls), cls))
-    if best[1] == 0:
-        raise CorruptError("there is no table to code side information with")
-    return base, best[1]
+        return base, 0, 0.0
+    return base, *tables.cheapest(*np.unique(values - base, return_counts=True))
 
 
 @dataclass(frozen=True)
@@ -137,7 +130,7 @@ class Head:
 
 def _chosen(code: GridCode, tables: Tables) -> list[tuple[IntArray, int, int]]:
     """(array, base, class) of the side arrays."""
-    return [(a, *choose_class(a, tables)) for a in code.side_arrays()]
+    return [(a, *choose_class(a, tables)[:2]) for a in code.side_arrays()]
 
 
 def write_sides(code: GridCode, tables: Tables) -> Source:
@@ -202,10 +195,7 @@ def side_bits(code: GridCode, tables: Tables) -> float:
     """Estimated bits of header and side information."""
     bits = 8.0 * (_HEAD.size + 2 + 4 + 3 * 2)
     for a in code.side_arrays():
-        base, cls = choose_class(a, tables)
-        if cls:
-            values, count = np.unique(a - base, return_counts=True)
-            bits += tables.count_bits(values, count, cls)
+        bits += choose_class(a, tables)[2]
     return bits
 
 

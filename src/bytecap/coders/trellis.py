@@ -77,15 +77,19 @@ def _branches(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]
 
 def _bits(subsets: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
     """The path's bits (rows, cols) from the subsets of its points."""
-    parts = []
-    for part in np.array_split(subsets, groups):
-        state = np.zeros(part.shape[1], np.uint8)
-        bits = np.empty_like(part)
-        for r in range(len(part)):
-            bits[r] = _BIT[state, part[r]]
-            state = (state << 1 | bits[r]) & 7
-        parts.append(bits)
-    return np.concatenate(parts)
+    loop = compiled.kernel("path") if compiled.worth(subsets.size) else _path
+    bits = np.empty_like(subsets)
+    for part, out in zip(np.array_split(subsets, groups), np.array_split(bits, groups), strict=True):
+        loop(part, _BIT, out)
+    return bits
+
+
+def _path(subsets: npt.NDArray[np.uint8], bit: npt.NDArray[np.uint8], bits: npt.NDArray[np.uint8]) -> None:
+    """What `bytecap.kernels.path` does, row by row."""
+    state = np.zeros(subsets.shape[1], np.uint8)
+    for r in range(len(subsets)):
+        bits[r] = bit[state, subsets[r]]
+        state = (state << 1 | bits[r]) & 7
 
 
 class Trellis:

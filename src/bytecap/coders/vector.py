@@ -46,11 +46,7 @@ class Vector:
         """(class, bits) that code the integers in the fewest bits; class 0 if all are zero."""
         if not symbols.any():
             return 0, 0.0
-        found = (float("inf"), 0)
-        values, count = np.unique(symbols, return_counts=True)
-        for cls, _ in shared.tables.distinct():
-            found = min(found, (shared.tables.count_bits(values, count, cls), cls))
-        return found[1], found[0]
+        return shared.tables.cheapest(*np.unique(symbols, return_counts=True))
 
     def rate(self, values: npt.NDArray[np.float32], step: float, shared: Shared) -> float:
         """Estimated bytes of a section."""

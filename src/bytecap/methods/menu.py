@@ -206,7 +206,7 @@ class _Bench:
 
 def _servable(item: Prepared) -> bool:
     """Whether paths know the unit's metric: one Hessian, and not all zero."""
-    return item.groups == 1 and bool(item.rows.any()) and bool((item.lower.diagonal(dim1=1, dim2=2) > 1e-12).all())
+    return item.groups == 1 and bool(item.rows.any()) and bool((item.lower.diagonal() > 1e-12).all())
 
 
 def _distortion(problem: Problem, coded: Coded, shared: Shared) -> float:

@@ -26,14 +26,12 @@ from bytecap.coders.trellis import CODER as TRELLIS
 from bytecap.coders.trellis import Trellis
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
-from bytecap.entropy import encode_all
 from bytecap.rounding import Shrink
 from bytecap.sweep import Coded, Options, Prepared, initial_shared, rate, round_units
 from bytecap.tables import Counts, fit_shared, sum_counts
-from bytecap.units import in_groups
+from bytecap.threads import in_threads
 
 FloatArray = npt.NDArray[np.float32]
-_ENCODE_VALUES = 2**21  # symbols coded together
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,12 @@ class VectorUnit:
 def finest_step(item: Prepared) -> float:
     """The step below which symbols would exceed 16 bits: finer grids gain nothing and integers would overflow."""
     widest = 0.0
-    for weight, row_step, lower, order in zip(
-        torch.tensor_split(item.weight, item.groups), torch.tensor_split(item.row_step, item.groups), item.lower,
-        item.order, strict=True,
+    for weight, row_step, diagonal, order in zip(
+        torch.tensor_split(item.weight, item.groups), torch.tensor_split(item.row_step, item.groups),
+        item.lower.diagonal(), item.order, strict=True,
     ):  # fmt: skip
         largest = (weight.abs() / torch.exp2(row_step.float() / 4)[:, None]).amax(0)  # (cols,)
-        widest = max(widest, float((largest[order] * lower.diagonal()).max()))
+        widest = max(widest, float((largest[order] * diagonal).max()))
     return widest * 2.0**-15
 
 
@@ -167,7 +165,7 @@ class Planner:
         counts = sum_counts([])
         for c in coded.values():
             for array in c.code.side_arrays():
-                base, cls = choose_class(array, self.shared.tables)
+                base, cls, _ = choose_class(array, self.shared.tables)
                 if cls:
                     np.add.at(counts[cls], np.minimum(np.abs(array - base), 1024), 1)
         for v in self.vectors:
@@ -184,7 +182,7 @@ class Planner:
         bits = 8 * capacity / max(1, self.parameters)
         logs = []
         for p in self.matrices:
-            diag = p.lower.diagonal(dim1=1, dim2=2).double()
+            diag = p.lower.diagonal().double()
             spread = float(p.weight.double().square().mean().clamp(min=1e-30).sqrt())
             logs.append((p.unit.parameters, float(diag.log2().mean()) + math.log2(spread)))
         mean = sum(n * x for n, x in logs) / max(1, self.parameters)
@@ -240,36 +238,19 @@ class Planner:
         return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
 
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
-        """(tag, section) of units by name, all by default; their streams are coded together."""
-        sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
-        found: dict[str, tuple[int, bytes]] = {}
-        for group in in_groups(self.names if names is None else names, lambda n: sizes.get(n, 0), _ENCODE_VALUES):
-            found |= self._encode_group(state, group)
-        return found
-
-    def _encode_group(self, state: State, names: Sequence[str]) -> dict[str, tuple[int, bytes]]:
+        """(tag, section) of units by name, all by default."""
         vectors = {v.unit.name: v for v in self.vectors}
-        sources = []
-        for n in names:
-            if n in state.coded:
-                code = state.coded[n].code
-                sources.append(coder_of(code).sources(code, state.shared))
-            else:
-                sources.append(VECTOR.sources(vectors[n].values, vectors[n].step(state.steps[n]), state.shared))
-        streams = iter(encode_all([s for group in sources for s in group]))
-        found = {}
-        for n, group in zip(names, sources, strict=True):
-            mine = [next(streams) for _ in group]
-            if n in state.coded:
-                code = state.coded[n].code
-                found[n] = coder_of(code).tag, coder_of(code).assemble(code, state.shared, mine).data
-                layer = state.coded[n].layer
-                if layer:
-                    found[n] = STACK.tag, STACK.encode(found[n], [layer])
-            else:
-                v = vectors[n]
-                found[n] = VECTOR.tag, VECTOR.assemble(v.values, v.step(state.steps[n]), state.shared, mine).data
-        return found
+
+        def one(name: str) -> tuple[int, bytes]:
+            if name not in state.coded:
+                v = vectors[name]
+                return VECTOR.tag, VECTOR.encode(v.values, v.step(state.steps[name]), state.shared).data
+            code, layer = state.coded[name].code, state.coded[name].layer
+            base = coder_of(code).tag, coder_of(code).encode(code, state.shared).data
+            return (STACK.tag, STACK.encode(base, [layer])) if layer else base
+
+        wanted = list(self.names if names is None else names)
+        return dict(zip(wanted, in_threads(one, wanted), strict=True))
 
 
 def coder_of(code: GridCode) -> Grid | Trellis:

@@ -55,11 +55,11 @@ class Rounded:
             summed, in steps.
     """
 
-    symbols: Tensor
-    column_step: Tensor
-    column_class: Tensor
-    row_class: Tensor
-    distortion: Tensor
+    symbols: npt.NDArray[np.integer]
+    column_step: npt.NDArray[np.integer]
+    column_class: npt.NDArray[np.integer]
+    row_class: npt.NDArray[np.integer]
+    distortion: npt.NDArray[np.float64]
     centres: npt.NDArray[np.float64]
 
 
@@ -96,11 +96,11 @@ def stored_order(
 ) -> Rounded:
     """What came out in rounding order, put into stored column order; `distortion` is twice the cost."""
     inverse = torch.argsort(problem.order, dim=1)
-    return Rounded(
+    found = (
         symbols.gather(1, inverse[:, :, None].expand(-1, -1, symbols.shape[2])), exponent.gather(1, inverse),
-        column_class.gather(1, inverse), problem.row_class, distortion / 2,
-        centres.reshape(2, CLASSES, CENTRES).cpu().numpy(),
+        column_class.gather(1, inverse), problem.row_class, distortion / 2, centres.reshape(2, CLASSES, CENTRES),
     )  # fmt: skip
+    return Rounded(*(t.cpu().numpy() for t in found))
 
 
 def step_fits(weight: Tensor, scale: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from bytecap.coders.classes import CENTRES, CLASSES, UNIT_CLASS
 from bytecap.coders.grid import OCTAVE
 from bytecap.coders.trellis import SUBSET
-from bytecap.rounding import BLOCK, SAMPLE, Problem, Rounded, Shrink, column_steps, stored_order
+from bytecap.rounding import BLOCK, SAMPLE, Problem, Rounded, Shrink, column_steps
 
 _Array = npt.NDArray[Any]
 
@@ -35,14 +35,13 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
 
     Runs on the processor's cores, one matrix each, whatever device the problem is on.
     """
-    device = problem.weight.device
     p = Problem(*(t.cpu() for t in (problem.weight, problem.lower, problem.order, problem.rows, problem.row_class)))
     weight, lower = p.weight, p.lower
     batch, cols, rows = weight.shape
     diag = lower.diagonal(dim1=1, dim2=2)  # (B, cols)
     exponent, scale = column_steps(p, step.cpu(), waterfill=waterfill)
     error = torch.empty_like(weight)
-    symbols = np.empty((batch, cols, rows), np.int32)
+    symbols = np.empty((batch, cols, rows), np.int32)  # in stored column order
     column_class = np.empty((batch, cols), np.int32)
     distortion = np.zeros(batch)
     centres = np.zeros((batch, 2, CLASSES * CENTRES))
@@ -50,7 +49,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
     dead = (0.5 - shrink.dead_zone).astype(np.float32)
     fixed = shrink.offset.reshape(-1), dead, first
     arrays = weight.numpy(), error.numpy(), scale.numpy(), p.row_class.numpy(), whiten, p.rows.float().numpy()
-    weights2 = diag.square().numpy()
+    weights2, order = diag.square().numpy(), p.order.numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for hi in range(cols, 0, -BLOCK):
             lo = max(0, hi - BLOCK)
@@ -63,15 +62,13 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
             def one(b: int, lo: int = lo, hi: int = hi, inner: _Array = inner, fed: _Array = fed) -> None:
                 _block(
                     lo, hi, inner[b], fed[b], *(a[b] for a in arrays), weights2[b], *fixed, symbols[b],
-                    column_class[b], distortion[b : b + 1], centres[b],
+                    order[b], column_class[b], distortion[b : b + 1], centres[b],
                 )  # fmt: skip
 
             list(pool.map(one, range(batch)))
-    small = np.abs(symbols).max(initial=0) < 2**15
-    z = torch.from_numpy(symbols.astype(np.int16) if small else symbols)
-    return stored_order(
-        problem, z.to(device), exponent.to(device), torch.from_numpy(column_class).to(device),
-        torch.from_numpy(distortion).to(device), torch.from_numpy(centres.sum(0)),
+    return Rounded(
+        symbols, np.take_along_axis(exponent.numpy(), np.argsort(order), 1), column_class, p.row_class.numpy(),
+        distortion / 2, centres.sum(0).reshape(2, CLASSES, CENTRES),
     )  # fmt: skip
 
 
@@ -118,9 +115,12 @@ _path: Any = numba.njit(nogil=True, cache=True)(_viterbi)
 def _round_columns(
     lo: int, hi: int, inner: _Array, fed: _Array, weight: _Array, error: _Array, scale: _Array, row_class: _Array,
     whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, dead: _Array, first: int, symbols: _Array,
-    column_class: _Array, distortion: _Array, centres: _Array,
+    order: _Array, column_class: _Array, distortion: _Array, centres: _Array,
 ) -> None:  # fmt: skip
-    """Columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,)."""
+    """Columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,).
+
+    Column k of the problem is column `order[k]` of what is stored: of `symbols` and `column_class`.
+    """
     rows = weight.shape[1]
     u = np.empty(rows, np.float32)
     cls = np.empty(rows, np.int32)
@@ -137,7 +137,7 @@ def _round_columns(
             energy += x * x
         column = round(2 * np.log2(max(energy / rows, 1e-12))) + UNIT_CLASS
         column = min(max(column, 1), CLASSES - 1)
-        column_class[k] = column
+        column_class[order[k]] = column
         fine = column >= first
         s = scale[k] * np.float32(0.5) if fine else scale[k]
         unit = np.float32(2) if fine else np.float32(1)  # offsets are in steps of the column
@@ -162,7 +162,7 @@ def _round_columns(
             if k % SAMPLE == 0:
                 centres[0, at] += 1
                 centres[1, at] += (size - sign * u[r]) / unit
-        symbols[k] = v
+        symbols[order[k]] = v
 
 
 _block: Any = numba.njit(nogil=True, cache=True)(_round_columns)
