@@ -1,6 +1,7 @@
 """Allocation against exact integer programming and brute force: never over, near the optimum, honest about the gap."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from bytecap.allocate import allocate, floor_rate, lower_hull
 from bytecap.core import Curve, Point
 from bytecap.errors import BudgetError
+from bytecap.methods.waterfill import State
+from bytecap.trim import allowed_slack, fit_to_cap
 
 NUMBER = st.floats(0, 1000, allow_nan=False).map(lambda x: round(x, 3))
 POINTS = st.lists(st.tuples(st.integers(0, 400), NUMBER), min_size=1, max_size=5)
@@ -180,3 +183,23 @@ class TestShape:
     def test_without_units_nothing_is_spent(self):
         plan = allocate([], 5)
         assert (plan.rate, plan.distortion) == (0, 0)
+
+
+class Slow:
+    """A planner of one unit that shrinks five times more slowly with its step than a usual one."""
+
+    parameters, matrices = 100_000, ()
+
+    def settle(self, steps, *, refit):
+        assert not refit
+        return State(dict(steps), {}, None, {}, {})
+
+    def encode(self, state):
+        return {"a": (1, bytes(round(20_000 - 3000 * math.log(state.steps["a"]))))}
+
+
+def test_trimming_measures_how_fast_the_file_shrinks():
+    planner = Slow()
+    state = planner.settle({"a": 1.0}, refit=False)
+    packed = fit_to_cap(planner, state, b"", lambda sections, _: len(sections["a"].data), 19_000)
+    assert 19_000 - 2 * allowed_slack(19_000) <= len(packed.sections["a"].data) <= 19_000
