@@ -47,12 +47,14 @@ class Artifact:
         data: its bytes.
         report: every figure of the job, as `--json` prints it.
         windows: scores of every evaluation text by window; none after a dry run.
+        before: what would have been written without recovery, where that is something else.
     """
 
     contents: Contents
     data: bytes
     report: dict[str, Any] = field(default_factory=dict)
     windows: tuple[ByWindow, ...] = ()
+    before: bytes | None = None
 
     def save(self, path: Path | str) -> int:
         """Write atomically; returns the size in bytes."""
@@ -187,8 +189,12 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     if output is not None:
         result.save(output)
         job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-    parts = _measure(result, job.model, job.sets, job.device, job.reporter)
+    parts = _measure(result.data, job)
     result.report |= _quality(parts)
+    if job.recover is not None:
+        before = _quality(_measure(result.before, job)) if result.before is not None else result.report
+        keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
+        result.report["without_recovery"] = {k: before[k] for k in keys}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
 
 
@@ -202,7 +208,12 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
         if outcome.sections:
             outcome = _with_lists(outcome, job.model)
             stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
+    before = None
+    if outcome.before is not None:
+        plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
+        before = artifact.serialize(_contents(job.model, files, about, plain, job.budget, about["method"]))
     result = Artifact(stored, artifact.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
+    result.before = before
     result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
     return result
 
@@ -293,15 +304,15 @@ def check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], 
     return floor
 
 
-def _measure(result: Artifact, model: Model, sets: Any, device: str, reporter: Reporter) -> list[Comparison]:
-    """Read the finished bytes back and score them against the original."""
-    contents = artifact.parse(result.data)
+def _measure(data: bytes, job: Job) -> list[Comparison]:
+    """Read finished bytes back and score them against the original."""
+    model, contents = job.model, artifact.parse(data)
     twin = twin_of(model.module)
     for unit, values in decode_each(contents):
         load_values(twin, {unit.name: values})
     memory.release()
-    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
+    with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
+        return [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
 
 
 def _report(
@@ -315,6 +326,7 @@ def _report(
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
+        **({"recovery": outcome.recovery} if outcome.recovery else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_path(entries), "margin": outcome.margin or None,
         "statistics_tokens": sum(w.predicted for w in sets.statistics),

@@ -1,60 +1,65 @@
 """Recovery: after coding, move what is stored so that the coded model as a whole is closer to the original.
 
 Rounding minimises one unit's quadratic form at a time. What is left are the errors of all units together, and those
-one backward pass sees: the gradient of the KL to the original at the coded weights. Every coded matrix gets a *shadow*,
-the values that error feedback really rounded::
+one backward pass sees: the gradient of the KL to the original at the coded weights. Adam moves along it in two stages
+(`bytecap.live` has what moves):
 
-    Y_k = W_k + sum_{j>k} (W_j - W^_j) L_jk / L_kk
+1. *values*: codes are frozen; vectors (norms, biases), the step of every matrix and the reconstruction offsets of the
+   classes move. The file keeps its integers and its size.
+2. *integers*: shadows move as well, in units of each weight's own step, and are rounded again after every move. The
+   price of every integer under the file's tables is part of the loss, and the common step is steered so that the
+   estimated bytes stay at the cap.
 
-Rounding a shadow column by column, without feedback, gives back the very same integers, and a small change of it
-changes few of them. Shadows and vectors are moved by Adam along the gradient at their rounded values
-(straight-through), in units of each weight's own step, and are rounded again with the same coder, tables and classes
-after every move. The common step is steered so that the estimated bytes stay at the cap; in the end the cap is met on
-real bytes as always.
+Each stage goes on from the best that was seen on the correction tokens, which are never tuned on. What is shipped is
+trimmed to the cap on real bytes, measured once more on them, and is better than the file without recovery, or is that
+file: recovery never makes it worse there, and the file never grows.
 
-What is shipped is the best seen on the correction tokens, the untuned file included: recovery never makes it worse
-there, and the file never grows.
-
-Sources: straight-through estimation as in quantization-aware training (LSQ, arXiv:1902.08153) and PV-Tuning
-(arXiv:2405.14852); shadows in the coordinates after feedback and steered steps are what an entropy coder adds.
+Sources: ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for tuning what is continuous with codes frozen;
+straight-through estimation as in LSQ (arXiv:1902.08153) and PV-Tuning (arXiv:2405.14852); shadows in the coordinates
+after feedback, priced integers and steered steps are what an entropy coder adds.
 Omitted: units under an exception path keep their integers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bytecap import correct, memory
 from bytecap.errors import UsageError
+from bytecap.live import Live
 from bytecap.methods import Job
 from bytecap.methods.waterfill import Planner, State
 from bytecap.model.batch import is_batches
-from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_to
 from bytecap.model.gradient import gradient
 from bytecap.model.probe import pass_tokens
 from bytecap.model.text import Window, leading
 from bytecap.swap import load_values
-from bytecap.sweep import Coded, Prepared
 
-RATE = 0.0015  # first learning rate, in steps of each weight's grid
-_VECTOR = 0.1  # what is a step for vectors, in their mean sizes
+RATE = 0.0015  # first learning rate of shadows, in steps of each weight's grid
+VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
 _BETAS = (0.9, 0.95)
 _WARMING = 10  # moves until the full rate
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
-_CHECKS = 12  # times the correction tokens are looked at
+_FIRST = 0.25  # share of the effort that the first stage gets
+_CHECKS = 12  # times a stage looks at the correction tokens
+_APART = 5  # moves between two looks, at least
 _CHECK_TOKENS = 8192
 _STEERING = 0.5  # share of the bytes too many that one move takes back
+_LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
+_PATIENCE = 3  # checks that may be worse
 
 
 @dataclass(frozen=True)
@@ -103,84 +108,52 @@ def effort_of(text: str | None, method: str) -> Effort | None:
     return None if text is None else Effort.parse(text)
 
 
+@contextlib.contextmanager
+def _same_again(device: str) -> Iterator[None]:
+    """The same sums in the same order every time, and TF32 where a GPU has it: gradients are noisier than that."""
+    if torch.device(device).type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cuda.matmul.allow_tf32 = before[1]
+
+
 @dataclass
-class _Moving:
-    """A value that is moved by Adam: its shadow, what one step of its grid is, and the moments of its gradient."""
+class _Stage:
+    """One stage: its share of the effort, and whether integers move."""
 
-    value: Tensor
-    step: Tensor
-    first: Tensor = field(init=False)
-    second: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.first, self.second = torch.zeros_like(self.value), torch.zeros_like(self.value)
-
-    def move(self, gradient: Tensor, rate: float, number: int) -> None:
-        """One move, `rate` in steps of the grid; `number` counts from 1."""
-        one, two = _BETAS
-        g = gradient.to(self.value.device) * self.step
-        self.first.lerp_(g, 1 - one)
-        self.second.lerp_(g.square(), 1 - two)
-        size = (self.second / (1 - two**number)).sqrt_().add_(1e-12)
-        self.value.sub_(self.first / size * self.step, alpha=rate / (1 - one**number))
+    label: str
+    share: float
+    integers: bool
 
 
-def shadow(item: Prepared, decoded: Tensor) -> Prepared:
-    """The unit as the values that were rounded, to be rounded without feedback; (rows, cols) decoded as it was.
-
-    Rounding what is returned gives the same integers as rounding `item` did.
-    """
-    target = torch.empty_like(item.weight)
-    lowers = []
-    rows = [torch.tensor_split(x, item.groups) for x in (item.weight, decoded, target)]
-    for weight, coded, part, lower, order in zip(*rows, item.lower, item.order, strict=True):
-        diag = lower.diagonal()
-        error = (weight - coded)[:, order]
-        part[:, order] = weight[:, order] + error @ torch.tril(lower, -1) / diag
-        lowers.append(torch.diag(diag))
-    return replace(item, weight=target, lower=torch.stack(lowers))
-
-
-def _grid_steps(item: Prepared, coded: Coded) -> Tensor:
-    """Step of every weight, (rows, cols)."""
-    code, device = coded.code, item.weight.device
-    column = np.exp2(code.column_step.astype(np.float32) / 4)  # (groups, cols)
-    parts = np.array_split(np.exp2(code.row_step.astype(np.float32) / 4), len(column))
-    steps = np.concatenate([np.outer(r, c) for r, c in zip(parts, column, strict=True)])
-    return torch.from_numpy(np.float32(code.step) * steps).to(device)
+_STAGES = (_Stage("values", _FIRST, integers=False), _Stage("integers", 1 - _FIRST, integers=True))
 
 
 class _Course:
-    """The moves of one job.
+    """The moves of one job."""
 
-    Attributes:
-        planner: its matrices and vectors are replaced by moved shadows.
-        steps: steps units are rounded at.
-        state: what they were rounded to last.
-    """
-
-    def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module) -> None:
-        self.job, self.planner, self.twin = job, planner, twin
-        self.units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
-        self.moving: dict[str, _Moving] = {}
-        matrices = []
-        for item in planner.matrices:
-            if type(item) is Prepared:
-                found = shadow(item, torch.from_numpy(planner.decode(state, item.unit.name)).to(item.weight.device))
-                self.moving[item.unit.name] = _Moving(found.weight, _grid_steps(item, state.coded[item.unit.name]))
-                item = found  # noqa: PLW2901 (the unit from here on)
-            matrices.append(item)
-        planner.matrices = matrices
-        for v in planner.vectors:
-            if v.fisher.any():
-                values = torch.from_numpy(v.values.copy()).to(job.device)
-                self.moving[v.unit.name] = _Moving(values, _VECTOR * values.abs().mean())
+    def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
+        self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
         self.batch = pass_tokens(job.model.module, torch.device(job.device))
-        self.steps = dict(state.steps)
-        self.state = planner.settle(self.steps, refit=False)
-        self.capacity = self.state.rate
+        self.parameters = planner.parameters
+        self.capacity = self.live.bits()
+        self.nats_per_bit = slope / 8
+        self.source = self._windows()
+        self.read = 0  # tokens
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
+            values = correct.unit_values(planner, state)
+            load_values(twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
 
-    def windows(self) -> Iterator[list[Window]]:
+    def _windows(self) -> Iterator[list[Window]]:
         """Windows of one move after the other, shuffled anew when all have been seen."""
         pool = list(self.job.sets.recovery or self.job.sets.statistics)
         rng = random.Random(self.job.seed)  # noqa: S311 (sampling, not cryptography)
@@ -193,16 +166,38 @@ class _Course:
                     yield chosen
                     chosen = []
 
-    def move(self, windows: Sequence[Window], rate: float, number: int) -> float:
-        """One move on some windows; the mean KL on them before it."""
+    def optimizer(self, stage: _Stage) -> torch.optim.Optimizer:
+        """Adam over what a stage moves."""
+        groups = []
+        for name, t in self.live.tensors().items():
+            if name.startswith("shadow "):
+                if not stage.integers:
+                    continue
+                rate = RATE
+            else:
+                rate = VALUES_RATE * (float(t.abs().mean()) if name.startswith("vector ") else 1.0)
+            groups.append({"params": [t], "lr": rate, "first": rate})
+        return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
+
+    def move(self, stage: _Stage, optimizer: torch.optim.Optimizer, rate: float) -> float:
+        """One move at a share of the first rates; the mean KL before it."""
+        windows = next(self.source)
+        self.read += sum(w.predicted for w in windows)
         self.load()
-        kl, gradients = self.gradients(windows)
-        for name, x in self.moving.items():
-            x.move(as_matrix(self.units[name], gradients[name]).reshape(x.value.shape), rate, number)
-        self.place({n: x.value for n, x in self.moving.items()})
-        self.state = self.planner.settle(self.steps, refit=False)
-        excess = (self.state.rate - self.capacity) / (self.planner.parameters / 8 * 1.2)
-        self.steps = {n: s * math.exp(_STEERING * excess) for n, s in self.steps.items()}
+        kl, found = self.gradients(windows)
+        gradients = self.live.gradients(found, self.nats_per_bit, integers=stage.integers)
+        tensors = self.live.tensors()
+        for name, g in gradients.items():
+            tensors[name].grad = g
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["first"]
+        optimizer.step()
+        for t in tensors.values():
+            t.grad = None
+        if stage.integers:
+            self.live.round()
+            excess = (self.live.bits() - self.capacity) / (self.parameters * 1.2)
+            self.live.widen(_STEERING * excess)
         return kl
 
     def gradients(self, windows: Sequence[Window]) -> tuple[float, dict[str, Tensor]]:
@@ -210,7 +205,7 @@ class _Course:
         while True:
             try:
                 return gradient(
-                    self.job.model.module, self.twin, list(self.moving), windows, device=self.job.device,
+                    self.job.model.module, self.twin, self.live.names, windows, device=self.job.device,
                     batch=self.batch,
                 )  # fmt: skip
             except torch.OutOfMemoryError:
@@ -220,19 +215,12 @@ class _Course:
                 torch.cuda.empty_cache()
                 self.job.reporter.note(f"recovery: out of device memory, {self.batch:,} tokens a batch from now on")
 
+    @torch.no_grad()
     def load(self) -> None:
-        """Put what is coded now into the twin; units are decoded side by side."""
-        values = correct.unit_values(self.planner, self.state)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            load_values(self.twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
-
-    def place(self, values: Mapping[str, Tensor]) -> None:
-        """Put shadows into the planner."""
-        p = self.planner
-        p.matrices = [replace(m, weight=values[n]) if (n := m.unit.name) in values else m for m in p.matrices]
-        p.vectors = [
-            replace(v, values=values[n].cpu().numpy().copy()) if (n := v.unit.name) in values else v for v in p.vectors
-        ]
+        """Put what is coded now into the twin."""
+        live = dict(self.twin.state_dict(keep_vars=True))
+        for name, values in self.live.values().items():
+            live[name].data = values.to(live[name].dtype).contiguous()
 
     def check(self) -> float:
         """KL on the correction tokens."""
@@ -240,50 +228,88 @@ class _Course:
         windows = leading(self.job.sets.correction, _CHECK_TOKENS)
         return kl_to(self.job.model.module, self.twin, windows, device=self.job.device)[0]
 
-    def kept(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Shadows and steps as they are now."""
-        return {n: x.value.clone() for n, x in self.moving.items()}, dict(self.steps)
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that moves, as it is now."""
+        return {"common": self.live.common, **{n: t.clone() for n, t in self.live.tensors().items()}}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Go back to a snapshot."""
+        self.live.common = kept["common"]
+        for n, t in self.live.tensors().items():
+            t.copy_(kept[n])
+        self.live.round()
 
 
-def tune(job: Job, planner: Planner, state: State, kl: float, twin: nn.Module) -> State | None:
-    """The planner with moved shadows, settled at about the same bytes; None if nothing measured better.
+def _run(course: _Course, stage: _Stage, effort: Effort, kl: float, advance: Any) -> dict[str, Any]:
+    """One stage; goes back to the best that was seen. What was done."""
+    job = course.job
+    optimizer = course.optimizer(stage)
+    best, kept, worse = kl, course.snapshot(), 0
+    started, number, done = time.monotonic(), 0, 0.0
+    last, seen = 0.0, [(0, kl)]
+    while done < 1:
+        number += 1
+        course.move(stage, optimizer, min(1.0, number / _WARMING) * (1 - done))
+        done, before = min(1.0, effort.share(number, time.monotonic() - started) / stage.share), done
+        advance((done - before) * stage.share)
+        if done < 1 and (done - last < 1 / _CHECKS or number - seen[-1][0] < _APART):
+            continue
+        last, now = done, course.check()
+        seen.append((number, now))
+        worse = worse + 1 if not now < _WORSE * best else 0
+        if now < best:
+            best, kept = now, course.snapshot()
+        if not now < _LOST * kl:
+            job.reporter.note(f"recovery diverges after {number} moves of {stage.label} (KL {now:.4f}): stopped")
+            break
+        if worse >= _PATIENCE:
+            job.reporter.note(f"recovery: {stage.label} get worse on the correction tokens (KL {now:.4f}): stopped")
+            break
+    course.restore(kept)
+    seconds = time.monotonic() - started
+    job.reporter.note(
+        f"recovery: {number} moves of {stage.label} on about {tokens_of_move(job.device):,} tokens each in "
+        f"{seconds:.0f} s, KL on the correction tokens {kl:.4f}, best seen {best:.4f}"
+    )
+    return {"stage": stage.label, "moves": number, "seconds": round(seconds, 1), "kl": best, "checks": seen}
+
+
+def tune(
+    job: Job, planner: Planner, state: State, twin: nn.Module, slope: float
+) -> tuple[State | None, dict[str, Any]]:
+    """The planner with moved values and shadows, settled at about the same bytes; None if nothing measured better.
+
+    With it comes a record of what was done.
 
     Args:
         job: names the model, the tokens and the effort.
-        planner: its matrices and vectors are replaced, for the worse if None is returned.
+        planner: its matrices, vectors and offsets are replaced, for the worse if None is returned.
         state: what would be shipped without recovery, under the planner's tables.
-        kl: of that on the correction tokens.
         twin: a twin of the model, overwritten.
+        slope: nats per token that a byte buys.
     """
     if is_batches(job.sets.statistics):
         job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
-        return None
+        return None, {}
     effort = job.recover
     assert effort is not None  # noqa: S101 (callers ask first)
-    course = _Course(job, planner, state, twin)
-    best, kept = kl, None
-    started, number, last = time.monotonic(), 0, 0.0
-    source = course.windows()
-    with memory.no_holes(), job.reporter.step("recovery", 1) as advance:
-        done = 0.0
-        while done < 1:
-            number += 1
-            course.move(next(source), RATE * min(1.0, number / _WARMING) * (1 - done), number)
-            done, before = effort.share(number, time.monotonic() - started), done
-            advance(min(1.0, done) - before)
-            if done >= 1 or done - last >= 1 / _CHECKS:
-                last, now = done, course.check()
-                if now < best:
-                    best, kept = now, course.kept()
-                if not now < 4 * kl:
-                    job.reporter.note(f"recovery diverges after {number} moves (KL {now:.4f}): stopped")
-                    break
-    job.reporter.note(
-        f"recovery: {number} moves of about {tokens_of_move(job.device):,} tokens in "
-        f"{time.monotonic() - started:.0f} s, KL on the correction tokens {kl:.4f}, best seen {best:.4f}"
-    )
-    if kept is None:
-        return None
-    values, steps = kept
-    course.place(values)
-    return planner.settle(steps, refit=False)
+    with memory.no_holes(), _same_again(job.device), job.reporter.step("recovery", 1) as advance:
+        course = _Course(job, planner, state, twin, slope)
+        start = best = course.check()
+        stages = []
+        for stage in _STAGES:
+            stages.append(_run(course, stage, effort, best, advance))
+            best = stages[-1]["kl"]
+    _say_short(job, course.read)
+    done = {"tokens": course.read, "stages": stages}
+    return course.live.settle() if best < start else None, done
+
+
+def _say_short(job: Job, read: int) -> None:
+    """Say that the text was shorter than the effort."""
+    held = sum(w.predicted for w in job.sets.recovery or job.sets.statistics)
+    if read > held:
+        job.reporter.note(
+            f"recovery: the text of {held:,} tokens was read {read / held:.1f} times; more text (--recover-text) would "
+            "be of use"
+        )

@@ -22,7 +22,7 @@ WINDOW = 512
 TOKENS = 131_072  # statistics; results/calibration.jsonl has the curve behind this number
 CORRECTION_TOKENS = 8_192
 EVALUATION_TOKENS = 32_768
-RECOVERY_TOKENS = 2**20  # most of them
+RECOVERY_TOKENS = 2**23  # most of them
 _BEGINNING = 8  # tokens by which windows are told apart
 
 

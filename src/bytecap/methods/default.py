@@ -350,7 +350,9 @@ def _finish(
     with job.reporter.step("prediction", 1):
         predicted = _measured(job, planner, packed, twin)
     if job.recover is not None:
-        packed, predicted = _recovered(job, work, planner, packed, predicted, twin)
+        found, predicted, done = _recovered(job, work, best, packed, predicted, twin)
+        before = None if found is packed else ({**packed.sections, **work.fixed}, packed.tables)
+        outcome, packed = replace(outcome, before=before, recovery=done), found
     planner.forget()
     memory.release()
     sections = {**packed.sections, **work.fixed}
@@ -364,15 +366,17 @@ def _measured(job: Job, planner: Planner, packed: Packed, twin: nn.Module) -> fl
 
 
 def _recovered(
-    job: Job, work: _Work, planner: Planner, packed: Packed, kl: float, twin: nn.Module
-) -> tuple[Packed, float]:
-    """What recovery made of a packed plan, trimmed to the same cap, and its KL; the plan itself if that is better."""
-    state = tune(job, planner, packed.state, kl, twin)
+    job: Job, work: _Work, best: _Candidate, packed: Packed, kl: float, twin: nn.Module
+) -> tuple[Packed, float, dict[str, Any]]:
+    """What recovery made of a packed plan, trimmed to the same cap, its KL, and a record; the plan itself if better."""
+    planner = best.planner
+    state, done = tune(job, planner, packed.state, twin, best.slope)
     if state is not None:
-        tuned = fit_to_cap(planner, state, packed.tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
+        tables = dump_shared(state.shared)
+        tuned = fit_to_cap(planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
         now = _measured(job, planner, tuned, twin)
         if now < kl:
             job.reporter.note(f"recovery: KL on the correction tokens {kl:.4f} before, {now:.4f} after")
-            return tuned, now
+            return tuned, now, done
     job.reporter.note("recovery did not lower the KL on the correction tokens: stored as it was")
-    return packed, kl
+    return packed, kl, done

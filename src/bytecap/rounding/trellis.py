@@ -112,7 +112,8 @@ def _viterbi(u: _Array, row_weight: _Array, v: _Array) -> None:
         t = s
 
 
-_path: Any = numba.njit(nogil=True, cache=True)(_viterbi)
+viterbi: Any = numba.njit(nogil=True, cache=True)(_viterbi)
+"""`_viterbi`, compiled."""
 
 
 def _round_columns(
@@ -146,7 +147,7 @@ def _round_columns(
             c = min(max(column + row_class[r], 1), CLASSES - 1)
             cls[r] = min(c + OCTAVE, CLASSES - 1) if fine else c
         if fine:
-            _path(u, row_weight, v)
+            viterbi(u, row_weight, v)
         else:
             for r in range(rows):
                 z = int(np.floor(abs(u[r]) + dead[cls[r]]))
