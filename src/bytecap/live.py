@@ -1,13 +1,12 @@
 """Coded units that move: what a file stores of them as tensors, and the model's values as a function of those.
 
-Of a matrix on a grid three things can move. Its *shadow*, what error feedback really rounded, in steps of each weight's
-grid; with frozen codes only its integers count. The logarithm of its step. And the reconstruction offsets of its
-classes, which all matrices share. Vectors move as a whole and are rounded on their own grid. None of it changes the
-number of stored values, and all but the integers take the same bytes wherever they move.
+Of a matrix that is coded two things can move, and take the same bytes wherever they move: the logarithm of its step,
+and the reconstruction offsets of its classes, which all matrices share. Vectors move as a whole and are rounded on their
+own grid; their gradient passes through that rounding unchanged. Of a matrix that is not coded yet the target moves,
+weight by weight; what the integer it is nearest to costs under the file's tables adds its own slope.
 
-Gradients pass through the rounding unchanged (straight-through); what an integer costs under the file's tables adds its
-own slope. Sources: LSQ (arXiv:1902.08153) for steps learned through rounding; PV-Tuning (arXiv:2405.14852) for tuning
-continuous and discrete parts by one loss; reverse water-filling for one slope between nats and bytes.
+Sources: LSQ (arXiv:1902.08153) for steps learned with codes; reverse water-filling for one slope between nats and
+bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from bytecap.frequencies import Tables
 from bytecap.methods.waterfill import Planner, State, decode_grid
 from bytecap.model.blind import as_matrix
 from bytecap.rounding import Shrink
-from bytecap.rounding.walk import Shape, nearest
-from bytecap.sweep import Coded, Prepared
+from bytecap.sweep import Coded, Prepared, rate
 
 _SIZES = 130  # |z| that have a cost of their own; larger ones cost what the last one does
 _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a time
@@ -68,7 +66,6 @@ class _Grid:
     coarse: Tensor
     classes: Tensor
     kind: Tensor
-    shape: Shape
 
     @staticmethod
     def of(item: Prepared, coded: Coded) -> _Grid:
@@ -84,10 +81,9 @@ class _Grid:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         row = torch.from_numpy(np.exp2(code.row_step.astype(np.float32) / 4))[:, None].to(device)
-        weight = item.rows.float() * row[:, 0].square()
         return _Grid(
             item.unit, row, whole(column), whole(1 / half), torch.from_numpy(code.classes()).to(device),
-            whole(code.fine.astype(np.int64) * CLASSES), Shape(weight, torch.from_numpy(code.fine).to(device)),
+            whole(code.fine.astype(np.int64) * CLASSES),
         )  # fmt: skip
 
 
@@ -140,87 +136,127 @@ class _Offsets:
         return np.where(has, moved, self._shared.offset).astype(np.float32)
 
 
+@dataclass
+class _Matrix:
+    """A matrix on its way.
+
+    Attributes:
+        item: with the target it started from.
+        target: (rows, cols) in steps of the grid.
+        step: that it is, or is to be, rounded at.
+        coded: what came out; None before.
+        points: its integers as float32 once it is coded.
+    """
+
+    item: Prepared
+    grid: _Grid
+    target: Tensor
+    step: float
+    coded: Coded | None = None
+    points: Tensor | None = None
+
+
 class Live:
     """The units of a settled plan, moving.
 
     Attributes:
-        shadows: by matrix, (rows, cols) in steps of the grid.
-        vectors: by vector, its values.
-        logs: (matrices,), logarithms of what steps are multiplied by.
+        logs: (matrices,), logarithms of what steps are multiplied by once a matrix is coded.
         offsets: reconstruction offsets, see `_Offsets`.
-        points: by matrix, its integers as float32.
+        vectors: by vector, its values.
     """
 
     def __init__(self, planner: Planner, state: State, device: str) -> None:
+        """Everything as `state` has it: coded."""
         self._planner, self._state, self._device = planner, state, torch.device(device)
-        self._grids: dict[str, _Grid] = {}
-        self.shadows: dict[str, Tensor] = {}
-        self.points: dict[str, Tensor] = {}
-        self._matrices: dict[str, Prepared] = {}
+        self._matrices: dict[str, _Matrix] = {}
         for item in planner.matrices:
-            if type(item) is not Prepared:
-                continue
-            name, coded = item.unit.name, state.coded[item.unit.name]
-            decoded = torch.from_numpy(decode_grid(coded.code, state.shared)).to(item.weight.device)
-            self._matrices[name] = shadow(item, decoded)
-            self._grids[name] = grid = _Grid.of(item, coded)
-            self.shadows[name] = self._matrices[name].weight / (grid.row * grid.column)
-            self.points[name] = torch.from_numpy(coded.code.symbols.astype(np.float32)).to(item.weight.device)
+            name = item.unit.name
+            if type(item) is Prepared:
+                grid = _Grid.of(item, state.coded[name])
+                target = item.weight / (grid.row * grid.column)
+                self._matrices[name] = _Matrix(item, grid, target, state.steps[name])
+                self._put(name, item, state.coded[name])
         self._vectors = {v.unit.name: v for v in planner.vectors}
         self.vectors = {
             n: torch.from_numpy(v.values.copy()).to(self._device) for n, v in self._vectors.items() if v.fisher.any()
         }
         self._offsets = _Offsets(state.shared, self._device)
         self.offsets = self._offsets.values.clone()
-        self.logs = torch.zeros(max(1, len(self._grids)), device=self._device)
-        self.common = 0.0  # logarithm of what all steps are multiplied by, so that bytes stay the same
+        self.logs = torch.zeros(max(1, len(self._matrices)), device=self._device)
         self._prices = Prices(state.shared.tables, self._device)
+        self._shadows: dict[str, Prepared] = {}
+
+    @property
+    def matrices(self) -> list[str]:
+        """Matrices that move."""
+        return list(self._matrices)
 
     @property
     def names(self) -> list[str]:
         """Units that move."""
-        return [*self._grids, *self.vectors]
+        return [*self._matrices, *self.vectors]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that moves, by what it is."""
-        return {
-            "logs": self.logs, "offsets": self.offsets, **{f"shadow {n}": t for n, t in self.shadows.items()},
-            **{f"vector {n}": t for n, t in self.vectors.items()},
-        }  # fmt: skip
+    def groups(self, most: int) -> list[list[str]]:
+        """Matrices in the order of the model, in at most so many groups of about as many weights."""
+        total, found, held = sum(m.target.numel() for m in self._matrices.values()), [[]], 0  # type: ignore[var-annotated]
+        for n, m in self._matrices.items():
+            if found[-1] and held + m.target.numel() / 2 > total * len(found) / most:
+                found.append([])
+            found[-1].append(n)
+            held += m.target.numel()
+        return found if found[-1] else []
 
-    def round(self) -> None:
-        """Round the shadows anew."""
-        rounded = nearest(list(self.shadows.values()), [g.shape for g in self._grids.values()])
-        self.points = dict(zip(self._grids, rounded, strict=True))
+    def melt(self) -> None:
+        """Take all matrices for not coded yet, at the targets they were coded from."""
+        for m in self._matrices.values():
+            m.coded = m.points = None
 
-    def bits(self) -> float:
-        """Bits of all integers under the file's tables."""
-        parts = [self._prices.bits[self._prices.places(g, self.points[n])].sum() for n, g in self._grids.items()]
-        return float(torch.stack(parts).double().sum()) if parts else 0.0
+    def values_only(self) -> dict[str, Tensor]:
+        """What moves while codes are frozen, by what it is."""
+        return {"logs": self.logs, "offsets": self.offsets, **{f"vector {n}": t for n, t in self.vectors.items()}}
 
-    def widen(self, change: float) -> None:
-        """Multiply all steps by `exp(change)`; what is rounded stays where it is."""
-        self.common += change
-        for t in self.shadows.values():
-            t.mul_(math.exp(-change))
+    def targets(self) -> dict[str, Tensor]:
+        """Targets of what is not coded yet."""
+        return {f"target {n}": m.target for n, m in self._matrices.items() if m.coded is None}
 
-    def _scale(self, at: int) -> Tensor:
-        return torch.exp(self.logs[at] + self.common)
+    def code(self, names: list[str], change: float) -> float:
+        """Round and freeze matrices at `exp(change)` times their steps; bytes beyond those that were planned."""
+        self._set_offsets()
+        items, steps = [], {}
+        for n in names:
+            m = self._matrices[n]
+            items.append(replace(m.item, weight=m.target * m.grid.row * m.grid.column))
+            m.step = steps[n] = self._state.steps[n] * math.exp(change)
+        coded = self._planner.round(items, steps)
+        for item in items:
+            self._put(item.unit.name, item, coded[item.unit.name])
+        return sum(rate(coded[n], self._planner.shared) - self._state.rates[n] for n in names)
 
-    def _matrix(self, name: str, at: int, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _put(self, name: str, item: Prepared, coded: Coded) -> None:
+        m = self._matrices[name]
+        m.coded, m.grid, m.item = coded, _Grid.of(item, coded), item
+        m.points = torch.from_numpy(coded.code.symbols.astype(np.float32)).to(item.weight.device)
+
+    def planned(self, names: list[str]) -> tuple[float, int]:
+        """Bytes that were planned for matrices, and their weights."""
+        return sum(self._state.rates[n] for n in names), sum(self._matrices[n].target.numel() for n in names)
+
+    def _decoded(self, m: _Matrix, at: int, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values, what of them a unit of offset takes away, and the offsets' places."""
-        g, z = self._grids[name], self.points[name]
+        g, z = m.grid, m.points
+        assert z is not None  # noqa: S101 (callers ask first)
         place = self._offsets.place[g.classes.long() * CENTRES + z.abs().clamp_(max=CENTRES - 1).long()]
-        step = g.row * (g.column * self._scale(at))
+        step = g.row * (g.column * torch.exp(self.logs[at]))
         lever = torch.sign(z) * g.coarse
         return (z - lever * offsets[place]) * step, lever.mul_(step), place
 
     def values(self) -> dict[str, Tensor]:
-        """Decoded values of all that moves, in stored layout."""
+        """Values of all that moves, decoded where it is coded, in stored layout."""
         offsets = self._offsets.stored(self.offsets)
         found = {}
-        for at, (n, g) in enumerate(self._grids.items()):
-            matrix = self._matrix(n, at, offsets)[0]
+        for at, (n, m) in enumerate(self._matrices.items()):
+            g = m.grid
+            matrix = m.target * g.row * g.column if m.points is None else self._decoded(m, at, offsets)[0]
             found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
         for n, t in self.vectors.items():
             v = replace(self._vectors[n], values=t.cpu().numpy())
@@ -230,38 +266,57 @@ class Live:
             found[n] = torch.from_numpy(stored.reshape(v.unit.shape)).to(self._device)
         return found
 
-    def gradients(self, found: Mapping[str, Tensor], nats_per_bit: float, *, integers: bool) -> dict[str, Tensor]:
-        """Gradients of all that moves from those of the stored values; the price of the integers is added to theirs."""
+    def gradients(self, found: Mapping[str, Tensor], nats_per_bit: float) -> dict[str, Tensor]:
+        """Gradients of all that moves from those of the values; targets bear the price of what they round to."""
         offsets = self._offsets.stored(self.offsets)
-        logs, bins = [], torch.zeros(_SPREAD * len(offsets), device=self._device)
+        logs = [torch.zeros((), device=self._device)] * len(self.logs)
+        bins = torch.zeros(_SPREAD * len(offsets), device=self._device)
         out: dict[str, Tensor] = {}
-        for at, (n, g) in enumerate(self._grids.items()):
-            gradient = as_matrix(g.unit, found[n])
-            value, lever, place = self._matrix(n, at, offsets)
-            logs.append((gradient * value).sum())
+        for at, (n, m) in enumerate(self._matrices.items()):
+            g, gradient = m.grid, as_matrix(m.grid.unit, found[n])
+            if m.points is None:
+                near = m.target.round()
+                price = self._prices.slope[self._prices.places(g, near)] * torch.sign(near)
+                out[f"target {n}"] = gradient * g.row * g.column + nats_per_bit * price
+                continue
+            value, lever, place = self._decoded(m, at, offsets)
+            logs[at] = (gradient * value).sum()
             spread = torch.arange(place.numel(), device=self._device).remainder_(_SPREAD) * len(offsets)
             bins.index_put_((place.reshape(-1) + spread,), -(gradient * lever).reshape(-1), accumulate=True)
-            if integers:
-                price = self._prices.slope[self._prices.places(g, self.points[n])] * torch.sign(self.points[n])
-                out[f"shadow {n}"] = gradient * g.row * (g.column * self._scale(at)) + nats_per_bit * price
-        out["logs"] = torch.stack(logs) if logs else torch.zeros_like(self.logs)
-        out["offsets"] = bins.reshape(_SPREAD, -1).sum(0)
+        out["logs"], out["offsets"] = torch.stack(logs), bins.reshape(_SPREAD, -1).sum(0)
         return out | {f"vector {n}": found[n].reshape(t.shape) for n, t in self.vectors.items()}
 
+    def _set_offsets(self) -> None:
+        """Let the planner round and decode with the offsets as they are now."""
+        offset = self._offsets.table(self.offsets)
+        self._planner.shared = replace(self._state.shared, offset=offset)
+        self._planner.shrink = Shrink(offset, self._planner.shrink.dead_zone)
+
     def settle(self) -> State:
-        """Put everything into the planner, and round it as it would be stored."""
-        planner, steps = self._planner, dict(self._state.steps)
-        moved = {}
-        for at, (n, g) in enumerate(self._grids.items()):
-            scale = float(self._scale(at))
-            steps[n] = steps[n] * scale
-            moved[n] = replace(self._matrices[n], weight=self.shadows[n] * g.row * (g.column * scale))
-        planner.matrices = [moved.get(p.unit.name, p) for p in planner.matrices]
+        """Put everything into the planner as it is coded; its matrices become shadows, which round to just that."""
+        planner, steps, coded = self._planner, dict(self._state.steps), dict(self._state.coded)
+        shadows = {}
+        for at, (n, m) in enumerate(self._matrices.items()):
+            assert m.coded is not None  # noqa: S101 (stages leave everything coded)
+            decoded = torch.from_numpy(decode_grid(m.coded.code, self._planner.shared)).to(m.item.weight.device)
+            scale = float(torch.exp(self.logs[at]))
+            steps[n] = m.step * scale
+            coded[n] = replace(m.coded, code=replace(m.coded.code, step=float(np.float32(steps[n]))))
+            whole = shadow(m.item, decoded)
+            shadows[n] = replace(whole, weight=whole.weight * scale)
+        self._set_offsets()
+        planner.matrices = [shadows.get(p.unit.name, p) for p in planner.matrices]
         planner.vectors = [
             replace(v, values=self.vectors[n].cpu().numpy().copy()) if (n := v.unit.name) in self.vectors else v
             for v in planner.vectors
         ]
-        offset = self._offsets.table(self.offsets)
-        planner.shared = replace(self._state.shared, offset=offset)
-        planner.shrink = Shrink(offset, planner.shrink.dead_zone)
-        return planner.settle(steps, refit=False)
+        return planner.price(coded, steps)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What moves while codes are frozen, as it is now."""
+        return {n: t.clone() for n, t in self.values_only().items()}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot."""
+        for n, t in self.values_only().items():
+            t.copy_(kept[n])

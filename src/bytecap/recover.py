@@ -4,19 +4,20 @@ Rounding minimises one unit's quadratic form at a time. What is left are the err
 one backward pass sees: the gradient of the KL to the original at the coded weights. Adam moves along it in two stages
 (`bytecap.live` has what moves):
 
-1. *values*: codes are frozen; vectors (norms, biases), the step of every matrix and the reconstruction offsets of the
-   classes move. The file keeps its integers and its size.
-2. *integers*: shadows move as well, in units of each weight's own step, and are rounded again after every move. The
-   price of every integer under the file's tables is part of the loss, and the common step is steered so that the
-   estimated bytes stay at the cap.
+1. *integers*: the matrices are coded anew, some at a time and in the order of the model, with error feedback as
+   before. In between the targets of all that is not coded yet move, so that what comes later mends what the integers so
+   far have done to the whole model. The price of an integer under the file's tables is part of the loss, and the steps
+   of what is left are steered so that the bytes stay those of the plan.
+2. *values*: codes are frozen; vectors (norms, biases), the step of every matrix and the reconstruction offsets of the
+   classes move. The file keeps its integers and its size. In the first stage they move too.
 
-Each stage goes on from the best that was seen on the correction tokens, which are never tuned on. What is shipped is
-trimmed to the cap on real bytes, measured once more on them, and is better than the file without recovery, or is that
-file: recovery never makes it worse there, and the file never grows.
+Each stage is kept only if it measures better on the correction tokens, which are never tuned on, and the second goes
+back to the best that was seen. What is shipped is trimmed to the cap on real bytes, measured once more, and is better
+than the file without recovery, or is that file: recovery never makes it worse there, and the file never grows.
 
-Sources: ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for tuning what is continuous with codes frozen;
-straight-through estimation as in LSQ (arXiv:1902.08153) and PV-Tuning (arXiv:2405.14852); shadows in the coordinates
-after feedback, priced integers and steered steps are what an entropy coder adds.
+Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block, then what quantization leaves
+continuous; ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for the latter alone. Tried and worse: moving integers
+straight through their rounding (LOG.md).
 Omitted: units under an exception path keep their integers.
 """
 
@@ -46,18 +47,21 @@ from bytecap.model.evaluate import kl_to
 from bytecap.model.gradient import gradient
 from bytecap.model.probe import pass_tokens
 from bytecap.model.text import Window, leading
+from bytecap.progress import Advance
 from bytecap.swap import load_values
 
-RATE = 0.0015  # first learning rate of shadows, in steps of each weight's grid
+RATE = 0.003  # learning rate of targets, in steps of each weight's grid
 VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
 _BETAS = (0.9, 0.95)
 _WARMING = 10  # moves until the full rate
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
-_FIRST = 0.25  # share of the effort that the first stage gets
+_LAST = 0.25  # share of the effort that is left for values alone
+_GROUPS = 16  # times that matrices are coded
+_BELOW = 4e-4  # share of the bytes that is left for trimming
+_MOST_STEERING = 0.1  # natural logarithms of a step
 _CHECKS = 12  # times a stage looks at the correction tokens
 _APART = 5  # moves between two looks, at least
 _CHECK_TOKENS = 8192
-_STEERING = 0.5  # share of the bytes too many that one move takes back
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _PATIENCE = 3  # checks that may be worse
 
@@ -126,26 +130,12 @@ def _same_again(device: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before[1]
 
 
-@dataclass
-class _Stage:
-    """One stage: its share of the effort, and whether integers move."""
-
-    label: str
-    share: float
-    integers: bool
-
-
-_STAGES = (_Stage("values", _FIRST, integers=False), _Stage("integers", 1 - _FIRST, integers=True))
-
-
 class _Course:
     """The moves of one job."""
 
     def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
         self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
         self.batch = pass_tokens(job.model.module, torch.device(job.device))
-        self.parameters = planner.parameters
-        self.capacity = self.live.bits()
         self.nats_per_bit = slope / 8
         self.source = self._windows()
         self.read = 0  # tokens
@@ -166,38 +156,28 @@ class _Course:
                     yield chosen
                     chosen = []
 
-    def optimizer(self, stage: _Stage) -> torch.optim.Optimizer:
-        """Adam over what a stage moves."""
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam over all that moves now."""
         groups = []
-        for name, t in self.live.tensors().items():
-            if name.startswith("shadow "):
-                if not stage.integers:
-                    continue
-                rate = RATE
-            else:
-                rate = VALUES_RATE * (float(t.abs().mean()) if name.startswith("vector ") else 1.0)
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            rate = RATE if name.startswith("target ") else VALUES_RATE
+            rate *= float(t.abs().mean()) if name.startswith("vector ") else 1.0
             groups.append({"params": [t], "lr": rate, "first": rate})
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
-    def move(self, stage: _Stage, optimizer: torch.optim.Optimizer, rate: float) -> float:
+    def move(self, optimizer: torch.optim.Adam, rate: float) -> float:
         """One move at a share of the first rates; the mean KL before it."""
         windows = next(self.source)
         self.read += sum(w.predicted for w in windows)
         self.load()
         kl, found = self.gradients(windows)
-        gradients = self.live.gradients(found, self.nats_per_bit, integers=stage.integers)
-        tensors = self.live.tensors()
-        for name, g in gradients.items():
+        tensors = {**self.live.values_only(), **self.live.targets()}
+        for name, g in self.live.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
         for group in optimizer.param_groups:
             group["lr"] = rate * group["first"]
         optimizer.step()
-        for t in tensors.values():
-            t.grad = None
-        if stage.integers:
-            self.live.round()
-            excess = (self.live.bits() - self.capacity) / (self.parameters * 1.2)
-            self.live.widen(_STEERING * excess)
+        optimizer.zero_grad()
         return kl
 
     def gradients(self, windows: Sequence[Window]) -> tuple[float, dict[str, Tensor]]:
@@ -228,56 +208,77 @@ class _Course:
         windows = leading(self.job.sets.correction, _CHECK_TOKENS)
         return kl_to(self.job.model.module, self.twin, windows, device=self.job.device)[0]
 
-    def snapshot(self) -> dict[str, Any]:
-        """Everything that moves, as it is now."""
-        return {"common": self.live.common, **{n: t.clone() for n, t in self.live.tensors().items()}}
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        """Go back to a snapshot."""
-        self.live.common = kept["common"]
-        for n, t in self.live.tensors().items():
-            t.copy_(kept[n])
-        self.live.round()
+class _Clock:
+    """How much of a stage is done."""
+
+    def __init__(self, effort: Effort, share: float, advance: Advance) -> None:
+        self._effort, self._share, self._advance = effort, share, advance
+        self._started = time.monotonic()
+        self.moves, self.done = 0, 0.0
+
+    def tick(self) -> None:
+        """One more move is made."""
+        self.moves += 1
+        before = self.done
+        self.done = min(1.0, self._effort.share(self.moves, time.monotonic() - self._started) / self._share)
+        self._advance((self.done - before) * self._share)
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self._started
 
 
-def _run(course: _Course, stage: _Stage, effort: Effort, kl: float, advance: Any) -> dict[str, Any]:
-    """One stage; goes back to the best that was seen. What was done."""
-    job = course.job
-    optimizer = course.optimizer(stage)
-    best, kept, worse = kl, course.snapshot(), 0
-    started, number, done = time.monotonic(), 0, 0.0
+def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+    """Code everything anew, group after group, and move what is left in between."""
+    live = course.live
+    live.melt()
+    groups, optimizer = live.groups(_GROUPS), course.optimizer()
+    beyond, left = -_BELOW * live.planned(live.matrices)[0], live.matrices
+    seen, now = [], kl
+    for number, group in enumerate(groups):
+        _, weights = live.planned(left)
+        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (weights / 8 * 1.2)))
+        beyond += live.code(group, change)
+        left = [n for n in left if n not in group]
+        while clock.done < (number + 1) / len(groups):
+            now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
+            clock.tick()
+        seen.append((clock.moves, now))
+        if not now < _LOST * kl:
+            course.job.reporter.note(f"recovery diverges after {clock.moves} moves of integers (KL {now:.4f}): stopped")
+            live.code(left, 0.0)
+            break
+    return {"stage": "integers", "kl": course.check(), "checks": seen, "beyond": beyond}
+
+
+def _values(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+    """Move what frozen codes leave; goes back to the best that was seen."""
+    job, optimizer = course.job, course.optimizer()
+    best, kept, worse = kl, course.live.snapshot(), 0
     last, seen = 0.0, [(0, kl)]
-    while done < 1:
-        number += 1
-        course.move(stage, optimizer, min(1.0, number / _WARMING) * (1 - done))
-        done, before = min(1.0, effort.share(number, time.monotonic() - started) / stage.share), done
-        advance((done - before) * stage.share)
-        if done < 1 and (done - last < 1 / _CHECKS or number - seen[-1][0] < _APART):
+    while clock.done < 1:
+        course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+        clock.tick()
+        if clock.done < 1 and (clock.done - last < 1 / _CHECKS or clock.moves - seen[-1][0] < _APART):
             continue
-        last, now = done, course.check()
-        seen.append((number, now))
+        last, now = clock.done, course.check()
+        seen.append((clock.moves, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
-            best, kept = now, course.snapshot()
-        if not now < _LOST * kl:
-            job.reporter.note(f"recovery diverges after {number} moves of {stage.label} (KL {now:.4f}): stopped")
+            best, kept = now, course.live.snapshot()
+        if not now < _LOST * kl or worse >= _PATIENCE:
+            job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {now:.4f}): stopped")
             break
-        if worse >= _PATIENCE:
-            job.reporter.note(f"recovery: {stage.label} get worse on the correction tokens (KL {now:.4f}): stopped")
-            break
-    course.restore(kept)
-    seconds = time.monotonic() - started
-    job.reporter.note(
-        f"recovery: {number} moves of {stage.label} on about {tokens_of_move(job.device):,} tokens each in "
-        f"{seconds:.0f} s, KL on the correction tokens {kl:.4f}, best seen {best:.4f}"
-    )
-    return {"stage": stage.label, "moves": number, "seconds": round(seconds, 1), "kl": best, "checks": seen}
+    course.live.restore(kept)
+    return {"stage": "values", "kl": best, "checks": seen}
 
 
 def tune(
     job: Job, planner: Planner, state: State, twin: nn.Module, slope: float
 ) -> tuple[State | None, dict[str, Any]]:
-    """The planner with moved values and shadows, settled at about the same bytes; None if nothing measured better.
+    """The planner with what recovery made of it, settled at about the same bytes; None if nothing measured better.
 
     With it comes a record of what was done.
 
@@ -291,18 +292,28 @@ def tune(
     if is_batches(job.sets.statistics):
         job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
         return None, {}
-    effort = job.recover
+    effort, rules = job.recover, (planner.shared, planner.shrink)
     assert effort is not None  # noqa: S101 (callers ask first)
+    stages: list[dict[str, Any]] = []
     with memory.no_holes(), _same_again(job.device), job.reporter.step("recovery", 1) as advance:
         course = _Course(job, planner, state, twin, slope)
-        start = best = course.check()
-        stages = []
-        for stage in _STAGES:
-            stages.append(_run(course, stage, effort, best, advance))
-            best = stages[-1]["kl"]
+        start = kl = course.check()
+        for stage, share in ((_integers, 1 - _LAST), (_values, _LAST)):
+            clock = _Clock(effort, share, advance)
+            done = stage(course, clock, kl)
+            stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
+            job.reporter.note(
+                f"recovery: {clock.moves} moves of {done['stage']} on about {tokens_of_move(job.device):,} tokens each "
+                f"in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, {done['kl']:.4f} after"
+            )
+            if done["kl"] < kl:
+                kl = done["kl"]
+            elif stage is _integers:
+                job.reporter.note("recovery: the new integers are no better, the old ones are kept")
+                planner.shared, planner.shrink = rules
+                course.live = Live(planner, state, job.device)
     _say_short(job, course.read)
-    done = {"tokens": course.read, "stages": stages}
-    return course.live.settle() if best < start else None, done
+    return course.live.settle() if kl < start else None, {"tokens": course.read, "kl_before": start, "stages": stages}
 
 
 def _say_short(job: Job, read: int) -> None:

@@ -112,8 +112,7 @@ def _viterbi(u: _Array, row_weight: _Array, v: _Array) -> None:
         t = s
 
 
-viterbi: Any = numba.njit(nogil=True, cache=True)(_viterbi)
-"""`_viterbi`, compiled."""
+_path: Any = numba.njit(nogil=True, cache=True)(_viterbi)
 
 
 def _round_columns(
@@ -147,7 +146,7 @@ def _round_columns(
             c = min(max(column + row_class[r], 1), CLASSES - 1)
             cls[r] = min(c + OCTAVE, CLASSES - 1) if fine else c
         if fine:
-            viterbi(u, row_weight, v)
+            _path(u, row_weight, v)
         else:
             for r in range(rows):
                 z = int(np.floor(abs(u[r]) + dead[cls[r]]))
