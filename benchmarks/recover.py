@@ -31,7 +31,7 @@ def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--bits", nargs="*", type=float, default=[2.5, 3.5])
     p.add_argument("--recover", default="600", help="steps or time, as for fit")
-    p.add_argument("--recover-text", nargs="*", help="the calibration texts by default")
+    p.add_argument("--recover-text", nargs="*", help="self, or files; the calibration texts by default")
     p.add_argument("--tuning-steps", type=int, help="of plain fine-tuning; as many as recovery made by default, 0 none")
     p.add_argument("--tuning-rates", nargs="*", type=float, default=[1e-5, 3e-5, 1e-4])
     p.add_argument("--rate", type=float, default=recover.RATE, help="first learning rate of shadows, in grid steps")
@@ -47,7 +47,12 @@ def main() -> None:
             evaluation_tokens=args.eval_tokens, seed=args.seed, reporter=Bars(),
         )  # fmt: skip
         sets = with_recovery(
-            model, sets, args.recover_text or texts(args.texts, "calib"), seed=args.seed, reporter=Bars()
+            model,
+            sets,
+            args.recover_text or texts(args.texts, "calib"),
+            seed=args.seed,
+            device=args.device,
+            reporter=Bars(),
         )
         read = [one(args, model, sets, bits) for bits in args.bits]
         steps = args.tuning_steps
@@ -71,7 +76,8 @@ def one(args: Any, model: Model, sets: TokenSets, bits: float) -> int:
     }
     row = record(args, {
         "benchmark": "recover", "bits": bits, "recover": args.recover, "rate": args.rate,
-        "values_rate": args.values_rate, **ratios, **result.report,
+        "values_rate": args.values_rate,
+        "text": "self" if args.recover_text == ["self"] else "given", **ratios, **result.report,
     })  # fmt: skip
     print(
         f"{model.name} {bits} recover {args.recover}: KL {without['kl_nats']:.4f} ± {without['kl_stderr']:.4f} to "

@@ -1,9 +1,9 @@
 """Coded units that move: what a file stores of them as tensors, and the model's values as a function of those.
 
 Of a matrix that is coded two things can move, and take the same bytes wherever they move: the logarithm of its step,
-and the reconstruction offsets of its classes, which all matrices share. Vectors move as a whole and are rounded on their
-own grid; their gradient passes through that rounding unchanged. Of a matrix that is not coded yet the target moves,
-weight by weight; what the integer it is nearest to costs under the file's tables adds its own slope.
+and the reconstruction offsets of its classes, which all matrices share. Vectors move as a whole and are rounded on
+their own grid; their gradient passes through that rounding unchanged. Of a matrix that is not coded yet the target
+moves, weight by weight; what the integer it is nearest to costs under the file's tables adds its own slope.
 
 Sources: LSQ (arXiv:1902.08153) for steps learned with codes; reverse water-filling for one slope between nats and
 bytes.

@@ -113,7 +113,7 @@ def fit(
         code: source files to keep inside, counted packed, or what `bytecap.codefiles.pack` made of them.
         paths: exception paths the allocator may choose from, or `all`; the default menu if None.
         recover: steps (`600`) or time (`10m`) for tuning what was coded; none if None.
-        recover_text: text files to tune on; the calibration texts if None.
+        recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts if None.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         store: directory in which steps are kept as they are finished, so that a killed run can be started again and
             goes on from there; nothing is kept if None.
@@ -126,7 +126,9 @@ def fit(
             loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
             seed=seed, reporter=reporter)  # fmt: skip
         tuning = (recover_text or calibration or demo_directory() / "calib.txt") if recover is not None else None
-        return with_recovery(loaded, found, tuning, window=window, seed=seed, reporter=reporter)
+        return with_recovery(
+            loaded, found, tuning, window=window, seed=seed, device=choose_device(device), reporter=reporter
+        )
 
     return fit_sets(
         lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
