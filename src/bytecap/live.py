@@ -21,6 +21,8 @@ from torch import Tensor
 
 from bytecap.coders import Shared
 from bytecap.coders.classes import CENTRES, CLASSES
+from bytecap.coders.grid import GridCode
+from bytecap.coders.trellis import dependent
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Unit
 from bytecap.frequencies import Tables
@@ -28,7 +30,9 @@ from bytecap.methods.waterfill import Planner, State, decode_grid
 from bytecap.model.blind import as_matrix
 from bytecap.rounding import Shrink
 from bytecap.sweep import Coded, Prepared, rate
+from bytecap.tables import count_symbols
 
+_CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
 _SIZES = 130  # |z| that have a cost of their own; larger ones cost what the last one does
 _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a time
 
@@ -320,3 +324,29 @@ class Live:
         """Go back to a snapshot."""
         for n, t in self.values_only().items():
             t.copy_(kept[n])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that moves, and all that is coded, as tensors by name; `resume` takes it back."""
+        found = self.snapshot() | {f"target {n}": m.target.clone() for n, m in self._matrices.items()}
+        for n, m in self._matrices.items():
+            if m.coded is not None:
+                code = m.coded.code
+                found |= {f"{k} {n}": torch.from_numpy(getattr(code, k).copy()) for k in _CODE}
+                found[f"step {n}"] = torch.tensor([m.step, code.step, code.first], dtype=torch.float64)
+        return found
+
+    def resume(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.restore(kept)
+        for n, m in self._matrices.items():
+            weight = kept[f"target {n}"] * m.grid.row * m.grid.column
+            m.target.copy_(kept[f"target {n}"])
+            if f"step {n}" not in kept:
+                m.coded = m.points = None
+                continue
+            m.step, step, first = kept[f"step {n}"].tolist()
+            arrays = {k: kept[f"{k} {n}"].cpu().numpy() for k in _CODE}
+            code = GridCode(step=step, first=int(first), **arrays)
+            mask = dependent(code.column_class, code.first, len(code.row_class))
+            coded = Coded(code, 0.0, count_symbols(code.symbols, code.classes(), mask))
+            self._put(n, replace(m.item, weight=weight), coded)

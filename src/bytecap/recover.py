@@ -31,7 +31,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from bytecap import correct, memory
 from bytecap.errors import UsageError
 from bytecap.live import Live
 from bytecap.methods import Job
+from bytecap.methods.statistics import job_key, windows_key
 from bytecap.methods.waterfill import Planner, State
 from bytecap.model.batch import is_batches
 from bytecap.model.evaluate import kl_to
@@ -48,6 +49,7 @@ from bytecap.model.gradient import gradient
 from bytecap.model.probe import pass_tokens
 from bytecap.model.text import Window, leading
 from bytecap.progress import Advance
+from bytecap.store import digest
 from bytecap.swap import load_values
 
 RATE = 0.003  # learning rate of targets, in steps of each weight's grid
@@ -64,6 +66,7 @@ _APART = 5  # moves between two looks, at least
 _CHECK_TOKENS = 8192
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _PATIENCE = 3  # checks that may be worse
+_KEEP_SECONDS = 60.0  # between two times that the course is put into the store, at least
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,12 @@ class _Course:
         self.nats_per_bit = slope / 8
         self.source = self._windows()
         self.read = 0  # tokens
+        self._kept = time.monotonic()
+        effort = [job.recover.steps, job.recover.seconds] if job.recover else []
+        self._key = "" if job.store.directory is None else digest(
+            job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE, VALUES_RATE,
+            asdict(planner.options), state.steps, "recovery",
+        )  # fmt: skip
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
             values = correct.unit_values(planner, state)
             load_values(twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
@@ -180,6 +189,35 @@ class _Course:
         optimizer.zero_grad()
         return kl
 
+    def keep(self, optimizer: torch.optim.Adam, clock: _Clock, group: int, beyond: float) -> None:
+        """Put the course into the store, after a group was coded and the rest was moved."""
+        if time.monotonic() - self._kept < _KEEP_SECONDS or self.job.store.directory is None:
+            return
+        found = {f"live {n}": t for n, t in self.live.state().items()}
+        found["about"] = torch.tensor([group, clock.moves, clock.seconds, beyond, self.read], dtype=torch.float64)
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
+        arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in found.items()}
+        self.job.store.put_arrays(self._key, arrays)
+        self._kept = time.monotonic()
+
+    def resume(self, optimizer: torch.optim.Adam, clock: _Clock, beyond: float) -> tuple[int, float]:
+        """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
+        arrays = None if self.job.store.directory is None else self.job.store.arrays(self._key)
+        if arrays is None:
+            return 0, beyond
+        kept = {n: torch.from_numpy(a) for n, a in arrays.items()}
+        device = torch.device(self.job.device)
+        self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
+        group, moves, seconds, beyond, self.read = kept["about"].tolist()
+        for _ in range(int(moves)):
+            next(self.source)
+        clock.resume(int(moves), seconds)
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
+        return int(group), beyond
+
     def gradients(self, windows: Sequence[Window]) -> tuple[float, dict[str, Tensor]]:
         """KL and gradients on some windows; batches are halved where the device's memory ends."""
         while True:
@@ -217,6 +255,12 @@ class _Clock:
         self._started = time.monotonic()
         self.moves, self.done = 0, 0.0
 
+    def resume(self, moves: int, seconds: float) -> None:
+        """Go on from so many moves in so many seconds."""
+        self._started -= seconds
+        self.moves = moves - 1
+        self.tick()
+
     def tick(self) -> None:
         """One more move is made."""
         self.moves += 1
@@ -235,22 +279,26 @@ def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
     live = course.live
     live.melt()
     groups, optimizer = live.groups(_GROUPS), course.optimizer()
-    beyond, left = -_BELOW * live.planned(live.matrices)[0], live.matrices
-    seen, now = [], kl
+    beyond, seen = -_BELOW * live.planned(live.matrices)[0], [(0, kl)]
+    first, beyond = course.resume(optimizer, clock, beyond)
     for number, group in enumerate(groups):
-        _, weights = live.planned(left)
-        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (weights / 8 * 1.2)))
+        if number < first:
+            continue
+        left = [n for rest in groups[number:] for n in rest]
+        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (live.planned(left)[1] / 8 * 1.2)))
         beyond += live.code(group, change)
-        left = [n for n in left if n not in group]
         while clock.done < (number + 1) / len(groups):
             now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
             clock.tick()
-        seen.append((clock.moves, now))
-        if not now < _LOST * kl:
-            course.job.reporter.note(f"recovery diverges after {clock.moves} moves of integers (KL {now:.4f}): stopped")
-            live.code(left, 0.0)
+            seen.append((clock.moves, now))
+        if not seen[-1][1] < _LOST * kl:
+            course.job.reporter.note(
+                f"recovery diverges after {clock.moves} moves of integers (KL {seen[-1][1]:.4f}): stopped"
+            )
+            live.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
-    return {"stage": "integers", "kl": course.check(), "checks": seen, "beyond": beyond}
+        course.keep(optimizer, clock, number + 1, beyond)
+    return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
 
 
 def _values(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
