@@ -18,12 +18,13 @@ the same spread, and a table costs more than what is left between them.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, Shared
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared, like, run
 from bytecap.coders.bits import pack_bits, unpack_bits
 from bytecap.coders.integers import Integers, write_integers
 from bytecap.coders.parts import Kinds, pack, take, unpack
@@ -73,7 +74,33 @@ class LowRank:
     def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
         """Add the residual."""
         del shared
-        rows, cols = base.shape
+        scales, factors = yield from self._read(data, (base.shape[0], base.shape[1]))
+        rows = base.shape[0]
+        with np.errstate(over="ignore", invalid="ignore"):
+            for scale, factor in zip(scales, factors, strict=True):
+                base += np.multiply.outer(scale * factor[:rows], factor[rows:])
+        return base
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """Scales (rank,): the factors are integers of few bits, and stay."""
+        del shared
+        scales, factors = run([self._read(data, shape)])[0]
+        left, right = factors[:, : shape[0]], factors[:, shape[0] :]
+
+        def matrix(arrays: Mapping[str, Any], base: Any) -> Any:
+            out = base
+            for k in range(len(scales)):
+                out = out + arrays["scales"][k] * like(base, np.multiply.outer(left[k], right[k]))
+            return out
+
+        end = _HEAD + 4 * len(scales)
+        return Continuous(
+            {"scales": scales}, matrix, lambda a: data[:_HEAD] + a["scales"].astype("<f4").tobytes() + data[end:]
+        )
+
+    def _read(self, data: bytes, shape: tuple[int, int]) -> Generator[Any, Any, tuple[FloatArray, FloatArray]]:
+        """Scales (rank,) and factors (rank, rows + cols)."""
+        rows, cols = shape
         _, (_, side), _ = self.kinds(data, (rows, cols), "F32")
         rank, bits, packing = data[:_HEAD]
         scales = np.frombuffer(data, "<f4", rank, _HEAD).astype(np.float32)
@@ -91,11 +118,7 @@ class LowRank:
             codes = unpack_bits(body, count, bits) - half
         if codes.min(initial=0) < -half or codes.max(initial=0) >= half:
             raise CorruptError(f"a lowrank layer holds a code of more than {bits} bits")
-        factors = codes.reshape(rank, rows + cols).astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for scale, factor in zip(scales, factors, strict=True):
-                base += np.multiply.outer(scale * factor[:rows], factor[rows:])
-        return base
+        return scales, codes.reshape(rank, rows + cols).astype(np.float32)
 
 
 CODER = LowRank()
