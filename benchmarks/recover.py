@@ -18,9 +18,9 @@ from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluate import compare, mean_comparison
 from bytecap.model.probe import batches
 from bytecap.model.text import TokenSets, Window
+from bytecap.passes import tokens_of_move
 from bytecap.pipeline import choose_device, fit_sets
 from bytecap.progress import Bars
-from bytecap.recover import tokens_of_move
 from bytecap.sources import load_sets, with_recovery
 from bytecap.swap import twin_of
 from common import parser, record, texts

@@ -23,19 +23,15 @@ Omitted: units under an exception path keep their integers.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import re
 import time
-import warnings
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bytecap import correct, memory
 from bytecap.errors import UsageError
@@ -44,10 +40,7 @@ from bytecap.methods import Job
 from bytecap.methods.statistics import job_key, windows_key
 from bytecap.methods.waterfill import Planner, State
 from bytecap.model.batch import is_batches
-from bytecap.model.evaluate import kl_to
-from bytecap.model.gradient import gradient
-from bytecap.model.probe import pass_tokens
-from bytecap.model.text import Window, leading
+from bytecap.passes import Passes, same_again, tokens_of_move
 from bytecap.progress import Advance
 from bytecap.store import digest
 from bytecap.swap import load_values
@@ -56,14 +49,12 @@ RATE = 0.003  # learning rate of targets, in steps of each weight's grid
 VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
 _BETAS = (0.9, 0.95)
 _WARMING = 10  # moves until the full rate
-_TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
 _LAST = 0.25  # share of the effort that is left for values alone
 _GROUPS = 16  # times that matrices are coded
 _BELOW = 4e-4  # share of the bytes that is left for trimming
 _MOST_STEERING = 0.1  # natural logarithms of a step
 _CHECKS = 12  # times a stage looks at the correction tokens
 _APART = 5  # moves between two looks, at least
-_CHECK_TOKENS = 8192
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _PATIENCE = 3  # checks that may be worse
 _KEEP_SECONDS = 60.0  # between two times that the course is put into the store, at least
@@ -99,11 +90,6 @@ class Effort:
         return steps / self.steps if self.steps is not None else seconds / (self.seconds or math.inf)
 
 
-def tokens_of_move(device: str) -> int:
-    """Tokens one move looks at."""
-    return _TOKENS[torch.device(device).type]
-
-
 def effort_of(text: str | None, method: str) -> Effort | None:
     """The effort asked for.
 
@@ -115,33 +101,12 @@ def effort_of(text: str | None, method: str) -> Effort | None:
     return None if text is None else Effort.parse(text)
 
 
-@contextlib.contextmanager
-def _same_again(device: str) -> Iterator[None]:
-    """The same sums in the same order every time, and TF32 where a GPU has it: gradients are noisier than that."""
-    if torch.device(device).type == "cpu":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cuda.matmul.allow_tf32 = before[1]
-
-
 class _Course:
     """The moves of one job."""
 
     def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
         self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
-        self.batch = pass_tokens(job.model.module, torch.device(job.device))
-        self.nats_per_bit = slope / 8
-        self.source = self._windows()
-        self.read = 0  # tokens
+        self.passes, self.nats_per_bit = Passes(job, twin), slope / 8
         self._kept = time.monotonic()
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._key = "" if job.store.directory is None else digest(
@@ -151,19 +116,6 @@ class _Course:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
             values = correct.unit_values(planner, state)
             load_values(twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
-
-    def _windows(self) -> Iterator[list[Window]]:
-        """Windows of one move after the other, shuffled anew when all have been seen."""
-        pool = list(self.job.sets.recovery or self.job.sets.statistics)
-        rng = random.Random(self.job.seed)  # noqa: S311 (sampling, not cryptography)
-        chosen: list[Window] = []
-        while True:
-            rng.shuffle(pool)
-            for w in pool:
-                chosen.append(w)
-                if sum(x.predicted for x in chosen) >= tokens_of_move(self.job.device):
-                    yield chosen
-                    chosen = []
 
     def optimizer(self) -> torch.optim.Adam:
         """Adam over all that moves now."""
@@ -176,10 +128,8 @@ class _Course:
 
     def move(self, optimizer: torch.optim.Adam, rate: float) -> float:
         """One move at a share of the first rates; the mean KL before it."""
-        windows = next(self.source)
-        self.read += sum(w.predicted for w in windows)
-        self.load()
-        kl, found = self.gradients(windows)
+        self.passes.load(self.live.values())
+        kl, found = self.passes.gradients(self.live.names)
         tensors = {**self.live.values_only(), **self.live.targets()}
         for name, g in self.live.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
@@ -194,7 +144,7 @@ class _Course:
         if time.monotonic() - self._kept < _KEEP_SECONDS or self.job.store.directory is None:
             return
         found = {f"live {n}": t for n, t in self.live.state().items()}
-        found["about"] = torch.tensor([group, clock.moves, clock.seconds, beyond, self.read], dtype=torch.float64)
+        found["about"] = torch.tensor([group, clock.moves, clock.seconds, beyond], dtype=torch.float64)
         for name, t in {**self.live.values_only(), **self.live.targets()}.items():
             found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
         arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in found.items()}
@@ -209,42 +159,18 @@ class _Course:
         kept = {n: torch.from_numpy(a) for n, a in arrays.items()}
         device = torch.device(self.job.device)
         self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
-        group, moves, seconds, beyond, self.read = kept["about"].tolist()
-        for _ in range(int(moves)):
-            next(self.source)
+        group, moves, seconds, beyond = kept["about"].tolist()
+        self.passes.skip(int(moves))
         clock.resume(int(moves), seconds)
         for name, t in {**self.live.values_only(), **self.live.targets()}.items():
             mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
         return int(group), beyond
 
-    def gradients(self, windows: Sequence[Window]) -> tuple[float, dict[str, Tensor]]:
-        """KL and gradients on some windows; batches are halved where the device's memory ends."""
-        while True:
-            try:
-                return gradient(
-                    self.job.model.module, self.twin, self.live.names, windows, device=self.job.device,
-                    batch=self.batch,
-                )  # fmt: skip
-            except torch.OutOfMemoryError:
-                if self.batch < 2 * max(w.predicted for w in windows):
-                    raise MemoryError("recovery: the device's memory does not hold one window") from None
-                self.batch //= 2
-                torch.cuda.empty_cache()
-                self.job.reporter.note(f"recovery: out of device memory, {self.batch:,} tokens a batch from now on")
-
-    @torch.no_grad()
-    def load(self) -> None:
-        """Put what is coded now into the twin."""
-        live = dict(self.twin.state_dict(keep_vars=True))
-        for name, values in self.live.values().items():
-            live[name].data = values.to(live[name].dtype).contiguous()
-
     def check(self) -> float:
         """KL on the correction tokens."""
-        self.load()
-        windows = leading(self.job.sets.correction, _CHECK_TOKENS)
-        return kl_to(self.job.model.module, self.twin, windows, device=self.job.device)[0]
+        self.passes.load(self.live.values())
+        return self.passes.check()
 
 
 class _Clock:
@@ -343,7 +269,7 @@ def tune(
     effort, rules = job.recover, (planner.shared, planner.shrink)
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
-    with memory.no_holes(), _same_again(job.device), job.reporter.step("recovery", 1) as advance:
+    with memory.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
         course = _Course(job, planner, state, twin, slope)
         start = kl = course.check()
         for stage, share in ((_integers, 1 - _LAST), (_values, _LAST)):
@@ -360,15 +286,9 @@ def tune(
                 job.reporter.note("recovery: the new integers are no better, the old ones are kept")
                 planner.shared, planner.shrink = rules
                 course.live = Live(planner, state, job.device)
-    _say_short(job, course.read)
-    return course.live.settle() if kl < start else None, {"tokens": course.read, "kl_before": start, "stages": stages}
-
-
-def _say_short(job: Job, read: int) -> None:
-    """Say that the text was shorter than the effort."""
-    held = sum(w.predicted for w in job.sets.recovery or job.sets.statistics)
-    if read > held:
-        job.reporter.note(
-            f"recovery: the text of {held:,} tokens was read {read / held:.1f} times; more text (--recover-text) would "
-            "be of use"
-        )
+    course.passes.say_short()
+    return course.live.settle() if kl < start else None, {
+        "tokens": course.passes.read,
+        "kl_before": start,
+        "stages": stages,
+    }

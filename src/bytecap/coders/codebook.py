@@ -201,9 +201,7 @@ class CodebookCoder:
             return data[: p.at] + write_numbers(arrays["words"], byte=p.form == 1) + data[p.end :]
 
         wide = indices.reshape(shape[0], -1)
-        return Continuous(
-            {"words": words}, lambda a, _: a["words"][wide].reshape(shape[0], -1)[:, : shape[1]], encode
-        )
+        return Continuous({"words": words}, lambda a, _: a["words"][wide].reshape(shape[0], -1)[:, : shape[1]], encode)
 
 
 CODER = CodebookCoder()
