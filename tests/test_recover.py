@@ -307,6 +307,3 @@ class TestEffort:
     @pytest.mark.parametrize(("text", "share"), [("10", 0.5), ("20s", 0.1), ("1m", 1 / 30), ("0.5h", 1 / 900)])
     def test_share_of_the_work(self, text, share):
         assert Effort.parse(text).share(5, 2.0) == pytest.approx(share)
-
-    def test_other_methods_have_nothing_to_recover(self, refused, job):
-        assert "--recover is for --method bytecap" in refused(*job(), "--recover", "5")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bytecap import artifact, codefiles, memory, methods, sidefiles
+from bytecap.afterwards import tune_sections
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.atomic import write_atomically
 from bytecap.codefiles import Code
@@ -164,7 +165,7 @@ def fit_sets(
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
-    effort, kept = effort_of(recover, method), store if isinstance(store, Store) else Store(store)
+    effort, kept = effort_of(recover), store if isinstance(store, Store) else Store(store)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method.rpartition(":")[2]}  # of FILE.py:CALLABLE no path
@@ -207,6 +208,8 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run(job)
+        if outcome.sections and job.recover is not None and _untuned(outcome, about["method"]):
+            outcome = tune_sections(job, outcome)
         if outcome.sections:
             outcome = _with_lists(outcome, job.model)
             stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
@@ -218,6 +221,11 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
     result.before = before
     result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
     return result
+
+
+def _untuned(outcome: Outcome, method: str) -> bool:
+    """Whether sections may hold something continuous that the method itself has not tuned: layers, or any at all."""
+    return method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values())
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:

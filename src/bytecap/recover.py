@@ -18,7 +18,7 @@ than the file without recovery, or is that file: recovery never makes it worse t
 Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block, then what quantization leaves
 continuous; ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for the latter alone. Tried and worse: moving integers
 straight through their rounding (LOG.md).
-Omitted: units under an exception path keep their integers.
+Omitted: units under an exception path keep their integers; their layers are tuned in `bytecap.afterwards`.
 """
 
 from __future__ import annotations
@@ -90,14 +90,12 @@ class Effort:
         return steps / self.steps if self.steps is not None else seconds / (self.seconds or math.inf)
 
 
-def effort_of(text: str | None, method: str) -> Effort | None:
+def effort_of(text: str | None) -> Effort | None:
     """The effort asked for.
 
     Raises:
-        UsageError: it cannot be understood, or the method has nothing to recover.
+        UsageError: it cannot be understood.
     """
-    if text is not None and method != "bytecap":
-        raise UsageError(f"method {method} cannot be recovered: --recover is for --method bytecap")
     return None if text is None else Effort.parse(text)
 
 
