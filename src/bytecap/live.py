@@ -26,7 +26,7 @@ from bytecap.coders.trellis import dependent
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Unit
 from bytecap.frequencies import Tables
-from bytecap.methods.waterfill import Planner, State, decode_grid
+from bytecap.methods.waterfill import Planner, State
 from bytecap.model.blind import as_matrix
 from bytecap.rounding import Shrink
 from bytecap.sweep import Coded, Prepared, rate
@@ -35,22 +35,6 @@ from bytecap.tables import count_symbols
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
 _SIZES = 130  # |z| that have a cost of their own; larger ones cost what the last one does
 _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a time
-
-
-def shadow(item: Prepared, decoded: Tensor) -> Prepared:
-    """The unit as the values that were rounded, to be rounded without feedback; (rows, cols) decoded as it was.
-
-    Rounding what is returned gives the same integers as rounding `item` did.
-    """
-    target = torch.empty_like(item.weight)
-    lowers = []
-    rows = [torch.tensor_split(x, item.groups) for x in (item.weight, decoded, target)]
-    for weight, coded, part, lower, order in zip(*rows, item.lower, item.order, strict=True):
-        diag = lower.diagonal()
-        error = (weight - coded)[:, order]
-        part[:, order] = weight[:, order] + error @ torch.tril(lower, -1) / diag
-        lowers.append(torch.diag(diag))
-    return replace(item, weight=target, lower=torch.stack(lowers))
 
 
 @dataclass(frozen=True)
@@ -145,8 +129,10 @@ class _Matrix:
     """A matrix on its way.
 
     Attributes:
-        item: with the target it started from.
-        target: (rows, cols) in steps of the grid.
+        item: with the target it was coded from.
+        grid: of the code; of the plan before there is one.
+        plan: grid in whose steps the target is.
+        target: (rows, cols).
         step: that it is, or is to be, rounded at.
         coded: what came out; None before.
         points: its integers as float32 once it is coded.
@@ -154,10 +140,16 @@ class _Matrix:
 
     item: Prepared
     grid: _Grid
+    plan: _Grid
     target: Tensor
     step: float
     coded: Coded | None = None
     points: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The target, (rows, cols)."""
+        return self.target * self.plan.row * self.plan.column
 
 
 class Live:
@@ -178,7 +170,7 @@ class Live:
             if type(item) is Prepared:
                 grid = _Grid.of(item, state.coded[name])
                 target = item.weight / (grid.row * grid.column)
-                self._matrices[name] = _Matrix(item, grid, target, state.steps[name])
+                self._matrices[name] = _Matrix(item, grid, grid, target, state.steps[name])
                 self._put(name, item, state.coded[name])
         self._vectors = {v.unit.name: v for v in planner.vectors}
         self.vectors = {
@@ -188,7 +180,6 @@ class Live:
         self.offsets = self._offsets.values.clone()
         self.logs = torch.zeros(max(1, len(self._matrices)), device=self._device)
         self._prices = Prices(state.shared.tables, self._device)
-        self._shadows: dict[str, Prepared] = {}
 
     @property
     def matrices(self) -> list[str]:
@@ -229,7 +220,7 @@ class Live:
         items, steps = [], {}
         for n in names:
             m = self._matrices[n]
-            items.append(replace(m.item, weight=m.target * m.grid.row * m.grid.column))
+            items.append(replace(m.item, weight=m.weight))
             m.step = steps[n] = self._state.steps[n] * math.exp(change)
         coded = self._planner.round(items, steps)
         for item in items:
@@ -260,7 +251,7 @@ class Live:
         found = {}
         for at, (n, m) in enumerate(self._matrices.items()):
             g = m.grid
-            matrix = m.target * g.row * g.column if m.points is None else self._decoded(m, at, offsets)[0]
+            matrix = m.weight if m.points is None else self._decoded(m, at, offsets)[0]
             found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
         for n, t in self.vectors.items():
             v = replace(self._vectors[n], values=t.cpu().numpy())
@@ -277,8 +268,9 @@ class Live:
         bins = torch.zeros(_SPREAD * len(offsets), device=self._device)
         out: dict[str, Tensor] = {}
         for at, (n, m) in enumerate(self._matrices.items()):
-            g, gradient = m.grid, as_matrix(m.grid.unit, found[n])
+            gradient = as_matrix(m.grid.unit, found[n])
             if m.points is None:
+                g = m.plan
                 near = m.target.round()
                 price = self._prices.slope[self._prices.places(g, near)] * torch.sign(near)
                 out[f"target {n}"] = gradient * g.row * g.column + nats_per_bit * price
@@ -297,19 +289,17 @@ class Live:
         self._planner.shrink = Shrink(offset, self._planner.shrink.dead_zone)
 
     def settle(self) -> State:
-        """Put everything into the planner as it is coded; its matrices become shadows, which round to just that."""
+        """Put everything into the planner as it is coded; what it rounds anew starts from the targets of now."""
         planner, steps, coded = self._planner, dict(self._state.steps), dict(self._state.coded)
-        shadows = {}
+        moved = {}
         for at, (n, m) in enumerate(self._matrices.items()):
             assert m.coded is not None  # noqa: S101 (stages leave everything coded)
-            decoded = torch.from_numpy(decode_grid(m.coded.code, self._planner.shared)).to(m.item.weight.device)
             scale = float(torch.exp(self.logs[at]))
             steps[n] = m.step * scale
             coded[n] = replace(m.coded, code=replace(m.coded.code, step=float(np.float32(steps[n]))))
-            whole = shadow(m.item, decoded)
-            shadows[n] = replace(whole, weight=whole.weight * scale)
+            moved[n] = replace(m.item, weight=m.item.weight * scale)
         self._set_offsets()
-        planner.matrices = [shadows.get(p.unit.name, p) for p in planner.matrices]
+        planner.matrices = [moved.get(p.unit.name, p) for p in planner.matrices]
         planner.vectors = [
             replace(v, values=self.vectors[n].cpu().numpy().copy()) if (n := v.unit.name) in self.vectors else v
             for v in planner.vectors
@@ -339,7 +329,6 @@ class Live:
         """Go on from what `state` gave."""
         self.restore(kept)
         for n, m in self._matrices.items():
-            weight = kept[f"target {n}"] * m.grid.row * m.grid.column
             m.target.copy_(kept[f"target {n}"])
             if f"step {n}" not in kept:
                 m.coded = m.points = None
@@ -349,4 +338,4 @@ class Live:
             code = GridCode(step=step, first=int(first), **arrays)
             mask = dependent(code.column_class, code.first, len(code.row_class))
             coded = Coded(code, 0.0, count_symbols(code.symbols, code.classes(), mask))
-            self._put(n, replace(m.item, weight=weight), coded)
+            self._put(n, replace(m.item, weight=m.weight), coded)

@@ -45,12 +45,13 @@ from bytecap.progress import Advance
 from bytecap.store import digest
 from bytecap.swap import load_values
 
-RATE = 0.003  # learning rate of targets, in steps of each weight's grid
+RATE = 0.004  # learning rate of targets, in steps of each weight's grid
 VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
 _BETAS = (0.9, 0.95)
 _WARMING = 10  # moves until the full rate
-_LAST = 0.25  # share of the effort that is left for values alone
-_GROUPS = 16  # times that matrices are coded
+_LAST = 0.15  # share of the effort that is left for values alone
+_GROUPS = 24  # times that matrices are coded
+_TRIES = 3  # more at the last of them
 _BELOW = 4e-4  # share of the bytes that is left for trimming
 _MOST_STEERING = 0.1  # natural logarithms of a step
 _CHECKS = 12  # times a stage looks at the correction tokens
@@ -203,14 +204,21 @@ def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
     live = course.live
     live.melt()
     groups, optimizer = live.groups(_GROUPS), course.optimizer()
-    beyond, seen = -_BELOW * live.planned(live.matrices)[0], [(0, kl)]
+    total = live.planned(live.matrices)[0]
+    beyond, seen = _BELOW * total, [(0, kl)]
     first, beyond = course.resume(optimizer, clock, beyond)
     for number, group in enumerate(groups):
         if number < first:
             continue
         left = [n for rest in groups[number:] for n in rest]
         change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (live.planned(left)[1] / 8 * 1.2)))
-        beyond += live.code(group, change)
+        spent = live.code(group, change)
+        for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
+            if abs(beyond + spent) < _BELOW / 2 * total:
+                break
+            change += (beyond + spent) / (live.planned(group)[1] / 8 * 1.2)
+            spent = live.code(group, change)
+        beyond += spent
         while clock.done < (number + 1) / len(groups):
             now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
             clock.tick()

@@ -34,7 +34,8 @@ def sample(
     """
     rng = random.Random(seed)  # noqa: S311 (sampling, not cryptography)
     generator = torch.Generator(device).manual_seed(seed)
-    rows, found = _ROWS[torch.device(device).type], []
+    rows = _ROWS[torch.device(device).type]
+    found: list[Window] = []
     while len(found) * window < tokens:
         count = min(rows, -(-tokens // window) - len(found))
         start = torch.tensor([[rng.choice(firsts)] for _ in range(count)], device=device)
