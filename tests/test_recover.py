@@ -59,7 +59,7 @@ class TestWholeFits:
         assert found.report["predicted_delta_nats"] == pytest.approx(after, abs=1e-4)
         assert after < before
         assert 0 <= 430_000 - len(found.data) <= allowed_slack(430_000)
-        assert [s["moves"] for s in found.report["recovery"]["stages"]] == [12, 4]
+        assert [s["moves"] for s in found.report["recovery"]["stages"]] == [14, 2]
         assert found.report["without_recovery"]["kl_nats"] != found.report["kl_nats"]
 
     def test_never_worse_and_the_same_bytes_twice(self, fit, plain):

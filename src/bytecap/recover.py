@@ -88,7 +88,21 @@ class Effort:
 
     def share(self, steps: int, seconds: float) -> float:
         """How much of it is done, 1 when it is spent."""
-        return steps / self.steps if self.steps is not None else seconds / (self.seconds or math.inf)
+        if self.steps is not None:
+            return steps / self.steps if self.steps else 1.0
+        return seconds / (self.seconds or math.inf)
+
+    def part(self, share: float) -> tuple[Effort, Effort]:
+        """It as two: a share, and the rest.
+
+        >>> Effort.parse("10").part(0.85)
+        (Effort(steps=8, seconds=None), Effort(steps=2, seconds=None))
+        """
+        if self.steps is not None:
+            first = round(self.steps * share)
+            return Effort(steps=first), Effort(steps=self.steps - first)
+        whole = self.seconds or 0.0
+        return Effort(seconds=whole * share), Effort(seconds=whole * (1 - share))
 
 
 def effort_of(text: str | None) -> Effort | None:
@@ -178,7 +192,7 @@ class _Clock:
     def __init__(self, effort: Effort, share: float, advance: Advance) -> None:
         self._effort, self._share, self._advance = effort, share, advance
         self._started = time.monotonic()
-        self.moves, self.done = 0, 0.0
+        self.moves, self.done = 0, effort.share(0, 0.0)
 
     def resume(self, moves: int, seconds: float) -> None:
         """Go on from so many moves in so many seconds."""
@@ -190,7 +204,7 @@ class _Clock:
         """One more move is made."""
         self.moves += 1
         before = self.done
-        self.done = min(1.0, self._effort.share(self.moves, time.monotonic() - self._started) / self._share)
+        self.done = min(1.0, self._effort.share(self.moves, time.monotonic() - self._started))
         self._advance((self.done - before) * self._share)
 
     @property
@@ -278,8 +292,9 @@ def tune(
     with memory.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
         course = _Course(job, planner, state, twin, slope)
         start = kl = course.check()
-        for stage, share in ((_integers, 1 - _LAST), (_values, _LAST)):
-            clock = _Clock(effort, share, advance)
+        most, rest = effort.part(1 - _LAST)
+        for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
+            clock = _Clock(part, share, advance)
             done = stage(course, clock, kl)
             stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
             job.reporter.note(
