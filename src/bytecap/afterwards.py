@@ -166,5 +166,5 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
         record = own | {"tokens": own["tokens"] + record["tokens"], "stages": [*own["stages"], stage]}
     if kept is outcome.sections:
         return replace(outcome, recovery=record)
-    before = outcome.before or (outcome.sections, outcome.tables)
-    return replace(outcome, sections=kept, recovery=record, before=before, predicted=best)
+    plain = outcome.before or (outcome.sections, outcome.tables)
+    return replace(outcome, sections=kept, recovery=record, before=plain, predicted=best)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ class _Grid:
         half = np.where(code.fine, np.float32(0.5), np.float32(1))
         column = np.float32(code.step) * np.exp2(code.column_step.astype(np.float32) / 4) * half  # (groups, cols)
 
-        def whole(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        def whole(array: npt.NDArray[Any]) -> Tensor:
             if len(array) > 1:
                 counts = [len(p) for p in np.array_split(np.arange(len(code.row_step)), len(array))]
                 array = np.repeat(array, counts, axis=0)
@@ -79,7 +81,7 @@ class Prices:
     """Bits of an integer under a file's tables, and by how much they rise from one to the next."""
 
     def __init__(self, tables: Tables, device: torch.device) -> None:
-        def table(cost: np.ndarray, far: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+        def table(cost: npt.NDArray[Any], far: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
             cost = np.minimum(cost[:, : _SIZES + far], 64.0)
             size = np.arange(_SIZES)
             return cost[:, :_SIZES], (cost[:, size + far] - cost[:, np.abs(size - far)]) / (2 * far)
@@ -116,7 +118,7 @@ class _Offsets:
         found[0] = 0
         return found
 
-    def table(self, values: Tensor) -> np.ndarray:  # type: ignore[type-arg]
+    def table(self, values: Tensor) -> npt.NDArray[Any]:
         """By class and |z|, (64, 17); classes without a table keep theirs."""
         has = np.zeros((CLASSES, 1), bool)
         has[list(self._shared.tables.table)] = True
