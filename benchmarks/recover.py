@@ -1,7 +1,8 @@
 """Recovery at equal file bytes: KL and loss with and without `--recover`, beside plain fine-tuning on the same text.
 
-Fine-tuning trains the uncoded original on the labels of the recovery text, with as many tokens as recovery saw. What
-it gains in loss is extra training, not compression: a recovered file's loss has to be read beside it.
+One fit gives both files, since it keeps what it would have written without recovery. Fine-tuning trains the uncoded
+original on the labels of the recovery text, with as many tokens as recovery read. What it gains in loss is extra
+training, not compression: a recovered file's loss has to be read beside it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluate import compare, mean_comparison
 from bytecap.model.probe import batches
 from bytecap.model.text import TokenSets, Window
+from bytecap.passes import tokens_of_move
 from bytecap.pipeline import choose_device, fit_sets
 from bytecap.progress import Bars
-from bytecap.recover import Effort, tokens_of_move
 from bytecap.sources import load_sets, with_recovery
 from bytecap.swap import twin_of
 from common import parser, record, texts
@@ -30,11 +31,13 @@ def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--bits", nargs="*", type=float, default=[2.5, 3.5])
     p.add_argument("--recover", default="600", help="steps or time, as for fit")
-    p.add_argument("--recover-text", nargs="*", help="the calibration texts by default")
-    p.add_argument("--tuning-steps", type=int, help="of plain fine-tuning; those of recovery by default, 0 none")
-    p.add_argument("--rate", type=float, default=recover.RATE, help="first learning rate, in grid steps")
+    p.add_argument("--recover-text", nargs="*", help="self, or files; the calibration texts by default")
+    p.add_argument("--tuning-steps", type=int, help="of plain fine-tuning; as many as recovery made by default, 0 none")
+    p.add_argument("--tuning-rates", nargs="*", type=float, default=[1e-5, 3e-5, 1e-4])
+    p.add_argument("--rate", type=float, default=recover.RATE, help="first learning rate of shadows, in grid steps")
+    p.add_argument("--values-rate", type=float, default=recover.VALUES_RATE, help="of everything else")
     args = p.parse_args()
-    recover.RATE = args.rate
+    recover.RATE, recover.VALUES_RATE = args.rate, args.values_rate
     args.device = choose_device(args.device)
     for name in args.model:
         model = load_model(name if name == "demo" else args.models / name)
@@ -44,47 +47,63 @@ def main() -> None:
             evaluation_tokens=args.eval_tokens, seed=args.seed, reporter=Bars(),
         )  # fmt: skip
         sets = with_recovery(
-            model, sets, args.recover_text or texts(args.texts, "calib"), seed=args.seed, reporter=Bars()
+            model,
+            sets,
+            args.recover_text or texts(args.texts, "calib"),
+            seed=args.seed,
+            device=args.device,
+            reporter=Bars(),
         )
-        for bits in args.bits:
-            without, found = (one(args, model, sets, bits, effort) for effort in (None, args.recover))
-            ratio = found["kl_nats"] / without["kl_nats"]
-            summary = {"model": name, "bits": bits, "recover": args.recover, "kl_ratio": ratio}
-            record(args, {"benchmark": "recover-ratio", **summary})
-            print(f"{name} {bits} KL with recovery over without {ratio:.3f}", flush=True)
-        steps = args.tuning_steps if args.tuning_steps is not None else Effort.parse(args.recover).steps or 0
+        read = [one(args, model, sets, bits) for bits in args.bits]
+        steps = args.tuning_steps
+        if steps is None:
+            steps = max(read, default=0) // tokens_of_move(args.device)
         if steps:
             tuned(args, model, sets, steps)
 
 
-def one(args: Any, model: Model, sets: TokenSets, bits: float, effort: str | None) -> dict[str, Any]:
-    """One fit, measured and recorded."""
+def one(args: Any, model: Model, sets: TokenSets, bits: float) -> int:
+    """One fit, measured and recorded with what it would have been without recovery; tokens that recovery read."""
     budget = int(bits * model.parameters / 8)
     result = fit_sets(
-        lambda: model, budget, lambda _: sets, device=args.device, seed=args.seed, recover=effort, reporter=Bars()
+        lambda: model, budget, lambda _: sets, device=args.device, seed=args.seed, recover=args.recover,
+        reporter=Bars(),
     )  # fmt: skip
-    row = record(args, {"benchmark": "recover", "bits": bits, "recover": effort, "rate": args.rate, **result.report})
+    without = result.report["without_recovery"]
+    ratios = {
+        "kl_ratio": result.report["kl_nats"] / without["kl_nats"],
+        "loss_ratio": result.report["measured_delta_nats"] / without["measured_delta_nats"],
+    }
+    row = record(args, {
+        "benchmark": "recover", "bits": bits, "recover": args.recover, "rate": args.rate,
+        "values_rate": args.values_rate,
+        "text": "self" if args.recover_text == ["self"] else "given", **ratios, **result.report,
+    })  # fmt: skip
     print(
-        f"{model.name} {bits} recover {effort}: KL {row['kl_nats']:.4f} ± {row['kl_stderr']:.4f} loss "
-        f"{row['measured_delta_nats']:+.4f} ± {row['measured_delta_stderr']:.4f} {row['file_bytes']:,} bytes "
-        f"{row['seconds']:.0f} s", flush=True,
+        f"{model.name} {bits} recover {args.recover}: KL {without['kl_nats']:.4f} ± {without['kl_stderr']:.4f} to "
+        f"{row['kl_nats']:.4f} ± {row['kl_stderr']:.4f} (ratio {row['kl_ratio']:.3f}), loss "
+        f"{without['measured_delta_nats']:+.4f} to {row['measured_delta_nats']:+.4f} ± "
+        f"{row['measured_delta_stderr']:.4f}, {row['file_bytes']:,} bytes, {row['seconds']:.0f} s", flush=True,
     )  # fmt: skip
-    return row
+    return int(row["recovery"].get("tokens", 0))
 
 
 def tuned(args: Any, model: Model, sets: TokenSets, steps: int) -> None:
-    """Plain fine-tuning of the original on the recovery text: as many tokens, three learning rates."""
-    for rate in (1e-5, 3e-5, 1e-4):
+    """Plain fine-tuning of the original on the recovery text: as many tokens, several learning rates."""
+    for rate in args.tuning_rates:
         started = time.perf_counter()
         twin = twin_of(model.module)
         with torch.no_grad():
             for p in twin.parameters():
                 p.data = p.data.clone()
+        model.module.to(args.device)
+        twin.to(args.device)
         _train(twin, list(sets.recovery or sets.statistics), steps, rate, args)
         parts = [compare(model.module, twin, t, device=args.device) for t in sets.evaluation]
         mean = mean_comparison(parts)
         record(args, {
             "benchmark": "recover-fine-tuning", "model": model.name, "rate": rate, "steps": steps,
+            "tokens": steps * tokens_of_move(args.device),
             "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
             "kl_nats": mean.kl_nats, "seconds": round(time.perf_counter() - started, 1),
         })  # fmt: skip

@@ -69,7 +69,7 @@ def fit(
         str | None, typer.Option(help="Tune what was coded: so many steps (600) or so long (45s, 10m).")
     ] = None,
     recover_text: Annotated[
-        list[Path] | None, typer.Option("--recover-text", help="Text to tune on (repeatable).")
+        list[Path] | None, typer.Option("--recover-text", help="Text to tune on (repeatable), or self.")
     ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Page to write (HTML).")] = None,
     store: Annotated[

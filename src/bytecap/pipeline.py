@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bytecap import artifact, codefiles, memory, methods, sidefiles
+from bytecap.afterwards import tune_sections
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.atomic import write_atomically
 from bytecap.codefiles import Code
@@ -47,12 +48,14 @@ class Artifact:
         data: its bytes.
         report: every figure of the job, as `--json` prints it.
         windows: scores of every evaluation text by window; none after a dry run.
+        before: what would have been written without recovery, where that is something else.
     """
 
     contents: Contents
     data: bytes
     report: dict[str, Any] = field(default_factory=dict)
     windows: tuple[ByWindow, ...] = ()
+    before: bytes | None = None
 
     def save(self, path: Path | str) -> int:
         """Write atomically; returns the size in bytes."""
@@ -111,7 +114,7 @@ def fit(
         code: source files to keep inside, counted packed, or what `bytecap.codefiles.pack` made of them.
         paths: exception paths the allocator may choose from, or `all`; the default menu if None.
         recover: steps (`600`) or time (`10m`) for tuning what was coded; none if None.
-        recover_text: text files to tune on; the calibration texts if None.
+        recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts if None.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
         store: directory in which steps are kept as they are finished, so that a killed run can be started again and
             goes on from there; nothing is kept if None.
@@ -124,7 +127,9 @@ def fit(
             loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
             seed=seed, reporter=reporter)  # fmt: skip
         tuning = (recover_text or calibration or demo_directory() / "calib.txt") if recover is not None else None
-        return with_recovery(loaded, found, tuning, window=window, seed=seed, reporter=reporter)
+        return with_recovery(
+            loaded, found, tuning, window=window, seed=seed, device=choose_device(device), reporter=reporter
+        )
 
     return fit_sets(
         lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
@@ -160,7 +165,7 @@ def fit_sets(
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
-    effort, kept = effort_of(recover, method), store if isinstance(store, Store) else Store(store)
+    effort, kept = effort_of(recover), store if isinstance(store, Store) else Store(store)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method.rpartition(":")[2]}  # of FILE.py:CALLABLE no path
@@ -187,8 +192,12 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     if output is not None:
         result.save(output)
         job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-    parts = _measure(result, job.model, job.sets, job.device, job.reporter)
+    parts = _measure(result.data, job)
     result.report |= _quality(parts)
+    if job.recover is not None:
+        before = _quality(_measure(result.before, job)) if result.before is not None else result.report
+        keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
+        result.report["without_recovery"] = {k: before[k] for k in keys}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
 
 
@@ -199,12 +208,24 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run(job)
+        if outcome.sections and job.recover is not None and _untuned(outcome, about["method"]):
+            outcome = tune_sections(job, outcome)
         if outcome.sections:
             outcome = _with_lists(outcome, job.model)
             stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
+    before = None
+    if outcome.before is not None:
+        plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
+        before = artifact.serialize(_contents(job.model, files, about, plain, job.budget, about["method"]))
     result = Artifact(stored, artifact.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
+    result.before = before
     result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
     return result
+
+
+def _untuned(outcome: Outcome, method: str) -> bool:
+    """Whether sections may hold something continuous that the method itself has not tuned: layers, or any at all."""
+    return method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values())
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:
@@ -293,15 +314,15 @@ def check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], 
     return floor
 
 
-def _measure(result: Artifact, model: Model, sets: Any, device: str, reporter: Reporter) -> list[Comparison]:
-    """Read the finished bytes back and score them against the original."""
-    contents = artifact.parse(result.data)
+def _measure(data: bytes, job: Job) -> list[Comparison]:
+    """Read finished bytes back and score them against the original."""
+    model, contents = job.model, artifact.parse(data)
     twin = twin_of(model.module)
     for unit, values in decode_each(contents):
         load_values(twin, {unit.name: values})
     memory.release()
-    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
+    with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
+        return [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
 
 
 def _report(
@@ -315,6 +336,7 @@ def _report(
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
+        **({"recovery": outcome.recovery} if outcome.recovery else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_path(entries), "margin": outcome.margin or None,
         "statistics_tokens": sum(w.predicted for w in sets.statistics),

@@ -1,61 +1,64 @@
 """Recovery: after coding, move what is stored so that the coded model as a whole is closer to the original.
 
 Rounding minimises one unit's quadratic form at a time. What is left are the errors of all units together, and those
-one backward pass sees: the gradient of the KL to the original at the coded weights. Every coded matrix gets a *shadow*,
-the values that error feedback really rounded::
+one backward pass sees: the gradient of the KL to the original at the coded weights. Adam moves along it in two stages
+(`bytecap.live` has what moves):
 
-    Y_k = W_k + sum_{j>k} (W_j - W^_j) L_jk / L_kk
+1. *integers*: the matrices are coded anew, some at a time and in the order of the model, with error feedback as
+   before. In between the targets of all that is not coded yet move, so that what comes later mends what the integers so
+   far have done to the whole model. The price of an integer under the file's tables is part of the loss, and the steps
+   of what is left are steered so that the bytes stay those of the plan.
+2. *values*: codes are frozen; vectors (norms, biases), the step of every matrix and the reconstruction offsets of the
+   classes move. The file keeps its integers and its size. In the first stage they move too.
 
-Rounding a shadow column by column, without feedback, gives back the very same integers, and a small change of it
-changes few of them. Shadows and vectors are moved by Adam along the gradient at their rounded values
-(straight-through), in units of each weight's own step, and are rounded again with the same coder, tables and classes
-after every move. The common step is steered so that the estimated bytes stay at the cap; in the end the cap is met on
-real bytes as always.
+Each stage is kept only if it measures better on the correction tokens, which are never tuned on, and the second goes
+back to the best that was seen. What is shipped is trimmed to the cap on real bytes, measured once more, and is better
+than the file without recovery, or is that file: recovery never makes it worse there, and the file never grows.
 
-What is shipped is the best seen on the correction tokens, the untuned file included: recovery never makes it worse
-there, and the file never grows.
-
-Sources: straight-through estimation as in quantization-aware training (LSQ, arXiv:1902.08153) and PV-Tuning
-(arXiv:2405.14852); shadows in the coordinates after feedback and steered steps are what an entropy coder adds.
-Omitted: units under an exception path keep their integers.
+Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block, then what quantization leaves
+continuous; ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for the latter alone. Tried and worse: moving integers
+straight through their rounding (LOG.md).
+Omitted: units under an exception path keep their integers; their layers are tuned in `bytecap.afterwards`.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bytecap import correct, memory
 from bytecap.errors import UsageError
+from bytecap.live import Live
 from bytecap.methods import Job
+from bytecap.methods.statistics import job_key, windows_key
 from bytecap.methods.waterfill import Planner, State
 from bytecap.model.batch import is_batches
-from bytecap.model.blind import as_matrix
-from bytecap.model.evaluate import kl_to
-from bytecap.model.gradient import gradient
-from bytecap.model.probe import pass_tokens
-from bytecap.model.text import Window, leading
+from bytecap.passes import Passes, same_again, tokens_of_move
+from bytecap.progress import Advance
+from bytecap.store import digest
 from bytecap.swap import load_values
-from bytecap.sweep import Coded, Prepared
-from bytecap.triangle import Triangles
 
-RATE = 0.0015  # first learning rate, in steps of each weight's grid
-_VECTOR = 0.1  # what is a step for vectors, in their mean sizes
+RATE = 0.004  # learning rate of targets, in steps of each weight's grid
+VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
 _BETAS = (0.9, 0.95)
 _WARMING = 10  # moves until the full rate
-_TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
-_CHECKS = 12  # times the correction tokens are looked at
-_CHECK_TOKENS = 8192
-_STEERING = 0.5  # share of the bytes too many that one move takes back
+_LAST = 0.15  # share of the effort that is left for values alone
+_GROUPS = 24  # times that matrices are coded
+_TRIES = 3  # more at the last of them
+_BELOW = 4e-4  # share of the bytes that is left for trimming
+_MOST_STEERING = 0.1  # natural logarithms of a step
+_CHECKS = 12  # times a stage looks at the correction tokens
+_APART = 5  # moves between two looks, at least
+_LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
+_PATIENCE = 3  # checks that may be worse
+_KEEP_SECONDS = 60.0  # between two times that the course is put into the store, at least
 
 
 @dataclass(frozen=True)
@@ -85,206 +88,228 @@ class Effort:
 
     def share(self, steps: int, seconds: float) -> float:
         """How much of it is done, 1 when it is spent."""
-        return steps / self.steps if self.steps is not None else seconds / (self.seconds or math.inf)
+        if self.steps is not None:
+            return steps / self.steps if self.steps else 1.0
+        return seconds / (self.seconds or math.inf)
+
+    def part(self, share: float) -> tuple[Effort, Effort]:
+        """It as two: a share, and the rest.
+
+        >>> Effort.parse("10").part(0.85)
+        (Effort(steps=8, seconds=None), Effort(steps=2, seconds=None))
+        """
+        if self.steps is not None:
+            first = round(self.steps * share)
+            return Effort(steps=first), Effort(steps=self.steps - first)
+        whole = self.seconds or 0.0
+        return Effort(seconds=whole * share), Effort(seconds=whole * (1 - share))
 
 
-def tokens_of_move(device: str) -> int:
-    """Tokens one move looks at."""
-    return _TOKENS[torch.device(device).type]
-
-
-def effort_of(text: str | None, method: str) -> Effort | None:
+def effort_of(text: str | None) -> Effort | None:
     """The effort asked for.
 
     Raises:
-        UsageError: it cannot be understood, or the method has nothing to recover.
+        UsageError: it cannot be understood.
     """
-    if text is not None and method != "bytecap":
-        raise UsageError(f"method {method} cannot be recovered: --recover is for --method bytecap")
     return None if text is None else Effort.parse(text)
 
 
-@dataclass
-class _Moving:
-    """A value that is moved by Adam: its shadow, what one step of its grid is, and the moments of its gradient."""
-
-    value: Tensor
-    step: Tensor
-    first: Tensor = field(init=False)
-    second: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.first, self.second = torch.zeros_like(self.value), torch.zeros_like(self.value)
-
-    def move(self, gradient: Tensor, rate: float, number: int) -> None:
-        """One move, `rate` in steps of the grid; `number` counts from 1."""
-        one, two = _BETAS
-        g = gradient.to(self.value.device) * self.step
-        self.first.lerp_(g, 1 - one)
-        self.second.lerp_(g.square(), 1 - two)
-        size = (self.second / (1 - two**number)).sqrt_().add_(1e-12)
-        self.value.sub_(self.first / size * self.step, alpha=rate / (1 - one**number))
-
-
-def shadow(item: Prepared, decoded: Tensor) -> Prepared:
-    """The unit as the values that were rounded, to be rounded without feedback; (rows, cols) decoded as it was.
-
-    Rounding what is returned gives the same integers as rounding `item` did.
-    """
-    target = torch.empty_like(item.weight)
-    lowers = []
-    rows = [torch.tensor_split(x, item.groups) for x in (item.weight, decoded, target)]
-    for weight, coded, part, lower, order in zip(*rows, item.lower, item.order, strict=True):
-        diag = lower.diagonal()
-        error = (weight - coded)[:, order]
-        part[:, order] = weight[:, order] + error @ torch.tril(lower, -1) / diag
-        lowers.append(torch.diag(diag))
-    return replace(item, weight=target, lower=Triangles.of(torch.stack(lowers)))
-
-
-def _grid_steps(item: Prepared, coded: Coded) -> Tensor:
-    """Step of every weight, (rows, cols)."""
-    code, device = coded.code, item.weight.device
-    column = np.exp2(code.column_step.astype(np.float32) / 4)  # (groups, cols)
-    parts = np.array_split(np.exp2(code.row_step.astype(np.float32) / 4), len(column))
-    steps = np.concatenate([np.outer(r, c) for r, c in zip(parts, column, strict=True)])
-    return torch.from_numpy(np.float32(code.step) * steps).to(device)
-
-
 class _Course:
-    """The moves of one job.
+    """The moves of one job."""
 
-    Attributes:
-        planner: its matrices and vectors are replaced by moved shadows.
-        steps: steps units are rounded at.
-        state: what they were rounded to last.
-    """
+    def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
+        self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
+        self.passes, self.nats_per_bit = Passes(job, twin), slope / 8
+        self._kept = time.monotonic()
+        effort = [job.recover.steps, job.recover.seconds] if job.recover else []
+        self._key = "" if job.store.directory is None else digest(
+            job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE, VALUES_RATE,
+            asdict(planner.options), state.steps, "recovery",
+        )  # fmt: skip
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
+            values = correct.unit_values(planner, state)
+            load_values(twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
 
-    def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module) -> None:
-        self.job, self.planner, self.twin = job, planner, twin
-        self.units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
-        self.moving: dict[str, _Moving] = {}
-        matrices = []
-        for item in planner.matrices:
-            if type(item) is Prepared:
-                found = shadow(item, torch.from_numpy(planner.decode(state, item.unit.name)).to(item.weight.device))
-                self.moving[item.unit.name] = _Moving(found.weight, _grid_steps(item, state.coded[item.unit.name]))
-                item = found  # noqa: PLW2901 (the unit from here on)
-            matrices.append(item)
-        planner.matrices = matrices
-        for v in planner.vectors:
-            if v.fisher.any():
-                values = torch.from_numpy(v.values.copy()).to(job.device)
-                self.moving[v.unit.name] = _Moving(values, _VECTOR * values.abs().mean())
-        self.batch = pass_tokens(job.model.module, torch.device(job.device))
-        self.steps = dict(state.steps)
-        self.state = planner.settle(self.steps, refit=False)
-        self.capacity = self.state.rate
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam over all that moves now."""
+        groups = []
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            rate = RATE if name.startswith("target ") else VALUES_RATE
+            rate *= float(t.abs().mean()) if name.startswith("vector ") else 1.0
+            groups.append({"params": [t], "lr": rate, "first": rate})
+        return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
-    def windows(self) -> Iterator[list[Window]]:
-        """Windows of one move after the other, shuffled anew when all have been seen."""
-        pool = list(self.job.sets.recovery or self.job.sets.statistics)
-        rng = random.Random(self.job.seed)  # noqa: S311 (sampling, not cryptography)
-        chosen: list[Window] = []
-        while True:
-            rng.shuffle(pool)
-            for w in pool:
-                chosen.append(w)
-                if sum(x.predicted for x in chosen) >= tokens_of_move(self.job.device):
-                    yield chosen
-                    chosen = []
-
-    def move(self, windows: Sequence[Window], rate: float, number: int) -> float:
-        """One move on some windows; the mean KL on them before it."""
-        self.load()
-        kl, gradients = self.gradients(windows)
-        for name, x in self.moving.items():
-            x.move(as_matrix(self.units[name], gradients[name]).reshape(x.value.shape), rate, number)
-        self.place({n: x.value for n, x in self.moving.items()})
-        self.state = self.planner.settle(self.steps, refit=False)
-        excess = (self.state.rate - self.capacity) / (self.planner.parameters / 8 * 1.2)
-        self.steps = {n: s * math.exp(_STEERING * excess) for n, s in self.steps.items()}
+    def move(self, optimizer: torch.optim.Adam, rate: float) -> float:
+        """One move at a share of the first rates; the mean KL before it."""
+        self.passes.load(self.live.values())
+        kl, found = self.passes.gradients(self.live.names)
+        tensors = {**self.live.values_only(), **self.live.targets()}
+        for name, g in self.live.gradients(found, self.nats_per_bit).items():
+            tensors[name].grad = g
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["first"]
+        optimizer.step()
+        optimizer.zero_grad()
         return kl
 
-    def gradients(self, windows: Sequence[Window]) -> tuple[float, dict[str, Tensor]]:
-        """KL and gradients on some windows; batches are halved where the device's memory ends."""
-        while True:
-            try:
-                return gradient(
-                    self.job.model.module, self.twin, list(self.moving), windows, device=self.job.device,
-                    batch=self.batch,
-                )  # fmt: skip
-            except torch.OutOfMemoryError:
-                if self.batch < 2 * max(w.predicted for w in windows):
-                    raise MemoryError("recovery: the device's memory does not hold one window") from None
-                self.batch //= 2
-                torch.cuda.empty_cache()
-                self.job.reporter.note(f"recovery: out of device memory, {self.batch:,} tokens a batch from now on")
+    def keep(self, optimizer: torch.optim.Adam, clock: _Clock, group: int, beyond: float) -> None:
+        """Put the course into the store, after a group was coded and the rest was moved."""
+        if time.monotonic() - self._kept < _KEEP_SECONDS or self.job.store.directory is None:
+            return
+        found = {f"live {n}": t for n, t in self.live.state().items()}
+        found["about"] = torch.tensor([group, clock.moves, clock.seconds, beyond], dtype=torch.float64)
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
+        arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in found.items()}
+        self.job.store.put_arrays(self._key, arrays)
+        self._kept = time.monotonic()
 
-    def load(self) -> None:
-        """Put what is coded now into the twin; units are decoded side by side."""
-        values = correct.unit_values(self.planner, self.state)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            load_values(self.twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
-
-    def place(self, values: Mapping[str, Tensor]) -> None:
-        """Put shadows into the planner."""
-        p = self.planner
-        p.matrices = [replace(m, weight=values[n]) if (n := m.unit.name) in values else m for m in p.matrices]
-        p.vectors = [
-            replace(v, values=values[n].cpu().numpy().copy()) if (n := v.unit.name) in values else v for v in p.vectors
-        ]
+    def resume(self, optimizer: torch.optim.Adam, clock: _Clock, beyond: float) -> tuple[int, float]:
+        """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
+        arrays = None if self.job.store.directory is None else self.job.store.arrays(self._key)
+        if arrays is None:
+            return 0, beyond
+        kept = {n: torch.from_numpy(a) for n, a in arrays.items()}
+        device = torch.device(self.job.device)
+        self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
+        group, moves, seconds, beyond = kept["about"].tolist()
+        self.passes.skip(int(moves))
+        clock.resume(int(moves), seconds)
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
+        return int(group), beyond
 
     def check(self) -> float:
         """KL on the correction tokens."""
-        self.load()
-        windows = leading(self.job.sets.correction, _CHECK_TOKENS)
-        return kl_to(self.job.model.module, self.twin, windows, device=self.job.device)[0]
-
-    def kept(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Shadows and steps as they are now."""
-        return {n: x.value.clone() for n, x in self.moving.items()}, dict(self.steps)
+        self.passes.load(self.live.values())
+        return self.passes.check()
 
 
-def tune(job: Job, planner: Planner, state: State, kl: float, twin: nn.Module) -> State | None:
-    """The planner with moved shadows, settled at about the same bytes; None if nothing measured better.
+class _Clock:
+    """How much of a stage is done."""
+
+    def __init__(self, effort: Effort, share: float, advance: Advance) -> None:
+        self._effort, self._share, self._advance = effort, share, advance
+        self._started = time.monotonic()
+        self.moves, self.done = 0, effort.share(0, 0.0)
+
+    def resume(self, moves: int, seconds: float) -> None:
+        """Go on from so many moves in so many seconds."""
+        self._started -= seconds
+        self.moves = moves - 1
+        self.tick()
+
+    def tick(self) -> None:
+        """One more move is made."""
+        self.moves += 1
+        before = self.done
+        self.done = min(1.0, self._effort.share(self.moves, time.monotonic() - self._started))
+        self._advance((self.done - before) * self._share)
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self._started
+
+
+def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+    """Code everything anew, group after group, and move what is left in between."""
+    live = course.live
+    live.melt()
+    groups, optimizer = live.groups(_GROUPS), course.optimizer()
+    total = live.planned(live.matrices)[0]
+    beyond, seen = _BELOW * total, [(0, kl)]
+    first, beyond = course.resume(optimizer, clock, beyond)
+    for number, group in enumerate(groups):
+        if number < first:
+            continue
+        left = [n for rest in groups[number:] for n in rest]
+        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (live.planned(left)[1] / 8 * 1.2)))
+        spent = live.code(group, change)
+        for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
+            if abs(beyond + spent) < _BELOW / 2 * total:
+                break
+            change += (beyond + spent) / (live.planned(group)[1] / 8 * 1.2)
+            spent = live.code(group, change)
+        beyond += spent
+        while clock.done < (number + 1) / len(groups):
+            now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
+            clock.tick()
+            seen.append((clock.moves, now))
+        if not seen[-1][1] < _LOST * kl:
+            course.job.reporter.note(
+                f"recovery diverges after {clock.moves} moves of integers (KL {seen[-1][1]:.4f}): stopped"
+            )
+            live.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
+            break
+        course.keep(optimizer, clock, number + 1, beyond)
+    return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
+
+
+def _values(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+    """Move what frozen codes leave; goes back to the best that was seen."""
+    job, optimizer = course.job, course.optimizer()
+    best, kept, worse = kl, course.live.snapshot(), 0
+    last, seen = 0.0, [(0, kl)]
+    while clock.done < 1:
+        course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+        clock.tick()
+        if clock.done < 1 and (clock.done - last < 1 / _CHECKS or clock.moves - seen[-1][0] < _APART):
+            continue
+        last, now = clock.done, course.check()
+        seen.append((clock.moves, now))
+        worse = worse + 1 if not now < _WORSE * best else 0
+        if now < best:
+            best, kept = now, course.live.snapshot()
+        if not now < _LOST * kl or worse >= _PATIENCE:
+            job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {now:.4f}): stopped")
+            break
+    course.live.restore(kept)
+    return {"stage": "values", "kl": best, "checks": seen}
+
+
+def tune(
+    job: Job, planner: Planner, state: State, twin: nn.Module, slope: float
+) -> tuple[State | None, dict[str, Any]]:
+    """The planner with what recovery made of it, settled at about the same bytes; None if nothing measured better.
+
+    With it comes a record of what was done.
 
     Args:
         job: names the model, the tokens and the effort.
-        planner: its matrices and vectors are replaced, for the worse if None is returned.
+        planner: its matrices, vectors and offsets are replaced, for the worse if None is returned.
         state: what would be shipped without recovery, under the planner's tables.
-        kl: of that on the correction tokens.
         twin: a twin of the model, overwritten.
+        slope: nats per token that a byte buys.
     """
     if is_batches(job.sets.statistics):
         job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
-        return None
-    effort = job.recover
+        return None, {}
+    effort, rules = job.recover, (planner.shared, planner.shrink)
     assert effort is not None  # noqa: S101 (callers ask first)
-    course = _Course(job, planner, state, twin)
-    best, kept = kl, None
-    started, number, last = time.monotonic(), 0, 0.0
-    source = course.windows()
-    with memory.no_holes(), job.reporter.step("recovery", 1) as advance:
-        done = 0.0
-        while done < 1:
-            number += 1
-            course.move(next(source), RATE * min(1.0, number / _WARMING) * (1 - done), number)
-            done, before = effort.share(number, time.monotonic() - started), done
-            advance(min(1.0, done) - before)
-            if done >= 1 or done - last >= 1 / _CHECKS:
-                last, now = done, course.check()
-                if now < best:
-                    best, kept = now, course.kept()
-                if not now < 4 * kl:
-                    job.reporter.note(f"recovery diverges after {number} moves (KL {now:.4f}): stopped")
-                    break
-    job.reporter.note(
-        f"recovery: {number} moves of about {tokens_of_move(job.device):,} tokens in "
-        f"{time.monotonic() - started:.0f} s, KL on the correction tokens {kl:.4f}, best seen {best:.4f}"
-    )
-    if kept is None:
-        return None
-    values, steps = kept
-    course.place(values)
-    return planner.settle(steps, refit=False)
+    stages: list[dict[str, Any]] = []
+    with memory.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
+        course = _Course(job, planner, state, twin, slope)
+        start = kl = course.check()
+        most, rest = effort.part(1 - _LAST)
+        for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
+            clock = _Clock(part, share, advance)
+            done = stage(course, clock, kl)
+            stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
+            job.reporter.note(
+                f"recovery: {clock.moves} moves of {done['stage']} on about {tokens_of_move(job.device):,} tokens each "
+                f"in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, {done['kl']:.4f} after"
+            )
+            if done["kl"] < kl:
+                kl = done["kl"]
+            elif stage is _integers:
+                job.reporter.note("recovery: the new integers are no better, the old ones are kept")
+                planner.shared, planner.shrink = rules
+                course.live = Live(planner, state, job.device)
+    course.passes.say_short()
+    return course.live.settle() if kl < start else None, {
+        "tokens": course.passes.read,
+        "kl_before": start,
+        "stages": stages,
+    }

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bytecap.errors import CheckpointError, TextError
-from bytecap.model.checkpoint import Model, demo_directory
-from bytecap.model.text import Encoder, TokenSets, leading, load_text, split_sets, tokenizer_encoder
+from bytecap.errors import CheckpointError, TextError, UsageError
+from bytecap.model.checkpoint import Model, demo_directory, of_transformers
+from bytecap.model.sampling import sample
+from bytecap.model.text import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
 from bytecap.progress import Reporter
 
 Paths = str | Path | Sequence[str | Path] | None
@@ -22,7 +23,9 @@ WINDOW = 512
 TOKENS = 131_072  # statistics; results/calibration.jsonl has the curve behind this number
 CORRECTION_TOKENS = 8_192
 EVALUATION_TOKENS = 32_768
-RECOVERY_TOKENS = 2**20  # most of them
+RECOVERY_TOKENS = 2**23  # most of them
+SELF = "self"  # in place of a text to recover on: the model's own samples
+SELF_TOKENS = {"cpu": 2**15, "cuda": 2**20}
 _BEGINNING = 8  # tokens by which windows are told apart
 
 
@@ -115,7 +118,14 @@ def load_sets(
 
 
 def with_recovery(
-    model: Model, sets: TokenSets, texts: Paths, *, window: int = WINDOW, seed: int = 0, reporter: Reporter
+    model: Model,
+    sets: TokenSets,
+    texts: Paths,
+    *,
+    window: int = WINDOW,
+    seed: int = 0,
+    device: str = "cpu",
+    reporter: Reporter,
 ) -> TokenSets:
     """The sets with windows of texts to recover on; what evaluation and correction hold is left out.
 
@@ -124,28 +134,47 @@ def with_recovery(
     Args:
         model: whose tokenizer is used.
         sets: the other sets.
-        texts: text files; none leaves the sets as they are.
+        texts: text files; none leaves the sets as they are; the word `self` samples windows from the model.
         window: predicted tokens in a window.
-        seed: order of the windows.
+        seed: order of the windows, and of the sampling.
+        device: torch device to sample on.
         reporter: told how many tokens there are.
 
     Raises:
         TextError: nothing is left.
+        UsageError: the model cannot be sampled from.
     """
-    if not as_paths(texts):
+    paths = as_paths(texts)
+    if not paths:
         return sets
-    encode, length = encoder(model.files), window_limit(model, window)
+    length, found = window_limit(model, window), {}
+    if paths == [Path(SELF)]:
+        found = {w.tokens: w for w in _sampled(model, sets, length, seed, device, reporter)}
+    else:
+        encode, share = encoder(model.files), 2 * RECOVERY_TOKENS // len(paths)
+        found = {w.tokens: w for p in paths for w in load_text(p, encode, window=length, limit=share).windows}
     taken = {w.tokens[:_BEGINNING] for held in (sets.correction, *(t.windows for t in sets.evaluation)) for w in held}
-    share = 2 * RECOVERY_TOKENS // len(as_paths(texts))
-    found = {w.tokens: w for p in as_paths(texts) for w in load_text(p, encode, window=length, limit=share).windows}
     left = [w for tokens, w in found.items() if tokens[:_BEGINNING] not in taken]
     if not left:
-        raise TextError(f"the recovery text {as_paths(texts)[0]} holds nothing that evaluation does not hold as well")
+        raise TextError(f"the recovery text {paths[0]} holds nothing that evaluation does not hold as well")
     random.Random(seed).shuffle(left)  # noqa: S311 (sampling, not cryptography)
     recovery = tuple(leading(left, RECOVERY_TOKENS))
     dropped = f" ({len(found) - len(left)} windows of other sets dropped)" if len(left) < len(found) else ""
     reporter.note(f"tokens: {_count(recovery):,} for recovery{dropped}")
     return replace(sets, recovery=recovery)
+
+
+def _sampled(
+    model: Model, sets: TokenSets, window: int, seed: int, device: str, reporter: Reporter
+) -> tuple[Window, ...]:
+    """Windows that the model makes up, each from a token with which a calibration window begins."""
+    if not of_transformers(model.module):
+        raise UsageError("--recover-text self samples from a model of transformers; give a text instead")
+    with reporter.step("sampling", 1):
+        firsts = sorted({w.tokens[0] for w in sets.statistics})
+        model.module.to(device)
+        tokens = SELF_TOKENS[device]
+        return sample(model.module, firsts, tokens, window=window, seed=seed, device=device)
 
 
 def report_sets(sets: TokenSets, reporter: Reporter) -> None:

@@ -9,7 +9,7 @@ The cap is never exceeded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bytecap.errors import BudgetError
@@ -82,9 +82,33 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
     return _move_units(planner, best, size, budget)
 
 
-def _move_units(planner: Planner, packed: Packed, size: Size, budget: int) -> Packed:
+def fit_units(
+    planner: Planner, state: State, tables: bytes, size: Size, budget: int, names: Sequence[str]
+) -> Packed | None:
+    """Like `fit_to_cap`, but only the named matrices are rounded anew, the first of them first; None if over the cap.
+
+    For states whose integers answer to one another: the named ones are those that no others answer to.
+    """
+    packed, found = _pack(planner, state, tables), {p.unit.name: p for p in planner.matrices}
+    items = [found[n] for n in names]
+    tries = [item for item in items for _ in range(2)]
+    while (over := size(packed.sections, tables) - budget) > 0:
+        if not tries:
+            return None
+        item = tries.pop(0)
+        name = item.unit.name
+        change = min(_UNIT_CHANGE, 1.2 * (over + _ENOUGH) / _bytes_per_e(item))
+        section, moved = _requantize(planner, packed.state, name, change)
+        packed = Packed(moved, {**packed.sections, name: section}, tables)
+    return _move_units(planner, packed, size, budget, items)
+
+
+def _move_units(
+    planner: Planner, packed: Packed, size: Size, budget: int, among: Sequence[Prepared] | None = None
+) -> Packed:  # fmt: skip
     """Spend what is left by refining single units' steps: few bytes on small units, many on large ones."""
-    units = sorted((p for p in planner.matrices if p.unit.parameters), key=lambda p: p.unit.parameters)
+    matrices = planner.matrices if among is None else among
+    units = sorted((p for p in matrices if p.unit.parameters), key=lambda p: p.unit.parameters)
     total = size(packed.sections, packed.tables)
     failures = 0
     for _ in range(_UNIT_TRIES if units else 0):

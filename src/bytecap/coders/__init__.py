@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -88,6 +88,30 @@ class Encoded:
 
     data: bytes
     kinds: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """What of a section or layer may be tuned while everything else of it stays as it is.
+
+    Attributes:
+        arrays: stored values by name, float32.
+        matrix: values (rows, cols) from arrays like these and, for a layer, from its base. It is written with
+            operators that numpy arrays and torch tensors share, so that gradients pass and no coder needs torch.
+        encode: the section with arrays like these, at the precision it has; about as long.
+    """
+
+    arrays: dict[str, FloatArray]
+    matrix: Callable[[Mapping[str, Any], Any], Any]
+    encode: Callable[[Mapping[str, FloatArray]], bytes]
+
+
+class Tunable(Protocol):
+    """A coder or layer that can say what of a section is continuous. Others are left as they are."""
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """What of a section's bytes may be tuned."""
+        ...
 
 
 class Coder(Protocol):
@@ -205,6 +229,11 @@ def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[
         for i, group in asked.items():
             advance(i, [next(decoded) for _ in group])
     return results
+
+
+def like(tensor: Any, array: npt.NDArray[Any]) -> Any:
+    """A numpy array as the kind of a tensor, on its device; itself where that is a numpy array."""
+    return array if isinstance(tensor, np.ndarray) else tensor.new_tensor(array)
 
 
 def read_leb(data: bytes, at: int) -> tuple[int, int]:

@@ -21,18 +21,20 @@ Sources: OWQ (arXiv:2306.02272) for columns; LLM.int8() (arXiv:2208.07339) for c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, Shared
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared
 from bytecap.coders.parts import (
     IntArray,
     Kinds,
     count_positions,
     read_positions,
     read_values,
+    rewrite_values,
     split_values,
     take,
     write_positions,
@@ -101,6 +103,27 @@ class Channels:
         if mode & ROWS:
             base[index] = values[inner:].reshape(len(index), shape[1])
         return base
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """The protected values, those of the columns first."""
+        mode = self.mode(data)
+        index, at = read_positions(data, 1, places(mode, shape), shared.objects)
+        sizes = lengths(mode, len(index), shape)
+        inner = int(sizes[: len(index)].sum()) if mode & COLUMNS else 0
+        others = np.delete(np.arange(shape[0]), index if mode == BOTH else [])
+
+        def matrix(arrays: Mapping[str, Any], base: Any) -> Any:
+            out, values = base + 0, arrays["values"]
+            if mode & COLUMNS:
+                out[others[:, None], index[None, :]] = values[:inner].reshape(len(index), len(others)).T
+            if mode & ROWS:
+                out[index] = values[inner:].reshape(len(index), shape[1])
+            return out
+
+        return Continuous(
+            {"values": read_values(data, at, sizes)}, matrix,
+            lambda a: rewrite_values(data, at, sizes, a["values"]),
+        )  # fmt: skip
 
 
 CODER = Channels()

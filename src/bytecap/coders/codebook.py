@@ -19,12 +19,13 @@ which is `methods/kmeans.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared, leb, like, read_leb, run
 from bytecap.coders.indices import (
     MAX_CODEWORDS,
     SharedTable,
@@ -182,6 +183,25 @@ class CodebookCoder:
         if p.form == SHARED:
             values *= read_numbers(data[p.at : p.end], 1, byte=False)
         return values
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """Codewords (n, g), or the scale (1,) of shared ones."""
+        p = self._parse(data, shape)
+        indices = run([read_indices(data[p.end :], vectors_in(shape, p.g), p.n, shared.objects)])[0]
+        if p.form == SHARED:
+            values = look_up(shared_words(shared, p.number, p.n, p.g), indices, shape)
+            stored = {"scale": read_numbers(data[p.at : p.end], 1, byte=False)}
+            return Continuous(
+                stored, lambda a, _: a["scale"] * like(a["scale"], values),
+                lambda a: self.with_scale(data, shape, float(a["scale"][0])),
+            )  # fmt: skip
+        words = read_numbers(data[p.at : p.end], p.n * p.g, byte=p.form == 1).reshape(p.n, p.g)
+
+        def encode(arrays: Mapping[str, FloatArray]) -> bytes:
+            return data[: p.at] + write_numbers(arrays["words"], byte=p.form == 1) + data[p.end :]
+
+        wide = indices.reshape(shape[0], -1)
+        return Continuous({"words": words}, lambda a, _: a["words"][wide].reshape(shape[0], -1)[:, : shape[1]], encode)
 
 
 CODER = CodebookCoder()

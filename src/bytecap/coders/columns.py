@@ -20,17 +20,19 @@ values scaled to their largest take nearly all of their eight bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, Shared
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared
 from bytecap.coders.parts import (
     Kinds,
     count_positions,
     read_positions,
     read_values,
+    rewrite_values,
     split_values,
     write_positions,
     write_values,
@@ -78,6 +80,24 @@ class Columns:
         else:
             base[index] = values
         return base
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """The protected values (k, length)."""
+        index, at = read_positions(data, 0, shape[self.axis], shared.objects)
+        lengths = np.full(len(index), shape[1 - self.axis])
+        values = read_values(data, at, lengths).reshape(len(index), -1)
+
+        def matrix(arrays: Mapping[str, Any], base: Any) -> Any:
+            out = base + 0
+            if self.axis:
+                out[:, index] = arrays["values"].T
+            else:
+                out[index] = arrays["values"]
+            return out
+
+        return Continuous(
+            {"values": values}, matrix, lambda a: rewrite_values(data, at, lengths, a["values"].reshape(-1))
+        )
 
 
 CODER = Columns()

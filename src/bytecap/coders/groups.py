@@ -18,12 +18,13 @@ Omitted: an offset for every group; a base has one if it is any use.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared, leb, read_leb
 from bytecap.coders.parts import Kinds, pack, take, unpack
 from bytecap.errors import CorruptError
 
@@ -80,8 +81,30 @@ class Groups:
         """Multiply every weight by its group's scale."""
         del shared
         yield from ()
-        rows, cols = base.shape
-        size, precision, packing, at = self._parse(data, (rows, cols))
+        scales, size = self._scales(data, (base.shape[0], base.shape[1]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            base *= np.repeat(scales, size, axis=1)[:, : base.shape[1]]
+        return base
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """The scales (rows, groups)."""
+        del shared
+        scales, size = self._scales(data, shape)
+        place = np.arange(shape[1]) // size
+
+        def encode(arrays: Mapping[str, FloatArray]) -> bytes:
+            found = arrays["scales"]
+            if self._parse(data, shape)[1] == HALF:
+                return self.encode(found.astype(np.float16), size)
+            exponent = np.rint(16 * np.log2(np.maximum(found, 2.0**-8)))
+            return self.encode(np.clip(exponent, -128, 127).astype(np.int8), size)
+
+        return Continuous({"scales": scales}, lambda a, base: base * a["scales"][:, place], encode)
+
+    def _scales(self, data: bytes, shape: tuple[int, int]) -> tuple[FloatArray, int]:
+        """Scales (rows, groups), and the size of a group."""
+        rows, cols = shape
+        size, precision, packing, at = self._parse(data, shape)
         groups = -(-cols // size)
         raw = unpack(packing, data[at:], rows * groups * (2 if precision == HALF else 1))
         if precision == HALF:
@@ -90,9 +113,7 @@ class Groups:
             scales = sixteenth(np.frombuffer(raw, np.int8))
         if not np.isfinite(scales).all():
             raise CorruptError("a groups layer holds a scale that is not finite")
-        with np.errstate(over="ignore", invalid="ignore"):
-            base *= np.repeat(scales.reshape(rows, groups), size, axis=1)[:, :cols]
-        return base
+        return scales.reshape(rows, groups), size
 
 
 CODER = Groups()

@@ -21,12 +21,13 @@ Arithmetic is written out operation by operation, so that two readers agree in e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from bytecap.coders import Decoding, FloatArray, Shared, leb, read_leb
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared, leb, like, read_leb, run
 from bytecap.coders.bits import pack_bits, packed_size, unpack_bits
 from bytecap.coders.codebook import MAX_DIMENSION, shared_words, vectors_in
 from bytecap.coders.indices import (
@@ -44,6 +45,7 @@ from bytecap.errors import CorruptError
 from bytecap.frequencies import IntArray
 
 MAX_PATCH = 64
+_ARRAYS = ("skip", "inner", "bias", "outer")  # of a decoder, in file order
 _CHUNK = 1 << 14  # patches decoded at a time, which bounds the memory of the hidden layer
 _BYTE_WORDS, _DECODER, _BYTE_FACTORS, _SHARED_DECODER, _SHARED_WORDS = 1, 2, 4, 8, 16
 
@@ -335,6 +337,48 @@ class LatentCoder:
         if not np.isfinite(values).all():
             raise CorruptError("a latent section holds a value out of range")
         return values
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """Codewords, decoder and low-rank part of the section's own; of shared ones the scales."""
+        p = self._parse(data, shape)
+        indices = run([read_indices(data[p.ends[3] :], p.count(shape), p.n, shared.objects)])[0].reshape(-1)
+        words, words_scale = self._words(data, p, shared)
+        decoder, decoder_scale = self._decoder(data, p, shared)
+        arrays = {"words": words} if words_scale is None else {"words scale": words_scale}
+        if decoder is not None:
+            own = dict(zip(_ARRAYS, decoder.arrays(), strict=True))
+            arrays |= own if decoder_scale is None else {"decoder scale": decoder_scale}
+        arrays |= dict(zip(("left", "right"), self._factors(data, p, shape), strict=False))
+
+        def matrix(a: Mapping[str, Any], _: Any) -> Any:
+            kind = next(iter(a.values()))
+            z = a["words"] if words_scale is None else like(kind, words) * a["words scale"]
+            z = wide = z[indices].reshape(-1, p.e)
+            if decoder is not None:
+                skip, inner, bias, outer = (a[k] if k in a else like(kind, own[k]) for k in _ARRAYS)
+                wide = z @ skip.T + (z @ inner.T + bias).clip(min=0) @ outer.T
+                wide = wide if decoder_scale is None else wide * a["decoder scale"]
+            values = wide.reshape(shape[0], -1)[:, : shape[1]]
+            return values + a["left"] @ a["right"].T if "left" in a else values
+
+        return Continuous(arrays, matrix, lambda a: self._with_arrays(data, p, a))
+
+    def _with_arrays(self, data: bytes, p: _Parsed, arrays: Mapping[str, FloatArray]) -> bytes:
+        """A section with other continuous arrays, of the same length."""
+        head, at, end, stop = p.ends
+        first = data[head:at]
+        if "words" in arrays:
+            first = write_numbers(arrays["words"], byte=bool(p.form & _BYTE_WORDS))
+        elif "words scale" in arrays:
+            first = arrays["words scale"].astype("<f2").tobytes()
+        second = data[at:end]
+        if "skip" in arrays:
+            second = write_decoder(Decoder(*(arrays[k] for k in _ARRAYS)), data[at + 3])
+        elif "decoder scale" in arrays:
+            second = data[at : end - 2] + arrays["decoder scale"].astype("<f2").tobytes()
+        factors = [arrays[k].T for k in ("left", "right") if k in arrays]
+        third = b"".join(write_numbers(f, byte=bool(p.form & _BYTE_FACTORS)) for f in factors)
+        return data[:head] + first + second + third + data[stop:]
 
 
 CODER = LatentCoder()

@@ -18,12 +18,13 @@ the same spread, and a table costs more than what is left between them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, Shared
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared, like, run
 from bytecap.coders.bits import pack_bits, unpack_bits
 from bytecap.coders.integers import Integers, write_integers
 from bytecap.coders.parts import Kinds, pack, take, unpack
@@ -36,6 +37,15 @@ _HEAD = 3
 
 def _widths(count: int, bits: int) -> npt.NDArray[np.uint8]:
     return np.full(count, bits, np.uint8)
+
+
+def _scales(data: bytes) -> FloatArray:
+    """Scales (rank,) of a layer."""
+    rank = take(data, 0, _HEAD)[0]
+    scales = np.frombuffer(take(data, _HEAD, 4 * rank), "<f4").astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise CorruptError("a lowrank layer holds a scale that is not finite")
+    return scales
 
 
 class LowRank:
@@ -73,12 +83,35 @@ class LowRank:
     def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
         """Add the residual."""
         del shared
-        rows, cols = base.shape
+        scales, rows = _scales(data), base.shape[0]
+        factors = yield from self._factors(data, (rows, base.shape[1]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for scale, factor in zip(scales, factors, strict=True):
+                base += np.multiply.outer(scale * factor[:rows], factor[rows:])
+        return base
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """Scales (rank,): the factors are integers of few bits, and stay."""
+        del shared
+        scales, factors = _scales(data), run([self._factors(data, shape)])[0]
+        left, right = factors[:, : shape[0]], factors[:, shape[0] :]
+
+        def matrix(arrays: Mapping[str, Any], base: Any) -> Any:
+            out = base
+            for k in range(len(scales)):
+                out = out + arrays["scales"][k] * like(base, np.multiply.outer(left[k], right[k]))
+            return out
+
+        end = _HEAD + 4 * len(scales)
+        return Continuous(
+            {"scales": scales}, matrix, lambda a: data[:_HEAD] + a["scales"].astype("<f4").tobytes() + data[end:]
+        )
+
+    def _factors(self, data: bytes, shape: tuple[int, int]) -> Decoding:
+        """Factors, float32 (rank, rows + cols)."""
+        rows, cols = shape
         _, (_, side), _ = self.kinds(data, (rows, cols), "F32")
         rank, bits, packing = data[:_HEAD]
-        scales = np.frombuffer(data, "<f4", rank, _HEAD).astype(np.float32)
-        if not np.isfinite(scales).all():
-            raise CorruptError("a lowrank layer holds a scale that is not finite")
         body, count, half = data[_HEAD + side :], rank * (rows + cols), 1 << (bits - 1)
         if packing == CODED:
             block, end = Integers.parse(body, 0, _widths(count, bits), coded=True)
@@ -91,11 +124,7 @@ class LowRank:
             codes = unpack_bits(body, count, bits) - half
         if codes.min(initial=0) < -half or codes.max(initial=0) >= half:
             raise CorruptError(f"a lowrank layer holds a code of more than {bits} bits")
-        factors = codes.reshape(rank, rows + cols).astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for scale, factor in zip(scales, factors, strict=True):
-                base += np.multiply.outer(scale * factor[:rows], factor[rows:])
-        return base
+        return codes.reshape(rank, rows + cols).astype(np.float32)
 
 
 CODER = LowRank()

@@ -16,17 +16,19 @@ Sources: SpQR (arXiv:2306.03078), SqueezeLLM (arXiv:2306.07629).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, FloatArray, Shared
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared
 from bytecap.coders.parts import (
     Kinds,
     count_positions,
     read_positions,
     read_values,
+    rewrite_values,
     split_values,
     write_positions,
     write_values,
@@ -62,6 +64,22 @@ class Outliers:
         row, column = np.divmod(positions, max(base.shape[1], 1))
         base[row, column] = read_values(data, at, np.array([len(positions)]))
         return base
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """The protected values (k,)."""
+        positions, at = read_positions(data, 0, shape[0] * shape[1], shared.objects)
+        row, column = np.divmod(positions, max(shape[1], 1))
+        lengths = np.array([len(positions)])
+
+        def matrix(arrays: Mapping[str, Any], base: Any) -> Any:
+            out = base + 0
+            out[row, column] = arrays["values"]
+            return out
+
+        return Continuous(
+            {"values": read_values(data, at, lengths)}, matrix,
+            lambda a: rewrite_values(data, at, lengths, a["values"]),
+        )  # fmt: skip
 
 
 CODER = Outliers()

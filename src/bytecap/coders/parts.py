@@ -186,6 +186,17 @@ def write_values(values: npt.NDArray[Any], scales: npt.NDArray[np.float16] | Non
     return bytes([HALF if scales is None else BYTE, packing]) + side + body
 
 
+def rewrite_values(data: bytes, at: int, lengths: IntArray, values: FloatArray) -> bytes:
+    """A layer with other values from `at` to its end, at the precision of those it has."""
+    if data[at] == HALF:
+        return data[:at] + write_values(values.astype(np.float16))
+    starts = np.cumsum(lengths) - lengths
+    top = np.maximum.reduceat(np.abs(values), starts) if len(values) else np.zeros(0, np.float32)
+    scales = np.maximum(top / 127, 2.0**-24).astype(np.float16)
+    codes = np.clip(np.rint(values / np.repeat(scales.astype(np.float32), lengths)), -127, 127)
+    return data[:at] + write_values(codes.astype(np.int8), scales)
+
+
 def split_values(data: bytes, at: int, vectors: int) -> Kinds:
     """Header, scales and payload of the values from `at`."""
     precision = take(data, at, 2)[0]

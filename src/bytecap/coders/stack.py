@@ -9,12 +9,12 @@ length, its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
-from bytecap.coders import Decoding, Shared, coder, layer, leb, read_leb
+from bytecap.coders import Continuous, Decoding, FloatArray, Shared, coder, layer, leb, like, read_leb, run
 from bytecap.coders.lowrank import CODED
 from bytecap.coders.lowrank import CODER as LOW_RANK
 from bytecap.errors import CorruptError
@@ -95,6 +95,38 @@ class Stack:
         if not np.isfinite(matrix).all():
             raise CorruptError("a stack holds a value out of range")
         return matrix
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """What is continuous in the base and in its layers, the base's first."""
+        parts = self.parts(data)
+        tunable: dict[int, Continuous] = {}
+        for at, (tag, _, part) in enumerate(parts):
+            owner: Any = layer(tag) if at else coder(tag)
+            if hasattr(owner, "continuous"):
+                tunable[at] = owner.continuous(part, shape, shared)
+        base = None if 0 in tunable else run([coder(parts[0][0]).decode(parts[0][2], shape, "F32", shared)])[0]
+
+        def own(arrays: Mapping[str, Any], at: int) -> dict[str, Any]:
+            return {k: arrays[f"{at} {k}"] for k in tunable[at].arrays}
+
+        def matrix(arrays: Mapping[str, Any], _: Any) -> Any:
+            values = None if base is None else like(next(iter(arrays.values())), base)
+            for at, (tag, _, part) in enumerate(parts):
+                if at in tunable:
+                    values = tunable[at].matrix(own(arrays, at), values)
+                elif at:
+                    raise TypeError(f"layer {layer(tag).id} of {len(part)} bytes has nothing continuous")
+            return values
+
+        def encode(arrays: Mapping[str, FloatArray]) -> bytes:
+            new = [
+                (tag, tunable[at].encode(own(arrays, at)) if at in tunable else part)
+                for at, (tag, _, part) in enumerate(parts)
+            ]
+            return self.encode(new[0], new[1:])
+
+        found = {f"{at} {k}": v for at, c in tunable.items() for k, v in c.arrays.items()}
+        return Continuous(found if all(at in tunable for at in range(1, len(parts))) else {}, matrix, encode)
 
 
 CODER = Stack()

@@ -10,13 +10,13 @@ Omitted: error feedback, for which no second moment exists here.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders import Decoding, Encoded, Shared
+from bytecap.coders import Continuous, Decoding, Encoded, FloatArray, Shared, run
 from bytecap.coders.classes import CLASSES
 from bytecap.entropy import Source, Stream, encode_all
 from bytecap.errors import CorruptError
@@ -95,6 +95,16 @@ class Vector:
         if not np.isfinite(values).all():
             raise CorruptError("a vector section holds a value out of range")
         return values
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """All values; the step stays."""
+        _, step, cls = _HEAD.unpack_from(data)
+        values = run([self.decode(data, shape, "F32", shared)])[0]
+
+        def encode(arrays: Mapping[str, FloatArray]) -> bytes:
+            return self.encode(arrays["values"], step, shared).data
+
+        return Continuous({"values": values} if cls else {}, lambda a, _: a["values"], encode)
 
 
 CODER = Vector()

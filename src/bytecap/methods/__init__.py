@@ -88,6 +88,8 @@ class Outcome:
         plan: which plan was shipped.
         objects: shared objects.
         margin: what more or fewer bytes would do, see `bytecap.methods.margin`; empty where nothing is planned.
+        recovery: what recovery did, stage by stage; empty without.
+        before: sections and tables without recovery, where it was of use.
     """
 
     sections: dict[str, Section]
@@ -98,6 +100,8 @@ class Outcome:
     plan: str
     objects: tuple[bytes, ...] = ()
     margin: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
+    before: tuple[dict[str, Section], bytes] | None = None
 
 
 Method = Callable[[Job], Outcome]

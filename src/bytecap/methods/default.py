@@ -36,12 +36,13 @@ from bytecap.model.text import leading
 from bytecap.recover import tune
 from bytecap.resume import Kept, rules_from_json, rules_to_json
 from bytecap.swap import load_values, twin_of
-from bytecap.sweep import Options, prepare
+from bytecap.sweep import Options, Prepared, prepare
 from bytecap.tables import dump_shared
-from bytecap.trim import Packed, fit_to_cap
+from bytecap.trim import Packed, fit_to_cap, fit_units
 
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
+_LAST = 6  # matrices coded last, which are rounded anew to meet the cap after recovery
 _TABLES_GUESS = 700  # bytes of the tables section before it exists
 
 
@@ -350,7 +351,9 @@ def _finish(
     with job.reporter.step("prediction", 1):
         predicted = _measured(job, planner, packed, twin)
     if job.recover is not None:
-        packed, predicted = _recovered(job, work, planner, packed, predicted, twin)
+        found, predicted, done = _recovered(job, work, best, packed, predicted, twin)
+        before = None if found is packed else ({**packed.sections, **work.fixed}, packed.tables)
+        outcome, packed = replace(outcome, before=before, recovery=done), found
     planner.forget()
     memory.release()
     sections = {**packed.sections, **work.fixed}
@@ -364,15 +367,20 @@ def _measured(job: Job, planner: Planner, packed: Packed, twin: nn.Module) -> fl
 
 
 def _recovered(
-    job: Job, work: _Work, planner: Planner, packed: Packed, kl: float, twin: nn.Module
-) -> tuple[Packed, float]:
-    """What recovery made of a packed plan, trimmed to the same cap, and its KL; the plan itself if that is better."""
-    state = tune(job, planner, packed.state, kl, twin)
+    job: Job, work: _Work, best: _Candidate, packed: Packed, kl: float, twin: nn.Module
+) -> tuple[Packed, float, dict[str, Any]]:
+    """What recovery made of a packed plan, trimmed to the same cap, its KL, and a record; the plan itself if better."""
+    planner = best.planner
+    state, done = tune(job, planner, packed.state, twin, best.slope)
     if state is not None:
-        tuned = fit_to_cap(planner, state, packed.tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget)
-        now = _measured(job, planner, tuned, twin)
-        if now < kl:
+        tables = dump_shared(state.shared)
+        last = [p.unit.name for p in planner.matrices if type(p) is Prepared][: -_LAST - 1 : -1]
+        tuned = fit_units(
+            planner, state, tables, lambda s, t: job.size({**s, **work.fixed}, t), job.budget, last
+        )  # fmt: skip
+        now = math.inf if tuned is None else _measured(job, planner, tuned, twin)
+        if tuned is not None and now < kl:
             job.reporter.note(f"recovery: KL on the correction tokens {kl:.4f} before, {now:.4f} after")
-            return tuned, now
+            return tuned, now, done
     job.reporter.note("recovery did not lower the KL on the correction tokens: stored as it was")
-    return packed, kl
+    return packed, kl, done

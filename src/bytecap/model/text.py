@@ -46,10 +46,12 @@ class Window:
 def leading(windows: Sequence[Window], tokens: int) -> list[Window]:
     """The first windows with at least so many predicted tokens together, or all."""
     taken: list[Window] = []
+    count = 0
     for w in windows:
-        if sum(t.predicted for t in taken) >= tokens:
+        if count >= tokens:
             break
         taken.append(w)
+        count += w.predicted
     return taken
 
 
