@@ -1,5 +1,5 @@
-# make demo | test | nightly | lint | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
-# demo, test, nightly, lint and bench set up .venv by themselves, again after every change of pyproject or constraints.
+# make demo | test | nightly | coverage | lint | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
+# demo, test, nightly, coverage, lint and bench set up .venv by themselves, again after every change of pyproject or constraints.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ BENCHDIR ?= build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test nightly lint format directories bench clean distclean
+.PHONY: help setup demo test nightly coverage lint format directories bench clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -41,13 +41,23 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # Two workers with one thread each: more threads than cores only wait for one another.
-test nightly: export OMP_NUM_THREADS = 1
+test nightly coverage: export OMP_NUM_THREADS = 1
 
 test: lint
 	$(BIN)/pytest -n 2 -m 'not nightly'
 
-nightly: test
+nightly: test coverage
 	$(BIN)/pytest -n 2 -m nightly
+	$(BIN)/python tests/mutants.py
+
+# Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which modules), by the tests meant for it.
+COVERING := test_bands test_code test_codebooks test_coders test_container test_corners test_integers test_layers \
+	test_ledger test_packed test_reference test_shared test_sidefiles test_streams
+coverage: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'not nightly' \
+		$(COVERING:%=tests/%.py) src/bytecap/units.py src/bytecap/frequencies.py
+	$(BIN)/coverage report
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

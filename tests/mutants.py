@@ -218,7 +218,7 @@ def attempt(session, module, code, limit):
             os.dup2(nothing, 1)
             os.dup2(nothing, 2)
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-            resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            resource.setrlimit(resource.RLIMIT_DATA, (3 << 29, resource.getrlimit(resource.RLIMIT_DATA)[1]))
             change(module, code)
             outcome = int(not passes(session))
         finally:
@@ -255,7 +255,7 @@ class Mutants:
             for key, code in left:
                 if time.monotonic() > self.until:
                     break
-                found = attempt(session, self.module, code, 5 + int(4 * spent))
+                found = attempt(session, self.module, code, 3 + int(1.5 * spent))
                 f.write(json.dumps(about | {"key": key, "outcome": found}) + "\n")
                 f.flush()
         return True

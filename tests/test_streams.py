@@ -46,20 +46,21 @@ def by_hand(symbols, classes, tables):
     """The coder of section 5.3, a symbol at a time, in Python's own integers."""
     k = -(-len(symbols) // 8192)
     states, words, escapes = [1 << 16] * k, [], b""
+    plain = {c: (t.low, t.freq.tolist(), [0, *np.cumsum(t.freq).tolist()]) for c, t in tables.table.items()}
     for i in reversed(range(len(symbols))):
-        table = tables.table[classes[i]]
-        at = symbols[i] - table.low
-        if not 0 <= at < len(table.freq) - 1:
-            at = len(table.freq) - 1
-        f, c = int(table.freq[at]), int(table.freq[:at].sum())
+        low, freq, cum = plain[classes[i]]
+        at = symbols[i] - low
+        if not 0 <= at < len(freq) - 1:
+            at = len(freq) - 1
+        f, c = freq[at], cum[at]
         x = states[i % k]
         if x >= f << 18:
             words.append(x & 0xFFFF)
             x >>= 16
         states[i % k] = (x // f << 14) + x % f + c
     for i, z in enumerate(symbols):
-        table = tables.table[classes[i]]
-        if not 0 <= z - table.low < len(table.freq) - 1:
+        low, freq, _ = plain[classes[i]]
+        if not 0 <= z - low < len(freq) - 1:
             rest = 2 * z if z >= 0 else -2 * z - 1
             while rest >= 128:
                 escapes += bytes([rest % 128 + 128])
@@ -73,7 +74,7 @@ def test_constants_of_the_format():
     assert [lanes(n) for n in (0, 1, 8191, 8192, 8193, 16384, 16385)] == [0, 1, 1, 1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 300, 8191, 8192, 8193, 16385, 20_000])
+@pytest.mark.parametrize("n", [1, 2, 7, 300, 8192, 8193, 16385])
 def test_the_bytes_are_those_of_the_definition(n):
     rng = np.random.default_rng(n)
     classes = rng.integers(1, 3, n)
@@ -86,7 +87,7 @@ def test_the_bytes_are_those_of_the_definition(n):
 
 def test_several_streams_under_several_tables():
     rng = np.random.default_rng(0)
-    sizes = [0, 3, 9000, 1, 9000, 20_000, 0, 8192]
+    sizes = [0, 3, 8200, 1, 8200, 16_400, 0, 70]
     parts = [Source(rng.integers(-1, 2, n), np.ones(n, np.uint8), (EVEN, OTHER)[i % 2]) for i, n in enumerate(sizes)]
     coded = encode_all(parts)
     assert coded == [
