@@ -1,4 +1,4 @@
-# make demo | test | nightly | coverage | lint | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
+# make demo | test | nightly | coverage | lint | lock | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
 # demo, test, nightly, coverage, lint and bench set up .venv by themselves, again after every change of pyproject or constraints.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ BENCHDIR ?= build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test nightly coverage lint format directories bench clean distclean
+.PHONY: help setup demo test nightly coverage lint lock format directories bench clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -58,6 +58,18 @@ coverage: $(INSTALLED)
 	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'not nightly' \
 		$(COVERING:%=tests/%.py) src/bytecap/units.py src/bytecap/frequencies.py
 	$(BIN)/coverage report
+
+# Hashes of all distributions of what constraints.txt pins; needs uv (https://docs.astral.sh/uv).
+LOCK := requirements-dev.txt
+lock:
+	@printf '%s\n' \
+		'# Hashes of every distribution of the versions in constraints.txt, made from it by `make lock`; not edited by hand.' \
+		'# Use: pip install --require-hashes --no-deps -r $(LOCK), after torch and before pip install --no-deps -e .' \
+		'# torch is left out: its builds (CPU, CUDA) come from different indexes or from a local file, each with its own hash.' \
+		> $(LOCK).tmp
+	grep -v -e '^torch==' constraints.txt | uv pip compile - --quiet --no-deps --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-header >> $(LOCK).tmp
+	mv $(LOCK).tmp $(LOCK)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

@@ -38,7 +38,7 @@ LIST = ROOT / "docs" / "mutants.md"
 LEAST = 0.85  # share of mutants that are not equivalent to be killed
 GOLDENS = "tests/test_reference.py::test_both_decoders_read_a_valid_golden_as_expected"
 SUITES = {  # the tests that kill most come first
-    "allocate": ("tests/test_allocate.py",),
+    "allocate": tuple(f"tests/test_allocate.py::Test{n}" for n in ("ByHand", "BetweenMeasuredPoints", "Shape")),
     "ledger": ("tests/test_ledger.py", "src/bytecap/ledger.py"),
     "entropy": ("src/bytecap/entropy.py", "tests/test_streams.py", GOLDENS),
     "artifact": ("tests/test_container.py", GOLDENS),
