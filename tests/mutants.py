@@ -234,15 +234,15 @@ def attempt(session, module, code, limit):
 class Mutants:
     """A pytest plugin that runs the collected tests once, then for every mutant whose outcome is not known."""
 
-    def __init__(self, module, state, until):
-        self.module, self.state, self.until = module, state, until
+    def __init__(self, module, known, state, until):
+        self.module, self.known, self.state, self.until = module, known, state, until
 
     def pytest_sessionstart(self):
         prepare()
 
     def pytest_runtestloop(self, session):
-        known, source = outcomes(self.state, self.module), path_of(self.module).read_text("utf-8")
-        left = [m for m in mutants(source) if m[0] not in known]
+        source = path_of(self.module).read_text("utf-8")
+        left = [m for m in mutants(source) if m[0] not in self.known]
         assert session.items
         start = resource.getrusage(resource.RUSAGE_CHILDREN)
         same = attempt(session, self.module, compile(source, "same", "exec", dont_inherit=True), 600)
@@ -261,14 +261,14 @@ class Mutants:
         return True
 
 
-def explore(module, state, until):
+def explore(module, known, state, until):
     """Run a module's mutants in a process of its own; returns whether its sub-suite passes."""
     pid = os.fork()
     if not pid:
         code = 1
         try:
             flags = "-q --tb=short --noconftest --doctest-modules -p no:cacheprovider -p no:xdist -s -o addopts="
-            code = int(pytest.main([*flags.split(), *SUITES[module]], plugins=[Mutants(module, state, until)]))
+            code = int(pytest.main([*flags.split(), *SUITES[module]], plugins=[Mutants(module, known, state, until)]))
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -299,12 +299,14 @@ def fingerprint(module):
     return total.hexdigest()[:16]
 
 
-def outcomes(state, module):
-    """What is known of a module's mutants: outcome by key."""
+def outcomes(state, module, *, keep=False):
+    """What is known of a module's mutants: outcome by key; `keep` counts those killed before the tests changed."""
     lines = state.read_text("utf-8").splitlines() if state.exists() else []
     known = [json.loads(line) for line in lines if line.endswith("}")]
     mine = fingerprint(module)
-    return {k["key"]: k["outcome"] for k in known if (k["module"], k["fingerprint"]) == (module, mine)}
+    mine_too = {"killed", "timeout"} if keep else set()
+    known = [k for k in known if k["module"] == module and (k["fingerprint"] == mine or k["outcome"] in mine_too)]
+    return {k["key"]: k["outcome"] for k in known}
 
 
 # --------------------------------------------------------------------------------------------------------- the list
@@ -320,9 +322,9 @@ def listed():
     return found
 
 
-def summary(module, state):
+def summary(module, known):
     """Counts of one module, and its survivors."""
-    known, verdicts = outcomes(state, module), listed()
+    verdicts = listed()
     keys = [key for key, _ in mutants(path_of(module).read_text("utf-8"))]
     alive = [k for k in keys if known.get(k) == "survived"]
     equivalent = [k for k in alive if verdicts.get((module, k)) == "equivalent"]
@@ -342,6 +344,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1e9, help="start no mutant after so long")
     parser.add_argument("--state", type=Path, default=ROOT / "build" / "mutants.jsonl")
     parser.add_argument("--record", type=Path, help="append the counts to this file")
+    parser.add_argument("--keep", action="store_true", help="what was killed stays so, though tests have changed since")
     parser.add_argument("--survivors", action="store_true", help="run nothing")
     asked = parser.parse_args()
     modules, good, until = asked.modules or list(SUITES), True, time.monotonic() + asked.seconds
@@ -350,9 +353,9 @@ def main():
     if not asked.survivors:
         sys.path[:0] = [str(TESTS), str(ROOT / "src")]
         for module in modules:
-            good &= explore(module, asked.state, until)
+            good &= explore(module, outcomes(asked.state, module, keep=asked.keep), asked.state, until)
     for module in modules:
-        row, alive = summary(module, asked.state)
+        row, alive = summary(module, outcomes(asked.state, module, keep=asked.keep))
         for key, verdict in alive:
             print(f"{verdict:10} {module}: {key}")  # noqa: T201
         print(json.dumps(row))  # noqa: T201

@@ -134,6 +134,18 @@ class TestByHand:
             assert allocate(curves_of(raw), 5).distortion == 13.75
             assert allocate(curves_of(raw), 2).distortion == 14.5
 
+        steep, large = ((0, 5), (1, 4.5), (40, -35)), ((0, 5), (3, 4.1), (40, -35))
+        for raw in ([steep, large], [large, steep]):
+            assert allocate(curves_of(raw), 3).distortion == 9.5
+
+    def test_of_two_equal_units_the_first_is_served(self):
+        plan = allocate(curves_of([((0, 5), (2, 4.5), (40, -35))] * 2), 3)
+        assert [plan.choice[n].rate for n in ("u0", "u1")] == [2, 0]
+
+    def test_improvements_cost_their_difference(self):
+        raw = [((1, 20), (3, 18), (40, -80)), ((1, 20), (3, 18.5), (40, -80))]
+        assert allocate(curves_of(raw), 6).distortion == 36.5
+
     def test_one_point_after_the_other(self):
         """What an improvement costs is counted from where the unit is."""
         raw = [((1, 20), (3, 17), (4, 16.5), (5, 15.9), (30, -20))]
@@ -159,6 +171,11 @@ class TestBetweenMeasuredPoints:
         at = np.array([0, 0.5, 1, 1.5, 2])
         np.testing.assert_allclose(_pchip(x, y, at), [0, 0.4375, 1, 2.3125, 4], rtol=1e-12)
         np.testing.assert_allclose(_pchip(x, np.array([0.0, 1, 0]), at), [0, 0.625, 1, 0.625, 0], atol=1e-12)
+        small = _pchip(x, np.array([0, 0.5, 1.5]), at), _pchip(x, np.array([0, 0.5, 0]), at)
+        np.testing.assert_allclose(small[0][1], 0.0625 + 0.25 - 1 / 12)
+        np.testing.assert_allclose(small[1][1], 0.3125)
+        longer = _pchip(np.arange(4.0), np.array([0.0, 1, 4, 9]), np.array([1.5, 2.5]))
+        np.testing.assert_allclose(longer, [2.21875, 6.34375])
         uneven = _pchip(np.array([0.0, 1, 3]), np.array([0.0, 1, 5]), np.array([2.0, 3.0]))
         np.testing.assert_allclose(uneven, [17 / 6, 5], rtol=1e-12)
         np.testing.assert_allclose(_pchip(x, 3 - 2 * x, at), 3 - 2 * at, rtol=1e-12)

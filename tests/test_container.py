@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import random
 import struct
 import zlib
 
@@ -79,6 +80,16 @@ class TestWriting:
         text = json.dumps({"about": contents.about, "files": [], "units": []}, separators=(",", ":")).encode()
         packed = lzma.compress(text, lzma.FORMAT_RAW, filters=FILTER)
         assert serialize(contents) == file((1, b"\1" + packed if len(packed) < len(text) else b"\0" + text))
+
+    def test_an_index_that_packing_leaves_as_long_is_stored(self):
+        rng, equal = random.Random(1), 0  # noqa: S311 (no secret)
+        for _ in range(400):
+            about = {"a": "".join(rng.choices("abcd", k=rng.randint(20, 60)))}
+            text = json.dumps({"about": about, "files": [], "units": []}, separators=(",", ":")).encode()
+            if len(lzma.compress(text, lzma.FORMAT_RAW, filters=FILTER)) == len(text):
+                equal += 1
+                assert serialize(Contents((), b"", (), about)) == file((1, b"\0" + text))
+        assert equal > 0
 
     def test_names_are_written_as_they_are(self):
         assert '"ü"'.encode() in serialize(Contents((UnitSection(Unit("ü", (1,), "F32"), 2, VECTOR),), b"", (), {}))
@@ -234,6 +245,15 @@ class TestIndex:
             artifact._read_index(b"\0" + b" " * (2**26 + 1), 2**21, "a file")
         with pytest.raises(CorruptError, match="cannot be read"):
             artifact._read_index(b"\0" + b" " * 2**26, 2**21, "a file")
+
+    def test_the_most_text_with_something_behind_it(self):
+        raw = index(about={"a": ""})[1:]
+        raw = index(about={"a": "x" * (2**20 - len(raw))})[1:]
+        packed = b"\1" + lzma.compress(raw, lzma.FORMAT_RAW, filters=FILTER)
+        assert len(raw) == 2**20
+        assert artifact._read_index(packed, 0, "a file").units == []
+        with pytest.raises(CorruptError, match="packing does not end where it should"):
+            artifact._read_index(packed + b"\0", 0, "a file")
 
     def test_fields(self):
         good = {"about": {}, "files": [], "units": []}

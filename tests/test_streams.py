@@ -25,6 +25,7 @@ from bytecap.frequencies import TOTAL, Table, Tables
 
 EVEN = Tables({1: Table(-1, np.array([4000, 8000, 4000, 384])), 2: Table(5, np.array([TOTAL - 2, 1, 1]))})
 OTHER = Tables({1: Table(0, np.array([TOTAL - 1, 1]))})
+THIRD = Tables({1: Table(-2, np.array([1000, 2000, 9000, 2000, 1000, 1384]))})
 
 
 @pytest.fixture(params=[False, True], ids=["numpy", "compiled"], autouse=True)
@@ -88,7 +89,9 @@ def test_the_bytes_are_those_of_the_definition(n):
 def test_several_streams_under_several_tables():
     rng = np.random.default_rng(0)
     sizes = [0, 3, 8200, 1, 8200, 16_400, 0, 70]
-    parts = [Source(rng.integers(-1, 2, n), np.ones(n, np.uint8), (EVEN, OTHER)[i % 2]) for i, n in enumerate(sizes)]
+    parts = [
+        Source(rng.integers(-1, 2, n), np.ones(n, np.uint8), (EVEN, OTHER, THIRD)[i % 3]) for i, n in enumerate(sizes)
+    ]
     coded = encode_all(parts)
     assert coded == [
         by_hand(p.symbols.tolist(), p.classes.tolist(), p.tables) if len(p.symbols) else b"" for p in parts
@@ -125,6 +128,12 @@ class TestIntegers:
         with pytest.raises(CorruptError, match=f"the escaped symbol {z}"):
             decode([stream(data)])
 
+    def test_any_of_them_too_large(self):
+        for symbols in ([7, 2**40], [2**40, 7], [7, 2**40, 7]):
+            data = encode(np.array(symbols), np.ones(len(symbols), int), EVEN)
+            with pytest.raises(CorruptError, match="the escaped symbol 1099511627776"):
+                decode([stream(data, len(symbols))])
+
     @pytest.mark.parametrize(("tail", "message"), [
         (b"", "escaped symbols of a stream are damaged"),
         (b"\x80", "escaped symbols of a stream are damaged"),
@@ -156,8 +165,9 @@ class TestHeads:
         assert decode([stream(b"\x80" * 5 + data)])[0].tolist() == [0]
 
     def test_negative_count(self):
-        with pytest.raises(CorruptError, match="negative number of words"):
-            decode([stream(written(count=-1))])
+        for count in (-1, -64, -65):
+            with pytest.raises(CorruptError, match="negative number of words"):
+                decode([stream(written(count=count))])
 
     @pytest.mark.parametrize("missing", [1, 2, 3])
     def test_words_that_are_not_there(self, missing):
