@@ -176,6 +176,8 @@ class TestBetweenMeasuredPoints:
         np.testing.assert_allclose(small[1][1], 0.3125)
         longer = _pchip(np.arange(4.0), np.array([0.0, 1, 4, 9]), np.array([1.5, 2.5]))
         np.testing.assert_allclose(longer, [2.21875, 6.34375])
+        falling = _pchip(np.arange(4.0), np.array([0.0, 1, 0, -1]), np.array([1.5, 2.5]))
+        np.testing.assert_allclose(falling, [0.625, -0.5])
         uneven = _pchip(np.array([0.0, 1, 3]), np.array([0.0, 1, 5]), np.array([2.0, 3.0]))
         np.testing.assert_allclose(uneven, [17 / 6, 5], rtol=1e-12)
         np.testing.assert_allclose(_pchip(x, 3 - 2 * x, at), 3 - 2 * at, rtol=1e-12)

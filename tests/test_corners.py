@@ -1,6 +1,7 @@
 """Corners of the decode path that no golden and no random file reaches, each asked for by name."""
 
 import json
+import lzma
 import struct
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import bytecap
 import golden_codebooks
 import golden_parts
-from bytecap import artifact, coders, compiled, decode, kernels, sidefiles, spelling, unpack
+from bytecap import artifact, coders, compiled, decode, kernels, sidefiles, spelling, tables, unpack
 from bytecap.codefiles import Code
 from bytecap.coders import Objects, Shared, leb, run
 from bytecap.coders.codebook import CODER as CODEBOOK
@@ -21,14 +22,15 @@ from bytecap.coders.integers import Integers, write_halves
 from bytecap.coders.latent import read_decoder
 from bytecap.coders.lowrank import CODER as LOWRANK
 from bytecap.coders.objects import load_objects, share_lists, write_codebook, write_list
-from bytecap.coders.parts import count_positions, write_positions
+from bytecap.coders.parts import count_positions, read_positions, write_positions
 from bytecap.coders.stack import CODER as STACK
 from bytecap.coders.trellis import CODER as TRELLIS
 from bytecap.core import Score
-from bytecap.entropy import Source, Stream, encode, encode_all
+from bytecap.entropy import Source, Stream, _split, encode, encode_all, zigzag_bytes
 from bytecap.entropy import decode as entropy_decode
 from bytecap.errors import ArtifactError, BudgetError, CorruptError, OutputError, UsageError
 from bytecap.frequencies import Table, Tables, integer_frequencies
+from bytecap.tables import dump_shared
 
 VALID = [p for p in sorted(golden_parts.DIRECTORY.glob("*.bcap")) if not p.name.startswith("bad_")]
 
@@ -73,6 +75,15 @@ def test_integers_beyond_their_width(value):
     assert end == len(data)
     with pytest.raises(CorruptError, match="a value beyond its width"):
         run([block.decode()])
+    for low, size in ((3, 2), (0, 5), (1, 0)):
+        with pytest.raises(CorruptError, match=f"declares {size} values from {low} of 2 bits"):
+            Integers.parse(leb(low) + leb(size) + data[2:], 0, widths, coded=True)
+
+
+def test_trits_are_all_there():
+    for body in (b"", b"\0\0"):
+        with pytest.raises(CorruptError, match=f"4 trits are packed into {len(body)} bytes"):
+            decoded(coders.coder(8), bytes([3, 0, 0]) + np.ones(1, "<f2").tobytes() + body, (1, 4))
 
 
 def trellis(points, step=0.0625):
@@ -96,6 +107,21 @@ def test_trellis_symbols_values_and_paths():
     assert good[at] == len(path)
     with pytest.raises(CorruptError, match="declares a path of 100 bytes"):
         coder.kinds(good[:at] + leb(100) + good[at + 1 :], (3, 2), "F32")
+    assert good.count(18) == 1  # the first dependent class
+    for wrong in (0, 65):
+        with pytest.raises(CorruptError, match=f"declares {wrong} as its first dependent class"):
+            coder.kinds(good.replace(bytes([18]), bytes([wrong])), (3, 2), "F32")
+
+
+def test_tables_that_do_not_end():
+    raw = dump_shared(golden_parts.SHARED)[1:]
+    packed = b"\1" + lzma.compress(raw, lzma.FORMAT_RAW, filters=tables._FILTERS)
+    np.testing.assert_array_equal(tables.load_shared(packed).offset, golden_parts.SHARED.offset)
+    for spoiled in (packed + b"\0", packed[:-4]):
+        with pytest.raises(CorruptError, match="packing does not end where it should"):
+            tables.load_shared(spoiled)
+    with pytest.raises(CorruptError, match="does not decompress"):
+        tables.load_shared(b"\1" + b"\xff" * 30)
 
 
 # ------------------------------------------------------------------------------------------------- sections and lists
@@ -127,6 +153,13 @@ def test_a_decoder_that_is_not_there():
     for data in (b"", b"\1\1\1"):
         with pytest.raises(CorruptError, match="in front of its decoder"):
             read_decoder(data)
+    for head in (b"\1\2\1\10", b"\1\0\1\10", b"\101\1\1\10", b"\1\1\101\10", b"\1\1\1\5", b"\1\1\1\11"):
+        with pytest.raises(CorruptError, match="a decoder declares"):
+            read_decoder(head + bytes(99))
+    with pytest.raises(CorruptError, match="is cut off"):
+        read_decoder(b"\1\1\1\10" + bytes(11))
+    with pytest.raises(CorruptError, match="in front of its decoder"):
+        decoded(coders.coder(7), bytes([2, 1]) + leb(1) + leb(0) + b"\0\0\1", (1, 1))
 
 
 def test_low_rank_codes_have_their_bits():
@@ -146,6 +179,8 @@ def test_places_counted_without_reading_them():
     assert count_positions(block, 0, 9) == (2, len(block))
     with pytest.raises(CorruptError, match="lists 2 of 1 places"):
         count_positions(block, 0, 1)
+    with pytest.raises(CorruptError, match="unknown way 99"):
+        read_positions(bytes([1, 99]), 0, 9, Objects())
 
 
 def test_a_stack_says_what_it_is_made_of():
@@ -228,7 +263,14 @@ def test_the_compiled_loops_refuse_what_numpys_do(monkeypatch, engine):
     ones = np.ones(70, np.uint8)
     (data,) = encode_all([Source(symbols, ones, model)])
     assert entropy_decode([Stream(data, ones, model)])[0].tolist() == symbols.tolist()
-    for damaged, classes in ((data[:-30], ones), (data[:9] + b"\xff\xff" + data[11:], ones), (data, 3 * ones)):
+    states, words, tail = _split(Stream(data, ones, model))
+    fewer = zigzag_bytes([len(words) - 3]) + states.tobytes() + words[:-3].tobytes() + tail
+    for damaged, classes in (
+        (data[:-30], ones),
+        (fewer, ones),
+        (data[:9] + b"\xff\xff" + data[11:], ones),
+        (data, 3 * ones),
+    ):
         with pytest.raises(CorruptError):
             entropy_decode([Stream(damaged, classes, model)])
 
@@ -245,6 +287,16 @@ def test_a_packing_that_does_not_come_back_is_not_used(monkeypatch):
     assert sidefiles.unpack("t", sidefiles.pack("t", text)) == text
 
 
+@pytest.mark.parametrize(("data", "message"), [
+    (b"\0\0\0" + b"3", "no list of names"), (b"\0\0\0" + b"[3]", "no list of names"),
+    (b"\0\7\0" + b"[]", "outside the text"), (b"\x80\0\0\0\0\2\1\7\0" + b"[]", "merges of kind 7"),
+    (b"\x80\0\0\0\0\2\5\0\0\0\0\0\0" + b'["a"]', "not all there"),
+])  # fmt: skip
+def test_structured_files_that_say_nonsense(data, message):
+    with pytest.raises(CorruptError, match=message):
+        sidefiles.unpack("t", b"\2" + data)
+
+
 def test_merges_before_their_parts_and_numbers_that_are_none():
     for text in (b'{"vocab": {"a": 0, "b": 1, "abb": 2, "ab": 3}, "merges": ["ab b", "a b"]}',
                  b'{"vocab": {"a": 1.5, "b": NaN}, "vocab": {"a": 0}}'):  # fmt: skip
@@ -256,6 +308,16 @@ def test_spellings():
     assert spelling.write(["a", "b"], [("c", "a")]) == b""
     with pytest.raises(CorruptError, match="more merges than are spelled"):
         spelling.read(b"\0", ["a"], spelling.MAX_MERGES + 1)
+    whole = spelling.write(["a", "b"], [("a", "b"), ("ab", "b")])
+    assert spelling.read(whole, ["a", "b"], 2) == [("a", "b"), ("ab", "b")]
+    with pytest.raises(CorruptError, match="do not end where they should"):
+        spelling.read(whole + bytes(9), ["a", "b"], 2)
+    with pytest.raises(CorruptError, match="end too soon"):
+        spelling.read(b"", ["a", "b"], 3000)
+    speller = spelling._Speller(spelling._Coder(spelling._SLOTS), ["a"])
+    with pytest.raises(CorruptError, match="too long to be spelled"):
+        speller._parts("a" * 5000)
+    assert sidefiles.pack("x", bytes(2**23))[0] == 0  # brotli would make a bomb of it
 
 
 def test_code_needs_no_share_of_a_floor_it_has_no_part_in():

@@ -101,6 +101,15 @@ def test_several_streams_under_several_tables():
     assert all(z.dtype == np.int32 for z in decoded)
 
 
+def test_word_counts_of_every_length_of_their_bytes():
+    """A byte of 127 is the last of a count, whatever stands in front of it."""
+    for n in (70, 74, 9300, 9330):
+        symbols = np.full(n, 6)
+        data = encode(symbols, np.full(n, 2), EVEN)
+        assert decode([stream(data, n, cls=2)])[0].tolist() == symbols.tolist()
+    assert encode(np.full(9330, 6), np.full(9330, 2), EVEN)[1] == 127
+
+
 def test_room():
     check_room(0, 0)
     check_room(5, 8192)
