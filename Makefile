@@ -50,13 +50,16 @@ nightly: test coverage
 	$(BIN)/pytest -n 2 -m nightly
 	$(BIN)/python tests/mutants.py
 
-# Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which modules), by the tests meant for it.
-COVERING := test_bands test_code test_codebooks test_coders test_container test_corners test_integers test_layers \
-	test_ledger test_packed test_reference test_shared test_sidefiles test_streams
+# Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which modules), by the tests meant for it
+# without the slowest.
+COVERING := bands code codebooks coders container corners entropy estimates hostile integers layers ledger packed \
+	reference sidefiles streams units
+SLOW := seconds or real_artifact or memory_for or guided or demo or stranger or endless or kmeans or distortion_falls \
+	or slack or many_lanes or very_different or changed_byte or more_is_noticed or any_integers_in or random_artifacts
 coverage: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'not nightly' \
-		$(COVERING:%=tests/%.py) src/bytecap/units.py src/bytecap/frequencies.py
+	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'not nightly' -k 'not ($(SLOW))' \
+		$(COVERING:%=tests/test_%.py) src/bytecap/units.py src/bytecap/frequencies.py src/bytecap/codefiles.py
 	$(BIN)/coverage report
 
 # Hashes of all distributions of what constraints.txt pins; needs uv (https://docs.astral.sh/uv).
