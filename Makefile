@@ -1,5 +1,5 @@
-# make demo | test | nightly | lint | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
-# demo, test, nightly, lint and bench set up .venv by themselves, again after every change of pyproject or constraints.
+# make demo | test | nightly | coverage | lint | lock | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
+# demo, test, nightly, coverage, lint and bench set up .venv by themselves, again after every change of pyproject or constraints.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ BENCHDIR ?= build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test nightly lint format directories bench clean distclean
+.PHONY: help setup demo test nightly coverage lint lock format directories bench clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -41,13 +41,38 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # Two workers with one thread each: more threads than cores only wait for one another.
-test nightly: export OMP_NUM_THREADS = 1
+test nightly coverage: export OMP_NUM_THREADS = 1
 
 test: lint
 	$(BIN)/pytest -n 2 -m 'not nightly'
 
-nightly: test
+nightly: test coverage
 	$(BIN)/pytest -n 2 -m nightly
+	$(BIN)/python tests/mutants.py
+
+# Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which modules), by the tests meant for it
+# without the slowest.
+COVERING := bands code codebooks coders container corners entropy estimates hostile integers layers ledger packed \
+	reference sidefiles streams units
+SLOW := seconds or real_artifact or memory_for or guided or demo or stranger or endless or kmeans or distortion_falls \
+	or slack or many_lanes or very_different or changed_byte or more_is_noticed or any_integers_in or random_artifacts
+coverage: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'not nightly' -k 'not ($(SLOW))' \
+		$(COVERING:%=tests/test_%.py) src/bytecap/units.py src/bytecap/frequencies.py src/bytecap/codefiles.py
+	$(BIN)/coverage report
+
+# Hashes of all distributions of what constraints.txt pins; needs uv (https://docs.astral.sh/uv).
+LOCK := requirements-dev.txt
+lock:
+	@printf '%s\n' \
+		'# Hashes of every distribution of the versions in constraints.txt, made from it by `make lock`; not edited by hand.' \
+		'# Use: pip install --require-hashes --no-deps -r $(LOCK), after torch and before pip install --no-deps -e .' \
+		'# torch is left out: its builds (CPU, CUDA) come from different indexes or from a local file, each with its own hash.' \
+		> $(LOCK).tmp
+	grep -v -e '^torch==' constraints.txt | uv pip compile - --quiet --no-deps --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-header >> $(LOCK).tmp
+	mv $(LOCK).tmp $(LOCK)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

@@ -1,10 +1,13 @@
-"""Licences of what the core needs, from the installed packages' own metadata, as a table for docs/licences.md.
+"""Licences of what the core and development need, from the packages' own metadata, as tables for docs/licences.md.
 
 python tests/licences.py > docs/licences.md
 """
 
 import re
 from importlib import metadata
+from pathlib import Path
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 HEAD = """# Licences
 
@@ -14,6 +17,17 @@ What `pip install bytecap` installs, and the licence each package declares. Made
 | package | licence |
 |---|---|
 """
+MORE = """
+## Development
+
+What else `constraints.txt` pins, for the extras and for development; none of it is part of bytecap. MPL-2.0
+(hypothesis, pathspec, tqdm) asks for the source of those packages' own files where they are passed on, and nothing
+of what uses them.
+
+| package | licence |
+|---|---|
+"""
+SILENT = {"atheris": "Apache-2.0 (its repository's; the package declares none)"}
 
 
 def name_of(requirement):
@@ -47,8 +61,18 @@ def licence(package):
     return about.get("License-Expression") or (field if 0 < len(field) < 40 else " and ".join(classifiers))
 
 
+def pinned(path=CONSTRAINTS):
+    """Version by name of what a file pins."""
+    lines = [line.partition(";")[0].rstrip("\\ \n") for line in path.read_text("utf-8").splitlines()]
+    return {name_of(line): line.partition("==")[2].strip() for line in lines if re.match(r"[A-Za-z0-9]", line)}
+
+
+def rows(names):
+    return "".join(f"| {name} | {SILENT.get(name) or licence(name)} |\n" for name in names)
+
+
 def table():
-    return HEAD + "".join(f"| {name} | {licence(name)} |\n" for name in core())
+    return HEAD + rows(core()) + MORE + rows(sorted(set(pinned()) - set(core())))
 
 
 if __name__ == "__main__":

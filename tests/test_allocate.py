@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from bytecap.allocate import allocate, floor_rate, lower_hull
+from bytecap.allocate import _pchip, allocate, floor_rate, lower_hull, refine
 from bytecap.core import Curve, Point
 from bytecap.errors import BudgetError
 from bytecap.methods.waterfill import State
@@ -78,6 +78,134 @@ def convex_curves(count, points=10, seed=0):
             ))
         )  # fmt: skip
     return curves
+
+
+A = ((0, 9), (4, 1), (8, 0.5))  # slopes 2 and 0.125
+B = ((0, 4), (4, 3))  # slope 0.25
+
+
+class TestByHand:
+    """Plans small enough to be worked out on paper."""
+
+    @pytest.mark.parametrize(
+        ("points", "kept"),
+        [
+            (((5, 1),), ((5, 1),)),
+            (((0, 9), (4, 1), (8, 0.5)), ((0, 9), (4, 1), (8, 0.5))),
+            (((0, 9), (0, 8), (4, 1)), ((0, 8), (4, 1))),  # one point of a rate
+            (((0, 9), (4, 1), (6, 1), (8, 2)), ((0, 9), (4, 1))),  # more bytes for nothing
+            (((0, 9), (1, 8), (2, 7), (3, 6)), ((0, 9), (3, 6))),  # on a line
+            (((0, 10), (3, 9), (10, 0)), ((0, 10), (10, 0))),  # above one
+            (((8, 0), (6, 5), (4, 6), (0, 10)), ((0, 10), (8, 0))),
+            (((0, 10), (1, 9), (2, 7), (3, 4), (4, 0)), ((0, 10), (4, 0))),
+            (((0, 10), (1, 5), (2, 4), (3, 2)), ((0, 10), (1, 5), (3, 2))),
+        ],
+    )
+    def test_hulls(self, points, kept):
+        (curve,) = curves_of([points])
+        assert [(p.rate, p.distortion) for p in lower_hull(curve.points)] == list(kept)
+        assert [(p.rate, p.distortion) for p in lower_hull(curve.points[::-1])] == list(kept)
+
+    @pytest.mark.parametrize(
+        ("budget", "rates", "slope", "bound"),
+        [
+            (0, (0, 0), 2.0, 13), (3.9, (0, 0), 2.0, 5.2), (4, (4, 0), 0.25, 5), (7, (4, 0), 0.25, 4.25),
+            (8, (4, 4), 0.125, 4), (8.5, (4, 4), 0.125, 3.9375), (12, (8, 4), 0, 3.5), (99, (8, 4), 0, 3.5),
+        ],
+    )  # fmt: skip
+    def test_two_units(self, budget, rates, slope, bound):
+        curves = curves_of([A, B])
+        plan = allocate(curves, budget)
+        assert tuple(plan.choice[c.name].rate for c in curves) == rates
+        assert plan.rate == sum(rates)
+        assert plan.distortion == dict(A)[rates[0]] + dict(B)[rates[1]]
+        assert plan.slope == slope
+        assert plan.gap == pytest.approx(plan.distortion - bound)
+
+    def test_what_is_left_buys_points_above_the_hull(self):
+        plan = allocate(curves_of([((0, 10), (3, 9), (10, 0))]), 3)
+        assert (plan.rate, plan.distortion, plan.slope, plan.gap) == (3, 9, 1, 2)
+
+    def test_the_steepest_first_and_the_larger_of_equals(self):
+        steep, flat = ((0, 5), (2, 4.25), (40, -15)), ((0, 5), (2, 4.5), (40, -15))
+        for raw in ([steep, flat], [flat, steep]):
+            assert allocate(curves_of(raw), 3).distortion == 9.25
+            assert allocate(curves_of(raw), 4).distortion == 8.75
+        large, small = ((0, 10), (3, 9.25), (40, -10)), ((0, 5), (2, 4.5), (40, -15))
+        for raw in ([large, small], [small, large]):
+            assert allocate(curves_of(raw), 4).distortion == 14.25
+            assert allocate(curves_of(raw), 5).distortion == 13.75
+            assert allocate(curves_of(raw), 2).distortion == 14.5
+
+        steep, large = ((0, 5), (1, 4.5), (40, -35)), ((0, 5), (3, 4.1), (40, -35))
+        for raw in ([steep, large], [large, steep]):
+            assert allocate(curves_of(raw), 3).distortion == 9.5
+
+    def test_of_two_equal_units_the_first_is_served(self):
+        plan = allocate(curves_of([((0, 5), (2, 4.5), (40, -35))] * 2), 3)
+        assert [plan.choice[n].rate for n in ("u0", "u1")] == [2, 0]
+
+    def test_improvements_cost_their_difference(self):
+        raw = [((1, 20), (3, 18), (40, -80)), ((1, 20), (3, 18.5), (40, -80))]
+        assert allocate(curves_of(raw), 6).distortion == 36.5
+
+    def test_one_point_after_the_other(self):
+        """What an improvement costs is counted from where the unit is."""
+        raw = [((1, 20), (3, 17), (4, 16.5), (5, 15.9), (30, -20))]
+        spent = {b: allocate(curves_of(raw), b).distortion for b in (1, 2, 3, 4, 5)}
+        assert spent == {1: 20, 2: 20, 3: 17, 4: 16.5, 5: 15.9}
+
+    def test_the_floor(self):
+        curves = curves_of([((3, 1), (2, 5)), ((7.5, 1),)])
+        assert floor_rate(curves) == 9.5
+        assert allocate(curves, 9.5).rate == 9.5
+        with pytest.raises(BudgetError, match="at least 10 bytes, 9 are left") as caught:
+            allocate(curves, 9.4)
+        assert caught.value.floor == 10
+
+    def test_the_gap_is_never_negative(self):
+        curves = curves_of([((0, 0.1), (3, 0.1 / 3), (7, 0.01))] * 3)
+        assert all(allocate(curves, b).gap >= 0 for b in np.linspace(0, 21, 64))
+
+
+class TestBetweenMeasuredPoints:
+    def test_cubics_by_hand(self):
+        x, y = np.arange(3.0), np.array([0.0, 1, 4])
+        at = np.array([0, 0.5, 1, 1.5, 2])
+        np.testing.assert_allclose(_pchip(x, y, at), [0, 0.4375, 1, 2.3125, 4], rtol=1e-12)
+        np.testing.assert_allclose(_pchip(x, np.array([0.0, 1, 0]), at), [0, 0.625, 1, 0.625, 0], atol=1e-12)
+        small = _pchip(x, np.array([0, 0.5, 1.5]), at), _pchip(x, np.array([0, 0.5, 0]), at)
+        np.testing.assert_allclose(small[0][1], 0.0625 + 0.25 - 1 / 12)
+        np.testing.assert_allclose(small[1][1], 0.3125)
+        longer = _pchip(np.arange(4.0), np.array([0.0, 1, 4, 9]), np.array([1.5, 2.5]))
+        np.testing.assert_allclose(longer, [2.21875, 6.34375])
+        falling = _pchip(np.arange(4.0), np.array([0.0, 1, 0, -1]), np.array([1.5, 2.5]))
+        np.testing.assert_allclose(falling, [0.625, -0.5])
+        uneven = _pchip(np.array([0.0, 1, 3]), np.array([0.0, 1, 5]), np.array([2.0, 3.0]))
+        np.testing.assert_allclose(uneven, [17 / 6, 5], rtol=1e-12)
+        np.testing.assert_allclose(_pchip(x, 3 - 2 * x, at), 3 - 2 * at, rtol=1e-12)
+        np.testing.assert_allclose(_pchip(x, np.zeros(3), at), 0)
+
+    def test_refined_curves(self):
+        points = tuple(Point(r, d, s) for r, d, s in ((40, 1.0, 3.0), (90, 0.25, 1.5), (60, 0.5, 2.0)))
+        curve = refine(Curve("u", points), 3.0)
+        assert curve.name == "u"
+        assert [p.setting for p in curve.points] == [1.5 + i / 16 for i in range(25)]
+        found = {p.setting: (p.rate, p.distortion) for p in curve.points}
+        for p in points:
+            assert found[p.setting] == pytest.approx((p.rate, 3 * p.distortion))
+        rates, logs = [p.rate for p in curve.points], np.log([p.distortion for p in curve.points])
+        assert rates == sorted(rates, reverse=True)
+        assert all(a < b for a, b in itertools.pairwise(logs))
+        wanted = _pchip(np.array([1.5, 2, 3]), np.log([0.25, 0.5, 1.0]), np.array([1.75, 2.5]))
+        assert [found[1.75][1], found[2.5][1]] == pytest.approx(list(3 * np.exp(wanted)))
+        assert found[2.5][0] == pytest.approx(
+            _pchip(np.array([1.5, 2, 3]), np.array([90.0, 60, 40]), np.array([2.5]))[0]
+        )
+
+    def test_without_distortion(self):
+        curve = refine(Curve("u", (Point(9, 0.0, 0.0), Point(4, 1.0, 1.0))), 2.0)
+        assert curve.points[0].distortion == pytest.approx(2e-15)
 
 
 class TestAgainstBruteForce:

@@ -12,11 +12,13 @@ import pytest
 
 import bytecap
 from bytecap import comparison
+from bytecap.comparison import runs
 from bytecap.comparison.cells import grid, read_budget, read_external, read_method
 from bytecap.comparison.envelope import bytes_at, envelope, saved
 from bytecap.comparison.pairs import Entry, Sums, clusters, difference, estimate, figure, fold
 from bytecap.errors import UsageError
 from bytecap.ledger import KINDS
+from bytecap.methods import statistics
 from bytecap.model.evaluate import ratio_stderr
 from bytecap.progress import Silent
 from bytecap.report.comparison import page
@@ -251,10 +253,8 @@ class TestCompare:
 
     def test_statistics_are_computed_once(self, compared, tmp_path, monkeypatch):
         calls = []
-        real = bytecap.methods.statistics.probe
-        monkeypatch.setattr(
-            "bytecap.methods.statistics.probe", lambda *a, **k: calls.append(k["guided"]) or real(*a, **k)
-        )
+        real = statistics.probe
+        monkeypatch.setattr(statistics, "probe", lambda *a, **k: calls.append(k["guided"]) or real(*a, **k))
         compared(tmp_path, methods=("golf", "owq", "bytecap"), seeds=1, budgets=BUDGETS)
         assert sorted(calls) == [False, True]
 
@@ -269,8 +269,8 @@ class TestCompare:
         text = path.read_text()
         path.write_text(text[:-30])
         calls = []
-        real = bytecap.comparison.runs.fit_sets
-        monkeypatch.setattr("bytecap.comparison.runs.fit_sets", lambda *a, **k: calls.append(1) or real(*a, **k))
+        real = runs.fit_sets
+        monkeypatch.setattr(runs, "fit_sets", lambda *a, **k: calls.append(1) or real(*a, **k))
         after, _ = compared(tmp_path / "again", jobs=1)
         assert len(calls) == 1
         assert after["models"][0]["wins"] == found["models"][0]["wins"]

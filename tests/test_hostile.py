@@ -21,6 +21,7 @@ from bytecap.coders import leb
 from bytecap.decode import decode_units
 from stranger.basics import FormatError
 from stranger.reader import read as strange
+from test_determinism import demo
 
 HERE = Path(__file__).parent
 EXPECTED = json.loads((golden_parts.DIRECTORY / "expected.json").read_text("utf-8"))
@@ -241,8 +242,16 @@ def test_tokens_twice():
 
 def test_flipped_bits_of_a_real_artifact(fitted):
     """10,000 of them, anywhere in the file; every section is hit."""
-    _, path = fitted("rotary")
-    data = bytearray(path.read_bytes())
+    check_flips(fitted("rotary")[1].read_bytes())
+
+
+@pytest.mark.nightly
+def test_flipped_bits_of_the_demo_artifact():
+    check_flips(demo())
+
+
+def check_flips(whole):
+    data = bytearray(whole)
     rng = random.Random(5)  # noqa: S311 (no secret)
     for place in rng.sample(range(8 * len(data)), 10_000):
         data[place // 8] ^= 1 << place % 8

@@ -4,13 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import bytecap
 import licences
 
 ROOT = Path(__file__).parents[1]
+SOURCE = Path(bytecap.__file__).parent
 PERMISSIVE = ("BSD", "MIT", "Apache", "PSF", "0BSD", "ISC", "Zlib", "CC0")
 BLOCKER = """
 import sys
@@ -63,5 +66,54 @@ def test_the_core_is_small_and_permissive():
 
 def test_the_table_of_licences():
     """Names as installed; a licence may be worded otherwise by another version."""
-    listed = re.findall(r"^\| ([a-z0-9-]+) \|", (ROOT / "docs" / "licences.md").read_text("utf-8"), re.MULTILINE)
-    assert [n for n in listed if n != "package"] == licences.core()
+    page = (ROOT / "docs" / "licences.md").read_text("utf-8")
+    listed = dict(re.findall(r"^\| ([a-z0-9-]+) \| (.+) \|", page, re.MULTILINE))
+    del listed["package"]
+    core = licences.core()
+    assert list(listed) == core + sorted(set(licences.pinned()) - set(core))
+    known = (*PERMISSIVE, "MPL", "Mozilla", "Python Software")
+    assert [n for n, said in listed.items() if not any(word in said for word in known)] == []
+
+
+def test_the_lock_pins_the_same_versions_with_hashes():
+    """`make lock` writes it from constraints.txt; torch is left out on purpose, as the lock's head says."""
+    lock = (ROOT / "requirements-dev.txt").read_text("utf-8")
+    wanted = {n: v for n, v in licences.pinned().items() if n != "torch"}
+    assert licences.pinned(ROOT / "requirements-dev.txt") == wanted
+    entries = re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(wanted)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry) for entry in entries)
+    assert len(set(re.findall(r"sha256:[0-9a-f]{64}\b", lock))) == lock.count("--hash=")
+
+
+LISTING = """
+import sys
+from pathlib import Path
+from bytecap import codefiles, decode, reference, unpack
+from bytecap.artifact import ledger, read
+for path in sorted(Path(sys.argv[1]).glob("*.bcap")):
+    if not path.name.startswith("bad_"):
+        contents = read(path)
+        unpack.directory_files(contents)
+        ledger(contents)
+        reference.decode_file(path.read_bytes())
+print(*sorted(Path(m.__file__).as_posix() for n, m in sys.modules.items() if n.startswith("bytecap")), sep="\\n")
+"""
+WRITING = {"__init__.py", "atomic.py"}  # names, and files written: no part of decoding
+
+
+def test_coverage_is_asked_of_all_that_decodes():
+    """The modules that reading every golden imports are those that `make coverage` looks at."""
+    done = subprocess.run(  # noqa: S603 (our own script)
+        [sys.executable, "-c", LISTING, ROOT / "tests" / "goldens"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    used = {Path(p).relative_to(SOURCE).as_posix() for p in done.stdout.split()}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["coverage"]["report"]
+    assert settings["fail_under"] == 100
+    patterns = [p.removeprefix("src/bytecap/") for p in settings["include"]]
+    asked = {
+        p.relative_to(SOURCE).as_posix() for pattern in patterns for p in SOURCE.glob(pattern) if p.suffix == ".py"
+    }
+    assert used - asked == WRITING
+    assert asked - used == {"kernels.py"}  # where numba is

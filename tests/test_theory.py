@@ -6,6 +6,8 @@ Gaps are in bits a weight above the rate-distortion bound of a Gaussian at the d
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bytecap.coders import Shared
 from bytecap.coders.grid import CODER as GRID
@@ -246,14 +248,27 @@ class TestRates:
     @pytest.mark.parametrize("kind", ["one symbol", "near-deterministic", "uniform", "peaked"])
     @pytest.mark.parametrize("n", [1, 20_000])
     def test_payload_is_the_ideal_code_length(self, kind, size, n):
-        z = spread(kind, size, n, np.random.default_rng(size + n)).astype(np.int32)
+        self.check(spread(kind, size, n, np.random.default_rng(size + n)))
+
+    @staticmethod
+    def check(symbols, below=1.0):
+        z, n = symbols.astype(np.int32), len(symbols)
         values, counts = np.unique(z, return_counts=True)
         model = Tables.from_counts({1: dict(zip(values.tolist(), counts.tolist(), strict=True))})
         classes = np.ones(n, np.uint8)
         data = encode(z, classes, model)
         raw = escape_bytes(Stream(data, classes, model))
         ideal = model.bits(z, classes) / 8
-        assert ideal <= len(data) - raw <= 1.002 * ideal + 4 * lanes(n) + 3
+        assert below * ideal <= len(data) - raw <= 1.002 * ideal + 4 * lanes(n) + 3
+
+    @settings(max_examples=60)
+    @given(
+        st.integers(2, 4096), st.sampled_from(["one symbol", "near-deterministic", "uniform", "peaked"]),
+        st.integers(1, 20_000), st.integers(0, 2**32),
+    )  # fmt: skip
+    def test_payload_of_random_sources(self, size, kind, n, seed):
+        """A lane's rounding may gain as well as lose, so a stream can be a little shorter than its code length."""
+        self.check(spread(kind, size, n, np.random.default_rng(seed)), below=0.998)
 
     @pytest.mark.parametrize("symbol", [1, 8, 127, 512, 2048])
     def test_one_symbol_for_which_a_symmetric_table_gives_half(self, symbol):

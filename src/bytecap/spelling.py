@@ -120,12 +120,11 @@ class _Coder:
         return bit
 
     def finish(self) -> bytes:
-        """What was written; up to four zeros are implied after the end."""
-        for keep in (24, 16, 8, 0):
-            value = (self.low + (1 << keep) - 1) >> keep << keep
-            if value <= self.high:
-                break
-        return bytes(self.out) + value.to_bytes(4, "big").rstrip(b"\0")
+        """What was written; up to four zeros are implied after the end.
+
+        The first bytes of `low` and `high` differ, so one byte is enough to lie between them.
+        """
+        return bytes(self.out) + bytes([(self.low + (1 << 24) - 1) >> 24]).rstrip(b"\0")
 
 
 def _letters(names: Iterable[str]) -> Any:

@@ -142,10 +142,7 @@ class Bands:
             raise CorruptError("a section of bands holds a scale that is not finite")
         classes = np.broadcast_to(p.bands + np.uint8(1), shape).reshape(-1)
         (codes,) = yield [Stream(data[p.payload :], classes, p.tables)]
-        values = dequantize(Quantized(codes.reshape(shape), scales))
-        if not np.isfinite(values).all():
-            raise CorruptError("a section of bands holds a value out of range")
-        return values
+        return dequantize(Quantized(codes.reshape(shape), scales))  # finite: 2^31 times the largest f16 is
 
 
 CODER = Bands()

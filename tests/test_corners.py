@@ -1,0 +1,387 @@
+"""Corners of the decode path that no golden and no random file reaches, each asked for by name."""
+
+import json
+import lzma
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import bytecap
+import golden_codebooks
+import golden_parts
+from bytecap import artifact, coders, compiled, decode, kernels, sidefiles, spelling, tables, unpack
+from bytecap.codefiles import Code
+from bytecap.coders import Objects, Shared, leb, run
+from bytecap.coders.codebook import CODER as CODEBOOK
+from bytecap.coders.columns import CODER as COLUMNS
+from bytecap.coders.grid import GridCode, choose_class
+from bytecap.coders.indices import read_indices
+from bytecap.coders.integers import Integers, write_halves
+from bytecap.coders.latent import read_decoder
+from bytecap.coders.lowrank import CODER as LOWRANK
+from bytecap.coders.objects import load_objects, share_lists, write_codebook, write_list
+from bytecap.coders.parts import count_positions, read_positions, write_positions
+from bytecap.coders.stack import CODER as STACK
+from bytecap.coders.trellis import CODER as TRELLIS
+from bytecap.core import Score
+from bytecap.entropy import Source, Stream, _split, encode, encode_all, zigzag_bytes
+from bytecap.entropy import decode as entropy_decode
+from bytecap.errors import ArtifactError, BudgetError, CorruptError, OutputError, UsageError
+from bytecap.frequencies import Table, Tables, integer_frequencies
+from bytecap.tables import dump_shared
+
+VALID = [p for p in sorted(golden_parts.DIRECTORY.glob("*.bcap")) if not p.name.startswith("bad_")]
+
+
+def decoded(coder, data, shape, shared=None):
+    return run([coder.decode(data, shape, "F32", shared or Shared())])[0]
+
+
+def escaping(freq, symbols, low=0):
+    """Stored frequencies and a stream of symbols, some of which the table has to escape."""
+    table = Table(low, np.array(freq))
+    stream = encode(np.array(symbols), np.ones(len(symbols), np.uint8), Tables({1: table}))
+    return b"".join(leb(int(f)) for f in freq[:-1]), stream
+
+
+# ------------------------------------------------------------------------------- symbols beyond what a section allows
+
+
+@pytest.mark.parametrize("code", [-1, 2, 70])
+def test_binary_codes_out_of_range(code):
+    stored, stream = escaping([8000, 8000, 384], [0, 1, code, 1])
+    data = bytes([2, 0, 1]) + np.ones(2, "<f2").tobytes() + stored + stream
+    with pytest.raises(CorruptError, match="a code out of range"):
+        decoded(coders.coder(8), data, (2, 2))
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_high_parts_of_indices_out_of_range(index):
+    stored, stream = escaping([8000, 4000, 2000, 2000, 384], [0, 1, index, 3])
+    data = b"\1" + stored + leb(len(stream)) + stream
+    with pytest.raises(CorruptError, match="a high part out of range"):
+        run([read_indices(data, 4, 4, Objects())])
+
+
+@pytest.mark.parametrize("value", [-1, 4])
+def test_integers_beyond_their_width(value):
+    widths = np.full(4, 2, np.uint8)
+    table = Table(0, np.array([8000, 4000, 2000, 2000, 384]))
+    stream = encode(np.array([0, 1, value, 3]), widths, Tables({2: table}))
+    data = leb(0) + leb(4) + b"".join(leb(int(f)) for f in table.freq[:-1]) + leb(len(stream)) + stream
+    block, end = Integers.parse(data, 0, widths, coded=True)
+    assert end == len(data)
+    with pytest.raises(CorruptError, match="a value beyond its width"):
+        run([block.decode()])
+    for low, size in ((3, 2), (0, 5), (1, 0)):
+        with pytest.raises(CorruptError, match=f"declares {size} values from {low} of 2 bits"):
+            Integers.parse(leb(low) + leb(size) + data[2:], 0, widths, coded=True)
+
+
+def test_trits_are_all_there():
+    for body in (b"", b"\0\0"):
+        with pytest.raises(CorruptError, match=f"4 trits are packed into {len(body)} bytes"):
+            decoded(coders.coder(8), bytes([3, 0, 0]) + np.ones(1, "<f2").tobytes() + body, (1, 4))
+
+
+def trellis(points, step=0.0625):
+    """A trellis section of one independent and one dependent column."""
+    none = np.zeros((1, 2), int)
+    code = GridCode(step, points, none, np.array([[9, 20]]), np.zeros(len(points), int), np.zeros(len(points), int), 18)
+    return TRELLIS, TRELLIS.encode(code, golden_parts.SHARED).data
+
+
+def test_trellis_symbols_values_and_paths():
+    coder, good = trellis(np.array([[1, 0], [2, 0], [-3, 0]]))
+    assert decoded(coder, good, (3, 2), golden_parts.SHARED).shape == (3, 2)
+    coder, data = trellis(np.array([[2**24 + 1, 0]]))
+    with pytest.raises(CorruptError, match="a symbol out of range"):
+        decoded(coder, data, (1, 2), golden_parts.SHARED)
+    coder, data = trellis(np.array([[2**20, 0]]), step=3e38)
+    with pytest.raises(CorruptError, match="a value out of range"):
+        decoded(coder, data, (1, 2), golden_parts.SHARED)
+    _, path, payload = coder._parse(good, (3, 2))
+    at = len(good) - len(path) - len(payload) - 1
+    assert good[at] == len(path)
+    with pytest.raises(CorruptError, match="declares a path of 100 bytes"):
+        coder.kinds(good[:at] + leb(100) + good[at + 1 :], (3, 2), "F32")
+    assert good.count(18) == 1  # the first dependent class
+    for wrong in (0, 65):
+        with pytest.raises(CorruptError, match=f"declares {wrong} as its first dependent class"):
+            coder.kinds(good.replace(bytes([18]), bytes([wrong])), (3, 2), "F32")
+
+
+def test_tables_that_do_not_end():
+    raw = dump_shared(golden_parts.SHARED)[1:]
+    packed = b"\1" + lzma.compress(raw, lzma.FORMAT_RAW, filters=tables._FILTERS)
+    np.testing.assert_array_equal(tables.load_shared(packed).offset, golden_parts.SHARED.offset)
+    for spoiled in (packed + b"\0", packed[:-4]):
+        with pytest.raises(CorruptError, match="packing does not end where it should"):
+            tables.load_shared(spoiled)
+    with pytest.raises(CorruptError, match="does not decompress"):
+        tables.load_shared(b"\1" + b"\xff" * 30)
+
+
+# ------------------------------------------------------------------------------------------------- sections and lists
+
+
+def test_codebook_sections_are_changed_in_place():
+    rng, shape = np.random.default_rng(0), (3, 4)
+    book = golden_codebooks.book(shape, 5, 2)
+    other = np.float32(np.float16(rng.standard_normal((5, 2))))
+    found = decoded(CODEBOOK, CODEBOOK.with_words(CODEBOOK.encode(book, shape), book, other), shape)
+    np.testing.assert_array_equal(found, other[book.indices].reshape(shape))
+    section = CODEBOOK.encode_shared(book.indices, (5, 2), 0, 1.0)
+    whole, half = (
+        decoded(CODEBOOK, data, shape, Shared(objects=load_objects([write_codebook(other, byte=False)])))
+        for data in (section, CODEBOOK.with_scale(section, shape, 0.5))
+    )
+    np.testing.assert_array_equal(whole, other[book.indices].reshape(shape))
+    np.testing.assert_array_equal(half, whole / 2)
+
+
+def test_a_decoder_as_it_is_stored():
+    decoder = golden_codebooks.latent((2, 8), patch=4).decoder
+    again = decoder.stored(8)
+    assert all(np.abs(a - b).max() < 0.01 for a, b in zip(again.arrays(), decoder.arrays(), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(again.stored(8).arrays(), again.arrays(), strict=True))
+
+
+def test_a_decoder_that_is_not_there():
+    for data in (b"", b"\1\1\1"):
+        with pytest.raises(CorruptError, match="in front of its decoder"):
+            read_decoder(data)
+    for head in (b"\1\2\1\10", b"\1\0\1\10", b"\101\1\1\10", b"\1\1\101\10", b"\1\1\1\5", b"\1\1\1\11"):
+        with pytest.raises(CorruptError, match="a decoder declares"):
+            read_decoder(head + bytes(99))
+    with pytest.raises(CorruptError, match="is cut off"):
+        read_decoder(b"\1\1\1\10" + bytes(11))
+    with pytest.raises(CorruptError, match="in front of its decoder"):
+        decoded(coders.coder(7), bytes([2, 1]) + leb(1) + leb(0) + b"\0\0\1", (1, 1))
+
+
+def test_low_rank_codes_have_their_bits():
+    one = np.ones((1, 2), int)
+    for codes, bits in ((4 * one, 3), (-5 * one, 3), (one, 1), (one, 9)):
+        with pytest.raises(ValueError, match=f"codes do not fit {bits} bits"):
+            LOWRANK.encode(codes, one, np.ones(1, np.float32), bits)
+
+
+def test_halves_are_finite():
+    with pytest.raises(ValueError, match="finite"):
+        write_halves(np.array([1, np.inf], np.float16), coded=False)
+
+
+def test_places_counted_without_reading_them():
+    block = write_positions(np.array([1, 5]), 9)
+    assert count_positions(block, 0, 9) == (2, len(block))
+    with pytest.raises(CorruptError, match="lists 2 of 1 places"):
+        count_positions(block, 0, 1)
+    with pytest.raises(CorruptError, match="unknown way 99"):
+        read_positions(bytes([1, 99]), 0, 9, Objects())
+
+
+def test_a_stack_says_what_it_is_made_of():
+    base, layer = bytes(8) + b"\0", b"abc"
+    section = STACK.encode((2, base), [(32, layer), (36, b"")])
+    assert STACK.tags(section) == [2, 32, 36]
+    one = STACK.encode((2, base), [(32, layer)])
+    assert STACK.growth(len(base), layer) == len(one) - len(base)
+
+
+def test_lists_are_shared_where_several_layers_have_them():
+    """Layers without a list, and lists of one layer alone, are left as they are."""
+    rng = np.random.default_rng(1)
+    common, own = (np.flatnonzero(rng.random(200) < 0.3) for _ in range(2))
+    base = (2, bytes(8) + b"\0")
+
+    def layer(index):
+        return COLUMNS.tag, COLUMNS.encode(index, np.ones((len(index), 3), np.float16), 200)
+
+    order = (40, b"\0" * 200)
+    stacks = {f"u{i}": ((3, 200), STACK.encode(base, [layer(common), order])) for i in range(3)}
+    stacks["alone"] = ((3, 200), STACK.encode(base, [order, layer(own)]))
+    changed, objects = share_lists(stacks, [b"first"])
+    assert objects == (b"first", write_list(common, 200))
+    assert changed["alone"] == stacks["alone"][1]
+    assert all(len(changed[n]) < len(stacks[n][1]) for n in ("u0", "u1", "u2"))
+    again, same = share_lists({n: (stacks[n][0], d) for n, d in changed.items()}, objects)
+    assert (again, same) == (changed, objects)
+
+
+def test_there_must_be_a_table_for_side_information():
+    assert choose_class(np.array([], int), Tables({})) == (0, 0)
+    assert choose_class(np.array([3, 3]), Tables({})) == (3, 0)
+    with pytest.raises(CorruptError, match="no table to code side information"):
+        choose_class(np.array([3, 4]), Tables({}))
+
+
+def test_two_coders_of_one_tag(monkeypatch):
+    found = list(coders.pkgutil.iter_modules(coders.__path__))
+    monkeypatch.setattr(coders.pkgutil, "iter_modules", lambda _: found * 2)
+    with pytest.raises(RuntimeError, match="share the tag"):
+        coders._found.__wrapped__()
+
+
+# ---------------------------------------------------------------------------------------------- tables and machine code
+
+
+def test_tables_from_counts_beyond_what_a_table_holds():
+    counts = {1: {0: 900.0, 5000: 100.0}}
+    model = Tables.from_counts(counts)
+    assert (model.table[1].low, model.table[1].high) == (-1023, 1023)
+    assert model.table[1].freq[-1] > 1000  # the rest is escaped
+    plain = Tables.from_counts({1: {3: 1.0, 5: 3.0}}, symmetric=False).table[1]
+    assert (plain.low, plain.high) == (3, 5)
+    assert plain.freq[2] > 2 * plain.freq[0]
+    with pytest.raises(ValueError, match="8193 symbols do not fit"):
+        integer_frequencies(np.ones(8193))
+    assert len(integer_frequencies(np.ones(8192))) == 8192
+
+
+@pytest.mark.parametrize("path", VALID, ids=lambda p: p.stem)
+def test_the_compiled_loops_are_right_as_python_too(path, monkeypatch):
+    """The functions numba compiles, not compiled: the same values as numpy's loops."""
+    contents = artifact.read(path)
+    monkeypatch.setattr(compiled, "worth", lambda _: False)
+    wanted = decode.decode_units(contents)
+    monkeypatch.setattr(compiled, "worth", lambda _: True)
+    monkeypatch.setattr(compiled, "kernel", lambda name: getattr(kernels, f"_{name}"))
+    with np.errstate(over="ignore"):  # numpy's scalars warn where machine code wraps
+        found = decode.decode_units(contents)
+    assert {n: v.tobytes() for n, v in found.items()} == {n: v.tobytes() for n, v in wanted.items()}
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_compiled_loops_refuse_what_numpys_do(monkeypatch, engine):
+    model = Tables({1: Table(-1, np.array([4000, 8000, 4000, 384]))})
+    symbols = np.resize([0, 1, -1, 7, 0, 0, 500], 70)
+    monkeypatch.setattr(compiled, "kernel", lambda name: getattr(kernels, f"_{name}"))
+    monkeypatch.setattr(compiled, "worth", lambda _: engine)
+    ones = np.ones(70, np.uint8)
+    (data,) = encode_all([Source(symbols, ones, model)])
+    assert entropy_decode([Stream(data, ones, model)])[0].tolist() == symbols.tolist()
+    states, words, tail = _split(Stream(data, ones, model))
+    fewer = zigzag_bytes([len(words) - 3]) + states.tobytes() + words[:-3].tobytes() + tail
+    for damaged, classes in (
+        (data[:-30], ones),
+        (fewer, ones),
+        (data[:9] + b"\xff\xff" + data[11:], ones),
+        (data, 3 * ones),
+    ):
+        with pytest.raises(CorruptError):
+            entropy_decode([Stream(damaged, classes, model)])
+
+
+# ------------------------------------------------------------------------------------------------------- side files
+
+
+def test_a_packing_that_does_not_come_back_is_not_used(monkeypatch):
+    text = json.dumps({"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}).encode()
+    for broken in (b"\xff" * 9, b"\0"):
+        monkeypatch.setattr(spelling, "write", lambda *_, b=broken: b)
+        assert sidefiles.unpack("t", sidefiles.pack("t", text)) == text
+    monkeypatch.setattr(sidefiles, "_dismantle", lambda _: [b"\2\x40"])  # shorter, and no packing at all
+    assert sidefiles.unpack("t", sidefiles.pack("t", text)) == text
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b"\0\0\0" + b"3", "no list of names"), (b"\0\0\0" + b"[3]", "no list of names"),
+    (b"\0\7\0" + b"[]", "outside the text"), (b"\x80\0\0\0\0\2\1\7\0" + b"[]", "merges of kind 7"),
+    (b"\x80\0\0\0\0\2\5\0\0\0\0\0\0" + b'["a"]', "not all there"),
+])  # fmt: skip
+def test_structured_files_that_say_nonsense(data, message):
+    with pytest.raises(CorruptError, match=message):
+        sidefiles.unpack("t", b"\2" + data)
+
+
+def test_merges_before_their_parts_and_numbers_that_are_none():
+    for text in (b'{"vocab": {"a": 0, "b": 1, "abb": 2, "ab": 3}, "merges": ["ab b", "a b"]}',
+                 b'{"vocab": {"a": 1.5, "b": NaN}, "vocab": {"a": 0}}'):  # fmt: skip
+        assert sidefiles.unpack("t", sidefiles.pack("t", text)) == text
+    assert sidefiles._imply(["a", "b", "abb", "ab"], [("ab", "b"), ("a", "b")]) == (0, ["a", "b", "abb", "ab"])
+
+
+def test_spellings():
+    assert spelling.write(["a", "b"], [("c", "a")]) == b""
+    with pytest.raises(CorruptError, match="more merges than are spelled"):
+        spelling.read(b"\0", ["a"], spelling.MAX_MERGES + 1)
+    whole = spelling.write(["a", "b"], [("a", "b"), ("ab", "b")])
+    assert spelling.read(whole, ["a", "b"], 2) == [("a", "b"), ("ab", "b")]
+    with pytest.raises(CorruptError, match="do not end where they should"):
+        spelling.read(whole + bytes(9), ["a", "b"], 2)
+    with pytest.raises(CorruptError, match="end too soon"):
+        spelling.read(b"", ["a", "b"], 3000)
+    speller = spelling._Speller(spelling._Coder(spelling._SLOTS), ["a"])
+    with pytest.raises(CorruptError, match="too long to be spelled"):
+        speller._parts("a" * 5000)
+    assert sidefiles.pack("x", bytes(2**23))[0] == 0  # brotli would make a bomb of it
+
+
+def test_code_needs_no_share_of_a_floor_it_has_no_part_in():
+    with pytest.raises(BudgetError, match="too small") as caught, Code().floor(5):
+        raise BudgetError("too small", 9)
+    assert caught.value.floor == 9
+
+
+def test_a_score_as_dictionary():
+    found = Score("t", 2, 8, 1.5, 0.5, 0.1).as_dict()
+    assert found == {"name": "t", "tokens": 2, "bytes": 8, "nats_per_token": 1.5, "bpb": 0.5, "bpb_stderr": 0.1}
+
+
+# ---------------------------------------------------------------------------------------------------- whole artifacts
+
+
+@pytest.mark.parametrize("path", VALID, ids=lambda p: p.stem)
+def test_ideal_size_and_progress(path):
+    contents, seen = artifact.read(path), []
+    values = decode.decode_units(contents, progress=seen.append)
+    assert seen == [u.unit.parameters for u in contents.units]
+    assert {n: v.tobytes() for n, v in bytecap.load(path).items()} == {n: v.tobytes() for n, v in values.items()}
+    assert 0 < decode.ideal_bytes(contents) <= path.stat().st_size
+
+
+def test_unpacking(tmp_path):
+    path = golden_parts.DIRECTORY / "files.bcap"
+    assert unpack.unpack(path, tmp_path / "out") in unpack.DTYPES
+    assert unpack.unpack(path, tmp_path / "out", dtype="float16") == "float16"
+    assert unpack.unpack(path, tmp_path / "out", dtype="bfloat16") == "bfloat16"
+    content = (tmp_path / "out" / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    assert {v["dtype"] for k, v in header.items() if k != "__metadata__"} <= {"BF16", "I64", "I32", "U8", "BOOL"}
+    with pytest.raises(UsageError, match="unknown dtype 'float8'"):
+        unpack.unpack(path, tmp_path / "out", dtype="float8")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match="cannot create"):
+        unpack.unpack(path, tmp_path / "file" / "out")
+
+
+def test_into_a_module(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    section = golden_parts.unit("weight", (2, 3), 3, golden_parts.exact(values, "F32"), "F32")
+    path = tmp_path / "a.bcap"
+    path.write_bytes(golden_parts.pack(section))
+    module = torch.nn.Linear(3, 2, bias=False)
+    bytecap.load_into(path, module)
+    assert module.weight.tolist() == values.tolist()
+    with pytest.raises(ArtifactError, match="the artifact lacks bias"):
+        bytecap.load_into(path, torch.nn.Linear(3, 2))
+    with pytest.raises(ArtifactError, match=r"weight is \[2, 4\] in the module and \[2, 3\]"):
+        bytecap.load_into(path, torch.nn.Linear(4, 2, bias=False))
+    two = [golden_parts.unit(n, (2, 3), 3, golden_parts.exact(values + i, "F32"), "F32")
+           for i, n in enumerate(("0.weight", "1.weight"))]  # fmt: skip
+    path.write_bytes(golden_parts.pack(*two))
+    with pytest.raises(ArtifactError, match="one tensor in the module and two in the artifact"):
+        bytecap.load_into(path, torch.nn.Sequential(module, module))
+    with pytest.raises(ArtifactError, match=r"holds no config\.json"):
+        bytecap.load_model(path)
+
+
+def test_a_whole_model(fitted):
+    artifact_, path = fitted("rotary", "uniform")
+    module = bytecap.load_model(path)
+    live = module.state_dict()
+    assert all(np.array_equal(live[n].numpy(), v) for n, v in artifact_.tensors().items())
+    assert not module.training
