@@ -47,7 +47,7 @@ def curved(tmp_path_factory, model_directory, texts):
 
 
 def offer(size, gain, unit="u"):
-    return Offer("p", unit, 0, "", size, gain, gain, 0, 1.0)
+    return Offer("p", unit, 0, "", size, gain, 0.0, gain, 0, 1.0)
 
 
 class TestStore:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap.atomic import make_directory, write_atomically
 from bytecap.correct import role_name
-from bytecap.curves.choose import hull, most, spend
+from bytecap.curves.choose import bundled, hull, members, most, spend
 from bytecap.curves.ground import Ground, check_base, lay, make_job
 from bytecap.curves.points import Measured, Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, ninety, point, verdict, yardstick
@@ -124,8 +124,7 @@ def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points
     for name, count in skipped.items():
         if count:
             reporter.note(f"path {name} cannot apply to {count} of {len(ground.base.problems)} matrices")
-    plans = {n: [spend(promised[n], a) for a in _amounts(ground, promised[n])] for n in names}
-    plans = {n: [p for p in mine if p] for n, mine in plans.items()}
+    plans = {n: _plans(ground, bundled(promised[n])) for n in names}
     flat = [(n, p) for n in names for p in plans[n]]
     on_texts, on_held = at_base(ground, texts, store), at_base(ground, held, store)
     with reporter.step("whole model", max(1, len(flat))) as advance:
@@ -150,10 +149,11 @@ def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points
     }  # fmt: skip
 
 
-def _amounts(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[float]:
-    """Bytes a path is given, up to the share of the base or to all it can use."""
+def _plans(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[dict[str, Offer]]:
+    """What is chosen at each amount of bytes, up to the share of the base or to all that the path can use."""
     top = min(TOP * ground.bytes, most(promised))
-    return [a * top for a in AMOUNTS]
+    plans = [members(spend(promised, a * top)) for a in AMOUNTS]
+    return [p for p in plans if p]
 
 
 def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
@@ -213,7 +213,8 @@ def _singles(
     mine = [(o, m) for o, m in zip(sample, measured, strict=True) if o.path == path]
     return {
         "sample": [
-            {"unit": o.unit, "setting": o.setting, "predicted_bytes": o.bytes, "curvature_nats": o.gain}
+            {"unit": o.unit, "setting": o.setting, "predicted_bytes": o.bytes, "curvature_nats": o.gain,
+             "slope_nats": o.slope}
             | {k: v for k, v in point(m, base, o.alone, count).items() if k != "units"}
             for o, m in mine
         ],
