@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bytecap.curves import byte_returns
+from bytecap.curves import byte_returns, trial
 from bytecap.model.checkpoint import load_model
 from bytecap.progress import Silent
 from common import parser, record, texts
@@ -47,7 +47,9 @@ def main() -> None:
     p.add_argument("--paths", nargs="*", default=None)
     p.add_argument("--points", type=int, default=128)
     p.add_argument("--point-tokens", type=int, default=65_536)
+    p.add_argument("--rungs", type=int, default=trial.RUNGS, help="settings of one path on one unit, at most")
     args = p.parse_args()
+    trial.RUNGS = args.rungs
     for name in args.model:
         for bits in args.bits:
             for base in args.base:
@@ -70,7 +72,7 @@ def one(args: Any, name: str, bits: float, base: str) -> None:
            "whole": [{k: v for k, v in x.items() if k != "units"} for x in p["whole"]]}
         for n, p in found["paths"].items()
     }  # fmt: skip
-    record(args, {"benchmark": "curves", "bits": bits, **found, "paths": paths, "seconds": reporter.steps})
+    record(args, {"benchmark": "curves", "bits": bits, "rungs": args.rungs, **found, "paths": paths, "seconds": reporter.steps})
     for n, ranks in [("all paths", found["agreement"]), *((n, p["agreement"]) for n, p in found["paths"].items())]:
         print(f"{name} {bits} {base} {n:10s} {ranks['points']:4d} points, rank correlation {ranks['spearman']:.3f}, "
               f"ceiling {ranks['ceiling']:.3f}", flush=True)  # fmt: skip

@@ -345,7 +345,7 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
         return found
 
     monkeypatch.setattr("bytecap.curves.points.realise", look)
-    monkeypatch.setattr("bytecap.curves.trial._RUNGS", 2)
+    monkeypatch.setattr("bytecap.curves.trial.RUNGS", 2)
     byte_returns(
         model_directory("transposed"), BUDGET + 4000, calibration=texts["calib"], evaluation=texts["val"], points=4,
         point_tokens=300, **SMALL,

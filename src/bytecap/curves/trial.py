@@ -24,7 +24,7 @@ from bytecap.store import Store, digest
 
 STEP = "step"
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
-_RUNGS = 8  # settings of one path on one unit
+RUNGS = 8  # settings of one path on one unit
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def ladder(path: str, base: Base, name: str) -> Sequence[Any]:
     """Settings of a path on a unit, cheapest first; long ladders are thinned evenly, their ends kept."""
     if path == STEP:
         return STEPS
-    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), _RUNGS)
+    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), RUNGS)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
