@@ -72,7 +72,10 @@ def one(args: Any, name: str, bits: float, base: str) -> None:
            "whole": [{k: v for k, v in x.items() if k != "units"} for x in p["whole"]]}
         for n, p in found["paths"].items()
     }  # fmt: skip
-    record(args, {"benchmark": "curves", "bits": bits, "rungs": args.rungs, **found, "paths": paths, "seconds": reporter.steps})
+    record(
+        args,
+        {"benchmark": "curves", "bits": bits, "rungs": args.rungs, **found, "paths": paths, "seconds": reporter.steps},
+    )
     for n, ranks in [("all paths", found["agreement"]), *((n, p["agreement"]) for n, p in found["paths"].items())]:
         print(f"{name} {bits} {base} {n:10s} {ranks['points']:4d} points, rank correlation {ranks['spearman']:.3f}, "
               f"ceiling {ranks['ceiling']:.3f}", flush=True)  # fmt: skip

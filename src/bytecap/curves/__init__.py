@@ -54,6 +54,7 @@ def byte_returns(
     points: int = POINTS,
     window: int = 512,
     store: Path | str | None = None,
+    report: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Byte-return curves of every path at a budget; the members are described in docs/curves.md.
@@ -74,6 +75,7 @@ def byte_returns(
         points: single-unit points to measure.
         window: predicted tokens in one.
         store: directory of measured points; `output`/store by default.
+        report: page to write; `output`/curves.html by default.
         reporter: told about progress.
 
     Raises:
@@ -97,19 +99,26 @@ def byte_returns(
     found = _curves(ground, names, leading(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
     found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
-    return _write(found, directory, reporter) if directory is not None else found
+    _write(found, directory, Path(report) if report is not None else None, reporter)
+    return found
 
 
-def _write(found: dict[str, Any], directory: Path, reporter: Reporter) -> dict[str, Any]:
-    """Write both files; returns what was found."""
-    from bytecap.report.page import page
+def _write(found: dict[str, Any], directory: Path | None, report: Path | None, reporter: Reporter) -> None:
+    """Write the figures, and the page beside them or where it is wanted."""
+    from bytecap.report.curves import page
     from bytecap.report.plain import finite
 
     clean = finite(found)
-    write_atomically((json.dumps(clean, indent=1, allow_nan=False) + "\n").encode(), directory / "curves.json")
-    write_atomically(page(clean).encode(), directory / "curves.html")
-    reporter.note(f"wrote {directory / 'curves.json'} and {directory / 'curves.html'}")
-    return found
+    files = (
+        {} if directory is None else {directory / "curves.json": json.dumps(clean, indent=1, allow_nan=False) + "\n"}
+    )
+    at = report if report is not None else directory and directory / "curves.html"
+    if at is not None:
+        files[at] = page(clean)
+    for path, text in files.items():
+        write_atomically(text.encode(), path)
+    if files:
+        reporter.note(f"wrote {' and '.join(map(str, files))}")
 
 
 def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points: int, store: Store) -> dict[str, Any]:

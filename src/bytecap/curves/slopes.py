@@ -96,7 +96,7 @@ def _factors(job: Job, base: Base, twin: nn.Module, windows: Sequence[Window]) -
     }
     with job.reporter.step("curvatures", 1 + len(variants)) as advance:
         measured = kl_each(job.model.module, twin, variants | {"": {}}, windows, device=job.device, advance=advance)
-    found = {}
+    found: dict[str, float] = {}
     for role, names in roles.items():
         real = (measured[f"{role} 1"][0] + measured[f"{role} -1"][0]) / 2 - measured[""][0]
         metric = sum(p.distortion(p.weight + moves[n]) for n in names for p in [base.problems[n]])

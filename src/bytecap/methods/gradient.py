@@ -148,7 +148,8 @@ def _along(hidden: _Hidden, components: Tensor) -> Loss:
         drawn = torch.rand(mask.shape, generator=generator, device=mask.device) * _SAMPLED
         signs = torch.where(drawn < 0.5, -1.0, 1.0) * (drawn < 1) * mask
         direction = components[number].to(hidden.states.device)
-        return (torch.einsum("btc,bc->bt", hidden.states.float(), direction) * signs).sum()
+        found: Tensor = (torch.einsum("btc,bc->bt", hidden.states.float(), direction) * signs).sum()
+        return found
 
     return value
 

@@ -34,9 +34,16 @@ def saved(amount: Amount, users: int) -> int:
     return max(0, users * (own - REFERENCE) - once)
 
 
-def _on(point: Point, stream: int) -> bool:
+def _amount(point: Point) -> Amount | None:
+    """A point's amount of channels, if it is one."""
     amount = getattr(point, "amount", None)
-    return isinstance(amount, Amount) and amount.stream == stream
+    return amount if isinstance(amount, Amount) and amount.stream >= 0 else None
+
+
+def _on(point: Point, stream: int, count: int | None = None) -> bool:
+    """Whether a point takes a stream's channels, and so many of them."""
+    amount = _amount(point)
+    return amount is not None and amount.stream == stream and count in (None, amount.count)
 
 
 def _gain(curves: Sequence[Curve], stream: int, count: int, slope: float) -> float:
@@ -44,10 +51,10 @@ def _gain(curves: Sequence[Curve], stream: int, count: int, slope: float) -> flo
     gain, users, some = 0.0, 0, None
     for c in curves:
         without = min((p.distortion + slope * p.rate for p in c.points if not _on(p, stream)), default=np.inf)
-        mine = [p for p in c.points if _on(p, stream) and p.amount.count == count]  # type: ignore[attr-defined]
+        mine = [p for p in c.points if _on(p, stream, count)]
         least = min((p.distortion + slope * p.rate for p in mine), default=np.inf)
         if least < without:
-            gain, users, some = gain + without - least, users + 1, mine[0].amount  # type: ignore[attr-defined]
+            gain, users, some = gain + without - least, users + 1, _amount(mine[0])
     return gain + slope * saved(some, users) if some is not None else 0.0
 
 
@@ -59,14 +66,10 @@ def one_list(curves: Sequence[Curve], slope: float) -> list[Curve]:
         slope: nats per byte of the plan.
     """
     kept = list(curves)
-    amounts = {(p.amount.stream, p.amount.count) for c in curves for p in c.points
-               if isinstance(getattr(p, "amount", None), Amount) and p.amount.stream >= 0}  # type: ignore[attr-defined]  # fmt: skip
+    amounts = {(a.stream, a.count) for c in curves for p in c.points if (a := _amount(p)) is not None}
     for stream in sorted({s for s, _ in amounts}):
         gains = {k: _gain(kept, stream, k, slope) for s, k in sorted(amounts) if s == stream}
         best = max(gains, key=gains.__getitem__)
         taken = best if gains[best] > 0 else 0
-        kept = [
-            Curve(c.name, tuple(p for p in c.points if not _on(p, stream) or p.amount.count == taken))  # type: ignore[attr-defined]
-            for c in kept
-        ]
+        kept = [Curve(c.name, tuple(p for p in c.points if not _on(p, stream) or _on(p, stream, taken))) for c in kept]
     return kept
