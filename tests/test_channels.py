@@ -244,7 +244,7 @@ def test_matrices_of_a_stream_name_one_list_that_the_ledger_counts_once(fitted):
     entries = artifact.ledger(model)
     once = {e.kind: e.bytes for e in entries if e.unit == "(shared) list 0"}
     assert once == {"header": 1, "index": len(model.objects[0]) - 1}
-    inside = {e.unit: e.bytes for e in entries if e.kind == "index" and e.parameters}
+    inside = {e.unit: e.bytes for e in entries if e.kind == "channels index"}
     assert len(inside) == fitted.report["paths"]["channels"]["units"]
     assert sorted(inside.values())[:named] == [REFERENCE] * named
     for name, values in reference.decode_file(fitted.data).items():

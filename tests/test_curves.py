@@ -297,14 +297,14 @@ class TestCurves:
 
 
 class Squared(torch.nn.Module):
-    """Twelve outputs for a token number, read from a table through one map."""
+    """96 outputs for a token number, read from a table through one map."""
 
     def __init__(self, seed):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.table = torch.nn.Embedding.from_pretrained(torch.randn(20, 8, generator=g))
-        self.map = torch.nn.Linear(8, 12, bias=False)
-        self.map.weight.data = 0.3 * torch.randn(12, 8, generator=g)
+        self.table = torch.nn.Embedding.from_pretrained(torch.randn(40, 16, generator=g))
+        self.map = torch.nn.Linear(16, 96, bias=False)
+        self.map.weight.data = 0.2 * torch.randn(96, 16, generator=g)
 
     def forward(self, ids):
         return self.map(self.table(ids))
@@ -315,12 +315,12 @@ class TestExpansion:
         """A map with an error, its exact metric at the original, and windows."""
         module = Squared(0)
         rng = np.random.default_rng(0)
-        windows = tuple(Window(tuple(rng.integers(0, 12, 65).tolist()), 65) for _ in range(8))
-        unit = Unit("map.weight", (12, 8), "F32", linear=True)
-        seen = module.table(torch.tensor([w.tokens[:-1] for w in windows])).reshape(-1, 8).double()
-        problem = Problem(unit, module.map.weight.detach().clone(), seen.T @ seen / len(seen), torch.ones(12).double())
+        windows = tuple(Window(tuple(rng.integers(0, 40, 65).tolist()), 65) for _ in range(8))
+        unit = Unit("map.weight", (96, 16), "F32", linear=True)
+        seen = module.table(torch.tensor([w.tokens[:-1] for w in windows])).reshape(-1, 16).double()
+        problem = Problem(unit, module.map.weight.detach().clone(), seen.T @ seen / len(seen), torch.ones(96).double())
         g = torch.Generator().manual_seed(1)
-        values = problem.weight + 0.05 * torch.randn(12, 8, generator=g)
+        values = problem.weight + 0.05 * torch.randn(96, 16, generator=g)
         base = SimpleNamespace(
             problems={unit.name: problem}, units={unit.name: SimpleNamespace(values=values)}, kappa={unit.name: 1.0}
         )
@@ -338,7 +338,7 @@ class TestExpansion:
         found = measure_slopes(job, base, twin, Store(None), "")
         name = problem.unit.name
         for size in (0.0, 0.03, 0.05):  # from an error removed to another of the same size
-            values = problem.weight + size * torch.randn(12, 8, generator=g)
+            values = problem.weight + size * torch.randn(96, 16, generator=g)
             slope, curved = trial.recovered(problem, rounded.values, values, found.gradients[name], found.factors[name])
             variants = {"": {}, "new": {name: values.numpy()}}
             kl = kl_each(job.model.module, twin, variants, job.sets.statistics)
