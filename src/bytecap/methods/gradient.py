@@ -133,7 +133,8 @@ class _Hidden:
             moment, total, tokens = moment + states.T @ states, total + states.sum(0), tokens + len(states)
         mean = total / max(1, tokens)
         _, vectors = torch.linalg.eigh(moment / max(1, tokens) - mean[:, None] * mean)
-        return vectors.T.flip(0)[:_COMPONENTS].float()
+        found: Tensor = vectors.T.flip(0)[:_COMPONENTS].float()
+        return found
 
 
 def _along(hidden: _Hidden, components: Tensor) -> Loss:

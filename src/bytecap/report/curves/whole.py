@@ -17,7 +17,7 @@ def section(found: Mapping[str, Any]) -> str:
     """One chart of KL, with where each path has 90% of its gain, and one of loss."""
     style = styles(found)
     legend = "".join(key(i, n) for n, i in style.items()) + key(-1, "lambda")
-    drawn = []
+    drawn: list[str] = []
     for value, error, label in _CHARTS:
         series = [curve(n, p, style[n], value, error) for n, p in found["paths"].items() if p["whole"]]
         marks = [
