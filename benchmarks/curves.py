@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import random
 import time
 from typing import Any
 
+from bytecap.correct import role_name
 from bytecap.curves import byte_returns, trial
+from bytecap.curves.ground import Ground, lay, make_job
+from bytecap.curves.points import Pick, at_base, measure
+from bytecap.curves.report import agreement, base_figures, point
 from bytecap.model.checkpoint import load_model
+from bytecap.model.text import leading
+from bytecap.pipeline import choose_device
 from bytecap.progress import Silent
+from bytecap.sources import load_sets
+from bytecap.store import Store
 from common import parser, record, texts
 
 _SAMPLE = ("unit", "setting", "bytes", "predicted_nats", "curvature_nats", "slope_nats", "kl_recovered", "kl_stderr")
@@ -48,12 +58,14 @@ def main() -> None:
     p.add_argument("--points", type=int, default=128)
     p.add_argument("--point-tokens", type=int, default=65_536)
     p.add_argument("--rungs", type=int, default=trial.RUNGS, help="settings of one path on one unit, at most")
+    p.add_argument("--singles", action="store_true", help="single units only, and only these are predicted")
+    p.add_argument("--seconds", type=float, default=1e9, help="single units: no new dozen after so long")
     args = p.parse_args()
     trial.RUNGS = args.rungs
     for name in args.model:
         for bits in args.bits:
             for base in args.base:
-                one(args, name, bits, base)
+                (singles if args.singles else one)(args, name, bits, base)
 
 
 def one(args: Any, name: str, bits: float, base: str) -> None:
@@ -76,9 +88,76 @@ def one(args: Any, name: str, bits: float, base: str) -> None:
         args,
         {"benchmark": "curves", "bits": bits, "rungs": args.rungs, **found, "paths": paths, "seconds": reporter.steps},
     )
-    for n, ranks in [("all paths", found["agreement"]), *((n, p["agreement"]) for n, p in found["paths"].items())]:
+    _say(name, bits, base, found["agreement"], {n: p["agreement"] for n, p in found["paths"].items()})
+
+
+def _say(name: str, bits: float, base: str, every: dict[str, Any], paths: dict[str, dict[str, Any]]) -> None:
+    for n, ranks in [("all paths", every), *paths.items()]:
         print(f"{name} {bits} {base} {n:10s} {ranks['points']:4d} points, rank correlation {ranks['spearman']:.3f}, "
               f"ceiling {ranks['ceiling']:.3f}", flush=True)  # fmt: skip
+
+
+def _drawn(ground: Ground, names: list[str], points: int, seed: int) -> list[tuple[str, str, int]]:
+    """(path, unit, index of a setting), as many from every path and role as there are, in turn."""
+    rng, cells = random.Random(f"singles {seed}"), {}  # type: ignore[var-annotated]  # noqa: S311
+    for n in names:
+        for unit in ground.base.problems:
+            count = len(trial.ladder(n, ground.base, unit))
+            cells.setdefault((role_name(unit), n), []).extend((n, unit, i) for i in range(count))
+    for cell in cells.values():
+        rng.shuffle(cell)
+    taken: list[tuple[str, str, int]] = []
+    order = sorted(cells)
+    while len(taken) < points and any(cells.values()):
+        rng.shuffle(order)
+        taken += [cells[k].pop() for k in order if cells[k]]
+    return taken[:points]
+
+
+def singles(args: Any, name: str, bits: float, base: str) -> None:
+    """Single units alone, recorded after every dozen; the last row holds them all."""
+    model = load_model(name if name == "demo" else args.models / name)
+    model.name, reporter, device = name, _Timed(), choose_device(args.device)
+    sets = load_sets(
+        model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens, evaluation_tokens=1024,
+        correction_tokens=args.point_tokens, seed=args.seed, reporter=reporter,
+    )  # fmt: skip
+    model.module.to(device)
+    budget, store = int(bits * model.parameters / 8), Store(None)
+    ground = lay(make_job(model, sets, budget, device, args.seed, reporter), base, store)
+    held, offers, measured = leading(sets.correction, args.point_tokens), [], []  # type: ignore[var-annotated]
+    on_held = at_base(ground, held, store)
+    with reporter.step("drawing", 1):
+        drawn = _drawn(ground, trial.known(args.paths), args.points, args.seed)
+    for at in range(0, len(drawn), 12):
+        if time.time() - reporter.begin > args.seconds:
+            break
+        with reporter.step(f"points from {at}", 1):
+            group = [trial.promise(ground, *d) for d in drawn[at : at + 12]]
+            measured += measure(ground, [Pick(o.path, {o.unit: o.index}) for o in group], held, store, lambda _: None)
+            offers += group
+        if args.output:
+            rows = [_row(o, m, on_held, ground) for o, m in zip(offers, measured, strict=True)][-len(group) :]
+            with args.output.with_suffix(".partial").open("a") as f:
+                f.writelines(json.dumps(r) + "\n" for r in rows)
+    by_path = {
+        n: agreement([o for o in offers if o.path == n], [m for o, m in zip(offers, measured, strict=True)
+                                                           if o.path == n], on_held, args.seed)
+        for n in dict.fromkeys(o.path for o in offers)
+    }  # fmt: skip
+    every = agreement(offers, measured, on_held, args.seed)
+    sample = [_row(o, m, on_held, ground) for o, m in zip(offers, measured, strict=True)]
+    figures = {"name": base, "bytes": ground.bytes, "budget_bytes": budget, **base_figures(on_held)}
+    record(args, {"benchmark": "curves", "model": name, "bits": bits, "rungs": args.rungs, "base": figures,
+                  "agreement": every, "paths": by_path, "sample": sample, "seconds": reporter.steps})  # fmt: skip
+    _say(name, bits, base, every, by_path)
+
+
+def _row(offer: trial.Offer, measured: Any, base: Any, ground: Ground) -> dict[str, Any]:
+    found = point(measured, base, offer.alone, len(ground.base.problems))
+    return {"path": offer.path, "curvature_nats": offer.gain, "slope_nats": offer.slope, "setting": offer.setting,
+            "unit": offer.unit, "factor": ground.slopes.factors[offer.unit],
+            **{k: found[k] for k in ("bytes", "predicted_nats", "kl_recovered", "kl_stderr")}}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -179,6 +179,13 @@ def _offer(
     )
 
 
+def promise(ground: Ground, path: str, name: str, index: int) -> Offer:
+    """One unit's offer at one setting of a path, by its index in the ladder; nothing is kept."""
+    setting = ladder(path, ground.base, name)[index]
+    rounded, applied = _try(ground.base, path, {name: setting})[name]
+    return _offer(ground, path, name, index, setting, rounded, applied)
+
+
 def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
     """Nats per token that other values of one unit recover by the KL's slope at the base, and lose by its curvature.
 
