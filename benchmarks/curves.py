@@ -98,12 +98,12 @@ def _say(name: str, bits: float, base: str, every: dict[str, Any], paths: dict[s
 
 
 def _drawn(ground: Ground, names: list[str], points: int, seed: int) -> list[tuple[str, str, int]]:
-    """(path, unit, index of a setting), as many from every path and role as there are, in turn."""
+    """(path, unit, index of a setting) from the upper halves of all ladders, every path and role in turn."""
     rng, cells = random.Random(f"singles {seed}"), {}  # type: ignore[var-annotated]  # noqa: S311
     for n in names:
         for unit in ground.base.problems:
             count = len(trial.ladder(n, ground.base, unit))
-            cells.setdefault((role_name(unit), n), []).extend((n, unit, i) for i in range(count))
+            cells.setdefault((role_name(unit), n), []).extend((n, unit, i) for i in range(count // 2, count))
     for cell in cells.values():
         rng.shuffle(cell)
     taken: list[tuple[str, str, int]] = []

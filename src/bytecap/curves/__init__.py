@@ -170,20 +170,26 @@ def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
 
 
 def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
-    """Offers to measure unit by unit: the same number for every path and role, as far as there are enough."""
+    """Offers to measure unit by unit: the same number for every path and role, as far as there are enough.
+
+    Offers on their unit's hull come first: no other one would ever be taken, and most others are so small that what
+    they recover is lost in the noise.
+    """
     rng = random.Random(f"sample {seed}")  # noqa: S311
-    cells: dict[tuple[str, str], list[Offer]] = {}
+    cells: dict[tuple[str, str], list[tuple[bool, Offer]]] = {}
     for name, units in promised.items():
         for unit, mine in units.items():
+            corners = hull(mine)
             for o in mine:
-                cells.setdefault((role_name(unit), name), []).append(o)
+                cells.setdefault((role_name(unit), name), []).append((o in corners, o))
     for cell in cells.values():
         rng.shuffle(cell)
+        cell.sort(key=lambda x: x[0])  # taken from the end
     taken: list[Offer] = []
     order = sorted(cells)
     while len(taken) < points and any(cells.values()):
         rng.shuffle(order)
-        taken += [cells[key].pop() for key in order if cells[key]]
+        taken += [cells[key].pop()[1] for key in order if cells[key]]
     return taken[: max(points, len(cells))]
 
 
