@@ -12,6 +12,7 @@ from bytecap.curves import byte_returns, trial
 from bytecap.curves.ground import Ground, lay, make_job
 from bytecap.curves.points import Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, point
+from bytecap.curves.slopes import factors_along
 from bytecap.model.checkpoint import load_model
 from bytecap.model.text import leading
 from bytecap.pipeline import choose_device
@@ -127,6 +128,8 @@ def singles(args: Any, name: str, bits: float, base: str) -> None:
     ground = lay(make_job(model, sets, budget, device, args.seed, reporter), base, store)
     held, offers, measured = leading(sets.correction, args.point_tokens), [], []  # type: ignore[var-annotated]
     on_held = at_base(ground, held, store)
+    with reporter.step("curvatures along new errors", 1):
+        again = _along_new_errors(ground)
     with reporter.step("drawing", 1):
         drawn = _drawn(ground, trial.known(args.paths), args.points, args.seed)
     for at in range(0, len(drawn), 12):
@@ -146,11 +149,24 @@ def singles(args: Any, name: str, bits: float, base: str) -> None:
         for n in dict.fromkeys(o.path for o in offers)
     }  # fmt: skip
     every = agreement(offers, measured, on_held, args.seed)
-    sample = [_row(o, m, on_held, ground) for o, m in zip(offers, measured, strict=True)]
+    sample = [
+        _row(o, m, on_held, ground) | {"factor_along_new_errors": again[o.unit]}
+        for o, m in zip(offers, measured, strict=True)
+    ]
     figures = {"name": base, "bytes": ground.bytes, "budget_bytes": budget, **base_figures(on_held)}
     record(args, {"benchmark": "curves", "model": name, "bits": bits, "rungs": args.rungs, "base": figures,
                   "agreement": every, "paths": by_path, "sample": sample, "seconds": reporter.steps})  # fmt: skip
     _say(name, bits, base, every, by_path)
+
+
+def _along_new_errors(ground: Ground) -> dict[str, float]:
+    """Factors from what coding every unit anew, a 64th of an octave finer, really changes; a random sign a unit."""
+    base, rng = ground.base, random.Random("signs")  # noqa: S311
+    fresh = base.round(list(base.problems.values()), 1 / 64)
+    moves = {
+        n: rng.choice((-1, 1)) * (r.values - base.units[n].values) for n, r in zip(base.problems, fresh, strict=True)
+    }
+    return factors_along(ground.job, base, ground.twin, ground.job.sets.statistics, moves)
 
 
 def _row(offer: trial.Offer, measured: Any, base: Any, ground: Ground) -> dict[str, Any]:

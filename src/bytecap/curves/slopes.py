@@ -78,15 +78,25 @@ def _measure(job: Job, base: Base, twin: nn.Module) -> tuple[dict[str, Array], d
             job.model.module, twin, list(base.problems), windows, device=job.device,
             batch=pass_tokens(job.model.module, torch.device(job.device)), progress=advance,
         )  # fmt: skip
-    return {n: g.cpu().numpy() for n, g in slopes.items()}, _factors(job, base, twin, windows)
+    moves = {n: _SIZE * _signed(base, n, job.seed) for n in base.problems}
+    return {n: g.cpu().numpy() for n, g in slopes.items()}, factors_along(job, base, twin, windows, moves)
 
 
-def _factors(job: Job, base: Base, twin: nn.Module, windows: Sequence[Window]) -> dict[str, float]:
-    """Measured over expected curvature of each role; the correction factor where a role has none."""
+def factors_along(
+    job: Job, base: Base, twin: nn.Module, windows: Sequence[Window], moves: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Measured over expected curvature of each role; the correction factor where a role has none.
+
+    Args:
+        job: the model.
+        base: the operating point.
+        twin: a module that holds it.
+        windows: tokens to measure on.
+        moves: perturbation of every unit, (rows, cols).
+    """
     roles: dict[str, list[str]] = {}
     for n in base.problems:
         roles.setdefault(role_name(n), []).append(n)
-    moves = {n: _SIZE * _signed(base, n, job.seed) for n in base.problems}
 
     def moved(sign: int, names: Sequence[str]) -> Values:
         return {n: from_matrix(base.problems[n].unit, (base.units[n].values + sign * moves[n]).numpy()) for n in names}
