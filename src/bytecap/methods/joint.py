@@ -26,9 +26,9 @@ def list_size(amount: Amount) -> int:
 def saved(amount: Amount, users: int) -> int:
     """Bytes that storing an amount's list once spares so many layers that name it.
 
-    >>> wide = Amount(64, 8, 1, np.arange(64) * 5 % 512, 0)
+    >>> wide = Amount(64, 8, 1, np.arange(512) * 5 % 512, 0)
     >>> list_size(wide), saved(wide, 1), saved(wide, 10)
-    (50, 0, 413)
+    (35, 0, 275)
     """
     own, once = list_size(amount), len(write_list(amount.index, len(amount.order))) + LIST_ENTRY
     return max(0, users * (own - REFERENCE) - once)
