@@ -16,14 +16,14 @@ from bytecap.curves.trial import Offer
 from bytecap.errors import UsageError
 from bytecap.model.evaluate import ByWindow
 from bytecap.progress import Silent
-from bytecap.report.page import page
+from bytecap.report.curves import page
 from bytecap.report.svg import ticks
 from bytecap.store import Store, digest
 from conftest import BUDGET, SMALL
 
 PATHS = ("columns", "lowrank")
 POINT = {
-    "bytes", "side_bytes", "units_share", "weights_share", "predicted_nats", "kl_recovered", "kl_stderr",
+    "bytes", "side_bytes", "list_bytes", "units_share", "weights_share", "predicted_nats", "kl_recovered", "kl_stderr",
     "loss_recovered", "loss_stderr", "nats_per_byte", "bpb_recovered", "bpb_per_kb", "units",
 }  # fmt: skip
 
@@ -47,7 +47,7 @@ def curved(tmp_path_factory, model_directory, texts):
 
 
 def offer(size, gain, unit="u"):
-    return Offer("p", unit, 0, "", size, gain, gain, 0, 1.0)
+    return Offer("p", unit, 0, "", size, gain, 0.0, gain, 0, 1.0)
 
 
 class TestStore:
@@ -165,7 +165,7 @@ class TestCurves:
             assert path["whole"]
             for p in path["whole"]:
                 assert set(p) == POINT
-                assert p["bytes"] == sum(p["units"].values())
+                assert p["bytes"] == sum(p["units"].values()) + p["list_bytes"]
                 assert 0 <= p["weights_share"] <= 1
                 assert p["side_bytes"] >= 0
             assert len(path["units"]) + path["skipped_units"] == 14 + 1
@@ -185,13 +185,44 @@ class TestCurves:
     def test_every_path_has_a_curve_on_the_page(self, curved):
         found, directory = curved()
         text = (directory / "curves.html").read_text()
-        assert "<script" not in text
+        assert len(text) < 2_000_000
         assert "http" not in text.replace("http-equiv", "")
-        charts = [c.partition("</svg>")[0] + "</svg>" for c in text.split("<svg ")[1:]]
-        names = {g.get("data-path") for c in charts for g in ET.fromstring("<svg " + c).iter("g")}  # noqa: S314
+        charts = [ET.fromstring("<svg " + c.partition("</svg>")[0] + "</svg>") for c in text.split("<svg ")[1:]]  # noqa: S314
+        names = {g.get("data-path") for c in charts for g in c.iter("g")}
         assert {"step", *PATHS, "lambda"} <= names
         for name in found["paths"]:
             assert f'<p class="verdict">{name}: ' in text
+        whole = next(c for c in charts if "KL recovered" in c.get("aria-label", ""))
+        assert sum(p.get("class") == "band" for p in whole.iter("polygon")) == len(names & {"step", *PATHS})
+        tips = [g.get("data-tip") for g in whole.iter("g") if g.get("data-tip")]
+        saturated = [n for n, p in found["paths"].items() if p["ninety_percent_bytes"] is not None]
+        assert [t.partition(":")[0] for t in tips if "90% of its gain" in t] == saturated
+        assert sum("bytes: " in t and "matrices" in t for t in tips) == sum(
+            len(p["whole"]) for p in found["paths"].values()
+        )
+
+    def test_every_unit_has_a_small_curve_that_can_be_found(self, curved):
+        found, directory = curved()
+        text = (directory / "curves.html").read_text()
+        table = text.partition('<table class="sorts" id="units">')[2].partition("</table>")[0]
+        rows = table.partition("<tbody>")[2].split("<tr>")[1:]
+        assert len(rows) == sum(len(p["units"]) for p in found["paths"].values())
+        assert all(r.count('<svg class="spark"') == 1 for r in rows)
+        assert 'data-filters="units"' in text
+        step = found["paths"]["step"]["units"][0]
+        best = max(p["predicted_nats"] for p in step["points"] if p["on_hull"])
+        assert f'<td data-value="{best:.6e}">' in rows[0]
+
+    def test_the_page_goes_where_it_is_wanted(self, curved, model_directory, texts, tmp_path):
+        _, directory = curved()
+        files = {"calibration": texts["calib"], "evaluation": texts["val"]}
+        found = byte_returns(
+            model_directory("rotary"), BUDGET, **files, paths=PATHS, points=8, point_tokens=500,
+            store=directory / "store", report=tmp_path / "a.html", **SMALL,
+        )  # fmt: skip
+        assert (tmp_path / "a.html").read_text() == (directory / "curves.html").read_text()
+        assert found["paths"].keys() == {"step", *PATHS}
+        assert [p.name for p in tmp_path.iterdir()] == ["a.html"]
 
     def test_a_second_run_measures_nothing_and_finds_the_same(self, curved, monkeypatch):
         _, directory = curved()
@@ -272,7 +303,7 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
         return found
 
     monkeypatch.setattr("bytecap.curves.points.realise", look)
-    monkeypatch.setattr("bytecap.curves.trial._RUNGS", 2)
+    monkeypatch.setattr("bytecap.curves.trial.RUNGS", 2)
     byte_returns(
         model_directory("transposed"), BUDGET + 4000, calibration=texts["calib"], evaluation=texts["val"], points=4,
         point_tokens=300, **SMALL,

@@ -99,9 +99,15 @@ class TestWeakBase:
         for name, values in found.tensors().items():
             np.testing.assert_array_equal(other[name], values)
 
-    def test_what_cannot_apply_is_said_once(self, outcome):
-        _, notes = outcome("weak", *MENU)
-        assert [n for n in notes if "cannot apply" in n] == ["path channels cannot apply to 11 of 15 matrices"]
+    def test_what_cannot_apply_is_said_once(self, loud, texts, monkeypatch):
+        path, reporter = paths()["rows"], Silent()
+        settings = type(path).settings
+        monkeypatch.setattr(
+            type(path), "settings", lambda s, p, base=None: settings(s, p, base) if p.weight.shape[0] < 50 else []
+        )
+        files = {"calibration": texts["calib"], "evaluation": texts["val"]}
+        bytecap.fit(loud, BUDGET, **files, paths=["rows"], options=WEAK, dry_run=True, reporter=reporter, **SMALL)
+        assert [n for n in reporter.notes if "cannot apply" in n] == ["path rows cannot apply to 5 of 15 matrices"]
 
 
 class TestStrongBase:

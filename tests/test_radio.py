@@ -9,7 +9,7 @@ from bytecap.coders import Shared, run
 from bytecap.coders.companded import dequantize
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Unit
-from bytecap.methods.gradient import mean_squared_gradients
+from bytecap.methods.gradient import _Hidden, mean_squared_gradients
 from bytecap.methods.radio import Companding, _Fit, bias_names, compand, cut, depths_at, dual_ascent
 from bytecap.model.checkpoint import find_units, load_model
 from bytecap.model.text import Window
@@ -83,7 +83,7 @@ def test_squared_gradients_are_those_of_single_tokens():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11)).eval()
     units = find_units(module)
-    found = mean_squared_gradients(module, units, [Window(tuple(range(11)), 11)], seed=3)
+    found = mean_squared_gradients(module, units, [Window(tuple(range(11)), 11)], kind="loss", seed=3)
     assert found.tokens == 10
     torch.testing.assert_close(found.inputs["1.weight"], module[0].weight[:10].double().mean(0), atol=1e-2, rtol=1e-2)
     total = found.square["0.weight"]
@@ -93,6 +93,72 @@ def test_squared_gradients_are_those_of_single_tokens():
     x = module[0].weight[:10].square()  # the squared gradient is a sum of outer products of g^2 and x^2
     ratio = found.square["1.weight"] @ torch.linalg.pinv(x)
     torch.testing.assert_close(ratio @ x, found.square["1.weight"], atol=1e-3, rtol=3e-2)
+
+
+class Tower(torch.nn.Module):
+    """A table, a map to hidden states and a head; every token stands alone."""
+
+    def __init__(self, head_scale=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.map = torch.nn.Embedding(24, 6), torch.nn.Linear(6, 4, bias=False)
+        self.head = torch.nn.Linear(4, 24, bias=False)
+        self.head.weight.data *= head_scale * torch.tensor([10.0, 1, 1, 1])  # the loss sees one output most
+
+    def forward(self, ids):
+        return self.head(self.map(self.table(ids)))
+
+
+WINDOWS = [Window(tuple(np.random.default_rng(i).integers(0, 24, 65).tolist()), 65) for i in range(48)]
+
+
+class TestComponents:
+    def found(self, kind, monkeypatch, module=None):
+        monkeypatch.setattr("bytecap.methods.gradient.fast_dtype", lambda _: torch.float32)
+        monkeypatch.setattr("bytecap.methods.gradient._SAMPLED", 1)
+        module = (module or Tower()).eval()
+        return mean_squared_gradients(module, find_units(module), WINDOWS, kind=kind)
+
+    def test_all_directions_of_the_hidden_states_count_alike(self, monkeypatch):
+        """With every component in turn, sum_k u_ki^2 = 1: the map's rows differ for the loss, not for the paper."""
+        rows = {kind: self.found(kind, monkeypatch).square["map.weight"].sum(1) for kind in ("components", "loss")}
+        assert float(rows["components"].max() / rows["components"].min()) < 1.3
+        assert float(rows["loss"].max() / rows["loss"].min()) > 10
+        assert float(rows["components"].sum()) == pytest.approx(float(rows["loss"].sum()), rel=1e-4)  # in nats
+
+    def test_columns_are_those_of_the_inputs(self, monkeypatch):
+        module = Tower()
+        found = self.found("components", monkeypatch, module).square["map.weight"].sum(0)
+        seen = module.table(torch.tensor([w.tokens[:-1] for w in WINDOWS])).reshape(-1, 6).square().mean(0)
+        torch.testing.assert_close(found / found.sum(), seen / seen.sum(), rtol=1e-3, atol=1e-4)
+
+    def test_the_head_has_the_gradients_of_the_loss(self, monkeypatch):
+        by = {kind: self.found(kind, monkeypatch).square for kind in ("components", "loss")}
+        torch.testing.assert_close(by["components"]["head.weight"], by["loss"]["head.weight"])
+        assert not torch.allclose(by["components"]["table.weight"], by["loss"]["table.weight"])
+        assert (by["components"]["table.weight"] > 0).all()
+
+    def test_a_sample_of_tokens_is_enough(self, monkeypatch):
+        whole = self.found("components", monkeypatch).square["map.weight"]
+        monkeypatch.undo()
+        module = Tower().eval()
+        part = mean_squared_gradients(module, find_units(module), WINDOWS).square["map.weight"]
+        torch.testing.assert_close(part, whole, rtol=0.5, atol=0.1 * float(whole.mean()))
+
+    def test_components_are_principal(self):
+        module = Tower().eval()
+        with torch.no_grad():
+            module.map.weight[2] *= 20
+        first, *_ = _Hidden(module).components(module, WINDOWS, 256)
+        states = [module.map(module.table(torch.tensor(w.tokens[:-1]))) for w in WINDOWS]
+        covariance = torch.cov(torch.cat(states).T.detach())
+        _, vectors = torch.linalg.eigh(covariance)
+        assert abs(float(first @ vectors[:, -1])) == pytest.approx(1, abs=1e-3)
+        assert abs(float(first[2])) > 0.95
+
+    def test_unknown_gradients_are_refused(self):
+        with pytest.raises(bytecap.UsageError, match="use components or loss"):
+            bytecap.fit("demo", 600_000, method="radio", tokens=512, evaluation_tokens=512, options={"gradients": "x"})
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 8])

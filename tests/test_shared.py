@@ -174,7 +174,10 @@ def test_a_system_decodes_as_it_promises(decoder):
 
 @pytest.mark.parametrize("method", ["cluscomp", "reallm"])
 def test_what_is_shared_is_charged_and_both_accountings_work(model_directory, texts, method, monkeypatch):
-    monkeypatch.setattr(shared, "solve", lambda _plain, systems, curves, _room: (systems[-1], curves(systems[-1])))
+    def solve(_plain, systems, curves, _room):
+        return systems[-1], curves(systems[-1]), [1.0] + [0.9] * len(systems)
+
+    monkeypatch.setattr(shared, "solve", solve)
     for accounting in ("published", "coded"):
         result = bytecap.fit(
             model_directory("rotary"), 32_000, calibration=texts["calib"], evaluation=texts["val"], method=method,

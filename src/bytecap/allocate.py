@@ -137,6 +137,8 @@ def refine(curve: Curve, kappa: float) -> Curve:
         kappa: factor of all distortions.
     """
     measured = sorted(curve.points, key=lambda p: p.setting)
+    if len(measured) == 1:
+        return Curve(curve.name, (replace(measured[0], distortion=kappa * measured[0].distortion),))
     x = np.array([p.setting for p in measured])
     fine = np.linspace(x[0], x[-1], round(float(x[-1] - x[0]) * 16) + 1)
     rate = _pchip(x, np.array([p.rate for p in measured]), fine)

@@ -25,6 +25,7 @@ def curves(
     points: Annotated[int | None, typer.Option(help="Single-unit points to measure.", min=1)] = None,
     point_tokens: Annotated[int | None, typer.Option(help="Most tokens each of them is measured on.", min=1)] = None,
     store: Annotated[Path | None, typer.Option(help="Directory of measured points; DIR/store.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Page to write; DIR/curves.html.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a byte buys on every exception path, at a budget's operating point."""
@@ -34,7 +35,8 @@ def curves(
     found = byte_returns(
         model, budget, output, base=base, paths=names(paths), calibration=calib, evaluation=eval_, device=device,
         seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
-        points=points or POINTS, point_tokens=point_tokens or POINT_TOKENS, store=store, reporter=progress(as_json),
+        points=points or POINTS, point_tokens=point_tokens or POINT_TOKENS, store=store, report=report,
+        reporter=progress(as_json),
     )  # fmt: skip
     if as_json:
         print_json(found)

@@ -34,7 +34,8 @@ _NAMES = {1: "codebook", 2: "decoder", 3: "list", 4: "table"}
 _KINDS = {"codebook": "side", "decoder": "side", "list": "index", "table": "table"}
 _MAX_PLACES = 1 << 31
 _MOST = 128  # objects whose number takes a byte
-_ENTRY = 7  # bytes of a section in the directory
+LIST_ENTRY = 7  # bytes of a shared list's section in the directory
+REFERENCE = 3  # bytes of a layer's reference to a list of less than 128 positions
 
 
 def write_codebook(words: FloatArray, *, byte: bool) -> bytes:
@@ -172,7 +173,7 @@ def share_lists(
                 made = write_list(index, place[1])
                 uses[made] = uses.get(made, 0) + 1
                 saved[made] = end - place[0] - len(leb(len(index))) - 2
-    fresh = [made for made in uses if uses[made] * saved[made] > len(made) + _ENTRY][: _MOST - len(objects)]
+    fresh = [made for made in uses if uses[made] * saved[made] > len(made) + LIST_ENTRY][: _MOST - len(objects)]
     numbers = {made: len(objects) + i for i, made in enumerate(fresh)}
     changed = {n: _referring(data, shape, numbers) for n, (shape, data) in stacks.items()}
     return changed, (*objects, *fresh)

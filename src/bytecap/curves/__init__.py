@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap.atomic import make_directory, write_atomically
 from bytecap.correct import role_name
-from bytecap.curves.choose import hull, most, spend
+from bytecap.curves.choose import bundled, hull, members, most, spend
 from bytecap.curves.ground import Ground, check_base, lay, make_job
 from bytecap.curves.points import Measured, Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, ninety, point, verdict, yardstick
@@ -54,6 +54,7 @@ def byte_returns(
     points: int = POINTS,
     window: int = 512,
     store: Path | str | None = None,
+    report: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Byte-return curves of every path at a budget; the members are described in docs/curves.md.
@@ -74,6 +75,7 @@ def byte_returns(
         points: single-unit points to measure.
         window: predicted tokens in one.
         store: directory of measured points; `output`/store by default.
+        report: page to write; `output`/curves.html by default.
         reporter: told about progress.
 
     Raises:
@@ -97,19 +99,26 @@ def byte_returns(
     found = _curves(ground, names, leading(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
     found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
-    return _write(found, directory, reporter) if directory is not None else found
+    _write(found, directory, Path(report) if report is not None else None, reporter)
+    return found
 
 
-def _write(found: dict[str, Any], directory: Path, reporter: Reporter) -> dict[str, Any]:
-    """Write both files; returns what was found."""
-    from bytecap.report.page import page
+def _write(found: dict[str, Any], directory: Path | None, report: Path | None, reporter: Reporter) -> None:
+    """Write the figures, and the page beside them or where it is wanted."""
+    from bytecap.report.curves import page
     from bytecap.report.plain import finite
 
     clean = finite(found)
-    write_atomically((json.dumps(clean, indent=1, allow_nan=False) + "\n").encode(), directory / "curves.json")
-    write_atomically(page(clean).encode(), directory / "curves.html")
-    reporter.note(f"wrote {directory / 'curves.json'} and {directory / 'curves.html'}")
-    return found
+    files = (
+        {} if directory is None else {directory / "curves.json": json.dumps(clean, indent=1, allow_nan=False) + "\n"}
+    )
+    at = report if report is not None else directory and directory / "curves.html"
+    if at is not None:
+        files[at] = page(clean)
+    for path, text in files.items():
+        write_atomically(text.encode(), path)
+    if files:
+        reporter.note(f"wrote {' and '.join(map(str, files))}")
 
 
 def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points: int, store: Store) -> dict[str, Any]:
@@ -124,8 +133,7 @@ def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points
     for name, count in skipped.items():
         if count:
             reporter.note(f"path {name} cannot apply to {count} of {len(ground.base.problems)} matrices")
-    plans = {n: [spend(promised[n], a) for a in _amounts(ground, promised[n])] for n in names}
-    plans = {n: [p for p in mine if p] for n, mine in plans.items()}
+    plans = {n: _plans(ground, bundled(promised[n])) for n in names}
     flat = [(n, p) for n in names for p in plans[n]]
     on_texts, on_held = at_base(ground, texts, store), at_base(ground, held, store)
     with reporter.step("whole model", max(1, len(flat))) as advance:
@@ -150,10 +158,11 @@ def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points
     }  # fmt: skip
 
 
-def _amounts(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[float]:
-    """Bytes a path is given, up to the share of the base or to all it can use."""
+def _plans(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[dict[str, Offer]]:
+    """What is chosen at each amount of bytes, up to the share of the base or to all that the path can use."""
     top = min(TOP * ground.bytes, most(promised))
-    return [a * top for a in AMOUNTS]
+    plans = [members(spend(promised, a * top)) for a in AMOUNTS]
+    return [p for p in plans if p]
 
 
 def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
@@ -161,20 +170,26 @@ def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
 
 
 def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
-    """Offers to measure unit by unit: the same number for every path and role, as far as there are enough."""
+    """Offers to measure unit by unit: the same number for every path and role, as far as there are enough.
+
+    Offers on their unit's hull come first: no other one would ever be taken, and most others are so small that what
+    they recover is lost in the noise.
+    """
     rng = random.Random(f"sample {seed}")  # noqa: S311
-    cells: dict[tuple[str, str], list[Offer]] = {}
+    cells: dict[tuple[str, str], list[tuple[bool, Offer]]] = {}
     for name, units in promised.items():
         for unit, mine in units.items():
+            corners = hull(mine)
             for o in mine:
-                cells.setdefault((role_name(unit), name), []).append(o)
+                cells.setdefault((role_name(unit), name), []).append((o in corners, o))
     for cell in cells.values():
         rng.shuffle(cell)
+        cell.sort(key=lambda x: x[0])  # taken from the end
     taken: list[Offer] = []
     order = sorted(cells)
     while len(taken) < points and any(cells.values()):
         rng.shuffle(order)
-        taken += [cells[key].pop() for key in order if cells[key]]
+        taken += [cells[key].pop()[1] for key in order if cells[key]]
     return taken[: max(points, len(cells))]
 
 
@@ -213,7 +228,8 @@ def _singles(
     mine = [(o, m) for o, m in zip(sample, measured, strict=True) if o.path == path]
     return {
         "sample": [
-            {"unit": o.unit, "setting": o.setting, "predicted_bytes": o.bytes, "curvature_nats": o.gain}
+            {"unit": o.unit, "setting": o.setting, "predicted_bytes": o.bytes, "curvature_nats": o.gain,
+             "slope_nats": o.slope}
             | {k: v for k, v in point(m, base, o.alone, count).items() if k != "units"}
             for o, m in mine
         ],

@@ -10,25 +10,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from bytecap import memory, pipeline
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.correct import TOKENS, Factor, role_name, shrunk
 from bytecap.curves.base import Base, GolfBase, GridBase, golf_k
+from bytecap.curves.slopes import Slopes, measure_slopes
 from bytecap.decode import from_matrix
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Section
 from bytecap.methods.default import planned, statistics
 from bytecap.methods.layered import problem_of
 from bytecap.methods.statistics import job_key, windows_key
-from bytecap.model.blind import as_matrix
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluate import kl_each
-from bytecap.model.gradient import gradient
-from bytecap.model.probe import Statistics, pass_tokens
+from bytecap.model.probe import Statistics
+from bytecap.model.streams import streams_of
 from bytecap.model.text import TokenSets, leading
+from bytecap.paths.channels import rank
 from bytecap.rounding import Shrink
 from bytecap.store import Store, digest
 from bytecap.swap import load_values, twin_of
@@ -36,7 +36,6 @@ from bytecap.sweep import Options
 from bytecap.tables import dump_shared, load_shared
 
 BASES = ("grid", "golf")
-_SLOPE_TOKENS = 32_768
 Array = npt.NDArray[Any]
 
 
@@ -49,7 +48,7 @@ class Ground:
         base: the operating point.
         sections: of the base's units, real bytes.
         twin: a module that holds the base's decoded values.
-        slopes: gradient of the KL there, nats per token, (rows, cols) by unit name.
+        slopes: the KL's expansion there.
         key: hash of all of it.
     """
 
@@ -57,7 +56,7 @@ class Ground:
     base: Base
     sections: Mapping[str, Section]
     twin: nn.Module
-    slopes: Mapping[str, torch.Tensor]
+    slopes: Slopes
     key: str
 
     @property
@@ -97,31 +96,24 @@ def lay(job: Job, base: str, store: Store) -> Ground:
     key, found = job_key(job), statistics(job, options)
     key = digest(key, base, job.budget, windows_key(job.sets.correction))
     made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
+    _rank_channels(job, made)
     sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))
     twin = twin_of(job.model.module)
     units = {u.name: u for u in job.model.units}
     load_values(twin, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
     memory.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
-    return Ground(job, made, sections, twin, _slopes(job, made, twin, store, hashed), hashed)
+    return Ground(job, made, sections, twin, measure_slopes(job, made, twin, store, hashed), hashed)
 
 
-def _slopes(job: Job, base: Base, twin: nn.Module, store: Store, key: str) -> dict[str, torch.Tensor]:
-    """Gradient of the KL at the base, from the store if it is there."""
-    windows = leading(job.sets.statistics, _SLOPE_TOKENS)
-    kept = store.arrays(digest(key, "slopes", _SLOPE_TOKENS))
-    if kept is None:
-        with job.reporter.step("slopes", sum(w.predicted for w in windows)) as advance:
-            _, found = gradient(
-                job.model.module, twin, list(base.problems), windows, device=job.device,
-                batch=pass_tokens(job.model.module, torch.device(job.device)), progress=advance,
-            )  # fmt: skip
-        kept = {n: g.cpu().numpy() for n, g in found.items()}
-        store.put_arrays(digest(key, "slopes", _SLOPE_TOKENS), kept)
-    return {n: as_matrix(p.unit, torch.from_numpy(kept[n])) for n, p in base.problems.items()}
+def _rank_channels(job: Job, base: GridBase | GolfBase) -> None:
+    """Tell every matrix which streams it is on, and what their channels are worth to all of their matrices."""
+    streams = streams_of(job.model.module, job.model.units, job.sets.statistics)
+    found = rank(streams, ((p, base.units[n].values) for n, p in base.problems.items()), base.kappa)
+    base.problems = {n: replace(p, rankings=found[n]) for n, p in base.problems.items()}
 
 
-def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[Base, dict[str, Array]]:
+def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[GridBase, dict[str, Array]]:
     """The grid base and the decoded values of all other units."""
     kept = store.get(digest(key, "plan"))
     planner, state, kappa = planned(job, options, found, kept["steps"] if kept else None)
@@ -136,7 +128,7 @@ def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str)
     return base, rest
 
 
-def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[Base, dict[str, Array]]:
+def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[GolfBase, dict[str, Array]]:
     """The golf base; all other units keep their values."""
     planner, _, ones = planned(job, options, found, {})
     problems = {p.unit.name: problem_of(p) for p in planner.matrices}

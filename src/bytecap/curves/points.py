@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bytecap.coders.objects import LIST_ENTRY, share_lists
+from bytecap.coders.stack import CODER as STACK
 from bytecap.curves.ground import Ground
 from bytecap.curves.trial import Real, realise
 from bytecap.decode import from_matrix
@@ -41,6 +43,7 @@ class Measured:
 
     Attributes:
         growth: bytes by which each chosen unit's section grew.
+        lists: bytes of lists of positions that the units share.
         side: bytes of side information within the growth.
         share: share of all matrices' weights that is protected.
         kl: KL to the original summed over each window's tokens, (windows,) in nats.
@@ -52,11 +55,12 @@ class Measured:
     share: float
     kl: FloatArray
     nats: FloatArray
+    lists: int = 0
 
     @property
     def bytes(self) -> int:
         """Bytes spent."""
-        return sum(self.growth.values())
+        return sum(self.growth.values()) + self.lists
 
 
 def at_base(ground: Ground, windows: Sequence[Window], store: Store) -> ByWindow:
@@ -100,15 +104,19 @@ def measure(
             kept[k] = _entry(ground, real, scores[k], parameters)
             store.put(k, kept[k])
     return [
-        Measured(e["growth"], e["side"], e["share"], np.array(e["kl"]), np.array(e["nats"]))
+        Measured(e["growth"], e["side"], e["share"], np.array(e["kl"]), np.array(e["nats"]), e["lists"])
         for e in (kept[k] for k in keys)
     ]
 
 
 def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameters: int) -> dict[str, Any]:
     protected = sum(r.share * ground.base.problems[n].unit.parameters for n, r in real.items())
+    shapes = {n: ground.base.problems[n].unit.matrix_shape for n in real}
+    stacks = {n: (shapes[n], r.section.data) for n, r in real.items() if r.section.tag == STACK.tag}
+    stored, lists = share_lists(stacks)
     return {
-        "growth": {n: len(r.section.data) - len(ground.sections[n].data) for n, r in real.items()},
+        "growth": {n: len(stored.get(n, r.section.data)) - len(ground.sections[n].data) for n, r in real.items()},
+        "lists": sum(len(o) + LIST_ENTRY for o in lists),
         "side": sum(r.side for r in real.values()), "share": protected / max(1, parameters),
         "kl": scores.kl.tolist(), "nats": scores.nats.tolist(),
     }  # fmt: skip

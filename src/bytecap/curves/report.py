@@ -43,7 +43,8 @@ def point(measured: Measured, base: ByWindow, predicted: float, units: int) -> d
     bpb = float(loss.sum() / math.log(2) / base.bytes.sum())
     gain = float(kl.sum() / tokens)
     return {
-        "bytes": spent, "side_bytes": measured.side, "units_share": len(measured.growth) / max(1, units),
+        "bytes": spent, "side_bytes": measured.side, "list_bytes": measured.lists,
+        "units_share": len(measured.growth) / max(1, units),
         "weights_share": measured.share, "predicted_nats": predicted,
         "kl_recovered": gain, "kl_stderr": ratio_stderr(kl, base.tokens),
         "loss_recovered": float(loss.sum() / tokens), "loss_stderr": ratio_stderr(loss, base.tokens),

@@ -24,7 +24,7 @@ from bytecap.store import Store, digest
 
 STEP = "step"
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
-_RUNGS = 8  # settings of one path on one unit
+RUNGS = 8  # settings of one path on one unit
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,12 @@ class Offer:
         setting: the setting in words.
         bytes: estimated growth of the section.
         gain: predicted nats per token recovered by many units together: curvature and correction factor.
-        alone: predicted nats per token recovered if this unit alone changes.
+        slope: predicted nats per token from the KL's slope alone.
+        alone: predicted nats per token recovered if this unit alone changes: slope and curvature.
         side: bytes of side information within the growth.
         share: share of the unit's weights that is protected.
+        stream: number of the stream whose channels it protects, else -1.
+        list: stream, amount and precision, which all units on the stream take together.
     """
 
     path: str
@@ -49,9 +52,12 @@ class Offer:
     setting: str
     bytes: float
     gain: float
+    slope: float
     alone: float
     side: int
     share: float
+    stream: int = -1
+    list: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def ladder(path: str, base: Base, name: str) -> Sequence[Any]:
     """Settings of a path on a unit, cheapest first; long ladders are thinned evenly, their ends kept."""
     if path == STEP:
         return STEPS
-    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), _RUNGS)
+    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), RUNGS)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
@@ -154,12 +160,34 @@ def _offer(
         values, side, share = applied.values, applied.side, applied.share
     problem, before, kappa = base.problems[name], base.units[name].values, base.kappa.get(name, 1.0)
     gain = kappa * (problem.distortion(before) - problem.distortion(values))
-    alone = recovered(problem, before, values, ground.slopes[name], kappa)
-    return Offer(path, name, index, _words(path, setting), float(growth), gain, alone, side, float(share))
+    slope, curved = recovered(problem, before, values, ground.slopes.gradients[name], ground.slopes.factors[name])
+    stream = getattr(setting, "stream", -1)
+    listed = f"{stream} {setting.count} {setting.bits}" if stream >= 0 else ""
+    return Offer(
+        path,
+        name,
+        index,
+        _words(path, setting),
+        float(growth),
+        gain,
+        slope,
+        slope - curved,
+        side,
+        float(share),
+        stream,
+        listed,
+    )
 
 
-def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, kappa: float) -> float:
-    """Nats per token that other values of one unit recover: second-order expansion of the KL around the base.
+def promise(ground: Ground, path: str, name: str, index: int) -> Offer:
+    """One unit's offer at one setting of a path, by its index in the ladder; nothing is kept."""
+    setting = ladder(path, ground.base, name)[index]
+    rounded, applied = _try(ground.base, path, {name: setting})[name]
+    return _offer(ground, path, name, index, setting, rounded, applied)
+
+
+def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
+    """Nats per token that other values of one unit recover by the KL's slope at the base, and lose by its curvature.
 
     Exact to second order for one unit, too hopeful for a sum: several units are credited with the same slope.
 
@@ -168,11 +196,11 @@ def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, ka
         before: the base's values (rows, cols).
         after: the new ones.
         slope: measured gradient of the KL at the base; holds the errors of all other units too.
-        kappa: correction factor of the curvature.
+        factor: of the curvature.
     """
     change = (after - before).double()
     curved = float((((change @ problem.hessian) * change).sum(1) @ problem.rows) / 2)
-    return -float((slope.double() * change).sum()) - kappa * curved
+    return -float((slope.double() * change).sum()), factor * curved
 
 
 def _words(path: str, setting: Any) -> str:

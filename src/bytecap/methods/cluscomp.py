@@ -285,7 +285,8 @@ def run(job: Job) -> Outcome:
         with job.reporter.step("shared codewords", 1):
             systems = [shared.book(materials, n, d, byte=family.coded, seed=job.seed) for n, d in shared.sizes(rate)]
             room = capacity(job, materials, stored)
-            system, curves = shared.solve(curves, systems, partial(family.common, materials), room)
+            system, curves, predicted = shared.solve(curves, systems, partial(family.common, materials), room)
+            job.reporter.note(shared.outcome(systems, predicted))
         if system is not None:
             family, objects = replace(family, system=system), system.objects()
     choice = choose(shared.charged(job, objects), materials, stored, curves, family)

@@ -32,6 +32,7 @@ from bytecap.methods.waterfill import Planner, State, VectorUnit
 from bytecap.model.blind import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics
+from bytecap.model.streams import streams_of
 from bytecap.model.text import leading
 from bytecap.recover import tune
 from bytecap.resume import Kept, rules_from_json, rules_to_json
@@ -152,7 +153,8 @@ def _kept_plan(planner: Planner, kept: Kept) -> _Candidate | None:
 
 def _with_paths(job: Job, start: _Candidate, kappa: Mapping[str, float], capacity: float) -> dict[str, _Candidate]:
     """The plan over exception paths, settled; nothing if no unit takes one."""
-    found = menu.Menu(start.planner, start.state, kappa, capacity, job.paths)
+    streams = streams_of(job.model.module, job.model.units, job.sets.statistics) if menu.CHANNELS in job.paths else ()
+    found = menu.Menu(start.planner, start.state, kappa, capacity, job.paths, streams)
     with job.reporter.step("exception paths", 1) as advance:
         found.measure(advance)
         for name, count in found.skipped.items():

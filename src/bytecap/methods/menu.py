@@ -24,15 +24,20 @@ from bytecap import correct
 from bytecap.allocate import allocate, floor_rate, refine
 from bytecap.coders import Shared
 from bytecap.core import Curve, Plan, Point
+from bytecap.methods.joint import one_list
 from bytecap.methods.layered import Layered, layered, problem_of
 from bytecap.methods.waterfill import Planner, State, decode_coded, finest_step
-from bytecap.paths import Problem, check_names, paths, thinned
+from bytecap.model.streams import Stream
+from bytecap.paths import Problem, Ranking, check_names, paths, thinned
+from bytecap.paths.channels import PATH as CHANNELS_PATH
+from bytecap.paths.channels import rank
 from bytecap.progress import Advance
 from bytecap.sweep import Coded, Prepared, rate
 from bytecap.units import in_groups
 
 DEFAULT: tuple[str, ...] = ()  # what measured best: nothing, see LOG.md
 ALL = "all"
+CHANNELS = CHANNELS_PATH.id  # whose amounts are chosen for all matrices of a stream, so none is dropped early
 LABEL = "paths"  # of the plan over a menu
 PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without a path
 UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under a path
@@ -76,6 +81,7 @@ class Menu:
         kappa: correction factor of every unit.
         capacity: bytes for all units.
         names: paths.
+        streams: of the model, for paths that serve several matrices at once.
         curves: one for each unit, once measured.
         skipped: how many matrices a path cannot serve.
     """
@@ -85,6 +91,7 @@ class Menu:
     kappa: Mapping[str, float]
     capacity: float
     names: Sequence[str]
+    streams: Sequence[Stream] = ()
     curves: list[Curve] = field(init=False)
     skipped: dict[str, int] = field(init=False)
 
@@ -104,11 +111,12 @@ class Menu:
         kappa = self._scaled({n: p[PLAIN.index(0.0)].distortion for n, p in plain.items()})
         fine = {n: refine(Curve(n, tuple(p)), kappa[n]) for n, p in plain.items()}
         slope = allocate(list(fine.values()), max(self.capacity, floor_rate(list(fine.values())))).slope
+        rankings = self._rankings(kappa)
         self.skipped = dict.fromkeys(self.names, 0)
         offers: dict[str, list[Curve]] = {n: [] for n in planner.names}
         whole = sum(p.unit.parameters for p in planner.matrices) * max(1, len(self.names))
         for items in in_groups(planner.matrices, lambda p: p.unit.parameters, _VALUES):
-            bench = _Bench(planner, self.start, states, {p.unit.name: p for p in items}, kappa, slope)
+            bench = _Bench(planner, self.start, states, {p.unit.name: p for p in items}, kappa, slope, rankings)
             for name in self.names:
                 served = bench.offers(name)
                 self.skipped[name] += len(items) - len(served)
@@ -119,6 +127,13 @@ class Menu:
             Curve(n, tuple(p for c in (fine[n], *offers[n]) for p in c.points)) for n in planner.names
         ]  # fmt: skip
 
+    def _rankings(self, kappa: Mapping[str, float]) -> dict[str, tuple[Ranking, ...]]:
+        """Channels of every stream, ranked over all its matrices at the plan."""
+        coded, shared = self.start.coded, self.start.shared
+        known = ((problem_of(p), torch.from_numpy(decode_coded(coded[p.unit.name], shared)))
+                 for p in self.planner.matrices if _servable(p))  # fmt: skip
+        return rank(self.streams, known, kappa) if CHANNELS in self.names else {}
+
     def _scaled(self, true: Mapping[str, float]) -> dict[str, float]:
         """Factors for distortions in the units' own metric, which a base without error feedback does not see."""
         found = dict(self.kappa)
@@ -128,8 +143,11 @@ class Menu:
         return found
 
     def solve(self) -> Plan:
-        """The plan over all choices; every path with a charge solved with and without."""
-        return solve(self.curves, self.capacity, {n: paths()[n].charge for n in self.names})
+        """The plan over all choices, one list for each stream; every path with a charge solved with and without."""
+        charges = {n: paths()[n].charge for n in self.names}
+        plan = solve(self.curves, self.capacity, charges)
+        joint = one_list(self.curves, plan.slope)
+        return plan if joint == self.curves else solve(joint, self.capacity, charges)
 
     def planned(self, plan: Plan) -> tuple[Planner, dict[str, float]]:
         """A planner whose units are under their chosen paths, and every unit's step."""
@@ -154,10 +172,13 @@ class _Bench:
     items: Mapping[str, Prepared]
     kappa: Mapping[str, float]
     slope: float
+    rankings: Mapping[str, tuple[Ranking, ...]]
     problems: dict[str, Problem] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.problems = {n: problem_of(p) for n, p in self.items.items() if _servable(p)}
+        self.problems = {
+            n: replace(problem_of(p), rankings=self.rankings.get(n, ())) for n, p in self.items.items() if _servable(p)
+        }
 
     def offers(self, name: str) -> dict[str, list[Curve]]:
         """Refined curves of the best amounts of a path, by unit; units that it cannot serve are left out."""
@@ -174,7 +195,8 @@ class _Bench:
                 tried[unit].append(point)
         points: dict[str, list[list[Choice]]] = {}
         for unit, found in tried.items():
-            points[unit] = [[p] for p in sorted(found, key=lambda p, unit=unit: self._cost(unit, p))[:_KEPT]]  # type: ignore[misc]
+            ordered = sorted(found, key=lambda p, unit=unit: self._cost(unit, p))  # type: ignore[misc]
+            points[unit] = [[p] for p in (ordered if name == CHANNELS else ordered[:_KEPT])]
         for kept in range(_KEPT):
             some = {n: p[kept][0] for n, p in points.items() if kept < len(p)}
             items = [self._under(n, name, p.amount) for n, p in some.items()]

@@ -11,10 +11,10 @@ Fitting to the cap: the target mean depth R is bisected on the real bytes of the
 changes its depth, so what is left is less than the weights of one group in bits. The set size is the one of 64 to 512
 rows with the least predicted distortion at the cap, since a group's scale, offset and depth cost bytes too.
 
-Source: Young, Radio (arXiv:2505.03031). Chosen here: gradients are those of the loss against the model's own labels
-(`bytecap.methods.gradient`) where the paper back-propagates principal components of the final hidden states. The paper
-leaves embeddings and head in 16 bit; here they are in the budget, final hidden states do not see the head, and only
-the loss puts all tensors on one scale. Scale and offset are refitted in closed form for every scale tried. Where a
+Source: Young, Radio (arXiv:2505.03031). As there, gradients are those of the final hidden states' principal components
+(`bytecap.methods.gradient`). The paper leaves embeddings and head in 16 bit; here they are in the budget, and what the
+hidden states do not see, the head, gets gradients of the loss. `options["gradients"] = "loss"` takes those of the loss
+against the model's own labels everywhere. Scale and offset are refitted in closed form for every scale tried. Where a
 map has a bias, it takes up the mean error, `(W - W^) E[x]`; where it has none, nothing does.
 
 Omitted: error feedback, which the paper does not have either. KL to the original on the embedded 1.4M model at 600,000
@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from bytecap.coders.companded import CODER, MAX_SETS, CompandedCode, dequantize, levels
 from bytecap.coders.exact import CODER as EXACT
 from bytecap.core import Unit
-from bytecap.errors import BudgetError
+from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.baselines import matrices
-from bytecap.methods.gradient import Gradients, mean_squared_gradients
+from bytecap.methods.gradient import KINDS, Gradients, mean_squared_gradients
 from bytecap.methods.owq import coded
 from bytecap.methods.statistics import gradients
 from bytecap.methods.uniform import exact_sections
@@ -352,24 +352,27 @@ def _twin(job: Job, parts: Mapping[str, Companding]) -> nn.Module:
     return twin
 
 
-def _gradients(job: Job, module: nn.Module, seed: int) -> Gradients:
+def _gradients(job: Job, module: nn.Module, seed: int, kind: str) -> Gradients:
     total = sum(w.predicted for w in job.sets.statistics)
     with job.reporter.step("gradients", total) as advance:
         return mean_squared_gradients(
-            module, job.model.units, job.sets.statistics, seed=seed, device=job.device, progress=advance
+            module, job.model.units, job.sets.statistics, kind=kind, seed=seed, device=job.device, progress=advance
         )
 
 
 def run(job: Job) -> Outcome:
     """Companded groups at depths by dual ascent, as deep as the cap allows."""
     entropy, rounds = coded(job.options), int(job.options.get("rounds", ROUNDS))
+    kind = str(job.options.get("gradients", KINDS[0]))
+    if kind not in KINDS:
+        raise UsageError(f"radio: unknown gradients {kind!r}: use {' or '.join(KINDS)}")
     values = matrices(job)
     fixed = exact_sections(job.model.units, values)
     weights = {n: w for n, w in values.items() if n not in fixed}
     capacity = job.budget - sum(len(s.data) for s in fixed.values())
     found, module = Gradients(), job.model.module
     for i in range(max(1, rounds)):
-        again = _gradients(job, module, job.seed + i) if i else gradients(job)
+        again = _gradients(job, module, job.seed + i, kind) if i else gradients(job, kind)
         for name, weight in weights.items():  # what no gradient was ever seen of counts as the least of all
             square = again.square.get(name, torch.zeros_like(weight))
             old = found.square.get(name, square)

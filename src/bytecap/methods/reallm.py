@@ -14,7 +14,9 @@ one curve for each matrix, and real bytes decide. Three forms of D are offered:
 - shared codewords without decoder, the special case to beat;
 - own codewords, without decoder, or with a small one trained with the codes frozen, if that costs at most a fiftieth.
 
-`shared=False` leaves the first two out, `decoder=True` all without a decoder, `decoder=False` all with one.
+`shared=False` leaves the first two out, `decoder=True` all without a decoder, `decoder=False` all with one;
+`decoder="shared"` leaves the first and own codewords without decoder, so that the shared decoder stands apart: with its
+bytes as a fixed charge against plain VQ and low rank alone, at equal bytes (`benchmarks/decoder.py`).
 
 Accounting `published`: f16 codewords and factors, indices at whole bits. `coded`: 8-bit ones, indices entropy coded
 where that is shorter. Decoder weights have 8 bits in both.
@@ -179,7 +181,7 @@ class ReALLM:
         """Candidates: with decoder, and without."""
         found, wanted = [], self.options["decoder"]
         for n, d in shared.sizes(rate)[:1]:
-            if wanted is not True:
+            if wanted not in (True, "shared"):
                 found.append(shared.book(materials, n, d, byte=self.coded, seed=self.seed))
             if wanted is not False and shared.PATCH % d == 0:
                 found.append(shared.autoencoder(materials, n, d, byte=self.coded, seed=self.seed))
@@ -244,7 +246,7 @@ class ReALLM:
         if wanted == "auto":
             cheap = decoder_bytes(PATCH, PATCH, HIDDEN, BITS) < _SHARE * rate
             return (False, True) if possible and cheap and s.g > 1 else (False,)
-        return (bool(wanted) and possible,)
+        return (bool(wanted) and wanted != "shared" and possible,)
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -316,7 +318,8 @@ def run(job: Job) -> Outcome:
         with job.reporter.step("shared latents", 1):
             systems = family.systems(materials, rate)
             room = capacity(job, materials, stored)
-            system, curves = shared.solve(curves, systems, partial(family.common, materials), room)
+            system, curves, predicted = shared.solve(curves, systems, partial(family.common, materials), room)
+            job.reporter.note(shared.outcome(systems, predicted))
         if system is not None:
             family, objects = replace(family, system=system), system.objects()
     choice = choose(shared.charged(job, objects), materials, stored, curves, family)

@@ -210,8 +210,10 @@ def solve(
     systems: Sequence[System],
     curves: Callable[[System], list[Curve]],
     room: float,
-) -> tuple[System | None, list[Curve]]:
+) -> tuple[System | None, list[Curve], list[float]]:
     """With and without: the system whose plan is best after its fixed charge, and the curves with its points.
+
+    Predicted distortions at equal bytes come third, without any system first.
 
     Args:
         plain: curves without any shared system.
@@ -219,15 +221,30 @@ def solve(
         curves: those of the matrices coded by a system, without what they share.
         room: bytes for sections.
     """
-    best, found = _distortion(plain, room), (None, list(plain))
-    chosen: tuple[System | None, list[Curve]] = found
+    predicted = [_distortion(plain, room)]
+    chosen: tuple[System | None, list[Curve]] = (None, list(plain))
     for system in systems:
         added = {c.name: c.points for c in curves(system)}
         both = [replace(c, points=(*c.points, *added.get(c.name, ()))) for c in plain]
         distortion = _distortion(both, room - system.bytes())
-        if distortion < best:
-            best, chosen = distortion, (system, both)
-    return chosen
+        if distortion < min(predicted):
+            chosen = (system, both)
+        predicted.append(distortion)
+    return *chosen, predicted
+
+
+def outcome(systems: Sequence[System], predicted: Sequence[float]) -> str:
+    """One line about what each system would buy at equal bytes, its own counted.
+
+    >>> outcome([], [0.5])
+    'nothing shared fits: predicted 0.5 nats per token without'
+    """
+    tried = ", ".join(
+        f"{p:.4g} with {'a shared decoder' if s.decoder is not None else 'shared codewords'} of {s.bytes():,} bytes"
+        for s, p in zip(systems, predicted[1:], strict=True)
+    )
+    start = f"at equal bytes: {tried}" if tried else "nothing shared fits"
+    return f"{start}{';' if tried else ':'} predicted {predicted[0]:.4g} nats per token without"
 
 
 def _distortion(curves: Sequence[Curve], room: float) -> float:

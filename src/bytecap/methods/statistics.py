@@ -85,20 +85,20 @@ def moments(job: Job, *, groups: int = 1, guided: bool = True) -> Statistics:
     return Statistics(uses, diagonal, int(kept["tokens"]))
 
 
-def gradients(job: Job) -> Gradients:
-    """Mean squared gradients of the untouched model on the statistics tokens."""
+def gradients(job: Job, kind: str) -> Gradients:
+    """Mean squared gradients of the untouched model on the statistics tokens; see `bytecap.methods.gradient`."""
 
     def make() -> dict[str, Array]:
         with job.reporter.step("gradients", sum(w.predicted for w in job.sets.statistics)) as advance:
             found = mean_squared_gradients(
-                job.model.module, job.model.units, job.sets.statistics, seed=job.seed, device=job.device,
-                progress=advance,
+                job.model.module, job.model.units, job.sets.statistics, kind=kind, seed=job.seed,
+                device=job.device, progress=advance,
             )  # fmt: skip
         arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
         arrays |= {f"square {n}": t.numpy() for n, t in found.square.items()}
         return arrays | {f"inputs {n}": t.numpy() for n, t in found.inputs.items()}
 
-    kept = _once(job, ["gradients"], make)
+    kept = _once(job, ["gradients", kind], make)
     parts: dict[str, dict[str, torch.Tensor]] = {"square": {}, "inputs": {}}
     for name, array in kept.items():
         kind, _, unit = name.partition(" ")

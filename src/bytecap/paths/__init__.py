@@ -14,15 +14,32 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bytecap.core import Unit
 from bytecap.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A stream of channels that a matrix is on, ranked by what they are worth to all matrices on it.
+
+    Attributes:
+        stream: its number.
+        mode: sides of the matrix it is on, see `bytecap.coders.channels`.
+        order: channels by falling worth, (width,); the same array for every matrix.
+    """
+
+    stream: int
+    mode: int
+    order: npt.NDArray[np.int64] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -36,12 +53,14 @@ class Problem:
         weight: (rows, cols) float32.
         hessian: (cols, cols) float64, damped, positive definite.
         rows: (rows,) float64, mean 1.
+        rankings: of the streams it is on; None if nobody looked.
     """
 
     unit: Unit
     weight: Tensor
     hessian: Tensor
     rows: Tensor
+    rankings: tuple[Ranking, ...] | None = None
 
     def distortion(self, values: Tensor) -> float:
         """Nats per token of values (rows, cols) in the weight's place."""

@@ -1,24 +1,29 @@
-"""Protected channels: the same channels of a square matrix as columns and as rows, under one list.
+"""Protected channels: one list for all matrices on a residual stream, or on what lies inside an MLP.
 
-Matrices between two residual streams of the same width (attention projections) see the stream's large channels on both
-sides. A channel's worth is that of its column and of its row together. Rows are stored as they are; the columns, in
-the other rows, absorb errors as in `columns`. The layer is `bytecap.coders.channels`.
+A channel of a stream is a column of every matrix that reads it and a row of every matrix that writes it
+(`bytecap.model.streams`). What it is worth is the sum of what its columns and rows are worth to all of them, corrected
+by each matrix's factor; since every channel of a stream costs the same bytes, that is the order of return per byte.
+All matrices protect the first k of ONE order, so the file stores one list for them (`bytecap.coders.objects`). The
+allocator chooses k for the whole stream, and which matrices join (`bytecap.methods.joint`, `bytecap.curves.choose`).
 
-Matrices that are not square have the stream on one side only, where `columns` and `rows` do the same one byte cheaper:
-no settings. Omitted: one list for several tensors, see the layer.
+Rows are stored as they are; columns absorb the errors of the others, as in `columns`. A matrix on two streams offers
+both, and takes one. The layer is `bytecap.coders.channels`. Where nobody looked for streams, a square matrix is taken
+for one that lies between two residual streams of the same channels, and others have no settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bytecap.coders.channels import BOTH, CODER, COLUMNS, ROWS
-from bytecap.paths import Applied, Problem
+from bytecap.paths import Applied, Problem, Ranking, thinned
 from bytecap.paths.protect import (
     Amount,
     Score,
@@ -33,7 +38,46 @@ from bytecap.paths.protect import (
     without_rows,
 )
 
-_MOST = 16  # one in so many channels at most, since each costs a column and a row
+if TYPE_CHECKING:
+    from bytecap.model.streams import Stream
+
+_MOST = 16  # one in so many channels at most, since each costs vectors in many matrices
+_RUNGS = 4  # amounts for each stream
+ALONE = -1  # the number of a stream that no other matrix is known to be on
+
+
+def channel_worth(problem: Problem, base: Tensor | None, mode: int, score: Score = "measured") -> Tensor:
+    """Nats per token that every channel is worth to one matrix, (channels,) float64."""
+    columns = scores(problem, base, score).sum(0) if mode & COLUMNS else 0
+    rows = row_scores(problem, base, score) if mode & ROWS else 0
+    return torch.as_tensor(columns + rows)
+
+
+def _order(worth: Tensor) -> npt.NDArray[np.int64]:
+    found: npt.NDArray[np.int64] = worth.argsort(descending=True, stable=True).numpy().astype(np.int64)
+    return found
+
+
+def rank(
+    streams: Sequence[Stream], known: Iterable[tuple[Problem, Tensor | None]], factors: Mapping[str, float]
+) -> dict[str, tuple[Ranking, ...]]:
+    """Rankings of every matrix: one order for each stream, by the summed worth to all matrices on it.
+
+    Args:
+        streams: of the model.
+        known: every matrix with its base's decoded values, one at a time.
+        factors: correction factor of every matrix's nats.
+    """
+    total = [torch.zeros(s.width, dtype=torch.float64) for s in streams]
+    names = []
+    for problem, base in known:
+        name = problem.unit.name
+        names.append(name)
+        for i, stream in enumerate(streams):
+            if mode := stream.sides.get(name, 0):
+                total[i] += factors.get(name, 1.0) * channel_worth(problem, base, mode)
+    orders = [_order(w) for w in total]
+    return {n: tuple(Ranking(i, s.sides[n], orders[i]) for i, s in enumerate(streams) if n in s.sides) for n in names}
 
 
 class Channels:
@@ -43,12 +87,16 @@ class Channels:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
-        """Powers of two up to a sixteenth of a square matrix's channels, both sides protected."""
-        rows, cols = problem.weight.shape
-        if rows != cols:
-            return []
-        worth = scores(problem, base, score).sum(0) + row_scores(problem, base, score)
-        return list(ladder(worth.argsort(descending=True, stable=True), rows // _MOST, mode=BOTH))
+        """Some powers of two up to a sixteenth of the channels of each stream, the same ones for all its matrices."""
+        rankings = problem.rankings
+        if rankings is None:
+            square = problem.weight.shape[0] == problem.weight.shape[1]
+            rankings = (Ranking(ALONE, BOTH, _order(channel_worth(problem, base, BOTH, score))),) if square else ()
+        return [
+            replace(a, stream=r.stream)
+            for r in rankings
+            for a in thinned(list(ladder(torch.from_numpy(r.order), len(r.order) // _MOST, mode=r.mode)), _RUNGS)
+        ]
 
     def before(self, problem: Problem, setting: Amount) -> Problem:
         """Zeros in place of protected rows and columns, and a Hessian that forgets what the columns will absorb."""

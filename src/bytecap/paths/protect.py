@@ -44,12 +44,14 @@ class Amount:
         bits: 16 or 8 for each value.
         mode: of `channels`; 0 elsewhere.
         order: numbers of columns (rows, ...) by falling worth; the first `count` are protected.
+        stream: number of the stream whose channels they are, of `channels`; -1 elsewhere.
     """
 
     count: int
     bits: int
     mode: int = 0
     order: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False, compare=False)
+    stream: int = -1
 
     @property
     def index(self) -> npt.NDArray[np.int64]:

@@ -26,6 +26,7 @@ class Series:
         style: index of its colour, marker and dash; negative is a guide.
         line: join the points.
         tips: exact figures of every point, shown on hover and focus.
+        band: draw two standard errors as a band instead of bars of one.
     """
 
     name: str
@@ -33,6 +34,16 @@ class Series:
     style: int
     line: bool = True
     tips: Sequence[str] = ()
+    band: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place on the horizontal axis, marked by a line from the upper edge; `tip` says what is there."""
+
+    x: float
+    tip: str
+    style: int
 
 
 @dataclass(frozen=True)
@@ -114,13 +125,14 @@ def axes(series: Sequence[Series], *, log: bool, zero: bool) -> tuple[Axis, Axis
         values = [p[1] for p in points if p[1] > 0] or [1.0]
         tops = [p[1] + p[2] for p in points if p[1] > 0] or [1.0]
         return across, Axis(log_ticks(min(values), max(tops)), True)
-    lows, highs = [0.0, *(p[1] - p[2] for p in points)], [1e-12, *(p[1] + p[2] for p in points)]
+    wide = [(y, e * (1 + s.band)) for s in series for _, y, e in s.points]
+    lows, highs = [0.0, *(y - e for y, e in wide)], [1e-12, *(y + e for y, e in wide)]
     return across, Axis(ticks(min(lows), max(highs)))
 
 
 def chart(
     series: Sequence[Series], title: str, across: str, up: str, *, width: int = 760, height: int = 380,
-    log: bool = False, zero: bool = True,
+    log: bool = False, zero: bool = True, marks: Sequence[Mark] = (),
 ) -> str:  # fmt: skip
     """A chart with a title for screen readers.
 
@@ -133,6 +145,7 @@ def chart(
         height: in pixels.
         log: logarithmic vertical axis; values that are not positive lie on its lower edge.
         zero: the horizontal axis begins at zero.
+        marks: places on the horizontal axis.
     """
     xs, ys = axes(series, log=log, zero=zero)
 
@@ -156,7 +169,14 @@ def chart(
     parts.append(f'<text x="{(width + _LEFT) / 2:.0f}" y="{height - 8}" text-anchor="middle">{escape(across)}</text>')
     parts.append(f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(up)}</text>')
     for s in series:
-        parts += _draw(s, [(*at(x, y), at(x, y - e)[1], at(x, y + e)[1]) for x, y, e in s.points])
+        wide = 1 + s.band
+        parts += _draw(s, [(*at(x, y), at(x, y - wide * e)[1], at(x, y + wide * e)[1]) for x, y, e in s.points])
+    for i, m in enumerate(marks):
+        x = at(m.x, 0.0)[0]
+        drawn = (
+            f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + 26}" stroke="{colour(m.style)}" stroke-width="2"/>'
+        )
+        parts.append(tipped(drawn + marker(m.style, x, top + 3), m.tip, i == 0))
     return "\n".join([*parts, "</svg>"])
 
 
@@ -165,11 +185,15 @@ def _draw(series: Series, points: Sequence[tuple[float, float, float, float]]) -
     ink = colour(series.style)
     dash = "2 4" if series.style < 0 else _DASHES[series.style % len(_DASHES)]
     parts = [f'<g class="{"guide" if series.style < 0 else "curve"}" data-path="{escape(series.name)}">']
+    if series.band:
+        edge = [(x, low) for x, _, low, _ in points] + [(x, high) for x, _, _, high in reversed(points)]
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
+        parts.append(f'<polygon class="band" points="{corners}" fill="{ink}" fill-opacity="0.16"/>')
     if series.line:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
         parts.append(f'<polyline points="{line}" stroke="{ink}" stroke-dasharray="{dash}"/>')
     for i, (x, y, low, high) in enumerate(points):
-        if low - high > 1:
+        if low - high > 1 and not series.band:
             parts.append(f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{ink}"/>')
         if series.style >= 0:
             mark = marker(series.style, x, y)
@@ -225,6 +249,32 @@ def bar(parts: Sequence[tuple[int, float, str]], whole: float, label: str, *, fi
     return (
         f'<svg class="bar" viewBox="0 0 1000 18" preserveAspectRatio="none" role="group" aria-label="{escape(label)}">'
         f"{''.join(marks)}</svg>"
+    )
+
+
+def spark(
+    points: Sequence[tuple[float, float]], reach: tuple[float, float], style: int, label: str, *, slope: float = 0.0
+) -> str:  # fmt: skip
+    """A small curve from (0, 0) without axes, for a table's cell, with a dotted line of a slope.
+
+    Args:
+        points: (x, y), rising in x.
+        reach: the values at the right and the upper edge.
+        style: of the curve.
+        label: what it shows.
+        slope: of the dotted line.
+    """
+    wide, high = 96, 28
+
+    def at(x: float, y: float) -> str:
+        return f"{2 + wide * x / reach[0]:.1f},{2 + high * (1 - min(1.0, y / reach[1])):.1f}"
+
+    end = min(reach[0], reach[1] / slope) if slope > 0 else 0.0
+    guide = f'<polyline points="{at(0, 0)} {at(end, slope * end)}" stroke="#888888" stroke-dasharray="2 3"/>'
+    return (
+        f'<svg class="spark" width="{wide + 4}" height="{high + 4}" role="img" aria-label="{escape(label)}">'
+        f'{guide if end > 0 else ""}<polyline points="{" ".join(at(x, y) for x, y in points)}" '
+        f'stroke="{colour(style)}"/></svg>'
     )
 
 

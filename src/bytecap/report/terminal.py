@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bytecap.core import Score
 from bytecap.ledger import Entry, by_kind, by_path, by_unit, total
-from bytecap.report.page import sentence
+from bytecap.report.curves import sentence
 from bytecap.units import format_size
 
 _COLOURS = {
