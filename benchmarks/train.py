@@ -1,7 +1,7 @@
 """Training for the file against coding afterwards: plain, `PQuantLinear`, and a plain model under `mu * rate(model)`.
 
-All arms see the same tokens in the same order, start from the same weights and train side by side, so they take the same
-time. Then the pQuant model's export is compared with the plain model fitted by bytecap into the same bytes, and the
+All arms see the same tokens in the same order, start from the same weights and train side by side, so they take the
+same time. Then the pQuant model's export is compared with the plain model fitted by bytecap into the same bytes, and the
 regularised model with the plain one at the same bits per parameter: bits per byte on held-out texts, paired.
 
 An arm is `plain`, `pquant` or `rate` with settings behind it: `pquant,lr=3e-3`, `rate,mu=2e-7,energies=1`.

@@ -35,9 +35,10 @@ class RoundedInputLinear(nn.Linear):
 
 def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
     """(parent, attribute, full name, child) of every registered child; shared ones once for each place."""
-    for name, parent in module.named_modules():
-        for key, child in parent.named_children():
-            yield parent, key, f"{name}.{key}" if name else key, child
+    for name, child in module.named_modules(remove_duplicate=False):
+        if name:
+            parent, _, key = name.rpartition(".")
+            yield module.get_submodule(parent), key, name, child
 
 
 def _tied(module: nn.Module) -> set[int]:
@@ -59,7 +60,7 @@ def replace(
     Args:
         module: what to change. It may not itself be a linear layer.
         share: of every layer's columns in the 8-bit branch, where `choose` is None.
-        choose: `choose(name, layer)` gives keywords for `PQuantLinear` (`wide`, `axis`), or None to leave a layer alone.
+        choose: `choose(name, layer)` gives keywords for `PQuantLinear` (`wide`, `axis`), or None to leave one alone.
         activations: see `PQuantLinear`.
 
     Returns:

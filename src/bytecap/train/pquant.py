@@ -6,12 +6,12 @@ The weight is one matrix (out, in). `wide` of its columns (or rows) are the 8-bi
     w8 = alpha * round(W / d) * d,  d = max|W vector| / 127
 
 With columns, `y = alpha y8 + beta y1` is the sum of two branches that read different inputs; with rows, both branches
-read everything and write different outputs, nothing is added up and there are no alpha and beta. The paper's feed-forward
-layer with `r` hidden units of 8 bits beside the 1-bit ones is `wide=r, axis="out"` for what writes the hidden units and
-`wide=r, axis="in"` for what reads them; its attention is `wide=0`.
+read everything and write different outputs, nothing is added up and there are no alpha and beta. The paper's
+feed-forward layer with `r` hidden units of 8 bits beside the 1-bit ones is `wide=r, axis="out"` for what writes the
+hidden units and `wide=r, axis="in"` for what reads them; its attention is `wide=0`.
 
-Both products `beta * mean|W row|` and `alpha * d` are rounded to float16 in the forward pass already, because that is how
-they are stored: a file holds exactly the weights that were trained (`bytecap.train.export`). Gradients go straight
+Both products `beta * mean|W row|` and `alpha * d` are rounded to float16 in the forward pass already, because that is
+how they are stored: a file holds exactly the weights that were trained (`bytecap.train.export`). Gradients go straight
 through every rounding: what reaches `w1` reaches `W` times beta, as if nothing had been rounded.
 
 Source: pQuant (arXiv:2602.22592); straight-through and activations after BitNet (arXiv:2310.11453). Chosen here: a mean
@@ -133,6 +133,9 @@ class PQuantLinear(nn.Linear):
         UsageError: `wide` or `activations` out of range.
     """
 
+    alpha: Tensor
+    beta: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -194,7 +197,9 @@ def rounded_inputs(x: Tensor, bits: int) -> Tensor:
     return x + change
 
 
-def schedule(step: int, steps: int, *, peak: float = 1.5e-3, decay: float = 0.1, warm_up: int = 0) -> tuple[float, float]:
+def schedule(
+    step: int, steps: int, *, peak: float = 1.5e-3, decay: float = 0.1, warm_up: int = 0
+) -> tuple[float, float]:
     """(learning rate, weight decay) of step `step` of `steps`: two phases of equal length.
 
     In the first one the rate falls linearly from `peak` towards half of it, under weight decay; the second begins at a

@@ -1,8 +1,8 @@
-"""A trained module with `PQuantLinear` layers into one file: their branches exactly, all else under what bytes are left.
+"""A trained module into one file: `PQuantLinear` branches exactly, all else under what bytes are left.
 
-Both branches of a layer are one unit: a `binary` base, and `columns` or `rows` of signed bytes over it. The base holds a
-sign for the weights under the 8-bit branch too, one bit for each that nothing reads (3% of a layer with 5% of its
-columns wide): the price of needing nothing new in the format.
+Both branches of a layer are one unit: a `binary` base, and `columns` or `rows` of signed bytes over it. The base
+holds a sign for the weights under the 8-bit branch too, one bit for each that nothing reads (3% of a layer with 5% of
+its columns wide): the price of needing nothing new in the format.
 
 >>> from bytecap.train import replace
 >>> module = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64, bias=False))
@@ -67,8 +67,8 @@ def export(
 ) -> Artifact:
     """Write a trained module into one file of at most `budget` bytes.
 
-    Decoded weights of `PQuantLinear` layers are equal to those of the forward pass bit for bit. All other parameters are
-    coded by a method under the bytes that are left, measured with the quantized layers in place. The file fits
+    Decoded weights of `PQuantLinear` layers are equal to those of the forward pass bit for bit. All other parameters
+    are coded by a method under the bytes that are left, measured with the quantized layers in place. The file fits
     `inference(module)`: `bytecap.load_into(path, inference(module))`.
 
     Args:

@@ -1,17 +1,17 @@
 """Coded bytes of a module's matrices under the default coder's model, differentiable: `loss + mu * rate(module)`.
 
 Everything the coder (`bytecap.coders.trellis`) knows when it codes a weight is used as it uses it: steps by row and
-column, spread classes of rows and columns in quarter octaves, a table for each class, fitted to the symbols that occur;
-columns of some spread on a grid of half the step, of which a path takes every other point for one bit a weight. The
-value is the code length of the weights as they would be rounded, side information included, in bytes. So `mu` is in nats
-per byte: the slope at which the finished model's plan will buy bytes.
+column, spread classes of rows and columns in quarter octaves, a table for each class, fitted to the symbols that
+occur; columns of some spread on a grid of half the step, of which a path takes every other point for one bit a weight.
+The value is the code length of the weights as they would be rounded, side information included, in bytes. So `mu` is in
+nats per byte: the slope at which the finished model's plan will buy bytes.
 
 The gradient is that of the code length averaged over a uniform shift of one step, tables and classes held: between two
-symbols a weight moves along the line through their code lengths. Tables are fitted to the weights at every call, so that
-to first order their own change has no effect on the total.
+symbols a weight moves along the line through their code lengths. Tables are fitted to the weights at every call, so
+that to first order their own change has no effect on the total.
 
 Omitted: error feedback and input moments, which a training loop does not have (the coder's column steps come from a
-Cholesky factor, here from gradient energies where they are given); tables shared by several classes; vectors; escapes.
+Cholesky factor, here from gradient energies where they are given); tables shared by several classes; vectors.
 
 >>> module = nn.Linear(64, 64)
 >>> bytes_ = rate(module, bits=3.0)
@@ -37,7 +37,8 @@ from bytecap.train.pquant import PQuantLinear
 
 Energies = Mapping[str, Tensor]
 
-SYMBOLS = 512  # sizes a table tells apart
+SYMBOLS = 1024  # sizes a table tells apart
+_ESCAPE = 16.0  # bits of a larger one
 _HEADER = 25 + 10  # bytes of a section's head and of its place in the file
 _PRIOR = 4.0  # symbols' worth of a Gaussian in every class, as the coder's tables have
 _LEAST = 2.0**-14  # of a table's frequencies
@@ -153,6 +154,7 @@ def _total(weight: list[Tensor], step: float) -> tuple[Tensor, list[Tensor]]:
         for w, p in zip(weight, parts, strict=True):
             at = (p.cls + CLASSES * p.fine.int()) * SYMBOLS
             bits = bits + (length[at + p.low] + length[at + p.high]).sum(dtype=torch.float64) / 2 + p.side
+            bits = bits + _ESCAPE * (p.low == SYMBOLS - 3).sum()
             between = (p.size - 0.5 * p.fine).floor()
             inside = between.clamp(0, SYMBOLS - 3).int()
             gradients.append(torch.where(between < 0, 0.0, slope[at + inside]) * w.sign() / step)
@@ -162,7 +164,8 @@ def _total(weight: list[Tensor], step: float) -> tuple[Tensor, list[Tensor]]:
 def _search(weight: list[Tensor], bits: float) -> float:
     """The step at which weights take so many bits each."""
     count = sum(w.numel() for w in weight)
-    step = 2.0 ** (2.05 - bits) * math.sqrt(sum(float(w.detach().square().sum()) for w in weight) / count) + 1e-12
+    spread = math.sqrt(sum(float(w.detach().square().sum()) for w in weight) / count)
+    step: float = 2.0 ** (2.05 - bits) * spread + 1e-12
     for _ in range(_ROUNDS):
         found = float(_total([w.detach() for w in weight], step)[0]) / count
         if abs(found - bits) < 2e-3 * bits:
