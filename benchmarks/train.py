@@ -1,10 +1,10 @@
 """Training for the file against coding afterwards: plain, `PQuantLinear`, and a plain model under `mu * rate(model)`.
 
 All arms see the same tokens in the same order, start from the same weights and train side by side, so they take the
-same time. Then the pQuant model's export is compared with the plain model fitted by bytecap into the same bytes, and the
-regularised model with the plain one at the same bits per parameter: bits per byte on held-out texts, paired.
+same time. Then the pQuant model's export is compared with the plain model fitted by bytecap into the same bytes, and
+the regularised model with the plain one at the same bits per parameter: bits per byte on held-out texts, paired.
 
-An arm is `plain`, `pquant` or `rate` with settings behind it: `pquant,lr=3e-3`, `rate,mu=2e-7,energies=1`.
+An arm is `plain`, `pquant` or `rate` with settings behind it: `pquant,lr=3e-3`, `rate,mu=2e-8,energies=1`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from bytecap.sources import first_token, load_sets
 from common import parser, record, texts
 
 SYNC = 10  # steps between two looks at the common clock
-REFRESH = 50  # steps between two searches for the rate term's step
+EVERY = 4  # steps of which one has the rate term, that many times over
+REFRESH = 52  # steps between two searches for the rate term's step
 WARM_UP = 100  # steps
 KEPT = ("nats", "original", "bytes")  # sums by window
 
@@ -155,7 +156,7 @@ def learn(model: nn.Module, arm: Arm, tokens: np.ndarray[Any, Any], args: Any, s
     groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
     order, inside = np.random.default_rng(seed), torch.arange(args.length + 1, device=device)
-    mu, how = arm.get("mu", 2e-7) if arm.kind == "rate" else 0.0, {}
+    mu, how = arm.get("mu", 2e-8) if arm.kind == "rate" else 0.0, {}
     progress = 0.0
     while True:
         if clock is not None and step % SYNC == 0:
@@ -172,10 +173,10 @@ def learn(model: nn.Module, arm: Arm, tokens: np.ndarray[Any, Any], args: Any, s
         starts = torch.from_numpy(order.integers(len(data) - args.length - 1, size=args.batch)).to(device)
         loss = batch_loss(model, data[starts[:, None] + inside].long())
         total = loss
-        if mu and step >= WARM_UP // 2:
+        if mu and step >= WARM_UP // 2 and step % EVERY == 0:
             if not how or step % REFRESH == 0:
                 how = rate_settings(model, optimizer, arm, args.batch * args.length)
-            total = loss + mu * train.rate(model, **how)
+            total = loss + EVERY * mu * train.rate(model, **how)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -207,32 +208,45 @@ def branch_bytes(args: Any) -> int:
                + sum(len(f.data) for f in side_files(model)))  # fmt: skip
 
 
-def arm_job(text: str, seed: int, args: Any, clock: Clock | None) -> None:
-    """Train one arm, fit it to its budgets, record what was measured."""
+def train_job(text: str, seed: int, args: Any, clock: Clock | None = None) -> None:
+    """Train one arm and leave what is to be fitted: weights as the model runs, and sections that are coded already."""
     torch.set_num_threads(max(1, args.threads))
-    arm, device = Arm(text), choose_device(args.device)
-    args.seed = seed
-    module, files = build(args, seed)
-    if arm.kind == "pquant":
+    module, _ = build(args, seed)
+    if Arm(text).kind == "pquant":
         decouple(module, args.share)
-    module.to(device)
-    facts = learn(module, arm, np.load(args.work / "tokens.npy", mmap_mode="r"), args, seed, clock)
-    given = train.sections(module) if arm.kind == "pquant" else {}
-    finished = freeze((train.inference(module) if given else module).cpu().float())
-    model = Model(finished, find_units(finished), files, args.model[0])
+    module.to(choose_device(args.device))
+    facts = learn(module, Arm(text), np.load(args.work / "tokens.npy", mmap_mode="r"), args, seed, clock)
+    given = train.sections(module) if Arm(text).kind == "pquant" else {}
+    state = {n: t.cpu() for n, t in (train.inference(module) if given else module).state_dict().items()}
+    torch.save({"state": state, "facts": facts, "given": given}, args.work / f"{text} {seed}.tmp")
+    (args.work / f"{text} {seed}.tmp").rename(args.work / f"{text} {seed}.pt")
+
+
+def fit_job(text: str, seed: int, label: str, args: Any) -> None:
+    """Wait for an arm's weights, fit them to one size and record what was measured."""
+    torch.set_num_threads(max(1, args.threads))
+    path, arm, device = args.work / f"{text} {seed}.pt", Arm(text), choose_device(args.device)
+    while not path.exists():
+        time.sleep(0.2)
+    found = torch.load(path, weights_only=False)  # written above
+    module, files = build(args, seed)
+    module.load_state_dict(found["state"])
+    args.seed, model = seed, Model(freeze(module), find_units(module), files, args.model[0])
     sets = load_sets(
         model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens,
         evaluation_tokens=args.eval_tokens, reporter=Silent(),
     )  # fmt: skip
-    equal = branch_bytes(args)
-    budgets = {"pquant": equal} | {f"{b}": int(b * model.parameters / 8) for b in args.bits}
-    for label in [n for n in budgets if (n == "pquant" or not given)]:
-        result = fit_sets(
-            lambda: model, budgets[label], lambda _: sets, device=device, seed=0, given=given,
-            store=args.work / f"{text} {seed}", reporter=Silent(),
-            output=args.keep / f"{arm.kind}-s{seed}.bcap" if given and args.keep else None,
-        )  # fmt: skip
-        keep(result, arm, label, args, facts, given)
+    result = fit_sets(
+        lambda: model, branch_bytes(args) if label == "pquant" else int(float(label) * model.parameters / 8),
+        lambda _: sets, device=device, seed=0, given=found["given"], store=args.work / f"{text} {seed}",
+        reporter=Silent(), output=args.keep / f"{arm.kind}-s{seed}.bcap" if found["given"] and args.keep else None,
+    )  # fmt: skip
+    keep(result, arm, label, args, found["facts"], found["given"])
+
+
+def sizes(text: str, args: Any) -> list[str]:
+    """Sizes at which an arm is fitted: the pQuant export's, and bits a parameter."""
+    return ["pquant"] * (Arm(text).kind != "rate") + [str(b) for b in args.bits] * (Arm(text).kind != "pquant")
 
 
 def keep(result: Artifact, arm: Arm, label: str, args: Any, facts: dict[str, Any], given: dict[str, Section]) -> None:
@@ -280,7 +294,7 @@ def compare(args: Any) -> None:
     for arm in args.arms:
         if plain is None or arm == plain:
             continue
-        pair(args, runs, arm, plain, "pquant", "original")
+        pair(args, runs, arm, plain, sizes(arm, args)[0], "original")
         for label in ["pquant", *map(str, args.bits)]:
             pair(args, runs, arm, plain, label, "nats")
 
@@ -295,7 +309,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--share", type=float, default=0.05, help="of linear weights in the 8-bit branches")
     p.add_argument("--rest-bits", type=float, default=4.5, help="for weights outside PQuantLinear, in its budget")
     p.add_argument("--shape", nargs="*", default=[], help="changes of the config: hidden_size=64 ...")
-    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--batch", type=int, default=8)
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--steps", type=int, default=200, help="where no --seconds are given")
     p.add_argument("--seconds", type=float, help="of training; all arms and seeds run side by side")
@@ -328,18 +342,31 @@ def main() -> None:
             side_by_side(jobs, args)
         else:
             for arm, seed in jobs:
-                arm_job(arm, seed, args, None)
+                train_job(arm, seed, args)
+                for label in sizes(arm, args):
+                    fit_job(arm, seed, label, args)
         return compare(args)
 
 
 def side_by_side(jobs: list[tuple[str, int]], args: argparse.Namespace) -> None:
-    """All jobs as processes that share a clock."""
+    """All jobs as processes that share a clock; those that fit are ready when the weights are."""
     spawn = multiprocessing.get_context("spawn")
     clock = Clock(spawn.Barrier(len(jobs)), spawn.Value("d", 0.0), spawn.Value("d", 0.0), args.seconds)
-    started = [spawn.Process(target=arm_job, args=(arm, seed, args, clock)) for arm, seed in jobs]
-    for process in started:
+    learning = [spawn.Process(target=train_job, args=(*job, args, clock)) for job in jobs]
+    fitting = {
+        (*job, n): spawn.Process(target=fit_job, args=(*job, n, args)) for job in jobs for n in sizes(job[0], args)
+    }
+    for process in learning:
         process.start()
-    for process in started:
+    time.sleep(min(45.0, args.seconds / 2))
+    for process in fitting.values():
+        process.start()
+    for job, process in zip(jobs, learning, strict=True):
+        process.join()
+        if process.exitcode:  # nothing will come for these
+            for key in (k for k in fitting if k[:2] == job):
+                fitting[key].terminate()
+    for process in fitting.values():
         process.join()
 
 

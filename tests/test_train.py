@@ -1,6 +1,7 @@
 """Layers trained as they are stored, their export, and the rate of coded bytes against the real coder."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ class TestLayer:
         assert decays == (0.1,) * 500 + (0.0,) * 500
         assert max(rates) == rates[9]
         assert rates[0] == pytest.approx(1.5e-4)
-        assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+        assert all(a > b for a, b in pairwise(rates[10:]))
         assert rates[499] > 1.5 * rates[500]  # the second phase begins lower
         with pytest.raises(bytecap.UsageError, match="step 10 of 10"):
             train.schedule(10, 10)

@@ -8,9 +8,9 @@ exactly. `rate` estimates the coded bytes of any module's weights, differentiabl
 from __future__ import annotations
 
 from bytecap.train.convert import inference, replace
+from bytecap.train.estimate import energies, rate, step_for
 from bytecap.train.exporting import export, sections
 from bytecap.train.pquant import PQuantLinear, schedule
-from bytecap.train.estimate import energies, rate, step_for
 
 __all__ = [
     "PQuantLinear", "energies", "export", "inference", "rate", "replace", "schedule", "sections", "step_for"

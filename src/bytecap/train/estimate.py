@@ -16,7 +16,7 @@ Cholesky factor, here from gradient energies where they are given); tables share
 >>> module = nn.Linear(64, 64)
 >>> bytes_ = rate(module, bits=3.0)
 >>> bytes_.backward()
->>> round(float(bytes_) * 8 / 64**2), bool((module.weight.grad * module.weight).sum() > 0)
+>>> round(bytes_.item() * 8 / 64**2), bool((module.weight.grad * module.weight).sum() > 0)
 (3, True)
 """
 

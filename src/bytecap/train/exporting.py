@@ -9,7 +9,7 @@ its columns wide): the price of needing nothing new in the format.
 >>> replace(module)
 ['1']
 >>> {name: len(s.data) for name, s in sections(module).items()}
-{'1.weight': 545}
+{'1.weight': 532}
 """
 
 from __future__ import annotations
