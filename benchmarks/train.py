@@ -4,7 +4,8 @@ All arms see the same tokens in the same order, start from the same weights and 
 same time. Then the pQuant model's export is compared with the plain model fitted by bytecap into the same bytes, and
 the regularised model with the plain one at the same bits per parameter: bits per byte on held-out texts, paired.
 
-An arm is `plain`, `pquant` or `rate` with settings behind it: `pquant,lr=3e-3`, `rate,mu=2e-8,energies=1`.
+An arm is `plain`, `pquant` or `rate` with settings behind it: `pquant,lr=3e-3`, `rate,mu=2e-8,energies=1`,
+`plain,phases=2` (pQuant's schedule).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Arm:
     def at(self, progress: float, step: int) -> tuple[float, float]:
         """(learning rate, weight decay) at a share of the training; `step` counts for the warm-up."""
         begin = min(1.0, (step + 1) / WARM_UP)
-        if self.kind == "pquant":
+        if self.get("phases", 2 if self.kind == "pquant" else 1) == 2:
             rate, decay = train.schedule(min(int(progress * 10_000), 9_999), 10_000, peak=self.get("lr", 4e-3))
             return begin * rate, decay
         return begin * self.get("lr", 3e-3) * (0.05 + 0.475 * (1 + math.cos(math.pi * progress))), self.get("wd", 0.1)
@@ -246,7 +247,8 @@ def fit_job(text: str, seed: int, label: str, args: Any) -> None:
 
 def sizes(text: str, args: Any) -> list[str]:
     """Sizes at which an arm is fitted: the pQuant export's, and bits a parameter."""
-    return ["pquant"] * (Arm(text).kind != "rate") + [str(b) for b in args.bits] * (Arm(text).kind != "pquant")
+    bits = [str(b) for b in args.bits]
+    return {"plain": ["pquant", *bits], "pquant": ["pquant"], "rate": bits}[Arm(text).kind]
 
 
 def keep(result: Artifact, arm: Arm, label: str, args: Any, facts: dict[str, Any], given: dict[str, Section]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -362,3 +363,12 @@ class TestRate:
         (usual, before), (regular, after) = found
         assert after < 0.95 * before
         assert regular < usual + 1.0
+
+
+@pytest.mark.nightly
+def test_the_documented_example_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text("utf-8")
+    (script,) = [b.removeprefix("python\n") for b in text.split("```")[1::2] if b.startswith("python\n")]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "training.py", "exec"), {})  # noqa: S102 (our own page)
+    assert (tmp_path / "small.bcap").stat().st_size <= 4600
