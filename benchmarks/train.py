@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from bytecap import train
-from bytecap.comparison.pairs import Sums, estimate
+from bytecap.comparison.pairs import Figure, Sums, estimate
 from bytecap.methods import Section
 from bytecap.model.checkpoint import Model, find_units, freeze, read_side_files
 from bytecap.pipeline import Artifact, choose_device, fit_sets, side_files
@@ -267,6 +267,11 @@ def keep(result: Artifact, arm: Arm, label: str, args: Any, facts: dict[str, Any
     )  # fmt: skip
 
 
+def known(figure: Figure) -> dict[str, float]:
+    """The parts of a figure that exist: one seed says nothing of seeds."""
+    return {k: v for k, v in figure.as_dict().items() if math.isfinite(v)}
+
+
 def pair(args: Any, runs: list[dict[str, Any]], first: str, second: str, label: str, of: str) -> None:
     """Bits per byte of one arm less another's at one size, all seeds both have, paired by windows."""
     found = {
@@ -283,8 +288,8 @@ def pair(args: Any, runs: list[dict[str, Any]], first: str, second: str, label: 
     figure = estimate(sums)
     record(args, {
         "benchmark": "train-pair", "model": args.model[0], "first": first, "second": second, "size": label,
-        "of": {"nats": "coded", "original": "trained"}[of], "seeds": seeds, "bpb_difference": figure.as_dict(),
-        "texts": [estimate([s]).as_dict() for s in sums],
+        "of": {"nats": "coded", "original": "trained"}[of], "seeds": seeds, "bpb_difference": known(figure),
+        "texts": [known(estimate([s])) for s in sums],
     })  # fmt: skip
     print(f"{first} less {second} at {label}, {of}: {figure.mean:+.4f} ± {figure.stderr:.4f} bits per byte")
 
