@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,4 +108,6 @@ def __getattr__(name: str) -> Any:
         from bytecap.pipeline import Artifact
 
         return Artifact
+    if name == "train":
+        return import_module("bytecap.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bytecap.codefiles import Code
 from bytecap.decode import decode_units
 from bytecap.errors import TextError, UsageError
+from bytecap.methods import Section
 from bytecap.model.batch import Batch, Loss
 from bytecap.model.checkpoint import Model
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
@@ -58,6 +59,7 @@ def fit_module(
     code: Code | Sequence[Path | str] = (),
     paths: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
+    given: Mapping[str, Section] | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
     """Put any module's state dict into one file of at most `budget` bytes; the module itself is left as it is.
@@ -83,6 +85,7 @@ def fit_module(
         code: source files to keep inside.
         paths: exception paths the allocator may choose from.
         options: ingredients of the coder, see `bytecap.sweep.Options`.
+        given: sections of parameters that are coded already, see `bytecap.train.export`.
         reporter: told about progress.
 
     Raises:
@@ -108,7 +111,7 @@ def fit_module(
 
     result = fit_sets(
         make, budget, sets, method=method, device=device, seed=seed, output=output, dry_run=dry_run, code=code,
-        paths=paths, options=options, reporter=reporter,
+        paths=paths, options=options, given=given, reporter=reporter,
     )  # fmt: skip
     if evaluate is not None and not dry_run:
         result.report |= _scores(loaded[0], result, evaluate)

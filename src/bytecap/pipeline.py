@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from bytecap.decode import decode_each, decode_units, ideal_bytes
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
+from bytecap.methods.given import run_rest
 from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
 from bytecap.model.evaluate import ByWindow, Comparison, compare, mean_comparison
 from bytecap.model.text import TokenSets
@@ -37,6 +38,8 @@ from bytecap.store import Store
 from bytecap.swap import load_values, twin_of
 from bytecap.trim import allowed_slack
 from bytecap.units import format_size, parse_size
+
+_NONE: Mapping[str, Section] = {}
 
 
 @dataclass
@@ -154,11 +157,13 @@ def fit_sets(
     recover: str | None = None,
     options: dict[str, Any] | None = None,
     store: Store | Path | str | None = None,
+    given: Mapping[str, Section] | None = None,
     reporter: Reporter,
 ) -> Artifact:
     """`fit` for any model and any sets, both made when cheaper arguments have been checked.
 
-    Statistics are taken from `store` and kept there, so that several fits on the same tokens share them.
+    Statistics are taken from `store` and kept there, so that several fits on the same tokens share them. Units with a
+    section in `given` are stored as that; the model must hold its values.
     """
     started = time.perf_counter()
     memory.one_arena()
@@ -170,8 +175,11 @@ def fit_sets(
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method.rpartition(":")[2]}  # of FILE.py:CALLABLE no path
     with source.floor(asked), memory.stated(loaded.parameters):
-        floor = check_floor(loaded, size := sizer(loaded, files, about), limit := asked - source.reserve)
-        job = Job(loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, effort, kept)
+        size, coded = sizer(loaded, files, about), given or {}
+        floor = check_floor(loaded, size, limit := asked - source.reserve, coded)
+        job = Job(
+            loaded, sets(loaded), limit, size, target, seed, reporter, options or {}, dry_run, menu, effort, kept, coded
+        )
         result = _solve(job, run, files, about)
     if not dry_run:
         with memory.stated(loaded.parameters):
@@ -203,12 +211,12 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
 
 def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
     """The finished bytes and their report, quality not yet measured."""
-    stored = _lossless(job.model, files, about, job.budget, job.reporter)
+    stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
     job.model.module.to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
-        outcome = run(job)
-        if outcome.sections and job.recover is not None and _untuned(outcome, about["method"]):
+        outcome = run_rest(run, job)
+        if outcome.sections and job.recover is not None and _untuned(job, outcome, about["method"]):
             outcome = tune_sections(job, outcome)
         if outcome.sections:
             outcome = _with_lists(outcome, job.model)
@@ -223,9 +231,12 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
     return result
 
 
-def _untuned(outcome: Outcome, method: str) -> bool:
-    """Whether sections may hold something continuous that the method itself has not tuned: layers, or any at all."""
-    return method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values())
+def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
+    """Whether sections may hold something continuous that the method itself has not tuned: layers, or any at all.
+
+    Where sections are given nothing is tuned: they are stored as they are.
+    """
+    return not job.given and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:
@@ -298,9 +309,11 @@ def _lossless(
     return contents
 
 
-def check_floor(model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int) -> int:
+def check_floor(
+    model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int, given: Mapping[str, Section] = _NONE
+) -> int:
     """The smallest reachable file; refuses a budget below it, naming who holds the floor."""
-    sections = {u.name: Section(*methods.smallest_section(u)) for u in model.units}
+    sections = {u.name: given.get(u.name) or Section(*methods.smallest_section(u)) for u in model.units}
     floor = size(sections, b"")
     if floor > budget:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)

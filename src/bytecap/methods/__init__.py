@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class Job:
         recover: how long to tune what was coded, or None.
         store: where statistics and finished steps are kept: for other jobs on the same tokens, and for a killed run's
             successor, see `bytecap.resume`.
+        given: sections of units that are coded already, see `bytecap.methods.given`; empty when a method runs.
     """
 
     model: Model
@@ -73,6 +74,7 @@ class Job:
     paths: tuple[str, ...] = ()
     recover: Effort | None = None
     store: Store = field(default_factory=Store)
+    given: Mapping[str, Section] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
