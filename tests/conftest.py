@@ -74,13 +74,13 @@ def _config(kind, **changes):
         "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
     }  # fmt: skip
     if kind == "rotary":
-        return transformers.LlamaConfig(**common, **wide, **{"tie_word_embeddings": True, **changes})
+        return transformers.LlamaConfig(**{**common, **wide, "tie_word_embeddings": True, **changes})
     if kind == "biased":
         return transformers.Qwen2Config(**common, **wide, **{"tie_word_embeddings": False, **changes})
     if kind == "transposed":
         return transformers.GPT2Config(
-            **common, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.15,
-            **{"tie_word_embeddings": True, **changes},
+            **common, n_embd=32, n_head=4, n_positions=256, initializer_range=0.15,
+            **{"n_layer": 2, "tie_word_embeddings": True, **changes},
         )  # fmt: skip
     return transformers.OPTConfig(
         **{**common, "pad_token_id": 1}, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,

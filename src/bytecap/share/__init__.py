@@ -145,7 +145,7 @@ def tie(
         reporter=reporter,
     )  # fmt: skip
     _say(found, windows, reporter)
-    write(student, tying, loaded, directory)
+    write(student, {**loaded.files, FILE: tying.dump()}, loaded, directory)
     return report(loaded, tying, found, directory, held, target) | trace | {"seed": seed, "init": init, "rank": rank}
 
 
@@ -207,8 +207,8 @@ def _say(found: Uptraining, train: Sequence[Window], reporter: Reporter) -> None
     )
 
 
-def write(student: nn.Module, tying: Tying, model: Model, directory: Path) -> None:
-    """A directory with every shared tensor once, in the original's dtypes."""
+def write(student: nn.Module, files: dict[str, bytes], model: Model, directory: Path) -> None:
+    """A directory with every shared tensor once, in the dtypes of the original `model`; `files` beside the weights."""
     from safetensors.torch import save
 
     dtypes = _dtypes(model)
@@ -217,7 +217,7 @@ def write(student: nn.Module, tying: Tying, model: Model, directory: Path) -> No
         u.name: live[u.name].detach().cpu().to(_dtype_of(u.name, dtypes, live)).contiguous()
         for u in find_units(student)
     }
-    for name, content in {**model.files, FILE: tying.dump()}.items():
+    for name, content in files.items():
         write_atomically(content, directory / name)
     write_atomically(save(tensors, metadata={"format": "pt"}), directory / "model.safetensors")
 
