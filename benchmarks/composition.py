@@ -11,7 +11,8 @@ d            tied layers, at the size: the freed bytes go where the slope sends 
 e            tied layers with low-rank parts of every layer's own, at the size
 
 Training sees the same tokens in the same order in all arms of a seed, with the same loss: half KL to the original, half
-next tokens. The seed is that of training and of calibration. Lines without windows are printed by `--summary FILE`.
+next tokens. The seed is that of training and of calibration. `--summary FILE` makes the differences of an earlier
+`--output` again, and with `--output` writes its lines without their windows.
 `--model demo` is the embedded model with its own texts and needs neither `--models` nor `--texts`.
 """
 
@@ -73,10 +74,13 @@ def main() -> None:
     p.add_argument("--work", type=Path, default=Path("build/composition"), help="directory of students")
     p.add_argument("--jobs", type=int, default=1, help="fits at a time")
     p.add_argument("--trainings", type=int, default=1, help="trainings at a time")
-    p.add_argument("--summary", type=Path, help="only print the lines and differences of an earlier --output")
+    p.add_argument("--summary", type=Path, help="only the differences of an earlier --output")
     args = p.parse_args()
     if args.summary is not None:
-        summarise(args, [json.loads(x) for x in args.summary.read_text().splitlines()])
+        rows = [json.loads(x) for x in args.summary.read_text().splitlines()]
+        if args.output:
+            args.output.write_text("".join(json.dumps({k: r[k] for k in r if k != "texts"}) + "\n" for r in rows))
+        summarise(args, rows)
         return
     args.device = choose_device(args.device)
     rows = list(run(args))
@@ -273,8 +277,7 @@ def say(args: argparse.Namespace, first: dict[str, Any], row: dict[str, Any]) ->
     what = f"{row['arm']} - {row['against']}" if "against" in row else row["arm"]
     figures = ", ".join(f"{m} {row[m]['mean']:+.4f} ± {row[m]['stderr']:.4f}" for m in pairs.METRICS)
     print(f"{row['size']} {what:20s} {figures}", flush=True)
-    if args.summary is None:
-        record(args, {"benchmark": "composition-summary", "model": first["model"], **row})
+    record(args, {"benchmark": "composition-summary", "model": first["model"], **row})
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _config(kind, **changes):
     if kind == "rotary":
         return transformers.LlamaConfig(**{**common, **wide, "tie_word_embeddings": True, **changes})
     if kind == "biased":
-        return transformers.Qwen2Config(**common, **wide, **{"tie_word_embeddings": False, **changes})
+        return transformers.Qwen2Config(**{**common, **wide, "tie_word_embeddings": False, **changes})
     if kind == "transposed":
         return transformers.GPT2Config(
             **common, n_embd=32, n_head=4, n_positions=256, initializer_range=0.15,

@@ -7,9 +7,11 @@ the original, uptrains by distillation, and writes a directory that `fit`, `eval
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from bytecap.share.uptrain import RATE, Uptraining, split, uptrain
 from bytecap.sources import WINDOW, Paths, as_paths, encoder, window_limit
 
 SEARCHES = ("greedy", "dlt")
-TOKENS = 2**22  # most of the training tokens that are read
+TOKENS = 2**23  # most of the training tokens that are read
 STEPS = "600"
 RANK = 8
 
@@ -129,6 +131,8 @@ def tie(
         _effort(steps, "--steps"),
         _effort(search_steps or steps, "--search-steps"),
     )
+    if not 0 < rate < math.inf:
+        raise UsageError(f"--rate {rate:g} is no learning rate")
     if not 0 <= labels <= 1:
         raise UsageError(f"--labels {labels} is no share: use 0 to 1")
     loaded = model if isinstance(model, Model) else load_model(model)
@@ -163,12 +167,12 @@ def read(model: Model, texts: Paths, *, window: int, seed: int, reporter: Report
         reporter.note("warning: no --train given: the embedded SQLite documentation stands in")
         paths = [demo_directory() / "calib.txt"]
     encode, length = encoder(model.files), window_limit(model, window)
-    found = {
-        w.tokens: w for p in paths for w in load_text(p, encode, window=length, limit=TOKENS // len(paths)).windows
-    }
-    pool = list(found.values())
+    pool = list(
+        {w.tokens: w for p in paths for w in load_text(p, encode, window=length, limit=TOKENS).windows}.values()
+    )
     random.Random(seed).shuffle(pool)  # noqa: S311 (sampling, not cryptography)
-    return pool
+    ends = accumulate(w.predicted for w in pool)
+    return [w for w, end in zip(pool, ends, strict=True) if end <= TOKENS]
 
 
 def decide(
