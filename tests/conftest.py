@@ -83,9 +83,9 @@ def _config(kind, **changes):
             **{"n_layer": 2, "tie_word_embeddings": True, **changes},
         )  # fmt: skip
     return transformers.OPTConfig(
-        **{**common, "pad_token_id": 1}, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        **{**common, "pad_token_id": 1}, hidden_size=32, ffn_dim=64, num_attention_heads=4,
         max_position_embeddings=256, word_embed_proj_dim=32, init_std=0.15, dropout=0.0,
-        **{"tie_word_embeddings": True, **changes},
+        **{"num_hidden_layers": 2, "tie_word_embeddings": True, **changes},
     )  # fmt: skip
 
 

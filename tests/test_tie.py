@@ -27,7 +27,7 @@ from bytecap.sensitivity import metrics
 from bytecap.share import dlt, greedy, read, split
 from bytecap.share import tie as convert
 from bytecap.share.start import loop, ranks_for, tied
-from bytecap.share.uptrain import uptrain
+from bytecap.share.uptrain import Trainer, uptrain
 from bytecap.sources import load_sets
 from conftest import BUDGET, KINDS, SMALL, build
 
@@ -84,8 +84,8 @@ class TestStart:
             now = matrices(find_blocks(found)[1][i])
             shared = now[name]
             stem = name.removesuffix("weight")
-            low = now[f"{stem}up.weight"] @ now[f"{stem}down.weight"]
-            missing = first - shared
+            low = (now[f"{stem}up.weight"] @ now[f"{stem}down.weight"]).detach()
+            missing = (first - shared).detach()
             left = missing - (low.T if kind == "transposed" else low)
             tail = torch.linalg.svdvals(missing)[3:]
             assert float(left.norm()) == pytest.approx(float(tail.norm()), rel=1e-4)
@@ -323,7 +323,7 @@ class TestBadInput:
         def interrupt(*_args, **_options):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("bytecap.share.uptrain.Trainer.move", interrupt)
+        monkeypatch.setattr(Trainer, "move", interrupt)
         code, out, err = run(*self.call(four, texts, tmp_path))
         assert code == 130
         assert not out
@@ -341,7 +341,7 @@ class TestBadInput:
             ({"ranks": {"mlp.up_proj": 10**9}}, "cannot have rank 1000000000"),
             ({"ranks": {"mlp.no": 1}}, "has no linear map mlp.no"),
             ({"ranks": {"mlp.up_proj": True}}, "cannot have rank True"),
-            ({"sources": [0, 1, 2, 3]}, "mlp.up_proj.down.weight, which the tied model has not"),
+            ({"sources": [0, 1, 2, 3]}, "mlp.down_proj.down.weight, which the tied model has not"),
             ({"ranks": {"mlp.up_proj": 2}}, "which the tied model has not"),
         ],
     )
