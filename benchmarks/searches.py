@@ -1,8 +1,8 @@
 """Which layers should share a block: a loop, the greedy search and Dynamic Layer Tying, at equal time.
 
-Both searches get the same seconds on the same tokens; what they find (and the loop) is then started from the original and
-uptrained for the same moves over the same tokens in the same order. Reported: KL to the original of the uptrained model
-on held-out tokens of the training texts that no search has seen.
+Both searches get the same seconds on the same tokens; what they find (and the loop) is then started from the original
+and uptrained for the same moves over the same tokens in the same order. Reported: KL to the original of the uptrained
+model on held-out tokens of the training texts that no search has seen.
 """
 
 from __future__ import annotations
