@@ -22,7 +22,7 @@ from bytecap.errors import CheckpointError, UsageError
 from bytecap.model.checkpoint import find_units, load_model
 from bytecap.model.evaluate import kl_to
 from bytecap.model.probe import probe
-from bytecap.model.tying import Tying, find_blocks, matrices, parse, tie
+from bytecap.model.tying import Tying, find_blocks, layers, matrices, parse, tie
 from bytecap.model.uses import count_uses
 from bytecap.progress import Silent
 from bytecap.recover import Effort
@@ -32,6 +32,7 @@ from bytecap.share import tie as convert
 from bytecap.share.start import loop, ranks_for, tied
 from bytecap.share.uptrain import Trainer, uptrain
 from bytecap.sources import load_sets
+from bytecap.unpack import unpack
 from conftest import BUDGET, KINDS, SMALL, build
 
 DEPTHS = {"transposed": {"n_layer": 4}}
@@ -65,6 +66,17 @@ def fitted_tied(made, texts, tmp_path_factory):
     path = tmp_path_factory.mktemp("fitted") / "tied.bcap"
     found = bytecap.fit(made[0], BUDGET, calibration=texts["calib"], evaluation=texts["val"], output=path, **SMALL)
     return found, path
+
+
+@pytest.fixture(scope="module")
+def twins(texts, four):
+    """A model whose layers 1 and 3 are the same; training and held-out windows."""
+    model = load_model(four)
+    blocks = find_blocks(model.module)[1]
+    blocks[3].load_state_dict(blocks[1].state_dict())
+    pool = read(model, texts["calib"], window=64, seed=0, reporter=Silent())
+    windows, held = split(pool, 1, "cpu", "text")
+    return model.module, windows, held
 
 
 class TestStart:
@@ -140,7 +152,7 @@ class TestDirectory:
     def test_through_a_file_and_back(self, made, fitted_tied, tmp_path):
         found, path = fitted_tied
         assert len(found.data) <= BUDGET
-        bytecap.unpack(path, tmp_path)
+        unpack(path, tmp_path)
         one, other = bytecap.load_model(path), load_model(tmp_path).module
         assert torch.equal(one(IDS).logits, other(IDS).logits)
         assert (tmp_path / "tying.json").read_bytes() == (made[0] / "tying.json").read_bytes()
@@ -187,29 +199,34 @@ class TestAllocation:
         assert torch.allclose(one, both[0] + both[1], rtol=1e-4)
         assert name.format(2) not in found["looped"]
 
-    def test_shared_blocks_get_finer_steps_and_parts_are_units(self, fitted_tied, four, texts):
-        found, _ = fitted_tied
-        sizes = {u.unit.name: (8 * len(u.data) / u.unit.parameters, u.unit) for u in found.contents.units}
-        rate, unit = sizes["model.layers.1.mlp.up_proj.weight"]
-        assert unit.aliases == ("model.layers.3.mlp.up_proj.weight",)
+    def test_three_uses_buy_finer_steps(self, four, texts):
+        """Against the same values stored three times, and against a layer of its own: half a bit for a doubling."""
+        model = load_model(four)
+        looped = tied(model.module, Tying("model.layers", (0, 0, 0, 3)))
+        apart = copy.deepcopy(model.module)
+        apart.load_state_dict(looped.state_dict())
+        bits = []
+        for module, budget in ((looped, 17_000), (apart, 21_000)):
+            loaded = replace(model, module=module, units=find_units(module))
+            found = bytecap.fit(loaded, budget, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
+            sizes = {u.unit.name: 8 * len(u.data) / u.unit.parameters for u in found.contents.units}
+            names = [f"model.layers.{{}}.{n}" for n in matrices(layers(module, "model.layers")[0])]
+            stored = [i for i in range(3) if names[0].format(i) in sizes]
+            bits.append(np.mean([sizes[n.format(i)] - sizes[n.format(3)] for n in names for i in stored]))
+        assert bits[0] - bits[1] == pytest.approx(0.5 * np.log2(3), abs=0.35), bits
+
+    def test_low_rank_parts_are_units_of_their_own(self, fitted_tied):
+        units = {u.unit.name: u for u in fitted_tied[0].contents.units}
+        assert units["model.layers.1.mlp.up_proj.weight"].unit.aliases == ("model.layers.3.mlp.up_proj.weight",)
         for layer in range(4):
-            assert f"model.layers.{layer}.mlp.up_proj.down.weight" in sizes
-        full = bytecap.fit(four, BUDGET, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
-        other = {u.unit.name: 8 * len(u.data) / u.unit.parameters for u in full.contents.units}
-        assert rate > other["model.layers.1.mlp.up_proj.weight"] + 0.5
+            for part, shape in (("down", (2, 32)), ("up", (64, 2))):
+                unit = units[f"model.layers.{layer}.mlp.up_proj.{part}.weight"]
+                assert unit.unit.shape == shape
+                assert unit.unit.linear
+                assert len(unit.data) > 0
 
 
 class TestSearch:
-    @pytest.fixture(scope="class")
-    def twins(self, texts, four):
-        """A model whose layers 1 and 3 are the same; training and held-out windows."""
-        model = load_model(four)
-        blocks = find_blocks(model.module)[1]
-        blocks[3].load_state_dict(blocks[1].state_dict())
-        pool = read(model, texts["calib"], window=64, seed=0, reporter=Silent())
-        windows, held = split(pool, 1, "cpu", "text")
-        return model.module, windows, held
-
     def test_greedy_merges_what_costs_nothing(self, twins):
         module, windows, held = twins
         start = Tying("model.layers", (0, 1, 2, 3))
@@ -230,10 +247,11 @@ class TestSearch:
         whole = sum(p.numel() for p in matrices(find_blocks(module)[1][0]).values())
         assert merges[0].freed == whole - parts
 
-    def test_learning_finds_it_too(self, twins):
+    def test_learning_finds_it_too(self, twins, monkeypatch):
+        monkeypatch.setattr(dlt, "tokens_of_move", lambda _: 256)
         module, windows, _ = twins
         search = dlt.Search(module, Tying("model.layers", (0, 1, 2, 3)), windows, "cpu", rate=1e-5)
-        found = search.run(3, Effort(steps=60), lambda _: None)
+        found = search.run(3, Effort(steps=100), lambda _: None)
         assert found.sources == (0, 1, 2, 1)
         assert all(len(set(s)) <= 3 for s in search.visited)
         assert len(search.visited) > 3

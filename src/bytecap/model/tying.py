@@ -126,6 +126,11 @@ def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in block.named_parameters(remove_duplicate=False)}
 
 
+def layers(module: nn.Module, path: str) -> list[nn.Module]:
+    """The layers of a list of blocks, tied or not."""
+    return list(module.get_submodule(path).children())
+
+
 def matrices(block: nn.Module) -> dict[str, nn.Parameter]:
     """What layers share: a block's parameters of two dimensions and more, by name."""
     return {n: p for n, p in block.named_parameters(remove_duplicate=False) if p.ndim > 1}

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.model.text import Window, moves
-from bytecap.model.tying import Tying, find_blocks, matrices, point
+from bytecap.model.tying import Tying, layers, matrices, point
 from bytecap.progress import Advance
 from bytecap.recover import Effort, tokens_of_move
 from bytecap.share.start import loop, tied
@@ -39,7 +39,6 @@ _DISCOUNT = 0.5  # an action shows in the loss at once
 _EPSILON = (1.0, 0.05)  # at the start, and from three quarters of the search on
 _REPLAY = 32
 _MEMORY = 0.9  # of the running mean of the KL
-_VISITS = 2  # of a tying that may be chosen, where there is one
 
 
 def resolved(sources: Sequence[int], layer: int, source: int) -> tuple[int, ...]:
@@ -137,8 +136,8 @@ class Search:
         """The tying with at most so many blocks that trained best; `effort` counts moves, or seconds."""
         depth = len(self.start.sources)
         student = tied(self.original, Tying(self.start.blocks, self.start.sources))
-        layers = find_blocks(student)[1]
-        own = [matrices(b) for b in layers]
+        modules = layers(student, self.start.blocks)
+        own = [matrices(b) for b in modules]
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
         source = moves(self.train, tokens_of_move(self.device), self.seed)
         values, sources, layer = _Values(depth, self.seed), loop(depth, blocks), 0
@@ -150,7 +149,7 @@ class Search:
             high, low = _EPSILON
             action = values.choose(seen, mask, max(low, high - (high - low) * done / 0.75))
             sources = resolved(sources, layer, action)
-            for block, s in zip(layers, sources, strict=True):
+            for block, s in zip(modules, sources, strict=True):
                 point(block, own[s])
             kl = sum(trainer.move(next(source)) for _ in range(_BATCHES)) / _BATCHES
             mean = _MEMORY * mean + (1 - _MEMORY) * kl if mean else kl
@@ -164,6 +163,5 @@ class Search:
         return Tying(self.start.blocks, self.best(), self.start.ranks)
 
     def best(self) -> tuple[int, ...]:
-        """The tying with the smallest mean share among those visited twice, or among all."""
-        often = {s: v for s, v in self.visited.items() if len(v) >= _VISITS} or self.visited
-        return min(often, key=lambda s: sum(often[s]) / len(often[s]))
+        """The tying whose visits had the smallest mean share."""
+        return min(self.visited, key=lambda s: sum(self.visited[s]) / len(self.visited[s]))

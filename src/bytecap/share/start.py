@@ -26,7 +26,7 @@ from torch import nn
 
 from bytecap.errors import UsageError
 from bytecap.model.checkpoint import linear_weights
-from bytecap.model.tying import Tying, find_blocks, matrices, oriented, tie
+from bytecap.model.tying import Tying, find_blocks, layers, matrices, oriented, tie
 
 INITS = ("stepwise", "average", "lower")
 
@@ -64,7 +64,7 @@ def tied(original: nn.Module, tying: Tying, init: str = "average") -> nn.Module:
     """
     module = copy.deepcopy(original)
     tie(module, tying)
-    blocks, first = find_blocks(module)[1], find_blocks(original)[1]
+    blocks, first = layers(module, tying.blocks), layers(original, tying.blocks)
     with torch.no_grad():
         for source in sorted(set(tying.sources)):
             members = [i for i, s in enumerate(tying.sources) if s == source]
