@@ -143,6 +143,29 @@ def fitted(tmp_path_factory, model_directory, texts):
     return get
 
 
+@pytest.fixture(scope="session")
+def four(model_directory):
+    return model_directory("rotary", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="session")
+def made(four, texts, tmp_path_factory):
+    """Directory of a tied model, its report, and what was said."""
+    from bytecap.progress import Silent
+    from bytecap.share import tie as convert
+
+    said, target = Silent(), tmp_path_factory.mktemp("tied")
+    report = convert(four, 2, target, rank=2, train=texts["calib"], steps="4", reporter=said)
+    return target, report, said.notes
+
+
+@pytest.fixture(scope="session")
+def fitted_tied(made, texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fitted") / "tied.bcap"
+    found = bytecap.fit(made[0], BUDGET, calibration=texts["calib"], evaluation=texts["val"], output=path, **SMALL)
+    return found, path
+
+
 @pytest.fixture
 def edited_config():
     """Function: change entries of a directory's config.json in place."""

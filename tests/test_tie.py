@@ -1,28 +1,20 @@
 """Tied blocks: what is shared, how it starts, what the file holds, what is refused."""
 
-import argparse
 import copy
-import importlib
 import json
-import lzma
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import bytecap
-from bytecap import artifact, reference
+from bytecap import reference
 from bytecap.decode import decode_units
-from bytecap.errors import CheckpointError, UsageError
+from bytecap.errors import UsageError
 from bytecap.model.checkpoint import find_units, load_model
-from bytecap.model.evaluate import kl_to
 from bytecap.model.probe import probe
-from bytecap.model.tying import Tying, find_blocks, layers, matrices, parse, tie
+from bytecap.model.tying import Tying, find_blocks, layers, matrices, parse
 from bytecap.model.uses import count_uses
 from bytecap.progress import Silent
 from bytecap.recover import Effort
@@ -30,7 +22,6 @@ from bytecap.sensitivity import metrics
 from bytecap.share import dlt, greedy, read, split
 from bytecap.share import tie as convert
 from bytecap.share.start import loop, ranks_for, tied
-from bytecap.share.uptrain import Trainer, uptrain
 from bytecap.sources import load_sets
 from bytecap.unpack import unpack
 from conftest import BUDGET, KINDS, SMALL, build
@@ -46,26 +37,6 @@ def deep(kind, **changes):
 def plain(module, blocks=2, ranks=None):
     path, layers = find_blocks(module)
     return Tying(path, loop(len(layers), blocks), ranks or {})
-
-
-@pytest.fixture(scope="module")
-def four(model_directory):
-    return model_directory("rotary", num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def made(four, texts, tmp_path_factory):
-    """Directory of a tied model, its report, and what was said."""
-    said, target = Silent(), tmp_path_factory.mktemp("tied")
-    report = convert(four, 2, target, rank=2, train=texts["calib"], steps="4", reporter=said)
-    return target, report, said.notes
-
-
-@pytest.fixture(scope="module")
-def fitted_tied(made, texts, tmp_path_factory):
-    path = tmp_path_factory.mktemp("fitted") / "tied.bcap"
-    found = bytecap.fit(made[0], BUDGET, calibration=texts["calib"], evaluation=texts["val"], output=path, **SMALL)
-    return found, path
 
 
 @pytest.fixture(scope="module")
@@ -276,181 +247,3 @@ class TestSearch:
         found = json.loads(out)
         assert found["unique"] <= 3
         assert load_model(tmp_path / "t").parameters == found["parameters"]
-
-
-class TestBadInput:
-    def call(self, model, texts, tmp_path, *more, blocks=2):
-        return ("tie", model, "--blocks", blocks, "--train", texts["calib"], "-o", tmp_path / "t", *more)
-
-    def test_a_number_that_does_not_divide_the_depth(self, four, texts, refused, tmp_path):
-        line = refused(*self.call(four, texts, tmp_path, blocks=3))
-        assert "--blocks 3 does not divide the 4 layers of model.layers: use one of 1, 2" in line
-        assert "has 4 layers, so 1 to 3" in refused(*self.call(four, texts, tmp_path, blocks=4))
-        assert not (tmp_path / "t").exists()
-
-    def test_blocks_of_different_shapes_are_both_named(self, tokenizer_json, texts, refused, tmp_path):
-        import transformers
-
-        config = transformers.Qwen2MoeConfig(
-            vocab_size=288, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=2,
-            num_experts_per_tok=1, mlp_only_layers=[1], max_position_embeddings=256,
-        )  # fmt: skip
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
-        (tmp_path / "m" / "tokenizer.json").write_text(tokenizer_json, "utf-8")
-        line = refused(*self.call(tmp_path / "m", texts, tmp_path))
-        assert "blocks of different shapes cannot be tied" in line
-        assert "model.layers.0." in line
-        assert "model.layers.1." in line
-
-    def test_a_module_without_blocks(self):
-        with pytest.raises(CheckpointError, match="no list of blocks"):
-            find_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))
-
-    def test_a_text_that_is_too_short(self, four, refused, tmp_path):
-        (tmp_path / "short.txt").write_text("SELECT a FROM b;", "utf-8")
-        line = refused("tie", four, "--blocks", 2, "--train", tmp_path / "short.txt", "-o", tmp_path / "t")
-        assert "short.txt" in line
-        assert "tokens are too few to train on: one move takes 2,048" in line
-
-    @pytest.mark.parametrize(
-        ("option", "value", "said"),
-        [
-            ("--init", "middle", "unknown --init 'middle'"),
-            ("--search", "best", "unknown --search 'best'"),
-            ("--steps", "many", "--steps 'many' is neither"),
-            ("--lora-rank", "-1", "--lora-rank -1 is below 0"),
-            ("--labels", "2", "--labels 2.0 is no share"),
-            ("--rate", "0", "--rate 0"),
-        ],
-    )
-    def test_options(self, four, texts, refused, tmp_path, option, value, said):
-        assert said in refused(*self.call(four, texts, tmp_path, option, value))
-
-    def test_divergence_is_stopped_and_the_best_is_kept(self, four, texts):
-        model, said = load_model(four), Silent()
-        pool = read(model, texts["calib"], window=64, seed=0, reporter=said)
-        windows, held = split(pool, 1, "cpu", "text")
-        student = tied(model.module, plain(model.module))
-        before = kl_to(model.module, student, held)[0]
-        found = uptrain(model.module, student, windows, held, Effort(steps=30), device="cpu", rate=30.0, reporter=said)
-        assert found.diverged
-        assert found.moves < 30
-        assert any("diverges" in n for n in said.notes)
-        assert kl_to(model.module, student, held)[0] == pytest.approx(found.kl)
-        assert found.kl <= before
-
-    def test_interrupted(self, four, texts, run, tmp_path, monkeypatch):
-        def interrupt(*_args, **_options):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(Trainer, "move", interrupt)
-        code, out, err = run(*self.call(four, texts, tmp_path))
-        assert code == 130
-        assert not out
-        assert "interrupted; no partial file is left behind" in err
-        assert list((tmp_path / "t").iterdir()) == []
-
-    @pytest.mark.parametrize(
-        ("edit", "said"),
-        [
-            ({"sources": [0, 1, 0]}, "ties 3 blocks"),
-            ({"sources": [0, 0, 1, 0]}, "layer 2 cannot read the block of layer 1"),
-            ({"sources": [0, 2, 2, 0]}, "layer 1 cannot read the block of layer 2"),
-            ({"blocks": "model"}, "ties 4 blocks of 'model'"),
-            ({"blocks": 3}, "blocks is a name"),
-            ({"ranks": {"mlp.up_proj": 10**9}}, "cannot have rank 1000000000"),
-            ({"ranks": {"mlp.no": 1}}, "has no linear map mlp.no"),
-            ({"ranks": {"mlp.up_proj": True}}, "cannot have rank True"),
-            ({"sources": [0, 1, 2, 3]}, "mlp.down_proj.down.weight, which the tied model has not"),
-            ({"ranks": {"mlp.up_proj": 2}}, "which the tied model has not"),
-        ],
-    )
-    def test_a_spoiled_description(self, made, refused, texts, tmp_path, edit, said):
-        spoiled = shutil.copytree(made[0], tmp_path / "spoiled")
-        file = spoiled / "tying.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | edit))
-        assert said in refused("eval", spoiled, "--text", texts["val"])
-
-    def test_missing_and_misshapen_tensors(self, made, refused, texts, tmp_path):
-        from safetensors.torch import load_file, save_file
-
-        spoiled = shutil.copytree(made[0], tmp_path / "spoiled")
-        tensors = load_file(spoiled / "model.safetensors")
-        name = "model.layers.2.mlp.up_proj.up.weight"
-        save_file({n: t for n, t in tensors.items() if n != name}, spoiled / "model.safetensors")
-        assert f"lacks tensor {name} (1 missing in all)" in refused("eval", spoiled, "--text", texts["val"])
-        save_file(tensors | {name: torch.zeros(3, 2)}, spoiled / "model.safetensors")
-        assert f"{name} has shape [3, 2]" in refused("eval", spoiled, "--text", texts["val"])
-
-    def test_a_file_with_a_spoiled_description(self, fitted_tied, refused, texts, tmp_path):
-        found, _ = fitted_tied
-        files = tuple(
-            artifact.FileSection(f.name, bytecap.sidefiles.pack(f.name, b"[]")) if f.name == "tying.json" else f
-            for f in found.contents.files
-        )
-        path = tmp_path / "spoiled.bcap"
-        path.write_bytes(artifact.serialize(replace(found.contents, files=files)))
-        assert "tying.json must be an object" in refused("eval", path, "--text", texts["val"])
-
-    def test_a_description_twice_applied_names_the_rank(self):
-        module = deep("rotary")
-        with pytest.raises(CheckpointError, match="cannot have rank"):
-            tie(module, plain(module, 2, {"mlp.up_proj": 33}))
-
-
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-class TestComposition:
-    """The experiment of docs/sharing.md, small."""
-
-    @pytest.fixture
-    def composition(self, monkeypatch):
-        monkeypatch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("composition")
-        for name in ("common", "composition"):
-            sys.modules.pop(name, None)
-
-    def test_from_training_to_paired_differences(self, composition, four, texts, tmp_path, capsys):
-        for name in ("literature", "technical", "general"):
-            for kind in ("calib", "val"):
-                shutil.copy(texts[kind], tmp_path / f"{name}.{kind}.txt")
-        packed = tmp_path / "train.txt.xz"
-        packed.write_bytes(lzma.compress(texts["calib"].read_bytes().replace(b"\f", b"\0")))
-        args = argparse.Namespace(
-            models=four.parent, model=[four.name], texts=tmp_path, train=[packed], blocks=2, lora_rank=2, steps="2",
-            rate=1e-3, full_rate=1e-4, labels=0.5, tokens=1000, eval_tokens=1500, device="cpu", seed=0,
-            work=tmp_path / "work", output=tmp_path / "out.jsonl",
-        )  # fmt: skip
-        facts = [composition.train(args, 0, kind) for kind in ("b", "d")]
-        assert [f["moves"] for f in facts] == [2, 2]
-        students = {"a": four, "b-reinvested": args.work / "b-0", "c": args.work / "d-0", "d": args.work / "d-0"}
-        rows = [composition.one(args, "21kB", arm, 0, str(x)) | {"seed": 0} for arm, x in students.items()]
-        by_arm = {r["arm"]: r for r in rows}
-        assert all(20_900 < by_arm[x]["file_bytes"] <= 21_000 for x in ("a", "b-reinvested", "d"))
-        assert by_arm["c"]["file_bytes"] < 14_500
-        assert by_arm["d"]["bits_by_uses"]["used 2 times"] > by_arm["c"]["bits_by_uses"]["used 2 times"]
-        assert load_model(args.work / "b-0").config()["num_hidden_layers"] == 2
-        composition.summarise(args, rows)
-        lines = [json.loads(x) for x in args.output.read_text().splitlines()]
-        found = next(x for x in lines if x.get("against") == "a")
-        assert found["kl"]["mean"] == pytest.approx(by_arm["d"]["kl_nats"] - by_arm["a"]["kl_nats"], abs=1e-6)
-        assert "d - b-reinvested" in capsys.readouterr().out
-
-    @pytest.mark.nightly
-    def test_on_the_embedded_model(self, tmp_path):
-        command = [
-            sys.executable, str(FOLDER / "composition.py"), "--model", "demo", "--sizes", "450kB", "--blocks", "3",
-            "--seeds", "1", "--steps", "40", "--tokens", "8192", "--eval-tokens", "4096", "--device", "cpu",
-            "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out.jsonl"),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own code)
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
-        rows = {x["arm"]: x for x in lines if x["benchmark"] == "composition"}
-        assert len(rows) == 7
-        assert all(x["file_bytes"] <= x["budget_bytes"] <= 450_000 for x in rows.values())
-        assert all(rows[x]["training"]["kl"] < rows[x]["training"]["kl_start"] for x in ("b", "d", "e"))
-        assert rows["d"]["bits_per_parameter"] > 1.3 * rows["a"]["bits_per_parameter"]
-        assert sum(x["benchmark"] == "composition-summary" for x in lines) == 7 + 8

@@ -122,19 +122,12 @@ def tie(
         reporter: told about progress.
 
     Raises:
-        UsageError: an option does not fit the model. CheckpointError: the model cannot be read or tied.
-        TextError: the text is too short. OutputError: the directory cannot be written.
+        BytecapError: an option does not fit the model, the model cannot be tied, the text is too short.
     """
     reporter = reporter or Silent()
-    target, effort, looking = (
-        choose_device(device),
-        _effort(steps, "--steps"),
-        _effort(search_steps or steps, "--search-steps"),
-    )
-    if not 0 < rate < math.inf:
-        raise UsageError(f"--rate {rate:g} is no learning rate")
-    if not 0 <= labels <= 1:
-        raise UsageError(f"--labels {labels} is no share: use 0 to 1")
+    target, effort = choose_device(device), _effort(steps, "--steps")
+    looking = _effort(search_steps or steps, "--search-steps")
+    _check(rate, labels)
     loaded = model if isinstance(model, Model) else load_model(model)
     plan = Plan.of(loaded, blocks, init, rank, search)
     directory = make_directory(output)
@@ -151,6 +144,13 @@ def tie(
     _say(found, windows, reporter)
     write(student, {**loaded.files, FILE: tying.dump()}, loaded, directory)
     return report(loaded, tying, found, directory, held, target) | trace | {"seed": seed, "init": init, "rank": rank}
+
+
+def _check(rate: float, labels: float) -> None:
+    if not 0 < rate < math.inf:
+        raise UsageError(f"--rate {rate:g} is no learning rate")
+    if not 0 <= labels <= 1:
+        raise UsageError(f"--labels {labels} is no share: use 0 to 1")
 
 
 def _effort(text: str, option: str) -> Effort:
