@@ -12,7 +12,8 @@ e            tied layers with low-rank parts of every layer's own, at the size
 
 Training sees the same tokens in the same order in all arms of a seed, with the same loss: half KL to the original, half
 next tokens. The seed is that of training and of calibration. `--summary FILE` makes the differences of an earlier
-`--output` again, and with `--output` writes its lines without their windows.
+`--output` again, and with `--output` writes its lines without their windows. A run that was cut off goes on where the
+same `--output` stops.
 `--model demo` is the embedded model with its own texts and needs neither `--models` nor `--texts`.
 """
 
@@ -40,12 +41,12 @@ from bytecap.decode import decode_units
 from bytecap.model.checkpoint import Model, demo_directory, load_model
 from bytecap.model.evaluate import compare, mean_comparison
 from bytecap.model.probe import longest_first
-from bytecap.model.text import Text, TokenSets
+from bytecap.model.text import Text, TokenSets, Window
 from bytecap.model.tying import FILE, Tying, find_blocks
 from bytecap.pipeline import choose_device, fit_sets
 from bytecap.progress import Silent
 from bytecap.recover import Effort
-from bytecap.share import read, write
+from bytecap.share import shuffled, windows_of, write
 from bytecap.share.start import loop, ranks_for, tied
 from bytecap.share.uptrain import split, uptrain
 from bytecap.sources import load_sets
@@ -69,7 +70,7 @@ def main() -> None:
     p.add_argument("--rate", type=float, default=1e-3, help="first learning rate of students")
     p.add_argument("--full-rate", type=float, default=1e-4, help="first learning rate of the full depth")
     p.add_argument("--labels", type=float, default=0.5)
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     p.add_argument("--arms", nargs="*", default=list(TRAINED), choices=list(TRAINED))
     p.add_argument("--work", type=Path, default=Path("build/composition"), help="directory of students")
     p.add_argument("--jobs", type=int, default=1, help="fits at a time")
@@ -89,14 +90,16 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows as they are finished: several trainings and several fits at a time."""
+    done = {(r["size"], r["arm"], r["seed"]): r for r in _rows(args.output)}
+    wanted = [(s, x, n) for s in args.sizes for x in args.arms for n in args.seeds]
+    yield from (done[c] for c in wanted if c in done)
+    cells = [c for c in wanted if c not in done]
+    students = [(n, k) for n, k in dict.fromkeys((c[2], TRAINED[c[1]]) for c in cells) if k]
     context = get_context("spawn")
-    cells = [(s, x, n) for s in args.sizes for x in args.arms for n in range(args.seeds)]
-    students = [(n, k) for n in range(args.seeds) for k in dict.fromkeys(TRAINED[x] for x in args.arms) if k]
     with ProcessPoolExecutor(args.trainings, context) as trainers, ProcessPoolExecutor(args.jobs, context) as fitters:
         waiting: dict[Future[Any], Any] = {trainers.submit(train, args, n, k): (n, k) for n, k in students}
-        ready = {
-            (n, None): args.models / args.model[0] if args.model[0] != "demo" else "demo" for n in range(args.seeds)
-        }
+        name = args.model[0]
+        ready = {(n, None): "demo" if name == "demo" else args.models / name for n in args.seeds}
         facts: dict[Any, Any] = {}
         while waiting or cells:
             for cell in [c for c in cells if (c[2], TRAINED[c[1]]) in ready]:
@@ -118,6 +121,13 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def _rows(path: Path | None) -> list[dict[str, Any]]:
+    """Rows of an earlier run that was cut off."""
+    if path is None or not path.exists():
+        return []
+    return [r for r in map(json.loads, path.read_text().splitlines()) if r["benchmark"] == "composition"]
+
+
 @lru_cache(maxsize=1)
 def original(args_models: str, name: str) -> Model:
     """The trained model that all arms come from."""
@@ -128,6 +138,11 @@ def original(args_models: str, name: str) -> Model:
 
 def _original(args: argparse.Namespace) -> Model:
     return original(str(args.models), args.model[0])
+
+
+@lru_cache(maxsize=1)
+def _pool(models: str, name: str, paths: tuple[Path, ...]) -> list[Window]:
+    return windows_of(original(models, name), paths, 512)
 
 
 def _texts(args: argparse.Namespace, kind: str) -> list[Path]:
@@ -152,8 +167,8 @@ def train(args: argparse.Namespace, seed: int, kind: str) -> dict[str, Any]:
     model = _original(args)
     model.module.to(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
-    paths = [_plain(x, args.work) for x in args.train or _texts(args, "calib")]
-    pool = read(model, paths, window=512, seed=seed, reporter=Silent())
+    paths = tuple(_plain(x, args.work) for x in args.train or _texts(args, "calib"))
+    pool = shuffled(_pool(str(args.models), args.model[0], paths), seed)
     windows, held = split(pool, 1, args.device, "the training text")
     student, files = make(model, kind, args.blocks, args.lora_rank)
     found = uptrain(

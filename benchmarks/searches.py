@@ -28,7 +28,7 @@ def main() -> None:
     p.add_argument("--blocks", nargs="*", type=int, default=[4, 6])
     p.add_argument("--search-steps", default="15s", help="moves or time of each search")
     p.add_argument("--steps", default="300", help="moves or time of uptraining")
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     args = p.parse_args()
     args.device = choose_device(args.device)
     for name in args.model:
@@ -36,7 +36,7 @@ def main() -> None:
         model.name = name
         model.module.to(args.device)
         found = args.train or (texts(args.texts, "calib") if args.texts else None)
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             args.seed = seed
             pool = read(model, found, window=512, seed=seed, reporter=Silent())
             for blocks in args.blocks:

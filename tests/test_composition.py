@@ -54,7 +54,7 @@ class TestComposition:
     def test_on_the_embedded_model(self, tmp_path):
         command = [
             sys.executable, str(FOLDER / "composition.py"), "--model", "demo", "--sizes", "450kB", "--blocks", "3",
-            "--seeds", "1", "--steps", "40", "--tokens", "8192", "--eval-tokens", "4096", "--device", "cpu",
+            "--seeds", "0", "--steps", "40", "--tokens", "8192", "--eval-tokens", "4096", "--device", "cpu",
             "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out.jsonl"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own code)

@@ -166,10 +166,20 @@ def read(model: Model, texts: Paths, *, window: int, seed: int, reporter: Report
     if not paths:
         reporter.note("warning: no --train given: the embedded SQLite documentation stands in")
         paths = [demo_directory() / "calib.txt"]
+    return shuffled(windows_of(model, paths, window), seed)
+
+
+def windows_of(model: Model, paths: Sequence[Path], window: int) -> list[Window]:
+    """Windows of texts, none twice."""
     encode, length = encoder(model.files), window_limit(model, window)
-    pool = list(
+    return list(
         {w.tokens: w for p in paths for w in load_text(p, encode, window=length, limit=TOKENS).windows}.values()
     )
+
+
+def shuffled(windows: Sequence[Window], seed: int) -> list[Window]:
+    """As many as there is use for, in a random order."""
+    pool = list(windows)
     random.Random(seed).shuffle(pool)  # noqa: S311 (sampling, not cryptography)
     ends = accumulate(w.predicted for w in pool)
     return [w for w, end in zip(pool, ends, strict=True) if end <= TOKENS]
