@@ -54,7 +54,8 @@ class TestComposition:
     def test_on_the_embedded_model(self, tmp_path):
         command = [
             sys.executable, str(FOLDER / "composition.py"), "--model", "demo", "--sizes", "450kB", "--blocks", "3",
-            "--seeds", "0", "--steps", "10", "--arms", "a", "d", "e", "b-reinvested", "--tokens", "8192", "--eval-tokens", "4096", "--device", "cpu",
+            "--seeds", "0", "--steps", "10", "--arms", "a", "d", "e", "b-reinvested",
+            "--tokens", "8192", "--eval-tokens", "4096", "--device", "cpu",
             "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out.jsonl"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own code)
