@@ -47,8 +47,9 @@ def host() -> str:
 def record(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     """Append one result with everything needed to repeat it."""
     names = {str(args.models): "MODELS", str(args.texts): "TEXTS", str(args.output): "OUTPUT"}
-    names[str(getattr(args, "artifact", None))] = "ARTIFACT"
-    names |= {str(getattr(args, key, None)): key.upper() for key in ("train", "keep", "windows")}
+    names |= {str(getattr(args, k, None)): k.upper() for k in ("artifact", "keep", "summary", "windows", "work")}
+    train = getattr(args, "train", None) or ()
+    names |= {str(path): "TRAIN" for path in (train if isinstance(train, list | tuple) else [train])}
     words = [names.get(word, word) for word in sys.argv[1:]]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     row = {**row, "seed": args.seed, "host": host(), "date": time.strftime("%Y-%m-%d"), "command": command}

@@ -74,18 +74,18 @@ def _config(kind, **changes):
         "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.15,
     }  # fmt: skip
     if kind == "rotary":
-        return transformers.LlamaConfig(**common, **{**wide, "tie_word_embeddings": True, **changes})
+        return transformers.LlamaConfig(**{**common, **wide, "tie_word_embeddings": True, **changes})
     if kind == "biased":
-        return transformers.Qwen2Config(**common, **{**wide, "tie_word_embeddings": False, **changes})
+        return transformers.Qwen2Config(**{**common, **wide, "tie_word_embeddings": False, **changes})
     if kind == "transposed":
         return transformers.GPT2Config(
-            **common, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.15,
-            **{"tie_word_embeddings": True, **changes},
+            **common, n_embd=32, n_head=4, n_positions=256, initializer_range=0.15,
+            **{"n_layer": 2, "tie_word_embeddings": True, **changes},
         )  # fmt: skip
     return transformers.OPTConfig(
-        **{**common, "pad_token_id": 1}, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        **{**common, "pad_token_id": 1}, hidden_size=32, ffn_dim=64, num_attention_heads=4,
         max_position_embeddings=256, word_embed_proj_dim=32, init_std=0.15, dropout=0.0,
-        **{"tie_word_embeddings": True, **changes},
+        **{"num_hidden_layers": 2, "tie_word_embeddings": True, **changes},
     )  # fmt: skip
 
 
@@ -141,6 +141,29 @@ def fitted(tmp_path_factory, model_directory, texts):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def four(model_directory):
+    return model_directory("rotary", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="session")
+def made(four, texts, tmp_path_factory):
+    """Directory of a tied model, its report, and what was said."""
+    from bytecap.progress import Silent
+    from bytecap.share import tie as convert
+
+    said, target = Silent(), tmp_path_factory.mktemp("tied")
+    report = convert(four, 2, target, rank=2, train=texts["calib"], steps="4", reporter=said)
+    return target, report, said.notes
+
+
+@pytest.fixture(scope="session")
+def fitted_tied(made, texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fitted") / "tied.bcap"
+    found = bytecap.fit(made[0], BUDGET, calibration=texts["calib"], evaluation=texts["val"], output=path, **SMALL)
+    return found, path
 
 
 @pytest.fixture

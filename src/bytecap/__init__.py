@@ -58,6 +58,7 @@ __all__ = [
     "load_into",
     "load_model",
     "parse_size",
+    "tie",
 ]
 
 
@@ -80,6 +81,13 @@ def byte_returns(model: Any, budget: int | str, output: Path | str | None = None
     from bytecap.curves import byte_returns as run
 
     return run(model, budget, output, **options)
+
+
+def tie(model: Any, blocks: int, output: Path | str, **options: Any) -> dict[str, Any]:
+    """A trained model with fewer stored blocks, as a directory; see `bytecap.share.tie` for every option."""
+    from bytecap.share import tie as run
+
+    return run(model, blocks, output, **options)
 
 
 def compare(models: Any, output: Path | str | None = None, **options: Any) -> dict[str, Any]:

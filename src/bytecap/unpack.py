@@ -142,7 +142,8 @@ def load_model(path: Path | str) -> nn.Module:
     if "config.json" not in files:
         raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_bytes(files["config.json"])
+        for name in {"config.json", "tying.json"} & files.keys():
+            (Path(directory) / name).write_bytes(files[name])
         module = module_from_config(Path(directory))
     load_values(module, decode_units(contents, aliases=False))
     return module

@@ -118,7 +118,7 @@ def _pickle_message(path: Path) -> str:
 
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tying.json",
 )  # fmt: skip
 
 
@@ -240,8 +240,14 @@ def build_module(directory: Path) -> torch.nn.Module:
     try:
         import torch
         import transformers
+
+        from bytecap.model import tying
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
+    if (directory / tying.FILE).is_file():
+        module = module_from_config(directory)
+        tying.fill(module, weight_files(directory))
+        return module
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -253,7 +259,7 @@ def build_module(directory: Path) -> torch.nn.Module:
         if memory.is_shortage(exc):
             raise
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
-    module: torch.nn.Module = built[0]
+    module = built[0]
     found: dict[str, Any] = built[1]
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise CheckpointError(
@@ -350,6 +356,8 @@ def module_from_config(directory: Path) -> torch.nn.Module:
     try:
         import torch
         import transformers
+
+        from bytecap.model import tying
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
     transformers.logging.set_verbosity_error()
@@ -360,4 +368,5 @@ def module_from_config(directory: Path) -> torch.nn.Module:
         if memory.is_shortage(exc):
             raise
         raise CheckpointError(f"cannot build a model from {directory}/config.json: {_first_line(exc)}") from exc
+    tying.tie_as_described(module, directory)
     return freeze(module)

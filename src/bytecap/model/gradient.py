@@ -23,6 +23,7 @@ def gradient(
     *,
     device: str,
     batch: int = 1024,
+    labels: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean KL from the original to the twin in nats per token, and its gradient at the twin's tensors.
@@ -34,6 +35,7 @@ def gradient(
         windows: plain windows.
         device: torch device.
         batch: tokens of one pass.
+        labels: share of the text's own next tokens (cross entropy) in what is returned, the rest is the KL.
         progress: called with the number of tokens finished.
     """
     live = dict(twin.named_parameters(remove_duplicate=False))
@@ -51,6 +53,9 @@ def gradient(
                 target = logits_of(original(inside))[real].float().log_softmax(-1)
             found = logits_of(twin(inside))[real].float().log_softmax(-1)
             loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens
+            if labels:
+                own = nn.functional.nll_loss(found, ids[:, 1:].to(device)[real], reduction="sum") / tokens
+                loss = (1 - labels) * loss + labels * own
             loss.backward()
             total += loss.detach()
             if progress is not None:

@@ -14,7 +14,7 @@ Omitted on purpose: overlapping (strided) windows, which score better but cost s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,20 @@ def leading(windows: Sequence[Window], tokens: int) -> list[Window]:
         taken.append(w)
         count += w.predicted
     return taken
+
+
+def moves(windows: Sequence[Window], tokens: int, seed: int) -> Iterator[list[Window]]:
+    """Windows of about so many tokens at a time, without end: shuffled anew when all have been seen."""
+    pool = list(windows)
+    rng = random.Random(seed)  # noqa: S311 (sampling, not cryptography)
+    chosen: list[Window] = []
+    while True:
+        rng.shuffle(pool)
+        for w in pool:
+            chosen.append(w)
+            if sum(x.predicted for x in chosen) >= tokens:
+                yield chosen
+                chosen = []
 
 
 @dataclass(frozen=True)
