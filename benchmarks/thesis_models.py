@@ -119,7 +119,10 @@ def train(recipe: str, seed: int, source: Path, stream: Path, args: argparse.Nam
     torch.manual_seed(seed)
     config = json.loads((source / "config.json").read_text("utf-8"))
     if recipe == "looped":
-        config |= {"stored_layers": config["num_hidden_layers"], "num_hidden_layers": PASSES * config["num_hidden_layers"]}
+        config |= {
+            "stored_layers": config["num_hidden_layers"],
+            "num_hidden_layers": PASSES * config["num_hidden_layers"],
+        }
     device = torch.device(args.device)
     module = build(config).to(device).train()
     found = np.load(stream, mmap_mode="r")
@@ -229,7 +232,9 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help="directory of *.txt.xz, documents separated by NUL")
-    parser.add_argument("--held-out", type=Path, nargs="*", help="texts that no training document may share a line with")
+    parser.add_argument(
+        "--held-out", type=Path, nargs="*", help="texts that no training document may share a line with"
+    )
     parser.add_argument("--small", type=Path, help="directory with the config and tokenizer of the 7M recipe")
     parser.add_argument("--models", default=",".join(f"{r}:{s}" for r, n in SEEDS.items() for s in range(n)))
     parser.add_argument("--seconds", type=float, default=215, help="since the start of the script")

@@ -18,6 +18,7 @@ from bytecap.cli_compare import compare
 from bytecap.cli_curves import curves
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
+from bytecap.cli_thesis import thesis
 from bytecap.errors import BytecapError, OutputError, UsageError
 from bytecap.memory import BOUND, is_shortage
 from bytecap.methods import METHODS
@@ -199,6 +200,7 @@ def _score_json(scores: list[Any]) -> dict[str, Any]:
 app.command()(inspect)
 app.command()(compare)
 app.command()(curves)
+app.command()(thesis)
 
 
 @app.command()

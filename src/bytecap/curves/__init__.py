@@ -157,7 +157,7 @@ def _amounts(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[fl
 
 
 def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
-    return Pick(path, {o.unit: o.index for o in chosen})
+    return Pick({o.unit: (path, o.index) for o in chosen})
 
 
 def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:

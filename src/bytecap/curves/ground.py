@@ -37,6 +37,7 @@ from bytecap.tables import dump_shared, load_shared
 
 BASES = ("grid", "golf")
 _SLOPE_TOKENS = 32_768
+RUNGS = 8
 Array = npt.NDArray[Any]
 
 
@@ -51,6 +52,7 @@ class Ground:
         twin: a module that holds the base's decoded values.
         slopes: gradient of the KL there, nats per token, (rows, cols) by unit name.
         key: hash of all of it.
+        rungs: most settings that a path is tried with on a unit.
     """
 
     job: Job
@@ -59,6 +61,7 @@ class Ground:
     twin: nn.Module
     slopes: Mapping[str, torch.Tensor]
     key: str
+    rungs: int = RUNGS
 
     @property
     def bytes(self) -> int:
@@ -81,13 +84,14 @@ def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int,
     return job
 
 
-def lay(job: Job, base: str, store: Store) -> Ground:
+def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
     """The ground of a job.
 
     Args:
         job: model, texts, budget.
         base: `grid` or `golf`.
         store: where statistics and operating points are kept.
+        rungs: most settings that a path is tried with on a unit.
 
     Raises:
         BudgetError: the base cannot get below the budget.
@@ -103,7 +107,8 @@ def lay(job: Job, base: str, store: Store) -> Ground:
     load_values(twin, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
     memory.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
-    return Ground(job, made, sections, twin, _slopes(job, made, twin, store, hashed), hashed)
+    slopes = _slopes(job, made, twin, store, hashed)
+    return Ground(job, made, sections, twin, slopes, digest(hashed, rungs), rungs)
 
 
 def _slopes(job: Job, base: Base, twin: nn.Module, store: Store, key: str) -> dict[str, torch.Tensor]:
