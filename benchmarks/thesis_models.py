@@ -4,12 +4,13 @@
 
 Recipes: `mini` (the embedded model's config and tokenizer), `small` (those of the directory given with --small),
 `looped` (mini's stored tensors, the stack passed three times). Equal seeds of mini and looped begin with the same
-weights and see the same windows. Every model is written as `OUT/RECIPE-SEED`: config.json, model.safetensors (bfloat16),
-tokenizer, and training.json; all directories of an archive go into one tar with --tar. A looped directory is
+weights and see the same windows. Every model is written as `OUT/RECIPE-SEED`: config.json, model.safetensors
+(bfloat16), tokenizer, and training.json; with --tar directories are packed. A looped directory is
 read through this file: `bytecap thesis benchmarks/thesis_models.py:looped:OUT/looped-0`.
 
 Training stops at --steps or when --seconds since the start are over, whichever is first; the rate's schedule follows
-whichever is nearer, and the steps made are in training.json. So a repetition on another machine is another sample of the recipe.
+whichever is nearer, and the steps made are in training.json. So a repetition on another machine is another sample of
+the recipe.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ def looped(directory: str) -> nn.Module:
 
 
 def documents(files: Sequence[Path], held_out: Sequence[Path], limit: int) -> Iterator[str]:
-    """Training documents, about `limit` characters of them, without those that share a long line with a held-out text."""
+    """Training documents, about `limit` characters, without those that share a long line with a held-out text."""
     lines = {s for p in held_out for line in p.read_text("utf-8").splitlines() if len(s := line.strip()) >= _LINE}
     dropped = 0
     for path in files:
-        text = lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
+        data = path.read_bytes()
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
         for document in text.split("\0"):
             if any(line.strip() in lines for line in document.splitlines() if len(line) >= _LINE):
                 dropped += 1
@@ -90,8 +92,8 @@ def tokens(texts: Sequence[str], tokenizer: Path, first: int) -> npt.NDArray[np.
     encoder = Tokenizer.from_file(str(tokenizer))
     parts = []
     for i in range(0, len(texts), 2048):
-        for found in encoder.encode_batch(list(texts[i : i + 2048]), add_special_tokens=False):
-            parts.append(np.array([first, *found.ids], np.uint16))
+        found = encoder.encode_batch(list(texts[i : i + 2048]), add_special_tokens=False)
+        parts += [np.array([first, *f.ids], np.uint16) for f in found]
     return np.concatenate(parts)
 
 
@@ -219,7 +221,7 @@ def main() -> None:
                     try:
                         f.write(json.dumps(run.result()) + "\n")
                         done.append(w)
-                    except Exception as exc:  # the others are still worth having
+                    except Exception as exc:  # noqa: BLE001 (the others are still worth having)
                         f.write(json.dumps({"record": "failed", "model": list(w), "why": repr(exc)}) + "\n")
                     f.flush()
     if args.tar:

@@ -57,9 +57,10 @@ def thesis(
         from bytecap.comparison.runs import command_line
 
         found = tests.thesis(
-            models or [], output if output is not None else Path("thesis"), only=names(only), bases=names([bases]) or (),
-            budget=budget, calibration=calib, evaluation=eval_, tokens=tokens, evaluation_tokens=eval_tokens, seeds=seeds,
-            rungs=rungs, device=device, jobs=jobs, store=store, report=report, command=command_line(), reporter=reporter,
+            models or [], output if output is not None else Path("thesis"), only=names(only),
+            bases=names([bases]) or (), budget=budget, calibration=calib, evaluation=eval_, tokens=tokens,
+            evaluation_tokens=eval_tokens, seeds=seeds, rungs=rungs, device=device, jobs=jobs, store=store,
+            report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip
     if as_json:
         print_json(found)

@@ -122,8 +122,8 @@ def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameter
     protected = sum(r.share * ground.base.problems[n].unit.parameters for n, r in real.items())
     return {
         "growth": {n: len(r.section.data) - len(ground.sections[n].data) for n, r in real.items()},
-        "side": sum(r.side for r in real.values()), "layers": sum(n for n, _ in layers), "heads": sum(n for _, n in layers),
-        "share": protected / max(1, parameters),
+        "side": sum(r.side for r in real.values()), "share": protected / max(1, parameters),
+        "layers": sum(n for n, _ in layers), "heads": sum(n for _, n in layers),
         "kl": scores.kl.tolist(), "nats": scores.nats.tolist(),
     }  # fmt: skip
 

@@ -29,7 +29,8 @@ def print_thesis(found: Mapping[str, Any]) -> None:
             main = row["effects"].get(e["main"])
             table.add_row(
                 f"{e['number']} {e['title']}", who, row["base"], f"[{_COLOURS[row['verdict']]}]{row['verdict']}[/]",
-                f"{e['main']} {interval(main)}" if main else "-", f"{main['detectable']:.3f}" if main else "-", row["reason"],
+                f"{e['main']} {interval(main)}" if main else "-", f"{main['detectable']:.3f}" if main else "-",
+                row["reason"],
             )  # fmt: skip
     console.print(table, highlight=False)
     console.print("[bold]On models trained under the registration:[/bold]", highlight=False)

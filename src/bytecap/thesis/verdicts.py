@@ -83,8 +83,9 @@ def _experiment(name: str, module: ModuleType, every: Sequence[Evidence]) -> Fou
     for one in every:
         values, missing = _effects(module, one, every)
         arrays.append((one, values, missing))
-        cells.append({"model": one.model, "base": one.base, "counts": counts(one), "recipe": one.recipe,
-                      **_verdict(module, values, missing), "details": _details(module, one, every, values)})  # fmt: skip
+        about = {"model": one.model, "base": one.base, "counts": counts(one), "recipe": one.recipe}
+        details = _details(module, one, every, values)
+        cells.append({**about, **_verdict(module, values, missing), "details": details})
     groups = _groups(module, [a for a in arrays if counts(a[0])])
     word, why = whole([(g["verdict"], g["reason"]) for g in groups])
     return {

@@ -18,10 +18,10 @@ def section(found: Mapping[str, Any]) -> str:
         for e in found["experiments"]
     ]
     return (
-        "<p><em>Once models are in the aggressive low-bit regime, the next gains come from better byte-return ranking and "
-        "budgeting, not from globally lowering quantization error.</em></p><p>Hypotheses, statistics, thresholds and rules were "
-        "registered in docs/thesis.md before the first run; cards hold only what was measured on models trained after that. "
-        f"Supported always speaks for the thesis.</p><h2>Verdicts</h2>{cards(items)}"
+        "<p><em>Once models are in the aggressive low-bit regime, the next gains come from better byte-return ranking "
+        "and budgeting, not from globally lowering quantization error.</em></p><p>Hypotheses, statistics, thresholds "
+        "and rules were registered in docs/thesis.md before the first run; cards hold only what was measured on models "
+        f"trained after that. Supported always speaks for the thesis.</p><h2>Verdicts</h2>{cards(items)}"
     )
 
 

@@ -40,9 +40,10 @@ def _experiment(e: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     head = ("who", "counts as", "verdict", "figure", "effect, 95% interval", "smallest detectable", "reason")
     name = identifier("effects", e["name"])
+    said = f"({e['kind']}) {e['statistic'][0].upper()}{e['statistic'][1:]}."
     return (
         f"<h2>{e['number']} {escape(e['title'])}: {SIGNS[e['verdict']]}</h2><p>{escape(e['hypothesis'])} "
-        f'<span class="dim">({escape(e["kind"])}) {escape(e["statistic"][0].upper() + e["statistic"][1:])}.</span></p>{figure}'
+        f'<span class="dim">{escape(said)}</span></p>{figure}'
         f"<details><summary>Figures</summary>{table(head, rows, name=name)}</details>{_details(e)}"
     )
 

@@ -13,12 +13,7 @@ ORDER = 30
 
 def section(found: Mapping[str, Any]) -> str:
     """One table."""
-    rows = [
-        [short(m["model"]), m["base"], m["recipe"] or "-", "registered" if m["counts"] else "exploration",
-         *((f"{m['parameters']:,}", f"{m['budget_bytes']:,}", f"{m['matrix_bytes']:,}", interval(m["kl"]), f"{m['tokens']:,.0f}",
-            ", ".join(m["texts"])) if "kl" in m else ("-", "-", "-", m["missing"], "-", "-"))]
-        for m in found["models"]
-    ]  # fmt: skip
+    rows = [_row(m) for m in found["models"]]
     head = (
         "model",
         "base",
@@ -32,3 +27,11 @@ def section(found: Mapping[str, Any]) -> str:
         "texts",
     )
     return f"<h2>Operating points</h2>{table(head, rows, 'KL to the original in nats per token', name='operating')}"
+
+
+def _row(m: Mapping[str, Any]) -> list[str]:
+    name = [short(m["model"]), m["base"], m["recipe"] or "-", "registered" if m["counts"] else "exploration"]
+    if "kl" not in m:
+        return [*name, "-", "-", "-", m["missing"], "-", "-"]
+    sizes = [f"{m[k]:,}" for k in ("parameters", "budget_bytes", "matrix_bytes")]
+    return [*name, *sizes, interval(m["kl"]), f"{m['tokens']:,.0f}", ", ".join(m["texts"])]

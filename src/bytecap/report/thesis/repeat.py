@@ -14,6 +14,6 @@ def section(found: Mapping[str, Any]) -> str:
     commands = "\n".join(found["commands"]) or "bytecap.thesis(...)"
     return (
         f"<h2>Again</h2><p>These commands measured ({found['cpu_seconds']:,.0f} CPU seconds on "
-        f"{escape(', '.join(found['hosts']))}); <code>bytecap thesis --from thesis.jsonl -o DIR</code> makes this page from "
-        f"the lines alone. Registration: SHA-256 {escape(found['registration'])}.</p><pre>{escape(commands)}</pre>"
+        f"{escape(', '.join(found['hosts']))}); <code>bytecap thesis --from thesis.jsonl -o DIR</code> makes this page "
+        f"from the lines alone. Registration: SHA-256 {escape(found['registration'])}.</p><pre>{escape(commands)}</pre>"
     )

@@ -4,8 +4,8 @@ A module has
 
 - `ORDER`, `TITLE`, `KIND` (`support` or `falsifier`), `HYPOTHESIS`, `STATISTIC`: for readers;
 - `NEEDS`: measurements, see `bytecap.thesis.measures`; `MEASURES`, if it makes some of its own;
-- `effects(one, others)`: figures of a model on a base as resampled arrays, raising `Missing` with the reason where there are none;
-  `others` is all evidence there is;
+- `effects(one, others)`: figures of a model on a base as resampled arrays, raising `Missing` with the reason where
+  there are none; `others` is all evidence there is;
 - `decide(found)`: the verdict on their intervals, of one model or of a group;
 - `MAIN`: the effect that is shown first, `LINE`: where its threshold is;
 - `details(one, others)`, if there is more to see: rows of (what, figure) for the page.

@@ -12,7 +12,7 @@ from bytecap.thesis.statistics import THRESHOLD, FloatArray, Interval, Missing, 
 
 ORDER, TITLE, KIND = 5, "Diffuseness", "falsifier"
 HYPOTHESIS = "Return per byte is concentrated enough for a win."
-STATISTIC = "return per byte of the best quarter of single-unit exceptions, ranked on other documents, over that of finer steps, minus 1"
+STATISTIC = "return per byte of the best quarter of exceptions, cross-fitted, over that of finer steps, minus 1"
 NEEDS = ("base", "singles")
 MAIN, LINE = "lead", THRESHOLD
 QUARTER = 0.25

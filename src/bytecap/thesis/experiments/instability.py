@@ -54,7 +54,8 @@ def _foreign(one: Evidence, others: Sequence[Evidence]) -> dict[str, list[Rankin
         and o.seed != one.seed and "rankings" in o.lines and "rankings" in o.lines["rankings"]
     ]  # fmt: skip
     found = (
-        [r for k, r in rankings.items() if k.startswith("seed ")], [r for k, r in rankings.items() if k.startswith("text ")],
+        [r for k, r in rankings.items() if k.startswith("seed ")],
+        [r for k, r in rankings.items() if k.startswith("text ")],
         [o.line("rankings")["rankings"]["own"] for o in siblings],
     )  # fmt: skip
     return {n: f for n, f in zip(DIMENSIONS, found, strict=True) if f}

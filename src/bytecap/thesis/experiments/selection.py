@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,10 +24,8 @@ def effects(one: Evidence, others: Sequence[Evidence]) -> dict[str, FloatArray]:
     found = {"lead": one.q("ranked", at) - 1}
     if one.base == "golf":
         found["lead over the grid"] = _over_grid(one, others, at)
-    try:
+    with contextlib.suppress(Missing):
         found["exceptions alone"] = one.q("exceptions", one.amount("exceptions")) - 1
-    except Missing:
-        pass
     return found
 
 

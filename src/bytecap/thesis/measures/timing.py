@@ -1,4 +1,4 @@
-"""Seconds to decode all matrices and to multiply a vector by each, uniform against with exceptions.
+"""Processor seconds to decode all matrices and to multiply a vector by each, uniform against with exceptions.
 
 Exceptions run as side paths beside a dense base: gathered columns and rows, single weights, thin factors, a factor for
 each group. Formats take turns in every repetition, so that what else the machine does hits all of them.
@@ -44,19 +44,19 @@ def timing(bench: Bench) -> dict[str, Any]:
     multiply: dict[str, list[float]] = {k: [] for k in formats}
     with bench.reporter.step(f"timing on {bench.base}", REPEATS + 1) as advance:
         for _ in range(REPEATS + 1):
-            for k in formats:
-                decode[k].append(seconds(lambda k=k: decoded(bench, formats[k])))  # type: ignore[misc]
-                multiply[k].append(seconds(lambda k=k: multiplied(products[k], vectors)))  # type: ignore[misc]
+            for k, mine in formats.items():
+                decode[k].append(seconds(decoded, bench, mine))
+                multiply[k].append(seconds(multiplied, products[k], vectors))
             advance(1)
     return {"decode": {k: v[1:] for k, v in decode.items()}, "multiply": {k: v[1:] for k, v in multiply.items()},
             "bytes": {k: sum(len(s.data) for s in mine.values()) for k, mine in formats.items()}}  # fmt: skip
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of a piece of work."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    """Processor time of a piece of work, which other processes do not change."""
+    started = time.process_time()
+    work(*arguments)
+    return time.process_time() - started
 
 
 def decoded(bench: Bench, sections: Mapping[str, Section]) -> list[Any]:
