@@ -1,4 +1,4 @@
-"""The thesis end to end on a tiny model: measured once, resumed, judged again from lines alone, refused with a reason."""
+"""The thesis end to end on a tiny model: measured once, resumed, judged again from lines, refused with a reason."""
 
 import importlib.util
 import json
@@ -164,7 +164,7 @@ class TestModels:
             models.origin(str(tmp_path))
 
     def test_a_missing_directory_is_named(self, tmp_path):
-        with pytest.raises(CheckpointError, match="write FILE.py:CALLABLE:DIRECTORY"):
+        with pytest.raises(CheckpointError, match=r"write FILE\.py:CALLABLE:DIRECTORY"):
             models.load(f"x.py:f:{tmp_path / 'none'}")
 
 

@@ -105,7 +105,8 @@ class Bench:
     @cached_property
     def _cluster(self) -> npt.NDArray[np.int64]:
         """Cluster of every window in the order of measured points, numbered through all texts."""
-        number, first = {}, 0
+        number: dict[int, int] = {}
+        first = 0
         for text in self.ground.job.sets.evaluation:
             of, _ = clusters({"documents": [w.document for w in text.windows]})
             number |= {id(w): first + int(c) for w, c in zip(text.windows, of, strict=True)}

@@ -133,14 +133,13 @@ def pooled(values: Sequence[FloatArray], seed: int = 1) -> FloatArray:
     """Mean over models; resamples draw models too, their deviations scaled by sqrt(n / (n - 1))."""
     table = np.stack(values)
     n = len(table)
-    mean = table.mean(0)
+    found: FloatArray = table.mean(0)
     if n < 2:
-        return mean
+        return found
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, n, (table.shape[1] - 1, n))
-    found = mean.copy()
     moved = np.take_along_axis(table[:, 1:].T, drawn, axis=1).mean(1)
-    found[1:] += math.sqrt(n / (n - 1)) * (moved - mean[1:])
+    found[1:] += math.sqrt(n / (n - 1)) * (moved - found[1:])
     return found
 
 

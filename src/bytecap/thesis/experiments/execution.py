@@ -42,7 +42,8 @@ def ratio(mine: Sequence[float], theirs: Sequence[float]) -> FloatArray:
     logs = np.log(np.array(mine) / np.array(theirs))
     rng = np.random.default_rng(8)
     drawn = logs[rng.integers(0, len(logs), (RESAMPLES, len(logs)))].mean(1)
-    return np.exp(np.concatenate([[logs.mean()], drawn]))
+    found: FloatArray = np.exp(np.concatenate([[logs.mean()], drawn]))
+    return found
 
 
 def decide(found: Mapping[str, Interval]) -> Verdict:
