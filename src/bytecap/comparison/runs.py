@@ -74,7 +74,7 @@ def _sets(path: str, seed: int, setting: Setting) -> TokenSets:
     )  # fmt: skip
 
 
-def _directory_key(directory: str) -> str:
+def directory_key(directory: str) -> str:
     """Hash of the weights and the config of a directory, file by file."""
     names = sorted(p for p in Path(directory).iterdir() if p.suffix in {".safetensors", ".json"})
     return digest([[p.name, file_key(p)] for p in names])
@@ -96,7 +96,7 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
         parts: list[Any] = [hashes[cell.model], cell.method, cell.budget, setting.device]
         parts += [windows_key([w for t in sets.evaluation for w in t.windows]), [t.name for t in sets.evaluation]]
         if cell.directory:
-            parts += [_directory_key(cell.directory)]
+            parts += [directory_key(cell.directory)]
         else:
             own = cell.method.partition(":")[0]
             parts += [file_key(Path(own))] if own.endswith(".py") else []

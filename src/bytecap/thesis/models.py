@@ -31,8 +31,17 @@ class Origin:
 
 
 def directory_of(spec: str) -> Path:
-    """Where a model lies."""
-    return Path(spec.rpartition(":")[2]) if ".py:" in spec else resolve(spec)
+    """Where a model lies.
+
+    Raises:
+        CheckpointError: nowhere.
+    """
+    if ".py:" not in spec:
+        return resolve(spec)
+    found = Path(spec.rpartition(":")[2])
+    if not found.is_dir():
+        raise CheckpointError(f"no model at {found}: write FILE.py:CALLABLE:DIRECTORY with an existing directory")
+    return found
 
 
 def load(spec: str) -> Model:
@@ -46,8 +55,6 @@ def load(spec: str) -> Model:
     from bytecap.factory import load_factory
 
     directory = directory_of(spec)
-    if not directory.is_dir():
-        raise CheckpointError(f"no model at {directory}: write FILE.py:CALLABLE:DIRECTORY with an existing directory")
     call = spec.rpartition(":")[0]
     files = read_side_files(directory)
     found = load_factory(f"{call}(directory={str(directory)!r})", directory / "model.safetensors")

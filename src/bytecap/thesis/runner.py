@@ -19,15 +19,14 @@ from typing import Any
 import torch
 
 from bytecap.comparison.pairs import clusters, fold
-from bytecap.comparison.runs import append, file_key, host, read_lines, versions
+from bytecap.comparison.runs import append, directory_key, file_key, host, read_lines, versions
 from bytecap.errors import BudgetError
-from bytecap.methods.statistics import model_key
 from bytecap.model.checkpoint import Model
 from bytecap.progress import Reporter, Silent
 from bytecap.store import Store, digest, library
 from bytecap.thesis.bench import Bench, Setting
 from bytecap.thesis.measures import measures
-from bytecap.thesis.models import Origin, load, origin
+from bytecap.thesis.models import Origin, directory_of, load, origin
 
 SHOWN = (
     "report/",
@@ -83,7 +82,9 @@ def tasks(
     plain = asdict(replace(setting, calibration=(), evaluation=()))
     sources = {n: _source(measures()[n]) for n in needs}
     for model in models:
-        own = digest(model_key(load(model)), asdict(origin(model)))
+        directory = directory_of(model)
+        code_of = [file_key(Path(model.partition(".py:")[0] + ".py"))] if ".py:" in model else []
+        own = digest(directory_key(str(directory)), code_of)
         for base in bases:
             wanted = {n: digest("thesis", code, sources[n], own, base, n, texts, names, plain) for n in needs}
             yield Task(model, base, setting, wanted, path, store, command)
