@@ -70,25 +70,35 @@ def thesis(
     from bytecap.curves.ground import check_base
     from bytecap.pipeline import choose_device
     from bytecap.thesis.bench import Setting
-    from bytecap.thesis.experiments import chosen
     from bytecap.thesis.runner import file_of, measure_all, tasks
 
     reporter = reporter or Silent()
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     if not names or not bases:
         raise UsageError("there is nothing to test: give at least one model (demo is the embedded one) and one base")
-    needs = list(dict.fromkeys(n for m in chosen(only).values() for n in m.NEEDS))
-    files = [tuple(map(str, as_paths(p))) for p in (calibration, evaluation)]
-    missing = [n for n, given in zip(("--calib", "--eval"), files, strict=True) if not given]
-    if missing:
-        reporter.note(f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in")
-    setting = Setting(
-        files[0], files[1], budget, tokens, evaluation_tokens, window, seeds, rungs, choose_device(device)
-    )
+    needs, (calib, held) = _needs(only), _files(calibration, evaluation, reporter)
+    target = choose_device(device)
+    setting = Setting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
     directory = make_directory(output) if output is not None else None
     kept = Path(store) if store is not None else directory and directory / "store"
     wanted = list(tasks(names, [check_base(b) for b in bases], needs, setting, file_of(directory), kept, command))
     return _write(measure_all(wanted, jobs=jobs, reporter=reporter), only, directory, report, reporter)
+
+
+def _needs(only: Sequence[str] | None) -> list[str]:
+    """Measurements that experiments need, each once."""
+    from bytecap.thesis.experiments import chosen
+
+    return list(dict.fromkeys(n for m in chosen(only).values() for n in m.NEEDS))
+
+
+def _files(calibration: Paths, evaluation: Paths, reporter: Reporter) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of both kinds of texts; says where embedded ones stand in."""
+    calib, held = (tuple(map(str, as_paths(p))) for p in (calibration, evaluation))
+    missing = [n for n, given in (("--calib", calib), ("--eval", held)) if not given]
+    if missing:
+        reporter.note(f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in")
+    return calib, held
 
 
 def render(
