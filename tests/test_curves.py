@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import bytecap
 from bytecap.curves import byte_returns, trial
 from bytecap.curves.choose import hull, most, spend
+from bytecap.curves.ground import lay
 from bytecap.curves.points import Measured
 from bytecap.curves.ranks import ceiling, spearman
 from bytecap.curves.report import ninety, verdict
@@ -297,13 +299,13 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
         found = real(ground, path, chosen)
         for name, r in found.items():
             index = chosen[name]
-            wanted = {name: trial.ladder(path, ground.base, name)[index]}
+            wanted = {name: trial.ladder(path, ground.base, name, ground.rungs)[index]}
             rounded, applied = trial._try(ground.base, path, wanted)[name]
             seen.append(np.array_equal(r.values, (applied or rounded).values.numpy()))
         return found
 
     monkeypatch.setattr("bytecap.curves.points.realise", look)
-    monkeypatch.setattr("bytecap.curves.trial.RUNGS", 2)
+    monkeypatch.setattr("bytecap.curves.lay", partial(lay, rungs=2))
     byte_returns(
         model_directory("transposed"), BUDGET + 4000, calibration=texts["calib"], evaluation=texts["val"], points=4,
         point_tokens=300, **SMALL,

@@ -18,6 +18,7 @@ from bytecap.cli_compare import compare
 from bytecap.cli_curves import curves
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
+from bytecap.cli_thesis import thesis
 from bytecap.cli_tie import tie
 from bytecap.errors import BytecapError, OutputError, UsageError
 from bytecap.memory import BOUND, is_shortage
@@ -201,6 +202,7 @@ app.command()(inspect)
 app.command()(compare)
 app.command()(curves)
 app.command()(tie)
+app.command()(thesis)
 
 
 @app.command()

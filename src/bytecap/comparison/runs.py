@@ -74,13 +74,14 @@ def _sets(path: str, seed: int, setting: Setting) -> TokenSets:
     )  # fmt: skip
 
 
-def _directory_key(directory: str) -> str:
+def directory_key(directory: str) -> str:
     """Hash of the weights and the config of a directory, file by file."""
     names = sorted(p for p in Path(directory).iterdir() if p.suffix in {".safetensors", ".json"})
-    return digest([[p.name, _file_key(p)] for p in names])
+    return digest([[p.name, file_key(p)] for p in names])
 
 
-def _file_key(path: Path) -> str:
+def file_key(path: Path) -> str:
+    """Hash of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -95,10 +96,10 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
         parts: list[Any] = [hashes[cell.model], cell.method, cell.budget, setting.device]
         parts += [windows_key([w for t in sets.evaluation for w in t.windows]), [t.name for t in sets.evaluation]]
         if cell.directory:
-            parts += [_directory_key(cell.directory)]
+            parts += [directory_key(cell.directory)]
         else:
             own = cell.method.partition(":")[0]
-            parts += [_file_key(Path(own))] if own.endswith(".py") else []
+            parts += [file_key(Path(own))] if own.endswith(".py") else []
             parts += [cell.seed, windows_key(sets.statistics), windows_key(sets.correction)]
         yield Task(cell, setting, store, command, digest(library(SHOWN), *parts), order)
 
@@ -124,7 +125,8 @@ def read_lines(path: Path) -> list[Record]:
     return found
 
 
-def _append(path: Path | None, records: Sequence[Record]) -> None:
+def append(path: Path | None, records: Sequence[Record]) -> None:
+    """Add records to a file of lines; one that was cut off is left behind on a line of its own."""
     if path is None or not records:
         return
     try:
@@ -171,7 +173,7 @@ def run_cells(
         for records in _results(missing, jobs):
             fresh = [r for r in records if r["key"] not in known]
             known |= {r["key"]: r for r in fresh}
-            _append(path, fresh)
+            append(path, fresh)
             advance(1)
     model_of.cache_clear()
     _sets.cache_clear()
@@ -205,7 +207,7 @@ def run(task: Task) -> list[Record]:
         "record": "run", "key": task.key, "order": task.order, "model": cell.model, "method": cell.method,
         "budget_bytes": cell.budget,
         "seed": None if cell.directory else cell.seed, "setting": asdict(task.setting), "command": task.command,
-        "host": _host(task.setting.device), "versions": _versions(), "date": time.strftime("%Y-%m-%d"),
+        "host": host(task.setting.device), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     try:
         found, windows = _external(task, model, sets) if cell.directory else _fitted(task, model, sets)
@@ -272,12 +274,14 @@ def _short(values: Any) -> list[float]:
     return [float(f"{v:.9g}") for v in values]
 
 
-def _host(device: str) -> str:
+def host(device: str) -> str:
+    """The machine, for the record."""
     name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _versions() -> Mapping[str, str]:
+def versions() -> Mapping[str, str]:
+    """Of what numbers may depend on."""
     names = ("torch", "numpy", "transformers")
     return {"bytecap": library(SHOWN), "python": platform.python_version(), **{n: version(n) for n in names}}
 

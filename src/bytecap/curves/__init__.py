@@ -166,7 +166,7 @@ def _plans(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[dict
 
 
 def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
-    return Pick(path, {o.unit: o.index for o in chosen})
+    return Pick({o.unit: (path, o.index) for o in chosen})
 
 
 def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:

@@ -36,6 +36,7 @@ from bytecap.sweep import Options
 from bytecap.tables import dump_shared, load_shared
 
 BASES = ("grid", "golf")
+RUNGS = 8  # settings of one path on one unit
 Array = npt.NDArray[Any]
 
 
@@ -50,6 +51,7 @@ class Ground:
         twin: a module that holds the base's decoded values.
         slopes: the KL's expansion there.
         key: hash of all of it.
+        rungs: most settings that a path is tried with on a unit.
     """
 
     job: Job
@@ -58,6 +60,7 @@ class Ground:
     twin: nn.Module
     slopes: Slopes
     key: str
+    rungs: int = RUNGS
 
     @property
     def bytes(self) -> int:
@@ -80,13 +83,14 @@ def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int,
     return job
 
 
-def lay(job: Job, base: str, store: Store) -> Ground:
+def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
     """The ground of a job.
 
     Args:
         job: model, texts, budget.
         base: `grid` or `golf`.
         store: where statistics and operating points are kept.
+        rungs: most settings that a path is tried with on a unit.
 
     Raises:
         BudgetError: the base cannot get below the budget.
@@ -103,7 +107,8 @@ def lay(job: Job, base: str, store: Store) -> Ground:
     load_values(twin, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
     memory.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
-    return Ground(job, made, sections, twin, measure_slopes(job, made, twin, store, hashed), hashed)
+    slopes = measure_slopes(job, made, twin, store, hashed)
+    return Ground(job, made, sections, twin, slopes, digest(hashed, rungs), rungs)
 
 
 def _rank_channels(job: Job, base: GridBase | GolfBase) -> None:

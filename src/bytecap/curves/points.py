@@ -17,6 +17,7 @@ from bytecap.coders.stack import CODER as STACK
 from bytecap.curves.ground import Ground
 from bytecap.curves.trial import Real, realise
 from bytecap.decode import from_matrix
+from bytecap.methods import Section
 from bytecap.methods.statistics import windows_key
 from bytecap.model.evaluate import ByWindow, by_window
 from bytecap.model.text import Window
@@ -31,10 +32,16 @@ _VALUES = 2**26  # float32 values they may hold together
 
 @dataclass(frozen=True)
 class Pick:
-    """What to measure: settings' indices by unit name, all of one path."""
+    """What to measure: path and index of its setting by unit name."""
 
-    path: str
-    chosen: Mapping[str, int]
+    chosen: Mapping[str, tuple[str, int]]
+
+    def real(self, ground: Ground) -> dict[str, Real]:
+        """The units as they would be stored, in the order of `chosen`."""
+        found: dict[str, Real] = {}
+        for path in dict.fromkeys(p for p, _ in self.chosen.values()):
+            found |= realise(ground, path, {n: i for n, (p, i) in self.chosen.items() if p == path})
+        return {n: found[n] for n in self.chosen}
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Measured:
         share: share of all matrices' weights that is protected.
         kl: KL to the original summed over each window's tokens, (windows,) in nats.
         nats: negative log-likelihood likewise.
+        layers: bytes of all layers; `side` is a part of them.
+        heads: bytes of the layers' headers.
     """
 
     growth: dict[str, int]
@@ -56,6 +65,8 @@ class Measured:
     kl: FloatArray
     nats: FloatArray
     lists: int = 0
+    layers: int = 0
+    heads: int = 0
 
     @property
     def bytes(self) -> int:
@@ -87,14 +98,14 @@ def measure(
         advance: called with the number of points done, in fractions.
     """
     texts = windows_key(windows)
-    keys = [digest(ground.key, "point", texts, p.path, dict(p.chosen)) for p in picks]
+    keys = [digest(ground.key, "point", texts, dict(p.chosen)) for p in picks]
     kept: dict[str, Any] = {k: store.get(k) for k in dict.fromkeys(keys)}
     advance(sum(kept[k] is not None for k in keys))
     missing = {k: p for k, p in zip(keys, picks, strict=True) if kept[k] is None}
     parameters = sum(p.unit.parameters for p in ground.base.problems.values())
     sizes = {k: sum(ground.base.problems[n].unit.parameters for n in p.chosen) for k, p in missing.items()}
     for group in in_groups(missing, sizes.__getitem__, _VALUES, _TOGETHER):
-        reals = {k: realise(ground, missing[k].path, missing[k].chosen) for k in group}
+        reals = {k: missing[k].real(ground) for k in group}
         units = {n: p.unit for n, p in ground.base.problems.items()}
         values = {k: {n: from_matrix(units[n], r.values) for n, r in real.items()} for k, real in reals.items()}
         scores = by_window(
@@ -104,12 +115,22 @@ def measure(
             kept[k] = _entry(ground, real, scores[k], parameters)
             store.put(k, kept[k])
     return [
-        Measured(e["growth"], e["side"], e["share"], np.array(e["kl"]), np.array(e["nats"]), e["lists"])
+        Measured(
+            e["growth"],
+            e["side"],
+            e["share"],
+            np.array(e["kl"]),
+            np.array(e["nats"]),
+            e["lists"],
+            e["layers"],
+            e["heads"],
+        )
         for e in (kept[k] for k in keys)
     ]
 
 
 def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameters: int) -> dict[str, Any]:
+    layers = [layered(r.section) for r in real.values()]
     protected = sum(r.share * ground.base.problems[n].unit.parameters for n, r in real.items())
     shapes = {n: ground.base.problems[n].unit.matrix_shape for n in real}
     stacks = {n: (shapes[n], r.section.data) for n, r in real.items() if r.section.tag == STACK.tag}
@@ -118,5 +139,15 @@ def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameter
         "growth": {n: len(stored.get(n, r.section.data)) - len(ground.sections[n].data) for n, r in real.items()},
         "lists": sum(len(o) + LIST_ENTRY for o in lists),
         "side": sum(r.side for r in real.values()), "share": protected / max(1, parameters),
+        "layers": sum(n for n, _ in layers), "heads": sum(n for _, n in layers),
         "kl": scores.kl.tolist(), "nats": scores.nats.tolist(),
     }  # fmt: skip
+
+
+def layered(section: Section) -> tuple[int, int]:
+    """Bytes of a section's layers, and of what is stored only because there are layers: their headers."""
+    if section.tag != STACK.tag:
+        return 0, 0
+    parts = STACK.parts(section.data)
+    layers = sum(len(data) for _, _, data in parts[1:])
+    return layers, len(section.data) - layers - len(parts[0][2])

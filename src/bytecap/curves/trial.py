@@ -16,7 +16,7 @@ from torch import Tensor
 from bytecap.coders import coder, run
 from bytecap.coders.stack import CODER as STACK
 from bytecap.curves.base import Base, Rounded
-from bytecap.curves.ground import Ground
+from bytecap.curves.ground import RUNGS, Ground
 from bytecap.methods import Section
 from bytecap.paths import Applied, Path, Problem, check_names, paths, thinned
 from bytecap.progress import Advance
@@ -24,7 +24,6 @@ from bytecap.store import Store, digest
 
 STEP = "step"
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
-RUNGS = 8  # settings of one path on one unit
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,11 @@ def known(names: Sequence[str] | None) -> list[str]:
     return [STEP, *dict.fromkeys(n for n in names if n != STEP)] if names else every
 
 
-def ladder(path: str, base: Base, name: str) -> Sequence[Any]:
+def ladder(path: str, base: Base, name: str, rungs: int = RUNGS) -> Sequence[Any]:
     """Settings of a path on a unit, cheapest first; long ladders are thinned evenly, their ends kept."""
     if path == STEP:
         return STEPS
-    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), RUNGS)
+    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), rungs)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
@@ -138,7 +137,7 @@ def offers(ground: Ground, path: str, store: Store, advance: Advance) -> dict[st
 def _promises(ground: Ground, path: str, names: Sequence[str], advance: Advance) -> dict[str, list[Offer]]:
     """Offers of units, one amount after the other: equally shaped units are coded together."""
     base = ground.base
-    rungs = {n: ladder(path, base, n) for n in names}
+    rungs = {n: ladder(path, base, n, ground.rungs) for n in names}
     found: dict[str, list[Offer]] = {n: [] for n in names}
     longest = max((len(r) for r in rungs.values()), default=0)
     for index in range(longest):
@@ -218,7 +217,7 @@ def realise(ground: Ground, path: str, chosen: Mapping[str, int]) -> dict[str, R
     base = ground.base
     tried: dict[str, tuple[Rounded, Applied | None]] = {}
     for index in sorted(set(chosen.values())):
-        mine = {n: ladder(path, base, n)[index] for n, i in chosen.items() if i == index}
+        mine = {n: ladder(path, base, n, ground.rungs)[index] for n, i in chosen.items() if i == index}
         tried |= _try(base, path, mine)
     tried = {n: tried[n] for n in chosen}
     below = base.sections([r for r, _ in tried.values()])

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from bytecap.model.text import Window, moves
 from bytecap.model.tying import Tying, layers, matrices, point
+from bytecap.passes import tokens_of_move
 from bytecap.progress import Advance
-from bytecap.recover import Effort, tokens_of_move
+from bytecap.recover import Effort
 from bytecap.share.start import loop, tied
 from bytecap.share.uptrain import RATE, Trainer
 

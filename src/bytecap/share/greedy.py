@@ -20,8 +20,9 @@ from torch import nn
 
 from bytecap.model.text import Window, moves
 from bytecap.model.tying import Tying
+from bytecap.passes import tokens_of_move
 from bytecap.progress import Advance
-from bytecap.recover import Effort, tokens_of_move
+from bytecap.recover import Effort
 from bytecap.share.start import tied
 from bytecap.share.uptrain import RATE, Trainer
 

@@ -23,8 +23,9 @@ from bytecap.model.evaluate import by_window
 from bytecap.model.gradient import gradient
 from bytecap.model.probe import fast_dtype, pass_tokens
 from bytecap.model.text import Window, moves
+from bytecap.passes import tokens_of_move
 from bytecap.progress import Reporter, Silent
-from bytecap.recover import Effort, tokens_of_move
+from bytecap.recover import Effort
 
 RATE = 1e-3  # first learning rate
 _BETAS = (0.9, 0.95)

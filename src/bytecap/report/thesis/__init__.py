@@ -1,0 +1,27 @@
+"""`thesis.html`: one page of what `thesis.json` holds; every other file here is one of its sections."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from bytecap.report.frame import sections, shell
+
+SIGNS = {"supported": "✓ supported", "falsified": "✗ falsified", "undecided": "? undecided"}
+STYLES = {"supported": 2, "falsified": 1, "undecided": 7}  # colours and markers, the same in all charts
+
+
+def short(model: str) -> str:
+    """A model's name without what leads to it."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def interval(effect: Mapping[str, Any]) -> str:
+    """`0.123 [0.1, 0.2]`."""
+    return f"{effect['effect']:.3f} [{effect['low']:.3f}, {effect['high']:.3f}]"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page of a test."""
+    return shell("The thesis put to the test", sections(sys.modules[__name__], found))
