@@ -9,7 +9,7 @@ from typing import Any
 
 from bytecap.correct import role_name
 from bytecap.curves import byte_returns, trial
-from bytecap.curves.ground import Ground, lay, make_job
+from bytecap.curves.ground import RUNGS, Ground, lay, make_job
 from bytecap.curves.points import Pick, at_base, measure
 from bytecap.curves.report import agreement, base_figures, point
 from bytecap.curves.slopes import factors_along
@@ -58,11 +58,10 @@ def main() -> None:
     p.add_argument("--paths", nargs="*", default=None)
     p.add_argument("--points", type=int, default=128)
     p.add_argument("--point-tokens", type=int, default=65_536)
-    p.add_argument("--rungs", type=int, default=trial.RUNGS, help="settings of one path on one unit, at most")
+    p.add_argument("--rungs", type=int, default=RUNGS, help="single units: settings of a path on a unit, at most")
     p.add_argument("--singles", action="store_true", help="single units only, and only these are predicted")
     p.add_argument("--seconds", type=float, default=1e9, help="single units: no new dozen after so long")
     args = p.parse_args()
-    trial.RUNGS = args.rungs
     for name in args.model:
         for bits in args.bits:
             for base in args.base:
@@ -87,7 +86,7 @@ def one(args: Any, name: str, bits: float, base: str) -> None:
     }  # fmt: skip
     record(
         args,
-        {"benchmark": "curves", "bits": bits, "rungs": args.rungs, **found, "paths": paths, "seconds": reporter.steps},
+        {"benchmark": "curves", "bits": bits, "rungs": RUNGS, **found, "paths": paths, "seconds": reporter.steps},
     )
     _say(name, bits, base, found["agreement"], {n: p["agreement"] for n, p in found["paths"].items()})
 
@@ -103,7 +102,7 @@ def _drawn(ground: Ground, names: list[str], points: int, seed: int) -> list[tup
     rng, cells = random.Random(f"singles {seed}"), {}  # type: ignore[var-annotated]  # noqa: S311
     for n in names:
         for unit in ground.base.problems:
-            count = len(trial.ladder(n, ground.base, unit))
+            count = len(trial.ladder(n, ground.base, unit, ground.rungs))
             cells.setdefault((role_name(unit), n), []).extend((n, unit, i) for i in range(count // 2, count))
     for cell in cells.values():
         rng.shuffle(cell)
@@ -125,7 +124,7 @@ def singles(args: Any, name: str, bits: float, base: str) -> None:
     )  # fmt: skip
     model.module.to(device)
     budget, store = int(bits * model.parameters / 8), Store(None)
-    ground = lay(make_job(model, sets, budget, device, args.seed, reporter), base, store)
+    ground = lay(make_job(model, sets, budget, device, args.seed, reporter), base, store, args.rungs)
     held, offers, measured = leading(sets.correction, args.point_tokens), [], []  # type: ignore[var-annotated]
     on_held = at_base(ground, held, store)
     with reporter.step("curvatures along new errors", 1):

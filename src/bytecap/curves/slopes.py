@@ -1,4 +1,4 @@
-"""The KL around the operating point, to second order: what `Offer.alone` is predicted by.
+"""The KL around the operating point, to second order: a part of what `Offer.alone` is predicted by.
 
 A unit coded anew has a new rounding error in place of the old one. What that gains is the small difference of a slope
 and a curvature that are each ten times as large, so 5% of either decides the sign of most predictions. Correction

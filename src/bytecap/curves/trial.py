@@ -22,6 +22,7 @@ from bytecap.paths import Applied, Path, Problem, check_names, paths, thinned
 from bytecap.progress import Advance
 from bytecap.store import Store, digest
 
+EXPANSION = 0.2  # weight of the expansion in `Offer.alone`; the metric's forecast has the rest (LOG.md, 2026-11-22)
 STEP = "step"
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
 
@@ -38,7 +39,8 @@ class Offer:
         bytes: estimated growth of the section.
         gain: predicted nats per token recovered by many units together: curvature and correction factor.
         slope: predicted nats per token from the KL's slope alone.
-        alone: predicted nats per token recovered if this unit alone changes: slope and curvature.
+        alone: predicted nats per token recovered if this unit alone changes: the weighted mean of `gain` and of the
+            KL's expansion, slope less curvature.
         side: bytes of side information within the growth.
         share: share of the unit's weights that is protected.
         stream: number of the stream whose channels it protects, else -1.
@@ -170,7 +172,7 @@ def _offer(
         float(growth),
         gain,
         slope,
-        slope - curved,
+        EXPANSION * (slope - curved) + (1 - EXPANSION) * gain,
         side,
         float(share),
         stream,
@@ -180,7 +182,7 @@ def _offer(
 
 def promise(ground: Ground, path: str, name: str, index: int) -> Offer:
     """One unit's offer at one setting of a path, by its index in the ladder; nothing is kept."""
-    setting = ladder(path, ground.base, name)[index]
+    setting = ladder(path, ground.base, name, ground.rungs)[index]
     rounded, applied = _try(ground.base, path, {name: setting})[name]
     return _offer(ground, path, name, index, setting, rounded, applied)
 
