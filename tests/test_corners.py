@@ -212,8 +212,8 @@ def test_lists_are_shared_where_several_layers_have_them():
 
 
 def test_there_must_be_a_table_for_side_information():
-    assert choose_class(np.array([], int), Tables({})) == (0, 0)
-    assert choose_class(np.array([3, 3]), Tables({})) == (3, 0)
+    assert choose_class(np.array([], int), Tables({})) == (0, 0, 0.0)
+    assert choose_class(np.array([3, 3]), Tables({})) == (3, 0, 0.0)
     with pytest.raises(CorruptError, match="no table to code side information"):
         choose_class(np.array([3, 4]), Tables({}))
 

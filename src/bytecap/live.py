@@ -257,9 +257,11 @@ class Live:
             found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
         for n, t in self.vectors.items():
             v = replace(self._vectors[n], values=t.cpu().numpy())
-            step = v.step(self._state.steps[n])
-            centre, symbols = VECTOR.quantize(v.values, step)
-            stored = VECTOR.dequantize(centre, step, symbols)
+            stored = v.values
+            if np.isfinite(stored).all():  # else the KL says so
+                step = v.step(self._state.steps[n])
+                centre, symbols = VECTOR.quantize(stored, step)
+                stored = VECTOR.dequantize(centre, step, symbols)
             found[n] = torch.from_numpy(stored.reshape(v.unit.shape)).to(self._device)
         return found
 
