@@ -258,6 +258,14 @@ class TestBadOutputs:
     def test_a_directory(self, refused, job, tmp_path):
         assert "is a directory" in refused(*job(output=tmp_path))
 
+    @pytest.mark.parametrize(
+        "command", [("curves", "demo", "--budget", "600kB"), ("compare", "demo"), ("thesis", "demo")]
+    )
+    def test_a_page_is_refused_before_the_work(self, refused, tmp_path, command):
+        page = tmp_path / "none" / "page.html"
+        assert str(page.parent) in refused(*command, "-o", tmp_path / "out", "--report", page)
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_directory_not_writable(self, refused, job, tmp_path):
         closed = tmp_path / "closed"

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli_common import Device, Factory, Json, Loss, State, names, print_json, progress
+from bytecap.cli_common import Device, Factory, Json, Loss, State, check_output, names, print_json, progress
 from bytecap.cli_compare import compare
 from bytecap.cli_curves import curves
 from bytecap.cli_golf import app as golf_app
 from bytecap.cli_inspect import inspect
 from bytecap.cli_thesis import thesis
 from bytecap.cli_tie import tie
-from bytecap.errors import BytecapError, OutputError, UsageError
+from bytecap.errors import BytecapError, UsageError
 from bytecap.memory import BOUND, is_shortage
 from bytecap.methods import METHODS
 
@@ -91,8 +91,8 @@ def fit(
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
     if recover_text and (recover is None or factory is not None):
         raise UsageError("--recover-text is read by --recover, without --factory")
-    for path in filter(None, (output, report)):
-        _check_output(path)
+    check_output(output)
+    check_output(report)
     common: dict[str, Any] = {
         "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
         "tokenizer": not no_tokenizer, "config": not no_config, "reporter": progress(as_json),
@@ -137,18 +137,6 @@ def _source(factory: str, model: str | None, state: Path | None, loss: str | Non
     if model is not None and (state is not None or not model.endswith(".bcap")):
         raise UsageError(f"give --factory or the model {model}, not both (an artifact may stand for --state)")
     return Source(factory, Path(model) if model is not None else state, loss, table)
-
-
-def _check_output(path: Path) -> None:
-    """Fail before hours of work, not after."""
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
-    import os
-
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write {path}: the directory {path.parent} is not writable")
 
 
 @app.command("eval")
@@ -282,7 +270,7 @@ def demo(
     from bytecap.pipeline import fit as run
     from bytecap.report.terminal import print_fit, print_ledger
 
-    _check_output(output)
+    check_output(output)
     texts = demo_directory()
     result = run(
         "demo", budget, calibration=texts / "calib.txt", evaluation=texts / "val.txt", output=output,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bytecap.errors import OutputError
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
 
@@ -39,3 +41,15 @@ def print_json(value: dict[str, Any]) -> None:
 def names(paths: list[str] | None) -> list[str] | None:
     """Names of paths, given by comma or repeated; None if there are none."""
     return [n.strip() for group in paths or () for n in group.split(",") if n.strip()] or None
+
+
+def check_output(path: Path | None, made: Path | None = None) -> None:
+    """Fail before hours of work, not after; the directory `made` need not be there yet."""
+    if path is None or path.parent == made:
+        return
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: the directory {path.parent} is not writable")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli_common import Device, Json, names, print_json, progress
+from bytecap.cli_common import Device, Json, check_output, names, print_json, progress
 from bytecap.errors import UsageError
 
 _DEFAULT_METHODS = "bytecap,golf,owq,radio,uniform"
@@ -49,6 +49,7 @@ def compare(
     reporter = progress(as_json)
     if (from_ is None) == (not models):
         raise UsageError("give a MODEL (demo is the embedded one) to compare methods on, or --from runs.jsonl")
+    check_output(report, output)
     found: dict[str, Any]
     if from_ is not None:
         found = comparison.render(from_, output, report=report, reporter=reporter)

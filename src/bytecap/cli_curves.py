@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli_common import Device, Json, names, print_json, progress
+from bytecap.cli_common import Device, Json, check_output, names, print_json, progress
 
 
 def curves(
@@ -32,6 +32,7 @@ def curves(
     from bytecap.curves import EVALUATION_TOKENS, POINT_TOKENS, POINTS, TOKENS, byte_returns
     from bytecap.report.terminal import print_curves
 
+    check_output(report, output)
     found = byte_returns(
         model, budget, output, base=base, paths=names(paths), calibration=calib, evaluation=eval_, device=device,
         seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,

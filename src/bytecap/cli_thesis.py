@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli_common import Device, Json, names, print_json, progress
+from bytecap.cli_common import Device, Json, check_output, names, print_json, progress
 from bytecap.errors import UsageError
 
 
@@ -50,6 +50,7 @@ def thesis(
     reporter = progress(as_json)
     if (not from_) == (not models):
         raise UsageError("give a MODEL (demo is the embedded one) to test the thesis on, or --from thesis.jsonl")
+    check_output(report, output)
     found: dict[str, Any]
     if from_:
         found = tests.render(from_, output, only=names(only), report=report, reporter=reporter)
