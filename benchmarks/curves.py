@@ -136,7 +136,7 @@ def singles(args: Any, name: str, bits: float, base: str) -> None:
             break
         with reporter.step(f"points from {at}", 1):
             group = [trial.promise(ground, *d) for d in drawn[at : at + 12]]
-            measured += measure(ground, [Pick(o.path, {o.unit: o.index}) for o in group], held, store, lambda _: None)
+            measured += measure(ground, [Pick({o.unit: (o.path, o.index)}) for o in group], held, store, lambda _: None)
             offers += group
         if args.output:
             rows = [_row(o, m, on_held, ground) for o, m in zip(offers, measured, strict=True)][-len(group) :]

@@ -5,7 +5,11 @@ import struct
 import numpy as np
 import pytest
 
-from bytecap import compiled
+from bytecap import compiled, kernels
+from bytecap.coders import trellis
+from bytecap.coders.classes import CLASSES
+from bytecap.coders.grid import OCTAVE, GridCode
+from bytecap.coders.trellis import dependent, subsets
 from bytecap.entropy import (
     LANE_SYMBOLS,
     LOW,
@@ -22,6 +26,7 @@ from bytecap.entropy import (
 )
 from bytecap.errors import CorruptError
 from bytecap.frequencies import TOTAL, Table, Tables
+from bytecap.tables import count_symbols
 
 EVEN = Tables({1: Table(-1, np.array([4000, 8000, 4000, 384])), 2: Table(5, np.array([TOTAL - 2, 1, 1]))})
 OTHER = Tables({1: Table(0, np.array([TOTAL - 1, 1]))})
@@ -239,3 +244,37 @@ class TestHeads:
         data = encode(np.zeros(70, int), np.zeros(70, int), EVEN)
         assert data == written()
         assert decode([stream(data, 70, cls=0)])[0].tolist() == [0] * 70
+
+
+# ------------------------------------------------------------------------------------------- the encoder's other loops
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (70, 130), (64, 64)])
+def test_symbols_are_turned_and_counted(rows, cols, plain):
+    rng = np.random.default_rng(rows)
+    symbols = rng.integers(-9, 10, (cols, rows), np.int32)
+    columns, row = rng.integers(20, 45, (1, cols)), rng.integers(-3, 4, rows)
+    fine = columns >= 32
+    code = GridCode(1.0, symbols.T, np.zeros((1, cols), int), columns, np.zeros(rows, int), row, 32)
+    wanted = count_symbols(symbols.T, code.classes(), dependent(columns, 32, rows))
+    out, counts = np.empty((rows, cols), np.int8), np.zeros((2, CLASSES, wanted.shape[2]))
+    loop = kernels._store if plain else kernels.store
+    loop(symbols, columns[0], fine[0] * OCTAVE, fine[0].astype(np.int64), row, out, counts)
+    assert (out == symbols.T).all()
+    assert (counts == wanted).all()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_bits_of_a_path_lead_to_its_subsets(groups, monkeypatch):
+    wanted = np.random.default_rng(groups).integers(0, 2, (50, 7), np.uint8)
+    points = subsets(wanted, groups)
+    for worth, name in ((False, "path"), (True, "path"), (True, "_path")):
+        monkeypatch.setattr(compiled, "worth", lambda _, worth=worth: worth)
+        monkeypatch.setattr(compiled, "kernel", lambda _, name=name: getattr(kernels, name))
+        assert (trellis._bits(points, groups) == wanted).all()
+
+
+def test_symbols_far_beyond_any_table_are_escaped():
+    far = np.array([2**62, -(2**62), 2**31, 0, 1])
+    data = encode(far[2:], np.ones(3, np.uint8), EVEN)
+    assert EVEN.index(far, np.ones(5, np.uint8))[1].tolist() == [True, True, True, False, False]
+    assert len(data) > 0
