@@ -6,9 +6,9 @@ Tokens that are tuned on are the recovery text, else the statistics tokens; the 
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from bytecap.methods import Job
 from bytecap.model.evaluate import kl_to
 from bytecap.model.gradient import gradient
 from bytecap.model.probe import pass_tokens
-from bytecap.model.text import Window, leading
+from bytecap.model.text import Window, leading, moves
 
+_Found = TypeVar("_Found")
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
 _CHECK_TOKENS = 8192
 
@@ -46,6 +47,33 @@ def same_again(device: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before[1]
 
 
+def halving(
+    work: Callable[[int], _Found], windows: Sequence[Window], batch: int, what: str,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[_Found, int]:  # fmt: skip
+    """What `work` finds with `batch` tokens a batch, halved where the device's memory ends, and the batch that did.
+
+    Args:
+        work: given the tokens of a batch.
+        windows: that it works on.
+        batch: to begin with.
+        what: the job, for messages.
+        note: told about every halving.
+
+    Raises:
+        MemoryError: not even one window fits.
+    """
+    while True:
+        try:
+            return work(batch), batch
+        except torch.OutOfMemoryError:
+            if batch < 2 * max(w.predicted for w in windows):
+                raise MemoryError(f"{what}: the device's memory does not hold one window") from None
+            batch //= 2
+            torch.cuda.empty_cache()
+            note(f"{what}: out of device memory, {batch:,} tokens a batch from now on")
+
+
 class Passes:
     """Passes over one job's tokens.
 
@@ -57,20 +85,8 @@ class Passes:
         self._job, self._twin = job, twin
         self._batch = pass_tokens(job.model.module, torch.device(job.device))
         self._pool = list(job.sets.recovery or job.sets.statistics)
-        self._source = self._windows()
+        self._source = moves(self._pool, tokens_of_move(job.device), job.seed)
         self.read = 0
-
-    def _windows(self) -> Iterator[list[Window]]:
-        """Windows of one move after the other, shuffled anew when all have been seen."""
-        rng = random.Random(self._job.seed)  # noqa: S311 (sampling, not cryptography)
-        chosen: list[Window] = []
-        while True:
-            rng.shuffle(self._pool)
-            for w in self._pool:
-                chosen.append(w)
-                if sum(x.predicted for x in chosen) >= tokens_of_move(self._job.device):
-                    yield chosen
-                    chosen = []
 
     def skip(self, moves: int) -> None:
         """Leave out the windows of so many moves, which were made before."""
@@ -88,17 +104,12 @@ class Passes:
         """KL and gradients on the next windows; batches are halved where the device's memory ends."""
         windows = next(self._source)
         self.read += sum(w.predicted for w in windows)
-        while True:
-            try:
-                return gradient(
-                    self._job.model.module, self._twin, names, windows, device=self._job.device, batch=self._batch
-                )
-            except torch.OutOfMemoryError:
-                if self._batch < 2 * max(w.predicted for w in windows):
-                    raise MemoryError("recovery: the device's memory does not hold one window") from None
-                self._batch //= 2
-                torch.cuda.empty_cache()
-                self._job.reporter.note(f"recovery: out of device memory, {self._batch:,} tokens a batch from now on")
+        model, device = self._job.model.module, self._job.device
+        found, self._batch = halving(
+            lambda batch: gradient(model, self._twin, names, windows, device=device, batch=batch), windows,
+            self._batch, "recovery", self._job.reporter.note,
+        )  # fmt: skip
+        return found
 
     def check(self) -> float:
         """KL of the twin on the correction tokens."""

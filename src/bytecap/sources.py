@@ -70,6 +70,26 @@ def as_paths(paths: Paths) -> list[Path]:
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
 
 
+def embedded(calibration: Sequence[Path], evaluation: Sequence[Path]) -> str:
+    """Where embedded texts stand in, as a warning; nothing where both are given.
+
+    >>> embedded([], [Path("a.txt")])
+    'warning: no --calib given: the embedded SQLite documentation stands in'
+    """
+    missing = [n for n, given in (("--calib", calibration), ("--eval", evaluation)) if not given]
+    return (
+        f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in" if missing else ""
+    )
+
+
+def named(calibration: Paths, evaluation: Paths, reporter: Reporter) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of calibration and evaluation texts, for settings; says where embedded ones stand in."""
+    calib, held = as_paths(calibration), as_paths(evaluation)
+    if missing := embedded(calib, held):
+        reporter.note(missing)
+    return tuple(map(str, calib)), tuple(map(str, held))
+
+
 def load_sets(
     model: Model,
     calibration: Paths,
@@ -98,12 +118,8 @@ def load_sets(
     encode = encoder(model.files)
     window = window_limit(model, window)
     calib, held = as_paths(calibration), as_paths(evaluation)
-    missing = [name for name, paths in (("--calib", calib), ("--eval", held)) if not paths]
-    if missing:
-        reporter.note(
-            f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in, "
-            "and quality on your text depends on it"
-        )
+    if missing := embedded(calib, held):
+        reporter.note(f"{missing}, and quality on your text depends on it")
     calib = calib or [demo_directory() / "calib.txt"]
     held = held or [demo_directory() / "val.txt"]
     share = 2 * (tokens + correction_tokens) // len(calib)

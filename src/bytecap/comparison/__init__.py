@@ -7,18 +7,17 @@ differences document by document, `envelope` finds bytes at equal quality, `figu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bytecap.atomic import make_directory, write_atomically
+from bytecap.atomic import make_directory
 from bytecap.comparison.cells import Cell, External, Setting, grid, read_external, read_method
 from bytecap.comparison.figures import summarize
 from bytecap.errors import UsageError
 from bytecap.progress import Reporter, Silent
-from bytecap.report.plain import finite
-from bytecap.sources import Paths, as_paths
+from bytecap.report.plain import finite, write_figures
+from bytecap.sources import Paths, named
 
 METHODS = ("bytecap", "golf", "owq", "radio", "uniform")
 BUDGETS = ("3bpp", "3.5bpp", "4bpp", "5bpp")
@@ -79,9 +78,8 @@ def compare(
     for method in methods:
         read_method(method)
     others = [e if isinstance(e, External) else read_external(e, names) for e in externals]
-    files = [tuple(map(str, as_paths(p))) for p in (calibration, evaluation)]
-    _warn(files, reporter)
-    setting = Setting(files[0], files[1], tokens, evaluation_tokens, window, choose_device(device))
+    calib, held = named(calibration, evaluation, reporter)
+    setting = Setting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
     directory = make_directory(output) if output is not None else None
     drawn = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     cells = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])
@@ -113,12 +111,6 @@ def render(
     )
 
 
-def _warn(files: Sequence[Sequence[str]], reporter: Reporter) -> None:
-    missing = [n for n, given in zip(("--calib", "--eval"), files, strict=True) if not given]
-    if missing:
-        reporter.note(f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in")
-
-
 def _write(
     found: dict[str, Any], directory: Path | None, report: Path | str | None, reporter: Reporter
 ) -> dict[str, Any]:  # fmt: skip
@@ -126,12 +118,6 @@ def _write(
     from bytecap.report.comparison import page
 
     clean: dict[str, Any] = finite(found)
-    pages = [Path(report)] if report is not None else [directory / "compare.html"] if directory is not None else []
-    if directory is not None:
-        data = json.dumps(clean, indent=1, allow_nan=False) + "\n"
-        write_atomically(data.encode(), directory / "compare.json")
-        reporter.note(f"wrote {directory / 'compare.json'}")
-    for path in pages:
-        write_atomically(page(clean).encode(), path)
+    for path in write_figures(clean, page, directory, "compare", report):
         reporter.note(f"wrote {path}")
     return clean

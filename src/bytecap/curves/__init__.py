@@ -7,13 +7,12 @@ sections that were decoded again (`curves.points`). Finer steps of whole tensors
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecap.atomic import make_directory, write_atomically
+from bytecap.atomic import make_directory
 from bytecap.correct import role_name
 from bytecap.curves.choose import bundled, hull, members, most, spend
 from bytecap.curves.ground import Ground, check_base, lay, make_job
@@ -106,17 +105,9 @@ def byte_returns(
 def _write(found: dict[str, Any], directory: Path | None, report: Path | None, reporter: Reporter) -> None:
     """Write the figures, and the page beside them or where it is wanted."""
     from bytecap.report.curves import page
-    from bytecap.report.plain import finite
+    from bytecap.report.plain import finite, write_figures
 
-    clean = finite(found)
-    files = (
-        {} if directory is None else {directory / "curves.json": json.dumps(clean, indent=1, allow_nan=False) + "\n"}
-    )
-    at = report if report is not None else directory and directory / "curves.html"
-    if at is not None:
-        files[at] = page(clean)
-    for path, text in files.items():
-        write_atomically(text.encode(), path)
+    files = write_figures(finite(found), page, directory, "curves", report)
     if files:
         reporter.note(f"wrote {' and '.join(map(str, files))}")
 

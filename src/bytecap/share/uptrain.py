@@ -23,7 +23,7 @@ from bytecap.model.evaluate import by_window
 from bytecap.model.gradient import gradient
 from bytecap.model.probe import fast_dtype, pass_tokens
 from bytecap.model.text import Window, moves
-from bytecap.passes import tokens_of_move
+from bytecap.passes import halving, tokens_of_move
 from bytecap.progress import Reporter, Silent
 from bytecap.recover import Effort
 
@@ -99,18 +99,16 @@ class Trainer:
         """Loss and gradients; batches are halved where the device's memory ends."""
         kind = torch.device(self.device).type
         fast = fast_dtype(torch.device(kind)) if of_transformers(self.student) else torch.float32
-        while True:
-            try:
-                with torch.autocast(kind, fast, enabled=fast is not torch.float32):
-                    return gradient(
-                        self.original, self.student, list(self.live()), windows, device=self.device, batch=self.batch,
-                        labels=self.labels,
-                    )  # fmt: skip
-            except torch.OutOfMemoryError:
-                if self.batch < 2 * max(w.predicted for w in windows):
-                    raise MemoryError("uptraining: the device's memory does not hold one window") from None
-                self.batch //= 2
-                torch.cuda.empty_cache()
+
+        def work(batch: int) -> tuple[float, dict[str, Tensor]]:
+            with torch.autocast(kind, fast, enabled=fast is not torch.float32):
+                return gradient(
+                    self.original, self.student, list(self.live()), windows, device=self.device, batch=batch,
+                    labels=self.labels,
+                )  # fmt: skip
+
+        found, self.batch = halving(work, windows, self.batch, "uptraining")
+        return found
 
     def live(self) -> dict[str, nn.Parameter]:
         """Parameters that the student reads now, each once."""

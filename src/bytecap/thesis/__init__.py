@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bytecap.atomic import make_directory, write_atomically
+from bytecap.atomic import make_directory
 from bytecap.errors import UsageError
 from bytecap.progress import Reporter, Silent
-from bytecap.report.plain import finite
-from bytecap.sources import Paths, as_paths
+from bytecap.report.plain import finite, write_figures
+from bytecap.sources import Paths, as_paths, named
 
 TOKENS, EVALUATION_TOKENS = 16_384, 8_192
 BUDGET, SEEDS, RUNGS = "3bpp", 3, 4
@@ -76,7 +75,7 @@ def thesis(
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     if not names or not bases:
         raise UsageError("there is nothing to test: give at least one model (demo is the embedded one) and one base")
-    needs, (calib, held) = _needs(only), _files(calibration, evaluation, reporter)
+    needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter)
     target = choose_device(device)
     setting = Setting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
     directory = make_directory(output) if output is not None else None
@@ -90,15 +89,6 @@ def _needs(only: Sequence[str] | None) -> list[str]:
     from bytecap.thesis.experiments import chosen
 
     return list(dict.fromkeys(n for m in chosen(only).values() for n in m.NEEDS))
-
-
-def _files(calibration: Paths, evaluation: Paths, reporter: Reporter) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of both kinds of texts; says where embedded ones stand in."""
-    calib, held = (tuple(map(str, as_paths(p))) for p in (calibration, evaluation))
-    missing = [n for n, given in (("--calib", calib), ("--eval", held)) if not given]
-    if missing:
-        reporter.note(f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in")
-    return calib, held
 
 
 def render(
@@ -129,12 +119,6 @@ def _write(
     from bytecap.thesis.verdicts import judge
 
     found: dict[str, Any] = finite(judge(records, only))
-    pages = [Path(report)] if report is not None else [directory / "thesis.html"] if directory is not None else []
-    if directory is not None:
-        data = json.dumps(found, indent=1, allow_nan=False) + "\n"
-        write_atomically(data.encode(), directory / "thesis.json")
-        reporter.note(f"wrote {directory / 'thesis.json'}")
-    for path in pages:
-        write_atomically(page(found).encode(), path)
+    for path in write_figures(found, page, directory, "thesis", report):
         reporter.note(f"wrote {path}")
     return found
