@@ -7,18 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bytecap import thesis
+from bytecap.coders.channels import BOTH, COLUMNS, ROWS
 from bytecap.comparison.runs import read_lines
 from bytecap.curves.points import Pick
 from bytecap.errors import BytecapError, CheckpointError, UsageError
+from bytecap.paths.protect import Amount
 from bytecap.progress import Silent
 from bytecap.store import Store
 from bytecap.thesis import models, runner
 from bytecap.thesis.bench import GLOBAL, Bench, Setting
 from bytecap.thesis.measures.singles import chosen, problems
+from bytecap.thesis.measures.timing import SIDE
 from conftest import BUDGET, SMALL
 from test_comparison import sound
 
@@ -168,6 +172,21 @@ class TestModels:
     def test_a_missing_directory_is_named(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"write FILE\.py:CALLABLE:DIRECTORY"):
             models.load(f"x.py:f:{tmp_path / 'none'}")
+
+
+class TestProducts:
+    @pytest.mark.parametrize("mode", [COLUMNS, ROWS, BOTH])
+    def test_channels_of_either_side_multiply_as_the_values_do(self, mode):
+        rng = np.random.default_rng(0)
+        base, change = rng.standard_normal((3, 8)), np.zeros((3, 8))
+        index = np.array([5, 7]) if mode == COLUMNS else np.array([0, 2])  # columns beyond the last row
+        if mode & COLUMNS:
+            change[:, index] = rng.standard_normal((3, 2))
+        if mode & ROWS:
+            change[index] = rng.standard_normal((2, 8))
+        x = rng.standard_normal(8)
+        found = SIDE["channels"](base, change, Amount(2, 8, mode, index))(x)
+        assert np.allclose(found, (base + change) @ x, atol=1e-5)
 
 
 class TestBadInput:

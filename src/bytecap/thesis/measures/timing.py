@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.coders import coder, run
+from bytecap.coders.channels import BOTH, COLUMNS
 from bytecap.coders.stack import CODER as STACK
 from bytecap.methods import Section
 from bytecap.thesis.bench import GLOBAL, PRIMARY, Bench, pick
@@ -82,7 +83,7 @@ def product(bench: Bench, name: str, section: Section, setting: tuple[str, Any] 
     (tag, _, data), *_ = STACK.parts(section.data)
     base = np.ascontiguousarray(decoded(bench, {name: Section(tag, data)})[0], np.float32)
     path, amount = setting
-    return _SIDE[path](base, values - base, amount)
+    return SIDE[path](base, values - base, amount)
 
 
 def _columns(base: Array, change: Array, amount: Any) -> Product:
@@ -104,6 +105,8 @@ def _rows(base: Array, change: Array, amount: Any) -> Product:
 
 
 def _channels(base: Array, change: Array, amount: Any) -> Product:
+    if amount.mode != BOTH:
+        return (_columns if amount.mode == COLUMNS else _rows)(base, change, amount)
     index, rest = amount.index, change.copy()
     rest[:, index] = 0
     along, part = _columns(base, change, amount), np.ascontiguousarray(rest[index])
@@ -149,6 +152,6 @@ def _groups(base: Array, change: Array, amount: Any) -> Product:
     return multiply
 
 
-_SIDE = {"columns": _columns, "rows": _rows, "channels": _channels, "outliers": _outliers, "lowrank": _lowrank,
+SIDE = {"columns": _columns, "rows": _rows, "channels": _channels, "outliers": _outliers, "lowrank": _lowrank,
          "groups": _groups}  # fmt: skip
 MEASURES = {"timing": timing}
