@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap import sidefiles, spelling, usual
+from bytecap import ahead, sidefiles, spelling, usual
 from bytecap.coders import leb
 from bytecap.errors import CorruptError
 from bytecap.sidefiles import pack, unpack
@@ -304,3 +304,25 @@ def test_the_usual_text_never_changes() -> None:
     """Files already written refer to it."""
     assert zlib.crc32(usual.TEMPLATE) == 3578013093
     assert zlib.crc32(" ".join(usual.WORDS).encode()) == 836526048
+
+
+class TestAhead:
+    """Packing in a process of its own."""
+
+    LARGE = json.dumps({"model": {"vocab": {f"token {i}": i for i in range(4000)}}}).encode()
+
+    def test_it_gives_the_same_packing(self) -> None:
+        ahead.packed.cache_clear()
+        ahead.start({"tokenizer.json": self.LARGE, "config.json": b"{}"})
+        begun = ahead._begun["tokenizer.json", self.LARGE]
+        assert ("config.json", b"{}") not in ahead._begun  # not worth a process
+        assert begun.wait() == sidefiles.pack("tokenizer.json", self.LARGE)
+        assert ahead.packed("tokenizer.json", self.LARGE) == begun.result
+        assert not ahead._begun
+
+    @pytest.mark.parametrize("command", ["/nowhere/python", "/bin/false", ""])
+    def test_without_a_process_it_is_packed_here(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+        ahead.packed.cache_clear()
+        monkeypatch.setattr(ahead.sys, "executable", command)
+        ahead.start({"tokenizer.json": self.LARGE})
+        assert ahead.packed("tokenizer.json", self.LARGE) == sidefiles.pack("tokenizer.json", self.LARGE)

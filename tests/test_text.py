@@ -45,7 +45,7 @@ class TestWindows:
 
     @given(WORDS)
     def test_every_byte_is_counted_once(self, encode, document):
-        ids, sizes = encode(document)
+        ((ids, sizes),) = encode([document])
         assert len(ids) == len(sizes)
         assert ids[0] == 0
         assert sizes[0] == 0
@@ -54,13 +54,17 @@ class TestWindows:
 
     @pytest.mark.parametrize("first", [None, 5])
     def test_an_empty_document(self, tokenizer_json, first):
-        ids, sizes = tokenizer_encoder(Tokenizer.from_str(tokenizer_json), first)("")
+        ((ids, sizes),) = tokenizer_encoder(Tokenizer.from_str(tokenizer_json), first)([""])
         assert ids == ([] if first is None else [first])
         assert sum(sizes) == 0
 
     def test_without_a_first_token_nothing_is_put_in_front(self, tokenizer_json, encode):
         bare = tokenizer_encoder(Tokenizer.from_str(tokenizer_json), None)
-        assert bare("some words")[0] == encode("some words")[0][1:]
+        assert next(bare(["some words"]))[0] == next(encode(["some words"]))[0][1:]
+
+    @given(st.lists(WORDS, max_size=5))
+    def test_documents_do_not_change_one_another(self, encode, documents):
+        assert list(encode(documents)) == [next(encode([d])) for d in documents]
 
 
 class TestFiles:

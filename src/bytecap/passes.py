@@ -6,7 +6,6 @@ Tokens that are tuned on are the recovery text, else the statistics tokens; the 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from bytecap.methods import Job
 from bytecap.model.evaluate import kl_to
 from bytecap.model.gradient import gradient
-from bytecap.model.probe import pass_tokens
+from bytecap.model.probe import pass_tokens, same_sums
 from bytecap.model.text import Window, leading, moves
 
 _Found = TypeVar("_Found")
@@ -32,19 +31,13 @@ def tokens_of_move(device: str) -> int:
 @contextlib.contextmanager
 def same_again(device: str) -> Iterator[None]:
     """The same sums in the same order every time, and TF32 where a GPU has it: gradients are noisier than that."""
-    if torch.device(device).type == "cpu":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with same_sums(device):
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cuda.matmul.allow_tf32 = before[1]
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def halving(

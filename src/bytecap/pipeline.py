@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bytecap import artifact, codefiles, memory, methods, sidefiles
+from bytecap import ahead, artifact, codefiles, memory, methods
 from bytecap.afterwards import tune_sections
 from bytecap.artifact import Contents, FileSection, UnitSection
 from bytecap.atomic import write_atomically
@@ -28,7 +28,7 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.methods.given import run_rest
-from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
+from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model, read_side_files, resolve
 from bytecap.model.evaluate import ByWindow, Comparison, compare, mean_comparison
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
@@ -135,9 +135,18 @@ def fit(
         )
 
     return fit_sets(
-        lambda: model if isinstance(model, Model) else load_model(model), budget, sets, method=method, device=device,
+        lambda: _loaded(model, tokenizer=tokenizer), budget, sets, method=method, device=device,
         seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config, code=code, paths=paths,
         recover=recover, options=options, store=store, reporter=reporter)  # fmt: skip
+
+
+def _loaded(model: Model | Path | str, *, tokenizer: bool) -> Model:
+    """A model, its tokenizer being packed meanwhile if it is kept."""
+    if isinstance(model, Model):
+        return model
+    if tokenizer:
+        ahead.start(read_side_files(resolve(model)))
+    return load_model(model)
 
 
 def fit_sets(
@@ -262,7 +271,7 @@ def choose_device(device: str) -> str:
 def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> tuple[FileSection, ...]:
     """Config and tokenizer as they are stored."""
     kept = {n: d for n, d in model.files.items() if (tokenizer if artifact.is_tokenizer(n) else config)}
-    return tuple(FileSection(n, sidefiles.pack(n, d)) for n, d in kept.items())
+    return tuple(FileSection(n, ahead.packed(n, d)) for n, d in kept.items())
 
 
 def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:

@@ -84,7 +84,7 @@ def continue_prompt(path: Path | str, prompt: str, *, tokens: int, temperature: 
     if "tokenizer.json" not in opened.files:
         raise ArtifactError(f"{path} holds no tokenizer (written with --no-tokenizer), so it cannot read a prompt")
     tokenizer: Any = Tokenizer.from_str(opened.files["tokenizer.json"].decode())
-    ids, _ = encoder(opened.files)(prompt)
+    ids, _ = next(encoder(opened.files)([prompt]))
     start, limit = len(ids), window_limit(opened, 1 << 30)
     generator = torch.Generator().manual_seed(seed)
     end = opened.config().get("eos_token_id")

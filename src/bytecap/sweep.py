@@ -6,6 +6,7 @@ of side information; the allocator works with them, the writer serialises for re
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +32,8 @@ from bytecap.threads import in_threads
 from bytecap.triangle import Triangles
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
-_BATCH_VALUES = {"cpu": 4 * 2**20, "cuda": 2**25}  # weights and Hessian factors rounded together
+_BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
+_BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,7 @@ def round_units(
 
     centres = np.zeros((2, 64, 17))
     for (rows, cols), members in groups.items():
-        most = _BATCH_VALUES.get(members[0][0].weight.device.type, 2**22)
-        size = max(1, most // max(1, rows * cols + cols * cols))
+        size = max(1, _together(members[0][0].weight.device) // max(1, rows * cols + cols * cols))
         for at in range(0, len(members), size):
             chunk = members[at : at + size]
             result = _round_members(chunk, steps, shrink, options)
@@ -204,10 +205,18 @@ def round_units(
             for i, (item, g) in enumerate(chunk):
                 rounded[item.unit.name][g] = (result, i)
             ready = list({m.unit.name: m for m, _ in chunk if len(rounded[m.unit.name]) == m.groups}.values())
-            coded |= {c.unit.name: x for c, x in zip(ready, in_threads(collect, ready), strict=True)}
+            found = [collect(m) for m in ready] if result.on_device else in_threads(collect, ready)
+            coded |= {m.unit.name: x for m, x in zip(ready, found, strict=True)}
             if progress is not None:
                 progress(rows * cols * len(chunk))
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
+
+
+def _together(device: torch.device) -> int:
+    """Values rounded together."""
+    if device.type != "cuda":
+        return _BATCH_VALUES
+    return min(2**28, torch.cuda.get_device_properties(device).total_memory // _BYTES_A_VALUE)
 
 
 def _round_members(
@@ -228,7 +237,10 @@ def _round_members(
     classes = row_classes(weight, lower, step, options.row_class)
     problem = Problem(weight, lower, order, torch.stack(rows), classes)
     if options.trellis:
-        return round_trellis(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
+        rounding = round_trellis
+        if weight.is_cuda and importlib.util.find_spec("triton") is not None:
+            from bytecap.rounding.device import round_trellis as rounding
+        return rounding(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
 
 
@@ -237,12 +249,13 @@ def _collect(
 ) -> Coded:
     parts = [rounded[g] for g in range(item.groups)]
 
-    def each(name: str) -> list[npt.NDArray[Any]]:
+    def each(name: str) -> list[Any]:
         return [getattr(r, name)[i] for r, i in parts]
 
     columns, rows = np.stack(each("column_class")), np.concatenate(each("row_class"))
     first = FIRST_DEPENDENT if trellis else CLASSES
-    symbols, counts = _stored(each("symbols"), columns, rows, first)
+    store_on = _stored_there if parts[0][0].on_device else _stored
+    symbols, counts = store_on(each("symbols"), columns, rows, first)
     code = GridCode(
         step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=np.stack(each("column_step")),
         column_class=columns, row_step=item.row_step.cpu().numpy(), row_class=rows, first=first,
@@ -273,6 +286,25 @@ def _stored(
             counts,
         )  # fmt: skip
     return out, counts
+
+
+def _stored_there(
+    symbols: Sequence[Tensor], columns: npt.NDArray[Any], rows: npt.NDArray[Any], first: int
+) -> tuple[npt.NDArray[Any], Counts]:
+    """What `_stored` does, on the device that holds the symbols."""
+    device = symbols[0].device
+    peak = max((int(s.abs().max()) for s in symbols if s.numel()), default=0)
+    kind = torch.int8 if peak < 2**7 else torch.int16 if peak < 2**15 else torch.int32
+    last = min(peak, MAX_HALF + 1)
+    counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
+    for s, column, row in zip(symbols, columns, np.array_split(rows, len(columns)), strict=True):
+        cls = torch.from_numpy(column).to(device, torch.int64)[:, None]
+        fine = (cls >= first).long()
+        cls = (cls + fine * OCTAVE + torch.from_numpy(row).to(device, torch.int64)).clamp_(max=CLASSES - 1)
+        at = (fine * CLASSES + torch.maximum(cls, 1 + fine * OCTAVE)) * (last + 1) + s.abs().clamp(max=last)
+        counts += torch.bincount(at.reshape(-1), minlength=len(counts))
+    out = torch.cat([s.T.to(kind) for s in symbols]).cpu().numpy()
+    return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
 
 
 def rate(coded: Coded, shared: Shared) -> float:

@@ -17,7 +17,9 @@ models are probed in several passes over groups of layers so that the sums stay 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +121,22 @@ def pass_tokens(module: nn.Module, device: torch.device) -> int:
     return batch_tokens(int(vocabulary)) * (_GPU_BATCHES if device.type == "cuda" else 1)
 
 
+@contextlib.contextmanager
+def same_sums(device: torch.device | str) -> Iterator[None]:
+    """The same sums in the same order every time, on a GPU too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if torch.device(device).type == "cpu":
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def probe(
     module: nn.Module,
     units: Sequence[Unit],
@@ -154,7 +172,8 @@ def probe(
     names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
     plan = _passes(twin, {n: u for n, u in names.items() if u not in hooks.matrix}, memory, groups)
     for number, chosen in enumerate(plan):
-        found = _one_pass(twin, chosen, windows, seed, groups, guided, target, hooks, progress)
+        with same_sums(target):
+            found = _one_pass(twin, chosen, windows, seed, groups, guided, target, hooks, progress)
         for name, uses in found.uses.items():
             own = (name in hooks.embedding) + (name in hooks.matrix)  # uses every pass sees, the last ones
             total.uses.setdefault(name, []).extend(uses[: len(uses) - own] if number > 0 else uses)
@@ -298,7 +317,8 @@ def _one_pass(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
     vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
-    size = 1 if leaves.matrix else batch_tokens(vocabulary) // 2  # a matrix's gradient is one sample a batch
+    size = batch_tokens(vocabulary) * (_GPU_BATCHES if device.type == "cuda" else 1) // 2
+    size = 1 if leaves.matrix else size  # a matrix's gradient is one sample a batch
     for loss, count in _losses(twin, windows, size, generator, device):
         loss.backward()
         _harvest(leaves, embedded, moments, diagonal)

@@ -46,7 +46,7 @@ class Rounded:
     """Outcome for a batch of B matrices, in stored column order.
 
     Attributes:
-        symbols: int (B, cols, rows).
+        symbols: int (B, cols, rows); a tensor where they are still on a device.
         column_step: int (B, cols): the step of column k is `c * 2^(column_step / 4)`.
         column_class: int (B, cols).
         row_class: int (B, rows), added to the column's.
@@ -55,12 +55,17 @@ class Rounded:
             summed, in steps.
     """
 
-    symbols: npt.NDArray[np.integer]
+    symbols: npt.NDArray[np.integer] | Tensor
     column_step: npt.NDArray[np.integer]
     column_class: npt.NDArray[np.integer]
     row_class: npt.NDArray[np.integer]
     distortion: npt.NDArray[np.float64]
     centres: npt.NDArray[np.float64]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the symbols are a tensor."""
+        return isinstance(self.symbols, Tensor)
 
 
 @dataclass(frozen=True)

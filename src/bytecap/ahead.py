@@ -1,0 +1,68 @@
+"""Large side files packed by processes of their own while the model is built: seconds that nothing needs to wait for.
+
+Whatever goes wrong there (no interpreter, no memory, an interrupt) is no error: the file is packed here then.
+
+>>> packed("config.json", b"{}") == sidefiles.pack("config.json", b"{}")
+True
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from bytecap import sidefiles
+
+_WORTH = 1 << 15  # bytes from which a process is worth starting
+_WORK = "import sys; from bytecap.ahead import work; work(sys.argv[1])"
+
+
+class _Packing:
+    """A process at work on a file."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.result = b""
+        self.process = subprocess.Popen(  # noqa: S603 (this interpreter, this package)
+            [sys.executable, "-c", _WORK, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self._talk, args=(content,), daemon=True)
+        self.thread.start()
+
+    def _talk(self, content: bytes) -> None:
+        out, _ = self.process.communicate(content)
+        self.result = b"" if self.process.returncode else out
+
+    def wait(self) -> bytes:
+        """The packed file, or nothing."""
+        self.thread.join()
+        return self.result
+
+
+_begun: dict[tuple[str, bytes], _Packing] = {}
+
+
+def start(files: Mapping[str, bytes]) -> None:
+    """Begin to pack files that `packed` will be asked for."""
+    for name, content in files.items():
+        if len(content) >= _WORTH and sys.executable and (name, content) not in _begun:
+            try:
+                _begun[name, content] = _Packing(name, content)
+            except OSError:
+                return
+
+
+@lru_cache(maxsize=16)
+def packed(name: str, content: bytes) -> bytes:
+    """`sidefiles.pack`, perhaps begun already."""
+    begun = _begun.pop((name, content), None)
+    return (begun.wait() if begun else b"") or sidefiles.pack(name, content)
+
+
+def work(name: str) -> None:
+    """What the process does: a file from standard input, its packing to standard output."""
+    sys.stdout.buffer.write(sidefiles.pack(name, sys.stdin.buffer.read()))

@@ -1,0 +1,65 @@
+"""What runs on a GPU, held against the processor: here by torch on the processor, and by triton's interpreter."""
+
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bytecap.rounding import Problem, gaussian_shrink, row_classes
+from bytecap.rounding.trellis import round_trellis
+from bytecap.sweep import FIRST_DEPENDENT, _stored, _stored_there
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class TestStored:
+    @settings(max_examples=40)
+    @given(
+        st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 90, 200, 5000, 70_000]),
+        st.integers(0, 99),
+    )  # fmt: skip
+    def test_symbols_and_counts(self, rows, cols, groups, size, seed):
+        rng = np.random.default_rng(seed)
+        parts = [len(p) for p in np.array_split(np.arange(rows), groups)]
+        symbols = [rng.integers(-size, size + 1, (cols, n)).astype(np.int32) for n in parts]
+        columns = rng.integers(1, 64, (groups, cols)).astype(np.int32)
+        row_class = rng.integers(-40, 41, rows).astype(np.int32)
+        first = int(rng.integers(1, 65))
+        one = _stored(symbols, columns, row_class, first)
+        two = _stored_there([torch.from_numpy(s).to(DEVICE) for s in symbols], columns, row_class, first)
+        assert one[0].dtype == two[0].dtype
+        assert (one[0] == two[0]).all()
+        assert (one[1] == two[1]).all()
+
+
+def problem(batch, cols, rows, step):
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(batch, cols, rows, generator=g) * (0.2 + torch.rand(batch, cols, 1, generator=g))
+    x = torch.randn(batch, 3 * cols, cols, generator=g)
+    lower = torch.linalg.cholesky(x.transpose(1, 2) @ x / (3 * cols) + 0.01 * torch.eye(cols))
+    order = torch.stack([torch.randperm(cols, generator=g) for _ in range(batch)])
+    row_weight = 0.3 + torch.rand(batch, rows, generator=g)
+    return Problem(weight, lower, order, row_weight, row_classes(weight, lower, step, 1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("batch", "cols", "rows", "step"), [(2, 9, 5, 0.3), (1, 7, 70, 0.2), (1, 9, 20, 3.0)])
+def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, step):
+    if DEVICE == "cpu":
+        monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    from bytecap.rounding import device
+
+    steps = torch.full((batch,), step)
+    given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink(0.0)
+    one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT)
+    there = Problem(*(getattr(given_problem, n).to(DEVICE) for n in ("weight", "lower", "order", "rows", "row_class")))
+    two = device.round_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT)
+    assert (one.symbols == two.symbols.cpu().numpy()).mean() > 0.999  # sums in another order may round otherwise
+    assert (one.column_class == two.column_class).all()
+    assert (one.column_step == two.column_step).all()
+    assert two.distortion == pytest.approx(one.distortion, rel=1e-5)
+    assert two.centres == pytest.approx(one.centres, abs=1e-2)
