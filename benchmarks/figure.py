@@ -1,6 +1,7 @@
-"""Draw quality against bytes.
+"""Draw the README's pictures from results.
 
-python benchmarks/figure.py results/targets.jsonl results/methods.jsonl docs/figures/quality.svg
+python benchmarks/figure.py quality results/targets.jsonl results/methods.jsonl docs/figures/quality.svg
+python benchmarks/figure.py returns results/curves.jsonl results/paths.jsonl docs/figures/returns.svg
 """
 
 from __future__ import annotations
@@ -8,34 +9,78 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
+Rows = list[dict[str, Any]]
+BLUE, RED, GREY = "#2a6f97", "#c44e52", "#8a8a8a"
+COLOURS = {"rows": "#c44e52", "channels": "#dd8452", "lowrank": "#55a868", "groups": "#937860", "columns": "#8172b3",
+           "outliers": "#8a8a8a"}  # fmt: skip
 
-def main() -> None:
-    """One panel per model."""
-    mpl.rcParams["svg.hashsalt"] = "bytecap"
-    *sources, target = sys.argv[1:]
-    rows = [json.loads(line) for source in sources for line in Path(source).read_text().splitlines()]
+
+def quality(rows: Rows) -> Any:
+    """KL against bytes, one panel per model."""
     rows = [r for r in rows if r["benchmark"] in {"targets", "methods"}]
     models = sorted({r["model"] for r in rows}, key=lambda m: (m.startswith("base"), m))
     figure, axes = plt.subplots(1, len(models), figsize=(3.4 * len(models), 3), sharey=True)
     for axis, model in zip(axes, models, strict=True):
-        for method, colour, marker in (("golf", "#c44e52", "s"), ("bytecap", "#2a6f97", "o")):
-            mine = sorted(
-                (r for r in rows if (r["model"], r["method"]) == (model, method)), key=lambda r: r["file_bytes"]
-            )
-            x, y = [r["file_bytes"] / 1e6 for r in mine], [r["kl_nats"] for r in mine]
-            axis.errorbar(x, y, [2 * r["kl_stderr"] for r in mine], color=colour, marker=marker, label=method)
+        for method, colour, marker in (("golf", RED, "s"), ("bytecap", BLUE, "o")):
+            mine = {r["bits"]: r for r in rows if (r["model"], r["method"]) == (model, method)}
+            found = sorted(mine.values(), key=lambda r: r["file_bytes"])
+            x, y = [r["file_bytes"] / 1e6 for r in found], [r["kl_nats"] for r in found]
+            axis.errorbar(x, y, [2 * r["kl_stderr"] for r in found], color=colour, marker=marker, label=method)
         axis.set_yscale("log")
         axis.set_title(model)
         axis.set_xlabel("file size, MB (everything counted)")
         axis.grid(which="both", alpha=0.2)
     axes[0].set_ylabel("KL to the original, nats per token")
     axes[0].legend()
+    return figure
+
+
+def returns(rows: Rows) -> Any:
+    """What bytes buy on every path over the default base, and what paths do at equal bytes over two bases."""
+    whole = next(r for r in rows if "lambda" in r and r["model"] == "small-s0")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[3, 2])
+    for name, path in sorted(whole["paths"].items(), key=lambda p: -p[1]["whole"][-1]["kl_recovered"]):
+        points = path["whole"]
+        x = [0.0, *(p["bytes"] / 1e3 for p in points)]
+        y = [0.0, *(1e3 * p["kl_recovered"] for p in points)]
+        error = [0.0, *(2e3 * p["kl_stderr"] for p in points)]
+        strong = name == "step"
+        label = "finer steps everywhere" if strong else name
+        left.errorbar(x, y, error, color=BLUE if strong else COLOURS[name], lw=2.5 if strong else 1.2, label=label)
+    left.set_title("small-s0 at 3.5 bits: no path beats finer steps", fontsize=10)
+    left.set_xlabel("kB spent, side information counted")
+    left.set_ylabel("KL recovered, 10⁻³ nats per token")  # noqa: RUF001 (typographic minus)
+    left.grid(alpha=0.2)
+    left.legend(fontsize=8)
+    bars = [r for r in rows if r["benchmark"] == "paths"]
+    cells = [(base, budget) for base in ("strong", "weak") for budget in (600_000, 450_000)]
+    for i, (base, budget) in enumerate(cells):
+        mine = {bool(r["menu"]): r for r in bars if r["base"] == base and r["budget_bytes"] == budget}
+        for offset, menu, colour in ((-0.2, False, GREY), (0.2, True, BLUE)):
+            r = mine[menu]
+            label = ("all paths allowed" if menu else "steps alone") if i == 0 else None
+            right.bar(i + offset, r["kl_nats"], 0.38, yerr=2 * r["kl_stderr"], color=colour, label=label)
+    names = [f"{'default' if b == 'strong' else 'weak'} base\n{n // 1000} kB" for b, n in cells]
+    right.set_xticks(range(len(cells)), names, fontsize=8)
+    right.set_title("embedded model at equal bytes", fontsize=10)
+    right.set_ylabel("KL, nats per token")
+    right.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """The picture that is named first."""
+    mpl.rcParams["svg.hashsalt"] = "bytecap"
+    picture, *sources, target = sys.argv[1:]
+    rows = [json.loads(line) for source in sources for line in Path(source).read_text().splitlines()]
+    figure = {"quality": quality, "returns": returns}[picture](rows)
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 

@@ -312,17 +312,24 @@ class TestAhead:
     LARGE = json.dumps({"model": {"vocab": {f"token {i}": i for i in range(4000)}}}).encode()
 
     def test_it_gives_the_same_packing(self) -> None:
-        ahead.packed.cache_clear()
+        ahead._finished.clear()
         ahead.start({"tokenizer.json": self.LARGE, "config.json": b"{}"})
         begun = ahead._begun["tokenizer.json", self.LARGE]
         assert ("config.json", b"{}") not in ahead._begun  # not worth a process
         assert begun.wait() == sidefiles.pack("tokenizer.json", self.LARGE)
         assert ahead.packed("tokenizer.json", self.LARGE) == begun.result
         assert not ahead._begun
+        ahead.start({"tokenizer.json": self.LARGE})
+        assert not ahead._begun  # done before
+
+    def test_few_are_kept(self) -> None:
+        for i in range(40):
+            ahead.packed("config.json", b"%d" % i)
+        assert len(ahead._finished) <= 16
 
     @pytest.mark.parametrize("command", ["/nowhere/python", "/bin/false", ""])
     def test_without_a_process_it_is_packed_here(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-        ahead.packed.cache_clear()
+        ahead._finished.clear()
         monkeypatch.setattr(ahead.sys, "executable", command)
         ahead.start({"tokenizer.json": self.LARGE})
         assert ahead.packed("tokenizer.json", self.LARGE) == sidefiles.pack("tokenizer.json", self.LARGE)

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 from bytecap import sidefiles
 
 _WORTH = 1 << 15  # bytes from which a process is worth starting
+_KEPT = 16  # files
 _WORK = "import sys; from bytecap.ahead import work; work(sys.argv[1])"
 
 
@@ -44,23 +44,29 @@ class _Packing:
 
 
 _begun: dict[tuple[str, bytes], _Packing] = {}
+_finished: dict[tuple[str, bytes], bytes] = {}  # a few, so that a process packs the files of a model once
 
 
 def start(files: Mapping[str, bytes]) -> None:
     """Begin to pack files that `packed` will be asked for."""
     for name, content in files.items():
-        if len(content) >= _WORTH and sys.executable and (name, content) not in _begun:
+        known = (name, content) in _begun or (name, content) in _finished
+        if len(content) >= _WORTH and sys.executable and not known:
             try:
                 _begun[name, content] = _Packing(name, content)
             except OSError:
                 return
 
 
-@lru_cache(maxsize=16)
 def packed(name: str, content: bytes) -> bytes:
-    """`sidefiles.pack`, perhaps begun already."""
-    begun = _begun.pop((name, content), None)
-    return (begun.wait() if begun else b"") or sidefiles.pack(name, content)
+    """`sidefiles.pack`, perhaps begun already or done before."""
+    key = name, content
+    if key not in _finished:
+        begun = _begun.pop(key, None)
+        while len(_finished) >= _KEPT:
+            del _finished[next(iter(_finished))]
+        _finished[key] = (begun.wait() if begun else b"") or sidefiles.pack(name, content)
+    return _finished[key]
 
 
 def work(name: str) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bytecap.core import Unit
 from bytecap.memory import release
@@ -130,7 +131,7 @@ def same_sums(device: torch.device | str) -> Iterator[None]:
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # cuDNN's differs
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -317,8 +318,7 @@ def _one_pass(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
     vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
-    size = batch_tokens(vocabulary) * (_GPU_BATCHES if device.type == "cuda" else 1) // 2
-    size = 1 if leaves.matrix else size  # a matrix's gradient is one sample a batch
+    size = 1 if leaves.matrix else batch_tokens(vocabulary) // 2  # a matrix's gradient is one sample a batch
     for loss, count in _losses(twin, windows, size, generator, device):
         loss.backward()
         _harvest(leaves, embedded, moments, diagonal)
