@@ -56,7 +56,7 @@ def returns(rows: Rows) -> Any:
         left.errorbar(x, y, error, color=BLUE if strong else COLOURS[name], lw=2.5 if strong else 1.2, label=label)
     left.set_title("small-s0 at 3.5 bits: no path beats finer steps", fontsize=10)
     left.set_xlabel("kB spent, side information counted")
-    left.set_ylabel("KL recovered, 10⁻³ nats per token")  # noqa: RUF001 (typographic minus)
+    left.set_ylabel("KL recovered, 10⁻³ nats per token")
     left.grid(alpha=0.2)
     left.legend(fontsize=8)
     bars = [r for r in rows if r["benchmark"] == "paths"]
