@@ -282,4 +282,5 @@ def command_line() -> str:
     """The command that is being run, as it was typed."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["bytecap" if name == "__main__.py" else name, *sys.argv[1:]])
