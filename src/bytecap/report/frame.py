@@ -42,6 +42,7 @@ th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap;
 th:first-child, td:first-child { text-align: left; }
 td.words { text-align: left; white-space: normal; min-width: 16rem; }
 caption { text-align: left; color: var(--dim); padding-bottom: .3rem; }
+caption span { position: sticky; left: 0; display: block; max-width: min(48rem, 100vw - 2rem); }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
@@ -58,12 +59,13 @@ pre { white-space: pre-wrap; border: 1px solid var(--soft); padding: .6rem; bord
 #tip { position: fixed; z-index: 9; background: var(--ink); color: var(--paper); padding: .2rem .6rem;
   border-radius: .3rem; font-size: .9rem; max-width: 22rem; pointer-events: none; }
 @media (max-width: 40rem) { .broad { display: none; } .slim { display: block; } body { padding: 1rem; }
-  th, td { padding: .2rem .5rem; } .cards li { flex-basis: 8rem; padding: .5rem .7rem; } .cards b { font-size: 1.1rem; }
+  th, td { padding: .2rem .5rem; } tbody > tr > :first-child { white-space: normal; min-width: 7rem; max-width: 9rem; } .cards li { flex-basis: 8rem; padding: .5rem .7rem; } .cards b { font-size: 1.1rem; }
   ul:not(.cards) { padding-left: 1.2rem; } }
 @media print { :root { --ink: #000; --paper: #fff; --soft: #bbb; --dim: #333; color-scheme: light; }
   body, p { max-width: none; } body { padding: 0; font-size: 10pt; } figure { break-inside: avoid; }
   .wide { overflow: visible; max-height: none; background: none; } thead th { position: static; }
-  tr, li { break-inside: avoid; } .filter, #tip { display: none !important; } }
+  th, td, .key { white-space: normal; } th, td { padding: .1rem .25rem; overflow-wrap: anywhere; font-size: 7.5pt; }
+  td.words, td.bars { min-width: 5rem; } td { word-break: normal; } tr, li { break-inside: avoid; } .filter, #tip { display: none !important; } }
 """
 
 # Colours are attributes of the marks, so that a chart stands by itself; a style sheet overrides attributes.
@@ -195,7 +197,7 @@ def table(
         if name else ""
     )  # fmt: skip
     titles = "".join(f'<th scope="col">{escape(t)}</th>' for t in head)
-    label = f"<caption>{escape(caption)}</caption>" if caption else ""
+    label = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     mark = f' id="{name}"' if name else ""
     return (
         f'{filters}<div class="wide" tabindex="0" role="group" aria-label="{escape(caption or "table")}">'

@@ -188,7 +188,7 @@ def chart(
         for x in xs.ticks:
             px = at(x, ys.ticks[0])[0]
             parts.append(f'<line class="grid" x1="{px:.1f}" y1="{top:.1f}" x2="{px:.1f}" y2="{bottom:.1f}"/>')
-            parts.append(f'<text x="{px:.1f}" y="{bottom + 19:.1f}" text-anchor="middle">{x:,.6g}</text>')
+            parts.append(f'<text x="{px:.1f}" y="{bottom + 19:.1f}" text-anchor="middle">{x:,.12g}</text>')
         for y in ys.ticks:
             py = at(xs.ticks[0], y)[1]
             parts.append(f'<line class="grid" x1="{_LEFT}" y1="{py:.1f}" x2="{width - _RIGHT}" y2="{py:.1f}"/>')
