@@ -31,7 +31,8 @@ def comparison_lines(path, models=("models/small", "models/large"), seeds=2):
                    "host": "synthetic", "file_bytes": budget - 11, "bits_per_parameter": 8 * budget / 7e6,
                    "same_top1": 0.9, "cpu_seconds": 20.0, "texts_key": model,
                    "predicted_delta_nats": level if method == "bytecap" else None,
-                   "texts": [{"name": t, "kl": kl.tolist(), "nats": (original + 0.8 * kl).tolist()} for t in TEXTS]}  # fmt: skip
+                   "texts": [{"name": t, "kl": kl.tolist(), "nats": (original + 0.8 * kl).tolist()} for t in TEXTS],
+                   }  # fmt: skip
             lines.append(run)
         lines += [
             {"record": "run", "key": f"{model} refused {s}", "order": 99, "model": model, "method": "uniform",
@@ -45,7 +46,8 @@ def comparison_lines(path, models=("models/small", "models/large"), seeds=2):
 def _point(size, gain, **more):
     return {"bytes": size, "side_bytes": size // 50, "units_share": 0.5, "weights_share": 0.1, "kl_recovered": gain,
             "kl_stderr": 0.1 * gain, "loss_recovered": 0.8 * gain, "loss_stderr": 0.3 * gain,
-            "predicted_nats": 1.1 * gain, "nats_per_byte": gain / size, "bpb_per_kb": 0.5e3 * gain / size, **more}  # fmt: skip
+            "predicted_nats": 1.1 * gain, "nats_per_byte": gain / size, "bpb_per_kb": 0.5e3 * gain / size,
+            **more}  # fmt: skip
 
 
 def curves_figures(paths=("step", "channels", "columns", "groups", "lowrank", "outliers", "rows")):
@@ -67,4 +69,5 @@ def curves_figures(paths=("step", "channels", "columns", "groups", "lowrank", "o
         }  # fmt: skip
     base = {"name": "grid", "bytes": 590_000, "kl_nats": 0.21, "kl_stderr": 0.01, "bpb": 1.34, "bpb_original": 1.27}
     return {"model": "synthetic", "budget_bytes": 600_000, "base": base, "held_out_tokens": 4096,
-            "lambda": {"nats_per_byte": 1.5e-6, "bpb_per_kb": 5e-4}, "paths": found, "agreement": agreement}  # fmt: skip
+            "lambda": {"nats_per_byte": 1.5e-6, "bpb_per_kb": 5e-4}, "paths": found,
+            "agreement": agreement}  # fmt: skip

@@ -188,7 +188,7 @@ def test_it_works_narrow_and_wide(browser, written, kind, width):
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", PAGES)
 def test_pictures_at_every_width(browser, written, kind):
-    """Nothing is cut, crossed or blank at any width, charts and cards adapt, dark is dark, and the words stay the same."""
+    """Nothing is cut, crossed or blank, charts and cards adapt, dark is dark, and the words stay the same."""
     shapes, said, means = {}, set(), {}
     for width in WIDTHS:
         for dark in (False, True):

@@ -51,7 +51,7 @@ def compared(tmp_path_factory, model_directory, texts):
 class Strict(HTMLParser):
     """Checks that tags close in order, and collects what a page refers to."""
 
-    void = frozenset({"meta", "input", "br"})
+    void = frozenset({"meta", "input", "br", "wbr"})
 
     def __init__(self):
         super().__init__()

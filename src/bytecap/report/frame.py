@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from types import ModuleType
@@ -59,13 +60,16 @@ pre { white-space: pre-wrap; border: 1px solid var(--soft); padding: .6rem; bord
 #tip { position: fixed; z-index: 9; background: var(--ink); color: var(--paper); padding: .2rem .6rem;
   border-radius: .3rem; font-size: .9rem; max-width: 22rem; pointer-events: none; }
 @media (max-width: 40rem) { .broad { display: none; } .slim { display: block; } body { padding: 1rem; }
-  th, td { padding: .2rem .5rem; } tbody > tr > :first-child { white-space: normal; min-width: 7rem; max-width: 9rem; } .cards li { flex-basis: 8rem; padding: .5rem .7rem; } .cards b { font-size: 1.1rem; }
+  th, td { padding: .2rem .5rem; }
+  tbody > tr > :first-child { white-space: normal; min-width: 7rem; max-width: 9rem; }
+  .cards li { flex-basis: 8rem; padding: .5rem .7rem; } .cards b { font-size: 1.1rem; }
   ul:not(.cards) { padding-left: 1.2rem; } }
 @media print { :root { --ink: #000; --paper: #fff; --soft: #bbb; --dim: #333; color-scheme: light; }
   body, p { max-width: none; } body { padding: 0; font-size: 10pt; } figure { break-inside: avoid; }
   .wide { overflow: visible; max-height: none; background: none; } thead th { position: static; }
-  th, td, .key { white-space: normal; } th, td { padding: .1rem .25rem; overflow-wrap: anywhere; font-size: 7.5pt; }
-  td.words, td.bars { min-width: 5rem; } td { word-break: normal; } tr, li { break-inside: avoid; } .filter, #tip { display: none !important; } }
+  th, .key, tbody > tr > :first-child { white-space: normal; } th, td { padding: .1rem .2rem; font-size: 7pt; }
+  td.words { min-width: 5rem; } td.bars { min-width: 4rem; width: auto; }
+  tr, li { break-inside: avoid; } .filter, #tip { display: none !important; } }
 """
 
 # Colours are attributes of the marks, so that a chart stands by itself; a style sheet overrides attributes.
@@ -114,7 +118,7 @@ SCRIPT = """
   for (const table of all("table.sorts")) {
     all("thead th", table).forEach((th, i) => {
       const button = document.createElement("button");
-      button.type = "button"; button.textContent = th.textContent; th.replaceChildren(button);
+      button.type = "button"; button.append(...th.childNodes); th.append(button);
       button.addEventListener("click", () => {
         const up = th.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0];
         all("th", table).forEach((t) => t.removeAttribute("aria-sort"));
@@ -196,7 +200,7 @@ def table(
         f'<p class="filter"><label>Show rows with <input type="search" data-filters="{name}"></label></p>'
         if name else ""
     )  # fmt: skip
-    titles = "".join(f'<th scope="col">{escape(t)}</th>' for t in head)
+    titles = "".join(f'<th scope="col">{broken(t)}</th>' for t in head)
     label = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     mark = f' id="{name}"' if name else ""
     return (
@@ -206,7 +210,16 @@ def table(
 
 
 def _cell(text: str) -> str:
-    return f"<td class=words>{escape(text)}</td>" if len(text) > _LONG else f"<td>{escape(text)}</td>"
+    return f"<td class=words>{broken(text)}</td>" if len(text) > _LONG else f"<td>{broken(text)}</td>"
+
+
+def broken(name: str) -> str:
+    """Markup of a name that may break behind dots, dashes and the like where the page is narrow.
+
+    >>> broken("mlp.up_proj"), broken("1.5e-3")
+    ('mlp.<wbr>up_<wbr>proj', '1.5e-3')
+    """
+    return "<wbr>".join(map(escape, re.split(r"(?<=[._/:])(?=[^\W\d_])|(?<=[._/:])(?=\d+[._/:])", name)))
 
 
 def cards(items: Sequence[tuple[str, str, str]]) -> str:
