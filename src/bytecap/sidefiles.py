@@ -32,6 +32,7 @@ import json
 import re
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import brotli
@@ -49,6 +50,7 @@ _DAMAGE = (ValueError, IndexError, RecursionError, zlib.error, brotli.error)
 # ---------------------------------------------------------------------------------------- whole-file packings
 
 
+@lru_cache(maxsize=16)  # a tokenizer takes seconds, and several files of one model have the same
 def pack(name: str, content: bytes) -> bytes:
     """The smallest packing of a side file that gives back exactly these bytes.
 
