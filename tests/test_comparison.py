@@ -3,9 +3,12 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,3 +401,14 @@ def test_the_demo_model(tmp_path):
     (win,) = [w for w in found["models"][0]["wins"] if w["metric"] == "kl"]
     assert win["best"] == "bytecap"
     assert win["difference"]["mean"] > 5 * win["difference"]["stderr"]
+
+
+@pytest.mark.nightly
+def test_the_default_comparison_can_be_timed(tmp_path):
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "compare.py"), "--output"]
+    command += [str(tmp_path / "speed.jsonl"), "--methods", "uniform,owq", "--budgets", "4bpp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    row = json.loads((tmp_path / "speed.jsonl").read_text())
+    assert done.returncode == (row["seconds"] > row["most"]), done.stderr
+    assert (row["runs"], row["budgets"], row["statistics"]) == (2, 1, 1)
+    assert sum(row["seconds_by_method"].values()) < row["seconds"]
