@@ -17,8 +17,8 @@ from bytecap.report.curves import page as curves_page
 from bytecap.report.fit import page as fit_page
 from bytecap.report.svg import DARK, colour
 from chromium import BROWSER, Chromium
+from pages import sound
 from synthetic import comparison_lines, curves_figures
-from test_comparison import sound
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium in PATH")
 LINES = Path(__file__).parents[1] / "results" / "thesis" / "demo.jsonl"

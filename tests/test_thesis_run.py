@@ -20,7 +20,7 @@ from bytecap.thesis import models, runner
 from bytecap.thesis.bench import GLOBAL, Bench, Setting
 from bytecap.thesis.measures.singles import chosen, problems
 from conftest import BUDGET, SMALL
-from test_comparison import sound
+from pages import sound
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {**SMALL, "budget": str(BUDGET), "rungs": 2, "seeds": 2}
