@@ -41,6 +41,7 @@ thead th { position: sticky; top: 0; background: var(--paper); }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--soft); } th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
+td:where(:first-child:has(wbr ~ wbr)) { min-width: 15rem; }
 td.words { text-align: left; white-space: normal; min-width: 16rem; }
 caption { text-align: left; color: var(--dim); padding-bottom: .3rem; }
 caption span { position: sticky; left: 0; display: block; max-width: min(48rem, 100vw - 2rem); }
@@ -67,7 +68,8 @@ pre { white-space: pre-wrap; border: 1px solid var(--soft); padding: .6rem; bord
 @media print { :root { --ink: #000; --paper: #fff; --soft: #bbb; --dim: #333; color-scheme: light; }
   body, p { max-width: none; } body { padding: 0; font-size: 10pt; } figure { break-inside: avoid; }
   .wide { overflow: visible; max-height: none; background: none; } thead th { position: static; }
-  th, .key, tbody > tr > :first-child { white-space: normal; } th, td { padding: .1rem .2rem; font-size: 7pt; }
+  th, .key, tbody > tr > :first-child { white-space: normal; } tbody > tr > :first-child { min-width: 0; }
+  th, td { padding: .1rem .2rem; font-size: 7pt; }
   td.words { min-width: 5rem; } td.bars { min-width: 4rem; width: auto; }
   tr, li { break-inside: avoid; } .filter, #tip { display: none !important; } }
 """
