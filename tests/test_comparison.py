@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from bytecap.comparison.pairs import Entry, Sums, clusters, difference, estimate
 from bytecap.errors import UsageError
 from bytecap.ledger import KINDS
 from bytecap.methods import statistics
-from bytecap.model.evaluate import ratio_stderr
+from bytecap.model.evaluate import paired_stderr, ratio_stderr
 from bytecap.progress import Silent
 from bytecap.report.comparison import page
 from bytecap.report.fit import page as fit_page
@@ -74,6 +75,19 @@ class TestPairs:
         assert found.mean == pytest.approx(0.1, abs=0.01)
         assert found.stderr < figure(a, "kl", ["t"]).stderr / 20
         assert math.isnan(found.seeds)
+
+    def test_the_error_of_a_difference_is_that_of_the_windows_differences(self):
+        def parts(*kl):
+            one = SimpleNamespace(kl=np.array(kl), nats=np.array(kl) ** 2, tokens=np.full(len(kl), 10.0))
+            return [SimpleNamespace(windows=one)] * 2
+
+        rng = np.random.default_rng(0)
+        hard, gain = 50 * rng.random(40), rng.random(40)
+        expected = ratio_stderr(gain, np.full(40, 10.0)) / math.sqrt(2)  # the mean of two texts
+        assert paired_stderr(parts(*hard + gain), parts(*hard), "kl") == pytest.approx(expected)
+        assert expected < ratio_stderr(hard, np.full(40, 10.0)) / 10
+        assert paired_stderr(parts(*hard), parts(*hard), "nats") == 0
+        assert math.isnan(paired_stderr([SimpleNamespace(windows=None)], parts(*hard)[:1], "kl"))
 
     def test_errors_of_seeds_are_added(self):
         rng = np.random.default_rng(1)
