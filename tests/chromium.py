@@ -48,10 +48,13 @@ class Chromium:
     def close(self):
         """End the browser."""
         self._session = None
-        self.send("Browser.close")
-        self._process.wait(20)
-        os.close(self._to)
-        os.close(self._from)
+        try:
+            self.send("Browser.close")
+            self._process.wait(20)
+        finally:
+            self._process.kill()
+            os.close(self._to)
+            os.close(self._from)
 
     def send(self, method, **parameters):
         """The answer to a command; events that come before it are kept."""
