@@ -4,8 +4,8 @@
     coverage run -a --data-file=build/fuzz.coverage tests/fuzz.py --compiled --replay DIR
     python tests/fuzz_coverage.py build/fuzz.coverage --record results/fuzz.jsonl
 
-The modules are those of the decode path ([tool.coverage.report] in pyproject.toml) without the second decoder. They hold
-the encoder's functions as well; what no file enters at all is not counted.
+The modules are those of the decode path ([tool.coverage.report] in pyproject.toml) without the second decoder. They
+hold the encoder's functions as well; what no file enters at all is not counted.
 """
 
 import argparse
@@ -47,9 +47,9 @@ def main():
                             ("branches", "num_branches"), ("branches_taken", "covered_branches")):  # fmt: skip
             row[key] += summary[source]
         if function["missing_branches"]:
-            print(f"{path} {name}: {function['missing_branches']}", file=sys.stderr)
+            sys.stderr.write(f"{path} {name}: {function['missing_branches']}\n")
     row["branch_share"] = round(row["branches_taken"] / row["branches"], 4)
-    print(json.dumps(row))
+    sys.stdout.write(json.dumps(row) + "\n")
     if arguments.record:
         with arguments.record.open("a") as f:
             f.write(json.dumps(row) + "\n")

@@ -3,9 +3,12 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,13 +22,14 @@ from bytecap.comparison.pairs import Entry, Sums, clusters, difference, estimate
 from bytecap.errors import UsageError
 from bytecap.ledger import KINDS
 from bytecap.methods import statistics
-from bytecap.model.evaluate import ratio_stderr
+from bytecap.model.evaluate import paired_stderr, ratio_stderr
 from bytecap.progress import Silent
 from bytecap.report.comparison import page
 from bytecap.report.fit import page as fit_page
 from bytecap.report.fit import style
 from bytecap.report.svg import Axis, colour, log_ticks
 from conftest import BUDGET, SMALL
+from pages import sound
 
 BUDGETS = (BUDGET, BUDGET + 3000)
 METHODS = ("golf", "uniform", "owq:published")
@@ -46,52 +50,6 @@ def compared(tmp_path_factory, model_directory, texts):
         return made[key]
 
     return get
-
-
-class Strict(HTMLParser):
-    """Checks that tags close in order, and collects what a page refers to."""
-
-    void = frozenset({"meta", "input", "br"})
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.links, self.names, self.tips, self.tabs = [], [], [], [], 0
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.links += [v for k, v in attributes if k in {"src", "href", "xlink:href", "action"}]
-        self.tabs += values.get("tabindex") == "0"
-        if values.get("data-tip"):
-            assert values["aria-label"] == values["data-tip"]
-            self.tips.append(values["data-tip"])
-        if "id" in values:
-            self.names.append(values["id"])
-        if tag not in self.void and not self.get_starttag_text().endswith("/>"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def sound(text):
-    """A parsed page, after checking what every page promises."""
-    parser = Strict()
-    parser.feed(text)
-    parser.close()
-    assert parser.open == []
-    assert parser.links == []
-    assert "http" not in text.replace("http-equiv", "")
-    assert "@import" not in text
-    assert "url(" not in text
-    assert "default-src 'none'" in text
-    assert "prefers-color-scheme: dark" in text
-    assert "@media print" in text
-    assert len(text.encode()) < 2_000_000
-    assert len(parser.names) == len(set(parser.names))
-    return parser
 
 
 def one(values, weights, **changes):
@@ -117,6 +75,19 @@ class TestPairs:
         assert found.mean == pytest.approx(0.1, abs=0.01)
         assert found.stderr < figure(a, "kl", ["t"]).stderr / 20
         assert math.isnan(found.seeds)
+
+    def test_the_error_of_a_difference_is_that_of_the_windows_differences(self):
+        def parts(*kl):
+            one = SimpleNamespace(kl=np.array(kl), nats=np.array(kl) ** 2, tokens=np.full(len(kl), 10.0))
+            return [SimpleNamespace(windows=one)] * 2
+
+        rng = np.random.default_rng(0)
+        hard, gain = 50 * rng.random(40), rng.random(40)
+        expected = ratio_stderr(gain, np.full(40, 10.0)) / math.sqrt(2)  # the mean of two texts
+        assert paired_stderr(parts(*hard + gain), parts(*hard), "kl") == pytest.approx(expected)
+        assert expected < ratio_stderr(hard, np.full(40, 10.0)) / 10
+        assert paired_stderr(parts(*hard), parts(*hard), "nats") == 0
+        assert math.isnan(paired_stderr([SimpleNamespace(windows=None)], parts(*hard)[:1], "kl"))
 
     def test_errors_of_seeds_are_added(self):
         rng = np.random.default_rng(1)
@@ -338,7 +309,7 @@ class TestPages:
             assert f"{cell['scores']['mean']['kl']['mean']:.4f}" in text
             mark = f"{cell['method']}, {cell['file_bytes']:,.0f} bytes: KL to the original"
             assert any(t.startswith(mark) for t in parser.tips)
-        assert text.count('data-path="envelope"') == 2
+        assert text.count('data-path="envelope"') == 4  # KL and loss, for broad and for narrow screens
         assert parser.tabs > 5
 
     def test_missing_figures_do_not_break_it(self, compared):
@@ -398,3 +369,14 @@ def test_the_demo_model(tmp_path):
     (win,) = [w for w in found["models"][0]["wins"] if w["metric"] == "kl"]
     assert win["best"] == "bytecap"
     assert win["difference"]["mean"] > 5 * win["difference"]["stderr"]
+
+
+@pytest.mark.nightly
+def test_the_default_comparison_can_be_timed(tmp_path):
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "compare.py"), "--output"]
+    command += [str(tmp_path / "speed.jsonl"), "--methods", "uniform,owq", "--budgets", "4bpp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    row = json.loads((tmp_path / "speed.jsonl").read_text())
+    assert done.returncode == (row["seconds"] > row["most"]), done.stderr
+    assert (row["runs"], row["budgets"], row["statistics"]) == (2, 1, 1)
+    assert sum(row["seconds_by_method"].values()) < row["seconds"]

@@ -62,6 +62,7 @@ class TestWholeFits:
         assert 0 <= 430_000 - len(found.data) <= allowed_slack(430_000)
         assert [s["moves"] for s in found.report["recovery"]["stages"]] == [14, 2]
         assert found.report["without_recovery"]["kl_nats"] != found.report["kl_nats"]
+        assert all(found.report["without_recovery"][f"{w}_difference_stderr"] > 0 for w in ("kl", "delta"))
 
     def test_never_worse_and_the_same_bytes_twice(self, fit, plain):
         found, again = fit(recover="8")[0], fit(recover="8")[0]

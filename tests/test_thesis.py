@@ -13,7 +13,7 @@ from bytecap.thesis.evidence import read
 from bytecap.thesis.measures import measures
 from bytecap.thesis.statistics import Draw, Interval, Missing, kendall, pooled, standard, taken
 from bytecap.thesis.verdicts import REGISTRATION, judge, whole
-from test_comparison import sound
+from pages import sound
 
 DOCUMENTS = 40
 TOKENS = 100.0

@@ -24,7 +24,7 @@ from bytecap.thesis.bench import GLOBAL, Bench, Setting
 from bytecap.thesis.measures.singles import chosen, problems
 from bytecap.thesis.measures.timing import SIDE
 from conftest import BUDGET, SMALL
-from test_comparison import sound
+from pages import sound
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {**SMALL, "budget": str(BUDGET), "rungs": 2, "seeds": 2}

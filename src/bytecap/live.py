@@ -29,7 +29,7 @@ from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Unit
 from bytecap.frequencies import Tables
 from bytecap.methods.waterfill import Planner, State
-from bytecap.model.blind import as_matrix
+from bytecap.model.checkpoint import as_matrix
 from bytecap.rounding import Shrink
 from bytecap.sweep import Coded, Prepared, rate
 from bytecap.tables import count_symbols

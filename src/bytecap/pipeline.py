@@ -29,7 +29,7 @@ from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.methods.given import run_rest
 from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model, read_side_files, resolve
-from bytecap.model.evaluate import ByWindow, Comparison, compare, mean_comparison
+from bytecap.model.evaluate import ByWindow, Comparison, compare, mean_comparison, paired_stderr
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.recover import effort_of
@@ -212,9 +212,13 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     parts = _measure(result.data, job)
     result.report |= _quality(parts)
     if job.recover is not None:
-        before = _quality(_measure(result.before, job)) if result.before is not None else result.report
+        plain = _measure(result.before, job) if result.before is not None else parts
+        before = _quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
-        result.report["without_recovery"] = {k: before[k] for k in keys}
+        kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
+        result.report["without_recovery"] = {
+            **{k: before[k] for k in keys}, "kl_difference_stderr": kl, "delta_difference_stderr": nats,
+        }  # fmt: skip
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
 
 

@@ -37,14 +37,6 @@ from bytecap.report.plain import finite
 from bytecap.sources import load_sets
 from bytecap.store import Store, digest, library
 
-SHOWN = (
-    "report/",
-    "cli",
-    "comparison/__init__",
-    "comparison/figures",
-    "comparison/pairs",
-    "comparison/envelope",
-)  # these measure nothing
 Record = dict[str, Any]
 
 
@@ -101,7 +93,7 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
             own = cell.method.partition(":")[0]
             parts += [file_key(Path(own))] if own.endswith(".py") else []
             parts += [cell.seed, windows_key(sets.statistics), windows_key(sets.correction)]
-        yield Task(cell, setting, store, command, digest(library(SHOWN), *parts), order)
+        yield Task(cell, setting, store, command, digest(library(), *parts), order)
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -283,11 +275,12 @@ def host(device: str) -> str:
 def versions() -> Mapping[str, str]:
     """Of what numbers may depend on."""
     names = ("torch", "numpy", "transformers")
-    return {"bytecap": library(SHOWN), "python": platform.python_version(), **{n: version(n) for n in names}}
+    return {"bytecap": library(), "python": platform.python_version(), **{n: version(n) for n in names}}
 
 
 def command_line() -> str:
     """The command that is being run, as it was typed."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["bytecap" if name == "__main__.py" else name, *sys.argv[1:]])

@@ -25,7 +25,7 @@ from bytecap.correct import role_name
 from bytecap.curves.base import Base
 from bytecap.decode import from_matrix
 from bytecap.methods import Job
-from bytecap.model.blind import as_matrix
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluate import kl_each
 from bytecap.model.gradient import gradient
 from bytecap.model.probe import pass_tokens

@@ -29,7 +29,7 @@ from bytecap.methods.floats import fit_floats
 from bytecap.methods.margin import margin
 from bytecap.methods.statistics import moments
 from bytecap.methods.waterfill import Planner, State, VectorUnit
-from bytecap.model.blind import as_matrix
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluate import kl_each, kl_to
 from bytecap.model.probe import Statistics
 from bytecap.model.streams import streams_of

@@ -24,12 +24,6 @@ _EXPLAINED = 0.05  # relative difference that rounding may make
 WIDEST = 8192  # columns a dense second moment is kept for
 
 
-def as_matrix(unit: Unit, values: Tensor) -> Tensor:
-    """Stored tensor -> (rows, cols) as coders see it."""
-    flat = values.reshape(values.shape[0], -1) if values.ndim >= 2 else values.reshape(1, -1)
-    return flat.T if unit.transposed else flat
-
-
 def is_matrix(unit: Unit) -> bool:
     """Whether a unit that is no linear map has rows and columns to collect energies for."""
     return not unit.linear and min(unit.matrix_shape) > 1 and unit.matrix_shape[1] <= WIDEST

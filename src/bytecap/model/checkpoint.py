@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from bytecap.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+_Values = TypeVar("_Values", np.ndarray[Any, Any], "torch.Tensor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64",
@@ -345,8 +346,8 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
     return tuple(units)
 
 
-def as_matrix(unit: Unit, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Stored tensor -> (rows, cols) as coders see it."""
+def as_matrix(unit: Unit, values: _Values) -> _Values:
+    """Stored tensor -> (rows, cols) as coders see it, an array or a torch tensor."""
     flat = values.reshape(unit.shape[0], -1) if len(unit.shape) >= 2 and unit.parameters else values.reshape(1, -1)
     return flat.T if unit.transposed else flat
 

@@ -74,6 +74,22 @@ def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> f
     return float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / weight.sum())
 
 
+def paired_stderr(one: Sequence[Comparison], other: Sequence[Comparison], what: str) -> float:
+    """Standard error of the difference of two means over texts, taken window by window; NaN where there is none.
+
+    Args:
+        one: one for each text.
+        other: of another model on the same windows.
+        what: `kl` or `nats`.
+    """
+    errors = [
+        ratio_stderr(getattr(a.windows, what) - getattr(b.windows, what), a.windows.tokens)
+        for a, b in zip(one, other, strict=True)
+        if a.windows is not None and b.windows is not None
+    ]
+    return math.sqrt(sum(e * e for e in errors)) / len(errors) if len(errors) == len(one) > 0 else float("nan")
+
+
 @torch.no_grad()
 def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None) -> Score:
     """Bits per byte of one model on one text."""

@@ -33,8 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bytecap.core import Unit
 from bytecap.memory import release
 from bytecap.model.batch import Batch
-from bytecap.model.blind import Account, as_matrix, is_matrix, shrunk_moment
-from bytecap.model.checkpoint import linear_weights, of_transformers
+from bytecap.model.blind import Account, is_matrix, shrunk_moment
+from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
 from bytecap.model.text import Window
 
 _ROUND_LENGTH = 64

@@ -9,28 +9,42 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from types import ModuleType
 from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #d9dee4; --dim: #57606a; --heat: #0072B2; }
+from bytecap.report.svg import DARK
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #d9dee4; --dim: #57606a; --heat: #0072B2;
+  --shade: #0003; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0f1318; --soft: #30363d; --dim: #9aa4ae;
-  --heat: #56B4E9; } }
+  --heat: #56B4E9; --shade: #fff3; }
+  DARKER }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 62rem; padding: 1.5rem; overflow-wrap: break-word; }
+  max-width: 76rem; padding: 1.5rem; overflow-wrap: break-word; } p, ul:not(.cards) { max-width: 48rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } .dim { color: var(--dim); }
-svg text { font: 13px system-ui, sans-serif; fill: var(--ink); } svg .grid { stroke: var(--soft); }
-svg polyline { fill: none; stroke-width: 2; } figure { margin: 1rem 0; overflow-x: auto; }
-figure > svg { width: 100%; min-width: 34rem; }
+svg text { font: 13px system-ui, sans-serif; fill: var(--ink); paint-order: stroke;
+  stroke: var(--paper); stroke-width: 3px; } svg .grid { stroke: var(--soft); }
+svg polyline { fill: none; stroke-width: 2; } figure { margin: 1rem 0; max-width: 60rem; }
+figure > svg { display: block; width: 100%; } .slim { display: none; }
 .key { display: inline-block; margin-right: 1.2rem; white-space: nowrap; } .verdict { font-weight: 600; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
+.wide { overflow: auto; max-height: 85vh; background: linear-gradient(to right, var(--paper) 40%, transparent) local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 local,
+  linear-gradient(to right, var(--shade), transparent) scroll,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 scroll;
+  background-repeat: no-repeat; background-size: 3rem 100%, 3rem 100%, .8rem 100%, .8rem 100%; }
+thead th { position: sticky; top: 0; background: var(--paper); }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--soft); } th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
+td:where(:first-child:has(wbr ~ wbr)) { min-width: 15rem; }
 td.words { text-align: left; white-space: normal; min-width: 16rem; }
 caption { text-align: left; color: var(--dim); padding-bottom: .3rem; }
+caption span { position: sticky; left: 0; display: block; max-width: min(48rem, 100vw - 2rem); }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
@@ -46,10 +60,24 @@ pre { white-space: pre-wrap; border: 1px solid var(--soft); padding: .6rem; bord
 .filter { display: none; margin: .5rem 0; } .live .filter { display: block; }
 #tip { position: fixed; z-index: 9; background: var(--ink); color: var(--paper); padding: .2rem .6rem;
   border-radius: .3rem; font-size: .9rem; max-width: 22rem; pointer-events: none; }
+@media (max-width: 40rem) { .broad { display: none; } .slim { display: block; } body { padding: 1rem; }
+  th, td { padding: .2rem .5rem; }
+  tbody > tr > :first-child { white-space: normal; min-width: 7rem; max-width: 9rem; }
+  .cards li { flex-basis: 8rem; padding: .5rem .7rem; } .cards b { font-size: 1.1rem; }
+  ul:not(.cards) { padding-left: 1.2rem; } }
 @media print { :root { --ink: #000; --paper: #fff; --soft: #bbb; --dim: #333; color-scheme: light; }
-  body { max-width: none; padding: 0; font-size: 10pt; } figure, .wide { overflow: visible; break-inside: avoid; }
-  figure > svg { min-width: 0; } tr, li { break-inside: avoid; } .filter, #tip { display: none !important; } }
+  body, p { max-width: none; } body { padding: 0; font-size: 10pt; } figure { break-inside: avoid; }
+  .wide { overflow: visible; max-height: none; background: none; } thead th { position: static; }
+  th, .key, tbody > tr > :first-child { white-space: normal; } tbody > tr > :first-child { min-width: 0; }
+  th, td { padding: .1rem .2rem; font-size: 7pt; }
+  td.words { min-width: 5rem; } td.bars { min-width: 4rem; width: auto; }
+  tr, li { break-inside: avoid; } .filter, #tip { display: none !important; } }
 """
+
+# Colours are attributes of the marks, so that a chart stands by itself; a style sheet overrides attributes.
+STYLE = _STYLE.replace(
+    "DARKER", "\n  ".join(f'[fill="{a}"] {{ fill: {b}; }} [stroke="{a}"] {{ stroke: {b}; }}' for a, b in DARK.items())
+)
 
 SCRIPT = """
 "use strict";
@@ -71,7 +99,10 @@ SCRIPT = """
     m.addEventListener("focus", () => show(m)); m.addEventListener("blur", hide);
     m.addEventListener("click", () => show(m));
   }
-  addEventListener("scroll", hide, true);
+  addEventListener("scroll", () => {
+    const now = document.activeElement;
+    if (!tip.hidden && now?.dataset?.tip === tip.textContent) show(now); else hide();
+  }, true);
   addEventListener("keydown", (e) => {
     if (e.key === "Escape") hide();
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[e.key];
@@ -89,7 +120,7 @@ SCRIPT = """
   for (const table of all("table.sorts")) {
     all("thead th", table).forEach((th, i) => {
       const button = document.createElement("button");
-      button.type = "button"; button.textContent = th.textContent; th.replaceChildren(button);
+      button.type = "button"; button.append(...th.childNodes); th.append(button);
       button.addEventListener("click", () => {
         const up = th.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0];
         all("th", table).forEach((t) => t.removeAttribute("aria-sort"));
@@ -171,8 +202,8 @@ def table(
         f'<p class="filter"><label>Show rows with <input type="search" data-filters="{name}"></label></p>'
         if name else ""
     )  # fmt: skip
-    titles = "".join(f'<th scope="col">{escape(t)}</th>' for t in head)
-    label = f"<caption>{escape(caption)}</caption>" if caption else ""
+    titles = "".join(f'<th scope="col">{broken(t)}</th>' for t in head)
+    label = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     mark = f' id="{name}"' if name else ""
     return (
         f'{filters}<div class="wide" tabindex="0" role="group" aria-label="{escape(caption or "table")}">'
@@ -181,7 +212,16 @@ def table(
 
 
 def _cell(text: str) -> str:
-    return f"<td class=words>{escape(text)}</td>" if len(text) > _LONG else f"<td>{escape(text)}</td>"
+    return f"<td class=words>{broken(text)}</td>" if len(text) > _LONG else f"<td>{broken(text)}</td>"
+
+
+def broken(name: str) -> str:
+    """Markup of a name that may break behind dots, dashes and the like where the page is narrow.
+
+    >>> broken("mlp.up_proj"), broken("1.5e-3")
+    ('mlp.<wbr>up_<wbr>proj', '1.5e-3')
+    """
+    return "<wbr>".join(map(escape, re.split(r"(?<=[._/:])(?=[^\W\d_])|(?<=[._/:])(?=\d+[._/:])", name)))
 
 
 def cards(items: Sequence[tuple[str, str, str]]) -> str:

@@ -1,19 +1,28 @@
 """Charts as inline SVG: axes with round ticks, error bars, one marker and one dash for each series.
 
+Every chart is drawn twice, for broad and for narrow screens; the page's style sheet shows one of the two, so that text
+keeps its size and nothing has to be scrolled sideways.
+
 Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart under all common colour blindness; markers
-and dashes carry the same distinction without colour. Guides (the lambda line, an envelope) are grey and dotted.
+and dashes carry the same distinction without colour. Guides (the lambda line, an envelope) are grey and dotted. On
+dark paper the darkest of them are lighter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#666666")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4", "6 2 2 2")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 36, 16, 48
+DARK = {"#0072B2": "#3B9BD9", "#D55E00": "#E8762B", "#7F3C8D": "#B98AC6", "#666666": "#A3A3A3"}  # on dark paper
+BROAD, SLIM = 760, 380  # widths that charts are drawn for
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 36, 10, 30
+_GLYPH, _LINE = 7.4, 18  # wide and high: text of 13 px in the widest of the usual fonts
+_LABEL = 42  # characters of a row's name in a forest
 
 
 @dataclass(frozen=True)
@@ -115,12 +124,27 @@ def tipped(inside: str, tip: str, first: bool) -> str:
     )
 
 
-def axes(series: Sequence[Series], *, log: bool, zero: bool) -> tuple[Axis, Axis]:
-    """Axes that hold all points and their error bars."""
+def figures(draw: Callable[[int], str]) -> str:
+    """A chart for broad and for narrow screens, of which one is shown."""
+    return f'<figure class="broad">{draw(BROAD)}</figure><figure class="slim">{draw(SLIM)}</figure>'
+
+
+def _lines(text: str, width: float) -> list[str]:
+    """Text broken to a width in pixels."""
+    return textwrap.wrap(text, max(8, int(width / _GLYPH))) or [""]
+
+
+def _written(lines: Sequence[str], x: float, y: float, anchor: str) -> list[str]:
+    return [f'<text x="{x:.0f}" y="{y + _LINE * i:.0f}" text-anchor="{anchor}">{escape(line)}</text>'
+            for i, line in enumerate(lines)]  # fmt: skip
+
+
+def axes(series: Sequence[Series], *, log: bool, zero: bool, count: int = 6) -> tuple[Axis, Axis]:
+    """Axes that hold all points and their error bars, with about `count` ticks along the horizontal one."""
     points = [p for s in series for p in s.points]
     start = [0.0] if zero else []
     xs = start + [p[0] for p in points] or [0.0]
-    across = Axis(ticks(min(xs), max([1e-9 if zero else min(xs) + 1e-9, *xs])))
+    across = Axis(ticks(min(xs), max([1e-9 if zero else min(xs) + 1e-9, *xs]), count))
     if log:
         values = [p[1] for p in points if p[1] > 0] or [1.0]
         tops = [p[1] + p[2] for p in points if p[1] > 0] or [1.0]
@@ -131,53 +155,59 @@ def axes(series: Sequence[Series], *, log: bool, zero: bool) -> tuple[Axis, Axis
 
 
 def chart(
-    series: Sequence[Series], title: str, across: str, up: str, *, width: int = 760, height: int = 380,
-    log: bool = False, zero: bool = True, marks: Sequence[Mark] = (),
+    series: Sequence[Series], title: str, across: str, up: str, *, height: int = 380, log: bool = False,
+    zero: bool = True, marks: Sequence[Mark] = (),
 ) -> str:  # fmt: skip
-    """A chart with a title for screen readers.
+    """A chart with a title for screen readers, as figures of a page.
 
     Args:
         series: lines, drawn in order.
         title: what it shows.
         across: label of the horizontal axis.
         up: label of the vertical axis.
-        width: in pixels.
-        height: in pixels.
+        height: in pixels, without labels; at most 260 where it is narrow.
         log: logarithmic vertical axis; values that are not positive lie on its lower edge.
         zero: the horizontal axis begins at zero.
         marks: places on the horizontal axis.
     """
-    xs, ys = axes(series, log=log, zero=zero)
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            _LEFT + xs.place(x) * (width - _LEFT - _RIGHT),
-            height - _BOTTOM - min(1.0, max(0.0, ys.place(y))) * (height - _TOP - _BOTTOM),
-        )
+    def draw(width: int) -> str:
+        slim = width < BROAD
+        xs, ys = axes(series, log=log, zero=zero, count=3 if slim else 6)
+        above, below = _lines(up, width - 8), _lines(across, width - _LEFT)
+        top = _TOP + _LINE * len(above)
+        bottom = top + (min(height, 260) if slim else height) - 64
 
-    name, middle = escape(title), (height - _BOTTOM) / 2
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="{name}"><title>{name}</title>']
-    top, bottom = _TOP, height - _BOTTOM
-    for x in xs.ticks:
-        px = at(x, ys.ticks[0])[0]
-        parts.append(f'<line class="grid" x1="{px:.1f}" y1="{top:.1f}" x2="{px:.1f}" y2="{bottom:.1f}"/>')
-        parts.append(f'<text x="{px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{x:,.6g}</text>')
-    for y in ys.ticks:
-        py = at(xs.ticks[0], y)[1]
-        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{py:.1f}" x2="{width - _RIGHT}" y2="{py:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    parts.append(f'<text x="{(width + _LEFT) / 2:.0f}" y="{height - 8}" text-anchor="middle">{escape(across)}</text>')
-    parts.append(f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(up)}</text>')
-    for s in series:
-        wide = 1 + s.band
-        parts += _draw(s, [(*at(x, y), at(x, y - wide * e)[1], at(x, y + wide * e)[1]) for x, y, e in s.points])
-    for i, m in enumerate(marks):
-        x = at(m.x, 0.0)[0]
-        drawn = (
-            f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + 26}" stroke="{colour(m.style)}" stroke-width="2"/>'
-        )
-        parts.append(tipped(drawn + marker(m.style, x, top + 3), m.tip, i == 0))
-    return "\n".join([*parts, "</svg>"])
+        def at(x: float, y: float) -> tuple[float, float]:
+            right = _LEFT + xs.place(x) * (width - _LEFT - _RIGHT)
+            return right, bottom - min(1.0, max(0.0, ys.place(y))) * (bottom - top)
+
+        whole = bottom + _BOTTOM + _LINE * len(below)
+        name, middle = escape(title), (width + _LEFT - _RIGHT) / 2
+        parts = [f'<svg viewBox="0 0 {width} {whole}" role="group" aria-label="{name}"><title>{name}</title>']
+        for x in xs.ticks:
+            px = at(x, ys.ticks[0])[0]
+            parts.append(f'<line class="grid" x1="{px:.1f}" y1="{top:.1f}" x2="{px:.1f}" y2="{bottom:.1f}"/>')
+            parts.append(f'<text x="{px:.1f}" y="{bottom + 19:.1f}" text-anchor="middle">{x:,.12g}</text>')
+        for y in ys.ticks:
+            py = at(xs.ticks[0], y)[1]
+            parts.append(f'<line class="grid" x1="{_LEFT}" y1="{py:.1f}" x2="{width - _RIGHT}" y2="{py:.1f}"/>')
+            parts.append(f'<text x="{_LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+        parts += _written(above, 4, 14, "start") + _written(below, middle, bottom + 41, "middle")
+        for s in series:
+            wide = 1 + s.band
+            parts += _draw(s, [(*at(x, y), at(x, y - wide * e)[1], at(x, y + wide * e)[1]) for x, y, e in s.points])
+        parts += [_marked(m, at(m.x, 0.0)[0], top, i == 0) for i, m in enumerate(marks)]
+        return "\n".join([*parts, "</svg>"])
+
+    return figures(draw)
+
+
+def _marked(mark: Mark, x: float, top: float, first: bool) -> str:
+    line = (
+        f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + 26}" stroke="{colour(mark.style)}" stroke-width="2"/>'
+    )
+    return tipped(line + marker(mark.style, x, top + 3), mark.tip, first)
 
 
 def _draw(series: Series, points: Sequence[tuple[float, float, float, float]]) -> list[str]:
@@ -201,41 +231,45 @@ def _draw(series: Series, points: Sequence[tuple[float, float, float, float]]) -
     return [*parts, "</g>"]
 
 
-def forest(
-    rows: Sequence[tuple[str, float, float, int]], title: str, across: str, *, line: float = 0.0, width: int = 760
-) -> str:  # fmt: skip
-    """Means with bars of two standard errors, one below the other, against a line.
+def forest(rows: Sequence[tuple[str, float, float, int]], title: str, across: str, *, line: float = 0.0) -> str:
+    """Means with bars of two standard errors, one below the other, against a line, as figures of a page.
 
     Args:
         rows: (label, mean, standard error, style).
         title: what it shows.
         across: label of the axis.
         line: where the vertical line stands.
-        width: in pixels.
     """
+    names = [n if len(n) <= _LABEL else n[: _LABEL - 1] + "…" for n, *_ in rows]
     lows, highs = [line, *(m - 2 * e for _, m, e, _ in rows)], [line, *(m + 2 * e for _, m, e, _ in rows)]
-    axis, left, step = Axis(ticks(min(lows), max(highs), 5)), 220, 22
-    height, name = step * len(rows) + 52, escape(title)
 
-    def at(x: float) -> float:
-        return left + axis.place(x) * (width - left - _RIGHT)
+    def draw(width: int) -> str:
+        slim = width < BROAD  # names stand above their bars
+        left = 16.0 if slim else 20 + _GLYPH * max(map(len, names))
+        axis, step, start = Axis(ticks(min(lows), max(highs), 3 if slim else 5)), 40 if slim else 22, 34 if slim else 16
+        bottom, below, name = step * len(rows) + 8, _lines(across, width), escape(title)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="{name}"><title>{name}</title>']
-    for x in axis.ticks:
-        parts.append(f'<line class="grid" x1="{at(x):.1f}" y1="4" x2="{at(x):.1f}" y2="{height - 44}"/>')
-        parts.append(f'<text x="{at(x):.1f}" y="{height - 28}" text-anchor="middle">{x:.4g}</text>')
-    parts.append(f'<line x1="{at(line):.1f}" y1="0" x2="{at(line):.1f}" y2="{height - 44}" stroke="#888" '
-                 'stroke-width="2" stroke-dasharray="2 3"/>')  # fmt: skip
-    for i, (label, mean, error, style) in enumerate(rows):
-        y = 16 + step * i
-        bar = (
-            f'<line x1="{at(mean - 2 * error):.1f}" y1="{y}" x2="{at(mean + 2 * error):.1f}" y2="{y}" '
-            f'stroke="{colour(style)}" stroke-width="2"/>{marker(style, at(mean), y)}'
-        )
-        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
-        parts.append(tipped(bar, f"{label}: {mean:.5g} ± {error:.2g}", i == 0))
-    parts.append(f'<text x="{(width + left) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(across)}</text>')
-    return "\n".join([*parts, "</svg>"])
+        def at(x: float) -> float:
+            return left + axis.place(x) * (width - left - _RIGHT)
+
+        whole = bottom + _BOTTOM + _LINE * len(below)
+        parts = [f'<svg viewBox="0 0 {width} {whole}" role="group" aria-label="{name}"><title>{name}</title>']
+        for x in axis.ticks:
+            parts.append(f'<line class="grid" x1="{at(x):.1f}" y1="4" x2="{at(x):.1f}" y2="{bottom}"/>')
+            parts.append(f'<text x="{at(x):.1f}" y="{bottom + 19}" text-anchor="middle">{x:.4g}</text>')
+        parts.append(f'<line x1="{at(line):.1f}" y1="0" x2="{at(line):.1f}" y2="{bottom}" stroke="#888888" '
+                     'stroke-width="2" stroke-dasharray="2 3"/>')  # fmt: skip
+        for i, (label, mean, error, style) in enumerate(rows):
+            y = start + step * i
+            drawn = (
+                f'<line x1="{at(mean - 2 * error):.1f}" y1="{y}" x2="{at(mean + 2 * error):.1f}" y2="{y}" '
+                f'stroke="{colour(style)}" stroke-width="2"/>{marker(style, at(mean), y)}'
+            )
+            parts += _written([names[i]], 4, y - 13, "start") if slim else _written([names[i]], left - 10, y + 4, "end")
+            parts.append(tipped(drawn, f"{label}: {mean:.5g} ± {error:.2g}", i == 0))
+        return "\n".join([*parts, *_written(below, width / 2, bottom + 41, "middle"), "</svg>"])
+
+    return figures(draw)
 
 
 def bar(parts: Sequence[tuple[int, float, str]], whole: float, label: str, *, first: bool = True) -> str:

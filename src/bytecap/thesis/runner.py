@@ -28,16 +28,6 @@ from bytecap.thesis.bench import Bench, Setting
 from bytecap.thesis.measures import measures
 from bytecap.thesis.models import Origin, directory_of, load, origin
 
-SHOWN = (
-    "report/",
-    "cli",
-    "comparison/",
-    "thesis/experiments",
-    "thesis/evidence",
-    "thesis/statistics",
-    "thesis/verdicts",
-    "thesis/__init__",
-)  # these measure nothing
 Record = dict[str, Any]
 
 
@@ -76,7 +66,7 @@ def tasks(
     store: Path | None, command: str,
 ) -> Iterator[Task]:  # fmt: skip
     """One for each model and base, with keys."""
-    code = library(SHOWN)
+    code = library()
     texts = [[file_key(Path(p)) for p in files] or ["demo"] for files in (setting.calibration, setting.evaluation)]
     names = [[Path(p).name for p in files] for files in (setting.calibration, setting.evaluation)]
     plain = asdict(replace(setting, calibration=(), evaluation=()))

@@ -29,7 +29,7 @@ def _model(model: Mapping[str, Any]) -> str:
             for c in cells if c["budget_bytes"] == budget for d in [c["scores"]["mean"]["against"]["kl"]]
         ]  # fmt: skip
         title = f"KL minus that of {first} at {budget:,} bytes"
-        drawn.append(f"<figure>{forest(rows, title, f'{title}, nats per token, two standard errors')}</figure>")
+        drawn.append(forest(rows, title, f"{title}, nats per token, two standard errors"))
     rows_of = [
         [f"{c['budget_bytes']:,}", c["method"], text, NAMES[metric], plus_minus(d["mean"], d["stderr"], 5),
          plus_minus(d["documents"], None, 5), plus_minus(d["seeds"], None, 5)]

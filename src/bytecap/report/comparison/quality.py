@@ -47,4 +47,4 @@ def _chart(model: Mapping[str, Any], metric: str, text: str, height: int) -> str
     label = f"{NAMES[metric]}, nats per token"
     title = f"{label}, against file bytes ({text}; {model['model']})"
     across = "file size, bytes (everything counted)"
-    return f"<figure>{chart(series, title, across, label, height=height, log=log, zero=False)}</figure>"
+    return chart(series, title, across, label, height=height, log=log, zero=False)

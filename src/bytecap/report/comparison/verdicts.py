@@ -20,7 +20,7 @@ def section(found: Mapping[str, Any]) -> str:
 def _model(model: Mapping[str, Any]) -> str:
     items = [
         (f"{x['method']} against {x['against']}", f"{100 * x['mean']:.1f}% of the bytes saved",
-         f"± {100 * (x['stderr'] or 0):.1f}, at equal KL, over {len(x['points'])} points")
+         f"± {100 * (x['stderr'] or 0):.1f}, at equal KL, over {len(x['points'])} point{'s' * (len(x['points']) != 1)}")
         for x in model["saved"] if x["metric"] == "kl" and x["method"] == model["methods"][0]
     ]  # fmt: skip
     rows = [
@@ -31,10 +31,10 @@ def _model(model: Mapping[str, Any]) -> str:
     texts = "; ".join(
         f"{t['name']}: {t['tokens']:,} tokens, errors over {t['clusters']} {t['errors_over']}" for t in model["texts"]
     )
-    refused = "".join(
+    refused = "".join(dict.fromkeys(
         f"<p>{escape(r['method'])} cannot get below {r['floor_bytes']:,} bytes: no run at {r['budget_bytes']:,}.</p>"
         for r in model["refused"]
-    )
+    ))  # fmt: skip
     head = ("budget, bytes", "text", "figure", "best", "second", "second minus best, nats per token")
     name = identifier("wins", model["model"])
     return (

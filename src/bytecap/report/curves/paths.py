@@ -37,7 +37,7 @@ def _path(found: Mapping[str, Any], name: str, path: Mapping[str, Any], style: i
         title = f"{name}: predicted and measured"
         drawn = chart(series, title, "bytes spent", "nats per token", height=260, marks=marks)
         keys = key(style, "measured") + key(style + 1, "predicted") + key(-1, "lambda")
-        parts.append(f"<p>{keys}</p><figure>{drawn}</figure>{_table(name, path)}")
+        parts.append(f"<p>{keys}</p>{drawn}{_table(name, path)}")
     notes.append(ranks(path["agreement"]))
     return "\n".join([*parts, f"<p>{'; '.join(notes)}.</p>"])
 

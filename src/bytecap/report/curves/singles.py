@@ -36,7 +36,7 @@ def section(found: Mapping[str, Any]) -> str:
     legend = "".join(key(i, n) for n, i in style.items())
     return (
         f"<h2>Single units, one at a time</h2><p>Everything else at the base, {found['held_out_tokens']:,} held-out "
-        f"tokens: {ranks(found['agreement'])}.</p><p>{legend}</p><figure>{drawn}</figure>"
+        f"tokens: {ranks(found['agreement'])}.</p><p>{legend}</p>{drawn}"
         + table(("path", "points", "rank correlation", "noise allows"), by_path, "Agreement by path")
         + f"<details><summary>All points as a table</summary>{table(_HEAD, rows, 'nats per token', name='singles')}"
         "</details>"

@@ -28,7 +28,7 @@ def section(found: Mapping[str, Any]) -> str:
             series.insert(0, line(found, max([x for s in series for x, _, _ in s.points], default=0.0)))
         across = "bytes spent on top of the base"
         title = f"{label} against bytes spent"
-        drawn.append(f"<figure>{chart(series, title, across, label, marks=marks if len(drawn) == 0 else ())}</figure>")
+        drawn.append(chart(series, title, across, label, marks=marks if len(drawn) == 0 else ()))
     return (
         f"<h2>The whole model</h2><p>{legend}</p>{''.join(drawn)}<p class='dim'>Every point is decoded from real "
         "sections. Bands are two standard errors, paired with the base on the same tokens. Lines at the upper edge "

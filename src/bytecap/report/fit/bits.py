@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from bytecap.ledger import by_unit
+from bytecap.report.frame import broken
 
 ORDER = 30
 
@@ -37,7 +38,7 @@ def section(found: Mapping[str, Any]) -> str:
     roles = [r for r in dict.fromkeys(r for _, r in sorted(cells, key=str)) if r in big]
     top = max(8 * n / c for (_, r), (n, c) in cells.items() if r in big)
     rows = "".join(
-        f"<tr><th scope=row>{escape(r)}</th>{''.join(_cell(cells.get((x, r)), top) for x in layers)}</tr>"
+        f"<tr><th scope=row>{broken(r)}</th>{''.join(_cell(cells.get((x, r)), top) for x in layers)}</tr>"
         for r in roles
     )
     head = "".join(f"<th scope=col>{escape(x)}</th>" for x in layers)

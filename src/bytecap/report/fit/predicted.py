@@ -33,6 +33,6 @@ def section(found: Mapping[str, Any]) -> str:
     title = "measured KL and loss increase, nats per token, two standard errors"
     drawn = forest(shown, title, title, line=predicted or 0.0)
     return (
-        f"<h2>Predicted and measured</h2><p>{escape(words)}</p><figure>{drawn}</figure>"
+        f"<h2>Predicted and measured</h2><p>{escape(words)}</p>{drawn}"
         f"{table(('text', 'KL to the original', 'loss increase'), rows, 'Nats per token')}"
     )

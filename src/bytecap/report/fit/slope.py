@@ -30,7 +30,7 @@ def section(found: Mapping[str, Any]) -> str:
     drawn = chart(series, title, "file size, bytes", "predicted, nats per token", height=320, zero=False)
     return (
         f"<h2>The slope</h2><p>At {budget:,} bytes one more kilobyte buys {1000 * slope:.2e} nats per token. "
-        f"{key(0, 'plans at other budgets')}{key(-1, 'slope')}</p><figure>{drawn}</figure>"
+        f"{key(0, 'plans at other budgets')}{key(-1, 'slope')}</p>{drawn}"
         f"{_moves('Where the next 1,000 bytes would go', margin['next'])}"
         f"{_moves('Where the last 1,000 bytes went', margin['last'])}"
         "<p class=dim>As the allocator predicts it, before drift targets and trimming.</p>"

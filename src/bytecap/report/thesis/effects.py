@@ -19,7 +19,9 @@ def section(found: Mapping[str, Any]) -> str:
 
 
 def _experiment(e: Mapping[str, Any]) -> str:
-    groups = [(f"{g['recipe']}, {g['models']} models, {g['base']}", True, g) for g in e["groups"]]
+    groups = [
+        (f"{g['recipe']}, {g['models']} model{'s' * (g['models'] != 1)}, {g['base']}", True, g) for g in e["groups"]
+    ]
     cells = [(f"{short(c['model'])}, {c['base']}", c["counts"], c) for c in e["cells"] if c["applies"]]
     main = e["main"]
     drawn = [
@@ -28,7 +30,7 @@ def _experiment(e: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     title = f"Experiment {e['number']}: {main}"
     across = f"{main} with its 95% interval (the wider side on both); the line is the threshold {e['line']:g}"
-    figure = f"<figure>{forest(drawn, title, across, line=e['line'])}</figure>" if drawn else ""
+    figure = forest(drawn, title, across, line=e["line"]) if drawn else ""
     rows = [
         [label, "registered" if counted else "exploration", SIGNS[row["verdict"]], name,
          interval(effect), f"{effect['detectable']:.3f}", row["reason"]]

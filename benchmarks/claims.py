@@ -1,0 +1,215 @@
+"""Differences that README.md claims, held against their standard errors: each has to be five of them.
+
+Reads the committed lines of `results/`; nothing is run. A difference's error is the paired one where its line holds
+it. Elsewhere it is that of two independent figures, which is an upper bound, because what is hard for one model is
+hard for the other and both are read on the same tokens: a difference that is five of these is five paired ones too.
+With one calibration seed none of them holds the noise of calibration. What README.md calls a tie, or not sure, has to
+be less than five errors. Its figures have to be those of the lines.
+
+    python benchmarks/claims.py [--results results] [--readme README.md]
+
+Exit status 1: a claimed difference is too small, a tie is none, or README.md lacks a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENOUGH = 5.0
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A difference that README.md states.
+
+    Attributes:
+        what: for the table.
+        difference: of two figures on the same tokens; nats per token, bits per byte, or one minus a ratio.
+        error: its standard error.
+        paired: the error is of the difference; otherwise of two independent figures.
+        tie: README.md says that there is none.
+        figures: texts that README.md holds.
+    """
+
+    what: str
+    difference: float
+    error: float
+    paired: bool
+    tie: bool = False
+    figures: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """The difference in standard errors."""
+        return abs(self.difference) / self.error if self.error > 0 else math.nan
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is as README.md says; an unknown error holds nothing."""
+        return self.ratio < ENOUGH if self.tie else self.ratio >= ENOUGH
+
+
+def apart(
+    what: str, a: Row, b: Row, value: str, error: str, *, tie: bool = False, figures: Sequence[str] = ()
+) -> Claim:
+    """Of two lines that hold their own errors only."""
+    return Claim(what, a[value] - b[value], math.hypot(a[error], b[error]), False, tie, tuple(figures))
+
+
+def targets(rows: Sequence[Row]) -> Iterator[Claim]:
+    """`bytecap` against `golf`: KL and loss, by model and bits."""
+    found = {(r["model"], r["bits"], r["method"]): r for r in rows if r["benchmark"] == "targets"}
+    for (name, bits, method), ours in sorted(found.items()):
+        golf = found.get((name, bits, "golf"))
+        if method != "bytecap" or golf is None:
+            continue
+        kl, loss = (ours[k] / golf[k] for k in ("kl_nats", "measured_delta_nats"))
+        said = f"| {bits} | {kl:.3f} | {loss:.3f} |"
+        for word, value, error in (("KL", "kl_nats", "kl_stderr"),
+                                   ("loss", "measured_delta_nats", "measured_delta_stderr")):  # fmt: skip
+            yield apart(f"{word}, golf minus bytecap, {name}, {bits} bits", golf, ours, value, error, figures=[said])
+
+
+def methods(rows: Sequence[Row], ours: Sequence[Row]) -> Iterator[Claim]:
+    """Every other method against `bytecap`: KL, by model and bits."""
+    found = {(r["model"], r["bits"], r["method"], r.get("accounting", "")): r
+             for r in [*ours, *rows] if r["benchmark"] in {"targets", "methods"}}  # fmt: skip
+    for (name, bits, method, accounting), row in sorted(found.items()):
+        best = found.get((name, bits, "bytecap", ""))
+        if method == "bytecap" or best is None or row["benchmark"] == "targets":
+            continue
+        what = f"KL, {method} {accounting} minus bytecap, {name}, {bits} bits".replace("  ", " ")
+        yield apart(what, row, best, "kl_nats", "kl_stderr", figures=[f"{r['kl_nats']:.4f}" for r in (row, best)])
+
+
+_BROTLI = {("small-s0", 3.5), ("small-s1", 3.5), ("base-s1", 2.5), ("base-s1", 3.5)}
+
+
+def brotli(rows: Sequence[Row], better: Sequence[Row]) -> Iterator[Claim]:
+    """`golf` with brotli alone against `golf`: KL, by model and bits; README.md calls some of it unsure."""
+    found = {(r["model"], r["bits"]): r for r in better if r["benchmark"] == "targets" and r["method"] == "golf"}
+    for row in rows:
+        cell = (row.get("model"), row.get("bits"))
+        if row.get("method") == "golf" and cell in found and cell[1] in {2.5, 3.5}:
+            what = f"KL, golf with brotli alone minus golf, {cell[0]}, {cell[1]} bits"
+            yield apart(what, row, found[cell], "kl_nats", "kl_stderr", tie=cell in _BROTLI)
+
+
+# README.md says of these that they are less than five errors: (model, bits, figure).
+_UNSURE = {("small-s0", 3.5, "loss"), ("base-s1", 2.5, "loss"), ("base-s1", 3.5, "loss"), ("base-s1", 3.5, "KL")}
+
+
+def recovery(rows: Sequence[Row]) -> Iterator[Claim]:
+    """With recovery against without: KL and loss, by model and bits; and other texts against calibration text."""
+    found = {(r["model"], r["bits"]): r for r in rows if r["benchmark"] == "recover" and "without_recovery" in r}
+    for (name, bits), row in sorted(found.items()):
+        plain = row["without_recovery"]
+        for word, value, error, paired in (
+            ("KL", "kl_nats", "kl_stderr", "kl_difference_stderr"),
+            ("loss", "measured_delta_nats", "measured_delta_stderr", "delta_difference_stderr"),
+        ):
+            what = f"{word}, recovery's gain, {name}, {bits} bits"
+            said = [f"{r[value]:.4f}" for r in (plain, row)]
+            tie = (name, bits, word) in _UNSURE
+            if paired in plain:
+                yield Claim(what, plain[value] - row[value], plain[paired], True, tie, tuple(said))
+            else:
+                yield apart(what, plain, row, value, error, tie=tie, figures=said)
+    texts = {r["text"]: r for r in rows if r["benchmark"] == "recover-text"}
+    for name in sorted(set(texts) - {"calib"}):
+        said = [f"{texts[n]['kl_ratio']:.3f}" for n in (name, "calib")]
+        what = f"KL, recovery on text {name} minus on calibration text"
+        yield apart(what, texts[name], texts["calib"], "kl_nats", "kl_stderr", tie=True, figures=said)
+    tuned = [r for r in rows if r["benchmark"] == "recover-fine-tuning"]
+    for row in sorted(tuned, key=lambda r: r["measured_delta_nats"])[:1]:
+        value, error = row["measured_delta_nats"], row["measured_delta_stderr"]
+        yield Claim("loss, the original fine-tuned", value, error, True, True, (f"{value:.4f} ± {error:.4f}",))
+
+
+def golf(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Parameter Golf: the share of golf's gap that `bytecap` saves; its error is paired, over documents."""
+    for row in rows:
+        if row["benchmark"] != "golf" or row["cell"] not in {"3.5bits", "16000000"}:
+            continue
+        gaps = {n: e["gap"] for n, e in row["exports"].items()}
+        digits = 4 if row["cell"] == "3.5bits" else 5
+        stated = row["model"] == "baseline" or row["cell"] == "3.5bits"
+        said = [f"{gaps[n]:.{digits}f}" for n in ("bytecap", "golf") if stated]
+        error = max(row["gap_ratio_stderr"], row["gap_ratio_stderr_by_document"])
+        what = f"share of golf's gap saved, {row['model']}, {row['budget']:,} bytes"
+        yield Claim(what, 1 - row["gap_ratio"], error, True, figures=tuple(said))
+        if row["exports"]["int8+zlib"]["fits"]:
+            both = (row["exports"]["int8+zlib"], row["exports"]["bytecap"])
+            what = f"gap, int8 + zlib minus bytecap, {row['model']}, {row['budget']:,} bytes"
+            yield apart(what, *both, "gap", "gap_stderr", figures=[f"{gaps['int8+zlib']:.5f}"] if stated else [])
+
+
+def composition(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Arms with fewer stored blocks against the model as it is: KL and loss, by size."""
+    found = {(r["size"], r["arm"], r.get("against")): r for r in rows if r["benchmark"] == "composition-summary"}
+    for (size, arm, against), row in sorted(found.items(), key=str):
+        plain = found.get((size, "a", None))
+        if against is not None or arm not in {"b-reinvested", "d", "e", "a-trained"} or plain is None:
+            continue
+        said = tuple(f"{r['kl']['mean']:.3f} / {r['loss']['mean']:+.3f}" for r in (row, plain))
+        for word in ("kl", "loss"):
+            what, pair = f"{word}, arm {arm} minus arm a, {size}", found.get((size, arm, "a"))
+            if pair is not None:
+                yield Claim(what, pair[word]["mean"], pair[word]["stderr"], True, figures=said)
+            else:
+                yield apart(what, row[word], plain[word], "mean", "stderr", figures=said)
+
+
+def training(rows: Sequence[Row]) -> Iterator[Claim]:
+    """The layers of pQuant against a plain model on one schedule, as coded: README.md calls them equal."""
+    pairs = [r for r in rows if r["benchmark"] == "train-pair" and r.get("of") == "coded" and r["first"] == "pquant"
+             and r["second"] == "plain,phases=2,lr=4e-3" and r["size"] == "pquant"]  # fmt: skip
+    for row in pairs[-1:]:
+        mean, error = row["bpb_difference"]["mean"], row["bpb_difference"]["stderr"]
+        what = "bits per byte, pQuant minus plain, 1.71 MB"
+        yield Claim(what, mean, error, True, True, (f"{mean:+.3f} ± {error:.3f}",))
+
+
+FILES: dict[str, Callable[[Sequence[Row]], Iterator[Claim]]] = {
+    "targets": targets, "recover": recovery, "golf": golf, "composition": composition, "train": training,
+}  # fmt: skip
+
+
+def claims(directory: Path) -> list[Claim]:
+    """All claims of the lines in a directory, later lines replacing earlier ones."""
+    rows = {n: [json.loads(x) for x in (directory / f"{n}.jsonl").read_text("utf-8").splitlines()]
+            for n in (*FILES, "methods", "targets-golf-brotli")}  # fmt: skip
+    found = [c for name, read in FILES.items() for c in read(rows[name])]
+    found += methods(rows["methods"], rows["targets"])
+    return [*found, *brotli(rows["targets-golf-brotli"], rows["targets"])]
+
+
+def main() -> int:
+    """Print the table; 1 where README.md says more than was measured."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--results", type=Path, default=Path("results"))
+    p.add_argument("--readme", type=Path, default=Path("README.md"))
+    args = p.parse_args()
+    text, wrong = " ".join(args.readme.read_text("utf-8").split()), 0
+    print(f"{'difference':>11s} {'error':>9s} {'ratio':>6s}  error of     said to be")
+    for c in sorted(claims(args.results), key=lambda c: (c.tie, c.ratio)):
+        missing = [f for f in c.figures if f not in text]
+        note = "" if c.holds else "   NOT SO"
+        note += f"   README.md lacks {', '.join(missing)}" if missing else ""
+        wrong += bool(note)
+        kind, said = "pairs" if c.paired else "two figures", "not sure" if c.tie else "there"
+        print(f"{c.difference:+11.5f} {c.error:9.5f} {c.ratio:6.1f}  {kind:11s}  {said:12s}  {c.what}{note}")
+    print(f"{wrong} statements do not hold" if wrong else "all statements hold")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
