@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bytecap import correct, memory
 from bytecap.errors import UsageError
@@ -42,7 +42,7 @@ from bytecap.methods.waterfill import Planner, State
 from bytecap.model.batch import is_batches
 from bytecap.passes import Passes, same_again, tokens_of_move
 from bytecap.progress import Advance
-from bytecap.store import digest
+from bytecap.resume import Course
 from bytecap.swap import load_values
 
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
@@ -58,7 +58,6 @@ _CHECKS = 12  # times a stage looks at the correction tokens
 _APART = 5  # moves between two looks, at least
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _PATIENCE = 3  # checks that may be worse
-_KEEP_SECONDS = 60.0  # between two times that the course is put into the store, at least
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,10 @@ class _Course:
     def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
         self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, twin), slope / 8
-        self._kept = time.monotonic()
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
-        self._key = "" if job.store.directory is None else digest(
-            job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE, VALUES_RATE,
-            asdict(planner.options), state.steps, "recovery",
+        self._kept = Course(job.store) if job.store.directory is None else Course(
+            job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
+            VALUES_RATE, asdict(planner.options), state.steps, "recovery",
         )  # fmt: skip
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
             values = correct.unit_values(planner, state)
@@ -154,31 +152,29 @@ class _Course:
 
     def keep(self, optimizer: torch.optim.Adam, clock: _Clock, group: int, beyond: float) -> None:
         """Put the course into the store, after a group was coded and the rest was moved."""
-        if time.monotonic() - self._kept < _KEEP_SECONDS or self.job.store.directory is None:
-            return
-        found = {f"live {n}": t for n, t in self.live.state().items()}
-        found["about"] = torch.tensor([group, clock.moves, clock.seconds, beyond], dtype=torch.float64)
-        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
-            found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
-        arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in found.items()}
-        self.job.store.put_arrays(self._key, arrays)
-        self._kept = time.monotonic()
+
+        def state() -> tuple[dict[str, Tensor], Any]:
+            found = {f"live {n}": t for n, t in self.live.state().items()}
+            for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+                found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
+            return found, [group, clock.moves, clock.seconds, beyond]
+
+        self._kept.put(state)
 
     def resume(self, optimizer: torch.optim.Adam, clock: _Clock, beyond: float) -> tuple[int, float]:
         """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
-        arrays = None if self.job.store.directory is None else self.job.store.arrays(self._key)
-        if arrays is None:
+        found = self._kept.get()
+        if found is None:
             return 0, beyond
-        kept = {n: torch.from_numpy(a) for n, a in arrays.items()}
+        kept, (group, moves, seconds, beyond) = found
         device = torch.device(self.job.device)
         self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
-        group, moves, seconds, beyond = kept["about"].tolist()
-        self.passes.skip(int(moves))
-        clock.resume(int(moves), seconds)
+        self.passes.skip(moves)
+        clock.resume(moves, seconds)
         for name, t in {**self.live.values_only(), **self.live.targets()}.items():
             mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
-        return int(group), beyond
+        return group, beyond
 
     def check(self) -> float:
         """KL on the correction tokens."""

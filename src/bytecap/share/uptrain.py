@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from bytecap.model.text import Window, moves
 from bytecap.passes import halving, tokens_of_move
 from bytecap.progress import Reporter, Silent
 from bytecap.recover import Effort
+from bytecap.resume import Course
+from bytecap.store import Store
 
 RATE = 1e-3  # first learning rate
 _BETAS = (0.9, 0.95)
@@ -114,6 +118,25 @@ class Trainer:
         """Parameters that the student reads now, each once."""
         return {n: p for n, p in self.student.named_parameters() if p.is_floating_point()}
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that moves, whether the student reads it now or not, and how far it got; `resume` takes it back."""
+        found: dict[str, Tensor] = {}
+        for i, p in enumerate(self._parameters()):
+            found |= {f"parameter {i}": p, **{f"adam {k} {i}": v for k, v in self.optimizer.state[p].items()}}
+        return found, {"number": self.number, "tokens": self.tokens, "batch": self.batch}
+
+    @torch.no_grad()
+    def resume(self, kept: Mapping[str, Tensor], about: Mapping[str, int]) -> None:
+        """Go on from what `state` gave."""
+        self.number, self.tokens, self.batch = about["number"], about["tokens"], about["batch"]
+        for i, p in enumerate(self._parameters()):
+            p.copy_(kept[f"parameter {i}"])
+            mine = {k: kept[n] for k in ("step", "exp_avg", "exp_avg_sq") if (n := f"adam {k} {i}") in kept}
+            self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in mine.items()}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def look(self, windows: Sequence[Window]) -> Look:
         """The loss that is trained on, and the KL, on held-out windows."""
         found = by_window(self.original, self.student, {"": {}}, windows, device=self.device)[""]
@@ -133,6 +156,7 @@ def uptrain(
     rate: float = RATE,
     labels: float = 0.0,
     reporter: Reporter | None = None,
+    course: Course | None = None,
 ) -> Uptraining:
     """Move a student towards the original, in place; what is left is the best model seen.
 
@@ -147,30 +171,74 @@ def uptrain(
         rate: first learning rate.
         labels: share of the text's own next tokens in the loss, 0 to 1.
         reporter: told about progress.
+        course: where it is kept from time to time, and goes on from; None keeps nothing.
     """
-    reporter = reporter or Silent()
+    reporter, course = reporter or Silent(), course or Course(Store())
     trainer = Trainer(original, student, device=device, rate=rate, labels=labels)
-    start = best = trainer.look(held)
-    kept = _state(student)
-    began, last, done, diverged = time.monotonic(), 0.0, 0.0, False
-    source = moves(train, tokens_of_move(device), seed)
+    so = _SoFar.of(trainer, held, course)
+    source, diverged = islice(moves(train, tokens_of_move(device), seed), trainer.number, None), False
     with reporter.step("uptraining", 1) as advance:
-        while done < 1 and not diverged:
-            loss = trainer.move(next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * done))
-            done, before = min(1.0, effort.share(trainer.number, time.monotonic() - began)), done
-            advance(done - before)
-            if done >= 1 or done - last >= 1 / _CHECKS or not math.isfinite(loss):
-                last, now = done, trainer.look(held)
-                diverged = not now.loss < _WORSE * max(best.loss, _NOTHING)
-                if now.loss < best.loss:
-                    best, kept = now, _state(student)
+        advance(so.done)
+        while so.done < 1 and not diverged:
+            loss = trainer.move(next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * so.done))
+            so.done, before = min(1.0, effort.share(trainer.number, time.monotonic() - so.began)), so.done
+            advance(so.done - before)
+            if so.done >= 1 or so.done - so.last >= 1 / _CHECKS or not math.isfinite(loss):
+                so.last, now = so.done, trainer.look(held)
+                diverged = not now.loss < _WORSE * max(so.best.loss, _NOTHING)
+                if now.loss < so.best.loss:
+                    so.best, so.kept = now, _state(student)
+            if not diverged:
+                course.put(lambda: so.state(trainer), now=so.done >= 1)
     if diverged:
         reporter.note(
             f"uptraining diverges after {trainer.number} moves (held-out KL {now.kl:.4f}): stopped, the best is kept "
             f"(a smaller --rate than {rate:g} may help)"
         )
-    _restore(student, kept)
-    return Uptraining(start.kl, best.kl, trainer.number, trainer.tokens, time.monotonic() - began, diverged)
+    _restore(student, so.kept)
+    return Uptraining(
+        so.start.kl, so.best.kl, trainer.number, trainer.tokens, time.monotonic() - so.began, diverged
+    )  # fmt: skip
+
+
+@dataclass
+class _SoFar:
+    """What uptraining knows besides its trainer.
+
+    Attributes:
+        start, best: the first look, and the best.
+        kept: parameters at the best.
+        began: when the moves began, in seconds of the monotonic clock; time between two runs is left out.
+        last, done: shares of the effort at the last look, and now.
+    """
+
+    start: Look
+    best: Look
+    kept: dict[str, Tensor]
+    began: float
+    last: float = 0.0
+    done: float = 0.0
+
+    @staticmethod
+    def of(trainer: Trainer, held: Sequence[Window], course: Course) -> _SoFar:
+        """From what the course kept, which the trainer goes on from, or from the beginning."""
+        found = course.get()
+        if found is None:
+            start = trainer.look(held)
+            return _SoFar(start, start, _state(trainer.student), time.monotonic())
+        tensors, about = found
+        trainer.resume(tensors, about["trainer"])
+        kept = {n: tensors[f"best {n}"] for n, _ in trainer.student.named_parameters()}
+        start, best = Look(*about["start"]), Look(*about["best"])
+        return _SoFar(start, best, kept, time.monotonic() - about["seconds"], about["last"], about["done"])
+
+    def state(self, trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `of` goes on from."""
+        tensors, numbers = trainer.state()
+        return tensors | {f"best {n}": t for n, t in self.kept.items()}, {
+            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "last": self.last,
+            "done": self.done, "seconds": time.monotonic() - self.began,
+        }  # fmt: skip
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
