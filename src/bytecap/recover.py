@@ -104,6 +104,48 @@ class Effort:
         return Effort(seconds=whole * share), Effort(seconds=whole * (1 - share))
 
 
+class Clock:
+    """How much of an effort is done, and when it is time for a look at held-out tokens.
+
+    Attributes:
+        moves: made so far.
+        done: share of the effort, 1 when it is spent.
+        looked: `done` and `moves` at the last look.
+    """
+
+    def __init__(self, effort: Effort, advance: Advance, share: float = 1.0) -> None:
+        """`advance` is told about progress, `share` of it in all."""
+        self._effort, self._share, self._advance = effort, share, advance
+        self._started = time.monotonic()
+        self.moves, self.done, self.looked = 0, effort.share(0, 0.0), (0.0, 0)
+
+    def resume(self, moves: int, seconds: float, looked: tuple[float, int] = (0.0, 0)) -> None:
+        """Go on from so many moves in so many seconds, and from the last look."""
+        self._started -= seconds
+        self.looked = looked
+        self.tick(moves)
+
+    def tick(self, moves: int = 1) -> None:
+        """So many more moves are made."""
+        self.moves += moves
+        before = self.done
+        self.done = min(1.0, self._effort.share(self.moves, self.seconds))
+        self._advance((self.done - before) * self._share)
+
+    def due(self, looks: int, apart: int = 1) -> bool:
+        """Whether to look now: so many times in all, at least so many moves apart, and when all is done."""
+        done, moves = self.looked
+        if self.done < 1 and (self.done - done < 1 / looks or self.moves - moves < apart):
+            return False
+        self.looked = self.done, self.moves
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Since the moves began; time between two runs is left out."""
+        return time.monotonic() - self._started
+
+
 def effort_of(text: str | None) -> Effort | None:
     """The effort asked for.
 
@@ -150,7 +192,7 @@ class _Course:
         optimizer.zero_grad()
         return kl
 
-    def keep(self, optimizer: torch.optim.Adam, clock: _Clock, group: int, beyond: float) -> None:
+    def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
         """Put the course into the store, after a group was coded and the rest was moved."""
 
         def state() -> tuple[dict[str, Tensor], Any]:
@@ -161,7 +203,7 @@ class _Course:
 
         self._kept.put(state)
 
-    def resume(self, optimizer: torch.optim.Adam, clock: _Clock, beyond: float) -> tuple[int, float]:
+    def resume(self, optimizer: torch.optim.Adam, clock: Clock, beyond: float) -> tuple[int, float]:
         """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
         found = self._kept.get()
         if found is None:
@@ -182,34 +224,7 @@ class _Course:
         return self.passes.check()
 
 
-class _Clock:
-    """How much of a stage is done."""
-
-    def __init__(self, effort: Effort, share: float, advance: Advance) -> None:
-        self._effort, self._share, self._advance = effort, share, advance
-        self._started = time.monotonic()
-        self.moves, self.done = 0, effort.share(0, 0.0)
-
-    def resume(self, moves: int, seconds: float) -> None:
-        """Go on from so many moves in so many seconds."""
-        self._started -= seconds
-        self.moves = moves - 1
-        self.tick()
-
-    def tick(self) -> None:
-        """One more move is made."""
-        self.moves += 1
-        before = self.done
-        self.done = min(1.0, self._effort.share(self.moves, time.monotonic() - self._started))
-        self._advance((self.done - before) * self._share)
-
-    @property
-    def seconds(self) -> float:
-        """Since the stage began."""
-        return time.monotonic() - self._started
-
-
-def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and move what is left in between."""
     live = course.live
     live.melt()
@@ -243,17 +258,17 @@ def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
     return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
 
 
-def _values(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
     """Move what frozen codes leave; goes back to the best that was seen."""
     job, optimizer = course.job, course.optimizer()
     best, kept, worse = kl, course.live.snapshot(), 0
-    last, seen = 0.0, [(0, kl)]
+    seen = [(0, kl)]
     while clock.done < 1:
         course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
         clock.tick()
-        if clock.done < 1 and (clock.done - last < 1 / _CHECKS or clock.moves - seen[-1][0] < _APART):
+        if not clock.due(_CHECKS, _APART):
             continue
-        last, now = clock.done, course.check()
+        now = course.check()
         seen.append((clock.moves, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
@@ -290,7 +305,7 @@ def tune(
         start = kl = course.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
-            clock = _Clock(part, share, advance)
+            clock = Clock(part, advance, share)
             done = stage(course, clock, kl)
             stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
             job.reporter.note(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from bytecap.model.text import Window, moves
 from bytecap.model.tying import Tying, layers, matrices, point
 from bytecap.passes import tokens_of_move
 from bytecap.progress import Advance
-from bytecap.recover import Effort
+from bytecap.recover import Clock, Effort
 from bytecap.resume import Course
 from bytecap.share.start import loop, tied
 from bytecap.share.uptrain import RATE, Trainer
@@ -167,18 +166,17 @@ class Search:
         own = [matrices(b) for b in modules]
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
         values, sources, layer = _Values(depth, self.seed), loop(depth, blocks), 0
-        before, done, mean = 0.0, 0.0, 0.0
+        clock, mean = Clock(effort, advance), 0.0
         if (kept := self.course.get()) is not None:
-            sources, layer, before, done, mean = self._resume(trainer, values, *kept)
-        began = time.monotonic() - before
+            sources, layer, seconds, mean = self._resume(trainer, values, *kept)
+            clock.resume(trainer.number, seconds)
         source = islice(moves(self.train, tokens_of_move(self.device), self.seed), trainer.number, None)
-        advance(done)
-        while done < 1:
+        while clock.done < 1:
             layer = layer % (depth - 1) + 1  # the first layer has no choice
             mask = allowed(sources, layer, blocks)
             seen = values.seen(sources, layer)
             high, low = _EPSILON
-            action = values.choose(seen, mask, max(low, high - (high - low) * done / 0.75))
+            action = values.choose(seen, mask, max(low, high - (high - low) * clock.done / 0.75))
             sources = resolved(sources, layer, action)
             for block, s in zip(modules, sources, strict=True):
                 point(block, own[s])
@@ -189,10 +187,9 @@ class Search:
             after = layer % (depth - 1) + 1
             open_ = torch.tensor(allowed(sources, after, blocks))
             values.learn(_Step(seen, action, -share, values.seen(sources, after), open_))
-            done, before = min(1.0, effort.share(trainer.number, time.monotonic() - began)), done
-            advance(done - before)
-            at = (sources, layer, time.monotonic() - began, done, mean)
-            self.course.put(partial(self._state, trainer, values, at), now=done >= 1)
+            clock.tick(_BATCHES)
+            at = (sources, layer, clock.seconds, mean)
+            self.course.put(partial(self._state, trainer, values, at), now=clock.done >= 1)
         return Tying(self.start.blocks, self.best(), self.start.ranks)
 
     def _state(self, trainer: Trainer, values: _Values, at: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:

@@ -10,7 +10,6 @@ Source: Relaxed Recursive Transformers (Bae et al., ICLR 2025, arXiv:2410.20672)
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import islice
@@ -27,7 +26,7 @@ from bytecap.model.probe import fast_dtype, pass_tokens
 from bytecap.model.text import Window, moves
 from bytecap.passes import halving, tokens_of_move
 from bytecap.progress import Reporter, Silent
-from bytecap.recover import Effort
+from bytecap.recover import Clock, Effort
 from bytecap.resume import Course
 from bytecap.store import Store
 
@@ -175,69 +174,64 @@ def uptrain(
     """
     reporter, course = reporter or Silent(), course or Course(Store())
     trainer = Trainer(original, student, device=device, rate=rate, labels=labels)
-    so = _SoFar.of(trainer, held, course)
-    source, diverged = islice(moves(train, tokens_of_move(device), seed), trainer.number, None), False
+    diverged = False
     with reporter.step("uptraining", 1) as advance:
-        advance(so.done)
-        while so.done < 1 and not diverged:
-            loss = trainer.move(next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * so.done))
-            so.done, before = min(1.0, effort.share(trainer.number, time.monotonic() - so.began)), so.done
-            advance(so.done - before)
-            if so.done >= 1 or so.done - so.last >= 1 / _CHECKS or not math.isfinite(loss):
-                so.last, now = so.done, trainer.look(held)
+        clock = Clock(effort, advance)
+        so = _SoFar.of(trainer, clock, held, course)
+        source = islice(moves(train, tokens_of_move(device), seed), trainer.number, None)
+        while clock.done < 1 and not diverged:
+            loss = trainer.move(
+                next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * clock.done)
+            )
+            clock.tick()
+            if clock.due(_CHECKS) or not math.isfinite(loss):
+                now = trainer.look(held)
                 diverged = not now.loss < _WORSE * max(so.best.loss, _NOTHING)
                 if now.loss < so.best.loss:
                     so.best, so.kept = now, _state(student)
             if not diverged:
-                course.put(lambda: so.state(trainer), now=so.done >= 1)
+                course.put(lambda: so.state(trainer, clock), now=clock.done >= 1)
     if diverged:
         reporter.note(
             f"uptraining diverges after {trainer.number} moves (held-out KL {now.kl:.4f}): stopped, the best is kept "
             f"(a smaller --rate than {rate:g} may help)"
         )
     _restore(student, so.kept)
-    return Uptraining(
-        so.start.kl, so.best.kl, trainer.number, trainer.tokens, time.monotonic() - so.began, diverged
-    )  # fmt: skip
+    return Uptraining(so.start.kl, so.best.kl, trainer.number, trainer.tokens, clock.seconds, diverged)
 
 
 @dataclass
 class _SoFar:
-    """What uptraining knows besides its trainer.
+    """What uptraining knows besides its trainer and its clock.
 
     Attributes:
         start, best: the first look, and the best.
         kept: parameters at the best.
-        began: when the moves began, in seconds of the monotonic clock; time between two runs is left out.
-        last, done: shares of the effort at the last look, and now.
     """
 
     start: Look
     best: Look
     kept: dict[str, Tensor]
-    began: float
-    last: float = 0.0
-    done: float = 0.0
 
     @staticmethod
-    def of(trainer: Trainer, held: Sequence[Window], course: Course) -> _SoFar:
-        """From what the course kept, which the trainer goes on from, or from the beginning."""
+    def of(trainer: Trainer, clock: Clock, held: Sequence[Window], course: Course) -> _SoFar:
+        """From what the course kept, which trainer and clock go on from, or from the beginning."""
         found = course.get()
         if found is None:
             start = trainer.look(held)
-            return _SoFar(start, start, _state(trainer.student), time.monotonic())
+            return _SoFar(start, start, _state(trainer.student))
         tensors, about = found
         trainer.resume(tensors, about["trainer"])
         kept = {n: tensors[f"best {n}"] for n, _ in trainer.student.named_parameters()}
-        start, best = Look(*about["start"]), Look(*about["best"])
-        return _SoFar(start, best, kept, time.monotonic() - about["seconds"], about["last"], about["done"])
+        clock.resume(trainer.number, about["seconds"], tuple(about["looked"]))
+        return _SoFar(Look(*about["start"]), Look(*about["best"]), kept)
 
-    def state(self, trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self, trainer: Trainer, clock: Clock) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `of` goes on from."""
         tensors, numbers = trainer.state()
         return tensors | {f"best {n}": t for n, t in self.kept.items()}, {
-            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "last": self.last,
-            "done": self.done, "seconds": time.monotonic() - self.began,
+            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "looked": clock.looked,
+            "seconds": clock.seconds,
         }  # fmt: skip
 
 
