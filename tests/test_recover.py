@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bytecap
-from bytecap import passes, recover
+from bytecap import passes, recover, resume
 from bytecap.core import Unit
 from bytecap.errors import TextError, UsageError
 from bytecap.live import Live
@@ -100,7 +100,7 @@ class TestWholeFits:
         assert any(re.search(r"text of [0-9,]+ tokens was read [0-9.]+ times", n) for n in notes)
 
     def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, tmp_path, monkeypatch):
-        monkeypatch.setattr(recover, "_KEEP_SECONDS", 0.0)
+        monkeypatch.setattr(resume, "SECONDS", 0.0)
         whole = fit(recover="8", store=tmp_path / "one")[0]
         moves, move = [], recover._Course.move
 

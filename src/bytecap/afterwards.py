@@ -11,7 +11,6 @@ continuous; here that is one loop for all of them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from bytecap.decode import from_matrix
 from bytecap.methods import Job, Outcome, Section
 from bytecap.model.batch import is_batches
 from bytecap.passes import Passes, same_again
+from bytecap.recover import Clock
 from bytecap.swap import Lazy, load_values, twin_of
 from bytecap.tables import load_shared
 
@@ -136,30 +136,28 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
         job.reporter.note("recovery: no coder of these sections has anything continuous: nothing is tuned")
         return outcome
     start = best = tuning.passes.check()
-    kept, began, moves, done, last, seen = outcome.sections, time.monotonic(), 0, 0.0, 0.0, 0
+    kept = outcome.sections
     with same_again(job.device), job.reporter.step("recovery of continuous values", 1) as advance:
-        while done < 1:
-            tuning.move(min(1.0, (moves + 1) / _WARMING) * (1 - done))
-            moves, before = moves + 1, done
-            done = min(1.0, effort.share(moves, time.monotonic() - began))
-            advance(done - before)
-            if done < 1 and (done - last < 1 / _CHECKS or moves - seen < _APART):
+        clock = Clock(effort, advance)
+        while clock.done < 1:
+            tuning.move(min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+            clock.tick()
+            if not clock.due(_CHECKS, _APART):
                 continue
-            last, seen = done, moves
             new, kl = tuning.written()
             sections = {**outcome.sections, **new}
             if kl < best and job.size(sections, outcome.tables, outcome.objects) <= job.budget:
                 best, kept = kl, sections
             if not kl < _LOST * start:
-                job.reporter.note(f"recovery diverges after {moves} moves of values (KL {kl:.4f}): stopped")
+                job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {kl:.4f}): stopped")
                 break
     names = ", ".join(sorted({coder(p.section.tag).id for p in tuning.parts.values()}))
     job.reporter.note(
-        f"recovery: {moves} moves of the continuous values of {len(tuning.parts)} units ({names}), KL on the "
+        f"recovery: {clock.moves} moves of the continuous values of {len(tuning.parts)} units ({names}), KL on the "
         f"correction tokens {start:.4f} before, {best:.4f} after"
     )
     tuning.passes.say_short()
-    stage = {"stage": "continuous", "moves": moves, "kl": best}
+    stage = {"stage": "continuous", "moves": clock.moves, "kl": best}
     record = {"tokens": tuning.passes.read, "kl_before": start, "stages": [stage]}
     if outcome.recovery:  # the method's own
         own = outcome.recovery

@@ -24,6 +24,9 @@ def tie(
     rate: Annotated[float, typer.Option(help="First learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
+    store: Annotated[
+        Path | None, typer.Option(help="Directory of kept moves: a killed run, started again, goes on.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert MODEL into one whose layers share --blocks blocks; `fit` and `eval` take the directory as it is."""
@@ -31,7 +34,8 @@ def tie(
 
     found = run(
         model, blocks, output, init=init, rank=lora_rank, train=train, steps=steps, search=search,
-        search_steps=search_steps, labels=labels, rate=rate, seed=seed, device=device, reporter=progress(as_json),
+        search_steps=search_steps, labels=labels, rate=rate, seed=seed, device=device, store=store,
+        reporter=progress(as_json),
     )  # fmt: skip
     if as_json:
         print_json(found)

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bytecap import correct, memory
 from bytecap.errors import UsageError
@@ -42,7 +42,7 @@ from bytecap.methods.waterfill import Planner, State
 from bytecap.model.batch import is_batches
 from bytecap.passes import Passes, same_again, tokens_of_move
 from bytecap.progress import Advance
-from bytecap.store import digest
+from bytecap.resume import Course
 from bytecap.swap import load_values
 
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
@@ -58,7 +58,6 @@ _CHECKS = 12  # times a stage looks at the correction tokens
 _APART = 5  # moves between two looks, at least
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _PATIENCE = 3  # checks that may be worse
-_KEEP_SECONDS = 60.0  # between two times that the course is put into the store, at least
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,48 @@ class Effort:
         return Effort(seconds=whole * share), Effort(seconds=whole * (1 - share))
 
 
+class Clock:
+    """How much of an effort is done, and when it is time for a look at held-out tokens.
+
+    Attributes:
+        moves: made so far.
+        done: share of the effort, 1 when it is spent.
+        looked: `done` and `moves` at the last look.
+    """
+
+    def __init__(self, effort: Effort, advance: Advance, share: float = 1.0) -> None:
+        """`advance` is told about progress, `share` of it in all."""
+        self._effort, self._share, self._advance = effort, share, advance
+        self._started = time.monotonic()
+        self.moves, self.done, self.looked = 0, effort.share(0, 0.0), (0.0, 0)
+
+    def resume(self, moves: int, seconds: float, looked: tuple[float, int] = (0.0, 0)) -> None:
+        """Go on from so many moves in so many seconds, and from the last look."""
+        self._started -= seconds
+        self.looked = looked
+        self.tick(moves)
+
+    def tick(self, moves: int = 1) -> None:
+        """So many more moves are made."""
+        self.moves += moves
+        before = self.done
+        self.done = min(1.0, self._effort.share(self.moves, self.seconds))
+        self._advance((self.done - before) * self._share)
+
+    def due(self, looks: int, apart: int = 1) -> bool:
+        """Whether to look now: so many times in all, at least so many moves apart, and when all is done."""
+        done, moves = self.looked
+        if self.done < 1 and (self.done - done < 1 / looks or self.moves - moves < apart):
+            return False
+        self.looked = self.done, self.moves
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Since the moves began; time between two runs is left out."""
+        return time.monotonic() - self._started
+
+
 def effort_of(text: str | None) -> Effort | None:
     """The effort asked for.
 
@@ -120,11 +161,10 @@ class _Course:
     def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
         self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, twin), slope / 8
-        self._kept = time.monotonic()
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
-        self._key = "" if job.store.directory is None else digest(
-            job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE, VALUES_RATE,
-            asdict(planner.options), state.steps, "recovery",
+        self._kept = Course(job.store) if job.store.directory is None else Course(
+            job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
+            VALUES_RATE, asdict(planner.options), state.steps, "recovery",
         )  # fmt: skip
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
             values = correct.unit_values(planner, state)
@@ -152,33 +192,31 @@ class _Course:
         optimizer.zero_grad()
         return kl
 
-    def keep(self, optimizer: torch.optim.Adam, clock: _Clock, group: int, beyond: float) -> None:
+    def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
         """Put the course into the store, after a group was coded and the rest was moved."""
-        if time.monotonic() - self._kept < _KEEP_SECONDS or self.job.store.directory is None:
-            return
-        found = {f"live {n}": t for n, t in self.live.state().items()}
-        found["about"] = torch.tensor([group, clock.moves, clock.seconds, beyond], dtype=torch.float64)
-        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
-            found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
-        arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in found.items()}
-        self.job.store.put_arrays(self._key, arrays)
-        self._kept = time.monotonic()
 
-    def resume(self, optimizer: torch.optim.Adam, clock: _Clock, beyond: float) -> tuple[int, float]:
+        def state() -> tuple[dict[str, Tensor], Any]:
+            found = {f"live {n}": t for n, t in self.live.state().items()}
+            for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+                found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
+            return found, [group, clock.moves, clock.seconds, beyond]
+
+        self._kept.put(state)
+
+    def resume(self, optimizer: torch.optim.Adam, clock: Clock, beyond: float) -> tuple[int, float]:
         """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
-        arrays = None if self.job.store.directory is None else self.job.store.arrays(self._key)
-        if arrays is None:
+        found = self._kept.get()
+        if found is None:
             return 0, beyond
-        kept = {n: torch.from_numpy(a) for n, a in arrays.items()}
+        kept, (group, moves, seconds, beyond) = found
         device = torch.device(self.job.device)
         self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
-        group, moves, seconds, beyond = kept["about"].tolist()
-        self.passes.skip(int(moves))
-        clock.resume(int(moves), seconds)
+        self.passes.skip(moves)
+        clock.resume(moves, seconds)
         for name, t in {**self.live.values_only(), **self.live.targets()}.items():
             mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
-        return int(group), beyond
+        return group, beyond
 
     def check(self) -> float:
         """KL on the correction tokens."""
@@ -186,34 +224,7 @@ class _Course:
         return self.passes.check()
 
 
-class _Clock:
-    """How much of a stage is done."""
-
-    def __init__(self, effort: Effort, share: float, advance: Advance) -> None:
-        self._effort, self._share, self._advance = effort, share, advance
-        self._started = time.monotonic()
-        self.moves, self.done = 0, effort.share(0, 0.0)
-
-    def resume(self, moves: int, seconds: float) -> None:
-        """Go on from so many moves in so many seconds."""
-        self._started -= seconds
-        self.moves = moves - 1
-        self.tick()
-
-    def tick(self) -> None:
-        """One more move is made."""
-        self.moves += 1
-        before = self.done
-        self.done = min(1.0, self._effort.share(self.moves, time.monotonic() - self._started))
-        self._advance((self.done - before) * self._share)
-
-    @property
-    def seconds(self) -> float:
-        """Since the stage began."""
-        return time.monotonic() - self._started
-
-
-def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and move what is left in between."""
     live = course.live
     live.melt()
@@ -247,17 +258,17 @@ def _integers(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
     return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
 
 
-def _values(course: _Course, clock: _Clock, kl: float) -> dict[str, Any]:
+def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
     """Move what frozen codes leave; goes back to the best that was seen."""
     job, optimizer = course.job, course.optimizer()
     best, kept, worse = kl, course.live.snapshot(), 0
-    last, seen = 0.0, [(0, kl)]
+    seen = [(0, kl)]
     while clock.done < 1:
         course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
         clock.tick()
-        if clock.done < 1 and (clock.done - last < 1 / _CHECKS or clock.moves - seen[-1][0] < _APART):
+        if not clock.due(_CHECKS, _APART):
             continue
-        last, now = clock.done, course.check()
+        now = course.check()
         seen.append((clock.moves, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
@@ -294,7 +305,7 @@ def tune(
         start = kl = course.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
-            clock = _Clock(part, share, advance)
+            clock = Clock(part, advance, share)
             done = stage(course, clock, kl)
             stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
             job.reporter.note(

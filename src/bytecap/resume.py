@@ -1,6 +1,7 @@
 """What a job keeps in its store, so that a run that was killed goes on from where it was.
 
-Kept are, each as soon as it is known: the statistics, the correction factors, the chosen plan, the drift targets.
+Kept are, each as soon as it is known: the statistics, the correction factors, the chosen plan, the drift targets; and
+at most once a minute the course of long runs of moves (recovery, uptraining, a search for layers to share).
 Arrays are kept bit by bit and numbers as text that reads back exactly, so a run that goes on gives the same bytes as
 one that was never disturbed. Names are hashes of all that a value depends on: tensors, tokens, options, budget, seed,
 device, thread count, and the versions of this library, of its source and of those that do the arithmetic.
@@ -11,7 +12,9 @@ pass is the user's own code keep nothing, since code cannot be hashed for all th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +27,14 @@ from bytecap.frequencies import Table, Tables
 from bytecap.methods import Job
 from bytecap.methods.statistics import job_key, windows_key
 from bytecap.rounding import Shrink
-from bytecap.store import digest
+from bytecap.store import Store, digest
 
 if TYPE_CHECKING:
     from bytecap.sweep import Options
 
 Rules = tuple[Shared, Shrink]
+SECONDS = 60.0  # between two times that a course is kept, at least
+_ABOUT = "about"  # entry of what JSON holds
 
 
 class Kept:
@@ -64,6 +69,37 @@ class Kept:
         if self._key:
             arrays = {f"unit {n}": t.contiguous().cpu().numpy() for n, t in values.items()}
             self._job.store.put_arrays(digest(self._key, stage), arrays)
+
+
+class Course:
+    """A run of moves that is kept from time to time under one key; the last state kept stays."""
+
+    def __init__(self, store: Store, *parts: Any) -> None:
+        """`parts` are all that the moves depend on, see `bytecap.store.digest`."""
+        self._store, self._parts = store, parts
+        self._last = time.monotonic()
+
+    def under(self, *parts: Any) -> Course:
+        """The course of one stage, which depends on more."""
+        return Course(self._store, *self._parts, *parts)
+
+    def put(self, state: Callable[[], tuple[Mapping[str, Tensor], Any]], *, now: bool = False) -> None:
+        """Keep tensors and what JSON can hold, where the last time is long enough ago or it has to be `now`."""
+        if self._store.directory is None or (not now and time.monotonic() - self._last < SECONDS):
+            return
+        tensors, about = state()
+        arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in tensors.items()}
+        arrays[_ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        self._store.put_arrays(digest(*self._parts), arrays)
+        self._last = time.monotonic()
+
+    def get(self) -> tuple[dict[str, Tensor], Any] | None:
+        """What was kept last, tensors on the CPU; None where nothing is."""
+        arrays = None if self._store.directory is None else self._store.arrays(digest(*self._parts))
+        if arrays is None:
+            return None
+        about = json.loads(arrays.pop(_ABOUT).tobytes())
+        return {n: torch.from_numpy(a) for n, a in arrays.items()}, about
 
 
 def rules_to_json(rules: Rules) -> dict[str, Any]:

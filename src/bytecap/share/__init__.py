@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from bytecap.atomic import make_directory, write_atomically
 from bytecap.errors import UsageError
+from bytecap.methods.statistics import environment, model_key, windows_key
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
 from bytecap.model.evaluate import kl_to
 from bytecap.model.text import Window, load_text
@@ -27,10 +28,12 @@ from bytecap.model.tying import FILE, Tying, find_blocks
 from bytecap.pipeline import choose_device
 from bytecap.progress import Reporter, Silent
 from bytecap.recover import Effort
+from bytecap.resume import Course
 from bytecap.share import dlt, greedy
 from bytecap.share.start import INITS, divisors, loop, ranks_for, tied
 from bytecap.share.uptrain import RATE, Uptraining, split, uptrain
 from bytecap.sources import WINDOW, Paths, as_paths, encoder, window_limit
+from bytecap.store import Store
 
 SEARCHES = ("greedy", "dlt")
 TOKENS = 2**23  # most of the training tokens that are read
@@ -100,6 +103,7 @@ def tie(
     window: int = WINDOW,
     seed: int = 0,
     device: str = "auto",
+    store: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Convert a trained model into one with fewer stored blocks; returns the report. Writes nothing before the end.
@@ -119,6 +123,8 @@ def tie(
         window: predicted tokens in a window.
         seed: of every random choice.
         device: `auto`, `cpu` or `cuda`.
+        store: directory in which the search and the uptraining are kept from time to time, so that a killed run can be
+            started again and goes on from there; nothing is kept if None.
         reporter: told about progress.
 
     Raises:
@@ -130,16 +136,19 @@ def tie(
     _check(rate, labels)
     loaded = model if isinstance(model, Model) else load_model(model)
     plan = Plan.of(loaded, blocks, init, rank, search)
-    directory = make_directory(output)
+    directory, kept = make_directory(output), Store(store)
     pool = read(loaded, train, window=window, seed=seed, reporter=reporter)
     what = str(as_paths(train)[0]) if as_paths(train) else "the embedded text"
     windows, held, measured = split(pool, 2, target, what)
     loaded.module.to(target)
-    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter)
+    course = Course(kept) if store is None else Course(
+        kept, environment(target), torch.get_num_threads(), model_key(loaded), windows_key(pool), seed, rate, init, rank
+    )  # fmt: skip
+    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter, course)
     student = tied(loaded.module, tying, init)
     found = uptrain(
         loaded.module, student, windows, held, effort, device=target, seed=seed, rate=rate, labels=labels,
-        reporter=reporter,
+        reporter=reporter, course=course.under("uptraining", tying.sources, astuple(effort), labels),
     )  # fmt: skip
     _say(found, windows, reporter)
     write(student, {**loaded.files, FILE: tying.dump()}, loaded, directory)
@@ -195,17 +204,19 @@ def decide(
     seed: int,
     rate: float,
     reporter: Reporter,
+    course: Course | None = None,
 ) -> tuple[Tying, dict[str, Any]]:
-    """Which layers share a block, and how that was found."""
+    """Which layers share a block, and how that was found; a search goes on from what `course` kept."""
     if plan.search is None:
         return Tying(plan.start.blocks, loop(len(plan.start.sources), plan.blocks), plan.start.ranks), {}
+    course = (course or Course(Store())).under(plan.search, plan.blocks, astuple(effort))
     with reporter.step(f"search ({plan.search})", 1) as advance:
         if plan.search == "greedy":
-            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate)
+            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate, course)
             tying, merges = looking.run(plan.blocks, effort, advance)
             trace: dict[str, Any] = {"merges": greedy.as_dicts(merges)}
         else:
-            learning = dlt.Search(model.module, plan.start, train, device, seed, rate)
+            learning = dlt.Search(model.module, plan.start, train, device, seed, rate, course)
             tying = learning.run(plan.blocks, effort, advance)
             trace = {"visited": len(learning.visited), "actions": sum(map(len, learning.visited.values()))}
     reporter.note(f"search ({plan.search}): layers read blocks {list(tying.sources)}")

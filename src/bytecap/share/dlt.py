@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +32,11 @@ from bytecap.model.text import Window, moves
 from bytecap.model.tying import Tying, layers, matrices, point
 from bytecap.passes import tokens_of_move
 from bytecap.progress import Advance
-from bytecap.recover import Effort
+from bytecap.recover import Clock, Effort
+from bytecap.resume import Course
 from bytecap.share.start import loop, tied
 from bytecap.share.uptrain import RATE, Trainer
+from bytecap.store import Store
 
 _BATCHES = 2  # moves after an action
 _HIDDEN = 64
@@ -97,6 +101,25 @@ class _Values:
         values = self.network(seen).tolist()
         return max(open_, key=lambda j: values[j])
 
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        """Network, its optimizer, remembered steps and the generator; `resume` takes it back."""
+        found = {f"network {n}": t for n, t in self.network.state_dict().items()}
+        for i, kept in self.optimizer.state_dict()["state"].items():
+            found |= {f"value adam {k} {i}": t for k, t in kept.items()}
+        for name in ("seen", "then", "mask"):
+            found[f"replay {name}"] = torch.stack([getattr(s, name) for s in self.steps])
+        return found, {"steps": [[s.action, s.reward] for s in self.steps], "random": self.rng.getstate()}
+
+    def resume(self, kept: Mapping[str, Tensor], about: Any) -> None:
+        """Go on from what `state` gave."""
+        self.network.load_state_dict({n: kept[f"network {n}"] for n in self.network.state_dict()})
+        for i, p in enumerate(self.network.parameters()):
+            self.optimizer.state[p] = {k: kept[f"value adam {k} {i}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        replay = zip(kept["replay seen"], about["steps"], kept["replay then"], kept["replay mask"], strict=True)
+        self.steps = [_Step(seen, action, reward, then, mask) for seen, (action, reward), then, mask in replay]
+        version, inner, gauss = about["random"]
+        self.rng.setstate((version, tuple(inner), gauss))
+
     def learn(self, step: _Step) -> None:
         """Remember a step and train on replayed ones."""
         self.steps.append(step)
@@ -122,6 +145,7 @@ class Search:
         device: torch device.
         seed: of exploration and of the order of the windows.
         rate: learning rate.
+        course: where the search is kept from time to time, and goes on from.
         visited: mean loss, as a share of its running mean, of every visit to every tying.
     """
 
@@ -131,6 +155,7 @@ class Search:
     device: str
     seed: int = 0
     rate: float = RATE
+    course: Course = field(default_factory=lambda: Course(Store()))
     visited: dict[tuple[int, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> Tying:
@@ -140,15 +165,18 @@ class Search:
         modules = layers(student, self.start.blocks)
         own = [matrices(b) for b in modules]
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
-        source = moves(self.train, tokens_of_move(self.device), self.seed)
         values, sources, layer = _Values(depth, self.seed), loop(depth, blocks), 0
-        began, done, mean = time.monotonic(), 0.0, 0.0
-        while done < 1:
+        clock, mean = Clock(effort, advance), 0.0
+        if (kept := self.course.get()) is not None:
+            sources, layer, seconds, mean = self._resume(trainer, values, *kept)
+            clock.resume(trainer.number, seconds)
+        source = islice(moves(self.train, tokens_of_move(self.device), self.seed), trainer.number, None)
+        while clock.done < 1:
             layer = layer % (depth - 1) + 1  # the first layer has no choice
             mask = allowed(sources, layer, blocks)
             seen = values.seen(sources, layer)
             high, low = _EPSILON
-            action = values.choose(seen, mask, max(low, high - (high - low) * done / 0.75))
+            action = values.choose(seen, mask, max(low, high - (high - low) * clock.done / 0.75))
             sources = resolved(sources, layer, action)
             for block, s in zip(modules, sources, strict=True):
                 point(block, own[s])
@@ -159,9 +187,24 @@ class Search:
             after = layer % (depth - 1) + 1
             open_ = torch.tensor(allowed(sources, after, blocks))
             values.learn(_Step(seen, action, -share, values.seen(sources, after), open_))
-            done, before = min(1.0, effort.share(trainer.number, time.monotonic() - began)), done
-            advance(done - before)
+            clock.tick(_BATCHES)
+            at = (sources, layer, clock.seconds, mean)
+            self.course.put(partial(self._state, trainer, values, at), now=clock.done >= 1)
         return Tying(self.start.blocks, self.best(), self.start.ranks)
+
+    def _state(self, trainer: Trainer, values: _Values, at: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:
+        """All that the search goes on from."""
+        tensors, numbers = trainer.state()
+        more, replay = values.state()
+        return tensors | more, {"trainer": numbers, "values": replay, "visited": list(self.visited.items()), "at": at}
+
+    def _resume(self, trainer: Trainer, values: _Values, kept: Mapping[str, Tensor], about: Any) -> tuple[Any, ...]:
+        """Take back what `_state` gave."""
+        trainer.resume(kept, about["trainer"])
+        values.resume(kept, about["values"])
+        self.visited.update((tuple(s), shares) for s, shares in about["visited"])
+        sources, *rest = about["at"]
+        return tuple(sources), *rest
 
     def best(self) -> tuple[int, ...]:
         """The tying whose visits had the smallest mean share."""

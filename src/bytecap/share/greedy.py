@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bytecap.model.text import Window, moves
 from bytecap.model.tying import Tying
 from bytecap.passes import tokens_of_move
 from bytecap.progress import Advance
 from bytecap.recover import Effort
+from bytecap.resume import Course
 from bytecap.share.start import tied
 from bytecap.share.uptrain import RATE, Trainer
+from bytecap.store import Store
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Search:
         device: torch device.
         seed: order of the windows.
         rate: learning rate of the few moves.
+        course: where measured candidates are kept, and taken from.
     """
 
     original: nn.Module
@@ -86,10 +89,19 @@ class Search:
     device: str
     seed: int = 0
     rate: float = RATE
+    course: Course = field(default_factory=lambda: Course(Store()))
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> tuple[Tying, list[Merge]]:
         """The tying with so many blocks, and every merge on the way."""
-        began, tried = time.monotonic(), 0
+        measured: list[list[Any]] = []  # KL and parameters of every candidate, in the order they are tried
+        before, tried = 0.0, 0
+        if (kept := self.course.get()) is not None:
+            measured, before = kept[1]["measured"], kept[1]["seconds"]
+        began = time.monotonic() - before
+
+        def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return {}, {"measured": measured, "seconds": time.monotonic() - began}
+
         total = candidates(len(self.start.sources), blocks)
         tying, kl, taken = self.start, 0.0, list[Merge]()
         size = _parameters(self.original)
@@ -102,7 +114,10 @@ class Search:
                     None if effort.seconds is None else
                     (effort.seconds - (time.monotonic() - began)) / (total - tried),
                 )  # fmt: skip
-                after, parameters = self._measure(trial, budget)
+                if tried == len(measured):
+                    measured.append(list(self._measure(trial, budget)))
+                    self.course.put(state, now=tried + 1 == total)
+                after, parameters = measured[tried]
                 freed = size - parameters
                 found.append((Merge(trial.sources, after, freed, (after - kl) / max(1, freed)), parameters))
                 tried += 1

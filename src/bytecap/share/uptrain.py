@@ -10,9 +10,10 @@ Source: Relaxed Recursive Transformers (Bae et al., ICLR 2025, arXiv:2410.20672)
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ from bytecap.model.probe import fast_dtype, pass_tokens
 from bytecap.model.text import Window, moves
 from bytecap.passes import halving, tokens_of_move
 from bytecap.progress import Reporter, Silent
-from bytecap.recover import Effort
+from bytecap.recover import Clock, Effort
+from bytecap.resume import Course
+from bytecap.store import Store
 
 RATE = 1e-3  # first learning rate
 _BETAS = (0.9, 0.95)
@@ -114,6 +117,25 @@ class Trainer:
         """Parameters that the student reads now, each once."""
         return {n: p for n, p in self.student.named_parameters() if p.is_floating_point()}
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that moves, whether the student reads it now or not, and how far it got; `resume` takes it back."""
+        found: dict[str, Tensor] = {}
+        for i, p in enumerate(self._parameters()):
+            found |= {f"parameter {i}": p, **{f"adam {k} {i}": v for k, v in self.optimizer.state[p].items()}}
+        return found, {"number": self.number, "tokens": self.tokens, "batch": self.batch}
+
+    @torch.no_grad()
+    def resume(self, kept: Mapping[str, Tensor], about: Mapping[str, int]) -> None:
+        """Go on from what `state` gave."""
+        self.number, self.tokens, self.batch = about["number"], about["tokens"], about["batch"]
+        for i, p in enumerate(self._parameters()):
+            p.copy_(kept[f"parameter {i}"])
+            mine = {k: kept[n] for k in ("step", "exp_avg", "exp_avg_sq") if (n := f"adam {k} {i}") in kept}
+            self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in mine.items()}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def look(self, windows: Sequence[Window]) -> Look:
         """The loss that is trained on, and the KL, on held-out windows."""
         found = by_window(self.original, self.student, {"": {}}, windows, device=self.device)[""]
@@ -133,6 +155,7 @@ def uptrain(
     rate: float = RATE,
     labels: float = 0.0,
     reporter: Reporter | None = None,
+    course: Course | None = None,
 ) -> Uptraining:
     """Move a student towards the original, in place; what is left is the best model seen.
 
@@ -147,30 +170,69 @@ def uptrain(
         rate: first learning rate.
         labels: share of the text's own next tokens in the loss, 0 to 1.
         reporter: told about progress.
+        course: where it is kept from time to time, and goes on from; None keeps nothing.
     """
-    reporter = reporter or Silent()
+    reporter, course = reporter or Silent(), course or Course(Store())
     trainer = Trainer(original, student, device=device, rate=rate, labels=labels)
-    start = best = trainer.look(held)
-    kept = _state(student)
-    began, last, done, diverged = time.monotonic(), 0.0, 0.0, False
-    source = moves(train, tokens_of_move(device), seed)
+    diverged = False
     with reporter.step("uptraining", 1) as advance:
-        while done < 1 and not diverged:
-            loss = trainer.move(next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * done))
-            done, before = min(1.0, effort.share(trainer.number, time.monotonic() - began)), done
-            advance(done - before)
-            if done >= 1 or done - last >= 1 / _CHECKS or not math.isfinite(loss):
-                last, now = done, trainer.look(held)
-                diverged = not now.loss < _WORSE * max(best.loss, _NOTHING)
-                if now.loss < best.loss:
-                    best, kept = now, _state(student)
+        clock = Clock(effort, advance)
+        so = _SoFar.of(trainer, clock, held, course)
+        source = islice(moves(train, tokens_of_move(device), seed), trainer.number, None)
+        while clock.done < 1 and not diverged:
+            loss = trainer.move(
+                next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * clock.done)
+            )
+            clock.tick()
+            if clock.due(_CHECKS) or not math.isfinite(loss):
+                now = trainer.look(held)
+                diverged = not now.loss < _WORSE * max(so.best.loss, _NOTHING)
+                if now.loss < so.best.loss:
+                    so.best, so.kept = now, _state(student)
+            if not diverged:
+                course.put(lambda: so.state(trainer, clock), now=clock.done >= 1)
     if diverged:
         reporter.note(
             f"uptraining diverges after {trainer.number} moves (held-out KL {now.kl:.4f}): stopped, the best is kept "
             f"(a smaller --rate than {rate:g} may help)"
         )
-    _restore(student, kept)
-    return Uptraining(start.kl, best.kl, trainer.number, trainer.tokens, time.monotonic() - began, diverged)
+    _restore(student, so.kept)
+    return Uptraining(so.start.kl, so.best.kl, trainer.number, trainer.tokens, clock.seconds, diverged)
+
+
+@dataclass
+class _SoFar:
+    """What uptraining knows besides its trainer and its clock.
+
+    Attributes:
+        start, best: the first look, and the best.
+        kept: parameters at the best.
+    """
+
+    start: Look
+    best: Look
+    kept: dict[str, Tensor]
+
+    @staticmethod
+    def of(trainer: Trainer, clock: Clock, held: Sequence[Window], course: Course) -> _SoFar:
+        """From what the course kept, which trainer and clock go on from, or from the beginning."""
+        found = course.get()
+        if found is None:
+            start = trainer.look(held)
+            return _SoFar(start, start, _state(trainer.student))
+        tensors, about = found
+        trainer.resume(tensors, about["trainer"])
+        kept = {n: tensors[f"best {n}"] for n, _ in trainer.student.named_parameters()}
+        clock.resume(trainer.number, about["seconds"], tuple(about["looked"]))
+        return _SoFar(Look(*about["start"]), Look(*about["best"]), kept)
+
+    def state(self, trainer: Trainer, clock: Clock) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `of` goes on from."""
+        tensors, numbers = trainer.state()
+        return tensors | {f"best {n}": t for n, t in self.kept.items()}, {
+            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "looked": clock.looked,
+            "seconds": clock.seconds,
+        }  # fmt: skip
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
