@@ -4,6 +4,8 @@ import os
 import sys
 import warnings
 
+import torch
+
 
 def start(work, output=None):
     """Process id of a fork that calls `work`; what it prints goes to the file `output`, if there is one."""
@@ -14,6 +16,9 @@ def start(work, output=None):
         return pid
     code = 1
     try:
+        torch.set_num_threads(
+            torch.get_num_threads()
+        )  # its pool, before threads of the fork race for it
         if output is not None:
             sys.stdout = sys.stderr = output.open("w", encoding="utf-8")
         work()

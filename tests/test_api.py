@@ -1,6 +1,7 @@
 """The public face: names, imports without torch, errors, and a source tree that names no architecture."""
 
 import ast
+import importlib.util
 import os
 import pkgutil
 import re
@@ -37,6 +38,9 @@ def run_blocked(code, *arguments):
     )  # fmt: skip
 
 
+NEEDING_TRITON = () if importlib.util.find_spec("triton") else ("rounding.device", "rounding.programs")
+
+
 class TestNames:
     def test_all_is_sorted_and_complete(self):
         assert bytecap.__all__ == sorted(bytecap.__all__)
@@ -61,7 +65,7 @@ class TestNames:
 
     def test_every_module_has_a_docstring_and_every_one_imports(self):
         for info in pkgutil.walk_packages([str(SOURCE)], "bytecap."):
-            if not info.name.endswith("__main__"):
+            if not info.name.endswith(("__main__", *NEEDING_TRITON)):
                 assert __import__(info.name, fromlist=["x"]).__doc__, info.name
 
 
