@@ -16,9 +16,7 @@ def start(work, output=None):
         return pid
     code = 1
     try:
-        torch.set_num_threads(
-            torch.get_num_threads()
-        )  # its pool, before threads of the fork race for it
+        torch.set_num_threads(torch.get_num_threads())  # its pool, before threads of the fork race for it
         if output is not None:
             sys.stdout = sys.stderr = output.open("w", encoding="utf-8")
         work()

@@ -9,13 +9,18 @@ from bytecap.coders import Shared, coder, layer, registry, run
 from bytecap.coders import layers as all_layers
 from bytecap.coders.channels import BOTH
 from bytecap.coders.channels import CODER as CHANNELS
+from bytecap.coders.channels import COLUMNS as READ
+from bytecap.coders.channels import ROWS as WRITTEN
 from bytecap.coders.codebook import CODER as CODEBOOK
 from bytecap.coders.codebook import Codebook
 from bytecap.coders.columns import CODER as COLUMNS
+from bytecap.coders.exact import CODER as EXACT
 from bytecap.coders.groups import CODER as GROUPS
 from bytecap.coders.latent import CODER as LATENT
-from bytecap.coders.latent import Decoder, Latent
+from bytecap.coders.latent import Decoder, Latent, Link
 from bytecap.coders.lowrank import CODER as LOW_RANK
+from bytecap.coders.objects import load_objects, write_codebook, write_shared_decoder
+from bytecap.coders.order import CODER as ORDER
 from bytecap.coders.outliers import CODER as OUTLIERS
 from bytecap.coders.rows import CODER as ROWS
 from bytecap.coders.stack import CODER as STACK
@@ -26,7 +31,6 @@ from conftest import SMALL
 
 SHAPE = (6, 10)
 RNG = np.random.default_rng(3)
-SHARED = Shared(Tables.from_counts({20: {z: 100.0 / (1 + abs(z)) for z in range(-40, 41)}}))
 
 
 def _values(*shape):
@@ -46,19 +50,31 @@ def _codes(*shape):
     return RNG.integers(-7, 8, shape)
 
 
+WORDS, DECODER = _values(4, 2), Decoder(_values(5, 2), _values(3, 2), _values(3), _values(5, 3))
+OBJECTS = load_objects([write_codebook(WORDS, byte=False), write_shared_decoder(DECODER, 8)])
+TABLES = Tables.from_counts({20: {z: 100.0 / (1 + abs(z)) for z in range(-40, 41)}})
+SHARED = Shared(TABLES, objects=OBJECTS)
+ONE, TWO = Link(0, 1.5), Link(1, 0.75)  # shared codewords, a shared decoder
+
 LAYERS = {
     "columns": COLUMNS.encode(np.array([2, 7]), _values(2, 6).astype(np.float16), 10),
     "columns i8": COLUMNS.encode(np.array([2, 7]), _codes(2, 6).astype(np.int8), 10, np.ones(2, np.float16)),
     "rows": ROWS.encode(np.array([0, 5]), _values(2, 10).astype(np.float16), 6),
     "outliers": OUTLIERS.encode(np.array([3, 44]), np.array([50, -127], np.int8), 60, np.ones(1, np.float16)),
     "channels": CHANNELS.encode(BOTH, np.array([1, 3]), _values(2 * 4 + 2 * 10).astype(np.float16), SHAPE),
+    "channels read": CHANNELS.encode(READ, np.array([1, 3]), _values(2 * 6).astype(np.float16), SHAPE),
+    "channels written": CHANNELS.encode(WRITTEN, np.array([1, 3]), _values(2 * 10).astype(np.float16), SHAPE),
     "lowrank": LOW_RANK.encode(_codes(2, 6), _codes(2, 10), np.array([0.1, 0.05], np.float32), 4),
     "groups": GROUPS.encode(_codes(6, 3).astype(np.int8), 4),
+    "groups f16": GROUPS.encode(_values(6, 3).astype(np.float16), 4),
 }  # fmt: skip
 BASES = {
     "codebook": CODEBOOK.encode(_book(), SHAPE),
     "codebook i8": CODEBOOK.encode(_book(), SHAPE, byte=True),
+    "codebook shared": CODEBOOK.encode_shared(np.arange(30) % 4, (4, 2), 0, 1.5),
     "latent": LATENT.encode(_latent(), SHAPE),
+    "latent plain": LATENT.encode(Latent(_values(4, 2), np.arange(30) % 4), SHAPE),
+    "latent shared": LATENT.encode(Latent(WORDS, np.arange(12) % 4, DECODER), SHAPE, words=ONE, decoder=TWO),
     "vector": VECTOR.encode(_values(*SHAPE), 0.1, SHARED).data,
 }  # fmt: skip
 
@@ -128,6 +144,21 @@ class TestStack:
         assert layer(COLUMNS.tag) is COLUMNS
         with pytest.raises(bytecap.errors.CorruptError):  # an empty base is refused, not skipped
             STACK.continuous(data, SHAPE, SHARED)
+
+    def test_a_base_with_nothing_continuous_is_decoded_once(self):
+        data = STACK.encode((EXACT.tag, EXACT.encode(_values(*SHAPE), "F32")), [(COLUMNS.tag, LAYERS["columns"])])
+        found = STACK.continuous(data, SHAPE, SHARED)
+        assert set(found.arrays) == {"1 values"}
+        decoded = run([STACK.decode(data, SHAPE, "F32", SHARED)])[0]
+        assert np.allclose(found.matrix(found.arrays, None), decoded)
+        assert found.encode(found.arrays) == data
+
+    def test_over_a_layer_with_nothing_continuous_nothing_moves(self):
+        data = STACK.encode((CODEBOOK.tag, BASES["codebook"]), [(ORDER.tag, ORDER.encode(np.arange(6)[::-1]))])
+        found = STACK.continuous(data, SHAPE, SHARED)
+        assert not found.arrays
+        with pytest.raises(TypeError, match=r"layer order of .* nothing continuous"):
+            found.matrix({"0 words": _values(4, 2)}, None)
 
 
 class TestWholeFits:

@@ -277,4 +277,7 @@ def test_symbols_far_beyond_any_table_are_escaped():
     far = np.array([2**62, -(2**62), 2**31, 0, 1])
     data = encode(far[2:], np.ones(3, np.uint8), EVEN)
     assert EVEN.index(far, np.ones(5, np.uint8))[1].tolist() == [True, True, True, False, False]
+    near = np.array([-1, 0, 1], np.int8)
+    wide = EVEN.index(near.astype(np.int32), np.ones(3, np.uint8))
+    assert all((a == b).all() for a, b in zip(EVEN.index(near, np.ones(3, np.uint8)), wide, strict=True))
     assert len(data) > 0

@@ -362,10 +362,9 @@ class LatentCoder:
     def _with_arrays(self, data: bytes, p: _Parsed, arrays: Mapping[str, FloatArray]) -> bytes:
         """A section with other continuous arrays, of the same length."""
         head, at, end, stop = p.ends
-        first = data[head:at]
         if "words" in arrays:
             first = write_numbers(arrays["words"], byte=bool(p.form & _BYTE_WORDS))
-        elif "words scale" in arrays:
+        else:
             first = arrays["words scale"].astype("<f2").tobytes()
         second = data[at:end]
         if "skip" in arrays:
