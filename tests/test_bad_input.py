@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from bytecap import artifact
+from bytecap.atomic import write_atomically
+from bytecap.errors import OutputError
 from conftest import BUDGET
 
 
@@ -257,6 +259,13 @@ class TestBadOutputs:
 
     def test_a_directory(self, refused, job, tmp_path):
         assert "is a directory" in refused(*job(output=tmp_path))
+
+    def test_a_pipe_is_not_replaced(self, refused, job, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        assert "not a file" in refused(*job(output=tmp_path / "pipe"))
+        with pytest.raises(OutputError, match="not a file"):
+            write_atomically(b"x", tmp_path / "pipe")
+        assert (tmp_path / "pipe").is_fifo()
 
     @pytest.mark.parametrize(
         "command", [("curves", "demo", "--budget", "600kB"), ("compare", "demo"), ("thesis", "demo")]

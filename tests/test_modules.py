@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import bytecap
+from bytecap import drift
 from bytecap.drift import stages
 from bytecap.ledger import by_unit
 from bytecap.model.batch import Batch, Look
@@ -218,6 +219,15 @@ def _sets_of(windows):
     from bytecap.model.text import Text, TokenSets
 
     return TokenSets(tuple(windows), tuple(windows[:2]), (Text("held", tuple(windows[:2])),), 0)
+
+
+def test_behind_a_prefix_of_zeros_nothing_drifts():
+    class Walk:
+        def __init__(self, x):
+            self.advance = lambda: x
+
+    walks = [[Walk(torch.randn(1, 5, 3))], [Walk(torch.zeros(1, 5, 3))]]
+    assert not drift._fix(walks, [None]).any()
 
 
 def _fisher(module, tokens):

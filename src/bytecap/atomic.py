@@ -62,6 +62,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
         OutputError: see `write_atomically`.
     """
     temporary = None
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device would be replaced by a file
+        raise OutputError(f"cannot write {path}: it is a device, a pipe or a socket, not a file")
     try:
         sweep(path.parent, re.escape(path.name))
         f, temporary = _locked(path)

@@ -49,6 +49,8 @@ def check_output(path: Path | None, made: Path | None = None) -> None:
         return
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a directory")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: it is a device, a pipe or a socket, not a file")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

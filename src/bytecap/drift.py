@@ -34,6 +34,7 @@ from bytecap.progress import Advance
 from bytecap.swap import Values, load_values
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
+_NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros delivers, which still has to be inverted
 _ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
 
 
@@ -244,6 +245,6 @@ def _fix(walks: list[list[_Walk]], masks: list[Tensor | None]) -> Tensor:
         c = c + ((x - seen).T @ seen).double()
     assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)
     assert isinstance(c, Tensor)  # noqa: S101
-    a.diagonal().add_(1e-2 * float(a.diagonal().mean()))
+    a.diagonal().add_(max(1e-2 * float(a.diagonal().mean()), _NOTHING))
     fix: Tensor = torch.linalg.solve(a, c.T).T.float()
     return fix
