@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import bytecap
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import check_safetensors, resolve, weight_files
 from common import parser, record, texts
 
 SHAPES = {
@@ -53,6 +55,12 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
+def stored(directory: Path) -> int:
+    """Parameters in a directory's files: building the model here would spare the first fit its imports."""
+    entries = [e for path in weight_files(directory) for e in check_safetensors(path).values()]
+    return sum(math.prod(e["shape"]) for e in entries)
+
+
 def random_llama(name: str, tokens: int, device: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """A random model and arguments of `fit` with random text."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -81,7 +89,7 @@ def main() -> None:
             options = {"tokens": args.tokens, "evaluation_tokens": args.eval_tokens}
             if args.texts:
                 options |= {"calibration": texts(args.texts, "calib"), "evaluation": texts(args.texts, "val")}
-            parameters = load_model(model).parameters
+            parameters = stored(resolve(model))
         seen: list[str] = []
         for number in range(args.fits):
             steps, began = Steps(), time.perf_counter()

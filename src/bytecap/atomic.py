@@ -39,6 +39,18 @@ def make_directory(path: Path | str) -> Path:
     return Path(path)
 
 
+def check_kind(path: Path) -> None:
+    """Refuse what a file must not take the place of: renaming would succeed for a device.
+
+    Raises:
+        OutputError: there is something, and it is no file.
+    """
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a directory")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: it is a device, a pipe or a socket, not a file")
+
+
 def write_atomically(data: bytes, path: Path) -> int:
     """Write bytes to a temporary name beside `path`, sync, rename; returns their number.
 
@@ -61,9 +73,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     Raises:
         OutputError: see `write_atomically`.
     """
+    check_kind(path)
     temporary = None
-    if path.exists() and not path.is_file() and not path.is_dir():  # a device would be replaced by a file
-        raise OutputError(f"cannot write {path}: it is a device, a pipe or a socket, not a file")
     try:
         sweep(path.parent, re.escape(path.name))
         f, temporary = _locked(path)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bytecap.atomic import check_kind
 from bytecap.errors import OutputError
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
@@ -47,10 +48,7 @@ def check_output(path: Path | None, made: Path | None = None) -> None:
     """Fail before hours of work, not after; the directory `made` need not be there yet."""
     if path is None or path.parent == made:
         return
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a directory")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"cannot write {path}: it is a device, a pipe or a socket, not a file")
+    check_kind(path)
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

@@ -28,7 +28,7 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.methods.given import run_rest
-from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model, read_side_files, resolve
+from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
 from bytecap.model.evaluate import ByWindow, Comparison, compare, mean_comparison, paired_stderr
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
@@ -124,6 +124,7 @@ def fit(
         reporter: told about progress.
     """
     reporter = reporter or Silent()
+    begin = ahead.start if tokenizer else None  # packed while the model is built
 
     def sets(loaded: Model) -> TokenSets:
         found = load_sets(
@@ -135,18 +136,9 @@ def fit(
         )
 
     return fit_sets(
-        lambda: _loaded(model, tokenizer=tokenizer), budget, sets, method=method, device=device,
-        seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config, code=code, paths=paths,
-        recover=recover, options=options, store=store, reporter=reporter)  # fmt: skip
-
-
-def _loaded(model: Model | Path | str, *, tokenizer: bool) -> Model:
-    """A model, its tokenizer being packed meanwhile if it is kept."""
-    if isinstance(model, Model):
-        return model
-    if tokenizer:
-        ahead.start(read_side_files(resolve(model)))
-    return load_model(model)
+        lambda: model if isinstance(model, Model) else load_model(model, begin=begin), budget, sets,
+        method=method, device=device, seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config,
+        code=code, paths=paths, recover=recover, options=options, store=store, reporter=reporter)  # fmt: skip
 
 
 def fit_sets(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,16 @@ def _together(device: torch.device) -> int:
     return min(2**28, torch.cuda.get_device_properties(device).total_memory // _BYTES_A_VALUE)
 
 
+@cache
+def _trellis(device: str) -> Callable[..., Rounded]:
+    """What rounds along the trellis for problems on a kind of device."""
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from bytecap.rounding import device as there
+
+        return there.round_trellis
+    return round_trellis
+
+
 def _round_members(
     members: Sequence[tuple[Prepared, int]], steps: Mapping[str, float], shrink: Shrink, options: Options
 ) -> Rounded:
@@ -237,10 +248,7 @@ def _round_members(
     classes = row_classes(weight, lower, step, options.row_class)
     problem = Problem(weight, lower, order, torch.stack(rows), classes)
     if options.trellis:
-        rounding = round_trellis
-        if weight.is_cuda and importlib.util.find_spec("triton") is not None:
-            from bytecap.rounding.device import round_trellis as rounding
-        return rounding(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
+        return _trellis(weight.device.type)(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
 
 
@@ -263,6 +271,11 @@ def _collect(
     return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
 
 
+def _width(peak: int) -> str:
+    """Type of symbols up to a size."""
+    return "int8" if peak < 2**7 else "int16" if peak < 2**15 else "int32"
+
+
 def _stored(
     symbols: Sequence[npt.NDArray[Any]], columns: npt.NDArray[Any], rows: npt.NDArray[Any], first: int
 ) -> tuple[npt.NDArray[Any], Counts]:
@@ -275,8 +288,7 @@ def _stored(
         first: class of dependent columns.
     """
     peak = max((max(int(s.max()), -int(s.min())) for s in symbols if s.size), default=0)
-    kind = np.int8 if peak < 2**7 else np.int16 if peak < 2**15 else np.int32
-    out = np.empty((len(rows), columns.shape[1]), kind)
+    out = np.empty((len(rows), columns.shape[1]), _width(peak))
     counts = np.zeros((2, CLASSES, min(peak, MAX_HALF + 1) + 1))
     fine = columns >= first
     groups = (symbols, columns, fine, np.array_split(rows, len(columns)), np.array_split(out, len(columns)))
@@ -294,7 +306,7 @@ def _stored_there(
     """What `_stored` does, on the device that holds the symbols."""
     device = symbols[0].device
     peak = max((int(s.abs().max()) for s in symbols if s.numel()), default=0)
-    kind = torch.int8 if peak < 2**7 else torch.int16 if peak < 2**15 else torch.int32
+    kind = getattr(torch, _width(peak))
     last = min(peak, MAX_HALF + 1)
     counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
     for s, column, row in zip(symbols, columns, np.array_split(rows, len(columns)), strict=True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -215,11 +216,12 @@ def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
             raise CheckpointError(f"tensor {unit.name} holds {value} at index {list(index)}")
 
 
-def load_model(model: Path | str) -> Model:
+def load_model(model: Path | str, *, begin: Callable[[dict[str, bytes]], None] | None = None) -> Model:
     """Read, check and build a model from a directory.
 
     Args:
         model: Hugging Face directory, hub id, or `demo`.
+        begin: given the side files before the model is built, to work on them meanwhile.
 
     Raises:
         CheckpointError: missing, corrupt, not finite, pickle, or of a kind transformers cannot build.
@@ -227,6 +229,8 @@ def load_model(model: Path | str) -> Model:
     memory.one_arena()
     directory = resolve(model)
     files = read_side_files(directory)
+    if begin is not None:
+        begin(files)
     dtypes: dict[str, str] = {}
     for path in weight_files(directory):
         dtypes.update({name: str(entry["dtype"]) for name, entry in check_safetensors(path).items()})

@@ -125,10 +125,10 @@ def pass_tokens(module: nn.Module, device: torch.device) -> int:
 @contextlib.contextmanager
 def same_sums(device: torch.device | str) -> Iterator[None]:
     """The same sums in the same order every time, on a GPU too."""
-    before = torch.are_deterministic_algorithms_enabled()
     if torch.device(device).type == "cpu":
         yield
         return
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # cuDNN's differs
