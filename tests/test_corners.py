@@ -3,6 +3,7 @@
 import json
 import lzma
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -336,11 +337,27 @@ def test_a_score_as_dictionary():
 
 @pytest.mark.parametrize("path", VALID, ids=lambda p: p.stem)
 def test_ideal_size_and_progress(path):
-    contents, seen = artifact.read(path), []
-    values = decode.decode_units(contents, progress=seen.append)
+    contents, seen, ideal = artifact.read(path), [], decode.Ideal()
+    values = decode.decode_units(contents, progress=seen.append, observe=ideal)
     assert seen == [u.unit.parameters for u in contents.units]
     assert {n: v.tobytes() for n, v in bytecap.load(path).items()} == {n: v.tobytes() for n, v in values.items()}
-    assert 0 < decode.ideal_bytes(contents) <= path.stat().st_size
+    assert 0 < ideal.bytes(path.stat().st_size) <= path.stat().st_size
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_threads_decode_the_same_in_the_same_order(threads):
+    contents = artifact.read(VALID[0])
+    one, many = (list(decode.decode_each(contents, values=1, threads=n)) for n in (1, threads))
+    assert [u.name for u, _ in many] == [u.name for u, _ in one]
+    assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(one, many, strict=True))
+
+
+def test_a_unit_that_is_damaged_stops_all_threads():
+    contents = artifact.read(VALID[0])
+    unit = max(contents.units, key=lambda u: len(u.data))
+    broken = tuple(replace(u, data=u.data[:5]) if u is unit else u for u in contents.units)
+    with pytest.raises(CorruptError, match=unit.unit.name):
+        list(decode.decode_each(replace(contents, units=broken), values=1, threads=3))
 
 
 def test_unpacking(tmp_path):

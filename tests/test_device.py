@@ -9,9 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap.rounding import Problem, gaussian_shrink, row_classes
+from bytecap.coders import Shared
+from bytecap.coders.classes import CENTRES, CLASSES
+from bytecap.coders.grid import GridCode
+from bytecap.core import Unit
+from bytecap.correct import unit_values
+from bytecap.frequencies import Tables
+from bytecap.methods import waterfill
+from bytecap.methods.waterfill import Planner, VectorUnit, decode_grid
+from bytecap.rounding import Problem, gaussian_shrink, row_classes, trial
 from bytecap.rounding.trellis import round_trellis
-from bytecap.sweep import FIRST_DEPENDENT, _stored, _stored_there
+from bytecap.sensitivity import Metric
+from bytecap.swap import load_values
+from bytecap.sweep import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,6 +44,46 @@ class TestStored:
         assert one[0].dtype == two[0].dtype
         assert (one[0] == two[0]).all()
         assert (one[1] == two[1]).all()
+
+
+class TestTrialValues:
+    @settings(max_examples=40)
+    @given(
+        st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.sampled_from(["int8", "int16", "int32"]),
+        st.integers(1, 30), st.integers(0, 99),
+    )  # fmt: skip
+    def test_are_the_reader_s_to_the_last_bit(self, rows, cols, groups, kind, together, seed):
+        rng, groups = np.random.default_rng(seed), min(groups, rows)
+        code = GridCode(
+            step=float(np.float32(rng.uniform(1e-4, 2))), symbols=rng.integers(-120, 121, (rows, cols)).astype(kind),
+            column_step=rng.integers(-60, 61, (groups, cols)), column_class=rng.integers(1, 64, (groups, cols)),
+            row_step=rng.integers(-60, 61, rows), row_class=rng.integers(-40, 41, rows), first=int(rng.integers(1, 65)),
+        )  # fmt: skip
+        offset = (rng.integers(-128, 128, (CLASSES, CENTRES)) / 256).astype(np.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trial, "_TOGETHER", together)
+            found = trial.values_there(code, offset, torch.device(DEVICE)).cpu().numpy()
+        assert found.tobytes() == decode_grid(code, Shared(Tables({}), offset)).tobytes()
+
+    def test_take_the_place_of_arrays_in_the_model_that_is_tried(self, monkeypatch):
+        rng = np.random.default_rng(0)
+        x = torch.from_numpy(rng.normal(size=(64, 12)))
+        metric = Metric((x.T @ x / 64)[None], torch.ones(20, dtype=torch.float64))
+        unit = Unit("a", (12, 20), "F32", transposed=True)
+        item = prepare(unit, torch.from_numpy(rng.normal(size=(20, 12))), metric, Options())
+        vector = VectorUnit(Unit("b", (7,), "F32"), rng.normal(size=7).astype(np.float32), np.ones(7))
+        planner = Planner([item], [vector], Options())
+        state = planner.settle({"a": 0.3, "b": 0.3})
+        before = dict(unit_values(planner, state))
+        assert planner.decode_there(state, "a") is None  # a processor needs no trial values
+        monkeypatch.setattr(waterfill, "_elsewhere", lambda _: True)
+        after = dict(unit_values(planner, state))
+        assert isinstance(after["a"], torch.Tensor)
+        assert isinstance(after["b"], np.ndarray)
+        modules = [torch.nn.ParameterDict({n: torch.zeros(v.shape) for n, v in before.items()}) for _ in range(2)]
+        for module, values in zip(modules, (before, after), strict=True):
+            load_values(module, values)
+        assert all(torch.equal(modules[0][n], modules[1][n]) for n in before)
 
 
 def problem(batch, cols, rows, step):

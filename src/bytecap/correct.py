@@ -13,9 +13,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import nn
+import numpy.typing as npt
+from torch import Tensor, nn
 
 from bytecap.decode import from_matrix
 from bytecap.methods.waterfill import Planner, State
@@ -42,9 +44,16 @@ class Factor:
 
 
 def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
-    """Decoded values in stored layout, each decoded when it is looked at."""
+    """Decoded values in stored layout, each decoded when it is looked at, on a GPU where the unit is there."""
     units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
-    return Lazy(names or planner.names, lambda n: from_matrix(units[n], planner.decode(state, n)))
+
+    def make(name: str) -> npt.NDArray[Any] | Tensor:
+        found = planner.decode_there(state, name)
+        if found is None:
+            return from_matrix(units[name], planner.decode(state, name))
+        return (found.T if units[name].transposed else found).contiguous().reshape(units[name].shape)
+
+    return Lazy(names or planner.names, make)
 
 
 def measure(

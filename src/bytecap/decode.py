@@ -5,7 +5,10 @@ Units are decoded in groups of a few million values, so that memory stays near t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap import artifact
-from bytecap.artifact import Contents
+from bytecap.artifact import Contents, UnitSection
 from bytecap.coders import Observer, coder, run
 from bytecap.coders.objects import load_objects
 from bytecap.core import Unit
@@ -62,11 +65,12 @@ def decode_units(
 
 
 def decode_each(
-    contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP
+    contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP, threads: int = 1
 ) -> Iterator[tuple[Unit, Array]]:
-    """Units and their values in stored layout, some `values` at a time; see `decode_units`."""
+    """Units and their values in stored layout, some `values` at a time in each thread; see `decode_units`."""
     shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
-    for group in in_groups(contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values):
+
+    def decoded(group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
         try:
             matrices = run(
                 [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe
@@ -74,9 +78,35 @@ def decode_each(
         except CorruptError as exc:
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc
-        for u, matrix in zip(group, matrices, strict=True):
-            yield u.unit, from_matrix(u.unit, matrix)
+        return [(u.unit, from_matrix(u.unit, matrix)) for u, matrix in zip(group, matrices, strict=True)]
+
+    groups = in_groups(contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values)
+    for found in _ahead(decoded, groups, threads):
+        yield from found
     shared.objects.check_used()
+
+
+def _ahead(
+    work: Callable[[Sequence[UnitSection]], list[tuple[Unit, Array]]],
+    groups: Iterable[Sequence[UnitSection]],
+    threads: int,
+) -> Iterator[list[tuple[Unit, Array]]]:
+    """`work` of every group, in order, by so many threads, which are never further ahead than one group each."""
+    if threads <= 1:
+        yield from map(work, groups)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[list[tuple[Unit, Array]]]] = deque()
+        try:
+            for group in groups:
+                waiting.append(pool.submit(work, group))
+                if len(waiting) >= threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def load(path: Path | str) -> dict[str, Array]:
@@ -94,15 +124,21 @@ def load(path: Path | str) -> dict[str, Array]:
     return decode_units(artifact.read(path))
 
 
-def ideal_bytes(contents: Contents) -> int:
-    """File size if every stream took its ideal code length under its own tables (escapes count as they are)."""
-    excess = 0.0
+class Ideal:
+    """An observer that finds what a file would take if every stream took its ideal code length under its own tables.
 
-    def observe(stream: Stream, symbols: npt.NDArray[np.int32]) -> None:
-        nonlocal excess
+    Escapes count as they are.
+    """
+
+    def __init__(self) -> None:
+        self._excess: list[float] = []
+
+    def __call__(self, stream: Stream, symbols: npt.NDArray[np.int32]) -> None:
+        """Take note of a stream and its symbols."""
         if len(stream.data):
-            excess += len(stream.data) - escape_bytes(stream) - stream.tables.bits(symbols, stream.classes) / 8
+            ideal = stream.tables.bits(symbols, stream.classes) / 8
+            self._excess.append(len(stream.data) - escape_bytes(stream) - ideal)
 
-    for _ in decode_each(contents, observe):
-        pass
-    return round(len(artifact.serialize(contents)) - excess)
+    def bytes(self, size: int) -> int:
+        """Of a file of so many bytes whose streams were all seen."""
+        return round(size - math.fsum(self._excess))

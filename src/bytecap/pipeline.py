@@ -23,7 +23,7 @@ from bytecap.coders.exact import CODER as EXACT
 from bytecap.coders.exact import WIDTH
 from bytecap.coders.objects import share_lists
 from bytecap.coders.stack import CODER as STACK
-from bytecap.decode import decode_each, decode_units, ideal_bytes
+from bytecap.decode import Ideal, decode_each, decode_units
 from bytecap.errors import BudgetError, UsageError
 from bytecap.ledger import Entry, by_path, by_unit
 from bytecap.methods import Job, Method, Outcome, Section
@@ -201,10 +201,10 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     if output is not None:
         result.save(output)
         job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-    parts = _measure(result.data, job)
-    result.report |= _quality(parts)
+    parts, ideal = _measure(result.data, job)
+    result.report |= {"ideal_bytes": ideal} | _quality(parts)
     if job.recover is not None:
-        plain = _measure(result.before, job) if result.before is not None else parts
+        plain = _measure(result.before, job)[0] if result.before is not None else parts
         before = _quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
         kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
@@ -332,15 +332,17 @@ def check_floor(
     return floor
 
 
-def _measure(data: bytes, job: Job) -> list[Comparison]:
-    """Read finished bytes back and score them against the original."""
-    model, contents = job.model, artifact.parse(data)
+def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
+    """Read finished bytes back and score them against the original; also the file's ideal size."""
+    model, contents, ideal = job.model, artifact.parse(data), Ideal()
     twin = twin_of(model.module)
-    for unit, values in decode_each(contents):
+    threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
+    for unit, values in decode_each(contents, ideal, threads=threads):
         load_values(twin, {unit.name: values})
     memory.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
-        return [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
+        parts = [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
+    return parts, ideal.bytes(len(data))
 
 
 def _report(
@@ -350,7 +352,7 @@ def _report(
     return {
         "model": model.name, "method": method, "plan": outcome.plan, "seed": seed,
         "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
-        "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": ideal_bytes(result.contents),
+        "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": 0,
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",

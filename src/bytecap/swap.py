@@ -22,7 +22,7 @@ from torch import nn
 
 from bytecap.errors import ArtifactError
 
-Values = Mapping[str, npt.NDArray[Any]]
+Values = Mapping[str, npt.NDArray[Any] | torch.Tensor]  # a tensor becomes the module's own
 
 
 class Lazy(Values):
@@ -32,10 +32,10 @@ class Lazy(Values):
     (3,)
     """
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], npt.NDArray[Any]]) -> None:
+    def __init__(self, names: Sequence[str], make: Callable[[str], npt.NDArray[Any] | torch.Tensor]) -> None:
         self._names, self._make = tuple(names), make
 
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+    def __getitem__(self, name: str) -> npt.NDArray[Any] | torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
         return self._make(name)
@@ -70,7 +70,9 @@ def load_values(module: nn.Module, values: Values) -> None:
             raise ArtifactError(f"the model has no tensor {name}")
         if tuple(live[name].shape) != tuple(array.shape):
             raise ArtifactError(f"tensor {name} has shape {tuple(live[name].shape)}, the artifact {tuple(array.shape)}")
-        fresh = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        fresh = (
+            array if isinstance(array, torch.Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        )
         live[name].data = fresh.to(live[name].device, live[name].dtype)
 
 

@@ -121,7 +121,7 @@ class Prepared:
 
     def emptied(self) -> Prepared:
         """Without all that only rounding needs."""
-        none = torch.zeros(0)
+        none = torch.zeros(0, device=self.order.device)  # which still says where the unit is
         return replace(self, weight=none, rows=none, lower=Triangles(none, 0), order=none, hessian=None)
 
 

@@ -27,6 +27,7 @@ from bytecap.coders.trellis import Trellis
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Curve, Point, Unit
 from bytecap.rounding import Shrink
+from bytecap.rounding.trial import values_there
 from bytecap.sweep import Coded, Options, Prepared, initial_shared, rate, round_units
 from bytecap.tables import Counts, fit_shared, sum_counts
 from bytecap.threads import in_threads
@@ -237,6 +238,14 @@ class Planner:
         centre, symbols = VECTOR.quantize(v.values, v.step(state.steps[name]))
         return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
 
+    def decode_there(self, state: State, name: str) -> torch.Tensor | None:
+        """What `decode` gives, as a tensor on the GPU that holds the unit; None for a unit that is elsewhere."""
+        device = next((p.order.device for p in self.matrices if p.unit.name == name), None)
+        coded = state.coded.get(name)
+        if device is None or not _elsewhere(device) or coded is None or coded.layer is not None:
+            return None
+        return values_there(coded.code, state.shared.offset, device)
+
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
         """(tag, section) of units by name, all by default."""
         vectors = {v.unit.name: v for v in self.vectors}
@@ -251,6 +260,11 @@ class Planner:
 
         wanted = list(self.names if names is None else names)
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
+
+
+def _elsewhere(device: torch.device) -> bool:
+    """Whether values would have to travel there from the processor."""
+    return device.type != "cpu"
 
 
 def coder_of(code: GridCode) -> Grid | Trellis:

@@ -65,6 +65,13 @@ def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
     return -logp.gather(1, labels[:, None])[:, 0]
 
 
+def _by_window(mask: Tensor, values: Tensor) -> Tensor:
+    """Sums (batch,) of the values (n,) of the n tokens in mask (batch, length), float64, in the same order anywhere."""
+    whole = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    whole[mask] = values.double()
+    return whole.sum(1)
+
+
 def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
     """Standard error of the ratio sum(total) / sum(weight) over windows (linearised); NaN where it has none."""
     n = len(total)
@@ -165,12 +172,8 @@ def compare(
             temperature[i] += float(nn.functional.cross_entropy(p / t, labels, reduction="sum"))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         p = torch.log_softmax(p, -1)
-        row = torch.repeat_interleave(torch.arange(len(ids), device=device), flat.sum(1))
         kl = (p.exp() * (p - q)).sum(-1)
-        columns = [_token_losses(p, labels), _token_losses(q, labels), kl]
-        grouped = [
-            torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, row, c.double()) for c in columns
-        ]
+        grouped = [_by_window(flat, c) for c in (_token_losses(p, labels), _token_losses(q, labels), kl)]
         for i, w in enumerate(windows):
             sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
         if progress is not None:
@@ -315,18 +318,16 @@ def by_window(
     for ids, mask, members in _batches(windows, original):
         inputs, flat = ids[:, :-1].to(device), mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
-        row = torch.repeat_interleave(torch.arange(len(ids), device=device), flat.sum(1))
-        zeros = torch.zeros(len(ids), dtype=torch.float64, device=device)
         p = torch.log_softmax(logits_of(original(inputs))[flat].float(), -1)
-        first += zeros.index_add(0, row, _token_losses(p, labels).double()).tolist()
+        first += _by_window(flat, _token_losses(p, labels)).tolist()
         tokens += mask.sum(1).tolist()
         sizes += [w.bytes for w in members]
         for label, values in variants.items():
             with swapped(twin, values):
                 q = torch.log_softmax(logits_of(twin(inputs))[flat].float(), -1)
-            losses[label] += zeros.index_add(0, row, _token_losses(q, labels).double()).tolist()
+            losses[label] += _by_window(flat, _token_losses(q, labels)).tolist()
             kl = q.sub_(p).neg_().mul_(p.exp()).sum(-1)
-            kls[label] += zeros.index_add(0, row, kl.double()).tolist()
+            kls[label] += _by_window(flat, kl).tolist()
             if advance is not None:
                 advance(float(mask.sum()) / total)
     common = [np.array(x, dtype=float) for x in (first, tokens, sizes)]

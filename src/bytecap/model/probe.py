@@ -7,12 +7,11 @@ The distortion of a unit is the Fisher quadratic form of the model's own loss, i
 Labels are sampled from the model itself, so gradients are of the true Fisher and D predicts the KL divergence
 to the original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
 output gradient over a group of rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
-For an embedding `H` is the second moment of the gradient at its output and `G` the rows' gradient energy; the same
-for every matrix that hooks do not see through (`bytecap.model.blind`). A tensor with several uses keeps one `Use`
-for each; `bytecap.sensitivity` joins them. A module called several times adds up in one.
+For an embedding `H` is the second moment of a sequence's gradient by rows (`bytecap.model.lookup`) and `G` the rows'
+gradient energy; the same for every matrix that hooks do not see through (`bytecap.model.blind`). A tensor with several
+uses keeps one `Use` for each; `bytecap.sensitivity` joins them. A module called several times adds up in one.
 
-Memory does not grow with the number of tokens: blocks are float32 and are merged into float64 sums. Very wide
-models are probed in several passes over groups of layers so that the sums stay under `memory` bytes.
+Memory does not grow with the number of tokens: blocks are float32 and are merged into float64 sums.
 """
 
 from __future__ import annotations
@@ -35,10 +34,11 @@ from bytecap.memory import release
 from bytecap.model.batch import Batch
 from bytecap.model.blind import Account, is_matrix, shrunk_moment
 from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
+from bytecap.model.lookup import Lookup, looked_up
 from bytecap.model.text import Window
 
 _ROUND_LENGTH = 64
-_GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and fills only so
+_GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and is filled only so
 _RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
 
 Progress = Callable[[int], None]
@@ -129,13 +129,17 @@ def same_sums(device: torch.device | str) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
+    switches: Any = torch.utils.deterministic
+    filled = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    switches.fill_uninitialized_memory = False  # which costs time, and hides nothing here
     try:
         with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # cuDNN's differs
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before)
+        switches.fill_uninitialized_memory = filled
 
 
 def probe(
@@ -147,7 +151,6 @@ def probe(
     groups: int = 1,
     guided: bool = True,
     device: str = "cpu",
-    memory: int = 2**31,
     progress: Progress | None = None,
 ) -> Statistics:
     """Statistics of all units.
@@ -161,26 +164,20 @@ def probe(
         groups: row groups of the guided Hessian, 1 to 4.
         guided: weight tokens by output gradient energy; False gives plain input second moments, same scale.
         device: torch device of the passes.
-        memory: bytes the second moments may take; more needs several passes.
         progress: called with the number of tokens finished.
     """
     target = torch.device(device)
     twin = copy.deepcopy(module).to(target, fast_dtype(target) if of_transformers(module) else None)
-    hooks = _leaves(twin, units)
+    leaves = _leaves(twin, units, windows, target)
     if not of_transformers(module):
-        _account(twin, units, hooks, windows, seed, target)
-    total = Statistics({}, {}, 0)
+        _account(twin, units, leaves, windows, seed, target)
     names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
-    plan = _passes(twin, {n: u for n, u in names.items() if u not in hooks.matrix}, memory, groups)
-    for number, chosen in enumerate(plan):
-        with same_sums(target):
-            found = _one_pass(twin, chosen, windows, seed, groups, guided, target, hooks, progress)
-        for name, uses in found.uses.items():
-            own = (name in hooks.embedding) + (name in hooks.matrix)  # uses every pass sees, the last ones
-            total.uses.setdefault(name, []).extend(uses[: len(uses) - own] if number > 0 else uses)
-        if number == 0:
-            total.diagonal, total.tokens = found.diagonal, found.tokens
-    return total
+    chosen = [
+        (names[n], m, kind) for n, (m, kind) in linear_weights(twin).items()
+        if kind != "embedding" and n in names and names[n] not in leaves.matrix
+    ]  # fmt: skip
+    with same_sums(target):
+        return _one_pass(twin, chosen, windows, seed, groups, guided, target, leaves, progress)
 
 
 @dataclass
@@ -188,27 +185,35 @@ class _Leaves:
     """Tensors of the twin that collect gradients themselves.
 
     Attributes:
-        embedding: tables, untied.
+        lookup: embedding modules whose lookups show their gradients.
+        embedding: other tables, untied.
         matrix: matrices that hooks do not see through, with their units.
         other: vectors and the like.
         idle: weights that ask for a gradient only so that their module's output has one.
     """
 
+    lookup: dict[str, nn.Module]
     embedding: dict[str, Tensor]
     matrix: dict[str, tuple[Unit, Tensor]]
     other: dict[str, Tensor]
     idle: list[Tensor]
 
 
-def _leaves(twin: nn.Module, units: Sequence[Unit]) -> _Leaves:
+def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
     """Untie embeddings in the twin, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
+    tables = {names[n].name: m for n, (m, kind) in linear_weights(twin).items() if kind == "embedding" and n in names}
+    lookup: set[str] = set()
+    if of_transformers(twin) and tables and not isinstance(windows[0], Batch):
+        tokens = max((w.tokens for w in windows), key=len)[:9]
+        ids = torch.tensor([tokens, tokens[::-1]], device=device)
+        lookup = looked_up(tables, ids, twin)
     embedding: dict[str, Tensor] = {}
-    for name, (m, kind) in linear_weights(twin).items():
-        if kind == "embedding" and name in names:
-            weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[operator]
-            m.weight = weight
-            embedding[names[name].name] = weight
+    for name, m in tables.items():
+        weight = nn.Parameter(m.weight.detach().clone(), requires_grad=name not in lookup)  # type: ignore[operator]
+        m.weight = weight
+        if name not in lookup:
+            embedding[name] = weight
     matrix: dict[str, tuple[Unit, Tensor]] = {}
     other: dict[str, Tensor] = {}
     for name, p in twin.named_parameters():
@@ -219,7 +224,7 @@ def _leaves(twin: nn.Module, units: Sequence[Unit]) -> _Leaves:
                 matrix[unit.name] = unit, p
             else:
                 other[unit.name] = p
-    return _Leaves(embedding, matrix, other, [])
+    return _Leaves({n: tables[n] for n in tables if n in lookup}, embedding, matrix, other, [])
 
 
 def _account(
@@ -242,24 +247,6 @@ def _account(
         else:
             leaves.idle.append(weight)
     _harvest(leaves, None, None, None)
-
-
-def _passes(twin: nn.Module, names: dict[str, str], memory: int, groups: int) -> list[list[tuple[str, nn.Module, str]]]:
-    """Groups of linear modules whose second moments fit `memory`."""
-    plan: list[list[tuple[str, nn.Module, str]]] = [[]]
-    size = 0
-    for name, (m, kind) in linear_weights(twin).items():
-        if kind == "embedding" or name not in names:
-            continue
-        weight: Tensor = m.weight  # type: ignore[assignment]
-        cols = weight.shape[0] if kind == "conv1d" else weight.shape[1]
-        need = 8 * groups * cols * cols
-        if plan[-1] and size + need > memory:
-            plan.append([])
-            size = 0
-        plan[-1].append((names[name], m, kind))
-        size += need
-    return plan
 
 
 class _Collector:
@@ -311,14 +298,15 @@ def _one_pass(
         collectors.setdefault(name, []).append(collector)
         handles.append(m.register_forward_hook(collector.forward_hook))
     diagonal = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.other.items()}
-    embedded = {
-        n: _Collector(p.shape[0], p.shape[1], 1, guided, device).use for n, p in leaves.embedding.items()
-    }  # fmt: skip
+    tables: dict[str, Any] = {n: m.weight for n, m in leaves.lookup.items()} | leaves.embedding
+    embedded = {n: _Collector(len(p), p.shape[1], 1, guided, device).use for n, p in tables.items()}
+    for n, m in leaves.lookup.items():
+        use = embedded[n]
+        handles.append(m.register_forward_hook(Lookup(use.moment, use.rows, use.weight).forward_hook))
     moments = {n: _matrix_use(u, device) for n, (u, _) in leaves.matrix.items()}
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
-    vocabulary = max((len(p) for p in leaves.embedding.values()), default=4096)
-    size = 1 if leaves.matrix else batch_tokens(vocabulary) // 2  # a matrix's gradient is one sample a batch
+    size = 1 if leaves.matrix else _batch(max((len(p) for p in tables.values()), default=4096), leaves, device)
     for loss, count in _losses(twin, windows, size, generator, device):
         loss.backward()
         _harvest(leaves, embedded, moments, diagonal)
@@ -334,6 +322,12 @@ def _one_pass(
         use.moment[0] = shrunk_moment(use.moment[0], passes * len(use.rows))
         uses.setdefault(name, []).append(use)
     return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
+
+
+def _batch(vocabulary: int, leaves: _Leaves, device: torch.device) -> int:
+    """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
+    many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
+    return many * batch_tokens(vocabulary) // 2
 
 
 def _matrix_use(unit: Unit, device: torch.device) -> Use:
@@ -356,7 +350,8 @@ def _losses(
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
     logits = logits_of(module(ids[:, :-1]))
-    logp = torch.log_softmax(logits[mask].float(), -1)
+    chosen = logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
+    logp = torch.log_softmax(chosen.float(), -1)
     with torch.no_grad():
         noise = torch.empty_like(logp).exponential_(generator=generator).log_()
         labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax

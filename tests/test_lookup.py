@@ -1,0 +1,100 @@
+"""Gradients at lookups against the table's own gradient, one sequence at a time."""
+
+import pytest
+import torch
+from torch import nn
+
+from bytecap.model import probe as probing
+from bytecap.model.checkpoint import find_units, linear_weights
+from bytecap.model.lookup import Lookup, looked_up
+from bytecap.model.probe import logits_of, probe
+from conftest import build
+from test_probe import windows_of
+
+TABLE = "model.embed_tokens.weight"
+
+
+def fixed(module, ids, mask, _generator):
+    """The loss of labels that no batch size changes."""
+    logits = logits_of(module(ids[:, :-1]))[mask]
+    return nn.functional.cross_entropy(logits.float(), ids[:, 1:][mask], reduction="sum")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(probing, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(probing, "sampled_loss", fixed)
+
+
+def by_sequence(module, windows):
+    """Second moment and row energies of the table's gradient, a window at a time."""
+    table = dict(module.named_parameters())[TABLE]
+    moment, rows = 0.0, 0.0
+    for w in windows:
+        ids = torch.tensor([w.tokens])
+        table.requires_grad_(True)
+        fixed(module, ids, torch.ones(1, len(w.tokens) - 1, dtype=torch.bool), None).backward()
+        g, table.grad = table.grad.double(), None
+        table.requires_grad_(False)
+        moment, rows = moment + g.T @ g, rows + g.square().sum(1)
+    return moment, rows
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("batch", [1, 64, 10_000])
+def test_a_batch_says_what_its_sequences_say_one_by_one(monkeypatch, batch):
+    monkeypatch.setattr(probing, "batch_tokens", lambda _: 2 * batch)
+    module = build("rotary", tie_word_embeddings=False)
+    module.requires_grad_(False)
+    windows = windows_of(5) + windows_of(4, 13, seed=1)
+    found = probe(module, find_units(module), windows)
+    (use,) = found.uses[TABLE]
+    moment, rows = by_sequence(module, windows)
+    torch.testing.assert_close(use.moment[0], moment, rtol=1e-4, atol=1e-4 * float(moment.diagonal().max()))
+    torch.testing.assert_close(use.rows, rows, rtol=1e-4, atol=1e-4 * float(rows.max()))
+    assert float(use.weight) == pytest.approx(float(rows.sum()), rel=1e-5)
+
+
+class Positions(nn.Module):
+    """A table of tokens, one of positions, and one that is read raw."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places, self.raw = nn.Embedding(9, 4), nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        return self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None]) + self.raw.weight[ids]
+
+
+def test_only_lookups_of_the_batch_s_own_tokens_are_taken():
+    module = Positions()
+    tables = {n: m for n, (m, kind) in linear_weights(module).items() if kind == "embedding"}
+    assert set(tables) == {"tokens.weight", "places.weight", "raw.weight"}
+    assert looked_up(tables, torch.tensor([[3, 1], [1, 3]]), module) == {"tokens.weight"}
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_model_with_positions_keeps_their_own_gradient():
+    module = build("transposed")
+    found = probe(module, find_units(module), windows_of(3))
+    tables = [n for n, (_, kind) in linear_weights(module).items() if kind == "embedding"]
+    assert len(tables) == 2
+    assert all(float(found.uses[n][-1].rows.sum()) > 0 for n in tables)
+
+
+def test_what_comes_after_a_lookup_may_change_it_in_place():
+    table, sums = nn.Embedding(5, 3), [torch.zeros(s, dtype=torch.float64) for s in ((1, 3, 3), (5,), (1,))]
+    table.weight.requires_grad_(False)
+    table.register_forward_hook(Lookup(*sums).forward_hook)
+    ids = torch.tensor([[1, 1, 4], [1, 2, 2]])
+    (table(ids).mul_(2) * torch.arange(1.0, 19).reshape(2, 3, 3)).sum().backward()
+    g = 2 * torch.arange(1.0, 19).reshape(2, 3, 3).double()
+    each = torch.stack([g[0, 0] + g[0, 1], g[0, 2], g[1, 0], g[1, 1] + g[1, 2]])
+    torch.testing.assert_close(sums[0][0], each.T @ each)
+    energy = each.square().sum(1)
+    torch.testing.assert_close(
+        sums[1], torch.stack([energy[0] * 0, energy[0] + energy[2], energy[3], energy[0] * 0, energy[1]])
+    )
+    torch.testing.assert_close(sums[2][0], energy.sum())
+    with torch.no_grad():
+        assert torch.equal(table(ids), table.weight[ids])
