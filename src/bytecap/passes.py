@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bytecap.methods import Job
 from bytecap.model.evaluate import kl_to
 from bytecap.model.gradient import gradient
-from bytecap.model.probe import pass_tokens, same_sums
+from bytecap.model.ordered import same_sums
+from bytecap.model.probe import pass_tokens
 from bytecap.model.text import Window, leading, moves
 
 _Found = TypeVar("_Found")

@@ -167,10 +167,10 @@ def fit_sets(
     section in `given` are stored as that; the model must hold its values.
     """
     started = time.perf_counter()
-    memory.one_arena()
     asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
+    memory.spare(target)
     effort, kept = effort_of(recover), store if isinstance(store, Store) else Store(store)
     loaded = model()
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
@@ -191,6 +191,7 @@ def fit_sets(
 
 def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Reporter) -> Job:
     """A job as `fit` would work on, to be looked at."""
+    memory.spare(device)
     size = sizer(model, side_files(model), {"budget": budget, "method": "bytecap"})
     check_floor(model, size, budget)
     return Job(model, sets, budget, size, device, seed, reporter)

@@ -154,4 +154,4 @@ def smallest_section(unit: Unit) -> tuple[int, bytes]:
 
     if not unit.dtype.startswith(("F", "BF")):
         return EXACT.tag, EXACT.encode(np.zeros(unit.matrix_shape), unit.dtype)
-    return VECTOR.tag, VECTOR.encode(np.zeros(unit.parameters, np.float32), 1.0, Shared()).data
+    return VECTOR.tag, VECTOR.encode(np.zeros(min(1, unit.parameters), np.float32), 1.0, Shared()).data  # any number

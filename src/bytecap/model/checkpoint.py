@@ -226,7 +226,6 @@ def load_model(model: Path | str, *, begin: Callable[[dict[str, bytes]], None] |
     Raises:
         CheckpointError: missing, corrupt, not finite, pickle, or of a kind transformers cannot build.
     """
-    memory.one_arena()
     directory = resolve(model)
     files = read_side_files(directory)
     if begin is not None:

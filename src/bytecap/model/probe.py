@@ -16,9 +16,7 @@ Memory does not grow with the number of tokens: blocks are float32 and are merge
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bytecap.core import Unit
 from bytecap.memory import release
@@ -35,6 +32,7 @@ from bytecap.model.batch import Batch
 from bytecap.model.blind import Account, is_matrix, shrunk_moment
 from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
 from bytecap.model.lookup import Lookup, looked_up
+from bytecap.model.ordered import can_be_strict, same_sums
 from bytecap.model.text import Window
 
 _ROUND_LENGTH = 64
@@ -122,26 +120,6 @@ def pass_tokens(module: nn.Module, device: torch.device) -> int:
     return batch_tokens(int(vocabulary)) * (_GPU_BATCHES if device.type == "cuda" else 1)
 
 
-@contextlib.contextmanager
-def same_sums(device: torch.device | str) -> Iterator[None]:
-    """The same sums in the same order every time, on a GPU too."""
-    if torch.device(device).type == "cpu":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    switches: Any = torch.utils.deterministic
-    filled = switches.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switches.fill_uninitialized_memory = False  # which costs time, and hides nothing here
-    try:
-        with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # cuDNN's differs
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        switches.fill_uninitialized_memory = filled
-
-
 def probe(
     module: nn.Module,
     units: Sequence[Unit],
@@ -176,7 +154,8 @@ def probe(
         (names[n], m, kind) for n, (m, kind) in linear_weights(twin).items()
         if kind != "embedding" and n in names and names[n] not in leaves.matrix
     ]  # fmt: skip
-    with same_sums(target):
+    strict = can_be_strict(target, lambda: _small_pass(twin, leaves, windows, target))
+    with same_sums(target, strict=strict):
         return _one_pass(twin, chosen, windows, seed, groups, guided, target, leaves, progress)
 
 
@@ -328,6 +307,21 @@ def _batch(vocabulary: int, leaves: _Leaves, device: torch.device) -> int:
     """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
     many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
     return many * batch_tokens(vocabulary) // 2
+
+
+def _small_pass(twin: nn.Module, leaves: _Leaves, windows: Sequence[Window], device: torch.device) -> None:
+    """Forward and backward over the shortest window, gradients thrown away."""
+    tables = [m.weight for m in leaves.lookup.values()]
+    shortest = [min(windows, key=lambda w: w.predicted)]
+    try:
+        for t in tables:
+            t.requires_grad_(True)
+        next(_losses(twin, shortest, 1, torch.Generator(device).manual_seed(0), device))[0].backward()
+    finally:
+        for t in tables:
+            t.requires_grad_(False)
+        for p in twin.parameters():
+            p.grad = None
 
 
 def _matrix_use(unit: Unit, device: torch.device) -> Use:
