@@ -245,8 +245,9 @@ def forest(rows: Sequence[tuple[str, float, float, int]], title: str, across: st
 
     def draw(width: int) -> str:
         slim = width < BROAD  # names stand above their bars
-        left = 16.0 if slim else 20 + _GLYPH * max(map(len, names))
         axis, step, start = Axis(ticks(min(lows), max(highs), 3 if slim else 5)), 40 if slim else 22, 34 if slim else 16
+        edge = _GLYPH * len(f"{axis.ticks[0]:.4g}") / 2 + 2  # half of what stands below the first tick
+        left = max(16.0, edge) if slim else 20 + _GLYPH * max(map(len, names))
         bottom, below, name = step * len(rows) + 8, _lines(across, width), escape(title)
 
         def at(x: float) -> float:
