@@ -174,7 +174,6 @@ def test_it_works(browser, written, kind):
     assert (found["wide"], found["cut"], found["crossed"]) == (900, [], [])
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("width", [390, 1400])
 @pytest.mark.parametrize("kind", PAGES)
 def test_it_works_narrow_and_wide(browser, written, kind, width):
@@ -185,7 +184,6 @@ def test_it_works_narrow_and_wide(browser, written, kind, width):
     assert browser.faults(written(kind)) == []
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("kind", PAGES)
 def test_pictures_at_every_width(browser, written, kind):
     """Nothing is cut, crossed or blank, charts and cards adapt, dark is dark, and the words stay the same."""
@@ -218,7 +216,6 @@ def test_pictures_at_every_width(browser, written, kind):
     assert max(x1 - x0 for x0, _, x1, _ in phone["charts"]) < 390 < max(x1 - x0 for x0, _, x1, _ in desk["charts"])
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("kind", PAGES)
 def test_paper(browser, written, kind):
     """What is printed fits the paper, is light, and has no fields to type in."""
