@@ -55,22 +55,75 @@ def test_a_batch_says_what_its_sequences_say_one_by_one(monkeypatch, batch):
     assert float(use.weight) == pytest.approx(float(rows.sum()), rel=1e-5)
 
 
-class Positions(nn.Module):
-    """A table of tokens, one of positions, and one that is read raw."""
+class Reading(nn.Module):
+    """Tables of tokens: read once, twice, raw as well, only raw, never; and one of positions."""
 
     def __init__(self):
         super().__init__()
-        self.tokens, self.places, self.raw = nn.Embedding(9, 4), nn.Embedding(9, 4), nn.Embedding(9, 4)
+        torch.manual_seed(0)
+        for name in ("once", "twice", "also", "raw", "never", "places"):
+            setattr(self, name, nn.Embedding(9, 4))
 
     def forward(self, ids):
-        return self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None]) + self.raw.weight[ids]
+        places = self.places(torch.arange(ids.shape[1])[None])
+        x = self.once(ids) * self.twice(ids) + self.twice(ids) + self.raw.weight[ids] + places + self.also(ids)
+        return x @ self.also.weight.T
 
 
-def test_only_lookups_of_the_batch_s_own_tokens_are_taken():
-    module = Positions()
+def test_only_single_lookups_of_the_batch_s_own_tokens_are_taken():
+    module = Reading()
+    module.requires_grad_(False)
     tables = {n: m for n, (m, kind) in linear_weights(module).items() if kind == "embedding"}
-    assert set(tables) == {"tokens.weight", "places.weight", "raw.weight"}
-    assert looked_up(tables, torch.tensor([[3, 1], [1, 3]]), module) == {"tokens.weight"}
+    assert len(tables) == 6
+    ids = torch.tensor([[3, 1, 1], [1, 3, 0]])
+    assert looked_up(tables, ids, lambda: module(ids).square().sum()) == {"once.weight"}
+    assert not any(p.requires_grad or p.grad is not None for p in module.parameters())
+    assert not any(m._forward_hooks for m in tables.values())
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_head_that_reads_the_table_raw_keeps_the_table_s_own_gradient():
+    module = build("rotary", tie_word_embeddings=False)
+    module.requires_grad_(False)
+
+    class Raw(type(module)):
+        def forward(self, ids):
+            return self.model(ids).last_hidden_state @ self.model.embed_tokens.weight.T
+
+    module.__class__ = Raw
+    windows = windows_of(1)  # whose batch is one sequence
+    (use,) = probe(module, find_units(module), windows).uses[TABLE]
+    moment, rows = by_sequence(module, windows)
+    torch.testing.assert_close(use.rows, rows, rtol=1e-4, atol=1e-4 * float(rows.max()))
+    torch.testing.assert_close(use.moment[0], moment, rtol=1e-4, atol=1e-4 * float(moment.diagonal().max()))
+
+
+@pytest.mark.usefixtures("plain")
+def test_batches_are_halved_where_memory_ends_and_hooks_go(monkeypatch):
+    module, windows, sizes, said = build("rotary"), windows_of(4), [], []
+    units = find_units(module)
+    whole = probe(module, units, windows)
+    losses = probing._losses
+
+    def scarce(twin, windows, tokens, *rest):
+        sizes.append(tokens)
+        yield next(losses(twin, windows, tokens, *rest))
+        if tokens > 30:
+            raise torch.OutOfMemoryError
+        yield from list(losses(twin, windows, tokens, *rest))[1:]
+
+    monkeypatch.setattr(probing, "_losses", scarce)
+    monkeypatch.setattr(probing, "batch_tokens", lambda _: 200)
+    found = probe(module, units, windows, note=said.append)
+    assert sizes == [100, 50, 25]
+    assert len(said) == 2
+    assert "statistics: out of device memory" in said[0]
+    for name, uses in whole.uses.items():
+        for one, two in zip(uses, found.uses[name], strict=True):
+            torch.testing.assert_close(one.rows, two.rows, rtol=1e-4, atol=1e-6 * float(one.rows.max()))
+    monkeypatch.setattr(probing, "_losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(MemoryError, match="does not hold one window"):
+        probe(module, units, windows)
 
 
 @pytest.mark.usefixtures("plain")

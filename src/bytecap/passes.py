@@ -6,8 +6,7 @@ Tokens that are tuned on are the recovery text, else the statistics tokens; the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from bytecap.methods import Job
 from bytecap.model.evaluate import kl_to
 from bytecap.model.gradient import gradient
+from bytecap.model.halving import halving
 from bytecap.model.ordered import same_sums
 from bytecap.model.probe import pass_tokens
-from bytecap.model.text import Window, leading, moves
+from bytecap.model.text import leading, moves
 
-_Found = TypeVar("_Found")
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
 _CHECK_TOKENS = 8192
 
@@ -39,33 +38,6 @@ def same_again(device: str) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def halving(
-    work: Callable[[int], _Found], windows: Sequence[Window], batch: int, what: str,
-    note: Callable[[str], None] = lambda _: None,
-) -> tuple[_Found, int]:  # fmt: skip
-    """What `work` finds with `batch` tokens a batch, halved where the device's memory ends, and the batch that did.
-
-    Args:
-        work: given the tokens of a batch.
-        windows: that it works on.
-        batch: to begin with.
-        what: the job, for messages.
-        note: told about every halving.
-
-    Raises:
-        MemoryError: not even one window fits.
-    """
-    while True:
-        try:
-            return work(batch), batch
-        except torch.OutOfMemoryError:
-            if batch < 2 * max(w.predicted for w in windows):
-                raise MemoryError(f"{what}: the device's memory does not hold one window") from None
-            batch //= 2
-            torch.cuda.empty_cache()
-            note(f"{what}: out of device memory, {batch:,} tokens a batch from now on")
 
 
 class Passes:

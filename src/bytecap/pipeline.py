@@ -30,6 +30,7 @@ from bytecap.methods import Job, Method, Outcome, Section
 from bytecap.methods.given import run_rest
 from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
 from bytecap.model.evaluate import ByWindow, Comparison, compare, mean_comparison, paired_stderr
+from bytecap.model.ordered import ask_for_order
 from bytecap.model.text import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.recover import effort_of
@@ -257,11 +258,13 @@ def _with_lists(outcome: Outcome, model: Model) -> Outcome:
 def choose_device(device: str) -> str:
     """Torch device of `auto`, `cpu` or `cuda`."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in {"cpu", "cuda"}:
         raise UsageError(f"unknown device {device!r}: use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda was asked for, but torch sees no CUDA device")
+    if device == "cuda":
+        ask_for_order()
     return device
 
 
@@ -353,7 +356,7 @@ def _report(
     return {
         "model": model.name, "method": method, "plan": outcome.plan, "seed": seed,
         "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
-        "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": 0,
+        "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",

@@ -111,7 +111,7 @@ def _probed(job: Job, groups: int, guided: bool) -> Statistics:
     with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:
         found = probe(
             job.model.module, job.model.units, job.sets.statistics, seed=job.seed, groups=groups, guided=guided,
-            device=job.device, progress=advance,
+            device=job.device, progress=advance, note=job.reporter.note,
         )  # fmt: skip
     memory.release()
     return found

@@ -2,8 +2,9 @@
 
 A table's own gradient sums all that a batch of sequences says about a token before it can be squared: unbiased, but
 the more sequences, the noisier. At the output of a lookup every position still stands by itself, so a hook there sums
-each sequence's gradients token by token, and batches may be as large as a GPU likes. That needs lookups of the batch's
-own tokens; tables read in another way (positions, raw weights) have to be found out and keep their own gradients.
+each sequence's gradients token by token, and batches may be as large as a GPU likes. That needs one lookup of the
+batch's own tokens and nothing else; tables that are read in another way (positions, raw weights) are found out by what
+a lookup leaves unexplained of their gradient, and keep that.
 """
 
 from __future__ import annotations
@@ -14,32 +15,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_EXPLAINED = 0.05  # relative difference that rounding may make
 
-def looked_up(modules: Mapping[str, nn.Module], ids: Tensor, run: Callable[[Tensor], Any]) -> set[str]:
-    """Names of embedding modules that are called with exactly the ids that the model is given.
+
+class _Watch:
+    """What one embedding module is called with, and its gradient as its lookups explain it."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.calls, self.same, self.gradient = ids, 0, True, torch.zeros(0)
+
+    def forward_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.calls += 1
+        self.same &= len(args) == 1 and isinstance(args[0], Tensor) and torch.equal(args[0], self.ids)
+        if self.same and output.requires_grad:
+            output.register_hook(lambda g: self.add(module, g))
+
+    def add(self, module: nn.Module, g: Tensor) -> None:
+        weight: Any = module.weight
+        sums = torch.zeros(weight.shape, device=g.device)
+        self.gradient = sums.index_add_(0, self.ids.reshape(-1), g.reshape(-1, g.shape[-1]).float())
+
+    def explains(self, weight: Tensor) -> bool:
+        """Whether the weight was looked up once, by these ids, and read nowhere else."""
+        if self.calls != 1 or not self.same or weight.grad is None or self.gradient.shape != weight.shape:
+            return False
+        found = weight.grad.float()
+        return float((found - self.gradient).norm()) <= _EXPLAINED * float(found.norm())
+
+
+def looked_up(modules: Mapping[str, nn.Module], ids: Tensor, loss: Callable[[], Tensor]) -> set[str]:
+    """Names of embedding modules that are looked up by the model's own ids, once, and read nowhere else.
 
     Args:
-        modules: embedding modules by name.
+        modules: embedding modules by name, each with a weight of its own.
         ids: (batch, length) with a batch of at least 2, unlike any positions.
-        run: a forward pass over ids.
+        loss: of the model on these ids, a scalar to go backward from.
     """
-    seen: dict[str, bool] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-            same = len(args) == 1 and isinstance(args[0], Tensor) and torch.equal(args[0], ids)
-            seen[name] = seen.get(name, True) and same
-
-        return hook
-
-    handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
+    weights: dict[str, Any] = {n: m.weight for n, m in modules.items()}
+    watched = {n: _Watch(ids) for n in modules}
+    handles = [m.register_forward_hook(watched[n].forward_hook) for n, m in modules.items()]
+    asked = {n: w.requires_grad for n, w in weights.items()}
     try:
-        with torch.no_grad():
-            run(ids)
+        for w in weights.values():
+            w.requires_grad_(True)
+        with torch.enable_grad():
+            loss().backward()
+        return {n for n, w in weights.items() if watched[n].explains(w)}
     finally:
         for handle in handles:
             handle.remove()
-    return {n for n, m in modules.items() if seen.get(n) and type(m).forward is nn.Embedding.forward}
+        for n, w in weights.items():
+            w.requires_grad_(asked[n])
+            w.grad = None
 
 
 class Lookup:

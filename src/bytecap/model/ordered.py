@@ -11,12 +11,17 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # strict mode wants it to be set
+_Found = TypeVar("_Found")
+
+
+def ask_for_order() -> None:
+    """Settle, before a GPU is first used, what strict mode asks of cuBLAS; a setting of the user's own is left."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextlib.contextmanager
@@ -31,9 +36,8 @@ def same_sums(device: torch.device | str, *, strict: bool = False) -> Iterator[N
         yield
         return
     switches: Any = torch.utils.deterministic
-    before, filled = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
-    named = os.environ.get(_WORKSPACE)
-    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=not strict)
     switches.fill_uninitialized_memory = False  # which costs time, and hides nothing here
     attention = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION] if strict else [SDPBackend.MATH]
@@ -42,26 +46,22 @@ def same_sums(device: torch.device | str, *, strict: bool = False) -> Iterator[N
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
         switches.fill_uninitialized_memory = filled
-        if named is None:
-            del os.environ[_WORKSPACE]
 
 
-def can_be_strict(device: torch.device | str, run: Callable[[], None]) -> bool:
-    """Whether a piece of the work holds nothing that `same_sums` calls an error when it is strict.
+def in_order(device: torch.device | str, work: Callable[[], _Found]) -> _Found:
+    """What `work` finds with sums in one order: with fused attention, or without where something else has no order.
 
     Args:
         device: of the work.
-        run: the piece.
+        work: may be done twice.
     """
-    if torch.device(device).type == "cpu":
-        return False
     try:
         with same_sums(device, strict=True):
-            run()
+            return work()
     except RuntimeError as exc:
         if "deterministic" not in str(exc):
             raise
-        return False
-    return True
+    with same_sums(device):
+        return work()

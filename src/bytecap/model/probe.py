@@ -31,8 +31,9 @@ from bytecap.memory import release
 from bytecap.model.batch import Batch
 from bytecap.model.blind import Account, is_matrix, shrunk_moment
 from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
+from bytecap.model.halving import halving
 from bytecap.model.lookup import Lookup, looked_up
-from bytecap.model.ordered import can_be_strict, same_sums
+from bytecap.model.ordered import in_order
 from bytecap.model.text import Window
 
 _ROUND_LENGTH = 64
@@ -130,6 +131,7 @@ def probe(
     guided: bool = True,
     device: str = "cpu",
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Statistics:
     """Statistics of all units.
 
@@ -143,6 +145,7 @@ def probe(
         guided: weight tokens by output gradient energy; False gives plain input second moments, same scale.
         device: torch device of the passes.
         progress: called with the number of tokens finished.
+        note: told where the device's memory asks for smaller batches.
     """
     target = torch.device(device)
     twin = copy.deepcopy(module).to(target, fast_dtype(target) if of_transformers(module) else None)
@@ -154,9 +157,13 @@ def probe(
         (names[n], m, kind) for n, (m, kind) in linear_weights(twin).items()
         if kind != "embedding" and n in names and names[n] not in leaves.matrix
     ]  # fmt: skip
-    strict = can_be_strict(target, lambda: _small_pass(twin, leaves, windows, target))
-    with same_sums(target, strict=strict):
-        return _one_pass(twin, chosen, windows, seed, groups, guided, target, leaves, progress)
+
+    def work(batch: int) -> Statistics:
+        return in_order(
+            target, lambda: _one_pass(twin, chosen, windows, batch, seed, groups, guided, target, leaves, progress)
+        )
+
+    return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
 
 
 @dataclass
@@ -182,17 +189,19 @@ def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], d
     """Untie embeddings in the twin, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     tables = {names[n].name: m for n, (m, kind) in linear_weights(twin).items() if kind == "embedding" and n in names}
+    for m in tables.values():
+        m.weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[operator]
     lookup: set[str] = set()
     if of_transformers(twin) and tables and not isinstance(windows[0], Batch):
-        tokens = max((w.tokens for w in windows), key=len)[:9]
-        ids = torch.tensor([tokens, tokens[::-1]], device=device)
-        lookup = looked_up(tables, ids, twin)
-    embedding: dict[str, Tensor] = {}
+        tokens = max((w.tokens for w in windows), key=len)[:10]
+        ids, generator = torch.tensor([tokens, tokens[::-1]], device=device), torch.Generator(device).manual_seed(0)
+        mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+        lookup = looked_up(tables, ids[:, :-1], lambda: sampled_loss(twin, ids, mask, generator))
+    embedding: dict[str, Any] = {}
     for name, m in tables.items():
-        weight = nn.Parameter(m.weight.detach().clone(), requires_grad=name not in lookup)  # type: ignore[operator]
-        m.weight = weight
+        m.weight.requires_grad_(name not in lookup)
         if name not in lookup:
-            embedding[name] = weight
+            embedding[name] = m.weight
     matrix: dict[str, tuple[Unit, Tensor]] = {}
     other: dict[str, Tensor] = {}
     for name, p in twin.named_parameters():
@@ -261,6 +270,7 @@ def _one_pass(
     twin: nn.Module,
     chosen: list[tuple[str, nn.Module, str]],
     windows: Sequence[Window],
+    batch: int,
     seed: int,
     groups: int,
     guided: bool,
@@ -285,15 +295,17 @@ def _one_pass(
     moments = {n: _matrix_use(u, device) for n, (u, _) in leaves.matrix.items()}
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
-    size = 1 if leaves.matrix else _batch(max((len(p) for p in tables.values()), default=4096), leaves, device)
-    for loss, count in _losses(twin, windows, size, generator, device):
-        loss.backward()
-        _harvest(leaves, embedded, moments, diagonal)
-        tokens, passes = tokens + count, passes + 1
-        if progress is not None:
-            progress(count)
-    for handle in handles:
-        handle.remove()
+    try:
+        for loss, count in _losses(twin, windows, batch, generator, device):
+            loss.backward()
+            _harvest(leaves, embedded, moments, diagonal)
+            tokens, passes = tokens + count, passes + 1
+            if progress is not None:
+                progress(count)
+    finally:
+        for handle in handles:
+            handle.remove()
+        _harvest(leaves, None, None, None)
     uses = {name: [c.use for c in group] for name, group in collectors.items()}
     for name, use in embedded.items():
         uses.setdefault(name, []).append(use)
@@ -303,25 +315,13 @@ def _one_pass(
     return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
 
 
-def _batch(vocabulary: int, leaves: _Leaves, device: torch.device) -> int:
+def _batch(leaves: _Leaves, device: torch.device) -> int:
     """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
+    if leaves.matrix:
+        return 1  # a matrix's gradient is one sample a batch
+    tables = [*(m.weight for m in leaves.lookup.values()), *leaves.embedding.values()]
     many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
-    return many * batch_tokens(vocabulary) // 2
-
-
-def _small_pass(twin: nn.Module, leaves: _Leaves, windows: Sequence[Window], device: torch.device) -> None:
-    """Forward and backward over the shortest window, gradients thrown away."""
-    tables = [m.weight for m in leaves.lookup.values()]
-    shortest = [min(windows, key=lambda w: w.predicted)]
-    try:
-        for t in tables:
-            t.requires_grad_(True)
-        next(_losses(twin, shortest, 1, torch.Generator(device).manual_seed(0), device))[0].backward()
-    finally:
-        for t in tables:
-            t.requires_grad_(False)
-        for p in twin.parameters():
-            p.grad = None
+    return many * batch_tokens(max((len(t) for t in tables), default=4096)) // 2  # type: ignore[arg-type]
 
 
 def _matrix_use(unit: Unit, device: torch.device) -> Use:

@@ -22,9 +22,10 @@ from bytecap.errors import TextError
 from bytecap.model.checkpoint import of_transformers
 from bytecap.model.evaluate import by_window
 from bytecap.model.gradient import gradient
+from bytecap.model.halving import halving
 from bytecap.model.probe import fast_dtype, pass_tokens
 from bytecap.model.text import Window, moves
-from bytecap.passes import halving, tokens_of_move
+from bytecap.passes import tokens_of_move
 from bytecap.progress import Reporter, Silent
 from bytecap.recover import Clock, Effort
 from bytecap.resume import Course
