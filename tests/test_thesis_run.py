@@ -58,8 +58,10 @@ class TestRun:
         assert {(m["model"], m["base"]) for m in found["models"]} == {(model, "grid"), (model, "golf")}
         assert all(not m["counts"] and m["kl"]["effect"] > 0 for m in found["models"])
         assert all(len(e["cells"]) == 2 for e in found["experiments"])
-        unstable = found["experiments"][1]["cells"][0]
-        assert {"regret, calibration seeds", "regret, workloads"} <= set(unstable["effects"])
+        unstable = found["experiments"][1]["cells"]
+        wanted = {"regret, calibration seeds", "regret, workloads"}  # no figure where a random model gains nothing
+        assert all(wanted <= set(c["effects"]) or "not surely above 0" in c["reason"] for c in unstable)
+        assert any(c["effects"] for c in unstable)
         assert all(e["verdict"] == "undecided" for e in found["experiments"])
         assert json.loads((output / "thesis.json").read_text("utf-8")) == found
         sound((output / "thesis.html").read_text("utf-8"))
