@@ -27,6 +27,7 @@ from bytecap.kernels import store
 from bytecap.rounding import Problem, Rounded, Shrink, gaussian_shrink, row_classes
 from bytecap.rounding.scalar import round_scalar
 from bytecap.rounding.trellis import round_trellis
+from bytecap.rounding.trial import classes_there
 from bytecap.sensitivity import Metric, factor
 from bytecap.tables import Counts, fit_shared
 from bytecap.threads import in_threads
@@ -310,10 +311,10 @@ def _stored_there(
     last = min(peak, MAX_HALF + 1)
     counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
     for s, column, row in zip(symbols, columns, np.array_split(rows, len(columns)), strict=True):
-        cls = torch.from_numpy(column).to(device, torch.int64)[:, None]
-        fine = (cls >= first).long()
-        cls = (cls + fine * OCTAVE + torch.from_numpy(row).to(device, torch.int64)).clamp_(max=CLASSES - 1)
-        at = (fine * CLASSES + torch.maximum(cls, 1 + fine * OCTAVE)) * (last + 1) + s.abs().clamp(max=last)
+        own = torch.from_numpy(column).to(device, torch.int64)[:, None]
+        fine = (own >= first).long()
+        cls = classes_there(own, torch.from_numpy(row).to(device, torch.int64), fine)
+        at = (fine * CLASSES + cls) * (last + 1) + s.abs().clamp(max=last)
         counts += torch.bincount(at.reshape(-1), minlength=len(counts))
     out = torch.cat([s.T.to(kind) for s in symbols]).cpu().numpy()
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()

@@ -240,11 +240,11 @@ class Planner:
 
     def decode_there(self, state: State, name: str) -> torch.Tensor | None:
         """What `decode` gives, as a tensor on the GPU that holds the unit; None for a unit that is elsewhere."""
-        device = next((p.order.device for p in self.matrices if p.unit.name == name), None)
         coded = state.coded.get(name)
-        if device is None or not _elsewhere(device) or coded is None or coded.layer is not None:
+        if coded is None or coded.layer is not None:
             return None
-        return values_there(coded.code, state.shared.offset, device)
+        device = next(p.order.device for p in self.matrices if p.unit.name == name)
+        return values_there(coded.code, state.shared.offset, device) if _elsewhere(device) else None
 
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
         """(tag, section) of units by name, all by default."""

@@ -42,6 +42,12 @@ def shrunk_moment(moment: Tensor, samples: int) -> Tensor:
     return found
 
 
+def explains(part: Tensor, whole: Tensor) -> bool:
+    """Whether the gradient that hooks saw is all of a weight's gradient, but for rounding."""
+    found = whole.float()
+    return float((found - part).norm()) <= _EXPLAINED * float(found.norm())
+
+
 class Account:
     """Compares what hooks explain with what autograd finds.
 
@@ -93,6 +99,5 @@ class Account:
     def _matches(self, weight: Tensor) -> bool:
         if weight.grad is None:
             return True
-        found = weight.grad.float()
-        error = found - self._explained.get(id(weight), torch.zeros_like(found))
-        return float(error.norm()) <= _EXPLAINED * float(found.norm())
+        none = torch.zeros_like(weight.grad, dtype=torch.float32)
+        return explains(self._explained.get(id(weight), none), weight.grad)

@@ -184,6 +184,11 @@ class _Leaves:
     other: dict[str, Tensor]
     idle: list[Tensor]
 
+    @property
+    def tables(self) -> dict[str, Any]:
+        """Weights (rows, cols) of all embedding tables."""
+        return {n: m.weight for n, m in self.lookup.items()} | self.embedding
+
 
 def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
     """Untie embeddings in the twin, so that their gradient holds the input use alone."""
@@ -287,8 +292,7 @@ def _one_pass(
         collectors.setdefault(name, []).append(collector)
         handles.append(m.register_forward_hook(collector.forward_hook))
     diagonal = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.other.items()}
-    tables: dict[str, Any] = {n: m.weight for n, m in leaves.lookup.items()} | leaves.embedding
-    embedded = {n: _Collector(len(p), p.shape[1], 1, guided, device).use for n, p in tables.items()}
+    embedded = {n: _Collector(len(p), p.shape[1], 1, guided, device).use for n, p in leaves.tables.items()}
     for n, m in leaves.lookup.items():
         use = embedded[n]
         handles.append(m.register_forward_hook(Lookup(use.moment, use.rows, use.weight).forward_hook))
@@ -319,9 +323,8 @@ def _batch(leaves: _Leaves, device: torch.device) -> int:
     """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
     if leaves.matrix:
         return 1  # a matrix's gradient is one sample a batch
-    tables = [*(m.weight for m in leaves.lookup.values()), *leaves.embedding.values()]
     many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
-    return many * batch_tokens(max((len(t) for t in tables), default=4096)) // 2  # type: ignore[arg-type]
+    return many * batch_tokens(max(map(len, leaves.tables.values()), default=4096)) // 2
 
 
 def _matrix_use(unit: Unit, device: torch.device) -> Use:

@@ -18,6 +18,12 @@ from bytecap.coders.grid import OCTAVE, GridCode
 _TOGETHER = 2**24  # values at a time
 
 
+def classes_there(columns: Tensor, rows: Tensor, fine: Tensor) -> Tensor:
+    """What `bytecap.coders.grid.weight_classes` does, for integer tensors that broadcast to the weights' shape."""
+    more = fine * OCTAVE
+    return torch.maximum((columns + more + rows).clamp_(max=CLASSES - 1), 1 + more)
+
+
 def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.device) -> Tensor:
     """Decoded (rows, cols) float32 values.
 
@@ -33,16 +39,15 @@ def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.
     symbols, flat = torch.from_numpy(code.symbols), sent(offset).reshape(-1)
     out = torch.empty(symbols.shape, device=device)
     scale = sent(np.float32(code.step) * quarter(code.column_step))
-    fine = sent(code.fine)
-    more, half = fine.int() * OCTAVE, torch.where(fine, 0.5, 1.0)
+    fine = sent(code.fine).int()
+    half = torch.where(fine > 0, 0.5, 1.0)
     column_class, row_class = sent(code.column_class.astype(np.int32)), sent(code.row_class.astype(np.int32))
     row_step = sent(quarter(code.row_step))
     high = max(1, _TOGETHER // max(1, symbols.shape[1]))
     for group, rows in enumerate(np.array_split(np.arange(len(symbols)), len(scale))):
         for at in range(0, len(rows), high):
             part = slice(int(rows[at]), int(rows[min(at + high, len(rows)) - 1]) + 1)
-            cls = (row_class[part, None] + (column_class[group] + more[group])).clamp_(max=CLASSES - 1)
-            cls = torch.maximum(cls, 1 + more[group])
+            cls = classes_there(column_class[group], row_class[part, None], fine[group])
             points = symbols[part].to(device, non_blocking=True).int()
             size = points.abs()
             cls.mul_(CENTRES).add_(size.clamp(max=CENTRES - 1))
