@@ -9,6 +9,7 @@ b-reinvested fewer layers, at the size
 c            tied layers, at the rate of a: a smaller file
 d            tied layers, at the size: the freed bytes go where the slope sends them
 e            tied layers with low-rank parts of every layer's own, at the size
+f, g         as d and e, but the greedy search says which layers share a block, not the loop
 
 Training sees the same tokens in the same order in all arms of a seed, with the same loss: half KL to the original, half
 next tokens. The seed is that of training and of calibration. `--summary FILE` makes the differences of an earlier
@@ -46,17 +47,20 @@ from bytecap.model.tying import FILE, Tying, find_blocks
 from bytecap.pipeline import choose_device, fit_sets
 from bytecap.progress import Silent
 from bytecap.recover import Effort
-from bytecap.share import shuffled, windows_of, write
-from bytecap.share.start import loop, ranks_for, tied
+from bytecap.share import Plan, decide, shuffled, windows_of, write
+from bytecap.share.start import tied
 from bytecap.share.uptrain import split, uptrain
 from bytecap.sources import load_sets
 from bytecap.swap import load_values
 from bytecap.units import parse_size
 from common import parser, record, texts
 
-TRAINED = {"a": None, "a-trained": "a", "b": "b", "b-reinvested": "b", "c": "d", "d": "d", "e": "e"}  # arm -> student
+TRAINED = {"a": None, "a-trained": "a", "b": "b", "b-reinvested": "b", "c": "d", **{x: x for x in "defg"}}  # -> student
 AT_RATE = ("b", "c")  # arms at the rate of a
-AGAINST = [(x, y) for x in ("d", "e") for y in ("a", "a-trained", "b-reinvested")] + [("c", "b"), ("e", "d")]
+RELAXED, SEARCHED = ("e", "g"), ("f", "g")  # arms with low-rank parts, and those whose tying was searched for
+AGAINST = [(x, y) for x in "defg" for y in ("a", "a-trained", "b-reinvested")]
+ASKED = ("model", "train", "texts", "blocks", "lora_rank", "steps", "search_steps", "rate", "full_rate", "labels")
+AGAINST += [("c", "b"), ("e", "d"), ("f", "d"), ("g", "e"), ("g", "f")]
 
 
 def main() -> None:
@@ -67,6 +71,7 @@ def main() -> None:
     p.add_argument("--blocks", type=int, default=4)
     p.add_argument("--lora-rank", type=int, default=8)
     p.add_argument("--steps", default="600", help="moves or time of training")
+    p.add_argument("--search-steps", default="10s", help="moves or time of the greedy search")
     p.add_argument("--rate", type=float, default=1e-3, help="first learning rate of students")
     p.add_argument("--full-rate", type=float, default=1e-4, help="first learning rate of the full depth")
     p.add_argument("--labels", type=float, default=0.5)
@@ -90,7 +95,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows as they are finished: several trainings and several fits at a time."""
-    done = {(r["size"], r["arm"], r["seed"]): r for r in _rows(args.output)}
+    done = {(r["size"], r["arm"], r["seed"]): r for r in _rows(args.output) if r["model"] == args.model[0]}
     wanted = [(s, x, n) for s in args.sizes for x in args.arms for n in args.seeds]
     yield from (done[c] for c in wanted if c in done)
     cells = [c for c in wanted if c not in done]
@@ -163,34 +168,49 @@ def _plain(path: Path, work: Path) -> Path:
 
 
 def train(args: argparse.Namespace, seed: int, kind: str) -> dict[str, Any]:
-    """Write one student's directory."""
+    """Write one student's directory, unless a run with the same arguments wrote it."""
+    directory = args.work / f"{kind}-{seed}"
+    asked = {k: str(getattr(args, k)) for k in ASKED}
+    if (notes := directory / "training.json").exists() and (kept := json.loads(notes.read_text()))["asked"] == asked:
+        return dict(kept["found"])
     model = _original(args)
     model.module.to(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     paths = tuple(_plain(x, args.work) for x in args.train or _texts(args, "calib"))
     pool = shuffled(_pool(str(args.models), args.model[0], paths), seed)
     windows, held = split(pool, 1, args.device, "the training text")
-    student, files = make(model, kind, args.blocks, args.lora_rank)
+    tying, trace = share(args, model, kind, windows, held, seed)
+    student, files = make(model, kind, args.blocks, tying)
     found = uptrain(
         model.module, student, windows, held, Effort.parse(args.steps), device=args.device, seed=seed,
         rate=args.full_rate if kind == "a" else args.rate, labels=args.labels,
     )  # fmt: skip
-    directory = args.work / f"{kind}-{seed}"
     directory.mkdir(exist_ok=True)
     write(student, files, model, directory)
-    return dict(found.__dict__)
+    done = {**found.__dict__, **trace}
+    notes.write_text(json.dumps({"asked": asked, "found": done}))
+    return done
 
 
-def make(model: Model, kind: str, blocks: int, rank: int) -> tuple[nn.Module, dict[str, bytes]]:
+def share(
+    args: argparse.Namespace, model: Model, kind: str, windows: list[Window], held: list[Window], seed: int
+) -> tuple[Tying | None, dict[str, Any]]:
+    """Which layers of a student share a block, None where none do; and how long the search for it took."""
+    if kind in ("a", "b"):
+        return None, {}
+    plan = Plan.of(
+        model, args.blocks, "average", args.lora_rank if kind in RELAXED else 0, "greedy" if kind in SEARCHED else None
+    )
+    began, effort = time.perf_counter(), Effort.parse(args.search_steps)
+    tying, _ = decide(plan, model, windows, held, effort, args.device, seed, args.rate, Silent())
+    return tying, {"sources": list(tying.sources), "search_seconds": round(time.perf_counter() - began, 1)}
+
+
+def make(model: Model, kind: str, blocks: int, tying: Tying | None) -> tuple[nn.Module, dict[str, bytes]]:
     """An untrained student and its side files."""
-    path, layers = find_blocks(model.module)
-    if kind == "a":
-        return copy.deepcopy(model.module), model.files
-    if kind == "b":
-        return fewer(model, blocks)
-    ranks = ranks_for(model.module, rank) if kind == "e" else {}
-    tying = Tying(path, loop(len(layers), blocks), ranks)
-    return tied(model.module, tying), {**model.files, FILE: tying.dump()}
+    if tying is not None:
+        return tied(model.module, tying), {**model.files, FILE: tying.dump()}
+    return (copy.deepcopy(model.module), model.files) if kind == "a" else fewer(model, blocks)
 
 
 def fewer(model: Model, blocks: int) -> tuple[nn.Module, dict[str, bytes]]:
@@ -269,30 +289,30 @@ def bits(result: Any, model: Model) -> dict[str, float]:
 def summarise(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Means and paired differences, printed and recorded; rows again without their windows."""
     rows = [r for r in rows if r["benchmark"] == "composition"]
-    for size in dict.fromkeys(r["size"] for r in rows):
-        mine = [{**r, "method": r["arm"]} for r in rows if r["size"] == size]
-        arms = dict.fromkeys(r["arm"] for r in mine)
-        entries = {arm: pairs.entry([r for r in mine if r["arm"] == arm], mine[0]) for arm in arms}
+    for name, size in dict.fromkeys((r["model"], r["size"]) for r in rows):
+        mine = [{**r, "method": r["arm"]} for r in rows if (r["model"], r["size"]) == (name, size)]
+        about = {"model": name, "size": size}
+        entries = {x: pairs.entry([r for r in mine if r["arm"] == x], mine[0]) for x in TRAINED if x in _arms(mine)}
         for arm, found in entries.items():
             figures = {m: pairs.figure(found, m, found.texts).as_dict() for m in pairs.METRICS}
-            say(
-                args,
-                mine[0],
-                {"size": size, "arm": arm, "seeds": len(found.seeds), "file_bytes": found.bytes, **figures},
-            )
+            say(args, {**about, "arm": arm, "seeds": len(found.seeds), "file_bytes": found.bytes, **figures})
         for one_, other in AGAINST:
             if one_ in entries and other in entries:
                 a, b = entries[one_], entries[other]
                 figures = {m: pairs.difference(a, b, m, a.texts).as_dict() for m in pairs.METRICS}
-                say(args, mine[0], {"size": size, "arm": one_, "against": other, **figures})
+                say(args, {**about, "arm": one_, "against": other, **figures})
 
 
-def say(args: argparse.Namespace, first: dict[str, Any], row: dict[str, Any]) -> None:
+def _arms(rows: list[dict[str, Any]]) -> set[str]:
+    return {r["arm"] for r in rows}
+
+
+def say(args: argparse.Namespace, row: dict[str, Any]) -> None:
     """Print and record one line of the summary."""
     what = f"{row['arm']} - {row['against']}" if "against" in row else row["arm"]
     figures = ", ".join(f"{m} {row[m]['mean']:+.4f} ± {row[m]['stderr']:.4f}" for m in pairs.METRICS)
-    print(f"{row['size']} {what:20s} {figures}", flush=True)
-    record(args, {"benchmark": "composition-summary", "model": first["model"], **row})
+    print(f"{row['model']} {row['size']} {what:20s} {figures}", flush=True)
+    record(args, {"benchmark": "composition-summary", **row})
 
 
 if __name__ == "__main__":

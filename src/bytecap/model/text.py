@@ -128,11 +128,11 @@ def _sizes(document: str, ends: list[int]) -> list[int]:
     """Bytes of every token, from where each ends in characters; a split character is charged to its last token."""
     if not ends:
         return []
-    code = np.frombuffer(document.encode("utf-32-le"), np.uint32)
-    upto = np.concatenate([[0], np.cumsum(1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF))])
+    raw = np.frombuffer(document.encode(), np.uint8)
+    upto = np.append(np.flatnonzero((raw & 0xC0) != 0x80), len(raw))  # bytes before every character, and in all
     stops = upto[np.maximum.accumulate(ends)]
     stops[-1] = upto[-1]  # what no token claims
-    return [int(n) for n in np.diff(stops, prepend=0)]
+    return list(np.diff(stops, prepend=0).tolist())
 
 
 def cut_windows(ids: Sequence[int], sizes: Sequence[int], window: int, document: int = -1) -> list[Window]:
