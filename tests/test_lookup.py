@@ -7,6 +7,7 @@ from torch import nn
 from bytecap.model import probe as probing
 from bytecap.model.checkpoint import find_units, linear_weights
 from bytecap.model.lookup import Lookup, looked_up
+from bytecap.model.moments import Moment
 from bytecap.model.probe import logits_of, probe
 from conftest import build
 from test_probe import windows_of
@@ -136,18 +137,19 @@ def test_a_model_with_positions_keeps_their_own_gradient():
 
 
 def test_what_comes_after_a_lookup_may_change_it_in_place():
-    table, sums = nn.Embedding(5, 3), [torch.zeros(s, dtype=torch.float64) for s in ((1, 3, 3), (5,), (1,))]
+    table, moment = nn.Embedding(5, 3), Moment(3, torch.device("cpu"))
+    rows, weight = torch.zeros(5, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     table.weight.requires_grad_(False)
-    table.register_forward_hook(Lookup(*sums).forward_hook)
+    table.register_forward_hook(Lookup(moment, rows, weight).forward_hook)
     ids = torch.tensor([[1, 1, 4], [1, 2, 2]])
     (table(ids).mul_(2) * torch.arange(1.0, 19).reshape(2, 3, 3)).sum().backward()
     g = 2 * torch.arange(1.0, 19).reshape(2, 3, 3).double()
     each = torch.stack([g[0, 0] + g[0, 1], g[0, 2], g[1, 0], g[1, 1] + g[1, 2]])
-    torch.testing.assert_close(sums[0][0], each.T @ each)
+    torch.testing.assert_close(moment.whole(), each.T @ each)
     energy = each.square().sum(1)
     torch.testing.assert_close(
-        sums[1], torch.stack([energy[0] * 0, energy[0] + energy[2], energy[3], energy[0] * 0, energy[1]])
+        rows, torch.stack([energy[0] * 0, energy[0] + energy[2], energy[3], energy[0] * 0, energy[1]])
     )
-    torch.testing.assert_close(sums[2][0], energy.sum())
+    torch.testing.assert_close(weight[0], energy.sum())
     with torch.no_grad():
         assert torch.equal(table(ids), table.weight[ids])

@@ -44,12 +44,12 @@ class VectorUnit:
     fisher: npt.NDArray[np.float64]
 
     def step(self, c: float) -> float:
-        """The uniform step that has the slope of a grid at `c`; at most half the values' spread."""
+        """The uniform step that has the slope of a grid at `c`; at most half the values' spread, above 0."""
         energy = float(self.fisher.mean()) if self.fisher.size else 0.0
         spread = float(self.values.std()) / 2 if self.values.size else 0.0
         widest = max(spread, float(np.abs(self.values).max(initial=0.0)) * 2**-8, 1e-30)
         wanted = min(c / math.sqrt(energy), widest) if energy > 0 else widest
-        return max(wanted, float(np.ptp(self.values)) * 2**-15 if self.values.size else 0.0)
+        return max(wanted, float(np.ptp(self.values)) * 2**-15 if self.values.size else 0.0, 1e-30)
 
     def distortion(self, c: float) -> float:
         """Nats per token at step `c`."""
@@ -213,6 +213,10 @@ class Planner:
                 break
             if i + 1 < rounds:
                 c = math.exp(_next_log_step(seen, capacity, self.parameters))
+        fitting = [x for x, rate in seen if rate <= capacity]
+        if state.rate > 1.02 * capacity and fitting:  # not found in time: the finest that fitted
+            c = math.exp(min(fitting))
+            state = self.settle({n: c * multipliers[n] for n in self.names})
         return c, state
 
     def ladder(self, steps: Mapping[str, float], centre: State, offsets: Sequence[float]) -> list[Curve]:
@@ -299,6 +303,7 @@ def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, paramet
     one, two = seen[-1], seen[max(0, len(seen) - 2)]
     if below and above:
         one, two = min(below, key=lambda s: s[0]), max(above, key=lambda s: s[0])
-    if abs(one[0] - two[0]) > 0.01:  # closer points differ by refitted tables more than by their steps
-        slope = float(np.clip((one[1] - two[1]) / (one[0] - two[0]), 2 * steepest, steepest / 20))
+    apart = one[0] - two[0]
+    if abs(apart) > 0.01 and (one[1] - two[1]) * apart < 0:  # refitted tables can turn close points round
+        slope = float(np.clip((one[1] - two[1]) / apart, 2 * steepest, steepest / 20))
     return x + float(np.clip((capacity - r) / slope, -2.0, 2.0))

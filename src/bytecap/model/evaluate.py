@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bytecap.core import Score
 from bytecap.model.batch import Batch, Look, is_batches, variants_of
-from bytecap.model.probe import Progress, batches, logits_of, longest_first, pass_tokens
+from bytecap.model.probe import Progress, batches, logits_of, longest_first, pass_tokens, predictions
 from bytecap.model.text import Text, Window
 from bytecap.progress import Advance
 from bytecap.swap import Values, swapped
@@ -166,13 +166,13 @@ def compare(
     for ids, mask, windows in _batches(text.windows, original):
         inputs, flat = ids[:, :-1].to(device), mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
-        p = logits_of(original(inputs))[flat].float()
-        q = torch.log_softmax(logits_of(coded(inputs))[flat].float(), -1)
+        p = predictions(original(inputs), flat).float()
+        q = torch.log_softmax(predictions(coded(inputs), flat).float(), -1)
         for i, t in enumerate(_TEMPERATURES):
             temperature[i] += float(nn.functional.cross_entropy(p / t, labels, reduction="sum"))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         p = torch.log_softmax(p, -1)
-        kl = (p.exp() * (p - q)).sum(-1)
+        kl = (p - q).mul_(p.exp()).sum(-1)
         grouped = [_by_window(flat, c) for c in (_token_losses(p, labels), _token_losses(q, labels), kl)]
         for i, w in enumerate(windows):
             sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
@@ -318,13 +318,13 @@ def by_window(
     for ids, mask, members in _batches(windows, original):
         inputs, flat = ids[:, :-1].to(device), mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
-        p = torch.log_softmax(logits_of(original(inputs))[flat].float(), -1)
+        p = torch.log_softmax(predictions(original(inputs), flat).float(), -1)
         first += _by_window(flat, _token_losses(p, labels)).tolist()
         tokens += mask.sum(1).tolist()
         sizes += [w.bytes for w in members]
         for label, values in variants.items():
             with swapped(twin, values):
-                q = torch.log_softmax(logits_of(twin(inputs))[flat].float(), -1)
+                q = torch.log_softmax(predictions(twin(inputs), flat).float(), -1)
             losses[label] += _by_window(flat, _token_losses(q, labels)).tolist()
             kl = q.sub_(p).neg_().mul_(p.exp()).sum(-1)
             kls[label] += _by_window(flat, kl).tolist()

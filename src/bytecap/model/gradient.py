@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bytecap.model.probe import batches, logits_of
+from bytecap.model.probe import batches, predictions
 from bytecap.model.text import Window
 
 
@@ -50,8 +50,8 @@ def gradient(
         for ids, mask in batches(windows, batch):
             inside, real = ids[:, :-1].to(device), mask.to(device)
             with torch.no_grad():
-                target = logits_of(original(inside))[real].float().log_softmax(-1)
-            found = logits_of(twin(inside))[real].float().log_softmax(-1)
+                target = predictions(original(inside), real).float().log_softmax(-1)
+            found = predictions(twin(inside), real).float().log_softmax(-1)
             loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens
             if labels:
                 own = nn.functional.nll_loss(found, ids[:, 1:].to(device)[real], reduction="sum") / tokens

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.model.blind import explains
+from bytecap.model.moments import Moment
 
 
 class _Watch:
@@ -69,13 +70,13 @@ def looked_up(modules: Mapping[str, nn.Module], ids: Tensor, loss: Callable[[], 
 
 
 class Lookup:
-    """Second moment (1, cols, cols), row energies (rows,) and their sum (1,) of one table, filled by a forward hook.
+    """Second moment, row energies (rows,) and their sum (1,) of one table, filled by a forward hook.
 
     Args:
         moment, rows, weight: where the sums go, float64.
     """
 
-    def __init__(self, moment: Tensor, rows: Tensor, weight: Tensor) -> None:
+    def __init__(self, moment: Moment, rows: Tensor, weight: Tensor) -> None:
         self._moment, self._rows, self._weight = moment, rows, weight
 
     def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -94,5 +95,5 @@ class Lookup:
         sums.index_add_(0, at.reshape(-1), g.reshape(-1, g.shape[-1]).float())
         square = sums.square().sum(1, dtype=torch.float64)
         self._rows.index_add_(0, tokens % len(self._rows), square)
-        self._moment[0] += sums.T @ sums
+        self._moment.add(sums)
         self._weight[0] += square.sum()

@@ -33,6 +33,7 @@ from bytecap.model.blind import Account, is_matrix, shrunk_moment
 from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
 from bytecap.model.halving import halving
 from bytecap.model.lookup import Lookup, looked_up
+from bytecap.model.moments import Moment
 from bytecap.model.ordered import in_order
 from bytecap.model.text import Window
 
@@ -243,16 +244,24 @@ def _account(
 
 
 class _Collector:
-    """Second moments of one linear module, filled by its hooks."""
+    """Second moments of one weight, by row groups; of a linear module filled by its hooks."""
 
     def __init__(self, rows: int, cols: int, groups: int, guided: bool, device: torch.device) -> None:
-        self.use = Use(
-            torch.zeros(groups, cols, cols, dtype=torch.float64, device=device),
-            torch.zeros(rows, dtype=torch.float64, device=device),
-            torch.zeros(groups, dtype=torch.float64, device=device),
-        )
+        self.moments = [Moment(cols, device) for _ in range(groups)]
+        self.rows = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.weight = torch.zeros(groups, dtype=torch.float64, device=device)
         self.guided = guided
-        self.groups = groups
+
+    def use(self) -> Use:
+        """What was added, given once."""
+        wholes = [m.whole() for m in self.moments]
+        return Use(wholes[0][None] if len(wholes) == 1 else torch.stack(wholes), self.rows, self.weight)
+
+    def add_gradient(self, square: Tensor, g: Tensor) -> None:
+        """Add a weight's own gradient: its rows' energy (rows,), and g (n, cols), the rows where it is not 0."""
+        self.rows += square.double()
+        self.moments[0].add(g)
+        self.weight[0] += square.sum(dtype=torch.float64)
 
     def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach()
@@ -263,12 +272,11 @@ class _Collector:
         """Add tokens: inputs x (..., cols), output gradients g (..., rows)."""
         x = x.reshape(-1, x.shape[-1]).float()
         square = g.reshape(-1, g.shape[-1]).float().square()  # out of place: float32 gradients still flow on
-        self.use.rows += square.sum(0, dtype=torch.float64)
-        for i, part in enumerate(torch.tensor_split(square, self.groups, dim=1)):
+        self.rows += square.sum(0, dtype=torch.float64)
+        for i, part in enumerate(torch.tensor_split(square, len(self.moments), dim=1)):
             w = part.mean(1) if self.guided else (part.amax(1) > 0).float()  # padding has no gradient
-            self.use.weight[i] += w.sum(dtype=torch.float64)
-            scaled = x * w.sqrt_()[:, None]
-            self.use.moment[i] += scaled.T @ scaled
+            self.weight[i] += w.sum(dtype=torch.float64)
+            self.moments[i].add(x * w.sqrt_()[:, None])
 
 
 def _one_pass(
@@ -292,11 +300,11 @@ def _one_pass(
         collectors.setdefault(name, []).append(collector)
         handles.append(m.register_forward_hook(collector.forward_hook))
     diagonal = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.other.items()}
-    embedded = {n: _Collector(len(p), p.shape[1], 1, guided, device).use for n, p in leaves.tables.items()}
+    embedded = {n: _Collector(len(p), p.shape[1], 1, guided, device) for n, p in leaves.tables.items()}
     for n, m in leaves.lookup.items():
-        use = embedded[n]
-        handles.append(m.register_forward_hook(Lookup(use.moment, use.rows, use.weight).forward_hook))
-    moments = {n: _matrix_use(u, device) for n, (u, _) in leaves.matrix.items()}
+        found = embedded[n]
+        handles.append(m.register_forward_hook(Lookup(found.moments[0], found.rows, found.weight).forward_hook))
+    moments = {n: _Collector(*u.matrix_shape, 1, guided, device) for n, (u, _) in leaves.matrix.items()}
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
     try:
@@ -310,10 +318,12 @@ def _one_pass(
         for handle in handles:
             handle.remove()
         _harvest(leaves, None, None, None)
-    uses = {name: [c.use for c in group] for name, group in collectors.items()}
-    for name, use in embedded.items():
-        uses.setdefault(name, []).append(use)
-    for name, use in moments.items():
+    release()  # what the passes held: whole sums need the room
+    uses = {name: [c.use() for c in group] for name, group in collectors.items()}
+    for name, found in embedded.items():
+        uses.setdefault(name, []).append(found.use())
+    for name, found in moments.items():
+        use = found.use()
         use.moment[0] = shrunk_moment(use.moment[0], passes * len(use.rows))
         uses.setdefault(name, []).append(use)
     return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
@@ -325,10 +335,6 @@ def _batch(leaves: _Leaves, device: torch.device) -> int:
         return 1  # a matrix's gradient is one sample a batch
     many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
     return many * batch_tokens(max(map(len, leaves.tables.values()), default=4096)) // 2
-
-
-def _matrix_use(unit: Unit, device: torch.device) -> Use:
-    return _Collector(*unit.matrix_shape, 1, guided=True, device=device).use
 
 
 def _losses(
@@ -346,9 +352,7 @@ def _losses(
 
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
-    logits = logits_of(module(ids[:, :-1]))
-    chosen = logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
-    logp = torch.log_softmax(chosen.float(), -1)
+    logp = torch.log_softmax(predictions(module(ids[:, :-1]), mask).float(), -1)
     with torch.no_grad():
         noise = torch.empty_like(logp).exponential_(generator=generator).log_()
         labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax
@@ -361,8 +365,17 @@ def logits_of(output: Any) -> Tensor:
     return result
 
 
+def predictions(output: Any, mask: Tensor) -> Tensor:
+    """The logits (n, vocabulary) of the n predictions in mask (batch, length), copied only where some are left out."""
+    logits = logits_of(output)
+    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
+
+
 def _harvest(
-    leaves: _Leaves, embedded: dict[str, Use] | None, moments: dict[str, Use] | None, diagonal: dict[str, Tensor] | None
+    leaves: _Leaves,
+    embedded: dict[str, _Collector] | None,
+    moments: dict[str, _Collector] | None,
+    diagonal: dict[str, Tensor] | None,
 ) -> None:
     """Square the gradients of this batch into the sums (None drops them) and clear them."""
     for name, p in leaves.embedding.items():
@@ -370,12 +383,12 @@ def _harvest(
             g = p.grad.float()
             square = g.square().sum(1)
             touched = square.nonzero()[:, 0]
-            _add(embedded[name], square, g[touched])
+            embedded[name].add_gradient(square, g[touched])
         p.grad = None
     for name, (unit, p) in leaves.matrix.items():
         if p.grad is not None and moments is not None:
             g = as_matrix(unit, p.grad.float())
-            _add(moments[name], g.square().sum(1), g)
+            moments[name].add_gradient(g.square().sum(1), g)
         p.grad = None
     for name, p in leaves.other.items():
         if p.grad is not None and diagonal is not None:
@@ -383,9 +396,3 @@ def _harvest(
         p.grad = None
     for p in leaves.idle:
         p.grad = None
-
-
-def _add(use: Use, square: Tensor, g: Tensor) -> None:
-    use.rows += square.double()
-    use.moment[0] += g.T @ g
-    use.weight[0] += square.sum(dtype=torch.float64)

@@ -24,7 +24,7 @@ from bytecap.passes import tokens_of_move
 from bytecap.progress import Advance
 from bytecap.recover import Effort
 from bytecap.resume import Course
-from bytecap.share.start import tied
+from bytecap.share.start import Parts, tied
 from bytecap.share.uptrain import RATE, Trainer
 from bytecap.store import Store
 
@@ -90,6 +90,7 @@ class Search:
     seed: int = 0
     rate: float = RATE
     course: Course = field(default_factory=lambda: Course(Store()))
+    _parts: Parts = field(default_factory=dict, init=False)
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> tuple[Tying, list[Merge]]:
         """The tying with so many blocks, and every merge on the way."""
@@ -125,12 +126,13 @@ class Search:
             best, size = min(found, key=lambda item: item[0].byte_return)
             kl, tying = best.kl, Tying(tying.blocks, best.sources, tying.ranks)
             taken.append(best)
+            self._parts = {k: v for k, v in self._parts.items() if _whole(k, tying.sources)}
         return tying, taken
 
     def _measure(self, tying: Tying, effort: Effort) -> tuple[float, int]:
         """KL of a candidate after its moves, and its parameters."""
         began = time.monotonic()
-        student = tied(self.original, tying, self.init)
+        student = tied(self.original, tying, self.init, self._parts)
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
         source = moves(self.train, tokens_of_move(self.device), self.seed)
         if effort.steps is not None:
@@ -142,6 +144,16 @@ class Search:
                 trainer.move(next(source))
                 one = time.monotonic() - now
         return trainer.look(self.held).kl, _parameters(student)
+
+
+def _whole(members: tuple[int, ...], sources: Sequence[int]) -> bool:
+    """Whether a group holds all layers of every group that it touches: it can be met again.
+
+    >>> _whole((0, 1, 2), (0, 1, 1, 3)), _whole((0, 1), (0, 1, 1, 3))
+    (True, False)
+    """
+    touched = {sources[i] for i in members}
+    return all((source in touched) == (i in members) for i, source in enumerate(sources))
 
 
 def _parameters(module: nn.Module) -> int:

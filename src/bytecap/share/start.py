@@ -22,13 +22,16 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bytecap.errors import UsageError
 from bytecap.model.checkpoint import linear_weights
 from bytecap.model.tying import Tying, find_blocks, layers, matrices, oriented, tie
 
 INITS = ("stepwise", "average", "lower")
+Parts = dict[
+    tuple[int, ...], list[tuple[Tensor, Tensor]]
+]  # `up` and `down` of every map and layer of a group, by its layers
 
 
 def loop(depth: int, blocks: int) -> tuple[int, ...]:
@@ -51,13 +54,14 @@ def ranks_for(module: nn.Module, rank: int) -> dict[str, int]:
     return found
 
 
-def tied(original: nn.Module, tying: Tying, init: str = "average") -> nn.Module:
+def tied(original: nn.Module, tying: Tying, init: str = "average", parts: Parts | None = None) -> nn.Module:
     """A tied copy of a module with storage of its own; the module itself is left alone.
 
     Args:
         original: module with a list of equal blocks.
         tying: which layer reads which block.
         init: `stepwise`, `average` or `lower`.
+        parts: low-rank parts of groups that were met before with the same ranks and init, added to.
 
     Raises:
         UsageError: `stepwise` where layers are not looped over.
@@ -73,7 +77,7 @@ def tied(original: nn.Module, tying: Tying, init: str = "average") -> nn.Module:
             for name in matrices(first[source]):
                 own[name].copy_(torch.stack([matrices(first[i])[name] for i in starts]).mean(0))
             if len(members) > 1:
-                _relax(blocks, first, members, tying.ranks)
+                _relax(blocks, first, members, tying.ranks, {} if parts is None else parts)
     return module
 
 
@@ -87,12 +91,22 @@ def _start(tying: Tying, source: int, init: str) -> int:
     return round(source * (depth - 1) / max(1, count - 1))
 
 
-def _relax(blocks: list[nn.Module], first: list[nn.Module], members: list[int], ranks: dict[str, int]) -> None:
+def _relax(
+    blocks: list[nn.Module], first: list[nn.Module], members: list[int], ranks: dict[str, int], parts: Parts
+) -> None:
     """Fill the low-rank parts of layers that share a block."""
-    for linear, rank in ranks.items():
-        for i in members:
-            owner = blocks[i].get_submodule(linear)
-            missing = (oriented(first[i].get_submodule(linear)) - oriented(owner)).float()
-            u, s, v = torch.linalg.svd(missing, full_matrices=False)
-            owner.up.weight.copy_(u[:, :rank] * s[:rank])  # type: ignore[union-attr,operator]
-            owner.down.weight.copy_(v[:rank])  # type: ignore[union-attr,operator]
+    pairs = [
+        (blocks[i].get_submodule(name), first[i].get_submodule(name), r) for name, r in ranks.items() for i in members
+    ]
+    known = parts.setdefault(tuple(members), [])
+    if not known:
+        known += [_parts(oriented(theirs) - oriented(owner), r) for owner, theirs, r in pairs]
+    for (owner, _, _), (up, down) in zip(pairs, known, strict=True):
+        owner.up.weight.copy_(up)  # type: ignore[union-attr,operator]
+        owner.down.weight.copy_(down)  # type: ignore[union-attr,operator]
+
+
+def _parts(missing: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest matrix of that rank, as two: `(rows, rank)` and `(rank, columns)`."""
+    u, s, v = torch.linalg.svd(missing.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], v[:rank].clone()
