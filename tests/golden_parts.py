@@ -119,8 +119,8 @@ def packed_zlib(codes: bytes, scales: Sequence[float], width=1) -> bytes:
     return bytes([0, width]) + leb(len(side)) + side + stored_zlib(codes)
 
 
-def unit(name, shape, tag, data, dtype="F32", aliases=(), *, transposed=False, linear=False):
-    return UnitSection(Unit(name, tuple(shape), dtype, tuple(aliases), transposed, linear), tag, data)
+def unit(name, shape, tag, data, dtype="F32", aliases=(), *, transposed=False, linear=False, stacked=False):
+    return UnitSection(Unit(name, tuple(shape), dtype, tuple(aliases), transposed, linear, stacked), tag, data)
 
 
 def pack(*units, files=(), about=None, padding=0, tables=True, objects=()):

@@ -74,6 +74,16 @@ def _grids() -> Iterator[tuple[str, bytes]]:
         ),
     )
     wide = [13, -13, 1023, -1024, 70_000, 2**31 - 1, 1 - 2**31, 64]
+    yield (
+        "grid_stacked",
+        pack(
+            unit("experts", (3, 8, 10), 1, grid((24, 10), seed=11), stacked=True),
+            unit("turned", (3, 8, 10), 1, grid((10, 24), seed=12), stacked=True, transposed=True),
+            unit("matrix", (6, 10), 1, grid((6, 10), seed=13), stacked=True),
+            unit("vector", (7,), 1, grid((1, 7), seed=14), stacked=True),
+            unit("none", (3, 8, 0), 1, grid((0, 0), seed=15), stacked=True),
+        ),
+    )
     yield "grid_escapes", pack(unit("a", (9, 9), 1, grid((9, 9), seed=3, wide=wide)))
     sparse = (Numbers(4).below(12, 8281) == 0) * np.array([-1, 1, 2] * 2761)[:8281]
     yield "grid_lanes", pack(unit("a", (91, 91), 1, grid((91, 91), seed=4, wide=sparse, varied=False, base=8)))
@@ -238,7 +248,7 @@ def _indexes() -> Iterator[tuple[str, bytes]]:
     yield "index_huge_shape", shaped([2**31, 2**31])
     yield "index_huge_empty_shape", shaped([0, 2**62])
     yield "index_many_dimensions", shaped([1] * 40)
-    yield "index_flags", shaped([1], 4)
+    yield "index_flags", shaped([1], 8)
     yield "index_name_twice", shaped([1], 0, ["b", "a"])
     for name, files in {"up": "..", "slash": "a/b", "backslash": "a\\b", "nul": "a\0", "empty": ""}.items():
         yield f"index_file_{name}", file(index(files=[files]), (FILE, b"\x00"))

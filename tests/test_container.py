@@ -283,10 +283,14 @@ class TestIndex:
         refused(file((1, index(code=[name])), (5, b"")), "the unsafe name")
 
     def test_flags(self):
-        for flags in range(4):
+        for flags in range(8):
             found = parse(file((1, index([unit(flags=flags)])), (3, VECTOR))).units[0].unit
-            assert (found.transposed, found.linear) == (bool(flags % 2), flags > 1)
-        for flags in (4, 5, -1, 256):
+            assert (found.transposed, found.linear, found.stacked) == (
+                bool(flags & 1),
+                bool(flags & 2),
+                bool(flags & 4),
+            )
+        for flags in (8, 9, -1, 256):
             refused(file((1, index([unit(flags=flags)])), (3, VECTOR)), "reserved flags for w")
 
     def test_shapes(self):

@@ -1,9 +1,11 @@
 """Budgets between the finest grid and lossless are filled."""
 
+import numpy as np
 import pytest
 import torch
 
 import bytecap
+from bytecap.coders.exact import is_lossless
 from bytecap.model.checkpoint import load_model
 from bytecap.trim import allowed_slack
 from conftest import SMALL
@@ -28,3 +30,9 @@ def test_a_bfloat16_model_with_far_outliers_fills_its_budget():
     budget = int(9.5 * model.parameters / 8)
     result = bytecap.fit(model, budget, **SMALL)
     assert budget - allowed_slack(budget) <= len(result.data) <= budget
+
+
+@pytest.mark.parametrize("values", [[np.nan], [np.inf, 0], [1e30], [0.5]])
+@pytest.mark.parametrize("dtype", ["I32", "U8", "BOOL"])
+def test_no_integer_holds_these(values, dtype):
+    assert not is_lossless(np.array(values, np.float32), dtype)

@@ -13,17 +13,28 @@ from bytecap.methods.waterfill import Planner, State, VectorUnit, _next_log_step
 from conftest import SMALL, build
 
 
+class Uneven:
+    """A planner that holds one unit back: its bytes only fall from a step on that is far from the others'."""
+
+    parameters, shared, names, _finest = 1000, None, ("a",), {"a": 1e9}
+
+    def settle(self, steps):
+        return State(dict(steps), {}, None, {"a": 1000 - 150 * max(0.0, math.log(steps["a"]) - 25)}, {})
+
+
+def test_the_search_goes_as_far_as_it_must():
+    c, state = Planner.search(Uneven(), {"a": 1.0}, 600, start=1.0)
+    assert abs(state.rate - 600) <= 5e-4 * 600
+    assert math.log(c) == pytest.approx(25 + 400 / 150, abs=0.01)
+
+
 class Restless:
     """A planner whose bytes fall with its step, and are far more at every second look."""
 
-    parameters, shared = 1000, None
+    parameters, shared, names, _finest = 1000, None, ("a",), {"a": 1e9}
 
     def __init__(self):
         self.looks = 0
-
-    def __getattr__(self, name):
-        assert name == "names"
-        return ["a"]
 
     def settle(self, steps):
         self.looks += 1
@@ -53,12 +64,14 @@ def test_constant_vectors_take_any_step(values):
         assert centre == values[0]
 
 
-def test_a_model_with_constant_vectors_at_a_large_budget(model_directory, texts, tmp_path):
+def test_a_model_with_constant_vectors_and_zero_matrices_at_a_large_budget(model_directory, texts, tmp_path):
     module = build("biased")
     with torch.no_grad():
         for name, p in module.named_parameters():
             if p.ndim == 1:
                 p.fill_(float(name.endswith("weight")))
+            elif "o_proj.weight" in name:
+                p.zero_()
     module.save_pretrained(tmp_path)
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((model_directory("biased") / name).read_bytes())
@@ -66,3 +79,11 @@ def test_a_model_with_constant_vectors_at_a_large_budget(model_directory, texts,
     result = bytecap.fit(tmp_path, budget=budget, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
     assert len(result.data) <= budget
     assert result.report["kl_nats"] < 1e-3
+
+
+def test_the_search_ends_where_no_step_is_wide_enough():
+    stuck = Uneven()
+    stuck.settle = lambda steps: State(dict(steps), {}, None, {"a": 1000.0}, {})
+    c, state = Planner.search(stuck, {"a": 1.0}, 600, start=1.0)
+    assert c == 2.0**20 * 1e9
+    assert state.rate == 1000

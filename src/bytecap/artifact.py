@@ -97,7 +97,7 @@ def _pack_index(contents: Contents) -> bytes:
                 u.unit.shape,
                 u.unit.dtype,
                 u.tag,
-                u.unit.transposed + 2 * u.unit.linear,
+                u.unit.transposed + 2 * u.unit.linear + 4 * u.unit.stacked,
                 u.unit.aliases,
             )
             for u in contents.units
@@ -257,9 +257,9 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     at += len(objects)
     units = []
     for (unit, shape, dtype, tag, flags, aliases), section in zip(index.units, body[at:], strict=False):
-        if flags > 3 or flags < 0:
+        if flags > 7 or flags < 0:
             raise CorruptError(f"{name} uses reserved flags for {unit}")
-        described = Unit(unit, tuple(shape), dtype, tuple(aliases), bool(flags & 1), bool(flags & 2))
+        described = Unit(unit, tuple(shape), dtype, tuple(aliases), bool(flags & 1), bool(flags & 2), bool(flags & 4))
         units.append(UnitSection(described, tag, section))
     at += len(units)
     names = [(n, FILE) for n in index.files] + [(n, CODE) for n in _code(index)]

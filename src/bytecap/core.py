@@ -22,6 +22,7 @@ class Unit:
         aliases: its other names.
         transposed: the stored layout is (in, out) instead of (out, in).
         linear: it is the weight of a linear map or an embedding: a matrix with one row per output or token.
+        stacked: a stack of matrices (experts): rows run over all dimensions but the last.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Unit:
     aliases: tuple[str, ...] = ()
     transposed: bool = False
     linear: bool = False
+    stacked: bool = False
 
     @property
     def parameters(self) -> int:
@@ -44,9 +46,9 @@ class Unit:
         """(rows, cols) as coders see it: rows are outputs or tokens; vectors are one row."""
         if len(self.shape) < 2:
             return 1, self.parameters
-        rows = self.shape[0]
-        cols = self.parameters // rows if rows else 0
-        return (cols, rows) if self.transposed else (rows, cols)
+        one = self.shape[-1 if self.stacked else 0]
+        other = self.parameters // one if one else 0
+        return (other, one) if self.stacked != self.transposed else (one, other)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def read(data):
     with np.errstate(all="ignore"):
         for unit, section in zip(index["units"], of[3], strict=True):
             name, shape, dtype, coder, flags, aliases = unit
-            values = tensor(section, shape, dtype, coder, bool(flags & 1), shared)
+            values = tensor(section, shape, dtype, coder, flags, shared)
             tensors |= dict.fromkeys([name, *aliases], values)
     need(shared.used == set(range(len(of[7]))), "a shared object that no unit refers to")
     files = dict(zip(names[1], map(content_of, of[4]), strict=True))
@@ -141,7 +141,7 @@ def read_index(section):
         need(type(unit) is list and len(unit) == 6, "a unit is six things")
         name, shape, dtype, coder, flags, aliases = unit
         need(type(name) is str and type(dtype) is str and type(shape) is list and len(shape) <= 32, "a unit")
-        need(all(type(n) is int and n >= 0 for n in [*shape, coder, flags]) and flags <= 3, "a unit's numbers")
+        need(all(type(n) is int and n >= 0 for n in [*shape, coder, flags]) and flags <= 7, "a unit's numbers")
         names += [name, *strings(aliases)]
     need(len(set(names)) == len(names), "two tensors of one name")
     return index
@@ -152,11 +152,12 @@ def check_sizes(units, length):
     need(total <= (1 << 24) + 2048 * length, f"{total} values declared in {length} bytes")
 
 
-def tensor(section, shape, dtype, coder, transposed, shared):
+def tensor(section, shape, dtype, coder, flags, shared):
     """A decoded unit in its stored shape (section 4)."""
     n = prod(shape)
-    a, b = (1, n) if len(shape) < 2 else (shape[0], n // shape[0] if shape[0] else 0)
-    turned = transposed and len(shape) >= 2
+    first, last = (shape[0], shape[-1]) if len(shape) >= 2 else (1, n)
+    a, b = (n // last if last else 0, last) if flags & 4 and len(shape) >= 2 else (first, n // first if first else 0)
+    turned = flags & 1 and len(shape) >= 2
     matrix = decode(coder, section, (b, a) if turned else (a, b), dtype, shared)
     return np.ascontiguousarray(matrix.T if turned else matrix).reshape(shape)
 

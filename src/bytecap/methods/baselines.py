@@ -12,6 +12,7 @@ from torch import Tensor
 from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.statistics import moments
+from bytecap.model.checkpoint import as_matrix
 
 
 def run_golf(job: Job) -> Outcome:
@@ -72,9 +73,7 @@ def matrices(job: Job) -> dict[str, Any]:
     """Float32 values of every unit as (rows, cols), on the CPU."""
     found = {}
     for u in job.model.units:
-        values = job.model.tensor(u).detach().float().cpu()
-        flat = values.reshape(u.shape[0], -1) if len(u.shape) >= 2 else values.reshape(1, -1)
-        found[u.name] = flat.T.contiguous() if u.transposed else flat
+        found[u.name] = as_matrix(u, job.model.tensor(u).detach().float().cpu()).contiguous()
     return found
 
 

@@ -27,6 +27,7 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.statistics import moments
 from bytecap.methods.uniform import exact_sections, is_exact
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluate import kl_to
 from bytecap.swap import load_values, twin_of
 
@@ -119,9 +120,7 @@ def prepare(job: Job) -> tuple[list[Material], dict[str, Section]]:
 
 
 def _matrix(unit: Unit, values: Tensor) -> Tensor:
-    flat = values.detach()
-    flat = flat.reshape(unit.shape[0], -1) if len(unit.shape) >= 2 and unit.parameters else flat.reshape(1, -1)
-    flat = flat.T.contiguous() if unit.transposed and len(unit.shape) >= 2 else flat
+    flat = as_matrix(unit, values.detach()).contiguous()
     return flat.float() if flat.is_floating_point() and unit.dtype != "F64" else flat
 
 

@@ -59,8 +59,8 @@ class VectorUnit:
 
 
 def finest_step(item: Prepared) -> float:
-    """The step below which symbols would exceed 16 bits: finer grids gain nothing and integers would overflow."""
-    widest = 0.0
+    """The step, above 0, below which symbols would exceed 16 bits: finer grids gain nothing and integers overflow."""
+    widest = 1e-20  # of a matrix of zeros
     for weight, row_step, diagonal, order in zip(
         torch.tensor_split(item.weight, item.groups), torch.tensor_split(item.row_step, item.groups),
         item.lower.diagonal(), item.order, strict=True,
@@ -203,16 +203,20 @@ class Planner:
         Returns:
             c0 and the settled state.
         """
-        c, seen = start, []
+        c, seen, limit = start, [], rounds
+        widest = 2.0**20 * max(self._finest.values(), default=1.0)  # nothing is left of any weight
         state = State({}, {}, self.shared, {}, {})
-        for i in range(rounds):
+        for i in range(4 * rounds):
             del state  # the next one takes its place in memory
             state = self.settle({n: c * multipliers[n] for n in self.names})
             seen.append((math.log(c), state.rate))
             if i >= 1 and abs(state.rate - capacity) <= tolerance * capacity:
                 break
-            if i + 1 < rounds:
-                c = math.exp(_next_log_step(seen, capacity, self.parameters))
+            if i + 1 == limit:
+                if min(rate for _, rate in seen) <= capacity or c == widest:
+                    break
+                limit += rounds  # a unit far more sensitive than all others: rates hardly move at first
+            c = min(math.exp(_next_log_step(seen, capacity, self.parameters)), widest)
         fitting = [x for x, rate in seen if rate <= capacity]
         if state.rate > 1.02 * capacity and fitting:  # not found in time: the finest that fitted
             c = math.exp(min(fitting))
@@ -306,4 +310,5 @@ def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, paramet
     apart = one[0] - two[0]
     if abs(apart) > 0.01 and (one[1] - two[1]) * apart < 0:  # refitted tables can turn close points round
         slope = float(np.clip((one[1] - two[1]) / apart, 2 * steepest, steepest / 20))
-    return x + float(np.clip((capacity - r) / slope, -2.0, 2.0))
+    reach = 2.0 if below else 2.0 * min(max(1, len(above) - 4), 8)
+    return x + float(np.clip((capacity - r) / slope, -reach, reach))

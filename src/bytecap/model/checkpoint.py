@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _Values = TypeVar("_Values", np.ndarray[Any, Any], "torch.Tensor")
+_STACKED = 16  # smallest side of a matrix in a stack of them
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64",
@@ -344,15 +345,24 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
                 aliases=tuple(names[1:]),
                 transposed=kinds == {"conv1d"},
                 linear=bool(kinds),
+                stacked=not kinds and _is_stack(tensors[names[0]]),
             )
         )
     return tuple(units)
 
 
+def _is_stack(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that no linear module owns is a stack of matrices: kernels of convolutions are smaller."""
+    return tensor.ndim == 3 and min(tensor.shape[1:]) >= _STACKED
+
+
 def as_matrix(unit: Unit, values: _Values) -> _Values:
     """Stored tensor -> (rows, cols) as coders see it, an array or a torch tensor."""
-    flat = values.reshape(unit.shape[0], -1) if len(unit.shape) >= 2 and unit.parameters else values.reshape(1, -1)
-    return flat.T if unit.transposed else flat
+    rows, cols = unit.matrix_shape
+    if not unit.parameters:
+        return values.reshape(1, 0)
+    turned = unit.transposed and len(unit.shape) >= 2
+    return values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
 
 
 def module_from_config(directory: Path) -> torch.nn.Module:

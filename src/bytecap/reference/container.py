@@ -113,7 +113,10 @@ class Unit(NamedTuple):
         """(rows, cols) as coders see them."""
         if len(self.shape) < 2:
             return 1, prod(self.shape)
-        a, b = self.shape[0], prod(self.shape) // max(1, self.shape[0])
+        if self.flags & 4:
+            a, b = prod(self.shape) // max(1, self.shape[-1]), self.shape[-1]
+        else:
+            a, b = self.shape[0], prod(self.shape) // max(1, self.shape[0])
         return (b, a) if self.flags & 1 else (a, b)
 
 
@@ -140,7 +143,7 @@ def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes], list[bytes]]:
     units, code = [Unit(*entry) for entry in index["units"]], listed[3]
     files = index["files"] + code
     for u in units:
-        require(len(u.shape) <= 32 and min(u.shape, default=0) >= 0 and 0 <= u.flags <= 3, f"{u} is out of range")
+        require(len(u.shape) <= 32 and min(u.shape, default=0) >= 0 and 0 <= u.flags <= 7, f"{u} is out of range")
     names = [n for u in units for n in (u.name, *u.aliases)]
     require(len(set(names)) == len(names) and len(set(files)) == len(files), "a name occurs twice")
     require(not any(not f or f[0] == "." or set(f) & {"/", "\\", "\0"} for f in files), "a file's name is unsafe")
