@@ -121,7 +121,7 @@ def _choose(
     del plain
     if job.paths:
         found |= _with_paths(job, found["allocated" if options.allocate else "plain"], kappa, capacity)
-    with job.reporter.step("comparison with a plain plan", 1):
+    with memory.no_holes(), job.reporter.step("comparison with a plain plan", 1):
         label, predicted = _better(job, found, capacity, twin)
     best = replace(found[label], label=label, predicted=predicted, margin=around)
     if best.planner is planner:  # not one whose units are under exception paths
