@@ -123,6 +123,15 @@ def unit(name, shape, tag, data, dtype="F32", aliases=(), *, transposed=False, l
     return UnitSection(Unit(name, tuple(shape), dtype, tuple(aliases), transposed, linear, stacked), tag, data)
 
 
+def stacked_units() -> Iterator[UnitSection]:
+    """Stacks of matrices, flag 4, and what it changes nothing of."""
+    for seed, (name, shape, rows, cols, transposed) in enumerate([
+        ("experts", (3, 8, 10), 24, 10, False), ("turned", (3, 8, 10), 10, 24, True), ("matrix", (6, 10), 6, 10, False),
+        ("vector", (7,), 1, 7, False), ("none", (3, 8, 0), 0, 0, False),
+    ], 11):  # fmt: skip
+        yield unit(name, shape, 1, grid((rows, cols), seed=seed), stacked=True, transposed=transposed)
+
+
 def pack(*units, files=(), about=None, padding=0, tables=True, objects=()):
     section = dump_shared(SHARED) if tables else b""
     return artifact.serialize(Contents(units, section, tuple(files), about or {}, padding, tuple(objects)))

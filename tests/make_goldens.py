@@ -48,6 +48,7 @@ from golden_parts import (
     pack,
     packed_zlib,
     sealed,
+    stacked_units,
     tiny,
     trellis,
     unit,
@@ -74,16 +75,7 @@ def _grids() -> Iterator[tuple[str, bytes]]:
         ),
     )
     wide = [13, -13, 1023, -1024, 70_000, 2**31 - 1, 1 - 2**31, 64]
-    yield (
-        "grid_stacked",
-        pack(
-            unit("experts", (3, 8, 10), 1, grid((24, 10), seed=11), stacked=True),
-            unit("turned", (3, 8, 10), 1, grid((10, 24), seed=12), stacked=True, transposed=True),
-            unit("matrix", (6, 10), 1, grid((6, 10), seed=13), stacked=True),
-            unit("vector", (7,), 1, grid((1, 7), seed=14), stacked=True),
-            unit("none", (3, 8, 0), 1, grid((0, 0), seed=15), stacked=True),
-        ),
-    )
+    yield "grid_stacked", pack(*stacked_units())
     yield "grid_escapes", pack(unit("a", (9, 9), 1, grid((9, 9), seed=3, wide=wide)))
     sparse = (Numbers(4).below(12, 8281) == 0) * np.array([-1, 1, 2] * 2761)[:8281]
     yield "grid_lanes", pack(unit("a", (91, 91), 1, grid((91, 91), seed=4, wide=sparse, varied=False, base=8)))

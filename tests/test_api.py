@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import bytecap
@@ -164,3 +165,11 @@ class TestSource:
         pyproject = SOURCE.parents[1] / "pyproject.toml"
         if pyproject.is_file():
             assert f'version = "{bytecap.__version__}"' in pyproject.read_text("utf-8")
+
+
+def test_a_loaded_model_holds_the_decoded_values(fitted):
+    artifact_, path = fitted("rotary", "uniform")
+    module = bytecap.load_model(path)
+    live = module.state_dict()
+    assert all(np.array_equal(live[n].numpy(), v) for n, v in artifact_.tensors().items())
+    assert not module.training

@@ -394,11 +394,3 @@ def test_into_a_module(tmp_path):
         bytecap.load_into(path, torch.nn.Sequential(module, module))
     with pytest.raises(ArtifactError, match=r"holds no config\.json"):
         bytecap.load_model(path)
-
-
-def test_a_whole_model(fitted):
-    artifact_, path = fitted("rotary", "uniform")
-    module = bytecap.load_model(path)
-    live = module.state_dict()
-    assert all(np.array_equal(live[n].numpy(), v) for n, v in artifact_.tensors().items())
-    assert not module.training
