@@ -169,8 +169,9 @@ def composition(rows: Sequence[Row]) -> Iterator[Claim]:
         both = (found[model, size, arm, None], found[model, size, against, None])
         said = tuple(f"{r['kl']['mean']:.3f} / {r['loss']['mean']:+.3f}" for r in both)
         for word in ("kl", "loss"):
-            what, tie = f"{word}, arm {arm} minus arm {against}, {model}, {size}", (model, arm, against, word)
-            yield Claim(what, row[word]["mean"], row[word]["stderr"], True, tie in _EQUAL_ARMS, figures=said)
+            what = f"{word}, arm {arm} minus arm {against}, {model}, {size}"
+            tie = (model, arm, against, word) in _EQUAL_ARMS
+            yield Claim(what, row[word]["mean"], row[word]["stderr"], True, tie, figures=said)
 
 
 def searches(rows: Sequence[Row]) -> Iterator[Claim]:

@@ -58,8 +58,8 @@ from common import parser, record, texts
 TRAINED = {"a": None, "a-trained": "a", "b": "b", "b-reinvested": "b", "c": "d", **{x: x for x in "defg"}}  # -> student
 AT_RATE = ("b", "c")  # arms at the rate of a
 RELAXED, SEARCHED = ("e", "g"), ("f", "g")  # arms with low-rank parts, and those whose tying was searched for
-AGAINST = [(x, y) for x in "defg" for y in ("a", "a-trained", "b-reinvested")]
 ASKED = ("model", "train", "texts", "blocks", "lora_rank", "steps", "search_steps", "rate", "full_rate", "labels")
+AGAINST = [(x, y) for x in "defg" for y in ("a", "a-trained", "b-reinvested")]
 AGAINST += [("c", "b"), ("e", "d"), ("f", "d"), ("g", "e"), ("g", "f")]
 
 
@@ -291,8 +291,8 @@ def summarise(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     rows = [r for r in rows if r["benchmark"] == "composition"]
     for name, size in dict.fromkeys((r["model"], r["size"]) for r in rows):
         mine = [{**r, "method": r["arm"]} for r in rows if (r["model"], r["size"]) == (name, size)]
-        about = {"model": name, "size": size}
-        entries = {x: pairs.entry([r for r in mine if r["arm"] == x], mine[0]) for x in TRAINED if x in _arms(mine)}
+        about, arms = {"model": name, "size": size}, dict.fromkeys(r["arm"] for r in mine)
+        entries = {arm: pairs.entry([r for r in mine if r["arm"] == arm], mine[0]) for arm in arms}
         for arm, found in entries.items():
             figures = {m: pairs.figure(found, m, found.texts).as_dict() for m in pairs.METRICS}
             say(args, {**about, "arm": arm, "seeds": len(found.seeds), "file_bytes": found.bytes, **figures})
@@ -301,10 +301,6 @@ def summarise(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 a, b = entries[one_], entries[other]
                 figures = {m: pairs.difference(a, b, m, a.texts).as_dict() for m in pairs.METRICS}
                 say(args, {**about, "arm": one_, "against": other, **figures})
-
-
-def _arms(rows: list[dict[str, Any]]) -> set[str]:
-    return {r["arm"] for r in rows}
 
 
 def say(args: argparse.Namespace, row: dict[str, Any]) -> None:

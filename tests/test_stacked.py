@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import bytecap
+from bytecap.coders.exact import CODER as EXACT
 from bytecap.coders.vector import CODER as VECTOR
 from bytecap.core import Unit
 from bytecap.model.checkpoint import as_matrix, find_units
@@ -71,3 +72,18 @@ def test_experts_are_coded_as_matrices_and_come_back():
         original = getattr(model, name).detach()
         assert found[name].shape == original.shape
         assert float((torch.from_numpy(found[name].copy()) - original).norm() / original.norm()) < 0.5
+
+
+def test_wide_buffers_come_back_as_they_were():
+    model = Experts()
+    model.register_buffer("floats", torch.randn(4, 8, 1100))
+    model.register_buffer("integers", torch.arange(2 * 3 * 4100).reshape(2, 3, 4100))
+    exact = sum(
+        len(EXACT.encode(b.numpy().reshape(1, -1), d)) for b, d in ((model.floats, "F32"), (model.integers, "I64"))
+    )
+    budget = exact + 4 * sum(p.numel() for p in model.parameters()) // 8
+    result = bytecap.fit(model, budget=budget, calibration=batches(6), evaluation=batches(2))
+    assert not result.report["lossless"]
+    found = result.tensors()
+    for name in ("floats", "integers"):
+        assert torch.equal(torch.from_numpy(found[name].copy()), getattr(model, name))

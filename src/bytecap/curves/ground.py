@@ -23,7 +23,7 @@ from bytecap.methods import Job, Section
 from bytecap.methods.default import planned, statistics
 from bytecap.methods.layered import problem_of
 from bytecap.methods.statistics import job_key, windows_key
-from bytecap.model.checkpoint import Model
+from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluate import kl_each
 from bytecap.model.probe import Statistics
 from bytecap.model.streams import streams_of
@@ -142,7 +142,7 @@ def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str)
     if kept is None:
         blank = {}
         for u in job.model.units:
-            values = job.model.tensor(u).detach().float().cpu().numpy().reshape(u.matrix_shape)
+            values = as_matrix(u, job.model.tensor(u).detach().float().cpu().numpy())
             blank[u.name] = Section(3, b"" if u.name in problems else EXACT.encode(values, u.dtype))
         room = job.budget - job.size(blank, b"") - 3 * len(problems)
         if room <= 0:

@@ -270,8 +270,7 @@ def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
             elif values.is_floating_point() and values.numel() and u.name not in buffers:
                 vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
-                array = values.cpu().numpy().reshape(u.matrix_shape)
-                fixed[u.name] = Section(EXACT.tag, EXACT.encode(array, u.dtype))
+                fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
             advance(1)
     _say_unused(job, [p.unit.name for p in matrices if not float(p.rows.sum())], vectors)
     found.uses.clear()

@@ -203,21 +203,20 @@ class Planner:
         Returns:
             c0 and the settled state.
         """
-        c, seen, limit = start, [], rounds
+        c, seen = start, []
         widest = 2.0**20 * max(self._finest.values(), default=1.0)  # nothing is left of any weight
         state = State({}, {}, self.shared, {}, {})
-        for i in range(4 * rounds):
+        for i in range(1, 4 * rounds + 1):
             del state  # the next one takes its place in memory
             state = self.settle({n: c * multipliers[n] for n in self.names})
             seen.append((math.log(c), state.rate))
-            if i >= 1 and abs(state.rate - capacity) <= tolerance * capacity:
+            fitting = [x for x, rate in seen if rate <= capacity]
+            if i > 1 and abs(state.rate - capacity) <= tolerance * capacity:
                 break
-            if i + 1 == limit:
-                if min(rate for _, rate in seen) <= capacity or c == widest:
-                    break
-                limit += rounds  # a unit far more sensitive than all others: rates hardly move at first
+            # some more rounds where nothing fits: beside a unit far more sensitive than all others rates hardly move
+            if i % rounds == 0 and (fitting or c == widest or i == 4 * rounds):
+                break
             c = min(math.exp(_next_log_step(seen, capacity, self.parameters)), widest)
-        fitting = [x for x, rate in seen if rate <= capacity]
         if state.rate > 1.02 * capacity and fitting:  # not found in time: the finest that fitted
             c = math.exp(min(fitting))
             state = self.settle({n: c * multipliers[n] for n in self.names})

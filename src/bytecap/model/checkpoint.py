@@ -359,8 +359,6 @@ def _is_stack(tensor: torch.Tensor) -> bool:
 def as_matrix(unit: Unit, values: _Values) -> _Values:
     """Stored tensor -> (rows, cols) as coders see it, an array or a torch tensor."""
     rows, cols = unit.matrix_shape
-    if not unit.parameters:
-        return values.reshape(1, 0)
     turned = unit.transposed and len(unit.shape) >= 2
     return values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
 

@@ -62,7 +62,7 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
 
 
 def _oriented(unit: Unit) -> Unit:
-    """Stacks of matrices with a few large members lie on their side, where a second moment over columns is small."""
+    """Wide tensors with a few large members lie on their side, where a second moment over columns is small."""
     rows, cols = unit.matrix_shape
     if len(unit.shape) > 2 and cols > WIDEST and 1 < rows <= WIDEST:
         return replace(unit, transposed=True)

@@ -132,7 +132,8 @@ def _sizes(document: str, ends: list[int]) -> list[int]:
     upto = np.append(np.flatnonzero((raw & 0xC0) != 0x80), len(raw))  # bytes before every character, and in all
     stops = upto[np.maximum.accumulate(ends)]
     stops[-1] = upto[-1]  # what no token claims
-    return list(np.diff(stops, prepend=0).tolist())
+    sizes: list[int] = np.diff(stops, prepend=0).tolist()
+    return sizes
 
 
 def cut_windows(ids: Sequence[int], sizes: Sequence[int], window: int, document: int = -1) -> list[Window]:

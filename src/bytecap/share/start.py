@@ -29,9 +29,8 @@ from bytecap.model.checkpoint import linear_weights
 from bytecap.model.tying import Tying, find_blocks, layers, matrices, oriented, tie
 
 INITS = ("stepwise", "average", "lower")
-Parts = dict[
-    tuple[int, ...], list[tuple[Tensor, Tensor]]
-]  # `up` and `down` of every map and layer of a group, by its layers
+# `up` and `down` of every map and layer of a group, by its layers
+Parts = dict[tuple[int, ...], list[tuple[Tensor, Tensor]]]
 
 
 def loop(depth: int, blocks: int) -> tuple[int, ...]:
