@@ -237,13 +237,15 @@ def test_matrices_of_a_stream_name_one_list_that_the_ledger_counts_once(fitted):
         named += part[2] == LISTED
         assert u.unit.matrix_shape[0 if part[0] == ROWS else 1] == width
     assert len(found[128]) == 1, "all matrices on the residual stream protect the same channels"
-    (channels,) = found[128]
-    assert set(channels) <= set(LOUD)
-    assert named >= 3
-    assert len(model.objects) == 1
+    (channels,) = (set(c) for c in found[128])
+    loud = set(LOUD)  # how many channels pay is close; that the loud ones come first is not
+    assert channels <= loud or channels >= loud
+    assert named >= 2, "no list is named, so nothing is shared"
+    assert 1 <= len(model.objects) <= sum(map(len, found.values()))
     entries = artifact.ledger(model)
-    once = {e.kind: e.bytes for e in entries if e.unit == "(shared) list 0"}
-    assert once == {"header": 1, "index": len(model.objects[0]) - 1}
+    for i, stored in enumerate(model.objects):
+        once = {e.kind: e.bytes for e in entries if e.unit == f"(shared) list {i}"}
+        assert once == {"header": 1, "index": len(stored) - 1}
     inside = {e.unit: e.bytes for e in entries if e.kind == "channels index"}
     assert len(inside) == fitted.report["paths"]["channels"]["units"]
     assert sorted(inside.values())[:named] == [REFERENCE] * named
