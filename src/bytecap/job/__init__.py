@@ -1,0 +1,1 @@
+"""The contract between the rooms of the package: `FitConfig` is what may be asked of a fit."""
