@@ -12,7 +12,7 @@ from typing import Any
 
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.texts import Window
-from bytecap.pipeline.fit import choose_device
+from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap.recovery.tuning import Effort
 from bytecap_lab.layer_tying import Plan, decide, read, split

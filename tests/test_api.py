@@ -56,7 +56,9 @@ class TestNames:
     def test_every_error_is_public_and_derives_from_one(self):
         found = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)}
         assert found <= set(bytecap.__all__)
+        found.remove("BytecapWarning")
         assert all(issubclass(getattr(bytecap, n), bytecap.BytecapError) for n in found)
+        assert issubclass(bytecap.BytecapWarning, UserWarning)
 
     def test_unknown_names_are_attribute_errors(self):
         with pytest.raises(AttributeError, match="no_such_name"):

@@ -187,7 +187,7 @@ class TestInterruption:
         assert out == ""
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("where", ["bytecap.pipeline.fit._measure", "bytecap.system.atomic.os.fsync"])
+    @pytest.mark.parametrize("where", ["bytecap.pipeline.stages._measure", "bytecap.system.atomic.os.fsync"])
     def test_ctrl_c_at_awkward_moments(self, run, job, tmp_path, monkeypatch, where):
         def interrupt(*_):
             raise KeyboardInterrupt

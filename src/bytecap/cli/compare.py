@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.cli.common import Calibration, Device, Evaluation, Json, check_output, names, print_json, progress
 from bytecap.errors import UsageError
 
 _DEFAULT_METHODS = "bytecap,golf,owq,radio,uniform"
@@ -27,10 +27,8 @@ def compare(
     external: Annotated[
         list[str] | None, typer.Option("--external", help="NAME:DIR:BYTES of somebody else's model (repeatable).")
     ] = None,
-    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
-    eval_: Annotated[
-        list[Path] | None, typer.Option("--eval", help="Evaluation text, one a workload (repeatable).")
-    ] = None,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
     tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
     eval_tokens: Annotated[int, typer.Option(help="Most evaluation tokens, over all texts.", min=1)] = 16_384,
     device: Device = "auto",
@@ -58,9 +56,9 @@ def compare(
 
         found = comparison.compare(
             models or [], output if output is not None else Path("compare"), budgets=names([budgets]) or (),
-            methods=names([methods]) or (), seeds=seeds, externals=external or (), calibration=calib, evaluation=eval_,
-            tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store, report=report,
-            command=command_line(), reporter=reporter,
+            methods=names([methods]) or (), seeds=seeds, externals=external or (), calibration=calibration,
+            evaluation=evaluation, tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store,
+            report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip
     if as_json:
         print_json(found)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.cli.common import Calibration, Device, Evaluation, Json, check_output, names, print_json, progress
 
 
 def curves(
@@ -16,8 +16,8 @@ def curves(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     base: Annotated[str, typer.Option(help="grid or golf.")] = "grid",
     paths: Annotated[list[str] | None, typer.Option("--paths", help="Paths, by comma or repeated; all.")] = None,
-    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
-    eval_: Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")] = None,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
     tokens: Annotated[int | None, typer.Option(help="Most calibration tokens.", min=1)] = None,
@@ -34,8 +34,8 @@ def curves(
 
     check_output(report, output)
     found = byte_returns(
-        model, budget, output, base=base, paths=names(paths), calibration=calib, evaluation=eval_, device=device,
-        seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
+        model, budget, output, base=base, paths=names(paths), calibration=calibration, evaluation=evaluation,
+        device=device, seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
         points=points or POINTS, point_tokens=point_tokens or POINT_TOKENS, store=store, report=report,
         reporter=progress(as_json),
     )  # fmt: skip

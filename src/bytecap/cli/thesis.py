@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.cli.common import Calibration, Device, Evaluation, Json, check_output, names, print_json, progress
 from bytecap.errors import UsageError
 
 
@@ -23,12 +23,8 @@ def thesis(
     only: Annotated[list[str] | None, typer.Option("--only", help="Experiments by name or number; all.")] = None,
     bases: Annotated[str, typer.Option(help="grid, golf or both by comma.")] = "grid,golf",
     budget: Annotated[str, typer.Option(help="Size, or bits per parameter. The registered one is 3bpp.")] = "3bpp",
-    calib: Annotated[
-        list[Path] | None, typer.Option("--calib", help="Calibration text, one a workload (repeatable).")
-    ] = None,
-    eval_: Annotated[
-        list[Path] | None, typer.Option("--eval", help="Evaluation text, one a workload (repeatable).")
-    ] = None,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
     tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
     eval_tokens: Annotated[int, typer.Option(help="Most evaluation tokens, over all texts.", min=1)] = 8_192,
     seeds: Annotated[int, typer.Option(help="Calibration seeds of rankings, from 0.", min=1)] = 3,
@@ -59,7 +55,7 @@ def thesis(
 
         found = tests.thesis(
             models or [], output if output is not None else Path("thesis"), only=names(only),
-            bases=names([bases]) or (), budget=budget, calibration=calib, evaluation=eval_, tokens=tokens,
+            bases=names([bases]) or (), budget=budget, calibration=calibration, evaluation=evaluation, tokens=tokens,
             evaluation_tokens=eval_tokens, seeds=seeds, rungs=rungs, device=device, jobs=jobs, store=store,
             report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip

@@ -102,8 +102,8 @@ class FitConfig:
 @cache
 def documentation() -> dict[str, str]:
     """One sentence or two about every option, as the class documents it (nothing where docstrings are stripped)."""
-    entries = re.findall(r"^        (\w+): (.*?)(?=\n        \w|\n    \S|\n*\Z)", _attributes(), re.DOTALL | re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    entries = re.split(r"^        (?=\w+: )", _attributes(), flags=re.MULTILINE)[1:]
+    return {name: " ".join(text.split()) for name, _, text in (e.partition(": ") for e in entries)}
 
 
 def _attributes() -> str:
@@ -143,7 +143,8 @@ class _Configured(Generic[P]):
             return function(*first, FitConfig(**found))
 
         vars(call)["__signature__"] = signature
-        call.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n    Options:\n{_attributes()}\n"
+        own_text = re.sub(r"\n +config: .*", "", function.__doc__ or "").rstrip()
+        call.__doc__ = f"{own_text}\n\n    Options:\n{_attributes()}\n"
         return call
 
 

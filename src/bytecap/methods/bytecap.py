@@ -38,6 +38,7 @@ from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_each, kl_to
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.texts import leading
+from bytecap.progress import warn
 from bytecap.quantization.quantizer import Options, Prepared, prepare
 from bytecap.recovery.checkpointing import Kept, rules_from_json, rules_to_json
 from bytecap.recovery.tuning import tune
@@ -287,7 +288,7 @@ def _say_unused(job: Job, matrices: list[str], vectors: list[VectorUnit]) -> Non
     """Name the units that calibration says nothing about: they get next to no bytes."""
     idle = matrices + [v.unit.name for v in vectors if not v.fisher.any()]
     if idle:
-        job.reporter.note(f"warning: no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
+        warn(job.reporter, f"no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
 
 
 def _capacity(job: Job, work: _Work, tables: int) -> float:

@@ -12,7 +12,7 @@ from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import load_text
 from bytecap.pipeline.export import load_model as load_artifact
 from bytecap.pipeline.export import side_files
-from bytecap.progress import Reporter, Silent
+from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.types import Score
 
 
@@ -46,16 +46,16 @@ def score(
         reporter: told about progress.
     """
     from bytecap.model.evaluation import evaluate
-    from bytecap.pipeline.fit import choose_device
+    from bytecap.pipeline.stages import choose_device
 
-    reporter = reporter or Silent()
+    reporter = reporter_for(reporter)
     target = choose_device(device)
     opened = open_model(model)
     opened.module.to(target)
     encode = encoder(opened.files)
     paths = as_paths(texts)
     if not paths:
-        reporter.note("warning: no --text given: the embedded SQLite documentation is scored")
+        warn(reporter, "no --text given: the embedded SQLite documentation is scored")
         paths = [demo_directory() / "val.txt"]
     scores = []
     for path in paths:

@@ -27,14 +27,15 @@ import torch
 from bytecap.calibration.probe import longest_first
 from bytecap.calibration.statistics import model_key, windows_key
 from bytecap.errors import BudgetError, CheckpointError, OutputError
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import ByWindow, compare
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit import Artifact, fit_sets
+from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Reporter, Silent
 from bytecap.report.plain import finite
-from bytecap.system.cache import Store, digest, library
+from bytecap.system.cache import digest, library
 from bytecap_lab.compare.specs import Cell, Setting, read_method
 
 Record = dict[str, Any]
@@ -215,10 +216,11 @@ def run(task: Task) -> list[Record]:
 
 def _fitted(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
     cell, way = task.cell, read_method(task.cell.method)
-    result: Artifact = fit_sets(
-        lambda: model, cell.budget, lambda _: sets, method=way.name, device=task.setting.device, seed=cell.seed,
-        paths=way.paths, options=dict(way.options), store=Store(task.store), reporter=Silent(),
+    config = FitConfig(
+        cell.budget, method=way.name, device=task.setting.device, seed=cell.seed, paths=way.paths,
+        options=way.options, store=task.store, reporter=Silent(),
     )  # fmt: skip
+    result = fit_sets(model, sets, config)
     kept = {k: v for k, v in result.report.items() if k in _KEPT}
     return {**kept, "file_sha256": hashlib.sha256(result.data).hexdigest()}, result.windows
 
