@@ -16,6 +16,7 @@ import typer
 
 from bytecap.cli.common import names
 from bytecap.job.config import FitConfig, documentation
+from bytecap.methods import METHODS
 
 TEXT = "the embedded text, with a warning"
 _Texts = list[Path] | None
@@ -57,7 +58,7 @@ OPTIONS = {
     "output": _Option(("-o", "--output"), Path | None, _NONE, behind="{budget} in it stands for each of several."),
     "calibration": _Option(("--calibration", "--calib"), _Texts, TEXT, behind="Repeatable."),
     "evaluation": _Option(("--evaluation", "--eval"), _Texts, TEXT, behind="Repeatable."),
-    "method": _Option(("--method",)),
+    "method": _Option(("--method",), behind=f"There are {', '.join(METHODS)}."),
     "device": _Option(("--device",)),
     "seed": _Option(("--seed",), int),
     "window": _Option(("--window",), int, least=1),

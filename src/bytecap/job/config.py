@@ -45,7 +45,7 @@ class FitConfig:
         evaluation: what quality is measured on, and nothing is fitted to: text files, the embedded text by default;
             for a torch module batches, by default a fifth of those for calibration.
         method: the method: `bytecap`, a baseline such as `golf` or `uniform`, or FILE.py:CALLABLE, which is run.
-        device: `auto`, `cpu` or `cuda`.
+        device: torch device: `auto`, `cpu` or `cuda`.
         seed: seed of every random choice.
         output: file to write.
         dry_run: print floor and predicted quality; write and evaluate nothing.

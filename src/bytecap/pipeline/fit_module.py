@@ -71,10 +71,7 @@ def fit_module(module: nn.Module, config: FitConfig) -> Artifact:
 def batch_sets(model: Model, asked: Asked, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:
     """The three sets of a module, from batches."""
     config = asked.config
-    found = _sets(
-        model, calibration, evaluation, config.loss, config.predictions or _predictions,
-        config.tokens, config.evaluation_tokens, config.seed,
-    )  # fmt: skip
+    found = _sets(model, config, calibration, evaluation)
     if isinstance(found.statistics[0], Batch):
         check_method(config.method)
     report_sets(found, asked.reporter)
@@ -94,17 +91,10 @@ def _scores(model: Model, result: Artifact, evaluate: Evaluate) -> dict[str, flo
         return {"score_original": float(evaluate(model.module)), "score_artifact": float(evaluate(twin))}
 
 
-def _sets(
-    model: Model,
-    calibration: Iterable[Any],
-    evaluation: Iterable[Any] | None,
-    loss: Loss | None,
-    predictions: Callable[[Any], int],
-    tokens: int,
-    evaluation_tokens: int,
-    seed: int,
-) -> TokenSets:
+def _sets(model: Model, config: FitConfig, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:
     """The three sets."""
+    loss, predictions = config.loss, config.predictions or _predictions
+    tokens, evaluation_tokens, seed = config.tokens, config.evaluation_tokens, config.seed
     wanted = tokens + CORRECTION_TOKENS + (evaluation_tokens if evaluation is None else 0)
     pool = _take(calibration, predictions, wanted)
     held = None if evaluation is None else _take(evaluation, predictions, evaluation_tokens)

@@ -119,6 +119,8 @@ def check(config: FitConfig) -> Asked:
         UsageError: an option cannot be understood. CodeError: a source file cannot be packed.
     """
     check_budget(config.budget)
+    if config.recover_text and config.recover is None:
+        raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
     run, device = methods.find(config.method), choose_device(config.device)
     paths, effort = methods.menu_of(config.paths, config.method), effort_of(config.recover)
     code = config.code if isinstance(config.code, Code) else codefiles.pack(config.code)
