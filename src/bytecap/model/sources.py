@@ -14,7 +14,6 @@ from typing import Any
 from bytecap.errors import CheckpointError, TextError, UsageError
 from bytecap.model.checkpoint import Model, demo_directory, of_transformers
 from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
-from bytecap.model.sampling import sample
 from bytecap.model.texts import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
 from bytecap.progress import Reporter, warn
 
@@ -190,6 +189,8 @@ def _sampled(
     model: Model, sets: TokenSets, window: int, seed: int, device: str, reporter: Reporter
 ) -> tuple[Window, ...]:
     """Windows that the model makes up, each from a token with which a calibration window begins."""
+    from bytecap.model.sampling import sample
+
     if not of_transformers(model.module):
         raise UsageError("--recover-text self samples from a model of transformers; give a text instead")
     with reporter.step("sampling", 1):

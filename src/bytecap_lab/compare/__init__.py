@@ -103,7 +103,7 @@ def render(
     Raises:
         UsageError: the file holds no run.
     """
-    from bytecap_lab.compare.runs import read_lines
+    from bytecap.report.lines import read_lines
 
     records = read_lines(Path(runs))
     if not any(r["record"] == "run" for r in records):

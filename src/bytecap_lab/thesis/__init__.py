@@ -102,7 +102,7 @@ def render(
     Raises:
         UsageError: there is no measurement in them.
     """
-    from bytecap_lab.compare.runs import read_lines
+    from bytecap.report.lines import read_lines
 
     paths = as_paths(lines if isinstance(lines, str | Path) else list(lines))
     records = [r for p in paths for r in read_lines(p)]

@@ -27,10 +27,8 @@ from bytecap_lab.rd_curves.choose import spend
 from bytecap_lab.rd_curves.operating_point import Ground, lay, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
 from bytecap_lab.rd_curves.trial import STEP, STEPS, Offer, known, ladder, offers
+from bytecap_lab.thesis.amounts import AMOUNTS, GLOBAL
 
-AMOUNTS = (0.005, 0.01, 0.02, 0.04, 0.08)  # of the base's matrix bytes
-PRIMARY = 0.04
-GLOBAL = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # octaves finer, everywhere
 STRUCTURED = ("columns", "rows", "channels")
 IRREGULAR = ("outliers",)
 FloatArray = npt.NDArray[np.float64]
