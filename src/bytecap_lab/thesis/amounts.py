@@ -1,4 +1,7 @@
-"""Registered amounts of bytes and of finer steps (docs/thesis.md); apart from the bench, so that judging needs no torch."""
+"""Registered amounts of bytes and of finer steps (docs/thesis.md).
+
+They stand apart from the bench, so that lines are judged without torch.
+"""
 
 from __future__ import annotations
 
