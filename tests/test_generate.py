@@ -1,4 +1,4 @@
-"""`generate`: cached and uncached passes agree, every end is seen, templates stay in their sandbox, pieces are whole."""
+"""`generate`: the cache changes nothing, every end is seen, templates stay in their sandbox, pieces are whole."""
 
 import io
 import json
@@ -71,7 +71,7 @@ class TestTokens:
         assert list(continued(model, [5, 40, 7], 6, GREEDY, "cpu")) == wanted
         assert model.module.lengths == (3, 4, 5, 6, 7, 8)
 
-    def test_when_positions_are_used_up_the_older_half_is_forgotten(self, endless, edited_config):
+    def test_when_positions_are_used_up_the_older_half_is_forgotten(self, endless):
         path = endless("transposed")
         model = load_model(path)
         limit = model.config()["n_positions"]

@@ -15,19 +15,20 @@ from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
 from bytecap.system.atomic import check_kind
 
-_EMBEDDED = "the embedded text, with a warning"
+EMBEDDED = "the embedded text, with a warning"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
 Calibration = Annotated[
     list[Path] | None,
-    typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default=_EMBEDDED),
+    typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default=EMBEDDED),
 ]
 Evaluation = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--evaluation", "--eval", help="Evaluation text, one a workload (repeatable).", show_default=_EMBEDDED
-    ),
+    typer.Option("--evaluation", "--eval", help="Evaluation text, one a workload (repeatable).", show_default=EMBEDDED),
+]
+EvaluationTokens = Annotated[
+    int, typer.Option("--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens, over all texts.", min=1)
 ]
 Factory = Annotated[
     str | None,

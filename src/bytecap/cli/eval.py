@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bytecap.cli.common import (
+    EMBEDDED,
     BytesPerToken,
     Device,
     Factory,
@@ -20,14 +21,13 @@ from bytecap.cli.common import (
     progress,
     source_of,
 )
-from bytecap.cli.options import TEXT
 from bytecap.model.defaults import WINDOW
 
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="Model directory, hub id, `demo`, or .bcap file.")] = None,
     text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Text to score (repeatable).", show_default=TEXT)
+        list[Path] | None, typer.Option("--text", help="Text to score (repeatable).", show_default=EMBEDDED)
     ] = None,
     window: Annotated[int, typer.Option(help="Predicted tokens in a window.", min=1)] = WINDOW,
     tokens: Annotated[

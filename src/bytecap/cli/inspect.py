@@ -18,12 +18,17 @@ def inspect(
     model: Annotated[
         str | None, typer.Argument(help="Hugging Face directory, hub id, `demo`, or .bcap file.", metavar="MODEL")
     ] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="Plan bytes under this cap.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Plan bytes under this cap.", show_default="none: nothing planned")
+    ] = None,
     factory: Factory = None,
     state: State = None,
     loss: Loss = None,
     tokens: Annotated[
-        list[str] | None, typer.Option("--tokens", help="Token shards to plan with, or most calibration tokens.")
+        list[str] | None,
+        typer.Option(
+            "--tokens", help="Token shards to plan with, or most calibration tokens.", show_default=str(TOKENS)
+        ),
     ] = None,
     calibration: Calibration = None,
     device: Device = "auto",

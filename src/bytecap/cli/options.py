@@ -14,11 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli.common import names
+from bytecap.cli.common import EMBEDDED, names
 from bytecap.job.config import FitConfig, documentation
 from bytecap.methods import METHODS
 
-TEXT = "the embedded text, with a warning"
 _Texts = list[Path] | None
 _NONE = "none"
 
@@ -56,8 +55,8 @@ class _Option:
 OPTIONS = {
     "budget": _Option(("--budget",), list[str], read=",".join, behind="Several by comma.", required=True),
     "output": _Option(("-o", "--output"), Path | None, _NONE, behind="{budget} in it stands for each of several."),
-    "calibration": _Option(("--calibration", "--calib"), _Texts, TEXT, behind="Repeatable."),
-    "evaluation": _Option(("--evaluation", "--eval"), _Texts, TEXT, behind="Repeatable."),
+    "calibration": _Option(("--calibration", "--calib"), _Texts, EMBEDDED, behind="Repeatable."),
+    "evaluation": _Option(("--evaluation", "--eval"), _Texts, EMBEDDED, behind="Repeatable."),
     "method": _Option(("--method",), behind=f"There are {', '.join(METHODS)}."),
     "device": _Option(("--device",)),
     "seed": _Option(("--seed",), int),
