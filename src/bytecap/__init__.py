@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bytecap._version import __version__
 from bytecap.errors import (
     ArtifactError,
     BudgetError,
@@ -34,8 +34,6 @@ from bytecap.sizes import format_size, parse_size
 if TYPE_CHECKING:
     from bytecap.pipeline.fit import Artifact
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Artifact",
     "ArtifactError",
@@ -50,6 +48,7 @@ __all__ = [
     "TextError",
     "UsageError",
     "VersionError",
+    "__version__",
     "byte_returns",
     "compare",
     "fit",
@@ -118,5 +117,7 @@ def __getattr__(name: str) -> Any:
 
         return Artifact
     if name == "train":
-        return import_module("bytecap_lab.train")
+        from bytecap_lab import train
+
+        return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -285,7 +285,7 @@ def demo(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from bytecap import __version__
+        from bytecap._version import __version__
         from bytecap.format.container import VERSION
 
         typer.echo(f"bytecap {__version__}, format {'.'.join(map(str, VERSION))}")

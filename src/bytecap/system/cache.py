@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from bytecap._version import __version__
 from bytecap.errors import OutputError
 from bytecap.system.atomic import make_directory, replacing, sweep
 
@@ -92,8 +93,6 @@ _SHOWN = (
 @cache
 def library() -> str:
     """Version of this library and hash of its source: results of other code are other results."""
-    from bytecap import __version__
-
     root = Path(__file__).parents[2]
     sources: Iterable[Path] = [
         p
