@@ -12,7 +12,8 @@ from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import TextError, UsageError
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.methods import Section
+from bytecap.job import Section
+from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
@@ -23,7 +24,6 @@ from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import Live
-from bytecap.recovery.tuning import Effort
 from bytecap.types import Unit
 from conftest import SMALL
 

@@ -211,7 +211,7 @@ def test_published_packing_is_its_formula_within_eight_bytes_a_tensor(n, g):
 
 
 def test_the_pipeline_shares_lists_of_any_method():
-    from bytecap.methods import Outcome, Section
+    from bytecap.job import Outcome, Section
 
     few = np.flatnonzero(np.random.default_rng(0).random(200) < 0.3)
     layer = (32, bytecap.format.overlays.columns.CODER.encode(few, np.ones((len(few), 2), np.float16), 200))

@@ -14,13 +14,13 @@ from bytecap.calibration.metric import metrics
 from bytecap.calibration.probe import probe
 from bytecap.errors import UsageError
 from bytecap.format.decoder import decode_units
+from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import find_units, load_model
 from bytecap.model.sources import load_sets
 from bytecap.model.tying import Tying, find_blocks, layers, matrices, parse
 from bytecap.model.weight_reads import count_uses
 from bytecap.pipeline.export import unpack
 from bytecap.progress import Silent
-from bytecap.recovery.tuning import Effort
 from bytecap_lab.layer_tying import dlt, greedy, read, split
 from bytecap_lab.layer_tying import tie as convert
 from bytecap_lab.layer_tying.start import loop, ranks_for, tied

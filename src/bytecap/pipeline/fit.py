@@ -26,7 +26,8 @@ from bytecap.format.decoder import Ideal, decode_each, decode_units
 from bytecap.format.ledger import Entry, by_path, by_unit
 from bytecap.format.sidefiles import background
 from bytecap.format.wire.shared_objects import share_lists
-from bytecap.methods import Job, Method, Outcome, Section
+from bytecap.job import Job, Method, Outcome, Section
+from bytecap.job.effort import effort_of
 from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
@@ -37,7 +38,6 @@ from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load
 from bytecap.model.texts import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.sections import tune_sections
-from bytecap.recovery.tuning import effort_of
 from bytecap.sizes import format_size, parse_size
 from bytecap.system import allocator
 from bytecap.system.atomic import write_atomically

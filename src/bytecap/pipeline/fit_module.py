@@ -26,7 +26,7 @@ from bytecap.calibration.probe import logits_of
 from bytecap.errors import TextError, UsageError
 from bytecap.format.codefiles import Code
 from bytecap.format.decoder import decode_units
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bytecap.calibration.probe import batch_tokens, batches
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.texts import leading

@@ -25,7 +25,7 @@ from torch import Tensor
 from bytecap.calibration.statistics import job_key, windows_key
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.quantization import Shrink
 from bytecap.system.cache import Store, digest
 

@@ -26,7 +26,7 @@ from bytecap.allocation.correction import role_name
 from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.probe import pass_tokens
 from bytecap.format.decoder import from_matrix
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import Values

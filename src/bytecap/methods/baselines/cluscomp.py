@@ -41,7 +41,7 @@ from bytecap.format.coders import FloatArray
 from bytecap.format.coders.codebook import CODER, MAX_DIMENSION, Codebook, look_up
 from bytecap.format.wire.indices import MAX_CODEWORDS, by_use, indices_size, read_numbers, width_of, write_numbers
 from bytecap.format.wire.shared_objects import write_codebook
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines import kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import (
     Coded,

@@ -42,7 +42,7 @@ from bytecap.format.coders import FloatArray
 from bytecap.format.coders.codebook import look_up
 from bytecap.format.coders.latent import CODER, Decoder, Latent, Link, decode_patches, decoder_bytes
 from bytecap.format.wire.indices import by_use, indices_size, numbers_size
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines import cluscomp, kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import Coded, Material, capacity, choose, finish, option, prepare
 from bytecap.recovery.blocks import Part, recover

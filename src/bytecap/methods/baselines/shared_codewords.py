@@ -27,7 +27,7 @@ from bytecap.allocation.allocate import allocate
 from bytecap.errors import BudgetError
 from bytecap.format.coders.latent import Decoder, decode_patches
 from bytecap.format.wire.shared_objects import write_codebook, write_shared_decoder
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.methods.baselines import kmeans
 from bytecap.methods.baselines.sampled_curves import Material, sampled
 from bytecap.types import Curve
