@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from bytecap.calibration.embedding_gradients import Lookup, looked_up
 from bytecap.calibration.moments import Moment
 from bytecap.model.batches import Batch
-from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
 from bytecap.model.hook_coverage import Account, is_matrix, shrunk_moment
+from bytecap.model.linears import linear_weights, of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window
 from bytecap.system.allocator import release

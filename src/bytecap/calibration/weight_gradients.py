@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.probe import batch_tokens, batches, fast_dtype, sampled_loss
-from bytecap.model.checkpoint import linear_weights
+from bytecap.model.linears import linear_weights
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 

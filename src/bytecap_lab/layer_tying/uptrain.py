@@ -22,8 +22,8 @@ from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.probe import fast_dtype, pass_tokens
 from bytecap.errors import TextError
 from bytecap.job.effort import Effort
-from bytecap.model.checkpoint import of_transformers
 from bytecap.model.evaluation import by_window
+from bytecap.model.linears import of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window, moves
 from bytecap.progress import Reporter, Silent
