@@ -14,8 +14,8 @@ import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__
 
 import bytecap
-from bytecap.calibration.probe import fast_dtype
 from bytecap.model.checkpoint import demo_directory
+from bytecap.model.forward import fast_dtype
 from conftest import BUDGET, SMALL
 from forks import child
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from bytecap.calibration import metric as sensitivity
 from bytecap.calibration import probe as probing
-from bytecap.calibration.probe import batches, logits_of, probe, sampled_loss
+from bytecap.calibration.probe import probe, sampled_loss
 from bytecap.model.checkpoint import demo_directory, find_units, load_model
 from bytecap.model.evaluation import kl_to
+from bytecap.model.forward import batches, logits_of
 from bytecap.model.quantized_copy import swapped
 from bytecap.model.sources import encoder
 from bytecap.model.texts import Window, cut_windows, load_text

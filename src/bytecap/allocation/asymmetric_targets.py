@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
-from bytecap.calibration.probe import batch_tokens, batches
 from bytecap.model.batches import Batch
+from bytecap.model.forward import batch_tokens, batches
 from bytecap.model.linears import linear_weights, of_transformers
 from bytecap.model.quantized_copy import Values, load_values
 from bytecap.model.texts import Window

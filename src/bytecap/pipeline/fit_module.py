@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import logits_of
 from bytecap.errors import TextError, UsageError
 from bytecap.format.codefiles import Code
 from bytecap.format.decoder import decode_units
 from bytecap.job import Section
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
+from bytecap.model.forward import logits_of
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import CORRECTION_TOKENS, EVALUATION_TOKENS, TOKENS, report_sets

@@ -78,7 +78,7 @@ def continue_prompt(path: Path | str, prompt: str, *, tokens: int, temperature: 
     import torch
     from tokenizers import Tokenizer
 
-    from bytecap.calibration.probe import logits_of
+    from bytecap.model.forward import logits_of
 
     opened = open_model(path)
     if "tokenizer.json" not in opened.files:

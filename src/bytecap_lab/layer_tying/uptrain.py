@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.kl_gradient import gradient
-from bytecap.calibration.probe import fast_dtype, pass_tokens
 from bytecap.errors import TextError
 from bytecap.job.effort import Effort
 from bytecap.model.evaluation import by_window
+from bytecap.model.forward import fast_dtype, pass_tokens
 from bytecap.model.linears import of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window, moves
