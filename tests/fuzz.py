@@ -203,6 +203,7 @@ class Target:
 
         self.parse, self.ledger, self.refusal = container.parse, container.ledger, ArtifactError
         self.decode, self.unpack, self.codefiles = decoder.decode_units, export, codefiles
+        self.side_files = decoder.side_files
         self.findings, self.places = findings, {}
         self.executed = self.accepted = self.parsed = 0
         self.slowest = 0.0
@@ -215,7 +216,7 @@ class Target:
             self.decode,
             self.ledger,
             self.unpack.directory_files,
-            self.unpack.side_files,
+            self.side_files,
             self.codefiles.files,
         ):
             try:

@@ -19,7 +19,7 @@ import golden_parts
 from bytecap import errors
 from bytecap.format import codefiles, container
 from bytecap.format.coders import leb
-from bytecap.format.decoder import decode_units
+from bytecap.format.decoder import decode_units, side_files
 from bytecap.format.sidefiles import packing as sidefiles
 from bytecap.pipeline import export
 from stranger.basics import FormatError
@@ -278,7 +278,7 @@ def stranger_outcome(data):
 def our_outcome(data):
     try:
         contents = container.parse(data)
-        return decode_units(contents), export.side_files(contents) | codefiles.files(contents)
+        return decode_units(contents), side_files(contents) | codefiles.files(contents)
     except errors.ArtifactError as error:
         return type(error).__name__
 

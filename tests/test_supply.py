@@ -92,6 +92,7 @@ from pathlib import Path
 from bytecap import reference
 from bytecap.format import codefiles, decoder
 from bytecap.format.container import ledger, read
+from bytecap.model import from_artifact
 from bytecap.pipeline import export
 for path in sorted(Path(sys.argv[1]).glob("*.bcap")):
     if not path.name.startswith("bad_"):
@@ -103,6 +104,7 @@ print(*sorted(Path(m.__file__).as_posix() for n, m in sys.modules.items() if n.s
 """
 WRITING = {
     "__init__.py",
+    "model/__init__.py",
     "pipeline/__init__.py",
     "system/__init__.py",
     "system/atomic.py",

@@ -98,15 +98,15 @@ def compare(models: Any, output: Path | str | None = None, **options: Any) -> di
 
 
 def load_model(path: Path | str) -> Any:
-    """The decoded model of an artifact as a torch module in evaluation mode; see `bytecap.pipeline.export`."""
-    from bytecap.pipeline.export import load_model as run
+    """The decoded model of an artifact as a torch module in evaluation mode; see `bytecap.model.from_artifact`."""
+    from bytecap.model.from_artifact import load_model as run
 
     return run(path)
 
 
 def load_into(path: Path | str, module: Any) -> None:
-    """Put an artifact's decoded values into a torch module, in place; see `bytecap.pipeline.export`."""
-    from bytecap.pipeline.export import load_into as run
+    """Put an artifact's decoded values into a torch module, in place; see `bytecap.model.from_artifact`."""
+    from bytecap.model.from_artifact import load_into as run
 
     run(path, module)
 

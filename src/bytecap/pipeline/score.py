@@ -7,11 +7,11 @@ from typing import Any
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
+from bytecap.format.decoder import side_files
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.from_artifact import load_model as load_artifact
 from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import load_text
-from bytecap.pipeline.export import load_model as load_artifact
-from bytecap.pipeline.export import side_files
 from bytecap.progress import Reporter, Silent
 from bytecap.types import Score
 
