@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from bytecap.errors import CorruptError
 from bytecap.format.coders import leb
-from bytecap.format.sidefiles import background, bpe_merges, dictionary, packing
+from bytecap.format.sidefiles import bpe_merges, dictionary, packing
 from bytecap.format.sidefiles.packing import pack, unpack
+from bytecap.pipeline import background
 
 DEMO = files("bytecap") / "data" / "demo"
 STYLES: list[dict[str, Any]] = [

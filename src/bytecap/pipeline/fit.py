@@ -24,7 +24,6 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
 from bytecap.format.decoder import Ideal, decode_each, decode_units
 from bytecap.format.ledger import Entry, by_path, by_unit
-from bytecap.format.sidefiles import background
 from bytecap.format.wire.shared_objects import share_lists
 from bytecap.job import Job, Method, Outcome, Section
 from bytecap.job.effort import effort_of
@@ -36,6 +35,7 @@ from bytecap.model.evaluation import ByWindow, Comparison, compare, mean_compari
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline import background
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import format_size, parse_size
