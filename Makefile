@@ -39,6 +39,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Two workers with one thread each: more threads than cores only wait for one another.
 test nightly coverage: export OMP_NUM_THREADS = 1
