@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import bytecap
+from bytecap.system.cache import measuring_sources
 
 SOURCE = Path(bytecap.__file__).parents[1]
 
@@ -58,3 +59,32 @@ def test_circles_are_seen(tmp_path, line):
     (package / "two.py").write_text(line + "\n")
     with pytest.raises(graphlib.CycleError):
         order(tmp_path)
+
+
+def test_a_mark_leaves_a_module_or_a_package_out_of_what_measures(tmp_path):
+    for name, text in {
+        "bytecap/__init__.py": "",
+        "bytecap/measures.py": "",
+        "bytecap/shows.py": 'SHOWS_ONLY = "module"\n',
+        "bytecap/pages/__init__.py": 'SHOWS_ONLY = "package"\n',
+        "bytecap/pages/inner/one.py": "",
+        "bytecap_lab/__init__.py": 'SHOWS_ONLY = "module"\n',
+        "bytecap_lab/two.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(measuring_sources(tmp_path)) == ["bytecap/__init__.py", "bytecap/measures.py", "bytecap_lab/two.py"]
+
+
+@pytest.mark.parametrize("scope", ["True", '"pakage"', '"package"'])  # the last one in a plain module
+def test_a_wrong_mark_is_an_error_that_names_the_file(tmp_path, scope):
+    (tmp_path / "bytecap").mkdir()
+    (tmp_path / "bytecap" / "shows.py").write_text(f"SHOWS_ONLY = {scope}\n")
+    with pytest.raises(ValueError, match=r"shows\.py"):
+        measuring_sources(tmp_path)
+
+
+def test_pages_are_left_out_and_calibration_is_not():
+    kept = measuring_sources(SOURCE)
+    assert "bytecap/calibration/probe.py" in kept
+    assert not any(n.startswith(("bytecap/report/", "bytecap/cli/")) for n in kept)
