@@ -8,10 +8,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from bytecap.errors import UsageError
 from bytecap.job import Method
 from bytecap.types import Unit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in the list.
+
+    Attributes:
+        load: imports the method's module, which needs torch, and returns the method.
+        windows_only: it walks token windows itself, so it needs a module whose forward gives logits.
+    """
+
+    load: Callable[[], Method]
+    windows_only: bool = False
 
 
 def _bytecap() -> Method:
@@ -56,16 +70,16 @@ def _reallm() -> Method:
     return run
 
 
-# A loader for every method, since its module needs torch. Loaders are imports and not names in strings: the type
-# checker and the contracts between rooms follow them, so a wrong name cannot pass `make lint`.
-METHODS: dict[str, Callable[[], Method]] = {
-    "bytecap": _bytecap,
-    "golf": _golf,
-    "uniform": _uniform,
-    "owq": _owq,
-    "radio": _radio,
-    "cluscomp": _cluscomp,
-    "reallm": _reallm,
+# Loaders are imports and not names in strings: the type checker and the contracts between rooms follow them, so a wrong
+# name cannot pass `make lint`.
+METHODS = {
+    "bytecap": Entry(_bytecap),
+    "golf": Entry(_golf),
+    "uniform": Entry(_uniform),
+    "owq": Entry(_owq),
+    "radio": Entry(_radio, windows_only=True),
+    "cluscomp": Entry(_cluscomp, windows_only=True),
+    "reallm": Entry(_reallm, windows_only=True),
 }
 
 
@@ -86,7 +100,7 @@ def find(name: str) -> Method:
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1, 0.0)
         raise UsageError(f"unknown method {name!r}, did you mean {near[0]}? (there are {', '.join(METHODS)})")
-    return METHODS[name]()
+    return METHODS[name].load()
 
 
 def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from bytecap.errors import TextError, UsageError
 from bytecap.format.codefiles import Code
 from bytecap.format.decoder import decode_units
 from bytecap.job import Section
+from bytecap.methods import METHODS
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
 from bytecap.model.forward import logits_of
@@ -37,7 +38,6 @@ from bytecap.pipeline.fit import Artifact, fit_sets
 from bytecap.progress import Reporter, Silent
 
 Evaluate = Callable[[nn.Module], float]
-_WINDOWS_ONLY = {"radio", "cluscomp", "reallm"}  # methods that walk token windows themselves
 
 
 def fit_module(
@@ -120,7 +120,7 @@ def fit_module(
 
 def check_method(method: str) -> None:
     """Refuse methods that need logits where there is only a loss."""
-    if method in _WINDOWS_ONLY:
+    if method in METHODS and METHODS[method].windows_only:
         raise UsageError(f"method {method} needs a module whose forward(ids) gives logits")
 
 
