@@ -34,7 +34,7 @@ def code(weight, hessian, step, *, passes=3, **options):
         coded, centres = round_units([item], {"w": step}, shrink, chosen)
         shared = fit_shared(coded["w"].counts.sum(0), centres, shared)
         if chosen.shrink:
-            shrink = type(shrink)(shared.offset, shrink.dead_zone)
+            shrink = type(shrink)(shared.offset)
     coded, _ = round_units([item], {"w": step}, shrink, chosen)
     one = coded["w"].code
     _, payload = (TRELLIS if chosen.trellis else GRID).sources(one, shared)

@@ -127,7 +127,7 @@ def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str)
         kept = {"steps": state.steps, "kappa": kappa, "tables": dump_shared(state.shared).hex()}
         store.put(digest(key, "plan"), kept)
     planner.shared = load_shared(bytes.fromhex(kept["tables"]))
-    planner.shrink = Shrink(planner.shared.offset, planner.shrink.dead_zone)
+    planner.shrink = Shrink(planner.shared.offset)
     state.steps.update(kept["steps"])
     base = GridBase(planner, kept["steps"], kept["kappa"])
     rest = {v.unit.name: from_matrix(v.unit, planner.decode(state, v.unit.name)) for v in planner.vectors}
