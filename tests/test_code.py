@@ -12,6 +12,8 @@ from bytecap.format import codefiles, container, ledger
 from bytecap.format.container import CODE, Contents, FileSection
 from conftest import BUDGET
 
+pytestmark = pytest.mark.coverage
+
 SOURCE = '''"""A program."""
 import sys
 

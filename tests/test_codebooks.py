@@ -25,6 +25,8 @@ from bytecap.format.wire.indices import read_indices as read
 from bytecap.methods.baselines import kmeans
 from bytecap.model.checkpoint import load_model
 
+pytestmark = pytest.mark.coverage
+
 SHAPES = [(1, 1), (1, 17), (17, 1), (13, 24), (40, 23)]
 
 

@@ -13,6 +13,8 @@ from bytecap.format.entropy.frequencies import MAX_HALF, TOTAL
 from bytecap.format.entropy.shared_tables import count_symbols, fit_shared, sum_counts
 from bytecap.format.overlays.order import by_likeness
 
+pytestmark = pytest.mark.coverage
+
 TABLES = golden_parts.SHARED.tables
 
 

@@ -20,6 +20,8 @@ from bytecap.format.coders import leb
 from bytecap.format.sidefiles import background, bpe_merges, dictionary, packing
 from bytecap.format.sidefiles.packing import pack, unpack
 
+pytestmark = pytest.mark.coverage
+
 DEMO = files("bytecap") / "data" / "demo"
 STYLES: list[dict[str, Any]] = [
     {"indent": 2},
