@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from bytecap.cli import app
 from bytecap.format.decoder import load
 from bytecap.system import allocator
 from conftest import BUDGET, FAST
@@ -48,16 +49,17 @@ def mounts(tmp_path_factory):
 
 
 @pytest.fixture
-def limited():
-    """Function: (exit code, what was printed) of a command line run behind `limit()` in a process of its own."""
+def limited(tmp_path_factory):
+    """Function: (exit code, what was printed) of a command line run behind `limit()` in a fork of its own."""
 
     def call(limit, arguments):
-        words = [sys.executable, "-m", "bytecap", *map(str, arguments), "--json"]
-        done = subprocess.run(  # noqa: S603 (our own command)
-            words, capture_output=True, text=True, check=False, timeout=300,
-            preexec_fn=limit,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
+        def work():
+            limit()
+            sys.argv = ["bytecap", *map(str, arguments), "--json"]
+            app.main()
+
+        printed = tmp_path_factory.mktemp("printed") / "text"
+        return child(work, printed), printed.read_text("utf-8")
 
     return call
 
@@ -179,7 +181,7 @@ bytecap.cli.app.main()
 def fresh(arguments, kind, most, more="less"):
     """(exit code, what was printed) of a command line in a limited process that inherits nobody's memory."""
     words = [sys.executable, "-c", _FRESH, kind, str(most), more, "bytecap", *map(str, arguments), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
     return done.returncode, done.stdout + done.stderr
 
 
