@@ -164,6 +164,7 @@ class TestStack:
 
 
 class TestWholeFits:
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["cluscomp", pytest.param("reallm", marks=pytest.mark.nightly)])
     def test_other_methods_are_tuned_within_the_cap(self, model_directory, texts, method):
         said = Silent()

@@ -225,6 +225,7 @@ def fitted(tmp_path_factory, tokenizer_json, texts):
     return bytecap.fit(directory, "80kB", **files, paths=["channels"], options=WEAK, **SMALL)
 
 
+@pytest.mark.slow
 def test_matrices_of_a_stream_name_one_list_that_the_ledger_counts_once(fitted):
     model = fitted.contents
     objects = Objects(tuple(read_object(o) for o in model.objects))

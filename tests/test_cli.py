@@ -164,6 +164,7 @@ def spawn(*arguments, **options):
 
 
 class TestInterruption:
+    @pytest.mark.slow
     def test_ctrl_c_in_a_real_process(self, tmp_path, texts):
         process = spawn(
             "fit", "demo", "--budget", "600kB", "-o", tmp_path / "out.bcap", "--calib", texts["calib"], "--eval",

@@ -134,6 +134,7 @@ class TestFit:
         assert 0 <= BUDGET - counted == found["slack_bytes"]
         assert found["budget_bytes"] == BUDGET
 
+    @pytest.mark.slow
     def test_slack(self, model_directory, texts, source):
         result = bytecap.fit(
             model_directory("rotary"), 24_000, calibration=texts["calib"], evaluation=texts["val"],

@@ -127,6 +127,7 @@ def test_kmeans_of_few_vectors_and_of_equal_ones():
     assert torch.equal(words[index], torch.ones(50, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3])
 def test_without_decoder_it_is_vector_quantization_plus_low_rank(weights, rank):
     for w in weights.values():

@@ -174,6 +174,7 @@ class TestCells:
                 read_external(text, ["a", "b"])
 
 
+@pytest.mark.slow
 class TestCompare:
     def test_figures_add_up(self, compared, fitted):
         found, directory = compared()

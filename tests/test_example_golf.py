@@ -135,6 +135,7 @@ def test_uniform_predictions_score_the_vocabulary(example, shards):
     assert score["bits_per_byte"] == pytest.approx(10 * 2999 / score["bytes"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats(shards, tmp_path):
     scores = []
     for run in range(2):

@@ -252,6 +252,7 @@ def test_tokens_twice():
 # ---------------------------------------------------------------------------------------------------- flipped bits
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_real_artifact(fitted):
     """10,000 of them, anywhere in the file; every section is hit."""
     check_flips(fitted("rotary")[1].read_bytes())
@@ -306,6 +307,7 @@ def assert_agree(data):
     return True
 
 
+@pytest.mark.slow
 def test_the_stranger_agrees_on_mutations():
     rng, sound, agreed = random.Random(11), fuzz.sound(), 0  # noqa: S311 (no secret)
     for data in sound:
@@ -331,6 +333,7 @@ def run_fuzzer(tmp_path, *arguments):
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_fuzzing_thousands_of_mutations(tmp_path, seed):
     flags = ["--compiled"] if seed == 2 and importlib.util.find_spec("numba") else []

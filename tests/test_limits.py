@@ -97,10 +97,12 @@ def file_size(most):
 
 
 class TestDisk:
+    @pytest.mark.slow
     def test_the_store_does_not_fit(self, stopped, slow, tmp_path):
         assert str(tmp_path / "store") in stopped(file_size(8192), slow)
         assert [p.name for p in tmp_path.rglob("*")] == ["store"]
 
+    @pytest.mark.slow
     def test_later_entries_do_not_fit(self, stopped, slow, tmp_path):
         """Statistics are there, so the next run goes on from them."""
         assert str(tmp_path / "out.bcap") in stopped(file_size(BUDGET // 2), [*slow[:-2]])
@@ -187,11 +189,13 @@ def fresh(arguments, kind, most, more="less"):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
 class TestMemory:
+    @pytest.mark.slow
     def test_within_the_stated_bound(self, limited, slow, tmp_path):
         parameters = sum(v.size for v in _fitted(limited, slow, tmp_path).values())
         code, text = fresh(slow, "RLIMIT_DATA", allocator.bound(parameters))
         assert code == 0, text
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
     def test_one_line_says_how_much_is_needed(self, slow, tmp_path, kind):
         code, text = fresh(slow[:-2], kind, 20_000_000, "more")

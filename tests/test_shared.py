@@ -187,6 +187,8 @@ def test_what_is_shared_is_charged_and_both_accountings_work(model_directory, te
         return systems[-1], curves(systems[-1]), [1.0] + [0.9] * len(systems)
 
     monkeypatch.setattr(shared_codewords, "solve", solve)
+    monkeypatch.setattr(shared_codewords, "_EPOCHS", 10)
+    monkeypatch.setattr(shared_codewords, "_MOST", 128)
     for accounting in ("published", "coded"):
         result = bytecap.fit(
             model_directory("rotary"), 32_000, calibration=texts["calib"], evaluation=texts["val"], method=method,

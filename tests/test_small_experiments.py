@@ -11,6 +11,7 @@ import pytest
 from bytecap.model.checkpoint import load_model
 from bytecap.model.sources import load_sets, with_recovery
 from bytecap.progress import Silent
+from bytecap.recovery import kl_passes
 from bytecap_lab.layer_tying import read
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -51,7 +52,8 @@ def test_recovery_beside_fine_tuning(benchmark, model_directory, texts, tmp_path
     assert tuned["kl_nats"] > 0
 
 
-def test_searches_at_equal_moves(benchmark, four, texts, tmp_path):
+def test_searches_at_equal_moves(benchmark, four, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)  # of a move
     searches = benchmark("searches")
     model = load_model(four)
     pool = read(model, texts["calib"], window=64, seed=0, reporter=Silent())

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,7 @@ class TestModels:
         spec = importlib.util.spec_from_file_location("thesis_models", ROOT / "benchmarks" / "thesis_models.py")
         maker = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(maker)
-        source = Path(model_directory("rotary"))
+        source = Path(shutil.copytree(model_directory("rotary"), tmp_path / "source"))
         (source / "tokenizer_config.json").write_text("{}", "utf-8")
         config = json.loads((source / "config.json").read_text("utf-8")) | {"stored_layers": 2, "num_hidden_layers": 4}
         torch.manual_seed(0)
