@@ -59,6 +59,7 @@ def outcome(loud, texts):
     return get
 
 
+@pytest.mark.slow
 class TestWeakBase:
     def test_paths_are_taken_and_pay(self, outcome):
         (without, _), (found, notes) = outcome("weak"), outcome("weak", *MENU)
@@ -111,6 +112,7 @@ class TestWeakBase:
         assert [n for n in reporter.notes if "cannot apply" in n] == ["path rows cannot apply to 5 of 15 matrices"]
 
 
+@pytest.mark.slow
 class TestStrongBase:
     @pytest.mark.parametrize("names", [("columns",), pytest.param(("all",), marks=pytest.mark.nightly)])
     def test_never_worse_beyond_noise(self, outcome, names):
@@ -147,6 +149,7 @@ class TestNames:
             run(*arguments, "--paths", names)
             assert seen.pop() == expected
 
+    @pytest.mark.slow
     def test_one_line_on_the_terminal(self, outcome, capsys):
         found, _ = outcome("weak", *MENU)
         size = found.report["paths"]["columns"]["bytes"]

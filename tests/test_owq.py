@@ -59,6 +59,7 @@ def test_more_protected_columns_never_hurt_on_real_weights(demo):
         assert errors[2] < errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_on_the_demo_model_whose_columns_are_alike_the_same_bytes_buy_more_as_bits(demo):
     """The honest result there: no outlier columns, so plain GPTQ with some rows one bit wider is 3 to 15% better."""
     rng = np.random.default_rng(0)
@@ -102,6 +103,7 @@ def test_extreme_rows(width):
     assert code.zeros.max() < 1 << width
 
 
+@pytest.mark.slow
 def test_fit_is_under_the_cap():
     result = bytecap.fit("demo", 600_000, method="owq", tokens=4096, evaluation_tokens=2048)
     assert len(result.data) <= 600_000

@@ -190,6 +190,7 @@ def test_a_bias_takes_up_the_mean_error():
     torch.testing.assert_close(after + torch.from_numpy(stored[0]).double(), before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fit_is_under_the_cap():
     options = {"accounting": "published"}
     result = bytecap.fit("demo", 600_000, method="radio", tokens=4096, evaluation_tokens=2048, options=options)

@@ -50,6 +50,7 @@ def plain(fit):
     return fit()[0]
 
 
+@pytest.mark.slow
 class TestWholeFits:
     @pytest.mark.nightly
     def test_recovery_lowers_the_kl_of_a_trained_model(self, fit, monkeypatch):

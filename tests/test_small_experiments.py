@@ -32,6 +32,7 @@ def rows(args):
     return [json.loads(line) for line in args.output.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_recovery_beside_fine_tuning(benchmark, model_directory, texts, tmp_path):
     recover = benchmark("recover")
     model = load_model(model_directory("rotary"))
@@ -52,6 +53,7 @@ def test_recovery_beside_fine_tuning(benchmark, model_directory, texts, tmp_path
     assert tuned["kl_nats"] > 0
 
 
+@pytest.mark.slow
 def test_searches_at_equal_moves(benchmark, four, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)  # of a move
     searches = benchmark("searches")

@@ -153,6 +153,7 @@ class TestWaterfilledColumns:
         assert bits >= 3
         assert 0.245 < above <= 0.2546 + 2 * 0.0036 + 0.0007
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "rate", "expected"),
         [("power", 1.0, 0.38), ("power", 2.0, 0.32), ("halves", 1.0, 0.63), ("halves", 2.0, 0.50)],
@@ -174,6 +175,7 @@ class TestWaterfilledColumns:
         above = bits - reverse_waterfilling(eigenvalues, distortion)
         assert 0.15 < above < expected + 0.03
 
+    @pytest.mark.slow
     def test_one_step_a_row_has_no_such_guarantee(self):
         eigenvalues = np.where(np.arange(96) < 3, 1000.0, 1.0)
         weight = gaussian(512, 96)

@@ -52,6 +52,7 @@ def bench(tested):
     return Bench(models.load(model), "grid", setting, Store(output / "store"), Silent())
 
 
+@pytest.mark.slow
 class TestRun:
     def test_verdicts_on_both_bases(self, tested):
         found, output, model, _ = tested
@@ -102,6 +103,7 @@ class TestRun:
         assert every["experiments"][0]["cells"][0]["reason"] == "arm ranked was not measured"
 
 
+@pytest.mark.slow
 class TestBench:
     def test_finer_steps_everywhere_touch_every_matrix(self, bench):
         (found,) = bench.measure([bench.everywhere(GLOBAL[2])], "global")
@@ -210,6 +212,7 @@ class TestBadInput:
         with pytest.raises(UsageError, match="holds no measurement of the thesis"):
             thesis.render(tmp_path / "empty.jsonl")
 
+    @pytest.mark.slow
     def test_on_the_command_line(self, tested, tmp_path):
         _, output, _, _ = tested
         command = [sys.executable, "-m", "bytecap", "thesis"]

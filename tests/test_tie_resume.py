@@ -52,6 +52,7 @@ def tie(four, texts, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 class TestGoingOn:
     @pytest.mark.parametrize(("search", "deaths"), [(None, (0, 1, 3, 1)), ("greedy", (1, 5, 7)), ("dlt", (1, 6, 5, 3))])
     def test_to_the_bytes_of_an_undisturbed_run(self, tie, search, deaths):
