@@ -29,7 +29,7 @@ from bytecap.format.wire.shared_objects import load_objects, write_codebook, wri
 from bytecap.progress import Silent
 from conftest import SMALL
 
-pytestmark = pytest.mark.coverage
+pytestmark = [pytest.mark.coverage, pytest.mark.numeric]
 
 SHAPE = (6, 10)
 RNG = np.random.default_rng(3)

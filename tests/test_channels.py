@@ -28,6 +28,8 @@ from bytecap_lab.rd_curves.choose import bundled, members, spend
 from bytecap_lab.rd_curves.trial import Offer
 from conftest import SMALL, build, save
 
+pytestmark = pytest.mark.numeric
+
 WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
 
 

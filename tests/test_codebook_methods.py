@@ -12,6 +12,8 @@ from bytecap.methods.baselines.sampled_curves import Material, option
 from bytecap.recovery.blocks import Part, blocks
 from bytecap.types import Unit
 
+pytestmark = pytest.mark.numeric
+
 BUDGET = 20_000
 SMALL = {"tokens": 256, "evaluation_tokens": 128, "window": 32}
 

@@ -91,6 +91,7 @@ class TestEveryFamily:
         json.dumps(report)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_prediction_is_near_the_measurement(fitted, kind):
     report = fitted(kind)[0].report
@@ -99,6 +100,7 @@ def test_the_prediction_is_near_the_measurement(fitted, kind):
     assert 0 <= report["duality_gap_nats"] < report["predicted_delta_nats"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_default_is_closer_to_the_original_than_the_baselines(fitted, kind):
     ours, golf, uniform = (fitted(kind, m)[0].report["kl_nats"] for m in METHOD_NAMES)
@@ -160,6 +162,7 @@ def test_the_cap_holds_over_a_range_of_budgets(fitted, budget):
     assert ledger.total(result.ledger()) == path.stat().st_size
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_more_bytes_mean_less_damage(fitted):
     kl = [fitted("biased", "bytecap", b)[0].report["kl_nats"] for b in (9_000, 14_000, BUDGET, 33_000)]
@@ -200,6 +203,7 @@ def test_a_large_budget_stores_the_model_losslessly(model_directory, texts, tmp_
     assert torch.equal(logits(module), logits(load_model(directory).module))
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.997, 0.7])
 def test_budgets_just_below_the_lossless_size_are_met(fitted, share):

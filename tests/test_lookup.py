@@ -12,6 +12,8 @@ from bytecap.model.checkpoint import find_units, linear_weights
 from conftest import build
 from test_probe import windows_of
 
+pytestmark = pytest.mark.numeric
+
 TABLE = "model.embed_tokens.weight"
 
 

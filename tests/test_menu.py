@@ -24,6 +24,8 @@ from bytecap.report.terminal import print_fit, print_ledger
 from bytecap.types import Curve, Plan, Point, Unit
 from conftest import BUDGET, SMALL, build, save
 
+pytestmark = pytest.mark.numeric
+
 WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
 LOUD = (5, 21)
 MENU = ("columns", "channels")

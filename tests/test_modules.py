@@ -248,6 +248,7 @@ def _fisher(module, tokens):
     return total
 
 
+@pytest.mark.numeric
 class TestShared:
     @pytest.mark.slow
     @pytest.mark.parametrize("chain", [False, True])

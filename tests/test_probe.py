@@ -18,6 +18,8 @@ from bytecap.model.sources import encoder
 from bytecap.model.texts import Window, cut_windows, load_text
 from conftest import VOCABULARY, build
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch):

@@ -182,6 +182,7 @@ def test_a_system_decodes_as_it_promises(decoder):
             assert one.distortion < 0.2 * m.distortion(torch.zeros_like(m.weight))
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["cluscomp", "reallm"])
 def test_what_is_shared_is_charged_and_both_accountings_work(model_directory, texts, method, monkeypatch):

@@ -154,6 +154,7 @@ class TestDirectory:
         assert "is tied already" in line
 
 
+@pytest.mark.numeric
 class TestAllocation:
     def test_statistics_of_all_uses_add_up(self, four, texts):
         """A shared matrix's Hessian is the sum of those of the same values, stored once for each use."""
@@ -201,6 +202,7 @@ class TestAllocation:
 
 
 class TestSearch:
+    @pytest.mark.numeric
     def test_greedy_merges_what_costs_nothing(self, twins):
         module, windows, held = twins
         start = Tying("model.layers", (0, 1, 2, 3))
@@ -221,6 +223,7 @@ class TestSearch:
         whole = sum(p.numel() for p in matrices(find_blocks(module)[1][0]).values())
         assert merges[0].freed == whole - parts
 
+    @pytest.mark.numeric
     @pytest.mark.slow
     def test_learning_finds_it_too(self, twins, monkeypatch):
         monkeypatch.setattr(dlt, "tokens_of_move", lambda _: 256)
