@@ -47,7 +47,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 TIER := not nightly
 
 fast: $(INSTALLED)
-	$(PYTEST) -m 'not slow and not nightly and not browser'
+	$(PYTEST) -m 'not slow and not nightly and not browser' --hypothesis-profile=fast
 
 test: lint
 	$(PYTEST) -m 'not nightly' --durations=15

@@ -21,6 +21,7 @@ from reporting import name_failures
 settings.register_profile(
     "suite", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("fast", settings.get_profile("suite"), max_examples=10)  # for `make fast`
 settings.load_profile("suite")
 
 CAPPED = os.environ.get("ATEN_CPU_CAPABILITY") in {"default", "avx2"}
