@@ -13,6 +13,8 @@ from bytecap.format.container import CODE, Contents, FileSection
 from bytecap.pipeline import pack_code
 from conftest import BUDGET
 
+pytestmark = pytest.mark.coverage
+
 SOURCE = '''"""A program."""
 import sys
 
@@ -133,6 +135,7 @@ class TestFit:
         assert 0 <= BUDGET - counted == found["slack_bytes"]
         assert found["budget_bytes"] == BUDGET
 
+    @pytest.mark.slow
     def test_slack(self, model_directory, texts, source):
         result = bytecap.fit(
             model_directory("rotary"), 24_000, calibration=texts["calib"], evaluation=texts["val"],

@@ -37,6 +37,7 @@ from bytecap.format.wire.shared_objects import load_objects, share_lists, write_
 from bytecap.pipeline import export
 from bytecap.types import Score
 
+pytestmark = pytest.mark.coverage
 VALID = [p for p in sorted(golden_parts.DIRECTORY.glob("*.bcap")) if not p.name.startswith("bad_")]
 
 

@@ -15,6 +15,8 @@ from bytecap.model.checkpoint import find_units
 from bytecap.model.forward import batches
 from bytecap.model.texts import Window
 
+pytestmark = pytest.mark.numeric
+
 
 class Loop(nn.Module):
     """An embedding, a map used several times over, a head that may be the embedding; no token sees another."""

@@ -14,6 +14,8 @@ from bytecap.format.entropy.shared_tables import count_symbols, fit_shared, sum_
 from bytecap.format.overlays.order import by_likeness
 from bytecap.pipeline import pack_code
 
+pytestmark = pytest.mark.coverage
+
 TABLES = golden_parts.SHARED.tables
 
 

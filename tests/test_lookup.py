@@ -14,6 +14,8 @@ from bytecap.model.linears import linear_weights
 from conftest import build
 from test_probe import windows_of
 
+pytestmark = pytest.mark.numeric
+
 TABLE = "model.embed_tokens.weight"
 
 

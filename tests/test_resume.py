@@ -44,6 +44,7 @@ def fit(model_directory, texts, tmp_path):
 STAGES = ("_prepare", "_factors", "_allocate", "_better", "_apply_drift", "_finish")
 
 
+@pytest.mark.slow
 class TestGoingOn:
     def test_killed_before_every_stage_in_turn(self, fit, fitted, monkeypatch):
         """Every attempt dies one stage later than the one before, and all share a store."""
@@ -204,6 +205,7 @@ class TestStore:
         assert all(run == 0 for run in together(4, work))
         assert len(list(tmp_path.iterdir())) == 6
 
+    @pytest.mark.slow
     def test_two_fits_sharing_one_store(self, fit, fitted, tmp_path):
         wanted = fitted()[0].data
 
@@ -244,6 +246,7 @@ def crashes(command, kills, *more):
 
 
 class TestKilled:
+    @pytest.mark.slow
     @pytest.mark.parametrize("command", ["fit", "curves"])
     def test_at_three_random_moments(self, model_directory, texts, command):
         more = ["--paths", "step,rows"] if command == "curves" else []

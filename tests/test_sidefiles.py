@@ -21,6 +21,8 @@ from bytecap.format.sidefiles import bpe_merges, dictionary, packing
 from bytecap.format.sidefiles.packing import pack, unpack
 from bytecap.pipeline import background
 
+pytestmark = pytest.mark.coverage
+
 DEMO = files("bytecap") / "data" / "demo"
 STYLES: list[dict[str, Any]] = [
     {"indent": 2},
@@ -69,6 +71,7 @@ def structured(content: bytes) -> list[bytes]:
     return packing._dismantle(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
 def test_demo_files_come_back_and_are_small(name: str) -> None:
     content = (DEMO / name).read_bytes()
@@ -77,6 +80,7 @@ def test_demo_files_come_back_and_are_small(name: str) -> None:
     assert len(packed) < 0.7 * len(brotli.compress(content, quality=11))
 
 
+@pytest.mark.slow
 def test_demo_tokenizer_is_spelled() -> None:
     content = (DEMO / "tokenizer.json").read_bytes()
     numbered, spelled = structured(content)
