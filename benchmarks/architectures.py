@@ -39,7 +39,7 @@ KINDS = {  # in this order; a family that is in several belongs to the first
     "encoder": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
     "multimodal": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
 }
-LARGEST, SECONDS = 6_000_000, 300
+LARGEST, SECONDS = 6_000_000, 900
 Row = dict[str, Any]
 
 
