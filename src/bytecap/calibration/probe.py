@@ -1,4 +1,4 @@
-"""Statistics of every unit from one streamed forward and backward pass over calibration windows.
+"""Collect statistics of every unit in one streamed forward and backward pass over calibration windows.
 
 The distortion of a unit is the Fisher quadratic form of the model's own loss, in nats per token::
 
@@ -48,7 +48,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass
 class Use:
-    """Accumulated statistics of one use of a weight.
+    """The accumulated statistics of one use of a weight.
 
     Attributes:
         moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (groups, cols, cols).
@@ -63,7 +63,7 @@ class Use:
 
 @dataclass
 class Statistics:
-    """What the probe found.
+    """The statistics that a probe collected.
 
     Attributes:
         uses: per unit name, one `Use` for each place the weight is used.
@@ -77,12 +77,12 @@ class Statistics:
 
 
 def longest_first(windows: Sequence[Window]) -> list[Window]:
-    """Windows in the order in which `batches` holds them."""
+    """Return windows in the order in which `batches` holds them."""
     return sorted(windows, key=lambda w: -len(w.tokens))
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
+    """Batch windows of similar length; yields ids (batch, longest) and a mask (batch, longest - 1) of predictions.
 
     Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
     """
@@ -105,7 +105,7 @@ def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Te
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
+    """Return bfloat16 where the processor multiplies it natively, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -113,12 +113,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def batch_tokens(vocabulary: int) -> int:
-    """Tokens a batch may hold so that its float32 logits stay near 16 MB; larger batches are not faster on a CPU."""
+    """Return the tokens a batch may hold for float32 logits near 16 MB; larger ones are not faster on a processor."""
     return max(256, min(1024, 2**22 // max(1, vocabulary)))
 
 
 def pass_tokens(module: nn.Module, device: torch.device) -> int:
-    """Tokens a batch may hold in passes without sums of statistics, by the vocabulary the module's config names."""
+    """Return the tokens a batch may hold in passes without statistics, by the vocabulary in the module's config."""
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
     return batch_tokens(int(vocabulary)) * (_GPU_BATCHES if device.type == "cuda" else 1)
 
@@ -135,7 +135,7 @@ def probe(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Statistics:
-    """Statistics of all units.
+    """Collect the statistics of all units.
 
     Args:
         module: causal model; `module(ids).logits` or `module(ids)` gives (batch, length, vocabulary). Any module
@@ -170,7 +170,7 @@ def probe(
 
 @dataclass
 class _Leaves:
-    """Tensors of the twin that collect gradients themselves.
+    """Tensors of the module's copy that collect gradients themselves.
 
     Attributes:
         lookup: embedding modules whose lookups show their gradients.
@@ -188,12 +188,12 @@ class _Leaves:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """Weights (rows, cols) of all embedding tables."""
+        """Return the weights (rows, cols) of all embedding tables."""
         return {n: m.weight for n, m in self.lookup.items()} | self.embedding
 
 
 def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
-    """Untie embeddings in the twin, so that their gradient holds the input use alone."""
+    """Untie embeddings in the copy, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     tables = {names[n].name: m for n, (m, kind) in linear_weights(twin).items() if kind == "embedding" and n in names}
     for m in tables.values():
@@ -225,7 +225,7 @@ def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], d
 def _account(
     twin: nn.Module, units: Sequence[Unit], leaves: _Leaves, windows: Sequence[Window], seed: int, device: torch.device
 ) -> None:
-    """Let weights that hooks do not see through collect their gradients themselves."""
+    """Let weights that hooks do not explain collect their gradients themselves."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     modules = {n: found for n, found in linear_weights(twin).items() if n in names}
     first = [min(windows, key=lambda w: w.predicted)]
@@ -245,7 +245,7 @@ def _account(
 
 
 class _Collector:
-    """Second moments of one weight, by row groups; of a linear module filled by its hooks."""
+    """The second moments of one weight by row groups, filled by hooks where the module is linear."""
 
     def __init__(self, rows: int, cols: int, groups: int, guided: bool, device: torch.device) -> None:
         self.moments = [Moment(cols, device) for _ in range(groups)]
@@ -254,7 +254,7 @@ class _Collector:
         self.guided = guided
 
     def use(self) -> Use:
-        """What was added, given once."""
+        """Return the statistics added so far and free them; to be called once."""
         wholes = [m.whole() for m in self.moments]
         return Use(wholes[0][None] if len(wholes) == 1 else torch.stack(wholes), self.rows, self.weight)
 
@@ -331,7 +331,7 @@ def _one_pass(
 
 
 def _batch(leaves: _Leaves, device: torch.device) -> int:
-    """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
+    """Return the tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
     if leaves.matrix:
         return 1  # a matrix's gradient is one sample a batch
     many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
@@ -341,7 +341,7 @@ def _batch(leaves: _Leaves, device: torch.device) -> int:
 def _losses(
     twin: nn.Module, windows: Sequence[Window], tokens: int, generator: torch.Generator, device: torch.device
 ) -> Iterator[tuple[Tensor, int]]:
-    """(summed loss, predictions) of every batch of about so many tokens, which saved activations double in memory."""
+    """Yield (summed loss, predictions) of batches of about so many tokens, which saved activations double in memory."""
     if isinstance(windows[0], Batch):
         for batch in windows:
             assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
@@ -352,7 +352,7 @@ def _losses(
 
 
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
+    """Return the summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
     logp = torch.log_softmax(predictions(module(ids[:, :-1]), mask).float(), -1)
     with torch.no_grad():
         noise = torch.empty_like(logp).exponential_(generator=generator).log_()
@@ -361,13 +361,13 @@ def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output: the tensor itself, or its `.logits`."""
+    """Return the logits of a model's output: the tensor itself, or its `.logits`."""
     result: Tensor = output if isinstance(output, Tensor) else output.logits
     return result
 
 
 def predictions(output: Any, mask: Tensor) -> Tensor:
-    """The logits (n, vocabulary) of the n predictions in mask (batch, length), copied only where some are left out."""
+    """Return the logits (n, vocabulary) of the n predictions in a mask (batch, length), copied only if n is not all."""
     logits = logits_of(output)
     return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
 
@@ -378,7 +378,7 @@ def _harvest(
     moments: dict[str, _Collector] | None,
     diagonal: dict[str, Tensor] | None,
 ) -> None:
-    """Square the gradients of this batch into the sums (None drops them) and clear them."""
+    """Add this batch's squared gradients to the sums (None drops them), and clear them."""
     for name, p in leaves.embedding.items():
         if p.grad is not None and embedded is not None:
             g = p.grad.float()
