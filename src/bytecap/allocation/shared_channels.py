@@ -41,7 +41,7 @@ def _amount(point: Point) -> Amount | None:
 
 
 def _on(point: Point, stream: int, count: int | None = None) -> bool:
-    """Return whether a point takes a stream's channels, and how many."""
+    """Return whether a point takes `count` of a stream's channels, or any number of them."""
     amount = _amount(point)
     return amount is not None and amount.stream == stream and count in (None, amount.count)
 
@@ -59,7 +59,7 @@ def _gain(curves: Sequence[Curve], stream: int, count: int, slope: float) -> flo
 
 
 def one_list(curves: Sequence[Curve], slope: float) -> list[Curve]:
-    """Return the curves with one amount of each stream left, or none where no amount gains anything.
+    """Return the curves with one amount left for every stream, and none for a stream where no amount gains.
 
     Args:
         curves: of every unit, corrected; points on `channels` know their `Amount`.
