@@ -1,4 +1,4 @@
-"""The contract between the rooms: a method is a function from a `Job` to an `Outcome`.
+"""Define the contract between the rooms: a method is a function from a `Job` to an `Outcome`.
 
 Calibration, allocation, recovery and every method take a `Job`; methods return an `Outcome` of `Section`s, which the
 pipeline writes into a file. Nothing is computed here, and torch is not imported.
@@ -32,7 +32,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Job:
-    """What a method works on.
+    """The input of a method: model, tokens, budget and options.
 
     Attributes:
         model: the model, on `device`.
@@ -68,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method found.
+    """The output of a method: sections, tables and the plan behind them.
 
     Attributes:
         sections: of every unit.

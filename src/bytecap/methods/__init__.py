@@ -1,4 +1,4 @@
-"""Methods: ways to turn a model into sections that fit a cap. All share container, ledger and evaluation.
+"""List the methods, which turn a model into sections that fit a cap and share container, ledger and evaluation.
 
 A method is a function from a `Job` to an `Outcome` (`bytecap.job`). `bytecap` is the default; the others are what it is
 measured against, and `METHODS` lists them in the order of help and comparisons.
@@ -84,7 +84,7 @@ METHODS = {
 
 
 def find(name: str) -> Method:
-    """The method of a name.
+    """Return the method of a name.
 
     Args:
         name: one of `METHODS`, or `FILE.py:CALLABLE`, a `Method` in a file of the user's. That file is run.
@@ -104,7 +104,7 @@ def find(name: str) -> Method:
 
 
 def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
-    """The exception paths that a method may choose from.
+    """Return the exception paths that a method may choose from.
 
     Raises:
         UsageError: an unknown path, or a method that chooses none.
@@ -117,7 +117,7 @@ def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
 
 
 def smallest_section(unit: Unit) -> tuple[int, bytes]:
-    """(tag, bytes) of the least a unit can take: every value at its centre."""
+    """Return (tag, bytes) of the smallest section of a unit, with every value at its centre."""
     import numpy as np
 
     from bytecap.format.coders import Shared

@@ -1,4 +1,4 @@
-"""From a model and a budget to the ground the curves stand on: statistics, operating point, a twin that holds it.
+"""Build the operating point of curves from a model and a budget: statistics, coded base, and a copy that holds it.
 
 Statistics and operating points are kept in the store, so that a second budget reuses the one and a second run both.
 """
@@ -70,14 +70,14 @@ class Ground:
 
 
 def check_base(name: str) -> str:
-    """The name of a base, if it is one."""
+    """Check the name of a base."""
     if name not in BASES:
         raise UsageError(f"unknown base {name!r}: use {' or '.join(BASES)}")
     return name
 
 
 def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Any) -> Job:
-    """A job as `fit` would work on; refuses budgets at which there is nothing to recover."""
+    """Make the job that `fit` would work on; budgets that leave nothing to recover are refused."""
     job = fit.make_job(model, sets, budget, device, seed, reporter)
     if budget >= job.size({u.name: Section(EXACT.tag, bytes(2 * u.parameters)) for u in model.units}, b""):
         raise UsageError(f"a budget of {budget:,} bytes holds the model losslessly: no byte can recover anything")
@@ -113,7 +113,7 @@ def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
 
 
 def _rank_channels(job: Job, base: GridBase | GolfBase) -> None:
-    """Tell every matrix which streams it is on, and what their channels are worth to all of their matrices."""
+    """Tell every matrix which streams it is on, and the worth of their channels to all of their matrices."""
     streams = streams_of(job.model.module, job.model.units, job.sets.statistics)
     found = rank(streams, ((p, base.units[n].values) for n, p in base.problems.items()), base.kappa)
     base.problems = {n: replace(p, rankings=found[n]) for n, p in base.problems.items()}
