@@ -92,6 +92,7 @@ class TestJson:
         assert code == 0
         assert json.loads(out)["file_bytes"] == path.stat().st_size
 
+    @pytest.mark.slow
     def test_unpack_and_generate(self, run, fitted, tmp_path):
         _, path = fitted("rotary")
         code, out, _ = run("unpack", path, "-o", tmp_path / "out", "--json")

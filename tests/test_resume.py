@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import bytecap
+import crashes
 from bytecap.errors import OutputError
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
@@ -237,27 +238,24 @@ class TestStore:
             Store(tmp_path / "a")
 
 
-def crashes(command, kills, *more):
-    """What tests/crashes.py counted."""
-    line = [sys.executable, HERE / "crashes.py", command, "--kills", str(kills), *more]
-    made = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)  # noqa: S603 (our own)
-    assert made.returncode == 0, made.stdout + made.stderr
-    return json.loads(made.stdout.splitlines()[-1])
-
-
 class TestKilled:
     @pytest.mark.slow
     @pytest.mark.parametrize("command", ["fit", "curves"])
-    def test_at_three_random_moments(self, model_directory, texts, command):
-        more = ["--paths", "step,rows"] if command == "curves" else []
-        found = crashes(
-            command, 3, "--model", model_directory("rotary"), "--budget", BUDGET, "--more", "--tokens", 2000,
-            "--eval-tokens", 1000, "--calib", texts["calib"], "--eval", texts["val"], *more,
-        )  # fmt: skip
+    def test_at_three_random_moments(self, fit, model_directory, texts, tmp_path, command):
+        fit(store=None)  # what it imports and compiles the forks need not
+        options = [
+            model_directory("rotary"), "--budget", BUDGET, "--tokens", 2000, "--eval-tokens", 1000, "--calib",
+            texts["calib"], "--eval", texts["val"], *(["--paths", "step,rows"] if command == "curves" else []),
+        ]  # fmt: skip
+        found = crashes.Crashes(command, options, tmp_path, seed=0).run(kills=3, seconds=1e9)
         assert found["kills"] == 3
         assert found["finished"]
+        assert [found[k] for k in crashes.FAULTS] == [0, 0, 0, 0]
 
     @pytest.mark.nightly
     @pytest.mark.parametrize("command", ["fit", "curves"])
     def test_at_fifty_random_moments_on_the_embedded_model(self, command):
-        assert crashes(command, 50)["kills"] == 50
+        line = [sys.executable, HERE / "crashes.py", command, "--kills", "50"]
+        made = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)  # noqa: S603
+        assert made.returncode == 0, made.stdout + made.stderr
+        assert json.loads(made.stdout.splitlines()[-1])["kills"] == 50

@@ -66,6 +66,7 @@ def test_constant_vectors_take_any_step(values):
         assert centre == values[0]
 
 
+@pytest.mark.slow
 def test_a_model_with_constant_vectors_and_zero_matrices_at_a_large_budget(model_directory, texts, tmp_path):
     module = build("biased")
     with torch.no_grad():

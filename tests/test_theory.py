@@ -84,6 +84,7 @@ def gap(weight, eigenvalues, step, **options):
     return bits, bits - reverse_waterfilling(eigenvalues, distortion)
 
 
+@pytest.mark.slow
 class TestPlainGaussian:
     """H is the identity: entropy-coded uniform quantization, whose gap is known (Gish & Pierce 1968)."""
 

@@ -267,6 +267,7 @@ def spread(matrices, strength):
     return found
 
 
+@pytest.mark.slow
 class TestRate:
     @pytest.mark.parametrize("bits", [1.5, 3.0, 5.0])
     def test_against_the_real_coder(self, real, bits):
