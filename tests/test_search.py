@@ -12,6 +12,8 @@ from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.types import Unit
 from conftest import SMALL, build
 
+pytestmark = pytest.mark.numeric
+
 
 class Uneven:
     """A planner that holds one unit back: its bytes only fall from a step on that is far from the others'."""
@@ -64,6 +66,7 @@ def test_constant_vectors_take_any_step(values):
         assert centre == values[0]
 
 
+@pytest.mark.slow
 def test_a_model_with_constant_vectors_and_zero_matrices_at_a_large_budget(model_directory, texts, tmp_path):
     module = build("biased")
     with torch.no_grad():

@@ -14,7 +14,7 @@ import bytecap
 from bytecap.allocation.planner import Planner
 from bytecap.calibration.metric import Metric
 from bytecap.format.ledger import total
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.model.checkpoint import as_matrix, load_model
 from bytecap.model.module import model_of
 from bytecap.quantization.quantizer import Options, prepare
@@ -267,6 +267,7 @@ def spread(matrices, strength):
     return found
 
 
+@pytest.mark.slow
 class TestRate:
     @pytest.mark.parametrize("bits", [1.5, 3.0, 5.0])
     def test_against_the_real_coder(self, real, bits):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bytecap._version import __version__
 from bytecap.errors import (
     ArtifactError,
     BudgetError,
@@ -33,14 +34,12 @@ from bytecap.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from bytecap.job.config import FitConfig
+    from bytecap.model.from_artifact import load_into, load_model
     from bytecap.pipeline.artifact import Artifact
-    from bytecap.pipeline.export import load_into, load_model
     from bytecap.pipeline.fit import fit, fit_budgets
     from bytecap_lab.compare import compare
     from bytecap_lab.layer_tying import tie
     from bytecap_lab.rd_curves import byte_returns
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
@@ -58,6 +57,7 @@ __all__ = [
     "TextError",
     "UsageError",
     "VersionError",
+    "__version__",
     "byte_returns",
     "compare",
     "fit",
@@ -78,8 +78,8 @@ _LAZY = {  # what needs more than numpy, and the module that has it
     "compare": "bytecap_lab.compare",
     "fit": "bytecap.pipeline.fit",
     "fit_budgets": "bytecap.pipeline.fit",
-    "load_into": "bytecap.pipeline.export",
-    "load_model": "bytecap.pipeline.export",
+    "load_into": "bytecap.model.from_artifact",
+    "load_model": "bytecap.model.from_artifact",
     "tie": "bytecap_lab.layer_tying",
 }
 

@@ -39,7 +39,7 @@ app.add_typer(golf_app, name="golf")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from bytecap import __version__
+        from bytecap._version import __version__
         from bytecap.format.container import VERSION
 
         typer.echo(f"bytecap {__version__}, format {'.'.join(map(str, VERSION))}")

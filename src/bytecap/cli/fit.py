@@ -62,7 +62,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
-    from bytecap.format import codefiles
+    from bytecap.pipeline import pack_code
     from bytecap.pipeline.fit import each_budget, fit_config
     from bytecap.pipeline.fit_shards import fit_shards, limit_only, numbers_and_shards
 
@@ -75,7 +75,7 @@ def fit(
     pages = [Path(c.output) for c in each_budget(replace(config, output=report)) if c.output is not None]
     for page in pages:
         check_output(page)
-    config = replace(config, code=codefiles.pack(code or (), code_accounting), reporter=progress(as_json))
+    config = replace(config, code=pack_code.pack(code or (), code_accounting), reporter=progress(as_json))
     if factory is not None:
         if config.store is not None:
             raise UsageError("--store is for checkpoints: what a factory's code computes has no name to be kept under")

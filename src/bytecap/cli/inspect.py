@@ -35,7 +35,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Draw a model: units, uses, bytes now, bytes planned."""
-    from bytecap.pipeline import summary
+    from bytecap.report import summary
     from bytecap.report.tree import print_survey
 
     path = Path(model) if model is not None else None
@@ -64,9 +64,9 @@ def _lines(
     from bytecap.job.config import FitConfig
     from bytecap.model.checkpoint import load_model
     from bytecap.model.sources import load_sets
-    from bytecap.pipeline import summary
     from bytecap.pipeline.fit_shards import Source, numbers_and_shards, shard_sets_of, trial
     from bytecap.pipeline.stages import choose_device, make_job
+    from bytecap.report import summary
 
     if (model is None) == (factory is None):
         raise UsageError("say what to draw: MODEL, or --factory FILE.py:CALLABLE")

@@ -29,7 +29,7 @@ from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from bytecap.format.codefiles import Code
-    from bytecap.methods import Section
+    from bytecap.job import Section
     from bytecap.progress import Reporter
     from bytecap.system.cache import Store
 
@@ -54,7 +54,7 @@ class FitConfig:
         window: predicted tokens in a window of text, at most what the model's positions allow.
         tokenizer: keep tokenizer files inside the file.
         config: keep config files inside the file.
-        code: source files to keep inside, counted packed, or what `bytecap.format.codefiles.pack` made of them.
+        code: source files to keep inside, counted packed, or what `bytecap.pipeline.pack_code.pack` made of them.
         paths: exception paths that the allocator may choose from, or `all`; for the method `bytecap` only.
         recover: tune what was coded for so many steps (`600`) or so long (`45s`, `10m`).
         recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.

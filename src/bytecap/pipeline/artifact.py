@@ -83,7 +83,7 @@ class Artifact:
         Raises:
             UsageError: a dry run made no file. ArtifactError: the file holds no config.
         """
-        from bytecap.pipeline.export import module_of
+        from bytecap.model.from_artifact import module_of
 
         if not self.data:
             raise UsageError("a dry run writes no file: there is no model to load")

@@ -17,11 +17,11 @@ from typing import Any
 from torch import nn
 
 from bytecap.errors import UsageError
-from bytecap.format.sidefiles import background
 from bytecap.job.config import FitConfig, configured
 from bytecap.model.checkpoint import Model, demo_directory, load_model
 from bytecap.model.sources import as_paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline import background
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import logits_of
 from bytecap.errors import TextError, UsageError
 from bytecap.format.decoder import decode_units
 from bytecap.job.config import FitConfig
+from bytecap.methods import METHODS
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
+from bytecap.model.forward import logits_of
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import CORRECTION_TOKENS, report_sets
@@ -38,7 +39,6 @@ from bytecap.pipeline.stages import Asked, check, finish, open_model
 
 Evaluate = Callable[[nn.Module], float]
 _FOR_TEXTS = ("recover_text", "store")
-_WINDOWS_ONLY = {"radio", "cluscomp", "reallm"}  # methods that walk token windows themselves
 
 
 def fit_module(module: nn.Module, config: FitConfig) -> Artifact:
@@ -80,7 +80,7 @@ def batch_sets(model: Model, asked: Asked, calibration: Iterable[Any], evaluatio
 
 def check_method(method: str) -> None:
     """Refuse methods that need logits where there is only a loss."""
-    if method in _WINDOWS_ONLY:
+    if method in METHODS and METHODS[method].windows_only:
         raise UsageError(f"method {method} needs a module whose forward(ids) gives logits")
 
 

@@ -127,7 +127,7 @@ def continued(model: Model, ids: Sequence[int], tokens: int, how: Sampling, devi
     """Token ids that follow `ids`, without the one that ends the text."""
     import torch
 
-    from bytecap.calibration.probe import logits_of
+    from bytecap.model.forward import logits_of
 
     module, limit = model.module.to(device), window_limit(model, 1 << 30)
     keeps = "past_key_values" in inspect.signature(module.forward).parameters

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from bytecap.format import container
+from bytecap.format.decoder import side_files
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.from_artifact import load_model as load_artifact
 from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import load_text
-from bytecap.pipeline.export import load_model as load_artifact
-from bytecap.pipeline.export import side_files
 from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.types import Score
 

@@ -18,7 +18,7 @@ import torch
 
 from bytecap import methods
 from bytecap.errors import BudgetError, UsageError
-from bytecap.format import codefiles, container
+from bytecap.format import container
 from bytecap.format.codefiles import Code
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.exact import WIDTH
@@ -26,10 +26,10 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
 from bytecap.format.decoder import Ideal, decode_each
 from bytecap.format.ledger import by_path, by_unit
-from bytecap.format.sidefiles import background
 from bytecap.format.wire.shared_objects import share_lists
+from bytecap.job import Job, Method, Outcome, Section
 from bytecap.job.config import FitConfig
-from bytecap.methods import Job, Method, Outcome, Section
+from bytecap.job.effort import Effort, effort_of
 from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import Model, as_matrix
@@ -37,10 +37,10 @@ from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline import background, pack_code
 from bytecap.pipeline.artifact import Artifact
 from bytecap.progress import Recorder, Reporter, reporter_for
 from bytecap.recovery.sections import tune_sections
-from bytecap.recovery.tuning import Effort, effort_of
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system import allocator
 from bytecap.system.cache import Store
@@ -123,7 +123,7 @@ def check(config: FitConfig) -> Asked:
         raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
     run, device = methods.find(config.method), choose_device(config.device)
     paths, effort = methods.menu_of(config.paths, config.method), effort_of(config.recover)
-    code = config.code if isinstance(config.code, Code) else codefiles.pack(config.code)
+    code = config.code if isinstance(config.code, Code) else pack_code.pack(config.code)
     store = config.store if isinstance(config.store, Store) else Store(config.store)
     reporter = Recorder(reporter_for(config.reporter, config.progress))
     allocator.spare(device)

@@ -1,4 +1,4 @@
-"""The ground that exception paths are measured on: every matrix of a model at a budget's operating point.
+"""Code every matrix of a model at a budget's operating point, the base that exception paths are measured on.
 
 `grid` is the default method's allocated plan before drift targets and trimming; `golf` is the per-row grid of the
 records at the `k` that meets the budget, rounded with the same guided Hessians that predict every error here. Both
@@ -22,7 +22,7 @@ from bytecap.format.coders import Shared
 from bytecap.format.coders.packed import BROTLI, dequantize
 from bytecap.format.coders.packed import CODER as PACKED
 from bytecap.format.entropy.rans import encode_all
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.methods.baselines.golf import (
     EMBEDDING_LEVELS,
     K_EMBEDDING,
@@ -59,12 +59,12 @@ class Base(Protocol):
 
     @property
     def problems(self) -> Mapping[str, Problem]:
-        """By unit name."""
+        """Problems by unit name."""
         ...
 
     @property
     def shared(self) -> Shared:
-        """What decoding needs."""
+        """The shared data that decoding needs."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""From a model and a budget to the ground the curves stand on: statistics, operating point, a twin that holds it.
+"""Build the operating point of curves from a model and a budget: statistics, coded base, and a copy that holds it.
 
 Statistics and operating points are kept in the store, so that a second budget reuses the one and a second run both.
 """
@@ -21,8 +21,8 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
 from bytecap.format.entropy.shared_tables import dump_shared, load_shared
+from bytecap.job import Job, Section
 from bytecap.job.config import FitConfig
-from bytecap.methods import Job, Section
 from bytecap.methods.bytecap import planned, statistics
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each
@@ -71,14 +71,14 @@ class Ground:
 
 
 def check_base(name: str) -> str:
-    """The name of a base, if it is one."""
+    """Check the name of a base."""
     if name not in BASES:
         raise UsageError(f"unknown base {name!r}: use {' or '.join(BASES)}")
     return name
 
 
 def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Any) -> Job:
-    """A job as `fit` would work on; refuses budgets at which there is nothing to recover."""
+    """Make the job that `fit` would work on; budgets that leave nothing to recover are refused."""
     job = stages.make_job(model, sets, FitConfig(budget, device=device, seed=seed, reporter=reporter))
     if budget >= job.size({u.name: Section(EXACT.tag, bytes(2 * u.parameters)) for u in model.units}, b""):
         raise UsageError(f"a budget of {budget:,} bytes holds the model losslessly: no byte can recover anything")
@@ -114,7 +114,7 @@ def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
 
 
 def _rank_channels(job: Job, base: GridBase | GolfBase) -> None:
-    """Tell every matrix which streams it is on, and what their channels are worth to all of their matrices."""
+    """Tell every matrix which streams it is on, and the worth of their channels to all of their matrices."""
     streams = streams_of(job.model.module, job.model.units, job.sets.statistics)
     found = rank(streams, ((p, base.units[n].values) for n, p in base.problems.items()), base.kappa)
     base.problems = {n: replace(p, rankings=found[n]) for n, p in base.problems.items()}
@@ -128,7 +128,7 @@ def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str)
         kept = {"steps": state.steps, "kappa": kappa, "tables": dump_shared(state.shared).hex()}
         store.put(digest(key, "plan"), kept)
     planner.shared = load_shared(bytes.fromhex(kept["tables"]))
-    planner.shrink = Shrink(planner.shared.offset, planner.shrink.dead_zone)
+    planner.shrink = Shrink(planner.shared.offset)
     state.steps.update(kept["steps"])
     base = GridBase(planner, kept["steps"], kept["kappa"])
     rest = {v.unit.name: from_matrix(v.unit, planner.decode(state, v.unit.name)) for v in planner.vectors}

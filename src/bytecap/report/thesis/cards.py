@@ -14,7 +14,7 @@ _WIDTH, _ROW, _EDGE = 240, 18, 12  # pixels of a picture
 
 
 def section(found: Mapping[str, Any]) -> str:
-    """What was asked, and the cards."""
+    """State the thesis, and show one card for each experiment."""
     items = "".join(map(_card, found["experiments"]))
     return (
         "<p><em>Once models are in the aggressive low-bit regime, the next gains come from better byte-return ranking "

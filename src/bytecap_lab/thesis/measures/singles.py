@@ -1,4 +1,4 @@
-"""One matrix at a time: the exception that promises most near 2% of its section, and a finer step of 1/16 octave.
+"""Measure one matrix at a time: its most promising exception near 2% of its section, and a step 1/16 octave finer.
 
 `rankings` prices the same exceptions anew under other statistics: of other calibration seeds, and of each text alone.
 """
