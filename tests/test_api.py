@@ -103,6 +103,7 @@ class TestWithoutTorch:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
+    @pytest.mark.slow
     def test_finished_thesis_lines_are_judged(self, tmp_path):
         from test_thesis import lines
 

@@ -103,6 +103,7 @@ class TestJson:
         assert json.loads(out)["prompt"] == "The table"
         assert run("generate", path, "--prompt", "The table", "--tokens", 5, "--temperature", 0, "--json")[1] == out
 
+    @pytest.mark.slow
     def test_fit_under_several_budgets(self, run, job, tmp_path):
         arguments = job(budget="21kB,6bpp")
         arguments[arguments.index("-o") + 1] = tmp_path / "m-{budget}.bcap"

@@ -126,6 +126,7 @@ class TestOrder:
             bytecap.fit("no such model", BUDGET, method=name)
 
 
+@pytest.mark.slow
 class TestWarnings:
     def test_python_hears_them_and_the_report_keeps_them(self, model_directory):
         with pytest.warns(bytecap.BytecapWarning, match="no --calib and no --eval given") as heard:
@@ -184,6 +185,7 @@ class TestProgress:
         monkeypatch.delitem(sys.modules, "ipykernel")
         assert isinstance(reporter_for(), Silent)
 
+    @pytest.mark.slow
     def test_fit_takes_it(self, model_directory, texts, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "ipykernel", sys)
         given = {"calibration": texts["calib"], "evaluation": texts["val"], "method": "uniform", **SMALL}
@@ -207,6 +209,7 @@ class TestProgress:
         assert last.endswith("\ndone\n")
 
 
+@pytest.mark.slow
 class TestArtifact:
     def test_repr_is_one_short_line(self, fitted):
         said = repr(fitted("rotary")[0])
@@ -246,6 +249,7 @@ class TestArtifact:
 
 
 class TestBudgets:
+    @pytest.mark.slow
     def test_several_from_one_set_of_statistics(self, model_directory, texts, fitted, tmp_path, monkeypatch):
         calls = []
         real = statistics.probe
@@ -260,6 +264,7 @@ class TestBudgets:
         assert found[0].data == fitted("rotary")[0].data == (tmp_path / "m-21kB.bcap").read_bytes()
         assert np.all(np.diff([len(a.data) for a in found]) > 0)
 
+    @pytest.mark.slow
     def test_bits_per_parameter(self, model_directory, texts):
         found = bytecap.fit(
             model_directory("rotary"), "6bpp", calibration=texts["calib"], evaluation=texts["val"], method="uniform",
@@ -293,6 +298,7 @@ class TestBudgets:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_lab_fits_take_the_same_config(model_directory, texts, fitted):
     from bytecap.model.checkpoint import load_model
     from bytecap.model.sources import load_sets

@@ -189,6 +189,7 @@ class TestChat:
         list(generate(path, "Why?", tokens=2))
         assert tokenizer.decode(seen[1]) == "Why?"  # behind the token that begins every document, which is not shown
 
+    @pytest.mark.slow
     def test_a_template_survives_the_file(self, endless, texts, tmp_path):
         path = endless(chat_template__jinja=TEMPLATE, tokenizer_config__json={"eos_token": "<end>"})
         out = tmp_path / "chat.bcap"
@@ -251,6 +252,7 @@ class TestCommand:
         assert out == "\\x1b[31mred\tb\n"
 
 
+@pytest.mark.slow
 def test_a_tied_model_keeps_a_cache_for_every_layer(made):
     model = load_model(made[0])
     found = list(continued(model, [5, 40, 7], 8, GREEDY, "cpu"))

@@ -2,8 +2,12 @@
 
 >>> parse_size("3MB"), parse_size("3M"), parse_size("3MiB"), parse_size("600kB"), parse_size(1000)
 (3000000, 3000000, 3145728, 600000, 1000)
->>> parse_budget("3.5bpp", 1_000_000), split_budgets("3MB,4,000,000,3.5bpp")
-(437500, ['3MB', '4,000,000', '3.5bpp'])
+>>> parse_budget("3.5bpp", 1_000_000), parse_budget("3MB", 1_000_000), split_budgets("3MB,4,000,000,3.5bpp")
+(437500, 3000000, ['3MB', '4,000,000', '3.5bpp'])
+>>> check_budget("3.5")
+Traceback (most recent call last):
+bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 3.5bpp for bits per parameter, or \
+3.5MB for millions of bytes
 >>> format_size(3_000_000)
 '3,000,000 bytes (3.000 MB, 2.861 MiB)'
 """

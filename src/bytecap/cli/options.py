@@ -64,7 +64,7 @@ OPTIONS = {
     "dry_run": _Option(("--dry-run",), bool, flag=True),
     "tokenizer": _Option(("--no-tokenizer",), bool, read=lambda x: not x, before="Do not", flag=True),
     "config": _Option(("--no-config",), bool, read=lambda x: not x, before="Do not", flag=True),
-    "paths": _Option(("--paths",), list[str] | None, "the default menu", names, behind="By comma or repeated."),
+    "paths": _Option(("--paths",), list[str] | None, _NONE, names, behind="By comma or repeated."),
     "recover": _Option(("--recover",), str | None, _NONE),
     "recover_text": _Option(("--recover-text",), _Texts, "the calibration texts", behind="Repeatable."),
     "store": _Option(("--store",), Path | None, _NONE),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bytecap.job.effort import Effort
+from bytecap.job.section import Section
 from bytecap.system.cache import Store
 
 if TYPE_CHECKING:
@@ -22,13 +23,7 @@ if TYPE_CHECKING:
     from bytecap.model.texts import TokenSets
     from bytecap.progress import Reporter
 
-
-@dataclass(frozen=True)
-class Section:
-    """One unit as stored: the coder's on-disk tag and its bytes."""
-
-    tag: int
-    data: bytes
+__all__ = ["Job", "Method", "Outcome", "Section"]
 
 
 @dataclass(frozen=True)

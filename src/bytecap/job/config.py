@@ -1,4 +1,4 @@
-"""`FitConfig`: every option of a fit, written once for Python, torch modules, the command line and the lab.
+"""Define `FitConfig`: every option of a fit, once for Python, torch modules, the command line and the lab.
 
 The class is the only list of options. `configured` turns a function that takes a `FitConfig` into one that takes the
 options as keyword arguments: its signature and its documentation are made from the class, for type checkers (through
@@ -29,7 +29,7 @@ from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from bytecap.format.codefiles import Code
-    from bytecap.job import Section
+    from bytecap.job.section import Section
     from bytecap.progress import Reporter
     from bytecap.system.cache import Store
 
