@@ -6,8 +6,8 @@
 (437500, 3000000, ['3MB', '4,000,000', '3.5bpp'])
 >>> check_budget("3.5")
 Traceback (most recent call last):
-bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 3.5bpp for bits per parameter, or \
-3.5MB for millions of bytes
+bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 3.5MB for millions of bytes, or \
+3.5bpp for bits per parameter of a model
 >>> format_size(3_000_000)
 '3,000,000 bytes (3.000 MB, 2.861 MiB)'
 """
@@ -29,7 +29,8 @@ _FACTORS = {
 _SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*bpp", re.IGNORECASE)
 _LISTED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^,]*|[^,]+")
-_USE = "use bytes (3000000), 3MB (decimal), 3MiB (binary), or for a model 3.5bpp (bits per parameter)"
+_SIZES = "use bytes (3000000), 3MB (decimal) or 3MiB (binary)"
+_BUDGETS = "use bytes (3000000), 3MB (decimal), 3MiB (binary) or 3.5bpp (bits per parameter)"
 
 
 def parse_size(size: int | str) -> int:
@@ -41,17 +42,22 @@ def parse_size(size: int | str) -> int:
     Raises:
         UsageError: not a size, or not at least one byte.
     """
+    return _parsed(size, _SIZES)
+
+
+def _parsed(size: int | str, forms: str) -> int:
+    """Read a number of bytes; `forms` says what may be written."""
     if isinstance(size, int):
         value: float = size
     else:
         match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
         factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            raise UsageError(f"cannot read the size {size!r}: {_USE}")
+            raise UsageError(f"cannot read the size {size!r}: {forms}")
         if "." in match[1] and not match[2]:
             raise UsageError(
-                f"cannot read the size {size!r}, which has no unit: write {match[1]}bpp for bits per parameter, or "
-                f"{match[1]}MB for millions of bytes"
+                f"cannot read the size {size!r}, which has no unit: write {match[1]}MB for millions of bytes, or "
+                f"{match[1]}bpp for bits per parameter of a model"
             )
         value = float(match[1].replace("_", "").replace(",", "")) * factor
     if value < 1:
@@ -71,7 +77,7 @@ def parse_budget(budget: int | str, parameters: int) -> int:
     """
     if isinstance(budget, str) and (match := _RATE.fullmatch(budget.strip())):
         return parse_size(max(1, int(float(match[1]) * parameters / 8)) if float(match[1]) else 0)
-    return parse_size(budget)
+    return _parsed(budget, _BUDGETS)
 
 
 def check_budget(budget: int | str) -> None:

@@ -70,7 +70,8 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Artifa
     started = time.perf_counter()
     for option in _FOR_MODULES:
         if getattr(configs[0], option):
-            raise UsageError(f"the option {option} is for torch modules, and {model} is a checkpoint")
+            name = model.name if isinstance(model, Model) else model
+            raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
     asked = [check(config) for config in configs]
     loaded = model if isinstance(model, Model) else load_model(model, begin=_pack if configs[0].tokenizer else None)
     opened = [open_model(a, loaded) for a in asked]
