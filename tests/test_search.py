@@ -16,6 +16,8 @@ from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
 from conftest import SMALL, build
 
+pytestmark = pytest.mark.numeric
+
 
 class Uneven:
     """A planner that holds one unit back: its bytes only fall from a step on that is far from the others'."""
