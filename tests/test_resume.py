@@ -14,7 +14,7 @@ import bytecap
 from bytecap.errors import OutputError
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
-from bytecap.quantization import gaussian_shrink
+from bytecap.quantization import Shrink, gaussian_shrink
 from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
 from bytecap.system.atomic import replacing, sweep, write_atomically
 from bytecap.system.cache import Store, digest
@@ -120,8 +120,8 @@ class TestGoingOn:
 
     def test_rules_come_back_as_they_were(self):
         one, two = Table(-1, np.array([3, 8, 3, 2])), Table(0, np.array([15, 1]))
-        shared = Shared(Tables({1: one, 2: one, 5: two}), gaussian_shrink(0.1).offset)
-        found = rules_from_json(rules_to_json(Rules(shared, gaussian_shrink(0.1))))
+        shared = Shared(Tables({1: one, 2: one, 5: two}), gaussian_shrink().offset)
+        found = rules_from_json(rules_to_json(Rules(shared, Shrink(shared.offset / 2))))
         back, shrink = found.shared, found.shrink
         assert {c: (t.low, t.freq.tolist()) for c, t in back.tables.table.items()} == {
             c: (t.low, t.freq.tolist()) for c, t in shared.tables.table.items()

@@ -162,7 +162,7 @@ class Planner:
             old, shrinking = rules.shared, self.options.shrink
             counts = sum_counts([self._side_counts(coded, steps, old), *(c.counts.sum(0) for c in coded.values())])
             shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
-            found = Rules(shared, Shrink(shared.offset, rules.shrink.dead_zone) if shrinking else rules.shrink)
+            found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
         return replace(self.price(coded, steps, found), origin=rules)
 
     def finest_state(self, rules: Rules) -> State:

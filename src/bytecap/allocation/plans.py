@@ -22,7 +22,7 @@ from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.preparation import PreparedModel
 from bytecap.calibration.residual_streams import streams_of
 from bytecap.errors import BudgetError
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import twin_of
 from bytecap.model.texts import leading

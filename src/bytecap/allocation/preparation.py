@@ -13,7 +13,7 @@ from bytecap.allocation.planner import Planner, State, VectorUnit
 from bytecap.calibration import metric as sensitivity
 from bytecap.calibration.probe import Statistics
 from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.methods import Job, Section
+from bytecap.job import Job, Section
 from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import Rules, initial_rules

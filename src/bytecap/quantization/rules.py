@@ -42,14 +42,14 @@ class Rules:
 
     def with_offsets(self, offset: npt.NDArray[np.float32]) -> Rules:
         """The same tables, with offsets (64, CENTRES) to round for and to decode with."""
-        return Rules(replace(self.shared, offset=offset), Shrink(offset, self.shrink.dead_zone))
+        return Rules(replace(self.shared, offset=offset), Shrink(offset))
 
 
 def initial_rules(options: Options) -> Rules:
     """Gaussian tables and offsets for every class: where fitting starts."""
-    shrink = gaussian_shrink(options.dead_zone)
+    shrink = gaussian_shrink()
     if not options.shrink:
-        shrink = Shrink(np.zeros_like(shrink.offset), shrink.dead_zone)
+        shrink = Shrink(np.zeros_like(shrink.offset))
     z = np.arange(MAX_HALF + 2)
     counts = np.zeros((CLASSES, MAX_HALF + 2))
     for k in range(1, CLASSES):
@@ -69,12 +69,12 @@ def rules_to_json(rules: Rules) -> dict[str, Any]:
     return {
         "tables": [[t.low, t.freq.tolist()] for _, t in distinct],
         "classes": [[c, place[id(t)]] for c, t in shared.tables.table.items()],
-        "offset": shared.offset.tolist(), "shrink": shrink.offset.tolist(), "dead": shrink.dead_zone.tolist(),
+        "offset": shared.offset.tolist(), "shrink": shrink.offset.tolist(),
     }  # fmt: skip
 
 
 def rules_from_json(value: Mapping[str, Any]) -> Rules:
     """The rules that `rules_to_json` was given."""
     tables = [Table(low, np.array(freq)) for low, freq in value["tables"]]
-    offset, shrink, dead = (np.array(value[k], np.float32) for k in ("offset", "shrink", "dead"))
-    return Rules(Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink, dead))
+    offset, shrink = (np.array(value[k], np.float32) for k in ("offset", "shrink"))
+    return Rules(Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink))

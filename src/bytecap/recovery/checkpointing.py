@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bytecap.calibration.statistics import job_key, windows_key
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.system.cache import Store, digest
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
 from bytecap.format.entropy.shared_tables import dump_shared, load_shared
-from bytecap.methods import Job, Section
+from bytecap.job import Job, Section
 from bytecap.methods.bytecap import calibrate, prepare
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each
