@@ -16,7 +16,7 @@ from bytecap.errors import OutputError
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
 from bytecap.quantization import Shrink, gaussian_shrink
-from bytecap.recovery import checkpointing
+from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
 from bytecap.system.atomic import replacing, sweep, write_atomically
 from bytecap.system.cache import Store, digest
 from conftest import BUDGET, SMALL
@@ -42,7 +42,10 @@ def fit(model_directory, texts, tmp_path):
     return run
 
 
-STAGES = ("_prepare", "_factors", "_allocate", "_better", "_apply_drift", "_finish")
+STAGES = (
+    "methods.bytecap.prepare", "allocation.plans.factors", "allocation.plans.step_multipliers",
+    "allocation.plans.best_of", "methods.bytecap.retarget", "methods.bytecap.pack",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -55,7 +58,7 @@ class TestGoingOn:
 
         for stage in STAGES:
             with monkeypatch.context() as patch:
-                patch.setattr(f"bytecap.methods.bytecap.{stage}", die)
+                patch.setattr(f"bytecap.{stage}", die)
                 with pytest.raises(Killed):
                     fit()
         assert fit() == fitted()[0].data
@@ -65,8 +68,11 @@ class TestGoingOn:
         fit()
         entries = sorted((tmp_path / "store").iterdir())
         assert len(entries) == 4  # statistics, factors, plan, drift targets
-        for name in ("statistics.probe", "default.correct.measure", "default.drift_targets", "default.kl_each"):
-            monkeypatch.setattr(f"bytecap.methods.{name}", None)
+        for name in (
+            "calibration.statistics.probe", "allocation.correction.measure", "methods.bytecap.drift_targets",
+            "allocation.plans.kl_each",
+        ):  # fmt: skip
+            monkeypatch.setattr(f"bytecap.{name}", None)
         assert fit() == undisturbed
 
     def test_spoiled_entries_are_not_trusted(self, fit, fitted, tmp_path):
@@ -108,7 +114,7 @@ class TestGoingOn:
         for number, changes in enumerate(({"paths": ["outliers"]}, {"options": {"allocate": False}})):
             undisturbed = fit(store=None, **changes)
             with monkeypatch.context() as patch:
-                patch.setattr("bytecap.methods.bytecap._finish", die)
+                patch.setattr("bytecap.methods.bytecap.pack", die)
                 with pytest.raises(Killed):
                     fit(store=tmp_path / str(number), **changes)
             assert fit(store=tmp_path / str(number), **changes) == undisturbed
@@ -116,7 +122,8 @@ class TestGoingOn:
     def test_rules_come_back_as_they_were(self):
         one, two = Table(-1, np.array([3, 8, 3, 2])), Table(0, np.array([15, 1]))
         shared = Shared(Tables({1: one, 2: one, 5: two}), gaussian_shrink().offset)
-        back, shrink = checkpointing.rules_from_json(checkpointing.rules_to_json((shared, Shrink(shared.offset / 2))))
+        found = rules_from_json(rules_to_json(Rules(shared, Shrink(shared.offset / 2))))
+        back, shrink = found.shared, found.shrink
         assert {c: (t.low, t.freq.tolist()) for c, t in back.tables.table.items()} == {
             c: (t.low, t.freq.tolist()) for c, t in shared.tables.table.items()
         }

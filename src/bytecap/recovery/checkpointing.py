@@ -23,16 +23,12 @@ import torch
 from torch import Tensor
 
 from bytecap.calibration.statistics import job_key, windows_key
-from bytecap.format.coders import Shared
-from bytecap.format.entropy.frequencies import Table, Tables
 from bytecap.job import Job
-from bytecap.quantization import Shrink
 from bytecap.system.cache import Store, digest
 
 if TYPE_CHECKING:
     from bytecap.quantization.quantizer import Options
 
-Rules = tuple[Shared, Shrink]
 SECONDS = 60.0  # between two times that a course is kept, at least
 _ABOUT = "about"  # entry of what JSON holds
 
@@ -100,22 +96,3 @@ class Course:
             return None
         about = json.loads(arrays.pop(_ABOUT).tobytes())
         return {n: torch.from_numpy(a) for n, a in arrays.items()}, about
-
-
-def rules_to_json(rules: Rules) -> dict[str, Any]:
-    """Turn tables, offsets and rounding rules into JSON values; classes that share a table go on sharing it."""
-    shared, shrink = rules
-    distinct = shared.tables.distinct()
-    place = {id(t): i for i, (_, t) in enumerate(distinct)}
-    return {
-        "tables": [[t.low, t.freq.tolist()] for _, t in distinct],
-        "classes": [[c, place[id(t)]] for c, t in shared.tables.table.items()],
-        "offset": shared.offset.tolist(), "shrink": shrink.offset.tolist(),
-    }  # fmt: skip
-
-
-def rules_from_json(value: Mapping[str, Any]) -> Rules:
-    """Invert `rules_to_json`."""
-    tables = [Table(low, np.array(freq)) for low, freq in value["tables"]]
-    offset, shrink = (np.array(value[k], np.float32) for k in ("offset", "shrink"))
-    return Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink)

@@ -81,10 +81,12 @@ def of_model(model: Any, run: Callable[[Any], Any], planned: Mapping[str, float]
 
 def plan(job: Any) -> dict[str, float]:
     """Estimate the bytes of every unit under the default method's allocated plan."""
-    from bytecap.methods.bytecap import planned, statistics
+    from bytecap.allocation.plans import allocated_plan
+    from bytecap.methods.bytecap import calibrate, prepare
     from bytecap.quantization.quantizer import Options
 
     options = Options(**job.options)
-    planner, state, _ = planned(job, options, statistics(job, options))
-    fixed = {u.name: float(_stored(u)) for u in job.model.units if u.name not in planner.names}
+    prepared = prepare(job, options, calibrate(job, options))
+    state, _ = allocated_plan(job, prepared)
+    fixed = {u.name: float(_stored(u)) for u in job.model.units if u.name not in prepared.planner.names}
     return {**fixed, **state.rates}

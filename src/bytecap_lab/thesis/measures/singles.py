@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bytecap.calibration.metric import metrics
-from bytecap.methods.bytecap import statistics
+from bytecap.methods.bytecap import calibrate
 from bytecap.model.texts import TokenSets
 from bytecap.quantization.overlays import Problem
 from bytecap.quantization.quantizer import Options
@@ -56,7 +56,7 @@ def problems(bench: Bench, sets: TokenSets, seed: int) -> dict[str, Problem]:
     """Every matrix under the statistics of other tokens."""
     job = bench.ground.job
     job = replace(job, sets=sets, config=replace(job.config, seed=seed), store=bench.store)
-    found = statistics(job, Options())
+    found = calibrate(job, Options())
     known = bench.ground.base.problems
     return {
         n: Problem(known[n].unit, known[n].weight, m.hessian[0].cpu(), m.rows.cpu())
