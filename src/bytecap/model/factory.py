@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.errors import CheckpointError, UsageError
-from bytecap.model.checkpoint import DTYPES, Model, check_safetensors
+from bytecap.model.checkpoint import DTYPES, Model
+from bytecap.model.fileset import check_safetensors
 from bytecap.model.module import model_of
 from bytecap.pipeline.export import load_into
 

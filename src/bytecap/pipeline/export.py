@@ -7,7 +7,6 @@ No network, no code from the file: config and tokenizer come out of the artifact
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from bytecap.format import codefiles, container
 from bytecap.format.coders.exact import is_lossless, to_bytes
 from bytecap.format.container import FILE, Contents
 from bytecap.format.decoder import decode_units
-from bytecap.format.sidefiles import packing
+from bytecap.format.sidefiles import packing, source_tensors
 from bytecap.system.atomic import write_atomically
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ _METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
 
 
 def side_files(contents: Contents) -> dict[str, bytes]:
-    """Config and tokenizer files of an artifact."""
+    """Config and tokenizer files of an artifact, and `source_tensors.json` where it has one."""
     return {f.name: packing.unpack(f.name, f.data) for f in contents.files if f.kind == FILE}
 
 
@@ -44,17 +43,29 @@ def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, 
     Raises:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
     """
-    values = decode_units(contents, aliases=False)
-    chosen = _choose_dtypes(values, {u.unit.name: u.unit.dtype for u in contents.units}, dtype)
+    found = side_files(contents)
+    values, source = _tensors(contents, found)
+    found |= codefiles.files(contents)
+    chosen = _choose_dtypes(values, source, dtype)
     float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
-    found = side_files(contents) | codefiles.files(contents)
     for name in found:
         if name.lower() == _WEIGHTS or PureWindowsPath(name).name != name or ":" in name:
             raise ArtifactError(f"a side file must not have the name {name!r}")
-    if "config.json" in found:
+    if "config.json" in found and (chosen != source or len(set(chosen.values())) == 1):
         found["config.json"] = _with_dtype(found["config.json"], written)
     return {_WEIGHTS: _safetensors(values, chosen), **found}, written
+
+
+def _tensors(contents: Contents, files: dict[str, bytes]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """Tensors of the checkpoint by its own names, and their dtypes there; takes out the side file that says which."""
+    values = decode_units(contents, aliases=False)
+    dtypes = {u.unit.name: u.unit.dtype for u in contents.units}
+    layout = files.pop(source_tensors.FILE, None)
+    if layout is None:
+        return values, dtypes
+    found = source_tensors.tensors(layout, values)
+    return {n: v for n, (v, _, _) in found.items()}, {n: d or dtypes[unit] for n, (_, unit, d) in found.items()}
 
 
 def _with_dtype(content: bytes, written: str) -> bytes:
@@ -135,17 +146,14 @@ def load_model(path: Path | str) -> nn.Module:
     Raises:
         ArtifactError: the file cannot be trusted or holds no config.
     """
-    from bytecap.model.checkpoint import module_from_config
     from bytecap.model.quantized_copy import load_values
+    from bytecap.model.rebuilt import build
 
     contents = container.read(path)
     files = side_files(contents)
     if "config.json" not in files:
         raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
-    with tempfile.TemporaryDirectory() as directory:
-        for name in {"config.json", "tying.json"} & files.keys():
-            (Path(directory) / name).write_bytes(files[name])
-        module = module_from_config(Path(directory))
+    module = build(files, [u.unit for u in contents.units], str(path))
     load_values(module, decode_units(contents, aliases=False))
     return module
 

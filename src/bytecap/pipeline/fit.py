@@ -22,7 +22,7 @@ from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.exact import WIDTH
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
-from bytecap.format.decoder import Ideal, decode_each, decode_units
+from bytecap.format.decoder import Ideal, decode_units
 from bytecap.format.ledger import Entry, by_path, by_unit
 from bytecap.format.sidefiles import background
 from bytecap.format.wire.shared_objects import share_lists
@@ -32,9 +32,10 @@ from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
 from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import ByWindow, Comparison, compare, mean_comparison, paired_stderr
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.rebuilt import written
 from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline.export import side_files as unpacked
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.sections import tune_sections
 from bytecap.recovery.tuning import effort_of
@@ -342,10 +343,8 @@ def check_floor(
 def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, contents, ideal = job.model, container.parse(data), Ideal()
-    twin = twin_of(model.module)
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
-    for unit, values in decode_each(contents, ideal, threads=threads):
-        load_values(twin, {unit.name: values})
+    twin = written(model, contents, unpacked(contents), observe=ideal, threads=threads)
     allocator.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
         parts = [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]

@@ -7,7 +7,7 @@ from typing import Any
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
-from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model
 from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import load_text
 from bytecap.pipeline.export import load_model as load_artifact
@@ -22,7 +22,7 @@ def open_model(model: Path | str) -> Model:
     if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"}:
         return load_model(model)
     contents = container.read(path)
-    module = load_artifact(path)
+    module = freeze(load_artifact(path))
     return Model(module, find_units(module), side_files(contents), str(model))
 
 

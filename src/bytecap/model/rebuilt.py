@@ -1,0 +1,149 @@
+"""The module that a file describes: what `load_model` gives, and what the quality of a fit is measured on.
+
+The config alone does not say which tensors are one: a checkpoint may hold a head of its own where its config says that
+head and embedding are tied, and then the library keeps them apart as it reads it. So what the file stores decides:
+every unit is one tensor under all of its names, and no two units are the same.
+
+>>> module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+>>> share(module, [Unit("0.weight", (2, 2), "F32", ("1.weight",))])
+>>> module[0].weight is module[1].weight
+True
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bytecap.errors import ArtifactError
+from bytecap.format.container import Contents
+from bytecap.format.decoder import decode_each
+from bytecap.model.checkpoint import Model, freeze, module_from_config
+from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.types import Unit
+
+DESCRIBING = ("config.json", "tying.json")  # the side files that say what the module is
+
+
+def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Module:
+    """A float32 module whose tensors are these units, values still to come.
+
+    Args:
+        files: side files; `config.json` is needed.
+        units: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        CheckpointError: transformers cannot build it. ArtifactError: its tensors are not the units.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        for each in set(DESCRIBING) & files.keys():
+            (Path(directory) / each).write_bytes(files[each])
+        module = module_from_config(Path(directory))
+    config: Any = module.config
+    config.name_or_path = str(json.loads(files["config.json"]).get("_name_or_path", ""))
+    if "generation_config.json" in files:
+        _take_generation_config(module, files["generation_config.json"], name)
+    try:
+        share(module, units)
+    except ArtifactError as exc:
+        raise ArtifactError(f"{name}: {exc}") from None
+    return module
+
+
+def _take_generation_config(module: Any, content: bytes, name: str) -> None:
+    """Let a module generate as its side file says."""
+    from transformers import GenerationConfig
+
+    try:
+        module.generation_config = GenerationConfig.from_dict(json.loads(content))
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
+        raise ArtifactError(f"{name} holds a generation_config.json that cannot be read: {exc}") from exc
+
+
+def share(module: nn.Module, units: Iterable[Unit]) -> None:
+    """Let a module's tensors be one where units say so, and nowhere else.
+
+    Raises:
+        ArtifactError: names or shapes differ.
+    """
+    live = module.state_dict(keep_vars=True)
+    left = dict(live)
+    seen: set[int] = set()
+    for unit in units:
+        for name in (unit.name, *unit.aliases):
+            if name not in left:
+                raise ArtifactError(f"the model of config.json has no tensor {name}")
+            tensor = left.pop(name)
+            if tuple(tensor.shape) != unit.shape:
+                raise ArtifactError(
+                    f"tensor {name} has shape {list(unit.shape)}, the model of config.json {list(tensor.shape)}"
+                )
+        first = live[unit.name]
+        if id(first) in seen:
+            first = nn.Parameter(torch.empty_like(first), requires_grad=first.requires_grad)
+            _put(module, unit.name, first)
+        seen.add(id(first))
+        for name in unit.aliases:
+            if live[name] is not first:
+                _put(module, name, first)
+    if left:
+        raise ArtifactError(f"the model of config.json has tensor {min(left)}, which the file lacks")
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Let a name of the state dict mean another tensor."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(owner._parameters.get(leaf), nn.Parameter) and not isinstance(tensor, nn.Parameter):  # noqa: SLF001
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(owner, leaf, tensor)
+
+
+def written(model: Model, contents: Contents, files: Mapping[str, bytes], *, observe: Any, threads: int) -> nn.Module:
+    """The module that finished bytes stand for, beside the model that they were made from.
+
+    Built from the file itself where its side files describe the model, so that what is measured is what `load_model`
+    gives; else a copy of the model.
+
+    Args:
+        model: what was fitted.
+        contents: of the finished bytes.
+        files: their side files.
+        observe: see `bytecap.format.decoder.decode_units`.
+        threads: that decode.
+
+    Raises:
+        ArtifactError: the file does not give back the model.
+    """
+    if model.rebuilt:
+        module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **files},
+                       [u.unit for u in contents.units], "the written file")  # fmt: skip
+        freeze(module)
+        check_computed(module, model.module)
+        module.to(next(model.module.parameters()).device)
+    else:
+        module = twin_of(model.module)
+    for unit, values in decode_each(contents, observe, threads=threads):
+        load_values(module, {unit.name: values})
+    return module
+
+
+def check_computed(module: nn.Module, original: nn.Module) -> None:
+    """Refuse a module whose buffers that no file holds are not those of the original.
+
+    Raises:
+        ArtifactError: one differs; it is named.
+    """
+    stored, computed = original.state_dict(), dict(module.named_buffers())
+    for name, buffer in original.named_buffers():
+        if name not in stored:
+            other = computed.get(name)
+            if other is None or not torch.equal(other, buffer.to(other.device)):
+                raise ArtifactError(f"the module built from the written file computes {name} otherwise than the model")
