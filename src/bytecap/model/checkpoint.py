@@ -29,6 +29,8 @@ from bytecap.model.fileset import (
     refuse_quantized,
     weight_files,
 )
+from bytecap.model.inputs import refuse_encoder_decoder
+from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
 from bytecap.types import Unit
 
@@ -154,7 +156,9 @@ def load_model(
     directory = resolve(model)
     files = read_side_files(directory)
     refuse_quantized(json.loads(files["config.json"]), directory)
+    refuse_encoder_decoder(files, str(model))
     headers, notes = read_headers(directory, allow_unused)
+    notes += conversion_note(files)
     if begin is not None:
         begin(files)
     module = build_module(directory)

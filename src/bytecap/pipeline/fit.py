@@ -178,6 +178,8 @@ def fit_sets(
     allocator.spare(target)
     effort, kept = effort_of(recover), store if isinstance(store, Store) else Store(store)
     loaded = model()
+    for note in loaded.notes:
+        reporter.note(note)
     files = side_files(loaded, tokenizer=tokenizer, config=config) + source.sections
     about = {"budget": asked, "method": method.rpartition(":")[2]}  # of FILE.py:CALLABLE no path
     with source.floor(asked), allocator.stated(loaded.parameters):

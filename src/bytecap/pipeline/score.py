@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
 from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model
-from bytecap.model.sources import Paths, as_paths, encoder, window_limit
-from bytecap.model.texts import load_text
+from bytecap.model.inputs import facts, vocabulary_of
+from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
+from bytecap.model.texts import check_known, load_text
+from bytecap.model.tokenization import is_there, read_tokenizer
 from bytecap.pipeline.export import load_model as load_artifact
 from bytecap.pipeline.export import side_files
 from bytecap.progress import Reporter, Silent
@@ -57,10 +58,14 @@ def score(
     if not paths:
         reporter.note("warning: no --text given: the embedded SQLite documentation is scored")
         paths = [demo_directory() / "val.txt"]
+    check_model(opened)
+    known, length = vocabulary_of(opened.module), window_limit(opened, window)
+    read = [load_text(path, encode, window=length, limit=tokens, vocabulary=known) for path in paths]
+    for note in opened.notes:
+        reporter.note(note)
     scores = []
-    for path in paths:
-        text = load_text(path, encode, window=window_limit(opened, window), limit=tokens)
-        with reporter.step(path.name, text.tokens) as advance:
+    for text in read:
+        with reporter.step(text.name, text.tokens) as advance:
             scores.append(evaluate(opened.module, text, device=target, progress=advance))
     return scores
 
@@ -76,18 +81,18 @@ def continue_prompt(path: Path | str, prompt: str, *, tokens: int, temperature: 
         seed: of the sampling.
     """
     import torch
-    from tokenizers import Tokenizer
 
     from bytecap.calibration.probe import logits_of
 
     opened = open_model(path)
-    if "tokenizer.json" not in opened.files:
+    if not is_there(opened.files):
         raise ArtifactError(f"{path} holds no tokenizer (written with --no-tokenizer), so it cannot read a prompt")
-    tokenizer: Any = Tokenizer.from_str(opened.files["tokenizer.json"].decode())
+    tokenizer = read_tokenizer(opened.files)
     ids, _ = next(encoder(opened.files)([prompt]))
+    check_known(ids, vocabulary_of(opened.module), "the prompt")
     start, limit = len(ids), window_limit(opened, 1 << 30)
     generator = torch.Generator().manual_seed(seed)
-    end = opened.config().get("eos_token_id")
+    ends = facts(opened.files).ends
     with torch.no_grad():
         for _ in range(tokens):
             logits = logits_of(opened.module(torch.tensor([ids[-limit:]])))[0, -1].float()
@@ -95,7 +100,7 @@ def continue_prompt(path: Path | str, prompt: str, *, tokens: int, temperature: 
                 ids.append(int(logits.argmax()))
             else:
                 ids.append(int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)))
-            if ids[-1] == end:
+            if ids[-1] in ends:
                 ids.pop()
                 break
     text: str = tokenizer.decode(ids[start:])
