@@ -34,6 +34,7 @@ from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.methods import Job, Outcome, Section
 from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
+from bytecap.methods.unused import advice, even_experts, keep_unused
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_each, kl_to
 from bytecap.model.quantized_copy import load_values, twin_of
@@ -52,10 +53,11 @@ _TABLES_GUESS = 700  # bytes of the tables section before it exists
 
 @dataclass(frozen=True)
 class _Work:
-    """Prepared job: the planner, bytes it may use, and sections that are not planned."""
+    """Prepared job: the planner, sections that are not planned, and bytes of those no gradient reaches."""
 
     planner: Planner
     fixed: dict[str, Section]
+    kept: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -270,24 +272,22 @@ def _prepare(job: Job, options: Options, found: Statistics) -> _Work:
         for u in model.units:
             values = model.tensor(u).detach()
             if u.name in found.uses and min(u.matrix_shape) > 1:
-                metric = sensitivity.join(found.uses.pop(u.name), found.tokens)
+                uses = found.uses.pop(u.name)
+                metric, unseen = even_experts(u, uses, sensitivity.join(uses, found.tokens))
+                if unseen:
+                    job.reporter.note(f"{unseen} experts of {u.name} were never reached: weighed like the others")
                 matrices.append(prepare(u, as_matrix(u, values), metric, options))
             elif values.is_floating_point() and values.numel() and u.name not in buffers:
                 vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
             advance(1)
-    _say_unused(job, [p.unit.name for p in matrices if not float(p.rows.sum())], vectors)
+    kept = keep_unused(job, matrices, vectors, options.unused)
+    matrices = [p for p in matrices if p.unit.name not in kept]
+    vectors = [v for v in vectors if v.unit.name not in kept]
     found.uses.clear()
     allocator.release()
-    return _Work(Planner(matrices, vectors, options), fixed)
-
-
-def _say_unused(job: Job, matrices: list[str], vectors: list[VectorUnit]) -> None:
-    """Name the units that calibration says nothing about: they get next to no bytes."""
-    idle = matrices + [v.unit.name for v in vectors if not v.fisher.any()]
-    if idle:
-        job.reporter.note(f"warning: no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
+    return _Work(Planner(matrices, vectors, options), fixed | kept, {n: len(s.data) for n, s in kept.items()})
 
 
 def _capacity(job: Job, work: _Work, tables: int) -> float:
@@ -303,7 +303,7 @@ def _raise_floor(job: Job, work: _Work, state: State) -> None:
     top = ", ".join(f"{n} {state.rates[n]:.0f}" for n in sorted(state.rates, key=lambda n: -state.rates[n])[:3])
     raise BudgetError(
         f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; "
-        f"the largest units are {top}",
+        f"the largest units are {top}{advice(work.kept)}",
         floor,
     )
 

@@ -75,7 +75,7 @@ class Model:
 
     def tensor(self, unit: Unit) -> torch.Tensor:
         """The live parameter or buffer of a unit."""
-        return _named_tensors(self.module)[unit.name]
+        return tensors_of(self.module)[unit.name]
 
     def embeddings(self) -> set[str]:
         """Names of the units that are embedding tables."""
@@ -124,11 +124,11 @@ def _from_hub(name: str) -> Path:
 
 
 def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
-    """Refuse infinities and NaN, naming tensor and index."""
+    """Refuse infinities and NaN in parameters, naming tensor and index; buffers are stored exactly with theirs."""
     import torch
 
-    tensors = _named_tensors(module)
-    for unit in units:
+    tensors, buffers = tensors_of(module), dict(module.named_buffers(remove_duplicate=False))
+    for unit in (u for u in units if u.name not in buffers):
         tensor = tensors[unit.name]
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
@@ -232,9 +232,23 @@ def _first_line(exc: BaseException) -> str:
     return next((line for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
 
 
-def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every name in the state dict with its live tensor, tied names included."""
-    return dict(module.state_dict(keep_vars=True))
+def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every name in the state dict with its live tensor, tied names included; without what is extra state."""
+    return {n: t for n, t in module.state_dict(keep_vars=True).items() if not n.endswith("_extra_state")}
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a parameter has no shape before the first pass."""
+    from torch.nn.parameter import is_lazy as lazy
+
+    return bool(lazy(tensor))
+
+
+def unready(tensor: torch.Tensor) -> str:
+    """Why a tensor holds no values; nothing if it does."""
+    if is_lazy(tensor):
+        return "lazy: run one batch through the module first"
+    return "on the meta device: load its weights first" if tensor.is_meta else ""
 
 
 def linear_weights(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
@@ -264,7 +278,7 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
     """
     dtypes = dtypes or {}
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    tensors = _named_tensors(module)
+    tensors = tensors_of(module)
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), tuple(tensor.shape))
         groups.setdefault(key, []).append(name)

@@ -18,14 +18,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from bytecap.errors import ArtifactError
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_each
-from bytecap.model.checkpoint import Model, freeze, module_from_config
+from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
 from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.wrappers import plain_names
 from bytecap.types import Unit
 
 DESCRIBING = ("config.json", "tying.json")  # the side files that say what the module is
@@ -147,3 +149,84 @@ def check_computed(module: nn.Module, original: nn.Module) -> None:
             other = computed.get(name)
             if other is None or not torch.equal(other, buffer.to(other.device)):
                 raise ArtifactError(f"the module built from the written file computes {name} otherwise than the model")
+
+
+@torch.no_grad()
+def put_into(module: nn.Module, values: Mapping[str, Any], name: str) -> None:
+    """Put arrays in stored layout into a module, in place, in its own dtypes: all of them, or none.
+
+    Tensors that share memory in the module and not in the file (a matrix and its transpose, rows of one expanded
+    vector) get memory of their own where the file's values cannot share it.
+
+    Args:
+        module: whose state dict has the names and shapes, with or without the prefixes of wrappers.
+        values: by every name; tied names give the same array.
+        name: of the file, for messages.
+
+    Raises:
+        ArtifactError: names, shapes or ties differ; every name at fault is listed.
+    """
+    live = tensors_of(module)
+    plain = {p: live[n] for n, p in plain_names(live).items()}
+    given = {p: values[n] for n, p in plain_names(values).items()}
+    if wrong := _misfits(plain, given):
+        raise ArtifactError(f"{name} does not fit the module: {'; '.join(wrong)}")
+    fresh = {n: torch.from_numpy(np.require(v, requirements=["C", "W"])) for n, v in given.items()}
+    own = _needing_own(plain, fresh)
+    for n, v in fresh.items():
+        if n in own:
+            plain[n].data = v.to(plain[n].device, plain[n].dtype, copy=True)
+        else:
+            plain[n].data.copy_(v)
+
+
+def _misfits(live: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> list[str]:
+    """What keeps values from being put into tensors."""
+    wrong = [f"the artifact lacks {n}" for n in live if n not in values]
+    wrong += [f"the module lacks {n}" for n in values if n not in live]
+    both = [n for n in values if n in live]
+    wrong += [f"{n} holds no values in the module (it is {kind})" for n in both if (kind := unready(live[n]))]
+    wrong += [
+        f"{n} is {list(live[n].shape)} in the module and {list(values[n].shape)} in the artifact"
+        for n in both
+        if not is_lazy(live[n]) and tuple(live[n].shape) != values[n].shape
+    ]
+    tied: dict[Any, str] = {}
+    for n in (n for n in both if not unready(live[n]) and live[n].numel()):
+        first = tied.setdefault((live[n].data_ptr(), tuple(live[n].shape), live[n].stride()), n)
+        if values[first] is not values[n] and not _equal(values[first], values[n]):
+            wrong.append(f"{first} and {n} are one tensor in the module and two in the artifact")
+    return wrong
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f"))
+
+
+def _needing_own(live: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of tensors whose values cannot be put where the module has them, because others lie there too."""
+    own = {n for n, t in live.items() if t.numel() and _overlaps_itself(t)}
+    groups: dict[int, list[str]] = {}
+    for n, t in live.items():
+        if n not in own and t.numel():
+            groups.setdefault(t.untyped_storage().data_ptr(), []).append(n)
+    for names in groups.values():
+        if len({(live[n].data_ptr(), tuple(live[n].shape), live[n].stride()) for n in names}) < 2:
+            continue
+        scratch = live[names[0]].untyped_storage().clone()
+        views = {n: torch.empty(0, dtype=live[n].dtype, device=live[n].device).set_(
+            scratch, live[n].storage_offset(), live[n].shape, live[n].stride()) for n in names}  # fmt: skip
+        for n in names:
+            views[n].copy_(values[n])
+        own |= {n for n in names if not torch.equal(views[n].nan_to_num(), values[n].to(views[n]).nan_to_num())}
+    return own
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether several elements of a tensor are one place in memory."""
+    spread = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < spread:
+            return True
+        spread = stride * (size - 1) + spread
+    return False

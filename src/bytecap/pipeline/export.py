@@ -163,29 +163,12 @@ def load_into(path: Path | str, module: nn.Module) -> None:
 
     Args:
         path: `.bcap` file.
-        module: whose state dict has the artifact's names and shapes. Nothing is changed where it has not.
+        module: whose state dict has the artifact's names and shapes, with or without prefixes of wrappers
+            (`torch.compile`, FSDP). Nothing is changed where it has not.
 
     Raises:
         ArtifactError: the file cannot be trusted, or does not fit; every name at fault is listed.
     """
-    import torch
+    from bytecap.model.rebuilt import put_into
 
-    values = decode_units(container.read(path))
-    live = module.state_dict(keep_vars=True)
-    wrong = [f"the artifact lacks {n}" for n in live if n not in values]
-    wrong += [f"the module lacks {n}" for n in values if n not in live]
-    wrong += [
-        f"{n} is {list(live[n].shape)} in the module and {list(v.shape)} in the artifact"
-        for n, v in values.items()
-        if n in live and tuple(live[n].shape) != v.shape
-    ]
-    tied: dict[tuple[int, tuple[int, ...]], str] = {}
-    for n in (n for n in values if n in live and live[n].numel()):
-        first = tied.setdefault((live[n].data_ptr(), tuple(live[n].shape)), n)
-        if values[first] is not values[n] and not np.array_equal(values[first], values[n]):
-            wrong.append(f"{first} and {n} are one tensor in the module and two in the artifact")
-    if wrong:
-        raise ArtifactError(f"{path} does not fit the module: {'; '.join(wrong)}")
-    with torch.no_grad():
-        for n, v in values.items():
-            live[n].copy_(torch.from_numpy(np.require(v, requirements=["C", "W"])))
+    put_into(module, decode_units(container.read(path)), str(path))

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from bytecap import methods
-from bytecap.errors import BudgetError, UsageError
+from bytecap.errors import BudgetError, CorruptError, UsageError
 from bytecap.format import codefiles, container
 from bytecap.format.codefiles import Code
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.exact import WIDTH
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
-from bytecap.format.decoder import Ideal, decode_units
+from bytecap.format.decoder import Ideal, decode_each, decode_units
 from bytecap.format.ledger import Entry, by_path, by_unit
 from bytecap.format.sidefiles import background
 from bytecap.format.wire.shared_objects import share_lists
@@ -316,12 +316,22 @@ def _lossless(
             dtype = "F32" if narrowed else u.dtype
             units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
             advance(1)
-    contents = Contents(tuple(units), b"", files, {**about, "lossless": True})
+    contents = Contents(tuple(units), b"", files, {**about, "lossless": not model.rounded})
     total = len(container.serialize(contents))
     if total > budget:
         return None
-    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored without any loss")
+    _check_lossless(model, contents)
+    said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
+    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
     return contents
+
+
+def _check_lossless(model: Model, contents: Contents) -> None:
+    """Decode what is about to be called lossless and compare it."""
+    for unit, values in decode_each(contents):
+        held = model.tensor(unit).detach().cpu().numpy()
+        if not np.array_equal(values, held, equal_nan=held.dtype.kind == "f"):
+            raise CorruptError(f"unit {unit.name} does not come back as it was stored: nothing is written")
 
 
 def check_floor(
@@ -363,7 +373,7 @@ def _report(
         "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
-        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
+        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_path(entries), "margin": outcome.margin or None,

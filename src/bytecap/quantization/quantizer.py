@@ -59,6 +59,7 @@ class Options:
         allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
         drift: strength of drift targets, 0 off.
         drift_tokens: tokens they are computed from.
+        unused: `keep` stores units that no gradient reaches at a safe rate, `drop` as coarsely as the plan likes.
     """
 
     feedback: bool = True
@@ -77,6 +78,7 @@ class Options:
     allocate: bool = True
     drift: float = 0.4
     drift_tokens: int = 16_384
+    unused: str = "keep"
 
 
 @dataclass(frozen=True)
