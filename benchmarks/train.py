@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.model.checkpoint import Model, find_units, freeze
 from bytecap.model.fileset import read_side_files
 from bytecap.model.sources import first_token, load_sets

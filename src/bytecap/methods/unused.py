@@ -20,7 +20,7 @@ from bytecap.calibration.metric import Metric
 from bytecap.calibration.probe import Use
 from bytecap.errors import UsageError
 from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.methods import Job, Section
+from bytecap.job import Job, Section
 from bytecap.methods.floats import section
 from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Prepared

@@ -30,6 +30,7 @@ from bytecap.model.fileset import (
     weight_files,
 )
 from bytecap.model.inputs import refuse_encoder_decoder
+from bytecap.model.linears import linear_weights
 from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
 from bytecap.types import Unit
@@ -213,11 +214,6 @@ def build_module(directory: Path) -> torch.nn.Module:
     return freeze(module)
 
 
-def of_transformers(module: torch.nn.Module) -> bool:
-    """Whether transformers wrote the module's class: its passes may run in bfloat16, and its modules are called."""
-    return any(c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__)
-
-
 def freeze(module: torch.nn.Module, *, cache: bool = False) -> torch.nn.Module:
     """Evaluation mode, no gradients; without the cache that keeps keys and values unless it is asked for."""
     module.eval()
@@ -249,24 +245,6 @@ def unready(tensor: torch.Tensor) -> str:
     if is_lazy(tensor):
         return "lazy: run one batch through the module first"
     return "on the meta device: load its weights first" if tensor.is_meta else ""
-
-
-def linear_weights(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
-    """Weights of linear maps and embeddings: state-dict name -> (module, `linear` | `conv1d` | `embedding`)."""
-    from torch import nn
-
-    found: dict[str, tuple[nn.Module, str]] = {}
-    for name, m in module.named_modules():
-        kind = None
-        if isinstance(m, nn.Linear):
-            kind = "linear"
-        elif isinstance(m, nn.Embedding):
-            kind = "embedding"
-        elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
-            kind = "conv1d"
-        if kind is not None:
-            found[f"{name}.weight" if name else "weight"] = (m, kind)
-    return found
 
 
 def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) -> tuple[Unit, ...]:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from bytecap.errors import CheckpointError, UsageError
 from bytecap.model.checkpoint import DTYPES, Model, tensors_of
 from bytecap.model.fileset import check_safetensors
+from bytecap.model.from_artifact import load_into
 from bytecap.model.module import model_of
 from bytecap.model.wrappers import plain_names
-from bytecap.pipeline.export import load_into
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 

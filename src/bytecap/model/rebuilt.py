@@ -24,7 +24,7 @@ from torch import nn
 
 from bytecap.errors import ArtifactError
 from bytecap.format.container import Contents
-from bytecap.format.decoder import decode_each
+from bytecap.format.decoder import decode_each, side_files
 from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.wrappers import plain_names
@@ -108,7 +108,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(owner, leaf, tensor)
 
 
-def written(model: Model, contents: Contents, files: Mapping[str, bytes], *, observe: Any, threads: int) -> nn.Module:
+def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> nn.Module:
     """The module that finished bytes stand for, beside the model that they were made from.
 
     Built from the file itself where its side files describe the model, so that what is measured is what `load_model`
@@ -117,7 +117,6 @@ def written(model: Model, contents: Contents, files: Mapping[str, bytes], *, obs
     Args:
         model: what was fitted.
         contents: of the finished bytes.
-        files: their side files.
         observe: see `bytecap.format.decoder.decode_units`.
         threads: that decode.
 
@@ -125,7 +124,7 @@ def written(model: Model, contents: Contents, files: Mapping[str, bytes], *, obs
         ArtifactError: the file does not give back the model.
     """
     if model.rebuilt:
-        module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **files},
+        module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **side_files(contents)},
                        [u.unit for u in contents.units], "the written file")  # fmt: skip
         freeze(module)
         check_computed(module, model.module)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import TextError, UsageError
-from bytecap.model.checkpoint import Model, demo_directory, of_transformers
+from bytecap.model.checkpoint import Model, demo_directory
 from bytecap.model.inputs import check_causal, facts, vocabulary_of
+from bytecap.model.linears import of_transformers
 from bytecap.model.sampling import sample
 from bytecap.model.texts import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
 from bytecap.model.tokenization import read_tokenizer

@@ -1,4 +1,4 @@
-"""From an artifact back to an ordinary Hugging Face directory or a live module.
+"""From an artifact back to an ordinary Hugging Face directory.
 
 `unpack` writes exactly the values `eval` scores: in the source dtype where that holds them all, else float32.
 No network, no code from the file: config and tokenizer come out of the artifact's own sections.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +16,15 @@ import numpy.typing as npt
 from bytecap.errors import ArtifactError, OutputError, UsageError
 from bytecap.format import codefiles, container
 from bytecap.format.coders.exact import is_lossless, to_bytes
-from bytecap.format.container import FILE, Contents
-from bytecap.format.decoder import decode_units
-from bytecap.format.sidefiles import packing, source_tensors
+from bytecap.format.container import Contents
+from bytecap.format.decoder import decode_units, side_files
+from bytecap.format.sidefiles import source_tensors
 from bytecap.system.atomic import write_atomically
-
-if TYPE_CHECKING:
-    from torch import nn
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
-
-
 _WEIGHTS = "model.safetensors"
 _METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
-
-
-def side_files(contents: Contents) -> dict[str, bytes]:
-    """Config and tokenizer files of an artifact, and `source_tensors.json` where it has one."""
-    return {f.name: packing.unpack(f.name, f.data) for f in contents.files if f.kind == FILE}
 
 
 def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
@@ -138,37 +128,3 @@ def _rounded_bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
         bits += 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
         return (bits >> np.uint64(16)).astype("<u2").tobytes()
     return to_bytes(values, dtype).tobytes()
-
-
-def load_model(path: Path | str) -> nn.Module:
-    """The decoded model as a torch module in evaluation mode, float32.
-
-    Raises:
-        ArtifactError: the file cannot be trusted or holds no config.
-    """
-    from bytecap.model.quantized_copy import load_values
-    from bytecap.model.rebuilt import build
-
-    contents = container.read(path)
-    files = side_files(contents)
-    if "config.json" not in files:
-        raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
-    module = build(files, [u.unit for u in contents.units], str(path))
-    load_values(module, decode_units(contents, aliases=False))
-    return module
-
-
-def load_into(path: Path | str, module: nn.Module) -> None:
-    """Put an artifact's decoded values into a module, in place, in the module's own dtypes.
-
-    Args:
-        path: `.bcap` file.
-        module: whose state dict has the artifact's names and shapes, with or without prefixes of wrappers
-            (`torch.compile`, FSDP). Nothing is changed where it has not.
-
-    Raises:
-        ArtifactError: the file cannot be trusted, or does not fit; every name at fault is listed.
-    """
-    from bytecap.model.rebuilt import put_into
-
-    put_into(module, decode_units(container.read(path)), str(path))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
+from bytecap.format.decoder import side_files
 from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model
+from bytecap.model.from_artifact import load_model as load_artifact
 from bytecap.model.inputs import facts, vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
 from bytecap.model.texts import check_known, load_text
 from bytecap.model.tokenization import is_there, read_tokenizer
-from bytecap.pipeline.export import load_model as load_artifact
-from bytecap.pipeline.export import side_files
 from bytecap.progress import Reporter, Silent
 from bytecap.types import Score
 
@@ -82,7 +82,7 @@ def continue_prompt(path: Path | str, prompt: str, *, tokens: int, temperature: 
     """
     import torch
 
-    from bytecap.calibration.probe import logits_of
+    from bytecap.model.forward import logits_of
 
     opened = open_model(path)
     if not is_there(opened.files):
