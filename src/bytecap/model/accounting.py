@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,16 +258,12 @@ def _held(entry: Any, live: Mapping[str, Tensor]) -> Tensor:
 def _layout(module: nn.Module, entries: Header, found: Conversion, dtypes: Mapping[str, str]) -> dict[str, Any]:
     """Entries of `source_tensors.json`; none where every tensor is one of the model's under its first name."""
     first = _first_names(module)
-    own = set(first.values())
     kinds: dict[str, str] = {}
     for target, dtype in dtypes.items():
         kinds.setdefault(first[target], dtype)
-    layout: dict[str, Any] = {}
-    for name in found.entries:
-        layout[name] = _renamed(found.entries[name], first, str(entries[name]["dtype"]), kinds)
-    buffers = {n for n, _ in module.named_buffers()}  # a file that lacks one has it computed
-    plain = all(n == e for n, e in layout.items()) and own - layout.keys() <= buffers
-    return {} if plain else layout
+    layout = {n: _renamed(e, first, str(entries[n]["dtype"]), kinds) for n, e in found.entries.items()}
+    uses = Counter(unit for e in layout.values() for unit in source_tensors.units_of(e))
+    return {n: e for n, e in layout.items() if n != e or uses[n] > 1}
 
 
 def _renamed(entry: Any, first: Mapping[str, str], dtype: str, kinds: Mapping[str, str]) -> Any:

@@ -7,7 +7,7 @@ differ. docs/format.md, 7.5, is its law.
 
 An entry is the name of a unit (the whole of it), a view `[unit, offset, shape, strides, dtype]`, of which trailing
 members may be missing, or `{"axis": axis, "parts": [view, ...]}`, views joined along an axis. Offsets and strides count
-elements of the unit in its stored layout.
+elements of the unit in its stored layout. A unit that no entry speaks of is a tensor of the checkpoint by itself.
 
 >>> units = {"w": np.arange(6.0).reshape(2, 3)}
 >>> tensors(b'{"a": "w", "b": ["w", 3, [3]], "c": ["w", 0, [3, 2], [1, 3]]}', units)["c"][0].tolist()
@@ -66,7 +66,19 @@ def tensors(content: bytes, units: Mapping[str, Array]) -> dict[str, tuple[Array
             raise CorruptError(f"{FILE} describes more than {_COPIES} times what the units hold")
         values = _joined(name, [v for v, _, _ in views], entry.get("axis")) if isinstance(entry, dict) else views[0][0]
         found[name] = values, views[0][1], views[0][2]
-    return found
+    named = {unit for entry in entries.values() for unit in units_of(entry)}
+    if twice := found.keys() & (units.keys() - named):
+        raise CorruptError(f"{FILE}: tensor {min(twice)} is also the name of a unit that is written as it is")
+    return found | {n: (a, n, None) for n, a in units.items() if n not in named}
+
+
+def units_of(entry: Any) -> set[str]:
+    """Names of the units that an entry speaks of."""
+    if isinstance(entry, str):
+        return {entry}
+    if isinstance(entry, dict):
+        return {p if isinstance(p, str) else p[0] for p in entry["parts"]}
+    return {entry[0]} if entry else set()
 
 
 def _joined(name: str, views: list[Array], axis: Any) -> Array:
