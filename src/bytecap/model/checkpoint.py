@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from bytecap.errors import CheckpointError
+from bytecap.model import gguf_file
 from bytecap.model.accounting import account
 from bytecap.model.fileset import (
     HUB_FILES,
@@ -94,7 +95,7 @@ def demo_directory() -> Path:
 
 
 def resolve(model: Path | str) -> Path:
-    """A directory for a path, the word `demo`, or a hub id.
+    """A directory or `.gguf` file for a path, the word `demo`, or a hub id.
 
     Raises:
         CheckpointError: nothing is there.
@@ -105,6 +106,8 @@ def resolve(model: Path | str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        if path.suffix == gguf_file.SUFFIX:
+            return path
         if path.suffix in PICKLES:
             raise CheckpointError(pickle_message(path))
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
@@ -147,7 +150,7 @@ def load_model(
     """Read, check and build a model from a directory.
 
     Args:
-        model: Hugging Face directory, hub id, or `demo`.
+        model: Hugging Face directory, `.gguf` file, hub id, or `demo`.
         begin: given the side files before the model is built, to work on them meanwhile.
         allow_unused: names or patterns of tensors and files that are meant to be left out.
 
@@ -155,6 +158,8 @@ def load_model(
         CheckpointError: missing, corrupt, not finite, pickle, of a kind transformers cannot build, or not read whole.
     """
     directory = resolve(model)
+    if directory.suffix == gguf_file.SUFFIX and directory.is_file():
+        return _of_gguf(directory, begin)
     files = read_side_files(directory)
     refuse_quantized(json.loads(files["config.json"]), directory)
     refuse_encoder_decoder(files, str(model))
@@ -175,6 +180,17 @@ def load_model(
         rounded=found.rounded,
         rebuilt=True,
     )
+
+
+def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Model:
+    """The model of a GGUF file, dequantized."""
+    tensors, files, notes = gguf_file.read(path)
+    if begin is not None:
+        begin(files)
+    module = gguf_file.build(files, tensors)
+    units = find_units(module, gguf_file.dtypes(tensors))
+    check_finite(units, module)
+    return Model(module, units, files, str(path), notes=notes, rebuilt=True)
 
 
 def build_module(directory: Path) -> torch.nn.Module:

@@ -66,6 +66,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not config.is_file():
         if (directory / "adapter_config.json").is_file():
             raise CheckpointError(_adapter_message(directory / "adapter_config.json"))
+        if ggufs := sorted(directory.glob("*.gguf")):
+            raise CheckpointError(f"{directory} holds {ggufs[0].name} and no config.json: give the file as MODEL")
         raise CheckpointError(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
     try:
         parsed = json.loads(config.read_bytes())
@@ -94,6 +96,9 @@ def weight_files(directory: Path) -> list[Path]:
     others = sorted(directory.glob("*.safetensors"))
     if others:
         raise CheckpointError(f"{directory} holds {others[0].name}, but weights are read from {WEIGHTS}: rename it")
+    ggufs = sorted(directory.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(f"{directory} holds {ggufs[0].name} and no safetensors: give the file as MODEL")
     pickles = sorted(p for p in directory.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise CheckpointError(pickle_message(pickles[0]))

@@ -20,7 +20,7 @@ from bytecap.types import Score
 def open_model(model: Path | str) -> Model:
     """A model from a directory, hub id, `demo`, or artifact file."""
     path = Path(model)
-    if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors"}:
+    if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
         return load_model(model)
     contents = container.read(path)
     module = freeze(load_artifact(path))
