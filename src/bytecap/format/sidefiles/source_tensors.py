@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,7 +84,7 @@ def units_of(entry: Any) -> set[str]:
 
 def _joined(name: str, views: list[Array], axis: Any) -> Array:
     try:
-        return np.concatenate(views, axis)
+        return np.concatenate(views, operator.index(axis))
     except (ValueError, TypeError) as exc:
         raise CorruptError(f"{FILE}: the parts of tensor {name} cannot be joined: {exc}") from exc
 
@@ -102,7 +103,7 @@ def _view(name: str, part: Any, units: Mapping[str, Array]) -> tuple[Array, str,
         return whole, part[0], None
     more: list[Any] = part[1:] + [None] * (5 - len(part))
     offset, shape, strides, dtype = more
-    shape = list(whole.shape) if shape is None else shape
+    shape, offset = list(whole.shape) if shape is None else shape, 0 if offset is None else offset
     if not _counts([offset]) or not _counts(shape) or not isinstance(dtype, str | None):
         raise CorruptError(f"{FILE}: tensor {name} has no such place in unit {part[0]}")
     if strides is None:
