@@ -375,7 +375,8 @@ class TestDescription:
         [
             "none", [], {}, {"parts": []}, {"axis": 0, "parts": 3}, ["none"], [3], ["w", -1], ["w", 0.5], ["w", 0, 3],
             ["w", 0, [25]], ["w", 20, [6]], ["w", 0, [2], [24]], ["w", 0, [2, 2], [1]], ["w", 0, [-1]],
-            ["w", 0, [2], [-1]], ["w", 0, [2], [1], 3], ["w", 0, [1] * 33], ["w", 0, [2], [1], "F32", 1], ["w", 24, [1]],
+            ["w", 0, [2], [-1]], ["w", 0, [2], [1], 3], ["w", 0, [1] * 33], ["w", 0, [2], [1], "F32", 1],
+            ["w", 24, [1]],
             {"axis": 9, "parts": ["w", "w"]}, {"axis": None, "parts": ["w", "v"]}, {"axis": 0, "parts": ["w", "v"]},
             None, 3, True, ["w", 0, [4, 6], [0, 2**60]],
         ],
@@ -399,9 +400,8 @@ class TestDescription:
             source_tensors.tensors(b'{"v": "w"}', UNITS)
 
     def test_units_that_nobody_speaks_of_stay(self):
-        found = source_tensors.tensors(
-            b'{"a": ["v", 1, [0]], "b": ["v", null, null, null, "F16"]}', UNITS | {"v": UNITS["v"]}
-        )
+        entries = {"a": ["v", 1, [0]], "b": ["v", None, None, None, "F16"]}
+        found = source_tensors.tensors(source_tensors.dump(entries), UNITS)
         assert {n: (u, d) for n, (_, u, d) in found.items()} == {
             "a": ("v", None), "b": ("v", "F16"), "w": ("w", None)
         }  # fmt: skip

@@ -203,9 +203,8 @@ class TestExport:
         module.register_buffer("steps", torch.arange(5))
         ids = torch.randint(64, (16, 33), generator=torch.Generator().manual_seed(0))
         path, cap = tmp_path / "buffered.bcap", 9_000
-        bytecap.fit(
-            module, export.budget(script, cap=cap), calibration=[ids[i : i + 4] for i in (0, 4, 8)], output=path
-        )
+        calibration = [ids[i : i + 4] for i in (0, 4, 8)]
+        bytecap.fit(module, export.budget(script, cap=cap), calibration=calibration, output=path)
         assert export.export(path, tmp_path / "out", script, cap=cap)["total_bytes"] <= cap
 
     def test_code_of_the_artifact(self, script, tmp_path):
