@@ -114,6 +114,7 @@ def isolated(directory, path, *arguments):
 
 
 class TestDecoder:
+    @pytest.mark.slow
     def test_size(self):
         """At most 6 KB packed, as text inside the script, for the default coders."""
         sources = {"a.py": b"from bytecap import load"}
@@ -139,6 +140,7 @@ class TestDecoder:
         assert used("tied") == {1, 2}
         assert used("layer_lowrank") >= {5, 35}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("used", [vendor.DEFAULT, ALL], ids=["default", "all"])
     def test_goldens_alone_with_numpy(self, script, tmp_path, libraries, used):
         sources = pack.gather(script)
@@ -194,6 +196,7 @@ class TestExport:
         assert code == 2
         assert f"fit again with --budget {size - 1}" in err
 
+    @pytest.mark.slow
     def test_the_like_of_an_artifact(self, script, file):
         tied = export.budget(script, like=DIRECTORY / "layer_lowrank.bcap")
         assert tied < export.budget(script) < export.budget(script, like=file) < export.budget(script, vendored=False)
@@ -358,6 +361,7 @@ class TestCheck:
         (submission / "train_gpt.py").write_text(text[:cut] + text[cut + 50 :], "ascii")
         assert "the packed script is damaged" in refused("golf", "check", submission)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("command", "said"),
         [

@@ -72,6 +72,7 @@ class TestBadInput:
     def test_options(self, four, texts, refused, tmp_path, option, value, said):
         assert said in refused(*self.call(four, texts, tmp_path, option, value))
 
+    @pytest.mark.slow
     @pytest.mark.numeric
     def test_divergence_is_stopped_and_the_best_is_kept(self, four, texts):
         model, said = load_model(four), Silent()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
+from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_units, side_files
 
 if TYPE_CHECKING:
@@ -23,14 +24,22 @@ def load_model(path: Path | str) -> nn.Module:
     Raises:
         ArtifactError: the file cannot be trusted or holds no config.
     """
+    return module_of(container.read(path), str(path))
+
+
+def module_of(contents: Contents, name: str) -> nn.Module:
+    """Build the decoded model of an artifact's contents; `name` is for messages.
+
+    Raises:
+        ArtifactError: the contents cannot be trusted or hold no config.
+    """
     from bytecap.model.quantized_copy import load_values
     from bytecap.model.rebuilt import build
 
-    contents = container.read(path)
     files = side_files(contents)
     if "config.json" not in files:
-        raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
-    module = build(files, [u.unit for u in contents.units], str(path))
+        raise ArtifactError(f"{name} holds no config.json (written with --no-config), so no module can be built")
+    module = build(files, [u.unit for u in contents.units], name)
     load_values(module, decode_units(contents, aliases=False))
     return module
 

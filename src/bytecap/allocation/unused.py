@@ -21,38 +21,37 @@ from bytecap.calibration.probe import Use
 from bytecap.errors import UsageError
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
-from bytecap.methods.floats import section
 from bytecap.model.checkpoint import as_matrix
+from bytecap.progress import warn
 from bytecap.quantization.quantizer import Prepared
+from bytecap.quantization.short_floats import section
 from bytecap.types import Unit
 
 CHOICES = ("keep", "drop")
 _MANTISSA_BITS = 5
 
 
-def keep_unused(
-    job: Job, matrices: Sequence[Prepared], vectors: Sequence[VectorUnit], choice: str
-) -> dict[str, Section]:
+def check_choice(choice: str) -> None:
+    """Refuse a word that is neither `keep` nor `drop`."""
+    if choice not in CHOICES:
+        raise UsageError(f"unknown choice {choice!r} for units that no gradient reaches: use {' or '.join(CHOICES)}")
+
+
+def keep_unused(job: Job, matrices: Sequence[Prepared], vectors: Sequence[VectorUnit]) -> dict[str, Section]:
     """Sections of the units that no gradient reaches, which are not planned then; says which they are.
 
     Args:
-        job: whose model they belong to.
+        job: whose model they belong to; its option `unused` may be `drop`, to have them planned like all others.
         matrices: prepared ones.
         vectors: units without a known use.
-        choice: `keep`, or `drop` to have them planned like all others.
-
-    Raises:
-        UsageError: the choice is neither.
     """
-    if choice not in CHOICES:
-        raise UsageError(f"unknown choice {choice!r} for units that no gradient reaches: use {' or '.join(CHOICES)}")
     idle = [p.unit for p in matrices if not float(p.rows.sum())] + [v.unit for v in vectors if not v.fisher.any()]
     if not idle:
         return {}
     names = ", ".join(u.name for u in idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
-    head = f"warning: no gradient reaches {names} on the calibration tokens: stored"
-    if choice == "drop":
-        job.reporter.note(f"{head} coarsely, as asked")
+    head = f"no gradient reaches {names} on the calibration tokens: stored"
+    if job.config.unused == "drop":
+        warn(job.reporter, f"{head} coarsely, as asked")
         return {}
     found = {}
     for u in idle:
@@ -64,7 +63,9 @@ def keep_unused(
             else section(values, u.dtype, _MANTISSA_BITS)
         )
     size = sum(len(s.data) for s in found.values())
-    job.reporter.note(f"{head} at about nine bits a weight, {size:,} bytes in all (--unused drop stores them coarsely)")
+    warn(
+        job.reporter, f"{head} at about nine bits a weight, {size:,} bytes in all (--unused drop stores them coarsely)"
+    )
     return found
 
 
