@@ -16,11 +16,13 @@ from bytecap.cli.common import (
     Json,
     Loss,
     State,
+    names,
     needed,
     print_json,
     progress,
     source_of,
 )
+from bytecap.cli.options import described
 from bytecap.model.defaults import WINDOW
 
 
@@ -39,6 +41,7 @@ def evaluate(
     loss: Loss = None,
     bytes_per_token: BytesPerToken = None,
     device: Device = "auto",
+    allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model or an artifact in bits per byte."""
@@ -53,7 +56,10 @@ def evaluate(
         scores = score_shards(source, shards, tokens=most, device=device, reporter=reporter)
     else:
         most = limit_only(tokens, "--tokens")
-        scores = score(needed(model), text, window=window, tokens=most, device=device, reporter=reporter)
+        allow = names(allow_unused) or ()
+        scores = score(
+            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, reporter=reporter
+        )
     if as_json:
         print_json(_score_json(scores))
     else:

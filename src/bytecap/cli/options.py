@@ -67,6 +67,8 @@ OPTIONS = {
     "paths": _Option(("--paths",), list[str] | None, _NONE, names, behind="By comma or repeated."),
     "recover": _Option(("--recover",), str | None, _NONE),
     "recover_text": _Option(("--recover-text",), _Texts, "the calibration texts", behind="Repeatable."),
+    "allow_unused": _Option(("--allow-unused",), list[str] | None, _NONE, names, behind="By comma or repeated."),
+    "unused": _Option(("--unused",)),
     "store": _Option(("--store",), Path | None, _NONE),
 }  # fmt: skip
 

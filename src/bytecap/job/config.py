@@ -58,6 +58,10 @@ class FitConfig:
         paths: exception paths that the allocator may choose from, or `all`; for the method `bytecap` only.
         recover: tune what was coded for so many steps (`600`) or so long (`45s`, `10m`).
         recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.
+        allow_unused: tensors and files of a checkpoint that are meant to be left out, as names or patterns
+            (`model.layers.61.*`); any other that has no place in the model is refused.
+        unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
+            some nine bits a weight, `drop` as coarsely as it likes.
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
         store: directory of finished steps: a killed run, started again, goes on from there.
         loss: of a torch module: `loss(module, batch)`, mean nats of a batch as a scalar tensor. May be left out where
@@ -89,6 +93,8 @@ class FitConfig:
     paths: Sequence[str] | None = None
     recover: str | None = None
     recover_text: str | Path | Sequence[str | Path] | None = None
+    allow_unused: Sequence[str] = ()
+    unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     store: Store | Path | str | None = None
     loss: Callable[..., Any] | None = None

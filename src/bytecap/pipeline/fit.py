@@ -73,7 +73,7 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Artifa
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
     asked = [check(config) for config in configs]
-    loaded = model if isinstance(model, Model) else load_model(model, begin=_pack if configs[0].tokenizer else None)
+    loaded = model if isinstance(model, Model) else _load(model, configs[0])
     opened = [open_model(a, loaded) for a in asked]
     with allocator.stated(loaded.parameters):
         sets = text_sets(loaded, asked[0])
@@ -135,6 +135,11 @@ def each_budget(config: FitConfig) -> list[FitConfig]:
         replace(config, budget=b, output=None if output is None else str(output).replace("{budget}", b))
         for b in budgets
     ]  # fmt: skip
+
+
+def _load(model: Path | str, config: FitConfig) -> Model:
+    """Read a checkpoint."""
+    return load_model(model, begin=_pack if config.tokenizer else None, allow_unused=config.allow_unused or ())
 
 
 def _pack(files: dict[str, Any]) -> None:

@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import ArtifactError, UsageError
 from bytecap.model.checkpoint import Model
+from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import encoder, window_limit
+from bytecap.model.texts import check_known
+from bytecap.model.tokenization import is_there, read_tokenizer
 from bytecap.pipeline.score import open_model
 
 if TYPE_CHECKING:
@@ -100,24 +103,23 @@ def generate(
         ArtifactError: there is no tokenizer, no chat template, or the template cannot be rendered.
         UsageError: the prompt holds no token, or `system` is given without `chat`.
     """
-    from tokenizers import Tokenizer
-
     from bytecap.pipeline.stages import choose_device
 
     target = choose_device(device)
     if system is not None and not chat:
         raise UsageError("a system text is part of a conversation: give it with --chat")
     opened = model if isinstance(model, Model) else open_model(model)
-    if "tokenizer.json" not in opened.files:
+    if not is_there(opened.files):
         raise ArtifactError(f"{opened.name} holds no tokenizer (written with --no-tokenizer): it cannot read a prompt")
     encode = encoder(opened.files)
-    tokenizer: Any = Tokenizer.from_str(opened.files["tokenizer.json"].decode())
+    tokenizer = read_tokenizer(opened.files)
     if chat:
         said = [{"role": "system", "content": system}] if system is not None else []
         text = conversation(opened.files, opened.name, [*said, {"role": "user", "content": prompt}])
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     else:
         ids, _ = next(encode([prompt]))
+    check_known(ids, vocabulary_of(opened.module), "the prompt")
     if not ids:
         raise UsageError("the prompt holds no token: give some text to continue")
     return pieces(tokenizer, continued(opened, ids, tokens, sampling or Sampling(), target), ids[-_CONTEXT:])
@@ -180,10 +182,8 @@ def ends_of(files: Mapping[str, bytes]) -> frozenset[int]:
         ends = source.get("eos_token_id")
         found |= {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}
     name = special_tokens(files).get("eos_token")
-    if name is not None and "tokenizer.json" in files:
-        from tokenizers import Tokenizer
-
-        known = Tokenizer.from_str(files["tokenizer.json"].decode()).token_to_id(name)
+    if name is not None and is_there(files):
+        known = read_tokenizer(files).token_to_id(name)
         found |= {known} if known is not None else set()
     return frozenset(found)
 
@@ -207,14 +207,13 @@ def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str,
         ArtifactError: there is no template, or it fails.
     """
     import transformers
-    from tokenizers import Tokenizer
 
     template = template_of(files)
     if template is None:
         raise ArtifactError(f"{name} has no chat template: leave --chat out, and the prompt is continued as it is")
     plain: Any = transformers.PreTrainedTokenizerFast
     tokenizer = plain(
-        tokenizer_object=Tokenizer.from_str(files["tokenizer.json"].decode()), **special_tokens(files)
+        tokenizer_object=read_tokenizer(files), **special_tokens(files)
     )  # fmt: skip
     try:
         text = tokenizer.apply_chat_template(

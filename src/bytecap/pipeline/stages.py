@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from bytecap import methods
-from bytecap.errors import BudgetError, UsageError
+from bytecap.allocation.unused import check_choice
+from bytecap.errors import BudgetError, CorruptError, UsageError
 from bytecap.format import container
 from bytecap.format.codefiles import Code
 from bytecap.format.coders.exact import CODER as EXACT
@@ -35,7 +36,7 @@ from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.rebuilt import written
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code
 from bytecap.pipeline.artifact import Artifact
@@ -119,6 +120,7 @@ def check(config: FitConfig) -> Asked:
         UsageError: an option cannot be understood. CodeError: a source file cannot be packed.
     """
     check_budget(config.budget)
+    check_choice(config.unused)
     if config.recover_text and config.recover is None:
         raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
     run, device = methods.find(config.method), choose_device(config.device)
@@ -138,6 +140,8 @@ def open_model(asked: Asked, model: Model) -> Opened:
     """
     config, budget = asked.config, parse_budget(asked.config.budget, model.parameters)
     asked.reporter.note(f"budget: {format_size(budget)}")
+    for note in model.notes:
+        asked.reporter.note(note)
     files = side_files(model, tokenizer=config.tokenizer, config=config.config) + asked.code.sections
     size = sizer(model, files, _about(asked, budget))
     with asked.code.floor(budget), allocator.stated(model.parameters):
@@ -295,12 +299,22 @@ def _lossless(
             dtype = "F32" if narrowed else u.dtype
             units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
             advance(1)
-    contents = Contents(tuple(units), b"", files, {**about, "lossless": True})
+    contents = Contents(tuple(units), b"", files, {**about, "lossless": not model.rounded})
     total = len(container.serialize(contents))
     if total > budget:
         return None
-    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored without any loss")
+    _check_lossless(model, contents)
+    said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
+    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
     return contents
+
+
+def _check_lossless(model: Model, contents: Contents) -> None:
+    """Decode what is about to be called lossless and compare it."""
+    for unit, values in decode_each(contents):
+        held = model.tensor(unit).detach().cpu().numpy()
+        if not np.array_equal(values, held, equal_nan=held.dtype.kind == "f"):
+            raise CorruptError(f"unit {unit.name} does not come back as it was stored: nothing is written")
 
 
 def check_floor(
@@ -324,10 +338,8 @@ def check_floor(
 def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, contents, ideal = job.model, container.parse(data), Ideal()
-    twin = twin_of(model.module)
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
-    for unit, values in decode_each(contents, ideal, threads=threads):
-        load_values(twin, {unit.name: values})
+    twin = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
         parts = [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
@@ -344,7 +356,7 @@ def _report(
         "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
-        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
+        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_path(entries), "margin": outcome.margin or None,
