@@ -1,4 +1,4 @@
-"""Sizes and budgets: `3000000`, `3MB` (decimal) and `3MiB` (binary) never get mixed up.
+"""Parse and format sizes and budgets such as `3000000`, `3MB` (decimal) and `3MiB` (binary).
 
 >>> parse_size("3MB"), parse_size("3M"), parse_size("3MiB"), parse_size("600kB"), parse_size(1000)
 (3000000, 3000000, 3145728, 600000, 1000)
@@ -34,7 +34,7 @@ _BUDGETS = "use bytes (3000000), 3MB (decimal), 3MiB (binary) or 3.5bpp (bits pe
 
 
 def parse_size(size: int | str) -> int:
-    """Number of bytes meant by `size`.
+    """Parse a size; returns bytes.
 
     Args:
         size: a count of bytes, or text such as `3000000`, `3MB`, `2.5 MiB`, `600kB`.
@@ -66,7 +66,7 @@ def _parsed(size: int | str, forms: str) -> int:
 
 
 def parse_budget(budget: int | str, parameters: int) -> int:
-    """Number of bytes meant by a budget for a model.
+    """Parse a budget for a model; returns bytes.
 
     Args:
         budget: a size as `parse_size` reads it, or bits per parameter such as `3.5bpp`.
@@ -81,7 +81,7 @@ def parse_budget(budget: int | str, parameters: int) -> int:
 
 
 def check_budget(budget: int | str) -> None:
-    """Refuse what is no budget for any model, before a model is loaded.
+    """Refuse a budget that no model could have, before a model is loaded.
 
     Raises:
         UsageError: see `parse_budget`.
@@ -90,12 +90,12 @@ def check_budget(budget: int | str) -> None:
 
 
 def split_budgets(text: str) -> list[str]:
-    """Budgets separated by commas; a comma between groups of three digits belongs to a number."""
+    """Split budgets at commas, except those between groups of three digits of a number."""
     return [m[0].strip() for m in _LISTED.finditer(text)]
 
 
 def format_size(count: int) -> str:
-    """Both units, once, so that nobody mixes them up."""
+    """Format a size in bytes and in both units."""
     if count < 1_000_000:
         return f"{count:,} bytes ({count / 1e3:.1f} kB, {count / 2**10:.1f} KiB)"
     return f"{count:,} bytes ({count / 1e6:.3f} MB, {count / 2**20:.3f} MiB)"
@@ -105,7 +105,7 @@ T = TypeVar("T")
 
 
 def in_groups(items: Iterable[T], size: Callable[[T], int], most: int, count: int | None = None) -> Iterator[list[T]]:
-    """Consecutive groups whose sizes add up to at most `most`, of at most `count` items; a larger item stands alone.
+    """Yield consecutive groups of at most `count` items and a summed size of at most `most`; larger items stand alone.
 
     >>> list(in_groups([3, 4, 9, 1, 1, 1], int, 8, 2))
     [[3, 4], [9], [1, 1], [1]]

@@ -113,7 +113,7 @@ def find(name: str) -> Method:
 
 
 def _suggestion(name: str) -> str:
-    """What somebody who types the name of another quantizer may want, or of which name it is a misspelling."""
+    """Suggest a method for the name of another quantizer, or for a misspelling."""
     plain = name.lower().replace("_", "").replace("-", "")
     for words, (method, reason) in RELATED.items():
         if any(plain.startswith(word) for word in words):
