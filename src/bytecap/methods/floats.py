@@ -1,4 +1,4 @@
-"""Budgets just below lossless: floats that keep fewer bits of their mantissa.
+"""Fill budgets just below lossless with floats that keep fewer bits of their mantissa.
 
 A grid's integers stop at 16 bits, so above its finest step a budget would be left unused: for a float32 model from
 about 14 bits a weight on, for 16-bit models with far outliers just below the lossless size. There the source's own
@@ -27,7 +27,7 @@ Values = Callable[[Unit], Array]
 
 
 def rounded(values: Array, bits: int, dtype: str) -> Array:
-    """Values with `bits` mantissa bits, to nearest, towards zero where that would overflow `dtype`.
+    """Round values to `bits` mantissa bits: to nearest, or towards zero where that would overflow `dtype`.
 
     >>> rounded(np.float32([1.3, -65504.0]), 2, "F16").tolist()
     [1.25, -57344.0]
@@ -44,7 +44,7 @@ def rounded(values: Array, bits: int, dtype: str) -> Array:
 
 
 def section(values: Array, dtype: str, bits: int, finer: int = 0) -> Section:
-    """`exact` section of (rows, cols) values with `bits` mantissa bits, the first `finer` values with one more."""
+    """Code values (rows, cols) with `bits` mantissa bits, one more for the first `finer`, as an `exact` section."""
     kept = rounded(values.reshape(-1), bits, dtype).copy()
     kept[:finer] = rounded(values.reshape(-1)[:finer], bits + 1, dtype)
     return Section(EXACT.tag, EXACT.encode(kept.reshape(values.shape), dtype))
@@ -53,7 +53,7 @@ def section(values: Array, dtype: str, bits: int, finer: int = 0) -> Section:
 def fit_floats(
     units: list[Unit], values: Values, size: Callable[[dict[str, Section]], int], budget: int
 ) -> dict[str, Section] | None:
-    """Sections that fill the budget, or None if even one mantissa bit does not fit.
+    """Return sections that fill the budget, or None if even one mantissa bit does not fit.
 
     Args:
         units: floating-point units.
