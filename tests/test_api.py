@@ -36,7 +36,7 @@ def run_blocked(code, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(  # noqa: S603 (our own interpreter and code)
         [sys.executable, "-W", "error", "-c", BLOCKED + code, *map(str, arguments)], capture_output=True, text=True,
-        env=environment, timeout=60, check=False,
+        env=environment, check=False,
     )  # fmt: skip
 
 
@@ -82,6 +82,7 @@ class TestWithoutTorch:
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["21", "3000000"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["bytecap", "golf", "uniform"])
     @pytest.mark.parametrize("command", ["check", "ledger"])
     def test_commands(self, fitted, command, method):
@@ -90,6 +91,7 @@ class TestWithoutTorch:
         assert done.returncode == 0, done.stderr
         assert '"file_bytes"' in done.stdout
 
+    @pytest.mark.slow
     def test_unpack_needs_no_torch_either(self, fitted, tmp_path):
         _, path = fitted("rotary")
         done = run_blocked(

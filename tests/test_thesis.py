@@ -292,6 +292,7 @@ class TestVerdicts:
         (found,) = read(lines() + later[:3])
         assert list(found.lines) == ["base", "arm global"]
 
+    @pytest.mark.slow
     def test_the_page_holds_every_verdict(self):
         every = [r for s in range(5) for b in ("grid", "golf") for r in lines(b, seed=s, model=f"m{s}")]
         found = judge(every)

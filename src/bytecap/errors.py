@@ -1,4 +1,4 @@
-"""Every error bytecap raises on purpose.
+"""Define every error that bytecap raises on purpose.
 
 The tree (all derive from `BytecapError`, so one `except` catches them all)::
 

@@ -1,4 +1,4 @@
-"""The container: one file, every byte owned and checksummed. `docs/format.md` is its law.
+"""Write and read the container: one file in which every byte has an owner and a checksum.
 
 Layout: header (28 bytes) | directory | sections back to back. The directory gives every section's kind, length
 and CRC-32; the header's CRC-32 covers header and directory. The index section names units (name, shape, dtype,

@@ -1,4 +1,4 @@
-"""The frame of every page: one self-contained file, light and dark, for screens of any width and for paper.
+"""Frame every page: one self-contained file, light and dark, for screens of any width and for paper.
 
 A page is built of sections, each a module of its own with an `ORDER` and a `section(found)` that returns markup, or
 nothing where it has nothing to show: a chart is added by adding a file. Everything can be read without the script,
@@ -169,7 +169,7 @@ def shell(title: str, body: Sequence[str], *, script: bool = True) -> str:
 
 
 def sections(package: ModuleType, found: Mapping[str, Any]) -> list[str]:
-    """What every section of a package says of `found`, in order."""
+    """Return the markup that every section of a package makes of `found`, in order."""
     names = [m.name for m in pkgutil.iter_modules(package.__path__)]
     modules = [importlib.import_module(f"{package.__name__}.{n}") for n in names]
     texts = [m.section(found) for m in sorted(modules, key=lambda m: m.ORDER)]
@@ -177,7 +177,7 @@ def sections(package: ModuleType, found: Mapping[str, Any]) -> list[str]:
 
 
 def identifier(prefix: str, name: str) -> str:
-    """A table's name in the page.
+    """Return a table's name in the page.
 
     >>> identifier("wins", "org/small v2")
     'wins-org-small-v2'
@@ -188,7 +188,7 @@ def identifier(prefix: str, name: str) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, name: str = "", raw: Sequence[int] = ()
 ) -> str:
-    """A table that sorts, with a filter if it has a name.
+    """Return a table that can be sorted, with a filter if it has a name.
 
     Args:
         head: titles.
@@ -216,7 +216,7 @@ def _cell(text: str) -> str:
 
 
 def broken(name: str) -> str:
-    """Markup of a name that may break behind dots, dashes and the like where the page is narrow.
+    """Mark a name up so that it may break behind dots, dashes and the like where the page is narrow.
 
     >>> broken("mlp.up_proj"), broken("1.5e-3")
     ('mlp.<wbr>up_<wbr>proj', '1.5e-3')
@@ -225,7 +225,7 @@ def broken(name: str) -> str:
 
 
 def cards(items: Sequence[tuple[str, str, str]]) -> str:
-    """Cards: a word, the figure in large type, a line below it."""
+    """Return cards: a word, the figure in large type, and a line below it."""
     return '<ul class="cards">' + "".join(
         f'<li>{escape(word)}<b>{escape(value)}</b><span class="dim">{escape(note)}</span></li>'
         for word, value, note in items
@@ -233,7 +233,7 @@ def cards(items: Sequence[tuple[str, str, str]]) -> str:
 
 
 def plus_minus(mean: float | None, stderr: float | None, digits: int = 4) -> str:
-    """`0.1234 ± 0.0012`, or what of it there is."""
+    """Format a figure and its error as `0.1234 ± 0.0012`, leaving out a part that is missing."""
     if mean is None:
         return "-"
     return f"{mean:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")

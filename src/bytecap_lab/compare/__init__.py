@@ -1,4 +1,4 @@
-"""Methods compared at equal bytes on equal tokens: runs in, paired figures out.
+"""Compare methods at equal bytes on equal tokens: run them, then pair their figures.
 
 Runs are cells of model, method, budget and calibration seed (`cells`), made and kept by `runs`; `pairs` takes
 differences document by document, `envelope` finds bytes at equal quality, `figures` puts all of it into
@@ -18,6 +18,8 @@ from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap_lab.compare.figures import summarize
 from bytecap_lab.compare.specs import Cell, External, Setting, grid, read_external, read_method
+
+SHOWS_ONLY = "module"
 
 METHODS = ("bytecap", "golf", "owq", "radio", "uniform")
 BUDGETS = ("3bpp", "3.5bpp", "4bpp", "5bpp")
@@ -44,7 +46,7 @@ def compare(
     command: str = "",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Every method, budget and calibration seed on every model; the members are described in docs/compare.md.
+    """Run every method, budget and calibration seed on every model; docs/compare.md describes the result.
 
     Args:
         models: Hugging Face directories, hub ids, or `demo`.
@@ -96,7 +98,7 @@ def render(
     runs: Path | str, output: Path | str | None = None, *, report: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures and the page of finished runs from their JSON lines alone; later lines replace equal earlier ones.
+    """Make the figures and the page of finished runs from their JSON lines; later lines replace equal earlier ones.
 
     Raises:
         UsageError: the file holds no run.

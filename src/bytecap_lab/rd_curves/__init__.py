@@ -1,4 +1,4 @@
-"""Byte-return curves: what the next byte buys on each exception path, at one budget's operating point.
+"""Measure byte-return curves: the gain of the next byte on each exception path at one budget's operating point.
 
 Every path starts from the same base (`bytecap_lab.rd_curves.base`), promises bytes and nats for every unit
 (`curves.trial`), is given amounts of bytes to spend over the whole model (`curves.choose`), and is measured on real
@@ -56,7 +56,7 @@ def byte_returns(
     report: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Byte-return curves of every path at a budget; the members are described in docs/curves.md.
+    """Measure the byte-return curves of every path at a budget; docs/curves.md describes the result.
 
     Args:
         model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
@@ -103,7 +103,7 @@ def byte_returns(
 
 
 def _write(found: dict[str, Any], directory: Path | None, report: Path | None, reporter: Reporter) -> None:
-    """Write the figures, and the page beside them or where it is wanted."""
+    """Write the figures, and the page beside them or at a given path."""
     from bytecap.report.curves import page
     from bytecap.report.plain import finite, write_figures
 
@@ -113,7 +113,7 @@ def _write(found: dict[str, Any], directory: Path | None, report: Path | None, r
 
 
 def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points: int, store: Store) -> dict[str, Any]:
-    """Everything measured, as plain dictionaries."""
+    """Return everything measured, as plain dictionaries."""
     reporter, seed = ground.job.reporter, ground.job.seed
     texts = [w for t in ground.job.sets.evaluation for w in t.windows]
     promised: Offers = {}
@@ -150,7 +150,7 @@ def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points
 
 
 def _plans(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[dict[str, Offer]]:
-    """What is chosen at each amount of bytes, up to the share of the base or to all that the path can use."""
+    """Choose units at each amount of bytes, up to a share of the base or to all that the path can use."""
     top = min(TOP * ground.bytes, most(promised))
     plans = [members(spend(promised, a * top)) for a in AMOUNTS]
     return [p for p in plans if p]
@@ -161,7 +161,7 @@ def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
 
 
 def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
-    """Offers to measure unit by unit: the same number for every path and role, as far as there are enough.
+    """Draw candidates to measure unit by unit, equally many for every path and role if there are enough.
 
     Offers on their unit's hull come first: no other one would ever be taken, and most others are so small that what
     they recover is lost in the noise.
@@ -193,7 +193,7 @@ def _path(
     base: ByWindow,
     skipped: int,
 ) -> dict[str, Any]:
-    """A path's whole-model points, its verdict, and its predicted curve on every unit's hull."""
+    """Return a path's whole-model points, its verdict, and its predicted curve on every unit's hull."""
     count = len(ground.base.problems)
     points = [point(m, base, sum(o.gain for o in p.values()), count) for p, m in whole]
     return {
@@ -215,7 +215,7 @@ def _path(
 def _singles(
     path: str, sample: Sequence[Offer], measured: Sequence[Measured], base: ByWindow, count: int, seed: int
 ) -> dict[str, Any]:
-    """The measured single-unit points of a path."""
+    """Return the measured single-unit points of a path."""
     mine = [(o, m) for o, m in zip(sample, measured, strict=True) if o.path == path]
     return {
         "sample": [

@@ -1,4 +1,4 @@
-"""From measured points to the figures of `curves.json`; docs/curves.md describes every member."""
+"""Turn measured points into the figures of `curves.json`; docs/curves.md describes every member."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
 
 
 def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
-    """Whether a path recovers more than finer steps do for the same bytes, at any amount.
+    """Decide whether a path recovers more than finer steps do for the same bytes, at any amount.
 
     Returns:
         `verdict` (`yardstick`, `earns`, `does not earn`, `no difference`, `not applicable`), `advantage_nats` over

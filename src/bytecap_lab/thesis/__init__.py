@@ -1,4 +1,4 @@
-"""The thesis put to the test: eight registered experiments (docs/thesis.md) on models and bases.
+"""Put the thesis to the test: eight registered experiments (docs/thesis.md) on models and bases.
 
 `runner` measures what experiments need, `bench` and `measures` do the measuring over the curves' machinery,
 `evidence` reads the lines, `experiments` judge them one by one, `verdicts` puts verdicts together.
@@ -15,6 +15,8 @@ from bytecap.model.sources import Paths, as_paths, named
 from bytecap.progress import Reporter, Silent
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
+
+SHOWS_ONLY = "module"
 
 TOKENS, EVALUATION_TOKENS = 16_384, 8_192
 BUDGET, SEEDS, RUNGS = "3bpp", 3, 4
@@ -41,7 +43,7 @@ def thesis(
     command: str = "",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """All registered experiments on all models; the members are described in docs/thesis-run.md.
+    """Run all registered experiments on all models; docs/thesis-run.md describes the result.
 
     Args:
         models: Hugging Face directories, hub ids, `demo`, or `FILE.py:CALLABLE:DIRECTORY`, whose file is run.
@@ -85,7 +87,7 @@ def thesis(
 
 
 def _needs(only: Sequence[str] | None) -> list[str]:
-    """Measurements that experiments need, each once."""
+    """Return the measurements that experiments need, each once."""
     from bytecap_lab.thesis.experiments import chosen
 
     return list(dict.fromkeys(n for m in chosen(only).values() for n in m.NEEDS))
@@ -95,7 +97,7 @@ def render(
     lines: Sequence[Path | str] | Path | str, output: Path | str | None = None, *, only: Sequence[str] | None = None,
     report: Path | str | None = None, reporter: Reporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Verdicts and page from lines alone; later lines replace earlier ones of the same model and base.
+    """Make verdicts and page from lines alone; later lines replace earlier ones of the same model and base.
 
     Raises:
         UsageError: there is no measurement in them.

@@ -1,4 +1,4 @@
-"""Models that the thesis is tested on, and where they come from.
+"""Load the models that the thesis is tested on, and read where they come from.
 
 A model is written like everywhere else, or `FILE.py:CALLABLE:DIRECTORY` where transformers cannot build it (blocks that
 are passed several times): the callable is given the directory and returns the untrained module, which is filled

@@ -1,4 +1,4 @@
-"""Measurements of models on bases: one JSON line each, skipped where they are there already, several benches at a time.
+"""Measure models on bases, several benches at a time; each line is written once and skipped if it exists.
 
 A line's key is the hash of all it depends on (the library's source, without what only judges and shows, included).
 Processes append their own lines as they are finished, under a lock.
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A model on a base with what is to be measured.
+    """A model on a base, with the measurements to make.
 
     Attributes:
         model: as given.

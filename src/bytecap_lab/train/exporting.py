@@ -1,4 +1,4 @@
-"""A trained module into one file: `PQuantLinear` branches exactly, all else under what bytes are left.
+"""Put a trained module into one file: `PQuantLinear` branches exactly, the rest under the bytes that are left.
 
 Both branches of a layer are one unit: a `binary` base, and `columns` or `rows` of signed bytes over it. The base
 holds a sign for the weights under the 8-bit branch too, one bit for each that nothing reads (3% of a layer with 5% of
@@ -27,7 +27,7 @@ from bytecap.format.coders.binary import NO_MEAN, Binary
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.columns import CODER as COLUMNS
 from bytecap.format.overlays.rows import CODER as ROWS
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap_lab.train.convert import inference
 from bytecap_lab.train.pquant import PQuantLinear
 

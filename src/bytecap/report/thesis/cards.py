@@ -12,7 +12,7 @@ ORDER = 10
 
 
 def section(found: Mapping[str, Any]) -> str:
-    """What was asked, and the cards."""
+    """State the thesis, and show one card for each experiment."""
     items = [
         (f"{e['number']} {e['title']} ({e['kind']})", SIGNS[e["verdict"]], f"{e['hypothesis']} {_note(e)}")
         for e in found["experiments"]

@@ -1,4 +1,4 @@
-"""The base and the arms that spend bytes on it; see docs/thesis.md, *What is measured*."""
+"""Measure the base and the arms that spend bytes on it; see docs/thesis.md, *What is measured*."""
 
 from __future__ import annotations
 
