@@ -39,7 +39,9 @@ KINDS = {  # in this order; a family that is in several belongs to the first
     "encoder": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
     "multimodal": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
 }
-LARGEST, SECONDS = 6_000_000, 900
+LARGEST, SECONDS = 7_000_000, 900
+UNTRIED = "not tried"
+OUTCOMES = ("works", "refused", "wrong", "failed", "not built", UNTRIED)
 Row = dict[str, Any]
 
 
@@ -202,22 +204,23 @@ TITLES = {
 
 def page(rows: dict[tuple[str, str], Row]) -> str:
     """docs/architectures.md."""
-    some = next(iter(rows.values()))
+    some = next(r for r in rows.values() if "transformers" in r)
     text = ["# Architectures tried", "", HEAD.format(transformers=some["transformers"]).strip(), "",
-            "| | works | refused | wrong | failed | not built |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
-    outcomes = ("works", "refused", "wrong", "failed", "not built")
+            f"| | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * len(OUTCOMES)]  # fmt: skip
     for kind in KINDS:
-        counts = [sum(r["outcome"] == o for k, r in rows.items() if k[0] == kind) for o in outcomes]
+        counts = [sum(r["outcome"] == o for k, r in rows.items() if k[0] == kind) for o in OUTCOMES]
         text.append(f"| {kind} | " + " | ".join(map(str, counts)) + " |")
     for kind, title in TITLES.items():
         mine = sorted((r for k, r in rows.items() if k[0] == kind), key=lambda r: r["family"])
         fine = ", ".join(f"`{r['family']}`" for r in mine if r["outcome"] == "works")
         text += ["", f"## {title}", "", f"Works ({sum(r['outcome'] == 'works' for r in mine)}): {fine or 'none'}.", ""]
-        rest = [r for r in mine if r["outcome"] != "works"]
+        rest = [r for r in mine if r["outcome"] not in {"works", UNTRIED}]
         if rest:
             text += ["| family | outcome | reason |", "|---|---|---|"]
             cell = lambda x: x.replace("|", "\\|").replace("<", "&lt;")  # noqa: E731
             text += [f"| `{r['family']}` | {r['outcome']} | {cell(r['reason'])} |" for r in rest]
+        untried = ", ".join(f"`{r['family']}`" for r in mine if r["outcome"] == UNTRIED)
+        text += ["", f"Not tried: {untried}."] if untried else []
     return "\n".join(text) + "\n"
 
 
@@ -228,10 +231,8 @@ seconds); its head says what is checked. Weights are random, so nothing here say
 
 **works**: both a lossy and a lossless file meet their budgets, `bytecap.load_model` and transformers (reading the
 unpacked directory) give the same logits bit for bit, and the lossless file gives the source's. **refused**: one line
-says why.
-
-**wrong**: a check failed. **failed**: an error that is not ours. **not built**: no tiny model could be made from the
-config class by the names of its attributes, so nothing is known.
+says why. **wrong**: a check failed. **failed**: an error that is not ours. **not built**: no tiny model could be made
+from the config class by the names of its attributes, so nothing is known. **not tried**: the run has not come to it.
 
 bytecap reads a model as a causal language model. It has no input for the other side of an encoder-decoder, for masked
 tokens, images or sound, so it can neither calibrate nor score with them. For such models pass the module, batches and a
@@ -255,10 +256,12 @@ def main() -> None:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as work:  # imports and compiles what every fork needs
             try_family("decoder", "llama", Path(work))
-        for kind, name in families():
+        every = families()
+        rows = {k: rows.get(k) or {"kind": k[0], "family": k[1], "outcome": UNTRIED, "reason": ""} for k in every}
+        for kind, name in every:
             if kind not in args.kinds or (args.only is not None and name not in args.only):
                 continue
-            if (kind, name) in rows and args.only is None and not args.again:
+            if rows[kind, name]["outcome"] != UNTRIED and args.only is None and not args.again:
                 continue
             rows[kind, name] = row = measure(kind, name)
             print(f"{kind:16s} {name:24s} {row['outcome']:10s} {row['seconds']:6.1f} s  {row['reason']}", flush=True)

@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
         (8, "qk_rope_head_dim rotary_dim state_size mamba_d_state ssm_state_size index_topk patch_size"),
         (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
         (2, "num_experts_per_tok moe_k moe_top_k moe_topk num_experts_per_token top_k_experts"),
-        (1, "n_group topk_group num_expert_group first_k_dense_replace num_nextn_predict_layers"),
+        (1, "n_group topk_group num_expert_group n_shared_experts first_k_dense_replace num_nextn_predict_layers"),
         (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size"),
         (256,
          ("max_position_embeddings n_positions n_ctx max_sequence_length seq_length max_seq_len "
@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     for name in names.split()
 }  # fmt: skip
 # Attributes that some classes leave None and cannot do without.
-NEEDED = {"head_dim", "num_key_value_heads", "n_routed_experts", "num_experts", "num_experts_per_tok"}
+NEEDED = {"head_dim", "num_key_value_heads", "n_routed_experts", "num_experts", "num_experts_per_tok", "n_shared_experts"}
 TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 _MLA = {"head_dim": 8}  # these call the rotated part of a head by that name
 _HYBRID = {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 128, "attention_head_dim": 32,

@@ -34,7 +34,7 @@ def test_every_family_has_a_line(script):
     import transformers
 
     rows = script.read(script.LINES)
-    if {r["transformers"] for r in rows.values()} != {transformers.__version__}:
+    if {r["transformers"] for r in rows.values() if "transformers" in r} != {transformers.__version__}:
         pytest.skip("other families: the page is of another version of transformers")
     assert set(rows) == set(script.families())
 

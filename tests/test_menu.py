@@ -145,7 +145,7 @@ class TestNames:
 
     def test_all_reaches_the_job_from_the_command_line(self, run, model_directory, texts, tmp_path, monkeypatch):
         seen = []
-        monkeypatch.setattr("bytecap.pipeline.fit._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
+        monkeypatch.setattr("bytecap.pipeline.stages._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
         arguments = ("fit", model_directory("rotary"), "--budget", BUDGET, "-o", tmp_path / "a.bcap")
         arguments += ("--calib", texts["calib"], "--eval", texts["val"])
         for names, expected in (("all", tuple(sorted(paths()))), ("rows, lowrank", ("rows", "lowrank"))):

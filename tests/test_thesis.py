@@ -1,6 +1,7 @@
 """The thesis: rules that decide both ways on records whose answer is known."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -301,4 +302,11 @@ class TestVerdicts:
         assert {f"effects-{n}" for n in experiments.found()} <= set(parser.names)
         assert all(SIGNS[e["verdict"]] in text and e["hypothesis"] in text for e in found["experiments"])
         assert len(parser.tips) >= 8
+        cards = re.findall(r"<li>([^<]*<b>.*?)<details>", text.partition('class="cards verdicts"')[2])
+        assert len(cards) == 8
+        for card, e in zip(cards, found["experiments"], strict=True):
+            words = re.sub(r"<title>.*?</title>|<[^>]*>", " ", card)
+            assert len(words.split()) <= len(f"{e['title']} {e['hypothesis']}".split()) + 4, words
+            assert card.count('<svg class="strip"') == any(e["main"] in g["effects"] for g in e["groups"])
+        assert text.count('<svg class="strip"') >= 6
         assert "bytecap thesis" in text

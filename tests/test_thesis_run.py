@@ -16,12 +16,13 @@ from bytecap.errors import BytecapError, CheckpointError, UsageError
 from bytecap.format.overlays.channels import BOTH, COLUMNS, ROWS
 from bytecap.progress import Silent
 from bytecap.quantization.overlays.protect import Amount
+from bytecap.report.lines import read_lines
 from bytecap.system.cache import Store
 from bytecap_lab import thesis
-from bytecap_lab.compare.runs import read_lines
 from bytecap_lab.rd_curves.points import Pick
 from bytecap_lab.thesis import models, runner
-from bytecap_lab.thesis.bench import GLOBAL, Bench, Setting
+from bytecap_lab.thesis.amounts import GLOBAL
+from bytecap_lab.thesis.bench import Bench, Setting
 from bytecap_lab.thesis.measures.singles import chosen, problems
 from bytecap_lab.thesis.measures.timing import SIDE
 from bytecap_lab.thesis.statistics import Interval

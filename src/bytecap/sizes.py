@@ -1,7 +1,13 @@
 """Sizes and budgets: `3000000`, `3MB` (decimal) and `3MiB` (binary) never get mixed up.
 
->>> parse_size("3MB"), parse_size("3MiB"), parse_size("600kB"), parse_size(1000)
-(3000000, 3145728, 600000, 1000)
+>>> parse_size("3MB"), parse_size("3M"), parse_size("3MiB"), parse_size("600kB"), parse_size(1000)
+(3000000, 3000000, 3145728, 600000, 1000)
+>>> parse_budget("3.5bpp", 1_000_000), parse_budget("3MB", 1_000_000), split_budgets("3MB,4,000,000,3.5bpp")
+(437500, 3000000, ['3MB', '4,000,000', '3.5bpp'])
+>>> check_budget("3.5")
+Traceback (most recent call last):
+bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 3.5bpp for bits per parameter, or \
+3.5MB for millions of bytes
 >>> format_size(3_000_000)
 '3,000,000 bytes (3.000 MB, 2.861 MiB)'
 """
@@ -16,10 +22,14 @@ from bytecap.errors import UsageError
 
 _FACTORS = {
     "": 1, "b": 1,
+    "k": 10**3, "m": 10**6, "g": 10**9,
     "kb": 10**3, "mb": 10**6, "gb": 10**9,
     "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip
 _SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*bpp", re.IGNORECASE)
+_LISTED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^,]*|[^,]+")
+_USE = "use bytes (3000000), 3MB (decimal), 3MiB (binary), or for a model 3.5bpp (bits per parameter)"
 
 
 def parse_size(size: int | str) -> int:
@@ -34,14 +44,48 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int):
         value: float = size
     else:
-        match = _SIZE.fullmatch(size.strip())
+        match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
         factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            raise UsageError(f"cannot read the size {size!r}: use bytes (3000000), 3MB (decimal) or 3MiB (binary)")
+            raise UsageError(f"cannot read the size {size!r}: {_USE}")
+        if "." in match[1] and not match[2]:
+            raise UsageError(
+                f"cannot read the size {size!r}, which has no unit: write {match[1]}bpp for bits per parameter, or "
+                f"{match[1]}MB for millions of bytes"
+            )
         value = float(match[1].replace("_", "").replace(",", "")) * factor
     if value < 1:
         raise UsageError(f"the budget must be at least one byte, not {size}")
     return int(value)
+
+
+def parse_budget(budget: int | str, parameters: int) -> int:
+    """Number of bytes meant by a budget for a model.
+
+    Args:
+        budget: a size as `parse_size` reads it, or bits per parameter such as `3.5bpp`.
+        parameters: of the model.
+
+    Raises:
+        UsageError: not a budget, or not at least one byte.
+    """
+    if isinstance(budget, str) and (match := _RATE.fullmatch(budget.strip())):
+        return parse_size(max(1, int(float(match[1]) * parameters / 8)) if float(match[1]) else 0)
+    return parse_size(budget)
+
+
+def check_budget(budget: int | str) -> None:
+    """Refuse what is no budget for any model, before a model is loaded.
+
+    Raises:
+        UsageError: see `parse_budget`.
+    """
+    parse_budget(budget, 8 * 10**9)
+
+
+def split_budgets(text: str) -> list[str]:
+    """Budgets separated by commas; a comma between groups of three digits belongs to a number."""
+    return [m[0].strip() for m in _LISTED.finditer(text)]
 
 
 def format_size(count: int) -> str:

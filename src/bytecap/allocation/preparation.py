@@ -15,6 +15,7 @@ from bytecap.calibration.probe import Statistics
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
 from bytecap.model.checkpoint import as_matrix
+from bytecap.progress import warn
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import Rules, initial_rules
 from bytecap.system import allocator
@@ -81,7 +82,7 @@ def _say_unused(job: Job, matrices: list[str], vectors: list[VectorUnit]) -> Non
     """Name the units that calibration says nothing about: they get next to no bytes."""
     idle = matrices + [v.unit.name for v in vectors if not v.fisher.any()]
     if idle:
-        job.reporter.note(f"warning: no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
+        warn(job.reporter, f"no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
 
 
 def _capacity(job: Job, planner: Planner, fixed: Mapping[str, Section]) -> float:

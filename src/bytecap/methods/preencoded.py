@@ -32,5 +32,5 @@ def run_rest(run: Method, job: Job) -> Outcome:
     rest = replace(job.model, units=tuple(u for u in job.model.units if u.name not in job.given))
     if not rest.units:
         return Outcome(dict(job.given), b"", 0.0, 0.0, 0.0, "given")
-    outcome = run(replace(job, model=rest, size=size, given={}, store=Store()))
+    outcome = run(replace(job, model=rest, size=size, config=replace(job.config, given={}), store=Store()))
     return replace(outcome, sections={**outcome.sections, **job.given}) if outcome.sections else outcome

@@ -24,6 +24,7 @@ from bytecap.model.batches import Batch, Look, is_batches, variants_of
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens, predictions
 from bytecap.model.quantized_copy import Values, swapped
 from bytecap.model.texts import Text, Window
+from bytecap.model.uncertainty import ratio_stderr
 from bytecap.progress import Advance
 from bytecap.types import Score
 
@@ -70,15 +71,6 @@ def _by_window(mask: Tensor, values: Tensor) -> Tensor:
     whole = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
     whole[mask] = values.double()
     return whole.sum(1)
-
-
-def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
-    """Return the linearised standard error of the ratio sum(total) / sum(weight) over windows; NaN if it has none."""
-    n = len(total)
-    if n < 2 or not weight.any():
-        return float("nan")
-    residual = total - total.sum() / weight.sum() * weight
-    return float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / weight.sum())
 
 
 def paired_stderr(one: Sequence[Comparison], other: Sequence[Comparison], what: str) -> float:

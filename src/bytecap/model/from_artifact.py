@@ -14,6 +14,7 @@ import numpy as np
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
+from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_units, side_files
 
 if TYPE_CHECKING:
@@ -26,16 +27,24 @@ def load_model(path: Path | str) -> nn.Module:
     Raises:
         ArtifactError: the file cannot be trusted or holds no config.
     """
+    return module_of(container.read(path), str(path))
+
+
+def module_of(contents: Contents, name: str) -> nn.Module:
+    """Build the decoded model of an artifact's contents; `name` is for messages.
+
+    Raises:
+        ArtifactError: the contents cannot be trusted or hold no config.
+    """
     from bytecap.model.checkpoint import module_from_config
     from bytecap.model.quantized_copy import load_values
 
-    contents = container.read(path)
     files = side_files(contents)
     if "config.json" not in files:
-        raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
+        raise ArtifactError(f"{name} holds no config.json (written with --no-config), so no module can be built")
     with tempfile.TemporaryDirectory() as directory:
-        for name in {"config.json", "tying.json"} & files.keys():
-            (Path(directory) / name).write_bytes(files[name])
+        for n in {"config.json", "tying.json"} & files.keys():
+            (Path(directory) / n).write_bytes(files[n])
         module = module_from_config(Path(directory))
     load_values(module, decode_units(contents, aliases=False))
     return module

@@ -6,24 +6,21 @@ Without `--calib` or `--eval` the embedded model's own texts are used, and the j
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError, TextError, UsageError
 from bytecap.model.checkpoint import Model, demo_directory
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 from bytecap.model.linears import of_transformers
-from bytecap.model.sampling import sample
 from bytecap.model.texts import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
-from bytecap.progress import Reporter
+from bytecap.progress import Reporter, warn
 
-Paths = str | Path | Sequence[str | Path] | None
+Paths = str | Path | Iterable[str | Path] | None
 
-WINDOW = 512
-TOKENS = 131_072  # statistics; results/calibration.jsonl has the curve behind this number
 CORRECTION_TOKENS = 8_192
-EVALUATION_TOKENS = 32_768
 RECOVERY_TOKENS = 2**23  # most of them
 SELF = "self"  # in place of a text to recover on: the model's own samples
 SELF_TOKENS = {"cpu": 2**15, "cuda": 2**20}
@@ -65,29 +62,37 @@ def window_limit(model: Model, window: int) -> int:
 
 
 def as_paths(paths: Paths) -> list[Path]:
-    """One path or several, as a list."""
+    """One path or several, as a list.
+
+    Raises:
+        UsageError: something else than a path is among them.
+    """
     if paths is None:
         return []
-    return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+    if isinstance(paths, str | Path):
+        return [Path(paths)]
+    found = list(paths)
+    for path in found:
+        if not isinstance(path, str | Path):
+            raise UsageError(f"a checkpoint is calibrated on text files; {type(path).__name__} is no name of one")
+    return [Path(path) for path in found]
 
 
 def embedded(calibration: Sequence[Path], evaluation: Sequence[Path]) -> str:
     """Where embedded texts stand in, as a warning; nothing where both are given.
 
     >>> embedded([], [Path("a.txt")])
-    'warning: no --calib given: the embedded SQLite documentation stands in'
+    'no --calib given: the embedded SQLite documentation stands in'
     """
     missing = [n for n, given in (("--calib", calibration), ("--eval", evaluation)) if not given]
-    return (
-        f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in" if missing else ""
-    )
+    return f"no {' and no '.join(missing)} given: the embedded SQLite documentation stands in" if missing else ""
 
 
 def named(calibration: Paths, evaluation: Paths, reporter: Reporter) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of calibration and evaluation texts, for settings; says where embedded ones stand in."""
     calib, held = as_paths(calibration), as_paths(evaluation)
     if missing := embedded(calib, held):
-        reporter.note(missing)
+        warn(reporter, missing)
     return tuple(map(str, calib)), tuple(map(str, held))
 
 
@@ -120,7 +125,7 @@ def load_sets(
     window = window_limit(model, window)
     calib, held = as_paths(calibration), as_paths(evaluation)
     if missing := embedded(calib, held):
-        reporter.note(f"{missing}, and quality on your text depends on it")
+        warn(reporter, f"{missing}, and quality on your text depends on it")
     calib = calib or [demo_directory() / "calib.txt"]
     held = held or [demo_directory() / "val.txt"]
     share = 2 * (tokens + correction_tokens) // len(calib)
@@ -185,6 +190,8 @@ def _sampled(
     model: Model, sets: TokenSets, window: int, seed: int, device: str, reporter: Reporter
 ) -> tuple[Window, ...]:
     """Windows that the model makes up, each from a token with which a calibration window begins."""
+    from bytecap.model.sampling import sample
+
     if not of_transformers(model.module):
         raise UsageError("--recover-text self samples from a model of transformers; give a text instead")
     with reporter.step("sampling", 1):

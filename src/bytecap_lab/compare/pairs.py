@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.model.evaluation import ratio_stderr
+from bytecap.model.uncertainty import ratio_stderr
 
 FloatArray = npt.NDArray[np.float64]
 ENOUGH = 8  # documents, or windows stand in for them

@@ -8,8 +8,6 @@ source, without what only shows results, included), so a line is never taken for
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import platform
 import sys
 import time
@@ -25,19 +23,18 @@ from typing import Any
 import torch
 
 from bytecap.calibration.statistics import model_key, windows_key
-from bytecap.errors import BudgetError, CheckpointError, OutputError
+from bytecap.errors import BudgetError, CheckpointError
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import ByWindow, compare
 from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit import Artifact, fit_sets
+from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Reporter, Silent
-from bytecap.report.plain import finite
-from bytecap.system.cache import Store, digest, library
+from bytecap.report.lines import Record, append, read_lines
+from bytecap.system.cache import digest, library
 from bytecap_lab.compare.specs import Cell, Setting, read_method
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,41 +91,6 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
             parts += [file_key(Path(own))] if own.endswith(".py") else []
             parts += [cell.seed, windows_key(sets.statistics), windows_key(sets.correction)]
         yield Task(cell, setting, store, command, digest(library(), *parts), order)
-
-
-def read_lines(path: Path) -> list[Record]:
-    """Read the records of a file; a line that was cut off counts as absent.
-
-    Raises:
-        OutputError: the file cannot be read.
-    """
-    try:
-        text = path.read_text("utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as exc:
-        raise OutputError(f"cannot read the runs in {path}: {exc}") from exc
-    found = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "record" in record:
-            found.append(record)
-    return found
-
-
-def append(path: Path | None, records: Sequence[Record]) -> None:
-    """Add records to a file of lines; one that was cut off is left behind on a line of its own."""
-    if path is None or not records:
-        return
-    try:
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as f:
-            f.write("\n" * torn + "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in records))
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
 
 
 def run_cells(
@@ -215,10 +177,11 @@ def run(task: Task) -> list[Record]:
 
 def _fitted(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
     cell, way = task.cell, read_method(task.cell.method)
-    result: Artifact = fit_sets(
-        lambda: model, cell.budget, lambda _: sets, method=way.name, device=task.setting.device, seed=cell.seed,
-        paths=way.paths, options=dict(way.options), store=Store(task.store), reporter=Silent(),
+    config = FitConfig(
+        cell.budget, method=way.name, device=task.setting.device, seed=cell.seed, paths=way.paths,
+        options=way.options, store=task.store, reporter=Silent(),
     )  # fmt: skip
+    result = fit_sets(model, sets, config)
     kept = {k: v for k, v in result.report.items() if k in _KEPT}
     return {**kept, "file_sha256": hashlib.sha256(result.data).hexdigest()}, result.windows
 

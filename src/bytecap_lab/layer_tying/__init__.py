@@ -22,12 +22,13 @@ from bytecap.calibration.statistics import environment, model_key, windows_key
 from bytecap.errors import UsageError
 from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.defaults import WINDOW
 from bytecap.model.evaluation import kl_to
-from bytecap.model.sources import WINDOW, Paths, as_paths, encoder, window_limit
+from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import Window, load_text
 from bytecap.model.tying import FILE, Tying, find_blocks
-from bytecap.pipeline.fit import choose_device
-from bytecap.progress import Reporter, Silent
+from bytecap.pipeline.stages import choose_device
+from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.recovery.checkpointing import Course
 from bytecap.system.atomic import make_directory, write_atomically
 from bytecap.system.cache import Store
@@ -104,6 +105,7 @@ def tie(
     seed: int = 0,
     device: str = "auto",
     store: Path | str | None = None,
+    progress: bool | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Convert a trained model into one with fewer stored blocks; returns the report. Writes nothing before the end.
@@ -125,12 +127,13 @@ def tie(
         device: `auto`, `cpu` or `cuda`.
         store: directory in which the search and the uptraining are kept from time to time, so that a killed run can be
             started again and goes on from there; nothing is kept if None.
-        reporter: told about progress.
+        progress: show progress bars; by default on a terminal and in a notebook.
+        reporter: told about progress in place of the bars.
 
     Raises:
         BytecapError: an option does not fit the model, the model cannot be tied, the text is too short.
     """
-    reporter = reporter or Silent()
+    reporter = reporter_for(reporter, progress)
     target, effort = choose_device(device), _effort(steps, "--steps")
     looking = _effort(search_steps or steps, "--search-steps")
     _check(rate, labels)
@@ -173,7 +176,7 @@ def read(model: Model, texts: Paths, *, window: int, seed: int, reporter: Report
     """Read windows of the training texts in a random order, none twice."""
     paths = as_paths(texts)
     if not paths:
-        reporter.note("warning: no --train given: the embedded SQLite documentation stands in")
+        warn(reporter, "no --train given: the embedded SQLite documentation stands in")
         paths = [demo_directory() / "calib.txt"]
     return shuffled(windows_of(model, paths, window), seed)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bytecap.allocation.correction import role_name
 from bytecap.model.evaluation import ByWindow
 from bytecap.model.texts import Window, leading
-from bytecap.progress import Reporter, Silent
+from bytecap.progress import Reporter, reporter_for
 from bytecap.system.atomic import make_directory
 from bytecap.system.cache import Store
 from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
@@ -54,6 +54,7 @@ def byte_returns(
     window: int = 512,
     store: Path | str | None = None,
     report: Path | str | None = None,
+    progress: bool | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Measure the byte-return curves of every path at a budget; docs/curves.md describes the result.
@@ -75,17 +76,18 @@ def byte_returns(
         window: predicted tokens in one.
         store: directory of measured points; `output`/store by default.
         report: page to write; `output`/curves.html by default.
-        reporter: told about progress.
+        progress: show progress bars; by default on a terminal and in a notebook.
+        reporter: told about progress in place of the bars.
 
     Raises:
         BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
     """
     from bytecap.model.checkpoint import Model, load_model
     from bytecap.model.sources import CORRECTION_TOKENS, load_sets
-    from bytecap.pipeline.fit import choose_device
+    from bytecap.pipeline.stages import choose_device
     from bytecap.sizes import parse_size
 
-    reporter = reporter or Silent()
+    reporter = reporter_for(reporter, progress)
     base, names, limit, target = check_base(base), known(paths), parse_size(budget), choose_device(device)
     directory = make_directory(output) if output is not None else None
     loaded = model if isinstance(model, Model) else load_model(model)

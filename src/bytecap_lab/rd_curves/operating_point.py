@@ -24,12 +24,13 @@ from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
 from bytecap.format.entropy.shared_tables import dump_shared, load_shared
 from bytecap.job import Job, Section
+from bytecap.job.config import FitConfig
 from bytecap.methods.bytecap import calibrate, prepare
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.texts import TokenSets, leading
-from bytecap.pipeline import fit
+from bytecap.pipeline import stages
 from bytecap.quantization.overlays.channels import rank
 from bytecap.quantization.quantizer import Options
 from bytecap.system import allocator
@@ -79,7 +80,7 @@ def check_base(name: str) -> str:
 
 def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Any) -> Job:
     """Make the job that `fit` would work on; budgets that leave nothing to recover are refused."""
-    job = fit.make_job(model, sets, budget, device, seed, reporter)
+    job = stages.make_job(model, sets, FitConfig(budget, device=device, seed=seed, reporter=reporter))
     if budget >= job.size({u.name: Section(EXACT.tag, bytes(2 * u.parameters)) for u in model.units}, b""):
         raise UsageError(f"a budget of {budget:,} bytes holds the model losslessly: no byte can recover anything")
     return job

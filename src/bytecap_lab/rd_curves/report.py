@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.model.evaluation import ByWindow, ratio_stderr
+from bytecap.model.evaluation import ByWindow
+from bytecap.model.uncertainty import ratio_stderr
 from bytecap_lab.rd_curves.points import Measured
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
 from bytecap_lab.rd_curves.trial import STEP, Offer

@@ -20,17 +20,15 @@ from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets, Window
 from bytecap.progress import Reporter
+from bytecap.sizes import parse_budget
 from bytecap.system.cache import Store
 from bytecap_lab.compare.pairs import clusters
-from bytecap_lab.compare.specs import read_budget
 from bytecap_lab.rd_curves.choose import spend
 from bytecap_lab.rd_curves.operating_point import Ground, lay, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
 from bytecap_lab.rd_curves.trial import STEP, STEPS, Offer, known, ladder, offers
+from bytecap_lab.thesis.amounts import AMOUNTS, GLOBAL
 
-AMOUNTS = (0.005, 0.01, 0.02, 0.04, 0.08)  # of the base's matrix bytes
-PRIMARY = 0.04
-GLOBAL = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # octaves finer, everywhere
 STRUCTURED = ("columns", "rows", "channels")
 IRREGULAR = ("outliers",)
 FloatArray = npt.NDArray[np.float64]
@@ -89,7 +87,7 @@ class Bench:
     @property
     def budget(self) -> int:
         """Bytes of the whole file."""
-        return read_budget(self.setting.budget, self.model.parameters)
+        return parse_budget(self.setting.budget, self.model.parameters)
 
     @cached_property
     def ground(self) -> Ground:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bytecap_lab.thesis.bench import PRIMARY
+from bytecap_lab.thesis.amounts import PRIMARY
 from bytecap_lab.thesis.statistics import Draw, FloatArray, Missing
 
 SHOWS_ONLY = "module"

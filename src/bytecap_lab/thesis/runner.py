@@ -21,9 +21,10 @@ import torch
 from bytecap.errors import BudgetError
 from bytecap.model.checkpoint import Model
 from bytecap.progress import Reporter, Silent
+from bytecap.report.lines import append, read_lines
 from bytecap.system.cache import Store, digest, library
 from bytecap_lab.compare.pairs import clusters, fold
-from bytecap_lab.compare.runs import append, directory_key, file_key, host, read_lines, versions
+from bytecap_lab.compare.runs import directory_key, file_key, host, versions
 from bytecap_lab.thesis.bench import Bench, Setting
 from bytecap_lab.thesis.measures import measures
 from bytecap_lab.thesis.models import Origin, directory_of, load, origin

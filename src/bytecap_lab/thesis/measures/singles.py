@@ -54,7 +54,8 @@ def singles(bench: Bench) -> dict[str, Any]:
 
 def problems(bench: Bench, sets: TokenSets, seed: int) -> dict[str, Problem]:
     """Every matrix under the statistics of other tokens."""
-    job = replace(bench.ground.job, sets=sets, seed=seed, store=bench.store)
+    job = bench.ground.job
+    job = replace(job, sets=sets, config=replace(job.config, seed=seed), store=bench.store)
     found = calibrate(job, Options())
     known = bench.ground.base.problems
     return {

@@ -17,7 +17,8 @@ from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.channels import BOTH, COLUMNS
 from bytecap.job import Section
-from bytecap_lab.thesis.bench import GLOBAL, PRIMARY, Bench, pick
+from bytecap_lab.thesis.amounts import GLOBAL, PRIMARY
+from bytecap_lab.thesis.bench import Bench, pick
 
 REPEATS = 9
 _ROUNDS = 8  # matrix-vector products of every matrix in a repetition
