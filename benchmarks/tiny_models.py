@@ -48,7 +48,14 @@ SIZES: dict[str, Any] = {
     for name in names.split()
 }  # fmt: skip
 # Attributes that some classes leave None and cannot do without.
-NEEDED = {"head_dim", "num_key_value_heads", "n_routed_experts", "num_experts", "num_experts_per_tok", "n_shared_experts"}
+NEEDED = {
+    "head_dim",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+}
 TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 _MLA = {"head_dim": 8}  # these call the rotated part of a head by that name
 _HYBRID = {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 128, "attention_head_dim": 32,

@@ -29,7 +29,8 @@ from torch import nn
 
 from bytecap.job import Section
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, find_units, freeze, read_side_files
+from bytecap.model.checkpoint import Model, find_units, freeze
+from bytecap.model.fileset import read_side_files
 from bytecap.model.sources import first_token, load_sets
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.stages import choose_device, fit_sets, side_files

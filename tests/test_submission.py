@@ -10,6 +10,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 import pytest
+import torch
 
 import bytecap
 import golden_parts
@@ -186,7 +187,7 @@ class TestExport:
 
     def test_the_budget_leaves_nothing(self, file, script, tmp_path, run):
         size = file.stat().st_size
-        code, out, _ = run("golf", "budget", "--script", script, "--cap", "20000")
+        code, out, _ = run("golf", "budget", "--script", script, "--cap", "20000", "--like", file)
         assert code == 0
         cap = 20_000 - int(out) + size
         arguments = ("golf", "export", file, "--script", script, "-o", tmp_path / "out", "--json")
@@ -198,7 +199,16 @@ class TestExport:
     @pytest.mark.slow
     def test_the_like_of_an_artifact(self, script, file):
         tied = export.budget(script, like=DIRECTORY / "layer_lowrank.bcap")
-        assert tied < export.budget(script) == export.budget(script, like=file) < export.budget(script, vendored=False)
+        assert tied < export.budget(script) < export.budget(script, like=file) < export.budget(script, vendored=False)
+
+    def test_the_budget_is_enough_for_a_model_with_buffers(self, script, tmp_path):
+        module = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64))
+        module.register_buffer("steps", torch.arange(5))
+        ids = torch.randint(64, (16, 33), generator=torch.Generator().manual_seed(0))
+        path, cap = tmp_path / "buffered.bcap", 9_000
+        calibration = [ids[i : i + 4] for i in (0, 4, 8)]
+        bytecap.fit(module, export.budget(script, cap=cap), calibration=calibration, output=path)
+        assert export.export(path, tmp_path / "out", script, cap=cap)["total_bytes"] <= cap
 
     def test_code_of_the_artifact(self, script, tmp_path):
         from bytecap.pipeline import pack_code

@@ -104,7 +104,7 @@ class TestStart:
 class TestDirectory:
     def test_stored_once_and_the_same_after_reading(self, made, four):
         directory, report, notes = made
-        stored = bytecap.model.checkpoint.check_safetensors(directory / "model.safetensors")
+        stored = bytecap.model.fileset.check_safetensors(directory / "model.safetensors")
         assert "model.layers.0.mlp.up_proj.weight" in stored
         assert "model.layers.2.mlp.up_proj.weight" not in stored
         assert "model.layers.2.mlp.up_proj.down.weight" in stored

@@ -20,6 +20,7 @@ from bytecap.allocation.allocate import allocate, floor_rate, refine
 from bytecap.allocation.budget_curve import margin
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.preparation import PreparedModel
+from bytecap.allocation.unused import advice
 from bytecap.calibration.residual_streams import streams_of
 from bytecap.errors import BudgetError
 from bytecap.job import Job
@@ -69,17 +70,17 @@ def plain_plan(job: Job, prepared: PreparedModel) -> tuple[float, State]:
         start = planner.first_step(capacity)
         c, state = planner.search(ones, capacity, prepared.rules, start=start, tolerance=2e-3)
         if state.rate > 1.02 * capacity:
-            _raise_floor(job, capacity, state)
+            _raise_floor(job, prepared, state)
     allocator.release()
     return c, state
 
 
-def _raise_floor(job: Job, capacity: float, state: State) -> None:
-    floor = math.ceil(state.rate + job.budget - capacity)
+def _raise_floor(job: Job, prepared: PreparedModel, state: State) -> None:
+    floor = math.ceil(state.rate + job.budget - prepared.capacity)
     top = ", ".join(f"{n} {state.rates[n]:.0f}" for n in sorted(state.rates, key=lambda n: -state.rates[n])[:3])
     raise BudgetError(
         f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; "
-        f"the largest units are {top}",
+        f"the largest units are {top}{advice(prepared.unused)}",
         floor,
     )
 

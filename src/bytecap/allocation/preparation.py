@@ -7,9 +7,10 @@ here, and their bytes are taken off before anything is planned.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from bytecap.allocation.planner import Planner, State, VectorUnit
+from bytecap.allocation.unused import even_experts, keep_unused
 from bytecap.calibration import metric as sensitivity
 from bytecap.calibration.probe import Statistics
 from bytecap.format.coders.exact import CODER as EXACT
@@ -32,12 +33,14 @@ class PreparedModel:
         fixed: sections of all others.
         capacity: bytes that the planned units may use.
         rules: tables and offsets that the first settling starts from.
+        unused: bytes of fixed units that no gradient reaches, by name.
     """
 
     planner: Planner
     fixed: Mapping[str, Section]
     capacity: float
     rules: Rules
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     def emptied(self) -> PreparedModel:
         """The model without what only rounding needs."""
@@ -64,25 +67,24 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
         for u in model.units:
             values = model.tensor(u).detach()
             if u.name in found.uses and min(u.matrix_shape) > 1:
-                metric = sensitivity.join(found.uses.pop(u.name), found.tokens)
+                uses = found.uses.pop(u.name)
+                metric, unseen = even_experts(u, uses, sensitivity.join(uses, found.tokens))
+                if unseen:
+                    warn(job.reporter, f"no token reaches {unseen} experts of {u.name}: weighed like the others")
                 matrices.append(prepare(u, as_matrix(u, values), metric, options))
             elif values.is_floating_point() and values.numel() and u.name not in buffers:
                 vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
             advance(1)
-    _say_unused(job, [p.unit.name for p in matrices if not float(p.rows.sum())], vectors)
+    kept = keep_unused(job, matrices, vectors)
+    matrices = [p for p in matrices if p.unit.name not in kept]
+    vectors = [v for v in vectors if v.unit.name not in kept]
     found.uses.clear()
     allocator.release()
-    planner = Planner.of(matrices, vectors, options)
-    return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options))
-
-
-def _say_unused(job: Job, matrices: list[str], vectors: list[VectorUnit]) -> None:
-    """Name the units that calibration says nothing about: they get next to no bytes."""
-    idle = matrices + [v.unit.name for v in vectors if not v.fisher.any()]
-    if idle:
-        warn(job.reporter, f"no gradient reaches {', '.join(idle)} on the calibration tokens: stored coarsely")
+    planner, fixed = Planner.of(matrices, vectors, options), fixed | kept
+    unused = {n: len(s.data) for n, s in kept.items()}
+    return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
 
 
 def _capacity(job: Job, planner: Planner, fixed: Mapping[str, Section]) -> float:

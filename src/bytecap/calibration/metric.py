@@ -11,6 +11,7 @@ Units without a known use (norms, biases) have a diagonal Fisher only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from bytecap.calibration.probe import Statistics, Use
 from bytecap.calibration.triangle import Triangles
+from bytecap.errors import CheckpointError
 from bytecap.types import Unit
 
 _UNSEEN_TOKENS = 0.5  # tokens' worth of gradient energy given to every row
@@ -107,12 +109,17 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangle
     Returns:
         L, float32, (cols, cols) for each row group, of the permuted Hessian; and the permutation (groups, cols).
         The decoder needs neither.
+
+    Raises:
+        CheckpointError: the Hessian is not finite.
     """
     factors, orders = [], []
     for h in metric.hessian:
         diag = h.diagonal()
         mean = float(diag.mean())
         perm = torch.argsort(diag, stable=True) if order else torch.arange(len(h), device=h.device)
+        if not math.isfinite(mean):
+            raise CheckpointError("the statistics of a unit are not finite: there is no error to weigh")
         ridge = max(damping * mean, 1e-30)
         while True:
             damped = h[perm][:, perm].clone()

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bytecap.calibration import finite
 from bytecap.calibration.probe import Statistics, Use, probe
 from bytecap.calibration.weight_gradients import Gradients, mean_squared_gradients
 from bytecap.job import Job
@@ -94,6 +95,7 @@ def gradients(job: Job, kind: str) -> Gradients:
                 job.model.module, job.model.units, job.sets.statistics, kind=kind, seed=job.seed,
                 device=job.device, progress=advance,
             )  # fmt: skip
+        finite.check_arrays(found.square, job.model)
         arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
         arrays |= {f"square {n}": t.numpy() for n, t in found.square.items()}
         return arrays | {f"inputs {n}": t.numpy() for n, t in found.inputs.items()}
@@ -108,11 +110,15 @@ def gradients(job: Job, kind: str) -> Gradients:
 
 
 def _probed(job: Job, groups: int, guided: bool) -> Statistics:
-    with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:
-        found = probe(
-            job.model.module, job.model.units, job.sets.statistics, seed=job.seed, groups=groups, guided=guided,
-            device=job.device, progress=advance, note=job.reporter.note,
+    def of(windows: Sequence[Window], **told: Any) -> Statistics:
+        return probe(
+            job.model.module, job.model.units, windows, seed=job.seed, groups=groups, guided=guided, device=job.device,
+            **told,
         )  # fmt: skip
+
+    with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:
+        found = of(job.sets.statistics, progress=advance, note=job.reporter.note)
+    finite.check(found, job.model, job.sets.statistics, of)
     allocator.release()
     return found
 

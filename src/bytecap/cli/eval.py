@@ -1,4 +1,4 @@
-"""`bytecap eval`: bits per byte of a model or an artifact."""
+"""`bytecap eval` scores a model or an artifact in bits per byte."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from bytecap.cli.common import (
     Json,
     Loss,
     State,
+    names,
     needed,
     print_json,
     progress,
     source_of,
 )
+from bytecap.cli.options import described
 from bytecap.model.defaults import WINDOW
 
 
@@ -39,9 +41,10 @@ def evaluate(
     loss: Loss = None,
     bytes_per_token: BytesPerToken = None,
     device: Device = "auto",
+    allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte of a model or an artifact."""
+    """Score a model or an artifact in bits per byte."""
     from bytecap.pipeline.fit_shards import limit_only, numbers_and_shards, score_shards
     from bytecap.pipeline.score import score
     from bytecap.report.terminal import print_scores
@@ -53,7 +56,10 @@ def evaluate(
         scores = score_shards(source, shards, tokens=most, device=device, reporter=reporter)
     else:
         most = limit_only(tokens, "--tokens")
-        scores = score(needed(model), text, window=window, tokens=most, device=device, reporter=reporter)
+        allow = names(allow_unused) or ()
+        scores = score(
+            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, reporter=reporter
+        )
     if as_json:
         print_json(_score_json(scores))
     else:
@@ -61,7 +67,7 @@ def evaluate(
 
 
 def _score_json(scores: list[Any]) -> dict[str, Any]:
-    """Unweighted means over the texts on top, each text under `texts`."""
+    """Return unweighted means over the texts on top, and each text under `texts`."""
     n = len(scores)
     return {
         "bpb": sum(s.bpb for s in scores) / n,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Options of a fit: everything that may be asked besides the model.
+    """The options of a fit: everything but the model.
 
     Attributes:
         budget: cap on the file: bytes, `3MB` (decimal), `3MiB` (binary), or `3.5bpp` (bits per parameter).
@@ -58,6 +58,10 @@ class FitConfig:
         paths: exception paths that the allocator may choose from, or `all`; for the method `bytecap` only.
         recover: tune what was coded for so many steps (`600`) or so long (`45s`, `10m`).
         recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.
+        allow_unused: tensors and files of a checkpoint that are meant to be left out, as names or patterns
+            (`model.layers.61.*`); any other that has no place in the model is refused.
+        unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
+            some nine bits a weight, `drop` as coarsely as it likes.
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
         store: directory of finished steps: a killed run, started again, goes on from there.
         loss: of a torch module: `loss(module, batch)`, mean nats of a batch as a scalar tensor. May be left out where
@@ -89,6 +93,8 @@ class FitConfig:
     paths: Sequence[str] | None = None
     recover: str | None = None
     recover_text: str | Path | Sequence[str | Path] | None = None
+    allow_unused: Sequence[str] = ()
+    unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     store: Store | Path | str | None = None
     loss: Callable[..., Any] | None = None
@@ -101,13 +107,13 @@ class FitConfig:
 
 @cache
 def documentation() -> dict[str, str]:
-    """One sentence or two about every option, as the class documents it (nothing where docstrings are stripped)."""
+    """Return the class's sentences about every option; empty where docstrings are stripped."""
     entries = re.split(r"^        (?=\w+: )", _attributes(), flags=re.MULTILINE)[1:]
     return {name: " ".join(text.split()) for name, _, text in (e.partition(": ") for e in entries)}
 
 
 def _attributes() -> str:
-    """The lines of the class's docstring that describe the options."""
+    """Return the lines of the class's docstring that describe the options."""
     return (FitConfig.__doc__ or "").partition("Attributes:\n")[2].rstrip()
 
 
@@ -118,7 +124,7 @@ R = TypeVar("R")
 
 
 class _Configured(Generic[P]):
-    """Decorator: a function of one or two things and a `FitConfig` becomes one of these things and the options."""
+    """A decorator that lets a function of a `FitConfig` take the config's options as keyword arguments."""
 
     def __init__(self, make: Callable[P, FitConfig]) -> None:
         self._make = make

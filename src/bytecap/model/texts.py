@@ -144,15 +144,39 @@ def cut_windows(ids: Sequence[int], sizes: Sequence[int], window: int, document:
     ]
 
 
-def load_text(path: Path | str, encode: Encoder, *, window: int, limit: int | None = None) -> Text:
-    """Tokenize a text file into windows, stopping after about `limit` tokens spread over its documents.
+def check_known(ids: Sequence[int], vocabulary: int | None, name: Path | str) -> None:
+    """Refuse tokens that a model does not know.
 
     Raises:
-        TextError: the file cannot be read, or holds too few tokens for one prediction.
+        TextError: the token and the text are named.
+    """
+    low, top = min(ids, default=0), max(ids, default=0)
+    if low < 0 or (vocabulary is not None and top >= vocabulary):
+        raise TextError(
+            f"{name}: the tokenizer gives token {low if low < 0 else top}, but the model's vocabulary has only "
+            f"{vocabulary} entries; use the tokenizer that the model was trained with"
+        )
+
+
+def load_text(
+    path: Path | str, encode: Encoder, *, window: int, limit: int | None = None, vocabulary: int | None = None
+) -> Text:
+    """Tokenize a text file into windows, stopping after about `limit` tokens spread over its documents.
+
+    Args:
+        path: of the text.
+        encode: see `tokenizer_encoder`.
+        window: predicted tokens in a window.
+        limit: most tokens, about.
+        vocabulary: number of tokens that the model knows, if that is known.
+
+    Raises:
+        TextError: it cannot be read, holds too few tokens for one prediction, or a token that the model does not know.
     """
     path = Path(path)
     windows: list[Window] = []
     for number, (ids, sizes) in enumerate(encode(_take_documents(read_documents(path), limit))):
+        check_known(ids, vocabulary, path)
         windows.extend(cut_windows(ids, sizes, window, number))
     if not windows:
         raise TextError(f"the text {path} is too short: it holds no token to predict")

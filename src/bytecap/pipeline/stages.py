@@ -1,4 +1,4 @@
-"""The stages of every fit, whatever the model is and wherever its tokens come from.
+"""Define the stages of every fit, whatever the model is and wherever its tokens come from.
 
 `check` reads the options, `open_model` sizes what is fixed and refuses a budget below the floor, `finish` runs the
 method, writes the file and measures it. Between the three the caller loads the model and reads its tokens:
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from bytecap import methods
-from bytecap.errors import BudgetError, UsageError
+from bytecap.allocation.unused import check_choice
+from bytecap.errors import BudgetError, CorruptError, UsageError
 from bytecap.format import container
 from bytecap.format.codefiles import Code
 from bytecap.format.coders.exact import CODER as EXACT
@@ -35,7 +36,7 @@ from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.rebuilt import written
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code
 from bytecap.pipeline.artifact import Artifact
@@ -50,7 +51,7 @@ _NONE: Mapping[str, Section] = {}
 
 @dataclass(frozen=True)
 class Asked:
-    """Options that were read and checked; nothing is loaded yet.
+    """Checked options of a fit, before anything is loaded.
 
     Attributes:
         config: the options as they were given.
@@ -74,7 +75,7 @@ class Asked:
 
     @property
     def method_name(self) -> str:
-        """Name of the method; of FILE.py:CALLABLE without the path."""
+        """Return the name of the method; of FILE.py:CALLABLE without the path."""
         return self.config.method.rpartition(":")[2]
 
 
@@ -100,11 +101,11 @@ class Opened:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the file says about its making."""
+        """Remarks on its making that the file holds."""
         return _about(self.asked, self.budget)
 
     def job(self, sets: TokenSets) -> Job:
-        """What the method works on."""
+        """The job that the method works on."""
         asked, limit = self.asked, self.budget - self.asked.code.reserve
         return Job(
             self.model, sets, limit, self.size, asked.device, asked.reporter, asked.config, asked.paths, asked.recover,
@@ -119,6 +120,7 @@ def check(config: FitConfig) -> Asked:
         UsageError: an option cannot be understood. CodeError: a source file cannot be packed.
     """
     check_budget(config.budget)
+    check_choice(config.unused)
     if config.recover_text and config.recover is None:
         raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
     run, device = methods.find(config.method), choose_device(config.device)
@@ -138,6 +140,8 @@ def open_model(asked: Asked, model: Model) -> Opened:
     """
     config, budget = asked.config, parse_budget(asked.config.budget, model.parameters)
     asked.reporter.note(f"budget: {format_size(budget)}")
+    for note in model.notes:
+        asked.reporter.note(note)
     files = side_files(model, tokenizer=config.tokenizer, config=config.config) + asked.code.sections
     size = sizer(model, files, _about(asked, budget))
     with asked.code.floor(budget), allocator.stated(model.parameters):
@@ -169,13 +173,13 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
 
 
 def fit_sets(model: Model, sets: TokenSets, config: FitConfig) -> Artifact:
-    """A fit of a loaded model on tokens that were read before."""
+    """Fit a loaded model on tokens that were read before."""
     started = time.perf_counter()
     return finish(open_model(check(config), model), sets, started)
 
 
 def make_job(model: Model, sets: TokenSets, config: FitConfig) -> Job:
-    """A job as `fit` would work on, to be looked at."""
+    """Make the job that `fit` would work on, for inspection."""
     return open_model(check(config), model).job(sets)
 
 
@@ -202,7 +206,7 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
 
 
 def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
-    """The finished bytes and their report, quality not yet measured."""
+    """Return the finished bytes and their report, before quality is measured."""
     stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
     job.model.module.to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
@@ -224,7 +228,7 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
 
 
 def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
-    """Whether sections may hold something continuous that the method itself has not tuned: layers, or any at all.
+    """Return whether sections may hold continuous values that the method itself has not tuned.
 
     Where sections are given nothing is tuned: they are stored as they are.
     """
@@ -232,7 +236,7 @@ def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:
-    """Lists of positions that several stacks have in common stored once, where that is smaller."""
+    """Store lists of positions that several stacks share once, where that is smaller."""
     shapes = {u.name: u.matrix_shape for u in model.units}
     stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
     changed, objects = share_lists(stacks, outcome.objects)
@@ -241,7 +245,7 @@ def _with_lists(outcome: Outcome, model: Model) -> Outcome:
 
 
 def choose_device(device: str) -> str:
-    """Torch device of `auto`, `cpu` or `cuda`."""
+    """Choose the torch device for `auto`, `cpu` or `cuda`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in {"cpu", "cuda"}:
@@ -254,13 +258,13 @@ def choose_device(device: str) -> str:
 
 
 def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> tuple[FileSection, ...]:
-    """Config and tokenizer as they are stored."""
+    """Return config and tokenizer as they are stored."""
     kept = {n: d for n, d in model.files.items() if (tokenizer if container.is_tokenizer(n) else config)}
     return tuple(FileSection(n, background.packed(n, d)) for n, d in kept.items())
 
 
 def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:
-    """File size as a function of sections, tables and shared objects."""
+    """Return a function from sections, tables and shared objects to the file size."""
 
     def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
@@ -283,7 +287,7 @@ def _contents(
 def _lossless(
     model: Model, files: tuple[FileSection, ...], about: dict[str, Any], budget: int, reporter: Reporter
 ) -> Contents | None:
-    """The losslessly coded model, if it fits the budget."""
+    """Code the model without loss, if that fits the budget."""
     raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in model.units)
     if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
         return None
@@ -295,18 +299,28 @@ def _lossless(
             dtype = "F32" if narrowed else u.dtype
             units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
             advance(1)
-    contents = Contents(tuple(units), b"", files, {**about, "lossless": True})
+    contents = Contents(tuple(units), b"", files, {**about, "lossless": not model.rounded})
     total = len(container.serialize(contents))
     if total > budget:
         return None
-    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored without any loss")
+    _check_lossless(model, contents)
+    said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
+    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
     return contents
+
+
+def _check_lossless(model: Model, contents: Contents) -> None:
+    """Decode what is about to be called lossless and compare it."""
+    for unit, values in decode_each(contents):
+        held = model.tensor(unit).detach().cpu().numpy()
+        if not np.array_equal(values, held, equal_nan=held.dtype.kind == "f"):
+            raise CorruptError(f"unit {unit.name} does not come back as it was stored: nothing is written")
 
 
 def check_floor(
     model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int, given: Mapping[str, Section] = _NONE
 ) -> int:
-    """The smallest reachable file; refuses a budget below it, naming who holds the floor."""
+    """Return the smallest reachable file size; a budget below it is refused, naming the largest units."""
     sections = {u.name: given.get(u.name) or Section(*methods.smallest_section(u)) for u in model.units}
     floor = size(sections, b"")
     if floor > budget:
@@ -324,10 +338,8 @@ def check_floor(
 def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, contents, ideal = job.model, container.parse(data), Ideal()
-    twin = twin_of(model.module)
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
-    for unit, values in decode_each(contents, ideal, threads=threads):
-        load_values(twin, {unit.name: values})
+    twin = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
         parts = [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
@@ -344,7 +356,7 @@ def _report(
         "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
-        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless",
+        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_path(entries), "margin": outcome.margin or None,

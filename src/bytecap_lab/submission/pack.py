@@ -25,7 +25,7 @@ from bytecap.pipeline import pack_code
 from bytecap.pipeline.minify import minified, parse
 from bytecap_lab.submission import vendor
 
-TYPICAL = frozenset({2, 9})  # coders of what the default method makes of floating-point weights: vector, trellis
+TYPICAL = frozenset({2, 3, 9})  # coders of what the default method makes: vector, trellis, and exact for buffers
 DECODER = "bcap_decoder"
 _MOST = 1 << 26  # characters that a packed script may unpack to
 _RUN = """import linecache
@@ -82,7 +82,11 @@ def gather(path: Path) -> dict[str, bytes]:
 
 
 def imports(tree: ast.Module) -> dict[str, int]:
-    """Return the names of the modules that a program imports, up to the first dot, and the line of each."""
+    r"""Return the names of the modules that a program imports, up to the first dot, and the line of each.
+
+    >>> imports(ast.parse("import numpy as np\nfrom bytecap.format import ledger"))
+    {'numpy': 1, 'bytecap': 2}
+    """
     found: dict[str, int] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

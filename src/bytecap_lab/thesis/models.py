@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import Model, load_model, read_side_files, resolve
+from bytecap.model.checkpoint import Model, load_model, resolve
+from bytecap.model.fileset import read_side_files
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def from_bytes(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
 def is_lossless(values: npt.NDArray[Any], dtype: str) -> bool:
     """Return whether a dtype holds every value exactly."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return dtype in WIDTH and bool(np.array_equal(from_bytes(to_bytes(values, dtype), dtype), values.reshape(-1)))
+        if dtype not in WIDTH:
+            return False
+        held = from_bytes(to_bytes(values, dtype), dtype)
+        return bool(np.array_equal(held, values.reshape(-1), equal_nan=values.dtype.kind == "f"))
 
 
 class Exact:
