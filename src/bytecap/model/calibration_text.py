@@ -16,7 +16,7 @@ user's, the model's own samples come closest, and a small text of many kinds kee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -91,22 +91,29 @@ def general(*, held: bool) -> list[str]:
 
 
 def texts_of(
-    sources: Sequence[Source], encode: Encoder, sampler: Sampler, *, window: int, tokens: int, vocabulary: int | None
+    sources: Sequence[Source],
+    encode: Encoder,
+    sampler: Sampler,
+    *,
+    window: int,
+    shares: Mapping[str, int],
+    vocabulary: int | None,
 ) -> list[Text]:
-    """The windows of every source, each with enough tokens to fill the job alone where it has them.
+    """The windows of every source: of texts twice their share where they have it, since windows repeat and drop out.
 
     Args:
         sources: of `parse`.
         encode: documents to tokens.
         sampler: samples windows from the model.
         window: predicted tokens in a window.
-        tokens: tokens that the job wants of all sources together.
+        shares: predicted tokens that are wanted of every source, by name.
         vocabulary: rows of the model's embedding, where known.
     """
     found = []
     for s in sources:
+        tokens = 2 * shares[s.name]
         if s.name == SELF:
-            found.append(Text(SELF, tuple(sampler(tokens))))
+            found.append(Text(SELF, tuple(sampler(shares[SELF]))))
         elif s.name == GENERAL:
             documents = general(held=False)
             found.append(load_documents(GENERAL, documents, encode, window=window, limit=tokens, vocabulary=vocabulary))
