@@ -10,6 +10,7 @@ no architecture is named here.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -187,10 +188,24 @@ def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Mo
     tensors, files, notes = gguf_file.read(path)
     if begin is not None:
         begin(files)
-    module = gguf_file.build(files, tensors)
+    module = _filled(files, tensors)
     units = find_units(module, gguf_file.dtypes(tensors))
     check_finite(units, module)
     return Model(module, units, files, str(path), notes=notes, rebuilt=True)
+
+
+def _filled(files: dict[str, bytes], tensors: dict[str, Any]) -> torch.nn.Module:
+    """A plain float32 module of a config, with these tensors in it."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_bytes(files["config.json"])
+        module = module_from_config(Path(directory))
+    stored = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            stored[name].copy_(tensor)
+    return freeze(module)
 
 
 def build_module(directory: Path) -> torch.nn.Module:
