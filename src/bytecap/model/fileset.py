@@ -1,4 +1,4 @@
-"""The files of a model directory: which ones hold weights, which ones travel with them, and which are refused.
+"""Sort the files of a model directory: weights, side files that travel with them, and refused ones.
 
 One reader of the set: what counts as weights is what transformers loads (`model.safetensors`, else the shards of
 `model.safetensors.index.json`, or the file that config.json names). Any other safetensors file is looked into:
@@ -37,7 +37,7 @@ _WIDTHS = {
 
 
 def pickle_message(path: Path) -> str:
-    """Why a pickle checkpoint is refused, and what to do."""
+    """Say why a pickle checkpoint is refused, and what to do."""
     return (
         f"{path} is a pickle checkpoint, which can run code when it is loaded and is refused; convert it with "
         "`save_pretrained(..., safe_serialization=True)` or safetensors.torch.save_file"
@@ -45,7 +45,7 @@ def pickle_message(path: Path) -> str:
 
 
 def read_side_files(directory: Path) -> dict[str, bytes]:
-    """Config and tokenizer files of a model directory.
+    """Read the config and tokenizer files of a model directory.
 
     Raises:
         CheckpointError: there is no readable `config.json`.
@@ -57,7 +57,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a directory.
+    """Read and parse the `config.json` of a directory.
 
     Raises:
         CheckpointError: there is none, or it is no object.
@@ -79,7 +79,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files whose tensors a model directory's weights are, as transformers chooses them.
+    """Return the weight files of a model directory, as transformers chooses them.
 
     Raises:
         CheckpointError: there are none, a shard is missing, or only pickles are there.
@@ -106,7 +106,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which shard an index says that every tensor is in."""
+    """Return the shard of every tensor, as an index says."""
     try:
         found = json.loads(index.read_bytes())["weight_map"]
         whole = found and all(isinstance(s, str) and Path(s).name == s for s in found.values())
@@ -126,7 +126,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_headers(directory: Path, allow: Sequence[str] = ()) -> tuple[dict[Path, Header], list[str]]:
-    """Headers of the files that are a model's weights, and notes about files that are not.
+    """Read the headers of a model's weight files, and return notes about files that are not read.
 
     Args:
         directory: of the model.
@@ -155,7 +155,7 @@ def read_headers(directory: Path, allow: Sequence[str] = ()) -> tuple[dict[Path,
 
 
 def _check_index(directory: Path, owner: Mapping[str, Path]) -> None:
-    """Check that an index speaks of the tensors that are read, and of no others."""
+    """Check that an index names the tensors that are read, and no others."""
     index = directory / INDEX
     for name, shard in (_weight_map(index) if index.is_file() else {}).items():
         if name not in owner:
@@ -163,7 +163,7 @@ def _check_index(directory: Path, owner: Mapping[str, Path]) -> None:
 
 
 def _second(path: Path, owner: Mapping[str, Path], allow: Sequence[str]) -> list[str]:
-    """A note about a file that is not read, if it holds nothing but tensors that others hold as well."""
+    """Return a note about an unread file, if all of its tensors are in other files too."""
     unread = sorted(n for n in check_safetensors(path) if n not in owner and not allowed(n, allow))
     if unread:
         read = sorted({p.name for p in owner.values()})
@@ -200,7 +200,7 @@ def refuse_quantized(config: Mapping[str, Any], where: Path | str) -> None:
 
 
 def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
-    """Header of a safetensors file, after checking that every tensor lies inside the file.
+    """Return the header of a safetensors file, after checking that every tensor lies inside the file.
 
     Raises:
         CheckpointError: truncated or corrupt; the message names the first bad tensor.
