@@ -13,13 +13,15 @@ import numpy as np
 
 from bytecap.reference.container import Reader, Unit, contents, require
 from bytecap.reference.objects import all_used, read_objects
-from bytecap.reference.stack import CODERS
+from bytecap.reference.stack import CODERS, steps
 from bytecap.reference.streams import Array, Shared, decode_streams, read_tables
 
 
 def decode_file(data: bytes) -> dict[str, Array]:
     """Tensors of an artifact's bytes by name, aliases included, in stored layout; section 8 has the errors."""
     units, tables, objects, bodies = contents(data)
+    work = sum(prod(max(n, 1) for n in u.shape) * steps(u.coder, body) for u, body in zip(units, bodies, strict=True))
+    require(work <= 2**28 + 2**14 * len(data), f"{work} steps of work for {len(data)} bytes")
     shared = read_tables(tables, read_objects(objects))
     batches: dict[int, list[tuple[Unit, bytes]]] = {}
     ends = accumulate(max(prod(u.shape), 2**16) for u in units)  # small units cost tables and places
@@ -36,7 +38,6 @@ def decode_file(data: bytes) -> dict[str, Array]:
 
 def _decode_batch(batch: list[tuple[Unit, bytes]], shared: Shared) -> list[Array]:
     """Section 6. Streams that coders wait for are decoded together, until every coder has given its matrix."""
-    require(all(unit.coder in CODERS for unit, _ in batch), "a unit names a coder that does not exist")
     running = [CODERS[unit.coder](unit, Reader(body), shared) for unit, body in batch]
     matrices: list[Array] = [np.zeros(0)] * len(batch)
     waiting: dict[int, list[Array] | None] = dict.fromkeys(range(len(batch)))

@@ -41,3 +41,22 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 CODERS[5] = stack
+
+
+def steps(coder: int, body: bytes) -> int:
+    """Section 4: the steps for each value of a unit."""
+    require(coder in CODERS, f"coder {coder} does not exist")
+    reader = Reader(body)
+    if coder == 7:
+        form = reader.fields("<BB")[0]
+        reader.leb()
+        return int(1 + reader.leb() + (192 if form & 2 else 0))
+    if coder != 5:
+        return 1
+    (base, count), total = reader.fields("<BB"), 0
+    require(1 <= count <= 16 and base != 5, f"a stack has {count} layers over coder {base}")
+    for i in range(count + 1):
+        tag = reader.take(1)[0] if i else base
+        part = reader.take(reader.leb())
+        total += steps(tag, part) if not i else Reader(part).take(1)[0] if tag == 35 else 1
+    return total

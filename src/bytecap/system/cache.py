@@ -18,6 +18,8 @@ import hashlib
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import OutputError
-from bytecap.system.atomic import make_directory, replacing, sweep
+from bytecap.system.atomic import make_directory, open_regular, replacing, sweep
 
 try:
     import fcntl
@@ -82,6 +84,18 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()
 
 
+def _read_arrays(f: BinaryIO) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an archive that `numpy.savez` wrote: uncompressed, so that a small file holds no large array."""
+    with np.load(f, allow_pickle=False) as found:
+        if not hasattr(found, "zip"):
+            raise ValueError("no archive")  # noqa: TRY004 (damage, not a type)
+        size = os.fstat(f.fileno()).st_size
+        entries = found.zip.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+            raise ValueError("an archive that expands")
+        return {n: found[n] for n in found.files}
+
+
 _SHOWN = (
     "bytecap/report/", "bytecap/cli/", "bytecap_lab/compare/__init__", "bytecap_lab/compare/figures",
     "bytecap_lab/compare/envelope", "bytecap_lab/thesis/__init__", "bytecap_lab/thesis/evidence",
@@ -127,7 +141,7 @@ class Store:
         if self.directory is None:
             return None
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            f = stack.enter_context((self.directory / name).open("rb"))
+            f = stack.enter_context(open_regular(self.directory / name, os.O_RDONLY))
             total, kept = _start(name), f.read(_HASH)
             while data := f.read(_CHUNK):
                 total.update(data)
@@ -148,6 +162,14 @@ class Store:
             f.seek(0)
             f.write(into.total.digest())
 
+    @staticmethod
+    def _open_lock(path: Path) -> BinaryIO:
+        """A lock file; never what somebody has put in its place, and nothing is cut off."""
+        try:
+            return open_regular(path, os.O_RDWR | os.O_CREAT)
+        except OSError as exc:
+            raise OutputError(f"cannot lock {path}: it is a link or no regular file; remove it ({exc.strerror})") from exc
+
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold a key while its value is made; where files cannot be locked, two processes may make the same value."""
@@ -156,7 +178,7 @@ class Store:
             return
         path = self.directory / f"{key}.lock"
         while True:
-            with path.open("w") as f:
+            with self._open_lock(path) as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
                 if not (path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino):
                     continue  # who held it has removed it meanwhile
@@ -172,7 +194,11 @@ class Store:
         if f is None:
             return None
         with f:
-            return json.loads(f.read())
+            try:
+                return json.loads(f.read())
+            except (ValueError, RecursionError):  # a checksum that fits says nothing about who wrote it
+                self.found -= 1
+                return None
 
     def put(self, key: str, value: Any) -> None:
         """Keep a JSON value."""
@@ -185,8 +211,13 @@ class Store:
         f = self._sound(f"{key}.npz")
         if f is None:
             return None
-        with f, np.load(f, allow_pickle=False) as found:
-            return {n: found[n] for n in found.files}
+        with f:
+            try:
+                return _read_arrays(f)
+            except (ValueError, TypeError, LookupError, EOFError, SyntaxError, OSError, RuntimeError, RecursionError,
+                    MemoryError, zipfile.BadZipFile, zlib.error):  # fmt: skip
+                self.found -= 1
+                return None
 
     def put_arrays(self, key: str, values: Arrays) -> None:
         """Keep arrays by name; they are written one after the other and never copied."""
