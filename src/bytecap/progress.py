@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from bytecap.escape import console, shown
+
 Advance = Callable[[float], None]
 
 
@@ -47,9 +49,7 @@ class Bars:
     """Bars with time left, on standard error."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
+        self.console = console(stderr=True)
         self.notes: list[str] = []
 
     @contextlib.contextmanager
@@ -58,11 +58,11 @@ class Bars:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description:<28}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=max(1, total))
+            task = progress.add_task(shown(name, most=200), total=max(1, total))
             yield lambda done: progress.advance(task, done)
             progress.update(task, completed=max(1, total))
 

@@ -6,6 +6,8 @@ With `--json` exactly one JSON object goes to standard output and nothing else i
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +23,11 @@ from bytecap.cli.inspect import inspect
 from bytecap.cli.thesis import thesis
 from bytecap.cli.tie import tie
 from bytecap.errors import BytecapError, UsageError
+from bytecap.escape import shown
 from bytecap.methods import METHODS
 from bytecap.system.allocator import BOUND, is_shortage
+
+_LONGEST = 4000  # characters of an error
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -209,18 +214,17 @@ def ledger(path: _Artifact, as_json: Json = False) -> None:
 
 @app.command()
 def check(path: _Artifact, as_json: Json = False) -> None:
-    """Strict integrity check: every checksum, every count, every stream. Needs no torch."""
+    """Strict integrity check: every checksum, count, stream and file; sound is what `unpack` writes. Needs no torch."""
     from bytecap.format import container
-    from bytecap.format.decoder import decode_units
+    from bytecap.pipeline.export import open_directory
 
-    contents = container.read(path)
-    values = decode_units(contents, aliases=False)
+    values = open_directory(container.read(path)).values
     parameters = sum(v.size for v in values.values())
     size = path.stat().st_size
     if as_json:
         print_json({"ok": True, "file_bytes": size, "units": len(values), "parameters": parameters})
     else:
-        typer.echo(f"{path}: sound. {size:,} bytes, {len(values)} units, {parameters:,} parameters")
+        typer.echo(f"{shown(str(path))}: sound. {size:,} bytes, {len(values)} units, {parameters:,} parameters")
 
 
 @app.command()
@@ -237,7 +241,7 @@ def unpack(
     if as_json:
         print_json({"directory": str(output), "dtype": written})
     else:
-        typer.echo(f"{output}: written as {written}")
+        typer.echo(shown(f"{output}: written as {written}"))
 
 
 @app.command()
@@ -256,7 +260,7 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:
-        typer.echo(prompt + text)
+        typer.echo(shown(prompt + text, keep="\n\t"))
 
 
 @app.command()
@@ -304,6 +308,9 @@ def _options(
 
 def main() -> None:
     """Entry point: run the command, turn errors into one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
@@ -312,8 +319,8 @@ def main() -> None:
         if debug:
             raise
         code = 130
-    except Exception as exc:
-        if debug:
+    except BaseException as exc:
+        if debug or not (isinstance(exc, Exception) or type(exc).__name__ == "PanicException"):
             raise
         code = _complain(exc)
     if code == 130:
@@ -322,7 +329,7 @@ def main() -> None:
         raise SystemExit(code)
 
 
-def _complain(exc: Exception) -> int:
+def _complain(exc: BaseException) -> int:
     """Print one line for an error; returns the exit code."""
     if isinstance(exc, typer.Abort):
         return 130
@@ -336,11 +343,18 @@ def _complain(exc: Exception) -> int:
         message = str(exc)
     elif is_shortage(exc):
         message = f"out of memory ({str(exc) or type(exc).__name__}): {BOUND}"
+    elif isinstance(exc, BrokenPipeError):  # nobody reads on, as behind `| head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (nothing is flushed into it at exit)
+        return 1
+    elif type(exc).__name__ == "PanicException":
+        message = (
+            f"the library that reads tokenizer.json failed on it: {exc}; write it anew with the library that made it"
+        )
     elif isinstance(exc, ModuleNotFoundError):
         message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"
     else:
         message = f"unexpected {type(exc).__name__}: {exc} (run with --debug for the traceback)"
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("error: " + shown(" ".join(message.split()), most=_LONGEST) + "\n")
     return 2
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bytecap.cli.common import Json, print_json
+from bytecap.escape import shown
 from bytecap.sizes import format_size, parse_size
 
 app = typer.Typer(no_args_is_help=True, help="Parameter Golf: code and model under one cap.")
@@ -82,13 +83,13 @@ def check(
         return
     _print_count(found, dict.fromkeys(found["public"], "public data, not counted"))
     if eval_ is not None:
-        typer.echo(f"evaluation: {found['bpb']:g} bits per byte ({found['line']})")
+        typer.echo(f"evaluation: {found['bpb']:g} bits per byte ({shown(found['line'], most=400)})")
 
 
 def _print_count(found: dict[str, Any], remarks: dict[str, str]) -> None:
     """The table of a judge."""
     rows = found["files"] | found.get("public", {})
     for name, size in rows.items():
-        typer.echo(f"{size:>14,}  {name}  {remarks.get(name, '')}".rstrip())
+        typer.echo(f"{size:>14,}  {shown(name)}  {remarks.get(name, '')}".rstrip())
     typer.echo(f"{found['total_bytes']:>14,}  together, of {format_size(found['cap_bytes'])}")
     typer.echo(f"{found['slack_bytes']:>14,}  left")

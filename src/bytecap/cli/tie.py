@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bytecap.cli.common import Device, Json, print_json, progress
+from bytecap.escape import shown
 
 
 def tie(
@@ -41,7 +42,9 @@ def tie(
         print_json(found)
     else:
         typer.echo(
-            f"{output}: {found['unique']} of {found['depth']} blocks, {found['parameters']:,} of "
-            f"{found['parameters_before']:,} parameters, KL to the original {found['kl_written']:.4f} nats per token "
-            "on held-out tokens of the training text"
+            shown(
+                f"{output}: {found['unique']} of {found['depth']} blocks, {found['parameters']:,} of "
+                f"{found['parameters_before']:,} parameters, KL to the original {found['kl_written']:.4f} nats per token "
+                "on held-out tokens of the training text"
+            )
         )

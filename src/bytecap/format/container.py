@@ -23,8 +23,8 @@ from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 from bytecap.format.coders import coder, leb, read_leb
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import Entry
-from bytecap.format.work import Meter
 from bytecap.format.wire.shared_objects import describe
+from bytecap.format.work import Meter
 from bytecap.system.atomic import write_atomically
 from bytecap.types import Unit
 

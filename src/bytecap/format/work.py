@@ -63,4 +63,6 @@ class Meter:
         except CorruptError as exc:
             raise CorruptError(f"units {name}: {exc}") from exc
         if self.left < 0:
-            raise CorruptError(f"unit {name} asks for more work than so small a file may: {-self.left:,} steps too many")
+            raise CorruptError(
+                f"unit {name} asks for more work than so small a file may: {-self.left:,} steps too many"
+            )

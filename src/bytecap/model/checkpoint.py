@@ -15,12 +15,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from bytecap.errors import CheckpointError
+from bytecap.errors import BytecapError, CheckpointError
+from bytecap.model.building import Shapes, causal_lm, check_fits, parse_object, pretrained, read_config
 from bytecap.system import allocator
 from bytecap.types import Unit
 
@@ -135,11 +136,9 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
     if not config.is_file():
         raise CheckpointError(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
     try:
-        parsed = json.loads(config.read_bytes())
-    except ValueError as exc:
-        raise CheckpointError(f"{config} is not valid JSON: {exc}") from exc
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{config} holds no JSON object")
+        parse_object(config.read_bytes(), str(config))
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {config}: {exc.strerror}") from exc
     return {n: (directory / n).read_bytes() for n in SIDE_FILES if (directory / n).is_file()}
 
 
@@ -154,8 +153,11 @@ def weight_files(directory: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
             missing = [s for s in shards if not (directory / s).is_file()]
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise CheckpointError(f"{index} is not a valid shard index") from exc
+        for shard in shards:
+            if PureWindowsPath(shard).name != shard:
+                raise CheckpointError(f"{index} names {shard!r}, which is no file of the same directory")
         if missing:
             raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} of {len(shards)})")
         return [directory / s for s in shards]
@@ -184,7 +186,7 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(f.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             spans = {k: (int(v["data_offsets"][0]), int(v["data_offsets"][1])) for k, v in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as exc:
             raise CheckpointError(f"{path} has a corrupt safetensors header: {exc}") from exc
     at = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
@@ -256,12 +258,11 @@ def build_module(directory: Path) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        built: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+        built: Any = pretrained(
+            directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )  # fmt: skip
     except Exception as exc:
-        if allocator.is_shortage(exc):
+        if allocator.is_shortage(exc) or isinstance(exc, BytecapError):
             raise
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
     module = built[0]
@@ -363,22 +364,28 @@ def as_matrix(unit: Unit, values: _Values) -> _Values:
     return values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
 
 
-def module_from_config(directory: Path) -> torch.nn.Module:
-    """An untrained float32 module of a config, for decoded values to be put into."""
+def module_from_config(directory: Path, shapes: Shapes | None = None, name: str = "") -> torch.nn.Module:
+    """An untrained float32 module of a config, for decoded values to be put into.
+
+    Args:
+        directory: with `config.json`, and perhaps `tying.json`.
+        shapes: of the tensors that will be put in, by every name; they are compared before anything is allocated.
+        name: of what they come from, for messages.
+    """
     try:
-        import torch
-        import transformers
+        import transformers  # noqa: F401 (said here if it is missing)
 
         from bytecap.model import tying
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
-    transformers.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        config = read_config(directory)
+        if shapes is not None:
+            check_fits(config, shapes, name, prepare=lambda m: tying.tie_as_described(m, directory))
+        module = causal_lm(config)
     except Exception as exc:
-        if allocator.is_shortage(exc):
+        if isinstance(exc, BytecapError) or (allocator.is_shortage(exc) and shapes is None):
             raise
-        raise CheckpointError(f"cannot build a model from {directory}/config.json: {_first_line(exc)}") from exc
+        raise CheckpointError(f"cannot build a model from {name or directory}/config.json: {_first_line(exc)}") from exc
     tying.tie_as_described(module, directory)
     return freeze(module)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError, TextError, UsageError
+from bytecap.model.building import parse_object
 from bytecap.model.checkpoint import Model, demo_directory, of_transformers
 from bytecap.model.sampling import sample
 from bytecap.model.texts import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
+from bytecap.model.tokenizer import load_tokenizer
 from bytecap.progress import Reporter
 
 Paths = str | Path | Sequence[str | Path] | None
@@ -37,22 +39,12 @@ def encoder(files: dict[str, bytes]) -> Encoder:
     """
     if "tokenizer.json" not in files:
         raise CheckpointError("the model has no tokenizer.json, so texts cannot be turned into tokens")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as exc:
-        raise CheckpointError("texts need the extra packages: pip install 'bytecap[hf]'") from exc
-    try:
-        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-    except Exception as exc:
-        raise CheckpointError(f"tokenizer.json cannot be read: {exc}") from exc
-    return tokenizer_encoder(tokenizer, first_token(files))
+    return tokenizer_encoder(load_tokenizer(files["tokenizer.json"]), first_token(files))
 
 
 def first_token(files: dict[str, bytes]) -> int | None:
     """Token put in front of every document: the config's `bos_token_id`, if it names one."""
-    import json
-
-    config: dict[str, Any] = json.loads(files.get("config.json", b"{}"))
+    config = parse_object(files.get("config.json", b"{}"), "config.json")
     token = config.get("bos_token_id")
     return token if isinstance(token, int) else None
 

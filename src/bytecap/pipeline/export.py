@@ -66,8 +66,7 @@ class Directory:
         text += b" " * (-len(text) % 8)
         into.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(self.values):
-            for piece in _pieces(self.values[name]):
-                into.write(_rounded_bytes(piece, self.dtypes[name]))
+            into.writelines(_rounded_bytes(piece, self.dtypes[name]) for piece in _pieces(self.values[name]))
 
 
 def open_directory(contents: Contents, dtype: str = "auto") -> Directory:
@@ -174,7 +173,8 @@ def load_model(path: Path | str) -> nn.Module:
     with tempfile.TemporaryDirectory() as directory:
         for name in {"config.json", "tying.json"} & files.keys():
             (Path(directory) / name).write_bytes(files[name])
-        module = module_from_config(Path(directory))
+        shapes = {n: u.unit.shape for u in contents.units for n in (u.unit.name, *u.unit.aliases)}
+        module = module_from_config(Path(directory), shapes, str(path))
     load_values(module, decode_units(contents, aliases=False))
     return module
 

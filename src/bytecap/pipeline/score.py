@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
 from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import load_text
+from bytecap.model.tokenizer import load_tokenizer
 from bytecap.pipeline.export import load_model as load_artifact
 from bytecap.pipeline.export import side_files
 from bytecap.progress import Reporter, Silent
@@ -76,14 +76,13 @@ def continue_prompt(path: Path | str, prompt: str, *, tokens: int, temperature: 
         seed: of the sampling.
     """
     import torch
-    from tokenizers import Tokenizer
 
     from bytecap.calibration.probe import logits_of
 
     opened = open_model(path)
     if "tokenizer.json" not in opened.files:
         raise ArtifactError(f"{path} holds no tokenizer (written with --no-tokenizer), so it cannot read a prompt")
-    tokenizer: Any = Tokenizer.from_str(opened.files["tokenizer.json"].decode())
+    tokenizer = load_tokenizer(opened.files["tokenizer.json"])
     ids, _ = next(encoder(opened.files)([prompt]))
     start, limit = len(ids), window_limit(opened, 1 << 30)
     generator = torch.Generator().manual_seed(seed)

@@ -88,7 +88,7 @@ def _read_arrays(f: BinaryIO) -> dict[str, npt.NDArray[Any]]:
     """The arrays of an archive that `numpy.savez` wrote: uncompressed, so that a small file holds no large array."""
     with np.load(f, allow_pickle=False) as found:
         if not hasattr(found, "zip"):
-            raise ValueError("no archive")  # noqa: TRY004 (damage, not a type)
+            raise ValueError("no archive")
         size = os.fstat(f.fileno()).st_size
         entries = found.zip.infolist()
         if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
@@ -168,7 +168,9 @@ class Store:
         try:
             return open_regular(path, os.O_RDWR | os.O_CREAT)
         except OSError as exc:
-            raise OutputError(f"cannot lock {path}: it is a link or no regular file; remove it ({exc.strerror})") from exc
+            raise OutputError(
+                f"cannot lock {path}: it is a link or no regular file; remove it ({exc.strerror})"
+            ) from exc
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:

@@ -49,6 +49,7 @@ _WRITTEN = 4  # characters that a merge takes at least in the text: quotes, spac
 _MOST, _SPARE, _PER_BYTE = 1 << 28, 1 << 22, 1 << 10  # bytes of content: at most, for nothing, by packed byte
 _DAMAGE = (ValueError, IndexError, RecursionError, zlib.error, brotli.error)
 
+
 @dataclass
 class Allowance:
     """What unpacking the side and code files of ONE artifact may still take, however many files they are.
@@ -99,9 +100,7 @@ def most(data: bytes, cap: int = _MOST) -> int:
     return min(cap, _SPARE + _PER_BYTE * len(data))
 
 
-def unpack(
-    name: str, data: bytes, *, limit: int | None = None, allowance: Allowance | None = None
-) -> bytes:
+def unpack(name: str, data: bytes, *, limit: int | None = None, allowance: Allowance | None = None) -> bytes:
     """Invert `pack`.
 
     Args:
