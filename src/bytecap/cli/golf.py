@@ -71,7 +71,7 @@ def check(
     seconds: Annotated[float, typer.Option(help="Most seconds of the evaluation.", min=0.1)] = 600.0,
     as_json: Json = False,
 ) -> None:
-    """Recount a submission from outside: every file counts. Runs nothing but the command of --eval."""
+    """Recount a submission from outside: every file counts, and every name. Runs nothing but the command of --eval."""
     from bytecap_lab.submission.check import check as run
     from bytecap_lab.submission.check import evaluate
 
@@ -89,6 +89,9 @@ def check(
 def _print_count(found: dict[str, Any], remarks: dict[str, str]) -> None:
     """The table of a judge."""
     rows = found["files"] | found.get("public", {})
+    if found.get("name_bytes"):
+        rows = rows | {"(names)": found["name_bytes"]}
+        remarks = remarks | {"(names)": "of files and directories but train_gpt.py and model.bcap"}
     for name, size in rows.items():
         typer.echo(f"{size:>14,}  {shown(name)}  {remarks.get(name, '')}".rstrip())
     typer.echo(f"{found['total_bytes']:>14,}  together, of {format_size(found['cap_bytes'])}")

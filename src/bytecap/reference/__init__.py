@@ -13,15 +13,14 @@ import numpy as np
 
 from bytecap.reference.container import Reader, Unit, contents, require
 from bytecap.reference.objects import all_used, read_objects
-from bytecap.reference.stack import CODERS, steps
+from bytecap.reference.stack import CODERS, check_work
 from bytecap.reference.streams import Array, Shared, decode_streams, read_tables
 
 
 def decode_file(data: bytes) -> dict[str, Array]:
     """Tensors of an artifact's bytes by name, aliases included, in stored layout; section 8 has the errors."""
     units, tables, objects, bodies = contents(data)
-    work = sum(prod(max(n, 1) for n in u.shape) * steps(u.coder, body) for u, body in zip(units, bodies, strict=True))
-    require(work <= 2**28 + 2**14 * len(data), f"{work} steps of work for {len(data)} bytes")
+    check_work(units, bodies, len(data))
     shared = read_tables(tables, read_objects(objects))
     batches: dict[int, list[tuple[Unit, bytes]]] = {}
     ends = accumulate(max(prod(u.shape), 2**16) for u in units)  # small units cost tables and places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 
@@ -41,6 +42,13 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 CODERS[5] = stack
+
+
+def check_work(units: list[Unit], bodies: list[bytes], size: int) -> None:
+    """Section 4: no more work than a file of that size may ask for."""
+    sizes = (prod(max(n, 1) for n in u.shape) for u in units)
+    work = sum(n * steps(u.coder, body) for n, u, body in zip(sizes, units, bodies, strict=True))
+    require(work <= 2**28 + 2**14 * size, f"{work} steps of work for {size} bytes")
 
 
 def steps(coder: int, body: bytes) -> int:
