@@ -15,7 +15,19 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli.common import Device, Factory, Json, Loss, State, check_output, names, print_json, progress
+from bytecap.cli.common import (
+    Device,
+    Factory,
+    Json,
+    Loss,
+    State,
+    check_inputs,
+    check_output,
+    names,
+    print_json,
+    progress,
+    source_file,
+)
 from bytecap.cli.compare import compare
 from bytecap.cli.curves import curves
 from bytecap.cli.golf import app as golf_app
@@ -98,6 +110,14 @@ def fit(
         raise UsageError("--recover-text is read by --recover, without --factory")
     check_output(output)
     check_output(report)
+    check_inputs(
+        {"-o": output, "--report": report, "--store": store},
+        {
+            "MODEL": model, "--calib": calib, "--eval": eval_, "--recover-text": recover_text, "--code": code,
+            "--state": state, "--bytes-per-token": bytes_per_token, "--factory": source_file(factory),
+            "--loss": source_file(loss), "--tokens": tokens, "--eval-tokens": eval_tokens, "--method": source_file(method),
+        },
+    )  # fmt: skip
     common: dict[str, Any] = {
         "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
         "tokenizer": not no_tokenizer, "config": not no_config, "reporter": progress(as_json),

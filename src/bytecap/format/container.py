@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import Entry
 from bytecap.format.wire.shared_objects import describe
 from bytecap.format.work import Meter
-from bytecap.system.atomic import write_atomically
+from bytecap.system.atomic import open_regular, write_atomically
 from bytecap.types import Unit
 
 MAGIC = b"\x89BCAP\r\n\x1a"
@@ -292,9 +293,10 @@ def read(path: Path | str) -> Contents:
     """Read and check an artifact file."""
     path = Path(path)
     try:
-        data = path.read_bytes()
-    except OSError as exc:
-        raise NotAnArtifact(f"cannot read {path}: {exc.strerror}") from exc
+        with open_regular(path, os.O_RDONLY, follow=True) as f:
+            data = f.read()
+    except (OSError, ValueError) as exc:
+        raise NotAnArtifact(f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc
     return parse(data, str(path))
 
 

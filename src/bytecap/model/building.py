@@ -91,8 +91,12 @@ def _leaves(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, Mapping) else [value]
 
 
-def read_config(directory: Path) -> Any:
+def read_config(directory: Path, name: str = "") -> Any:
     """The transformers config of a directory's `config.json`.
+
+    Args:
+        directory: that holds it.
+        name: of what it belongs to, for messages; the directory by default.
 
     Raises:
         CheckpointError: it asks for code of others. Whatever transformers raises for configs it cannot read.
@@ -100,13 +104,27 @@ def read_config(directory: Path) -> Any:
     import transformers
 
     path = directory / "config.json"
-    check_config(parse_object(path.read_bytes(), str(path)), str(path))
+    said = f"{name or directory}/config.json"
+    parsed = parse_object(path.read_bytes(), said)
+    check_config(parsed, said)
+    if "auto_map" in parsed and not _known(parsed.get("model_type")):
+        raise CheckpointError(
+            f"{said}: the model type {parsed.get('model_type')!r} is code of the checkpoint's own (auto_map), which is never "
+            "run; build the module yourself and use --factory"
+        )
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     for kind in ("_attn_implementation", "_experts_implementation"):  # `flash_attention_2` may mean a hub's kernel
         if getattr(config, kind, None) not in _OWN:
             setattr(config, kind, None)
     return config
+
+
+def _known(kind: Any) -> bool:
+    """Whether transformers itself has a type of model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def causal_lm(config: Any) -> nn.Module:

@@ -379,7 +379,7 @@ def module_from_config(directory: Path, shapes: Shapes | None = None, name: str 
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
     try:
-        config = read_config(directory)
+        config = read_config(directory, name)
         if shapes is not None:
             check_fits(config, shapes, name, prepare=lambda m: tying.tie_as_described(m, directory))
         module = causal_lm(config)

@@ -42,6 +42,7 @@ from bytecap.sizes import format_size, parse_size
 from bytecap.system import allocator
 from bytecap.system.atomic import write_atomically
 from bytecap.system.cache import Store
+from bytecap.system.collisions import refuse_collisions
 
 _NONE: Mapping[str, Section] = {}
 
@@ -127,6 +128,14 @@ def fit(
             goes on from there; nothing is kept if None.
         reporter: told about progress.
     """
+    refuse_collisions(
+        {"-o": output, "--store": store},
+        {
+            "the model": model if isinstance(model, Path | str) else None, "a calibration text": calibration,
+            "an evaluation text": evaluation, "a text of recovery": recover_text,
+            "code": None if isinstance(code, Code) else code,
+        },
+    )  # fmt: skip
     reporter = reporter or Silent()
     begin = background.start if tokenizer else None  # packed while the model is built
 

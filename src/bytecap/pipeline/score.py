@@ -6,12 +6,12 @@ from pathlib import Path
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
+from bytecap.format.codefiles import side_files
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
 from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import load_text
 from bytecap.model.tokenizer import load_tokenizer
 from bytecap.pipeline.export import load_model as load_artifact
-from bytecap.pipeline.export import side_files
 from bytecap.progress import Reporter, Silent
 from bytecap.types import Score
 

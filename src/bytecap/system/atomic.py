@@ -132,17 +132,19 @@ def sweep(directory: Path, names: str) -> None:
                     Path(entry.path).unlink()
 
 
-def open_regular(path: Path, flags: int) -> BinaryIO:
-    """Open a regular file, never through a link and without waiting for whoever writes into a pipe.
+def open_regular(path: Path, flags: int, *, follow: bool = False) -> BinaryIO:
+    """Open a regular file, without waiting for whoever writes into a pipe; through a link only to `follow` it.
 
     Raises:
         OSError: it cannot be opened, or is a link, a pipe, a device or a directory.
     """
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags |= (0 if follow else getattr(os, "O_NOFOLLOW", 0)) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a device, a pipe or a socket, not a file"
+            raise OSError(errno.EINVAL, f"it is {kind}", str(path))
         return os.fdopen(handle, "rb" if flags & (os.O_RDWR | os.O_WRONLY) == 0 else "r+b")
     except BaseException:
         os.close(handle)

@@ -47,6 +47,27 @@ def refuse_collisions(outputs: Mapping[str, Path | str | None], inputs: Mapping[
                     )
 
 
+def refuse_pages(
+    directory: Path | str | None, name: str, report: Path | str | None, store: Path | str | None,
+    inputs: Mapping[str, Paths],
+) -> None:  # fmt: skip
+    """The same for commands that write `NAME.jsonl`, `NAME.json` and a page into a directory.
+
+    Args:
+        directory: for the figures.
+        name: of the files.
+        report: where the page goes instead.
+        store: directory of what is kept, if it is no part of `directory`.
+        inputs: see `refuse_collisions`.
+    """
+    outputs: dict[str, Path | str | None] = {"--report": report, "--store": store}
+    if directory is not None:
+        outputs |= {f"{name}.{end} of -o": Path(directory) / f"{name}.{end}" for end in ("json", "html")}
+    if report is not None:
+        outputs.pop(f"{name}.html of -o", None)
+    refuse_collisions(outputs, inputs)
+
+
 def _files(given: Paths) -> Iterator[Path]:
     for path in [given] if isinstance(given, str | Path) else given or ():
         yield Path(path)

@@ -25,7 +25,9 @@ from typing import IO, Any
 from bytecap.errors import CodeError
 
 SECONDS = 600.0  # what the challenge allows an evaluation
-_FIGURE = re.compile(r"(?:bpb|bits[ _]per[ _]byte)\W{0,4}([0-9]{1,9}\.?[0-9]{0,40}(?:e[-+]?[0-9]{1,3})?)", re.IGNORECASE)
+_FIGURE = re.compile(
+    r"(?:bpb|bits[ _]per[ _]byte)\W{0,4}([0-9]{1,9}\.?[0-9]{0,40}(?:e[-+]?[0-9]{1,3})?)", re.IGNORECASE
+)
 _KEPT = 1 << 20  # bytes of output, of its end
 _PASSED = (
     "PATH", "LANG", "LANGUAGE", "TZ", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
