@@ -52,7 +52,7 @@ nightly: test coverage
 
 # Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which modules), by the tests meant for it
 # without the slowest.
-COVERING := afterwards bands code codebooks coders container corners entropy estimates hostile integers layers ledger packed \
+COVERING := afterwards bands bounds code codebooks coders container corners entropy estimates hostile integers layers ledger packed \
 	reference sidefiles streams units
 SLOW := seconds or real_artifact or memory_for or guided or demo or stranger or endless or kmeans or distortion_falls \
 	or slack or many_lanes or very_different or changed_byte or more_is_noticed or any_integers_in or random_artifacts or other_methods

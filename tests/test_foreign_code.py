@@ -1,7 +1,7 @@
 """Code that a model or an artifact brings, names or asks for is never run, imported or fetched.
 
-Two nets: the source is searched for every call that could, and all that reads foreign files is run in a process in which
-an import of foreign code, a connection, a new program or a question on standard input is a failure.
+Two nets: the source is searched for every call that could, and all that reads foreign files is run in a process in
+which an import of foreign code, a connection, a new program or a question on standard input is a failure.
 """
 
 import ast
@@ -187,8 +187,8 @@ def test_counts_that_no_model_has(config, said):
 
 def test_configs_of_models_that_people_have():
     building.check_config(
-        {"vocab_size": 262_144, "max_position_embeddings": 10_485_760, "num_hidden_layers": 126, "rope_theta": 500000000,
-         "head_dim": 512, "num_experts": 512, "expert_hidden_size": 131_072, "layer_norm_eps": 1e-5, "eos_token_id": [1, 2],
+        {"vocab_size": 262_144, "max_position_embeddings": 10_485_760, "num_hidden_layers": 126, "eos_token_id": [1, 2],
+         "head_dim": 512, "num_experts": 512, "expert_hidden_size": 131_072, "layer_norm_eps": 1e-5, "rope_theta": 5e8,
          "attn_implementation": "eager", "quantization_config": {"block_size": 131_072}}, "config.json",
     )  # fmt: skip
 

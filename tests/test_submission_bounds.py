@@ -1,4 +1,4 @@
-"""Submissions made to cheat or to hurt who checks them: bytes in names, bombs of source, and evaluations that do not end."""
+"""Submissions made to cheat or to hurt who checks them: bytes in names, bombs of source, evaluations without end."""
 
 import json
 import os
@@ -100,7 +100,7 @@ DEEP = {
 
 @pytest.mark.parametrize("kind", DEEP)
 def test_source_that_nests(submission, kind):
-    with pytest.raises(CodeError, match="nested too deeply|does not parse|too much memory|ends the parser"):
+    with pytest.raises(CodeError, match=r"nested too deeply|does not parse|too much memory|ends the parser"):
         check.check(submission(DEEP[kind]))
 
 
@@ -116,7 +116,8 @@ def test_the_limit_on_memory_is_said(submission, monkeypatch, capsys):
 
 
 def test_output_without_end_is_read_and_not_kept(submission):
-    root = submission("import sys\nfor _ in range(400):\n    sys.stdout.write('y' * 99_999 + '\\n')\nprint('bpb 1.5')\n")
+    source = "import sys\nfor _ in range(400):\n    sys.stdout.write('y' * 99_999 + '\\n')\nprint('bpb 1.5')\n"
+    root = submission(source)
     assert running.evaluate(root, "python train_gpt.py")["bpb"] == 1.5
     end, into = os.pipe()
     with os.fdopen(end, "rb", buffering=0) as pipe:
@@ -134,7 +135,7 @@ def test_the_callers_secrets_stay_outside(submission, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("PYTHONPATH", "/secret")
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
-    source = "import os\nprint('bpb 1', sorted(k for k, v in os.environ.items() if 'secret' in v), os.environ['HOME'])\n"
+    source = "import os\nprint('bpb 1', [k for k, v in os.environ.items() if 'secret' in v], os.environ['HOME'])\n"
     line = running.evaluate(submission(source), "python train_gpt.py")["line"]
     assert line.startswith("bpb 1 []")
     assert os.environ.get("HOME", "?") not in line.split()
@@ -164,17 +165,18 @@ while not os.path.exists({path!r}) or not open({path!r}).read():
 
 
 @LINUX
-@pytest.mark.parametrize("then", ["time.sleep(600)", "print('bpb 2')", "sys.exit(7)"])
-def test_grandchildren_end_with_the_evaluation(submission, tmp_path, then):
+@pytest.mark.parametrize(("then", "said"), [
+    ("time.sleep(600)", "ended after 3 seconds"), ("print('bpb 2')", "2.0"), ("sys.exit(7)", "exit code 7"),
+])  # fmt: skip
+def test_grandchildren_end_with_the_evaluation(submission, tmp_path, then, said):
     """The orphan has a session of its own and holds the pipes: neither its life nor the wait for it outlasts the run."""
     path = tmp_path / "orphan"
     root = submission(ORPHAN.format(path=str(path), then=then))
     try:
         found = running.evaluate(root, "python train_gpt.py", seconds=3 if "600" in then else 60)
     except CodeError as exc:
-        assert "ended after 3 seconds" in str(exc) or "exit code 7" in str(exc)
-    else:
-        assert found["bpb"] == 2
+        found = {"bpb": str(exc)}
+    assert said in str(found["bpb"])
     assert not alive(int(path.read_text("utf-8")))
 
 
@@ -184,7 +186,8 @@ def test_the_evaluation_ends_with_who_asked_for_it(tmp_path, how):
     path, supervisor = tmp_path / "child", Path(running.__file__).with_name("supervisor.py")
     source = f"import os,time;open({str(path)!r},'w').write(str(os.getpid()));time.sleep(600)"
     words = [sys.executable, "-I", str(supervisor), "600", str(tmp_path / "status"), sys.executable, "-c", source]
-    start = words if how == signal.SIGTERM else [sys.executable, "-c", f"import subprocess;subprocess.run({words!r})"]
+    between = [sys.executable, "-c", f"import subprocess;subprocess.run({words!r})"]
+    start = words if how == signal.SIGTERM else between
     parent = subprocess.Popen(start)  # noqa: S603 (our own text)
     while not path.exists() or not path.read_text("utf-8"):
         time.sleep(0.02)
