@@ -25,8 +25,8 @@ def artifact(path, name="w", files=(), **more):
 # ---------------------------------------------------------------------------------------------- what files say is shown
 
 SPOKEN = [
-    "[/red]", "a[/]", "[link=file:///etc/passwd]model.embed[/link]", "[bold red]x", ":smile:.x", "[@click=app.quit]x[/]",
-    "run[v2]", "\\[x]", "a\\",
+    "[/red]", "a[/]", "[link=file:///etc/passwd]model.embed[/link]", "[bold red]x", ":smile:.x",
+    "[@click=app.quit]x[/]", "run[v2]", "\\[x]", "a\\",
 ]  # fmt: skip
 CONTROLS = {
     "a\x1b[2J": "a\\x1b[2J", "a\x1b]0;title\x07": "a\\x1b]0;title\\x07", "a\rb": "a\\rb", "a\nb": "a\\nb",

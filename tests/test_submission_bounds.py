@@ -169,7 +169,7 @@ while not os.path.exists({path!r}) or not open({path!r}).read():
     ("time.sleep(600)", "ended after 3 seconds"), ("print('bpb 2')", "2.0"), ("sys.exit(7)", "exit code 7"),
 ])  # fmt: skip
 def test_grandchildren_end_with_the_evaluation(submission, tmp_path, then, said):
-    """The orphan has a session of its own and holds the pipes: neither its life nor the wait for it outlasts the run."""
+    """The orphan has a session of its own and holds the pipes: neither it nor the wait for it outlasts the run."""
     path = tmp_path / "orphan"
     root = submission(ORPHAN.format(path=str(path), then=then))
     try:

@@ -115,7 +115,8 @@ def fit(
         {
             "MODEL": model, "--calib": calib, "--eval": eval_, "--recover-text": recover_text, "--code": code,
             "--state": state, "--bytes-per-token": bytes_per_token, "--factory": source_file(factory),
-            "--loss": source_file(loss), "--tokens": tokens, "--eval-tokens": eval_tokens, "--method": source_file(method),
+            "--loss": source_file(loss), "--method": source_file(method), "--tokens": tokens,
+            "--eval-tokens": eval_tokens,
         },
     )  # fmt: skip
     common: dict[str, Any] = {

@@ -44,7 +44,7 @@ def tie(
         typer.echo(
             shown(
                 f"{output}: {found['unique']} of {found['depth']} blocks, {found['parameters']:,} of "
-                f"{found['parameters_before']:,} parameters, KL to the original {found['kl_written']:.4f} nats per token "
-                "on held-out tokens of the training text"
+                f"{found['parameters_before']:,} parameters, KL to the original {found['kl_written']:.4f} nats per "
+                "token on held-out tokens of the training text"
             )
         )

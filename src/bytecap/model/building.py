@@ -2,9 +2,9 @@
 
 Nothing else in the library calls `from_pretrained` or `from_config` (`tests/test_foreign_code.py` holds that). The door
 
-- never runs code that a checkpoint brings or names: `trust_remote_code=False` is always said, so that nobody is asked on
-  the terminal; attention and expert kernels of a hub repository (`attn_implementation: owner/repo`) and backbones that are
-  fetched are refused, and kernels of installed packages that a config prefers give way to the library's own;
+- never runs code that a checkpoint brings or names: `trust_remote_code=False` is always said, so that nobody is asked
+  on the terminal; attention and expert kernels of a hub repository (`attn_implementation: owner/repo`) and backbones
+  that are fetched are refused, and kernels of installed packages that a config prefers give way to the library's own;
 - compares names and shapes with those of an artifact before anything is allocated: a config of 400 bytes may ask for
   terabytes, or for a million layers. The module is built on torch's `meta` device, which holds no values, and its
   construction is ended when it registers more tensors than the artifact has.
@@ -109,8 +109,8 @@ def read_config(directory: Path, name: str = "") -> Any:
     check_config(parsed, said)
     if "auto_map" in parsed and not _known(parsed.get("model_type")):
         raise CheckpointError(
-            f"{said}: the model type {parsed.get('model_type')!r} is code of the checkpoint's own (auto_map), which is never "
-            "run; build the module yourself and use --factory"
+            f"{said}: the model type {parsed.get('model_type')!r} is code of the checkpoint's own (auto_map), which is "
+            "never run; build the module yourself and use --factory"
         )
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -1,12 +1,12 @@
 """The one door to tokenizers: `tokenizer.json` from files that anybody may have written.
 
-The library that reads it is written in Rust and trusts the file: padding to 500 million tokens ends the process, and some
-contradictions are panics. So what a file says about padding and truncation, which are nobody's business here, is taken out,
-and a tokenizer is first tried in a process of its own, with limits on memory and time. Code and templates are not read here;
-no tokenizer class is ever taken from a checkpoint.
+The library that reads it is written in Rust and trusts the file: padding to 500 million tokens ends the process, and
+some contradictions are panics. So what a file says about padding and truncation, which are nobody's business here, is
+taken out, and a tokenizer is first tried in a process of its own, with limits on memory and time. Code and templates
+are not read here; no tokenizer class is ever taken from a checkpoint.
 
-What it omits: regular expressions that take exponential time on some texts only. The trial ends those that do so on its own
-sample.
+What it omits: regular expressions that take exponential time on some texts only. The trial ends those that do so on its
+own sample.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def open_regular(path: Path, flags: int, *, follow: bool = False) -> BinaryIO:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "a device, a pipe or a socket, not a file"
-            raise OSError(errno.EINVAL, f"it is {kind}", str(path))
+            raise OSError(errno.EINVAL, f"it is {kind}", str(path))  # noqa: TRY301 (the handle is closed below)
         return os.fdopen(handle, "rb" if flags & (os.O_RDWR | os.O_WRONLY) == 0 else "r+b")
     except BaseException:
         os.close(handle)

@@ -78,6 +78,6 @@ def _files(given: Paths) -> Iterator[Path]:
 def _same(one: Path, other: Path) -> bool:
     """Whether two names mean one file, or would once it is there."""
     try:
-        return os.path.samefile(one, other)
+        return one.samefile(other)
     except (OSError, ValueError):  # one of them is not there yet
         return os.path.realpath(one) == os.path.realpath(other)

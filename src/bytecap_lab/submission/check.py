@@ -1,7 +1,7 @@
 """A submission recounted and run from outside, trusting nothing that made it.
 
-Every file in the directory counts unless it is named as public data, and so do names. Code is read, not run, to see what
-it imports; only the evaluation, if asked for, is run (`bytecap_lab.submission.run`).
+Every file in the directory counts unless it is named as public data, and so do names. Code is read, not run, to see
+what it imports; only the evaluation, if asked for, is run (`bytecap_lab.submission.run`).
 
 What it omits: modules imported under computed names, and files opened by absolute path, are not seen.
 """

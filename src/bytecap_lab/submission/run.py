@@ -1,9 +1,10 @@
 """A submission's evaluation, run in a copy of its directory and bounded in time and output.
 
-This runs code that the user has named, as the user: it is no sandbox (SECURITY.md says exactly what it is). The copy holds
-contents alone: times, attributes and rights of the files, in which bytes could be hidden, are made alike. The caller's
-environment, where secrets live, stays outside but for a short list of names. Output is read without end and kept only in
-its last part. When the command ends, or its time is over, everything that it has started is ended (`supervisor`).
+This runs code that the user has named, as the user: it is no sandbox (SECURITY.md says exactly what it is). The copy
+holds contents alone: times, attributes and rights of the files, in which bytes could be hidden, are made alike. The
+caller's environment, where secrets live, stays outside but for a short list of names. Output is read without end and
+kept only in its last part. When the command ends, or its time is over, everything that it has started is ended
+(`supervisor`).
 """
 
 from __future__ import annotations

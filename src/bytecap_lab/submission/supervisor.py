@@ -1,9 +1,9 @@
 """Runs one command and leaves nothing of it behind: `python -I supervisor.py SECONDS STATUS COMMAND...`.
 
 A script of its own, without imports of the library, because it has to be the parent of everything that the command
-starts. On Linux it adopts whatever its descendants leave behind (a *subreaper*), so that processes which have left their
-parent, their group and their session are found and ended too; elsewhere only the command's session is ended. If its own
-parent dies, or it is told to end (SIGTERM), it ends them likewise.
+starts. On Linux it adopts whatever its descendants leave behind (a *subreaper*), so that processes which have left
+their parent, their group and their session are found and ended too; elsewhere only the command's session is ended. If
+its own parent dies, or it is told to end (SIGTERM), it ends them likewise.
 
 Writes the command's exit code to the file STATUS, or `timeout`, or `cannot run: ...`.
 """

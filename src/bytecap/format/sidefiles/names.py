@@ -1,10 +1,10 @@
-"""Names under which side and code files may be written out, on any system.
+r"""Names under which side and code files may be written out, on any system.
 
 A name comes from whoever made the artifact, so it must mean one new file in the directory and nothing else: no path, no
 device, no stream of another file, not a second spelling of a file beside it, and nothing that takes the place of the
 weights. The rule is the same on every system (format.md, 4), so that what `check` calls sound can be unpacked anywhere.
 
->>> fault("tokenizer.json") is None, fault("aux.json"), fault("a\\u202egpj.exe")
+>>> fault("tokenizer.json") is None, fault("aux.json"), fault("a\u202egpj.exe")
 (True, 'names a device on Windows', 'holds characters that cannot be seen')
 """
 
@@ -22,8 +22,8 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"} | {
 }
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories: controls, directions, separators
 _WEIGHTS = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx",
-    ".npz",
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf",
+    ".onnx", ".npz",
 )  # fmt: skip  # files that programs read weights from, or where to find them, instead of those of the artifact
 _REDIRECT = {"adapter_config.json"}  # loads another model's weights
 

@@ -115,10 +115,8 @@ def unpack(name: str, data: bytes, *, limit: int | None = None, allowance: Allow
     allowance = Allowance.of([data]) if allowance is None else allowance
     limit = min(most(data) if limit is None else limit, allowance.content)
     try:
-        if data[:1] == bytes([_STRUCTURED]):
-            content = _assemble(data[1:], limit, allowance)
-        else:
-            content = _release(data, limit)
+        structured = data[:1] == bytes([_STRUCTURED])
+        content = _assemble(data[1:], limit, allowance) if structured else _release(data, limit)
     except CorruptError as error:
         raise CorruptError(f"{name}: {error}") from None
     except _DAMAGE as error:
