@@ -255,3 +255,24 @@ def test_links_in_a_directory_are_replaced_not_followed(tmp_path):
     assert state(target) == {"a": b"1"}
     assert not (target / "a").is_symlink()
     assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
+OTHERS = [pytest.param(c, marks=pytest.mark.nightly) for c in (b"3", b'{"steps": {}}', b'"x"', b"null", b"[[1]]")]
+
+
+@pytest.mark.parametrize("content", [b"[]", *OTHERS])
+def test_values_that_no_run_has_written(job, run, tmp_path, content):
+    """Every entry of a finished fit replaced by rubbish with a good checksum: a line, or the same file again."""
+    words = [*job(), "--store", tmp_path / "store", "--method", "bytecap"]
+    assert run(*words)[0] == 0
+    whole = (tmp_path / "out.bcap").read_bytes()
+    for path in sorted((tmp_path / "store").glob("*.*")):
+        kept = path.read_bytes()
+        plant(tmp_path / "store", path.name, content if path.suffix == ".json" else archive(a=array(np.zeros(3))))
+        code, _, err = run(*words, "--json")
+        assert code in {0, 2}
+        assert "unexpected" not in err
+        assert code == 0 or f"the store {tmp_path / 'store'} seems to hold" in err or err.startswith("error: ")
+        path.write_bytes(kept)
+    assert run(*words)[0] == 0
+    assert (tmp_path / "out.bcap").read_bytes() == whole

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.system.cache import blamed
 
 
 def curves(
@@ -33,7 +34,8 @@ def curves(
     from bytecap_lab.rd_curves import EVALUATION_TOKENS, POINT_TOKENS, POINTS, TOKENS, byte_returns
 
     check_output(report, output)
-    found = byte_returns(
+    with blamed(store if store is not None else output / "store"):
+        found = byte_returns(
         model, budget, output, base=base, paths=names(paths), calibration=calib, evaluation=eval_, device=device,
         seed=seed, tokens=tokens or TOKENS, evaluation_tokens=eval_tokens or EVALUATION_TOKENS,
         points=points or POINTS, point_tokens=point_tokens or POINT_TOKENS, store=store, report=report,

@@ -9,6 +9,7 @@ import typer
 
 from bytecap.cli.common import Device, Json, print_json, progress
 from bytecap.escape import shown
+from bytecap.system.cache import blamed
 
 
 def tie(
@@ -33,7 +34,8 @@ def tie(
     """Convert MODEL into one whose layers share --blocks blocks; `fit` and `eval` take the directory as it is."""
     from bytecap_lab.layer_tying import tie as run
 
-    found = run(
+    with blamed(store):
+        found = run(
         model, blocks, output, init=init, rank=lora_rank, train=train, steps=steps, search=search,
         search_steps=search_steps, labels=labels, rate=rate, seed=seed, device=device, store=store,
         reporter=progress(as_json),

@@ -41,7 +41,7 @@ from bytecap.recovery.tuning import effort_of
 from bytecap.sizes import format_size, parse_size
 from bytecap.system import allocator
 from bytecap.system.atomic import write_atomically
-from bytecap.system.cache import Store
+from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_collisions
 
 _NONE: Mapping[str, Section] = {}
@@ -148,7 +148,8 @@ def fit(
             loaded, found, tuning, window=window, seed=seed, device=choose_device(device), reporter=reporter
         )
 
-    return fit_sets(
+    with blamed(store):
+        return fit_sets(
         lambda: model if isinstance(model, Model) else load_model(model, begin=begin), budget, sets,
         method=method, device=device, seed=seed, output=output, dry_run=dry_run, tokenizer=tokenizer, config=config,
         code=code, paths=paths, recover=recover, options=options, store=store, reporter=reporter)  # fmt: skip

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import OutputError
+from bytecap.system.allocator import is_shortage
 from bytecap.system.atomic import make_directory, open_regular, replacing, sweep
 
 try:
@@ -117,6 +118,31 @@ def library() -> str:
         if not p.relative_to(root).as_posix().startswith(_SHOWN)
     ]
     return f"{__version__} {digest([[str(p.relative_to(root)), p.read_text('utf-8')] for p in sources])}"
+
+
+@contextlib.contextmanager
+def blamed(directory: Path | str | None) -> Iterator[None]:
+    """Turn the failures of work on a store that holds entries already into one line that names it.
+
+    A checksum is no signature: an entry may be sound and yet hold what no run has written. What its value runs into
+    is whatever uses it, so the store is named as the likely cause, and the failure itself with it.
+
+    Args:
+        directory: of the store; None where nothing is kept.
+
+    Raises:
+        OutputError: in place of errors that a value of another form leads to.
+    """
+    used = directory is not None and any(p.suffix in {".json", ".npz"} for p in Path(directory).glob("*"))
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as exc:
+        if not used or is_shortage(exc):
+            raise
+        raise OutputError(
+            f"the store {directory} seems to hold an entry that no run has written ({type(exc).__name__}: {exc}); "
+            "remove the directory and start again"
+        ) from exc
 
 
 class Store:
