@@ -147,6 +147,15 @@ def test_what_is_no_file(refused, tmp_path, command, kind):
     assert "a device, a pipe or a socket" in line or kind == "socket"
 
 
+@POSIX
+def test_texts_and_code_that_have_no_end(refused, job, fitted, tmp_path):
+    (tmp_path / "t").symlink_to("/dev/zero")
+    line = refused("eval", fitted("rotary")[1], "--text", tmp_path / "t")
+    assert f"the text {tmp_path / 't'}: it is a device" in line
+    os.mkfifo(tmp_path / "code.py")
+    assert "a device, a pipe or a socket" in refused(*job(), "--code", tmp_path / "code.py")
+
+
 # --------------------------------------------------------------------------------------------------------- data loss
 
 

@@ -11,6 +11,7 @@ b'print(1)'
 from __future__ import annotations
 
 import lzma
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import brotli
 from bytecap.errors import BudgetError, CodeError, CorruptError, UsageError
 from bytecap.format.container import CODE, FILE, Contents, FileSection
 from bytecap.format.sidefiles import packing
+from bytecap.system.atomic import open_regular
 
 ACCOUNTING = ("packed", "raw")
 _STORED, _BROTLI, _LZMA = range(3)
@@ -109,7 +111,8 @@ def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
 def read(path: Path) -> bytes:
     """Bytes of a source file."""
     try:
-        return path.read_bytes()
+        with open_regular(path, os.O_RDONLY, follow=True) as f:
+            return f.read()
     except OSError as exc:
         raise CodeError(f"cannot read the code file {path}: {exc.strerror}") from exc
 
