@@ -21,7 +21,7 @@ import golden_parts
 from bytecap import errors, reference
 from bytecap.format import codefiles, container, work
 from bytecap.format.coders import leb
-from bytecap.format.decoder import decode_units
+from bytecap.format.decoder import decode_units, side_files
 from bytecap.format.overlays import lowrank
 from bytecap.format.sidefiles import bpe_merges, names, packing
 from bytecap.pipeline import export
@@ -29,6 +29,7 @@ from stranger.basics import FormatError
 from stranger.reader import read as strange
 from test_hostile import VECTOR, index, made, unit
 
+pytestmark = pytest.mark.coverage
 VALID = [p for p in sorted(golden_parts.DIRECTORY.glob("*.bcap")) if not p.stem.startswith("bad_")]
 
 
@@ -201,7 +202,7 @@ def test_spelling_takes_so_many_steps_for_every_byte(kind):
     before = sys.gettrace()
     sys.settrace(lines)
     try:
-        codefiles.side_files(contents)
+        side_files(contents)
     except errors.CorruptError:
         pass
     finally:
@@ -216,7 +217,7 @@ def test_decisions_are_counted_by_the_other_reader_too():
         data = files_of(SPELLINGS[kind])
         assert outcomes(data)[2] == "CorruptError"
         with pytest.raises(errors.CorruptError, match=r"decisions|do not end|end too soon"):
-            codefiles.side_files(container.parse(data))
+            side_files(container.parse(data))
 
 
 def test_a_tokenizer_takes_a_share_of_its_allowance():

@@ -20,7 +20,7 @@ from chromium import BROWSER, Chromium
 from pages import sound
 from synthetic import comparison_lines, curves_figures
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium in PATH")
+pytestmark = [pytest.mark.skipif(BROWSER is None, reason="no Chromium in PATH"), pytest.mark.browser]
 LINES = Path(__file__).parents[1] / "results" / "thesis" / "demo.jsonl"
 # page -> a table, a column of numbers, its title's place, a word of some of its rows, and where marks with tips are
 PAGES = {
@@ -224,6 +224,13 @@ def test_paper(browser, written, kind):
     assert browser.run("[...document.querySelectorAll('.wide, .filter')].filter((e) => seen(e) && "
                        "(e.className === 'filter' || e.scrollHeight > e.clientHeight + 1)).length") == 0  # fmt: skip
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_the_ledger_fits_a_desk(browser, written):
+    """Nothing of the table of owners has to be scrolled to at 1,200 pixels."""
+    opened(browser, written("fit"), 1200)
+    box = "document.getElementById('owners').parentNode"
+    assert browser.run(f"{box}.scrollWidth - {box}.clientWidth") <= 0
 
 
 def test_a_broken_page_is_noticed(browser, tmp_path):

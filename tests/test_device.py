@@ -20,6 +20,7 @@ from bytecap.format.entropy.frequencies import Tables
 from bytecap.model.quantized_copy import load_values
 from bytecap.quantization import Problem, gaussian_shrink, row_classes, trial_values
 from bytecap.quantization.quantizer import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
+from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.trellis import round_trellis
 from bytecap.types import Unit
 
@@ -72,8 +73,8 @@ class TestTrialValues:
         unit = Unit("a", (12, 20), "F32", transposed=True)
         item = prepare(unit, torch.from_numpy(rng.normal(size=(20, 12))), metric, Options())
         vector = VectorUnit(Unit("b", (7,), "F32"), rng.normal(size=7).astype(np.float32), np.ones(7))
-        planner = Planner([item], [vector], Options())
-        state = planner.settle({"a": 0.3, "b": 0.3})
+        planner = Planner.of([item], [vector], Options())
+        state = planner.settle({"a": 0.3, "b": 0.3}, initial_rules(planner.options))
         before = dict(unit_values(planner, state))
         assert planner.decode_there(state, "a") is None  # a processor needs no trial values
         monkeypatch.setattr(waterfill, "_elsewhere", lambda _: True)
@@ -104,7 +105,7 @@ def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, st
     from bytecap.quantization import cuda as device
 
     steps = torch.full((batch,), step)
-    given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink(0.0)
+    given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink()
     one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT)
     there = Problem(*(getattr(given_problem, n).to(DEVICE) for n in ("weight", "lower", "order", "rows", "row_class")))
     two = device.round_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT)

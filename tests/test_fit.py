@@ -17,6 +17,7 @@ from bytecap.model.sources import load_sets
 from conftest import BUDGET, KINDS, SMALL, build, save
 
 METHOD_NAMES = ("bytecap", "golf", "uniform")
+FAMILIES = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 
 
 def logits(module, length=48):
@@ -33,7 +34,7 @@ def stored(directory):
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 class TestEveryFamily:
     def test_the_file_meets_the_cap_and_leaves_almost_nothing(self, fitted, kind, method):
         result, path = fitted(kind, method)
@@ -91,7 +92,8 @@ class TestEveryFamily:
         json.dumps(report)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_prediction_is_near_the_measurement(fitted, kind):
     report = fitted(kind)[0].report
     assert report["predicted_delta_nats"] == pytest.approx(report["kl_nats"], rel=0.5)
@@ -99,7 +101,8 @@ def test_the_prediction_is_near_the_measurement(fitted, kind):
     assert 0 <= report["duality_gap_nats"] < report["predicted_delta_nats"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_default_is_closer_to_the_original_than_the_baselines(fitted, kind):
     ours, golf, uniform = (fitted(kind, m)[0].report["kl_nats"] for m in METHOD_NAMES)
     assert ours < golf < uniform
@@ -119,6 +122,7 @@ def test_tied_tensors_are_stored_once(fitted, model_directory):
     assert result.report["parameters"] == sum(v.size for v in stored(model_directory("rotary")).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary", pytest.param("transposed", marks=pytest.mark.nightly)])
 def test_untied_variants(fitted, kind):
     result, path = fitted(kind, tie_word_embeddings=False)
@@ -130,6 +134,7 @@ def test_untied_variants(fitted, kind):
         np.testing.assert_array_equal(live[name].numpy(), values)
 
 
+@pytest.mark.slow
 def test_same_inputs_and_seed_give_the_same_bytes(fitted, model_directory, texts):
     before, _ = fitted("rotary")
     again = bytecap.fit(
@@ -151,6 +156,7 @@ def test_the_baselines_are_deterministic(fitted, model_directory, texts, method)
     assert again.data == before.data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [9_000, 14_000, 33_000])
 def test_the_cap_holds_over_a_range_of_budgets(fitted, budget):
     result, path = fitted("biased", "bytecap", budget)
@@ -158,6 +164,8 @@ def test_the_cap_holds_over_a_range_of_budgets(fitted, budget):
     assert ledger.total(result.ledger()) == path.stat().st_size
 
 
+@pytest.mark.numeric
+@pytest.mark.slow
 def test_more_bytes_mean_less_damage(fitted):
     kl = [fitted("biased", "bytecap", b)[0].report["kl_nats"] for b in (9_000, 14_000, BUDGET, 33_000)]
     assert kl == sorted(kl, reverse=True)
@@ -197,6 +205,8 @@ def test_a_large_budget_stores_the_model_losslessly(model_directory, texts, tmp_
     assert torch.equal(logits(module), logits(load_model(directory).module))
 
 
+@pytest.mark.numeric
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.997, 0.7])
 def test_budgets_just_below_the_lossless_size_are_met(fitted, share):
     whole, _ = fitted("rotary", budget=1_000_000)
@@ -256,6 +266,7 @@ def test_an_old_file_stays_when_the_budget_is_refused(model_directory, texts, tm
     assert output.read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_a_dry_run_predicts_and_writes_nothing(model_directory, texts, tmp_path, fitted):
     output = tmp_path / "never.bcap"
     result = bytecap.fit(
@@ -318,17 +329,15 @@ def test_several_evaluation_texts_weigh_the_same(model_directory, texts):
 
 
 def test_the_embedded_texts_stand_in_with_a_warning(model_directory):
-    from bytecap.progress import Silent
-
-    reporter = Silent()
-    bytecap.fit(model_directory("rotary"), BUDGET, method="uniform", reporter=reporter, **SMALL)
-    (warning,) = [n for n in reporter.notes if n.startswith("warning")]
+    with pytest.warns(bytecap.BytecapWarning):
+        (warning,) = bytecap.fit(model_directory("rotary"), BUDGET, method="uniform", **SMALL).report["warnings"]
     assert "--calib" in warning
     assert "--eval" in warning
     assert "quality" in warning
     assert "\n" not in warning
 
 
+@pytest.mark.slow
 def test_options_switch_ingredients_off(model_directory, texts, fitted):
     plain = bytecap.fit(
         model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
@@ -338,6 +347,7 @@ def test_options_switch_ingredients_off(model_directory, texts, fitted):
     assert plain.report["kl_nats"] > fitted("rotary")[0].report["kl_nats"]
 
 
+@pytest.mark.slow
 def test_row_groups_change_the_hessian_and_keep_the_cap(model_directory, texts):
     grouped = bytecap.fit(
         model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
@@ -363,6 +373,7 @@ def test_unknown_methods_name_the_nearest(model_directory):
         bytecap.fit(model_directory("rotary"), BUDGET, method="glof")
 
 
+@pytest.mark.slow
 def test_a_model_with_one_token_windows_and_dead_inputs_survives(tokenizer_json, texts, tmp_path):
     """A column that calibration never excites has no curvature; its damping alone must carry it."""
     module = build("biased", seed=3)

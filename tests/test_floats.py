@@ -11,6 +11,7 @@ from bytecap.model.checkpoint import load_model
 from conftest import SMALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [13, 16, 20, 25])
 def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_directory, texts, bits):
     budget = bits * 27_808 // 8  # lossless is about 27 bits; grids stop at 16-bit symbols
@@ -22,8 +23,10 @@ def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_direc
     assert result.report["kl_nats"] < 1e-5
 
 
-def test_a_bfloat16_model_with_far_outliers_fills_its_budget():
-    model = load_model("demo")
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", pytest.param("demo", marks=pytest.mark.nightly)])
+def test_a_bfloat16_model_with_far_outliers_fills_its_budget(model_directory, model):
+    model = load_model(model_directory() if model == "tiny" else model)
     weight = dict(model.module.named_parameters())["model.layers.0.mlp.down_proj.weight"]
     with torch.no_grad():
         weight[:, ::7] *= 2.0**12

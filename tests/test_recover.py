@@ -12,7 +12,8 @@ from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import TextError, UsageError
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.methods import Section
+from bytecap.job import Section
+from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
@@ -21,9 +22,9 @@ from bytecap.model.sampling import sample
 from bytecap.model.sources import SELF_TOKENS, load_sets, with_recovery
 from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import Live
-from bytecap.recovery.tuning import Effort
 from bytecap.types import Unit
 from conftest import SMALL
 
@@ -50,6 +51,7 @@ def plain(fit):
     return fit()[0]
 
 
+@pytest.mark.slow
 class TestWholeFits:
     @pytest.mark.nightly
     def test_recovery_lowers_the_kl_of_a_trained_model(self, fit, monkeypatch):
@@ -64,6 +66,7 @@ class TestWholeFits:
         assert found.report["without_recovery"]["kl_nats"] != found.report["kl_nats"]
         assert all(found.report["without_recovery"][f"{w}_difference_stderr"] > 0 for w in ("kl", "delta"))
 
+    @pytest.mark.numeric
     def test_never_worse_and_the_same_bytes_twice(self, fit, plain):
         found, again = fit(recover="8")[0], fit(recover="8")[0]
         assert found.data == again.data
@@ -71,6 +74,7 @@ class TestWholeFits:
         assert found.report["predicted_delta_nats"] <= plain.report["predicted_delta_nats"]
         assert found.report["without_recovery"]["kl_nats"] == pytest.approx(plain.report["kl_nats"])
 
+    @pytest.mark.numeric
     def test_diverging_ships_what_was_best_and_says_so(self, fit, plain, monkeypatch):
         monkeypatch.setattr(tuning, "RATE", 300.0)
         monkeypatch.setattr(tuning, "VALUES_RATE", 300.0)
@@ -121,6 +125,7 @@ class TestWholeFits:
         assert "--recover-text is read by --recover" in refused(*job(), "--recover-text", texts["calib"])
 
 
+@pytest.mark.numeric
 class TestLive:
     """A planner over random matrices, and what moves of it."""
 
@@ -134,10 +139,10 @@ class TestLive:
             metric = Metric(inputs.transpose(1, 2) @ inputs / 400, torch.rand(64, dtype=torch.float64) + 0.5)
             items.append(prepare(Unit(name, (64, 24), "F32"), torch.randn(64, 24), metric, options))
         values = torch.randn(40).numpy()
-        planner = Planner(items, [VectorUnit(Unit("v", (40,), "F32"), values, np.ones(40))], options)
-        planner.search(dict.fromkeys("abcv", 1.0), 2000, start=2.0)
-        state = planner.settle(dict.fromkeys("abcv", 2.0))
-        return planner, planner.settle(state.steps, refit=False)
+        planner = Planner.of(items, [VectorUnit(Unit("v", (40,), "F32"), values, np.ones(40))], options)
+        _, state = planner.search(dict.fromkeys("abcv", 1.0), 2000, initial_rules(options), start=2.0)
+        state = planner.settle(dict.fromkeys("abcv", 2.0), state.rules)
+        return planner, planner.settle(state.steps, state.rules, refit=False)
 
     @pytest.mark.parametrize("planned", [True, False], indirect=True)
     def test_values_are_those_a_reader_decodes(self, planned):
@@ -202,16 +207,21 @@ class TestLive:
         live.offsets[1:] += 0.02
         live.vectors["v"].mul_(0.99)
         values = live.values()
-        settled = live.settle()
+        targets = [p.weight.clone() for p in planner.matrices]
+        rounded_for = state.rules.shrink.offset.copy()
+        moved, settled = live.settle()
         for n, found in values.items():
-            assert np.allclose(planner.decode(settled, n).reshape(found.shape), found.numpy(), atol=1e-5)
+            assert np.allclose(moved.decode(settled, n).reshape(found.shape), found.numpy(), atol=1e-5)
         assert settled.rate == pytest.approx(state.rate, rel=1e-2)
+        assert not torch.equal(moved.matrices[0].weight, targets[0])  # while what it started from stays as it was
+        assert all(torch.equal(p.weight, t) for p, t in zip(planner.matrices, targets, strict=True))
+        assert (state.rules.shrink.offset == rounded_for).all()
 
     def test_a_recovered_plan_is_trimmed_at_its_last_matrices_only(self, planned):
         planner, state = planned
         live = Live(planner, state, "cpu")
         before = {n: t.clone() for n, t in live.values().items()}
-        state = live.settle()
+        planner, state = live.settle()
         tables = dump_shared(state.shared)
 
         def size(sections, tables):
@@ -245,6 +255,7 @@ class TestLive:
         assert all(torch.equal(values[n], t) for n, t in again.values().items())
 
 
+@pytest.mark.numeric
 class TestGradient:
     def test_the_gradient_is_that_of_the_kl(self, model_directory, texts):
         model = load_model(model_directory("rotary"))

@@ -92,9 +92,9 @@ def test_a_terminal_that_lacks_the_letters(tmp_path):
 
 
 def test_what_a_model_writes_is_shown(run, fitted, monkeypatch):
-    from bytecap.pipeline import score
+    from bytecap.pipeline import generation
 
-    monkeypatch.setattr(score, "continue_prompt", lambda *_, **__: "x\x1b[2J\ny\tz\x07")
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: iter(["x\x1b[2J", "\ny\tz\x07"]))
     assert run("generate", fitted("rotary")[1], "--prompt", "a")[1] == "ax\\x1b[2J\ny\tz\\x07\n"
 
 
@@ -112,8 +112,8 @@ def test_names_of_many_dots_and_letters(run, tmp_path, name):
 
 
 def test_work_of_a_tree_grows_with_its_names_alone(tmp_path, monkeypatch):
-    from bytecap.pipeline.summary import of_artifact
     from bytecap.report import tree
+    from bytecap.report.summary import of_artifact
 
     units = [unit(f"{i}." + "a." * 40 + "b") for i in range(500)]
     (tmp_path / "a.bcap").write_bytes(made((1, index(units)), *[(3, VECTOR)] * 500))

@@ -10,7 +10,7 @@ import bytecap
 from bytecap.errors import ArtifactError, CheckpointError
 from bytecap.format import container
 from bytecap.model import building, tokenizer
-from bytecap.model.checkpoint import check_safetensors, weight_files
+from bytecap.model.fileset import check_safetensors, weight_files
 from test_safety import artifact
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="pipes and links")
@@ -156,7 +156,7 @@ def test_a_library_that_dies_is_a_line(monkeypatch, tokenizer_json, end, said):
 
 
 def test_a_panic_in_the_middle_is_a_line(run, fitted, monkeypatch):
-    from bytecap.pipeline import score
+    from bytecap.pipeline import generation
 
     class PanicException(BaseException):
         pass
@@ -164,7 +164,7 @@ def test_a_panic_in_the_middle_is_a_line(run, fitted, monkeypatch):
     def fail(*_, **__):
         raise PanicException("index out of bounds")
 
-    monkeypatch.setattr(score, "continue_prompt", fail)
+    monkeypatch.setattr(generation, "generate", fail)
     code, out, err = run("generate", fitted("rotary")[1], "--prompt", "a")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
@@ -181,6 +181,7 @@ def test_nested_json_of_a_model_directory(refused, job, copied, content):
 
 
 def test_nested_json_elsewhere(copied):
+    next(copied.glob("*.safetensors")).unlink()
     (copied / "model.safetensors.index.json").write_bytes(b"[" * 100_000)
     with pytest.raises(CheckpointError, match="not a valid shard index"):
         weight_files(copied)
@@ -193,7 +194,8 @@ def test_nested_json_elsewhere(copied):
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "c:x", "..\\x"])
 def test_an_index_that_redirects(copied, shard):
+    next(copied.glob("*.safetensors")).unlink()
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}), "utf-8")
     (copied.parent / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no file of the same directory|missing"):
+    with pytest.raises(CheckpointError, match=r"not a valid shard index|missing"):
         weight_files(copied)

@@ -1,4 +1,4 @@
-"""Statistics of every unit from one streamed forward and backward pass over calibration windows.
+"""Collect statistics of every unit in one streamed forward and backward pass over calibration windows.
 
 The distortion of a unit is the Fisher quadratic form of the model's own loss, in nats per token::
 
@@ -30,25 +30,22 @@ from torch import Tensor, nn
 from bytecap.calibration.embedding_gradients import Lookup, looked_up
 from bytecap.calibration.moments import Moment
 from bytecap.model.batches import Batch
-from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
+from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_dtype, predictions
 from bytecap.model.hook_coverage import Account, is_matrix, shrunk_moment
+from bytecap.model.linears import linear_weights, of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window
 from bytecap.system.allocator import release
 from bytecap.types import Unit
 
-_ROUND_LENGTH = 64
-_GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and is filled only so
-_RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
-
-Progress = Callable[[int], None]
 FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass
 class Use:
-    """Accumulated statistics of one use of a weight.
+    """The accumulated statistics of one use of a weight.
 
     Attributes:
         moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (groups, cols, cols).
@@ -63,7 +60,7 @@ class Use:
 
 @dataclass
 class Statistics:
-    """What the probe found.
+    """The statistics that a probe collected.
 
     Attributes:
         uses: per unit name, one `Use` for each place the weight is used.
@@ -74,53 +71,6 @@ class Statistics:
     uses: dict[str, list[Use]]
     diagonal: dict[str, FloatArray]
     tokens: int
-
-
-def longest_first(windows: Sequence[Window]) -> list[Window]:
-    """Windows in the order in which `batches` holds them."""
-    return sorted(windows, key=lambda w: -len(w.tokens))
-
-
-def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
-
-    Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
-    """
-    order = longest_first(windows)
-    longest = len(order[0].tokens) if order else 0
-    at = number = 0
-    while at < len(order):
-        length = min(longest, -(-(len(order[at].tokens) - 1) // _ROUND_LENGTH) * _ROUND_LENGTH + 1)
-        group = order[at : at + max(1, tokens // length)]
-        ids = torch.zeros(len(group), length, dtype=torch.long)
-        mask = torch.zeros(len(group), length - 1, dtype=torch.bool)
-        for row, w in enumerate(group):
-            ids[row, : len(w.tokens)] = torch.tensor(w.tokens)
-            mask[row, : len(w.tokens) - 1] = True
-        yield ids, mask
-        at += len(group)
-        number += 1
-        if number % _RELEASE_EVERY == 0:
-            release()
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if supported else torch.float32
-
-
-def batch_tokens(vocabulary: int) -> int:
-    """Tokens a batch may hold so that its float32 logits stay near 16 MB; larger batches are not faster on a CPU."""
-    return max(256, min(1024, 2**22 // max(1, vocabulary)))
-
-
-def pass_tokens(module: nn.Module, device: torch.device) -> int:
-    """Tokens a batch may hold in passes without sums of statistics, by the vocabulary the module's config names."""
-    vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
-    return batch_tokens(int(vocabulary)) * (_GPU_BATCHES if device.type == "cuda" else 1)
 
 
 def probe(
@@ -135,7 +85,7 @@ def probe(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Statistics:
-    """Statistics of all units.
+    """Collect the statistics of all units.
 
     Args:
         module: causal model; `module(ids).logits` or `module(ids)` gives (batch, length, vocabulary). Any module
@@ -170,7 +120,7 @@ def probe(
 
 @dataclass
 class _Leaves:
-    """Tensors of the twin that collect gradients themselves.
+    """Tensors of the module's copy that collect gradients themselves.
 
     Attributes:
         lookup: embedding modules whose lookups show their gradients.
@@ -188,12 +138,12 @@ class _Leaves:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """Weights (rows, cols) of all embedding tables."""
+        """Return the weights (rows, cols) of all embedding tables."""
         return {n: m.weight for n, m in self.lookup.items()} | self.embedding
 
 
 def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
-    """Untie embeddings in the twin, so that their gradient holds the input use alone."""
+    """Untie embeddings in the copy, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     tables = {names[n].name: m for n, (m, kind) in linear_weights(twin).items() if kind == "embedding" and n in names}
     for m in tables.values():
@@ -225,7 +175,7 @@ def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], d
 def _account(
     twin: nn.Module, units: Sequence[Unit], leaves: _Leaves, windows: Sequence[Window], seed: int, device: torch.device
 ) -> None:
-    """Let weights that hooks do not see through collect their gradients themselves."""
+    """Let weights that hooks do not explain collect their gradients themselves."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     modules = {n: found for n, found in linear_weights(twin).items() if n in names}
     first = [min(windows, key=lambda w: w.predicted)]
@@ -245,7 +195,7 @@ def _account(
 
 
 class _Collector:
-    """Second moments of one weight, by row groups; of a linear module filled by its hooks."""
+    """The second moments of one weight by row groups, filled by hooks where the module is linear."""
 
     def __init__(self, rows: int, cols: int, groups: int, guided: bool, device: torch.device) -> None:
         self.moments = [Moment(cols, device) for _ in range(groups)]
@@ -254,7 +204,7 @@ class _Collector:
         self.guided = guided
 
     def use(self) -> Use:
-        """What was added, given once."""
+        """Return the statistics added so far and free them; to be called once."""
         wholes = [m.whole() for m in self.moments]
         return Use(wholes[0][None] if len(wholes) == 1 else torch.stack(wholes), self.rows, self.weight)
 
@@ -331,17 +281,17 @@ def _one_pass(
 
 
 def _batch(leaves: _Leaves, device: torch.device) -> int:
-    """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
+    """Return the tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
     if leaves.matrix:
         return 1  # a matrix's gradient is one sample a batch
-    many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
+    many = GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
     return many * batch_tokens(max(map(len, leaves.tables.values()), default=4096)) // 2
 
 
 def _losses(
     twin: nn.Module, windows: Sequence[Window], tokens: int, generator: torch.Generator, device: torch.device
 ) -> Iterator[tuple[Tensor, int]]:
-    """(summed loss, predictions) of every batch of about so many tokens, which saved activations double in memory."""
+    """Yield (summed loss, predictions) of batches of about so many tokens, which saved activations double in memory."""
     if isinstance(windows[0], Batch):
         for batch in windows:
             assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
@@ -352,24 +302,12 @@ def _losses(
 
 
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
+    """Return the summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
     logp = torch.log_softmax(predictions(module(ids[:, :-1]), mask).float(), -1)
     with torch.no_grad():
         noise = torch.empty_like(logp).exponential_(generator=generator).log_()
         labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax
     return -logp.gather(1, labels[:, None]).sum()
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output: the tensor itself, or its `.logits`."""
-    result: Tensor = output if isinstance(output, Tensor) else output.logits
-    return result
-
-
-def predictions(output: Any, mask: Tensor) -> Tensor:
-    """The logits (n, vocabulary) of the n predictions in mask (batch, length), copied only where some are left out."""
-    logits = logits_of(output)
-    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
 
 
 def _harvest(
@@ -378,7 +316,7 @@ def _harvest(
     moments: dict[str, _Collector] | None,
     diagonal: dict[str, Tensor] | None,
 ) -> None:
-    """Square the gradients of this batch into the sums (None drops them) and clear them."""
+    """Add this batch's squared gradients to the sums (None drops them), and clear them."""
     for name, p in leaves.embedding.items():
         if p.grad is not None and embedded is not None:
             g = p.grad.float()

@@ -1,7 +1,7 @@
-"""Code files: source inside an artifact, as small as it goes, charged to the cap and never executed by a reader.
+"""Keep source files inside an artifact, as small as possible, charged to the cap, and never executed by a reader.
 
-The first byte of packed data names the packing, and `pack` keeps the smallest: 0 stored, 1 brotli (quality 11),
-2 raw LZMA1. Python files are minified first (`bytecap_lab.submission.minify`), so what comes back is the same program,
+The first byte of packed data names the packing, and `squeeze` keeps the smallest: 0 stored, 1 brotli (quality 11),
+2 raw LZMA1. Python files are minified before (`bytecap.pipeline.pack_code`), so what comes back is the same program,
 not the same text.
 
 >>> unpack("a.py", squeeze(b"print(1)"))
@@ -11,19 +11,16 @@ b'print(1)'
 from __future__ import annotations
 
 import lzma
-import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import brotli
 
-from bytecap.errors import BudgetError, CodeError, CorruptError, UsageError
-from bytecap.format.container import CODE, FILE, Contents, FileSection
+from bytecap.errors import BudgetError, CorruptError
+from bytecap.format.container import CODE, Contents, FileSection
 from bytecap.format.sidefiles import packing
-from bytecap.system.atomic import open_regular
 
 ACCOUNTING = ("packed", "raw")
 _STORED, _BROTLI, _LZMA = range(3)
@@ -35,7 +32,7 @@ _LIMIT = 1 << 24
 
 @dataclass(frozen=True)
 class Code:
-    """Code files ready for an artifact.
+    """Code files that are packed and ready for an artifact.
 
     Attributes:
         sections: packed.
@@ -49,16 +46,16 @@ class Code:
 
     @property
     def packed(self) -> int:
-        """Bytes of the sections."""
+        """Bytes that the sections take."""
         return sum(len(s.data) for s in self.sections)
 
     @property
     def reserve(self) -> int:
-        """Bytes of the cap that the file may not use, because its code counts for more than it takes."""
+        """Bytes of the cap that the file must leave free because its code counts for more than it takes."""
         return max(0, self.raw - self.packed) if self.accounting == "raw" else 0
 
     def report(self, budget: int) -> dict[str, Any]:
-        """Entries of the job's report; nothing without code."""
+        """Entries for the job's report; empty if there is no code."""
         if not self.sections:
             return {}
         return {
@@ -68,7 +65,7 @@ class Code:
 
     @contextmanager
     def floor(self, budget: int) -> Iterator[None]:
-        """Let a refusal of the budget name the code's share and the rest's."""
+        """Add the code's share, and that of the rest, to an error that refuses the budget."""
         try:
             yield
         except BudgetError as exc:
@@ -82,43 +79,8 @@ class Code:
             ) from exc  # fmt: skip
 
 
-def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
-    """Read, minify and compress source files.
-
-    Args:
-        paths: files; Python by its suffix `.py`, anything else is only compressed.
-        accounting: `packed` or `raw`.
-
-    Raises:
-        CodeError: a file cannot be read or does not parse. UsageError: two files share a name.
-    """
-    if accounting not in ACCOUNTING:
-        raise UsageError(f"unknown code accounting {accounting!r}: use {' or '.join(ACCOUNTING)}")
-    sections, raw = dict[str, FileSection](), 0
-    for path in map(Path, paths):
-        content = read(path)
-        raw += len(content)
-        if path.name in sections or path.name.startswith("."):
-            raise UsageError(f"{path}: code files are stored by name, and {path.name} is hidden or given twice")
-        if path.suffix == ".py":
-            from bytecap_lab.submission.minify import minified, parse
-
-            content = minified(parse(content, str(path))[0], str(path)).encode()
-        sections[path.name] = FileSection(path.name, squeeze(content), CODE)
-    return Code(tuple(sections.values()), raw, accounting)
-
-
-def read(path: Path) -> bytes:
-    """Bytes of a source file."""
-    try:
-        with open_regular(path, os.O_RDONLY, follow=True) as f:
-            return f.read()
-    except OSError as exc:
-        raise CodeError(f"cannot read the code file {path}: {exc.strerror}") from exc
-
-
 def squeeze(content: bytes) -> bytes:
-    """The smallest packing of some bytes."""
+    """Return the smallest packing of some bytes."""
     tries: list[bytes] = [
         bytes([_STORED]) + content,
         bytes([_BROTLI]) + brotli.compress(content, quality=11),
@@ -160,8 +122,3 @@ def files(contents: Contents, kinds: Collection[int] = (CODE,)) -> dict[str, byt
         for f in contents.files
         if f.kind in kinds
     }
-
-
-def side_files(contents: Contents) -> dict[str, bytes]:
-    """Config and tokenizer files of an artifact, unpacked."""
-    return files(contents, (FILE,))

@@ -1,4 +1,4 @@
-"""From an artifact back to an ordinary Hugging Face directory or a live module.
+"""Turn an artifact back into an ordinary Hugging Face directory.
 
 `unpack` writes exactly the values `eval` scores: in the source dtype where that holds them all, else float32.
 No network, no code from the file: config and tokenizer come out of the artifact's own sections.
@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import ArtifactError, CorruptError, UsageError
 from bytecap.format import codefiles, container
-from bytecap.format.codefiles import side_files
 from bytecap.format.coders.exact import WIDTH, is_lossless, to_bytes
 from bytecap.format.container import CODE, FILE, Contents
 from bytecap.format.decoder import decode_units
-from bytecap.format.sidefiles import names
+from bytecap.format.sidefiles import names, source_tensors
 from bytecap.format.sidefiles.names import WEIGHTS
 from bytecap.system.atomic import write_directory
 from bytecap.system.collisions import refuse_collisions
-
-if TYPE_CHECKING:
-    from torch import nn
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
@@ -76,20 +71,22 @@ def open_directory(contents: Contents, dtype: str = "auto") -> Directory:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
     """
     names.check(f.name for f in contents.files)
-    if any(u.unit.name == _METADATA for u in contents.units):
+    unpacked = codefiles.files(contents, (FILE, CODE))
+    found = {f.name: unpacked.pop(f.name) for f in contents.files if f.kind == FILE}
+    values, source = _tensors(contents, found)
+    found |= unpacked
+    if _METADATA in values:
         raise CorruptError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
-    found = codefiles.files(contents, (FILE, CODE))
-    values = decode_units(contents, aliases=False)
-    chosen = _choose_dtypes(values, {u.unit.name: u.unit.dtype for u in contents.units}, dtype)
+    chosen = _choose_dtypes(values, source, dtype)
     float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
-    if "config.json" in found:
+    if "config.json" in found and (chosen != source or len(set(chosen.values())) == 1):
         found["config.json"] = _with_dtype(found["config.json"], written)
     return Directory(values, chosen, found, written)
 
 
 def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
-    """Every file that `unpack` writes, by name, and the dtype written; nothing is written here.
+    """Return every file that `unpack` writes, by name, and the dtype; nothing is written here.
 
     Raises:
         ArtifactError: see `open_directory`.
@@ -97,6 +94,17 @@ def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, 
     opened, weights = open_directory(contents, dtype), io.BytesIO()
     opened.write_weights(weights)
     return {WEIGHTS: weights.getvalue(), **opened.files}, opened.dtype
+
+
+def _tensors(contents: Contents, files: dict[str, bytes]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """Tensors of the checkpoint by its own names, and their dtypes there; takes out the side file that says which."""
+    values = decode_units(contents, aliases=False)
+    dtypes = {u.unit.name: u.unit.dtype for u in contents.units}
+    layout = files.pop(source_tensors.FILE, None)
+    if layout is None:
+        return values, dtypes
+    found = source_tensors.tensors(layout, values)
+    return {n: v for n, (v, _, _) in found.items()}, {n: d or dtypes[unit] for n, (_, unit, d) in found.items()}
 
 
 def _with_dtype(content: bytes, written: str) -> bytes:
@@ -135,7 +143,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
 
 
 def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], dtype: str) -> dict[str, str]:
-    """Dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
+    """Choose the dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
     floats = [n for n in values if values[n].dtype.kind == "f"]
     if dtype != "auto":
         return {n: DTYPES[dtype] if n in floats else source[n] for n in values}
@@ -155,58 +163,3 @@ def _rounded_bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
         bits += 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
         return (bits >> np.uint64(16)).astype("<u2").tobytes()
     return to_bytes(values, dtype).tobytes()
-
-
-def load_model(path: Path | str) -> nn.Module:
-    """The decoded model as a torch module in evaluation mode, float32.
-
-    Raises:
-        ArtifactError: the file cannot be trusted or holds no config.
-    """
-    from bytecap.model.checkpoint import module_from_config
-    from bytecap.model.quantized_copy import load_values
-
-    contents = container.read(path)
-    files = side_files(contents)
-    if "config.json" not in files:
-        raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
-    with tempfile.TemporaryDirectory() as directory:
-        for name in {"config.json", "tying.json"} & files.keys():
-            (Path(directory) / name).write_bytes(files[name])
-        shapes = {n: u.unit.shape for u in contents.units for n in (u.unit.name, *u.unit.aliases)}
-        module = module_from_config(Path(directory), shapes, str(path))
-    load_values(module, decode_units(contents, aliases=False))
-    return module
-
-
-def load_into(path: Path | str, module: nn.Module) -> None:
-    """Put an artifact's decoded values into a module, in place, in the module's own dtypes.
-
-    Args:
-        path: `.bcap` file.
-        module: whose state dict has the artifact's names and shapes. Nothing is changed where it has not.
-
-    Raises:
-        ArtifactError: the file cannot be trusted, or does not fit; every name at fault is listed.
-    """
-    import torch
-
-    values = decode_units(container.read(path))
-    live = module.state_dict(keep_vars=True)
-    wrong = [f"the artifact lacks {n}" for n in live if n not in values]
-    wrong += [f"the module lacks {n}" for n in values if n not in live]
-    wrong += [
-        f"{n} is {list(live[n].shape)} in the module and {list(v.shape)} in the artifact"
-        for n, v in values.items()
-        if n in live and tuple(live[n].shape) != v.shape
-    ]
-    tied: dict[tuple[int, tuple[int, ...]], str] = {}
-    for n in (n for n in values if n in live and live[n].numel()):
-        first = tied.setdefault((live[n].data_ptr(), tuple(live[n].shape)), n)
-        if values[first] is not values[n] and not np.array_equal(values[first], values[n]):
-            wrong.append(f"{first} and {n} are one tensor in the module and two in the artifact")
-    if wrong:
-        raise ArtifactError(f"{path} does not fit the module: {'; '.join(wrong)}")
-    with torch.no_grad():
-        for n, v in values.items():
-            live[n].copy_(torch.from_numpy(np.require(v, requirements=["C", "W"])))

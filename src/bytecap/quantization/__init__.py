@@ -1,4 +1,4 @@
-"""Waterfilled rounding with error feedback: the encoder's side of the `grid` and `trellis` coders.
+"""Round matrices with waterfilled steps and error feedback, for the coders `grid` and `trellis`.
 
 With `H = L L^T`, columns are rounded from last to first. What the columns done so far lack is fed back::
 
@@ -30,20 +30,18 @@ SAMPLE = 8  # every so many columns are looked at for centroids
 
 @dataclass(frozen=True)
 class Shrink:
-    """Reconstruction rules by class.
+    """The reconstruction rules of every class.
 
     Attributes:
         offset: centroid of bin `z` is `|z| - offset[class, min(|z|, CENTRES - 1)]` steps, shape (64, CENTRES).
-        dead_zone: how much later than 1/2 a value rounds up, in steps, shape (64,).
     """
 
     offset: npt.NDArray[np.float32]
-    dead_zone: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Outcome for a batch of B matrices, in stored column order.
+    """The outcome for a batch of B matrices, in stored column order.
 
     Attributes:
         symbols: int (B, cols, rows); a tensor where they are still on a device.
@@ -64,7 +62,7 @@ class Rounded:
 
     @property
     def on_device(self) -> bool:
-        """Whether the symbols are a tensor."""
+        """Return whether the symbols are a tensor."""
         return isinstance(self.symbols, Tensor)
 
 
@@ -88,7 +86,7 @@ class Problem:
 
 
 def column_steps(problem: Problem, step: Tensor, *, waterfill: bool) -> tuple[Tensor, Tensor]:
-    """Exponents in quarter octaves, int32 (B, cols), and the steps themselves, float32 (B, cols)."""
+    """Return step exponents in quarter octaves, int32 (B, cols), and the steps, float32 (B, cols)."""
     ideal = -4 * torch.log2(problem.lower.diagonal(dim1=1, dim2=2))
     if not waterfill:
         ideal = ideal.mean(1, keepdim=True).expand_as(ideal)
@@ -99,7 +97,7 @@ def column_steps(problem: Problem, step: Tensor, *, waterfill: bool) -> tuple[Te
 def stored_order(
     problem: Problem, symbols: Tensor, exponent: Tensor, column_class: Tensor, distortion: Tensor, centres: Tensor
 ) -> Rounded:
-    """What came out in rounding order, put into stored column order; `distortion` is twice the cost."""
+    """Put the outcome from rounding order into stored column order; `distortion` is twice the cost."""
     inverse = torch.argsort(problem.order, dim=1)
     found = (
         symbols.gather(1, inverse[:, :, None].expand(-1, -1, symbols.shape[2])), exponent.gather(1, inverse),
@@ -109,36 +107,35 @@ def stored_order(
 
 
 def step_fits(weight: Tensor, scale: Tensor) -> bool:
-    """Whether symbols surely fit 16 bits, feedback included."""
+    """Return whether symbols surely fit 16 bits, feedback included."""
     return bool(weight.abs().amax() * 16 < 32767 * scale.min())
 
 
 def quarter_class(mean_square: Tensor) -> Tensor:
-    """Class of a mean square in squared steps: quarter octaves of the standard deviation, 1..63."""
+    """Return the class, 1..63, of a mean square in squared steps: quarter octaves of the standard deviation."""
     value = torch.round(2 * torch.log2(mean_square.clamp(min=1e-12))) + UNIT_CLASS
     return value.clamp_(1, CLASSES - 1).to(torch.int64)
 
 
-def gaussian_shrink(dead_zone: float) -> Shrink:
-    """Rules for Gaussian classes: the starting point, replaced by what the model's own weights show."""
+def gaussian_shrink() -> Shrink:
+    """Return the rules for Gaussian classes, a starting point that the model's own weights soon replace."""
     sigma = np.array([quarter(k - UNIT_CLASS) for k in range(CLASSES)])
-    dead = np.minimum(0.25, dead_zone * 0.0416 / sigma**2).astype(np.float32)
     grid = np.linspace(0, CENTRES + 1, 256 * (CENTRES + 1) + 1)
     offset = np.zeros((CLASSES, CENTRES), np.float32)
+    z = np.floor(grid + 0.5).astype(int)
     for k in range(1, CLASSES):
         density = np.exp(-0.5 * (grid / sigma[k]) ** 2)
-        z = np.floor(grid + 0.5 - dead[k]).astype(int)
         for m in range(1, CENTRES):
             inside = z == m
             mass = density[inside].sum()
             # bins so far out that nothing falls there keep the slope of the density's tail: half a step
             centre = float((grid[inside] * density[inside]).sum() / mass) if mass > 1e-200 else m - 0.5
             offset[k, m] = np.clip(m - centre, -0.5, 127 / 256)
-    return Shrink((np.round(offset * 256) / 256).astype(np.float32), dead.astype(np.float32))
+    return Shrink((np.round(offset * 256) / 256).astype(np.float32))
 
 
 def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Tensor:
-    """Class offsets of the rows from their energy in steps, shape (B, rows), mean about 0.
+    """Return class offsets of rows (B, rows) from their energy in steps, with a mean of about 0.
 
     Args:
         weight: (B, cols, rows).

@@ -1,4 +1,4 @@
-"""Rounding a column as a whole: dependent quantization along an eight-state trellis down its rows.
+"""Round a column as a whole, by dependent quantization along an eight-state trellis down its rows.
 
 The fine grid has half a column's step. Its points fall into four subsets by their value modulo 4; in every state only
 two subsets may follow, so a path says one bit a weight and the points it may use are twice as far apart as the
@@ -46,8 +46,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
     distortion = np.zeros(batch)
     centres = np.zeros((batch, 2, CLASSES * CENTRES))
     whiten = torch.exp2(-p.row_class.float() / 4).numpy()
-    dead = (0.5 - shrink.dead_zone).astype(np.float32)
-    fixed = shrink.offset.reshape(-1), dead, first
+    fixed = shrink.offset.reshape(-1), first
     arrays = weight.numpy(), error.numpy(), scale.numpy(), p.row_class.numpy(), whiten, p.rows.float().numpy()
     weights2, order = diag.square().numpy(), p.order.numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -73,7 +72,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
 
 
 def _viterbi(u: _Array, row_weight: _Array, v: _Array) -> None:
-    """Viterbi search for the path of least squared error over the rows; writes the points into `v`.
+    """Search the path of least squared error over the rows by Viterbi's algorithm; writes the points into `v`.
 
     Distances are to the points, not to the centroids: centroids would pull the grid together at every refit.
     """
@@ -114,10 +113,10 @@ _path: Any = numba.njit(nogil=True, cache=True)(_viterbi)
 
 def _round_columns(
     lo: int, hi: int, inner: _Array, fed: _Array, weight: _Array, error: _Array, scale: _Array, row_class: _Array,
-    whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, dead: _Array, first: int, symbols: _Array,
+    whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, first: int, symbols: _Array,
     order: _Array, column_class: _Array, distortion: _Array, centres: _Array,
 ) -> None:  # fmt: skip
-    """Columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,).
+    """Round columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,).
 
     Column k of the problem is column `order[k]` of what is stored: of `symbols` and `column_class`.
     """
@@ -149,7 +148,7 @@ def _round_columns(
             _path(u, row_weight, v)
         else:
             for r in range(rows):
-                z = int(np.floor(abs(u[r]) + dead[cls[r]]))
+                z = int(np.floor(abs(u[r]) + np.float32(0.5)))
                 v[r] = z if u[r] > 0 else -z
         for r in range(rows):
             size = abs(v[r])

@@ -1,4 +1,4 @@
-"""A comparison on the terminal: tables through rich, a sparkline for each method, plain text when piped."""
+"""Print a comparison on the terminal: tables, a sparkline for each method, plain text when piped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDE = 160  # columns where there is no terminal to ask
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Bars on a logarithmic scale from the smallest to the largest value.
+    """Draw values as bars on a logarithmic scale from the smallest to the largest.
 
     >>> sparkline([1.0, 0.1, 0.01])
     '█▅▁'
@@ -29,7 +29,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def print_comparison(found: Mapping[str, Any]) -> None:
-    """Cells, differences, wins, bytes saved."""
+    """Print cells, differences, wins and bytes saved."""
     out = console()
     if not out.is_terminal:
         out = console(width=_WIDE)

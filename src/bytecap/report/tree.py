@@ -13,7 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from bytecap.escape import console, shown, styled
-from bytecap.pipeline.summary import Line
+from bytecap.report.summary import Line
 from bytecap.sizes import format_size
 
 _DEEPEST = 16

@@ -14,12 +14,13 @@ bytecap.errors.OutputError: -o and --report both name ...a: give each its own fi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bytecap.errors import OutputError
 
-Paths = Path | str | Sequence[Path | str] | None
+Paths = Path | str | Iterable[Any] | None
 
 
 def refuse_collisions(outputs: Mapping[str, Path | str | None], inputs: Mapping[str, Paths]) -> None:
@@ -69,7 +70,8 @@ def refuse_pages(
 
 
 def _files(given: Paths) -> Iterator[Path]:
-    for path in [given] if isinstance(given, str | Path) else given or ():
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for path in (p for p in several if isinstance(p, str | Path)):
         yield Path(path)
         if Path(path).is_dir():
             yield from (p for p in Path(path).iterdir() if p.is_file() and p.suffix != ".bcap")

@@ -1,4 +1,4 @@
-"""A submission recounted and run from outside, trusting nothing that made it.
+"""Recount a submission and run it from outside, trusting nothing that made it.
 
 Every file in the directory counts unless it is named as public data, and so do names. Code is read, not run, to see
 what it imports; only the evaluation, if asked for, is run (`bytecap_lab.submission.run`).
@@ -22,8 +22,8 @@ from typing import Any
 from bytecap.errors import BudgetError, CodeError
 from bytecap.format import container
 from bytecap.format.decoder import decode_each
+from bytecap.pipeline.minify import parse
 from bytecap_lab.submission.export import CAP, MODEL, SCRIPT
-from bytecap_lab.submission.minify import parse
 from bytecap_lab.submission.pack import imports, unpacked
 from bytecap_lab.submission.run import evaluate
 
@@ -94,7 +94,7 @@ def _count(root: Path, data: set[str]) -> tuple[dict[str, int], dict[str, int], 
 
 
 def _check_imports(root: Path, files: Sequence[str], libraries: set[str]) -> None:
-    """Every imported module is packed, beside the importing file, or a public library."""
+    """Check that every imported module is packed, beside the importing file, or a public library."""
     public = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions()) | libraries | {"bytecap"}
     found = _read_apart(root, files)
     for file in files:
@@ -170,12 +170,12 @@ def _refuse_unknown(root: Path, file: str, needed: Mapping[str, int], known: set
 
 
 def _beside(directory: Path) -> set[str]:
-    """Modules and packages in a directory."""
+    """Return the modules and packages in a directory."""
     return {p.stem for p in directory.glob("*.py")} | {p.parent.name for p in directory.glob("*/__init__.py")}
 
 
 def _needed(tree: ast.Module) -> dict[str, int]:
-    """Imported modules but those whose absence the program expects."""
+    """Return the imported modules, without those whose absence the program expects."""
     optional: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Try) and any(_catches_imports(h) for h in node.handlers):

@@ -1,4 +1,4 @@
-"""The registered experiments, one file each, found by themselves; docs/thesis.md is their law.
+"""Find the registered experiments, one file each; docs/thesis.md is their law.
 
 A module has
 
@@ -20,6 +20,8 @@ from functools import cache
 from types import ModuleType
 
 from bytecap.errors import UsageError
+
+SHOWS_ONLY = "package"
 
 
 @cache
