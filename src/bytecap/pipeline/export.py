@@ -80,8 +80,10 @@ def open_directory(contents: Contents, dtype: str = "auto") -> Directory:
     chosen = _choose_dtypes(values, source, dtype)
     float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
-    if "config.json" in found and (chosen != source or len(set(chosen.values())) == 1):
-        found["config.json"] = _with_dtype(found["config.json"], written)
+    if "config.json" in found:
+        content = _with_dtype(found["config.json"], written)  # which also refuses what is no config
+        if chosen != source or len(set(chosen.values())) == 1:
+            found["config.json"] = content
     return Directory(values, chosen, found, written)
 
 
