@@ -220,6 +220,12 @@ def test_decisions_are_counted_by_the_other_reader_too():
             side_files(container.parse(data))
 
 
+def test_decisions_run_out():
+    block = bpe_merges.write(["a", "b"], [("a", "b")])
+    with pytest.raises(errors.CorruptError, match="more decisions than so few bytes may ask for"):
+        bpe_merges.read(block, ["a", "b"], 1, bpe_merges.Spelling(1 << 24, 10))
+
+
 def test_a_tokenizer_takes_a_share_of_its_allowance():
     """Sound files stay far below the bound."""
     from bytecap.model.checkpoint import demo_directory
