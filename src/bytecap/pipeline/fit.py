@@ -11,23 +11,26 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.job.config import FitConfig, configured
+from bytecap.model.calibration_text import SELF, WORDS, parse
 from bytecap.model.checkpoint import Model, demo_directory, load_model
-from bytecap.model.sources import as_paths, load_sets, with_recovery
-from bytecap.model.texts import TokenSets
+from bytecap.model.sources import DEMO, as_paths, load_sets, sampled, window_limit, with_recovery
+from bytecap.model.texts import TokenSets, Window
 from bytecap.pipeline import background
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
-from bytecap.system.cache import Store
+from bytecap.system.cache import Store, digest
 
 _FOR_MODULES = ("loss", "evaluate", "predictions", "given")
 
@@ -85,14 +88,36 @@ def text_sets(model: Model, asked: Asked) -> TokenSets:
     config, calibration = asked.config, as_paths(asked.config.calibration)
     sets = load_sets(
         model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, seed=config.seed, reporter=asked.reporter,
+        evaluation_tokens=config.evaluation_tokens, seed=config.seed, device=asked.device,
+        sampler=partial(_sampled_once, model, asked), reporter=asked.reporter,
     )  # fmt: skip
     if asked.recover is None:
         return sets
-    texts = as_paths(config.recover_text) or calibration or demo_directory() / "calib.txt"
+    given = [s.name for s in parse(calibration) if s.name not in WORDS]
+    own = demo_directory() / "calib.txt" if model.name == DEMO else SELF
+    texts = as_paths(config.recover_text) or given or own
     return with_recovery(
         model, sets, texts, window=config.window, seed=config.seed, device=asked.device, reporter=asked.reporter
     )
+
+
+def _sampled_once(model: Model, asked: Asked, tokens: int) -> tuple[Window, ...]:
+    """Windows sampled from the model, kept in the job's store."""
+    config, store = asked.config, asked.store
+    window = window_limit(model, config.window)
+    key = (
+        ""
+        if store.directory is None
+        else digest("samples", model_key(model), tokens, window, config.seed, asked.device)
+    )
+    if key and (kept := store.get(key)) is not None:
+        return tuple(Window(tuple(ids), 0) for ids in kept)
+    found = sampled(
+        model, tokens, window=window, seed=config.seed, device=asked.device, reporter=asked.reporter
+    )  # fmt: skip
+    if key:
+        store.put(key, [list(w.tokens) for w in found])
+    return found
 
 
 def finish_all(opened: Sequence[Opened], sets: TokenSets, started: float) -> list[Artifact]:
