@@ -16,6 +16,7 @@ from typing import Any
 
 from bytecap.errors import CheckpointError
 from bytecap.model.accounting import DEQUANTIZE, Header, allowed
+from bytecap.model.building import parse_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,13 +70,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         if ggufs := sorted(directory.glob("*.gguf")):
             raise CheckpointError(f"{directory} holds {ggufs[0].name} and no config.json: give the file as MODEL")
         raise CheckpointError(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
-    try:
-        parsed = json.loads(config.read_bytes())
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{config} is not valid JSON: {exc}") from exc
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{config} holds no JSON object")
-    return parsed
+    return parse_object(config.read_bytes(), str(config))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -215,7 +210,7 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(f.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             spans = {k: (int(v["data_offsets"][0]), int(v["data_offsets"][1])) for k, v in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as exc:
             raise CheckpointError(f"{path} has a corrupt safetensors header: {exc}") from exc
     at = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):

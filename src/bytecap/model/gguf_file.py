@@ -44,13 +44,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]
         raise CheckpointError(f"{path} needs the extra packages ({exc.name}): pip install 'bytecap[gguf]'") from exc
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         inside = {t.name: int(t.n_elements) for t in gguf.GGUFReader(path).tensors}
         built: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, output_loading_info=True, **options
+            path.parent, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
         )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
     except Exception as exc:
         first = next((line for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
         raise CheckpointError(f"{path} cannot be read by transformers: {first}") from exc

@@ -47,7 +47,8 @@ def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Mo
     with tempfile.TemporaryDirectory() as directory:
         for each in set(DESCRIBING) & files.keys():
             (Path(directory) / each).write_bytes(files[each])
-        module = module_from_config(Path(directory))
+        shapes = {n: u.shape for u in units for n in (u.name, *u.aliases)}
+        module = module_from_config(Path(directory), shapes, name)
     config: Any = module.config
     config.name_or_path = str(json.loads(files["config.json"]).get("_name_or_path", ""))
     if "generation_config.json" in files:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,8 @@ def read_documents(path: Path | str) -> list[str]:
     """
     path = Path(path)
     try:
+        if stat.S_ISCHR(mode := path.stat().st_mode) or stat.S_ISBLK(mode):
+            raise TextError(f"cannot read the text {path}: it is a device, which has no end")
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as exc:
         raise TextError(f"{path} is not UTF-8 text: byte {exc.start} cannot be decoded") from exc

@@ -14,6 +14,7 @@ from typing import Any
 
 from bytecap.errors import CheckpointError
 from bytecap.model.fileset import SLOW_TOKENIZER_FILES, TOKENIZER
+from bytecap.model.tokenizer import load_tokenizer
 
 
 def read_tokenizer(files: Mapping[str, bytes]) -> Any:
@@ -22,16 +23,9 @@ def read_tokenizer(files: Mapping[str, bytes]) -> Any:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as exc:
-        raise CheckpointError("texts need the extra packages: pip install 'bytecap[hf]'") from exc
     if TOKENIZER not in files:
         return settled(_converted(files))
-    try:
-        return settled(Tokenizer.from_str(files[TOKENIZER].decode("utf-8")))
-    except Exception as exc:
-        raise CheckpointError(f"{TOKENIZER} cannot be read: {exc}") from exc
+    return settled(load_tokenizer(files[TOKENIZER], TOKENIZER))
 
 
 def settled(tokenizer: Any) -> Any:

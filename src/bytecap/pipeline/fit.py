@@ -19,6 +19,7 @@ from torch import nn
 
 from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
+from bytecap.format.codefiles import Code
 from bytecap.job.config import FitConfig, configured
 from bytecap.model.calibration_text import SELF, WORDS, parse
 from bytecap.model.checkpoint import Model, demo_directory, load_model
@@ -30,7 +31,8 @@ from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
-from bytecap.system.cache import Store, digest
+from bytecap.system.cache import Store, blamed, digest
+from bytecap.system.collisions import refuse_collisions
 
 _FOR_MODULES = ("loss", "evaluate", "predictions", "given")
 
@@ -75,6 +77,28 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Artifa
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
+    _refuse_collisions(model, configs)
+    with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
+        return _fit_all(model, configs, started)
+
+
+def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) -> None:
+    """Refuse outputs that are an input, or one another."""
+    first = configs[0]
+    refuse_collisions(
+        {**{f"-o ({c.budget})" if len(configs) > 1 else "-o": c.output for c in configs}, "--store": first.store
+         if isinstance(first.store, Path | str) else None},
+        {
+            "the model": model if isinstance(model, Path | str) else None,
+            "a calibration text": as_paths(first.calibration), "an evaluation text": as_paths(first.evaluation),
+            "a text of recovery": as_paths(first.recover_text),
+            "code": () if isinstance(first.code, Code) else first.code,
+        },
+    )  # fmt: skip
+
+
+def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
+    """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
     loaded = model if isinstance(model, Model) else _load(model, configs[0])
     opened = [open_model(a, loaded) for a in asked]
