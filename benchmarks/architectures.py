@@ -255,7 +255,7 @@ tokens, images or sound, so it can neither calibrate nor score with them:
 - **Encoders** (BERT) are refused: predictions that change with later tokens are no language model's. Where transformers
   has no causal model of a type at all, its own message is shown.
 - **Multimodal models** work where transformers reads them as a causal language model. Units that text does not reach,
-  such as a vision tower, are kept at 8 bits a weight or exactly, and a note says so.
+  such as a vision tower, are kept at a rate that is safe without knowledge, or exactly, and a note says so.
 
 For all others pass the module, batches and a loss of your own: `bytecap.fit(module, budget=..., calibration=batches,
 loss=...)` ([modules.md](modules.md)) stores every parameter.

@@ -1,4 +1,4 @@
-r"""Text from files as a terminal may be given it: what a file says never speaks to the terminal.
+r"""Escape text from files, so that it never controls the terminal.
 
 Names of units, files and directories, and what a model writes, may hold control sequences (which move the cursor, set
 the title, or write to the clipboard), marks that turn the direction of writing, and markup of the library that draws

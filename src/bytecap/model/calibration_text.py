@@ -1,4 +1,4 @@
-"""Calibration text: files, the words `self` and `general`, and the default made of both.
+"""Choose calibration text: files, the words `self` and `general`, and the default made of both.
 
 On a model that strangers trained, text decides more than any quantizer: at 2.5 bits SmolLM2-135M has a KL of 0.36 with
 documentation of one database and 0.21 with text like that it is measured on (`results/real.jsonl`). Without text of the

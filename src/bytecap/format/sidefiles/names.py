@@ -1,4 +1,4 @@
-r"""Names under which side and code files may be written out, on any system.
+r"""Check the names under which side and code files may be written out, on any system.
 
 A name comes from whoever made the artifact, so it must mean one new file in the directory and nothing else: no path, no
 device, no stream of another file, not a second spelling of a file beside it, and nothing that takes the place of the
