@@ -59,7 +59,7 @@ SLOW := seconds or real_artifact or memory_for or guided or demo or stranger or 
 coverage: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'not nightly' -k 'not ($(SLOW))' \
-		$(COVERING:%=tests/test_%.py) src/bytecap/units.py src/bytecap/frequencies.py src/bytecap/codefiles.py
+		$(COVERING:%=tests/test_%.py) src/bytecap/sizes.py src/bytecap/format/entropy/frequencies.py src/bytecap/format/codefiles.py
 	$(BIN)/coverage report
 
 # Hashes of all distributions of what constraints.txt pins; needs uv (https://docs.astral.sh/uv).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bytecap.model.checkpoint import load_model
-from bytecap.pipeline import fit
+from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
 VARIANTS: dict[str, dict[str, Any]] = {

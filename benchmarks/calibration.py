@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bytecap.model.checkpoint import load_model
-from bytecap.pipeline import fit
+from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
 

@@ -17,13 +17,13 @@ import constriction
 import numpy as np
 import zstandard
 
-from bytecap.coders.grid import CODER as GRID
-from bytecap.decode import decode_units
-from bytecap.entropy import Stream, decode, encode
-from bytecap.frequencies import Tables
-from bytecap.ledger import by_kind
+from bytecap.format.coders.grid import CODER as GRID
+from bytecap.format.decoder import decode_units
+from bytecap.format.entropy.frequencies import Tables
+from bytecap.format.entropy.rans import Stream, decode, encode
+from bytecap.format.ledger import by_kind
 from bytecap.model.checkpoint import load_model
-from bytecap.pipeline import fit
+from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bytecap.store import Store
+from bytecap.system.cache import Store
 from common import record
 
 MOST = 300.0  # seconds

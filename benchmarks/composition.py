@@ -37,22 +37,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from bytecap.comparison import pairs
-from bytecap.decode import decode_units
+from bytecap.calibration.probe import longest_first
+from bytecap.format.decoder import decode_units
 from bytecap.model.checkpoint import Model, demo_directory, load_model
-from bytecap.model.evaluate import compare, mean_comparison
-from bytecap.model.probe import longest_first
-from bytecap.model.text import Text, TokenSets, Window
+from bytecap.model.evaluation import compare, mean_comparison
+from bytecap.model.quantized_copy import load_values
+from bytecap.model.sources import load_sets
+from bytecap.model.texts import Text, TokenSets, Window
 from bytecap.model.tying import FILE, Tying, find_blocks
-from bytecap.pipeline import choose_device, fit_sets
+from bytecap.pipeline.fit import choose_device, fit_sets
 from bytecap.progress import Silent
-from bytecap.recover import Effort
-from bytecap.share import Plan, decide, shuffled, windows_of, write
-from bytecap.share.start import tied
-from bytecap.share.uptrain import split, uptrain
-from bytecap.sources import load_sets
-from bytecap.swap import load_values
-from bytecap.units import parse_size
+from bytecap.recovery.tuning import Effort
+from bytecap.sizes import parse_size
+from bytecap_lab.compare import pairs
+from bytecap_lab.layer_tying import Plan, decide, shuffled, windows_of, write
+from bytecap_lab.layer_tying.start import tied
+from bytecap_lab.layer_tying.uptrain import split, uptrain
 from common import parser, record, texts
 
 TRAINED = {"a": None, "a-trained": "a", "b": "b", "b-reinvested": "b", "c": "d", **{x: x for x in "defg"}}  # -> student

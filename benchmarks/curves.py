@@ -7,18 +7,18 @@ import random
 import time
 from typing import Any
 
-from bytecap.correct import role_name
-from bytecap.curves import byte_returns, trial
-from bytecap.curves.ground import RUNGS, Ground, lay, make_job
-from bytecap.curves.points import Pick, at_base, measure
-from bytecap.curves.report import agreement, base_figures, point
-from bytecap.curves.slopes import factors_along
+from bytecap.allocation.correction import role_name
 from bytecap.model.checkpoint import load_model
-from bytecap.model.text import leading
-from bytecap.pipeline import choose_device
+from bytecap.model.sources import load_sets
+from bytecap.model.texts import leading
+from bytecap.pipeline.fit import choose_device
 from bytecap.progress import Silent
-from bytecap.sources import load_sets
-from bytecap.store import Store
+from bytecap.system.cache import Store
+from bytecap_lab.rd_curves import byte_returns, trial
+from bytecap_lab.rd_curves.operating_point import RUNGS, Ground, lay, make_job
+from bytecap_lab.rd_curves.points import Pick, at_base, measure
+from bytecap_lab.rd_curves.report import agreement, base_figures, point
+from bytecap_lab.rd_curves.slopes import factors_along
 from common import parser, record, texts
 
 _SAMPLE = ("unit", "setting", "bytes", "predicted_nats", "curvature_nats", "slope_nats", "kl_recovered", "kl_stderr")

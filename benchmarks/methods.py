@@ -6,7 +6,7 @@ from typing import Any
 
 from bytecap.methods import METHODS
 from bytecap.model.checkpoint import load_model
-from bytecap.pipeline import fit
+from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
 ACCOUNTINGS = dict.fromkeys(("owq", "radio", "cluscomp", "reallm"), ("coded", "published"))

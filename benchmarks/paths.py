@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from bytecap.model.checkpoint import demo_directory, load_model
-from bytecap.pipeline import fit
+from bytecap.pipeline.fit import fit
 from bytecap.progress import Silent
-from bytecap.units import parse_size
+from bytecap.sizes import parse_size
 from common import parser, record, texts
 
 BASES: dict[str, dict[str, Any]] = {

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from bytecap import recover
+from bytecap.calibration.probe import batches
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluate import compare, mean_comparison
-from bytecap.model.probe import batches
-from bytecap.model.text import TokenSets, Window
-from bytecap.passes import tokens_of_move
-from bytecap.pipeline import choose_device, fit_sets
+from bytecap.model.evaluation import compare, mean_comparison
+from bytecap.model.quantized_copy import twin_of
+from bytecap.model.sources import load_sets, with_recovery
+from bytecap.model.texts import TokenSets, Window
+from bytecap.pipeline.fit import choose_device, fit_sets
 from bytecap.progress import Bars
-from bytecap.sources import load_sets, with_recovery
-from bytecap.swap import twin_of
+from bytecap.recovery import tuning
+from bytecap.recovery.kl_passes import tokens_of_move
 from common import parser, record, texts
 
 
@@ -34,10 +34,10 @@ def main() -> None:
     p.add_argument("--recover-text", nargs="*", help="self, or files; the calibration texts by default")
     p.add_argument("--tuning-steps", type=int, help="of plain fine-tuning; as many as recovery made by default, 0 none")
     p.add_argument("--tuning-rates", nargs="*", type=float, default=[1e-5, 3e-5, 1e-4])
-    p.add_argument("--rate", type=float, default=recover.RATE, help="first learning rate of shadows, in grid steps")
-    p.add_argument("--values-rate", type=float, default=recover.VALUES_RATE, help="of everything else")
+    p.add_argument("--rate", type=float, default=tuning.RATE, help="first learning rate of shadows, in grid steps")
+    p.add_argument("--values-rate", type=float, default=tuning.VALUES_RATE, help="of everything else")
     args = p.parse_args()
-    recover.RATE, recover.VALUES_RATE = args.rate, args.values_rate
+    tuning.RATE, tuning.VALUES_RATE = args.rate, args.values_rate
     args.device = choose_device(args.device)
     for name in args.model:
         model = load_model(name if name == "demo" else args.models / name)

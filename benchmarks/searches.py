@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.text import Window
-from bytecap.pipeline import choose_device
+from bytecap.model.texts import Window
+from bytecap.pipeline.fit import choose_device
 from bytecap.progress import Silent
-from bytecap.recover import Effort
-from bytecap.share import Plan, decide, read, split
-from bytecap.share.start import tied
-from bytecap.share.uptrain import RATE, uptrain
+from bytecap.recovery.tuning import Effort
+from bytecap_lab.layer_tying import Plan, decide, read, split
+from bytecap_lab.layer_tying.start import tied
+from bytecap_lab.layer_tying.uptrain import RATE, uptrain
 from common import parser, record, texts
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from bytecap import artifact, reference
-from bytecap.decode import decode_units
+from bytecap import reference
+from bytecap.calibration.probe import batch_tokens, batches, fast_dtype, logits_of
+from bytecap.format import container
+from bytecap.format.decoder import decode_units
 from bytecap.model.checkpoint import load_model
-from bytecap.model.probe import batch_tokens, batches, fast_dtype, logits_of
-from bytecap.pipeline import fit
+from bytecap.model.sources import load_sets
+from bytecap.pipeline.fit import fit
 from bytecap.progress import Bars
-from bytecap.sources import load_sets
 from common import parser, record, texts
 
 
@@ -69,7 +70,7 @@ def one(args: Any, name: str) -> dict[str, Any]:
 
 def decoding(data: bytes, repeats: int) -> dict[str, float]:
     """Millions of weights a second of both decoders, medians of runs taken in turns."""
-    contents = artifact.parse(data)
+    contents = container.parse(data)
     times = [
         (clock(lambda: decode_units(contents)), clock(lambda: reference.decode_file(data))) for _ in range(repeats)
     ]

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from bytecap.model.checkpoint import load_model
-from bytecap.pipeline import fit
+from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
 

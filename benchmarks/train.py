@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from bytecap import train
-from bytecap.comparison.pairs import Figure, Sums, estimate
 from bytecap.methods import Section
 from bytecap.model.checkpoint import Model, find_units, freeze, read_side_files
-from bytecap.pipeline import Artifact, choose_device, fit_sets, side_files
+from bytecap.model.sources import first_token, load_sets
+from bytecap.pipeline.fit import Artifact, choose_device, fit_sets, side_files
 from bytecap.progress import Silent
-from bytecap.sources import first_token, load_sets
+from bytecap_lab import train
+from bytecap_lab.compare.pairs import Figure, Sums, estimate
 from common import parser, record, texts
 
 SYNC = 10  # steps between two looks at the common clock

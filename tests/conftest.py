@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import bytecap
-from bytecap import cli
+from bytecap.cli import app
 from bytecap.model.checkpoint import demo_directory
 
 settings.register_profile(
@@ -152,7 +152,7 @@ def four(model_directory):
 def made(four, texts, tmp_path_factory):
     """Directory of a tied model, its report, and what was said."""
     from bytecap.progress import Silent
-    from bytecap.share import tie as convert
+    from bytecap_lab.layer_tying import tie as convert
 
     said, target = Silent(), tmp_path_factory.mktemp("tied")
     report = convert(four, 2, target, rank=2, train=texts["calib"], steps="4", reporter=said)
@@ -188,7 +188,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["bytecap", *map(str, arguments)])
         capsys.readouterr()
         try:
-            cli.main()
+            app.main()
             code = 0
         except SystemExit as exc:
             code = exc.code or 0

@@ -26,11 +26,11 @@ NAMES = {"fit": ("out.bcap",), "curves": ("curves.json", "curves.html")}
 
 def start(arguments):
     """Process id of a command line, forked."""
-    from bytecap import cli
+    from bytecap.cli import app
 
     def work():
         sys.argv = ["bytecap", *map(str, arguments)]
-        cli.main()
+        app.main()
 
     return forks.start(work, Path(os.devnull))
 
@@ -136,9 +136,8 @@ def main():
     import torch
     import transformers  # noqa: F401 (so that forks need not)
 
-    import bytecap.curves
-    import bytecap.methods.default
-    import bytecap.pipeline  # noqa: F401
+    import bytecap.methods.bytecap
+    import bytecap.pipeline.fit  # noqa: F401
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:

@@ -197,11 +197,12 @@ class Target:
     """One input after the other, and what was seen."""
 
     def __init__(self, findings):
-        from bytecap import artifact, codefiles, decode, unpack
         from bytecap.errors import ArtifactError
+        from bytecap.format import codefiles, container, decoder
+        from bytecap.pipeline import export
 
-        self.parse, self.ledger, self.refusal = artifact.parse, artifact.ledger, ArtifactError
-        self.decode, self.unpack, self.codefiles = decode.decode_units, unpack, codefiles
+        self.parse, self.ledger, self.refusal = container.parse, container.ledger, ArtifactError
+        self.decode, self.unpack, self.codefiles = decoder.decode_units, export, codefiles
         self.findings, self.places = findings, {}
         self.executed = self.accepted = self.parsed = 0
         self.slowest = 0.0
@@ -252,7 +253,8 @@ class Target:
 
 def files_of_all_packings():
     """Artifacts with side files that the goldens lack: merges spelled and numbered, implied tokens and none."""
-    from bytecap import artifact, sidefiles
+    from bytecap.format import container
+    from bytecap.format.sidefiles import packing
 
     merges = [("t", "h"), ("th", "e"), ("i", "n"), ("\u0120", "the"), ("in", "g"), ("a", "n"), ("an", "d")]
     letters = [*"\u0120abdeghint"]
@@ -262,9 +264,9 @@ def files_of_all_packings():
         listed = [list(m) if pairs else " ".join(m) for m in merges]
         model = {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": listed}
         text = json.dumps({"model": model}, indent=2 if pairs else None, ensure_ascii=implied).encode()
-        for data in (sidefiles.pack("t", text), *sidefiles._dismantle(text)):
-            section = artifact.FileSection("tokenizer.json", data)
-            found.append(artifact.serialize(artifact.Contents((), b"", (section,), {})))
+        for data in (packing.pack("t", text), *packing._dismantle(text)):
+            section = container.FileSection("tokenizer.json", data)
+            found.append(container.serialize(container.Contents((), b"", (section,), {})))
     return found
 
 
@@ -359,17 +361,17 @@ def main():
     if arguments.engine == "atheris" and not arguments.replay:
         import atheris
 
-        with atheris.instrument_imports(include=["bytecap"], exclude=["bytecap.kernels"]):
+        with atheris.instrument_imports(include=["bytecap"], exclude=["bytecap.format.entropy.kernels"]):
             target = Target(arguments.findings)
-            from bytecap.coders import layers
+            from bytecap.format.coders import layers
 
             layers()  # imports every coder
     else:
         target = Target(arguments.findings)
     if arguments.compiled:
-        from bytecap import compiled
+        from bytecap.format.entropy import jit
 
-        compiled.kernel("lanes")
+        jit.kernel("lanes")
     used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (arguments.memory << 20), resource.RLIM_INFINITY))
     start = time.perf_counter()

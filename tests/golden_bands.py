@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import brotli
 import numpy as np
 
-from bytecap.coders import leb
-from bytecap.coders.bands import CODER
-from bytecap.coders.order import CODER as ORDER
-from bytecap.coders.packed import Quantized
-from bytecap.coders.stack import CODER as STACK
+from bytecap.format.coders import leb
+from bytecap.format.coders.bands import CODER
+from bytecap.format.coders.packed import Quantized
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.overlays.order import CODER as ORDER
 from golden_parts import Numbers, one, pack, packed_zlib, unit
 
 

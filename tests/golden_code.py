@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import brotli
 
-from bytecap import codefiles
-from bytecap.artifact import CODE, FILE, INDEX, PADDING, FileSection
+from bytecap.format import codefiles
+from bytecap.format.container import CODE, FILE, INDEX, PADDING, FileSection
 from golden_parts import build, grid, index, pack, unit
 
 SOURCE = b"def main():\n    raise SystemExit('never run by a reader')\n\n\nmain()\n"

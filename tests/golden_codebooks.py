@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bytecap.coders import leb
-from bytecap.coders.binary import CODER as BINARY
-from bytecap.coders.binary import Binary
-from bytecap.coders.codebook import CODER as CODEBOOK
-from bytecap.coders.codebook import Codebook
-from bytecap.coders.latent import CODER as LATENT
-from bytecap.coders.latent import Decoder, Latent
+from bytecap.format.coders import leb
+from bytecap.format.coders.binary import CODER as BINARY
+from bytecap.format.coders.binary import Binary
+from bytecap.format.coders.codebook import CODER as CODEBOOK
+from bytecap.format.coders.codebook import Codebook
+from bytecap.format.coders.latent import CODER as LATENT
+from bytecap.format.coders.latent import Decoder, Latent
 from golden_parts import Numbers, one, pack, unit
 
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import brotli
 import numpy as np
 
-from bytecap.coders import leb
-from bytecap.coders.channels import BOTH, COLUMNS, ROWS
-from bytecap.coders.channels import CODER as CHANNELS
-from bytecap.coders.columns import CODER as COLUMNS_LAYER
-from bytecap.coders.groups import CODER as GROUPS
-from bytecap.coders.lowrank import CODER as LOWRANK
-from bytecap.coders.outliers import CODER as OUTLIERS
-from bytecap.coders.rows import CODER as ROWS_LAYER
-from bytecap.coders.stack import CODER as STACK
+from bytecap.format.coders import leb
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.overlays.channels import BOTH, COLUMNS, ROWS
+from bytecap.format.overlays.channels import CODER as CHANNELS
+from bytecap.format.overlays.columns import CODER as COLUMNS_LAYER
+from bytecap.format.overlays.groups import CODER as GROUPS
+from bytecap.format.overlays.lowrank import CODER as LOWRANK
+from bytecap.format.overlays.outliers import CODER as OUTLIERS
+from bytecap.format.overlays.rows import CODER as ROWS_LAYER
 from golden_parts import Numbers, exact, grid, one, pack, packed_zlib, unit, vector
 
 

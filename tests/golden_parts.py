@@ -10,22 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from bytecap import artifact
-from bytecap.artifact import INDEX, TABLES, UNIT, Contents, UnitSection
-from bytecap.coders import Shared, leb
-from bytecap.coders.companded import CODER as COMPANDED
-from bytecap.coders.companded import CompandedCode
-from bytecap.coders.exact import CODER as EXACT
-from bytecap.coders.fixed import CODER as FIXED
-from bytecap.coders.fixed import FixedCode
-from bytecap.coders.grid import CODER as GRID
-from bytecap.coders.grid import GridCode, weight_classes
-from bytecap.coders.trellis import CODER as TRELLIS
-from bytecap.coders.trellis import dependent, subsets
-from bytecap.coders.vector import CODER as VECTOR
-from bytecap.core import Unit
-from bytecap.frequencies import Table, Tables, integer_frequencies
-from bytecap.tables import dump_shared
+from bytecap.format import container
+from bytecap.format.coders import Shared, leb
+from bytecap.format.coders.companded import CODER as COMPANDED
+from bytecap.format.coders.companded import CompandedCode
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.coders.fixed import CODER as FIXED
+from bytecap.format.coders.fixed import FixedCode
+from bytecap.format.coders.grid import CODER as GRID
+from bytecap.format.coders.grid import GridCode, weight_classes
+from bytecap.format.coders.trellis import CODER as TRELLIS
+from bytecap.format.coders.trellis import dependent, subsets
+from bytecap.format.coders.vector import CODER as VECTOR
+from bytecap.format.container import INDEX, TABLES, UNIT, Contents, UnitSection
+from bytecap.format.entropy.frequencies import Table, Tables, integer_frequencies
+from bytecap.format.entropy.shared_tables import dump_shared
+from bytecap.types import Unit
 
 DIRECTORY = Path(__file__).parent / "goldens"
 
@@ -134,7 +134,7 @@ def stacked_units() -> Iterator[UnitSection]:
 
 def pack(*units, files=(), about=None, padding=0, tables=True, objects=()):
     section = dump_shared(SHARED) if tables else b""
-    return artifact.serialize(Contents(units, section, tuple(files), about or {}, padding, tuple(objects)))
+    return container.serialize(Contents(units, section, tuple(files), about or {}, padding, tuple(objects)))
 
 
 def tiny() -> bytes:
@@ -143,7 +143,7 @@ def tiny() -> bytes:
     zero = np.zeros((1, 3), int)
     code = GridCode(0.5, symbols, np.array([[0, 4, 0]]), zero + 18, np.array([0, -4]), np.zeros(2, int))
     data = GRID.encode(code, TINY).data
-    return artifact.serialize(Contents((unit("w", (2, 3), 1, data),), dump_shared(TINY), (), {}))
+    return container.serialize(Contents((unit("w", (2, 3), 1, data),), dump_shared(TINY), (), {}))
 
 
 def exact(values, dtype):
@@ -181,7 +181,7 @@ def build(sections: Sequence[tuple[int, bytes]], extra: bytes = b"") -> bytes:
     )
     directory += extra
     body = b"".join(d for _, d in sections)
-    head = artifact.MAGIC + struct.pack("<BBHIQ", 1, 0, 0, len(directory), 28 + len(directory) + len(body))
+    head = container.MAGIC + struct.pack("<BBHIQ", 1, 0, 0, len(directory), 28 + len(directory) + len(body))
     return sealed(head + bytes(4) + directory + body)
 
 

@@ -7,22 +7,28 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bytecap.artifact import INDEX, SHARED, UNIT
-from bytecap.coders import leb
-from bytecap.coders.channels import CODER as CHANNELS
-from bytecap.coders.channels import COLUMNS, ROWS
-from bytecap.coders.codebook import CODER as CODEBOOK
-from bytecap.coders.columns import CODER as COLUMNS_LAYER
-from bytecap.coders.indices import SharedTable
-from bytecap.coders.latent import CODER as LATENT
-from bytecap.coders.latent import Link
-from bytecap.coders.lowrank import CODER as LOWRANK
-from bytecap.coders.objects import share_lists, write_codebook, write_list, write_shared_decoder, write_table
-from bytecap.coders.outliers import CODER as OUTLIERS
-from bytecap.coders.rows import CODER as ROWS_LAYER
-from bytecap.coders.stack import CODER as STACK
-from bytecap.entropy import encode
-from bytecap.frequencies import Table, Tables, integer_frequencies
+from bytecap.format.coders import leb
+from bytecap.format.coders.codebook import CODER as CODEBOOK
+from bytecap.format.coders.latent import CODER as LATENT
+from bytecap.format.coders.latent import Link
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.container import INDEX, SHARED, UNIT
+from bytecap.format.entropy.frequencies import Table, Tables, integer_frequencies
+from bytecap.format.entropy.rans import encode
+from bytecap.format.overlays.channels import CODER as CHANNELS
+from bytecap.format.overlays.channels import COLUMNS, ROWS
+from bytecap.format.overlays.columns import CODER as COLUMNS_LAYER
+from bytecap.format.overlays.lowrank import CODER as LOWRANK
+from bytecap.format.overlays.outliers import CODER as OUTLIERS
+from bytecap.format.overlays.rows import CODER as ROWS_LAYER
+from bytecap.format.wire.indices import SharedTable
+from bytecap.format.wire.shared_objects import (
+    share_lists,
+    write_codebook,
+    write_list,
+    write_shared_decoder,
+    write_table,
+)
 from golden_codebooks import book, latent
 from golden_layers import constant, halves, packed
 from golden_parts import Numbers, build, index, pack, unit

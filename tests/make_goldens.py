@@ -25,14 +25,15 @@ import golden_code
 import golden_codebooks
 import golden_layers
 import golden_shared
-from bytecap import artifact, sidefiles
-from bytecap.artifact import FILE, INDEX, PADDING, UNIT, Contents, FileSection
-from bytecap.coders import leb
-from bytecap.coders.packed import BROTLI, Quantized
-from bytecap.coders.packed import CODER as PACKED
-from bytecap.decode import decode_units
-from bytecap.entropy import encode, zigzag_bytes
-from bytecap.frequencies import Table, Tables
+from bytecap.format import container
+from bytecap.format.coders import leb
+from bytecap.format.coders.packed import BROTLI, Quantized
+from bytecap.format.coders.packed import CODER as PACKED
+from bytecap.format.container import FILE, INDEX, PADDING, UNIT, Contents, FileSection
+from bytecap.format.decoder import decode_units
+from bytecap.format.entropy.frequencies import Table, Tables
+from bytecap.format.entropy.rans import encode, zigzag_bytes
+from bytecap.format.sidefiles import packing
 from golden_parts import (
     DIRECTORY,
     SHARED,
@@ -157,9 +158,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
         "files",
         pack(
             unit("a", (4, 6), 1, grid((4, 6), seed=12)),
-            files=[
-                FileSection(n, sidefiles.pack(n, c)) for n, c in (("config.json", config), ("tokenizer.json", token))
-            ],
+            files=[FileSection(n, packing.pack(n, c)) for n, c in (("config.json", config), ("tokenizer.json", token))],
             about={"method": "default", "budget": 4096, "note": None, "ratio": 0.5},
             padding=33,
         ),
@@ -204,7 +203,7 @@ def _containers() -> Iterator[tuple[str, bytes, str]]:
     yield "missing_file", build([(INDEX, index(files="ab")), (FILE, b"\x00")]), corrupt
     yield "padding", build([(INDEX, index()), (PADDING, b"\x00\x01\x00")]), corrupt
     more = leb(2**62) + b"\x01\x00"
-    head = artifact.MAGIC + struct.pack("<BBHIQ", 1, 0, 0, len(more), 28 + len(more))
+    head = container.MAGIC + struct.pack("<BBHIQ", 1, 0, 0, len(more), 28 + len(more))
     yield "section_count", sealed(head + bytes(4) + more), corrupt
 
 
@@ -219,7 +218,7 @@ def _indexes() -> Iterator[tuple[str, bytes]]:
 
     yield "index_packing", file(b"\x02{}")
     yield "index_empty", file(b"")
-    packed = artifact._pack_index(Contents((), b"", (), {"note": "a" * 100}))
+    packed = container._pack_index(Contents((), b"", (), {"note": "a" * 100}))
     yield "index_lzma_truncated", file(packed[:-2])
     yield "index_lzma_left_over", file(packed + b"\x00")
     yield "index_lzma_damaged", file(b"\x01\xff" + packed[2:])
@@ -232,7 +231,7 @@ def _indexes() -> Iterator[tuple[str, bytes]]:
     for _ in range(200):
         deep = [deep]
     nested = index(about={"a": deep}).replace(b"[]", b"[" * 99_800 + b"]" * 99_800, 1)[1:]
-    yield "index_too_deep", file(b"\x01" + lzma.compress(nested, lzma.FORMAT_RAW, filters=artifact._LZMA))
+    yield "index_too_deep", file(b"\x01" + lzma.compress(nested, lzma.FORMAT_RAW, filters=container._LZMA))
     yield "index_unit_too_long", file(index(("a", [1], "F32", 2, 0, [], 1)), (UNIT, flat))
     yield "index_float_shape", shaped([1.0])
     yield "index_bool_shape", shaped([True])
@@ -380,7 +379,7 @@ def files() -> dict[str, bytes]:
     out = {f"{name}.bcap": data for name, data in good.items()}
     out |= {f"bad_{name}.bcap": data for name, (data, _) in bad.items()}
     expected = {
-        "valid": {f"{name}.bcap": digest(decode_units(artifact.parse(data))) for name, data in sorted(good.items())},
+        "valid": {f"{name}.bcap": digest(decode_units(container.parse(data))) for name, data in sorted(good.items())},
         "invalid": {f"bad_{name}.bcap": error for name, (_, error) in sorted(bad.items())},
     }
     return out | {"expected.json": (json.dumps(expected, indent=1) + "\n").encode()}

@@ -39,8 +39,8 @@ LEAST = 0.85  # share of mutants that are not equivalent to be killed
 GOLDENS = "tests/test_reference.py::test_both_decoders_read_a_valid_golden_as_expected"
 SUITES = {  # the tests that kill most come first
     "allocate": tuple(f"tests/test_allocate.py::Test{n}" for n in ("ByHand", "BetweenMeasuredPoints", "Shape")),
-    "ledger": ("tests/test_ledger.py", "src/bytecap/ledger.py"),
-    "entropy": ("src/bytecap/entropy.py", "tests/test_streams.py", GOLDENS),
+    "ledger": ("tests/test_ledger.py", "src/bytecap/format/ledger.py"),
+    "entropy": ("src/bytecap/format/entropy/rans.py", "tests/test_streams.py", GOLDENS),
     "artifact": ("tests/test_container.py", GOLDENS),
 }
 
@@ -279,16 +279,16 @@ def prepare():
     import numpy as np
     from hypothesis import Phase, settings
 
-    from bytecap import compiled, entropy
+    from bytecap.format.entropy import jit, rans
 
     settings.register_profile(
         "mutants", deadline=None, max_examples=20, derandomize=True, phases=[Phase.explicit, Phase.generate],
         database=None,
     )  # fmt: skip
     settings.load_profile("mutants")
-    tables, one = entropy.Tables.from_counts({1: {0: 1}}), np.ones(1, np.uint8)
-    for compiled.worth in (lambda _: True, lambda _: False):  # the first ones compile
-        entropy.decode([entropy.Stream(entropy.encode(one, one, tables), one, tables)])
+    tables, one = rans.Tables.from_counts({1: {0: 1}}), np.ones(1, np.uint8)
+    for jit.worth in (lambda _: True, lambda _: False):  # the first ones compile
+        rans.decode([rans.Stream(rans.encode(one, one, tables), one, tables)])
 
 
 def fingerprint(module):

@@ -5,27 +5,27 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.coders import Shared, coder, layer, registry, run
-from bytecap.coders import layers as all_layers
-from bytecap.coders.channels import BOTH
-from bytecap.coders.channels import CODER as CHANNELS
-from bytecap.coders.channels import COLUMNS as READ
-from bytecap.coders.channels import ROWS as WRITTEN
-from bytecap.coders.codebook import CODER as CODEBOOK
-from bytecap.coders.codebook import Codebook
-from bytecap.coders.columns import CODER as COLUMNS
-from bytecap.coders.exact import CODER as EXACT
-from bytecap.coders.groups import CODER as GROUPS
-from bytecap.coders.latent import CODER as LATENT
-from bytecap.coders.latent import Decoder, Latent, Link
-from bytecap.coders.lowrank import CODER as LOW_RANK
-from bytecap.coders.objects import load_objects, write_codebook, write_shared_decoder
-from bytecap.coders.order import CODER as ORDER
-from bytecap.coders.outliers import CODER as OUTLIERS
-from bytecap.coders.rows import CODER as ROWS
-from bytecap.coders.stack import CODER as STACK
-from bytecap.coders.vector import CODER as VECTOR
-from bytecap.frequencies import Tables
+from bytecap.format.coders import Shared, coder, layer, registry, run
+from bytecap.format.coders import layers as all_layers
+from bytecap.format.coders.codebook import CODER as CODEBOOK
+from bytecap.format.coders.codebook import Codebook
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.coders.latent import CODER as LATENT
+from bytecap.format.coders.latent import Decoder, Latent, Link
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.coders.vector import CODER as VECTOR
+from bytecap.format.entropy.frequencies import Tables
+from bytecap.format.overlays.channels import BOTH
+from bytecap.format.overlays.channels import CODER as CHANNELS
+from bytecap.format.overlays.channels import COLUMNS as READ
+from bytecap.format.overlays.channels import ROWS as WRITTEN
+from bytecap.format.overlays.columns import CODER as COLUMNS
+from bytecap.format.overlays.groups import CODER as GROUPS
+from bytecap.format.overlays.lowrank import CODER as LOW_RANK
+from bytecap.format.overlays.order import CODER as ORDER
+from bytecap.format.overlays.outliers import CODER as OUTLIERS
+from bytecap.format.overlays.rows import CODER as ROWS
+from bytecap.format.wire.shared_objects import load_objects, write_codebook, write_shared_decoder
 from bytecap.progress import Silent
 from conftest import SMALL
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from bytecap.allocate import _pchip, allocate, floor_rate, lower_hull, refine
-from bytecap.core import Curve, Point
+from bytecap.allocation.allocate import _pchip, allocate, floor_rate, lower_hull, refine
+from bytecap.allocation.planner import State
 from bytecap.errors import BudgetError
-from bytecap.methods.waterfill import State
-from bytecap.trim import allowed_slack, fit_to_cap
+from bytecap.methods.rate_control import allowed_slack, fit_to_cap
+from bytecap.types import Curve, Point
 
 NUMBER = st.floats(0, 1000, allow_nan=False).map(lambda x: round(x, 3))
 POINTS = st.lists(st.tuples(st.integers(0, 400), NUMBER), min_size=1, max_size=5)

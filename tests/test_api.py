@@ -16,6 +16,7 @@ import bytecap
 from bytecap import errors
 
 SOURCE = Path(bytecap.__file__).parent
+LAB = SOURCE.with_name("bytecap_lab")
 
 BLOCKED = """
 import sys
@@ -39,7 +40,7 @@ def run_blocked(code, *arguments):
     )  # fmt: skip
 
 
-NEEDING_TRITON = () if importlib.util.find_spec("triton") else ("rounding.device", "rounding.programs")
+NEEDING_TRITON = () if importlib.util.find_spec("triton") else ("quantization.cuda", "quantization.triton_programs")
 
 
 class TestNames:
@@ -65,7 +66,9 @@ class TestNames:
         assert isinstance(fitted("rotary", "uniform")[0], bytecap.Artifact)
 
     def test_every_module_has_a_docstring_and_every_one_imports(self):
-        for info in pkgutil.walk_packages([str(SOURCE)], "bytecap."):
+        for info in pkgutil.walk_packages([str(SOURCE.parent)]):
+            if not info.name.startswith("bytecap"):
+                continue
             if not info.name.endswith(("__main__", *NEEDING_TRITON)):
                 assert __import__(info.name, fromlist=["x"]).__doc__, info.name
 
@@ -83,14 +86,14 @@ class TestWithoutTorch:
     @pytest.mark.parametrize("command", ["check", "ledger"])
     def test_commands(self, fitted, command, method):
         _, path = fitted("rotary", method)
-        done = run_blocked("sys.argv[0] = 'bytecap'\nfrom bytecap.cli import main\nmain()", command, path, "--json")
+        done = run_blocked("sys.argv[0] = 'bytecap'\nfrom bytecap.cli.app import main\nmain()", command, path, "--json")
         assert done.returncode == 0, done.stderr
         assert '"file_bytes"' in done.stdout
 
     def test_unpack_needs_no_torch_either(self, fitted, tmp_path):
         _, path = fitted("rotary")
         done = run_blocked(
-            "sys.argv[0] = 'bytecap'\nfrom bytecap.cli import main\nmain()", "unpack", path, "-o", tmp_path / "out"
+            "sys.argv[0] = 'bytecap'\nfrom bytecap.cli.app import main\nmain()", "unpack", path, "-o", tmp_path / "out"
         )
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -98,7 +101,8 @@ class TestWithoutTorch:
     @pytest.mark.parametrize("command", [["fit", "demo", "--budget", "600kB", "-o", "x.bcap"], ["eval", "demo"]])
     def test_what_needs_torch_says_so_in_one_line(self, command, tmp_path):
         done = run_blocked(
-            f"import os\nos.chdir({str(tmp_path)!r})\nsys.argv[0] = 'bytecap'\nfrom bytecap.cli import main\nmain()",
+            f"import os\nos.chdir({str(tmp_path)!r})\nsys.argv[0] = 'bytecap'\n"
+            "from bytecap.cli.app import main\nmain()",
             *command,
         )
         assert done.returncode == 2
@@ -111,19 +115,20 @@ RUNS_A_FILE = {"exec_module", "spec_from_file_location"}
 
 
 def files():
-    return [p for p in sorted(SOURCE.rglob("*.py")) if "data" not in p.relative_to(SOURCE).parts]
+    every = [*SOURCE.rglob("*.py"), *LAB.rglob("*.py")]
+    return [p for p in sorted(every) if "data" not in p.relative_to(SOURCE.parent).parts]
 
 
 class TestSource:
-    # usual.py holds the format's own dictionary of text: data, though spelled in Python
+    # dictionary.py holds the format's own dictionary of text: data, though spelled in Python
     @pytest.mark.parametrize(
-        "path", [p for p in files() if p.name != "usual.py"], ids=lambda p: str(p.relative_to(SOURCE))
+        "path", [p for p in files() if p.name != "dictionary.py"], ids=lambda p: str(p.relative_to(SOURCE.parent))
     )
     def test_no_architecture_is_named(self, path):
         words = set(re.findall(r"[a-z0-9]+", path.read_text("utf-8").lower()))
         assert not words & {"llama", "qwen", "qwen2", "gpt2", "opt", "mistral", "gemma", "phi", "bloom", "pythia"}
 
-    @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+    @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE.parent)))
     def test_nothing_from_a_file_is_ever_executed(self, path):
         tree = ast.parse(path.read_text("utf-8"))
         imported = {
@@ -147,17 +152,21 @@ class TestSource:
 
     def test_the_one_file_that_is_run_is_the_user_s(self):
         """What `factory.py` executes comes from the path it is given, and nothing but the command line gives it one."""
-        tree = ast.parse((SOURCE / "factory.py").read_text("utf-8"))
+        tree = ast.parse((SOURCE / "model" / "factory.py").read_text("utf-8"))
         runs = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and "exec_module" in ast.unparse(f)]
         assert [f.name for f in runs] == ["load_callable"]
         (located,) = re.findall(r"spec_from_file_location\((.*)\)", ast.unparse(runs[0]))
         assert located.endswith(", path")
         assert "path = Path(file)" in ast.unparse(runs[0])
         assert "file, _, rest = spec.rpartition(':')" in ast.unparse(runs[0])
-        callers = {p.relative_to(SOURCE).as_posix() for p in files() if "load_callable(" in p.read_text("utf-8")}
+        callers = {
+            p.relative_to(SOURCE.parent).as_posix().removeprefix("bytecap/")
+            for p in files()
+            if "load_callable(" in p.read_text("utf-8")
+        }
         assert callers == {
-            "factory.py",
-            "shardjob.py",
+            "model/factory.py",
+            "pipeline/fit_shards.py",
             "methods/__init__.py",
         }  # --factory, --loss, --method FILE.py:NAME
 

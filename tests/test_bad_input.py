@@ -11,9 +11,9 @@ import zlib
 import pytest
 import torch
 
-from bytecap import artifact
-from bytecap.atomic import write_atomically
 from bytecap.errors import OutputError
+from bytecap.format import container
+from bytecap.system.atomic import write_atomically
 from conftest import BUDGET
 
 
@@ -344,12 +344,12 @@ class TestBadArtifacts:
 
     def test_newer_version(self, reads, fitted):
         data = bytearray(fitted("rotary")[0].data)
-        data[8] = artifact.VERSION[0] + 1
+        data[8] = container.VERSION[0] + 1
         (length,) = struct.unpack_from("<I", data, 12)
-        size = artifact.HEADER_SIZE
+        size = container.HEADER_SIZE
         struct.pack_into("<I", data, size - 4, zlib.crc32(data[: size - 4] + data[size : size + length]))
         message = reads(bytes(data))
-        assert f"version {artifact.VERSION[0] + 1}" in message
+        assert f"version {container.VERSION[0] + 1}" in message
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 something else", b"\x89BCA"])
     def test_not_an_artifact(self, reads, content):

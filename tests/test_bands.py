@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap.coders import Shared, run
-from bytecap.coders.bands import CODER
-from bytecap.coders.packed import BROTLI, Quantized, dequantize
-from bytecap.coders.packed import CODER as PACKED
 from bytecap.errors import CorruptError
+from bytecap.format.coders import Shared, run
+from bytecap.format.coders.bands import CODER
+from bytecap.format.coders.packed import BROTLI, Quantized, dequantize
+from bytecap.format.coders.packed import CODER as PACKED
 from bytecap.reference.container import CorruptError as Refused
 from bytecap.reference.container import Reader, Unit
 from bytecap.reference.stack import CODERS

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bytecap import comparison, thesis
 from bytecap.report.curves import page as curves_page
 from bytecap.report.fit import page as fit_page
 from bytecap.report.svg import DARK, colour
+from bytecap_lab import compare, thesis
 from chromium import BROWSER, Chromium
 from pages import sound
 from synthetic import comparison_lines, curves_figures
@@ -90,7 +90,7 @@ def written(fitted, tmp_path_factory):
 
     def rendered(kind):
         if kind == "compare":
-            comparison.render(comparison_lines(directory / "runs.jsonl"), directory)
+            compare.render(comparison_lines(directory / "runs.jsonl"), directory)
         else:
             thesis.render(LINES, directory)
         return (directory / f"{kind}.html").read_text("utf-8")

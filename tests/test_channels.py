@@ -8,23 +8,24 @@ import torch
 from torch import nn
 
 import bytecap
-from bytecap import artifact, reference
-from bytecap.coders import Objects
-from bytecap.coders.channels import BOTH, COLUMNS, ROWS, places
-from bytecap.coders.objects import REFERENCE, read_object
-from bytecap.coders.parts import LISTED, read_positions
-from bytecap.coders.stack import CODER as STACK
-from bytecap.core import Curve, Point, Unit
-from bytecap.curves.choose import bundled, members, spend
-from bytecap.curves.trial import Offer
-from bytecap.methods.joint import one_list, saved
-from bytecap.methods.menu import Choice
+from bytecap import reference
+from bytecap.allocation.overlay_menu import Choice
+from bytecap.allocation.shared_channels import one_list, saved
+from bytecap.calibration.residual_streams import Stream, find_streams, streams_of
+from bytecap.format import container
+from bytecap.format.coders import Objects
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.overlays.channels import BOTH, COLUMNS, ROWS, places
+from bytecap.format.wire.positions import LISTED, read_positions
+from bytecap.format.wire.shared_objects import REFERENCE, read_object
 from bytecap.model.checkpoint import load_model
-from bytecap.model.streams import Stream, find_streams, streams_of
-from bytecap.model.text import Window
-from bytecap.paths import Problem, paths
-from bytecap.paths.channels import ALONE, channel_worth, rank
-from bytecap.paths.protect import Amount
+from bytecap.model.texts import Window
+from bytecap.quantization.overlays import Problem, paths
+from bytecap.quantization.overlays.channels import ALONE, channel_worth, rank
+from bytecap.quantization.overlays.protect import Amount
+from bytecap.types import Curve, Point, Unit
+from bytecap_lab.rd_curves.choose import bundled, members, spend
+from bytecap_lab.rd_curves.trial import Offer
 from conftest import SMALL, build, save
 
 WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
@@ -242,7 +243,7 @@ def test_matrices_of_a_stream_name_one_list_that_the_ledger_counts_once(fitted):
     assert channels <= loud or channels >= loud
     assert named >= 2, "no list is named, so nothing is shared"
     assert 1 <= len(model.objects) <= sum(map(len, found.values()))
-    entries = artifact.ledger(model)
+    entries = container.ledger(model)
     for i, stored in enumerate(model.objects):
         once = {e.kind: e.bytes for e in entries if e.unit == f"(shared) list {i}"}
         assert once == {"header": 1, "index": len(stored) - 1}

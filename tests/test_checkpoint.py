@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bytecap import CheckpointError
-from bytecap.core import Unit
-from bytecap.decode import from_matrix
+from bytecap.format.decoder import from_matrix
 from bytecap.model.checkpoint import (
     as_matrix,
     check_safetensors,
@@ -23,6 +22,7 @@ from bytecap.model.checkpoint import (
     resolve,
     weight_files,
 )
+from bytecap.types import Unit
 from conftest import KINDS, build, save
 
 

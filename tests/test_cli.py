@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from bytecap.trim import allowed_slack
+from bytecap.methods.rate_control import allowed_slack
 from conftest import BUDGET, FAST
 
 FIT_FIELDS = {
@@ -187,7 +187,7 @@ class TestInterruption:
         assert out == ""
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("where", ["bytecap.pipeline._measure", "bytecap.atomic.os.fsync"])
+    @pytest.mark.parametrize("where", ["bytecap.pipeline.fit._measure", "bytecap.system.atomic.os.fsync"])
     def test_ctrl_c_at_awkward_moments(self, run, job, tmp_path, monkeypatch, where):
         def interrupt(*_):
             raise KeyboardInterrupt

@@ -8,8 +8,8 @@ import pytest
 
 import bytecap
 import golden_code
-from bytecap import artifact, codefiles, ledger
-from bytecap.artifact import CODE, Contents, FileSection
+from bytecap.format import codefiles, container, ledger
+from bytecap.format.container import CODE, Contents, FileSection
 from conftest import BUDGET
 
 SOURCE = '''"""A program."""
@@ -79,24 +79,24 @@ class TestPacking:
 class TestArtifact:
     def test_files_without_code_do_not_change(self):
         plain = Contents((), b"", (FileSection("config.json", b"\0{}"),), {})
-        data = artifact.serialize(plain)
+        data = container.serialize(plain)
         assert data[9] == 0
         assert b'"code"' not in data
 
     def test_code_makes_it_1_2_and_is_owned(self):
         files = (FileSection("a.py", b"\0pass", CODE), FileSection("config.json", b"\0{}"))
-        data = artifact.serialize(Contents((), b"", files, {}))
+        data = container.serialize(Contents((), b"", files, {}))
         assert data[8:10] == b"\1\2"
-        contents = artifact.parse(data)
+        contents = container.parse(data)
         assert [(f.name, f.kind) for f in contents.files] == [("config.json", 4), ("a.py", 5)]
-        entries = artifact.ledger(contents)
+        entries = container.ledger(contents)
         assert ledger.by_kind(entries)["code"] == 5
         assert ledger.total(entries) == len(data)
-        assert artifact.serialize(contents) == data
+        assert container.serialize(contents) == data
 
     def test_every_packing_of_the_golden(self):
         data = dict(golden_code.valid())["code"]
-        assert set(codefiles.files(artifact.parse(data)).values()) == {golden_code.SOURCE}
+        assert set(codefiles.files(container.parse(data)).values()) == {golden_code.SOURCE}
 
 
 class TestFit:
@@ -117,7 +117,7 @@ class TestFit:
         assert data[9] == 2
         assert found["code_files"] == ["train_gpt.py"]
         assert found["code_raw_bytes"] == len(SOURCE)
-        entries = artifact.ledger(artifact.parse(data))
+        entries = container.ledger(container.parse(data))
         assert ledger.by_kind(entries)["code"] == found["code_packed_bytes"] < len(SOURCE)
         assert found["budget_bytes"] == BUDGET
         assert len(data) + found["slack_bytes"] == BUDGET

@@ -6,11 +6,11 @@ import torch
 
 import bytecap
 from bytecap import reference
-from bytecap.core import Unit
 from bytecap.errors import BudgetError, UsageError
-from bytecap.methods import cluscomp, reallm
-from bytecap.methods.choice import Material, option
-from bytecap.methods.recovery import Part, blocks
+from bytecap.methods.baselines import cluscomp, reallm
+from bytecap.methods.baselines.sampled_curves import Material, option
+from bytecap.recovery.blocks import Part, blocks
+from bytecap.types import Unit
 
 BUDGET = 20_000
 SMALL = {"tokens": 256, "evaluation_tokens": 128, "window": 32}
@@ -91,7 +91,7 @@ def test_settings_survive_their_number():
 
 @pytest.mark.parametrize("accounting", ["published", "coded"])
 def test_predicted_sizes_and_distortions_are_those_of_the_section(accounting):
-    from bytecap.coders import Shared, coder, run
+    from bytecap.format.coders import Shared, coder, run
 
     m = material(64, 48)
     plain = cluscomp.ClusComp(option({"accounting": accounting}, cluscomp.OPTIONS, "cluscomp"), 0)

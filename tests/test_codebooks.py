@@ -8,20 +8,21 @@ from hypothesis import strategies as st
 
 import golden_codebooks
 import golden_parts
-from bytecap import artifact, reference
-from bytecap.coders import Objects, Shared, coder, leb, run
-from bytecap.coders.binary import CODER as BINARY
-from bytecap.coders.binary import binarize, packed_bytes
-from bytecap.coders.bits import pack_bits, unpack_bits
-from bytecap.coders.codebook import CODER as CODEBOOK
-from bytecap.coders.codebook import Codebook, published_bits
-from bytecap.coders.indices import indices_size, write_indices
-from bytecap.coders.indices import read_indices as read
-from bytecap.coders.latent import CODER as LATENT
-from bytecap.coders.latent import Latent, add_low_rank
-from bytecap.decode import decode_units
+from bytecap import reference
 from bytecap.errors import CorruptError
-from bytecap.methods import kmeans
+from bytecap.format import container
+from bytecap.format.coders import Objects, Shared, coder, leb, run
+from bytecap.format.coders.binary import CODER as BINARY
+from bytecap.format.coders.binary import binarize, packed_bytes
+from bytecap.format.coders.codebook import CODER as CODEBOOK
+from bytecap.format.coders.codebook import Codebook, published_bits
+from bytecap.format.coders.latent import CODER as LATENT
+from bytecap.format.coders.latent import Latent, add_low_rank
+from bytecap.format.decoder import decode_units
+from bytecap.format.wire.bits import pack_bits, unpack_bits
+from bytecap.format.wire.indices import indices_size, write_indices
+from bytecap.format.wire.indices import read_indices as read
+from bytecap.methods.baselines import kmeans
 from bytecap.model.checkpoint import load_model
 
 SHAPES = [(1, 1), (1, 17), (17, 1), (13, 24), (40, 23)]
@@ -38,7 +39,7 @@ def weights():
 def decode(tag, data, shape):
     """What both decoders make of a section."""
     file = golden_parts.pack(golden_parts.unit("w", shape, tag, data), tables=False)
-    ours, theirs = decode_units(artifact.parse(file))["w"], reference.decode_file(file)["w"]
+    ours, theirs = decode_units(container.parse(file))["w"], reference.decode_file(file)["w"]
     assert ours.dtype == theirs.dtype == np.float32
     assert ours.shape == theirs.shape == shape
     assert ours.tobytes() == theirs.tobytes()
@@ -203,7 +204,7 @@ def test_a_changed_byte_is_refused_by_both_decoders_or_by_none(name, position, v
     damaged[position % (40 if position % 2 else len(data)) % len(data)] = value
     file = golden_parts.pack(golden_parts.unit("w", shape, tag, bytes(damaged)), tables=False)
     found = []
-    for decoder in (lambda f: decode_units(artifact.parse(f)), reference.decode_file):
+    for decoder in (lambda f: decode_units(container.parse(f)), reference.decode_file):
         try:
             found.append(decoder(file)["w"].tobytes())
         except CorruptError:

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 
 import bytecap
-from bytecap import comparison
-from bytecap.comparison import runs
-from bytecap.comparison.cells import grid, read_budget, read_external, read_method
-from bytecap.comparison.envelope import bytes_at, envelope, saved
-from bytecap.comparison.pairs import Entry, Sums, clusters, difference, estimate, figure, fold
+from bytecap.calibration import statistics
 from bytecap.errors import UsageError
-from bytecap.ledger import KINDS
-from bytecap.methods import statistics
-from bytecap.model.evaluate import paired_stderr, ratio_stderr
+from bytecap.format.ledger import KINDS
+from bytecap.model.evaluation import paired_stderr, ratio_stderr
 from bytecap.progress import Silent
 from bytecap.report.comparison import page
 from bytecap.report.fit import page as fit_page
 from bytecap.report.fit import style
 from bytecap.report.svg import Axis, colour, log_ticks
+from bytecap_lab import compare as comparison
+from bytecap_lab.compare import runs
+from bytecap_lab.compare.envelope import bytes_at, envelope, saved
+from bytecap_lab.compare.pairs import Entry, Sums, clusters, difference, estimate, figure, fold
+from bytecap_lab.compare.specs import grid, read_budget, read_external, read_method
 from conftest import BUDGET, SMALL
 from pages import sound
 
@@ -234,7 +234,7 @@ class TestCompare:
         shutil.copytree(directory, tmp_path / "again")
         path = tmp_path / "again" / "runs.jsonl"
         with monkeypatch.context() as patch:
-            patch.setattr("bytecap.comparison.runs.fit_sets", None)
+            patch.setattr("bytecap_lab.compare.runs.fit_sets", None)
             same, _ = compared(tmp_path / "again")
         assert same["models"] == found["models"]
         text = path.read_text()
@@ -257,7 +257,7 @@ class TestCompare:
 
     def test_figures_come_from_the_lines_alone(self, compared, run, tmp_path, monkeypatch):
         found, directory = compared()
-        monkeypatch.setattr("bytecap.comparison.runs.load_model", None)
+        monkeypatch.setattr("bytecap_lab.compare.runs.load_model", None)
         again = comparison.render(directory / "runs.jsonl", tmp_path)
         assert again == found
         assert (tmp_path / "compare.html").read_text() == (directory / "compare.html").read_text()
@@ -288,7 +288,7 @@ class TestCompare:
 
     def test_a_method_of_the_users_own(self, compared, tmp_path):
         own = tmp_path / "mine.py"
-        own.write_text("from bytecap.methods.baselines import run_uniform as uniform\n")
+        own.write_text("from bytecap.methods.baselines.runs import run_uniform as uniform\n")
         found, _ = compared(tmp_path / "out", methods=(f"{own}:uniform", "uniform"), seeds=1, budgets=BUDGETS[:1])
         sizes = {c["method"]: c["scores"]["mean"]["kl"]["mean"] for c in found["models"][0]["cells"]}
         assert len(set(sizes.values())) == 1

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import golden_parts
-from bytecap import artifact, compiled, errors
-from bytecap.decode import decode_units
-from bytecap.entropy import Stream, decode, encode, encode_all
-from bytecap.frequencies import TOTAL, Table, Tables
+from bytecap import errors
+from bytecap.format import container
+from bytecap.format.decoder import decode_units
+from bytecap.format.entropy import jit
+from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
+from bytecap.format.entropy.rans import Stream, decode, encode, encode_all
 from test_entropy import sources
 
 EXPECTED = json.loads((golden_parts.DIRECTORY / "expected.json").read_text())
@@ -21,9 +23,9 @@ ALL = [name for kind in EXPECTED.values() for name in kind]
 def outcome(data, *, engine):
     """Decoded bytes by name, or the class of the error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "worth", lambda _: engine)
+        patch.setattr(jit, "worth", lambda _: engine)
         try:
-            return {n: v.tobytes() for n, v in decode_units(artifact.parse(data)).items()}
+            return {n: v.tobytes() for n, v in decode_units(container.parse(data)).items()}
         except errors.ArtifactError as error:
             return type(error)
 
@@ -36,7 +38,7 @@ def test_every_golden_valid_or_not(name):
 
 def streams_outcome(streams, *, engine):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "worth", lambda _: engine)
+        patch.setattr(jit, "worth", lambda _: engine)
         try:
             return [z.tolist() for z in decode(streams)]
         except errors.CorruptError:
@@ -47,9 +49,9 @@ def streams_outcome(streams, *, engine):
 @given(st.lists(sources(), max_size=3))
 def test_both_encode_to_the_same_bytes(group):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "worth", lambda _: True)
+        patch.setattr(jit, "worth", lambda _: True)
         fast = encode_all(group)
-        patch.setattr(compiled, "worth", lambda _: False)
+        patch.setattr(jit, "worth", lambda _: False)
         assert fast == encode_all(group)
 
 
@@ -70,14 +72,14 @@ def test_streams_whole_and_damaged(group, data):
 
 
 def test_a_class_without_a_table_is_refused(monkeypatch):
-    monkeypatch.setattr(compiled, "worth", lambda _: True)
+    monkeypatch.setattr(jit, "worth", lambda _: True)
     tables = Tables({3: Table(0, np.array([TOTAL - 1, 1]))})
     with pytest.raises(errors.CorruptError, match="class 5 has no table"):
         decode([Stream(encode(np.zeros(2, np.int32), np.full(2, 3), tables), np.array([3, 5], np.uint8), tables)])
 
 
 def test_more_escapes_than_bytes_are_refused(monkeypatch):
-    monkeypatch.setattr(compiled, "worth", lambda _: True)
+    monkeypatch.setattr(jit, "worth", lambda _: True)
     tables = Tables({1: Table(0, np.array([1, TOTAL - 1]))})
     whole = encode(np.full(9, 70), np.ones(9, np.uint8), tables)
     with pytest.raises(errors.CorruptError, match="escaped"):

@@ -9,13 +9,13 @@ import zlib
 import numpy as np
 import pytest
 
-from bytecap import artifact
-from bytecap.artifact import CODE, FILE, Contents, FileSection, UnitSection, parse, serialize
-from bytecap.coders import leb
-from bytecap.coders.objects import describe, write_list
-from bytecap.core import Unit
 from bytecap.errors import CorruptError, NotAnArtifact, OutputError, VersionError
-from bytecap.ledger import Entry
+from bytecap.format import container
+from bytecap.format.coders import leb
+from bytecap.format.container import CODE, FILE, Contents, FileSection, UnitSection, parse, serialize
+from bytecap.format.ledger import Entry
+from bytecap.format.wire.shared_objects import describe, write_list
+from bytecap.types import Unit
 from golden_parts import DIRECTORY
 
 MAGIC = b"\x89BCAP\r\n\x1a"
@@ -102,7 +102,7 @@ class TestWriting:
     def test_the_lowest_minor_version(self, changes, minor):
         tag, data = changes.get("tag", 2), VECTOR
         if "stack" in changes:
-            tag, data = artifact.STACK.tag, artifact.STACK.encode((2, VECTOR), [changes["stack"]])
+            tag, data = container.STACK.tag, container.STACK.encode((2, VECTOR), [changes["stack"]])
         units = (UnitSection(Unit("w", (1,), "F32"), tag, data),)
         more = {k: v for k, v in changes.items() if k in {"files", "objects", "padding"}}
         made = serialize(Contents(units, b"", **{"files": (), "about": {}, **more}))
@@ -110,15 +110,15 @@ class TestWriting:
 
     def test_files(self, tmp_path):
         contents, path = Contents((), b"", (), {}), tmp_path / "a.bcap"
-        assert artifact.write(contents, path) == len(serialize(contents)) == path.stat().st_size
-        assert artifact.read(path) == artifact.read(str(path)) == contents
+        assert container.write(contents, path) == len(serialize(contents)) == path.stat().st_size
+        assert container.read(path) == container.read(str(path)) == contents
         with pytest.raises(NotAnArtifact, match=r"cannot read .*none\.bcap: No such file"):
-            artifact.read(tmp_path / "none.bcap")
+            container.read(tmp_path / "none.bcap")
         with pytest.raises(OutputError, match="cannot write"):
-            artifact.write(contents, tmp_path / "none" / "a.bcap")
+            container.write(contents, tmp_path / "none" / "a.bcap")
         path.write_bytes(b"other")
         with pytest.raises(NotAnArtifact, match=r"a\.bcap is not a bcap artifact|a\.bcap is not a bytecap artifact"):
-            artifact.read(path)
+            container.read(path)
 
 
 class TestHeader:
@@ -132,7 +132,7 @@ class TestHeader:
         refused(file((1, index()))[:28], "the header says [0-9]+ bytes, the file has 28")
 
     def test_versions(self):
-        assert artifact.VERSION == (1, 2)
+        assert container.VERSION == (1, 2)
         for minor in (0, 2, 3, 255):
             assert parse(file((1, index()), minor=minor)).units == ()
         refused(file((1, index()), major=2, minor=7), r"format version 2\.7, this reader knows 1\.2", VersionError)
@@ -242,18 +242,18 @@ class TestIndex:
 
     def test_most_text_at_all(self):
         with pytest.raises(CorruptError, match=f"more than {1 << 26} bytes"):
-            artifact._read_index(b"\0" + b" " * (2**26 + 1), 2**21, "a file")
+            container._read_index(b"\0" + b" " * (2**26 + 1), 2**21, "a file")
         with pytest.raises(CorruptError, match="cannot be read"):
-            artifact._read_index(b"\0" + b" " * 2**26, 2**21, "a file")
+            container._read_index(b"\0" + b" " * 2**26, 2**21, "a file")
 
     def test_the_most_text_with_something_behind_it(self):
         raw = index(about={"a": ""})[1:]
         raw = index(about={"a": "x" * (2**20 - len(raw))})[1:]
         packed = b"\1" + lzma.compress(raw, lzma.FORMAT_RAW, filters=FILTER)
         assert len(raw) == 2**20
-        assert artifact._read_index(packed, 0, "a file").units == []
+        assert container._read_index(packed, 0, "a file").units == []
         with pytest.raises(CorruptError, match="packing does not end where it should"):
-            artifact._read_index(packed + b"\0", 0, "a file")
+            container._read_index(packed + b"\0", 0, "a file")
 
     def test_fields(self):
         good = {"about": {}, "files": [], "units": []}
@@ -327,8 +327,8 @@ class TestLedger:
         contents = Contents(units, b"TABLE", files, {}, 4)
         data = serialize(contents)
         (length,) = struct.unpack_from("<I", data, 12)
-        named = next(s.length for s in artifact._directory(data, ""))
-        entries = artifact.ledger(contents)
+        named = next(s.length for s in container._directory(data, ""))
+        entries = container.ledger(contents)
         assert entries == [
             Entry("(file)", "header", 28), Entry("(file)", "index", length + named), Entry("(shared)", "table", 5),
             Entry("a", "header", 9, 6), Entry("a", "payload", 0, 6), Entry("b", "header", 9, 5),
@@ -337,19 +337,19 @@ class TestLedger:
         ]  # fmt: skip
         assert sum(e.bytes for e in entries) == len(data)
         nothing = Contents((), b"", (), {})
-        assert [e.bytes for e in artifact.ledger(nothing)] == [28, len(serialize(nothing)) - 28]
+        assert [e.bytes for e in container.ledger(nothing)] == [28, len(serialize(nothing)) - 28]
 
     def test_objects_have_numbers(self):
         listed = write_list(np.array([1, 3]), 9)
-        entries = artifact.ledger(Contents((), b"", (), {}, 0, (listed, listed)))
+        entries = container.ledger(Contents((), b"", (), {}, 0, (listed, listed)))
         assert entries[2:] == [
             Entry(f"(shared) list {i}", kind, size) for i in (0, 1) for kind, size in describe(listed)[1]
         ]
 
     @pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
     def test_a_unit_has_one_entry_of_a_kind(self, path):
-        contents = artifact.read(path)
-        entries = artifact.ledger(contents)
+        contents = container.read(path)
+        entries = container.ledger(contents)
         owned = [(e.unit, e.kind) for e in entries if e.unit in {u.unit.name for u in contents.units}]
         assert len(set(owned)) == len(owned)
         assert sum(e.bytes for e in entries) == path.stat().st_size
@@ -361,8 +361,8 @@ class TestLedger:
         units = tuple(UnitSection(Unit(f"u{i}", (1,), "F32"), 2, VECTOR) for i in range(200))
         files = (FileSection("a", bytes(300)), FileSection("b", bytes(20_000)))
         contents = Contents(units, b"", files, {})
-        assert sum(e.bytes for e in artifact.ledger(contents)) == len(serialize(contents))
+        assert sum(e.bytes for e in container.ledger(contents)) == len(serialize(contents))
 
     def test_tokenizer_files(self):
         named = ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja"]
-        assert [n for n in [*named, "config.json", "vocab.txt"] if artifact.is_tokenizer(n)] == named
+        assert [n for n in [*named, "config.json", "vocab.txt"] if container.is_tokenizer(n)] == named

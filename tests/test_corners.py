@@ -12,26 +12,30 @@ import torch
 import bytecap
 import golden_codebooks
 import golden_parts
-from bytecap import artifact, coders, compiled, decode, kernels, sidefiles, spelling, tables, unpack
-from bytecap.codefiles import Code
-from bytecap.coders import Objects, Shared, leb, run
-from bytecap.coders.codebook import CODER as CODEBOOK
-from bytecap.coders.columns import CODER as COLUMNS
-from bytecap.coders.grid import GridCode, choose_class
-from bytecap.coders.indices import read_indices
-from bytecap.coders.integers import Integers, write_halves
-from bytecap.coders.latent import read_decoder
-from bytecap.coders.lowrank import CODER as LOWRANK
-from bytecap.coders.objects import load_objects, share_lists, write_codebook, write_list
-from bytecap.coders.parts import count_positions, read_positions, write_positions
-from bytecap.coders.stack import CODER as STACK
-from bytecap.coders.trellis import CODER as TRELLIS
-from bytecap.core import Score
-from bytecap.entropy import Source, Stream, _split, encode, encode_all, zigzag_bytes
-from bytecap.entropy import decode as entropy_decode
 from bytecap.errors import ArtifactError, BudgetError, CorruptError, OutputError, UsageError
-from bytecap.frequencies import Table, Tables, integer_frequencies
-from bytecap.tables import dump_shared
+from bytecap.format import coders, container
+from bytecap.format import decoder as decode
+from bytecap.format.codefiles import Code
+from bytecap.format.coders import Objects, Shared, leb, run
+from bytecap.format.coders.codebook import CODER as CODEBOOK
+from bytecap.format.coders.grid import GridCode, choose_class
+from bytecap.format.coders.latent import read_decoder
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.coders.trellis import CODER as TRELLIS
+from bytecap.format.entropy import jit, kernels, shared_tables
+from bytecap.format.entropy.frequencies import Table, Tables, integer_frequencies
+from bytecap.format.entropy.rans import Source, Stream, _split, encode, encode_all, zigzag_bytes
+from bytecap.format.entropy.rans import decode as entropy_decode
+from bytecap.format.entropy.shared_tables import dump_shared
+from bytecap.format.overlays.columns import CODER as COLUMNS
+from bytecap.format.overlays.lowrank import CODER as LOWRANK
+from bytecap.format.sidefiles import bpe_merges, packing
+from bytecap.format.wire.indices import read_indices
+from bytecap.format.wire.integers import Integers, write_halves
+from bytecap.format.wire.positions import count_positions, read_positions, write_positions
+from bytecap.format.wire.shared_objects import load_objects, share_lists, write_codebook, write_list
+from bytecap.pipeline import export
+from bytecap.types import Score
 
 VALID = [p for p in sorted(golden_parts.DIRECTORY.glob("*.bcap")) if not p.name.startswith("bad_")]
 
@@ -116,13 +120,13 @@ def test_trellis_symbols_values_and_paths():
 
 def test_tables_that_do_not_end():
     raw = dump_shared(golden_parts.SHARED)[1:]
-    packed = b"\1" + lzma.compress(raw, lzma.FORMAT_RAW, filters=tables._FILTERS)
-    np.testing.assert_array_equal(tables.load_shared(packed).offset, golden_parts.SHARED.offset)
+    packed = b"\1" + lzma.compress(raw, lzma.FORMAT_RAW, filters=shared_tables._FILTERS)
+    np.testing.assert_array_equal(shared_tables.load_shared(packed).offset, golden_parts.SHARED.offset)
     for spoiled in (packed + b"\0", packed[:-4]):
         with pytest.raises(CorruptError, match="packing does not end where it should"):
-            tables.load_shared(spoiled)
+            shared_tables.load_shared(spoiled)
     with pytest.raises(CorruptError, match="does not decompress"):
-        tables.load_shared(b"\1" + b"\xff" * 30)
+        shared_tables.load_shared(b"\1" + b"\xff" * 30)
 
 
 # ------------------------------------------------------------------------------------------------- sections and lists
@@ -245,11 +249,11 @@ def test_tables_from_counts_beyond_what_a_table_holds():
 @pytest.mark.parametrize("path", VALID, ids=lambda p: p.stem)
 def test_the_compiled_loops_are_right_as_python_too(path, monkeypatch):
     """The functions numba compiles, not compiled: the same values as numpy's loops."""
-    contents = artifact.read(path)
-    monkeypatch.setattr(compiled, "worth", lambda _: False)
+    contents = container.read(path)
+    monkeypatch.setattr(jit, "worth", lambda _: False)
     wanted = decode.decode_units(contents)
-    monkeypatch.setattr(compiled, "worth", lambda _: True)
-    monkeypatch.setattr(compiled, "kernel", lambda name: getattr(kernels, f"_{name}"))
+    monkeypatch.setattr(jit, "worth", lambda _: True)
+    monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
     with np.errstate(over="ignore"):  # numpy's scalars warn where machine code wraps
         found = decode.decode_units(contents)
     assert {n: v.tobytes() for n, v in found.items()} == {n: v.tobytes() for n, v in wanted.items()}
@@ -259,8 +263,8 @@ def test_the_compiled_loops_are_right_as_python_too(path, monkeypatch):
 def test_the_compiled_loops_refuse_what_numpys_do(monkeypatch, engine):
     model = Tables({1: Table(-1, np.array([4000, 8000, 4000, 384]))})
     symbols = np.resize([0, 1, -1, 7, 0, 0, 500], 70)
-    monkeypatch.setattr(compiled, "kernel", lambda name: getattr(kernels, f"_{name}"))
-    monkeypatch.setattr(compiled, "worth", lambda _: engine)
+    monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
+    monkeypatch.setattr(jit, "worth", lambda _: engine)
     ones = np.ones(70, np.uint8)
     (data,) = encode_all([Source(symbols, ones, model)])
     assert entropy_decode([Stream(data, ones, model)])[0].tolist() == symbols.tolist()
@@ -282,10 +286,10 @@ def test_the_compiled_loops_refuse_what_numpys_do(monkeypatch, engine):
 def test_a_packing_that_does_not_come_back_is_not_used(monkeypatch):
     text = json.dumps({"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}).encode()
     for broken in (b"\xff" * 9, b"\0"):
-        monkeypatch.setattr(spelling, "write", lambda *_, b=broken: b)
-        assert sidefiles.unpack("t", sidefiles.pack("t", text)) == text
-    monkeypatch.setattr(sidefiles, "_dismantle", lambda _: [b"\2\x40"])  # shorter, and no packing at all
-    assert sidefiles.unpack("t", sidefiles.pack("t", text)) == text
+        monkeypatch.setattr(bpe_merges, "write", lambda *_, b=broken: b)
+        assert packing.unpack("t", packing.pack("t", text)) == text
+    monkeypatch.setattr(packing, "_dismantle", lambda _: [b"\2\x40"])  # shorter, and no packing at all
+    assert packing.unpack("t", packing.pack("t", text)) == text
 
 
 @pytest.mark.parametrize(("data", "message"), [
@@ -295,30 +299,30 @@ def test_a_packing_that_does_not_come_back_is_not_used(monkeypatch):
 ])  # fmt: skip
 def test_structured_files_that_say_nonsense(data, message):
     with pytest.raises(CorruptError, match=message):
-        sidefiles.unpack("t", b"\2" + data)
+        packing.unpack("t", b"\2" + data)
 
 
 def test_merges_before_their_parts_and_numbers_that_are_none():
     for text in (b'{"vocab": {"a": 0, "b": 1, "abb": 2, "ab": 3}, "merges": ["ab b", "a b"]}',
                  b'{"vocab": {"a": 1.5, "b": NaN}, "vocab": {"a": 0}}'):  # fmt: skip
-        assert sidefiles.unpack("t", sidefiles.pack("t", text)) == text
-    assert sidefiles._imply(["a", "b", "abb", "ab"], [("ab", "b"), ("a", "b")]) == (0, ["a", "b", "abb", "ab"])
+        assert packing.unpack("t", packing.pack("t", text)) == text
+    assert packing._imply(["a", "b", "abb", "ab"], [("ab", "b"), ("a", "b")]) == (0, ["a", "b", "abb", "ab"])
 
 
 def test_spellings():
-    assert spelling.write(["a", "b"], [("c", "a")]) == b""
+    assert bpe_merges.write(["a", "b"], [("c", "a")]) == b""
     with pytest.raises(CorruptError, match="more merges than are spelled"):
-        spelling.read(b"\0", ["a"], spelling.MAX_MERGES + 1)
-    whole = spelling.write(["a", "b"], [("a", "b"), ("ab", "b")])
-    assert spelling.read(whole, ["a", "b"], 2) == [("a", "b"), ("ab", "b")]
+        bpe_merges.read(b"\0", ["a"], bpe_merges.MAX_MERGES + 1)
+    whole = bpe_merges.write(["a", "b"], [("a", "b"), ("ab", "b")])
+    assert bpe_merges.read(whole, ["a", "b"], 2) == [("a", "b"), ("ab", "b")]
     with pytest.raises(CorruptError, match="do not end where they should"):
-        spelling.read(whole + bytes(9), ["a", "b"], 2)
+        bpe_merges.read(whole + bytes(9), ["a", "b"], 2)
     with pytest.raises(CorruptError, match="end too soon"):
-        spelling.read(b"", ["a", "b"], 3000)
-    speller = spelling._Speller(spelling._Coder(spelling._SLOTS), ["a"])
+        bpe_merges.read(b"", ["a", "b"], 3000)
+    speller = bpe_merges._Speller(bpe_merges._Coder(bpe_merges._SLOTS), ["a"])
     with pytest.raises(CorruptError, match="too long to be spelled"):
         speller._parts("a" * 5000)
-    assert sidefiles.pack("x", bytes(2**23))[0] == 0  # brotli would make a bomb of it
+    assert packing.pack("x", bytes(2**23))[0] == 0  # brotli would make a bomb of it
 
 
 def test_code_needs_no_share_of_a_floor_it_has_no_part_in():
@@ -337,7 +341,7 @@ def test_a_score_as_dictionary():
 
 @pytest.mark.parametrize("path", VALID, ids=lambda p: p.stem)
 def test_ideal_size_and_progress(path):
-    contents, seen, ideal = artifact.read(path), [], decode.Ideal()
+    contents, seen, ideal = container.read(path), [], decode.Ideal()
     values = decode.decode_units(contents, progress=seen.append, observe=ideal)
     assert seen == [u.unit.parameters for u in contents.units]
     assert {n: v.tobytes() for n, v in bytecap.load(path).items()} == {n: v.tobytes() for n, v in values.items()}
@@ -346,14 +350,14 @@ def test_ideal_size_and_progress(path):
 
 @pytest.mark.parametrize("threads", [2, 3, 9])
 def test_threads_decode_the_same_in_the_same_order(threads):
-    contents = artifact.read(VALID[0])
+    contents = container.read(VALID[0])
     one, many = (list(decode.decode_each(contents, values=1, threads=n)) for n in (1, threads))
     assert [u.name for u, _ in many] == [u.name for u, _ in one]
     assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(one, many, strict=True))
 
 
 def test_a_unit_that_is_damaged_stops_all_threads():
-    contents = artifact.read(VALID[0])
+    contents = container.read(VALID[0])
     unit = max(contents.units, key=lambda u: len(u.data))
     broken = tuple(replace(u, data=u.data[:5]) if u is unit else u for u in contents.units)
     with pytest.raises(CorruptError, match=unit.unit.name):
@@ -362,17 +366,17 @@ def test_a_unit_that_is_damaged_stops_all_threads():
 
 def test_unpacking(tmp_path):
     path = golden_parts.DIRECTORY / "files.bcap"
-    assert unpack.unpack(path, tmp_path / "out") in unpack.DTYPES
-    assert unpack.unpack(path, tmp_path / "out", dtype="float16") == "float16"
-    assert unpack.unpack(path, tmp_path / "out", dtype="bfloat16") == "bfloat16"
+    assert export.unpack(path, tmp_path / "out") in export.DTYPES
+    assert export.unpack(path, tmp_path / "out", dtype="float16") == "float16"
+    assert export.unpack(path, tmp_path / "out", dtype="bfloat16") == "bfloat16"
     content = (tmp_path / "out" / "model.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
     assert {v["dtype"] for k, v in header.items() if k != "__metadata__"} <= {"BF16", "I64", "I32", "U8", "BOOL"}
     with pytest.raises(UsageError, match="unknown dtype 'float8'"):
-        unpack.unpack(path, tmp_path / "out", dtype="float8")
+        export.unpack(path, tmp_path / "out", dtype="float8")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match="cannot create"):
-        unpack.unpack(path, tmp_path / "file" / "out")
+        export.unpack(path, tmp_path / "file" / "out")
 
 
 def test_into_a_module(tmp_path):

@@ -7,20 +7,19 @@ from functools import partial
 import numpy as np
 import pytest
 
-import bytecap
-from bytecap.curves import byte_returns, trial
-from bytecap.curves.choose import hull, most, spend
-from bytecap.curves.ground import lay
-from bytecap.curves.points import Measured
-from bytecap.curves.ranks import ceiling, spearman
-from bytecap.curves.report import ninety, verdict
-from bytecap.curves.trial import Offer
 from bytecap.errors import UsageError
-from bytecap.model.evaluate import ByWindow
+from bytecap.model.evaluation import ByWindow
 from bytecap.progress import Silent
 from bytecap.report.curves import page
 from bytecap.report.svg import ticks
-from bytecap.store import Store, digest
+from bytecap.system.cache import Store, digest
+from bytecap_lab.rd_curves import byte_returns, points, trial
+from bytecap_lab.rd_curves.choose import hull, most, spend
+from bytecap_lab.rd_curves.operating_point import lay
+from bytecap_lab.rd_curves.points import Measured
+from bytecap_lab.rd_curves.ranks import ceiling, spearman
+from bytecap_lab.rd_curves.report import ninety, verdict
+from bytecap_lab.rd_curves.trial import Offer
 from conftest import BUDGET, SMALL
 
 PATHS = ("columns", "lowrank")
@@ -229,15 +228,15 @@ class TestCurves:
     def test_a_second_run_measures_nothing_and_finds_the_same(self, curved, monkeypatch):
         _, directory = curved()
         before = (directory / "curves.json").read_bytes()
-        monkeypatch.setattr("bytecap.curves.points.by_window", None)
-        monkeypatch.setattr("bytecap.methods.statistics.probe", None)
+        monkeypatch.setattr("bytecap_lab.rd_curves.points.by_window", None)
+        monkeypatch.setattr("bytecap.calibration.statistics.probe", None)
         curved(directory=directory)
         assert (directory / "curves.json").read_bytes() == before
 
     def test_an_interrupted_run_goes_on(self, curved, tmp_path, monkeypatch):
         _, complete = curved()
         measured = []
-        real = bytecap.curves.points.by_window
+        real = points.by_window
 
         def stops(*arguments, **options):
             measured.append(1)
@@ -246,7 +245,7 @@ class TestCurves:
             return real(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr("bytecap.curves.points.by_window", stops)
+            patch.setattr("bytecap_lab.rd_curves.points.by_window", stops)
             with pytest.raises(KeyboardInterrupt):
                 curved(directory=tmp_path)
         assert not (tmp_path / "curves.json").exists()
@@ -260,9 +259,9 @@ class TestCurves:
     def test_another_seed_or_library_asks_anew(self, curved, monkeypatch):
         _, directory = curved()
         calls = []
-        real = bytecap.curves.points.by_window
-        monkeypatch.setattr("bytecap.methods.statistics.library", lambda: "another")
-        monkeypatch.setattr("bytecap.curves.points.by_window", lambda *a, **k: calls.append(1) or real(*a, **k))
+        real = points.by_window
+        monkeypatch.setattr("bytecap.calibration.statistics.library", lambda: "another")
+        monkeypatch.setattr("bytecap_lab.rd_curves.points.by_window", lambda *a, **k: calls.append(1) or real(*a, **k))
         before = len(list((directory / "store").iterdir()))
         curved(directory=directory, paths=("step",), points=1)
         assert calls
@@ -270,7 +269,7 @@ class TestCurves:
 
     def test_a_second_budget_reuses_statistics(self, model_directory, texts, curved, monkeypatch):
         _, directory = curved()
-        monkeypatch.setattr("bytecap.methods.statistics.probe", None)
+        monkeypatch.setattr("bytecap.calibration.statistics.probe", None)
         found = byte_returns(
             model_directory("rotary"), BUDGET + 500, None, store=directory / "store", calibration=texts["calib"],
             evaluation=texts["val"], paths=["step"], points=1, point_tokens=500, **SMALL,
@@ -279,7 +278,7 @@ class TestCurves:
 
     def test_units_a_path_cannot_serve_are_counted_once(self, curved, model_directory, texts, monkeypatch, tmp_path):
         del curved
-        monkeypatch.setattr("bytecap.paths.columns.Columns.settings", lambda *_: [])
+        monkeypatch.setattr("bytecap.quantization.overlays.columns.Columns.settings", lambda *_: [])
         reporter = Silent()
         found = byte_returns(
             model_directory("rotary"), BUDGET, tmp_path, calibration=texts["calib"], evaluation=texts["val"],
@@ -304,8 +303,8 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
             seen.append(np.array_equal(r.values, (applied or rounded).values.numpy()))
         return found
 
-    monkeypatch.setattr("bytecap.curves.points.realise", look)
-    monkeypatch.setattr("bytecap.curves.lay", partial(lay, rungs=2))
+    monkeypatch.setattr("bytecap_lab.rd_curves.points.realise", look)
+    monkeypatch.setattr("bytecap_lab.rd_curves.lay", partial(lay, rungs=2))
     byte_returns(
         model_directory("transposed"), BUDGET + 4000, calibration=texts["calib"], evaluation=texts["val"], points=4,
         point_tokens=300, **SMALL,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bytecap.model import probe as probing
+from bytecap.calibration import probe as probing
+from bytecap.calibration.probe import batches, probe, sampled_loss
 from bytecap.model.checkpoint import find_units
-from bytecap.model.probe import batches, probe, sampled_loss
-from bytecap.model.text import Window
+from bytecap.model.texts import Window
 
 
 class Loop(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__
 
 import bytecap
+from bytecap.calibration.probe import fast_dtype
 from bytecap.model.checkpoint import demo_directory
-from bytecap.model.probe import fast_dtype
 from conftest import BUDGET, SMALL
 from forks import child
 
@@ -69,7 +69,7 @@ class TestSameBytes:
 DECODE = """
 import hashlib, sys
 from pathlib import Path
-from bytecap.decode import load
+from bytecap.format.decoder import load
 for path in sorted(Path(sys.argv[1] if len(sys.argv) > 1 else "GOLDENS").glob("*.bcap")):
     if not path.name.startswith("bad_"):
         total = hashlib.sha256()

@@ -9,19 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap.coders import Shared
-from bytecap.coders.classes import CENTRES, CLASSES
-from bytecap.coders.grid import GridCode
-from bytecap.core import Unit
-from bytecap.correct import unit_values
-from bytecap.frequencies import Tables
-from bytecap.methods import waterfill
-from bytecap.methods.waterfill import Planner, VectorUnit, decode_grid
-from bytecap.rounding import Problem, gaussian_shrink, row_classes, trial
-from bytecap.rounding.trellis import round_trellis
-from bytecap.sensitivity import Metric
-from bytecap.swap import load_values
-from bytecap.sweep import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
+from bytecap.allocation import planner as waterfill
+from bytecap.allocation.correction import unit_values
+from bytecap.allocation.planner import Planner, VectorUnit, decode_grid
+from bytecap.calibration.metric import Metric
+from bytecap.format.coders import Shared
+from bytecap.format.coders.classes import CENTRES, CLASSES
+from bytecap.format.coders.grid import GridCode
+from bytecap.format.entropy.frequencies import Tables
+from bytecap.model.quantized_copy import load_values
+from bytecap.quantization import Problem, gaussian_shrink, row_classes, trial_values
+from bytecap.quantization.quantizer import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
+from bytecap.quantization.trellis import round_trellis
+from bytecap.types import Unit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,8 +61,8 @@ class TestTrialValues:
         )  # fmt: skip
         offset = (rng.integers(-128, 128, (CLASSES, CENTRES)) / 256).astype(np.float32)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trial, "_TOGETHER", together)
-            found = trial.values_there(code, offset, torch.device(DEVICE)).cpu().numpy()
+            patch.setattr(trial_values, "_TOGETHER", together)
+            found = trial_values.values_there(code, offset, torch.device(DEVICE)).cpu().numpy()
         assert found.tobytes() == decode_grid(code, Shared(Tables({}), offset)).tobytes()
 
     def test_take_the_place_of_arrays_in_the_model_that_is_tried(self, monkeypatch):
@@ -101,7 +101,7 @@ def problem(batch, cols, rows, step):
 def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, step):
     if DEVICE == "cpu":
         monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
-    from bytecap.rounding import device
+    from bytecap.quantization import cuda as device
 
     steps = torch.full((batch,), step)
     given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink(0.0)

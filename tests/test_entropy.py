@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import norm
 
-from bytecap.entropy import (
+from bytecap.errors import CorruptError
+from bytecap.format.entropy.frequencies import MAX_CLASS, MAX_HALF, TOTAL, Table, Tables, integer_frequencies
+from bytecap.format.entropy.rans import (
     LANE_SYMBOLS,
     MAX_SYMBOL,
     Source,
@@ -26,9 +28,7 @@ from bytecap.entropy import (
     lanes,
     zigzag_bytes,
 )
-from bytecap.errors import CorruptError
-from bytecap.frequencies import MAX_CLASS, MAX_HALF, TOTAL, Table, Tables, integer_frequencies
-from bytecap.tables import count_symbols, dump_shared, fit_shared, load_shared
+from bytecap.format.entropy.shared_tables import count_symbols, dump_shared, fit_shared, load_shared
 
 SHORT = st.integers(0, 60)
 LENGTHS = st.one_of(SHORT, SHORT, SHORT, st.sampled_from([LANE_SYMBOLS - 1, LANE_SYMBOLS, LANE_SYMBOLS + 1, 20_011]))

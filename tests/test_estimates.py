@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 import golden_parts
-from bytecap import codefiles
-from bytecap.codefiles import Code
-from bytecap.coders import coder
-from bytecap.coders.grid import GridCode, side_bits
-from bytecap.coders.order import by_likeness
 from bytecap.errors import BudgetError, CodeError, UsageError
-from bytecap.frequencies import MAX_HALF, TOTAL
-from bytecap.tables import count_symbols, fit_shared, sum_counts
+from bytecap.format import codefiles
+from bytecap.format.codefiles import Code
+from bytecap.format.coders import coder
+from bytecap.format.coders.grid import GridCode, side_bits
+from bytecap.format.entropy.frequencies import MAX_HALF, TOTAL
+from bytecap.format.entropy.shared_tables import count_symbols, fit_shared, sum_counts
+from bytecap.format.overlays.order import by_likeness
 
 TABLES = golden_parts.SHARED.tables
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import bytecap
-from bytecap import artifact, ledger
-from bytecap.decode import Ideal, decode_units
+from bytecap.format import container, ledger
+from bytecap.format.decoder import Ideal, decode_units
 from bytecap.methods import METHODS
+from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import load_model
-from bytecap.sources import load_sets
-from bytecap.trim import allowed_slack
+from bytecap.model.sources import load_sets
 from conftest import BUDGET, KINDS, SMALL, build, save
 
 METHOD_NAMES = ("bytecap", "golf", "uniform")
@@ -47,7 +47,7 @@ class TestEveryFamily:
 
     def test_the_ledger_is_rebuilt_from_the_file_and_adds_up(self, fitted, kind, method):
         result, path = fitted(kind, method)
-        entries = artifact.ledger(artifact.read(path))
+        entries = container.ledger(container.read(path))
         assert entries == result.ledger()
         assert ledger.total(entries) == path.stat().st_size
         assert all(e.bytes >= 0 and e.kind.rpartition(" ")[2] in ledger.KINDS for e in entries)
@@ -68,7 +68,7 @@ class TestEveryFamily:
     def test_unpacked_directories_give_the_same_logits(self, fitted, kind, method, tmp_path):
         import transformers
 
-        from bytecap.unpack import unpack
+        from bytecap.pipeline.export import unpack
 
         _, path = fitted(kind, method)
         assert unpack(path, tmp_path / "out") == "float32"
@@ -82,7 +82,7 @@ class TestEveryFamily:
         assert report["method"] == method
         assert report["bits_per_parameter"] == pytest.approx(8 * path.stat().st_size / report["parameters"])
         ideal = Ideal()
-        decode_units(artifact.read(path), observe=ideal)
+        decode_units(container.read(path), observe=ideal)
         assert report["ideal_bytes"] == ideal.bytes(path.stat().st_size) <= report["file_bytes"]
         assert report["kl_nats"] > 0
         assert report["measured_delta_nats"] == pytest.approx(report["nats_artifact"] - report["nats_original"])
@@ -176,7 +176,7 @@ def test_more_bytes_mean_less_damage(fitted):
 def test_a_large_budget_stores_the_model_losslessly(model_directory, texts, tmp_path, kind, dtype):
     import transformers
 
-    from bytecap.unpack import unpack
+    from bytecap.pipeline.export import unpack
 
     directory = model_directory(kind, dtype=dtype)
     path = tmp_path / "whole.bcap"

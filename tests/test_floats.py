@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.coders.exact import is_lossless
+from bytecap.format.coders.exact import is_lossless
+from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import load_model
-from bytecap.trim import allowed_slack
 from conftest import SMALL
 
 

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from bytecap.coders import Shared, run
-from bytecap.coders.bands import CODER as BANDS
-from bytecap.coders.packed import MAX_CODE, Quantized, dequantize
-from bytecap.coders.stack import CODER as STACK
 from bytecap.errors import BudgetError
-from bytecap.methods.golf import factorize, golf, gptq, round_nearest, row_steps, smallest, with_brotli
-from bytecap.methods.residual import Residual
-from bytecap.methods.uniform import tolerance
+from bytecap.format.coders import Shared, run
+from bytecap.format.coders.bands import CODER as BANDS
+from bytecap.format.coders.packed import MAX_CODE, Quantized, dequantize
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.methods.baselines.golf import factorize, golf, gptq, round_nearest, row_steps, smallest, with_brotli
+from bytecap.methods.baselines.residual import Residual
+from bytecap.methods.baselines.uniform import tolerance
 from test_uniform import decoded, model, used
 
 
@@ -92,7 +92,7 @@ def stored_steps(unit, section):
     """fp16 row scales in a section, read by hand."""
     import brotli
 
-    from bytecap.coders import read_leb
+    from bytecap.format.coders import read_leb
 
     length, at = read_leb(section.data, 2)
     return np.frombuffer(brotli.decompress(section.data[at : at + length]), np.float16, unit.matrix_shape[0])

@@ -16,9 +16,12 @@ import pytest
 
 import fuzz
 import golden_parts
-from bytecap import artifact, codefiles, errors, sidefiles, unpack
-from bytecap.coders import leb
-from bytecap.decode import decode_units
+from bytecap import errors
+from bytecap.format import codefiles, container
+from bytecap.format.coders import leb
+from bytecap.format.decoder import decode_units
+from bytecap.format.sidefiles import packing as sidefiles
+from bytecap.pipeline import export
 from stranger.basics import FormatError
 from stranger.reader import read as strange
 from test_determinism import demo
@@ -43,9 +46,9 @@ def unit(name="w", shape=(1,), dtype="F32", coder=2, flags=0, aliases=()):
 
 def everything(data):
     """All a reader may be asked for."""
-    contents = artifact.parse(data)
-    artifact.ledger(contents)
-    return unpack.directory_files(contents)[0]
+    contents = container.parse(data)
+    container.ledger(contents)
+    return export.directory_files(contents)[0]
 
 
 def refused(data, message, error=errors.ArtifactError):
@@ -57,7 +60,7 @@ def peak(data):
     """Bytes allocated at most while a file is read."""
     tracemalloc.start()
     try:
-        decode_units(artifact.parse(data))
+        decode_units(container.parse(data))
     except errors.ArtifactError:
         pass
     finally:
@@ -102,7 +105,7 @@ def test_sections_that_overlap_or_leave_gaps(length):
         bytes([kind]) + leb(size) + fuzz.struct.pack("<I", fuzz.zlib.crc32(data))
         for kind, size, data in ((1, len(content), content), (3, length, VECTOR[:length] if length < 9 else VECTOR))
     )
-    head = fuzz.struct.pack("<8sBBHIQ", artifact.MAGIC, 1, 0, 0, len(directory), 37 + len(directory) + len(content))
+    head = fuzz.struct.pack("<8sBBHIQ", container.MAGIC, 1, 0, 0, len(directory), 37 + len(directory) + len(content))
     data = head + fuzz.struct.pack("<I", fuzz.zlib.crc32(head + directory)) + directory + content + VECTOR
     refused(data, "left over|past the end", errors.CorruptError)
 
@@ -123,7 +126,7 @@ def test_names_that_a_directory_gives_to_others(name, tmp_path):
     path = tmp_path / "a.bcap"
     path.write_bytes(made((1, index(files=[name])), (4, b"\0{}")))
     with pytest.raises(errors.ArtifactError, match="must not have the name"):
-        unpack.unpack(path, tmp_path / "out")
+        export.unpack(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -170,15 +173,15 @@ def declared(name):
 
 @pytest.mark.parametrize("name", ["bands", "fixed", "grid", "latent", "packed", "stack", "trellis", "vector_constant"])
 def test_memory_for_what_a_small_file_declares(name):
-    from bytecap import compiled
+    from bytecap.format.entropy import jit
 
-    compiled.kernel("lanes")  # what numba itself takes is not the file's
+    jit.kernel("lanes")  # what numba itself takes is not the file's
     for size, data in declared(f"{name}.bcap"):
         assert peak(data) < 4 * size
 
 
 def squeezed(content):
-    return lzma.compress(content, lzma.FORMAT_RAW, filters=artifact._LZMA)
+    return lzma.compress(content, lzma.FORMAT_RAW, filters=container._LZMA)
 
 
 @pytest.mark.parametrize("filler", [b"[],", b'"",', b"1,", b'{"a":0},'])
@@ -256,9 +259,9 @@ def check_flips(whole):
     for place in rng.sample(range(8 * len(data)), 10_000):
         data[place // 8] ^= 1 << place % 8
         with pytest.raises(errors.ArtifactError):
-            artifact.parse(bytes(data))
+            container.parse(bytes(data))
         data[place // 8] ^= 1 << place % 8
-    artifact.parse(bytes(data))
+    container.parse(bytes(data))
 
 
 # --------------------------------------------------------------------------------------------------------- fuzzing
@@ -274,8 +277,8 @@ def stranger_outcome(data):
 
 def our_outcome(data):
     try:
-        contents = artifact.parse(data)
-        return decode_units(contents), unpack.side_files(contents) | codefiles.files(contents)
+        contents = container.parse(data)
+        return decode_units(contents), export.side_files(contents) | codefiles.files(contents)
     except errors.ArtifactError as error:
         return type(error).__name__
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap.coders import Shared, coder, run
-from bytecap.coders.companded import CODER as COMPANDED
-from bytecap.coders.companded import CompandedCode, levels
-from bytecap.coders.companded import dequantize as expand
-from bytecap.coders.fixed import CODER as FIXED
-from bytecap.coders.fixed import FixedCode, dequantize
-from bytecap.coders.integers import Integers, write_integers
 from bytecap.errors import CorruptError
+from bytecap.format.coders import Shared, coder, run
+from bytecap.format.coders.companded import CODER as COMPANDED
+from bytecap.format.coders.companded import CompandedCode, levels
+from bytecap.format.coders.companded import dequantize as expand
+from bytecap.format.coders.fixed import CODER as FIXED
+from bytecap.format.coders.fixed import FixedCode, dequantize
+from bytecap.format.wire.integers import Integers, write_integers
 from bytecap.reference.container import Reader, Unit
 from bytecap.reference.fixed import companded, fixed
 from bytecap.reference.streams import decode_streams

@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import golden_parts
-from bytecap import artifact, reference
-from bytecap.coders import Objects, Shared, layers, run
-from bytecap.coders import parts as p
-from bytecap.coders.channels import lengths, places
-from bytecap.coders.groups import sixteenth
-from bytecap.coders.stack import CODER as STACK
-from bytecap.decode import decode_units
+from bytecap import reference
 from bytecap.errors import CorruptError
-from bytecap.ledger import KINDS, by_kind
-from bytecap.paths import paths
+from bytecap.format import container
+from bytecap.format.coders import Objects, Shared, layers, run
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.decoder import decode_units
+from bytecap.format.ledger import KINDS, by_kind
+from bytecap.format.overlays.channels import lengths, places
+from bytecap.format.overlays.groups import sixteenth
+from bytecap.format.wire import positions as p
+from bytecap.quantization.overlays import paths
 
 LAYERS = {found.id: found for found in layers().values()}
 
@@ -120,7 +121,7 @@ def test_both_decoders_agree_and_every_byte_is_owned(seed, rows, cols, names):
     data = file(shape, random_base(rng, shape), *stacked)
     assert data[9] == 1, "minor version"
     try:
-        ours = decode_units(artifact.parse(data))["a"]
+        ours = decode_units(container.parse(data))["a"]
     except CorruptError:  # scales may take a random stack out of range
         with pytest.raises(CorruptError):
             reference.decode_file(data)
@@ -132,7 +133,7 @@ def test_both_decoders_agree_and_every_byte_is_owned(seed, rows, cols, names):
         kinds = layers()[tag].kinds(part, shape, "F32")
         assert sum(n for _, n in kinds) == len(part)
         assert {kind for kind, _ in kinds} <= set(KINDS)
-    assert sum(by_kind(artifact.ledger(artifact.parse(data))).values()) == len(data)
+    assert sum(by_kind(container.ledger(container.parse(data))).values()) == len(data)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -153,7 +154,7 @@ def test_a_changed_byte_is_refused_by_both_or_by_none(name, seed, data):
     part[data.draw(st.integers(0, len(part) - 1))] = data.draw(st.integers(0, 255))
     damaged = file((6, 9), (2, struct.pack("<ffB", 1, 0, 0)), (LAYERS[name].tag, bytes(part)))
     found = []
-    for decoder in (lambda d: decode_units(artifact.parse(d)), reference.decode_file):
+    for decoder in (lambda d: decode_units(container.parse(d)), reference.decode_file):
         try:
             found.append(decoder(damaged)["a"].tobytes())
         except CorruptError:
@@ -197,7 +198,7 @@ def test_layers_act_in_order_and_may_repeat():
     double = LAYERS["groups"].encode(np.array([[16]], np.int8), 2)
     base = (2, struct.pack("<ffB", 1.5, 0, 0))
     for stacked, wanted in (([(34, first), (36, double)], [4.0, 3.0]), ([(36, double), (34, first)], [2.0, 3.0])):
-        assert decode_units(artifact.parse(file((1, 2), base, *stacked)))["a"].tolist() == [wanted]
+        assert decode_units(container.parse(file((1, 2), base, *stacked)))["a"].tolist() == [wanted]
 
 
 def test_only_files_with_a_stack_need_the_newer_version():

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from bytecap import memory
-from bytecap.decode import load
+from bytecap.format.decoder import load
+from bytecap.system import allocator
 from conftest import BUDGET, FAST
 from forks import child
 
@@ -165,13 +165,14 @@ _FRESH = """
 import resource, sys
 kind, most, more, *sys.argv = sys.argv[1:]
 if more == "more":  # than what the process has with everything imported
-    import torch, transformers.models.llama, bytecap.pipeline, bytecap.kernels, bytecap.methods.default
+    import torch, transformers.models.llama
+    import bytecap.pipeline.fit, bytecap.format.entropy.kernels, bytecap.methods.bytecap
     with open("/proc/self/status", encoding="ascii") as f:
         name = {"RLIMIT_DATA": "VmData", "RLIMIT_AS": "VmSize"}[kind]
         most = int(most) + next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
 resource.setrlimit(getattr(resource, kind), (int(most), int(most)))
-import bytecap.cli
-bytecap.cli.main()
+import bytecap.cli.app
+bytecap.cli.app.main()
 """
 
 
@@ -186,7 +187,7 @@ def fresh(arguments, kind, most, more="less"):
 class TestMemory:
     def test_within_the_stated_bound(self, limited, slow, tmp_path):
         parameters = sum(v.size for v in _fitted(limited, slow, tmp_path).values())
-        code, text = fresh(slow, "RLIMIT_DATA", memory.bound(parameters))
+        code, text = fresh(slow, "RLIMIT_DATA", allocator.bound(parameters))
         assert code == 0, text
 
     @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
@@ -210,7 +211,7 @@ class TestMemory:
         ],
     )  # fmt: skip
     def test_what_counts_as_lack_of_memory(self, exc, is_one):
-        assert memory.is_shortage(exc) == is_one
+        assert allocator.is_shortage(exc) == is_one
 
 
 def _fitted(limited, arguments, directory):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from bytecap.model import probe as probing
+from bytecap.calibration import probe as probing
+from bytecap.calibration.embedding_gradients import Lookup, looked_up
+from bytecap.calibration.moments import Moment
+from bytecap.calibration.probe import logits_of, probe
 from bytecap.model.checkpoint import find_units, linear_weights
-from bytecap.model.lookup import Lookup, looked_up
-from bytecap.model.moments import Moment
-from bytecap.model.probe import logits_of, probe
 from conftest import build
 from test_probe import windows_of
 

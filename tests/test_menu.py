@@ -5,22 +5,23 @@ import pytest
 import torch
 
 import bytecap
-from bytecap import artifact, reference
-from bytecap.coders.stack import CODER as STACK
-from bytecap.core import Curve, Plan, Point, Unit
+from bytecap import reference
+from bytecap.allocation import overlay_menu
+from bytecap.allocation.layered import layered, problem_of
+from bytecap.allocation.overlay_menu import Choice, solve
+from bytecap.allocation.planner import Planner, decode_coded
+from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
-from bytecap.ledger import by_path
-from bytecap.methods import menu
-from bytecap.methods.layered import layered, problem_of
-from bytecap.methods.menu import Choice, solve
-from bytecap.methods.waterfill import Planner, decode_coded
+from bytecap.format import container
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.ledger import by_path
+from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import load_model
-from bytecap.paths import paths
 from bytecap.progress import Silent
+from bytecap.quantization.overlays import paths
+from bytecap.quantization.quantizer import Options, prepare
 from bytecap.report.terminal import print_fit, print_ledger
-from bytecap.sensitivity import Metric
-from bytecap.sweep import Options, prepare
-from bytecap.trim import allowed_slack
+from bytecap.types import Curve, Plan, Point, Unit
 from conftest import BUDGET, SMALL, build, save
 
 WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
@@ -87,7 +88,7 @@ class TestWeakBase:
 
     def test_file_report_and_ledger_agree(self, outcome):
         found, _ = outcome("weak", *MENU)
-        entries = artifact.ledger(artifact.parse(found.data))
+        entries = container.ledger(container.parse(found.data))
         assert by_path(entries) == found.report["paths"]
         assert sum(e.bytes for e in entries) == len(found.data)
         stacks = sum(u.tag == STACK.tag for u in found.contents.units)
@@ -134,12 +135,12 @@ class TestNames:
         assert "did you mean lowrank" in refused(*arguments, "rows,lowrang")
 
     def test_the_default_menu_is_empty(self):
-        assert menu.known(None) == menu.known(()) == ()
-        assert menu.known(["all"]) == tuple(sorted(paths()))
+        assert overlay_menu.known(None) == overlay_menu.known(()) == ()
+        assert overlay_menu.known(["all"]) == tuple(sorted(paths()))
 
     def test_all_reaches_the_job_from_the_command_line(self, run, model_directory, texts, tmp_path, monkeypatch):
         seen = []
-        monkeypatch.setattr("bytecap.pipeline._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
+        monkeypatch.setattr("bytecap.pipeline.fit._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
         arguments = ("fit", model_directory("rotary"), "--budget", BUDGET, "-o", tmp_path / "a.bcap")
         arguments += ("--calib", texts["calib"], "--eval", texts["val"])
         for names, expected in (("all", tuple(sorted(paths()))), ("rows, lowrank", ("rows", "lowrank"))):
@@ -162,10 +163,10 @@ class TestSolve:
             return Curve(name, (Point(10, 4.0, 0), Point(14, 3.0, 1), Choice(10, 1.0, 0, "p", 1)))
 
         few, many = [unit("a")], [unit(n) for n in "abcde"]
-        assert menu.chosen(solve(few, 10 + 3, {"p": 4})) == {}
-        assert menu.chosen(solve(few, 10 + 4, {"p": 4})) == {"p": 1}
+        assert overlay_menu.chosen(solve(few, 10 + 3, {"p": 4})) == {}
+        assert overlay_menu.chosen(solve(few, 10 + 4, {"p": 4})) == {"p": 1}
         plan = solve(many, 50 + 4, {"p": 4, "q": 100})
-        assert menu.chosen(plan) == {"p": 5}
+        assert overlay_menu.chosen(plan) == {"p": 5}
         assert plan.rate <= 50
 
     def test_without_paths_it_is_the_plain_plan(self):

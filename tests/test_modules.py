@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import bytecap
-from bytecap import drift
-from bytecap.drift import stages
-from bytecap.ledger import by_unit
-from bytecap.model.batch import Batch, Look
+from bytecap.allocation import asymmetric_targets
+from bytecap.allocation.asymmetric_targets import stages
+from bytecap.calibration.probe import probe
+from bytecap.format.ledger import by_unit
+from bytecap.model.batches import Batch, Look
 from bytecap.model.module import model_of, next_token
-from bytecap.model.probe import probe
-from bytecap.model.text import Window
-from bytecap.model.uses import count_uses
-from bytecap.modules import with_loss
+from bytecap.model.texts import Window
+from bytecap.model.weight_reads import count_uses
+from bytecap.pipeline.fit_module import with_loss
 from bytecap.progress import Silent
 
 VOCABULARY = 64
@@ -216,7 +216,7 @@ class TestStatistics:
 
 
 def _sets_of(windows):
-    from bytecap.model.text import Text, TokenSets
+    from bytecap.model.texts import Text, TokenSets
 
     return TokenSets(tuple(windows), tuple(windows[:2]), (Text("held", tuple(windows[:2])),), 0)
 
@@ -227,7 +227,7 @@ def test_behind_a_prefix_of_zeros_nothing_drifts():
             self.advance = lambda: x
 
     walks = [[Walk(torch.randn(1, 5, 3))], [Walk(torch.zeros(1, 5, 3))]]
-    assert not drift._fix(walks, [None]).any()
+    assert not asymmetric_targets._fix(walks, [None]).any()
 
 
 def _fisher(module, tokens):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bytecap.model.moments import Moment
+from bytecap.calibration.moments import Moment
 
 
 @pytest.mark.parametrize("cols", [1, 5, 255, 256, 301, 512])

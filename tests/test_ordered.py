@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from bytecap.model.ordered import ask_for_order, in_order, same_sums
+from bytecap.model.determinism import ask_for_order, in_order, same_sums
 
 
 def asked():

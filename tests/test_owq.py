@@ -3,12 +3,12 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.coders.fixed import CODER, dequantize
+from bytecap.calibration.probe import probe
 from bytecap.errors import UsageError
-from bytecap.methods.owq import coded, column_scores, quantize, row_ranges
+from bytecap.format.coders.fixed import CODER, dequantize
+from bytecap.methods.baselines.owq import coded, column_scores, quantize, row_ranges
 from bytecap.model.checkpoint import load_model
-from bytecap.model.probe import probe
-from bytecap.model.text import Window
+from bytecap.model.texts import Window
 from test_golf import output_error, second_moment
 
 

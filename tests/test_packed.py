@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bytecap.coders import Shared, coder, leb, run
-from bytecap.coders.packed import BROTLI, CODER, MAX_CODE, ZLIB, Quantized, dequantize
 from bytecap.errors import CorruptError
+from bytecap.format.coders import Shared, coder, leb, run
+from bytecap.format.coders.packed import BROTLI, CODER, MAX_CODE, ZLIB, Quantized, dequantize
 
 
 def decode(data, shape):

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import golden_parts
-from bytecap import artifact
-from bytecap.coders.exact import CODER as EXACT
-from bytecap.coders.stack import CODER as STACK
-from bytecap.core import Unit
-from bytecap.decode import decode_units
-from bytecap.paths import Problem, groups, lowrank, paths
-from bytecap.paths.protect import (
+from bytecap.format import container
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.decoder import decode_units
+from bytecap.quantization.overlays import Problem, groups, lowrank, paths
+from bytecap.quantization.overlays.protect import (
     absorbed,
     nearest,
     row_scores,
@@ -24,6 +23,7 @@ from bytecap.paths.protect import (
     without_columns,
     without_rows,
 )
+from bytecap.types import Unit
 
 LOUD = (5, 21)
 
@@ -73,7 +73,7 @@ def test_every_setting_of_every_path(name, setting):
     found = path.after(given_problem, base, setting)
     section = STACK.encode((3, EXACT.encode(base.numpy(), "F32")), [(found.tag, found.data)])
     file = golden_parts.pack(golden_parts.unit("a", (32, 32), 5, section))
-    assert decode_units(artifact.parse(file))["a"].tobytes() == found.values.numpy().tobytes()
+    assert decode_units(container.parse(file))["a"].tobytes() == found.values.numpy().tobytes()
     assert 0 < found.side < len(found.data)
     assert 0 < found.share <= 1
     assert given_problem.distortion(found.values) < given_problem.distortion(base)

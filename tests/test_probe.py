@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from bytecap import sensitivity
-from bytecap.model import probe as probing
+from bytecap.calibration import metric as sensitivity
+from bytecap.calibration import probe as probing
+from bytecap.calibration.probe import batches, logits_of, probe, sampled_loss
 from bytecap.model.checkpoint import demo_directory, find_units, load_model
-from bytecap.model.evaluate import kl_to
-from bytecap.model.probe import batches, logits_of, probe, sampled_loss
-from bytecap.model.text import Window, cut_windows, load_text
-from bytecap.sources import encoder
-from bytecap.swap import swapped
+from bytecap.model.evaluation import kl_to
+from bytecap.model.quantized_copy import swapped
+from bytecap.model.sources import encoder
+from bytecap.model.texts import Window, cut_windows, load_text
 from conftest import VOCABULARY, build
 
 

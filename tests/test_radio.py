@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.coders import Shared, run
-from bytecap.coders.companded import dequantize
-from bytecap.coders.exact import CODER as EXACT
-from bytecap.core import Unit
-from bytecap.methods.gradient import _Hidden, mean_squared_gradients
-from bytecap.methods.radio import Companding, _Fit, bias_names, compand, cut, depths_at, dual_ascent
+from bytecap.calibration.weight_gradients import _Hidden, mean_squared_gradients
+from bytecap.format.coders import Shared, run
+from bytecap.format.coders.companded import dequantize
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.methods.baselines.radio import Companding, _Fit, bias_names, compand, cut, depths_at, dual_ascent
 from bytecap.model.checkpoint import find_units, load_model
-from bytecap.model.text import Window
+from bytecap.model.texts import Window
+from bytecap.types import Unit
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ WINDOWS = [Window(tuple(np.random.default_rng(i).integers(0, 24, 65).tolist()), 
 
 class TestComponents:
     def found(self, kind, monkeypatch, module=None):
-        monkeypatch.setattr("bytecap.methods.gradient.fast_dtype", lambda _: torch.float32)
-        monkeypatch.setattr("bytecap.methods.gradient._SAMPLED", 1)
+        monkeypatch.setattr("bytecap.calibration.weight_gradients.fast_dtype", lambda _: torch.float32)
+        monkeypatch.setattr("bytecap.calibration.weight_gradients._SAMPLED", 1)
         module = (module or Tower()).eval()
         return mean_squared_gradients(module, find_units(module), WINDOWS, kind=kind)
 

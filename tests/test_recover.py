@@ -7,24 +7,24 @@ import pytest
 import torch
 
 import bytecap
-from bytecap import passes, recover, resume
-from bytecap.core import Unit
+from bytecap.allocation.planner import Planner, VectorUnit
+from bytecap.calibration.kl_gradient import gradient
+from bytecap.calibration.metric import Metric
 from bytecap.errors import TextError, UsageError
-from bytecap.live import Live
+from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.methods import Section
-from bytecap.methods.waterfill import Planner, VectorUnit
+from bytecap.methods.rate_control import allowed_slack, fit_units
 from bytecap.model.checkpoint import load_model
-from bytecap.model.evaluate import kl_to
-from bytecap.model.gradient import gradient
+from bytecap.model.evaluation import kl_to
+from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sampling import sample
+from bytecap.model.sources import SELF_TOKENS, load_sets, with_recovery
 from bytecap.progress import Silent
-from bytecap.recover import Effort
-from bytecap.sensitivity import Metric
-from bytecap.sources import SELF_TOKENS, load_sets, with_recovery
-from bytecap.swap import load_values, twin_of
-from bytecap.sweep import Options, prepare
-from bytecap.tables import dump_shared
-from bytecap.trim import allowed_slack, fit_units
+from bytecap.quantization.quantizer import Options, prepare
+from bytecap.recovery import checkpointing, kl_passes, tuning
+from bytecap.recovery.parameters import Live
+from bytecap.recovery.tuning import Effort
+from bytecap.types import Unit
 from conftest import SMALL
 
 BUDGET = 12_000  # some two bits a weight
@@ -53,7 +53,7 @@ def plain(fit):
 class TestWholeFits:
     @pytest.mark.nightly
     def test_recovery_lowers_the_kl_of_a_trained_model(self, fit, monkeypatch):
-        monkeypatch.setitem(passes._TOKENS, "cpu", 512)
+        monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)
         found, notes = fit("demo", 430_000, recover="16", evaluation_tokens=300)
         line = next(n for n in notes if re.search("before, .* after$", n) and "moves" not in n)
         before, after = (float(x) for x in re.findall(r"[0-9]\.[0-9]+", line))
@@ -72,8 +72,8 @@ class TestWholeFits:
         assert found.report["without_recovery"]["kl_nats"] == pytest.approx(plain.report["kl_nats"])
 
     def test_diverging_ships_what_was_best_and_says_so(self, fit, plain, monkeypatch):
-        monkeypatch.setattr(recover, "RATE", 300.0)
-        monkeypatch.setattr(recover, "VALUES_RATE", 300.0)
+        monkeypatch.setattr(tuning, "RATE", 300.0)
+        monkeypatch.setattr(tuning, "VALUES_RATE", 300.0)
         found, notes = fit(recover="12")
         assert any("diverges" in n for n in notes)
         assert any("stored as it was" in n for n in notes)
@@ -88,21 +88,21 @@ class TestWholeFits:
                 raise torch.OutOfMemoryError("no more")
             return gradient(*args, batch=batch, **kwargs)
 
-        monkeypatch.setattr(passes, "gradient", scarce)
+        monkeypatch.setattr(kl_passes, "gradient", scarce)
         _, notes = fit(recover="1")
         assert sizes[:3] == [1024, 512, 256]
         assert set(sizes[3:]) <= {256}
         assert sum("out of device memory" in n for n in notes) == 2
 
     def test_a_text_read_more_than_once_is_said(self, fit, monkeypatch):
-        monkeypatch.setitem(passes._TOKENS, "cpu", 20_000)
+        monkeypatch.setitem(kl_passes._TOKENS, "cpu", 20_000)
         _, notes = fit(recover="1")
         assert any(re.search(r"text of [0-9,]+ tokens was read [0-9.]+ times", n) for n in notes)
 
     def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, tmp_path, monkeypatch):
-        monkeypatch.setattr(resume, "SECONDS", 0.0)
+        monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
         whole = fit(recover="8", store=tmp_path / "one")[0]
-        moves, move = [], recover._Course.move
+        moves, move = [], tuning._Course.move
 
         def killed(self, *args):
             if len(moves) == 4:
@@ -110,10 +110,10 @@ class TestWholeFits:
             moves.append(1)
             return move(self, *args)
 
-        monkeypatch.setattr(recover._Course, "move", killed)
+        monkeypatch.setattr(tuning._Course, "move", killed)
         with pytest.raises(KeyboardInterrupt):
             fit(recover="8", store=tmp_path / "two")
-        monkeypatch.setattr(recover._Course, "move", lambda self, *args: (moves.append(2), move(self, *args))[1])
+        monkeypatch.setattr(tuning._Course, "move", lambda self, *args: (moves.append(2), move(self, *args))[1])
         assert fit(recover="8", store=tmp_path / "two")[0].data == whole.data
         assert moves.count(2) < 8
 

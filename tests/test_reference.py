@@ -17,19 +17,21 @@ from hypothesis import strategies as st
 
 import golden_parts
 import make_goldens
-from bytecap import artifact, errors, reference, usual
-from bytecap.artifact import Contents
-from bytecap.coders import Shared
-from bytecap.coders.exact import CODER as EXACT
-from bytecap.coders.exact import WIDTH, from_bytes
-from bytecap.coders.grid import CODER as GRID
-from bytecap.coders.grid import GridCode, weight_classes
-from bytecap.coders.packed import CODER as PACKED
-from bytecap.coders.packed import Quantized
-from bytecap.decode import decode_units
-from bytecap.entropy import encode
-from bytecap.frequencies import Table, Tables, integer_frequencies
-from bytecap.tables import dump_shared, load_shared
+from bytecap import errors, reference
+from bytecap.format import container
+from bytecap.format.coders import Shared
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.coders.exact import WIDTH, from_bytes
+from bytecap.format.coders.grid import CODER as GRID
+from bytecap.format.coders.grid import GridCode, weight_classes
+from bytecap.format.coders.packed import CODER as PACKED
+from bytecap.format.coders.packed import Quantized
+from bytecap.format.container import Contents
+from bytecap.format.decoder import decode_units
+from bytecap.format.entropy.frequencies import Table, Tables, integer_frequencies
+from bytecap.format.entropy.rans import encode
+from bytecap.format.entropy.shared_tables import dump_shared, load_shared
+from bytecap.format.sidefiles import dictionary
 
 DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
@@ -38,7 +40,7 @@ MODEST = settings(max_examples=40, deadline=None, suppress_health_check=[HealthC
 
 
 def main_decoder(data):
-    return decode_units(artifact.parse(data))
+    return decode_units(container.parse(data))
 
 
 def outcome(decoder, data):
@@ -123,9 +125,9 @@ def test_the_documents_example_is_the_golden():
 
 def test_the_documents_appendices_are_what_side_files_use():
     template = zlib.decompress(base64.b64decode(re.search(r"```base64\n(.*?)```", DOCUMENT, re.DOTALL)[1]))
-    assert template == usual.TEMPLATE
+    assert template == dictionary.TEMPLATE
     assert f"{len(template)} bytes, SHA-256 `{hashlib.sha256(template).hexdigest()}`" in DOCUMENT
-    assert tuple(re.search(r"```words\n(.*?)```", DOCUMENT, re.DOTALL)[1].split()) == usual.WORDS
+    assert tuple(re.search(r"```words\n(.*?)```", DOCUMENT, re.DOTALL)[1].split()) == dictionary.WORDS
 
 
 def test_the_reference_shares_nothing_but_errors():
@@ -221,8 +223,8 @@ def artifacts(draw):
             f"u{i}", shape, tag, b"", dtype, [f"u{i}'"] * draw(st.booleans()), transposed=draw(st.booleans())
         )
         section = random_section(rng, plain.unit.matrix_shape, dtype, tag, shared, draw(st.sampled_from([0, 0, 3])))
-        units.append(artifact.UnitSection(plain.unit, tag, section))
-    return artifact.serialize(Contents(tuple(units), dump_shared(shared), (), {}, draw(st.integers(0, 3))))
+        units.append(container.UnitSection(plain.unit, tag, section))
+    return container.serialize(Contents(tuple(units), dump_shared(shared), (), {}, draw(st.integers(0, 3))))
 
 
 @MODEST
@@ -267,7 +269,7 @@ DAMAGED = [
 
 def sections(data):
     """(kind, bytes) of every section."""
-    return [(s.kind, data[s.start : s.start + s.length]) for s in artifact._directory(data, "")]
+    return [(s.kind, data[s.start : s.start + s.length]) for s in container._directory(data, "")]
 
 
 @pytest.mark.filterwarnings("error")

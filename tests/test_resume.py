@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import bytecap
-from bytecap import resume
-from bytecap.atomic import replacing, sweep, write_atomically
-from bytecap.coders import Shared
 from bytecap.errors import OutputError
-from bytecap.frequencies import Table, Tables
-from bytecap.rounding import gaussian_shrink
-from bytecap.store import Store, digest
+from bytecap.format.coders import Shared
+from bytecap.format.entropy.frequencies import Table, Tables
+from bytecap.quantization import gaussian_shrink
+from bytecap.recovery import checkpointing
+from bytecap.system.atomic import replacing, sweep, write_atomically
+from bytecap.system.cache import Store, digest
 from conftest import BUDGET, SMALL
 from forks import child, together
 
@@ -53,7 +53,7 @@ class TestGoingOn:
 
         for stage in STAGES:
             with monkeypatch.context() as patch:
-                patch.setattr(f"bytecap.methods.default.{stage}", die)
+                patch.setattr(f"bytecap.methods.bytecap.{stage}", die)
                 with pytest.raises(Killed):
                     fit()
         assert fit() == fitted()[0].data
@@ -83,7 +83,7 @@ class TestGoingOn:
 
     def test_another_version_is_not_looked_at(self, fit, fitted, monkeypatch, tmp_path):
         fit()
-        monkeypatch.setattr("bytecap.methods.statistics.library", lambda: "another")
+        monkeypatch.setattr("bytecap.calibration.statistics.library", lambda: "another")
         assert fit() == fitted()[0].data
         assert len(list((tmp_path / "store").iterdir())) == 8
 
@@ -106,7 +106,7 @@ class TestGoingOn:
         for number, changes in enumerate(({"paths": ["outliers"]}, {"options": {"allocate": False}})):
             undisturbed = fit(store=None, **changes)
             with monkeypatch.context() as patch:
-                patch.setattr("bytecap.methods.default._finish", die)
+                patch.setattr("bytecap.methods.bytecap._finish", die)
                 with pytest.raises(Killed):
                     fit(store=tmp_path / str(number), **changes)
             assert fit(store=tmp_path / str(number), **changes) == undisturbed
@@ -114,7 +114,7 @@ class TestGoingOn:
     def test_rules_come_back_as_they_were(self):
         one, two = Table(-1, np.array([3, 8, 3, 2])), Table(0, np.array([15, 1]))
         shared = Shared(Tables({1: one, 2: one, 5: two}), gaussian_shrink(0.1).offset)
-        back, shrink = resume.rules_from_json(resume.rules_to_json((shared, gaussian_shrink(0.1))))
+        back, shrink = checkpointing.rules_from_json(checkpointing.rules_to_json((shared, gaussian_shrink(0.1))))
         assert {c: (t.low, t.freq.tolist()) for c, t in back.tables.table.items()} == {
             c: (t.low, t.freq.tolist()) for c, t in shared.tables.table.items()
         }

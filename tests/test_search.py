@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.coders.vector import CODER as VECTOR
-from bytecap.core import Unit
-from bytecap.methods.waterfill import Planner, State, VectorUnit, _next_log_step
+from bytecap.allocation.planner import Planner, State, VectorUnit, _next_log_step
+from bytecap.format.coders.vector import CODER as VECTOR
+from bytecap.types import Unit
 from conftest import SMALL, build
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import bytecap
 from bytecap.errors import CheckpointError, TextError
-from bytecap.factory import fill, load_callable, make_module, read_state
-from bytecap.shards import byte_counts, read_shard, shard_sets, windows
+from bytecap.model.factory import fill, load_callable, make_module, read_state
+from bytecap.model.shards import byte_counts, read_shard, shard_sets, windows
 
 FACTORY = """
 import torch

@@ -9,26 +9,35 @@ import torch
 import bytecap
 import golden_codebooks
 import golden_shared
-from bytecap import artifact, pipeline, reference
-from bytecap.artifact import Contents, UnitSection
-from bytecap.coders import Objects
-from bytecap.coders.channels import BOTH
-from bytecap.coders.channels import CODER as CHANNELS
-from bytecap.coders.codebook import CODER as CODEBOOK
-from bytecap.coders.codebook import Codebook, published_bits
-from bytecap.coders.indices import SharedTable, by_use
-from bytecap.coders.lowrank import CODED
-from bytecap.coders.lowrank import CODER as LOWRANK
-from bytecap.coders.objects import describe, load_objects, share_lists, write_codebook, write_list, write_table
-from bytecap.coders.stack import CODER as STACK
-from bytecap.core import Unit
-from bytecap.decode import decode_units
-from bytecap.frequencies import integer_frequencies
-from bytecap.ledger import by_unit, total
-from bytecap.methods import kmeans, shared
-from bytecap.methods.choice import Material
-from bytecap.paths import Problem
-from bytecap.paths.lowrank import PATH, Rank
+from bytecap import reference
+from bytecap.format import container
+from bytecap.format.coders import Objects
+from bytecap.format.coders.codebook import CODER as CODEBOOK
+from bytecap.format.coders.codebook import Codebook, published_bits
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.container import Contents, UnitSection
+from bytecap.format.decoder import decode_units
+from bytecap.format.entropy.frequencies import integer_frequencies
+from bytecap.format.ledger import by_unit, total
+from bytecap.format.overlays.channels import BOTH
+from bytecap.format.overlays.channels import CODER as CHANNELS
+from bytecap.format.overlays.lowrank import CODED
+from bytecap.format.overlays.lowrank import CODER as LOWRANK
+from bytecap.format.wire.indices import SharedTable, by_use
+from bytecap.format.wire.shared_objects import (
+    describe,
+    load_objects,
+    share_lists,
+    write_codebook,
+    write_list,
+    write_table,
+)
+from bytecap.methods.baselines import kmeans, shared_codewords
+from bytecap.methods.baselines.sampled_curves import Material
+from bytecap.pipeline import fit as pipeline
+from bytecap.quantization.overlays import Problem
+from bytecap.quantization.overlays.lowrank import PATH, Rank
+from bytecap.types import Unit
 from golden_parts import unit
 
 SHAPE = (40, 24)
@@ -42,10 +51,10 @@ def material(name="w", rows=48, cols=48, seed=0, spread=1.0):
 
 def both(contents):
     """Values by both decoders, which must agree."""
-    data = artifact.serialize(contents)
-    ours, theirs = decode_units(artifact.parse(data)), reference.decode_file(data)
+    data = container.serialize(contents)
+    ours, theirs = decode_units(container.parse(data)), reference.decode_file(data)
     assert {n: v.tobytes() for n, v in ours.items()} == {n: v.tobytes() for n, v in theirs.items()}
-    assert total(artifact.ledger(contents)) == len(data)
+    assert total(container.ledger(contents)) == len(data)
     return ours, data
 
 
@@ -64,14 +73,14 @@ def test_a_shared_codebook_gives_the_values_of_own_ones_for_fewer_bytes():
     assert all(first[n].tobytes() == second[n].tobytes() for n in first)
     book = 2 * words.size
     assert 5 * book - 64 < len(large) - len(small) < 5 * book
-    assert total(e for e in artifact.ledger(artifact.parse(small)) if e.unit == "(shared) codebook 0") == 4 + book
+    assert total(e for e in container.ledger(container.parse(small)) if e.unit == "(shared) codebook 0") == 4 + book
     assert (large[9], small[9]) == (1, 2)
 
 
 def test_the_ledger_owns_every_shared_byte():
     for _, data in golden_shared.valid():
-        contents = artifact.parse(data)
-        lines = {line.unit: line.bytes for line in by_unit(artifact.ledger(contents))}
+        contents = container.parse(data)
+        lines = {line.unit: line.bytes for line in by_unit(container.ledger(contents))}
         for number, section in enumerate(contents.objects):
             assert lines[f"(shared) {describe(section)[0]} {number}"] == len(section)
         assert data[9] == 2
@@ -149,17 +158,17 @@ def test_coded_factors_fill_the_ladder_between_plain_ones():
 
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_system_decodes_as_it_promises(decoder):
-    from bytecap.methods import cluscomp, reallm
-    from bytecap.methods.choice import option
+    from bytecap.methods.baselines import cluscomp, reallm
+    from bytecap.methods.baselines.sampled_curves import option
 
     materials = [material("a", seed=1), material("b", 96, 24, seed=2, spread=0.01)]
-    make = shared.autoencoder if decoder else shared.book
+    make = shared_codewords.autoencoder if decoder else shared_codewords.book
     system = make(materials, 64, 2, byte=True, seed=0)
     assert load_objects(system.objects()).items[0][1].tobytes() == system.words.numpy().tobytes()
     family = reallm.ReALLM(option({}, reallm.OPTIONS, "reallm"), 0, system=system)
-    setting = reallm.pack_setting(float(shared.BASE + 1), 1, decoder=False)
+    setting = reallm.pack_setting(float(shared_codewords.BASE + 1), 1, decoder=False)
     plain = cluscomp.ClusComp(option({}, cluscomp.OPTIONS, "cluscomp"), 0, system=system)
-    cases = [(family, setting)] if decoder else [(family, setting), (plain, shared.BASE + 1.0)]
+    cases = [(family, setting)] if decoder else [(family, setting), (plain, shared_codewords.BASE + 1.0)]
     for family, number in cases:
         found = {m.unit.name: family.encode(m, number) for m in materials}
         sections = {m.unit.name: family.section(m, found[m.unit.name].kept) for m in materials}
@@ -177,7 +186,7 @@ def test_what_is_shared_is_charged_and_both_accountings_work(model_directory, te
     def solve(_plain, systems, curves, _room):
         return systems[-1], curves(systems[-1]), [1.0] + [0.9] * len(systems)
 
-    monkeypatch.setattr(shared, "solve", solve)
+    monkeypatch.setattr(shared_codewords, "solve", solve)
     for accounting in ("published", "coded"):
         result = bytecap.fit(
             model_directory("rotary"), 32_000, calibration=texts["calib"], evaluation=texts["val"], method=method,
@@ -205,7 +214,7 @@ def test_the_pipeline_shares_lists_of_any_method():
     from bytecap.methods import Outcome, Section
 
     few = np.flatnonzero(np.random.default_rng(0).random(200) < 0.3)
-    layer = (32, bytecap.coders.columns.CODER.encode(few, np.ones((len(few), 2), np.float16), 200))
+    layer = (32, bytecap.format.overlays.columns.CODER.encode(few, np.ones((len(few), 2), np.float16), 200))
     data = STACK.encode(golden_shared.constant(1.0), [layer])
     units = [Unit(n, (2, 200), "F32") for n in "abcd"]
     model = replace_units(units)

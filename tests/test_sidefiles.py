@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap import ahead, sidefiles, spelling, usual
-from bytecap.coders import leb
 from bytecap.errors import CorruptError
-from bytecap.sidefiles import pack, unpack
+from bytecap.format.coders import leb
+from bytecap.format.sidefiles import background, bpe_merges, dictionary, packing
+from bytecap.format.sidefiles.packing import pack, unpack
 
 DEMO = files("bytecap") / "data" / "demo"
 STYLES: list[dict[str, Any]] = [
@@ -54,8 +54,8 @@ def merge_lists(draw: st.DrawFn) -> list[tuple[str, str]]:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """No usual words and little patience: damage tests unpack thousands of times."""
-    monkeypatch.setattr(spelling, "WORDS", ())
-    monkeypatch.setattr(spelling, "_MAX_WORK", 1 << 17)
+    monkeypatch.setattr(bpe_merges, "WORDS", ())
+    monkeypatch.setattr(bpe_merges, "_MAX_WORK", 1 << 17)
 
 
 SMALL = json.dumps(
@@ -65,7 +65,7 @@ SMALL = json.dumps(
 
 def structured(content: bytes) -> list[bytes]:
     """Every structured packing on offer, smallest or not."""
-    return sidefiles._dismantle(content)
+    return packing._dismantle(content)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
@@ -209,8 +209,8 @@ def test_a_trained_tokenizer_comes_back() -> None:
 
 def test_merges_that_do_not_follow_from_their_spelling_are_numbered() -> None:
     merges = [("a", "b"), ("b", "c"), ("a", "bc")]  # "abc" encodes as ab|c
-    assert spelling.write("abc", merges) == b""
-    assert spelling.write((), merges) == b""
+    assert bpe_merges.write("abc", merges) == b""
+    assert bpe_merges.write((), merges) == b""
     content = json.dumps(bpe(merges)).encode()
     assert len(structured(content)) == 1
     assert unpack("t", structured(content)[0]) == content
@@ -219,8 +219,8 @@ def test_merges_that_do_not_follow_from_their_spelling_are_numbered() -> None:
 @given(merge_lists())
 @settings(max_examples=25, deadline=None)
 def test_spelling_comes_back_or_declines(merges: list[tuple[str, str]]) -> None:
-    data = spelling.write("abcd", merges)
-    assert not data or spelling.read(data, "abcd", len(merges)) == merges
+    data = bpe_merges.write("abcd", merges)
+    assert not data or bpe_merges.read(data, "abcd", len(merges)) == merges
 
 
 @pytest.mark.usefixtures("brief")
@@ -302,8 +302,8 @@ def test_the_limit_is_exact() -> None:
 
 def test_the_usual_text_never_changes() -> None:
     """Files already written refer to it."""
-    assert zlib.crc32(usual.TEMPLATE) == 3578013093
-    assert zlib.crc32(" ".join(usual.WORDS).encode()) == 836526048
+    assert zlib.crc32(dictionary.TEMPLATE) == 3578013093
+    assert zlib.crc32(" ".join(dictionary.WORDS).encode()) == 836526048
 
 
 class TestAhead:
@@ -312,24 +312,24 @@ class TestAhead:
     LARGE = json.dumps({"model": {"vocab": {f"token {i}": i for i in range(4000)}}}).encode()
 
     def test_it_gives_the_same_packing(self) -> None:
-        ahead._finished.clear()
-        ahead.start({"tokenizer.json": self.LARGE, "config.json": b"{}"})
-        begun = ahead._begun["tokenizer.json", self.LARGE]
-        assert ("config.json", b"{}") not in ahead._begun  # not worth a process
-        assert begun.wait() == sidefiles.pack("tokenizer.json", self.LARGE)
-        assert ahead.packed("tokenizer.json", self.LARGE) == begun.result
-        assert not ahead._begun
-        ahead.start({"tokenizer.json": self.LARGE})
-        assert not ahead._begun  # done before
+        background._finished.clear()
+        background.start({"tokenizer.json": self.LARGE, "config.json": b"{}"})
+        begun = background._begun["tokenizer.json", self.LARGE]
+        assert ("config.json", b"{}") not in background._begun  # not worth a process
+        assert begun.wait() == packing.pack("tokenizer.json", self.LARGE)
+        assert background.packed("tokenizer.json", self.LARGE) == begun.result
+        assert not background._begun
+        background.start({"tokenizer.json": self.LARGE})
+        assert not background._begun  # done before
 
     def test_few_are_kept(self) -> None:
         for i in range(40):
-            ahead.packed("config.json", b"%d" % i)
-        assert len(ahead._finished) <= 16
+            background.packed("config.json", b"%d" % i)
+        assert len(background._finished) <= 16
 
     @pytest.mark.parametrize("command", ["/nowhere/python", "/bin/false", ""])
     def test_without_a_process_it_is_packed_here(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-        ahead._finished.clear()
-        monkeypatch.setattr(ahead.sys, "executable", command)
-        ahead.start({"tokenizer.json": self.LARGE})
-        assert ahead.packed("tokenizer.json", self.LARGE) == sidefiles.pack("tokenizer.json", self.LARGE)
+        background._finished.clear()
+        monkeypatch.setattr(background.sys, "executable", command)
+        background.start({"tokenizer.json": self.LARGE})
+        assert background.packed("tokenizer.json", self.LARGE) == packing.pack("tokenizer.json", self.LARGE)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from bytecap.core import Unit
-from bytecap.curves import trial
-from bytecap.curves.slopes import measure_slopes
-from bytecap.model.evaluate import kl_each
-from bytecap.model.text import Window
-from bytecap.paths import Problem
+from bytecap.model.evaluation import kl_each
+from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.texts import Window
 from bytecap.progress import Silent
-from bytecap.store import Store
-from bytecap.swap import load_values, twin_of
+from bytecap.quantization.overlays import Problem
+from bytecap.system.cache import Store
+from bytecap.types import Unit
+from bytecap_lab.rd_curves import trial
+from bytecap_lab.rd_curves.slopes import measure_slopes
 
 
 class Squared(torch.nn.Module):
@@ -77,7 +77,7 @@ class TestExpansion:
     def test_it_is_kept(self, tmp_path, monkeypatch):
         job, base, twin, _ = self.ground()
         first = measure_slopes(job, base, twin, Store(tmp_path), "a")
-        monkeypatch.setattr("bytecap.curves.slopes.gradient", None)
+        monkeypatch.setattr("bytecap_lab.rd_curves.slopes.gradient", None)
         again = measure_slopes(job, base, twin, Store(tmp_path), "a")
         assert again.factors == first.factors
         assert torch.equal(again.gradients["map.weight"], first.gradients["map.weight"])

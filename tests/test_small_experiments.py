@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bytecap.model.checkpoint import load_model
+from bytecap.model.sources import load_sets, with_recovery
 from bytecap.progress import Silent
-from bytecap.share import read
-from bytecap.sources import load_sets, with_recovery
+from bytecap_lab.layer_tying import read
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import bytecap
-from bytecap.coders.exact import CODER as EXACT
-from bytecap.coders.vector import CODER as VECTOR
-from bytecap.core import Unit
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.model.checkpoint import as_matrix, find_units
+from bytecap.types import Unit
 
 
 class Experts(nn.Module):

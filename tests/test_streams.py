@@ -5,12 +5,14 @@ import struct
 import numpy as np
 import pytest
 
-from bytecap import compiled, kernels
-from bytecap.coders import trellis
-from bytecap.coders.classes import CLASSES
-from bytecap.coders.grid import OCTAVE, GridCode
-from bytecap.coders.trellis import dependent, subsets
-from bytecap.entropy import (
+from bytecap.errors import CorruptError
+from bytecap.format.coders import trellis
+from bytecap.format.coders.classes import CLASSES
+from bytecap.format.coders.grid import OCTAVE, GridCode
+from bytecap.format.coders.trellis import dependent, subsets
+from bytecap.format.entropy import jit, kernels
+from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
+from bytecap.format.entropy.rans import (
     LANE_SYMBOLS,
     LOW,
     MAX_SYMBOL,
@@ -24,9 +26,7 @@ from bytecap.entropy import (
     lanes,
     zigzag_bytes,
 )
-from bytecap.errors import CorruptError
-from bytecap.frequencies import TOTAL, Table, Tables
-from bytecap.tables import count_symbols
+from bytecap.format.entropy.shared_tables import count_symbols
 
 EVEN = Tables({1: Table(-1, np.array([4000, 8000, 4000, 384])), 2: Table(5, np.array([TOTAL - 2, 1, 1]))})
 OTHER = Tables({1: Table(0, np.array([TOTAL - 1, 1]))})
@@ -35,7 +35,7 @@ THIRD = Tables({1: Table(-2, np.array([1000, 2000, 9000, 2000, 1000, 1384]))})
 
 @pytest.fixture(params=[False, True], ids=["numpy", "compiled"], autouse=True)
 def _engine(request, monkeypatch):
-    monkeypatch.setattr(compiled, "worth", lambda _: request.param)
+    monkeypatch.setattr(jit, "worth", lambda _: request.param)
 
 
 def stream(data, count=1, tables=EVEN, cls=1):
@@ -268,8 +268,8 @@ def test_the_bits_of_a_path_lead_to_its_subsets(groups, monkeypatch):
     wanted = np.random.default_rng(groups).integers(0, 2, (50, 7), np.uint8)
     points = subsets(wanted, groups)
     for worth, name in ((False, "path"), (True, "path"), (True, "_path")):
-        monkeypatch.setattr(compiled, "worth", lambda _, worth=worth: worth)
-        monkeypatch.setattr(compiled, "kernel", lambda _, name=name: getattr(kernels, name))
+        monkeypatch.setattr(jit, "worth", lambda _, worth=worth: worth)
+        monkeypatch.setattr(jit, "kernel", lambda _, name=name: getattr(kernels, name))
         assert (trellis._bits(points, groups) == wanted).all()
 
 

@@ -14,11 +14,11 @@ import pytest
 import bytecap
 import golden_parts
 import make_goldens
-from bytecap import artifact
-from bytecap.golf import check, export, pack, vendor
-from bytecap.golf.minify import parse
+from bytecap.format import container
 from bytecap.reference.layers import LAYERS
 from bytecap.reference.stack import CODERS
+from bytecap_lab.submission import check, export, pack, vendor
+from bytecap_lab.submission.minify import parse
 
 DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
@@ -132,7 +132,7 @@ class TestDecoder:
 
     def test_coders_of_stacks_are_seen(self):
         def used(name):
-            return vendor.tags(artifact.read(DIRECTORY / f"{name}.bcap"))
+            return vendor.tags(container.read(DIRECTORY / f"{name}.bcap"))
 
         assert used("trellis") == {9}
         assert used("tied") == {1, 2}
@@ -144,7 +144,7 @@ class TestDecoder:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "train_gpt.py").write_bytes(pack.pack(sources, vendored=True, used=used).data)
         path = libraries(np, brotli) if used == ALL else libraries(np)
-        known = {n: vendor.tags(artifact.read(DIRECTORY / n)) <= used for n in EXPECTED["valid"]}
+        known = {n: vendor.tags(container.read(DIRECTORY / n)) <= used for n in EXPECTED["valid"]}
         assert all(known.values()) == (used == ALL)
         assert sum(known.values()) > 12
         said = isolated(tmp_path / "out", path, *(DIRECTORY / n for n in known))
@@ -198,15 +198,15 @@ class TestExport:
         assert tied < export.budget(script) == export.budget(script, like=file) < export.budget(script, vendored=False)
 
     def test_code_of_the_artifact(self, script, tmp_path):
-        from bytecap import codefiles
+        from bytecap.format import codefiles
 
-        contents = artifact.parse(model())
+        contents = container.parse(model())
         code = codefiles.pack([script.parent / "helper_mod.py", script])
         path = tmp_path / "with.bcap"
-        artifact.write(artifact.Contents(contents.units, contents.tables, code.sections, {}), path)
+        container.write(container.Contents(contents.units, contents.tables, code.sections, {}), path)
         found = export.export(path, tmp_path / "out")
         assert found["modules"] == ["train_gpt", "helper_mod"]
-        assert artifact.read(tmp_path / "out" / "model.bcap").files == ()
+        assert container.read(tmp_path / "out" / "model.bcap").files == ()
         assert check.evaluate(tmp_path / "out", "python train_gpt.py")["bpb"] > 0
 
     def test_the_table_adds_up(self, file, script, tmp_path, run):

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from bytecap import CheckpointError, TextError
-from bytecap.model.text import (
-    Text,
-    Window,
-    cut_windows,
-    load_text,
-    read_documents,
-    split_sets,
-    tokenizer_encoder,
-)
-from bytecap.sources import encoder, first_token
+from bytecap.model.sources import encoder, first_token
+from bytecap.model.texts import Text, Window, cut_windows, load_text, read_documents, split_sets, tokenizer_encoder
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\f"), min_size=1, max_size=60)
 
@@ -170,7 +162,7 @@ class TestTokenizer:
 
     def test_the_embedded_model_is_as_good_as_its_notes_say(self):
         """About 1.22 bits per byte on its own evaluation text: units of the whole evaluation are right."""
-        from bytecap.scoring import score
+        from bytecap.pipeline.score import score
 
         (found,) = score("demo", tokens=4096)
         assert found.bpb == pytest.approx(1.224, abs=0.08)

@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap.coders import Shared
-from bytecap.coders.grid import CODER as GRID
-from bytecap.coders.trellis import CODER as TRELLIS
-from bytecap.coders.trellis import dependent
-from bytecap.core import Unit
-from bytecap.entropy import Stream, encode, escape_bytes, lanes
-from bytecap.frequencies import Tables
-from bytecap.methods.waterfill import decode_grid
-from bytecap.sensitivity import Metric
-from bytecap.sweep import Options, initial_shared, prepare, round_units
-from bytecap.tables import fit_shared
+from bytecap.allocation.planner import decode_grid
+from bytecap.calibration.metric import Metric
+from bytecap.format.coders import Shared
+from bytecap.format.coders.grid import CODER as GRID
+from bytecap.format.coders.trellis import CODER as TRELLIS
+from bytecap.format.coders.trellis import dependent
+from bytecap.format.entropy.frequencies import Tables
+from bytecap.format.entropy.rans import Stream, encode, escape_bytes, lanes
+from bytecap.format.entropy.shared_tables import fit_shared
+from bytecap.quantization.quantizer import Options, initial_shared, prepare, round_units
+from bytecap.types import Unit
 
 
 def code(weight, hessian, step, *, passes=3, **options):

@@ -8,11 +8,11 @@ import pytest
 
 from bytecap.errors import UsageError
 from bytecap.report.thesis import SIGNS, page
-from bytecap.thesis import experiments
-from bytecap.thesis.evidence import read
-from bytecap.thesis.measures import measures
-from bytecap.thesis.statistics import Draw, Interval, Missing, kendall, pooled, standard, taken
-from bytecap.thesis.verdicts import REGISTRATION, judge, whole
+from bytecap_lab.thesis import experiments
+from bytecap_lab.thesis.evidence import read
+from bytecap_lab.thesis.measures import measures
+from bytecap_lab.thesis.statistics import Draw, Interval, Missing, kendall, pooled, standard, taken
+from bytecap_lab.thesis.verdicts import REGISTRATION, judge, whole
 from pages import sound
 
 DOCUMENTS = 40

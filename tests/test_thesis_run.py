@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from bytecap import thesis
-from bytecap.coders.channels import BOTH, COLUMNS, ROWS
-from bytecap.comparison.runs import read_lines
-from bytecap.curves.points import Pick
 from bytecap.errors import BytecapError, CheckpointError, UsageError
-from bytecap.paths.protect import Amount
+from bytecap.format.overlays.channels import BOTH, COLUMNS, ROWS
 from bytecap.progress import Silent
-from bytecap.store import Store
-from bytecap.thesis import models, runner
-from bytecap.thesis.bench import GLOBAL, Bench, Setting
-from bytecap.thesis.measures.singles import chosen, problems
-from bytecap.thesis.measures.timing import SIDE
+from bytecap.quantization.overlays.protect import Amount
+from bytecap.system.cache import Store
+from bytecap_lab import thesis
+from bytecap_lab.compare.runs import read_lines
+from bytecap_lab.rd_curves.points import Pick
+from bytecap_lab.thesis import models, runner
+from bytecap_lab.thesis.bench import GLOBAL, Bench, Setting
+from bytecap_lab.thesis.measures.singles import chosen, problems
+from bytecap_lab.thesis.measures.timing import SIDE
 from conftest import BUDGET, SMALL
 from pages import sound
 

@@ -10,20 +10,20 @@ import torch
 
 import bytecap
 from bytecap import reference
-from bytecap.decode import decode_units
+from bytecap.calibration.metric import metrics
+from bytecap.calibration.probe import probe
 from bytecap.errors import UsageError
+from bytecap.format.decoder import decode_units
 from bytecap.model.checkpoint import find_units, load_model
-from bytecap.model.probe import probe
+from bytecap.model.sources import load_sets
 from bytecap.model.tying import Tying, find_blocks, layers, matrices, parse
-from bytecap.model.uses import count_uses
+from bytecap.model.weight_reads import count_uses
+from bytecap.pipeline.export import unpack
 from bytecap.progress import Silent
-from bytecap.recover import Effort
-from bytecap.sensitivity import metrics
-from bytecap.share import dlt, greedy, read, split
-from bytecap.share import tie as convert
-from bytecap.share.start import loop, ranks_for, tied
-from bytecap.sources import load_sets
-from bytecap.unpack import unpack
+from bytecap.recovery.tuning import Effort
+from bytecap_lab.layer_tying import dlt, greedy, read, split
+from bytecap_lab.layer_tying import tie as convert
+from bytecap_lab.layer_tying.start import loop, ranks_for, tied
 from conftest import BUDGET, KINDS, SMALL, build
 
 DEPTHS = {"transposed": {"n_layer": 4}}

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import bytecap
-from bytecap import artifact
 from bytecap.errors import CheckpointError
+from bytecap.format import container
 from bytecap.model.checkpoint import load_model
-from bytecap.model.evaluate import kl_to
+from bytecap.model.evaluation import kl_to
 from bytecap.model.tying import Tying, find_blocks, tie
 from bytecap.progress import Silent
-from bytecap.recover import Effort
-from bytecap.share import read, split
-from bytecap.share.start import tied
-from bytecap.share.uptrain import Trainer, uptrain
+from bytecap.recovery.tuning import Effort
+from bytecap_lab.layer_tying import read, split
+from bytecap_lab.layer_tying.start import tied
+from bytecap_lab.layer_tying.uptrain import Trainer, uptrain
 from conftest import build
 
 LOOP = (0, 1, 0, 1)
@@ -131,11 +131,13 @@ class TestBadInput:
     def test_a_file_with_a_spoiled_description(self, fitted_tied, refused, texts, tmp_path):
         found, _ = fitted_tied
         files = tuple(
-            artifact.FileSection(f.name, bytecap.sidefiles.pack(f.name, b"[]")) if f.name == "tying.json" else f
+            container.FileSection(f.name, bytecap.format.sidefiles.packing.pack(f.name, b"[]"))
+            if f.name == "tying.json"
+            else f
             for f in found.contents.files
         )
         path = tmp_path / "spoiled.bcap"
-        path.write_bytes(artifact.serialize(replace(found.contents, files=files)))
+        path.write_bytes(container.serialize(replace(found.contents, files=files)))
         assert "tying.json must be an object" in refused("eval", path, "--text", texts["val"])
 
     def test_a_description_twice_applied_names_the_rank(self):

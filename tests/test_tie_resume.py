@@ -2,9 +2,9 @@
 
 import pytest
 
-from bytecap import resume
-from bytecap.share import tie as convert
-from bytecap.share.uptrain import Trainer
+from bytecap.recovery import checkpointing
+from bytecap_lab.layer_tying import tie as convert
+from bytecap_lab.layer_tying.uptrain import Trainer
 
 SEARCHES = {None: 2, "greedy": 3, "dlt": 3}  # and blocks that are left
 
@@ -16,7 +16,7 @@ class Killed(BaseException):
 @pytest.fixture
 def tie(four, texts, tmp_path, monkeypatch):
     """Function: bytes of the weights, the report, and the moves made; dies before move `killed`."""
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
     move = Trainer.move
 
     def run(search=None, killed=None, store="store", seed=0, rate=1e-3):

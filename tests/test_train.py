@@ -11,17 +11,17 @@ from torch import nn
 from torch.nn import functional
 
 import bytecap
-from bytecap import train
-from bytecap.ledger import total
+from bytecap.allocation.planner import Planner
+from bytecap.calibration.metric import Metric
+from bytecap.format.ledger import total
 from bytecap.methods import Section
-from bytecap.methods.waterfill import Planner
 from bytecap.model.checkpoint import as_matrix, load_model
 from bytecap.model.module import model_of
+from bytecap.quantization.quantizer import Options, prepare
 from bytecap.reference import decode_file
-from bytecap.sensitivity import Metric
-from bytecap.sweep import Options, prepare
-from bytecap.train import PQuantLinear, estimate
-from bytecap.train.convert import RoundedInputLinear
+from bytecap_lab import train
+from bytecap_lab.train import PQuantLinear, estimate
+from bytecap_lab.train.convert import RoundedInputLinear
 
 rate = train.rate
 

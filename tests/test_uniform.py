@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from bytecap.coders import Shared, coder, run
-from bytecap.core import Unit
 from bytecap.errors import BudgetError
-from bytecap.methods.uniform import round_rows, tolerance, uniform
+from bytecap.format.coders import Shared, coder, run
+from bytecap.methods.baselines.uniform import round_rows, tolerance, uniform
+from bytecap.types import Unit
 
 
 def model(seed=0, width=64, rows=300):

@@ -33,7 +33,7 @@ import torch
 import bytecap
 import data
 import model as models
-from bytecap.model.evaluate import ratio_stderr
+from bytecap.model.evaluation import ratio_stderr
 from evaluate import held_out
 from roundtrip import Losses, documents, int8_export, int8_import, losses, sums
 from tables import show

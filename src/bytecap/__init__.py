@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecap.decode import load
 from bytecap.errors import (
     ArtifactError,
     BudgetError,
@@ -29,10 +28,11 @@ from bytecap.errors import (
     UsageError,
     VersionError,
 )
-from bytecap.units import format_size, parse_size
+from bytecap.format.decoder import load
+from bytecap.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from bytecap.pipeline import Artifact
+    from bytecap.pipeline.fit import Artifact
 
 __version__ = "0.1.0"
 
@@ -65,57 +65,58 @@ __all__ = [
 def fit(model: Any, budget: int | str, **options: Any) -> Artifact:
     """Put a model into one file of at most `budget` bytes.
 
-    See `bytecap.pipeline.fit` for every option, and `bytecap.modules.fit_module` where `model` is a torch module.
+    See `bytecap.pipeline.fit.fit` for every option, and `bytecap.pipeline.fit_module.fit_module` where `model` is a
+    torch module.
     """
     if hasattr(model, "named_modules"):
-        from bytecap.modules import fit_module
+        from bytecap.pipeline.fit_module import fit_module
 
         return fit_module(model, budget, **options)
-    from bytecap.pipeline import fit as run
+    from bytecap.pipeline.fit import fit as run
 
     return run(model, budget, **options)
 
 
 def byte_returns(model: Any, budget: int | str, output: Path | str | None = None, **options: Any) -> dict[str, Any]:
-    """What a byte buys on every exception path; see `bytecap.curves.byte_returns` for every option."""
-    from bytecap.curves import byte_returns as run
+    """What a byte buys on every exception path; see `bytecap_lab.rd_curves.byte_returns` for every option."""
+    from bytecap_lab.rd_curves import byte_returns as run
 
     return run(model, budget, output, **options)
 
 
 def tie(model: Any, blocks: int, output: Path | str, **options: Any) -> dict[str, Any]:
-    """A trained model with fewer stored blocks, as a directory; see `bytecap.share.tie` for every option."""
-    from bytecap.share import tie as run
+    """A trained model with fewer stored blocks, as a directory; see `bytecap_lab.layer_tying.tie` for every option."""
+    from bytecap_lab.layer_tying import tie as run
 
     return run(model, blocks, output, **options)
 
 
 def compare(models: Any, output: Path | str | None = None, **options: Any) -> dict[str, Any]:
-    """Methods at equal bytes on equal tokens; see `bytecap.comparison.compare` for every option."""
-    from bytecap.comparison import compare as run
+    """Methods at equal bytes on equal tokens; see `bytecap_lab.compare.compare` for every option."""
+    from bytecap_lab.compare import compare as run
 
     return run(models, output, **options)
 
 
 def load_model(path: Path | str) -> Any:
-    """The decoded model of an artifact as a torch module in evaluation mode; see `bytecap.unpack`."""
-    from bytecap.unpack import load_model as run
+    """The decoded model of an artifact as a torch module in evaluation mode; see `bytecap.pipeline.export`."""
+    from bytecap.pipeline.export import load_model as run
 
     return run(path)
 
 
 def load_into(path: Path | str, module: Any) -> None:
-    """Put an artifact's decoded values into a torch module, in place; see `bytecap.unpack`."""
-    from bytecap.unpack import load_into as run
+    """Put an artifact's decoded values into a torch module, in place; see `bytecap.pipeline.export`."""
+    from bytecap.pipeline.export import load_into as run
 
     run(path, module)
 
 
 def __getattr__(name: str) -> Any:
     if name == "Artifact":
-        from bytecap.pipeline import Artifact
+        from bytecap.pipeline.fit import Artifact
 
         return Artifact
     if name == "train":
-        return import_module("bytecap.train")
+        return import_module("bytecap_lab.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

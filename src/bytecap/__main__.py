@@ -1,5 +1,5 @@
 """`python -m bytecap`."""
 
-from bytecap.cli import main
+from bytecap.cli.app import main
 
 main()

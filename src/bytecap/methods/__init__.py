@@ -12,24 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bytecap.core import Unit
 from bytecap.errors import UsageError
-from bytecap.store import Store
+from bytecap.system.cache import Store
+from bytecap.types import Unit
 
 if TYPE_CHECKING:
     from bytecap.model.checkpoint import Model
-    from bytecap.model.text import TokenSets
+    from bytecap.model.texts import TokenSets
     from bytecap.progress import Reporter
-    from bytecap.recover import Effort
+    from bytecap.recovery.tuning import Effort
 
 METHODS = {
-    "bytecap": ("bytecap.methods.default", "run"),
-    "golf": ("bytecap.methods.baselines", "run_golf"),
-    "uniform": ("bytecap.methods.baselines", "run_uniform"),
-    "owq": ("bytecap.methods.owq", "run"),
-    "radio": ("bytecap.methods.radio", "run"),
-    "cluscomp": ("bytecap.methods.cluscomp", "run"),
-    "reallm": ("bytecap.methods.reallm", "run"),
+    "bytecap": ("bytecap.methods.bytecap", "run"),
+    "golf": ("bytecap.methods.baselines.runs", "run_golf"),
+    "uniform": ("bytecap.methods.baselines.runs", "run_uniform"),
+    "owq": ("bytecap.methods.baselines.owq", "run"),
+    "radio": ("bytecap.methods.baselines.radio", "run"),
+    "cluscomp": ("bytecap.methods.baselines.cluscomp", "run"),
+    "reallm": ("bytecap.methods.baselines.reallm", "run"),
 }
 
 
@@ -55,11 +55,11 @@ class Job:
         reporter: told about progress.
         options: ingredients of the default coder.
         dry_run: predict only; sections may be left out.
-        paths: exception paths to choose from, see `bytecap.methods.menu`.
+        paths: exception paths to choose from, see `bytecap.allocation.overlay_menu`.
         recover: how long to tune what was coded, or None.
         store: where statistics and finished steps are kept: for other jobs on the same tokens, and for a killed run's
-            successor, see `bytecap.resume`.
-        given: sections of units that are coded already, see `bytecap.methods.given`; empty when a method runs.
+            successor, see `bytecap.recovery.checkpointing`.
+        given: sections of units that are coded already, see `bytecap.methods.preencoded`; empty when a method runs.
     """
 
     model: Model
@@ -89,7 +89,8 @@ class Outcome:
         gap: duality gap of the plan in nats per token.
         plan: which plan was shipped.
         objects: shared objects.
-        margin: what more or fewer bytes would do, see `bytecap.methods.margin`; empty where nothing is planned.
+        margin: what more or fewer bytes would do, see `bytecap.allocation.budget_curve`; empty where nothing is
+            planned.
         recovery: what recovery did, stage by stage; empty without.
         before: sections and tables without recovery, where it was of use.
     """
@@ -119,7 +120,7 @@ def find(name: str) -> Method:
         UsageError: unknown; the message suggests the nearest one.
     """
     if name.partition(":")[0].endswith(".py"):
-        from bytecap.factory import load_callable
+        from bytecap.model.factory import load_callable
 
         own: Method = load_callable(name)[0]
         return own
@@ -137,20 +138,20 @@ def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
     Raises:
         UsageError: an unknown path, or a method that chooses none.
     """
-    from bytecap.methods import menu
+    from bytecap.allocation import overlay_menu
 
     if names and method != "bytecap":
         raise UsageError(f"method {method} chooses no exception paths: --paths is for --method bytecap")
-    return menu.known(names) if method == "bytecap" else ()
+    return overlay_menu.known(names) if method == "bytecap" else ()
 
 
 def smallest_section(unit: Unit) -> tuple[int, bytes]:
     """(tag, bytes) of the least a unit can take: every value at its centre."""
     import numpy as np
 
-    from bytecap.coders import Shared
-    from bytecap.coders.exact import CODER as EXACT
-    from bytecap.coders.vector import CODER as VECTOR
+    from bytecap.format.coders import Shared
+    from bytecap.format.coders.exact import CODER as EXACT
+    from bytecap.format.coders.vector import CODER as VECTOR
 
     if not unit.dtype.startswith(("F", "BF")):
         return EXACT.tag, EXACT.encode(np.zeros(unit.matrix_shape), unit.dtype)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.coders.exact import CODER as EXACT
-from bytecap.coders.exact import from_bytes, to_bytes
-from bytecap.core import Unit
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.coders.exact import from_bytes, to_bytes
 from bytecap.methods import Section
-from bytecap.trim import allowed_slack
+from bytecap.methods.rate_control import allowed_slack
+from bytecap.types import Unit
 
 _MANTISSA = {"F64": 23, "F32": 23, "F16": 10, "BF16": 7}
 _TRIES = 24

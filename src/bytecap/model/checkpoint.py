@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from bytecap import memory
-from bytecap.core import Unit
 from bytecap.errors import CheckpointError
+from bytecap.system import allocator
+from bytecap.types import Unit
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +261,7 @@ def build_module(directory: Path) -> torch.nn.Module:
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as exc:
-        if memory.is_shortage(exc):
+        if allocator.is_shortage(exc):
             raise
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
     module = built[0]
@@ -377,7 +377,7 @@ def module_from_config(directory: Path) -> torch.nn.Module:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as exc:
-        if memory.is_shortage(exc):
+        if allocator.is_shortage(exc):
             raise
         raise CheckpointError(f"cannot build a model from {directory}/config.json: {_first_line(exc)}") from exc
     tying.tie_as_described(module, directory)

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bytecap.coders.exact import WIDTH
-from bytecap.core import Unit
 from bytecap.errors import BytecapError, CheckpointError, UsageError
-from bytecap.model.batch import Batch, Seen
-from bytecap.model.blind import WIDEST
+from bytecap.format.coders.exact import WIDTH
+from bytecap.model.batches import Batch, Seen
 from bytecap.model.checkpoint import DTYPES, Model, check_finite, find_units
+from bytecap.model.hook_coverage import WIDEST
+from bytecap.types import Unit
 
 Speech = Literal["logits", "loss"]
 _HALVES = {torch.float16, torch.bfloat16}

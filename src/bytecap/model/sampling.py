@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.model.text import Window
+from bytecap.model.texts import Window
 
 _ROWS = {"cpu": 32, "cuda": 256}  # windows sampled side by side
 

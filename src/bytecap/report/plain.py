@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bytecap.atomic import write_atomically
+from bytecap.system.atomic import write_atomically
 
 
 def finite(value: Any) -> Any:

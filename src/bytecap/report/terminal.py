@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bytecap.core import Score
-from bytecap.ledger import Entry, by_kind, by_path, by_unit, total
+from bytecap.format.ledger import Entry, by_kind, by_path, by_unit, total
 from bytecap.report.curves import sentence
-from bytecap.units import format_size
+from bytecap.sizes import format_size
+from bytecap.types import Score
 
 _COLOURS = {
     "payload": "green", "side": "yellow", "table": "magenta", "tokenizer": "cyan", "config": "blue", "index": "red",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.tree import Tree
 
-from bytecap.survey import Line
-from bytecap.units import format_size
+from bytecap.pipeline.summary import Line
+from bytecap.sizes import format_size
 
 
 def print_survey(lines: Sequence[Line], name: str) -> None:

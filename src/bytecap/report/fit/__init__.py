@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bytecap.ledger import Entry
+from bytecap.format.ledger import Entry
 from bytecap.report.frame import sections, shell
 from bytecap.report.plain import finite
 

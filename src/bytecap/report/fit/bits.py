@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from bytecap.ledger import by_unit
+from bytecap.format.ledger import by_unit
 from bytecap.report.frame import broken
 
 ORDER = 30

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from bytecap.ledger import by_kind
+from bytecap.format.ledger import by_kind
 from bytecap.report.fit import style
 from bytecap.report.frame import cards, plus_minus
 from bytecap.report.svg import bar, swatch

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from bytecap.ledger import KINDS, by_unit, total
+from bytecap.format.ledger import KINDS, by_unit, total
 from bytecap.report.fit import style
 from bytecap.report.frame import table
 from bytecap.report.svg import bar

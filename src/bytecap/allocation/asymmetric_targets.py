@@ -1,0 +1,250 @@
+"""Drift targets: aim at the original outputs from the inputs the coded prefix really delivers.
+
+Layers behind coded ones see other inputs `x^` than the original `x`. The best stand-in for `W` is then::
+
+    W' = W + strength * W (E[(x - x^) x^T]) (E[x^ x^T] + ridge)^-1
+
+Units are taken in the order the model calls them; modules fed by the same tensor form a stage, a stage is coded
+before the next one is looked at. Units with several uses (tied, looped, or read by more than their module) keep their
+weights: one target cannot serve several inputs. They are coded before all others, so that the rest aims from what they
+deliver. Where the order of calls depends on the data there are no targets at all.
+
+Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the corrected target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from bytecap.allocation.correction import unit_values
+from bytecap.allocation.planner import Planner, State
+from bytecap.calibration.probe import batch_tokens, batches
+from bytecap.model.batches import Batch
+from bytecap.model.checkpoint import linear_weights, of_transformers
+from bytecap.model.quantized_copy import Values, load_values
+from bytecap.model.texts import Window
+from bytecap.model.weight_reads import count_uses
+from bytecap.progress import Advance
+from bytecap.system import allocator
+
+Run = Callable[[nn.Module], Any]  # one forward pass over one batch
+_NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros delivers, which still has to be inverted
+_ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
+
+
+class LostError(Exception):
+    """A pass did not call its modules in the order of the stages."""
+
+
+class _Walk:
+    """One forward pass that stops at every stage until it is asked for the next one.
+
+    The pass is a coroutine, so a stage's weights can be replaced while many passes wait in front of it, and every
+    pass is run only once. (Threads instead would each keep a pool of workers and buffers of their own.)
+    """
+
+    def __init__(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
+        self._pass = greenlet(self._run)
+        self._arguments: tuple[Any, ...] | None = (model, run, stops)
+        self._stops = iter(stops)
+
+    def _run(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
+        handles = [m.register_forward_pre_hook(self._stop) for m in stops]
+        try:
+            run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _stop(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if getcurrent() is self._pass and self._pass.parent is not None:  # else another pass over the same model
+            self._pass.parent.switch((module, args[0]))
+
+    def advance(self) -> Tensor:
+        """Input of the next stage; raises `LostError` where the pass is somewhere else."""
+        arguments, self._arguments = self._arguments or (), None
+        found = self._pass.switch(*arguments)
+        if not found or found[0] is not next(self._stops):
+            raise LostError
+        x: Tensor = found[1]
+        return x
+
+    def cancel(self) -> None:
+        """Leave the pass; only its hooks are tidied up."""
+        self._pass.throw()
+
+
+def stages(model: nn.Module, run: Run) -> list[list[str]]:
+    """Names of linear modules used once, in calling order, grouped where they are fed by the same tensor."""
+    order: list[tuple[str, tuple[int, Any]]] = []
+    keep: list[Tensor] = []  # inputs stay alive, or their addresses would be used again
+    handles = []
+    for name, (module, kind) in linear_weights(model).items():
+        if kind == "embedding":
+            continue
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            if not args:  # called by keyword: nowhere to stop
+                return
+            keep.append(args[0])
+            order.append((name, (args[0].data_ptr(), args[0].shape)))
+
+        handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        run(model)
+    for handle in handles:
+        handle.remove()
+    called = [name for name, _ in order]
+    if not of_transformers(model):  # whose own code may read a weight besides
+        called += [name for name, n in count_uses(model, run).items() for _ in range(n - 1)]
+    grouped: list[list[str]] = []
+    last = None
+    for name, key in order:
+        if called.count(name) > 1:
+            continue
+        if grouped and key == last:
+            grouped[-1].append(name)
+        else:
+            grouped.append([name])
+        last = key
+    return grouped
+
+
+@torch.no_grad()
+def drift_targets(
+    planner: Planner,
+    state: State,
+    original: nn.Module,
+    twin: nn.Module,
+    windows: Sequence[Window],
+    *,
+    strength: float,
+    device: str,
+    advance: Advance,
+) -> dict[str, Tensor]:
+    """What to add to units' targets, (rows, cols) by unit name; units without drift targets are left out.
+
+    The windows are walked in rounds, which bounds memory; targets are means over the rounds so far.
+
+    Args:
+        planner: prepared units.
+        state: steps to code the prefix at; its coded units are used up.
+        original: untouched model.
+        twin: a twin of it, overwritten.
+        windows: calibration windows.
+        strength: 1 is the least-squares target, 0 the weight itself.
+        device: torch device.
+        advance: called with the share of the work that is done.
+    """
+    units = {p.unit.name: p for p in planner.matrices}
+    vocabulary = max((p.unit.matrix_shape[0] for p in planner.matrices), default=4096)
+    plan = [
+        [n for n in names if n in units and not units[n].unit.aliases] for names in _order(original, windows, device)
+    ]
+    plan = [names for names in plan if names]
+    if not plan:
+        return {}
+    staged = {n for names in plan for n in names}
+    load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
+    state.coded.clear()
+    change: dict[str, Tensor] = {}
+    groups = rounds(windows, _ROUND_TOKENS[torch.device(device).type])
+    for number, chosen in enumerate(groups):
+        data = list(_runs(chosen, batch_tokens(vocabulary), device))
+        walks = [_walks(model, data, plan) for model in (original, twin)]
+        try:
+            for names in plan:
+                fix = _fix(walks, [mask for _, mask in data]) * strength
+                for n in names:
+                    fresh = units[n].target @ fix
+                    change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
+                members = [units[n].moved(change[n]) for n in names]
+                rounded = planner.round(members, state.steps, state.shared)
+                prefix = State(state.steps, rounded, state.shared, {}, {})
+                _only(twin, original, unit_values(planner, prefix, names), staged)
+                del members, rounded, prefix
+                allocator.release()
+                advance(1 / len(plan) / len(groups))
+        finally:
+            for walk in (w for group in walks for w in group):
+                walk.cancel()
+    return change
+
+
+def _runs(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
+    """Passes over batches, each with its mask (batch, length) of real tokens; None where all are."""
+    if isinstance(windows[0], Batch):
+        for batch in windows:
+            assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
+            yield partial(batch.value, device=device), None
+        return
+    for ids, mask in batches(windows, tokens):
+        yield partial(_forward, ids[:, :-1].to(device)), mask.to(device)
+
+
+def _forward(ids: Tensor, model: nn.Module) -> Any:
+    return model(ids)
+
+
+def _order(model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
+    """Stages of a model; none if some batches disagree about them."""
+    if of_transformers(model):
+        first = next(batches(windows, 1))[0][:1, :8].to(device)
+        return stages(model, partial(_forward, first))
+    spread = windows[:: max(1, len(windows) // 4)]
+    found = [stages(model, run) for run, _ in _runs(spread, 1, device)]
+    return found[0] if all(f == found[0] for f in found) else []
+
+
+def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
+    """The windows in groups of about so many predicted tokens.
+
+    >>> [len(r) for r in rounds([Window(tuple(range(4097)), 1)] * 5, 8192)]
+    [2, 2, 1]
+    """
+    groups: list[list[Window]] = [[]]
+    size = 0
+    for w in windows:
+        if size >= tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(w)
+        size += w.predicted
+    if len(groups) > 1 and size < tokens // 2:  # too few for targets of their own
+        groups[-2] += groups.pop()
+    return groups
+
+
+def _only(twin: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
+    """Let the twin hold these values, and the original's storage for other staged units: no pass needs those again."""
+    source, live = (dict(m.named_parameters()) for m in (original, twin))
+    for name in staged:
+        live[name].data = source[name].data
+    load_values(twin, values)
+
+
+def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], plan: list[list[str]]) -> list[_Walk]:
+    modules = linear_weights(model)
+    return [_Walk(model, run, [modules[names[0]][0] for names in plan]) for run, _ in data]
+
+
+def _fix(walks: list[list[_Walk]], masks: list[Tensor | None]) -> Tensor:
+    """E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, solved in float64."""
+    a: Tensor | float = 0.0
+    c: Tensor | float = 0.0
+    for original, twin, mask in zip(*walks, masks, strict=True):
+        keep = slice(None) if mask is None else mask.reshape(-1)  # some models flatten (batch, length) before a layer
+        x, seen = (walk.advance().flatten(0, -2)[keep].float() for walk in (original, twin))
+        a = a + (seen.T @ seen).double()
+        c = c + ((x - seen).T @ seen).double()
+    assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)
+    assert isinstance(c, Tensor)  # noqa: S101
+    a.diagonal().add_(max(1e-2 * float(a.diagonal().mean()), _NOTHING))
+    fix: Tensor = torch.linalg.solve(a, c.T).T.float()
+    return fix

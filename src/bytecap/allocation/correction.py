@@ -1,0 +1,125 @@
+"""Correction factors: what the quadratic prediction misses, measured with the real loss.
+
+The coded values of all units of one role (the same matrix in every block) are put into the model with everything
+else intact and the KL to the original is measured on held-out tokens; `kappa = KL / sum D` corrects the prediction.
+Measured unit by unit, factors within a role agree within their noise (LOG.md, 2026-11-22), and one role costs as
+much to measure as one unit. Factors are shrunk towards their mean in proportion to their standard error.
+Omitted: interactions between roles, which one factor for the fully coded model absorbs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from bytecap.allocation.planner import Planner, State
+from bytecap.format.decoder import from_matrix
+from bytecap.model.evaluation import kl_each
+from bytecap.model.quantized_copy import Lazy, Values
+from bytecap.model.texts import Window
+from bytecap.progress import Advance
+
+TOKENS = 4096  # that factors are measured on
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Measured over predicted loss, and its standard error."""
+
+    kappa: float
+    stderr: float
+
+    @staticmethod
+    def of(measured: tuple[float, float], predicted: float) -> Factor:
+        """From a measured loss with its standard error, which may be NaN, and the prediction."""
+        (kl, stderr), predicted = measured, max(predicted, 1e-12)
+        return Factor(kl / predicted, stderr / predicted if math.isfinite(stderr) else kl / predicted)
+
+
+def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
+    """Decoded values in stored layout, each decoded when it is looked at, on a GPU where the unit is there."""
+    units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
+
+    def make(name: str) -> npt.NDArray[Any] | Tensor:
+        found = planner.decode_there(state, name)
+        if found is None:
+            return from_matrix(units[name], planner.decode(state, name))
+        return (found.T if units[name].transposed else found).contiguous().reshape(units[name].shape)
+
+    return Lazy(names or planner.names, make)
+
+
+def measure(
+    planner: Planner,
+    state: State,
+    original: nn.Module,
+    twin: nn.Module,
+    windows: Sequence[Window],
+    *,
+    device: str,
+    advance: Advance,
+) -> dict[str, Factor]:
+    """Factor of every unit, one role at a time.
+
+    Args:
+        planner: prepared units.
+        state: operating point.
+        original: untouched model.
+        twin: equal model whose values may be replaced; restored afterwards.
+        windows: tokens that neither statistics nor evaluation use.
+        device: torch device.
+        advance: called with the share of a role that is done.
+    """
+    found: dict[str, Factor] = {}
+    groups = roles(planner)
+    values = {role: unit_values(planner, state, names) for role, names in groups.items()}
+    measured = kl_each(original, twin, values, windows, device=device, advance=advance)
+    for role, names in groups.items():
+        found |= dict.fromkeys(names, Factor.of(measured[role], sum(state.distortions[n] for n in names)))
+    return found
+
+
+def role_name(name: str) -> str:
+    """A unit's name without the numbers in it.
+
+    >>> role_name("layers.12.mlp.weight")
+    'layers.#.mlp.weight'
+    """
+    return re.sub("[0-9]+", "#", name)
+
+
+def roles(planner: Planner) -> dict[str, list[str]]:
+    """Units of one role: same shape, same name but for the numbers in it; all vectors are one role."""
+    groups: dict[str, list[str]] = {}
+    for item in planner.matrices:
+        groups.setdefault(f"{role_name(item.unit.name)} {item.unit.shape}", []).append(item.unit.name)
+    if planner.vectors:
+        groups["vectors"] = [v.unit.name for v in planner.vectors]
+    return groups
+
+
+def shrunk(factors: Mapping[str, Factor]) -> dict[str, float]:
+    """Factors shrunk in the logarithm towards their mean, by their reliability; mean level kept.
+
+    >>> f = shrunk({"a": Factor(2.0, 0.01), "b": Factor(0.5, 0.01)})
+    >>> round(f["a"], 2), round(f["b"], 2)
+    (2.0, 0.5)
+    """
+    names = [n for n, f in factors.items() if f.kappa > 0]
+    if not names:
+        return dict.fromkeys(factors, 1.0)
+    logs = np.log([factors[n].kappa for n in names])
+    noise = np.array([(factors[n].stderr / factors[n].kappa) ** 2 for n in names])
+    mean = float(np.average(logs, weights=1 / (noise + 0.01)))
+    spread = max(1e-9, float(np.mean((logs - mean) ** 2 - noise)))
+    values = {
+        n: math.exp(mean + (x - mean) * spread / (spread + e)) for n, x, e in zip(names, logs, noise, strict=True)
+    }
+    return {n: float(np.clip(values.get(n, math.exp(mean)), 0.05, 20.0)) for n in factors}

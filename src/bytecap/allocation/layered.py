@@ -1,0 +1,102 @@
+"""Units with an exception path over them, in the shape in which the planner rounds all units.
+
+A `Layered` unit holds the base's problem where a plain unit holds its own (protected weights are zero, the Hessian
+knows what they will absorb), so rounding, search and trimming need not know of it. After every rounding the layer is
+made anew over the values a reader decodes: `Coded.layer` and `Coded.distortion` are those of base and layer together.
+
+Drift targets move the unit's own weights; the base's problem and the layer follow from the moved ones, with the same
+positions protected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytecap.allocation.planner import decode_grid
+from bytecap.calibration.metric import Metric
+from bytecap.format.coders import Shared
+from bytecap.quantization.overlays import Path, Problem
+from bytecap.quantization.quantizer import Coded, Options, Prepared, prepare
+
+
+def problem_of(item: Prepared) -> Problem:
+    """The problem whose damped Hessian was factored; undoes the column order."""
+    if item.hessian is not None:
+        hessian = item.hessian.double().cpu()
+    else:
+        order, lower = item.order[0].cpu(), item.lower[0].double().cpu()
+        hessian = torch.empty_like(lower)
+        hessian[order[:, None], order[None, :]] = lower @ lower.T
+    return Problem(item.unit, item.weight.cpu().contiguous(), hessian, item.rows.double().cpu())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layered(Prepared):
+    """A unit under a path; what it inherits is the base's problem.
+
+    Attributes:
+        plain: the unit without a path.
+        problem: what base and layer together approximate.
+        path, setting: the path and its amount.
+        options: with which the base is prepared.
+    """
+
+    plain: Prepared
+    problem: Problem
+    path: Path
+    setting: Any
+    options: Options
+
+    @property
+    def same_base(self) -> bool:
+        """Whether the base codes the unit as it would without the path."""
+        return self.lower is self.plain.lower
+
+    @property
+    def target(self) -> Tensor:
+        """See `Prepared`."""
+        return self.plain.weight
+
+    def moved(self, change: Tensor) -> Prepared:
+        """See `Prepared`; the same positions stay protected."""
+        plain = self.plain.moved(change)
+        problem = replace(self.problem, weight=plain.weight.cpu().contiguous())
+        return layered(plain, problem, self.path, self.setting, self.options)
+
+    def complete(self, coded: Coded, shared: Shared) -> Coded:
+        """The layer over the decoded base, and the distortion that is left."""
+        base = torch.from_numpy(np.array(decode_grid(coded.code, shared), np.float32, order="C"))
+        applied = self.path.after(self.problem, base, self.setting)
+        return replace(
+            coded, distortion=self.problem.distortion(applied.values), layer=(applied.tag, applied.data)
+        )  # fmt: skip
+
+    def emptied(self) -> Prepared:
+        """See `Prepared`; a plain unit, since nothing is rounded any more."""
+        return self.plain.emptied()
+
+
+def layered(plain: Prepared, problem: Problem, path: Path, setting: Any, options: Options) -> Layered:
+    """A unit under a path.
+
+    Args:
+        plain: the unit without it.
+        problem: the unit's, see `problem_of`.
+        path: the path.
+        setting: one of the path's.
+        options: of the planner.
+    """
+    changed = path.before(problem, setting)
+    below = plain
+    if changed is not problem:
+        device = plain.weight.device
+        metric = Metric(changed.hessian[None].to(device), changed.rows.to(device))
+        # the problem's Hessian is damped already
+        below = prepare(plain.unit, changed.weight.to(device), metric, replace(options, damping=0.0))
+    held = {f.name: getattr(below, f.name) for f in fields(Prepared)}
+    return Layered(**held, plain=plain, problem=problem, path=path, setting=setting, options=options)

@@ -1,0 +1,313 @@
+"""The default method: waterfilled grids for matrices, uniform steps for vectors, one slope for everything.
+
+Every unit has one number to choose, its step `c`. At high rate equal slopes mean equal steps in the Fisher
+metric, so steps are written `c_l = c0 * multiplier_l`; multipliers come from correction factors and from measured
+rate-distortion points, `c0` from the cap. `Planner` holds the prepared units and the shared tables while both
+are settled; `bytecap.methods.rate_control` then meets the cap on real bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bytecap.format.coders import Shared, run
+from bytecap.format.coders import layer as layer_of
+from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
+from bytecap.format.coders.grid import CODER as GRID
+from bytecap.format.coders.grid import Grid, GridCode, choose_class, dequantize
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.coders.trellis import CODER as TRELLIS
+from bytecap.format.coders.trellis import Trellis
+from bytecap.format.coders.vector import CODER as VECTOR
+from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
+from bytecap.quantization import Shrink
+from bytecap.quantization.quantizer import Coded, Options, Prepared, initial_shared, rate, round_units
+from bytecap.quantization.trial_values import values_there
+from bytecap.system.threads import in_threads
+from bytecap.types import Curve, Point, Unit
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class VectorUnit:
+    """A unit without input statistics: its values and mean squared gradient per token."""
+
+    unit: Unit
+    values: FloatArray
+    fisher: npt.NDArray[np.float64]
+
+    def step(self, c: float) -> float:
+        """The uniform step that has the slope of a grid at `c`; at most half the values' spread, above 0."""
+        energy = float(self.fisher.mean()) if self.fisher.size else 0.0
+        spread = float(self.values.std()) / 2 if self.values.size else 0.0
+        widest = max(spread, float(np.abs(self.values).max(initial=0.0)) * 2**-8, 1e-30)
+        wanted = min(c / math.sqrt(energy), widest) if energy > 0 else widest
+        return max(wanted, float(np.ptp(self.values)) * 2**-15 if self.values.size else 0.0, 1e-30)
+
+    def distortion(self, c: float) -> float:
+        """Nats per token at step `c`."""
+        centre, symbols = VECTOR.quantize(self.values, self.step(c))
+        error = VECTOR.dequantize(centre, self.step(c), symbols).astype(np.float64) - self.values.reshape(-1)
+        return float(0.5 * (self.fisher.reshape(-1) * error**2).sum())
+
+
+def finest_step(item: Prepared) -> float:
+    """The step, above 0, below which symbols would exceed 16 bits: finer grids gain nothing and integers overflow."""
+    widest = 1e-20  # of a matrix of zeros
+    for weight, row_step, diagonal, order in zip(
+        torch.tensor_split(item.weight, item.groups), torch.tensor_split(item.row_step, item.groups),
+        item.lower.diagonal(), item.order, strict=True,
+    ):  # fmt: skip
+        largest = (weight.abs() / torch.exp2(row_step.float() / 4)[:, None]).amax(0)  # (cols,)
+        widest = max(widest, float((largest[order] * diagonal).max()))
+    return widest * 2.0**-15
+
+
+@dataclass
+class State:
+    """A settled plan: everything that would be stored, under one set of tables.
+
+    Attributes:
+        rules: the planner's tables and rounding rules before it settled this state.
+    """
+
+    steps: dict[str, float]
+    coded: dict[str, Coded]
+    shared: Shared
+    rates: dict[str, float]
+    distortions: dict[str, float]
+    rules: tuple[Shared, Shrink] | None = None
+
+    @property
+    def rate(self) -> float:
+        """Estimated bytes of all units."""
+        return sum(self.rates.values())
+
+    @property
+    def distortion(self) -> float:
+        """Predicted nats per token."""
+        return sum(self.distortions.values())
+
+
+@dataclass
+class Planner:
+    """Prepared units, and the tables that the last settled plan fitted."""
+
+    matrices: Sequence[Prepared]
+    vectors: Sequence[VectorUnit]
+    options: Options
+    shared: Shared = field(init=False)
+    shrink: Shrink = field(init=False)
+    _finest: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shared, self.shrink = initial_shared(self.options)
+        self._finest = {p.unit.name: finest_step(p) for p in self.matrices}
+
+    @property
+    def names(self) -> list[str]:
+        """All units, matrices first."""
+        return [p.unit.name for p in self.matrices] + [v.unit.name for v in self.vectors]
+
+    @property
+    def parameters(self) -> int:
+        """Values in matrices."""
+        return sum(p.unit.parameters for p in self.matrices)
+
+    def forget(self) -> None:
+        """Drop what only rounding needs; decoding still works."""
+        self.matrices = [p.emptied() for p in self.matrices]
+
+    def settle(self, steps: Mapping[str, float], *, refit: bool = True) -> State:
+        """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
+        rules = self.shared, self.shrink
+        steps = {n: max(s, self._finest.get(n, 0.0)) for n, s in steps.items()}
+        coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
+        if refit:
+            counts = sum_counts([self._side_counts(coded, steps), *(c.counts.sum(0) for c in coded.values())])
+            used = self.shared.offset if self.options.shrink else None
+            self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
+        state = replace(self.price(coded, steps), rules=rules)
+        if refit and self.options.shrink:
+            self.shrink = Shrink(self.shared.offset, self.shrink.dead_zone)
+        return state
+
+    def finest_rate(self) -> float:
+        """Bytes of all units at the finest steps whose integers still fit 16 bits."""
+        return self.settle(dict.fromkeys(self.names, 0.0)).rate
+
+    def round(
+        self, items: Sequence[Prepared], steps: Mapping[str, float], shared: Shared | None = None
+    ) -> dict[str, Coded]:
+        """Units rounded at their steps and completed; `shared` is what they are read with."""
+        coded, _ = round_units(items, steps, self.shrink, self.options)
+        shared = shared or self.shared
+        return {p.unit.name: p.complete(coded[p.unit.name], shared) for p in items}
+
+    def price(self, coded: dict[str, Coded], steps: Mapping[str, float]) -> State:
+        """Rates and distortions of rounded units under the present tables; layers are put over them first."""
+        coded = {p.unit.name: p.complete(coded[p.unit.name], self.shared) for p in self.matrices}
+        rates = {n: rate(c, self.shared) for n, c in coded.items()}
+        distortions = {n: c.distortion for n, c in coded.items()}
+        for v in self.vectors:
+            rates[v.unit.name] = VECTOR.rate(v.values, v.step(steps[v.unit.name]), self.shared)
+            distortions[v.unit.name] = v.distortion(steps[v.unit.name])
+        return State(dict(steps), coded, self.shared, rates, distortions)
+
+    def _side_counts(self, coded: Mapping[str, Coded], steps: Mapping[str, float]) -> Counts:
+        """Histogram of side information and vectors by the class they would use now."""
+        counts = sum_counts([])
+        for c in coded.values():
+            for array in c.code.side_arrays():
+                base, cls, _ = choose_class(array, self.shared.tables)
+                if cls:
+                    np.add.at(counts[cls], np.minimum(np.abs(array - base), 1024), 1)
+        for v in self.vectors:
+            _, symbols = VECTOR.quantize(v.values, v.step(steps[v.unit.name]))
+            cls, _ = VECTOR.best_class(symbols, self.shared)
+            if cls:
+                np.add.at(counts[cls], np.minimum(np.abs(symbols), 1024), 1)
+        if not counts.any():
+            counts[UNIT_CLASS, :2] = 1
+        return counts
+
+    def first_step(self, capacity: float) -> float:
+        """A guess of `c0` from Gaussian high-rate theory."""
+        bits = 8 * capacity / max(1, self.parameters)
+        logs = []
+        for p in self.matrices:
+            diag = p.lower.diagonal().double()
+            spread = float(p.weight.double().square().mean().clamp(min=1e-30).sqrt())
+            logs.append((p.unit.parameters, float(diag.log2().mean()) + math.log2(spread)))
+        mean = sum(n * x for n, x in logs) / max(1, self.parameters)
+        return float(2 ** (mean + 2.05 - bits))
+
+    def search(
+        self,
+        multipliers: Mapping[str, float],
+        capacity: float,
+        *,
+        start: float,
+        rounds: int = 8,
+        tolerance: float = 5e-4,
+    ) -> tuple[float, State]:
+        """The `c0` whose estimated bytes meet `capacity`; tables are refitted on the way.
+
+        Returns:
+            c0 and the settled state.
+        """
+        c, seen = start, []
+        widest = 2.0**20 * max(self._finest.values(), default=1.0)  # nothing is left of any weight
+        state = State({}, {}, self.shared, {}, {})
+        for i in range(1, 4 * rounds + 1):
+            del state  # the next one takes its place in memory
+            state = self.settle({n: c * multipliers[n] for n in self.names})
+            seen.append((math.log(c), state.rate))
+            fitting = [x for x, rate in seen if rate <= capacity]
+            if i > 1 and abs(state.rate - capacity) <= tolerance * capacity:
+                break
+            # some more rounds where nothing fits: beside a unit far more sensitive than all others rates hardly move
+            if i % rounds == 0 and (fitting or c == widest or i == 4 * rounds):
+                break
+            c = min(math.exp(_next_log_step(seen, capacity, self.parameters)), widest)
+        if state.rate > 1.02 * capacity and fitting:  # not found in time: the finest that fitted
+            c = math.exp(min(fitting))
+            state = self.settle({n: c * multipliers[n] for n in self.names})
+        return c, state
+
+    def ladder(self, steps: Mapping[str, float], centre: State, offsets: Sequence[float]) -> list[Curve]:
+        """Measured curve of every unit at `steps * 2^offset`, tables as they are.
+
+        Args:
+            steps: present steps.
+            centre: state at `steps`.
+            offsets: octaves, 0 excluded.
+        """
+        points = {n: [Point(centre.rates[n], centre.distortions[n], 0.0)] for n in self.names}
+        for offset in offsets:
+            state = self.settle({n: s * 2**offset for n, s in steps.items()}, refit=False)
+            for n in self.names:
+                points[n].append(Point(state.rates[n], state.distortions[n], offset))
+        return [Curve(n, tuple(sorted(p, key=lambda q: q.rate))) for n, p in points.items()]
+
+    def decode(self, state: State, name: str) -> FloatArray:
+        """Decoded (rows, cols) values of one unit, exactly as a reader would give them."""
+        if name in state.coded:
+            return decode_coded(state.coded[name], state.shared)
+        v = next(v for v in self.vectors if v.unit.name == name)
+        centre, symbols = VECTOR.quantize(v.values, v.step(state.steps[name]))
+        return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
+
+    def decode_there(self, state: State, name: str) -> torch.Tensor | None:
+        """What `decode` gives, as a tensor on the GPU that holds the unit; None for a unit that is elsewhere."""
+        coded = state.coded.get(name)
+        if coded is None or coded.layer is not None:
+            return None
+        device = next(p.order.device for p in self.matrices if p.unit.name == name)
+        return values_there(coded.code, state.shared.offset, device) if _elsewhere(device) else None
+
+    def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
+        """(tag, section) of units by name, all by default."""
+        vectors = {v.unit.name: v for v in self.vectors}
+
+        def one(name: str) -> tuple[int, bytes]:
+            if name not in state.coded:
+                v = vectors[name]
+                return VECTOR.tag, VECTOR.encode(v.values, v.step(state.steps[name]), state.shared).data
+            code, layer = state.coded[name].code, state.coded[name].layer
+            base = coder_of(code).tag, coder_of(code).encode(code, state.shared).data
+            return (STACK.tag, STACK.encode(base, [layer])) if layer else base
+
+        wanted = list(self.names if names is None else names)
+        return dict(zip(wanted, in_threads(one, wanted), strict=True))
+
+
+def _elsewhere(device: torch.device) -> bool:
+    """Whether values would have to travel there from the processor."""
+    return device.type != "cpu"
+
+
+def coder_of(code: GridCode) -> Grid | Trellis:
+    """The coder that writes a code."""
+    return TRELLIS if code.first < CLASSES else GRID
+
+
+def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
+    """(rows, cols) values of a grid code."""
+    return dequantize(
+        code.symbols.astype(np.int32), code.classes(), np.float32(code.step),
+        code.column_step, code.row_step, shared.offset, code.fine,
+    )  # fmt: skip
+
+
+def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
+    """(rows, cols) values of a unit, its layer included."""
+    values = decode_grid(coded.code, shared)
+    if coded.layer is None:
+        return values
+    tag, data = coded.layer
+    layered: FloatArray = run([layer_of(tag).apply(data, np.array(values, np.float32, order="C"), shared)])[0]
+    return layered
+
+
+def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:
+    """Secant step towards the capacity; bytes fall by about n/8 * log2(e) per unit of log c."""
+    x, r = seen[-1]
+    slope = steepest = -parameters / 8 * 1.2
+    below = [s for s in seen if s[1] <= capacity]
+    above = [s for s in seen if s[1] > capacity]
+    one, two = seen[-1], seen[max(0, len(seen) - 2)]
+    if below and above:
+        one, two = min(below, key=lambda s: s[0]), max(above, key=lambda s: s[0])
+    apart = one[0] - two[0]
+    if abs(apart) > 0.01 and (one[1] - two[1]) * apart < 0:  # refitted tables can turn close points round
+        slope = float(np.clip((one[1] - two[1]) / apart, 2 * steepest, steepest / 20))
+    reach = 2.0 if below else 2.0 * min(max(1, len(above) - 4), 8)
+    return x + float(np.clip((capacity - r) / slope, -reach, reach))

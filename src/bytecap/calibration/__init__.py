@@ -1,0 +1,1 @@
+"""Calibration: one pass over text, its statistics, and the metric that every coder minimises."""

@@ -1,0 +1,126 @@
+"""From raw statistics to the one metric a coder minimises, in nats per token.
+
+Every unit gets `H` and `G` such that an error `E = W^ - W` of shape (rows, cols) costs::
+
+    D = 1/2 * sum_i G_i * E_i H E_i^T      with mean(G) = 1, and H per group of consecutive rows
+
+Several uses of one tensor (a tied embedding and head) are joined by a shared column metric and row factors
+from per-row traces. Rows that calibration never touched get the energy of half a token, not zero.
+Units without a known use (norms, biases) have a diagonal Fisher only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytecap.calibration.probe import Statistics, Use
+from bytecap.calibration.triangle import Triangles
+from bytecap.types import Unit
+
+_UNSEEN_TOKENS = 0.5  # tokens' worth of gradient energy given to every row
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Quadratic form of a matrix unit.
+
+    Attributes:
+        hessian: float64, shape (groups, cols, cols); already holds the gradient scale.
+        rows: float64, shape (rows,), mean 1.
+    """
+
+    hessian: Tensor
+    rows: Tensor
+
+    def scaled(self, factor: float) -> Metric:
+        """The same form times a correction factor."""
+        return replace(self, hessian=self.hessian * factor)
+
+    def distortion(self, error: Tensor) -> float:
+        """1/2 sum_i G_i e_i H e_i^T of an error of shape (rows, cols), in nats per token."""
+        total = 0.0
+        for h, e, g in zip(self.hessian, _split(error, self.hessian), _split(self.rows, self.hessian), strict=True):
+            e64 = e.double()
+            total += float(((e64 @ h) * e64).sum(1) @ g)
+        return total / 2
+
+
+def _split(rows: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
+    return torch.tensor_split(rows, len(hessian))
+
+
+def _normal_form(use: Use, tokens: int) -> tuple[Tensor, Tensor]:
+    """(H, G) of one use, rows smoothed; H carries the scale, G has mean 1."""
+    groups = len(use.moment)
+    rows = use.rows + _UNSEEN_TOKENS * float(use.rows.sum()) / max(1, tokens)
+    hessians, factors = [], []
+    for moment, weight, r in zip(use.moment, use.weight, torch.tensor_split(rows, groups), strict=True):
+        mean = float(r.mean())
+        scale = mean / max(float(weight), 1e-300) / tokens
+        hessians.append(moment * scale)
+        factors.append(r / max(mean, 1e-300))
+    return torch.stack(hessians), torch.cat(factors)
+
+
+def join(uses: Sequence[Use], tokens: int) -> Metric:
+    """One metric for all uses of a tensor.
+
+    Args:
+        uses: statistics of each use.
+        tokens: number of predicted tokens behind them.
+    """
+    forms = [_normal_form(u, tokens) for u in uses]
+    groups = min(len(h) for h, _ in forms)
+    if any(len(h) != groups for h, _ in forms):
+        forms = [(h.mean(0, keepdim=True), g) for h, g in forms]
+    hessian = torch.stack([h for h, _ in forms]).sum(0)
+    traces = [float(h.diagonal(dim1=1, dim2=2).mean()) for h, _ in forms]
+    total = max(sum(traces), 1e-300)
+    rows = torch.stack([g * (t / total) for (_, g), t in zip(forms, traces, strict=True)]).sum(0)
+    return Metric(hessian, rows)
+
+
+def metrics(units: Sequence[Unit], statistics: Statistics) -> dict[str, Metric]:
+    """Metric of every matrix unit the probe saw in use."""
+    return {u.name: join(statistics.uses[u.name], statistics.tokens) for u in units if u.name in statistics.uses}
+
+
+def diagonal(unit: Unit, statistics: Statistics) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Mean squared gradient per token of a unit without a known use, in stored layout; zeros if it has none."""
+    found = statistics.diagonal.get(unit.name)
+    return found if found is not None else np.zeros(unit.shape)
+
+
+def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangles, Tensor]:
+    """Cholesky factors of the damped Hessian.
+
+    Args:
+        metric: of the unit.
+        damping: added to the diagonal, as a fraction of its mean.
+        order: put columns of large diagonal last, so that they are rounded first and the rest absorbs their error.
+
+    Returns:
+        L, float32, (cols, cols) for each row group, of the permuted Hessian; and the permutation (groups, cols).
+        The decoder needs neither.
+    """
+    factors, orders = [], []
+    for h in metric.hessian:
+        diag = h.diagonal()
+        mean = float(diag.mean())
+        perm = torch.argsort(diag, stable=True) if order else torch.arange(len(h), device=h.device)
+        ridge = max(damping * mean, 1e-30)
+        while True:
+            damped = h[perm][:, perm].clone()
+            damped.diagonal().add_(ridge)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0:
+                break
+            ridge *= 10  # numerically singular: more damping until it factors
+        factors.append(lower.float())
+        orders.append(perm)
+    return Triangles.of(torch.stack(factors)), torch.stack(orders)

@@ -1,0 +1,399 @@
+"""Statistics of every unit from one streamed forward and backward pass over calibration windows.
+
+The distortion of a unit is the Fisher quadratic form of the model's own loss, in nats per token::
+
+    D = 1/2 * sum_i G_i * (W^ - W)_i H (W^ - W)_i^T        i: rows
+
+Labels are sampled from the model itself, so gradients are of the true Fisher and D predicts the KL divergence
+to the original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
+output gradient over a group of rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
+For an embedding `H` is the second moment of a sequence's gradient by rows (`bytecap.calibration.embedding_gradients`)
+and `G` the rows' gradient energy; the same for every matrix that hooks do not see through
+(`bytecap.model.hook_coverage`). A tensor with several uses keeps one `Use` for each; `bytecap.calibration.metric` joins
+them. A module called several times adds up in one.
+
+Memory does not grow with the number of tokens: blocks are float32 and are merged into float64 sums.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bytecap.calibration.embedding_gradients import Lookup, looked_up
+from bytecap.calibration.moments import Moment
+from bytecap.model.batches import Batch
+from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
+from bytecap.model.determinism import in_order
+from bytecap.model.hook_coverage import Account, is_matrix, shrunk_moment
+from bytecap.model.oom_retry import halving
+from bytecap.model.texts import Window
+from bytecap.system.allocator import release
+from bytecap.types import Unit
+
+_ROUND_LENGTH = 64
+_GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and is filled only so
+_RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
+
+Progress = Callable[[int], None]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass
+class Use:
+    """Accumulated statistics of one use of a weight.
+
+    Attributes:
+        moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (groups, cols, cols).
+        rows: summed squared output gradient of each row, shape (rows,).
+        weight: what divides `moment * rows` (linear: summed token weights; embedding: summed energy), shape (groups,).
+    """
+
+    moment: Tensor
+    rows: Tensor
+    weight: Tensor
+
+
+@dataclass
+class Statistics:
+    """What the probe found.
+
+    Attributes:
+        uses: per unit name, one `Use` for each place the weight is used.
+        diagonal: per unit name without a known use, its mean squared gradient per token, in stored layout.
+        tokens: number of predicted tokens.
+    """
+
+    uses: dict[str, list[Use]]
+    diagonal: dict[str, FloatArray]
+    tokens: int
+
+
+def longest_first(windows: Sequence[Window]) -> list[Window]:
+    """Windows in the order in which `batches` holds them."""
+    return sorted(windows, key=lambda w: -len(w.tokens))
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
+
+    Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
+    """
+    order = longest_first(windows)
+    longest = len(order[0].tokens) if order else 0
+    at = number = 0
+    while at < len(order):
+        length = min(longest, -(-(len(order[at].tokens) - 1) // _ROUND_LENGTH) * _ROUND_LENGTH + 1)
+        group = order[at : at + max(1, tokens // length)]
+        ids = torch.zeros(len(group), length, dtype=torch.long)
+        mask = torch.zeros(len(group), length - 1, dtype=torch.bool)
+        for row, w in enumerate(group):
+            ids[row, : len(w.tokens)] = torch.tensor(w.tokens)
+            mask[row, : len(w.tokens) - 1] = True
+        yield ids, mask
+        at += len(group)
+        number += 1
+        if number % _RELEASE_EVERY == 0:
+            release()
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if supported else torch.float32
+
+
+def batch_tokens(vocabulary: int) -> int:
+    """Tokens a batch may hold so that its float32 logits stay near 16 MB; larger batches are not faster on a CPU."""
+    return max(256, min(1024, 2**22 // max(1, vocabulary)))
+
+
+def pass_tokens(module: nn.Module, device: torch.device) -> int:
+    """Tokens a batch may hold in passes without sums of statistics, by the vocabulary the module's config names."""
+    vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
+    return batch_tokens(int(vocabulary)) * (_GPU_BATCHES if device.type == "cuda" else 1)
+
+
+def probe(
+    module: nn.Module,
+    units: Sequence[Unit],
+    windows: Sequence[Window],
+    *,
+    seed: int = 0,
+    groups: int = 1,
+    guided: bool = True,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Statistics:
+    """Statistics of all units.
+
+    Args:
+        module: causal model; `module(ids).logits` or `module(ids)` gives (batch, length, vocabulary). Any module
+            where the windows are a `bytecap.model.batches.Batch` each.
+        units: its units.
+        windows: calibration windows.
+        seed: of the labels sampled from the model.
+        groups: row groups of the guided Hessian, 1 to 4.
+        guided: weight tokens by output gradient energy; False gives plain input second moments, same scale.
+        device: torch device of the passes.
+        progress: called with the number of tokens finished.
+        note: told where the device's memory asks for smaller batches.
+    """
+    target = torch.device(device)
+    twin = copy.deepcopy(module).to(target, fast_dtype(target) if of_transformers(module) else None)
+    leaves = _leaves(twin, units, windows, target)
+    if not of_transformers(module):
+        _account(twin, units, leaves, windows, seed, target)
+    names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
+    chosen = [
+        (names[n], m, kind) for n, (m, kind) in linear_weights(twin).items()
+        if kind != "embedding" and n in names and names[n] not in leaves.matrix
+    ]  # fmt: skip
+
+    def work(batch: int) -> Statistics:
+        return in_order(
+            target, lambda: _one_pass(twin, chosen, windows, batch, seed, groups, guided, target, leaves, progress)
+        )
+
+    return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
+
+
+@dataclass
+class _Leaves:
+    """Tensors of the twin that collect gradients themselves.
+
+    Attributes:
+        lookup: embedding modules whose lookups show their gradients.
+        embedding: other tables, untied.
+        matrix: matrices that hooks do not see through, with their units.
+        other: vectors and the like.
+        idle: weights that ask for a gradient only so that their module's output has one.
+    """
+
+    lookup: dict[str, nn.Module]
+    embedding: dict[str, Tensor]
+    matrix: dict[str, tuple[Unit, Tensor]]
+    other: dict[str, Tensor]
+    idle: list[Tensor]
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """Weights (rows, cols) of all embedding tables."""
+        return {n: m.weight for n, m in self.lookup.items()} | self.embedding
+
+
+def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
+    """Untie embeddings in the twin, so that their gradient holds the input use alone."""
+    names = {alias: u for u in units for alias in (u.name, *u.aliases)}
+    tables = {names[n].name: m for n, (m, kind) in linear_weights(twin).items() if kind == "embedding" and n in names}
+    for m in tables.values():
+        m.weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[operator]
+    lookup: set[str] = set()
+    if of_transformers(twin) and tables and not isinstance(windows[0], Batch):
+        tokens = max((w.tokens for w in windows), key=len)[:10]
+        ids, generator = torch.tensor([tokens, tokens[::-1]], device=device), torch.Generator(device).manual_seed(0)
+        mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+        lookup = looked_up(tables, ids[:, :-1], lambda: sampled_loss(twin, ids, mask, generator))
+    embedding: dict[str, Any] = {}
+    for name, m in tables.items():
+        m.weight.requires_grad_(name not in lookup)
+        if name not in lookup:
+            embedding[name] = m.weight
+    matrix: dict[str, tuple[Unit, Tensor]] = {}
+    other: dict[str, Tensor] = {}
+    for name, p in twin.named_parameters():
+        if name in names and not names[name].linear and p.is_floating_point():
+            p.requires_grad_(True)
+            unit = names[name]
+            if is_matrix(unit):
+                matrix[unit.name] = unit, p
+            else:
+                other[unit.name] = p
+    return _Leaves({n: tables[n] for n in tables if n in lookup}, embedding, matrix, other, [])
+
+
+def _account(
+    twin: nn.Module, units: Sequence[Unit], leaves: _Leaves, windows: Sequence[Window], seed: int, device: torch.device
+) -> None:
+    """Let weights that hooks do not see through collect their gradients themselves."""
+    names = {alias: u for u in units for alias in (u.name, *u.aliases)}
+    modules = {n: found for n, found in linear_weights(twin).items() if n in names}
+    first = [min(windows, key=lambda w: w.predicted)]
+
+    def run() -> Tensor:
+        return next(_losses(twin, first, 1, torch.Generator(device).manual_seed(seed), device))[0]
+
+    account = Account(modules, run)
+    for name in account.unexplained | account.frozen:
+        weight: Tensor = modules[name][0].weight  # type: ignore[assignment]
+        weight.requires_grad_(True)
+        if name in account.unexplained:
+            leaves.matrix[names[name].name] = names[name], weight
+        else:
+            leaves.idle.append(weight)
+    _harvest(leaves, None, None, None)
+
+
+class _Collector:
+    """Second moments of one weight, by row groups; of a linear module filled by its hooks."""
+
+    def __init__(self, rows: int, cols: int, groups: int, guided: bool, device: torch.device) -> None:
+        self.moments = [Moment(cols, device) for _ in range(groups)]
+        self.rows = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.weight = torch.zeros(groups, dtype=torch.float64, device=device)
+        self.guided = guided
+
+    def use(self) -> Use:
+        """What was added, given once."""
+        wholes = [m.whole() for m in self.moments]
+        return Use(wholes[0][None] if len(wholes) == 1 else torch.stack(wholes), self.rows, self.weight)
+
+    def add_gradient(self, square: Tensor, g: Tensor) -> None:
+        """Add a weight's own gradient: its rows' energy (rows,), and g (n, cols), the rows where it is not 0."""
+        self.rows += square.double()
+        self.moments[0].add(g)
+        self.weight[0] += square.sum(dtype=torch.float64)
+
+    def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        if output.requires_grad:
+            output.register_hook(lambda g: self.add(x, g))
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add tokens: inputs x (..., cols), output gradients g (..., rows)."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        square = g.reshape(-1, g.shape[-1]).float().square()  # out of place: float32 gradients still flow on
+        self.rows += square.sum(0, dtype=torch.float64)
+        for i, part in enumerate(torch.tensor_split(square, len(self.moments), dim=1)):
+            w = part.mean(1) if self.guided else (part.amax(1) > 0).float()  # padding has no gradient
+            self.weight[i] += w.sum(dtype=torch.float64)
+            self.moments[i].add(x * w.sqrt_()[:, None])
+
+
+def _one_pass(
+    twin: nn.Module,
+    chosen: list[tuple[str, nn.Module, str]],
+    windows: Sequence[Window],
+    batch: int,
+    seed: int,
+    groups: int,
+    guided: bool,
+    device: torch.device,
+    leaves: _Leaves,
+    progress: Progress | None,
+) -> Statistics:
+    collectors: dict[str, list[_Collector]] = {}
+    handles = []
+    for name, m, kind in chosen:
+        weight: Tensor = m.weight  # type: ignore[assignment]
+        rows, cols = weight.shape[::-1] if kind == "conv1d" else weight.shape
+        collector = _Collector(rows, cols, groups, guided, device)
+        collectors.setdefault(name, []).append(collector)
+        handles.append(m.register_forward_hook(collector.forward_hook))
+    diagonal = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.other.items()}
+    embedded = {n: _Collector(len(p), p.shape[1], 1, guided, device) for n, p in leaves.tables.items()}
+    for n, m in leaves.lookup.items():
+        found = embedded[n]
+        handles.append(m.register_forward_hook(Lookup(found.moments[0], found.rows, found.weight).forward_hook))
+    moments = {n: _Collector(*u.matrix_shape, 1, guided, device) for n, (u, _) in leaves.matrix.items()}
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = passes = 0
+    try:
+        for loss, count in _losses(twin, windows, batch, generator, device):
+            loss.backward()
+            _harvest(leaves, embedded, moments, diagonal)
+            tokens, passes = tokens + count, passes + 1
+            if progress is not None:
+                progress(count)
+    finally:
+        for handle in handles:
+            handle.remove()
+        _harvest(leaves, None, None, None)
+    release()  # what the passes held: whole sums need the room
+    uses = {name: [c.use() for c in group] for name, group in collectors.items()}
+    for name, found in embedded.items():
+        uses.setdefault(name, []).append(found.use())
+    for name, found in moments.items():
+        use = found.use()
+        use.moment[0] = shrunk_moment(use.moment[0], passes * len(use.rows))
+        uses.setdefault(name, []).append(use)
+    return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
+
+
+def _batch(leaves: _Leaves, device: torch.device) -> int:
+    """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
+    if leaves.matrix:
+        return 1  # a matrix's gradient is one sample a batch
+    many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
+    return many * batch_tokens(max(map(len, leaves.tables.values()), default=4096)) // 2
+
+
+def _losses(
+    twin: nn.Module, windows: Sequence[Window], tokens: int, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, int]]:
+    """(summed loss, predictions) of every batch of about so many tokens, which saved activations double in memory."""
+    if isinstance(windows[0], Batch):
+        for batch in windows:
+            assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
+            yield batch.fisher_loss(twin, generator, device), batch.count
+        return
+    for ids, mask in batches(windows, tokens):
+        yield sampled_loss(twin, ids.to(device), mask.to(device), generator), int(mask.sum())
+
+
+def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
+    logp = torch.log_softmax(predictions(module(ids[:, :-1]), mask).float(), -1)
+    with torch.no_grad():
+        noise = torch.empty_like(logp).exponential_(generator=generator).log_()
+        labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax
+    return -logp.gather(1, labels[:, None]).sum()
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output: the tensor itself, or its `.logits`."""
+    result: Tensor = output if isinstance(output, Tensor) else output.logits
+    return result
+
+
+def predictions(output: Any, mask: Tensor) -> Tensor:
+    """The logits (n, vocabulary) of the n predictions in mask (batch, length), copied only where some are left out."""
+    logits = logits_of(output)
+    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
+
+
+def _harvest(
+    leaves: _Leaves,
+    embedded: dict[str, _Collector] | None,
+    moments: dict[str, _Collector] | None,
+    diagonal: dict[str, Tensor] | None,
+) -> None:
+    """Square the gradients of this batch into the sums (None drops them) and clear them."""
+    for name, p in leaves.embedding.items():
+        if p.grad is not None and embedded is not None:
+            g = p.grad.float()
+            square = g.square().sum(1)
+            touched = square.nonzero()[:, 0]
+            embedded[name].add_gradient(square, g[touched])
+        p.grad = None
+    for name, (unit, p) in leaves.matrix.items():
+        if p.grad is not None and moments is not None:
+            g = as_matrix(unit, p.grad.float())
+            moments[name].add_gradient(g.square().sum(1), g)
+        p.grad = None
+    for name, p in leaves.other.items():
+        if p.grad is not None and diagonal is not None:
+            diagonal[name] += p.grad.double().square()
+        p.grad = None
+    for p in leaves.idle:
+        p.grad = None

@@ -1,0 +1,140 @@
+"""What calibration says about a model, computed once for every model, token set, seed and kind.
+
+Every method asks here: `moments` is the probe's pass, guided or plain, `gradients` the pass of squared gradients. With
+a store in the job, what one method has asked for is there for all others and for every other budget; a lock keeps
+two processes from computing the same thing at the same time.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bytecap.calibration.probe import Statistics, Use, probe
+from bytecap.calibration.weight_gradients import Gradients, mean_squared_gradients
+from bytecap.methods import Job
+from bytecap.model.checkpoint import Model
+from bytecap.model.texts import Window
+from bytecap.system import allocator
+from bytecap.system.cache import digest, library
+
+Array = npt.NDArray[Any]
+_ARITHMETIC = ("torch", "numpy", "numba", "transformers")
+_PARTS = ("moment", "rows", "weight")
+
+
+def environment(device: str) -> list[str]:
+    """Versions and hardware that numbers may depend on."""
+    found = [library(), *(f"{p} {metadata.version(p)}" for p in _ARITHMETIC if _installed(p)), platform.machine()]
+    gpu = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else ""
+    return [*found, torch.backends.cpu.get_cpu_capability(), device, gpu]
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def windows_key(windows: Sequence[Window]) -> str:
+    """Hash of token windows."""
+    return digest([[list(w.tokens), w.bytes] for w in windows])
+
+
+def model_key(model: Model) -> str:
+    """Hash of a model's tensors and side files."""
+    tensors = (model.tensor(u).detach().cpu().numpy() for u in model.units)
+    return digest([[u.name, u.dtype, list(u.aliases)] for u in model.units], *tensors, *model.files.values())
+
+
+def job_key(job: Job) -> str:
+    """Hash of what statistics depend on."""
+    return digest(
+        environment(job.device), torch.get_num_threads(), model_key(job.model), windows_key(job.sets.statistics),
+        job.seed,
+    )  # fmt: skip
+
+
+def moments(job: Job, *, groups: int = 1, guided: bool = True) -> Statistics:
+    """What one pass of the probe over the statistics tokens finds; the caller may use it up."""
+
+    def make() -> dict[str, Array]:
+        return _flat(_probed(job, groups, guided))
+
+    if job.store.directory is None:
+        return _probed(job, groups, guided)
+    kept = _once(job, ["moments", groups, guided], make)
+    uses: dict[str, list[Use]] = {}
+    diagonal: dict[str, Any] = {}
+    for name, array in kept.items():
+        kind, _, unit = name.partition(" ")
+        if kind == "diagonal":
+            diagonal[unit] = array
+        elif kind == "moment":
+            number, _, owner = unit.partition(" ")
+            parts = [torch.from_numpy(kept[f"{k} {number} {owner}"]).to(job.device) for k in _PARTS]
+            uses.setdefault(owner, []).append(Use(*parts))
+    return Statistics(uses, diagonal, int(kept["tokens"]))
+
+
+def gradients(job: Job, kind: str) -> Gradients:
+    """Mean squared gradients of the untouched model on the statistics tokens; see `weight_gradients`."""
+
+    def make() -> dict[str, Array]:
+        with job.reporter.step("gradients", sum(w.predicted for w in job.sets.statistics)) as advance:
+            found = mean_squared_gradients(
+                job.model.module, job.model.units, job.sets.statistics, kind=kind, seed=job.seed,
+                device=job.device, progress=advance,
+            )  # fmt: skip
+        arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
+        arrays |= {f"square {n}": t.numpy() for n, t in found.square.items()}
+        return arrays | {f"inputs {n}": t.numpy() for n, t in found.inputs.items()}
+
+    kept = _once(job, ["gradients", kind], make)
+    parts: dict[str, dict[str, torch.Tensor]] = {"square": {}, "inputs": {}}
+    for name, array in kept.items():
+        kind, _, unit = name.partition(" ")
+        if kind in parts:
+            parts[kind][unit] = torch.from_numpy(array)
+    return Gradients(parts["square"], parts["inputs"], int(kept["tokens"]))
+
+
+def _probed(job: Job, groups: int, guided: bool) -> Statistics:
+    with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:
+        found = probe(
+            job.model.module, job.model.units, job.sets.statistics, seed=job.seed, groups=groups, guided=guided,
+            device=job.device, progress=advance, note=job.reporter.note,
+        )  # fmt: skip
+    allocator.release()
+    return found
+
+
+def _once(job: Job, kind: list[Any], make: Callable[[], dict[str, Array]]) -> Mapping[str, Array]:
+    """The arrays of a kind, from the store or made and kept there."""
+    if job.store.directory is None:
+        return make()
+    key = digest(job_key(job), *kind)
+    with job.store.lock(key):
+        kept = job.store.arrays(key)
+        if kept is None:
+            kept = make()
+            job.store.put_arrays(key, kept)
+    return kept
+
+
+def _flat(found: Statistics) -> dict[str, Array]:
+    """Statistics as named arrays."""
+    arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
+    for name, uses in found.uses.items():
+        for i, use in enumerate(uses):
+            for kind in _PARTS:
+                arrays[f"{kind} {i} {name}"] = getattr(use, kind).cpu().numpy()
+    return arrays | {f"diagonal {n}": a for n, a in found.diagonal.items()}

@@ -1,0 +1,68 @@
+"""`bytecap compare`: methods at equal bytes on equal tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.errors import UsageError
+
+_DEFAULT_METHODS = "bytecap,golf,owq,radio,uniform"
+_DEFAULT_BUDGETS = "3bpp,3.5bpp,4bpp,5bpp"
+
+
+def compare(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Hugging Face directories, hub ids, or `demo`.", metavar="MODEL...")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to write.")] = None,
+    budgets: Annotated[str, typer.Option(help="Sizes, or bits per parameter (3.5bpp), by comma.")] = _DEFAULT_BUDGETS,
+    methods: Annotated[
+        str, typer.Option(help="Methods by comma, options behind colons: owq:published. FILE.py:CALLABLE is run.")
+    ] = _DEFAULT_METHODS,
+    seeds: Annotated[int, typer.Option(help="Calibration seeds, from 0.", min=1)] = 1,
+    external: Annotated[
+        list[str] | None, typer.Option("--external", help="NAME:DIR:BYTES of somebody else's model (repeatable).")
+    ] = None,
+    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
+    eval_: Annotated[
+        list[Path] | None, typer.Option("--eval", help="Evaluation text, one a workload (repeatable).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
+    eval_tokens: Annotated[int, typer.Option(help="Most evaluation tokens, over all texts.", min=1)] = 16_384,
+    device: Device = "auto",
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    store: Annotated[Path | None, typer.Option(help="Directory of statistics; DIR/store.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Page to write; DIR/compare.html.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="Show finished runs (runs.jsonl) again; nothing is run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Every method, budget and calibration seed on every MODEL, paired on the same tokens."""
+    from bytecap.report.compared import print_comparison
+    from bytecap_lab import compare as comparison
+
+    reporter = progress(as_json)
+    if (from_ is None) == (not models):
+        raise UsageError("give a MODEL (demo is the embedded one) to compare methods on, or --from runs.jsonl")
+    check_output(report, output)
+    found: dict[str, Any]
+    if from_ is not None:
+        found = comparison.render(from_, output, report=report, reporter=reporter)
+    else:
+        from bytecap_lab.compare.runs import command_line
+
+        found = comparison.compare(
+            models or [], output if output is not None else Path("compare"), budgets=names([budgets]) or (),
+            methods=names([methods]) or (), seeds=seeds, externals=external or (), calibration=calib, evaluation=eval_,
+            tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store, report=report,
+            command=command_line(), reporter=reporter,
+        )  # fmt: skip
+    if as_json:
+        print_json(found)
+    else:
+        print_comparison(found)

@@ -1,0 +1,69 @@
+"""`bytecap thesis`: the registered experiments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.errors import UsageError
+
+
+def thesis(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Hugging Face directories, hub ids, `demo`, or FILE.py:CALLABLE:DIRECTORY (the file is run).",
+            metavar="MODEL...",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to write.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Experiments by name or number; all.")] = None,
+    bases: Annotated[str, typer.Option(help="grid, golf or both by comma.")] = "grid,golf",
+    budget: Annotated[str, typer.Option(help="Size, or bits per parameter. The registered one is 3bpp.")] = "3bpp",
+    calib: Annotated[
+        list[Path] | None, typer.Option("--calib", help="Calibration text, one a workload (repeatable).")
+    ] = None,
+    eval_: Annotated[
+        list[Path] | None, typer.Option("--eval", help="Evaluation text, one a workload (repeatable).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
+    eval_tokens: Annotated[int, typer.Option(help="Most evaluation tokens, over all texts.", min=1)] = 8_192,
+    seeds: Annotated[int, typer.Option(help="Calibration seeds of rankings, from 0.", min=1)] = 3,
+    rungs: Annotated[int, typer.Option(help="Most settings that a path is tried with on a matrix.", min=2)] = 4,
+    device: Device = "auto",
+    jobs: Annotated[int, typer.Option(help="Models and bases at a time.", min=1)] = 1,
+    store: Annotated[Path | None, typer.Option(help="Directory of statistics and points; DIR/store.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Page to write; DIR/thesis.html.")] = None,
+    from_: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Judge finished lines (thesis.jsonl, repeatable) again; nothing is run."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Eight registered experiments (docs/thesis.md) on every MODEL: supported, falsified or undecided."""
+    from bytecap.report.judged import print_thesis
+    from bytecap_lab import thesis as tests
+
+    reporter = progress(as_json)
+    if (not from_) == (not models):
+        raise UsageError("give a MODEL (demo is the embedded one) to test the thesis on, or --from thesis.jsonl")
+    check_output(report, output)
+    found: dict[str, Any]
+    if from_:
+        found = tests.render(from_, output, only=names(only), report=report, reporter=reporter)
+    else:
+        from bytecap_lab.compare.runs import command_line
+
+        found = tests.thesis(
+            models or [], output if output is not None else Path("thesis"), only=names(only),
+            bases=names([bases]) or (), budget=budget, calibration=calib, evaluation=eval_, tokens=tokens,
+            evaluation_tokens=eval_tokens, seeds=seeds, rungs=rungs, device=device, jobs=jobs, store=store,
+            report=report, command=command_line(), reporter=reporter,
+        )  # fmt: skip
+    if as_json:
+        print_json(found)
+    else:
+        print_thesis(found)

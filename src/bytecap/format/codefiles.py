@@ -1,0 +1,149 @@
+"""Code files: source inside an artifact, as small as it goes, charged to the cap and never executed by a reader.
+
+The first byte of packed data names the packing, and `pack` keeps the smallest: 0 stored, 1 brotli (quality 11),
+2 raw LZMA1. Python files are minified first (`bytecap_lab.submission.minify`), so what comes back is the same program,
+not the same text.
+
+>>> unpack("a.py", squeeze(b"print(1)"))
+b'print(1)'
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import brotli
+
+from bytecap.errors import BudgetError, CodeError, CorruptError, UsageError
+from bytecap.format.container import CODE, Contents, FileSection
+from bytecap.format.sidefiles import packing
+
+ACCOUNTING = ("packed", "raw")
+_STORED, _BROTLI, _LZMA = range(3)
+_FILTERS: list[dict[str, Any]] = [
+    {"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 3, "lp": 0, "pb": 0}
+]
+_LIMIT = 1 << 24
+
+
+@dataclass(frozen=True)
+class Code:
+    """Code files ready for an artifact.
+
+    Attributes:
+        sections: packed.
+        raw: bytes of the files as they were given.
+        accounting: `packed`, or `raw` if the raw bytes have to meet the cap.
+    """
+
+    sections: tuple[FileSection, ...] = ()
+    raw: int = 0
+    accounting: str = "packed"
+
+    @property
+    def packed(self) -> int:
+        """Bytes of the sections."""
+        return sum(len(s.data) for s in self.sections)
+
+    @property
+    def reserve(self) -> int:
+        """Bytes of the cap that the file may not use, because its code counts for more than it takes."""
+        return max(0, self.raw - self.packed) if self.accounting == "raw" else 0
+
+    def report(self, budget: int) -> dict[str, Any]:
+        """Entries of the job's report; nothing without code."""
+        if not self.sections:
+            return {}
+        return {
+            "budget_bytes": budget, "code_raw_bytes": self.raw, "code_packed_bytes": self.packed,
+            "code_accounting": self.accounting, "code_files": [s.name for s in self.sections],
+        }  # fmt: skip
+
+    @contextmanager
+    def floor(self, budget: int) -> Iterator[None]:
+        """Let a refusal of the budget name the code's share and the rest's."""
+        try:
+            yield
+        except BudgetError as exc:
+            if not self.sections:
+                raise
+            code = self.packed + self.reserve
+            floor = exc.floor - self.packed
+            raise BudgetError(
+                f"a budget of {budget:,} bytes is below code ({code:,} bytes, counted {self.accounting}) plus the "
+                f"smallest file without it ({floor:,} bytes)", floor + code,
+            ) from exc  # fmt: skip
+
+
+def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
+    """Read, minify and compress source files.
+
+    Args:
+        paths: files; Python by its suffix `.py`, anything else is only compressed.
+        accounting: `packed` or `raw`.
+
+    Raises:
+        CodeError: a file cannot be read or does not parse. UsageError: two files share a name.
+    """
+    if accounting not in ACCOUNTING:
+        raise UsageError(f"unknown code accounting {accounting!r}: use {' or '.join(ACCOUNTING)}")
+    sections, raw = dict[str, FileSection](), 0
+    for path in map(Path, paths):
+        content = read(path)
+        raw += len(content)
+        if path.name in sections or path.name.startswith("."):
+            raise UsageError(f"{path}: code files are stored by name, and {path.name} is hidden or given twice")
+        if path.suffix == ".py":
+            from bytecap_lab.submission.minify import minified, parse
+
+            content = minified(parse(content, str(path))[0], str(path)).encode()
+        sections[path.name] = FileSection(path.name, squeeze(content), CODE)
+    return Code(tuple(sections.values()), raw, accounting)
+
+
+def read(path: Path) -> bytes:
+    """Bytes of a source file."""
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise CodeError(f"cannot read the code file {path}: {exc.strerror}") from exc
+
+
+def squeeze(content: bytes) -> bytes:
+    """The smallest packing of some bytes."""
+    tries: list[bytes] = [
+        bytes([_STORED]) + content,
+        bytes([_BROTLI]) + brotli.compress(content, quality=11),
+        bytes([_LZMA]) + lzma.compress(content, lzma.FORMAT_RAW, filters=_FILTERS),
+    ]
+    return min((t for t in tries if len(content) <= packing.most(t, _LIMIT)), key=len, default=tries[0])
+
+
+def unpack(name: str, data: bytes) -> bytes:
+    """Invert `squeeze`; never more than 2^24 bytes.
+
+    Raises:
+        CorruptError: the data is damaged.
+    """
+    if data[:1] != bytes([_LZMA]):
+        if data[:1] not in {bytes([_STORED]), bytes([_BROTLI])}:
+            raise CorruptError(f"{name}: its packing does not exist")
+        return packing.unpack(name, data, limit=packing.most(data, _LIMIT))
+    machine, limit = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS), packing.most(data, _LIMIT)
+    try:
+        content = machine.decompress(data[1:], limit + 1)
+    except lzma.LZMAError as exc:
+        raise CorruptError(f"{name}: damaged ({exc})") from exc
+    if not machine.eof or machine.unused_data or len(content) > limit:
+        raise CorruptError(f"{name}: its LZMA data does not end where it should, or is more than {limit} bytes")
+    return content
+
+
+def files(contents: Contents) -> dict[str, bytes]:
+    """Code files of an artifact, unpacked."""
+    return {f.name: unpack(f.name, f.data) for f in contents.files if f.kind == CODE}

@@ -1,0 +1,279 @@
+"""Coders: one file each, found by themselves.
+
+A coder turns a tensor into the bytes of one section and back. To add one, put a file here that defines a class
+with the members of `Coder` and a module-level `CODER` instance; the reader, the conformance tests, the ledger
+and the command line find it (CONTRIBUTING.md walks through it).
+
+Decoding is written as a *generator*: a coder yields the entropy-coded streams it needs decoded and is sent the
+symbols, so that the reader can advance the streams of all units of a file together. No coder imports torch
+when it decodes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import CorruptError
+from bytecap.format import overlays
+from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
+from bytecap.format.entropy.rans import Stream, decode
+
+FloatArray = npt.NDArray[np.float32]
+Decoding = Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Shared objects that sections refer to by number, see `format/wire/shared_objects.py`.
+
+    Attributes:
+        items: (kind, value) in file order.
+        used: numbers that were referred to.
+    """
+
+    items: tuple[tuple[str, Any], ...] = ()
+    used: set[int] = field(default_factory=set)
+
+    def get(self, number: int, kind: str) -> Any:
+        """The object of a number.
+
+        Raises:
+            CorruptError: there is none, or it is of another kind.
+        """
+        if number >= len(self.items):
+            raise CorruptError(f"a section refers to the shared object {number}, the file has {len(self.items)}")
+        found, value = self.items[number]
+        if found != kind:
+            raise CorruptError(f"a section takes the shared object {number} for a {kind}, it is a {found}")
+        self.used.add(number)
+        return value
+
+    def check_used(self) -> None:
+        """Refuse a file whose units, all of them decoded, leave an object unused."""
+        spare = set(range(len(self.items))) - self.used
+        if spare:
+            raise CorruptError(f"no unit uses the shared object {min(spare)}")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all units of a file share.
+
+    Attributes:
+        tables: frequency tables by class.
+        offset: reconstruction offsets (64, 17) in steps, see `bytecap.quantization`.
+        objects: shared objects.
+    """
+
+    tables: Tables = field(default_factory=lambda: Tables({}))
+    offset: FloatArray = field(default_factory=lambda: np.zeros((64, 17), np.float32))
+    objects: Objects = field(default_factory=Objects)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes of one section and the ledger's view of them.
+
+    Attributes:
+        data: the section.
+        kinds: (kind, bytes) in file order; the sum is `len(data)`.
+    """
+
+    data: bytes
+    kinds: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """What of a section or layer may be tuned while everything else of it stays as it is.
+
+    Attributes:
+        arrays: stored values by name, float32.
+        matrix: values (rows, cols) from arrays like these and, for a layer, from its base. It is written with
+            operators that numpy arrays and torch tensors share, so that gradients pass and no coder needs torch.
+        encode: the section with arrays like these, at the precision it has; about as long.
+    """
+
+    arrays: dict[str, FloatArray]
+    matrix: Callable[[Mapping[str, Any], Any], Any]
+    encode: Callable[[Mapping[str, FloatArray]], bytes]
+
+
+class Tunable(Protocol):
+    """A coder or layer that can say what of a section is continuous. Others are left as they are."""
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """What of a section's bytes may be tuned."""
+        ...
+
+
+class Coder(Protocol):
+    """What every coder offers to the reader."""
+
+    id: ClassVar[str]
+    tag: ClassVar[int]
+
+    def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
+        """Yield streams, be sent their symbols, return the (rows, cols) matrix."""
+        ...
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Ledger kinds of a section, in file order, from its bytes alone."""
+        ...
+
+
+class Layer(Protocol):
+    """An exception path: changes the matrix a base coder gave. Its tag is 32 or above; `stack` runs it."""
+
+    id: ClassVar[str]
+    tag: ClassVar[int]
+
+    def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
+        """Yield streams, be sent their symbols, return the changed float32 (rows, cols) matrix.
+
+        `base` belongs to the layer, which may change it in place.
+        """
+        ...
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Ledger kinds of the layer's bytes, in file order."""
+        ...
+
+
+_FIRST_LAYER = 32  # tags from here on are layers
+
+
+@cache
+def _found() -> dict[int, Any]:
+    """All coders and layers by on-disk tag."""
+    found: dict[int, Any] = {}
+    modules = [
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for package in (sys.modules[__name__], overlays) for info in pkgutil.iter_modules(package.__path__)
+    ]  # fmt: skip
+    for coder in (getattr(module, "CODER", None) for module in modules):
+        if coder is not None:
+            if coder.tag in found:
+                raise RuntimeError(f"coders {coder.id} and {found[coder.tag].id} share the tag {coder.tag}")
+            found[coder.tag] = coder
+    return found
+
+
+def registry() -> dict[int, Coder]:
+    """All coders by on-disk tag."""
+    return {tag: c for tag, c in _found().items() if tag < _FIRST_LAYER}
+
+
+def layers() -> dict[int, Layer]:
+    """All layers by on-disk tag."""
+    return {tag: c for tag, c in _found().items() if tag >= _FIRST_LAYER}
+
+
+def coder(tag: int) -> Coder:
+    """The coder with an on-disk tag.
+
+    Raises:
+        CorruptError: no such coder.
+    """
+    if tag not in _found() or tag >= _FIRST_LAYER:
+        raise CorruptError(f"the file names coder {tag}, which does not exist")
+    found: Coder = _found()[tag]
+    return found
+
+
+def layer(tag: int) -> Layer:
+    """The layer with an on-disk tag.
+
+    Raises:
+        CorruptError: no such layer.
+    """
+    if tag not in _found() or tag < _FIRST_LAYER:
+        raise CorruptError(f"the file names layer {tag}, which does not exist")
+    found: Layer = _found()[tag]
+    return found
+
+
+Observer = Callable[[Stream, npt.NDArray[np.int32]], None]
+
+
+def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[npt.NDArray[Any]]:
+    """Drive coders' generators together, decoding all their pending streams in one go.
+
+    Args:
+        decodings: what coders' `decode` gave.
+        observe: shown every stream with its symbols.
+    """
+    results: list[npt.NDArray[Any]] = [np.zeros(0)] * len(decodings)
+    pending: dict[int, list[Stream]] = {}
+
+    def advance(i: int, symbols: list[npt.NDArray[np.int32]] | None) -> None:
+        try:
+            pending[i] = next(decodings[i]) if symbols is None else decodings[i].send(symbols)
+        except StopIteration as stop:
+            results[i] = stop.value
+
+    for i in range(len(decodings)):
+        advance(i, None)
+    while pending:
+        asked, pending = pending, {}
+        streams = [s for group in asked.values() for s in group]
+        symbols = decode(streams)
+        if observe is not None:
+            for stream, z in zip(streams, symbols, strict=True):
+                observe(stream, z)
+        decoded = iter(symbols)
+        for i, group in asked.items():
+            advance(i, [next(decoded) for _ in group])
+    return results
+
+
+def like(tensor: Any, array: npt.NDArray[Any]) -> Any:
+    """A numpy array as the kind of a tensor, on its device; itself where that is a numpy array."""
+    return array if isinstance(tensor, np.ndarray) else tensor.new_tensor(array)
+
+
+def read_leb(data: bytes, at: int) -> tuple[int, int]:
+    """(value, next position) of an unsigned LEB128 integer of at most 9 bytes."""
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 56:
+            raise CorruptError("a section ends inside an integer")
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+        shift += 7
+
+
+def read_frequencies(data: bytes, at: int, low: int, size: int, owner: str) -> tuple[Table, int]:
+    """(table of the symbols from `low` on, next position) from LEB128 frequencies; the escape has the rest."""
+    freq = np.zeros(size + 1, np.int64)
+    for i in range(size):
+        value, at = read_leb(data, at)
+        freq[i] = min(value, TOTAL)  # anything larger is refused below, and must not overflow the sum
+    freq[-1] = TOTAL - int(freq.sum())
+    if freq.min() < 1:
+        raise CorruptError(f"the frequencies of {owner} do not add up to {TOTAL}")
+    return Table(low, freq), at
+
+
+def leb(value: int) -> bytes:
+    """Unsigned LEB128.
+
+    >>> leb(300).hex(), read_leb(leb(300), 0)
+    ('ac02', (300, 2))
+    """
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])

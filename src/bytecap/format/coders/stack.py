@@ -1,0 +1,132 @@
+"""`stack`: a base coder and exception paths over it, one after the other.
+
+A path is a *layer*: it is given the matrix decoded so far and changes it (protected columns replace, a low-rank
+residual adds, group scales multiply). So every path composes with every base.
+
+Section (format.md, 6.5): base tag u8 | layers u8 | LEB128 length, base section | for each layer: tag u8, LEB128
+length, its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bytecap.errors import CorruptError
+from bytecap.format.coders import Continuous, Decoding, FloatArray, Shared, coder, layer, leb, like, read_leb, run
+from bytecap.format.overlays.lowrank import CODED
+from bytecap.format.overlays.lowrank import CODER as LOW_RANK
+
+MAX_LAYERS = 16  # a few bytes of layer may ask for long work
+
+
+class Stack:
+    """Reader and writer of `stack` sections."""
+
+    id: ClassVar[str] = "stack"
+    tag: ClassVar[int] = 5
+
+    def encode(self, base: tuple[int, bytes], layers: Sequence[tuple[int, bytes]]) -> bytes:
+        """A section from (tag, bytes) of the base and of at least one layer."""
+        out = bytes([base[0], len(layers)]) + leb(len(base[1])) + base[1]
+        for tag, data in layers:
+            out += bytes([tag]) + leb(len(data)) + data
+        return out
+
+    def growth(self, base: float, layer: bytes) -> int:
+        """Bytes that one layer adds to a base section of (an estimated) so many bytes."""
+        return 2 + len(leb(round(base))) + 1 + len(leb(len(layer))) + len(layer)
+
+    def parts(self, data: bytes) -> list[tuple[int, int, bytes]]:
+        """(tag, bytes of tag and length, contents) of the base and its layers."""
+        if len(data) < 2:
+            raise CorruptError(f"a stack of {len(data)} bytes is shorter than its header")
+        tag, count, at = data[0], data[1], 2
+        if not 1 <= count <= MAX_LAYERS or tag == self.tag:
+            raise CorruptError(f"a stack has {count} layers over its base, or is its own base")
+        parts = []
+        start = 0
+        for i in range(count + 1):
+            if i:
+                if at >= len(data):
+                    raise CorruptError("a stack ends in front of a layer")
+                tag, start, at = data[at], at, at + 1
+            length, at = read_leb(data, at)
+            if length > len(data) - at:
+                raise CorruptError(f"a stack declares a part of {length} bytes, {len(data) - at} are left")
+            parts.append((tag, at - start, data[at : at + length]))
+            at += length
+        if at != len(data):
+            raise CorruptError(f"{len(data) - at} bytes are left over behind a stack's last layer")
+        return parts
+
+    def tags(self, data: bytes) -> list[int]:
+        """Tags of the base and of its layers."""
+        return [tag for tag, _, _ in self.parts(data)]
+
+    def minor(self, data: bytes) -> int:
+        """Lowest minor version of the format that knows the layers of a section."""
+        return (
+            2
+            if any(tag == LOW_RANK.tag and part[2:3] == bytes([CODED]) for tag, _, part in self.parts(data)[1:])
+            else 1
+        )
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Kinds of the base, then of every layer with the layer's id in front."""
+        (tag, head, base), *rest = self.parts(data)
+        found = [("header", head), *coder(tag).kinds(base, shape, dtype)]
+        for tag, head, part in rest:
+            path = layer(tag)
+            found.append((f"{path.id} header", head))
+            found += [(f"{path.id} {kind}", n) for kind, n in path.kinds(part, shape, dtype)]
+        return tuple(found)
+
+    def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
+        """Decode the base to float32 (rows, cols) and apply the layers."""
+        (tag, _, base), *rest = self.parts(data)
+        decoded = yield from coder(tag).decode(base, shape, dtype, shared)
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix = np.array(decoded, np.float32, order="C")  # of its own: layers change it in place
+        for tag, _, part in rest:
+            matrix = yield from layer(tag).apply(part, matrix, shared)
+        if not np.isfinite(matrix).all():
+            raise CorruptError("a stack holds a value out of range")
+        return matrix
+
+    def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
+        """What is continuous in the base and in its layers, the base's first."""
+        parts = self.parts(data)
+        tunable: dict[int, Continuous] = {}
+        for at, (tag, _, part) in enumerate(parts):
+            owner: Any = layer(tag) if at else coder(tag)
+            if hasattr(owner, "continuous"):
+                tunable[at] = owner.continuous(part, shape, shared)
+        base = None if 0 in tunable else run([coder(parts[0][0]).decode(parts[0][2], shape, "F32", shared)])[0]
+
+        def own(arrays: Mapping[str, Any], at: int) -> dict[str, Any]:
+            return {k: arrays[f"{at} {k}"] for k in tunable[at].arrays}
+
+        def matrix(arrays: Mapping[str, Any], _: Any) -> Any:
+            values = None if base is None else like(next(iter(arrays.values())), base)
+            for at, (tag, _, part) in enumerate(parts):
+                if at in tunable:
+                    values = tunable[at].matrix(own(arrays, at), values)
+                elif at:
+                    raise TypeError(f"layer {layer(tag).id} of {len(part)} bytes has nothing continuous")
+            return values
+
+        def encode(arrays: Mapping[str, FloatArray]) -> bytes:
+            new = [
+                (tag, tunable[at].encode(own(arrays, at)) if at in tunable else part)
+                for at, (tag, _, part) in enumerate(parts)
+            ]
+            return self.encode(new[0], new[1:])
+
+        found = {f"{at} {k}": v for at, c in tunable.items() for k, v in c.arrays.items()}
+        return Continuous(found if all(at in tunable for at in range(1, len(parts))) else {}, matrix, encode)
+
+
+CODER = Stack()

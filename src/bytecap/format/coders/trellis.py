@@ -1,0 +1,204 @@
+"""`trellis`: the integer grid of `grid`, walked along a trellis down every column. The default coder of matrices.
+
+Columns whose spread class is at least `first` are *dependent*: their grid has half the step, and its points fall into
+four subsets by their value modulo 4, of which only two may follow on any three points. A weight then takes one bit,
+kept as it is because it cannot be predicted, that says which of the two, and an integer that says which point of the
+subset, coded with the class's table restricted to that subset. The state is made of the last three bits, so a
+reader finds all subsets at once. All other columns are coded as in `grid`.
+
+Section (format.md, 6.15): as `grid`, with `first` u8 behind the side arrays' pairs, and LEB128 length and bits of the
+path in front of the payload.
+Bytes: (weights in dependent columns) / 8 more than `grid`, payload symbols two bits smaller there, and the grid may be
+0.18 bit coarser at the same distortion.
+
+Source: Marcellin & Fischer 1990 (trellis coded quantization); JPEG 2000 part 2 for the eight-state trellis and its
+subsets. The encoder's search is in `bytecap.quantization.trellis`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import CorruptError
+from bytecap.format.coders import Decoding, Encoded, Shared, leb, read_leb
+from bytecap.format.coders.classes import CLASSES
+from bytecap.format.coders.grid import (
+    GridCode,
+    Head,
+    IntArray,
+    dequantize,
+    read_head,
+    read_sides,
+    weight_classes,
+    write_head,
+    write_sides,
+)
+from bytecap.format.entropy import jit
+from bytecap.format.entropy.rans import Source, Stream, encode_all
+from bytecap.format.wire.bits import read_bits
+
+SUBSET = np.array([[0, 2], [1, 3], [2, 0], [3, 1], [2, 0], [3, 1], [0, 2], [1, 3]], np.int64)  # by state and bit
+_BIT = np.array([[1 if SUBSET[s, 1] == d else 0 for d in range(4)] for s in range(8)], np.uint8)  # by state, subset
+_TABLE = np.array([1, 2, 3, 2], np.uint8) * np.uint8(CLASSES)  # which restriction of a class's table a subset uses
+_LARGEST = 2**24
+
+Mask = npt.NDArray[np.bool_]
+
+
+def _rows_of(groups: int, rows: int) -> npt.NDArray[np.int64]:
+    """Group of every row."""
+    return np.repeat(np.arange(groups), [len(p) for p in np.array_split(np.arange(rows), groups)])
+
+
+def dependent(column_class: IntArray, first: int, rows: int) -> Mask:
+    """(rows, cols) mask of the weights in dependent columns, from classes (groups, cols)."""
+    mask: Mask = (column_class >= first)[_rows_of(len(column_class), rows)]
+    return mask
+
+
+def subsets(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+    """Subset of every weight from the path's bits (rows, cols); every group's path begins in state 0."""
+    found: npt.NDArray[np.uint8] = SUBSET.reshape(-1).astype(np.uint8).take(_branches(bits, groups))
+    return found
+
+
+def _branches(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+    """2 * state + bit of every weight: the last four bits, oldest first."""
+    index = bits.copy()
+    for part, out in zip(np.array_split(bits, groups), np.array_split(index, groups), strict=True):
+        for back in (1, 2, 3):
+            out[back:] += part[:-back] << np.uint8(back)
+    return index
+
+
+def _bits(subsets: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+    """The path's bits (rows, cols) from the subsets of its points."""
+    loop = jit.kernel("path") if jit.worth(subsets.size) else _path
+    bits = np.empty_like(subsets)
+    for part, out in zip(np.array_split(subsets, groups), np.array_split(bits, groups), strict=True):
+        loop(part, _BIT, out)
+    return bits
+
+
+def _path(subsets: npt.NDArray[np.uint8], bit: npt.NDArray[np.uint8], bits: npt.NDArray[np.uint8]) -> None:
+    """What `bytecap.format.entropy.kernels.path` does, row by row."""
+    state = np.zeros(subsets.shape[1], np.uint8)
+    for r in range(len(subsets)):
+        bits[r] = bit[state, subsets[r]]
+        state = (state << 1 | bits[r]) & 7
+
+
+class Trellis:
+    """Reader and writer of `trellis` sections."""
+
+    id: ClassVar[str] = "trellis"
+    tag: ClassVar[int] = 9
+
+    def sources(self, code: GridCode, shared: Shared) -> list[Source]:
+        """Side and payload streams of a section."""
+        tables = shared.tables.split
+        points = code.symbols.astype(np.int32)
+        mask = dependent(code.column_class, code.first, len(code.row_class))
+        subset = (points & 3).astype(np.uint8)
+        classes = code.classes() + np.where(mask, _TABLE[subset], 0).astype(np.uint8)
+        symbols = np.where(mask, (np.where(subset == 3, -points, points) - _base(subset)) >> 2, points)
+        return [write_sides(code, shared.tables), Source(symbols.reshape(-1), classes.reshape(-1), tables)]
+
+    def assemble(self, code: GridCode, shared: Shared, streams: Sequence[bytes]) -> Encoded:
+        """A section from its coded streams."""
+        side, payload = streams
+        mask = dependent(code.column_class, code.first, len(code.row_class))
+        bits = _bits((code.symbols.astype(np.int32) & 3).astype(np.uint8), len(code.column_class))
+        path = np.packbits(bits[mask], bitorder="little").tobytes()
+        head = write_head(code, shared.tables, bytes([code.first]), side)
+        data = head + side + leb(len(path)) + path + payload
+        return Encoded(data, self.kinds(data, code.symbols.shape, ""))
+
+    def encode(self, code: GridCode, shared: Shared) -> Encoded:
+        """Bytes of a section under the file's shared tables."""
+        return self.assemble(code, shared, encode_all(self.sources(code, shared)))
+
+    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[Head, bytes, bytes]:
+        """Head, path and payload."""
+        head = read_head(data, shape, 1)
+        if not 1 <= head.extra[0] <= CLASSES:
+            raise CorruptError(f"a trellis section declares {head.extra[0]} as its first dependent class")
+        length, at = read_leb(head.rest, 0)
+        if length > len(head.rest) - at:
+            raise CorruptError(f"a trellis section declares a path of {length} bytes, {len(head.rest) - at} are left")
+        return head, head.rest[at : at + length], head.rest[at + length :]
+
+    def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
+        """Header, side information, path and payload of a section."""
+        del dtype
+        head, path, payload = self._parse(data, shape)
+        length = len(head.rest) - len(path) - len(payload)
+        return (
+            ("header", head.at), ("side", len(head.side)), ("path header", length), ("path payload", len(path)),
+            ("payload", len(payload)),
+        )  # fmt: skip
+
+    def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
+        """Decode to float32 (rows, cols)."""
+        del dtype
+        head, path, payload = self._parse(data, shape)
+        first = head.extra[0]
+        tables = shared.tables.split
+        column_step, column_class, row_step, row_class = yield from read_sides(head, shape, shared.tables)
+        fine = column_class >= first
+        bits = _read_path(path, fine[_rows_of(head.groups, shape[0])])
+        classes = weight_classes(column_class, row_class, fine)
+        branch = _branches(bits, head.groups)
+        used = _TABLE[SUBSET].reshape(-1).take(branch)
+        for part, dependent_column in zip(np.array_split(used, head.groups), fine, strict=True):
+            np.multiply(part, dependent_column, out=part)
+        used += classes
+        (symbols,) = yield [Stream(payload, used.reshape(-1), tables)]
+        if len(symbols) and max(int(symbols.max()), -int(symbols.min())) > _LARGEST:
+            raise CorruptError("a trellis section holds a symbol out of range")
+        points = _points(symbols.reshape(shape), branch, fine)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = dequantize(points, classes, np.float32(head.step), column_step, row_step, shared.offset, fine)
+        if not np.isfinite(values).all():
+            raise CorruptError("a trellis section holds a value out of range")
+        return values
+
+
+def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
+    """The path's bits (rows, cols), 0 where a weight is not dependent."""
+    count = int(mask.sum())
+    bits = read_bits(path, count)
+    if count == mask.size:
+        return bits.reshape(mask.shape)
+    spread = np.zeros(mask.shape, np.uint8)
+    spread[mask] = bits
+    return spread
+
+
+def _points(symbols: npt.NDArray[np.int32], branch: npt.NDArray[np.uint8], fine: Mask) -> npt.NDArray[np.int32]:
+    """Points of the grid from the symbols; replaces the symbols."""
+    base = _base(SUBSET.reshape(-1).astype(np.uint8))
+    sign = np.where(SUBSET.reshape(-1) == 3, -1, 1).astype(np.int32)
+    loop = jit.kernel("points") if jit.worth(symbols.size) else None
+    for part, own, at in zip(np.array_split(symbols, len(fine)), fine, np.array_split(branch, len(fine)), strict=True):
+        if loop is not None:
+            loop(part, at, own, base, sign)
+        elif own.all():
+            np.left_shift(part, 2, out=part)
+            np.add(part, base.take(at), out=part)
+            np.multiply(part, sign.take(at), out=part)
+        else:
+            np.copyto(part, ((part << 2) + base.take(at)) * sign.take(at), where=own[None, :])
+    return symbols
+
+
+def _base(subset: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """What is left of a point modulo 4, of its mirror image for subset 3, which shares subset 1's table."""
+    return np.array([0, 1, 2, 1], np.int32)[subset]
+
+
+CODER = Trellis()

@@ -1,0 +1,334 @@
+"""The container: one file, every byte owned and checksummed. `docs/format.md` is its law.
+
+Layout: header (28 bytes) | directory | sections back to back. The directory gives every section's kind, length
+and CRC-32; the header's CRC-32 covers header and directory. The index section names units (name, shape, dtype,
+coder, aliases) and files. Reading is strict: no gaps, no overlaps, nothing left over, no code executed.
+
+Writing is atomic (`bytecap.system.atomic`): a crash leaves the old file.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bytecap.errors import CorruptError, NotAnArtifact, VersionError
+from bytecap.format.coders import coder, leb, read_leb
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.ledger import Entry
+from bytecap.format.wire.shared_objects import describe
+from bytecap.system.atomic import write_atomically
+from bytecap.types import Unit
+
+MAGIC = b"\x89BCAP\r\n\x1a"
+VERSION = (1, 2)  # newest this reader knows; files say the lowest that describes them
+_FIRST_CODERS = 4  # tags up to this one came with 1.0
+_HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
+HEADER_SIZE = _HEAD.size + 4
+INDEX, TABLES, UNIT, FILE, CODE, PADDING, SHARED = 1, 2, 3, 4, 5, 6, 7
+_LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
+_MAX_INDEX, _SPARE_INDEX, _INDEX_PER_BYTE = 1 << 26, 1 << 20, 64  # bytes of text: at most, for nothing, by file length
+_MAX_DIMENSIONS = 32
+_SPARE_VALUES, _VALUES_PER_BYTE = 1 << 24, 2048  # most values a file may declare: an entropy-coded one has no more
+
+
+class _Index(msgspec.Struct, forbid_unknown_fields=True):
+    """The index section's JSON."""
+
+    units: list[tuple[str, list[int], str, int, int, list[str]]]
+    files: list[str]
+    about: dict[str, Any]
+    code: list[str] | msgspec.UnsetType = msgspec.UNSET
+
+
+@dataclass(frozen=True)
+class UnitSection:
+    """A unit as stored."""
+
+    unit: Unit
+    tag: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class FileSection:
+    """A side file or code file as stored; `data` is packed, see `sidefiles.packing` and `codefiles`."""
+
+    name: str
+    data: bytes
+    kind: int = FILE
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything in an artifact, still encoded.
+
+    Attributes:
+        units: in state-dict order.
+        tables: the shared tables section, may be empty.
+        files: packed side files, and code files behind them.
+        about: method, budget and other remarks; small and optional.
+        padding: number of zero bytes at the end.
+        objects: shared objects, which sections refer to by their place.
+    """
+
+    units: tuple[UnitSection, ...]
+    tables: bytes
+    files: tuple[FileSection, ...]
+    about: dict[str, Any]
+    padding: int = 0
+    objects: tuple[bytes, ...] = ()
+
+
+def _pack_index(contents: Contents) -> bytes:
+    index = {
+        "about": contents.about,
+        "files": [f.name for f in contents.files if f.kind == FILE],
+        "units": [
+            (
+                u.unit.name,
+                u.unit.shape,
+                u.unit.dtype,
+                u.tag,
+                u.unit.transposed + 2 * u.unit.linear + 4 * u.unit.stacked,
+                u.unit.aliases,
+            )
+            for u in contents.units
+        ],
+    }
+    if code := [f.name for f in contents.files if f.kind == CODE]:
+        index["code"] = code
+    raw = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
+    packed = lzma.compress(raw, lzma.FORMAT_RAW, filters=_LZMA)
+    return b"\x01" + packed if len(packed) < len(raw) else b"\x00" + raw
+
+
+def _sections(contents: Contents) -> list[tuple[int, bytes]]:
+    found = [(INDEX, _pack_index(contents))]
+    if contents.tables:
+        found.append((TABLES, contents.tables))
+    found += [(SHARED, o) for o in contents.objects]
+    found += [(UNIT, u.data) for u in contents.units]
+    found += [(f.kind, f.data) for f in sorted(contents.files, key=lambda f: f.kind)]
+    if contents.padding:
+        found.append((PADDING, bytes(contents.padding)))
+    return found
+
+
+def _minor(contents: Contents) -> int:
+    """Lowest minor version that describes the contents."""
+    stacks = (u.data for u in contents.units if u.tag == STACK.tag)
+    if contents.objects or any(f.kind == CODE for f in contents.files) or any(STACK.minor(d) > 1 for d in stacks):
+        return 2
+    return int(any(u.tag > _FIRST_CODERS for u in contents.units))
+
+
+def serialize(contents: Contents) -> bytes:
+    """The bytes of an artifact; a pure function of its contents."""
+    sections = _sections(contents)
+    directory = leb(len(sections)) + b"".join(
+        bytes([kind]) + leb(len(data)) + struct.pack("<I", zlib.crc32(data)) for kind, data in sections
+    )
+    body = b"".join(data for _, data in sections)
+    size = HEADER_SIZE + len(directory) + len(body)
+    head = _HEAD.pack(MAGIC, 1, _minor(contents), 0, len(directory), size)
+    return head + struct.pack("<I", zlib.crc32(head + directory)) + directory + body
+
+
+@dataclass(frozen=True)
+class _Span:
+    kind: int
+    start: int
+    length: int
+
+
+def _check_header(data: bytes, name: str) -> int:
+    """Check the header and its checksum; returns the directory's length."""
+    if len(data) < 8 or data[:8] != MAGIC:
+        raise NotAnArtifact(f"{name} is not a bytecap artifact")
+    if len(data) < HEADER_SIZE:
+        raise CorruptError(f"{name} is truncated: {len(data)} bytes, the header alone has {HEADER_SIZE}")
+    _, major, minor, reserved, length, size = _HEAD.unpack_from(data)
+    if major > VERSION[0]:
+        raise VersionError(f"{name} has format version {major}.{minor}, this reader knows {VERSION[0]}.{VERSION[1]}")
+    if size != len(data):
+        raise CorruptError(f"{name} is damaged: the header says {size} bytes, the file has {len(data)}")
+    if HEADER_SIZE + length > len(data):
+        raise CorruptError(f"{name} is damaged: a directory of {length} bytes does not fit the file")
+    (checksum,) = struct.unpack_from("<I", data, _HEAD.size)
+    if checksum != zlib.crc32(data[: _HEAD.size] + data[HEADER_SIZE : HEADER_SIZE + length]):
+        raise CorruptError(f"{name} is damaged: the checksum of header and directory does not match")
+    if reserved or major < 1:
+        raise CorruptError(f"{name} uses reserved header bits or version {major}.{minor}")
+    return int(length)
+
+
+def _directory(data: bytes, name: str) -> list[_Span]:
+    """Check header, directory and every checksum; return the sections' places."""
+    length = _check_header(data, name)
+    directory = data[HEADER_SIZE : HEADER_SIZE + length]
+    spans, at, start = [], 0, HEADER_SIZE + length
+    count, at = read_leb(directory, at)
+    for i in range(count):
+        if at >= len(directory):
+            raise CorruptError(f"{name} is damaged: the directory ends at section {i} of {count}")
+        kind = directory[at]
+        size, at = read_leb(directory, at + 1)
+        if at + 4 > len(directory) or start + size > len(data):
+            raise CorruptError(f"{name} is damaged: section {i} runs past the end")
+        (checksum,) = struct.unpack_from("<I", directory, at)
+        if zlib.crc32(data[start : start + size]) != checksum:
+            raise CorruptError(f"{name} is damaged: the checksum of section {i} (kind {kind}) does not match")
+        spans.append(_Span(kind, start, size))
+        at += 4
+        start += size
+    if at != len(directory) or start != len(data):
+        raise CorruptError(f"{name} is damaged: bytes are left over behind the last section")
+    return spans
+
+
+def _read_index(data: bytes, size: int, name: str) -> _Index:
+    limit = min(_MAX_INDEX, _SPARE_INDEX + _INDEX_PER_BYTE * size)
+    try:
+        if data[:1] == b"\x01":
+            machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
+            raw = machine.decompress(data[1:], limit + 1)
+            if len(raw) <= limit and (not machine.eof or machine.unused_data):
+                raise CorruptError(f"{name} has an index whose packing does not end where it should")
+        elif data[:1] == b"\x00":
+            raw = data[1:]
+        else:
+            raise CorruptError(f"{name} has an index of unknown packing")
+        if len(raw) > limit:
+            raise CorruptError(f"{name} has an index of more than {limit} bytes, which is too much for {size}")
+        index = msgspec.json.decode(raw, type=_Index)
+    except (lzma.LZMAError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise CorruptError(f"{name} has an index that cannot be read: {exc}") from exc
+    names = [n for entry in index.units for n in (entry[0], *entry[5])]
+    files = index.files + _code(index)
+    if len(set(names)) != len(names) or len(set(files)) != len(files) or index.code == []:
+        raise CorruptError(f"{name} names a unit or file twice, or lists no code")
+    for file in files:
+        if not file or "/" in file or "\\" in file or file.startswith(".") or "\0" in file:
+            raise CorruptError(f"{name} holds a file with the unsafe name {file!r}")
+    return index
+
+
+def _code(index: _Index) -> list[str]:
+    return index.code if isinstance(index.code, list) else []
+
+
+def _check_shapes(index: _Index, size: int, name: str) -> None:
+    """A small file must not make its reader allocate much: sizes of 0 count as 1."""
+    left = _SPARE_VALUES + _VALUES_PER_BYTE * size
+    for unit, shape, *_ in index.units:
+        count = 1
+        for n in shape:
+            count = count * max(n, 1) if n >= 0 else left + 1
+            if count > left or len(shape) > _MAX_DIMENSIONS:
+                raise CorruptError(f"{name} declares the impossible shape {shape[:_MAX_DIMENSIONS]} for {unit}")
+        left -= count
+
+
+def parse(data: bytes, name: str = "the artifact") -> Contents:
+    """Contents of an artifact's bytes, after checking every checksum and count.
+
+    Raises:
+        NotAnArtifact, VersionError, CorruptError: see `bytecap.errors`.
+    """
+    spans = _directory(data, name)
+    index, expected = _expected_kinds(data, spans, name)
+    _check_shapes(index, len(data), name)
+    if [s.kind for s in spans] != expected:
+        raise CorruptError(f"{name} holds sections of unexpected kinds or in an unexpected order")
+    body = [data[s.start : s.start + s.length] for s in spans]
+    at = 1
+    tables = b""
+    if TABLES in expected:
+        tables, at = body[1], 2
+    objects = tuple(body[at : at + expected.count(SHARED)])
+    at += len(objects)
+    units = []
+    for (unit, shape, dtype, tag, flags, aliases), section in zip(index.units, body[at:], strict=False):
+        if flags > 7 or flags < 0:
+            raise CorruptError(f"{name} uses reserved flags for {unit}")
+        described = Unit(unit, tuple(shape), dtype, tuple(aliases), bool(flags & 1), bool(flags & 2), bool(flags & 4))
+        units.append(UnitSection(described, tag, section))
+    at += len(units)
+    names = [(n, FILE) for n in index.files] + [(n, CODE) for n in _code(index)]
+    files = tuple(FileSection(n, d, kind) for (n, kind), d in zip(names, body[at:], strict=False))
+    padding = spans[-1].length if expected[-1] == PADDING else 0
+    if padding and any(body[-1]):
+        raise CorruptError(f"{name} holds something in its padding")
+    return Contents(tuple(units), tables, files, index.about, padding, objects)
+
+
+def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:
+    if not spans or spans[0].kind != INDEX:
+        raise CorruptError(f"{name} does not begin with an index")
+    index = _read_index(data[spans[0].start : spans[0].start + spans[0].length], len(data), name)
+    expected = [INDEX]
+    if len(spans) > 1 and spans[1].kind == TABLES:
+        expected.append(TABLES)
+    expected += [SHARED] * sum(s.kind == SHARED for s in spans)
+    expected += [UNIT] * len(index.units) + [FILE] * len(index.files) + [CODE] * len(_code(index))
+    if spans[-1].kind == PADDING:
+        expected.append(PADDING)
+    return index, expected
+
+
+def read(path: Path | str) -> Contents:
+    """Read and check an artifact file."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise NotAnArtifact(f"cannot read {path}: {exc.strerror}") from exc
+    return parse(data, str(path))
+
+
+def write(contents: Contents, path: Path | str) -> int:
+    """Write an artifact atomically; returns its size in bytes.
+
+    Raises:
+        OutputError: the directory is missing or not writable, or the disk is full; the old file stays intact.
+    """
+    return write_atomically(serialize(contents), Path(path))
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a side file belongs to the tokenizer."""
+    return "token" in name or name == "chat_template.jinja"
+
+
+def ledger(contents: Contents) -> list[Entry]:
+    """An owner and a kind for every byte; the sum is the file size."""
+    sections = _sections(contents)
+    directory = sum(5 + len(leb(len(d))) for _, d in sections) + len(leb(len(sections)))
+    entries = [
+        Entry("(file)", "header", HEADER_SIZE),
+        Entry("(file)", "index", directory + len(sections[0][1])),
+    ]
+    if contents.tables:
+        entries.append(Entry("(shared)", "table", len(contents.tables)))
+    for number, data in enumerate(contents.objects):
+        name, parts = describe(data)
+        entries += [Entry(f"(shared) {name} {number}", kind, size) for kind, size in parts]
+    for u in contents.units:
+        merged: dict[str, int] = {}
+        for kind, size in coder(u.tag).kinds(u.data, u.unit.matrix_shape, u.unit.dtype):
+            merged[kind] = merged.get(kind, 0) + size
+        entries += [Entry(u.unit.name, kind, size, u.unit.parameters) for kind, size in merged.items()]
+    for f in contents.files:
+        kind = "code" if f.kind == CODE else "tokenizer" if is_tokenizer(f.name) else "config"
+        entries.append(Entry(f.name, kind, len(f.data)))
+    if contents.padding:
+        entries.append(Entry("(file)", "padding", contents.padding))
+    return entries

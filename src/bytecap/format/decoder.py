@@ -1,0 +1,144 @@
+"""From a file to arrays: all units' streams are decoded together. No torch here.
+
+Units are decoded in groups of a few million values, so that memory stays near the size of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import CorruptError
+from bytecap.format import container
+from bytecap.format.coders import Observer, coder, run
+from bytecap.format.container import Contents, UnitSection
+from bytecap.format.entropy.rans import Stream, escape_bytes
+from bytecap.format.entropy.shared_tables import load_shared
+from bytecap.format.wire.shared_objects import load_objects
+from bytecap.sizes import in_groups
+from bytecap.types import Unit
+
+_GROUP_VALUES = 2**25
+_SMALL_GROUP = 2**22  # where memory matters more than time
+_UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
+
+Array = npt.NDArray[Any]
+
+
+def from_matrix(unit: Unit, matrix: Array) -> Array:
+    """(rows, cols) as coders see it -> stored layout."""
+    return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
+
+
+def decode_units(
+    contents: Contents,
+    *,
+    aliases: bool = True,
+    progress: Callable[[int], None] | None = None,
+    observe: Observer | None = None,
+) -> dict[str, Array]:
+    """Values of every unit in stored layout, by name.
+
+    Args:
+        contents: of an artifact.
+        aliases: also list tied names (the same array).
+        progress: called with the number of values decoded.
+        observe: shown every entropy-coded stream with its symbols.
+
+    Raises:
+        CorruptError: a section cannot be decoded; the message names the unit.
+    """
+    values: dict[str, Array] = {}
+    for unit, array in decode_each(contents, observe, values=_GROUP_VALUES):
+        values.update(dict.fromkeys((unit.name, *(unit.aliases if aliases else ())), array))
+        if progress is not None:
+            progress(unit.parameters)
+    return values
+
+
+def decode_each(
+    contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP, threads: int = 1
+) -> Iterator[tuple[Unit, Array]]:
+    """Units and their values in stored layout, some `values` at a time in each thread; see `decode_units`."""
+    shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+
+    def decoded(group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
+        try:
+            matrices = run(
+                [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe
+            )
+        except CorruptError as exc:
+            names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
+            raise CorruptError(f"units {names}: {exc}") from exc
+        return [(u.unit, from_matrix(u.unit, matrix)) for u, matrix in zip(group, matrices, strict=True)]
+
+    groups = in_groups(contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values)
+    for found in _ahead(decoded, groups, threads):
+        yield from found
+    shared.objects.check_used()
+
+
+def _ahead(
+    work: Callable[[Sequence[UnitSection]], list[tuple[Unit, Array]]],
+    groups: Iterable[Sequence[UnitSection]],
+    threads: int,
+) -> Iterator[list[tuple[Unit, Array]]]:
+    """`work` of every group, in order, by so many threads, which are never further ahead than one group each."""
+    if threads <= 1:
+        yield from map(work, groups)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[list[tuple[Unit, Array]]]] = deque()
+        try:
+            for group in groups:
+                waiting.append(pool.submit(work, group))
+                if len(waiting) >= threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def load(path: Path | str) -> dict[str, Array]:
+    """Decoded values of an artifact file by name; tied names share one array.
+
+    Args:
+        path: `.bcap` file.
+
+    Returns:
+        float32 arrays in stored layout (integer and float64 tensors keep their dtype).
+
+    Raises:
+        ArtifactError: the file cannot be trusted.
+    """
+    return decode_units(container.read(path))
+
+
+class Ideal:
+    """An observer that finds what a file would take if every stream took its ideal code length under its own tables.
+
+    Escapes count as they are.
+    """
+
+    def __init__(self) -> None:
+        self._excess: list[float] = []
+
+    def __call__(self, stream: Stream, symbols: npt.NDArray[np.int32]) -> None:
+        """Take note of a stream and its symbols."""
+        if len(stream.data):
+            ideal = stream.tables.bits(symbols, stream.classes) / 8
+            self._excess.append(len(stream.data) - escape_bytes(stream) - ideal)
+
+    def bytes(self, size: int) -> int:
+        """Of a file of so many bytes whose streams were all seen."""
+        return round(size - math.fsum(self._excess))

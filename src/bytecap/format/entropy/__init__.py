@@ -1,0 +1,1 @@
+"""The entropy coder: frequency tables, interleaved rANS streams, and their compiled loops."""

@@ -1,0 +1,280 @@
+"""Integer frequency tables: what the rANS coder knows about symbols before it sees them.
+
+A table gives every symbol of a class a positive integer frequency; frequencies, the escape's included, sum to
+`2**14`. Fitting may use floating point, coding never does. `bytecap.format.entropy.shared_tables` fits and stores the
+tables a file shares.
+
+>>> tables = Tables.from_counts({1: {0: 6, 1: 1, -1: 1}})
+>>> round(tables.bits(np.array([0, 0, 1]), np.ones(3, np.uint8)), 1)
+3.8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import CorruptError
+
+IntArray = npt.NDArray[np.integer]
+
+PROB_BITS = 14
+TOTAL = 1 << PROB_BITS  # every table's frequencies sum to this
+MAX_CLASS = 63  # class 0 is padding: one symbol of probability 1
+SPLIT_CLASSES = 4 * (MAX_CLASS + 1)  # classes of split tables: whole, then restricted to 4m, 4m+1, 4m+2
+MAX_HALF = 1023  # largest |symbol| a table may hold; anything larger is escaped
+_FAR = 2**30  # escaped under any table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Frequencies of the symbols `low .. low + len(freq) - 2`, then of the escape.
+
+    Args:
+        low: smallest symbol.
+        freq: positive integers with sum `2**14`; the last one is the escape's.
+    """
+
+    low: int
+    freq: npt.NDArray[np.int64]
+
+    @property
+    def high(self) -> int:
+        """Largest symbol that needs no escape."""
+        return self.low + len(self.freq) - 2
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A set of tables, one for each class in use."""
+
+    table: Mapping[int, Table]
+    _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def from_counts(counts: Mapping[int, Mapping[int, float]], *, symmetric: bool = True) -> Tables:
+        """Tables fitted to symbol counts per class; `symmetric` gives `z` and `-z` one frequency."""
+        fitted = {}
+        for cls, histogram in counts.items():
+            high = min(max((abs(z) for z in histogram), default=0), MAX_HALF)
+            low = -high if symmetric else min(histogram, default=0)
+            size = (high if symmetric else max(histogram, default=0)) - low + 1
+            dense = np.zeros(size)
+            rest = 0.0
+            for z, n in histogram.items():
+                if low <= z < low + size:
+                    dense[z - low] += n
+                else:
+                    rest += n
+            if symmetric:
+                dense = (dense + dense[::-1]) / 2
+            fitted[cls] = Table(low, integer_frequencies(np.append(dense, rest), symmetric=symmetric))
+        return Tables(fitted)
+
+    def distinct(self) -> list[tuple[int, Table]]:
+        """Every table once, with the lowest class it serves."""
+        return list({id(t): (cls, t) for cls, t in sorted(self.table.items(), reverse=True)}.values())[::-1]
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int32]:
+        """Start of each class's entries in the concatenated arrays below; entry 0 is the padding symbol."""
+        starts = np.full(SPLIT_CLASSES, -1, np.int32)
+        starts[0] = 0
+        at = 2
+        for cls, table in sorted(self.table.items()):
+            starts[cls] = at
+            at += len(table.freq)
+        return starts
+
+    def flat(self, kind: str) -> npt.NDArray[np.int64]:
+        """Frequencies (`freq`) or cumulative frequencies (`cum`) of all classes' entries, one after the other."""
+        parts = [np.array([TOTAL, 1]) if kind == "freq" else np.array([0, TOTAL])]
+        for _, table in sorted(self.table.items()):
+            parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
+        return np.concatenate(parts)
+
+    def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
+        low, last = self.edges
+        if symbols.dtype.itemsize > 2:
+            symbols = np.clip(symbols, -_FAR, _FAR)
+        offset = symbols.astype(np.int32) - low[classes]
+        end = last[classes]
+        escaped = (offset < 0) | (offset >= end)
+        escaped &= classes > 0
+        np.copyto(offset, end, where=escaped)
+        starts = self._starts[classes]
+        if starts.min(initial=0) < 0:
+            raise CorruptError("a symbol's class has no table")
+        offset += starts
+        return offset, escaped
+
+    def bits(self, symbols: IntArray, classes: IntArray) -> float:
+        """Ideal code length of the symbols in bits, escapes' own bytes not included."""
+        entry, _ = self.index(symbols, classes)
+        return float(np.bincount(entry) @ self.cost[: int(entry.max(initial=-1)) + 1])
+
+    @cached_property
+    def cost(self) -> npt.NDArray[np.float64]:
+        """Bits of every entry of the concatenated tables."""
+        return PROB_BITS - np.log2(self.flat("freq"))
+
+    def cheapest(self, values: IntArray, count: IntArray) -> tuple[int, float]:
+        """(class, bits) of the table that codes `count[i]` times `values[i]` in the fewest bits.
+
+        Escapes cost 12 bits more than their entry.
+
+        Raises:
+            CorruptError: there are no tables.
+        """
+        classes, cost = self._choices
+        if not len(classes):
+            raise CorruptError("there is no table to code side information with")
+        column = np.clip(values, -MAX_HALF - 1, MAX_HALF + 1) + (MAX_HALF + 1)
+        bits = (cost[:, column] * count).sum(1)
+        best = int(bits.argmin())
+        return int(classes[best]), float(bits[best])
+
+    @cached_property
+    def _choices(self) -> tuple[IntArray, npt.NDArray[np.float64]]:
+        """Lowest class of every table, ascending, and (tables, 2 MAX_HALF + 3) bits of every value under it."""
+        found = sorted(self.distinct(), key=lambda x: x[0])
+        cost = np.empty((len(found), 2 * MAX_HALF + 3))
+        for row, (_, table) in zip(cost, found, strict=True):
+            bits = PROB_BITS - np.log2(table.freq)
+            row[:] = bits[-1] + 12
+            row[table.low + MAX_HALF + 1 : table.high + MAX_HALF + 2] = bits[:-1]
+        return np.array([cls for cls, _ in found], np.int64), cost
+
+    @cached_property
+    def cost_by_size(self) -> npt.NDArray[np.float64]:
+        """(64, MAX_HALF + 2) bits of a symbol by class and |z|; 16 more for an escape; infinite without a table."""
+        cost = np.full((MAX_CLASS + 1, MAX_HALF + 2), np.inf)
+        for cls, table in self.table.items():
+            bits = PROB_BITS - np.log2(table.freq)
+            cost[cls] = bits[-1] + 16
+            cost[cls, : table.high + 1] = bits[-table.low : -1]
+        return cost
+
+    @cached_property
+    def split(self) -> Tables:
+        """These tables, and for every class `k` those restricted to the values `4m + d`, as classes `64(d + 1) + k`."""
+        found = dict(self.table)
+        for d in range(3):
+            made = {id(t): restricted(t, d) for t in self.table.values()}
+            found |= {(MAX_CLASS + 1) * (d + 1) + cls: made[id(t)] for cls, t in self.table.items()}
+        return Tables(found)
+
+    @cached_property
+    def split_cost(self) -> npt.NDArray[np.float64]:
+        """Like `cost_by_size`, of a value coded by its subset's bit and its place in the subset."""
+        cost = np.full((MAX_CLASS + 1, MAX_HALF + 2), np.inf)
+        for cls in self.table:
+            for d in range(3):
+                part = self.split.table[(MAX_CLASS + 1) * (d + 1) + cls]
+                bits = 1 + PROB_BITS - np.log2(part.freq)
+                cost[cls, d::4] = cost[cls, 4 - d :: 4] = bits[-1] + 16
+                values = 4 * np.arange(part.low, part.high + 1) + d
+                cost[cls, np.abs(values)] = bits[:-1]
+        return cost
+
+    @cached_property
+    def row(self) -> npt.NDArray[np.int64]:
+        """Row of `lookup` by class, -1 without a table; classes that share a table share a row."""
+        rows = np.full(SPLIT_CLASSES, -1, np.int64)
+        rows[0] = 0
+        place: dict[int, int] = {}
+        for cls, table in self.table.items():
+            rows[cls] = place.setdefault(id(table), len(place) + 1)
+        return rows
+
+    @cached_property
+    def edges(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint16]]:
+        """Lowest symbol and index of the escape by class."""
+        low, last = np.zeros(SPLIT_CLASSES, np.int32), np.full(SPLIT_CLASSES, 2**16 - 1, np.uint16)
+        for cls, table in self.table.items():
+            low[cls], last[cls] = table.low, len(table.freq) - 1
+        return low, last
+
+    @cached_property
+    def compact(self) -> tuple[npt.NDArray[Any], ...]:
+        """Like `lookup` in a quarter of the memory: see `bytecap.format.entropy.kernels`, whose arguments these are.
+
+        First slot by class, symbol index by slot, first entry by class, frequency and cumulative frequency by entry.
+        """
+        slots = (self.lookup >> np.uint64(32)).astype(np.uint16).reshape(-1)
+        return self.row << PROB_BITS, slots, self._starts, self.flat("freq"), self.flat("cum")
+
+    @cached_property
+    def lookup(self) -> npt.NDArray[np.uint64]:
+        """(rows, 2**14) slots: symbol index << 32 | frequency - 1 << 16 | slot - cumulative frequency."""
+        slots = np.arange(TOTAL, dtype=np.uint64)
+        parts: list[npt.NDArray[Any]] = [slots | np.uint64((TOTAL - 1) << 16)]
+        for entry in {id(t): t for t in self.table.values()}.values():
+            freq = entry.freq.astype(np.uint64)
+            cum = np.cumsum(freq) - freq
+            which = np.repeat(np.arange(len(freq)), entry.freq)
+            parts.append((which.astype(np.uint64) << 32) | ((freq - 1)[which] << 16) | (slots - cum[which]))
+        return np.stack(parts)
+
+
+def restricted(table: Table, d: int) -> Table:
+    """Table of `m` for the values `4 m + d` of a symmetric table; what rounding leaves over goes to the largest.
+
+    >>> t = restricted(Table(-2, np.array([1000, 2000, 8000, 2000, 1000, 2384])), 2)
+    >>> t.low, t.freq.tolist()
+    (-1, [3737, 3737, 8910])
+    """
+    low, high = -((table.high + d) // 4), (table.high - d) // 4
+    values = 4 * np.arange(low, high + 1) + d
+    freq = np.append(table.freq[values - table.low], table.freq[-1])
+    freq = freq * TOTAL // freq.sum()
+    freq[int(np.argmax(freq))] += TOTAL - int(freq.sum())
+    return Table(low, freq)
+
+
+def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = False) -> npt.NDArray[np.int64]:
+    """Positive integers with sum `2**14`, close to proportional to `weights` (the last one is the escape's).
+
+    >>> integer_frequencies(np.array([1.0, 6.0, 1.0, 0.0]), symmetric=True).tolist()
+    [2048, 12287, 2048, 1]
+    """
+    size = len(weights)
+    if size > TOTAL // 2:
+        raise ValueError(f"{size} symbols do not fit a table of {TOTAL}")
+    total = weights.sum()
+    share = weights / total if total > 0 else np.full(size, 1 / size)
+    freq = np.maximum(1, np.floor(share * TOTAL + 0.5)).astype(np.int64)
+    if symmetric:
+        half = (size - 1) // 2
+        freq[half + 1 : -1] = freq[:half][::-1]
+    while (excess := int(freq.sum()) - TOTAL) != 0:
+        if symmetric:
+            excess = _take_symmetric(freq, excess)
+            continue
+        top = int(np.argmax(freq))
+        freq[top] -= min(excess, int(freq[top]) - 1) if excess > 0 else excess
+    return freq
+
+
+def _take_symmetric(freq: npt.NDArray[np.int64], excess: int) -> int:
+    """Move `excess` out of the largest entries, keeping both signs equal; the centre takes what is odd."""
+    half = (len(freq) - 2) // 2
+    centre = half
+    if excess < 0 or freq[centre] > excess:
+        freq[centre] -= excess
+        return 0
+    if freq[-1] > freq[centre]:  # nearly everything is escaped
+        freq[-1] -= min(excess, int(freq[-1]) - 1)
+        return excess
+    freq[centre] = max(1, int(freq[centre]) // 2)
+    largest = int(np.argmax(freq[:half]))
+    cut = min(int(freq[largest]) // 2, (excess + 1) // 2)
+    freq[largest] -= cut
+    freq[-2 - largest] -= cut
+    return excess

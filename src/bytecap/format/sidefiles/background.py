@@ -1,0 +1,74 @@
+"""Large side files packed by processes of their own while the model is built: seconds that nothing needs to wait for.
+
+Whatever goes wrong there (no interpreter, no memory, an interrupt) is no error: the file is packed here then.
+
+>>> packed("config.json", b"{}") == sidefiles.pack("config.json", b"{}")
+True
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from bytecap.format.sidefiles import packing
+
+_WORTH = 1 << 15  # bytes from which a process is worth starting
+_KEPT = 16  # files
+_WORK = "import sys; from bytecap.format.sidefiles.background import work; work(sys.argv[1])"
+
+
+class _Packing:
+    """A process at work on a file."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.result = b""
+        self.process = subprocess.Popen(  # noqa: S603 (this interpreter, this package)
+            [sys.executable, "-c", _WORK, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[3],
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self._talk, args=(content,), daemon=True)
+        self.thread.start()
+
+    def _talk(self, content: bytes) -> None:
+        out, _ = self.process.communicate(content)
+        self.result = b"" if self.process.returncode else out
+
+    def wait(self) -> bytes:
+        """The packed file, or nothing."""
+        self.thread.join()
+        return self.result
+
+
+_begun: dict[tuple[str, bytes], _Packing] = {}
+_finished: dict[tuple[str, bytes], bytes] = {}  # a few, so that a process packs the files of a model once
+
+
+def start(files: Mapping[str, bytes]) -> None:
+    """Begin to pack files that `packed` will be asked for."""
+    for name, content in files.items():
+        known = (name, content) in _begun or (name, content) in _finished
+        if len(content) >= _WORTH and sys.executable and not known:
+            try:
+                _begun[name, content] = _Packing(name, content)
+            except OSError:
+                return
+
+
+def packed(name: str, content: bytes) -> bytes:
+    """`sidefiles.pack`, perhaps begun already or done before."""
+    key = name, content
+    if key not in _finished:
+        begun = _begun.pop(key, None)
+        while len(_finished) >= _KEPT:
+            del _finished[next(iter(_finished))]
+        _finished[key] = (begun.wait() if begun else b"") or packing.pack(name, content)
+    return _finished[key]
+
+
+def work(name: str) -> None:
+    """What the process does: a file from standard input, its packing to standard output."""
+    sys.stdout.buffer.write(packing.pack(name, sys.stdin.buffer.read()))

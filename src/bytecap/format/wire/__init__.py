@@ -1,0 +1,1 @@
+"""Building blocks of sections: bits, integers, indices, lists of positions, and objects that units share."""

@@ -1,0 +1,214 @@
+"""`--method uniform`: round to nearest, int8 container, zlib-9, at the bit width that fits. The plain baseline.
+
+What most people do to make a model smaller: every row is divided by `max|row| / L` and rounded, `L` levels a side,
+and the bytes go through zlib. `L = 2^(b-1) - 1` is the b-bit format; every `L` from 1 to 127 is allowed here, so
+that the baseline is not short-changed by whole bits. What the largest `L` that fits leaves over buys `L + 1`
+levels for leading tensors and the leading rows of one more: scales are per row, so the format does not change.
+
+`measure` and `fill` also serve `golf`: both methods end with two codings of every tensor, one that fits the budget
+and a finer one that does not, and mix them.
+
+Omitted, on purpose: calibration, error feedback, clipping search, entropy coding beyond zlib.
+
+>>> import torch
+>>> unit = Unit("w", (4, 64), "F32", linear=True)
+>>> weight = torch.linspace(-1, 1, 256).reshape(4, 64)
+>>> sections = uniform([unit], {"w": weight}, 150)
+>>> sections["w"].tag, len(sections["w"].data) <= 150
+(4, True)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from bytecap.errors import BudgetError
+from bytecap.format.coders.packed import CODER, ZLIB, Quantized
+from bytecap.methods import Section
+from bytecap.types import Unit
+
+Progress = Callable[[int], None]
+MAX_LEVELS = 127  # an int8 container, symmetric
+_EXACT_VALUES = 65_536  # a tensor that is no known matrix and not larger than this is kept exact
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_PROBES = 24  # compressions spent on one tensor to use up the budget
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A matrix and the section it really becomes."""
+
+    matrix: Quantized
+    data: bytes
+    tag: int
+
+
+Writer = Callable[[Quantized], Section]
+
+
+def zipped(matrix: Quantized) -> Section:
+    """A `packed` section under zlib-9."""
+    return Section(CODER.tag, CODER.encode(matrix, ZLIB))
+
+
+def is_exact(unit: Unit) -> bool:
+    """Whether the baselines keep a unit exact: vectors, small tensors of unknown use, integers."""
+    return len(unit.shape) < 2 or unit.dtype not in _FLOATS or not (unit.linear or unit.parameters > _EXACT_VALUES)
+
+
+def exact_sections(units: Sequence[Unit], weights: Mapping[str, Tensor]) -> dict[str, Section]:
+    """Sections of the units that are kept exact, in their source dtype."""
+    from bytecap.format.coders.exact import CODER as EXACT
+
+    return {
+        u.name: Section(EXACT.tag, EXACT.encode(weights[u.name].detach().cpu().numpy(), u.dtype))
+        for u in units
+        if is_exact(u)
+    }
+
+
+def tolerance(capacity: int) -> int:
+    """Bytes a method may leave unused."""
+    return max(32, int(0.0003 * capacity))
+
+
+def total(parts: Mapping[str, Measured]) -> int:
+    """Bytes of all sections."""
+    return sum(len(p.data) for p in parts.values())
+
+
+def measure(matrices: Mapping[str, Quantized], write: Writer) -> dict[str, Measured]:
+    """Compress every matrix for real; compressors release the interpreter lock, so threads help."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sections = pool.map(write, matrices.values())
+        return {n: Measured(m, s.data, s.tag) for (n, m), s in zip(matrices.items(), sections, strict=True)}
+
+
+def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
+    """The first `rows` rows from `high`, the others from `low`."""
+    return Quantized(
+        np.concatenate([high.codes[:rows], low.codes[rows:]]),
+        np.concatenate([high.scales[:rows], low.scales[rows:]]),
+    )
+
+
+def _split_rows(low: Measured, high: Measured, room: int, enough: int, write: Writer) -> Measured:
+    """As many leading rows of `high` as `room` more bytes pay for, found on real sizes.
+
+    Sizes grow almost linearly with the number of rows, so guesses are interpolated; every second one halves the
+    bracket in case they do not. Stops once at most `enough` bytes would stay unused.
+    """
+    best, limit = low, len(low.data) + room
+    fits, over = (0, len(low.data)), (len(low.matrix.codes), len(high.data))
+    for probe in range(_PROBES):
+        width = over[0] - fits[0]
+        if width <= 1 or limit - len(best.data) <= enough:
+            break
+        share = (limit - fits[1]) / max(1, over[1] - fits[1]) if probe % 2 == 0 else 0.5
+        rows = fits[0] + min(width - 1, max(1, round(width * share)))
+        matrix = _mixed(low.matrix, high.matrix, rows)
+        section = write(matrix)
+        data = section.data
+        if len(data) > limit:
+            over = (rows, len(data))
+            continue
+        fits = (rows, len(data))
+        if len(data) >= len(best.data):
+            best = Measured(matrix, data, section.tag)
+    return best
+
+
+def fill(
+    low: Mapping[str, Measured], high: Mapping[str, Measured], room: int, *, write: Writer, enough: int
+) -> dict[str, Measured]:
+    """Mix two codings of a model so that `room` bytes more than `low` takes are used.
+
+    Tensors move to `high` one after the other while they fit. Of those that do not, the last ones give their
+    leading rows, until at most `enough` bytes are left.
+
+    Args:
+        low: a coding that fits.
+        high: a finer one, of the same tensors.
+        room: bytes to spend on top of `low`.
+        write: makes sections.
+        enough: bytes that may stay unused.
+    """
+    mixed, left = dict(low), []
+    for name, part in low.items():
+        gain = len(high[name].data) - len(part.data)
+        if gain <= room:
+            mixed[name] = high[name]
+            room -= gain
+        else:
+            left.append(name)
+    for name in reversed(left):
+        if room <= enough:
+            break
+        mixed[name] = _split_rows(low[name], high[name], room, enough, write)
+        room -= len(mixed[name].data) - len(low[name].data)
+    return mixed
+
+
+def round_rows(weight: npt.NDArray[np.float32], levels: int) -> Quantized:
+    """Nearest of `levels` levels a side, `scale = max|row| / levels` in fp16.
+
+    Args:
+        weight: (rows, cols).
+        levels: 1 to 127.
+    """
+    peak = np.abs(weight).max(axis=1, initial=0)
+    scales = np.minimum(peak / np.float32(levels), np.finfo(np.float16).max).astype(np.float16)
+    step = scales.astype(np.float32)[:, None]
+    ratio = np.divide(weight, step, out=np.zeros_like(weight), where=step > 0)
+    return Quantized(np.clip(np.rint(ratio), -levels, levels).astype(np.int8), scales)
+
+
+def uniform(
+    units: Sequence[Unit], weights: Mapping[str, Tensor], capacity: int, progress: Progress | None = None
+) -> dict[str, Section]:
+    """Sections of all units by round to nearest, in at most `capacity` bytes.
+
+    Args:
+        units: of the model.
+        weights: float32 (rows, cols) by unit name, vectors as one row.
+        capacity: bytes for all sections together.
+        progress: called with 0 after every number of levels tried and with 1 at the end.
+
+    Raises:
+        BudgetError: one level a side (ternary) does not fit; `.floor` is the size it needs.
+    """
+    sections = exact_sections(units, weights)
+    fixed = sum(len(s.data) for s in sections.values())
+    arrays = {u.name: weights[u.name].detach().float().cpu().numpy() for u in units if u.name not in sections}
+
+    def at(levels: int) -> dict[str, Measured]:
+        found = measure({n: round_rows(w, levels) for n, w in arrays.items()}, zipped)
+        if progress is not None:
+            progress(0)
+        return found
+
+    fits, over, low, high = 1, MAX_LEVELS + 1, at(1), None
+    if fixed + total(low) > capacity:
+        floor = fixed + total(low)
+        raise BudgetError(f"round to nearest needs {floor:,} bytes at one level a side, {capacity:,} are left", floor)
+    while over - fits > 1:
+        levels = (fits + over) // 2 if over <= MAX_LEVELS else min(MAX_LEVELS, 4 * fits + 3)
+        found = at(levels)
+        if fixed + total(found) <= capacity:
+            fits, low = levels, found
+        else:
+            over, high = levels, found
+    if high is not None:
+        room, enough = capacity - fixed - total(low), tolerance(capacity) // 4
+        low = fill(low, high, room, write=zipped, enough=enough)
+    if progress is not None:
+        progress(1)
+    sections |= {n: Section(part.tag, part.data) for n, part in low.items()}
+    return {u.name: sections[u.name] for u in units}

@@ -1,0 +1,356 @@
+"""Scores of a model, and of a coded model against its original, on tokens nothing was fitted on.
+
+Reported always together: bits per byte (what users are scored on), KL to the original (the honest distortion:
+shrunk weights can improve the loss on foreign text without being closer to the original), the share of equal
+top-1 predictions, and the original at its best temperature. Standard errors are over windows, and paired for
+differences.
+
+bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the original text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bytecap.calibration.probe import Progress, batches, logits_of, longest_first, pass_tokens, predictions
+from bytecap.model.batches import Batch, Look, is_batches, variants_of
+from bytecap.model.quantized_copy import Values, swapped
+from bytecap.model.texts import Text, Window
+from bytecap.progress import Advance
+from bytecap.types import Score
+
+FloatArray = npt.NDArray[np.float64]
+_TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A coded model against its original on one text (or the unweighted mean over several).
+
+    All `nats` and `kl` figures are per token; `stderr` fields are standard errors over windows; `windows` holds what
+    they were made from (None in a mean over texts).
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    nats_original: float
+    nats_artifact: float
+    nats_temperature: float
+    temperature: float
+    bpb_original: float
+    bpb_artifact: float
+    bpb_stderr: float
+    delta_nats: float
+    delta_stderr: float
+    kl_nats: float
+    kl_stderr: float
+    same_top1: float
+    windows: ByWindow | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON, without the windows."""
+        return {k: v for k, v in self.__dict__.items() if k != "windows"}
+
+
+def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
+    return -logp.gather(1, labels[:, None])[:, 0]
+
+
+def _by_window(mask: Tensor, values: Tensor) -> Tensor:
+    """Sums (batch,) of the values (n,) of the n tokens in mask (batch, length), float64, in the same order anywhere."""
+    whole = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    whole[mask] = values.double()
+    return whole.sum(1)
+
+
+def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
+    """Standard error of the ratio sum(total) / sum(weight) over windows (linearised); NaN where it has none."""
+    n = len(total)
+    if n < 2 or not weight.any():
+        return float("nan")
+    residual = total - total.sum() / weight.sum() * weight
+    return float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / weight.sum())
+
+
+def paired_stderr(one: Sequence[Comparison], other: Sequence[Comparison], what: str) -> float:
+    """Standard error of the difference of two means over texts, taken window by window; NaN where there is none.
+
+    Args:
+        one: one for each text.
+        other: of another model on the same windows.
+        what: `kl` or `nats`.
+    """
+    errors = [
+        ratio_stderr(getattr(a.windows, what) - getattr(b.windows, what), a.windows.tokens)
+        for a, b in zip(one, other, strict=True)
+        if a.windows is not None and b.windows is not None
+    ]
+    return math.sqrt(sum(e * e for e in errors)) / len(errors) if len(errors) == len(one) > 0 else float("nan")
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None) -> Score:
+    """Bits per byte of one model on one text."""
+    if is_batches(text.windows):
+        return _score_batches(module, text, device, progress)
+    losses, counts, sizes = [], [], []
+    for ids, mask, windows in _batches(text.windows, module):
+        logits = logits_of(module(ids[:, :-1].to(device))).float()
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(device), reduction="none")
+        losses += (loss * mask.to(device)).double().sum(1).tolist()
+        counts += mask.sum(1).tolist()
+        sizes += [w.bytes for w in windows]
+        if progress is not None:
+            progress(int(mask.sum()))
+    total, tokens, size = np.array(losses), np.array(counts), np.array(sizes)
+    return _score(text.name, total, tokens, size)
+
+
+def _score(name: str, total: FloatArray, tokens: FloatArray, size: FloatArray) -> Score:
+    """From sums over windows."""
+    return Score(
+        name, int(tokens.sum()), int(size.sum()), float(total.sum() / tokens.sum()), _bpb(total, size),
+        ratio_stderr(total / math.log(2), size),
+    )  # fmt: skip
+
+
+def _bpb(nats: FloatArray, size: FloatArray) -> float:
+    """Bits per byte; NaN where nobody counted bytes."""
+    return float(nats.sum() / math.log(2) / size.sum()) if size.any() else math.nan
+
+
+def _score_batches(module: nn.Module, text: Text, device: str, progress: Progress | None) -> Score:
+    losses = []
+    for batch in text.windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (a text holds one kind)
+        losses.append(Look.at(module, batch, device).loss * batch.count)
+        if progress is not None:
+            progress(batch.count)
+    tokens, size = (np.array(x, dtype=float) for x in zip(*((w.predicted, w.bytes) for w in text.windows), strict=True))
+    return _score(text.name, np.array(losses), tokens, size)
+
+
+def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
+    """Batches with the windows they hold, in the order `batches` sorts them."""
+    order = longest_first(windows)
+    at = 0
+    for ids, mask in batches(windows, pass_tokens(module, next(module.parameters()).device)):
+        yield ids, mask, order[at : at + len(ids)]
+        at += len(ids)
+
+
+@torch.no_grad()
+def compare(
+    original: nn.Module,
+    coded: nn.Module,
+    text: Text,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Comparison:
+    """Score a coded model against its original on the same tokens."""
+    if is_batches(text.windows):
+        return _compare_batches(original, coded, text, device, progress)
+    sums: list[list[float]] = []
+    temperature = np.zeros(len(_TEMPERATURES))
+    same = 0
+    for ids, mask, windows in _batches(text.windows, original):
+        inputs, flat = ids[:, :-1].to(device), mask.to(device)
+        labels = ids[:, 1:].to(device)[flat]
+        p = predictions(original(inputs), flat).float()
+        q = torch.log_softmax(predictions(coded(inputs), flat).float(), -1)
+        for i, t in enumerate(_TEMPERATURES):
+            temperature[i] += float(nn.functional.cross_entropy(p / t, labels, reduction="sum"))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        p = torch.log_softmax(p, -1)
+        kl = (p - q).mul_(p.exp()).sum(-1)
+        grouped = [_by_window(flat, c) for c in (_token_losses(p, labels), _token_losses(q, labels), kl)]
+        for i, w in enumerate(windows):
+            sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
+        if progress is not None:
+            progress(int(mask.sum()))
+    return _summary(text.name, np.array(sums), temperature, same)
+
+
+def _compare_batches(
+    original: nn.Module, coded: nn.Module, text: Text, device: str, progress: Progress | None
+) -> Comparison:
+    """Through each batch's own loss; what needs predictions is NaN where the loss holds none."""
+    sums, temperature, same = [], np.zeros(len(_TEMPERATURES)), 0.0
+    for batch in text.windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (a text holds one kind)
+        p, q, n = Look.at(original, batch, device), Look.at(coded, batch, device), batch.count
+        kl = p.kl(q) if p.seen else math.nan
+        sums.append([p.loss * n, q.loss * n, kl * n, n, batch.bytes])
+        temperature += [p.tempered(t) * n for t in _TEMPERATURES]
+        same += p.same(q) * n
+        if progress is not None:
+            progress(n)
+    return _summary(text.name, np.array(sums, dtype=float), temperature, same)
+
+
+def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: float) -> Comparison:
+    nats_p, nats_q, kl, tokens, size = sums.T
+    n = tokens.sum()
+    best, nats_best = _best_temperature(temperature / n)
+    return Comparison(
+        name=name, tokens=int(n), bytes=int(size.sum()),
+        nats_original=float(nats_p.sum() / n), nats_artifact=float(nats_q.sum() / n),
+        nats_temperature=nats_best, temperature=best,
+        bpb_original=_bpb(nats_p, size), bpb_artifact=_bpb(nats_q, size),
+        bpb_stderr=ratio_stderr((nats_q - nats_p) / math.log(2), size),
+        delta_nats=float((nats_q - nats_p).sum() / n), delta_stderr=ratio_stderr(nats_q - nats_p, tokens),
+        kl_nats=float(kl.sum() / n), kl_stderr=ratio_stderr(kl, tokens), same_top1=same / float(n),
+        windows=ByWindow(kl, nats_q, nats_p, tokens, size),
+    )  # fmt: skip
+
+
+def _best_temperature(nats: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Minimum of a parabola through the three best sampled temperatures."""
+    if not np.isfinite(nats).all():
+        return math.nan, math.nan
+    i = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
+    x, y = np.array(_TEMPERATURES[i - 1 : i + 2]), nats[i - 1 : i + 2]
+    a, b, c = np.polyfit(x, y, 2)
+    if a <= 0:
+        j = int(np.argmin(nats))
+        return float(_TEMPERATURES[j]), float(nats[j])
+    best = float(np.clip(-b / (2 * a), x[0], x[2]))
+    return best, float(a * best**2 + b * best + c)
+
+
+def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
+    """Unweighted mean over texts; standard errors of independent texts."""
+    n = len(parts)
+    values: dict[str, Any] = {}
+    for key in parts[0].__dict__:
+        items = [getattr(p, key) for p in parts]
+        if key == "name":
+            values[key] = "mean"
+        elif key == "windows":
+            values[key] = None
+        elif key in {"tokens", "bytes"}:
+            values[key] = sum(items)
+        elif key.endswith("stderr"):
+            values[key] = math.sqrt(sum(x * x for x in items)) / n
+        else:
+            values[key] = sum(items) / n
+    return Comparison(**values)
+
+
+def kl_to(
+    original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu"
+) -> tuple[float, float]:
+    """KL to the original in nats per token and its standard error, on plain windows."""
+    return kl_each(original, coded, {"": {}}, windows, device=device)[""]
+
+
+def kl_each(
+    original: nn.Module,
+    twin: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    *,
+    device: str = "cpu",
+    advance: Advance | None = None,
+) -> dict[str, tuple[float, float]]:
+    """KL to the original in nats per token and its standard error, of several variants; see `by_window`."""
+    found = by_window(original, twin, variants, windows, device=device, advance=advance)
+    return {k: (float(v.kl.sum() / v.tokens.sum()), ratio_stderr(v.kl, v.tokens)) for k, v in found.items()}
+
+
+@dataclass(frozen=True)
+class ByWindow:
+    """Sums over the predicted tokens of every window, each array of shape (windows,), longest windows first.
+
+    Attributes:
+        kl: KL to the original, nats.
+        nats: negative log-likelihood.
+        original: negative log-likelihood of the original.
+        tokens: predicted tokens.
+        bytes: UTF-8 bytes they stand for.
+    """
+
+    kl: FloatArray
+    nats: FloatArray
+    original: FloatArray
+    tokens: FloatArray
+    bytes: FloatArray
+
+
+@torch.no_grad()
+def by_window(
+    original: nn.Module,
+    twin: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    *,
+    device: str = "cpu",
+    advance: Advance | None = None,
+) -> dict[str, ByWindow]:
+    """Scores of several variants of one model, window by window, for paired comparisons.
+
+    Batch by batch, so that the original is run once whatever the number of variants.
+
+    Args:
+        original: untouched model.
+        twin: the model variants are made of; restored afterwards.
+        variants: by name, the values put into the twin.
+        windows: plain windows.
+        device: torch device.
+        advance: called with the share of a variant that is done.
+    """
+    if is_batches(windows):
+        return _by_batch(original, twin, variants, windows, device, advance)
+    kls: dict[str, list[float]] = {label: [] for label in variants}
+    losses: dict[str, list[float]] = {label: [] for label in variants}
+    first, tokens, sizes = [], [], []
+    total = sum(w.predicted for w in windows)
+    for ids, mask, members in _batches(windows, original):
+        inputs, flat = ids[:, :-1].to(device), mask.to(device)
+        labels = ids[:, 1:].to(device)[flat]
+        p = torch.log_softmax(predictions(original(inputs), flat).float(), -1)
+        first += _by_window(flat, _token_losses(p, labels)).tolist()
+        tokens += mask.sum(1).tolist()
+        sizes += [w.bytes for w in members]
+        for label, values in variants.items():
+            with swapped(twin, values):
+                q = torch.log_softmax(predictions(twin(inputs), flat).float(), -1)
+            losses[label] += _by_window(flat, _token_losses(q, labels)).tolist()
+            kl = q.sub_(p).neg_().mul_(p.exp()).sum(-1)
+            kls[label] += _by_window(flat, kl).tolist()
+            if advance is not None:
+                advance(float(mask.sum()) / total)
+    common = [np.array(x, dtype=float) for x in (first, tokens, sizes)]
+    return {label: ByWindow(np.array(kls[label]), np.array(losses[label]), *common) for label in variants}
+
+
+def _by_batch(
+    original: nn.Module,
+    twin: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    device: str,
+    advance: Advance | None,
+) -> dict[str, ByWindow]:
+    """`by_window` through the batches' own loss; without predictions its increase stands in for the KL."""
+    rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
+    total = sum(w.predicted for w in windows)
+    for batch in windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
+        n = batch.count
+        first, found = variants_of(original, twin, variants, batch, device)
+        for label, (kl, loss) in found.items():
+            rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
+            if advance is not None:
+                advance(n / total)
+    return {label: ByWindow(*np.array(r, dtype=float).T) for label, r in rows.items()}

@@ -1,0 +1,70 @@
+"""What `bytecap.quantization.trellis` does, on a CUDA device: see `bytecap.quantization.triton_programs` for how."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
+from bytecap.format.coders.grid import OCTAVE
+from bytecap.quantization import BLOCK, SAMPLE, Problem, Rounded, Shrink, column_steps
+from bytecap.quantization.triton_programs import round_columns
+
+_FIXED = 2**16  # parts of a step in sums for centroids
+
+
+def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *, waterfill: bool = True) -> Rounded:
+    """See `bytecap.quantization.trellis.round_trellis`; the symbols stay on the device, int32 (B, cols, rows)."""
+    weight, lower = problem.weight, problem.lower
+    batch, cols, rows = weight.shape
+    device = weight.device
+    diag = lower.diagonal(dim1=1, dim2=2)
+    exponent, scale = column_steps(problem, step, waterfill=waterfill)
+    segments, length = _cut(rows)
+    error, symbols = torch.empty_like(weight), torch.empty(batch, cols, rows, dtype=torch.int32, device=device)
+    column_class = torch.empty(batch, cols, dtype=torch.int32, device=device)
+    cost = torch.empty(batch, cols, device=device)
+    centres = torch.zeros(batch, 2, CLASSES * CENTRES, dtype=torch.int64, device=device)
+    row_class = problem.row_class.to(torch.int32).contiguous()
+    whiten = torch.exp2(-row_class.float() / 4)
+    tables = torch.from_numpy(shrink.offset).to(device), torch.from_numpy(0.5 - shrink.dead_zone).float().to(device)
+    scratch = (
+        torch.empty(batch, rows, device=device), torch.empty(batch, segments, 8, 8, device=device),
+        torch.empty(batch, segments, 8, dtype=torch.int32, device=device),
+        torch.empty(batch, segments + 1, dtype=torch.int32, device=device),
+        torch.empty(batch, segments * length, dtype=torch.uint8, device=device),
+        torch.empty(batch, rows, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    order, row_weight = problem.order.to(torch.int64).contiguous(), problem.rows.float().contiguous()
+    for hi in range(cols, 0, -BLOCK):
+        lo = max(0, hi - BLOCK)
+        unit_lower = lower[:, lo:, lo:hi] / diag[:, None, lo:hi]  # columns divided by L_kk
+        if hi < cols:
+            fed = torch.bmm(unit_lower[:, hi - lo :].transpose(1, 2), error[:, hi:])
+        else:
+            fed = torch.zeros(batch, hi - lo, rows, device=device)
+        inner = torch.zeros(batch, BLOCK, BLOCK, device=device)
+        inner[:, : hi - lo, : hi - lo] = unit_lower[:, : hi - lo]
+        round_columns[(batch,)](
+            inner, fed, weight, error, scale, row_class, whiten, row_weight, *tables, symbols, order, column_class,
+            cost, centres, *scratch, lo, hi, cols, rows, first, length, SEGMENTS=segments, **_SIZES,
+        )  # fmt: skip
+    distortion = (cost.double() * diag.double().square()).sum(1)
+    found = centres.sum(0).double()
+    found[1] /= _FIXED
+    return Rounded(
+        symbols, exponent.gather(1, torch.argsort(order, dim=1)).cpu().numpy(), column_class.cpu().numpy(),
+        row_class.cpu().numpy(), (distortion / 2).cpu().numpy(), found.reshape(2, CLASSES, CENTRES).cpu().numpy(),
+    )  # fmt: skip
+
+
+def _cut(rows: int) -> tuple[int, int]:
+    """Segments, of few numbers since each is compiled, and rows of each; a column takes 2 steps a segment, 3 a row."""
+    segments = 32 if rows <= 1024 else 128 if rows <= 16384 else 256
+    return segments, -(-rows // segments)
+
+
+_SIZES = {
+    "BLOCK": BLOCK, "ROWS": 256, "CLASSES": CLASSES, "CENTRES": CENTRES, "UNIT": UNIT_CLASS, "OCTAVE": OCTAVE,
+    "SAMPLE": SAMPLE, "FIXED": _FIXED, "num_warps": 8,
+}  # fmt: skip

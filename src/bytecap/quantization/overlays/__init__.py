@@ -1,0 +1,149 @@
+"""Exception paths, seen from the encoder: what a path asks of its base, and what it stores over it.
+
+A path never knows which base it stands on. Before the base codes a unit, the path may take something off its
+shoulders (`before`: protected columns become zeros that cost next to nothing, and the Hessian forgets them). After the
+base is coded, the path is given the decoded values and writes its layer (`after`). Reading is `bytecap.format.coders`'
+job: every path's layer is one file there, under the same name.
+
+One file each; a path is found by its module-level `PATH`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.errors import UsageError
+from bytecap.types import Unit
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A stream of channels that a matrix is on, ranked by what they are worth to all matrices on it.
+
+    Attributes:
+        stream: its number.
+        mode: sides of the matrix it is on, see `bytecap.format.overlays.channels`.
+        order: channels by falling worth, (width,); the same array for every matrix.
+    """
+
+    stream: int
+    mode: int
+    order: npt.NDArray[np.int64] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A matrix unit to approximate.
+
+    An error `E` of shape (rows, cols) costs `1/2 sum_i rows_i E_i H E_i^T` nats per token.
+
+    Attributes:
+        unit: the unit.
+        weight: (rows, cols) float32.
+        hessian: (cols, cols) float64, damped, positive definite.
+        rows: (rows,) float64, mean 1.
+        rankings: of the streams it is on; None if nobody looked.
+    """
+
+    unit: Unit
+    weight: Tensor
+    hessian: Tensor
+    rows: Tensor
+    rankings: tuple[Ranking, ...] | None = None
+
+    def distortion(self, values: Tensor) -> float:
+        """Nats per token of values (rows, cols) in the weight's place."""
+        error = (values - self.weight).double()
+        return float((((error @ self.hessian) * error).sum(1) @ self.rows) / 2)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a path stored over a base.
+
+    Attributes:
+        tag, data: the layer, for `bytecap.format.coders.stack`.
+        values: (rows, cols) float32, base and layer decoded, exactly as a reader gives them.
+        side: bytes of side information (positions, scales) within `data`.
+        share: share of the unit's weights that the path protects.
+    """
+
+    tag: int
+    data: bytes
+    values: Tensor
+    side: int
+    share: float
+
+
+class Path(Protocol):
+    """One kind of exception path."""
+
+    id: ClassVar[str]
+    charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its layers
+
+    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Any]:
+        """Ladder of amounts, cheapest first; empty where the path cannot apply.
+
+        `base` (rows, cols) are the base's decoded values, to rank by, if they are known.
+        """
+        ...
+
+    def before(self, problem: Problem, setting: Any) -> Problem:
+        """What the base should code instead."""
+        ...
+
+    def after(self, problem: Problem, base: Tensor, setting: Any) -> Applied:
+        """The layer over a base's decoded values (rows, cols)."""
+        ...
+
+
+@cache
+def paths() -> dict[str, Path]:
+    """All paths by name."""
+    found: dict[str, Path] = {}
+    for info in pkgutil.iter_modules(__path__):
+        path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "PATH", None)
+        if path is not None:
+            found[path.id] = path
+    return found
+
+
+def check_names(names: Sequence[str], every: Sequence[str]) -> None:
+    """Refuse names of no path.
+
+    Raises:
+        UsageError: unknown; the message suggests the nearest one.
+    """
+    for name in names:
+        if name not in every:
+            near = difflib.get_close_matches(name, every, 1, 0.0)
+            raise UsageError(f"unknown path {name!r}, did you mean {near[0]}? (there are {', '.join(every)})")
+
+
+def thinned(ladder: Sequence[Any], most: int) -> Sequence[Any]:
+    """A ladder of at most so many rungs, evenly spread, its ends kept.
+
+    >>> thinned(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(ladder) <= most:
+        return ladder
+    return [ladder[round(i * (len(ladder) - 1) / (most - 1))] for i in range(most)]
+
+
+def decoded(coding: Any) -> Tensor:
+    """Values of one coder's or layer's decoding generator, as a tensor."""
+    from bytecap.format.coders import run
+
+    return torch.from_numpy(run([coding])[0])

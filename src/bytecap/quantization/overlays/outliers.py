@@ -1,0 +1,74 @@
+"""Sparse outliers: single weights kept as f16 or i8 wherever they are worth most. The irregular control.
+
+The score is that of a weight alone. For the base protected weights are 0; the Hessian stays as it is, because which
+weights are free differs from row to row and a base has one Hessian for all rows. Afterwards the protected weights of a
+row absorb the errors of its others, E_S = -E_R H_RS H_SS^-1 with S of its own for every row, and are then rounded
+(without feedback among them). The layer is `bytecap.format.overlays.outliers`.
+
+Sources: SpQR (arXiv:2306.03078) for the score under the Hessian, SqueezeLLM (arXiv:2306.07629).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.format.overlays.outliers import CODER
+from bytecap.quantization.overlays import Applied, Problem
+from bytecap.quantization.overlays.protect import Amount, Score, apply, round_vector, scores
+
+_SHARES = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # one weight in so many
+
+
+class Outliers:
+    """The path; a setting is an `Amount`."""
+
+    id: ClassVar[str] = "outliers"
+    charge: ClassVar[int] = 0
+
+    def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
+        """One weight in 4096 to one in 32; `base` (rows, cols) are values to rank by, if known."""
+        size = problem.weight.numel()
+        top = min(size, -(-size // _SHARES[-1]))
+        worth = scores(problem, base, score).reshape(-1)
+        order = worth.topk(top).indices.numpy().astype(np.int64)
+        counts = sorted({size // share for share in _SHARES} - {0})
+        # the scale of so few i8 values would cost more than they save
+        return [Amount(count, bits, 0, order) for count in counts for bits in (8, 16) if bits == 16 or count > 2]
+
+    def before(self, problem: Problem, setting: Amount) -> Problem:
+        """Zeros in place of the protected weights."""
+        weight = problem.weight.clone()
+        weight.view(-1)[torch.from_numpy(setting.index)] = 0
+        return Problem(problem.unit, weight, problem.hessian, problem.rows)
+
+    def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
+        """The protected weights, as they are best over the decoded base."""
+        index = setting.index
+        values, scale, _ = round_vector(self._best(problem, base, index), setting.bits)
+        size = problem.weight.numel()
+        data = CODER.encode(index, values, size, None if setting.bits == 16 else np.array([scale], np.float16))
+        return apply(CODER, data, base, len(index) / size)
+
+    @staticmethod
+    def _best(problem: Problem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:
+        """Values (count,) that absorb the errors of the other weights of their row."""
+        error = (base - problem.weight).double()
+        error.view(-1)[torch.from_numpy(index)] = 0
+        pull = error @ problem.hessian
+        row, column = np.divmod(index, problem.weight.shape[1])
+        wanted = problem.weight.reshape(-1)[torch.from_numpy(index)].double()
+        begin = np.flatnonzero(np.diff(row, prepend=-1))
+        for start, end in zip(begin, [*begin[1:], len(index)], strict=True):
+            chosen = torch.from_numpy(column[start:end])
+            metric = problem.hessian[chosen][:, chosen]
+            wanted[start:end] -= torch.linalg.solve(metric, pull[int(row[start]), chosen])
+        return wanted
+
+
+PATH = Outliers()

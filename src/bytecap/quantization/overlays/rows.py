@@ -1,0 +1,54 @@
+"""Protected rows: whole output rows kept as f16 or i8, the base spends nothing on them.
+
+Rows do not touch each other in the metric, so the best value of a protected row is the row itself, and its worth is
+exactly the distortion that the base leaves in it. For the base its weights are 0 and its importance is next to none.
+The layer is `bytecap.format.overlays.rows`.
+
+Omitted: error feedback along a row of i8 values. Its error is 2^-16 of the row's energy before any feedback.
+
+>>> from bytecap.types import Unit
+>>> rows = torch.ones(8).double()
+>>> problem = Problem(Unit("a", (8, 2), "F32"), torch.arange(16.0).view(8, 2), torch.eye(2).double(), rows)
+>>> [(s.count, s.bits, s.index.tolist()) for s in PATH.settings(problem, torch.zeros(8, 2))]
+[(1, 8, [7]), (1, 16, [7])]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bytecap.format.overlays.rows import CODER
+from bytecap.quantization.overlays import Applied, Problem
+from bytecap.quantization.overlays.protect import Amount, Score, apply, ladder, row_scores, store, without_rows
+
+_MOST = 8  # one in so many rows at most
+
+
+class Rows:
+    """The path; a setting is an `Amount`."""
+
+    id: ClassVar[str] = "rows"
+    charge: ClassVar[int] = 0
+
+    def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
+        """Powers of two up to an eighth of the rows; `base` (rows, cols) are values to rank by, if known."""
+        worth = row_scores(problem, base, score)
+        return list(ladder(worth.argsort(descending=True, stable=True), problem.weight.shape[0] // _MOST))
+
+    def before(self, problem: Problem, setting: Amount) -> Problem:
+        """Zeros in place of the protected rows."""
+        return without_rows(problem, setting.index)
+
+    def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
+        """The protected rows."""
+        index = setting.index
+        stored = store(problem.weight[torch.from_numpy(index)], setting.bits)
+        rows = problem.weight.shape[0]
+        return apply(CODER, CODER.encode(index, stored.values, rows, stored.scales), base, len(index) / rows)
+
+
+PATH = Rows()

@@ -1,0 +1,329 @@
+"""Prepared matrix units and their measured points: step in, integers, bytes and distortion out.
+
+Equally shaped units are rounded together. Rates here are code lengths under the shared tables plus every byte
+of side information; the allocator works with them, the writer serialises for real.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.calibration.metric import Metric, factor
+from bytecap.calibration.triangle import Triangles
+from bytecap.format.coders import Shared
+from bytecap.format.coders.classes import CLASSES, UNIT_CLASS, quarter
+from bytecap.format.coders.grid import OCTAVE, GridCode, side_bits
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.entropy.frequencies import MAX_HALF
+from bytecap.format.entropy.kernels import store
+from bytecap.format.entropy.shared_tables import Counts, fit_shared
+from bytecap.quantization import Problem, Rounded, Shrink, gaussian_shrink, row_classes
+from bytecap.quantization.scalar import round_scalar
+from bytecap.quantization.trellis import round_trellis
+from bytecap.quantization.trial_values import classes_there
+from bytecap.system.threads import in_threads
+from bytecap.types import Unit
+
+FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
+_BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
+_BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
+
+
+@dataclass(frozen=True)
+class Options:
+    """Ingredients of the `grid` coder, each of which can be switched off.
+
+    Attributes:
+        feedback: error feedback and per-column steps from the Cholesky factor.
+        waterfill: per-column steps; False gives one step per row with feedback, as GPTQ.
+        order: round columns of large input energy first.
+        row_power: row steps proportional to `G^(-row_power / 2)`; 0 switches them off.
+        row_quantum: quarter octaves a row step is rounded to.
+        row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
+        trellis: walk columns of some spread along a trellis.
+        shrink: reconstruct at centroids.
+        dead_zone: rate term in rounding, 0 off.
+        damping: of the Hessian, in fractions of its mean diagonal.
+        guided: weight tokens by output gradient energy.
+        groups: row groups of the guided Hessian.
+        correct: measure correction factors with the real loss.
+        allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
+        drift: strength of drift targets, 0 off.
+        drift_tokens: tokens they are computed from.
+    """
+
+    feedback: bool = True
+    waterfill: bool = True
+    order: bool = True
+    row_power: float = 1.0
+    row_quantum: int = 2
+    row_class: int = 1
+    trellis: bool = True
+    shrink: bool = True
+    dead_zone: float = 0.0
+    damping: float = 1e-3
+    guided: bool = True
+    groups: int = 1
+    correct: bool = True
+    allocate: bool = True
+    drift: float = 0.4
+    drift_tokens: int = 16_384
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A matrix unit ready for rounding: one `Problem` row per row group.
+
+    Attributes:
+        unit: the unit.
+        weight: (rows, cols) float32, what to approximate.
+        rows: (rows,), weight of each row's error.
+        row_step: (rows,), quarter octaves.
+        lower: Cholesky factors, (cols, cols) for each row group.
+        order: column orders (groups, cols).
+        hessian: (cols, cols), damped, where `lower` says less than that (no error feedback, one row group).
+    """
+
+    unit: Unit
+    weight: Tensor
+    rows: Tensor
+    row_step: Tensor
+    lower: Triangles
+    order: Tensor
+    hessian: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """Row groups."""
+        return len(self.lower)
+
+    @property
+    def target(self) -> Tensor:
+        """(rows, cols), what the decoded unit is to approximate."""
+        return self.weight
+
+    def moved(self, change: Tensor) -> Prepared:
+        """The unit with `change` (rows, cols) added to its target."""
+        return replace(self, weight=self.weight + change)
+
+    def complete(self, coded: Coded, shared: Shared) -> Coded:
+        """What was rounded, with a layer over it where the unit has one (`bytecap.allocation.layered`)."""
+        del shared
+        return coded
+
+    def emptied(self) -> Prepared:
+        """Without all that only rounding needs."""
+        none = torch.zeros(0, device=self.order.device)  # which still says where the unit is
+        return replace(self, weight=none, rows=none, lower=Triangles(none, 0), order=none, hessian=None)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix unit at one step: what would be stored, its predicted distortion in nats per token, and its symbols.
+
+    Attributes:
+        counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
+        layer: tag and bytes of an exception path over it, or None.
+    """
+
+    code: GridCode
+    distortion: float
+    counts: Counts
+    layer: tuple[int, bytes] | None = None
+
+
+def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
+    """Factor the Hessian and fix the row steps of a unit."""
+    whole = None
+    if not options.feedback:
+        if len(metric.hessian) == 1:
+            whole = metric.hessian[0].clone()
+            whole.diagonal().add_(max(options.damping * float(whole.diagonal().mean()), 1e-30))
+        diagonals = torch.stack([torch.diag(h.diagonal()) for h in metric.hessian])
+        metric = replace(metric, hessian=diagonals)
+    lower, order = factor(metric, options.damping, options.order)
+    energy = metric.rows.clamp(min=1e-9)
+    exponent = -2 * options.row_power * torch.log2(energy)
+    exponent = exponent - exponent.mean()
+    step = torch.round(exponent / options.row_quantum) * options.row_quantum
+    return Prepared(unit, weight.float(), metric.rows, step.clamp(-60, 60).to(torch.int32), lower, order, whole)
+
+
+def initial_shared(options: Options) -> tuple[Shared, Shrink]:
+    """Gaussian tables and offsets for every class: where fitting starts."""
+    shrink = gaussian_shrink(options.dead_zone)
+    if not options.shrink:
+        shrink = Shrink(np.zeros_like(shrink.offset), shrink.dead_zone)
+    z = np.arange(MAX_HALF + 2)
+    counts = np.zeros((CLASSES, MAX_HALF + 2))
+    for k in range(1, CLASSES):
+        sigma = max(float(quarter(k - UNIT_CLASS)), 0.2)
+        counts[k] = np.exp(-0.5 * (z / sigma) ** 2) * np.where(z, 2, 1)
+        counts[k] *= 1e6 / counts[k].sum()
+    counts[counts < 1e-2] = 0
+    fitted = fit_shared(counts, np.zeros((2, 64, 17)), None)
+    return Shared(fitted.tables, shrink.offset), shrink
+
+
+def round_units(
+    items: Sequence[Prepared],
+    steps: Mapping[str, float],
+    shrink: Shrink,
+    options: Options,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
+    """Round units at their steps.
+
+    Returns:
+        Coded units by name, and summed centroid statistics (2, 64, CENTRES).
+    """
+    groups: dict[tuple[int, int], list[tuple[Prepared, int]]] = {}
+    for item in items:
+        rows, cols = item.weight.shape
+        for g, part in enumerate(np.array_split(np.arange(rows), item.groups)):
+            groups.setdefault((len(part), cols), []).append((item, g))
+    rounded: dict[str, dict[int, tuple[Rounded, int]]] = {item.unit.name: {} for item in items}
+    coded: dict[str, Coded] = {}
+
+    def collect(item: Prepared) -> Coded:
+        return _collect(item, steps, rounded.pop(item.unit.name), trellis=options.trellis)
+
+    centres = np.zeros((2, 64, 17))
+    for (rows, cols), members in groups.items():
+        size = max(1, _together(members[0][0].weight.device) // max(1, rows * cols + cols * cols))
+        for at in range(0, len(members), size):
+            chunk = members[at : at + size]
+            result = _round_members(chunk, steps, shrink, options)
+            centres += result.centres
+            for i, (item, g) in enumerate(chunk):
+                rounded[item.unit.name][g] = (result, i)
+            ready = list({m.unit.name: m for m, _ in chunk if len(rounded[m.unit.name]) == m.groups}.values())
+            found = [collect(m) for m in ready] if result.on_device else in_threads(collect, ready)
+            coded |= {m.unit.name: x for m, x in zip(ready, found, strict=True)}
+            if progress is not None:
+                progress(rows * cols * len(chunk))
+    return {item.unit.name: coded[item.unit.name] for item in items}, centres
+
+
+def _together(device: torch.device) -> int:
+    """Values rounded together."""
+    if device.type != "cuda":
+        return _BATCH_VALUES
+    return min(2**28, torch.cuda.get_device_properties(device).total_memory // _BYTES_A_VALUE)
+
+
+@cache
+def _trellis(device: str) -> Callable[..., Rounded]:
+    """What rounds along the trellis for problems on a kind of device."""
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from bytecap.quantization import cuda as there
+
+        return there.round_trellis
+    return round_trellis
+
+
+def _round_members(
+    members: Sequence[tuple[Prepared, int]], steps: Mapping[str, float], shrink: Shrink, options: Options
+) -> Rounded:
+    first, g = members[0]
+    shape = first.lower.size, len(torch.tensor_split(first.row_step, first.groups)[g])
+    weight = torch.empty(len(members), *shape, device=first.weight.device)
+    rows = []
+    for i, (item, g) in enumerate(members):
+        row_step = torch.exp2(torch.tensor_split(item.row_step, item.groups)[g].float() / 4)
+        part = torch.tensor_split(item.weight, item.groups)[g]
+        weight[i] = (part / row_step[:, None]).T[item.order[g]]
+        rows.append(torch.tensor_split(item.rows, item.groups)[g].float() * row_step.square())
+    lower = torch.stack([item.lower[g] for item, g in members])
+    order = torch.stack([item.order[g] for item, g in members])
+    step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
+    classes = row_classes(weight, lower, step, options.row_class)
+    problem = Problem(weight, lower, order, torch.stack(rows), classes)
+    if options.trellis:
+        return _trellis(weight.device.type)(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
+    return round_scalar(problem, step, shrink, waterfill=options.waterfill)
+
+
+def _collect(
+    item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, tuple[Rounded, int]], *, trellis: bool
+) -> Coded:
+    parts = [rounded[g] for g in range(item.groups)]
+
+    def each(name: str) -> list[Any]:
+        return [getattr(r, name)[i] for r, i in parts]
+
+    columns, rows = np.stack(each("column_class")), np.concatenate(each("row_class"))
+    first = FIRST_DEPENDENT if trellis else CLASSES
+    store_on = _stored_there if parts[0][0].on_device else _stored
+    symbols, counts = store_on(each("symbols"), columns, rows, first)
+    code = GridCode(
+        step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=np.stack(each("column_step")),
+        column_class=columns, row_step=item.row_step.cpu().numpy(), row_class=rows, first=first,
+    )  # fmt: skip
+    return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
+
+
+def _width(peak: int) -> str:
+    """Type of symbols up to a size."""
+    return "int8" if peak < 2**7 else "int16" if peak < 2**15 else "int32"
+
+
+def _stored(
+    symbols: Sequence[npt.NDArray[Any]], columns: npt.NDArray[Any], rows: npt.NDArray[Any], first: int
+) -> tuple[npt.NDArray[Any], Counts]:
+    """Symbols (rows, cols), a byte each where they fit, and their counts.
+
+    Args:
+        symbols: (cols, rows) of every row group.
+        columns: (groups, cols) classes.
+        rows: (rows,) classes.
+        first: class of dependent columns.
+    """
+    peak = max((max(int(s.max()), -int(s.min())) for s in symbols if s.size), default=0)
+    out = np.empty((len(rows), columns.shape[1]), _width(peak))
+    counts = np.zeros((2, CLASSES, min(peak, MAX_HALF + 1) + 1))
+    fine = columns >= first
+    groups = (symbols, columns, fine, np.array_split(rows, len(columns)), np.array_split(out, len(columns)))
+    for s, column, dependent, row, part in zip(*groups, strict=True):
+        store(
+            s, column.astype(np.int64), dependent * OCTAVE, dependent.astype(np.int64), row.astype(np.int64), part,
+            counts,
+        )  # fmt: skip
+    return out, counts
+
+
+def _stored_there(
+    symbols: Sequence[Tensor], columns: npt.NDArray[Any], rows: npt.NDArray[Any], first: int
+) -> tuple[npt.NDArray[Any], Counts]:
+    """What `_stored` does, on the device that holds the symbols."""
+    device = symbols[0].device
+    peak = max((int(s.abs().max()) for s in symbols if s.numel()), default=0)
+    kind = getattr(torch, _width(peak))
+    last = min(peak, MAX_HALF + 1)
+    counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
+    for s, column, row in zip(symbols, columns, np.array_split(rows, len(columns)), strict=True):
+        own = torch.from_numpy(column).to(device, torch.int64)[:, None]
+        fine = (own >= first).long()
+        cls = classes_there(own, torch.from_numpy(row).to(device, torch.int64), fine)
+        at = (fine * CLASSES + cls) * (last + 1) + s.abs().clamp(max=last)
+        counts += torch.bincount(at.reshape(-1), minlength=len(counts))
+    out = torch.cat([s.T.to(kind) for s in symbols]).cpu().numpy()
+    return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
+
+
+def rate(coded: Coded, shared: Shared) -> float:
+    """Estimated bytes of a unit's section: payload code length, side information, header, layer."""
+    bits = side_bits(coded.code, shared.tables)
+    for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
+        seen = counts > 0
+        bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
+    return bits / 8 + (STACK.growth(bits / 8, coded.layer[1]) if coded.layer else 0)

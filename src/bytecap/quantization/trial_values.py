@@ -1,0 +1,58 @@
+"""Values of a code on the device that rounded it, bit for bit what a reader makes of the file.
+
+Every operation is a float32 product or difference of its own, in the format's order (`bytecap.format.coders.grid`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.format.coders.classes import CENTRES, CLASSES, quarter
+from bytecap.format.coders.grid import OCTAVE, GridCode
+
+_TOGETHER = 2**24  # values at a time
+
+
+def classes_there(columns: Tensor, rows: Tensor, fine: Tensor) -> Tensor:
+    """What `weight_classes` of the `grid` coder does, for integer tensors that broadcast to the weights' shape."""
+    more = fine * OCTAVE
+    return torch.maximum((columns + more + rows).clamp_(max=CLASSES - 1), 1 + more)
+
+
+def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.device) -> Tensor:
+    """Decoded (rows, cols) float32 values.
+
+    Args:
+        code: what would be stored.
+        offset: reconstruction offsets by class and |z|, (64, 17).
+        device: where to.
+    """
+
+    def sent(array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    symbols, flat = torch.from_numpy(code.symbols), sent(offset).reshape(-1)
+    out = torch.empty(symbols.shape, device=device)
+    scale = sent(np.float32(code.step) * quarter(code.column_step))
+    fine = sent(code.fine).int()
+    half = torch.where(fine > 0, 0.5, 1.0)
+    column_class, row_class = sent(code.column_class.astype(np.int32)), sent(code.row_class.astype(np.int32))
+    row_step = sent(quarter(code.row_step))
+    high = max(1, _TOGETHER // max(1, symbols.shape[1]))
+    for group, rows in enumerate(np.array_split(np.arange(len(symbols)), len(scale))):
+        for at in range(0, len(rows), high):
+            part = slice(int(rows[at]), int(rows[min(at + high, len(rows)) - 1]) + 1)
+            cls = classes_there(column_class[group], row_class[part, None], fine[group])
+            points = symbols[part].to(device, non_blocking=True).int()
+            size = points.abs()
+            cls.mul_(CENTRES).add_(size.clamp(max=CENTRES - 1))
+            value = out[part]
+            value.copy_(size).mul_(half[group]).sub_(flat[cls])
+            torch.where(points < 0, -value, value, out=value)
+            value.mul_(row_step[part, None]).mul_(scale[group])
+    return out

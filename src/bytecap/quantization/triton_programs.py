@@ -1,0 +1,214 @@
+"""Triton programs that round columns along a trellis, one for each matrix of a batch.
+
+The Viterbi search runs down thousands of rows, one after the other; a GPU is fast only side by side. Rows are
+therefore cut into segments. For each segment and each of the eight states it may begin in, the cost of ending in
+every state is found, all side by side; combining segments one after the other then fixes the states at all borders,
+and every segment's path is searched and traced back by itself. That is exact: minima over paths are taken in another
+order, nothing is left out. What differs from the processor's result are sums of float32 in another order.
+
+Sums over weights are of integers (fixed point) where threads add in any order, so that the same device gives the same
+bytes. Source of the segments: Fettweis & Meyr, "Parallel Viterbi algorithm implementation: breaking the
+ACS-bottleneck", IEEE Trans. Communications 37(8), 1989.
+"""
+
+import triton
+import triton.language as tl
+
+_FAR = tl.constexpr(1e30)
+
+
+@triton.jit
+def _nearest(u, subset: tl.constexpr):
+    """The point of a subset nearest to `u`, and its squared distance."""
+    z = subset + 4 * tl.floor((u - subset) * 0.25 + 0.5)
+    return (u - z) * (u - z)
+
+
+@triton.jit
+def _step(u, w, c0, c1, c2, c3, c4, c5, c6, c7):
+    """Costs of the eight states one row further, and which of two predecessors each came from (a bit each)."""
+    a, b, c, d = _nearest(u, 0) * w, _nearest(u, 1) * w, _nearest(u, 2) * w, _nearest(u, 3) * w
+    e0, f0 = c0 + a, c4 + c
+    e1, f1 = c0 + c, c4 + a
+    e2, f2 = c1 + b, c5 + d
+    e3, f3 = c1 + d, c5 + b
+    e4, f4 = c2 + c, c6 + a
+    e5, f5 = c2 + a, c6 + c
+    e6, f6 = c3 + d, c7 + b
+    e7, f7 = c3 + b, c7 + d
+    came = (f0 < e0).to(tl.int32) + (f1 < e1) * 2 + (f2 < e2) * 4 + (f3 < e3) * 8
+    came += (f4 < e4) * 16 + (f5 < e5) * 32 + (f6 < e6) * 64 + (f7 < e7) * 128
+    return (
+        tl.minimum(e0, f0), tl.minimum(e1, f1), tl.minimum(e2, f2), tl.minimum(e3, f3), tl.minimum(e4, f4),
+        tl.minimum(e5, f5), tl.minimum(e6, f6), tl.minimum(e7, f7), came,
+    )  # fmt: skip
+
+
+@triton.jit
+def _begin(state, at: tl.constexpr):
+    """Cost of standing in a state before the first row."""
+    return tl.where(state == at, 0.0, _FAR)
+
+
+@triton.jit
+def _ends(U, W, T, s, rows, length, SEGMENTS: tl.constexpr):
+    """Costs T (segments, 8, 8) of passing each segment from each state to each state."""
+    seg, one = tl.arange(0, SEGMENTS), tl.arange(0, 8)
+    c0, c1, c2, c3 = _begin(one[None, :], 0), _begin(one[None, :], 1), _begin(one[None, :], 2), _begin(one[None, :], 3)
+    c4, c5, c6, c7 = _begin(one[None, :], 4), _begin(one[None, :], 5), _begin(one[None, :], 6), _begin(one[None, :], 7)
+    far = tl.zeros([SEGMENTS, 8], tl.float32)
+    c0, c1, c2, c3, c4, c5, c6, c7 = c0 + far, c1 + far, c2 + far, c3 + far, c4 + far, c5 + far, c6 + far, c7 + far
+    for i in range(length):
+        at = seg * length + i
+        u = (tl.load(U + at, at < rows, 0.0) / s)[:, None]
+        w = tl.load(W + at, at < rows, 0.0)[:, None]
+        c0, c1, c2, c3, c4, c5, c6, c7, _ = _step(u, w, c0, c1, c2, c3, c4, c5, c6, c7)
+    to = T + (seg * 64)[:, None] + (one * 8)[None, :]
+    tl.store(to, c0)
+    tl.store(to + 1, c1)
+    tl.store(to + 2, c2)
+    tl.store(to + 3, c3)
+    tl.store(to + 4, c4)
+    tl.store(to + 5, c5)
+    tl.store(to + 6, c6)
+    tl.store(to + 7, c7)
+
+
+@triton.jit
+def _borders(T, BACK, BORDER, SEGMENTS: tl.constexpr):
+    """States BORDER (segments + 1,) of the best path between the segments; it begins in state 0."""
+    one = tl.arange(0, 8)
+    best = _begin(one, 0)
+    for k in range(SEGMENTS):
+        total = best[:, None] + tl.load(T + k * 64 + (one * 8)[:, None] + one[None, :])
+        tl.store(BACK + k * 8 + one, tl.argmin(total, 0))
+        best = tl.min(total, 0)
+        best = tl.sum(tl.where(one[:, None] == one[None, :], best[None, :], 0.0), 1)  # along the other axis
+        best -= tl.min(best, 0)
+    border = tl.argmin(best, 0)
+    tl.store(BORDER + SEGMENTS, border)
+    tl.debug_barrier()
+    for k in range(SEGMENTS):
+        border = tl.load(BACK + (SEGMENTS - 1 - k) * 8 + border)
+        tl.store(BORDER + SEGMENTS - 1 - k, border)
+
+
+@triton.jit
+def _paths(U, W, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
+    """Points V (rows,) of every segment's best path between its borders."""
+    seg = tl.arange(0, SEGMENTS)
+    start = tl.load(BORDER + seg)
+    c0, c1, c2, c3 = _begin(start, 0), _begin(start, 1), _begin(start, 2), _begin(start, 3)
+    c4, c5, c6, c7 = _begin(start, 4), _begin(start, 5), _begin(start, 6), _begin(start, 7)
+    for i in range(length):
+        at = seg * length + i
+        u = tl.load(U + at, at < rows, 0.0) / s
+        w = tl.load(W + at, at < rows, 0.0)
+        c0, c1, c2, c3, c4, c5, c6, c7, came = _step(u, w, c0, c1, c2, c3, c4, c5, c6, c7)
+        tl.store(CAME + at, came.to(tl.uint8))
+    tl.debug_barrier()
+    t = tl.load(BORDER + seg + 1)
+    for i in range(length):
+        at = seg * length + (length - 1 - i)
+        u = tl.load(U + at, at < rows, 0.0) / s
+        came = tl.load(CAME + at).to(tl.int32)
+        before = (t >> 1) + 4 * ((came >> t) & 1)
+        d = (before & 1) + 2 * (((before >> 1) ^ (before >> 2) ^ t) & 1)
+        v = d + 4 * tl.floor((u - d) * 0.25 + 0.5).to(tl.int32)
+        tl.store(V + at, v, at < rows)
+        t = before
+
+
+@triton.jit
+def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Column k with the errors of those done fed back, to Y (rows,); returns its mean square in whitened steps."""
+    j, within = tl.arange(0, BLOCK), k - lo
+    later = (j > within) & (j < hi - lo)
+    factor = tl.load(INNER + j * BLOCK + within, later, 0.0)[:, None]
+    done = ERROR + (lo + j).to(tl.int64)[:, None] * rows
+    energy = tl.zeros([ROWS], tl.float32)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS)
+        inside = r < rows
+        y = tl.load(FED + within * rows + r, inside, 0.0) + tl.load(WEIGHT + k.to(tl.int64) * rows + r, inside, 0.0)
+        y += tl.sum(tl.load(done + r[None, :], later[:, None] & inside[None, :], 0.0) * factor, 0)
+        x = y / scale * tl.load(WHITEN + r, inside, 0.0)
+        energy += x * x
+        tl.store(Y + r, y, inside)
+    return tl.sum(energy, 0) / rows
+
+
+@triton.jit
+def _settle(
+    Y, V, ROW_CLASS, ROW_WEIGHT, OFFSET, DEAD, WEIGHT, ERROR, SYMBOLS, CENTRE, k, stored, column, fine, s, rows,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr,
+    FIXED: tl.constexpr,
+):  # fmt: skip
+    """Symbols and errors of column k, from V where it is `fine`; returns the summed, weighted squared error."""
+    unit, more = tl.where(fine, 2.0, 1.0), tl.where(fine, OCTAVE, 0)
+    row_of = k.to(tl.int64) * rows
+    cost = tl.zeros([ROWS], tl.float32)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS)
+        inside = r < rows
+        y = tl.load(Y + r, inside, 0.0)
+        u = y / s
+        cls = tl.minimum(tl.maximum(column + tl.load(ROW_CLASS + r, inside, 0), 1), CLASSES - 1)
+        cls = tl.minimum(cls + more, CLASSES - 1)
+        size = tl.floor(tl.abs(u) + tl.load(DEAD + cls)).to(tl.int32)
+        v = tl.where(fine, tl.load(V + r, inside, 0), tl.where(u > 0, size, -size))
+        size = tl.abs(v)
+        at = cls * CENTRES + tl.minimum(size, CENTRES - 1)
+        value, sign = size - unit * tl.load(OFFSET + at), tl.where(v > 0, 1.0, -1.0)
+        e = (u - sign * value) * s
+        cost += tl.where(inside, e * e * tl.load(ROW_WEIGHT + r, inside, 0.0), 0.0)
+        tl.store(ERROR + row_of + r, e - y + tl.load(WEIGHT + row_of + r, inside, 0.0), inside)
+        tl.store(SYMBOLS + stored * rows + r, v, inside)
+        if k % SAMPLE == 0:
+            over = tl.floor((size - sign * u) / unit * FIXED + 0.5).to(tl.int64)
+            tl.atomic_add(CENTRE + at, tl.full([ROWS], 1, tl.int64), inside, sem="relaxed")
+            tl.atomic_add(CENTRE + CLASSES * CENTRES + at, over, inside, sem="relaxed")
+    return tl.sum(cost, 0)
+
+
+@triton.jit(do_not_specialize=["lo", "hi", "cols", "rows", "first", "length"])
+def round_columns(
+    INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, DEAD, SYMBOLS, ORDER, COLUMN_CLASS, COST,
+    CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
+    UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Columns lo..hi-1 of matrix `program`, last first; see `bytecap.quantization.trellis._round_columns`."""
+    b = tl.program_id(0).to(tl.int64)
+    whole, lead, one = b * cols * rows, b * cols, b * rows
+    Y, V, row_weight = Y + one, V + one, ROW_WEIGHT + one
+    T, BACK = T + b * SEGMENTS * 64, BACK + b * SEGMENTS * 8
+    BORDER, CAME = BORDER + b * (SEGMENTS + 1), CAME + b * SEGMENTS * length
+    for back in range(hi - lo):
+        k = hi - 1 - back
+        scale = tl.load(SCALE + lead + k)
+        energy = _feed(
+            FED + b * (hi - lo) * rows, INNER + b * BLOCK * BLOCK, WEIGHT + whole, ERROR + whole, WHITEN + one, Y, k,
+            lo, hi, rows, scale, BLOCK, ROWS,
+        )  # fmt: skip
+        column = tl.floor(2 * tl.log2(tl.maximum(energy, 1e-12)) + 0.5).to(tl.int32) + UNIT
+        column = tl.minimum(tl.maximum(column, 1), CLASSES - 1)
+        stored = tl.load(ORDER + lead + k)
+        tl.store(COLUMN_CLASS + lead + stored, column)
+        fine = column >= first
+        s = tl.where(fine, scale * 0.5, scale)
+        tl.debug_barrier()
+        if fine:
+            _ends(Y, row_weight, T, s, rows, length, SEGMENTS)
+            tl.debug_barrier()
+            _borders(T, BACK, BORDER, SEGMENTS)
+            tl.debug_barrier()
+            _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
+            tl.debug_barrier()
+        cost = _settle(
+            Y, V, ROW_CLASS + one, row_weight, OFFSET, DEAD, WEIGHT + whole, ERROR + whole, SYMBOLS + whole,
+            CENTRE + b * 2 * CLASSES * CENTRES, k, stored, column, fine, s, rows, ROWS, CLASSES, CENTRES, OCTAVE,
+            SAMPLE, FIXED,
+        )  # fmt: skip
+        tl.store(COST + lead + k, cost)
+        tl.debug_barrier()

@@ -1,0 +1,121 @@
+"""What a job keeps in its store, so that a run that was killed goes on from where it was.
+
+Kept are, each as soon as it is known: the statistics, the correction factors, the chosen plan, the drift targets; and
+at most once a minute the course of long runs of moves (recovery, uptraining, a search for layers to share).
+Arrays are kept bit by bit and numbers as text that reads back exactly, so a run that goes on gives the same bytes as
+one that was never disturbed. Names are hashes of all that a value depends on: tensors, tokens, options, budget, seed,
+device, thread count, and the versions of this library, of its source and of those that do the arithmetic.
+
+Omitted: plans over exception paths are made anew (from the kept statistics and factors), and jobs whose loss or forward
+pass is the user's own code keep nothing, since code cannot be hashed for all that it calls.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytecap.calibration.statistics import job_key, windows_key
+from bytecap.format.coders import Shared
+from bytecap.format.entropy.frequencies import Table, Tables
+from bytecap.methods import Job
+from bytecap.quantization import Shrink
+from bytecap.system.cache import Store, digest
+
+if TYPE_CHECKING:
+    from bytecap.quantization.quantizer import Options
+
+Rules = tuple[Shared, Shrink]
+SECONDS = 60.0  # between two times that a course is kept, at least
+_ABOUT = "about"  # entry of what JSON holds
+
+
+class Kept:
+    """The later stages of one job in its store."""
+
+    def __init__(self, job: Job, options: Options, capacity: float) -> None:
+        """`capacity`, the bytes left for planned units, stands for side files and code."""
+        self._job = job
+        self._key = "" if job.store.directory is None else digest(
+            job_key(job), asdict(options), capacity, job.budget, list(job.paths),
+            windows_key(job.sets.correction),
+        )  # fmt: skip
+
+    def get(self, stage: str) -> Any:
+        """The JSON value of a stage, or None."""
+        return self._job.store.get(digest(self._key, stage)) if self._key else None
+
+    def put(self, stage: str, value: Any) -> None:
+        """Keep a stage's JSON value."""
+        if self._key:
+            self._job.store.put(digest(self._key, stage), value)
+
+    def tensors(self, stage: str) -> dict[str, Tensor] | None:
+        """Tensors of a stage by unit name, on the job's device, or None."""
+        kept = self._job.store.arrays(digest(self._key, stage)) if self._key else None
+        if kept is None:
+            return None
+        return {n.partition(" ")[2]: torch.from_numpy(kept.pop(n)).to(self._job.device) for n in list(kept)}
+
+    def put_tensors(self, stage: str, values: Mapping[str, Tensor]) -> None:
+        """Keep a stage's tensors."""
+        if self._key:
+            arrays = {f"unit {n}": t.contiguous().cpu().numpy() for n, t in values.items()}
+            self._job.store.put_arrays(digest(self._key, stage), arrays)
+
+
+class Course:
+    """A run of moves that is kept from time to time under one key; the last state kept stays."""
+
+    def __init__(self, store: Store, *parts: Any) -> None:
+        """`parts` are all that the moves depend on, see `bytecap.system.cache.digest`."""
+        self._store, self._parts = store, parts
+        self._last = time.monotonic()
+
+    def under(self, *parts: Any) -> Course:
+        """The course of one stage, which depends on more."""
+        return Course(self._store, *self._parts, *parts)
+
+    def put(self, state: Callable[[], tuple[Mapping[str, Tensor], Any]], *, now: bool = False) -> None:
+        """Keep tensors and what JSON can hold, where the last time is long enough ago or it has to be `now`."""
+        if self._store.directory is None or (not now and time.monotonic() - self._last < SECONDS):
+            return
+        tensors, about = state()
+        arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in tensors.items()}
+        arrays[_ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        self._store.put_arrays(digest(*self._parts), arrays)
+        self._last = time.monotonic()
+
+    def get(self) -> tuple[dict[str, Tensor], Any] | None:
+        """What was kept last, tensors on the CPU; None where nothing is."""
+        arrays = None if self._store.directory is None else self._store.arrays(digest(*self._parts))
+        if arrays is None:
+            return None
+        about = json.loads(arrays.pop(_ABOUT).tobytes())
+        return {n: torch.from_numpy(a) for n, a in arrays.items()}, about
+
+
+def rules_to_json(rules: Rules) -> dict[str, Any]:
+    """Tables, offsets and rounding rules as JSON can hold them; classes that share a table go on sharing it."""
+    shared, shrink = rules
+    distinct = shared.tables.distinct()
+    place = {id(t): i for i, (_, t) in enumerate(distinct)}
+    return {
+        "tables": [[t.low, t.freq.tolist()] for _, t in distinct],
+        "classes": [[c, place[id(t)]] for c, t in shared.tables.table.items()],
+        "offset": shared.offset.tolist(), "shrink": shrink.offset.tolist(), "dead": shrink.dead_zone.tolist(),
+    }  # fmt: skip
+
+
+def rules_from_json(value: Mapping[str, Any]) -> Rules:
+    """What `rules_to_json` was given."""
+    tables = [Table(low, np.array(freq)) for low, freq in value["tables"]]
+    offset, shrink, dead = (np.array(value[k], np.float32) for k in ("offset", "shrink", "dead"))
+    return Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink, dead)

@@ -1,0 +1,345 @@
+"""Coded units that move: what a file stores of them as tensors, and the model's values as a function of those.
+
+Of a matrix that is coded two things can move, and take the same bytes wherever they move: the logarithm of its step,
+and the reconstruction offsets of its classes, which all matrices share. Vectors move as a whole and are rounded on
+their own grid; their gradient passes through that rounding unchanged. Of a matrix that is not coded yet the target
+moves, weight by weight; what the integer it is nearest to costs under the file's tables adds its own slope.
+
+Sources: LSQ (arXiv:1902.08153) for steps learned with codes; reverse water-filling for one slope between nats and
+bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.allocation.planner import Planner, State
+from bytecap.format.coders import Shared
+from bytecap.format.coders.classes import CENTRES, CLASSES
+from bytecap.format.coders.grid import GridCode
+from bytecap.format.coders.trellis import dependent
+from bytecap.format.coders.vector import CODER as VECTOR
+from bytecap.format.entropy.frequencies import Tables
+from bytecap.format.entropy.shared_tables import count_symbols
+from bytecap.model.checkpoint import as_matrix
+from bytecap.quantization import Shrink
+from bytecap.quantization.quantizer import Coded, Prepared, rate
+from bytecap.types import Unit
+
+_CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
+_SIZES = 130  # |z| that have a cost of their own; larger ones cost what the last one does
+_SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a time
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What stays of a matrix while it moves: (rows, 1), (1 or rows, cols), and its classes.
+
+    Attributes:
+        row, column: steps of the grid are their product; the column's hold the unit's own step and halves.
+        coarse: (1 or rows, cols), 2 where the grid is fine: offsets are in steps of the column.
+        classes: (rows, cols), uint8.
+        kind: (1 or rows, cols), 64 where the grid is fine, else 0.
+    """
+
+    unit: Unit
+    row: Tensor
+    column: Tensor
+    coarse: Tensor
+    classes: Tensor
+    kind: Tensor
+
+    @staticmethod
+    def of(item: Prepared, coded: Coded) -> _Grid:
+        """Of a matrix and its code."""
+        code, device = coded.code, item.weight.device
+        half = np.where(code.fine, np.float32(0.5), np.float32(1))
+        column = np.float32(code.step) * np.exp2(code.column_step.astype(np.float32) / 4) * half  # (groups, cols)
+
+        def whole(array: npt.NDArray[Any]) -> Tensor:
+            if len(array) > 1:
+                counts = [len(p) for p in np.array_split(np.arange(len(code.row_step)), len(array))]
+                array = np.repeat(array, counts, axis=0)
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        row = torch.from_numpy(np.exp2(code.row_step.astype(np.float32) / 4))[:, None].to(device)
+        return _Grid(
+            item.unit, row, whole(column), whole(1 / half), torch.from_numpy(code.classes()).to(device),
+            whole(code.fine.astype(np.int64) * CLASSES),
+        )  # fmt: skip
+
+
+class Prices:
+    """Bits of an integer under a file's tables, and by how much they rise from one to the next."""
+
+    def __init__(self, tables: Tables, device: torch.device) -> None:
+        def table(cost: npt.NDArray[Any], far: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+            cost = np.minimum(cost[:, : _SIZES + far], 64.0)
+            size = np.arange(_SIZES)
+            return cost[:, :_SIZES], (cost[:, size + far] - cost[:, np.abs(size - far)]) / (2 * far)
+
+        parts = [table(tables.cost_by_size, 1), table(tables.split_cost, 4)]
+        self.bits, self.slope = (
+            torch.from_numpy(np.stack(x).astype(np.float32)).reshape(-1).to(device) for x in zip(*parts, strict=True)
+        )
+
+    def places(self, grid: _Grid, points: Tensor) -> Tensor:
+        """Where a matrix's integers stand in both tables."""
+        return (grid.kind + grid.classes) * _SIZES + points.abs().clamp_(max=_SIZES - 1).long()
+
+
+class _Offsets:
+    """Reconstruction offsets as one tensor: an entry for each table and |z| that the file stores; entry 0 is 0."""
+
+    def __init__(self, shared: Shared, device: torch.device) -> None:
+        place = np.zeros((CLASSES, CENTRES), np.int64)
+        values, seen = [0.0], {}
+        for cls, table in shared.tables.table.items():
+            if id(table) not in seen:
+                seen[id(table)] = len(values)
+                values += shared.offset[cls, 1 : min(table.high, CENTRES - 1) + 1].tolist()
+            size = np.minimum(np.arange(CENTRES), table.high)
+            place[cls] = np.where(size > 0, seen[id(table)] + size - 1, 0)
+        self._place, self._shared = place, shared
+        self.place = torch.from_numpy(place).reshape(-1).to(device)
+        self.values = torch.tensor(values, dtype=torch.float32, device=device)
+
+    def stored(self, values: Tensor) -> Tensor:
+        """As a file holds them, in 256ths; entry 0 is 0."""
+        found = values.mul(256).round_().clamp_(-128, 127).div_(256)
+        found[0] = 0
+        return found
+
+    def table(self, values: Tensor) -> npt.NDArray[Any]:
+        """By class and |z|, (64, 17); classes without a table keep theirs."""
+        has = np.zeros((CLASSES, 1), bool)
+        has[list(self._shared.tables.table)] = True
+        moved = self.stored(values).cpu().numpy()[self._place]
+        return np.where(has, moved, self._shared.offset).astype(np.float32)
+
+
+@dataclass
+class _Matrix:
+    """A matrix on its way.
+
+    Attributes:
+        item: with the target it was coded from.
+        grid: of the code; of the plan before there is one.
+        plan: grid in whose steps the target is.
+        target: (rows, cols).
+        step: that it is, or is to be, rounded at.
+        coded: what came out; None before.
+        points: its integers as float32 once it is coded.
+    """
+
+    item: Prepared
+    grid: _Grid
+    plan: _Grid
+    target: Tensor
+    step: float
+    coded: Coded | None = None
+    points: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The target, (rows, cols)."""
+        return self.target * self.plan.row * self.plan.column
+
+
+class Live:
+    """The units of a settled plan, moving.
+
+    Attributes:
+        logs: (matrices,), logarithms of what steps are multiplied by once a matrix is coded.
+        offsets: reconstruction offsets, see `_Offsets`.
+        vectors: by vector, its values.
+    """
+
+    def __init__(self, planner: Planner, state: State, device: str) -> None:
+        """Everything as `state` has it: coded."""
+        self._planner, self._state, self._device = planner, state, torch.device(device)
+        self._matrices: dict[str, _Matrix] = {}
+        for item in planner.matrices:
+            name = item.unit.name
+            if type(item) is Prepared:
+                grid = _Grid.of(item, state.coded[name])
+                target = item.weight / (grid.row * grid.column)
+                self._matrices[name] = _Matrix(item, grid, grid, target, state.steps[name])
+                self._put(name, item, state.coded[name])
+        self._vectors = {v.unit.name: v for v in planner.vectors}
+        self.vectors = {
+            n: torch.from_numpy(v.values.copy()).to(self._device) for n, v in self._vectors.items() if v.fisher.any()
+        }
+        self._offsets = _Offsets(state.shared, self._device)
+        self.offsets = self._offsets.values.clone()
+        self.logs = torch.zeros(max(1, len(self._matrices)), device=self._device)
+        self._prices = Prices(state.shared.tables, self._device)
+
+    @property
+    def matrices(self) -> list[str]:
+        """Matrices that move."""
+        return list(self._matrices)
+
+    @property
+    def names(self) -> list[str]:
+        """Units that move."""
+        return [*self._matrices, *self.vectors]
+
+    def groups(self, most: int) -> list[list[str]]:
+        """Matrices in the order of the model, in at most so many groups of about as many weights."""
+        total, found, held = sum(m.target.numel() for m in self._matrices.values()), [[]], 0  # type: ignore[var-annotated]
+        for n, m in self._matrices.items():
+            if found[-1] and held + m.target.numel() / 2 > total * len(found) / most:
+                found.append([])
+            found[-1].append(n)
+            held += m.target.numel()
+        return found if found[-1] else []
+
+    def melt(self) -> None:
+        """Take all matrices for not coded yet, at the targets they were coded from."""
+        for m in self._matrices.values():
+            m.coded = m.points = None
+
+    def values_only(self) -> dict[str, Tensor]:
+        """What moves while codes are frozen, by what it is."""
+        return {"logs": self.logs, "offsets": self.offsets, **{f"vector {n}": t for n, t in self.vectors.items()}}
+
+    def targets(self) -> dict[str, Tensor]:
+        """Targets of what is not coded yet."""
+        return {f"target {n}": m.target for n, m in self._matrices.items() if m.coded is None}
+
+    def code(self, names: list[str], change: float) -> float:
+        """Round and freeze matrices at `exp(change)` times their steps; bytes beyond those that were planned."""
+        self._set_offsets()
+        items, steps = [], {}
+        for n in names:
+            m = self._matrices[n]
+            items.append(replace(m.item, weight=m.weight))
+            m.step = steps[n] = self._state.steps[n] * math.exp(change)
+        coded = self._planner.round(items, steps)
+        for item in items:
+            self._put(item.unit.name, item, coded[item.unit.name])
+        return sum(rate(coded[n], self._planner.shared) - self._state.rates[n] for n in names)
+
+    def _put(self, name: str, item: Prepared, coded: Coded) -> None:
+        m = self._matrices[name]
+        m.coded, m.grid, m.item = coded, _Grid.of(item, coded), item
+        m.points = torch.from_numpy(coded.code.symbols.astype(np.float32)).to(item.weight.device)
+
+    def planned(self, names: list[str]) -> tuple[float, int]:
+        """Bytes that were planned for matrices, and their weights."""
+        return sum(self._state.rates[n] for n in names), sum(self._matrices[n].target.numel() for n in names)
+
+    def _decoded(self, m: _Matrix, at: int, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, what of them a unit of offset takes away, and the offsets' places."""
+        g, z = m.grid, m.points
+        assert z is not None  # noqa: S101 (callers ask first)
+        place = self._offsets.place[g.classes.long() * CENTRES + z.abs().clamp_(max=CENTRES - 1).long()]
+        step = g.row * (g.column * torch.exp(self.logs[at]))
+        lever = torch.sign(z) * g.coarse
+        return (z - lever * offsets[place]) * step, lever.mul_(step), place
+
+    def values(self) -> dict[str, Tensor]:
+        """Values of all that moves, decoded where it is coded, in stored layout."""
+        offsets = self._offsets.stored(self.offsets)
+        found = {}
+        for at, (n, m) in enumerate(self._matrices.items()):
+            g = m.grid
+            matrix = m.weight if m.points is None else self._decoded(m, at, offsets)[0]
+            found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
+        for n, t in self.vectors.items():
+            v = replace(self._vectors[n], values=t.cpu().numpy())
+            stored = v.values
+            if np.isfinite(stored).all():  # else the KL says so
+                step = v.step(self._state.steps[n])
+                centre, symbols = VECTOR.quantize(stored, step)
+                stored = VECTOR.dequantize(centre, step, symbols)
+            found[n] = torch.from_numpy(stored.reshape(v.unit.shape)).to(self._device)
+        return found
+
+    def gradients(self, found: Mapping[str, Tensor], nats_per_bit: float) -> dict[str, Tensor]:
+        """Gradients of all that moves from those of the values; targets bear the price of what they round to."""
+        offsets = self._offsets.stored(self.offsets)
+        logs = [torch.zeros((), device=self._device)] * len(self.logs)
+        bins = torch.zeros(_SPREAD * len(offsets), device=self._device)
+        out: dict[str, Tensor] = {}
+        for at, (n, m) in enumerate(self._matrices.items()):
+            gradient = as_matrix(m.grid.unit, found[n])
+            if m.points is None:
+                g = m.plan
+                near = m.target.round()
+                price = self._prices.slope[self._prices.places(g, near)] * torch.sign(near)
+                out[f"target {n}"] = gradient * g.row * g.column + nats_per_bit * price
+                continue
+            value, lever, place = self._decoded(m, at, offsets)
+            logs[at] = (gradient * value).sum()
+            spread = torch.arange(place.numel(), device=self._device).remainder_(_SPREAD) * len(offsets)
+            bins.index_put_((place.reshape(-1) + spread,), -(gradient * lever).reshape(-1), accumulate=True)
+        out["logs"], out["offsets"] = torch.stack(logs), bins.reshape(_SPREAD, -1).sum(0)
+        return out | {f"vector {n}": found[n].reshape(t.shape) for n, t in self.vectors.items()}
+
+    def _set_offsets(self) -> None:
+        """Let the planner round and decode with the offsets as they are now."""
+        offset = self._offsets.table(self.offsets)
+        self._planner.shared = replace(self._state.shared, offset=offset)
+        self._planner.shrink = Shrink(offset, self._planner.shrink.dead_zone)
+
+    def settle(self) -> State:
+        """Put everything into the planner as it is coded; what it rounds anew starts from the targets of now."""
+        planner, steps, coded = self._planner, dict(self._state.steps), dict(self._state.coded)
+        moved = {}
+        for at, (n, m) in enumerate(self._matrices.items()):
+            assert m.coded is not None  # noqa: S101 (stages leave everything coded)
+            scale = float(torch.exp(self.logs[at]))
+            steps[n] = m.step * scale
+            coded[n] = replace(m.coded, code=replace(m.coded.code, step=float(np.float32(steps[n]))))
+            moved[n] = replace(m.item, weight=m.item.weight * scale)
+        self._set_offsets()
+        planner.matrices = [moved.get(p.unit.name, p) for p in planner.matrices]
+        planner.vectors = [
+            replace(v, values=self.vectors[n].cpu().numpy().copy()) if (n := v.unit.name) in self.vectors else v
+            for v in planner.vectors
+        ]
+        return planner.price(coded, steps)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What moves while codes are frozen, as it is now."""
+        return {n: t.clone() for n, t in self.values_only().items()}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot."""
+        for n, t in self.values_only().items():
+            t.copy_(kept[n])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that moves, and all that is coded, as tensors by name; `resume` takes it back."""
+        found = self.snapshot() | {f"target {n}": m.target.clone() for n, m in self._matrices.items()}
+        for n, m in self._matrices.items():
+            if m.coded is not None:
+                code = m.coded.code
+                found |= {f"{k} {n}": torch.from_numpy(getattr(code, k).copy()) for k in _CODE}
+                found[f"step {n}"] = torch.tensor([m.step, code.step, code.first], dtype=torch.float64)
+        return found
+
+    def resume(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.restore(kept)
+        for n, m in self._matrices.items():
+            m.target.copy_(kept[f"target {n}"])
+            if f"step {n}" not in kept:
+                m.coded = m.points = None
+                continue
+            m.step, step, first = kept[f"step {n}"].tolist()
+            arrays = {k: kept[f"{k} {n}"].cpu().numpy() for k in _CODE}
+            code = GridCode(step=step, first=int(first), **arrays)
+            mask = dependent(code.column_class, code.first, len(code.row_class))
+            coded = Coded(code, 0.0, count_symbols(code.symbols, code.classes(), mask))
+            self._put(n, replace(m.item, weight=m.weight), coded)

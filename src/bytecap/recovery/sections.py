@@ -1,0 +1,168 @@
+"""Tuning what finished sections hold of continuous values, whatever coders they are for; codes are frozen.
+
+A coder or layer that has some says so (`Continuous` in `bytecap.format.coders`): codewords, decoders, low-rank parts,
+scales, protected columns, rows, channels and outliers, vectors. Adam moves them end to end by the KL to the original.
+From time to time they are written as a file holds them and measured on the correction tokens; what is shipped is the
+best of that, if it is better than the sections were and its file keeps the cap.
+
+Sources: ClusComp (ACL 2025), ReALLM (arXiv:2405.13155) and OWQ (arXiv:2306.02272) tune what their formats leave
+continuous; here that is one loop for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bytecap.format.coders import Continuous, Shared, coder, run
+from bytecap.format.decoder import from_matrix
+from bytecap.format.entropy.shared_tables import load_shared
+from bytecap.format.wire.shared_objects import load_objects
+from bytecap.methods import Job, Outcome, Section
+from bytecap.model.batches import is_batches
+from bytecap.model.quantized_copy import Lazy, load_values, twin_of
+from bytecap.recovery.kl_passes import Passes, same_again
+from bytecap.recovery.tuning import Clock
+from bytecap.types import Unit
+
+RATE = 0.002  # first learning rate, in mean sizes of an array
+_WARMING = 10  # moves until the full rate
+_CHECKS, _APART = 8, 5  # looks at the correction tokens, and moves between two of them at least
+_LOST = 4.0  # times the first KL, beyond which tuning is stopped
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A unit with something to tune: its section, what is continuous in it, and that as leaves."""
+
+    unit: Unit
+    section: Section
+    continuous: Continuous
+    leaves: dict[str, Tensor]
+
+    def values(self) -> Tensor:
+        """In stored layout, with gradient."""
+        matrix = self.continuous.matrix(self.leaves, None)
+        found: Tensor = (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
+        return found
+
+    def written(self) -> Section:
+        """As a file would hold it now."""
+        arrays = {n: t.detach().cpu().numpy() for n, t in self.leaves.items()}
+        return Section(self.section.tag, self.continuous.encode(arrays))
+
+
+def parts_of(job: Job, sections: Mapping[str, Section], shared: Shared) -> dict[str, _Part]:
+    """All units that have something continuous."""
+    found = {}
+    for u in job.model.units:
+        section = sections[u.name]
+        owner: Any = coder(section.tag)
+        if not u.dtype.startswith(("F", "BF")) or not hasattr(owner, "continuous"):
+            continue
+        continuous = owner.continuous(section.data, u.matrix_shape, shared)
+        if continuous.arrays:
+            leaves = {
+                n: torch.tensor(a, dtype=torch.float32, device=job.device, requires_grad=True)
+                for n, a in continuous.arrays.items()
+            }
+            found[u.name] = _Part(u, section, continuous, leaves)
+    return found
+
+
+def _decoded(job: Job, sections: Mapping[str, Section], shared: Shared) -> Lazy:
+    """Values of units as a reader decodes them."""
+    units = {u.name: u for u in job.model.units}
+
+    def one(name: str) -> Any:
+        u, section = units[name], sections[name]
+        matrix = run([coder(section.tag).decode(section.data, u.matrix_shape, u.dtype, shared)])[0]
+        return from_matrix(u, matrix)
+
+    return Lazy(list(sections), one)
+
+
+class _Tuning:
+    """One job's tuning."""
+
+    def __init__(self, job: Job, outcome: Outcome) -> None:
+        self.job, self.outcome = job, outcome
+        self.shared = replace(load_shared(outcome.tables), objects=load_objects(outcome.objects))
+        self.parts = parts_of(job, outcome.sections, self.shared)
+        self.twin = twin_of(job.model.module)
+        load_values(self.twin, _decoded(job, outcome.sections, self.shared))
+        self.passes = Passes(job, self.twin)
+        groups = [
+            {"params": [t], "lr": 0.0, "first": RATE * max(float(t.detach().abs().mean()), 1e-8)}
+            for p in self.parts.values() for t in p.leaves.values()
+        ]  # fmt: skip
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
+
+    def move(self, rate: float) -> None:
+        """One move at a share of the first rates."""
+        assert self.optimizer is not None  # noqa: S101 (callers have parts)
+        self.optimizer.zero_grad()
+        values = {n: p.values() for n, p in self.parts.items()}
+        self.passes.load({n: v.detach() for n, v in values.items()})
+        _, found = self.passes.gradients(list(values))
+        torch.autograd.backward(list(values.values()), [found[n].to(v.dtype) for n, v in values.items()])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["first"]
+        self.optimizer.step()
+
+    def written(self) -> tuple[dict[str, Section], float]:
+        """Sections as they would be written now, and the KL of that on the correction tokens."""
+        new = {n: p.written() for n, p in self.parts.items()}
+        load_values(self.twin, _decoded(self.job, new, self.shared))
+        return new, self.passes.check()
+
+
+def tune_sections(job: Job, outcome: Outcome) -> Outcome:
+    """The outcome with tuned sections, where that measured better and keeps the cap.
+
+    A number of moves is spent as it is; of a time, what a method itself has used is not taken off.
+    """
+    effort = job.recover
+    assert effort is not None  # noqa: S101 (callers ask first)
+    if is_batches(job.sets.statistics):
+        job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
+        return outcome
+    tuning = _Tuning(job, outcome)
+    if not tuning.parts:
+        job.reporter.note("recovery: no coder of these sections has anything continuous: nothing is tuned")
+        return outcome
+    start = best = tuning.passes.check()
+    kept = outcome.sections
+    with same_again(job.device), job.reporter.step("recovery of continuous values", 1) as advance:
+        clock = Clock(effort, advance)
+        while clock.done < 1:
+            tuning.move(min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+            clock.tick()
+            if not clock.due(_CHECKS, _APART):
+                continue
+            new, kl = tuning.written()
+            sections = {**outcome.sections, **new}
+            if kl < best and job.size(sections, outcome.tables, outcome.objects) <= job.budget:
+                best, kept = kl, sections
+            if not kl < _LOST * start:
+                job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {kl:.4f}): stopped")
+                break
+    names = ", ".join(sorted({coder(p.section.tag).id for p in tuning.parts.values()}))
+    job.reporter.note(
+        f"recovery: {clock.moves} moves of the continuous values of {len(tuning.parts)} units ({names}), KL on the "
+        f"correction tokens {start:.4f} before, {best:.4f} after"
+    )
+    tuning.passes.say_short()
+    stage = {"stage": "continuous", "moves": clock.moves, "kl": best}
+    record = {"tokens": tuning.passes.read, "kl_before": start, "stages": [stage]}
+    if outcome.recovery:  # the method's own
+        own = outcome.recovery
+        record = own | {"tokens": own["tokens"] + record["tokens"], "stages": [*own["stages"], stage]}
+    if kept is outcome.sections:
+        return replace(outcome, recovery=record)
+    plain = outcome.before or (outcome.sections, outcome.tables)
+    return replace(outcome, sections=kept, recovery=record, before=plain, predicted=best)

@@ -1,0 +1,327 @@
+"""Recovery: after coding, move what is stored so that the coded model as a whole is closer to the original.
+
+Rounding minimises one unit's quadratic form at a time. What is left are the errors of all units together, and those
+one backward pass sees: the gradient of the KL to the original at the coded weights. Adam moves along it in two stages
+(`bytecap.recovery.parameters` has what moves):
+
+1. *integers*: the matrices are coded anew, some at a time and in the order of the model, with error feedback as
+   before. In between the targets of all that is not coded yet move, so that what comes later mends what the integers so
+   far have done to the whole model. The price of an integer under the file's tables is part of the loss, and the steps
+   of what is left are steered so that the bytes stay those of the plan.
+2. *values*: codes are frozen; vectors (norms, biases), the step of every matrix and the reconstruction offsets of the
+   classes move. The file keeps its integers and its size. In the first stage they move too.
+
+Each stage is kept only if it measures better on the correction tokens, which are never tuned on, and the second goes
+back to the best that was seen. What is shipped is trimmed to the cap on real bytes, measured once more, and is better
+than the file without recovery, or is that file: recovery never makes it worse there, and the file never grows.
+
+Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block, then what quantization leaves
+continuous; ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for the latter alone. Tried and worse: moving integers
+straight through their rounding (LOG.md).
+Omitted: units under an exception path keep their integers; their layers are tuned in `bytecap.recovery.sections`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bytecap.allocation import correction
+from bytecap.allocation.planner import Planner, State
+from bytecap.calibration.statistics import job_key, windows_key
+from bytecap.errors import UsageError
+from bytecap.methods import Job
+from bytecap.model.batches import is_batches
+from bytecap.model.quantized_copy import load_values
+from bytecap.progress import Advance
+from bytecap.recovery.checkpointing import Course
+from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_move
+from bytecap.recovery.parameters import Live
+from bytecap.system import allocator
+
+RATE = 0.004  # learning rate of targets, in steps of each weight's grid
+VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
+_BETAS = (0.9, 0.95)
+_WARMING = 10  # moves until the full rate
+_LAST = 0.15  # share of the effort that is left for values alone
+_GROUPS = 24  # times that matrices are coded
+_TRIES = 3  # more at the last of them
+_BELOW = 4e-4  # share of the bytes that is left for trimming
+_MOST_STEERING = 0.1  # natural logarithms of a step
+_CHECKS = 12  # times a stage looks at the correction tokens
+_APART = 5  # moves between two looks, at least
+_LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
+_PATIENCE = 3  # checks that may be worse
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to recover: `steps` moves, or `seconds` of them.
+
+    >>> Effort.parse("600"), Effort.parse("10m")
+    (Effort(steps=600, seconds=None), Effort(steps=None, seconds=600.0))
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Effort:
+        """From `600` steps, or a time such as `45s`, `10m`, `1h`.
+
+        Raises:
+            UsageError: it is neither, or nothing.
+        """
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
+        if not found or (not found[2] and "." in found[1]) or float(found[1]) <= 0:
+            raise UsageError(f"--recover {text!r} is neither a number of steps (600) nor a time (45s, 10m, 1h)")
+        if not found[2]:
+            return Effort(steps=int(found[1]))
+        return Effort(seconds=float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
+
+    def share(self, steps: int, seconds: float) -> float:
+        """How much of it is done, 1 when it is spent."""
+        if self.steps is not None:
+            return steps / self.steps if self.steps else 1.0
+        return seconds / (self.seconds or math.inf)
+
+    def part(self, share: float) -> tuple[Effort, Effort]:
+        """It as two: a share, and the rest.
+
+        >>> Effort.parse("10").part(0.85)
+        (Effort(steps=8, seconds=None), Effort(steps=2, seconds=None))
+        """
+        if self.steps is not None:
+            first = round(self.steps * share)
+            return Effort(steps=first), Effort(steps=self.steps - first)
+        whole = self.seconds or 0.0
+        return Effort(seconds=whole * share), Effort(seconds=whole * (1 - share))
+
+
+class Clock:
+    """How much of an effort is done, and when it is time for a look at held-out tokens.
+
+    Attributes:
+        moves: made so far.
+        done: share of the effort, 1 when it is spent.
+        looked: `done` and `moves` at the last look.
+    """
+
+    def __init__(self, effort: Effort, advance: Advance, share: float = 1.0) -> None:
+        """`advance` is told about progress, `share` of it in all."""
+        self._effort, self._share, self._advance = effort, share, advance
+        self._started = time.monotonic()
+        self.moves, self.done, self.looked = 0, effort.share(0, 0.0), (0.0, 0)
+
+    def resume(self, moves: int, seconds: float, looked: tuple[float, int] = (0.0, 0)) -> None:
+        """Go on from so many moves in so many seconds, and from the last look."""
+        self._started -= seconds
+        self.looked = looked
+        self.tick(moves)
+
+    def tick(self, moves: int = 1) -> None:
+        """So many more moves are made."""
+        self.moves += moves
+        before = self.done
+        self.done = min(1.0, self._effort.share(self.moves, self.seconds))
+        self._advance((self.done - before) * self._share)
+
+    def due(self, looks: int, apart: int = 1) -> bool:
+        """Whether to look now: so many times in all, at least so many moves apart, and when all is done."""
+        done, moves = self.looked
+        if self.done < 1 and (self.done - done < 1 / looks or self.moves - moves < apart):
+            return False
+        self.looked = self.done, self.moves
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Since the moves began; time between two runs is left out."""
+        return time.monotonic() - self._started
+
+
+def effort_of(text: str | None) -> Effort | None:
+    """The effort asked for.
+
+    Raises:
+        UsageError: it cannot be understood.
+    """
+    return None if text is None else Effort.parse(text)
+
+
+class _Course:
+    """The moves of one job."""
+
+    def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
+        self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
+        self.passes, self.nats_per_bit = Passes(job, twin), slope / 8
+        effort = [job.recover.steps, job.recover.seconds] if job.recover else []
+        self._kept = Course(job.store) if job.store.directory is None else Course(
+            job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
+            VALUES_RATE, asdict(planner.options), state.steps, "recovery",
+        )  # fmt: skip
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
+            values = correction.unit_values(planner, state)
+            load_values(twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
+
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam over all that moves now."""
+        groups = []
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            rate = RATE if name.startswith("target ") else VALUES_RATE
+            rate *= float(t.abs().mean()) if name.startswith("vector ") else 1.0
+            groups.append({"params": [t], "lr": rate, "first": rate})
+        return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
+
+    def move(self, optimizer: torch.optim.Adam, rate: float) -> float:
+        """One move at a share of the first rates; the mean KL before it."""
+        self.passes.load(self.live.values())
+        kl, found = self.passes.gradients(self.live.names)
+        tensors = {**self.live.values_only(), **self.live.targets()}
+        for name, g in self.live.gradients(found, self.nats_per_bit).items():
+            tensors[name].grad = g
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["first"]
+        optimizer.step()
+        optimizer.zero_grad()
+        return kl
+
+    def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
+        """Put the course into the store, after a group was coded and the rest was moved."""
+
+        def state() -> tuple[dict[str, Tensor], Any]:
+            found = {f"live {n}": t for n, t in self.live.state().items()}
+            for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+                found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
+            return found, [group, clock.moves, clock.seconds, beyond]
+
+        self._kept.put(state)
+
+    def resume(self, optimizer: torch.optim.Adam, clock: Clock, beyond: float) -> tuple[int, float]:
+        """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
+        found = self._kept.get()
+        if found is None:
+            return 0, beyond
+        kept, (group, moves, seconds, beyond) = found
+        device = torch.device(self.job.device)
+        self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
+        self.passes.skip(moves)
+        clock.resume(moves, seconds)
+        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
+        return group, beyond
+
+    def check(self) -> float:
+        """KL on the correction tokens."""
+        self.passes.load(self.live.values())
+        return self.passes.check()
+
+
+def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
+    """Code everything anew, group after group, and move what is left in between."""
+    live = course.live
+    live.melt()
+    groups, optimizer = live.groups(_GROUPS), course.optimizer()
+    total = live.planned(live.matrices)[0]
+    beyond, seen = _BELOW * total, [(0, kl)]
+    first, beyond = course.resume(optimizer, clock, beyond)
+    for number, group in enumerate(groups):
+        if number < first:
+            continue
+        left = [n for rest in groups[number:] for n in rest]
+        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (live.planned(left)[1] / 8 * 1.2)))
+        spent = live.code(group, change)
+        for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
+            if abs(beyond + spent) < _BELOW / 2 * total:
+                break
+            change += (beyond + spent) / (live.planned(group)[1] / 8 * 1.2)
+            spent = live.code(group, change)
+        beyond += spent
+        while clock.done < (number + 1) / len(groups):
+            now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
+            clock.tick()
+            seen.append((clock.moves, now))
+        if not seen[-1][1] < _LOST * kl:
+            course.job.reporter.note(
+                f"recovery diverges after {clock.moves} moves of integers (KL {seen[-1][1]:.4f}): stopped"
+            )
+            live.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
+            break
+        course.keep(optimizer, clock, number + 1, beyond)
+    return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
+
+
+def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
+    """Move what frozen codes leave; goes back to the best that was seen."""
+    job, optimizer = course.job, course.optimizer()
+    best, kept, worse = kl, course.live.snapshot(), 0
+    seen = [(0, kl)]
+    while clock.done < 1:
+        course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+        clock.tick()
+        if not clock.due(_CHECKS, _APART):
+            continue
+        now = course.check()
+        seen.append((clock.moves, now))
+        worse = worse + 1 if not now < _WORSE * best else 0
+        if now < best:
+            best, kept = now, course.live.snapshot()
+        if not now < _LOST * kl or worse >= _PATIENCE:
+            job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {now:.4f}): stopped")
+            break
+    course.live.restore(kept)
+    return {"stage": "values", "kl": best, "checks": seen}
+
+
+def tune(
+    job: Job, planner: Planner, state: State, twin: nn.Module, slope: float
+) -> tuple[State | None, dict[str, Any]]:
+    """The planner with what recovery made of it, settled at about the same bytes; None if nothing measured better.
+
+    With it comes a record of what was done.
+
+    Args:
+        job: names the model, the tokens and the effort.
+        planner: its matrices, vectors and offsets are replaced, for the worse if None is returned.
+        state: what would be shipped without recovery, under the planner's tables.
+        twin: a twin of the model, overwritten.
+        slope: nats per token that a byte buys.
+    """
+    if is_batches(job.sets.statistics):
+        job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
+        return None, {}
+    effort, rules = job.recover, (planner.shared, planner.shrink)
+    assert effort is not None  # noqa: S101 (callers ask first)
+    stages: list[dict[str, Any]] = []
+    with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
+        course = _Course(job, planner, state, twin, slope)
+        start = kl = course.check()
+        most, rest = effort.part(1 - _LAST)
+        for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
+            clock = Clock(part, advance, share)
+            done = stage(course, clock, kl)
+            stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
+            job.reporter.note(
+                f"recovery: {clock.moves} moves of {done['stage']} on about {tokens_of_move(job.device):,} tokens each "
+                f"in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, {done['kl']:.4f} after"
+            )
+            if done["kl"] < kl:
+                kl = done["kl"]
+            elif stage is _integers:
+                job.reporter.note("recovery: the new integers are no better, the old ones are kept")
+                planner.shared, planner.shrink = rules
+                course.live = Live(planner, state, job.device)
+    course.passes.say_short()
+    return course.live.settle() if kl < start else None, {
+        "tokens": course.passes.read,
+        "kl_before": start,
+        "stages": stages,
+    }

@@ -1,0 +1,195 @@
+"""A cache of measured results by content: what was measured on the same bytes is never measured again.
+
+An entry's name is the hash of everything its value depends on, so there is nothing to invalidate: another model,
+another text or another version of the library simply asks for other names. Every file carries a checksum of its name
+and contents; one that does not fit it counts as absent. Files appear whole or not at all (`bytecap.system.atomic`).
+
+>>> import tempfile
+>>> store = Store(Path(tempfile.mkdtemp()))
+>>> key = digest("a model", 3)
+>>> store.get(key) is None, store.put(key, {"kl": 0.5}), store.get(key)
+(True, None, {'kl': 0.5})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import OutputError
+from bytecap.system.atomic import make_directory, replacing, sweep
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+_HASH = 16  # bytes
+_CHUNK = 2**20
+_NAME = rf"[0-9a-f]{{{2 * _HASH}}}\.(?:json|npz)"
+
+
+def _start(name: str) -> hashlib.blake2b:
+    """A checksum that fits one name only: an entry under another one's name counts as damaged."""
+    return hashlib.blake2b(name.encode(), digest_size=_HASH)
+
+
+class _Hashing:
+    """A stream that is hashed as it is written; zip archives need no more than this."""
+
+    def __init__(self, f: BinaryIO, name: str) -> None:
+        self._f = f
+        self.total = _start(name)
+
+    def write(self, data: Any) -> int:
+        """Hash and pass on."""
+        self.total.update(data)
+        return self._f.write(data)
+
+    def flush(self) -> None:
+        """Pass on."""
+        self._f.flush()
+
+    def read(self, _size: int = -1) -> bytes:
+        """Nothing: numpy takes only what can be read for a file."""
+        raise io.UnsupportedOperation
+
+
+def digest(*parts: Any) -> str:
+    """Hash of parts: bytes, arrays, or what JSON can hold (keys sorted)."""
+    total = hashlib.blake2b(digest_size=_HASH)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            head = repr((part.shape, part.dtype.str)).encode()
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        else:
+            head = b""
+            data = memoryview(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+        total.update((len(head) + len(data)).to_bytes(8, "little"))
+        total.update(head)
+        total.update(data)
+    return total.hexdigest()
+
+
+_SHOWN = (
+    "bytecap/report/", "bytecap/cli/", "bytecap_lab/compare/__init__", "bytecap_lab/compare/figures",
+    "bytecap_lab/compare/envelope", "bytecap_lab/thesis/__init__", "bytecap_lab/thesis/evidence",
+    "bytecap_lab/thesis/experiments", "bytecap_lab/thesis/statistics", "bytecap_lab/thesis/verdicts",
+)  # fmt: skip  # beginnings of paths: these judge and show, and measure nothing
+
+
+@cache
+def library() -> str:
+    """Version of this library and hash of its source: results of other code are other results."""
+    from bytecap import __version__
+
+    root = Path(__file__).parents[2]
+    sources: Iterable[Path] = [
+        p
+        for p in sorted([*root.glob("bytecap/**/*.py"), *root.glob("bytecap_lab/**/*.py")])
+        if not p.relative_to(root).as_posix().startswith(_SHOWN)
+    ]
+    return f"{__version__} {digest([[str(p.relative_to(root)), p.read_text('utf-8')] for p in sources])}"
+
+
+class Store:
+    """Entries under a directory; without one, nothing is kept.
+
+    Several runs may share a directory: entries appear whole under their names, and the last one written stays.
+
+    Raises:
+        OutputError: the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: Path | str | None = None) -> None:
+        self.directory = Path(directory) if directory is not None else None
+        self.found = 0  # entries that were there
+        if self.directory is None:
+            return
+        make_directory(self.directory)
+        if not os.access(self.directory, os.W_OK):
+            raise OutputError(f"cannot keep anything in {self.directory}: the directory is not writable")
+        sweep(self.directory, _NAME)
+
+    def _sound(self, name: str) -> BinaryIO | None:
+        """An open file whose checksum fits, at the beginning of its contents; None where there is none."""
+        if self.directory is None:
+            return None
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            f = stack.enter_context((self.directory / name).open("rb"))
+            total, kept = _start(name), f.read(_HASH)
+            while data := f.read(_CHUNK):
+                total.update(data)
+            if kept == total.digest():
+                f.seek(_HASH)
+                stack.pop_all()
+                self.found += 1
+                return f
+        return None
+
+    @contextlib.contextmanager
+    def _write(self, directory: Path, name: str) -> Iterator[_Hashing]:
+        """Where the contents of a file go; its checksum is put in front of them at the end."""
+        with replacing(directory / name, sync=False) as f:
+            f.write(bytes(_HASH))
+            into = _Hashing(f, name)
+            yield into
+            f.seek(0)
+            f.write(into.total.digest())
+
+    @contextlib.contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold a key while its value is made; where files cannot be locked, two processes may make the same value."""
+        if self.directory is None or fcntl is None:
+            yield
+            return
+        path = self.directory / f"{key}.lock"
+        while True:
+            with path.open("w") as f:
+                fcntl.flock(f, fcntl.LOCK_EX)
+                if not (path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino):
+                    continue  # who held it has removed it meanwhile
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+    def get(self, key: str) -> Any:
+        """The JSON value of a key, or None."""
+        f = self._sound(f"{key}.json")
+        if f is None:
+            return None
+        with f:
+            return json.loads(f.read())
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a JSON value."""
+        if self.directory is not None:
+            with self._write(self.directory, f"{key}.json") as f:
+                f.write(json.dumps(value).encode())
+
+    def arrays(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
+        """The arrays of a key by name, or None."""
+        f = self._sound(f"{key}.npz")
+        if f is None:
+            return None
+        with f, np.load(f, allow_pickle=False) as found:
+            return {n: found[n] for n in found.files}
+
+    def put_arrays(self, key: str, values: Arrays) -> None:
+        """Keep arrays by name; they are written one after the other and never copied."""
+        if self.directory is not None:
+            with self._write(self.directory, f"{key}.npz") as f:
+                np.savez(f, **{n: np.asarray(v) for n, v in values.items()})  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""Methods compared at equal bytes on equal tokens: runs in, paired figures out.
+
+Runs are cells of model, method, budget and calibration seed (`cells`), made and kept by `runs`; `pairs` takes
+differences document by document, `envelope` finds bytes at equal quality, `figures` puts all of it into
+`compare.json`. Whoever needs other cells asks `run_cells`: what is finished is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bytecap.errors import UsageError
+from bytecap.model.sources import Paths, named
+from bytecap.progress import Reporter, Silent
+from bytecap.report.plain import finite, write_figures
+from bytecap.system.atomic import make_directory
+from bytecap_lab.compare.figures import summarize
+from bytecap_lab.compare.specs import Cell, External, Setting, grid, read_external, read_method
+
+METHODS = ("bytecap", "golf", "owq", "radio", "uniform")
+BUDGETS = ("3bpp", "3.5bpp", "4bpp", "5bpp")
+TOKENS, EVALUATION_TOKENS = 16_384, 16_384
+
+
+def compare(
+    models: Sequence[Path | str] | Path | str,
+    output: Path | str | None = None,
+    *,
+    budgets: Sequence[str | int] = BUDGETS,
+    methods: Sequence[str] = METHODS,
+    seeds: int | Sequence[int] = 1,
+    externals: Sequence[str | External] = (),
+    calibration: Paths = None,
+    evaluation: Paths = None,
+    tokens: int = TOKENS,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    window: int = 512,
+    device: str = "auto",
+    jobs: int = 1,
+    store: Path | str | None = None,
+    report: Path | str | None = None,
+    command: str = "",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Every method, budget and calibration seed on every model; the members are described in docs/compare.md.
+
+    Args:
+        models: Hugging Face directories, hub ids, or `demo`.
+        output: directory for `runs.jsonl`, `compare.json`, `compare.html` and the statistics; None keeps nothing.
+        budgets: sizes, or bits per parameter (`3.5bpp`).
+        methods: names, with options as in `owq:published`; differences are taken to the first one.
+        seeds: number of calibration seeds, or which.
+        externals: `NAME:DIR:BYTES` of models somebody else made.
+        calibration: text files; the embedded text if None.
+        evaluation: text files, one for each workload; the embedded text if None.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens for evaluation.
+        window: predicted tokens in a window.
+        device: `auto`, `cpu` or `cuda`.
+        jobs: processes.
+        store: directory of statistics; `output`/store by default.
+        report: page to write besides or instead of `output`/compare.html.
+        command: for the record.
+        reporter: told about progress.
+
+    Raises:
+        BytecapError: an unknown name, or a run that failed; finished runs are kept.
+    """
+    from bytecap.pipeline.fit import choose_device
+    from bytecap_lab.compare.runs import model_of, run_cells
+
+    reporter = reporter or Silent()
+    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
+    if not names or not methods or not budgets:
+        raise UsageError("there is nothing to compare: give at least one model, one method and one budget")
+    for method in methods:
+        read_method(method)
+    others = [e if isinstance(e, External) else read_external(e, names) for e in externals]
+    calib, held = named(calibration, evaluation, reporter)
+    setting = Setting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
+    directory = make_directory(output) if output is not None else None
+    drawn = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    cells = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])
+    cells += [Cell(e.model, e.name, e.bytes, directory=e.directory) for e in others]
+    kept = Path(store) if store is not None else directory and directory / "store"
+    records = run_cells(
+        cells, setting, path=directory and directory / "runs.jsonl", store=kept, jobs=jobs, command=command,
+        reporter=reporter,
+    )  # fmt: skip
+    return _write(summarize(records), directory, report, reporter)
+
+
+def render(
+    runs: Path | str, output: Path | str | None = None, *, report: Path | str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures and the page of finished runs from their JSON lines alone; later lines replace equal earlier ones.
+
+    Raises:
+        UsageError: the file holds no run.
+    """
+    from bytecap_lab.compare.runs import read_lines
+
+    records = read_lines(Path(runs))
+    if not any(r["record"] == "run" for r in records):
+        raise UsageError(f"{runs} holds no runs")
+    return _write(
+        summarize(records), (make_directory(output) if output is not None else None), report, reporter or Silent()
+    )
+
+
+def _write(
+    found: dict[str, Any], directory: Path | None, report: Path | str | None, reporter: Reporter
+) -> dict[str, Any]:  # fmt: skip
+    """Write `compare.json` and the page; returns the figures as JSON can hold them."""
+    from bytecap.report.comparison import page
+
+    clean: dict[str, Any] = finite(found)
+    for path in write_figures(clean, page, directory, "compare", report):
+        reporter.note(f"wrote {path}")
+    return clean

@@ -1,0 +1,286 @@
+"""Runs of cells: one JSON line each, skipped where they are there already, several at a time if asked.
+
+Every process keeps the model and the token sets it used last; statistics go through a store that all share. The file
+of lines is written by one process only. A cell's key is the hash of all that its result depends on (the library's
+source, without what only shows results, included), so a line is never taken for another run's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bytecap.calibration.probe import longest_first
+from bytecap.calibration.statistics import model_key, windows_key
+from bytecap.errors import BudgetError, CheckpointError, OutputError
+from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.evaluation import ByWindow, compare
+from bytecap.model.sources import load_sets
+from bytecap.model.texts import TokenSets
+from bytecap.pipeline.fit import Artifact, fit_sets
+from bytecap.progress import Reporter, Silent
+from bytecap.report.plain import finite
+from bytecap.system.cache import Store, digest, library
+from bytecap_lab.compare.specs import Cell, Setting, read_method
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell with what a process needs to run it."""
+
+    cell: Cell
+    setting: Setting
+    store: Path | None
+    command: str
+    key: str
+    order: int
+
+
+@lru_cache(maxsize=1)
+def model_of(path: str) -> Model:
+    """A model, kept until another one is asked for."""
+    return load_model(path)
+
+
+@lru_cache(maxsize=1)
+def _sets(path: str, seed: int, setting: Setting) -> TokenSets:
+    return load_sets(
+        model_of(path), setting.calibration or None, setting.evaluation or None, window=setting.window,
+        tokens=setting.tokens, evaluation_tokens=setting.evaluation_tokens, seed=seed, reporter=Silent(),
+    )  # fmt: skip
+
+
+def directory_key(directory: str) -> str:
+    """Hash of the weights and the config of a directory, file by file."""
+    names = sorted(p for p in Path(directory).iterdir() if p.suffix in {".safetensors", ".json"})
+    return digest([[p.name, file_key(p)] for p in names])
+
+
+def file_key(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: str) -> Iterator[Task]:
+    """Every cell with its key."""
+    hashes: dict[str, str] = {}
+    for order, cell in enumerate(cells):
+        if cell.model not in hashes:
+            hashes[cell.model] = model_key(model_of(cell.model))
+        sets = _sets(cell.model, cell.seed, setting)
+        parts: list[Any] = [hashes[cell.model], cell.method, cell.budget, setting.device]
+        parts += [windows_key([w for t in sets.evaluation for w in t.windows]), [t.name for t in sets.evaluation]]
+        if cell.directory:
+            parts += [directory_key(cell.directory)]
+        else:
+            own = cell.method.partition(":")[0]
+            parts += [file_key(Path(own))] if own.endswith(".py") else []
+            parts += [cell.seed, windows_key(sets.statistics), windows_key(sets.correction)]
+        yield Task(cell, setting, store, command, digest(library(), *parts), order)
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a file; a line that was cut off counts as absent.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    try:
+        text = path.read_text("utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as exc:
+        raise OutputError(f"cannot read the runs in {path}: {exc}") from exc
+    found = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "record" in record:
+            found.append(record)
+    return found
+
+
+def append(path: Path | None, records: Sequence[Record]) -> None:
+    """Add records to a file of lines; one that was cut off is left behind on a line of its own."""
+    if path is None or not records:
+        return
+    try:
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as f:
+            f.write("\n" * torn + "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in records))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    setting: Setting,
+    *,
+    path: Path | None = None,
+    store: Path | None = None,
+    jobs: int = 1,
+    command: str = "",
+    reporter: Reporter | None = None,
+) -> list[Record]:
+    """Records of cells and of the texts they were evaluated on, run where they are missing.
+
+    Args:
+        cells: what to run.
+        setting: of all of them.
+        path: file of JSON lines; finished cells are taken from it, new ones appended.
+        store: directory of statistics.
+        jobs: processes.
+        command: for the record.
+        reporter: told about progress.
+
+    Raises:
+        BytecapError: a cell failed for another reason than its budget; what is finished is in the file.
+    """
+    reporter = reporter or Silent()
+    known = {r["key"]: r for r in (read_lines(path) if path is not None else [])}
+    wanted = list(tasks(cells, setting, store, command))
+    missing = [t for t in wanted if t.key not in known]
+    if len(missing) < len(wanted):
+        reporter.note(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {path} already")
+    with reporter.step("runs", max(1, len(missing))) as advance:
+        for records in _results(missing, jobs):
+            fresh = [r for r in records if r["key"] not in known]
+            known |= {r["key"]: r for r in fresh}
+            append(path, fresh)
+            advance(1)
+    model_of.cache_clear()
+    _sets.cache_clear()
+    runs = [known[t.key] | {"order": t.order} for t in wanted]
+    return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
+
+
+def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
+    """Records as they are finished."""
+    if jobs <= 1 or len(missing) <= 1:
+        for task in missing:
+            yield run(task)
+        return
+    model_of.cache_clear()
+    _sets.cache_clear()
+    threads = max(1, torch.get_num_threads() // jobs)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    try:
+        futures: list[Future[list[Record]]] = [pool.submit(run, task) for task in missing]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run(task: Task) -> list[Record]:
+    """The record of a cell, behind that of its texts."""
+    cell, started, cpu = task.cell, time.perf_counter(), time.process_time()
+    model, sets = model_of(cell.model), _sets(cell.model, cell.seed, task.setting)
+    record: Record = {
+        "record": "run", "key": task.key, "order": task.order, "model": cell.model, "method": cell.method,
+        "budget_bytes": cell.budget,
+        "seed": None if cell.directory else cell.seed, "setting": asdict(task.setting), "command": task.command,
+        "host": host(task.setting.device), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    try:
+        found, windows = _external(task, model, sets) if cell.directory else _fitted(task, model, sets)
+    except BudgetError as exc:
+        return [record | {"refused": str(exc), "floor_bytes": exc.floor}]
+    texts = _texts(model, sets, windows)
+    record |= found | {"texts_key": texts["key"]}
+    record["texts"] = [{"name": t.name, "kl": _short(w.kl), "nats": _short(w.nats)}
+                       for t, w in zip(sets.evaluation, windows, strict=True)]  # fmt: skip
+    record |= {"seconds": round(time.perf_counter() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+    return [texts, record]
+
+
+def _fitted(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
+    cell, way = task.cell, read_method(task.cell.method)
+    result: Artifact = fit_sets(
+        lambda: model, cell.budget, lambda _: sets, method=way.name, device=task.setting.device, seed=cell.seed,
+        paths=way.paths, options=dict(way.options), store=Store(task.store), reporter=Silent(),
+    )  # fmt: skip
+    kept = {k: v for k, v in result.report.items() if k in _KEPT}
+    return {**kept, "file_sha256": hashlib.sha256(result.data).hexdigest()}, result.windows
+
+
+_KEPT = (
+    "file_bytes", "plan", "lossless", "parameters", "bits_per_parameter", "predicted_delta_nats", "slope_nats_per_byte",
+    "duality_gap_nats", "floor_bytes", "ideal_bytes", "statistics_tokens", "correction_tokens", "evaluation_tokens",
+    "same_top1", "paths",
+)  # fmt: skip
+
+
+def _external(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
+    cell, device = task.cell, task.setting.device
+    other = load_model(cell.directory)
+    ours, theirs = model.config().get("vocab_size"), other.config().get("vocab_size")
+    if ours != theirs:
+        raise CheckpointError(f"{cell.directory} has a vocabulary of {theirs} tokens, {cell.model} one of {ours}")
+    model.module.to(device)
+    other.module.to(device)
+    parts = [compare(model.module, other.module, t, device=device) for t in sets.evaluation]
+    found = {
+        "external": cell.directory, "file_bytes": cell.budget, "parameters": model.parameters,
+        "bits_per_parameter": 8 * cell.budget / max(1, model.parameters),
+        "evaluation_tokens": sum(p.tokens for p in parts), "same_top1": sum(p.same_top1 for p in parts) / len(parts),
+    }  # fmt: skip
+    return found, [p.windows for p in parts if p.windows is not None]
+
+
+def _texts(model: Model, sets: TokenSets, windows: Sequence[ByWindow]) -> Record:
+    """What all runs on the same evaluation tokens have in common."""
+    texts = [
+        {
+            "name": t.name, "tokens": w.tokens.astype(int).tolist(), "bytes": w.bytes.astype(int).tolist(),
+            "original": _short(w.original), "documents": [x.document for x in longest_first(t.windows)],
+        }
+        for t, w in zip(sets.evaluation, windows, strict=True)
+    ]  # fmt: skip
+    key = digest("texts", model.name, *[[t["name"], t["tokens"], t["bytes"], t["documents"]] for t in texts],
+                 windows_key([w for t in sets.evaluation for w in t.windows]))  # fmt: skip
+    return {"record": "texts", "key": key, "model": model.name, "parameters": model.parameters, "texts": texts}
+
+
+def _short(values: Any) -> list[float]:
+    """Nine digits: enough for differences, half the bytes."""
+    return [float(f"{v:.9g}") for v in values]
+
+
+def host(device: str) -> str:
+    """The machine, for the record."""
+    name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> Mapping[str, str]:
+    """Of what numbers may depend on."""
+    names = ("torch", "numpy", "transformers")
+    return {"bytecap": library(), "python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def command_line() -> str:
+    """The command that is being run, as it was typed."""
+    import shlex
+
+    name = Path(sys.argv[0]).name
+    return shlex.join(["bytecap" if name == "__main__.py" else name, *sys.argv[1:]])

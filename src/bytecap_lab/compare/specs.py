@@ -1,0 +1,176 @@
+"""What a comparison is made of: methods with their options, budgets, and cells to be run.
+
+A method is written `NAME`, `NAME:coded`, `NAME:published`, or `NAME:option=value:option=value`; NAME may be
+`FILE.py:CALLABLE`. A budget is a size, or bits per parameter such as `3.5bpp`.
+
+>>> read_method("owq:published").options, read_method("golf:coder=brotli:lowrank_bits=4").options
+({'accounting': 'published'}, {'coder': 'brotli', 'lowrank_bits': 4})
+>>> read_budget("600kB", 1_000_000), read_budget("3.5bpp", 1_000_000)
+(600000, 437500)
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bytecap import methods
+from bytecap.errors import UsageError
+from bytecap.sizes import parse_size
+
+ACCOUNTED = ("owq", "radio", "cluscomp", "reallm")  # methods that have a published accounting besides the coded one
+_ACCOUNTINGS = ("coded", "published")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method as it is run.
+
+    Attributes:
+        name: of the method.
+        options: of the job.
+        paths: exception paths it may choose from, None for its default menu.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    paths: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells have in common.
+
+    Attributes:
+        calibration: text files; none for the embedded text.
+        evaluation: text files; none for the embedded text.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens for evaluation.
+        window: predicted tokens in a window.
+        device: `cpu` or `cuda`.
+    """
+
+    calibration: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    tokens: int
+    evaluation_tokens: int
+    window: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: `method` on `model` under `budget` bytes with a calibration seed.
+
+    Attributes:
+        directory: of a model somebody else made, `method` being its name and `budget` its size; empty for a method.
+    """
+
+    model: str
+    method: str
+    budget: int
+    seed: int = 0
+    directory: str = ""
+
+
+@dataclass(frozen=True)
+class External:
+    """A model that somebody else made smaller: evaluated as it is, at the size it is said to have."""
+
+    name: str
+    directory: str
+    bytes: int
+    model: str = ""
+
+
+def read_method(text: str) -> Way:
+    """A method and its options.
+
+    Raises:
+        UsageError: an unknown method or option.
+    """
+    words = text.split(":")
+    count = 2 if words[0].endswith(".py") else 1
+    name, options = ":".join(words[:count]), dict[str, Any]()
+    methods.find(name)
+    for word in words[count:]:
+        key, equals, value = word.partition("=")
+        if not equals:
+            if word not in _ACCOUNTINGS or name not in ACCOUNTED:
+                raise UsageError(
+                    f"cannot read {text!r}: {word!r} is no option=value (coded and published are for "
+                    f"{', '.join(ACCOUNTED)})"
+                )
+            key, value = "accounting", word
+        options[key] = _literal(value)
+    paths = options.pop("paths", None)
+    menu = None if paths is None else methods.menu_of(str(paths).split("+"), name)
+    if name == "bytecap":
+        _check_ingredients(options, text)
+    return Way(name, options, menu)
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(value.lower(), value)
+
+
+def _check_ingredients(options: dict[str, Any], text: str) -> None:
+    from bytecap.quantization.quantizer import Options
+
+    known = [f.name for f in fields(Options)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UsageError(f"cannot read {text!r}: method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
+
+
+def read_budget(text: str | int, parameters: int) -> int:
+    """Bytes of a size, or of bits per parameter (`3.5bpp`)."""
+    if isinstance(text, str) and text.strip().lower().endswith("bpp"):
+        try:
+            return max(1, int(float(text.strip()[:-3]) * parameters / 8))
+        except (ValueError, OverflowError) as exc:
+            raise UsageError(f"cannot read the budget {text!r}: use 3000000, 3MB, 3MiB or 3.5bpp") from exc
+    return parse_size(text)
+
+
+def read_external(text: str, models: Sequence[str]) -> External:
+    """`NAME:DIR:BYTES`, with `:MODEL` behind it where several models are compared.
+
+    Raises:
+        UsageError: it cannot be read, the directory is missing, or which model is meant is not said.
+    """
+    model, rest = "", text
+    for name in models:
+        if text.endswith(":" + name):
+            model, rest = name, text[: -len(name) - 1]
+    if not model:
+        if len(models) > 1:
+            raise UsageError(f"cannot read {text!r}: with several models give NAME:DIR:BYTES:MODEL")
+        model = models[0]
+    name, _, behind = rest.partition(":")
+    directory, _, size = behind.rpartition(":")
+    if not name or not directory:
+        raise UsageError(f"cannot read {text!r}: use NAME:DIR:BYTES, BYTES being the real size, such as 3MB")
+    if not Path(directory).is_dir():
+        raise UsageError(f"no model at {directory}: the directory of {name} does not exist")
+    return External(name, directory, parse_size(size), model)
+
+
+def grid(
+    models: Sequence[str], ways: Sequence[str], budgets: Sequence[str | int], seeds: Sequence[int],
+    parameters: Sequence[int],
+) -> list[Cell]:  # fmt: skip
+    """All cells, ordered so that neighbours want different statistics and equal models."""
+    return [
+        Cell(model, way, size, seed)
+        for model, count in zip(models, parameters, strict=True)
+        for seed in seeds
+        for size in sorted({read_budget(b, count) for b in budgets})
+        for way in ways
+    ]

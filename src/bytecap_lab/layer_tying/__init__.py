@@ -1,0 +1,273 @@
+"""Fewer stored blocks: a trained model becomes one whose layers share them, and goes on as an ordinary directory.
+
+`tie` decides which layers share a block (a loop, or a search), starts the shared blocks and their low-rank parts from
+the original, uptrains by distillation, and writes a directory that `fit`, `eval` and `load_model` take as it is
+(`bytecap.model.tying` says what is in it).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bytecap.calibration.statistics import environment, model_key, windows_key
+from bytecap.errors import UsageError
+from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.evaluation import kl_to
+from bytecap.model.sources import WINDOW, Paths, as_paths, encoder, window_limit
+from bytecap.model.texts import Window, load_text
+from bytecap.model.tying import FILE, Tying, find_blocks
+from bytecap.pipeline.fit import choose_device
+from bytecap.progress import Reporter, Silent
+from bytecap.recovery.checkpointing import Course
+from bytecap.recovery.tuning import Effort
+from bytecap.system.atomic import make_directory, write_atomically
+from bytecap.system.cache import Store
+from bytecap_lab.layer_tying import dlt, greedy
+from bytecap_lab.layer_tying.start import INITS, divisors, loop, ranks_for, tied
+from bytecap_lab.layer_tying.uptrain import RATE, Uptraining, split, uptrain
+
+SEARCHES = ("greedy", "dlt")
+TOKENS = 2**23  # most of the training tokens that are read
+STEPS = "600"
+RANK = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to share, checked against the model.
+
+    Attributes:
+        start: the model with nothing shared; its ranks are those of low-rank parts.
+        blocks: how many are to be left.
+        init: how shared blocks start.
+        search: `greedy`, `dlt`, or None for a loop.
+    """
+
+    start: Tying
+    blocks: int
+    init: str
+    search: str | None
+
+    @staticmethod
+    def of(model: Model, blocks: int, init: str, rank: int, search: str | None) -> Plan:
+        """Check options against a model.
+
+        Raises:
+            UsageError: an option is unknown, or the number of blocks does not fit the depth.
+            CheckpointError: the model has no blocks that can be tied.
+        """
+        if init not in INITS:
+            raise UsageError(f"unknown --init {init!r}: use {', '.join(INITS)}")
+        if search is not None and search not in SEARCHES:
+            raise UsageError(f"unknown --search {search!r}: use {', '.join(SEARCHES)}")
+        if rank < 0:
+            raise UsageError(f"--lora-rank {rank} is below 0")
+        if search is not None and init == "stepwise":
+            raise UsageError("--init stepwise is for loops: layers found by --search need average or lower")
+        if FILE in model.files:
+            raise UsageError(f"{model.name} is tied already: start from the original")
+        path, layers = find_blocks(model.module, model.name)
+        depth = len(layers)
+        if not 1 <= blocks < depth:
+            raise UsageError(f"--blocks {blocks}: {path} has {depth} layers, so 1 to {depth - 1} can be left")
+        if search is None and depth % blocks:
+            fits = ", ".join(map(str, divisors(depth)))
+            raise UsageError(
+                f"--blocks {blocks} does not divide the {depth} layers of {path}: use one of {fits} (or --search)"
+            )
+        return Plan(Tying(path, tuple(range(depth)), ranks_for(model.module, rank)), blocks, init, search)
+
+
+def tie(
+    model: Model | Path | str,
+    blocks: int,
+    output: Path | str,
+    *,
+    init: str = "average",
+    rank: int = RANK,
+    train: Paths = None,
+    steps: str = STEPS,
+    search: str | None = None,
+    search_steps: str | None = None,
+    labels: float = 0.0,
+    rate: float = RATE,
+    window: int = WINDOW,
+    seed: int = 0,
+    device: str = "auto",
+    store: Path | str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Convert a trained model into one with fewer stored blocks; returns the report. Writes nothing before the end.
+
+    Args:
+        model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
+        blocks: stored blocks that are left.
+        output: directory to write.
+        init: `stepwise`, `average` or `lower`, see `bytecap_lab.layer_tying.start`.
+        rank: of every layer's own low-rank parts, 0 for none.
+        train: text files to uptrain on; the embedded text if None.
+        steps: moves (`600`) or time (`10m`) of uptraining.
+        search: `greedy`, `dlt`, or None for a loop.
+        search_steps: moves or time of the search; as `steps` if None.
+        labels: share of the text's own next tokens in the loss, the rest is the KL to the original.
+        rate: first learning rate.
+        window: predicted tokens in a window.
+        seed: of every random choice.
+        device: `auto`, `cpu` or `cuda`.
+        store: directory in which the search and the uptraining are kept from time to time, so that a killed run can be
+            started again and goes on from there; nothing is kept if None.
+        reporter: told about progress.
+
+    Raises:
+        BytecapError: an option does not fit the model, the model cannot be tied, the text is too short.
+    """
+    reporter = reporter or Silent()
+    target, effort = choose_device(device), _effort(steps, "--steps")
+    looking = _effort(search_steps or steps, "--search-steps")
+    _check(rate, labels)
+    loaded = model if isinstance(model, Model) else load_model(model)
+    plan = Plan.of(loaded, blocks, init, rank, search)
+    directory, kept = make_directory(output), Store(store)
+    pool = read(loaded, train, window=window, seed=seed, reporter=reporter)
+    what = str(as_paths(train)[0]) if as_paths(train) else "the embedded text"
+    windows, held, measured = split(pool, 2, target, what)
+    loaded.module.to(target)
+    course = Course(kept) if store is None else Course(
+        kept, environment(target), torch.get_num_threads(), model_key(loaded), windows_key(pool), seed, rate, init, rank
+    )  # fmt: skip
+    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter, course)
+    student = tied(loaded.module, tying, init)
+    found = uptrain(
+        loaded.module, student, windows, held, effort, device=target, seed=seed, rate=rate, labels=labels,
+        reporter=reporter, course=course.under("uptraining", tying.sources, astuple(effort), labels),
+    )  # fmt: skip
+    _say(found, windows, reporter)
+    write(student, {**loaded.files, FILE: tying.dump()}, loaded, directory)
+    return report(loaded, tying, found, directory, held, target) | trace | {"seed": seed, "init": init, "rank": rank}
+
+
+def _check(rate: float, labels: float) -> None:
+    if not 0 < rate < math.inf:
+        raise UsageError(f"--rate {rate:g} is no learning rate")
+    if not 0 <= labels <= 1:
+        raise UsageError(f"--labels {labels} is no share: use 0 to 1")
+
+
+def _effort(text: str, option: str) -> Effort:
+    try:
+        return Effort.parse(text)
+    except UsageError as exc:
+        raise UsageError(str(exc).replace("--recover", option)) from None
+
+
+def read(model: Model, texts: Paths, *, window: int, seed: int, reporter: Reporter) -> list[Window]:
+    """Windows of the training texts in a random order, none twice."""
+    paths = as_paths(texts)
+    if not paths:
+        reporter.note("warning: no --train given: the embedded SQLite documentation stands in")
+        paths = [demo_directory() / "calib.txt"]
+    return shuffled(windows_of(model, paths, window), seed)
+
+
+def windows_of(model: Model, paths: Sequence[Path], window: int) -> list[Window]:
+    """Windows of texts, none twice."""
+    encode, length = encoder(model.files), window_limit(model, window)
+    return list(
+        {w.tokens: w for p in paths for w in load_text(p, encode, window=length, limit=TOKENS).windows}.values()
+    )
+
+
+def shuffled(windows: Sequence[Window], seed: int) -> list[Window]:
+    """As many as there is use for, in a random order."""
+    pool = list(windows)
+    random.Random(seed).shuffle(pool)  # noqa: S311 (sampling, not cryptography)
+    ends = accumulate(w.predicted for w in pool)
+    return [w for w, end in zip(pool, ends, strict=True) if end <= TOKENS]
+
+
+def decide(
+    plan: Plan,
+    model: Model,
+    train: Sequence[Window],
+    held: Sequence[Window],
+    effort: Effort,
+    device: str,
+    seed: int,
+    rate: float,
+    reporter: Reporter,
+    course: Course | None = None,
+) -> tuple[Tying, dict[str, Any]]:
+    """Which layers share a block, and how that was found; a search goes on from what `course` kept."""
+    if plan.search is None:
+        return Tying(plan.start.blocks, loop(len(plan.start.sources), plan.blocks), plan.start.ranks), {}
+    course = (course or Course(Store())).under(plan.search, plan.blocks, astuple(effort))
+    with reporter.step(f"search ({plan.search})", 1) as advance:
+        if plan.search == "greedy":
+            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate, course)
+            tying, merges = looking.run(plan.blocks, effort, advance)
+            trace: dict[str, Any] = {"merges": greedy.as_dicts(merges)}
+        else:
+            learning = dlt.Search(model.module, plan.start, train, device, seed, rate, course)
+            tying = learning.run(plan.blocks, effort, advance)
+            trace = {"visited": len(learning.visited), "actions": sum(map(len, learning.visited.values()))}
+    reporter.note(f"search ({plan.search}): layers read blocks {list(tying.sources)}")
+    return tying, {"search": plan.search, **trace}
+
+
+def _say(found: Uptraining, train: Sequence[Window], reporter: Reporter) -> None:
+    times = found.tokens / sum(w.predicted for w in train)
+    again = f", the text {times:.1f} times" if times > 1 else ""
+    reporter.note(
+        f"uptraining: {found.moves} moves over {found.tokens:,} tokens{again} in {found.seconds:.0f} s, KL on held-out "
+        f"tokens {found.kl_start:.4f} before, {found.kl:.4f} after"
+    )
+
+
+def write(student: nn.Module, files: dict[str, bytes], model: Model, directory: Path) -> None:
+    """A directory with every shared tensor once, in the dtypes of the original `model`; `files` beside the weights."""
+    from safetensors.torch import save
+
+    dtypes = _dtypes(model)
+    live = student.state_dict()
+    tensors = {
+        u.name: live[u.name].detach().cpu().to(_dtype_of(u.name, dtypes, live)).contiguous()
+        for u in find_units(student)
+    }
+    for name, content in files.items():
+        write_atomically(content, directory / name)
+    write_atomically(save(tensors, metadata={"format": "pt"}), directory / "model.safetensors")
+
+
+def _dtypes(model: Model) -> dict[str, torch.dtype]:
+    known = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
+    return {n: known.get(u.dtype, torch.float32) for u in model.units for n in (u.name, *u.aliases)}
+
+
+def _dtype_of(name: str, dtypes: dict[str, torch.dtype], live: dict[str, torch.Tensor]) -> torch.dtype:
+    """The original's dtype; of a low-rank part that of the linear map it belongs to."""
+    if not live[name].is_floating_point():
+        return live[name].dtype
+    return dtypes.get(name) or dtypes[name.rpartition(".")[0].rpartition(".")[0] + ".weight"]
+
+
+def report(
+    model: Model, tying: Tying, found: Uptraining, directory: Path, held: Sequence[Window], device: str
+) -> dict[str, Any]:
+    """Figures of a conversion, the KL measured on what was written."""
+    back = load_model(directory)
+    return {
+        "model": model.name, "directory": str(directory), "blocks": tying.blocks, "depth": len(tying.sources),
+        "unique": tying.unique, "sources": list(tying.sources), "ranks": tying.ranks,
+        "parameters_before": model.parameters, "parameters": back.parameters,
+        "kl_written": kl_to(model.module, back.module.to(device), held, device=device)[0],
+        "uptraining": dict(found.__dict__),
+    }  # fmt: skip

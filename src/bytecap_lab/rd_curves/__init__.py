@@ -1,0 +1,228 @@
+"""Byte-return curves: what the next byte buys on each exception path, at one budget's operating point.
+
+Every path starts from the same base (`bytecap_lab.rd_curves.base`), promises bytes and nats for every unit
+(`curves.trial`), is given amounts of bytes to spend over the whole model (`curves.choose`), and is measured on real
+sections that were decoded again (`curves.points`). Finer steps of whole tensors are the yardstick.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bytecap.allocation.correction import role_name
+from bytecap.model.evaluation import ByWindow
+from bytecap.model.texts import Window, leading
+from bytecap.progress import Reporter, Silent
+from bytecap.system.atomic import make_directory
+from bytecap.system.cache import Store
+from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
+from bytecap_lab.rd_curves.operating_point import Ground, check_base, lay, make_job
+from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
+from bytecap_lab.rd_curves.report import agreement, base_figures, ninety, point, verdict, yardstick
+from bytecap_lab.rd_curves.trial import STEP, Offer, known, offers
+
+if TYPE_CHECKING:
+    from bytecap.model.checkpoint import Model
+    from bytecap.model.sources import Paths
+
+SCHEMA = 1
+AMOUNTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+TOP = 0.1  # most bytes a path is given, as a share of the base
+TOKENS, EVALUATION_TOKENS, POINT_TOKENS, POINTS = 32_768, 8_192, 4_096, 64
+
+Offers = dict[str, dict[str, list[Offer]]]
+
+
+def byte_returns(
+    model: Model | Path | str,
+    budget: int | str,
+    output: Path | str | None = None,
+    *,
+    base: str = "grid",
+    paths: Sequence[str] | None = None,
+    calibration: Paths = None,
+    evaluation: Paths = None,
+    device: str = "auto",
+    seed: int = 0,
+    tokens: int = TOKENS,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    point_tokens: int = POINT_TOKENS,
+    points: int = POINTS,
+    window: int = 512,
+    store: Path | str | None = None,
+    report: Path | str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Byte-return curves of every path at a budget; the members are described in docs/curves.md.
+
+    Args:
+        model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
+        budget: bytes, or text such as `3MB`.
+        output: directory for `curves.json` and `curves.html`, or None.
+        base: `grid` (the default method's plan) or `golf`.
+        paths: their names; all by default. `step`, the yardstick, is always measured.
+        calibration: text files for statistics and single-unit points; the embedded text if None.
+        evaluation: text files for whole-model points; the embedded text if None.
+        device: `auto`, `cpu` or `cuda`.
+        seed: of every random choice.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens of whole-model points.
+        point_tokens: most tokens of single-unit points.
+        points: single-unit points to measure.
+        window: predicted tokens in one.
+        store: directory of measured points; `output`/store by default.
+        report: page to write; `output`/curves.html by default.
+        reporter: told about progress.
+
+    Raises:
+        BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
+    """
+    from bytecap.model.checkpoint import Model, load_model
+    from bytecap.model.sources import CORRECTION_TOKENS, load_sets
+    from bytecap.pipeline.fit import choose_device
+    from bytecap.sizes import parse_size
+
+    reporter = reporter or Silent()
+    base, names, limit, target = check_base(base), known(paths), parse_size(budget), choose_device(device)
+    directory = make_directory(output) if output is not None else None
+    loaded = model if isinstance(model, Model) else load_model(model)
+    sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,
+                     evaluation_tokens=evaluation_tokens, correction_tokens=max(point_tokens, CORRECTION_TOKENS),
+                     seed=seed, reporter=reporter)  # fmt: skip
+    loaded.module.to(target)
+    cache = Store(store if store is not None else directory and directory / "store")
+    ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
+    found = _curves(ground, names, leading(sets.correction, point_tokens), points, cache)
+    found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
+    found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
+    _write(found, directory, Path(report) if report is not None else None, reporter)
+    return found
+
+
+def _write(found: dict[str, Any], directory: Path | None, report: Path | None, reporter: Reporter) -> None:
+    """Write the figures, and the page beside them or where it is wanted."""
+    from bytecap.report.curves import page
+    from bytecap.report.plain import finite, write_figures
+
+    files = write_figures(finite(found), page, directory, "curves", report)
+    if files:
+        reporter.note(f"wrote {' and '.join(map(str, files))}")
+
+
+def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points: int, store: Store) -> dict[str, Any]:
+    """Everything measured, as plain dictionaries."""
+    reporter, seed = ground.job.reporter, ground.job.seed
+    texts = [w for t in ground.job.sets.evaluation for w in t.windows]
+    promised: Offers = {}
+    with reporter.step("predicted curves", len(names) * len(ground.base.problems)) as advance:
+        for name in names:
+            promised[name] = offers(ground, name, store, advance)
+    skipped = {n: sum(not o for o in promised[n].values()) for n in names}
+    for name, count in skipped.items():
+        if count:
+            reporter.note(f"path {name} cannot apply to {count} of {len(ground.base.problems)} matrices")
+    plans = {n: _plans(ground, bundled(promised[n])) for n in names}
+    flat = [(n, p) for n in names for p in plans[n]]
+    on_texts, on_held = at_base(ground, texts, store), at_base(ground, held, store)
+    with reporter.step("whole model", max(1, len(flat))) as advance:
+        measured = measure(ground, [_pick(n, list(p.values())) for n, p in flat], texts, store, advance)
+    whole: dict[str, list[tuple[dict[str, Offer], Measured]]] = {n: [] for n in names}
+    for (n, p), m in zip(flat, measured, strict=True):
+        whole[n].append((p, m))
+    sample = _sample(promised, points, seed)
+    with reporter.step("single units", max(1, len(sample))) as advance:
+        singles = measure(ground, [_pick(o.path, [o]) for o in sample], held, store, advance)
+    steps = [m for _, m in whole[STEP]]
+    return {
+        "base": base_figures(on_texts) | {"kl_held_out": base_figures(on_held)["kl_nats"]},
+        "lambda": yardstick(steps, on_texts),
+        "paths": {
+            n: _path(n, ground, promised[n], whole[n], steps, on_texts, skipped[n])
+            | _singles(n, sample, singles, on_held, len(ground.base.problems), seed)
+            for n in names
+        },
+        "agreement": agreement(sample, singles, on_held, seed),
+        "held_out_tokens": int(on_held.tokens.sum()),
+    }  # fmt: skip
+
+
+def _plans(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[dict[str, Offer]]:
+    """What is chosen at each amount of bytes, up to the share of the base or to all that the path can use."""
+    top = min(TOP * ground.bytes, most(promised))
+    plans = [members(spend(promised, a * top)) for a in AMOUNTS]
+    return [p for p in plans if p]
+
+
+def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
+    return Pick({o.unit: (path, o.index) for o in chosen})
+
+
+def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
+    """Offers to measure unit by unit: the same number for every path and role, as far as there are enough.
+
+    Offers on their unit's hull come first: no other one would ever be taken, and most others are so small that what
+    they recover is lost in the noise.
+    """
+    rng = random.Random(f"sample {seed}")  # noqa: S311
+    cells: dict[tuple[str, str], list[tuple[bool, Offer]]] = {}
+    for name, units in promised.items():
+        for unit, mine in units.items():
+            corners = hull(mine)
+            for o in mine:
+                cells.setdefault((role_name(unit), name), []).append((o in corners, o))
+    for cell in cells.values():
+        rng.shuffle(cell)
+        cell.sort(key=lambda x: x[0])  # taken from the end
+    taken: list[Offer] = []
+    order = sorted(cells)
+    while len(taken) < points and any(cells.values()):
+        rng.shuffle(order)
+        taken += [cells[key].pop()[1] for key in order if cells[key]]
+    return taken[: max(points, len(cells))]
+
+
+def _path(
+    path: str,
+    ground: Ground,
+    promised: Mapping[str, Sequence[Offer]],
+    whole: Sequence[tuple[Mapping[str, Offer], Measured]],
+    steps: Sequence[Measured],
+    base: ByWindow,
+    skipped: int,
+) -> dict[str, Any]:
+    """A path's whole-model points, its verdict, and its predicted curve on every unit's hull."""
+    count = len(ground.base.problems)
+    points = [point(m, base, sum(o.gain for o in p.values()), count) for p, m in whole]
+    return {
+        **verdict(path, [m for _, m in whole], steps, base), "skipped_units": skipped,
+        "ninety_percent_bytes": ninety(points), "whole": points,
+        "units": [
+            {
+                "unit": n, "section_bytes": len(ground.sections[n].data),
+                "points": [
+                    {"setting": o.setting, "bytes": o.bytes, "predicted_nats": o.gain, "side_bytes": o.side,
+                     "weights_share": o.share, "on_hull": o in corner} for o in mine
+                ],
+            }
+            for n, mine in promised.items() if mine for corner in [hull(mine)]
+        ],
+    }  # fmt: skip
+
+
+def _singles(
+    path: str, sample: Sequence[Offer], measured: Sequence[Measured], base: ByWindow, count: int, seed: int
+) -> dict[str, Any]:
+    """The measured single-unit points of a path."""
+    mine = [(o, m) for o, m in zip(sample, measured, strict=True) if o.path == path]
+    return {
+        "sample": [
+            {"unit": o.unit, "setting": o.setting, "predicted_bytes": o.bytes, "curvature_nats": o.gain,
+             "slope_nats": o.slope}
+            | {k: v for k, v in point(m, base, o.alone, count).items() if k != "units"}
+            for o, m in mine
+        ],
+        "agreement": agreement([o for o, _ in mine], [m for _, m in mine], base, seed),
+    }  # fmt: skip

@@ -1,0 +1,153 @@
+"""Measured points: real sections, decoded, put into the model that holds the base, scored window by window.
+
+Points are measured some at a time, so that the original runs once for all of them, and each is kept in the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.calibration.statistics import windows_key
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.decoder import from_matrix
+from bytecap.format.wire.shared_objects import LIST_ENTRY, share_lists
+from bytecap.methods import Section
+from bytecap.model.evaluation import ByWindow, by_window
+from bytecap.model.texts import Window
+from bytecap.progress import Advance
+from bytecap.sizes import in_groups
+from bytecap.system.cache import Store, digest
+from bytecap_lab.rd_curves.operating_point import Ground
+from bytecap_lab.rd_curves.trial import Real, realise
+
+FloatArray = npt.NDArray[np.float64]
+_TOGETHER = 12  # points measured in one pass over the original
+_VALUES = 2**26  # float32 values they may hold together
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What to measure: path and index of its setting by unit name."""
+
+    chosen: Mapping[str, tuple[str, int]]
+
+    def real(self, ground: Ground) -> dict[str, Real]:
+        """The units as they would be stored, in the order of `chosen`."""
+        found: dict[str, Real] = {}
+        for path in dict.fromkeys(p for p, _ in self.chosen.values()):
+            found |= realise(ground, path, {n: i for n, (p, i) in self.chosen.items() if p == path})
+        return {n: found[n] for n in self.chosen}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pick on real bytes and decoded values.
+
+    Attributes:
+        growth: bytes by which each chosen unit's section grew.
+        lists: bytes of lists of positions that the units share.
+        side: bytes of side information within the growth.
+        share: share of all matrices' weights that is protected.
+        kl: KL to the original summed over each window's tokens, (windows,) in nats.
+        nats: negative log-likelihood likewise.
+        layers: bytes of all layers; `side` is a part of them.
+        heads: bytes of the layers' headers.
+    """
+
+    growth: dict[str, int]
+    side: int
+    share: float
+    kl: FloatArray
+    nats: FloatArray
+    lists: int = 0
+    layers: int = 0
+    heads: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes spent."""
+        return sum(self.growth.values()) + self.lists
+
+
+def at_base(ground: Ground, windows: Sequence[Window], store: Store) -> ByWindow:
+    """Scores of the base itself; per-window arrays in the order of every point's."""
+    key = digest(ground.key, "base", windows_key(windows))
+    kept = store.get(key)
+    if kept is None:
+        found = by_window(ground.job.model.module, ground.twin, {"": {}}, windows, device=ground.job.device)[""]
+        kept = {k: v.tolist() for k, v in found.__dict__.items()}
+        store.put(key, kept)
+    return ByWindow(**{k: np.array(v) for k, v in kept.items()})
+
+
+def measure(
+    ground: Ground, picks: Sequence[Pick], windows: Sequence[Window], store: Store, advance: Advance
+) -> list[Measured]:
+    """Every pick, measured on windows.
+
+    Args:
+        ground: where the paths start.
+        picks: what to measure; equal ones are measured once.
+        windows: plain windows.
+        store: looked into first.
+        advance: called with the number of points done, in fractions.
+    """
+    texts = windows_key(windows)
+    keys = [digest(ground.key, "point", texts, dict(p.chosen)) for p in picks]
+    kept: dict[str, Any] = {k: store.get(k) for k in dict.fromkeys(keys)}
+    advance(sum(kept[k] is not None for k in keys))
+    missing = {k: p for k, p in zip(keys, picks, strict=True) if kept[k] is None}
+    parameters = sum(p.unit.parameters for p in ground.base.problems.values())
+    sizes = {k: sum(ground.base.problems[n].unit.parameters for n in p.chosen) for k, p in missing.items()}
+    for group in in_groups(missing, sizes.__getitem__, _VALUES, _TOGETHER):
+        reals = {k: missing[k].real(ground) for k in group}
+        units = {n: p.unit for n, p in ground.base.problems.items()}
+        values = {k: {n: from_matrix(units[n], r.values) for n, r in real.items()} for k, real in reals.items()}
+        scores = by_window(
+            ground.job.model.module, ground.twin, values, windows, device=ground.job.device, advance=advance
+        )
+        for k, real in reals.items():
+            kept[k] = _entry(ground, real, scores[k], parameters)
+            store.put(k, kept[k])
+    return [
+        Measured(
+            e["growth"],
+            e["side"],
+            e["share"],
+            np.array(e["kl"]),
+            np.array(e["nats"]),
+            e["lists"],
+            e["layers"],
+            e["heads"],
+        )
+        for e in (kept[k] for k in keys)
+    ]
+
+
+def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameters: int) -> dict[str, Any]:
+    layers = [layered(r.section) for r in real.values()]
+    protected = sum(r.share * ground.base.problems[n].unit.parameters for n, r in real.items())
+    shapes = {n: ground.base.problems[n].unit.matrix_shape for n in real}
+    stacks = {n: (shapes[n], r.section.data) for n, r in real.items() if r.section.tag == STACK.tag}
+    stored, lists = share_lists(stacks)
+    return {
+        "growth": {n: len(stored.get(n, r.section.data)) - len(ground.sections[n].data) for n, r in real.items()},
+        "lists": sum(len(o) + LIST_ENTRY for o in lists),
+        "side": sum(r.side for r in real.values()), "share": protected / max(1, parameters),
+        "layers": sum(n for n, _ in layers), "heads": sum(n for _, n in layers),
+        "kl": scores.kl.tolist(), "nats": scores.nats.tolist(),
+    }  # fmt: skip
+
+
+def layered(section: Section) -> tuple[int, int]:
+    """Bytes of a section's layers, and of what is stored only because there are layers: their headers."""
+    if section.tag != STACK.tag:
+        return 0, 0
+    parts = STACK.parts(section.data)
+    layers = sum(len(data) for _, _, data in parts[1:])
+    return layers, len(section.data) - layers - len(parts[0][2])

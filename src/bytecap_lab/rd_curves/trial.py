@@ -1,0 +1,236 @@
+"""A path on a unit at an amount: what it would cost and recover, and the section it really becomes.
+
+`step` is not a layer: it is the base itself at a finer step of the whole tensor, and the yardstick of every path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from bytecap.format.coders import coder, run
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.methods import Section
+from bytecap.progress import Advance
+from bytecap.quantization.overlays import Applied, Path, Problem, check_names, paths, thinned
+from bytecap.system.cache import Store, digest
+from bytecap_lab.rd_curves.base import Base, Rounded
+from bytecap_lab.rd_curves.operating_point import RUNGS, Ground
+
+EXPANSION = 0.2  # weight of the expansion in `Offer.alone`; the metric's forecast has the rest (LOG.md, 2026-11-22)
+STEP = "step"
+STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a path promises for one unit at one amount.
+
+    Attributes:
+        path: its id.
+        unit: name.
+        index: into the path's settings for this unit.
+        setting: the setting in words.
+        bytes: estimated growth of the section.
+        gain: predicted nats per token recovered by many units together: curvature and correction factor.
+        slope: predicted nats per token from the KL's slope alone.
+        alone: predicted nats per token recovered if this unit alone changes: the weighted mean of `gain` and of the
+            KL's expansion, slope less curvature.
+        side: bytes of side information within the growth.
+        share: share of the unit's weights that is protected.
+        stream: number of the stream whose channels it protects, else -1.
+        list: stream, amount and precision, which all units on the stream take together.
+    """
+
+    path: str
+    unit: str
+    index: int
+    setting: str
+    bytes: float
+    gain: float
+    slope: float
+    alone: float
+    side: int
+    share: float
+    stream: int = -1
+    list: str = ""
+
+
+@dataclass(frozen=True)
+class Real:
+    """A unit as it would be stored.
+
+    Attributes:
+        section: tag and bytes.
+        values: float32 (rows, cols), decoded from the section by the reader's coders.
+        side: bytes of side information within the section's growth.
+        share: share of the unit's weights that is protected.
+    """
+
+    section: Section
+    values: npt.NDArray[np.float32]
+    side: int
+    share: float
+
+
+def known(names: Sequence[str] | None) -> list[str]:
+    """Paths of these names in this order, `step` always first; all by default.
+
+    Raises:
+        UsageError: unknown; the message suggests the nearest one.
+    """
+    every = [STEP, *sorted(paths())]
+    check_names(names or (), every)
+    return [STEP, *dict.fromkeys(n for n in names if n != STEP)] if names else every
+
+
+def ladder(path: str, base: Base, name: str, rungs: int = RUNGS) -> Sequence[Any]:
+    """Settings of a path on a unit, cheapest first; long ladders are thinned evenly, their ends kept."""
+    if path == STEP:
+        return STEPS
+    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), rungs)
+
+
+def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
+    """Base coding and layer of units at one setting each."""
+    if path == STEP:
+        (finer,) = set(wanted.values())
+        found = base.round([base.problems[n] for n in wanted], finer)
+        return {n: (r, None) for n, r in zip(wanted, found, strict=True)}
+    method: Path = paths()[path]
+    below = base.round([method.before(base.problems[n], s) for n, s in wanted.items()], 0.0)
+    return {
+        n: (r, method.after(base.problems[n], r.values.clone(), s))
+        for (n, s), r in zip(wanted.items(), below, strict=True)
+    }
+
+
+def offers(ground: Ground, path: str, store: Store, advance: Advance) -> dict[str, list[Offer]]:
+    """Every unit's offers from one path, by unit name; a unit that the path cannot serve has none.
+
+    Args:
+        ground: where the paths start.
+        path: its id.
+        store: looked into first.
+        advance: called with the number of units done.
+    """
+    base = ground.base
+    keys = {n: digest(ground.key, "offers", path, n) for n in base.problems}
+    found: dict[str, list[Offer]] = {}
+    missing = []
+    for name, key in keys.items():
+        kept = store.get(key)
+        if kept is None:
+            missing.append(name)
+        else:
+            found[name] = [Offer(**o) for o in kept]
+            advance(1)
+    found |= _promises(ground, path, missing, advance)
+    for name in missing:
+        store.put(keys[name], [asdict(o) for o in found[name]])
+    return {n: found[n] for n in base.problems}
+
+
+def _promises(ground: Ground, path: str, names: Sequence[str], advance: Advance) -> dict[str, list[Offer]]:
+    """Offers of units, one amount after the other: equally shaped units are coded together."""
+    base = ground.base
+    rungs = {n: ladder(path, base, n, ground.rungs) for n in names}
+    found: dict[str, list[Offer]] = {n: [] for n in names}
+    longest = max((len(r) for r in rungs.values()), default=0)
+    for index in range(longest):
+        wanted = {n: r[index] for n, r in rungs.items() if index < len(r)}
+        for name, (rounded, applied) in _try(base, path, wanted).items():
+            found[name].append(_offer(ground, path, name, index, wanted[name], rounded, applied))
+        advance(len(names) / longest)
+    return found
+
+
+def _offer(
+    ground: Ground, path: str, name: str, index: int, setting: Any, rounded: Rounded, applied: Applied | None
+) -> Offer:
+    base = ground.base
+    growth = rounded.estimate - base.units[name].estimate
+    values, side, share = rounded.values, 0, 1.0
+    if applied is not None:
+        growth += STACK.growth(rounded.estimate, applied.data)
+        values, side, share = applied.values, applied.side, applied.share
+    problem, before, kappa = base.problems[name], base.units[name].values, base.kappa.get(name, 1.0)
+    gain = kappa * (problem.distortion(before) - problem.distortion(values))
+    slope, curved = recovered(problem, before, values, ground.slopes.gradients[name], ground.slopes.factors[name])
+    stream = getattr(setting, "stream", -1)
+    listed = f"{stream} {setting.count} {setting.bits}" if stream >= 0 else ""
+    return Offer(
+        path,
+        name,
+        index,
+        _words(path, setting),
+        float(growth),
+        gain,
+        slope,
+        EXPANSION * (slope - curved) + (1 - EXPANSION) * gain,
+        side,
+        float(share),
+        stream,
+        listed,
+    )
+
+
+def promise(ground: Ground, path: str, name: str, index: int) -> Offer:
+    """One unit's offer at one setting of a path, by its index in the ladder; nothing is kept."""
+    setting = ladder(path, ground.base, name, ground.rungs)[index]
+    rounded, applied = _try(ground.base, path, {name: setting})[name]
+    return _offer(ground, path, name, index, setting, rounded, applied)
+
+
+def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
+    """Nats per token that other values of one unit recover by the KL's slope at the base, and lose by its curvature.
+
+    Exact to second order for one unit, too hopeful for a sum: several units are credited with the same slope.
+
+    Args:
+        problem: whose metric is the curvature.
+        before: the base's values (rows, cols).
+        after: the new ones.
+        slope: measured gradient of the KL at the base; holds the errors of all other units too.
+        factor: of the curvature.
+    """
+    change = (after - before).double()
+    curved = float((((change @ problem.hessian) * change).sum(1) @ problem.rows) / 2)
+    return -float((slope.double() * change).sum()), factor * curved
+
+
+def _words(path: str, setting: Any) -> str:
+    return f"{setting:g} octaves finer" if path == STEP else str(setting)
+
+
+def realise(ground: Ground, path: str, chosen: Mapping[str, int]) -> dict[str, Real]:
+    """Units of a path at the settings of these indices, through the real coders and back.
+
+    Args:
+        ground: where the paths start.
+        path: its id.
+        chosen: index of the setting by unit name.
+    """
+    base = ground.base
+    tried: dict[str, tuple[Rounded, Applied | None]] = {}
+    for index in sorted(set(chosen.values())):
+        mine = {n: ladder(path, base, n, ground.rungs)[index] for n, i in chosen.items() if i == index}
+        tried |= _try(base, path, mine)
+    tried = {n: tried[n] for n in chosen}
+    below = base.sections([r for r, _ in tried.values()])
+    sections = {
+        n: s if a is None else Section(STACK.tag, STACK.encode((s.tag, s.data), [(a.tag, a.data)]))
+        for (n, (_, a)), s in zip(tried.items(), below, strict=True)
+    }
+    units = {n: base.problems[n].unit for n in chosen}
+    decoded = run([coder(s.tag).decode(s.data, units[n].matrix_shape, units[n].dtype, base.shared)
+                   for n, s in sections.items()])  # fmt: skip
+    return {
+        n: Real(sections[n], values, a.side if a else 0, float(a.share) if a else 1.0)
+        for (n, (_, a)), values in zip(tried.items(), decoded, strict=True)
+    }

@@ -1,0 +1,124 @@
+"""The thesis put to the test: eight registered experiments (docs/thesis.md) on models and bases.
+
+`runner` measures what experiments need, `bench` and `measures` do the measuring over the curves' machinery,
+`evidence` reads the lines, `experiments` judge them one by one, `verdicts` puts verdicts together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bytecap.errors import UsageError
+from bytecap.model.sources import Paths, as_paths, named
+from bytecap.progress import Reporter, Silent
+from bytecap.report.plain import finite, write_figures
+from bytecap.system.atomic import make_directory
+
+TOKENS, EVALUATION_TOKENS = 16_384, 8_192
+BUDGET, SEEDS, RUNGS = "3bpp", 3, 4
+
+
+def thesis(
+    models: Sequence[Path | str] | Path | str,
+    output: Path | str | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    bases: Sequence[str] = ("grid", "golf"),
+    budget: str = BUDGET,
+    calibration: Paths = None,
+    evaluation: Paths = None,
+    tokens: int = TOKENS,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    window: int = 512,
+    seeds: int = SEEDS,
+    rungs: int = RUNGS,
+    device: str = "auto",
+    jobs: int = 1,
+    store: Path | str | None = None,
+    report: Path | str | None = None,
+    command: str = "",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """All registered experiments on all models; the members are described in docs/thesis-run.md.
+
+    Args:
+        models: Hugging Face directories, hub ids, `demo`, or `FILE.py:CALLABLE:DIRECTORY`, whose file is run.
+        output: directory for `thesis.jsonl`, `thesis.json`, `thesis.html` and the store; None keeps nothing.
+        only: experiments by name or number; all by default.
+        bases: `grid`, `golf`.
+        budget: of the file: a size, or bits per parameter.
+        calibration: text files, one a workload; the embedded text if None.
+        evaluation: text files; the embedded text if None.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens for evaluation, over all texts.
+        window: predicted tokens in a window.
+        seeds: calibration seeds that rankings are made with.
+        rungs: most settings that an exception path is tried with on a unit.
+        device: `auto`, `cpu` or `cuda`.
+        jobs: processes.
+        store: directory of statistics and points; `output`/store by default.
+        report: page to write besides or instead of `output`/thesis.html.
+        command: for the record.
+        reporter: told about progress.
+
+    Raises:
+        BytecapError: an unknown name, or a measurement that failed; finished ones are kept.
+    """
+    from bytecap.pipeline.fit import choose_device
+    from bytecap_lab.rd_curves.operating_point import check_base
+    from bytecap_lab.thesis.bench import Setting
+    from bytecap_lab.thesis.runner import file_of, measure_all, tasks
+
+    reporter = reporter or Silent()
+    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
+    if not names or not bases:
+        raise UsageError("there is nothing to test: give at least one model (demo is the embedded one) and one base")
+    needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter)
+    target = choose_device(device)
+    setting = Setting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
+    directory = make_directory(output) if output is not None else None
+    kept = Path(store) if store is not None else directory and directory / "store"
+    wanted = list(tasks(names, [check_base(b) for b in bases], needs, setting, file_of(directory), kept, command))
+    return _write(measure_all(wanted, jobs=jobs, reporter=reporter), only, directory, report, reporter)
+
+
+def _needs(only: Sequence[str] | None) -> list[str]:
+    """Measurements that experiments need, each once."""
+    from bytecap_lab.thesis.experiments import chosen
+
+    return list(dict.fromkeys(n for m in chosen(only).values() for n in m.NEEDS))
+
+
+def render(
+    lines: Sequence[Path | str] | Path | str, output: Path | str | None = None, *, only: Sequence[str] | None = None,
+    report: Path | str | None = None, reporter: Reporter | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Verdicts and page from lines alone; later lines replace earlier ones of the same model and base.
+
+    Raises:
+        UsageError: there is no measurement in them.
+    """
+    from bytecap_lab.compare.runs import read_lines
+
+    paths = as_paths(lines if isinstance(lines, str | Path) else list(lines))
+    records = [r for p in paths for r in read_lines(p)]
+    if not any(r["record"] == "measure" for r in records):
+        raise UsageError(f"{', '.join(map(str, paths))} holds no measurement of the thesis")
+    directory = make_directory(output) if output is not None else None
+    return _write(records, only, directory, report, reporter or Silent())
+
+
+def _write(
+    records: Sequence[Any], only: Sequence[str] | None, directory: Path | None, report: Path | str | None,
+    reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Judge, write `thesis.json` and the page; returns the verdicts as JSON can hold them."""
+    from bytecap.report.thesis import page
+    from bytecap_lab.thesis.verdicts import judge
+
+    found: dict[str, Any] = finite(judge(records, only))
+    for path in write_figures(found, page, directory, "thesis", report):
+        reporter.note(f"wrote {path}")
+    return found
