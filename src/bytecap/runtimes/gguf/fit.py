@@ -1,0 +1,388 @@
+"""`fit --format gguf`: the best GGUF file of at most so many bytes.
+
+The job is that of `bytecap.pipeline.fit`, with block formats for coders: statistics, every type of every tensor as a
+measured curve, one slope, correction factors from the real loss, one slope again, rounding, the file, and its quality
+read back from disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from bytecap.allocation.allocate import allocate
+from bytecap.allocation.budget_curve import margin
+from bytecap.allocation.correction import Factor, shrunk
+from bytecap.calibration.statistics import moments
+from bytecap.errors import BudgetError
+from bytecap.format.decoder import from_matrix
+from bytecap.format.ledger import Entry, by_unit
+from bytecap.methods import Job
+from bytecap.model.checkpoint import Model, as_matrix, load_model
+from bytecap.model.evaluation import Comparison, compare, kl_each, kl_to, mean_comparison
+from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
+from bytecap.model.texts import TokenSets
+from bytecap.progress import Reporter, Silent
+from bytecap.runtimes.gguf import file, library
+from bytecap.runtimes.gguf.menu import (
+    WHOLE,
+    Item,
+    Rounded,
+    allowed,
+    choose_trust,
+    curve,
+    items_of,
+    parse_types,
+    round_to,
+)
+from bytecap.runtimes.gguf.metadata import write_keys
+from bytecap.runtimes.gguf.places import Layout, Place, layout_of
+from bytecap.runtimes.gguf.template import Template, read_template
+from bytecap.runtimes.gguf.tokenizer import write_tokenizer
+from bytecap.sizes import format_size, parse_size
+from bytecap.system.cache import Store
+from bytecap.types import Curve, Plan
+
+HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
+
+
+@dataclass
+class GgufFile:
+    """A finished file.
+
+    Attributes:
+        report: every figure of the job, as `--json` prints it.
+        types: type of every tensor by name.
+        path: where it was written; None after a dry run or without an output.
+        entries: owner and kind of every byte.
+        windows: evaluation by window, one for each text.
+    """
+
+    report: dict[str, Any]
+    types: dict[str, str]
+    path: Path | None = None
+    entries: list[Entry] = field(default_factory=list)
+    windows: tuple[Any, ...] = ()
+
+    def ledger(self) -> list[Entry]:
+        """Owner and kind of every byte."""
+        return self.entries
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What is fixed before calibration: tensors, metadata, sizes."""
+
+    layout: Layout
+    describe: file.Describe
+    types: Mapping[str, tuple[str, ...]]
+    head: int
+    rest: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of all that types do not compete for."""
+        return self.head + self.rest
+
+
+def fit_gguf(
+    model: Model | Path | str,
+    budget: int | str,
+    *,
+    calibration: Paths = None,
+    evaluation: Paths = None,
+    device: str = "auto",
+    seed: int = 0,
+    output: Path | str | None = None,
+    dry_run: bool = False,
+    tokens: int = TOKENS,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    window: int = WINDOW,
+    types: Sequence[str] | None = None,
+    pure: bool = False,
+    template: Path | str | None = None,
+    store: Path | str | None = None,
+    reporter: Reporter | None = None,
+) -> GgufFile:
+    """Put a model into a GGUF file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
+
+    Args:
+        model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
+        budget: bytes, or text such as `4GB`.
+        calibration: text files, documents separated by form feed; the embedded text if None.
+        evaluation: text files nothing is fitted on; the embedded text if None.
+        device: `auto`, `cpu` or `cuda`, for passes of the model.
+        seed: of every random choice.
+        output: where to write; None keeps nothing.
+        dry_run: predict, write and evaluate nothing.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens for evaluation.
+        window: predicted tokens in a window.
+        types: GGUF types to choose from, all by default.
+        pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
+        template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer.
+        store: directory in which statistics are kept.
+        reporter: told about progress.
+    """
+    from bytecap.pipeline.fit import choose_device
+
+    started = time.perf_counter()
+    reporter, cap, target = reporter or Silent(), parse_size(budget), choose_device(device)
+    menu = parse_types(types)
+    library()
+    loaded = model if isinstance(model, Model) else load_model(model)
+    frame = _frame(loaded, menu, pure, None if template is None else read_template(Path(template), loaded), reporter)
+    floor = _check_floor(frame, cap)
+    sets = load_sets(
+        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
+        correction_tokens=HELD_TOKENS, seed=seed, reporter=reporter,
+    )  # fmt: skip
+    job = Job(loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, store=Store(store))
+    loaded.module.to(target)
+    items = _calibrated(job, frame)
+    found = _solve(job, frame, items)
+    result = _finish(job, frame, items, found, None if output is None or dry_run else Path(output))
+    result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
+    return result
+
+
+def _frame(
+    model: Model, menu: tuple[str, ...], pure: bool, template: Template | None, reporter: Reporter
+) -> _Frame:
+    """Names, metadata, what types compete for, and the bytes of the rest."""
+    layout = template.layout if template is not None else layout_of(model)
+    types, other = {}, []
+    for place in layout.places:
+        if place.matrix and place.unit:
+            types[place.name], changed = allowed(place, menu, pure=pure)
+            other += [place] if changed else []
+    if other:
+        reporter.note(
+            f"{len(other)} tensors such as {other[0].name} have rows of {other[0].cols} columns, which the chosen types "
+            f"cannot hold: they take one of {', '.join(types[other[0].name]).lower()}"
+        )
+    narrow = [p for p in layout.places if p.name in types and p.cols % 256]
+    if narrow:
+        reporter.note(
+            f"{len(narrow)} of {len(types)} matrices have rows that are no multiple of 256 columns ({narrow[0].name}: "
+            f"{narrow[0].cols}): only types with blocks of 32 can hold them, none below 4.5 bits"
+        )
+
+    def describe(writer: Any) -> None:
+        if template is not None:
+            template.write_keys(writer)
+        else:
+            writer.add_name(Path(model.name).name)
+            write_keys(writer, model, layout)
+            write_tokenizer(writer, model)
+        writer.add_quantization_version(library().GGML_QUANT_VERSION)
+        writer.add_file_type(int(library().LlamaFileType.MOSTLY_Q4_K_M))
+
+    blank = [_stored(p, None, types) for p in layout.places]
+    head = file.head_bytes(layout.architecture, describe, blank)
+    rest = sum(file.padded(b.bytes) for b in blank if b.name not in types)
+    return _Frame(layout, describe, types, head, rest)
+
+
+def _stored(place: Place, type_: str | None, types: Mapping[str, tuple[str, ...]], data: Any = None) -> file.Stored:
+    """A place in a type: its own, the smallest that may hold it, or F32 where types do not compete."""
+    name = type_ or (types[place.name][0] if place.name in types else "F32")
+    return file.Stored(place.name, place.shape, name, data)
+
+
+def _check_floor(frame: _Frame, cap: int) -> int:
+    """The smallest reachable file; refuses a cap below it, naming who holds the floor."""
+    least = {}
+    for p in frame.layout.places:
+        if p.name in frame.types:
+            rows = p.parameters // p.cols
+            least[p.name] = min((file.padded(file.type_bytes(t, rows, p.cols)), t) for t in frame.types[p.name])
+    floor = frame.fixed + sum(n for n, _ in least.values())
+    if floor > cap:
+        top = sorted(least, key=lambda n: -least[n][0])[:3]
+        raise BudgetError(
+            f"a budget of {cap:,} bytes is below the floor of {floor:,} of this format: metadata and tokenizer hold "
+            f"{frame.head:,}, tensors in float32 {frame.rest:,}, the largest others "
+            f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; --types may allow smaller ones, "
+            "and a .bcap file goes lower",
+            floor,
+        )
+    return floor
+
+
+def _calibrated(job: Job, frame: _Frame) -> list[Item]:
+    """Tensors with their metrics, and how far these are trusted."""
+    seen = moments(job)
+    held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
+    items = items_of(job.model, frame.layout, seen, held, frame.types)
+    seen.uses.clear()
+    held.uses.clear()
+    with job.reporter.step("trust in statistics", len({i.role for i in items})) as advance:
+        return choose_trust(items, advance)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A plan, what was rounded by it, and how the prediction compares to what was measured."""
+
+    plan: Plan
+    around: dict[str, Any]
+    rounded: dict[str, Rounded]
+    predicted: float
+
+
+def _solve(job: Job, frame: _Frame, items: Sequence[Item]) -> _Found:
+    """The plan and every tensor rounded by it."""
+    room = job.budget - frame.fixed
+    with job.reporter.step("types", len(items)) as advance:
+        curves = []
+        for item in items:
+            curves.append(curve(item))
+            advance(1)
+    first = allocate(curves, room)
+    twin = twin_of(job.model.module)
+    rounded = _round(job, items, first, {})
+    kappa = _factors(job, items, rounded, twin)
+    curves = [_scaled(c, kappa[c.name]) for c in curves]
+    plan = allocate(curves, room)
+    rounded = _round(job, items, plan, {n: (first.choice[n].setting, r) for n, r in rounded.items()})
+    load_values(twin, _unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
+    predicted = kl_to(job.model.module, twin, job.sets.correction, device=job.device)[0]
+    return _Found(plan, margin(curves, plan, room), rounded, predicted)
+
+
+def _scaled(found: Curve, factor: float) -> Curve:
+    return Curve(found.name, tuple(replace(p, distortion=factor * p.distortion) for p in found.points))
+
+
+def _round(job: Job, items: Sequence[Item], plan: Plan, known: Mapping[str, tuple[float, Rounded]]) -> dict[str, Rounded]:
+    """Every tensor in the type that the plan gives it."""
+    found = {}
+    with job.reporter.step("rounding", len(items)) as advance:
+        for item in items:
+            name, setting = item.place.name, plan.choice[item.place.name].setting
+            if name in known and known[name][0] == setting:
+                found[name] = known[name][1]
+            else:
+                found[name] = round_to(item, WHOLE[int(setting)])
+            advance(1)
+    return found
+
+
+def _unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Decoded tensors of the file as units in stored layout; what other tensors hold of a unit stays original."""
+    units = {u.name: u for u in model.units}
+    matrices: dict[str, Any] = {}
+    for item in items:
+        if item.place.name in values:
+            unit = units[item.place.unit]
+            if unit.name not in matrices:
+                matrices[unit.name] = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().copy()
+            item.place.to_unit(values[item.place.name], matrices[unit.name])
+    return {n: from_matrix(units[n], np.ascontiguousarray(m)) for n, m in matrices.items()}
+
+
+def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], twin: nn.Module) -> dict[str, float]:
+    """Measured over predicted loss of every role, at the first plan."""
+    roles: dict[str, list[Item]] = {}
+    for item in items:
+        roles.setdefault(item.role, []).append(item)
+    variants = {
+        role: _unit_values(job.model, members, {m.place.name: rounded[m.place.name].values for m in members})
+        for role, members in roles.items()
+    }
+    with job.reporter.step("correction factors", len(roles)) as advance:
+        measured = kl_each(
+            job.model.module, twin, variants, job.sets.correction, device=job.device, advance=advance
+        )  # fmt: skip
+    found = {}
+    for role, members in roles.items():
+        names = [m.place.name for m in members]
+        found |= dict.fromkeys(names, Factor.of(measured[role], sum(rounded[n].held for n in names)))
+    return shrunk(found)
+
+
+def _finish(job: Job, frame: _Frame, items: Sequence[Item], found: _Found, output: Path | None) -> GgufFile:
+    """Write the file, read it back, measure it."""
+    types = {n: WHOLE[int(p.setting)] for n, p in found.plan.choice.items()}
+    size = frame.fixed + int(found.plan.rate)
+    report = _report(job, frame, items, found, types, size)
+    result = GgufFile(report, types)
+    if job.dry_run:
+        return result
+    with tempfile.TemporaryDirectory() as name:
+        path = output or Path(name) / "model.gguf"
+        written = file.write(path, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, found))
+        assert written == size == path.stat().st_size <= job.budget  # noqa: S101 (planned to the byte)
+        if output is not None:
+            result.path = output
+            job.reporter.note(f"wrote {output}: {format_size(size)}")
+        result.entries = file.ledger(path)
+        parts = measure(job.model, path, frame.layout, job.sets, job.device, job.reporter)
+    report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
+    result.windows = tuple(p.windows for p in parts if p.windows is not None)
+    return result
+
+
+def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: _Found) -> list[file.Stored]:
+    """All tensors with their bytes."""
+    units = {u.name: u for u in model.units}
+    stored = []
+    for p in frame.layout.places:
+        if p.name in types:
+            stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
+            continue
+        if p.unit:
+            unit = units[p.unit]
+            values = p.to_file(as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().reshape(-1, p.cols))
+        else:
+            assert p.values is not None  # noqa: S101 (a place has a unit or values)
+            values = p.values
+        stored.append(_stored(p, None, frame.types, file.encode_plain("F32", values.reshape(-1, p.cols))))
+    return stored
+
+
+def measure(
+    model: Model, path: Path, layout: Layout, sets: TokenSets, device: str, reporter: Reporter
+) -> list[Comparison]:
+    """Scores of a file read back from disk against the original."""
+    twin = twin_of(model.module)
+    load_values(twin, file.read_units(path, layout, model.units))
+    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
+        return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
+
+
+def quality(parts: list[Comparison]) -> dict[str, Any]:
+    """Measured figures, as `bytecap.pipeline.fit` reports them."""
+    from bytecap.pipeline.fit import _quality
+
+    return _quality(parts)
+
+
+def _report(
+    job: Job, frame: _Frame, items: Sequence[Item], found: _Found, types: Mapping[str, str], size: int
+) -> dict[str, Any]:
+    seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
+    counts = Counter(types.values())
+    return {
+        "model": job.model.name, "format": "gguf", "architecture": frame.layout.architecture, "method": "bytecap",
+        "plan": ", ".join(f"{n} {t.lower()}" for t, n in sorted(counts.items(), key=lambda x: WHOLE.index(x[0]))),
+        "seed": job.seed, "budget_bytes": job.budget, "file_bytes": size, "slack_bytes": job.budget - size,
+        "head_bytes": frame.head, "float_bytes": frame.rest,
+        "parameters": job.model.parameters, "bits_per_parameter": 8 * size / max(1, job.model.parameters),
+        "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
+        "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
+        "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
+        "trust": {i.role: i.trust for i in items}, "types": dict(types),
+        "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
+        "correction_tokens": sum(w.predicted for w in job.sets.correction),
+    }  # fmt: skip
