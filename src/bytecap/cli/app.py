@@ -16,6 +16,7 @@ import typer
 from bytecap.cli.common import Device, Factory, Json, Loss, State, check_output, names, print_json, progress
 from bytecap.cli.compare import compare
 from bytecap.cli.curves import curves
+from bytecap.cli import gguf
 from bytecap.cli.golf import app as golf_app
 from bytecap.cli.inspect import inspect
 from bytecap.cli.thesis import thesis
@@ -34,7 +35,7 @@ app.add_typer(golf_app, name="golf")
 _Bytes = Annotated[
     Path | None, typer.Option("--bytes-per-token", help="Table (.npy, text) or SentencePiece model (.model).")
 ]
-_Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
+_Artifact = Annotated[Path, typer.Argument(help="A .bcap file (for `ledger` also .gguf).", metavar="ARTIFACT")]
 
 
 @app.command()
@@ -78,6 +79,11 @@ def fit(
         Path | None,
         typer.Option(help="Directory of finished steps: a killed run, started again, goes on."),
     ] = None,
+    format_: gguf.Format = None,
+    types: gguf.Types = None,
+    pure: gguf.Pure = False,
+    template: gguf.Template = None,
+    emit: gguf.Emit = None,
     as_json: Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
@@ -93,6 +99,21 @@ def fit(
         raise UsageError("--recover-text is read by --recover, without --factory")
     check_output(output)
     check_output(report)
+    kind = gguf.format_of(format_, output)
+    if kind == "gguf":
+        gguf.refuse_others(kind, {
+            "--method": method != "bytecap", "--factory": factory, "--state": state, "--loss": loss, "--code": code,
+            "--bytes-per-token": bytes_per_token, "--paths": paths, "--recover": recover,
+            "--no-tokenizer": no_tokenizer, "--no-config": no_config,
+        })  # fmt: skip
+        most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
+        gguf.fit_file(
+            _needed(model), budget, output=output, emit=emit, report=report, as_json=as_json, calibration=calib,
+            evaluation=eval_, types=names(types), pure=pure, template=template, tokens=most or TOKENS,
+            evaluation_tokens=most_eval or EVALUATION_TOKENS, device=device, seed=seed, dry_run=dry_run, store=store,
+        )  # fmt: skip
+        return
+    gguf.refuse_others(kind, {"--types": types, "--pure": pure, "--template": template, "--emit": emit})
     common: dict[str, Any] = {
         "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
         "tokenizer": not no_tokenizer, "config": not no_config, "reporter": progress(as_json),
@@ -191,6 +212,8 @@ app.command()(compare)
 app.command()(curves)
 app.command()(tie)
 app.command()(thesis)
+app.command()(gguf.recode)
+app.command()(gguf.imatrix)
 
 
 @app.command()
@@ -200,7 +223,12 @@ def ledger(path: _Artifact, as_json: Json = False) -> None:
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger
 
-    entries = container.ledger(container.read(path))
+    if path.suffix == ".gguf":
+        from bytecap.runtimes.gguf.file import ledger as entries_of
+
+        entries = entries_of(path)
+    else:
+        entries = container.ledger(container.read(path))
     if as_json:
         print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
     else:

@@ -33,6 +33,7 @@ from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load
 from bytecap.model.texts import TokenSets
 from bytecap.progress import Reporter, Silent
 from bytecap.runtimes.gguf import file, library
+from bytecap.runtimes.gguf.export import describer, plain
 from bytecap.runtimes.gguf.menu import (
     WHOLE,
     Item,
@@ -44,10 +45,8 @@ from bytecap.runtimes.gguf.menu import (
     parse_types,
     round_to,
 )
-from bytecap.runtimes.gguf.metadata import write_keys
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
 from bytecap.runtimes.gguf.template import Template, read_template
-from bytecap.runtimes.gguf.tokenizer import write_tokenizer
 from bytecap.sizes import format_size, parse_size
 from bytecap.system.cache import Store
 from bytecap.types import Curve, Plan
@@ -177,16 +176,7 @@ def _frame(
             f"{narrow[0].cols}): only types with blocks of 32 can hold them, none below 4.5 bits"
         )
 
-    def describe(writer: Any) -> None:
-        if template is not None:
-            template.write_keys(writer)
-        else:
-            writer.add_name(Path(model.name).name)
-            write_keys(writer, model, layout)
-            write_tokenizer(writer, model)
-        writer.add_quantization_version(library().GGML_QUANT_VERSION)
-        writer.add_file_type(int(library().LlamaFileType.MOSTLY_Q4_K_M))
-
+    describe = describer(model, layout, None if template is None else template.write_keys)
     blank = [_stored(p, None, types) for p in layout.places]
     head = file.head_bytes(layout.architecture, describe, blank)
     rest = sum(file.padded(b.bytes) for b in blank if b.name not in types)
@@ -232,12 +222,19 @@ def _calibrated(job: Job, frame: _Frame) -> list[Item]:
 
 @dataclass(frozen=True)
 class _Found:
-    """A plan, what was rounded by it, and how the prediction compares to what was measured."""
+    """A plan and what was rounded by it.
+
+    Attributes:
+        around: what more or fewer bytes would do.
+        predicted: KL on the correction tokens.
+        step: bytes of the smallest step that would still lower the distortion; 0 if there is none.
+    """
 
     plan: Plan
     around: dict[str, Any]
     rounded: dict[str, Rounded]
     predicted: float
+    step: int
 
 
 def _solve(job: Job, frame: _Frame, items: Sequence[Item]) -> _Found:
@@ -257,7 +254,18 @@ def _solve(job: Job, frame: _Frame, items: Sequence[Item]) -> _Found:
     rounded = _round(job, items, plan, {n: (first.choice[n].setting, r) for n, r in rounded.items()})
     load_values(twin, _unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
     predicted = kl_to(job.model.module, twin, job.sets.correction, device=job.device)[0]
-    return _Found(plan, margin(curves, plan, room), rounded, predicted)
+    return _Found(plan, margin(curves, plan, room), rounded, predicted, _smallest_step(curves, plan))
+
+
+def _smallest_step(curves: Sequence[Curve], plan: Plan) -> int:
+    """Bytes of the smallest step of any tensor that lowers its distortion."""
+    steps = [
+        p.rate - plan.choice[c.name].rate
+        for c in curves
+        for p in c.points
+        if p.distortion < plan.choice[c.name].distortion and p.rate > plan.choice[c.name].rate
+    ]
+    return int(min(steps, default=0))
 
 
 def _scaled(found: Curve, factor: float) -> Curve:
@@ -335,19 +343,12 @@ def _finish(job: Job, frame: _Frame, items: Sequence[Item], found: _Found, outpu
 
 def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: _Found) -> list[file.Stored]:
     """All tensors with their bytes."""
-    units = {u.name: u for u in model.units}
     stored = []
     for p in frame.layout.places:
         if p.name in types:
             stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
-            continue
-        if p.unit:
-            unit = units[p.unit]
-            values = p.to_file(as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().reshape(-1, p.cols))
         else:
-            assert p.values is not None  # noqa: S101 (a place has a unit or values)
-            values = p.values
-        stored.append(_stored(p, None, frame.types, file.encode_plain("F32", values.reshape(-1, p.cols))))
+            stored.append(plain(model, p))
     return stored
 
 
@@ -377,6 +378,7 @@ def _report(
         "model": job.model.name, "format": "gguf", "architecture": frame.layout.architecture, "method": "bytecap",
         "plan": ", ".join(f"{n} {t.lower()}" for t, n in sorted(counts.items(), key=lambda x: WHOLE.index(x[0]))),
         "seed": job.seed, "budget_bytes": job.budget, "file_bytes": size, "slack_bytes": job.budget - size,
+        "allowed_slack_bytes": found.step, "ideal_bytes": size,
         "head_bytes": frame.head, "float_bytes": frame.rest,
         "parameters": job.model.parameters, "bits_per_parameter": 8 * size / max(1, job.model.parameters),
         "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,

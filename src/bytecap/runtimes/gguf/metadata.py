@@ -20,6 +20,11 @@ _MORE = {
     "sliding_window": "attention.sliding_window", "head_dim": "attention.key_length",
 }  # fmt: skip
 _PLAIN = {"default", None}
+# names that every config of transformers answers to, for keys whose own name it does not have
+_COMMON = {
+    "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+}  # fmt: skip
 
 
 def write_keys(writer: Any, model: Model, layout: Layout) -> None:
@@ -44,6 +49,8 @@ def write_keys(writer: Any, model: Model, layout: Layout) -> None:
         pairs["attention.value_length"] = pairs["attention.key_length"]
     for key, name in pairs.items():
         value = _value(config, name, kinds)
+        if value is None and key in _COMMON:
+            value = getattr(config, _COMMON[key], None)
         if value is None and key == "feed_forward_length":
             value = next(p.shape[0] for p in layout.places if p.name.endswith("ffn_up.weight"))
         if isinstance(value, bool) or not isinstance(value, int | float):

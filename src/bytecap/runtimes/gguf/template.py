@@ -7,6 +7,7 @@ row order whatever the converter did. Tensors whose rows are not found (computed
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ class Template:
             writer.add_key_value(key, value, kind, entry.types[-1] if kind == types.ARRAY else None)
 
 
-def read_template(path: Path, model: Model) -> Template:
-    """The template at `path`, matched with a model.
+def read_template(path: Path, model: Model, *, quantized: bool = False) -> Template:
+    """The template at `path`, matched with a model; `quantized` where the model was read from the file itself.
 
     Raises:
         CheckpointError: it is of another model, or quantized.
@@ -59,13 +60,13 @@ def read_template(path: Path, model: Model) -> Template:
     places = []
     for t in reader.tensors:
         kind, shape = t.tensor_type.name, tuple(int(n) for n in reversed(t.shape))
-        if kind not in PLAIN:
+        if kind not in PLAIN and not quantized:
             raise CheckpointError(
                 f"{path}: {t.name} is stored as {kind}; a template must be F32, F16 or BF16 "
                 "(convert_hf_to_gguf.py --outtype f16)"
             )
         values = decode(kind, t.data, shape[-1])
-        places.append(index.place(t.name, shape, values, kind))
+        places.append(index.place(t.name, shape, values, kind if kind in PLAIN else "F32"))
     wanted = {u.name for u in model.units if len(u.shape) >= 2 and u.linear}
     lost = sorted(wanted - {p.unit for p in places})
     if lost:
@@ -85,37 +86,42 @@ class _Index:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._rows: dict[str, dict[bytes, tuple[str, int]]] = {}
+        self._rows: dict[str, dict[bytes, list[tuple[str, int]]]] = {}
 
-    def _of(self, kind: str) -> dict[bytes, tuple[str, int]]:
+    def _of(self, kind: str) -> dict[bytes, list[tuple[str, int]]]:
         if kind not in self._rows:
-            found: dict[bytes, tuple[str, int]] = {}
+            found: dict[bytes, list[tuple[str, int]]] = {}
             for unit in self._model.units:
                 if len(unit.shape) < 2:
                     continue
                 matrix = as_matrix(unit, self._model.tensor(unit).detach()).float().cpu().numpy()
                 for i, row in enumerate(encode_plain(kind, matrix)):
-                    found.setdefault(row.tobytes(), (unit.name, i))
+                    found.setdefault(row.tobytes(), []).append((unit.name, i))
             self._rows[kind] = found
         return self._rows[kind]
 
     def place(self, name: str, shape: tuple[int, ...], values: Array, kind: str) -> Place:
         """Where a tensor comes from; a copy of its values where no unit has all of its rows."""
         copied = Place(name, "", shape, values=values)
-        if len(shape) < 2 or not copied.matrix:
-            return self._vector(copied, kind)
-        rows = [self._of(kind).get(r.tobytes()) for r in encode_plain(kind, values)]
-        units = {r[0] for r in rows if r is not None}
-        if len(units) != 1 or None in rows:
+        if not copied.matrix:
             return copied
-        order = np.array([r[1] for r in rows if r is not None], np.intp)
-        plain = np.array_equal(order, np.arange(len(order)))
-        unit = next(u for u in self._model.units if u.name in units)
-        whole = plain and len(order) == unit.matrix_shape[0]
+        index = self._of(kind)
+        rows = [index.get(r.tobytes(), []) for r in encode_plain(kind, values)]
+        owners = Counter(u for found in rows for u in {u for u, _ in found})
+        unit = next((u for u in self._model.units if owners[u.name] == len(rows)), None)
+        if unit is None:
+            return copied
+        order = np.array(_places([[i for u, i in found if u == unit.name] for found in rows]), np.intp)
+        whole = len(order) == unit.matrix_shape[0] and np.array_equal(order, np.arange(len(order)))
         return Place(name, unit.name, shape, None if whole else order)
 
-    def _vector(self, copied: Place, kind: str) -> Place:
-        """A vector keeps the template's values; if a unit has them, reading back finds them there."""
-        assert copied.values is not None  # noqa: S101 (it is a copy)
-        del kind
-        return copied
+
+def _places(candidates: list[list[int]]) -> list[int]:
+    """One of the candidates for every row; equal rows take theirs in turn."""
+    taken: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for c in candidates:
+        key = tuple(c)
+        found.append(c[taken[key] % len(c)])
+        taken[key] += 1
+    return found
