@@ -97,6 +97,7 @@ def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--recipes", nargs="*", default=["Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M"])
     p.add_argument("--stock-only", action="store_true", help="recipes for the lower hull")
+    p.add_argument("--held-tokens", type=int, default=HELD_TOKENS, help="tokens of the Hessian that judges")
     p.add_argument("--work", type=Path, help="directory for statistics kept between runs")
     args = p.parse_args()
     lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
@@ -116,7 +117,7 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
     layout, device = layout_of(model), choose_device(args.device)
     calib, held = texts(args.texts, "calib"), texts(args.texts, "val")
     sets = load_sets(
-        model, calib, held, tokens=args.tokens, evaluation_tokens=args.eval_tokens, correction_tokens=HELD_TOKENS,
+        model, calib, held, tokens=args.tokens, evaluation_tokens=args.eval_tokens, correction_tokens=args.held_tokens,
         seed=args.seed, reporter=quiet,
     )  # fmt: skip
     job = Job(model, sets, 0, lambda *_: 0, device, args.seed, quiet, store=Store(args.work))
@@ -135,7 +136,7 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
             budget = rows[name, r, "stock"]["file_bytes"]
             found = fit_gguf(
                 model, budget, calibration=calib, evaluation=held, device=device, seed=args.seed, tokens=args.tokens,
-                evaluation_tokens=args.eval_tokens, store=args.work, reporter=quiet,
+                evaluation_tokens=args.eval_tokens, held_tokens=args.held_tokens, store=args.work, reporter=quiet,
             )  # fmt: skip
             row = {k: v for k, v in found.report.items() if k != "margin"}
         row = record(args, {"benchmark": "formats", "recipe": r, **row, "method": method})
@@ -145,7 +146,9 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
 
 def table(rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
     """Ratios against the same recipe and against the lower hull of all stock recipes, in log KL."""
-    print(f"{'model':10s} {'recipe':8s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s} {'hull':>6s}")
+    print(
+        f"{'model':10s} {'recipe':8s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s} {'hull':>6s}"
+    )
     for (name, r, method), ours in rows.items():
         if method != "bytecap" or (name, r, "stock") not in rows:
             continue

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from bytecap.cli import gguf
 from bytecap.cli.common import Device, Factory, Json, Loss, State, check_output, names, print_json, progress
 from bytecap.cli.compare import compare
 from bytecap.cli.curves import curves
-from bytecap.cli import gguf
 from bytecap.cli.golf import app as golf_app
 from bytecap.cli.inspect import inspect
 from bytecap.cli.thesis import thesis

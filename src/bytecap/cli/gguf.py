@@ -22,9 +22,7 @@ Template = Annotated[
 Emit = Annotated[
     Path | None, typer.Option("--emit", help="GGUF: also write the types for llama-quantize --tensor-type-file.")
 ]
-Format = Annotated[
-    str | None, typer.Option("--format", help="bcap or gguf; by the suffix of -o if it is not given.")
-]
+Format = Annotated[str | None, typer.Option("--format", help="bcap or gguf; by the suffix of -o if it is not given.")]
 _Calib = Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")]
 _Eval = Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")]
 

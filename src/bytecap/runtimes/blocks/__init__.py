@@ -1,6 +1,6 @@
 """Block formats: fixed layouts of integers with shared scales, as runtimes read them.
 
-Every format of a scalar kind says the same few things. Columns come in blocks with one or two floating-point numbers
+Every scalar format says the same few things. Columns come in blocks with one or two floating-point numbers
 each; a block is cut into sub-blocks that may scale these by small integers; codes are integers of a range, or places in
 a table of levels. A weight is::
 

@@ -23,13 +23,10 @@ def _codes(
     g: _Array, h: _Array, inv: _Array, w: _Array, q: _Array, a: _Array, c: _Array, sub: int, low: Any, high: Any,
     table: _Array,
 ) -> None:  # fmt: skip
-    """Every code of one row's block, last to first.
+    """Every code `q` of one row's block, last to first, and the decoded values `w`.
 
-    Args:
-        g: H times the error, (cols,).
-        h: (cols, cols), `inv` one over its diagonal.
-        w: decoded values.
-        q: codes; `a` and `c` scales and minimums of sub-blocks.
+    `g` is H times the error, `h` (cols, cols) the block's own part of H, `inv` one over its diagonal; `a` and `c` are
+    scales and minimums of sub-blocks.
     """
     for b in range(len(a) - 1, -1, -1):
         scale, minimum = a[b], c[b]
@@ -47,52 +44,60 @@ def _codes(
                     g[k] -= change * row[k]
 
 
+def _shift(g: _Array, h: _Array, w: _Array, first: int, step: Any, unit: Any, q: _Array) -> None:
+    """Add `step * unit * q` to the values from column `first` on."""
+    for i in range(len(q)):
+        change = step * unit * q[i]
+        if change != _ZERO:
+            w[first + i] += change
+            row = h[first + i]
+            for k in range(len(g)):
+                g[k] -= change * row[k]
+
+
+def _step(old: Any, slope: Any, curve: Any, low: int, high: int) -> Any:
+    """Change of an integer that lowers the distortion most, 0 if none does."""
+    if curve <= _ZERO:
+        return _ZERO
+    step = min(max(np.rint(old + slope / curve), np.float32(low)), np.float32(high)) - old
+    return step if step * (slope + slope - step * curve) > _ZERO else _ZERO
+
+
+shift: Any = compiled(_shift)
+step_of: Any = compiled(_step)
+
+
 def _sub_scales(
     g: _Array, h: _Array, sums: _Array, w: _Array, q: _Array, ls: _Array, m: _Array, d: Any, dm: Any, sub: int,
-    scales: tuple[int, int], minimums: int, hv: _Array,
+    scales: tuple[int, int], minimums: int, ones: _Array, hv: _Array,
 ) -> None:  # fmt: skip
-    """Integer sub-scales and sub-minimums of one row's block.
+    """Integer sub-scales `ls` and sub-minimums `m` of one row's block.
 
-    Args:
-        sums: sum of every sub-block's own part of `h`.
-        hv: room for a sub-block.
+    `sums` has the sum of every sub-block's own part of `h`; `ones` are that, `hv` is room for a sub-block.
     """
     for b in range(len(ls)):
         first = b * sub
-        for kind in range(2 if minimums > 0 else 1):
-            unit = d if kind == 0 else -dm
-            slope, curve = _ZERO, _ZERO
-            if kind == 0:
-                hv[:sub] = _ZERO
-                for i in range(sub):
-                    x, row = q[first + i], h[first + i]
-                    for k in range(sub):
-                        hv[k] += x * row[first + k]
-                for i in range(sub):
-                    slope += q[first + i] * g[first + i]
-                    curve += q[first + i] * hv[i]
-            else:
-                curve = sums[b]
-                for i in range(sub):
-                    slope += g[first + i]
-            slope, curve = unit * slope, unit * unit * curve
-            if curve <= _ZERO:
-                continue
-            old = ls[b] if kind == 0 else m[b]
-            low, high = (scales[0], scales[1]) if kind == 0 else (0, minimums)
-            step = min(max(np.rint(old + slope / curve), np.float32(low)), np.float32(high)) - old
-            if step == _ZERO or step * (slope + slope - step * curve) <= _ZERO:
-                continue
-            if kind == 0:
-                ls[b] += step
-            else:
-                m[b] += step
+        hv[:sub] = _ZERO
+        for i in range(sub):
+            x, row = q[first + i], h[first + i]
+            for k in range(sub):
+                hv[k] += x * row[first + k]
+        slope, curve = _ZERO, _ZERO
+        for i in range(sub):
+            slope += q[first + i] * g[first + i]
+            curve += q[first + i] * hv[i]
+        step = step_of(ls[b], d * slope, d * d * curve, scales[0], scales[1])
+        if step != _ZERO:
+            ls[b] += step
+            shift(g, h, w, first, step, d, q[first : first + sub])
+        if minimums > 0:
+            slope = _ZERO
             for i in range(sub):
-                change = step * unit * q[first + i] if kind == 0 else step * unit
-                w[first + i] += change
-                row = h[first + i]
-                for k in range(len(q)):
-                    g[k] -= change * row[k]
+                slope -= g[first + i]
+            step = step_of(m[b], dm * slope, dm * dm * sums[b], 0, minimums)
+            if step != _ZERO:
+                m[b] += step
+                shift(g, h, w, first, step, -dm, ones)
 
 
 def _floats(
@@ -101,11 +106,8 @@ def _floats(
 ) -> None:  # fmt: skip
     """Float16 scale `d` and minimum `dm` (LANES,) of a block, solved together.
 
-    Args:
-        g: H times the error, (cols, LANES).
-        v, u: values per unit of scale and of minimum, (cols, LANES); `hv` and `hu` are H times these.
-        positive: the minimum must not be negative.
-        sums: room, (>= 5, LANES).
+    `g` is H times the error, (cols, LANES); `v` and `u` are values per unit of scale and of minimum, `hv` and `hu` H
+    times these. `positive`: the minimum must not be negative. `sums` is room, (>= 5, LANES).
     """
     sums[:] = _ZERO
     for i in range(len(v)):

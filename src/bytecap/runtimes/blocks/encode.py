@@ -94,7 +94,8 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
 
 
 def encode(
-    weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS, threads: int | None = None
+    weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS,
+    threads: int | None = None,
 ) -> Codes:  # fmt: skip
     """Codes of a matrix (rows, cols); the same for any number of threads.
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
-from bytecap.runtimes.blocks.search import LANES, affine, compiled, half, inverse, near, shared, symmetric
+from bytecap.runtimes.blocks.search import LANES, affine, compiled, float_of, half, inverse, near, small, symmetric
 
 _Array = npt.NDArray[Any]
 _ZERO = np.float32(0)
@@ -82,16 +82,14 @@ def _descend_block(
     table: _Array, scales: tuple[int, int], minimums: int, unit: float, q: _Array, ls: _Array, m: _Array, d: _Array,
     dm: _Array, error: _Array, g: _Array, own: _Array, room: _Array, lanes: _Array, work: _Array,
 ) -> None:  # fmt: skip
-    """One sweep over a block.
+    """One sweep over a block; `h` is its own part of H, contiguous, `g` H times the error (block, LANES).
 
-    Args:
-        h: the block's own part of H, contiguous; `inv` one over H's diagonal, `sums` see `descent`.
-        g: H times the error, (block, LANES).
-        own, room, lanes, work: room.
+    `inv` is one over H's diagonal, `sums` are those of `descent`; `own`, `room`, `lanes` and `work` are room.
     """
     two, per, at, base = scales != (1, 1), block // sub, first // block, first // sub
     slope, value, code, hv = room[0], room[1], room[2], room[3]
     a, c, s, n = own[0], own[1], own[2], own[3]
+    ones = np.ones(sub, np.float32)
     for r in range(LANES):
         for b in range(per):
             s[b], n[b] = ls[base + b, r], m[base + b, r]
@@ -102,7 +100,7 @@ def _descend_block(
         codes(slope, h, inv[first:], value, code, a, c, sub, low, high, table)
         if two:
             sub_scales(
-                slope, h, sums[base:], value, code, s, n, d[at, r], dm[at, r], sub, scales, minimums, hv
+                slope, h, sums[base:], value, code, s, n, d[at, r], dm[at, r], sub, scales, minimums, ones, hv
             )  # fmt: skip
         for b in range(per):
             ls[base + b, r], m[base + b, r] = s[b], n[b]
@@ -132,19 +130,12 @@ def _encode(
     table: _Array, scales: tuple[int, int], minimums: int, unit: float, factors: _Array, tries: _Array, signs: int,
     sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
 ) -> None:  # fmt: skip
-    """Codes of LANES rows.
+    """Codes of LANES rows, whose weights `w` (cols, LANES) are divided by `unit`.
 
-    Args:
-        w: weights (cols, LANES), divided by `unit`.
-        fed: (cols, cols), `L_jk / L_kk` at (k, j).
-        weight: (cols,), `L_kk^2`.
-        h: (cols, cols), the Hessian.
-        tiles: (blocks, block, block), its diagonal blocks.
-        inv: (cols,), one over its diagonal.
-        sums: (cols / sub,), the sum over every sub-block's own part of it.
-        table, factors, tries, signs: see `search`.
-        sweeps: of descent.
-        q, ls, m, d, dm: results (cols, cols / sub or cols / block; LANES).
+    `fed` (cols, cols) has `L_jk / L_kk` at (k, j), `weight` (cols,) `L_kk^2`; `h` is the Hessian, `tiles`
+    (blocks, block, block) its diagonal blocks, `inv` one over its diagonal, `sums` (cols / sub,) the sum over every
+    sub-block's own part of it. `table`, `factors`, `tries` and `signs` are those of `search`. After `sweeps` of
+    descent `q`, `ls`, `m`, `d` and `dm` hold the results, (cols, cols / sub or cols / block; LANES).
     """
     cols, per, two = len(w), block // sub, scales != (1, 1)
     error = np.zeros((cols, LANES), np.float32)
@@ -168,9 +159,10 @@ def _encode(
             else:
                 affine(z, b * sub, b * sub + sub, rest, high, factors, two, a[b], c[b], work)
         if two:
-            shared(
-                z, sub, rest, low, high, table, scales, minimums, unit, tries, a, c, d[at], dm[at],
-                ls[base : base + per], m[base : base + per], work,
+            float_of(z, sub, rest, low, high, table, scales, minimums, unit, tries, a, c, d[at], dm[at], work)
+            small(
+                z, sub, rest, low, high, table, scales, minimums, a, c, d[at], dm[at], ls[base : base + per],
+                m[base : base + per], work,
             )  # fmt: skip
         else:
             for r in range(LANES):

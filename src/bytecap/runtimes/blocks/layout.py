@@ -73,10 +73,8 @@ def _codes(form: BlockFormat, stored: dict[str, _Bytes], halves: dict[str, npt.N
     """Codes from what is stored, offsets taken off."""
     rows = len(stored["codes"])
     whole = stored["codes"].reshape(rows, -1)
-    if form.levels:
-        codes = np.array(form.levels, np.int8)[whole]
-    else:
-        codes = (whole - np.uint8(form.code_zero)).view(np.int8)
+    plain = (whole - np.uint8(form.code_zero)).view(np.int8)
+    codes = np.array(form.levels, np.int8)[whole] if form.levels else plain
     one = np.ones((rows, whole.shape[1] // form.sub), np.int8)
     scales = (stored["sub_scales"] - np.uint8(form.scale_zero)).view(np.int8).reshape(rows, -1)
     minimums = stored["sub_minimums"].view(np.int8).reshape(rows, -1)

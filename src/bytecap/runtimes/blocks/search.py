@@ -65,10 +65,8 @@ def _symmetric(
 ) -> None:  # fmt: skip
     """Best `scale` (LANES,) for columns `first` to `last` of `y` as `scale * level`.
 
-    Args:
-        factors: candidates, in units of the scale that puts the largest value at the end of the range.
-        signs: 2 where the range is not symmetric, else 1.
-        work: (>= 5, LANES).
+    `factors` are candidates, in units of the scale that puts the largest value at the end of the range; `signs` is 2
+    where the range is not symmetric, else 1; `work` is room, (>= 6, LANES).
     """
     peak, best, a, sx, ss = work[0], work[1], work[2], work[3], work[4]
     inv = work[5]
@@ -109,12 +107,9 @@ def _affine(
 ) -> None:  # fmt: skip
     """Best `scale` and `minimum` (LANES,) for columns `first` to `last` of `y` as `scale * code - minimum`.
 
-    Args:
-        positive: the minimum must not be negative.
-        work: (>= 11, LANES).
+    `positive`: the minimum must not be negative. `work` is room, (>= 10, LANES).
     """
-    lowest, span, best, a, c = work[0], work[1], work[2], work[3], work[4]
-    inv, sq, sqq, sqy, sy = work[5], work[6], work[7], work[8], work[9]
+    lowest, span, best, a, c, sy = work[0], work[1], work[2], work[3], work[4], work[9]
     sw = _ZERO
     for r in range(LANES):
         lowest[r], span[r] = y[first, r], y[first, r]
@@ -126,8 +121,7 @@ def _affine(
             span[r] = max(span[r], y[i, r])
             sy[r] += weight[i] * y[i, r]
     for r in range(LANES):
-        if positive:
-            lowest[r] = min(lowest[r], _ZERO)
+        lowest[r] = min(lowest[r], _ZERO) if positive else lowest[r]
         span[r] = max(span[r] - lowest[r], _ZERO)
         scale[r], minimum[r] = _ZERO, -lowest[r]
     for f in factors:
@@ -135,36 +129,44 @@ def _affine(
             for r in range(LANES):
                 a[r] = span[r] / high * f
                 c[r] = -(lowest[r] + span[r] * (_ONE - f) * np.float32(0.5) * place)
-                if positive:
-                    c[r] = max(c[r], _ZERO)
+                c[r] = max(c[r], _ZERO) if positive else c[r]
             for _ in range(2):
-                inverse(a, inv)
-                sq[:] = _ZERO
-                sqq[:] = _ZERO
-                sqy[:] = _ZERO
-                for i in range(first, last):
-                    w = weight[i]
-                    for r in range(LANES):
-                        q = np.rint(min(max((y[i, r] + c[r]) * inv[r], _ZERO), high))
-                        t = w * q
-                        sq[r] += t
-                        sqq[r] += t * q
-                        sqy[r] += t * y[i, r]
-                for r in range(LANES):
-                    det = sw * sqq[r] - sq[r] * sq[r]
-                    sound = det > np.float32(1e-5) * sw * sqq[r]
-                    x = (sw * sqy[r] - sq[r] * sy[r]) / det if sound else _ZERO
-                    z = (sq[r] * sqy[r] - sqq[r] * sy[r]) / det if sound else _ZERO
-                    if positive and z < _ZERO:
-                        z = _ZERO
-                        x = sqy[r] / sqq[r] if sqq[r] > _ZERO else _ZERO
-                    gain = x * (_TWO * (sqy[r] + z * sq[r]) - x * sqq[r]) - z * (_TWO * sy[r] + z * sw)
-                    better = sound and gain > best[r]
-                    best[r] = gain if better else best[r]
-                    scale[r] = x if better else scale[r]
-                    minimum[r] = z if better else minimum[r]
-                    a[r] = x
-                    c[r] = z
+                line(y, first, last, weight, high, positive, sw, best, a, c, scale, minimum, work)
+
+
+def _line(
+    y: _Array, first: int, last: int, weight: _Array, high: Any, positive: bool, sw: Any, best: _Array, a: _Array,
+    c: _Array, scale: _Array, minimum: _Array, work: _Array,
+) -> None:  # fmt: skip
+    """Codes under `a` and `c`, the best line through them as the next `a` and `c`, and kept where it is better."""
+    inv, sq, sqq, sqy, sy = work[5], work[6], work[7], work[8], work[9]
+    inverse(a, inv)
+    sq[:] = _ZERO
+    sqq[:] = _ZERO
+    sqy[:] = _ZERO
+    for i in range(first, last):
+        w = weight[i]
+        for r in range(LANES):
+            q = np.rint(min(max((y[i, r] + c[r]) * inv[r], _ZERO), high))
+            t = w * q
+            sq[r] += t
+            sqq[r] += t * q
+            sqy[r] += t * y[i, r]
+    for r in range(LANES):
+        det = sw * sqq[r] - sq[r] * sq[r]
+        sound = det > np.float32(1e-5) * sw * sqq[r]
+        x = (sw * sqy[r] - sq[r] * sy[r]) / det if sound else _ZERO
+        z = (sq[r] * sqy[r] - sqq[r] * sy[r]) / det if sound else _ZERO
+        if positive and z < _ZERO:
+            z = _ZERO
+            x = sqy[r] / sqq[r] if sqq[r] > _ZERO else _ZERO
+        gain = x * (_TWO * (sqy[r] + z * sq[r]) - x * sqq[r]) - z * (_TWO * sy[r] + z * sw)
+        better = sound and gain > best[r]
+        best[r] = gain if better else best[r]
+        scale[r] = x if better else scale[r]
+        minimum[r] = z if better else minimum[r]
+        a[r] = x
+        c[r] = z
 
 
 def _loss(
@@ -181,6 +183,7 @@ def _loss(
 
 
 symmetric: Any = compiled(_symmetric)
+line: Any = compiled(_line)
 affine: Any = compiled(_affine)
 loss: Any = compiled(_loss)
 
@@ -202,34 +205,32 @@ def _product(a: _Array, b: _Array, out: _Array) -> None:
 product: Any = compiled(_product)
 
 
-def _shared(
+def _float(
     y: _Array, sub: int, weight: _Array, low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int,
-    unit: float, tries: _Array, a: _Array, c: _Array, d: _Array, dm: _Array, ls: _Array, m: _Array, work: _Array,
+    unit: float, tries: _Array, a: _Array, c: _Array, d: _Array, dm: _Array, work: _Array,
 ) -> None:  # fmt: skip
-    """Float16 scale `d` and minimum `dm` (LANES,) of a block and integers `ls` and `m` (subs, LANES) near `a` and `c`.
+    """Float16 scale `d` and minimum `dm` (LANES,) of a block whose sub-blocks would have `a` and `c` (subs, LANES).
 
-    Args:
-        tries: candidates for `d`, relative to the one that puts the largest sub-scale at the end of its range.
-        work: (>= 12, LANES).
+    `tries` are candidates, relative to what puts the largest sub-scale at the end of its range; `work` is room,
+    (>= 11, LANES).
     """
-    subs = len(a)
     top, ctop, best, total, inv = work[0], work[1], work[2], work[3], work[4]
-    x, z, xd, zd, li, mi, spare = work[5], work[6], work[7], work[8], work[9], work[10], work[11]
+    x, z, xd, zd, li, mi = work[5], work[6], work[7], work[8], work[9], work[10]
     top[:] = _ZERO
     ctop[:] = _ZERO
     best[:] = np.float32(np.inf)
-    for b in range(subs):
+    for b in range(len(a)):
         for r in range(LANES):
             top[r] = a[b, r] if abs(a[b, r]) > abs(top[r]) else top[r]
             ctop[r] = max(ctop[r], c[b, r])
     end = scales[1] if scales[0] >= 0 else scales[0]
+    share = _ONE / np.float32(max(minimums, 1))
     for f in tries:
         for g in tries if minimums > 0 else tries[:1]:
             for r in range(LANES):
-                xd[r] = half(top[r] / end * f, unit)
-                zd[r] = half(ctop[r] / minimums * g, unit) if minimums > 0 else _ZERO
+                xd[r], zd[r] = half(top[r] / end * f, unit), half(ctop[r] * share * g, unit)
             total[:] = _ZERO
-            for b in range(subs):
+            for b in range(len(a)):
                 inverse(xd, inv)
                 nearest_small(a[b], inv, scales[0], scales[1], li)
                 inverse(zd, inv)
@@ -240,25 +241,38 @@ def _shared(
             for r in range(LANES):
                 if total[r] < best[r]:
                     best[r], d[r], dm[r] = total[r], xd[r], zd[r]
-    near_by = 1 if scales[1] <= 31 else 0
-    for b in range(subs):
+
+
+def _small(
+    y: _Array, sub: int, weight: _Array, low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int,
+    a: _Array, c: _Array, d: _Array, dm: _Array, ls: _Array, m: _Array, work: _Array,
+) -> None:  # fmt: skip
+    """Integers `ls` and `m` (subs, LANES) such that `d * ls` and `dm * m` come near `a` and `c`.
+
+    Where there are few of them, neighbours are tried as well. `work` is room, (>= 9, LANES).
+    """
+    top, ctop, best, total, inv = work[0], work[1], work[2], work[3], work[4]
+    x, z, li, mi = work[5], work[6], work[7], work[8]
+    reach = 1 if scales[1] <= 31 else 0
+    for b in range(len(a)):
         inverse(d, inv)
         nearest_small(a[b], inv, scales[0], scales[1], top)
         inverse(dm, inv)
         nearest_small(c[b], inv, 0, minimums, ctop)
         best[:] = np.float32(np.inf)
-        for dl in range(-near_by, near_by + 1):
-            for dz in range(-near_by, near_by + 1) if minimums > 0 else range(1):
+        for dl in range(-reach, reach + 1):
+            for dz in range(-reach, reach + 1) if minimums > 0 else range(1):
                 for r in range(LANES):
                     li[r] = min(max(top[r] + dl, np.float32(scales[0])), np.float32(scales[1]))
                     mi[r] = min(max(ctop[r] + dz, _ZERO), np.float32(minimums))
                 product(d, li, x)
                 product(dm, mi, z)
-                spare[:] = _ZERO
-                loss(y, b * sub, b * sub + sub, weight, low, high, table, x, z, inv, spare)
+                total[:] = _ZERO
+                loss(y, b * sub, b * sub + sub, weight, low, high, table, x, z, inv, total)
                 for r in range(LANES):
-                    if spare[r] < best[r]:
-                        best[r], ls[b, r], m[b, r] = spare[r], li[r], mi[r]
+                    if total[r] < best[r]:
+                        best[r], ls[b, r], m[b, r] = total[r], li[r], mi[r]
 
 
-shared: Any = compiled(_shared)
+float_of: Any = compiled(_float)
+small: Any = compiled(_small)

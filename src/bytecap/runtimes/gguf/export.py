@@ -85,7 +85,9 @@ def importance(model: Model, layout: Layout, found: Statistics) -> dict[str, npt
     }
 
 
-def write_imatrix(path: Path, found: Mapping[str, npt.NDArray[np.float32]], tokens: int, datasets: Sequence[str]) -> int:
+def write_imatrix(
+    path: Path, found: Mapping[str, npt.NDArray[np.float32]], tokens: int, datasets: Sequence[str]
+) -> int:
     """Write an importance matrix that `llama-quantize --imatrix` reads; returns the bytes."""
 
     def describe(writer: Any) -> None:
@@ -104,10 +106,10 @@ def write_imatrix(path: Path, found: Mapping[str, npt.NDArray[np.float32]], toke
 
 
 def type_lines(types: Mapping[str, str]) -> str:
-    """Types as `llama-quantize --tensor-type-file` reads them.
+    r"""Types as `llama-quantize --tensor-type-file` reads them.
 
     >>> type_lines({"blk.0.attn_q.weight": "Q4_K"})
-    '^blk\\\\.0\\\\.attn_q\\\\.weight$=q4_k\\n'
+    '^blk\\.0\\.attn_q\\.weight$=q4_k\n'
     """
     return "".join(f"^{re.escape(n)}$={t.lower()}\n" for n, t in types.items())
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bytecap.allocation import correction
 from bytecap.allocation.allocate import allocate
 from bytecap.allocation.budget_curve import margin
 from bytecap.allocation.correction import Factor, shrunk
@@ -27,10 +28,10 @@ from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.methods import Job
 from bytecap.model.checkpoint import Model, as_matrix, load_model
-from bytecap.model.evaluation import Comparison, compare, kl_each, kl_to, mean_comparison
+from bytecap.model.evaluation import Comparison, compare, kl_each, kl_to
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
-from bytecap.model.texts import TokenSets
+from bytecap.model.texts import TokenSets, leading
 from bytecap.progress import Reporter, Silent
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, plain
@@ -109,6 +110,7 @@ def fit_gguf(
     types: Sequence[str] | None = None,
     pure: bool = False,
     template: Path | str | None = None,
+    held_tokens: int = HELD_TOKENS,
     store: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> GgufFile:
@@ -129,6 +131,7 @@ def fit_gguf(
         types: GGUF types to choose from, all by default.
         pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
         template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer.
+        held_tokens: most tokens for the Hessian that judges.
         store: directory in which statistics are kept.
         reporter: told about progress.
     """
@@ -143,7 +146,7 @@ def fit_gguf(
     floor = _check_floor(frame, cap)
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
-        correction_tokens=HELD_TOKENS, seed=seed, reporter=reporter,
+        correction_tokens=held_tokens, seed=seed, reporter=reporter,
     )  # fmt: skip
     job = Job(loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, store=Store(store))
     loaded.module.to(target)
@@ -154,9 +157,7 @@ def fit_gguf(
     return result
 
 
-def _frame(
-    model: Model, menu: tuple[str, ...], pure: bool, template: Template | None, reporter: Reporter
-) -> _Frame:
+def _frame(model: Model, menu: tuple[str, ...], pure: bool, template: Template | None, reporter: Reporter) -> _Frame:
     """Names, metadata, what types compete for, and the bytes of the rest."""
     layout = template.layout if template is not None else layout_of(model)
     types, other = {}, []
@@ -272,7 +273,9 @@ def _scaled(found: Curve, factor: float) -> Curve:
     return Curve(found.name, tuple(replace(p, distortion=factor * p.distortion) for p in found.points))
 
 
-def _round(job: Job, items: Sequence[Item], plan: Plan, known: Mapping[str, tuple[float, Rounded]]) -> dict[str, Rounded]:
+def _round(
+    job: Job, items: Sequence[Item], plan: Plan, known: Mapping[str, tuple[float, Rounded]]
+) -> dict[str, Rounded]:
     """Every tensor in the type that the plan gives it."""
     found = {}
     with job.reporter.step("rounding", len(items)) as advance:
@@ -309,9 +312,8 @@ def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], tw
         for role, members in roles.items()
     }
     with job.reporter.step("correction factors", len(roles)) as advance:
-        measured = kl_each(
-            job.model.module, twin, variants, job.sets.correction, device=job.device, advance=advance
-        )  # fmt: skip
+        windows = leading(job.sets.correction, correction.TOKENS)
+        measured = kl_each(job.model.module, twin, variants, windows, device=job.device, advance=advance)
     found = {}
     for role, members in roles.items():
         names = [m.place.name for m in members]

@@ -108,8 +108,8 @@ def architecture_of(model: Model) -> str:
             if name in names and mapping == known[base]:
                 return name
     raise CheckpointError(
-        f"{model.name} is a {kind or 'model without a model_type'}: no direct way into GGUF is known for it. Convert it "
-        "with llama.cpp's convert_hf_to_gguf.py --outtype f16 and give that file with --template"
+        f"{model.name} is a {kind or 'model without a model_type'}: no direct way into GGUF is known for it. Convert "
+        "it with llama.cpp's convert_hf_to_gguf.py --outtype f16 and give that file with --template"
     )
 
 

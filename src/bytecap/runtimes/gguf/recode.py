@@ -32,7 +32,9 @@ def check_source(path: Path, *, allow_quantized: bool, reporter: Reporter) -> No
             "F16, BF16 or Q8_0 file, or say --allow-quantized; KL is then measured to the quantized model"
         )
     if coarse or "Q8_0" in kinds:
-        reporter.note(f"warning: {path} is quantized; quality is measured against what it holds, not against its source")
+        reporter.note(
+            f"warning: {path} is quantized; quality is measured against what it holds, not against its source"
+        )
 
 
 def load_gguf(path: Path) -> Model:

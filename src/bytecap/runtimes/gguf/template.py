@@ -1,8 +1,8 @@
 """Names, metadata and tokenizer from the user's own conversion of the same model.
 
-llama.cpp's converter knows every architecture. A file that it wrote in F32, F16 or BF16 says which tensors there are and
-what they hold: every row of a matrix is found again among the rows of the model's units by its values, which gives the
-row order whatever the converter did. Tensors whose rows are not found (computed ones, vectors) are copied.
+llama.cpp's converter knows every architecture. A file that it wrote in F32, F16 or BF16 says which tensors there are
+and what they hold: every row of a matrix is found again among the rows of the model's units by its values, which gives
+the row order whatever the converter did. Tensors whose rows are not found (computed ones, vectors) are copied.
 """
 
 from __future__ import annotations

@@ -18,9 +18,8 @@ from bytecap.model.checkpoint import Model
 from bytecap.runtimes.gguf import library
 
 _TYPES = ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE", "UNKNOWN")
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_LLAMA3 = _WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _RULES = {
     "gpt-2": (), "llama-bpe": (_LLAMA3,), "qwen2": (_LLAMA3.replace("{1,3}", ""),), "smollm": ("digits",)
 }  # fmt: skip
