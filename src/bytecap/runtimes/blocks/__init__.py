@@ -1,13 +1,13 @@
 """Block formats: fixed layouts of integers with shared scales, as runtimes read them.
 
 Every scalar format says the same few things. Columns come in blocks with one or two floating-point numbers
-each; a block is cut into sub-blocks that may scale these by small integers; codes are integers of a range, or places in
-a table of levels. A weight is::
+each; a block is cut into sub-blocks that may scale these by small integers; codes are integers of a range, or places
+in a table of levels. A weight is::
 
     scale[block] * sub_scale[sub] * level - minimum[block] * sub_minimum[sub]
 
-in float32, multiplied in this order, so two programs agree in every bit. `BlockFormat` describes a layout, `Codes` holds
-a matrix in it, `encode` searches for codes, `layout` turns them into bytes and back, `ggml` lists llama.cpp's formats.
+in float32, multiplied in this order, so two programs agree in every bit. `BlockFormat` describes a layout, `Codes` is a
+matrix in it, `encode` searches for codes, `layout` turns them into bytes and back, `ggml` lists llama.cpp's types.
 Omitted: formats whose codes are vectors of a lattice (IQ1 to IQ3).
 
 >>> from bytecap.runtimes.blocks.ggml import FORMATS

@@ -126,9 +126,9 @@ descend_block: Any = compiled(_descend_block)
 
 
 def _encode(
-    w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int, sub: int, low: Any, high: Any,
-    table: _Array, scales: tuple[int, int], minimums: int, unit: float, factors: _Array, tries: _Array, signs: int,
-    sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
+    w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int, sub: int,
+    low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: float, factors: _Array,
+    tries: _Array, signs: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
 ) -> None:  # fmt: skip
     """Codes of LANES rows, whose weights `w` (cols, LANES) are divided by `unit`.
 

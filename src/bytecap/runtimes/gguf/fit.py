@@ -167,8 +167,8 @@ def _frame(model: Model, menu: tuple[str, ...], pure: bool, template: Template |
             other += [place] if changed else []
     if other:
         reporter.note(
-            f"{len(other)} tensors such as {other[0].name} have rows of {other[0].cols} columns, which the chosen types "
-            f"cannot hold: they take one of {', '.join(types[other[0].name]).lower()}"
+            f"{len(other)} tensors such as {other[0].name} have rows of {other[0].cols} columns, which the chosen "
+            f"types cannot hold: they take one of {', '.join(types[other[0].name]).lower()}"
         )
     narrow = [p for p in layout.places if p.name in types and p.cols % 256]
     if narrow:
@@ -203,8 +203,8 @@ def _check_floor(frame: _Frame, cap: int) -> int:
         raise BudgetError(
             f"a budget of {cap:,} bytes is below the floor of {floor:,} of this format: metadata and tokenizer hold "
             f"{frame.head:,}, tensors in float32 {frame.rest:,}, the largest others "
-            f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; --types may allow smaller ones, "
-            "and a .bcap file goes lower",
+            f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; --types may allow smaller "
+            "ones, and a .bcap file goes lower",
             floor,
         )
     return floor
