@@ -1,5 +1,5 @@
-# make demo | test | nightly | coverage | lint | lock | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
-# demo, test, nightly, coverage, lint and bench set up .venv by themselves, again after every change of pyproject or constraints.
+# make demo | fast | test | nightly | numeric | coverage | lint | lock | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
+# All but lock and the last two set up .venv by themselves, again after every change of pyproject or constraints.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ BENCHDIR ?= build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test nightly coverage lint lock format directories bench clean distclean
+.PHONY: help setup demo fast test nightly numeric coverage lint lock format directories bench clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -39,27 +39,38 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
-# Two workers with one thread each: more threads than cores only wait for one another.
-test nightly coverage: export OMP_NUM_THREADS = 1
+# Two workers with one thread each: more threads than cores only wait for one another. Each starts with one half of the
+# tests, in order, so that what the tests of a file share is made once.
+fast test nightly numeric coverage: export OMP_NUM_THREADS = 1
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+TIER := not nightly
+
+fast: $(INSTALLED)
+	$(PYTEST) -m 'not slow and not nightly and not browser' --hypothesis-profile=fast
 
 test: lint
-	$(BIN)/pytest -n 2 -m 'not nightly'
+	$(PYTEST) -m 'not nightly' --durations=15
+	$(MAKE) --no-print-directory numeric
 
 nightly: test coverage
-	$(BIN)/pytest -n 2 -m nightly
+	$(PYTEST) -m nightly --durations=15
+	$(MAKE) --no-print-directory numeric TIER=nightly
 	$(BIN)/python tests/mutants.py
 
-# Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which modules), by the tests meant for it
-# without the slowest.
-COVERING := afterwards bands code codebooks coders container corners entropy estimates hostile integers layers ledger packed \
-	reference sidefiles streams units
-SLOW := seconds or real_artifact or memory_for or guided or demo or stranger or endless or kmeans or distortion_falls \
-	or slack or many_lanes or very_different or changed_byte or more_is_noticed or any_integers_in or random_artifacts or other_methods
+# What a test says of floating point holds on any processor, so tests of that run again on capped instruction sets, with
+# the sums of other kernels. Where the variables mean nothing they simply run again.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_CBWR=AVX2
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE
+numeric: $(INSTALLED)
+	$(AVX2) $(PYTEST) -m 'numeric and $(TIER)' tests
+	$(SSE) $(PYTEST) -m 'numeric and $(TIER)' tests
+
+# Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which folders), by the tests marked for it.
 coverage: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'not nightly' -k 'not ($(SLOW))' \
-		$(COVERING:%=tests/test_%.py) src/bytecap/sizes.py src/bytecap/format/entropy/frequencies.py src/bytecap/format/codefiles.py
+	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'coverage and not slow and not nightly'
 	$(BIN)/coverage report
 
 # Hashes of all distributions of what constraints.txt pins; needs uv (https://docs.astral.sh/uv).

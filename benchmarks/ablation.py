@@ -21,7 +21,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain Hessian (not guided)": {"guided": False},
     "guided Hessian, 2 row groups": {"groups": 2},
     "guided Hessian, 4 row groups": {"groups": 4},
-    "rate term in rounding": {"dead_zone": 1.0},
     "damping 1e-2": {"damping": 1e-2},
     "damping 1e-4": {"damping": 1e-4},
     "no correction factors": {"correct": False},

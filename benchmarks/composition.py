@@ -37,17 +37,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from bytecap.calibration.probe import longest_first
 from bytecap.format.decoder import decode_units
+from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, demo_directory, load_model
 from bytecap.model.evaluation import compare, mean_comparison
+from bytecap.model.forward import longest_first
 from bytecap.model.quantized_copy import load_values
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import Text, TokenSets, Window
 from bytecap.model.tying import FILE, Tying, find_blocks
 from bytecap.pipeline.fit import choose_device, fit_sets
 from bytecap.progress import Silent
-from bytecap.recovery.tuning import Effort
 from bytecap.sizes import parse_size
 from bytecap_lab.compare import pairs
 from bytecap_lab.layer_tying import Plan, decide, shuffled, windows_of, write

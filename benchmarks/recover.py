@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from bytecap.calibration.probe import batches
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import compare, mean_comparison
+from bytecap.model.forward import batches
 from bytecap.model.quantized_copy import twin_of
 from bytecap.model.sources import load_sets, with_recovery
 from bytecap.model.texts import TokenSets, Window

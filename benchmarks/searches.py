@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.texts import Window
 from bytecap.pipeline.fit import choose_device
 from bytecap.progress import Silent
-from bytecap.recovery.tuning import Effort
 from bytecap_lab.layer_tying import Plan, decide, read, split
 from bytecap_lab.layer_tying.start import tied
 from bytecap_lab.layer_tying.uptrain import RATE, uptrain

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from bytecap import reference
-from bytecap.calibration.probe import batch_tokens, batches, fast_dtype, logits_of
 from bytecap.format import container
 from bytecap.format.decoder import decode_units
 from bytecap.model.checkpoint import load_model
+from bytecap.model.forward import batch_tokens, batches, fast_dtype, logits_of
 from bytecap.model.sources import load_sets
 from bytecap.pipeline.fit import fit
 from bytecap.progress import Bars

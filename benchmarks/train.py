@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.model.checkpoint import Model, find_units, freeze, read_side_files
 from bytecap.model.sources import first_token, load_sets
 from bytecap.pipeline.fit import Artifact, choose_device, fit_sets, side_files

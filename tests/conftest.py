@@ -15,16 +15,41 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import bytecap
 from bytecap.cli import app
 from bytecap.model.checkpoint import demo_directory
+from once import Once
+from reporting import name_failures
 
 settings.register_profile(
     "suite", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("fast", settings.get_profile("suite"), max_examples=10)  # for `make fast`
 settings.load_profile("suite")
 
+CAPPED = os.environ.get("ATEN_CPU_CAPABILITY") in {"default", "avx2"}
+DECODING = ("src/bytecap/format/", "src/bytecap/reference/", "src/bytecap/sizes.py")  # whose doctests count as coverage
 VOCABULARY = 288
 KINDS = ("rotary", "biased", "transposed", "offset")  # families of models below
 BUDGET = 21_000
 SMALL = {"tokens": 2000, "evaluation_tokens": 1000, "window": 128}  # enough to exercise everything
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal is there
+def pytest_configure(config):
+    name_failures(config)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(DECODING):
+            item.add_marker("coverage")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_bfloat16():
+    """Processors that `make test` plays by capping instruction sets do not multiply bfloat16 either."""
+    with pytest.MonkeyPatch.context() as patch:
+        if CAPPED:
+            patch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,15 +59,25 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory):
+def once(tmp_path_factory):
+    """Function: a value by key, made by one worker of the run for all (see `once.py`)."""
+    here = tmp_path_factory.getbasetemp()
+    return Once((here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "once")
+
+
+@pytest.fixture(scope="session")
+def texts(once):
     """Paths of a calibration and an evaluation text, some documents each."""
-    directory = tmp_path_factory.mktemp("texts")
-    paths = {}
-    for name, size in (("calib", 24_000), ("val", 8_000)):
-        content = (demo_directory() / f"{name}.txt").read_text("utf-8")[:size]
-        paths[name] = directory / f"{name}.txt"
-        paths[name].write_text(content, "utf-8")
-    return paths
+
+    def make(directory):
+        paths = {}
+        for name, size in (("calib", 24_000), ("val", 8_000)):
+            content = (demo_directory() / f"{name}.txt").read_text("utf-8")[:size]
+            paths[name] = directory / f"{name}.txt"
+            paths[name].write_text(content, "utf-8")
+        return paths
+
+    return once("texts", make)
 
 
 @pytest.fixture(scope="session")
@@ -110,35 +145,32 @@ def save(module, directory, tokenizer_json, **options):
 
 
 @pytest.fixture(scope="session")
-def model_directory(tmp_path_factory, tokenizer_json):
+def model_directory(once, tokenizer_json):
     """Function: directory of a tiny model of a family (see `KINDS`), built once for each set of options."""
-    made = {}
 
     def get(kind="rotary", *, dtype=torch.bfloat16, **changes):
-        key = (kind, str(dtype), *sorted(changes.items()))
-        if key not in made:
-            module = build(kind, dtype=dtype, **changes)
-            made[key] = save(module, tmp_path_factory.mktemp(kind), tokenizer_json)
-        return made[key]
+        def make(directory):
+            return save(build(kind, dtype=dtype, **changes), directory / kind, tokenizer_json)
+
+        return once(("model", kind, str(dtype), *sorted(changes.items())), make)
 
     return get
 
 
 @pytest.fixture(scope="session")
-def fitted(tmp_path_factory, model_directory, texts):
+def fitted(once, model_directory, texts):
     """Function: (artifact, path) of a tiny model under `BUDGET`, made once for each set of options."""
-    made = {}
 
     def get(kind="rotary", method="bytecap", budget=BUDGET, **changes):
-        key = (kind, method, budget, *sorted(changes.items()))
-        if key not in made:
-            path = tmp_path_factory.mktemp("fitted") / f"{kind}.bcap"
+        def make(directory):
+            path = directory / f"{kind}.bcap"
             result = bytecap.fit(
                 model_directory(kind, **changes), budget, calibration=texts["calib"], evaluation=texts["val"],
                 method=method, output=path, **SMALL,
             )  # fmt: skip
-            made[key] = (result, path)
-        return made[key]
+            return result, path
+
+        return once(("fitted", kind, method, budget, *sorted(changes.items())), make)
 
     return get
 
@@ -149,21 +181,26 @@ def four(model_directory):
 
 
 @pytest.fixture(scope="session")
-def made(four, texts, tmp_path_factory):
+def made(once, four, texts):
     """Directory of a tied model, its report, and what was said."""
     from bytecap.progress import Silent
     from bytecap_lab.layer_tying import tie as convert
 
-    said, target = Silent(), tmp_path_factory.mktemp("tied")
-    report = convert(four, 2, target, rank=2, train=texts["calib"], steps="4", reporter=said)
-    return target, report, said.notes
+    def make(directory):
+        said, target = Silent(), directory / "tied"
+        report = convert(four, 2, target, rank=2, train=texts["calib"], steps="4", reporter=said)
+        return target, report, said.notes
+
+    return once("tied", make)
 
 
 @pytest.fixture(scope="session")
-def fitted_tied(made, texts, tmp_path_factory):
-    path = tmp_path_factory.mktemp("fitted") / "tied.bcap"
-    found = bytecap.fit(made[0], BUDGET, calibration=texts["calib"], evaluation=texts["val"], output=path, **SMALL)
-    return found, path
+def fitted_tied(once, made, texts):
+    def make(directory):
+        path, files = directory / "tied.bcap", {"calibration": texts["calib"], "evaluation": texts["val"]}
+        return bytecap.fit(made[0], BUDGET, output=path, **files, **SMALL), path
+
+    return once("fitted tied", make)
 
 
 @pytest.fixture

@@ -37,6 +37,10 @@ ROOT = TESTS.parent
 LIST = ROOT / "docs" / "mutants.md"
 LEAST = 0.85  # share of mutants that are not equivalent to be killed
 GOLDENS = "tests/test_reference.py::test_both_decoders_read_a_valid_golden_as_expected"
+MODULES = {
+    "allocate": "bytecap.allocation.allocate", "ledger": "bytecap.format.ledger",
+    "entropy": "bytecap.format.entropy.rans", "artifact": "bytecap.format.container",
+}  # fmt: skip
 SUITES = {  # the tests that kill most come first
     "allocate": tuple(f"tests/test_allocate.py::Test{n}" for n in ("ByHand", "BetweenMeasuredPoints", "Shape")),
     "ledger": ("tests/test_ledger.py", "src/bytecap/format/ledger.py"),
@@ -158,7 +162,7 @@ def mutants(source):
 
 
 def path_of(module):
-    return ROOT / "src" / "bytecap" / f"{module}.py"
+    return (ROOT / "src" / MODULES[module].replace(".", "/")).with_suffix(".py")
 
 
 def function_of(value):
@@ -192,7 +196,7 @@ def transplant(old, new, name):
 
 def change(module, code):
     """Put a mutant into this process."""
-    name = f"bytecap.{module}"
+    name = MODULES[module]
     fresh = types.ModuleType(name)
     fresh.__file__ = str(path_of(module))
     exec(code, vars(fresh))  # noqa: S102 (our own source, changed)

@@ -29,6 +29,8 @@ from bytecap.format.wire.shared_objects import load_objects, write_codebook, wri
 from bytecap.progress import Silent
 from conftest import SMALL
 
+pytestmark = [pytest.mark.coverage, pytest.mark.numeric]
+
 SHAPE = (6, 10)
 RNG = np.random.default_rng(3)
 
@@ -162,6 +164,7 @@ class TestStack:
 
 
 class TestWholeFits:
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["cluscomp", pytest.param("reallm", marks=pytest.mark.nightly)])
     def test_other_methods_are_tuned_within_the_cap(self, model_directory, texts, method):
         said = Silent()

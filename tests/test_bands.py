@@ -13,6 +13,8 @@ from bytecap.reference.container import Reader, Unit
 from bytecap.reference.stack import CODERS
 from bytecap.reference.streams import decode_streams
 
+pytestmark = pytest.mark.coverage
+
 
 def matrix(rows, cols, seed=0, spread=0.0):
     rng = np.random.default_rng(seed)

@@ -20,7 +20,7 @@ from chromium import BROWSER, Chromium
 from pages import sound
 from synthetic import comparison_lines, curves_figures
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium in PATH")
+pytestmark = [pytest.mark.skipif(BROWSER is None, reason="no Chromium in PATH"), pytest.mark.browser]
 LINES = Path(__file__).parents[1] / "results" / "thesis" / "demo.jsonl"
 # page -> a table, a column of numbers, its title's place, a word of some of its rows, and where marks with tips are
 PAGES = {

@@ -28,6 +28,8 @@ from bytecap_lab.rd_curves.choose import bundled, members, spend
 from bytecap_lab.rd_curves.trial import Offer
 from conftest import SMALL, build, save
 
+pytestmark = pytest.mark.numeric
+
 WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
 
 
@@ -225,6 +227,7 @@ def fitted(tmp_path_factory, tokenizer_json, texts):
     return bytecap.fit(directory, "80kB", **files, paths=["channels"], options=WEAK, **SMALL)
 
 
+@pytest.mark.slow
 def test_matrices_of_a_stream_name_one_list_that_the_ledger_counts_once(fitted):
     model = fitted.contents
     objects = Objects(tuple(read_object(o) for o in model.objects))

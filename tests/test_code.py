@@ -10,7 +10,10 @@ import bytecap
 import golden_code
 from bytecap.format import codefiles, container, ledger
 from bytecap.format.container import CODE, Contents, FileSection
+from bytecap.pipeline import pack_code
 from conftest import BUDGET
+
+pytestmark = pytest.mark.coverage
 
 SOURCE = '''"""A program."""
 import sys
@@ -35,7 +38,7 @@ def source(tmp_path):
 
 class TestPacking:
     def test_python_comes_back_as_the_same_program(self, source, capsys):
-        code = codefiles.pack([source])
+        code = pack_code.pack([source])
         assert code.raw == len(SOURCE)
         assert code.packed < 0.6 * len(SOURCE)
         (section,) = code.sections
@@ -48,12 +51,12 @@ class TestPacking:
     def test_a_docstring_that_is_used_stays(self, tmp_path):
         path = tmp_path / "a.py"
         path.write_text('"""Usage."""\nprint(__doc__)\n', "utf-8")
-        assert b"Usage." in codefiles.unpack("a.py", codefiles.pack([path]).sections[0].data)
+        assert b"Usage." in codefiles.unpack("a.py", pack_code.pack([path]).sections[0].data)
 
     def test_other_files_come_back_byte_for_byte(self, tmp_path):
         path = tmp_path / "kernel.cu"
         path.write_bytes(b"int main() { return 0; } // kept\n" * 9)
-        assert codefiles.unpack("kernel.cu", codefiles.pack([path]).sections[0].data) == path.read_bytes()
+        assert codefiles.unpack("kernel.cu", pack_code.pack([path]).sections[0].data) == path.read_bytes()
 
     @pytest.mark.parametrize("size", [0, 1, 5000])
     def test_any_bytes(self, size):
@@ -132,10 +135,11 @@ class TestFit:
         assert 0 <= BUDGET - counted == found["slack_bytes"]
         assert found["budget_bytes"] == BUDGET
 
+    @pytest.mark.slow
     def test_slack(self, model_directory, texts, source):
         result = bytecap.fit(
             model_directory("rotary"), 24_000, calibration=texts["calib"], evaluation=texts["val"],
-            code=codefiles.pack([source], "raw"), tokens=2000, evaluation_tokens=1000, window=128,
+            code=pack_code.pack([source], "raw"), tokens=2000, evaluation_tokens=1000, window=128,
         )  # fmt: skip
         assert 0 <= result.report["slack_bytes"] <= 64
 
@@ -184,7 +188,7 @@ class TestRefused:
         path = tmp_path / "noise.bin"
         path.write_bytes(random.Random(1).randbytes(4000) + bytes(500))  # noqa: S311
         line = self.line(refused, job, path, "--code-accounting", accounting, budget=5000)
-        code = 4500 if accounting == "raw" else codefiles.pack([path]).packed
+        code = 4500 if accounting == "raw" else pack_code.pack([path]).packed
         assert f"5,000 bytes is below code ({code:,} bytes, counted {accounting})" in line
         assert "plus the smallest file without it (" in line
 

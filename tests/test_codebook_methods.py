@@ -7,10 +7,12 @@ import torch
 import bytecap
 from bytecap import reference
 from bytecap.errors import BudgetError, UsageError
-from bytecap.methods.baselines import cluscomp, reallm
+from bytecap.methods.baselines import cluscomp, reallm, shared_codewords
 from bytecap.methods.baselines.sampled_curves import Material, option
 from bytecap.recovery.blocks import Part, blocks
 from bytecap.types import Unit
+
+pytestmark = pytest.mark.numeric
 
 BUDGET = 20_000
 SMALL = {"tokens": 256, "evaluation_tokens": 128, "window": 32}
@@ -21,9 +23,12 @@ def material(rows=24, cols=40, seed=0):
     return Material(Unit("w", (rows, cols), "F32", linear=True), weight, 0.5, torch.ones(cols), torch.ones(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cluscomp", "reallm"])
 @pytest.mark.parametrize("accounting", ["published", "coded"])
-def test_the_cap_is_met_and_both_decoders_agree(model_directory, texts, method, accounting):
+def test_the_cap_is_met_and_both_decoders_agree(model_directory, texts, method, accounting, monkeypatch):
+    monkeypatch.setattr(shared_codewords, "_EPOCHS", 10)
+    monkeypatch.setattr(shared_codewords, "_MOST", 128)
     options = {"accounting": accounting, "recover": 3}
     result = bytecap.fit(
         model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], method=method,
@@ -130,6 +135,7 @@ def test_a_part_gives_its_weight_in_stored_layout():
     assert torch.equal(part.stored(), matrix.T)
 
 
+@pytest.mark.slow
 def test_recovery_brings_block_outputs_closer(model_directory, texts):
     given = {"calibration": texts["calib"], "evaluation": texts["val"], "method": "cluscomp", **SMALL}
     found = [

@@ -25,6 +25,8 @@ from bytecap.format.wire.indices import read_indices as read
 from bytecap.methods.baselines import kmeans
 from bytecap.model.checkpoint import load_model
 
+pytestmark = pytest.mark.coverage
+
 SHAPES = [(1, 1), (1, 17), (17, 1), (13, 24), (40, 23)]
 
 
@@ -125,6 +127,7 @@ def test_kmeans_of_few_vectors_and_of_equal_ones():
     assert torch.equal(words[index], torch.ones(50, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3])
 def test_without_decoder_it_is_vector_quantization_plus_low_rank(weights, rank):
     for w in weights.values():

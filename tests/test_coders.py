@@ -13,6 +13,8 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import decode_units
 from bytecap.format.ledger import KINDS, total
 
+pytestmark = pytest.mark.coverage
+
 DIRECTORY = Path(__file__).parent / "goldens"
 GOLDENS = [DIRECTORY / name for name in json.loads((DIRECTORY / "expected.json").read_text())["valid"]]
 

@@ -174,6 +174,7 @@ class TestCells:
                 read_external(text, ["a", "b"])
 
 
+@pytest.mark.slow
 class TestCompare:
     def test_figures_add_up(self, compared, fitted):
         found, directory = compared()
@@ -349,6 +350,7 @@ class TestPages:
         assert len(log_ticks(0.3, 0.3)) == 2
 
 
+@pytest.mark.numeric
 def test_margins_balance(fitted):
     """A kilobyte more goes to somebody, and the predicted loss falls about as the slope says."""
     margin = fitted()[0].report["margin"]

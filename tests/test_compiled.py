@@ -45,6 +45,7 @@ def streams_outcome(streams, *, engine):
             return "corrupt"
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(sources(), max_size=3))
 def test_both_encode_to_the_same_bytes(group):
@@ -55,6 +56,7 @@ def test_both_encode_to_the_same_bytes(group):
         assert fast == encode_all(group)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(sources(), min_size=1, max_size=3), st.data())
 def test_streams_whole_and_damaged(group, data):

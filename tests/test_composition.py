@@ -24,6 +24,7 @@ class TestComposition:
         for name in ("common", "composition"):
             sys.modules.pop(name, None)
 
+    @pytest.mark.slow
     def test_from_training_to_paired_differences(self, composition, four, texts, tmp_path, capsys):
         for name in ("literature", "technical", "general"):
             for kind in ("calib", "val"):

@@ -18,6 +18,8 @@ from bytecap.format.wire.shared_objects import describe, write_list
 from bytecap.types import Unit
 from golden_parts import DIRECTORY
 
+pytestmark = pytest.mark.coverage
+
 MAGIC = b"\x89BCAP\r\n\x1a"
 GOLDENS = [p for p in sorted(DIRECTORY.glob("*.bcap")) if not p.name.startswith("bad_")]
 VECTOR = bytes(8) + b"\0"  # centre 0, step 0, class 0: any shape, all zeros

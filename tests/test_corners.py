@@ -37,6 +37,7 @@ from bytecap.format.wire.shared_objects import load_objects, share_lists, write_
 from bytecap.pipeline import export
 from bytecap.types import Score
 
+pytestmark = pytest.mark.coverage
 VALID = [p for p in sorted(golden_parts.DIRECTORY.glob("*.bcap")) if not p.name.startswith("bad_")]
 
 
@@ -224,8 +225,8 @@ def test_there_must_be_a_table_for_side_information():
 
 
 def test_two_coders_of_one_tag(monkeypatch):
-    found = list(coders.pkgutil.iter_modules(coders.__path__))
-    monkeypatch.setattr(coders.pkgutil, "iter_modules", lambda _: found * 2)
+    found = coders.pkgutil.iter_modules
+    monkeypatch.setattr(coders.pkgutil, "iter_modules", lambda path: [*found(path)] * 2)
     with pytest.raises(RuntimeError, match="share the tag"):
         coders._found.__wrapped__()
 

@@ -153,6 +153,7 @@ class TestPaths:
             byte_returns(model_directory("rotary"), "9MB", **SMALL)
 
 
+@pytest.mark.slow
 class TestCurves:
     @pytest.mark.parametrize("base", ["grid", "golf"])
     def test_members_and_sums(self, curved, base):
@@ -289,6 +290,7 @@ class TestCurves:
         assert sum("cannot apply to 15" in n for n in reporter.notes) == 1
 
 
+@pytest.mark.slow
 def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypatch):
     """The section through the reader's coders gives exactly the values the path was predicted with."""
     seen = []
@@ -313,6 +315,7 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
     assert all(seen)
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_object(run, model_directory, texts, tmp_path):
     arguments = ("curves", model_directory("rotary"), "--budget", BUDGET, "--paths", "step,rows", "-o", tmp_path / "a")
     arguments += ("--calib", texts["calib"], "--eval", texts["val"], "--tokens", 2000, "--eval-tokens", 1000)
@@ -325,6 +328,7 @@ def test_the_command_prints_one_object(run, model_directory, texts, tmp_path):
     assert "rows" in out
 
 
+@pytest.mark.slow
 def test_a_page_survives_missing_figures(curved):
     found, _ = curved()
     found = json.loads(json.dumps(found))

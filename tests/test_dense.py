@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bytecap.calibration import probe as probing
-from bytecap.calibration.probe import batches, probe, sampled_loss
+from bytecap.calibration.probe import probe, sampled_loss
 from bytecap.model.checkpoint import find_units
+from bytecap.model.forward import batches
 from bytecap.model.texts import Window
+
+pytestmark = pytest.mark.numeric
 
 
 class Loop(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__
 
 import bytecap
-from bytecap.calibration.probe import fast_dtype
 from bytecap.model.checkpoint import demo_directory
+from bytecap.model.forward import fast_dtype
 from conftest import BUDGET, SMALL
 from forks import child
 
@@ -43,6 +43,7 @@ def in_fresh_process(code, **environment):
 
 
 class TestSameBytes:
+    @pytest.mark.slow
     @pytest.mark.parametrize("threads", [2, 4])
     def test_whatever_the_number_of_threads(self, fitted, model_directory, texts, tmp_path, threads):
         def work():
@@ -86,6 +87,7 @@ SETTINGS = {
 
 
 class TestSameValues:
+    @pytest.mark.slow
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_of_every_golden(self, setting):
         code = DECODE.replace("GOLDENS", str(HERE / "goldens"))
@@ -110,6 +112,7 @@ CHANGED = (
 class TestReplay:
     """Committed fingerprints: a change of bytes cannot slip through."""
 
+    @pytest.mark.slow
     def test_lossless(self):
         """Integers from end to end: the same on every machine."""
         assert sha(demo("2500kB")) == json.loads(FINGERPRINTS.read_text("utf-8"))["lossless"], CHANGED

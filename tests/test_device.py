@@ -104,7 +104,7 @@ def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, st
     from bytecap.quantization import cuda as device
 
     steps = torch.full((batch,), step)
-    given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink(0.0)
+    given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink()
     one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT)
     there = Problem(*(getattr(given_problem, n).to(DEVICE) for n in ("weight", "lower", "order", "rows", "row_class")))
     two = device.round_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT)

@@ -30,6 +30,8 @@ from bytecap.format.entropy.rans import (
 )
 from bytecap.format.entropy.shared_tables import count_symbols, dump_shared, fit_shared, load_shared
 
+pytestmark = pytest.mark.coverage
+
 SHORT = st.integers(0, 60)
 LENGTHS = st.one_of(SHORT, SHORT, SHORT, st.sampled_from([LANE_SYMBOLS - 1, LANE_SYMBOLS, LANE_SYMBOLS + 1, 20_011]))
 NARROW = st.integers(-6, 6)

@@ -12,6 +12,9 @@ from bytecap.format.coders.grid import GridCode, side_bits
 from bytecap.format.entropy.frequencies import MAX_HALF, TOTAL
 from bytecap.format.entropy.shared_tables import count_symbols, fit_shared, sum_counts
 from bytecap.format.overlays.order import by_likeness
+from bytecap.pipeline import pack_code
+
+pytestmark = pytest.mark.coverage
 
 TABLES = golden_parts.SHARED.tables
 
@@ -85,7 +88,7 @@ class TestCode:
     def test_counted_packed_or_raw(self, tmp_path):
         path = tmp_path / "notes.txt"
         path.write_text("word " * 500)
-        packed, raw = codefiles.pack([path]), codefiles.pack([path], "raw")
+        packed, raw = pack_code.pack([path]), pack_code.pack([path], "raw")
         assert packed.raw == raw.raw == 2500
         assert packed.packed < 100
         assert (packed.reserve, raw.reserve) == (0, 2500 - raw.packed)
@@ -103,15 +106,15 @@ class TestCode:
 
     def test_refusals(self, tmp_path):
         with pytest.raises(CodeError, match="cannot read the code file"):
-            codefiles.pack([tmp_path / "none.py"])
+            pack_code.pack([tmp_path / "none.py"])
         with pytest.raises(UsageError, match="unknown code accounting"):
-            codefiles.pack([], "half")
+            pack_code.pack([], "half")
         (tmp_path / ".hidden").write_bytes(b"")
         with pytest.raises(UsageError, match="hidden or given twice"):
-            codefiles.pack([tmp_path / ".hidden"])
+            pack_code.pack([tmp_path / ".hidden"])
 
     def test_python_is_minified(self, tmp_path):
         path = tmp_path / "a.py"
         path.write_text("def f():\n    return 1  # one\n")
-        (section,) = codefiles.pack([path]).sections
+        (section,) = pack_code.pack([path]).sections
         assert b"#" not in codefiles.unpack("a.py", section.data)

@@ -29,10 +29,16 @@ def example():
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """Tokenizer and shards of the embedded texts."""
-    folder = tmp_path_factory.mktemp("shards")
-    demo = resources.files("bytecap") / "data" / "demo"
-    texts = [str(demo / n) for n in ("calib.txt", "val.txt")]
-    command = [sys.executable, str(FOLDER / "data.py"), "-o", str(folder), "--held-out", "7", *texts]
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def write_shards(folder, characters=None):
+    """Tokenizer and shards of the first `characters` of both embedded texts."""
+    demo, texts = resources.files("bytecap") / "data" / "demo", []
+    for name in ("calib.txt", "val.txt"):
+        texts.append(folder / name)
+        texts[-1].write_text((demo / name).read_text("utf-8")[:characters], "utf-8")
+    command = [sys.executable, str(FOLDER / "data.py"), "-o", str(folder), "--held-out", "7", *map(str, texts)]
     subprocess.run([*command, "--shard-tokens", "100000"], check=True, capture_output=True)  # noqa: S603
     return folder
 
@@ -135,8 +141,9 @@ def test_uniform_predictions_score_the_vocabulary(example, shards):
     assert score["bits_per_byte"] == pytest.approx(10 * 2999 / score["bytes"], rel=1e-6)
 
 
-def test_training_learns_and_repeats(shards, tmp_path):
-    scores = []
+@pytest.mark.slow
+def test_training_learns_and_repeats(tmp_path):
+    scores, shards = [], write_shards(tmp_path, 60_000)
     for run in range(2):
         out = tmp_path / f"{run}.pt"
         command = [sys.executable, str(FOLDER / "train.py"), "--factory", "mini_looped", "--data", str(shards)]

@@ -91,6 +91,7 @@ class TestEveryFamily:
         json.dumps(report)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_prediction_is_near_the_measurement(fitted, kind):
     report = fitted(kind)[0].report
@@ -99,6 +100,7 @@ def test_the_prediction_is_near_the_measurement(fitted, kind):
     assert 0 <= report["duality_gap_nats"] < report["predicted_delta_nats"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_default_is_closer_to_the_original_than_the_baselines(fitted, kind):
     ours, golf, uniform = (fitted(kind, m)[0].report["kl_nats"] for m in METHOD_NAMES)
@@ -119,6 +121,7 @@ def test_tied_tensors_are_stored_once(fitted, model_directory):
     assert result.report["parameters"] == sum(v.size for v in stored(model_directory("rotary")).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary", pytest.param("transposed", marks=pytest.mark.nightly)])
 def test_untied_variants(fitted, kind):
     result, path = fitted(kind, tie_word_embeddings=False)
@@ -151,6 +154,7 @@ def test_the_baselines_are_deterministic(fitted, model_directory, texts, method)
     assert again.data == before.data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [9_000, 14_000, 33_000])
 def test_the_cap_holds_over_a_range_of_budgets(fitted, budget):
     result, path = fitted("biased", "bytecap", budget)
@@ -158,6 +162,8 @@ def test_the_cap_holds_over_a_range_of_budgets(fitted, budget):
     assert ledger.total(result.ledger()) == path.stat().st_size
 
 
+@pytest.mark.numeric
+@pytest.mark.slow
 def test_more_bytes_mean_less_damage(fitted):
     kl = [fitted("biased", "bytecap", b)[0].report["kl_nats"] for b in (9_000, 14_000, BUDGET, 33_000)]
     assert kl == sorted(kl, reverse=True)
@@ -197,6 +203,8 @@ def test_a_large_budget_stores_the_model_losslessly(model_directory, texts, tmp_
     assert torch.equal(logits(module), logits(load_model(directory).module))
 
 
+@pytest.mark.numeric
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.997, 0.7])
 def test_budgets_just_below_the_lossless_size_are_met(fitted, share):
     whole, _ = fitted("rotary", budget=1_000_000)
@@ -329,6 +337,7 @@ def test_the_embedded_texts_stand_in_with_a_warning(model_directory):
     assert "\n" not in warning
 
 
+@pytest.mark.slow
 def test_options_switch_ingredients_off(model_directory, texts, fitted):
     plain = bytecap.fit(
         model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
@@ -338,6 +347,7 @@ def test_options_switch_ingredients_off(model_directory, texts, fitted):
     assert plain.report["kl_nats"] > fitted("rotary")[0].report["kl_nats"]
 
 
+@pytest.mark.slow
 def test_row_groups_change_the_hessian_and_keep_the_cap(model_directory, texts):
     grouped = bytecap.fit(
         model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
@@ -363,6 +373,7 @@ def test_unknown_methods_name_the_nearest(model_directory):
         bytecap.fit(model_directory("rotary"), BUDGET, method="glof")
 
 
+@pytest.mark.slow
 def test_a_model_with_one_token_windows_and_dead_inputs_survives(tokenizer_json, texts, tmp_path):
     """A column that calibration never excites has no curvature; its damping alone must carry it."""
     module = build("biased", seed=3)

@@ -11,6 +11,7 @@ from bytecap.model.checkpoint import load_model
 from conftest import SMALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [13, 16, 20, 25])
 def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_directory, texts, bits):
     budget = bits * 27_808 // 8  # lossless is about 27 bits; grids stop at 16-bit symbols
@@ -22,6 +23,7 @@ def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_direc
     assert result.report["kl_nats"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_with_far_outliers_fills_its_budget():
     model = load_model("demo")
     weight = dict(model.module.named_parameters())["model.layers.0.mlp.down_proj.weight"]

@@ -6,8 +6,8 @@ import lzma
 import random
 import subprocess
 import sys
-import time
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import brotli
@@ -19,12 +19,15 @@ import golden_parts
 from bytecap import errors
 from bytecap.format import codefiles, container
 from bytecap.format.coders import leb
-from bytecap.format.decoder import decode_units
+from bytecap.format.decoder import decode_units, side_files
+from bytecap.format.sidefiles import bpe_merges
 from bytecap.format.sidefiles import packing as sidefiles
 from bytecap.pipeline import export
 from stranger.basics import FormatError
 from stranger.reader import read as strange
 from test_determinism import demo
+
+pytestmark = pytest.mark.coverage
 
 HERE = Path(__file__).parent
 EXPECTED = json.loads((golden_parts.DIRECTORY / "expected.json").read_text("utf-8"))
@@ -216,13 +219,19 @@ def test_what_expands_too_far_is_stored(content):
 
 
 @pytest.mark.parametrize("names", [b'["a"]', b'["a","b"]'])
-def test_spellings_of_endless_tokens_take_no_time(names):
+def test_spellings_of_endless_tokens_take_little_work(monkeypatch, names):
+    looked_at = []
+
+    def counted(parts):
+        looked_at.append(len(parts))
+        return pairwise(parts)
+
+    monkeypatch.setattr(bpe_merges, "pairwise", counted)
     block = b"\1" + bytes(40)
     data = bytes([2, 128, 0]) + leb(0) + leb(0) + leb(1) + leb(300) + leb(len(block)) + block + b"\0" + names
-    start = time.perf_counter()
     with pytest.raises(errors.CorruptError, match="too long to be spelled"):
         sidefiles.unpack("x", data)
-    assert time.perf_counter() - start < 8  # 1 s on an idle core; joining pair by pair took 10
+    assert 0 < sum(looked_at) < 2**20  # letters; joining pair by pair looked at eleven times as many
 
 
 @pytest.mark.parametrize("spoil", [(64, 0), (0, 128)])
@@ -243,6 +252,7 @@ def test_tokens_twice():
 # ---------------------------------------------------------------------------------------------------- flipped bits
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_real_artifact(fitted):
     """10,000 of them, anywhere in the file; every section is hit."""
     check_flips(fitted("rotary")[1].read_bytes())
@@ -278,7 +288,7 @@ def stranger_outcome(data):
 def our_outcome(data):
     try:
         contents = container.parse(data)
-        return decode_units(contents), export.side_files(contents) | codefiles.files(contents)
+        return decode_units(contents), side_files(contents) | codefiles.files(contents)
     except errors.ArtifactError as error:
         return type(error).__name__
 
@@ -297,6 +307,7 @@ def assert_agree(data):
     return True
 
 
+@pytest.mark.slow
 def test_the_stranger_agrees_on_mutations():
     rng, sound, agreed = random.Random(11), fuzz.sound(), 0  # noqa: S311 (no secret)
     for data in sound:
@@ -314,7 +325,7 @@ def test_the_stranger_reads_a_real_artifact(fitted):
 def run_fuzzer(tmp_path, *arguments):
     command = [sys.executable, str(HERE / "fuzz.py"), "--findings", str(tmp_path / "found"), *arguments]
     done = subprocess.run(  # noqa: S603 (our own script)
-        command, capture_output=True, text=True, timeout=1500, check=False, cwd=HERE.parent
+        command, capture_output=True, text=True, check=False, cwd=HERE.parent
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     line = json.loads(done.stdout.strip().splitlines()[-1])
@@ -322,11 +333,12 @@ def run_fuzzer(tmp_path, *arguments):
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_fuzzing_for_some_seconds(tmp_path, seed):
+def test_fuzzing_thousands_of_mutations(tmp_path, seed):
     flags = ["--compiled"] if seed == 2 and importlib.util.find_spec("numba") else []
-    line = run_fuzzer(tmp_path, "--seconds", "20", "--seed", str(seed), *flags)
-    assert line["executions"] > 1000
+    line = run_fuzzer(tmp_path, "--runs", "5000", "--seconds", "inf", "--seed", str(seed), *flags)
+    assert line["executions"] == 5000
     assert line["parsed"] > line["executions"] / 10  # checksums were repaired
 
 
@@ -335,7 +347,7 @@ def test_fuzzing_for_some_seconds(tmp_path, seed):
 def test_fuzzing_guided_by_coverage(tmp_path, mode):
     pytest.importorskip("atheris", reason="pip install 'bytecap[fuzz]'")
     line = run_fuzzer(
-        tmp_path, "--engine", "atheris", "--mode", mode, "--runs", "500000", "--seconds", "1200",
+        tmp_path, "--engine", "atheris", "--mode", mode, "--runs", "200000", "--seconds", "inf",
         "--corpus", str(tmp_path / "corpus"),
     )  # fmt: skip
-    assert line["executions"] > 100_000
+    assert line["executions"] >= 200_000

@@ -19,6 +19,8 @@ from bytecap.reference.container import Reader, Unit
 from bytecap.reference.fixed import companded, fixed
 from bytecap.reference.streams import decode_streams
 
+pytestmark = pytest.mark.coverage
+
 
 def decode(coder_, data, shape):
     return run([coder_.decode(data, shape, "F32", Shared())])[0]

@@ -22,6 +22,8 @@ from bytecap.format.overlays.groups import sixteenth
 from bytecap.format.wire import positions as p
 from bytecap.quantization.overlays import paths
 
+pytestmark = pytest.mark.coverage
+
 LAYERS = {found.id: found for found in layers().values()}
 
 

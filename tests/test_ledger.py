@@ -1,6 +1,10 @@
 """The ledger's sums: by owner, by kind, by exception path."""
 
+import pytest
+
 from bytecap.format.ledger import KINDS, Entry, Line, by_kind, by_path, by_unit, total
+
+pytestmark = pytest.mark.coverage
 
 ENTRIES = [
     Entry("b", "payload", 10, 7), Entry("a", "side", 2, 5), Entry("a", "payload", 8, 5), Entry("a", "side", 1, 5),

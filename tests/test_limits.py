@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from bytecap.cli import app
 from bytecap.format.decoder import load
 from bytecap.system import allocator
 from conftest import BUDGET, FAST
@@ -48,16 +49,17 @@ def mounts(tmp_path_factory):
 
 
 @pytest.fixture
-def limited():
-    """Function: (exit code, what was printed) of a command line run behind `limit()` in a process of its own."""
+def limited(tmp_path_factory):
+    """Function: (exit code, what was printed) of a command line run behind `limit()` in a fork of its own."""
 
     def call(limit, arguments):
-        words = [sys.executable, "-m", "bytecap", *map(str, arguments), "--json"]
-        done = subprocess.run(  # noqa: S603 (our own command)
-            words, capture_output=True, text=True, check=False, timeout=300,
-            preexec_fn=limit,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
+        def work():
+            limit()
+            sys.argv = ["bytecap", *map(str, arguments), "--json"]
+            app.main()
+
+        printed = tmp_path_factory.mktemp("printed") / "text"
+        return child(work, printed), printed.read_text("utf-8")
 
     return call
 
@@ -95,10 +97,12 @@ def file_size(most):
 
 
 class TestDisk:
+    @pytest.mark.slow
     def test_the_store_does_not_fit(self, stopped, slow, tmp_path):
         assert str(tmp_path / "store") in stopped(file_size(8192), slow)
         assert [p.name for p in tmp_path.rglob("*")] == ["store"]
 
+    @pytest.mark.slow
     def test_later_entries_do_not_fit(self, stopped, slow, tmp_path):
         """Statistics are there, so the next run goes on from them."""
         assert str(tmp_path / "out.bcap") in stopped(file_size(BUDGET // 2), [*slow[:-2]])
@@ -179,17 +183,19 @@ bytecap.cli.app.main()
 def fresh(arguments, kind, most, more="less"):
     """(exit code, what was printed) of a command line in a limited process that inherits nobody's memory."""
     words = [sys.executable, "-c", _FRESH, kind, str(most), more, "bytecap", *map(str, arguments), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)  # noqa: S603
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
 class TestMemory:
+    @pytest.mark.slow
     def test_within_the_stated_bound(self, limited, slow, tmp_path):
         parameters = sum(v.size for v in _fitted(limited, slow, tmp_path).values())
         code, text = fresh(slow, "RLIMIT_DATA", allocator.bound(parameters))
         assert code == 0, text
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
     def test_one_line_says_how_much_is_needed(self, slow, tmp_path, kind):
         code, text = fresh(slow[:-2], kind, 20_000_000, "more")

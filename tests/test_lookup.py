@@ -7,10 +7,14 @@ from torch import nn
 from bytecap.calibration import probe as probing
 from bytecap.calibration.embedding_gradients import Lookup, looked_up
 from bytecap.calibration.moments import Moment
-from bytecap.calibration.probe import logits_of, probe
-from bytecap.model.checkpoint import find_units, linear_weights
+from bytecap.calibration.probe import probe
+from bytecap.model.checkpoint import find_units
+from bytecap.model.forward import logits_of
+from bytecap.model.linears import linear_weights
 from conftest import build
 from test_probe import windows_of
+
+pytestmark = pytest.mark.numeric
 
 TABLE = "model.embed_tokens.weight"
 

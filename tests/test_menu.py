@@ -24,6 +24,8 @@ from bytecap.report.terminal import print_fit, print_ledger
 from bytecap.types import Curve, Plan, Point, Unit
 from conftest import BUDGET, SMALL, build, save
 
+pytestmark = pytest.mark.numeric
+
 WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
 LOUD = (5, 21)
 MENU = ("columns", "channels")
@@ -59,6 +61,7 @@ def outcome(loud, texts):
     return get
 
 
+@pytest.mark.slow
 class TestWeakBase:
     def test_paths_are_taken_and_pay(self, outcome):
         (without, _), (found, notes) = outcome("weak"), outcome("weak", *MENU)
@@ -111,6 +114,7 @@ class TestWeakBase:
         assert [n for n in reporter.notes if "cannot apply" in n] == ["path rows cannot apply to 5 of 15 matrices"]
 
 
+@pytest.mark.slow
 class TestStrongBase:
     @pytest.mark.parametrize("names", [("columns",), pytest.param(("all",), marks=pytest.mark.nightly)])
     def test_never_worse_beyond_noise(self, outcome, names):
@@ -147,6 +151,7 @@ class TestNames:
             run(*arguments, "--paths", names)
             assert seen.pop() == expected
 
+    @pytest.mark.slow
     def test_one_line_on_the_terminal(self, outcome, capsys):
         found, _ = outcome("weak", *MENU)
         size = found.report["paths"]["columns"]["bytes"]

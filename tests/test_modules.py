@@ -118,12 +118,14 @@ class TestFit:
         assert artifact.report["kl_nats"] < 0.02
         assert artifact.report["bpb_artifact"] != artifact.report["bpb_artifact"]  # nobody counted bytes
 
+    @pytest.mark.slow
     def test_loss_only_module_measures_the_same(self, odd):
         logits = bytecap.fit(odd, budget=9000, calibration=[ids()])
         loss = bytecap.fit(Speaking(odd), budget=9100, calibration=[ids()])
         assert loss.report["kl_nats"] == pytest.approx(logits.report["kl_nats"], rel=0.25)
         assert loss.report["same_top1"] > 0.8
 
+    @pytest.mark.slow
     def test_a_loss_that_is_the_next_token_takes_the_same_way(self, odd):
         def loss(module, batch):
             return F.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -246,7 +248,9 @@ def _fisher(module, tokens):
     return total
 
 
+@pytest.mark.numeric
 class TestShared:
+    @pytest.mark.slow
     @pytest.mark.parametrize("chain", [False, True])
     def test_half_a_bit_for_every_doubling_of_uses(self, chain):
         extra = []

@@ -4,9 +4,12 @@ import doctest
 import json
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = doctest.testfile(str(DOCS / "modules.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
@@ -14,6 +17,7 @@ def test_the_documented_example_runs(tmp_path, monkeypatch):
     assert found.failed == 0
 
 
+@pytest.mark.slow
 def test_the_documented_commands_run(tmp_path, monkeypatch, run):
     text = (DOCS / "modules.md").read_text("utf-8")
     blocks = [b.split("\n", 1) for b in text.split("```")[1::2]]

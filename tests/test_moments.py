@@ -5,6 +5,8 @@ import torch
 
 from bytecap.calibration.moments import Moment
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("cols", [1, 5, 255, 256, 301, 512])
 def test_the_sum_is_that_of_whole_products(cols):

@@ -40,6 +40,7 @@ def by_rows(weight, hessian, total, *, steps=(3, 4)):
     return np.concatenate([dequantize(high)[:rows], dequantize(low)[rows:]])
 
 
+@pytest.mark.numeric
 def test_protected_columns_beat_plain_gptq_at_equal_bytes_where_columns_are_outliers():
     weight, hessian = outlier_problem()
     ranks = torch.argsort(column_scores(weight, hessian, 3), descending=True).tolist()
@@ -48,6 +49,7 @@ def test_protected_columns_beat_plain_gptq_at_equal_bytes_where_columns_are_outl
     assert error(code, weight, hessian) < 0.7 * output_error(plain, weight.numpy(), hessian.numpy())
 
 
+@pytest.mark.numeric
 def test_more_protected_columns_never_hurt_on_real_weights(demo):
     """On the demo weights, whose columns are alike, each protected share helps a little."""
     names = [u.name for u in demo.units if u.linear][1:5]
@@ -59,6 +61,8 @@ def test_more_protected_columns_never_hurt_on_real_weights(demo):
         assert errors[2] < errors[1] < errors[0]
 
 
+@pytest.mark.numeric
+@pytest.mark.slow
 def test_on_the_demo_model_whose_columns_are_alike_the_same_bytes_buy_more_as_bits(demo):
     """The honest result there: no outlier columns, so plain GPTQ with some rows one bit wider is 3 to 15% better."""
     rng = np.random.default_rng(0)
@@ -74,6 +78,7 @@ def test_on_the_demo_model_whose_columns_are_alike_the_same_bytes_buy_more_as_bi
     assert 1.0 < np.mean(ratios) < 1.3
 
 
+@pytest.mark.numeric
 def test_protected_columns_absorb_the_errors_of_the_others():
     weight, hessian = outlier_problem()
     weak = torch.argsort(column_scores(weight, hessian, 3), descending=True)[:4].tolist()
@@ -84,6 +89,7 @@ def test_protected_columns_absorb_the_errors_of_the_others():
     assert error(code, weight, hessian) < output_error(frozen, weight.numpy(), hessian.numpy())
 
 
+@pytest.mark.numeric
 def test_without_a_hessian_it_rounds_to_nearest_and_every_column_may_be_protected():
     weight, hessian = outlier_problem(12, 20)
     found = torch.from_numpy(dequantize(quantize(weight, None, 4)))
@@ -102,6 +108,7 @@ def test_extreme_rows(width):
     assert code.zeros.max() < 1 << width
 
 
+@pytest.mark.slow
 def test_fit_is_under_the_cap():
     result = bytecap.fit("demo", 600_000, method="owq", tokens=4096, evaluation_tokens=2048)
     assert len(result.data) <= 600_000

@@ -12,6 +12,8 @@ from bytecap.errors import CorruptError
 from bytecap.format.coders import Shared, coder, leb, run
 from bytecap.format.coders.packed import BROTLI, CODER, MAX_CODE, ZLIB, Quantized, dequantize
 
+pytestmark = pytest.mark.coverage
+
 
 def decode(data, shape):
     return run([CODER.decode(data, shape, "F32", Shared())])[0]

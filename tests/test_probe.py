@@ -10,13 +10,16 @@ from torch import nn
 
 from bytecap.calibration import metric as sensitivity
 from bytecap.calibration import probe as probing
-from bytecap.calibration.probe import batches, logits_of, probe, sampled_loss
+from bytecap.calibration.probe import probe, sampled_loss
 from bytecap.model.checkpoint import demo_directory, find_units, load_model
 from bytecap.model.evaluation import kl_to
+from bytecap.model.forward import batches, logits_of
 from bytecap.model.quantized_copy import swapped
 from bytecap.model.sources import encoder
 from bytecap.model.texts import Window, cut_windows, load_text
 from conftest import VOCABULARY, build
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +195,7 @@ class TestEmbedding:
             fisher += float(0.5 * (gradient * error).sum((1, 2)).square().mean())
         assert predicted == pytest.approx(fisher, rel=0.25)
 
+    @pytest.mark.slow
     def test_rows_of_an_embedding_are_ranked_as_per_sample_gradients_rank_them(self, monkeypatch):
         monkeypatch.setattr(probing, "batch_tokens", lambda _: 11)
         module, windows = Chain(tied=True, width=10), chain_windows(count=160, length=11)
@@ -326,6 +330,7 @@ def embedded():
     return model, sensitivity.metrics(model.units, found), windows[2::3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.3.mlp.down_proj.weight"])
 def test_the_prediction_is_the_divergence_of_a_small_perturbation(embedded, name):
     """Kappa is close to 1: measured over predicted KL of random noise small enough for the quadratic form."""

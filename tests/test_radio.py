@@ -32,6 +32,7 @@ def joined(groups):
     return importance, weights
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("rate", [0.3, 2.0, 3.3, 5.0, 7.9])
 def test_dual_ascent_meets_the_rate_and_equalises_slopes(groups, rate):
     importance, weights = joined(groups)
@@ -47,6 +48,7 @@ def test_dual_ascent_meets_the_rate_and_equalises_slopes(groups, rate):
     assert slopes.max() / slopes.min() < 4.1
 
 
+@pytest.mark.numeric
 def test_sets_are_equal_and_every_row_is_in_one(groups):
     for weight, group in groups.values():
         assert group.sets.shape == (len(weight),)
@@ -55,6 +57,7 @@ def test_sets_are_equal_and_every_row_is_in_one(groups):
         assert group.importance.shape == (len(group.sizes), weight.shape[1])
 
 
+@pytest.mark.numeric
 def test_a_bit_more_means_less_error_and_depth_0_is_the_mean(groups):
     weight = next(iter(groups.values()))[0][:, :24]
     errors = []
@@ -68,6 +71,7 @@ def test_a_bit_more_means_less_error_and_depth_0_is_the_mean(groups):
         assert errors[depth] < 0.5 * errors[depth - 1]  # near the factor 4 of the model
 
 
+@pytest.mark.numeric
 def test_depths_may_move_group_by_group(groups):
     weight, group = list(groups.values())[6]
     rng = np.random.default_rng(1)
@@ -79,6 +83,7 @@ def test_depths_may_move_group_by_group(groups):
     np.testing.assert_array_equal(dequantize(moved.code), dequantize(direct.code))
 
 
+@pytest.mark.numeric
 def test_squared_gradients_are_those_of_single_tokens():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11)).eval()
@@ -112,6 +117,7 @@ class Tower(torch.nn.Module):
 WINDOWS = [Window(tuple(np.random.default_rng(i).integers(0, 24, 65).tolist()), 65) for i in range(48)]
 
 
+@pytest.mark.numeric
 class TestComponents:
     def found(self, kind, monkeypatch, module=None):
         monkeypatch.setattr("bytecap.calibration.weight_gradients.fast_dtype", lambda _: torch.float32)
@@ -177,6 +183,7 @@ def test_biases_are_found_by_name():
     assert bias_names(units) == {"a.weight": "a.bias"}
 
 
+@pytest.mark.numeric
 def test_a_bias_takes_up_the_mean_error():
     torch.manual_seed(1)
     units = {"a.weight": Unit("a.weight", (8, 6), "F32", linear=True), "a.bias": Unit("a.bias", (8,), "F32")}
@@ -190,6 +197,7 @@ def test_a_bias_takes_up_the_mean_error():
     torch.testing.assert_close(after + torch.from_numpy(stored[0]).double(), before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fit_is_under_the_cap():
     options = {"accounting": "published"}
     result = bytecap.fit("demo", 600_000, method="radio", tokens=4096, evaluation_tokens=2048, options=options)

@@ -12,7 +12,8 @@ from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import TextError, UsageError
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.methods import Section
+from bytecap.job import Section
+from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
@@ -23,7 +24,6 @@ from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import Live
-from bytecap.recovery.tuning import Effort
 from bytecap.types import Unit
 from conftest import SMALL
 
@@ -50,6 +50,7 @@ def plain(fit):
     return fit()[0]
 
 
+@pytest.mark.slow
 class TestWholeFits:
     @pytest.mark.nightly
     def test_recovery_lowers_the_kl_of_a_trained_model(self, fit, monkeypatch):
@@ -64,6 +65,7 @@ class TestWholeFits:
         assert found.report["without_recovery"]["kl_nats"] != found.report["kl_nats"]
         assert all(found.report["without_recovery"][f"{w}_difference_stderr"] > 0 for w in ("kl", "delta"))
 
+    @pytest.mark.numeric
     def test_never_worse_and_the_same_bytes_twice(self, fit, plain):
         found, again = fit(recover="8")[0], fit(recover="8")[0]
         assert found.data == again.data
@@ -71,6 +73,7 @@ class TestWholeFits:
         assert found.report["predicted_delta_nats"] <= plain.report["predicted_delta_nats"]
         assert found.report["without_recovery"]["kl_nats"] == pytest.approx(plain.report["kl_nats"])
 
+    @pytest.mark.numeric
     def test_diverging_ships_what_was_best_and_says_so(self, fit, plain, monkeypatch):
         monkeypatch.setattr(tuning, "RATE", 300.0)
         monkeypatch.setattr(tuning, "VALUES_RATE", 300.0)
@@ -121,6 +124,7 @@ class TestWholeFits:
         assert "--recover-text is read by --recover" in refused(*job(), "--recover-text", texts["calib"])
 
 
+@pytest.mark.numeric
 class TestLive:
     """A planner over random matrices, and what moves of it."""
 
@@ -245,6 +249,7 @@ class TestLive:
         assert all(torch.equal(values[n], t) for n, t in again.values().items())
 
 
+@pytest.mark.numeric
 class TestGradient:
     def test_the_gradient_is_that_of_the_kl(self, model_directory, texts):
         model = load_model(model_directory("rotary"))

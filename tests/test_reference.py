@@ -33,6 +33,8 @@ from bytecap.format.entropy.rans import encode
 from bytecap.format.entropy.shared_tables import dump_shared, load_shared
 from bytecap.format.sidefiles import dictionary
 
+pytestmark = pytest.mark.coverage
+
 DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import bytecap
 from bytecap.errors import OutputError
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
-from bytecap.quantization import gaussian_shrink
+from bytecap.quantization import Shrink, gaussian_shrink
 from bytecap.recovery import checkpointing
 from bytecap.system.atomic import replacing, sweep, write_atomically
 from bytecap.system.cache import Store, digest
@@ -44,6 +44,7 @@ def fit(model_directory, texts, tmp_path):
 STAGES = ("_prepare", "_factors", "_allocate", "_better", "_apply_drift", "_finish")
 
 
+@pytest.mark.slow
 class TestGoingOn:
     def test_killed_before_every_stage_in_turn(self, fit, fitted, monkeypatch):
         """Every attempt dies one stage later than the one before, and all share a store."""
@@ -113,14 +114,14 @@ class TestGoingOn:
 
     def test_rules_come_back_as_they_were(self):
         one, two = Table(-1, np.array([3, 8, 3, 2])), Table(0, np.array([15, 1]))
-        shared = Shared(Tables({1: one, 2: one, 5: two}), gaussian_shrink(0.1).offset)
-        back, shrink = checkpointing.rules_from_json(checkpointing.rules_to_json((shared, gaussian_shrink(0.1))))
+        shared = Shared(Tables({1: one, 2: one, 5: two}), gaussian_shrink().offset)
+        back, shrink = checkpointing.rules_from_json(checkpointing.rules_to_json((shared, Shrink(shared.offset / 2))))
         assert {c: (t.low, t.freq.tolist()) for c, t in back.tables.table.items()} == {
             c: (t.low, t.freq.tolist()) for c, t in shared.tables.table.items()
         }
         assert back.tables.table[1] is back.tables.table[2]
         np.testing.assert_array_equal(back.offset, shared.offset)
-        np.testing.assert_array_equal(shrink.dead_zone, gaussian_shrink(0.1).dead_zone)
+        np.testing.assert_array_equal(shrink.offset, shared.offset / 2)
 
 
 class TestFiles:
@@ -204,6 +205,7 @@ class TestStore:
         assert all(run == 0 for run in together(4, work))
         assert len(list(tmp_path.iterdir())) == 6
 
+    @pytest.mark.slow
     def test_two_fits_sharing_one_store(self, fit, fitted, tmp_path):
         wanted = fitted()[0].data
 
@@ -244,6 +246,7 @@ def crashes(command, kills, *more):
 
 
 class TestKilled:
+    @pytest.mark.slow
     @pytest.mark.parametrize("command", ["fit", "curves"])
     def test_at_three_random_moments(self, model_directory, texts, command):
         more = ["--paths", "step,rows"] if command == "curves" else []

@@ -12,6 +12,8 @@ from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.types import Unit
 from conftest import SMALL, build
 
+pytestmark = pytest.mark.numeric
+
 
 class Uneven:
     """A planner that holds one unit back: its bytes only fall from a step on that is far from the others'."""

@@ -162,6 +162,7 @@ class TestShards:
 
 
 class TestCommands:
+    @pytest.mark.slow
     def test_fit_eval_inspect(self, place, command, run):
         reports = {}
         for factory, state in (("Net", "state.pt"), ("Loss", "state.safetensors"), ("Net", None)):

@@ -156,6 +156,7 @@ def test_coded_factors_fill_the_ladder_between_plain_ones():
     assert found[0].data[2] == CODED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_system_decodes_as_it_promises(decoder):
     from bytecap.methods.baselines import cluscomp, reallm
@@ -181,12 +182,16 @@ def test_a_system_decodes_as_it_promises(decoder):
             assert one.distortion < 0.2 * m.distortion(torch.zeros_like(m.weight))
 
 
+@pytest.mark.numeric
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cluscomp", "reallm"])
 def test_what_is_shared_is_charged_and_both_accountings_work(model_directory, texts, method, monkeypatch):
     def solve(_plain, systems, curves, _room):
         return systems[-1], curves(systems[-1]), [1.0] + [0.9] * len(systems)
 
     monkeypatch.setattr(shared_codewords, "solve", solve)
+    monkeypatch.setattr(shared_codewords, "_EPOCHS", 10)
+    monkeypatch.setattr(shared_codewords, "_MOST", 128)
     for accounting in ("published", "coded"):
         result = bytecap.fit(
             model_directory("rotary"), 32_000, calibration=texts["calib"], evaluation=texts["val"], method=method,
@@ -211,7 +216,7 @@ def test_published_packing_is_its_formula_within_eight_bytes_a_tensor(n, g):
 
 
 def test_the_pipeline_shares_lists_of_any_method():
-    from bytecap.methods import Outcome, Section
+    from bytecap.job import Outcome, Section
 
     few = np.flatnonzero(np.random.default_rng(0).random(200) < 0.3)
     layer = (32, bytecap.format.overlays.columns.CODER.encode(few, np.ones((len(few), 2), np.float16), 200))

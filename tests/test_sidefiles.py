@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 from bytecap.errors import CorruptError
 from bytecap.format.coders import leb
-from bytecap.format.sidefiles import background, bpe_merges, dictionary, packing
+from bytecap.format.sidefiles import bpe_merges, dictionary, packing
 from bytecap.format.sidefiles.packing import pack, unpack
+from bytecap.pipeline import background
+
+pytestmark = pytest.mark.coverage
 
 DEMO = files("bytecap") / "data" / "demo"
 STYLES: list[dict[str, Any]] = [
@@ -68,6 +71,7 @@ def structured(content: bytes) -> list[bytes]:
     return packing._dismantle(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
 def test_demo_files_come_back_and_are_small(name: str) -> None:
     content = (DEMO / name).read_bytes()
@@ -76,6 +80,7 @@ def test_demo_files_come_back_and_are_small(name: str) -> None:
     assert len(packed) < 0.7 * len(brotli.compress(content, quality=11))
 
 
+@pytest.mark.slow
 def test_demo_tokenizer_is_spelled() -> None:
     content = (DEMO / "tokenizer.json").read_bytes()
     numbered, spelled = structured(content)

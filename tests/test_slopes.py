@@ -17,6 +17,8 @@ from bytecap.types import Unit
 from bytecap_lab.rd_curves import trial
 from bytecap_lab.rd_curves.slopes import measure_slopes
 
+pytestmark = pytest.mark.numeric
+
 
 class Squared(torch.nn.Module):
     """96 outputs for a token number, read from a table through one map."""

@@ -10,6 +10,8 @@ from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.model.checkpoint import as_matrix, find_units
 from bytecap.types import Unit
 
+pytestmark = pytest.mark.numeric
+
 
 class Experts(nn.Module):
     """Token by token one of three maps, and a convolution along the text."""

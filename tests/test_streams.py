@@ -28,6 +28,8 @@ from bytecap.format.entropy.rans import (
 )
 from bytecap.format.entropy.shared_tables import count_symbols
 
+pytestmark = pytest.mark.coverage
+
 EVEN = Tables({1: Table(-1, np.array([4000, 8000, 4000, 384])), 2: Table(5, np.array([TOTAL - 2, 1, 1]))})
 OTHER = Tables({1: Table(0, np.array([TOTAL - 1, 1]))})
 THIRD = Tables({1: Table(-2, np.array([1000, 2000, 9000, 2000, 1000, 1384]))})

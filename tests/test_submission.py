@@ -15,10 +15,10 @@ import bytecap
 import golden_parts
 import make_goldens
 from bytecap.format import container
+from bytecap.pipeline.minify import parse
 from bytecap.reference.layers import LAYERS
 from bytecap.reference.stack import CODERS
 from bytecap_lab.submission import check, export, pack, vendor
-from bytecap_lab.submission.minify import parse
 
 DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
@@ -198,10 +198,10 @@ class TestExport:
         assert tied < export.budget(script) == export.budget(script, like=file) < export.budget(script, vendored=False)
 
     def test_code_of_the_artifact(self, script, tmp_path):
-        from bytecap.format import codefiles
+        from bytecap.pipeline import pack_code
 
         contents = container.parse(model())
-        code = codefiles.pack([script.parent / "helper_mod.py", script])
+        code = pack_code.pack([script.parent / "helper_mod.py", script])
         path = tmp_path / "with.bcap"
         container.write(container.Contents(contents.units, contents.tables, code.sections, {}), path)
         found = export.export(path, tmp_path / "out")

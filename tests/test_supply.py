@@ -43,12 +43,16 @@ def decode_only(*arguments):
 
 
 @pytest.mark.parametrize("name", ["tiny", "files", "exact", "trellis", "code", "shared_latent"])
-def test_decoding_needs_the_core_only(name, tmp_path):
-    path = ROOT / "tests" / "goldens" / f"{name}.bcap"
-    for arguments in (["check", path], ["ledger", path], ["ledger", path, "--json"], ["unpack", path, "-o", tmp_path]):
-        done = decode_only(*arguments)
-        assert done.returncode == 0, done.stderr
+def test_unpacking_needs_the_core_only(name, tmp_path):
+    done = decode_only("unpack", ROOT / "tests" / "goldens" / f"{name}.bcap", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [("check",), ("ledger",), ("ledger", "--json")])
+def test_reading_needs_the_core_only(command):
+    done = decode_only(*command, ROOT / "tests" / "goldens" / "files.bcap")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_blocker_blocks():
@@ -92,6 +96,7 @@ from pathlib import Path
 from bytecap import reference
 from bytecap.format import codefiles, decoder
 from bytecap.format.container import ledger, read
+from bytecap.model import from_artifact
 from bytecap.pipeline import export
 for path in sorted(Path(sys.argv[1]).glob("*.bcap")):
     if not path.name.startswith("bad_"):
@@ -103,6 +108,7 @@ print(*sorted(Path(m.__file__).as_posix() for n, m in sys.modules.items() if n.s
 """
 WRITING = {
     "__init__.py",
+    "model/__init__.py",
     "pipeline/__init__.py",
     "system/__init__.py",
     "system/atomic.py",

@@ -34,7 +34,7 @@ def code(weight, hessian, step, *, passes=3, **options):
         coded, centres = round_units([item], {"w": step}, shrink, chosen)
         shared = fit_shared(coded["w"].counts.sum(0), centres, shared)
         if chosen.shrink:
-            shrink = type(shrink)(shared.offset, shrink.dead_zone)
+            shrink = type(shrink)(shared.offset)
     coded, _ = round_units([item], {"w": step}, shrink, chosen)
     one = coded["w"].code
     _, payload = (TRELLIS if chosen.trellis else GRID).sources(one, shared)
@@ -111,6 +111,7 @@ class TestPlainGaussian:
         assert bits + 0.5 * np.log2(distortion) == pytest.approx(expected, abs=0.012)
 
 
+@pytest.mark.numeric
 class TestTrellis:
     """Dependent quantization of eight states, columns coded as a whole."""
 
@@ -153,6 +154,7 @@ class TestWaterfilledColumns:
         assert bits >= 3
         assert 0.245 < above <= 0.2546 + 2 * 0.0036 + 0.0007
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "rate", "expected"),
         [("power", 1.0, 0.38), ("power", 2.0, 0.32), ("halves", 1.0, 0.63), ("halves", 2.0, 0.50)],
@@ -174,6 +176,8 @@ class TestWaterfilledColumns:
         above = bits - reverse_waterfilling(eigenvalues, distortion)
         assert 0.15 < above < expected + 0.03
 
+    @pytest.mark.numeric
+    @pytest.mark.slow
     def test_one_step_a_row_has_no_such_guarantee(self):
         eigenvalues = np.where(np.arange(96) < 3, 1000.0, 1.0)
         weight = gaussian(512, 96)
@@ -184,6 +188,7 @@ class TestWaterfilledColumns:
         assert theirs > ours + 0.02
 
 
+@pytest.mark.numeric
 class TestFixedStep:
     """At a fixed small c every column costs c^2/12, whatever H is; only the rate depends on det H."""
 
@@ -214,6 +219,7 @@ class TestFixedStep:
         assert found[0] == pytest.approx(np.log2(1 / c) + 2.047, abs=0.02)  # 2.047 = log2(2 pi e) / 2
 
 
+@pytest.mark.numeric
 class TestRows:
     def test_rows_that_matter_more_get_finer_steps(self):
         rows, n = 256, 32

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ def bench(tested):
     return Bench(models.load(model), "grid", setting, Store(output / "store"), Silent())
 
 
+@pytest.mark.slow
 class TestRun:
     def test_verdicts_on_both_bases(self, tested):
         found, output, model, _ = tested
@@ -101,6 +103,7 @@ class TestRun:
         assert every["experiments"][0]["cells"][0]["reason"] == "arm ranked was not measured"
 
 
+@pytest.mark.slow
 class TestBench:
     def test_finer_steps_everywhere_touch_every_matrix(self, bench):
         (found,) = bench.measure([bench.everywhere(GLOBAL[2])], "global")
@@ -139,7 +142,7 @@ class TestModels:
         spec = importlib.util.spec_from_file_location("thesis_models", ROOT / "benchmarks" / "thesis_models.py")
         maker = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(maker)
-        source = Path(model_directory("rotary"))
+        source = Path(shutil.copytree(model_directory("rotary"), tmp_path / "source"))
         (source / "tokenizer_config.json").write_text("{}", "utf-8")
         config = json.loads((source / "config.json").read_text("utf-8")) | {"stored_layers": 2, "num_hidden_layers": 4}
         torch.manual_seed(0)
@@ -209,6 +212,7 @@ class TestBadInput:
         with pytest.raises(UsageError, match="holds no measurement of the thesis"):
             thesis.render(tmp_path / "empty.jsonl")
 
+    @pytest.mark.slow
     def test_on_the_command_line(self, tested, tmp_path):
         _, output, _, _ = tested
         command = [sys.executable, "-m", "bytecap", "thesis"]

@@ -14,13 +14,13 @@ from bytecap.calibration.metric import metrics
 from bytecap.calibration.probe import probe
 from bytecap.errors import UsageError
 from bytecap.format.decoder import decode_units
+from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import find_units, load_model
 from bytecap.model.sources import load_sets
 from bytecap.model.tying import Tying, find_blocks, layers, matrices, parse
 from bytecap.model.weight_reads import count_uses
 from bytecap.pipeline.export import unpack
 from bytecap.progress import Silent
-from bytecap.recovery.tuning import Effort
 from bytecap_lab.layer_tying import dlt, greedy, read, split
 from bytecap_lab.layer_tying import tie as convert
 from bytecap_lab.layer_tying.start import loop, ranks_for, tied
@@ -100,6 +100,7 @@ class TestStart:
             assert all(torch.equal(p, other.get_parameter(n)) for n, p in vectors.items())
 
 
+@pytest.mark.slow
 class TestDirectory:
     def test_stored_once_and_the_same_after_reading(self, made, four):
         directory, report, notes = made
@@ -153,6 +154,7 @@ class TestDirectory:
         assert "is tied already" in line
 
 
+@pytest.mark.numeric
 class TestAllocation:
     def test_statistics_of_all_uses_add_up(self, four, texts):
         """A shared matrix's Hessian is the sum of those of the same values, stored once for each use."""
@@ -170,6 +172,7 @@ class TestAllocation:
         assert torch.allclose(one, both[0] + both[1], rtol=1e-4)
         assert name.format(2) not in found["looped"]
 
+    @pytest.mark.slow
     def test_three_uses_buy_finer_steps(self, four, texts):
         """Against the same values stored three times, and against a layer of its own: half a bit for a doubling."""
         model = load_model(four)
@@ -186,6 +189,7 @@ class TestAllocation:
             bits.append(np.mean([sizes[n.format(i)] - sizes[n.format(3)] for n in names for i in stored]))
         assert bits[0] - bits[1] == pytest.approx(0.5 * np.log2(3), abs=0.35), bits
 
+    @pytest.mark.slow
     def test_low_rank_parts_are_units_of_their_own(self, fitted_tied):
         units = {u.unit.name: u for u in fitted_tied[0].contents.units}
         assert units["model.layers.1.mlp.up_proj.weight"].unit.aliases == ("model.layers.3.mlp.up_proj.weight",)
@@ -198,6 +202,7 @@ class TestAllocation:
 
 
 class TestSearch:
+    @pytest.mark.numeric
     def test_greedy_merges_what_costs_nothing(self, twins):
         module, windows, held = twins
         start = Tying("model.layers", (0, 1, 2, 3))
@@ -218,6 +223,8 @@ class TestSearch:
         whole = sum(p.numel() for p in matrices(find_blocks(module)[1][0]).values())
         assert merges[0].freed == whole - parts
 
+    @pytest.mark.numeric
+    @pytest.mark.slow
     def test_learning_finds_it_too(self, twins, monkeypatch):
         monkeypatch.setattr(dlt, "tokens_of_move", lambda _: 256)
         module, windows, _ = twins
@@ -237,6 +244,7 @@ class TestSearch:
             parse(Tying("x", sources).dump(), "flat")  # refuses chains and later layers
             assert len(set(sources)) <= 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("search", ["greedy", "dlt"])
     def test_on_the_command_line(self, four, texts, run, tmp_path, search):
         code, out, err = run(

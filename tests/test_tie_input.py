@@ -10,11 +10,11 @@ import torch
 import bytecap
 from bytecap.errors import CheckpointError
 from bytecap.format import container
+from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
 from bytecap.model.tying import Tying, find_blocks, tie
 from bytecap.progress import Silent
-from bytecap.recovery.tuning import Effort
 from bytecap_lab.layer_tying import read, split
 from bytecap_lab.layer_tying.start import tied
 from bytecap_lab.layer_tying.uptrain import Trainer, uptrain
@@ -72,6 +72,7 @@ class TestBadInput:
     def test_options(self, four, texts, refused, tmp_path, option, value, said):
         assert said in refused(*self.call(four, texts, tmp_path, option, value))
 
+    @pytest.mark.numeric
     def test_divergence_is_stopped_and_the_best_is_kept(self, four, texts):
         model, said = load_model(four), Silent()
         pool = read(model, texts["calib"], window=64, seed=0, reporter=said)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bytecap.recovery import checkpointing
+from bytecap.recovery import checkpointing, kl_passes
 from bytecap_lab.layer_tying import tie as convert
 from bytecap_lab.layer_tying.uptrain import Trainer
 
@@ -17,6 +17,7 @@ class Killed(BaseException):
 def tie(four, texts, tmp_path, monkeypatch):
     """Function: bytes of the weights, the report, and the moves made; dies before move `killed`."""
     monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
+    monkeypatch.setitem(kl_passes._TOKENS, "cpu", 256)  # of a move: what is counted here is moves
     move = Trainer.move
 
     def run(search=None, killed=None, store="store", seed=0, rate=1e-3):
@@ -51,6 +52,7 @@ def tie(four, texts, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 class TestGoingOn:
     @pytest.mark.parametrize(("search", "deaths"), [(None, (0, 1, 3, 1)), ("greedy", (1, 5, 7)), ("dlt", (1, 6, 5, 3))])
     def test_to_the_bytes_of_an_undisturbed_run(self, tie, search, deaths):

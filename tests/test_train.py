@@ -14,7 +14,7 @@ import bytecap
 from bytecap.allocation.planner import Planner
 from bytecap.calibration.metric import Metric
 from bytecap.format.ledger import total
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.model.checkpoint import as_matrix, load_model
 from bytecap.model.module import model_of
 from bytecap.quantization.quantizer import Options, prepare

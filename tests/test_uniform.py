@@ -9,6 +9,8 @@ from bytecap.format.coders import Shared, coder, run
 from bytecap.methods.baselines.uniform import round_rows, tolerance, uniform
 from bytecap.types import Unit
 
+pytestmark = pytest.mark.numeric
+
 
 def model(seed=0, width=64, rows=300):
     rng = torch.Generator().manual_seed(seed)

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from bytecap import UsageError, format_size, parse_size
 
+pytestmark = pytest.mark.coverage
+
 
 @pytest.mark.parametrize(
     ("text", "size"),

@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bytecap._version import __version__
 from bytecap.errors import (
     ArtifactError,
     BudgetError,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from bytecap.pipeline.fit import Artifact
     from bytecap.runtimes.gguf.fit import GgufFile
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Artifact",
     "ArtifactError",
@@ -51,6 +49,7 @@ __all__ = [
     "TextError",
     "UsageError",
     "VersionError",
+    "__version__",
     "byte_returns",
     "compare",
     "fit",
@@ -107,15 +106,15 @@ def compare(models: Any, output: Path | str | None = None, **options: Any) -> di
 
 
 def load_model(path: Path | str) -> Any:
-    """The decoded model of an artifact as a torch module in evaluation mode; see `bytecap.pipeline.export`."""
-    from bytecap.pipeline.export import load_model as run
+    """The decoded model of an artifact as a torch module in evaluation mode; see `bytecap.model.from_artifact`."""
+    from bytecap.model.from_artifact import load_model as run
 
     return run(path)
 
 
 def load_into(path: Path | str, module: Any) -> None:
-    """Put an artifact's decoded values into a torch module, in place; see `bytecap.pipeline.export`."""
-    from bytecap.pipeline.export import load_into as run
+    """Put an artifact's decoded values into a torch module, in place; see `bytecap.model.from_artifact`."""
+    from bytecap.model.from_artifact import load_into as run
 
     run(path, module)
 
@@ -126,5 +125,7 @@ def __getattr__(name: str) -> Any:
 
         return Artifact
     if name == "train":
-        return import_module("bytecap_lab.train")
+        from bytecap_lab import train
+
+        return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

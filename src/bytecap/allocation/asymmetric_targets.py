@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
-from bytecap.calibration.probe import batch_tokens, batches
 from bytecap.model.batches import Batch
-from bytecap.model.checkpoint import linear_weights, of_transformers
+from bytecap.model.forward import batch_tokens, batches
+from bytecap.model.linears import linear_weights, of_transformers
 from bytecap.model.quantized_copy import Values, load_values
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses

@@ -136,7 +136,7 @@ class Planner:
             self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
         state = replace(self.price(coded, steps), rules=rules)
         if refit and self.options.shrink:
-            self.shrink = Shrink(self.shared.offset, self.shrink.dead_zone)
+            self.shrink = Shrink(self.shared.offset)
         return state
 
     def finest_rate(self) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import batches, predictions
+from bytecap.model.forward import batches, predictions
 from bytecap.model.texts import Window
 
 

@@ -30,19 +30,16 @@ from torch import Tensor, nn
 from bytecap.calibration.embedding_gradients import Lookup, looked_up
 from bytecap.calibration.moments import Moment
 from bytecap.model.batches import Batch
-from bytecap.model.checkpoint import as_matrix, linear_weights, of_transformers
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
+from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_dtype, predictions
 from bytecap.model.hook_coverage import Account, is_matrix, shrunk_moment
+from bytecap.model.linears import linear_weights, of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window
 from bytecap.system.allocator import release
 from bytecap.types import Unit
 
-_ROUND_LENGTH = 64
-_GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and is filled only so
-_RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
-
-Progress = Callable[[int], None]
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -74,53 +71,6 @@ class Statistics:
     uses: dict[str, list[Use]]
     diagonal: dict[str, FloatArray]
     tokens: int
-
-
-def longest_first(windows: Sequence[Window]) -> list[Window]:
-    """Windows in the order in which `batches` holds them."""
-    return sorted(windows, key=lambda w: -len(w.tokens))
-
-
-def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
-
-    Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
-    """
-    order = longest_first(windows)
-    longest = len(order[0].tokens) if order else 0
-    at = number = 0
-    while at < len(order):
-        length = min(longest, -(-(len(order[at].tokens) - 1) // _ROUND_LENGTH) * _ROUND_LENGTH + 1)
-        group = order[at : at + max(1, tokens // length)]
-        ids = torch.zeros(len(group), length, dtype=torch.long)
-        mask = torch.zeros(len(group), length - 1, dtype=torch.bool)
-        for row, w in enumerate(group):
-            ids[row, : len(w.tokens)] = torch.tensor(w.tokens)
-            mask[row, : len(w.tokens) - 1] = True
-        yield ids, mask
-        at += len(group)
-        number += 1
-        if number % _RELEASE_EVERY == 0:
-            release()
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if supported else torch.float32
-
-
-def batch_tokens(vocabulary: int) -> int:
-    """Tokens a batch may hold so that its float32 logits stay near 16 MB; larger batches are not faster on a CPU."""
-    return max(256, min(1024, 2**22 // max(1, vocabulary)))
-
-
-def pass_tokens(module: nn.Module, device: torch.device) -> int:
-    """Tokens a batch may hold in passes without sums of statistics, by the vocabulary the module's config names."""
-    vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
-    return batch_tokens(int(vocabulary)) * (_GPU_BATCHES if device.type == "cuda" else 1)
 
 
 def probe(
@@ -334,7 +284,7 @@ def _batch(leaves: _Leaves, device: torch.device) -> int:
     """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
     if leaves.matrix:
         return 1  # a matrix's gradient is one sample a batch
-    many = _GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
+    many = GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
     return many * batch_tokens(max(map(len, leaves.tables.values()), default=4096)) // 2
 
 
@@ -358,18 +308,6 @@ def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.
         noise = torch.empty_like(logp).exponential_(generator=generator).log_()
         labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax
     return -logp.gather(1, labels[:, None]).sum()
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output: the tensor itself, or its `.logits`."""
-    result: Tensor = output if isinstance(output, Tensor) else output.logits
-    return result
-
-
-def predictions(output: Any, mask: Tensor) -> Tensor:
-    """The logits (n, vocabulary) of the n predictions in mask (batch, length), copied only where some are left out."""
-    logits = logits_of(output)
-    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
 
 
 def _harvest(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bytecap.format.overlays.channels import COLUMNS, ROWS
 from bytecap.model.batches import Batch
-from bytecap.model.checkpoint import linear_weights
+from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import twin_of
 from bytecap.model.texts import Window
 from bytecap.types import Unit

@@ -18,7 +18,7 @@ import torch
 
 from bytecap.calibration.probe import Statistics, Use, probe
 from bytecap.calibration.weight_gradients import Gradients, mean_squared_gradients
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.checkpoint import Model
 from bytecap.model.texts import Window
 from bytecap.system import allocator

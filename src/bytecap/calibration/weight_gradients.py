@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import batch_tokens, batches, fast_dtype, sampled_loss
-from bytecap.model.checkpoint import linear_weights
+from bytecap.calibration.probe import sampled_loss
+from bytecap.model.forward import batch_tokens, batches, fast_dtype
+from bytecap.model.linears import linear_weights
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 

@@ -87,8 +87,8 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
-    from bytecap.format import codefiles
     from bytecap.model.sources import EVALUATION_TOKENS, TOKENS
+    from bytecap.pipeline import pack_code
     from bytecap.pipeline.fit import fit as run
     from bytecap.pipeline.fit_shards import fit_shards, limit_only, numbers_and_shards
     from bytecap.report.terminal import print_fit
@@ -117,7 +117,7 @@ def fit(
     common: dict[str, Any] = {
         "method": method, "device": device, "seed": seed, "output": output, "dry_run": dry_run,
         "tokenizer": not no_tokenizer, "config": not no_config, "reporter": progress(as_json),
-        "code": codefiles.pack(code or (), code_accounting), "paths": names(paths), "recover": recover,
+        "code": pack_code.pack(code or (), code_accounting), "paths": names(paths), "recover": recover,
     }  # fmt: skip
     if factory is not None:
         if store is not None:
@@ -313,7 +313,7 @@ def demo(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from bytecap import __version__
+        from bytecap._version import __version__
         from bytecap.format.container import VERSION
 
         typer.echo(f"bytecap {__version__}, format {'.'.join(map(str, VERSION))}")

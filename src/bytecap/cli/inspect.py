@@ -28,7 +28,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Draw a model: units, uses, bytes now, bytes planned."""
-    from bytecap.pipeline import summary
+    from bytecap.report import summary
     from bytecap.report.tree import print_survey
 
     path = Path(model) if model is not None else None
@@ -56,9 +56,9 @@ def _lines(
 ) -> list[Any]:
     from bytecap.model.checkpoint import load_model
     from bytecap.model.sources import TOKENS, load_sets
-    from bytecap.pipeline import summary
     from bytecap.pipeline.fit import choose_device, make_job
     from bytecap.pipeline.fit_shards import Source, job_sets, numbers_and_shards, trial
+    from bytecap.report import summary
     from bytecap.sizes import parse_size
 
     if (model is None) == (factory is None):

@@ -1,7 +1,7 @@
 """Code files: source inside an artifact, as small as it goes, charged to the cap and never executed by a reader.
 
-The first byte of packed data names the packing, and `pack` keeps the smallest: 0 stored, 1 brotli (quality 11),
-2 raw LZMA1. Python files are minified first (`bytecap_lab.submission.minify`), so what comes back is the same program,
+The first byte of packed data names the packing, and `squeeze` keeps the smallest: 0 stored, 1 brotli (quality 11),
+2 raw LZMA1. Python files are minified before (`bytecap.pipeline.pack_code`), so what comes back is the same program,
 not the same text.
 
 >>> unpack("a.py", squeeze(b"print(1)"))
@@ -11,15 +11,14 @@ b'print(1)'
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import brotli
 
-from bytecap.errors import BudgetError, CodeError, CorruptError, UsageError
+from bytecap.errors import BudgetError, CorruptError
 from bytecap.format.container import CODE, Contents, FileSection
 from bytecap.format.sidefiles import packing
 
@@ -78,40 +77,6 @@ class Code:
                 f"a budget of {budget:,} bytes is below code ({code:,} bytes, counted {self.accounting}) plus the "
                 f"smallest file without it ({floor:,} bytes)", floor + code,
             ) from exc  # fmt: skip
-
-
-def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
-    """Read, minify and compress source files.
-
-    Args:
-        paths: files; Python by its suffix `.py`, anything else is only compressed.
-        accounting: `packed` or `raw`.
-
-    Raises:
-        CodeError: a file cannot be read or does not parse. UsageError: two files share a name.
-    """
-    if accounting not in ACCOUNTING:
-        raise UsageError(f"unknown code accounting {accounting!r}: use {' or '.join(ACCOUNTING)}")
-    sections, raw = dict[str, FileSection](), 0
-    for path in map(Path, paths):
-        content = read(path)
-        raw += len(content)
-        if path.name in sections or path.name.startswith("."):
-            raise UsageError(f"{path}: code files are stored by name, and {path.name} is hidden or given twice")
-        if path.suffix == ".py":
-            from bytecap_lab.submission.minify import minified, parse
-
-            content = minified(parse(content, str(path))[0], str(path)).encode()
-        sections[path.name] = FileSection(path.name, squeeze(content), CODE)
-    return Code(tuple(sections.values()), raw, accounting)
-
-
-def read(path: Path) -> bytes:
-    """Bytes of a source file."""
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise CodeError(f"cannot read the code file {path}: {exc.strerror}") from exc
 
 
 def squeeze(content: bytes) -> bytes:

@@ -1,113 +1,86 @@
 """Methods: ways to turn a model into sections that fit a cap. All share container, ledger and evaluation.
 
-A method is a function from a `Job` to an `Outcome`. `bytecap` is the default; `golf`, `uniform`, `owq`
-and `radio` are what it is measured against.
+A method is a function from a `Job` to an `Outcome` (`bytecap.job`). `bytecap` is the default; the others are what it is
+measured against, and `METHODS` lists them in the order of help and comparisons.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from bytecap.errors import UsageError
-from bytecap.system.cache import Store
+from bytecap.job import Method
 from bytecap.types import Unit
 
-if TYPE_CHECKING:
-    from bytecap.model.checkpoint import Model
-    from bytecap.model.texts import TokenSets
-    from bytecap.progress import Reporter
-    from bytecap.recovery.tuning import Effort
 
+@dataclass(frozen=True)
+class Entry:
+    """A method in the list.
+
+    Attributes:
+        load: imports the method's module, which needs torch, and returns the method.
+        windows_only: it walks token windows itself, so it needs a module whose forward gives logits.
+    """
+
+    load: Callable[[], Method]
+    windows_only: bool = False
+
+
+def _bytecap() -> Method:
+    from bytecap.methods.bytecap import run
+
+    return run
+
+
+def _golf() -> Method:
+    from bytecap.methods.baselines.runs import run_golf
+
+    return run_golf
+
+
+def _uniform() -> Method:
+    from bytecap.methods.baselines.runs import run_uniform
+
+    return run_uniform
+
+
+def _owq() -> Method:
+    from bytecap.methods.baselines.owq import run
+
+    return run
+
+
+def _radio() -> Method:
+    from bytecap.methods.baselines.radio import run
+
+    return run
+
+
+def _cluscomp() -> Method:
+    from bytecap.methods.baselines.cluscomp import run
+
+    return run
+
+
+def _reallm() -> Method:
+    from bytecap.methods.baselines.reallm import run
+
+    return run
+
+
+# Loaders are imports and not names in strings: the type checker and the contracts between rooms follow them, so a wrong
+# name cannot pass `make lint`.
 METHODS = {
-    "bytecap": ("bytecap.methods.bytecap", "run"),
-    "golf": ("bytecap.methods.baselines.runs", "run_golf"),
-    "uniform": ("bytecap.methods.baselines.runs", "run_uniform"),
-    "owq": ("bytecap.methods.baselines.owq", "run"),
-    "radio": ("bytecap.methods.baselines.radio", "run"),
-    "cluscomp": ("bytecap.methods.baselines.cluscomp", "run"),
-    "reallm": ("bytecap.methods.baselines.reallm", "run"),
+    "bytecap": Entry(_bytecap),
+    "golf": Entry(_golf),
+    "uniform": Entry(_uniform),
+    "owq": Entry(_owq),
+    "radio": Entry(_radio, windows_only=True),
+    "cluscomp": Entry(_cluscomp, windows_only=True),
+    "reallm": Entry(_reallm, windows_only=True),
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """One unit as stored: the coder's on-disk tag and its bytes."""
-
-    tag: int
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a method works on.
-
-    Attributes:
-        model: the model, on `device`.
-        sets: the three disjoint token sets.
-        budget: cap on the whole file in bytes.
-        size: file size for given sections, tables section, and shared objects if there are any.
-        device: torch device.
-        seed: of every random choice.
-        reporter: told about progress.
-        options: ingredients of the default coder.
-        dry_run: predict only; sections may be left out.
-        paths: exception paths to choose from, see `bytecap.allocation.overlay_menu`.
-        recover: how long to tune what was coded, or None.
-        store: where statistics and finished steps are kept: for other jobs on the same tokens, and for a killed run's
-            successor, see `bytecap.recovery.checkpointing`.
-        given: sections of units that are coded already, see `bytecap.methods.preencoded`; empty when a method runs.
-    """
-
-    model: Model
-    sets: TokenSets
-    budget: int
-    size: Callable[..., int]
-    device: str
-    seed: int
-    reporter: Reporter
-    options: dict[str, Any] = field(default_factory=dict)
-    dry_run: bool = False
-    paths: tuple[str, ...] = ()
-    recover: Effort | None = None
-    store: Store = field(default_factory=Store)
-    given: Mapping[str, Section] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a method found.
-
-    Attributes:
-        sections: of every unit.
-        tables: shared tables section, may be empty.
-        predicted: predicted KL to the original in nats per token (NaN where a method predicts nothing).
-        slope: nats per token that a byte buys at the margin.
-        gap: duality gap of the plan in nats per token.
-        plan: which plan was shipped.
-        objects: shared objects.
-        margin: what more or fewer bytes would do, see `bytecap.allocation.budget_curve`; empty where nothing is
-            planned.
-        recovery: what recovery did, stage by stage; empty without.
-        before: sections and tables without recovery, where it was of use.
-    """
-
-    sections: dict[str, Section]
-    tables: bytes
-    predicted: float
-    slope: float
-    gap: float
-    plan: str
-    objects: tuple[bytes, ...] = ()
-    margin: dict[str, Any] = field(default_factory=dict)
-    recovery: dict[str, Any] = field(default_factory=dict)
-    before: tuple[dict[str, Section], bytes] | None = None
-
-
-Method = Callable[[Job], Outcome]
 
 
 def find(name: str) -> Method:
@@ -127,9 +100,7 @@ def find(name: str) -> Method:
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1, 0.0)
         raise UsageError(f"unknown method {name!r}, did you mean {near[0]}? (there are {', '.join(METHODS)})")
-    module, function = METHODS[name]
-    method: Method = getattr(importlib.import_module(module), function)
-    return method
+    return METHODS[name].load()
 
 
 def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:

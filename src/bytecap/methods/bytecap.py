@@ -31,7 +31,7 @@ from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
 from bytecap.model.checkpoint import as_matrix

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.exact import from_bytes, to_bytes
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.types import Unit
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bytecap.errors import UsageError
-from bytecap.methods import Job, Method, Outcome, Section
+from bytecap.job import Job, Method, Outcome, Section
 from bytecap.system.cache import Store
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from bytecap.allocation.planner import Planner, State
 from bytecap.errors import BudgetError
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.quantization.quantizer import Prepared
 
 Size = Callable[[dict[str, Section], bytes], int]

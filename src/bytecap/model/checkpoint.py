@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from bytecap.errors import CheckpointError
+from bytecap.model.linears import linear_weights
 from bytecap.system import allocator
 from bytecap.types import Unit
 
@@ -277,11 +278,6 @@ def build_module(directory: Path) -> torch.nn.Module:
     return freeze(module)
 
 
-def of_transformers(module: torch.nn.Module) -> bool:
-    """Whether transformers wrote the module's class: its passes may run in bfloat16, and its modules are called."""
-    return any(c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__)
-
-
 def freeze(module: torch.nn.Module) -> torch.nn.Module:
     """Evaluation mode, no gradients."""
     module.eval()
@@ -299,24 +295,6 @@ def _first_line(exc: BaseException) -> str:
 def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every name in the state dict with its live tensor, tied names included."""
     return dict(module.state_dict(keep_vars=True))
-
-
-def linear_weights(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
-    """Weights of linear maps and embeddings: state-dict name -> (module, `linear` | `conv1d` | `embedding`)."""
-    from torch import nn
-
-    found: dict[str, tuple[nn.Module, str]] = {}
-    for name, m in module.named_modules():
-        kind = None
-        if isinstance(m, nn.Linear):
-            kind = "linear"
-        elif isinstance(m, nn.Embedding):
-            kind = "embedding"
-        elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
-            kind = "conv1d"
-        if kind is not None:
-            found[f"{name}.weight" if name else "weight"] = (m, kind)
-    return found
 
 
 def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) -> tuple[Unit, ...]:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import Progress, batches, logits_of, longest_first, pass_tokens, predictions
 from bytecap.model.batches import Batch, Look, is_batches, variants_of
+from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens, predictions
 from bytecap.model.quantized_copy import Values, swapped
 from bytecap.model.texts import Text, Window
 from bytecap.progress import Advance

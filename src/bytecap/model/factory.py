@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from bytecap.errors import CheckpointError, UsageError
 from bytecap.model.checkpoint import DTYPES, Model, check_safetensors
+from bytecap.model.from_artifact import load_into
 from bytecap.model.module import model_of
-from bytecap.pipeline.export import load_into
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("_orig_mod.", "module.")  # left by torch.compile and by data-parallel training

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError, TextError, UsageError
-from bytecap.model.checkpoint import Model, demo_directory, of_transformers
+from bytecap.model.checkpoint import Model, demo_directory
+from bytecap.model.linears import of_transformers
 from bytecap.model.sampling import sample
 from bytecap.model.texts import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
 from bytecap.progress import Reporter

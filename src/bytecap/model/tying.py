@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import linear_weights
+from bytecap.model.linears import linear_weights
 
 FILE = "tying.json"
 

@@ -1,4 +1,4 @@
-"""From an artifact back to an ordinary Hugging Face directory or a live module.
+"""From an artifact back to an ordinary Hugging Face directory.
 
 `unpack` writes exactly the values `eval` scores: in the source dtype where that holds them all, else float32.
 No network, no code from the file: config and tokenizer come out of the artifact's own sections.
@@ -7,9 +7,8 @@ No network, no code from the file: config and tokenizer come out of the artifact
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,25 +16,14 @@ import numpy.typing as npt
 from bytecap.errors import ArtifactError, OutputError, UsageError
 from bytecap.format import codefiles, container
 from bytecap.format.coders.exact import is_lossless, to_bytes
-from bytecap.format.container import FILE, Contents
-from bytecap.format.decoder import decode_units
-from bytecap.format.sidefiles import packing
+from bytecap.format.container import Contents
+from bytecap.format.decoder import decode_units, side_files
 from bytecap.system.atomic import write_atomically
-
-if TYPE_CHECKING:
-    from torch import nn
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
-
-
 _WEIGHTS = "model.safetensors"
 _METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
-
-
-def side_files(contents: Contents) -> dict[str, bytes]:
-    """Config and tokenizer files of an artifact."""
-    return {f.name: packing.unpack(f.name, f.data) for f in contents.files if f.kind == FILE}
 
 
 def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
@@ -127,57 +115,3 @@ def _rounded_bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
         bits += 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
         return (bits >> np.uint64(16)).astype("<u2").tobytes()
     return to_bytes(values, dtype).tobytes()
-
-
-def load_model(path: Path | str) -> nn.Module:
-    """The decoded model as a torch module in evaluation mode, float32.
-
-    Raises:
-        ArtifactError: the file cannot be trusted or holds no config.
-    """
-    from bytecap.model.checkpoint import module_from_config
-    from bytecap.model.quantized_copy import load_values
-
-    contents = container.read(path)
-    files = side_files(contents)
-    if "config.json" not in files:
-        raise ArtifactError(f"{path} holds no config.json (written with --no-config), so no module can be built")
-    with tempfile.TemporaryDirectory() as directory:
-        for name in {"config.json", "tying.json"} & files.keys():
-            (Path(directory) / name).write_bytes(files[name])
-        module = module_from_config(Path(directory))
-    load_values(module, decode_units(contents, aliases=False))
-    return module
-
-
-def load_into(path: Path | str, module: nn.Module) -> None:
-    """Put an artifact's decoded values into a module, in place, in the module's own dtypes.
-
-    Args:
-        path: `.bcap` file.
-        module: whose state dict has the artifact's names and shapes. Nothing is changed where it has not.
-
-    Raises:
-        ArtifactError: the file cannot be trusted, or does not fit; every name at fault is listed.
-    """
-    import torch
-
-    values = decode_units(container.read(path))
-    live = module.state_dict(keep_vars=True)
-    wrong = [f"the artifact lacks {n}" for n in live if n not in values]
-    wrong += [f"the module lacks {n}" for n in values if n not in live]
-    wrong += [
-        f"{n} is {list(live[n].shape)} in the module and {list(v.shape)} in the artifact"
-        for n, v in values.items()
-        if n in live and tuple(live[n].shape) != v.shape
-    ]
-    tied: dict[tuple[int, tuple[int, ...]], str] = {}
-    for n in (n for n in values if n in live and live[n].numel()):
-        first = tied.setdefault((live[n].data_ptr(), tuple(live[n].shape)), n)
-        if values[first] is not values[n] and not np.array_equal(values[first], values[n]):
-            wrong.append(f"{first} and {n} are one tensor in the module and two in the artifact")
-    if wrong:
-        raise ArtifactError(f"{path} does not fit the module: {'; '.join(wrong)}")
-    with torch.no_grad():
-        for n, v in values.items():
-            live[n].copy_(torch.from_numpy(np.require(v, requirements=["C", "W"])))

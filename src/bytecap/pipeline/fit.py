@@ -16,7 +16,7 @@ import torch
 
 from bytecap import methods
 from bytecap.errors import BudgetError, UsageError
-from bytecap.format import codefiles, container
+from bytecap.format import container
 from bytecap.format.codefiles import Code
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.exact import WIDTH
@@ -24,9 +24,9 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
 from bytecap.format.decoder import Ideal, decode_each, decode_units
 from bytecap.format.ledger import Entry, by_path, by_unit
-from bytecap.format.sidefiles import background
 from bytecap.format.wire.shared_objects import share_lists
-from bytecap.methods import Job, Method, Outcome, Section
+from bytecap.job import Job, Method, Outcome, Section
+from bytecap.job.effort import effort_of
 from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import Model, as_matrix, demo_directory, load_model
@@ -35,9 +35,9 @@ from bytecap.model.evaluation import ByWindow, Comparison, compare, mean_compari
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline import background, pack_code
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.sections import tune_sections
-from bytecap.recovery.tuning import effort_of
 from bytecap.sizes import format_size, parse_size
 from bytecap.system import allocator
 from bytecap.system.atomic import write_atomically
@@ -118,7 +118,7 @@ def fit(
         window: predicted tokens in a window.
         tokenizer: keep tokenizer files inside.
         config: keep config files inside.
-        code: source files to keep inside, counted packed, or what `bytecap.format.codefiles.pack` made of them.
+        code: source files to keep inside, counted packed, or what `bytecap.pipeline.pack_code.pack` made of them.
         paths: exception paths the allocator may choose from, or `all`; the default menu if None.
         recover: steps (`600`) or time (`10m`) for tuning what was coded; none if None.
         recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts if None.
@@ -171,7 +171,7 @@ def fit_sets(
     section in `given` are stored as that; the model must hold its values.
     """
     started = time.perf_counter()
-    asked, source = parse_size(budget), code if isinstance(code, Code) else codefiles.pack(code)
+    asked, source = parse_size(budget), code if isinstance(code, Code) else pack_code.pack(code)
     reporter.note(f"budget: {format_size(asked)}")
     run, target, menu = methods.find(method), choose_device(device), methods.menu_of(paths, method)
     allocator.spare(target)

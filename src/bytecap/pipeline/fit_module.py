@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import logits_of
 from bytecap.errors import TextError, UsageError
 from bytecap.format.codefiles import Code
 from bytecap.format.decoder import decode_units
-from bytecap.methods import Section
+from bytecap.job import Section
+from bytecap.methods import METHODS
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
+from bytecap.model.forward import logits_of
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import CORRECTION_TOKENS, EVALUATION_TOKENS, TOKENS, report_sets
@@ -37,7 +38,6 @@ from bytecap.pipeline.fit import Artifact, fit_sets
 from bytecap.progress import Reporter, Silent
 
 Evaluate = Callable[[nn.Module], float]
-_WINDOWS_ONLY = {"radio", "cluscomp", "reallm"}  # methods that walk token windows themselves
 
 
 def fit_module(
@@ -120,7 +120,7 @@ def fit_module(
 
 def check_method(method: str) -> None:
     """Refuse methods that need logits where there is only a loss."""
-    if method in _WINDOWS_ONLY:
+    if method in METHODS and METHODS[method].windows_only:
         raise UsageError(f"method {method} needs a module whose forward(ids) gives logits")
 
 

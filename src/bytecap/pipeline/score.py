@@ -7,11 +7,11 @@ from typing import Any
 
 from bytecap.errors import ArtifactError
 from bytecap.format import container
+from bytecap.format.decoder import side_files
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.from_artifact import load_model as load_artifact
 from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import load_text
-from bytecap.pipeline.export import load_model as load_artifact
-from bytecap.pipeline.export import side_files
 from bytecap.progress import Reporter, Silent
 from bytecap.types import Score
 
@@ -78,7 +78,7 @@ def continue_prompt(path: Path | str, prompt: str, *, tokens: int, temperature: 
     import torch
     from tokenizers import Tokenizer
 
-    from bytecap.calibration.probe import logits_of
+    from bytecap.model.forward import logits_of
 
     opened = open_model(path)
     if "tokenizer.json" not in opened.files:

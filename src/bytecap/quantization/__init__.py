@@ -34,11 +34,9 @@ class Shrink:
 
     Attributes:
         offset: centroid of bin `z` is `|z| - offset[class, min(|z|, CENTRES - 1)]` steps, shape (64, CENTRES).
-        dead_zone: how much later than 1/2 a value rounds up, in steps, shape (64,).
     """
 
     offset: npt.NDArray[np.float32]
-    dead_zone: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -119,22 +117,21 @@ def quarter_class(mean_square: Tensor) -> Tensor:
     return value.clamp_(1, CLASSES - 1).to(torch.int64)
 
 
-def gaussian_shrink(dead_zone: float) -> Shrink:
+def gaussian_shrink() -> Shrink:
     """Rules for Gaussian classes: the starting point, replaced by what the model's own weights show."""
     sigma = np.array([quarter(k - UNIT_CLASS) for k in range(CLASSES)])
-    dead = np.minimum(0.25, dead_zone * 0.0416 / sigma**2).astype(np.float32)
     grid = np.linspace(0, CENTRES + 1, 256 * (CENTRES + 1) + 1)
     offset = np.zeros((CLASSES, CENTRES), np.float32)
+    z = np.floor(grid + 0.5).astype(int)
     for k in range(1, CLASSES):
         density = np.exp(-0.5 * (grid / sigma[k]) ** 2)
-        z = np.floor(grid + 0.5 - dead[k]).astype(int)
         for m in range(1, CENTRES):
             inside = z == m
             mass = density[inside].sum()
             # bins so far out that nothing falls there keep the slope of the density's tail: half a step
             centre = float((grid[inside] * density[inside]).sum() / mass) if mass > 1e-200 else m - 0.5
             offset[k, m] = np.clip(m - centre, -0.5, 127 / 256)
-    return Shrink((np.round(offset * 256) / 256).astype(np.float32), dead.astype(np.float32))
+    return Shrink((np.round(offset * 256) / 256).astype(np.float32))
 
 
 def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Tensor:

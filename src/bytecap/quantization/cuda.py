@@ -27,7 +27,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
     centres = torch.zeros(batch, 2, CLASSES * CENTRES, dtype=torch.int64, device=device)
     row_class = problem.row_class.to(torch.int32).contiguous()
     whiten = torch.exp2(-row_class.float() / 4)
-    tables = torch.from_numpy(shrink.offset).to(device), torch.from_numpy(0.5 - shrink.dead_zone).float().to(device)
+    offset = torch.from_numpy(shrink.offset).to(device)
     scratch = (
         torch.empty(batch, rows, device=device), torch.empty(batch, segments, 8, 8, device=device),
         torch.empty(batch, segments, 8, dtype=torch.int32, device=device),
@@ -46,7 +46,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
         inner = torch.zeros(batch, BLOCK, BLOCK, device=device)
         inner[:, : hi - lo, : hi - lo] = unit_lower[:, : hi - lo]
         round_columns[(batch,)](
-            inner, fed, weight, error, scale, row_class, whiten, row_weight, *tables, symbols, order, column_class,
+            inner, fed, weight, error, scale, row_class, whiten, row_weight, offset, symbols, order, column_class,
             cost, centres, *scratch, lo, hi, cols, rows, first, length, SEGMENTS=segments, **_SIZES,
         )  # fmt: skip
     distortion = (cost.double() * diag.double().square()).sum(1)

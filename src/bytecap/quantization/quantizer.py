@@ -51,7 +51,6 @@ class Options:
         row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
         trellis: walk columns of some spread along a trellis.
         shrink: reconstruct at centroids.
-        dead_zone: rate term in rounding, 0 off.
         damping: of the Hessian, in fractions of its mean diagonal.
         guided: weight tokens by output gradient energy.
         groups: row groups of the guided Hessian.
@@ -69,7 +68,6 @@ class Options:
     row_class: int = 1
     trellis: bool = True
     shrink: bool = True
-    dead_zone: float = 0.0
     damping: float = 1e-3
     guided: bool = True
     groups: int = 1
@@ -160,9 +158,9 @@ def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Pre
 
 def initial_shared(options: Options) -> tuple[Shared, Shrink]:
     """Gaussian tables and offsets for every class: where fitting starts."""
-    shrink = gaussian_shrink(options.dead_zone)
+    shrink = gaussian_shrink()
     if not options.shrink:
-        shrink = Shrink(np.zeros_like(shrink.offset), shrink.dead_zone)
+        shrink = Shrink(np.zeros_like(shrink.offset))
     z = np.arange(MAX_HALF + 2)
     counts = np.zeros((CLASSES, MAX_HALF + 2))
     for k in range(1, CLASSES):

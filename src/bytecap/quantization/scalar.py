@@ -27,7 +27,6 @@ def round_scalar(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: b
     diag = lower.diagonal(dim1=1, dim2=2)  # (B, cols)
     exponent, scale = column_steps(problem, step, waterfill=waterfill)
     offset = torch.from_numpy(shrink.offset).to(device).reshape(-1)
-    dead = torch.from_numpy(0.5 - shrink.dead_zone).to(device)
     whiten = torch.exp2(-problem.row_class.float() / 4)
     row_class = problem.row_class.long()
     error = torch.empty_like(weight)
@@ -52,7 +51,7 @@ def round_scalar(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: b
             column = quarter_class((u * whiten).square().mean(1))
             cls = (row_class + column[:, None]).clamp_(1, CLASSES - 1)
             size = u.abs()
-            z = torch.floor(size + dead[cls])
+            z = torch.floor(size + 0.5)
             index = cls * CENTRES + z.clamp(max=CENTRES - 1).long()
             value = z - offset[index]
             if k % SAMPLE == 0:

@@ -46,8 +46,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
     distortion = np.zeros(batch)
     centres = np.zeros((batch, 2, CLASSES * CENTRES))
     whiten = torch.exp2(-p.row_class.float() / 4).numpy()
-    dead = (0.5 - shrink.dead_zone).astype(np.float32)
-    fixed = shrink.offset.reshape(-1), dead, first
+    fixed = shrink.offset.reshape(-1), first
     arrays = weight.numpy(), error.numpy(), scale.numpy(), p.row_class.numpy(), whiten, p.rows.float().numpy()
     weights2, order = diag.square().numpy(), p.order.numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -114,7 +113,7 @@ _path: Any = numba.njit(nogil=True, cache=True)(_viterbi)
 
 def _round_columns(
     lo: int, hi: int, inner: _Array, fed: _Array, weight: _Array, error: _Array, scale: _Array, row_class: _Array,
-    whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, dead: _Array, first: int, symbols: _Array,
+    whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, first: int, symbols: _Array,
     order: _Array, column_class: _Array, distortion: _Array, centres: _Array,
 ) -> None:  # fmt: skip
     """Columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,).
@@ -149,7 +148,7 @@ def _round_columns(
             _path(u, row_weight, v)
         else:
             for r in range(rows):
-                z = int(np.floor(abs(u[r]) + dead[cls[r]]))
+                z = int(np.floor(abs(u[r]) + np.float32(0.5)))
                 v[r] = z if u[r] > 0 else -z
         for r in range(rows):
             size = abs(v[r])

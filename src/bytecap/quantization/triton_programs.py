@@ -140,7 +140,7 @@ def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: t
 
 @triton.jit
 def _settle(
-    Y, V, ROW_CLASS, ROW_WEIGHT, OFFSET, DEAD, WEIGHT, ERROR, SYMBOLS, CENTRE, k, stored, column, fine, s, rows,
+    Y, V, ROW_CLASS, ROW_WEIGHT, OFFSET, WEIGHT, ERROR, SYMBOLS, CENTRE, k, stored, column, fine, s, rows,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr,
     FIXED: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def _settle(
         u = y / s
         cls = tl.minimum(tl.maximum(column + tl.load(ROW_CLASS + r, inside, 0), 1), CLASSES - 1)
         cls = tl.minimum(cls + more, CLASSES - 1)
-        size = tl.floor(tl.abs(u) + tl.load(DEAD + cls)).to(tl.int32)
+        size = tl.floor(tl.abs(u) + 0.5).to(tl.int32)
         v = tl.where(fine, tl.load(V + r, inside, 0), tl.where(u > 0, size, -size))
         size = tl.abs(v)
         at = cls * CENTRES + tl.minimum(size, CENTRES - 1)
@@ -173,7 +173,7 @@ def _settle(
 
 @triton.jit(do_not_specialize=["lo", "hi", "cols", "rows", "first", "length"])
 def round_columns(
-    INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, DEAD, SYMBOLS, ORDER, COLUMN_CLASS, COST,
+    INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
     CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
@@ -206,7 +206,7 @@ def round_columns(
             _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
             tl.debug_barrier()
         cost = _settle(
-            Y, V, ROW_CLASS + one, row_weight, OFFSET, DEAD, WEIGHT + whole, ERROR + whole, SYMBOLS + whole,
+            Y, V, ROW_CLASS + one, row_weight, OFFSET, WEIGHT + whole, ERROR + whole, SYMBOLS + whole,
             CENTRE + b * 2 * CLASSES * CENTRES, k, stored, column, fine, s, rows, ROWS, CLASSES, CENTRES, OCTAVE,
             SAMPLE, FIXED,
         )  # fmt: skip

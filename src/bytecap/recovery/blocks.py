@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bytecap.calibration.probe import batch_tokens, batches
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.evaluation import kl_to
+from bytecap.model.forward import batch_tokens, batches
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.texts import leading
 from bytecap.types import Unit

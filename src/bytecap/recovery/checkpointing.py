@@ -25,7 +25,7 @@ from torch import Tensor
 from bytecap.calibration.statistics import job_key, windows_key
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.quantization import Shrink
 from bytecap.system.cache import Store, digest
 
@@ -110,12 +110,12 @@ def rules_to_json(rules: Rules) -> dict[str, Any]:
     return {
         "tables": [[t.low, t.freq.tolist()] for _, t in distinct],
         "classes": [[c, place[id(t)]] for c, t in shared.tables.table.items()],
-        "offset": shared.offset.tolist(), "shrink": shrink.offset.tolist(), "dead": shrink.dead_zone.tolist(),
+        "offset": shared.offset.tolist(), "shrink": shrink.offset.tolist(),
     }  # fmt: skip
 
 
 def rules_from_json(value: Mapping[str, Any]) -> Rules:
     """What `rules_to_json` was given."""
     tables = [Table(low, np.array(freq)) for low, freq in value["tables"]]
-    offset, shrink, dead = (np.array(value[k], np.float32) for k in ("offset", "shrink", "dead"))
-    return Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink, dead)
+    offset, shrink = (np.array(value[k], np.float32) for k in ("offset", "shrink"))
+    return Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.kl_gradient import gradient
-from bytecap.calibration.probe import pass_tokens
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
+from bytecap.model.forward import pass_tokens
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import leading, moves
 

@@ -290,7 +290,7 @@ class Live:
         """Let the planner round and decode with the offsets as they are now."""
         offset = self._offsets.table(self.offsets)
         self._planner.shared = replace(self._state.shared, offset=offset)
-        self._planner.shrink = Shrink(offset, self._planner.shrink.dead_zone)
+        self._planner.shrink = Shrink(offset)
 
     def settle(self) -> State:
         """Put everything into the planner as it is coded; what it rounds anew starts from the targets of now."""

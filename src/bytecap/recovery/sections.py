@@ -22,7 +22,7 @@ from bytecap.format.coders import Continuous, Shared, coder, run
 from bytecap.format.decoder import from_matrix
 from bytecap.format.entropy.shared_tables import load_shared
 from bytecap.format.wire.shared_objects import load_objects
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import Lazy, load_values, twin_of
 from bytecap.recovery.kl_passes import Passes, same_again

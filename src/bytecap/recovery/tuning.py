@@ -23,11 +23,9 @@ Omitted: units under an exception path keep their integers; their layers are tun
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -36,8 +34,8 @@ from torch import Tensor, nn
 from bytecap.allocation import correction
 from bytecap.allocation.planner import Planner, State
 from bytecap.calibration.statistics import job_key, windows_key
-from bytecap.errors import UsageError
-from bytecap.methods import Job
+from bytecap.job import Job
+from bytecap.job.effort import Effort
 from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.progress import Advance
@@ -59,50 +57,6 @@ _CHECKS = 12  # times a stage looks at the correction tokens
 _APART = 5  # moves between two looks, at least
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _PATIENCE = 3  # checks that may be worse
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to recover: `steps` moves, or `seconds` of them.
-
-    >>> Effort.parse("600"), Effort.parse("10m")
-    (Effort(steps=600, seconds=None), Effort(steps=None, seconds=600.0))
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    @staticmethod
-    def parse(text: str) -> Effort:
-        """From `600` steps, or a time such as `45s`, `10m`, `1h`.
-
-        Raises:
-            UsageError: it is neither, or nothing.
-        """
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
-        if not found or (not found[2] and "." in found[1]) or float(found[1]) <= 0:
-            raise UsageError(f"--recover {text!r} is neither a number of steps (600) nor a time (45s, 10m, 1h)")
-        if not found[2]:
-            return Effort(steps=int(found[1]))
-        return Effort(seconds=float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
-
-    def share(self, steps: int, seconds: float) -> float:
-        """How much of it is done, 1 when it is spent."""
-        if self.steps is not None:
-            return steps / self.steps if self.steps else 1.0
-        return seconds / (self.seconds or math.inf)
-
-    def part(self, share: float) -> tuple[Effort, Effort]:
-        """It as two: a share, and the rest.
-
-        >>> Effort.parse("10").part(0.85)
-        (Effort(steps=8, seconds=None), Effort(steps=2, seconds=None))
-        """
-        if self.steps is not None:
-            first = round(self.steps * share)
-            return Effort(steps=first), Effort(steps=self.steps - first)
-        whole = self.seconds or 0.0
-        return Effort(seconds=whole * share), Effort(seconds=whole * (1 - share))
 
 
 class Clock:
@@ -145,15 +99,6 @@ class Clock:
     def seconds(self) -> float:
         """Since the moves began; time between two runs is left out."""
         return time.monotonic() - self._started
-
-
-def effort_of(text: str | None) -> Effort | None:
-    """The effort asked for.
-
-    Raises:
-        UsageError: it cannot be understood.
-    """
-    return None if text is None else Effort.parse(text)
 
 
 class _Course:

@@ -1,1 +1,3 @@
 """What people look at: tables on the terminal."""
+
+SHOWS_ONLY = "package"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.tree import Tree
 
-from bytecap.pipeline.summary import Line
+from bytecap.report.summary import Line
 from bytecap.sizes import format_size
 
 

@@ -18,7 +18,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from bytecap._version import __version__
 from bytecap.errors import OutputError
 from bytecap.system.atomic import make_directory, replacing, sweep
 
@@ -82,25 +84,38 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()
 
 
-_SHOWN = (
-    "bytecap/report/", "bytecap/cli/", "bytecap_lab/compare/__init__", "bytecap_lab/compare/figures",
-    "bytecap_lab/compare/envelope", "bytecap_lab/thesis/__init__", "bytecap_lab/thesis/evidence",
-    "bytecap_lab/thesis/experiments", "bytecap_lab/thesis/statistics", "bytecap_lab/thesis/verdicts",
-)  # fmt: skip  # beginnings of paths: these judge and show, and measure nothing
+_SHOWS_ONLY = re.compile(r"^SHOWS_ONLY = (.*)$", re.MULTILINE)
+_SCOPES = {'"module"': False, '"package"': True}
+
+
+def measuring_sources(root: Path) -> dict[str, str]:
+    """Source texts by path below `root` of all modules that may decide a result.
+
+    A module that judges and shows results, and measures nothing, says so by the line `SHOWS_ONLY = "module"`, a package
+    for everything in it by `SHOWS_ONLY = "package"` in its `__init__.py`. Such modules are left out.
+
+    Raises:
+        ValueError: a line says neither; the message names the file.
+    """
+    texts = {
+        p: p.read_text("utf-8") for p in sorted([*root.glob("bytecap/**/*.py"), *root.glob("bytecap_lab/**/*.py")])
+    }
+    left_out: list[Path] = []
+    for path, text in texts.items():
+        for scope in _SHOWS_ONLY.findall(text):
+            if scope not in _SCOPES or (_SCOPES[scope] and path.name != "__init__.py"):
+                raise ValueError(f"{path}: SHOWS_ONLY = {scope} is neither a module's nor a package's scope")
+            left_out.append(path.parent if _SCOPES[scope] else path)
+    return {
+        str(p.relative_to(root)): text for p, text in texts.items()
+        if not any(p.is_relative_to(x) for x in left_out)
+    }  # fmt: skip
 
 
 @cache
 def library() -> str:
     """Version of this library and hash of its source: results of other code are other results."""
-    from bytecap import __version__
-
-    root = Path(__file__).parents[2]
-    sources: Iterable[Path] = [
-        p
-        for p in sorted([*root.glob("bytecap/**/*.py"), *root.glob("bytecap_lab/**/*.py")])
-        if not p.relative_to(root).as_posix().startswith(_SHOWN)
-    ]
-    return f"{__version__} {digest([[str(p.relative_to(root)), p.read_text('utf-8')] for p in sources])}"
+    return f"{__version__} {digest(list(map(list, measuring_sources(Path(__file__).parents[2]).items())))}"
 
 
 class Store:

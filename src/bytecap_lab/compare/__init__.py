@@ -19,6 +19,8 @@ from bytecap.system.atomic import make_directory
 from bytecap_lab.compare.figures import summarize
 from bytecap_lab.compare.specs import Cell, External, Setting, grid, read_external, read_method
 
+SHOWS_ONLY = "module"
+
 METHODS = ("bytecap", "golf", "owq", "radio", "uniform")
 BUDGETS = ("3bpp", "3.5bpp", "4bpp", "5bpp")
 TOKENS, EVALUATION_TOKENS = 16_384, 16_384

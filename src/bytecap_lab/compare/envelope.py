@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from bytecap_lab.compare.pairs import Entry
 
+SHOWS_ONLY = "module"
+
 Points = Sequence[tuple[float, float]]
 RESAMPLES = 200
 _SAME = 1.001  # sizes within this ratio are one size: caps are met to some bytes

@@ -9,6 +9,8 @@ from typing import Any
 from bytecap_lab.compare.envelope import envelope, resampled, saved
 from bytecap_lab.compare.pairs import METRICS, Entry, clusters, difference, entry, figure
 
+SHOWS_ONLY = "module"
+
 SCHEMA = 1
 MEAN = "mean"  # of all texts
 Record = Mapping[str, Any]

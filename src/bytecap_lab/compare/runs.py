@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from bytecap.calibration.probe import longest_first
 from bytecap.calibration.statistics import model_key, windows_key
 from bytecap.errors import BudgetError, CheckpointError, OutputError
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import ByWindow, compare
+from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.fit import Artifact, fit_sets

@@ -20,6 +20,7 @@ from torch import nn
 
 from bytecap.calibration.statistics import environment, model_key, windows_key
 from bytecap.errors import UsageError
+from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
 from bytecap.model.evaluation import kl_to
 from bytecap.model.sources import WINDOW, Paths, as_paths, encoder, window_limit
@@ -28,7 +29,6 @@ from bytecap.model.tying import FILE, Tying, find_blocks
 from bytecap.pipeline.fit import choose_device
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.tuning import Effort
 from bytecap.system.atomic import make_directory, write_atomically
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying import dlt, greedy

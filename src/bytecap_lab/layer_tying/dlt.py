@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bytecap.job.effort import Effort
 from bytecap.model.texts import Window, moves
 from bytecap.model.tying import Tying, layers, matrices, point
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import Course
 from bytecap.recovery.kl_passes import tokens_of_move
-from bytecap.recovery.tuning import Clock, Effort
+from bytecap.recovery.tuning import Clock
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import loop, tied
 from bytecap_lab.layer_tying.uptrain import RATE, Trainer

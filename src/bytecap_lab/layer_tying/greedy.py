@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bytecap.job.effort import Effort
 from bytecap.model.texts import Window, moves
 from bytecap.model.tying import Tying
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import Course
 from bytecap.recovery.kl_passes import tokens_of_move
-from bytecap.recovery.tuning import Effort
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import Parts, tied
 from bytecap_lab.layer_tying.uptrain import RATE, Trainer

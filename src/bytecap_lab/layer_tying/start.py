@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.errors import UsageError
-from bytecap.model.checkpoint import linear_weights
+from bytecap.model.linears import linear_weights
 from bytecap.model.tying import Tying, find_blocks, layers, matrices, oriented, tie
 
 INITS = ("stepwise", "average", "lower")

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.kl_gradient import gradient
-from bytecap.calibration.probe import fast_dtype, pass_tokens
 from bytecap.errors import TextError
-from bytecap.model.checkpoint import of_transformers
+from bytecap.job.effort import Effort
 from bytecap.model.evaluation import by_window
+from bytecap.model.forward import fast_dtype, pass_tokens
+from bytecap.model.linears import of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window, moves
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.checkpointing import Course
 from bytecap.recovery.kl_passes import tokens_of_move
-from bytecap.recovery.tuning import Clock, Effort
+from bytecap.recovery.tuning import Clock
 from bytecap.system.cache import Store
 
 RATE = 1e-3  # first learning rate

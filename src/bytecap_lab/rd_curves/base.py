@@ -22,7 +22,7 @@ from bytecap.format.coders import Shared
 from bytecap.format.coders.packed import BROTLI, dequantize
 from bytecap.format.coders.packed import CODER as PACKED
 from bytecap.format.entropy.rans import encode_all
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.methods.baselines.golf import (
     EMBEDDING_LEVELS,
     K_EMBEDDING,

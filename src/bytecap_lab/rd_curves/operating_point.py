@@ -21,7 +21,7 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
 from bytecap.format.entropy.shared_tables import dump_shared, load_shared
-from bytecap.methods import Job, Section
+from bytecap.job import Job, Section
 from bytecap.methods.bytecap import planned, statistics
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each
@@ -127,7 +127,7 @@ def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str)
         kept = {"steps": state.steps, "kappa": kappa, "tables": dump_shared(state.shared).hex()}
         store.put(digest(key, "plan"), kept)
     planner.shared = load_shared(bytes.fromhex(kept["tables"]))
-    planner.shrink = Shrink(planner.shared.offset, planner.shrink.dead_zone)
+    planner.shrink = Shrink(planner.shared.offset)
     state.steps.update(kept["steps"])
     base = GridBase(planner, kept["steps"], kept["kappa"])
     rest = {v.unit.name: from_matrix(v.unit, planner.decode(state, v.unit.name)) for v in planner.vectors}

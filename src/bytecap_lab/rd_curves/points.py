@@ -16,7 +16,7 @@ from bytecap.calibration.statistics import windows_key
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import from_matrix
 from bytecap.format.wire.shared_objects import LIST_ENTRY, share_lists
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.model.evaluation import ByWindow, by_window
 from bytecap.model.texts import Window
 from bytecap.progress import Advance

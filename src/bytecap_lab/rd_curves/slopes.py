@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import role_name
 from bytecap.calibration.kl_gradient import gradient
-from bytecap.calibration.probe import pass_tokens
 from bytecap.format.decoder import from_matrix
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_each
+from bytecap.model.forward import pass_tokens
 from bytecap.model.quantized_copy import Values
 from bytecap.model.texts import Window, leading
 from bytecap.system.cache import Store, digest

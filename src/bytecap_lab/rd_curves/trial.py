@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.progress import Advance
 from bytecap.quantization.overlays import Applied, Path, Problem, check_names, paths, thinned
 from bytecap.system.cache import Store, digest

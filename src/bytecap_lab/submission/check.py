@@ -24,8 +24,8 @@ from typing import Any
 from bytecap.errors import BudgetError, CodeError
 from bytecap.format import container
 from bytecap.format.decoder import decode_units
+from bytecap.pipeline.minify import parse
 from bytecap_lab.submission.export import CAP, SCRIPT
-from bytecap_lab.submission.minify import parse
 from bytecap_lab.submission.pack import imports, unpacked
 
 SECONDS = 600.0  # what the challenge allows an evaluation

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from bytecap.errors import CodeError
 from bytecap.format import codefiles
+from bytecap.pipeline import pack_code
+from bytecap.pipeline.minify import minified, parse
 from bytecap_lab.submission import vendor
-from bytecap_lab.submission.minify import minified, parse
 
 TYPICAL = frozenset({2, 9})  # coders of what the default method makes of floating-point weights: vector, trellis
 DECODER = "bcap_decoder"
@@ -69,7 +70,7 @@ def gather(path: Path) -> dict[str, bytes]:
         file = wanted.pop(0)
         if file.name in found:
             continue
-        found[file.name] = codefiles.read(file)
+        found[file.name] = pack_code.read(file)
         for name, line in imports(parse(found[file.name], str(file))[1]).items():
             if (path.parent / name / "__init__.py").is_file():
                 raise CodeError(

@@ -19,7 +19,7 @@ from importlib import resources
 
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents
-from bytecap_lab.submission.minify import crushed
+from bytecap.pipeline.minify import crushed
 
 DEFAULT = frozenset({1, 2, 3, 9})  # grid, vector, exact, trellis
 OBJECTS = -1  # stands among the coders for shared objects, which only some of them can refer to

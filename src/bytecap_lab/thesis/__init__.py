@@ -16,6 +16,8 @@ from bytecap.progress import Reporter, Silent
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 
+SHOWS_ONLY = "module"
+
 TOKENS, EVALUATION_TOKENS = 16_384, 8_192
 BUDGET, SEEDS, RUNGS = "3bpp", 3, 4
 

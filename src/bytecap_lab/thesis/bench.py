@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.calibration.probe import longest_first
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluation import ByWindow
+from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets, Window
 from bytecap.progress import Reporter

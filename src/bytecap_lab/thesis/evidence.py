@@ -12,6 +12,8 @@ import numpy as np
 from bytecap_lab.thesis.bench import PRIMARY
 from bytecap_lab.thesis.statistics import Draw, FloatArray, Missing
 
+SHOWS_ONLY = "module"
+
 Record = Mapping[str, Any]
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+SHOWS_ONLY = "module"
+
 FloatArray = npt.NDArray[np.float64]
 RESAMPLES = 2000
 THRESHOLD = 0.05

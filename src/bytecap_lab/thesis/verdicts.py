@@ -20,6 +20,8 @@ from bytecap_lab.thesis.statistics import (
     pooled,
 )
 
+SHOWS_ONLY = "module"
+
 SCHEMA = 1
 REGISTRATION = "bf64458d430eebac9e051d6d0bd9f38a50368ea03de07e1048cbf211b8b7d6c4"  # of docs/thesis.md
 MODELS = {"mini": 5}  # a group needs, by recipe

@@ -27,7 +27,7 @@ from bytecap.format.coders.binary import NO_MEAN, Binary
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.columns import CODER as COLUMNS
 from bytecap.format.overlays.rows import CODER as ROWS
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap_lab.train.convert import inference
 from bytecap_lab.train.pquant import PQuantLinear
 

@@ -37,11 +37,10 @@ from torch import Tensor
 
 from bytecap.allocation.allocate import lower_hull
 from bytecap.errors import UsageError
-from bytecap.format.coders import FloatArray
 from bytecap.format.coders.codebook import CODER, MAX_DIMENSION, Codebook, look_up
-from bytecap.format.wire.indices import MAX_CODEWORDS, by_use, indices_size, read_numbers, width_of, write_numbers
+from bytecap.format.wire.indices import MAX_CODEWORDS, by_use, indices_size, width_of
 from bytecap.format.wire.shared_objects import write_codebook
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines import kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import (
     Coded,
@@ -189,11 +188,6 @@ def _vector_weights(material: Material, g: int) -> Tensor:
     return kmeans.vectors_of(full, g).mean(1)
 
 
-def rounded(words: FloatArray, *, byte: bool) -> FloatArray:
-    """Numbers as they come back from a file."""
-    return read_numbers(write_numbers(words, byte=byte), words.size, byte=byte).reshape(words.shape)
-
-
 @dataclass(frozen=True, eq=False)
 class Common:
     """A matrix in shared codewords: indices (count,), the scale, and the vectors' codewords (n, g)."""
@@ -232,7 +226,7 @@ class ClusComp:
         weights = _vector_weights(material, s.g) if self.options["weighted"] else None
         words, index = kmeans.quantize(vectors, s.n, torch.Generator().manual_seed(self.seed), weights)
         book = Codebook(words.cpu().numpy(), index.cpu().numpy())
-        values = torch.from_numpy(look_up(rounded(book.words, byte=self.coded), book.indices, shape))
+        values = torch.from_numpy(look_up(shared_codewords.rounded(book.words, byte=self.coded), book.indices, shape))
         side = 4 + book_bytes(s.n, s.g, self.options)
         size = side + indices_size(by_use(book.indices, s.n)[1], s.n, coded=self.coded)
         return Coded(size, material.distortion(values.to(material.weight.device)), book)

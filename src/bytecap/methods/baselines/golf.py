@@ -50,7 +50,7 @@ from bytecap.format.coders.packed import BROTLI, CODER, MAX_CODE, Quantized
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.order import CODER as ORDER
 from bytecap.format.overlays.order import by_likeness
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import (
     Measured,

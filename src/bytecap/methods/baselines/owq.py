@@ -35,7 +35,7 @@ from torch import Tensor
 from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.fixed import CODER, FixedCode
 from bytecap.format.wire.integers import MAX_WIDTH
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.golf import factorize, feedback
 from bytecap.methods.baselines.runs import matrices, second_moments
 from bytecap.methods.baselines.uniform import exact_sections

@@ -42,7 +42,7 @@ from bytecap.calibration.weight_gradients import KINDS, Gradients, mean_squared_
 from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.companded import CODER, MAX_SETS, CompandedCode, dequantize, levels
 from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.owq import coded
 from bytecap.methods.baselines.runs import matrices
 from bytecap.methods.baselines.uniform import exact_sections

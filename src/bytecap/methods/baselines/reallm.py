@@ -42,7 +42,7 @@ from bytecap.format.coders import FloatArray
 from bytecap.format.coders.codebook import look_up
 from bytecap.format.coders.latent import CODER, Decoder, Latent, Link, decode_patches, decoder_bytes
 from bytecap.format.wire.indices import by_use, indices_size, numbers_size
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines import cluscomp, kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import Coded, Material, capacity, choose, finish, option, prepare
 from bytecap.recovery.blocks import Part, recover
@@ -112,7 +112,7 @@ class ReALLM:
         shape, generator = material.unit.matrix_shape, torch.Generator().manual_seed(self.seed)
         factors, stored, rest = self._low_rank(material, rank)
         words, index = kmeans.quantize(kmeans.vectors_of(rest, s.g), s.n, generator)
-        exact = cluscomp.rounded(words.cpu().numpy(), byte=self.coded)
+        exact = shared_codewords.rounded(words.cpu().numpy(), byte=self.coded)
         indices, decoder = index.cpu().numpy(), None
         base = look_up(exact, indices, shape)
         if with_decoder:
@@ -138,7 +138,7 @@ class ReALLM:
         if not rank:
             return (None, None), None, material.weight
         left, right = (f.cpu().numpy() for f in low_rank(material.weight, rank))
-        stored = [cluscomp.rounded(f.T, byte=self.coded).T for f in (left, right)]
+        stored = [shared_codewords.rounded(f.T, byte=self.coded).T for f in (left, right)]
         return (
             (left, right),
             stored,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bytecap.format.coders.packed import Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.quantization.overlays import Problem
 from bytecap.quantization.overlays.lowrank import PATH, Rank
 from bytecap.types import Unit

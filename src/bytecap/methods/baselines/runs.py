@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError, UsageError
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.model.checkpoint import as_matrix
 
 

@@ -24,7 +24,7 @@ from bytecap.format.coders import Shared, coder
 from bytecap.format.coders import run as decode_alone
 from bytecap.format.decoder import from_matrix
 from bytecap.format.wire.shared_objects import load_objects
-from bytecap.methods import Job, Outcome, Section
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.uniform import exact_sections, is_exact
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from bytecap.allocation.allocate import allocate
 from bytecap.errors import BudgetError
+from bytecap.format.coders import FloatArray
 from bytecap.format.coders.latent import Decoder, decode_patches
+from bytecap.format.wire.indices import read_numbers, write_numbers
 from bytecap.format.wire.shared_objects import write_codebook, write_shared_decoder
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.methods.baselines import kmeans
 from bytecap.methods.baselines.sampled_curves import Material, sampled
 from bytecap.types import Curve
@@ -122,9 +124,12 @@ def _patches(materials: Sequence[Material], width: int, count: int, generator: t
     return torch.cat(found)
 
 
-def _stored(words: Tensor, *, byte: bool) -> Tensor:
-    from bytecap.methods.baselines.cluscomp import rounded
+def rounded(words: FloatArray, *, byte: bool) -> FloatArray:
+    """Numbers as they come back from a file."""
+    return read_numbers(write_numbers(words, byte=byte), words.size, byte=byte).reshape(words.shape)
 
+
+def _stored(words: Tensor, *, byte: bool) -> Tensor:
     return torch.from_numpy(rounded(words.cpu().numpy(), byte=byte)).to(words.device)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bytecap.errors import BudgetError
 from bytecap.format.coders.packed import CODER, ZLIB, Quantized
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap.types import Unit
 
 Progress = Callable[[int], None]

@@ -21,6 +21,8 @@ from types import ModuleType
 
 from bytecap.errors import UsageError
 
+SHOWS_ONLY = "package"
+
 
 @cache
 def found() -> dict[str, ModuleType]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.channels import BOTH, COLUMNS
-from bytecap.methods import Section
+from bytecap.job import Section
 from bytecap_lab.thesis.bench import GLOBAL, PRIMARY, Bench, pick
 
 REPEATS = 9

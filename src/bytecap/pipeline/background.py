@@ -2,7 +2,7 @@
 
 Whatever goes wrong there (no interpreter, no memory, an interrupt) is no error: the file is packed here then.
 
->>> packed("config.json", b"{}") == sidefiles.pack("config.json", b"{}")
+>>> packed("config.json", b"{}") == packing.pack("config.json", b"{}")
 True
 """
 
@@ -18,7 +18,7 @@ from bytecap.format.sidefiles import packing
 
 _WORTH = 1 << 15  # bytes from which a process is worth starting
 _KEPT = 16  # files
-_WORK = "import sys; from bytecap.format.sidefiles.background import work; work(sys.argv[1])"
+_WORK = f"import sys; from {__name__} import work; work(sys.argv[1])"
 
 
 class _Packing:
@@ -28,7 +28,7 @@ class _Packing:
         self.result = b""
         self.process = subprocess.Popen(  # noqa: S603 (this interpreter, this package)
             [sys.executable, "-c", _WORK, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[3],
+            stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         self.thread = threading.Thread(target=self._talk, args=(content,), daemon=True)
         self.thread.start()
@@ -59,7 +59,7 @@ def start(files: Mapping[str, bytes]) -> None:
 
 
 def packed(name: str, content: bytes) -> bytes:
-    """`sidefiles.pack`, perhaps begun already or done before."""
+    """`packing.pack`, perhaps begun already or done before."""
     key = name, content
     if key not in _finished:
         begun = _begun.pop(key, None)

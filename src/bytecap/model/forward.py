@@ -1,0 +1,84 @@
+"""A pass of a model over token windows: batches of similar length, their dtype, and logits out of any output.
+
+Every pass goes through here: calibration, gradients, recovery, evaluation.
+
+>>> from bytecap.model.texts import Window
+>>> [tuple(ids.shape) for ids, mask in batches([Window((1, 2, 3), 3), Window((4, 5), 2)], tokens=256)]
+[(2, 3)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bytecap.model.texts import Window
+from bytecap.system.allocator import release
+
+GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and is filled only so
+_ROUND_LENGTH = 64
+_RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
+
+Progress = Callable[[int], None]
+
+
+def longest_first(windows: Sequence[Window]) -> list[Window]:
+    """Windows in the order in which `batches` holds them."""
+    return sorted(windows, key=lambda w: -len(w.tokens))
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
+
+    Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
+    """
+    order = longest_first(windows)
+    longest = len(order[0].tokens) if order else 0
+    at = number = 0
+    while at < len(order):
+        length = min(longest, -(-(len(order[at].tokens) - 1) // _ROUND_LENGTH) * _ROUND_LENGTH + 1)
+        group = order[at : at + max(1, tokens // length)]
+        ids = torch.zeros(len(group), length, dtype=torch.long)
+        mask = torch.zeros(len(group), length - 1, dtype=torch.bool)
+        for row, w in enumerate(group):
+            ids[row, : len(w.tokens)] = torch.tensor(w.tokens)
+            mask[row, : len(w.tokens) - 1] = True
+        yield ids, mask
+        at += len(group)
+        number += 1
+        if number % _RELEASE_EVERY == 0:
+            release()
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if supported else torch.float32
+
+
+def batch_tokens(vocabulary: int) -> int:
+    """Tokens a batch may hold so that its float32 logits stay near 16 MB; larger batches are not faster on a CPU."""
+    return max(256, min(1024, 2**22 // max(1, vocabulary)))
+
+
+def pass_tokens(module: nn.Module, device: torch.device) -> int:
+    """Tokens a batch may hold in passes without sums of statistics, by the vocabulary the module's config names."""
+    vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
+    return batch_tokens(int(vocabulary)) * (GPU_BATCHES if device.type == "cuda" else 1)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a model's output: the tensor itself, or its `.logits`."""
+    result: Tensor = output if isinstance(output, Tensor) else output.logits
+    return result
+
+
+def predictions(output: Any, mask: Tensor) -> Tensor:
+    """The logits (n, vocabulary) of the n predictions in mask (batch, length), copied only where some are left out."""
+    logits = logits_of(output)
+    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
