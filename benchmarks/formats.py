@@ -19,14 +19,14 @@ import libgguf
 import numpy as np
 
 from bytecap.calibration.statistics import moments
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.sources import load_sets
-from bytecap.pipeline.fit import choose_device
+from bytecap.pipeline.fit import choose_device, quality
+from bytecap.pipeline.fit_gguf import HELD_TOKENS, fit_gguf, measure
 from bytecap.progress import Silent
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, importance, plain, values_of
-from bytecap.runtimes.gguf.fit import HELD_TOKENS, fit_gguf, measure, quality
 from bytecap.runtimes.gguf.places import Layout, layout_of
 from bytecap.system.cache import Store
 from common import parser, record, texts

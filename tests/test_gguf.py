@@ -12,9 +12,9 @@ import bytecap
 from bytecap.errors import BudgetError, CheckpointError, NotAnArtifact, UsageError
 from bytecap.format.ledger import total
 from bytecap.model.checkpoint import load_model
+from bytecap.pipeline.fit_gguf import fit_gguf
 from bytecap.runtimes.gguf.export import type_lines, write_plain
 from bytecap.runtimes.gguf.file import Stored, encode_plain, ledger, read_tensors, read_units, type_bytes, write
-from bytecap.runtimes.gguf.fit import fit_gguf
 from bytecap.runtimes.gguf.menu import allowed, parse_types
 from bytecap.runtimes.gguf.places import Place, layout_of
 from bytecap.runtimes.gguf.template import read_template

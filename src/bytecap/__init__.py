@@ -33,7 +33,7 @@ from bytecap.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from bytecap.pipeline.fit import Artifact
-    from bytecap.runtimes.gguf.fit import GgufFile
+    from bytecap.pipeline.fit_gguf import GgufFile
 
 __all__ = [
     "Artifact",
@@ -66,11 +66,11 @@ def fit(model: Any, budget: int | str, **options: Any) -> Artifact | GgufFile:
     """Put a model into one file of at most `budget` bytes.
 
     See `bytecap.pipeline.fit.fit` for every option, and `bytecap.pipeline.fit_module.fit_module` where `model` is a
-    torch module; with `format="gguf"`, `bytecap.runtimes.gguf.fit.fit_gguf`.
+    torch module; with `format="gguf"`, `bytecap.pipeline.fit_gguf.fit_gguf`.
     """
     kind = options.pop("format", None)
     if kind == "gguf" or (kind is None and str(options.get("output", "")).endswith(".gguf")):
-        from bytecap.runtimes.gguf.fit import fit_gguf
+        from bytecap.pipeline.fit_gguf import fit_gguf
 
         return fit_gguf(model, budget, **options)
     if kind not in {None, "bcap"}:

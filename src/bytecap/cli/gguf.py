@@ -58,9 +58,9 @@ def fit_file(
     model: Any, budget: str, *, output: Path | None, emit: Path | None, report: Path | None, as_json: bool, **rest: Any
 ) -> None:
     """Run the job and print or write what was asked for."""
+    from bytecap.pipeline.fit_gguf import fit_gguf
     from bytecap.report.terminal import print_fit
     from bytecap.runtimes.gguf.export import type_lines
-    from bytecap.runtimes.gguf.fit import fit_gguf
     from bytecap.system.atomic import write_atomically
 
     check_output(emit)
@@ -124,7 +124,7 @@ def imatrix(
     as_json: Json = False,
 ) -> None:
     """Write an importance matrix for llama-quantize, tokens weighted by their output gradients."""
-    from bytecap.runtimes.gguf.export import imatrix_of
+    from bytecap.pipeline.fit_gguf import imatrix_of
 
     check_output(output)
     size, tensors = imatrix_of(

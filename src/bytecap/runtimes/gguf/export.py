@@ -12,14 +12,10 @@ import numpy.typing as npt
 
 from bytecap.calibration.metric import join
 from bytecap.calibration.probe import Statistics
-from bytecap.calibration.statistics import moments
-from bytecap.methods import Job
-from bytecap.model.checkpoint import Model, as_matrix, load_model
-from bytecap.model.sources import TOKENS, Paths, as_paths, load_sets
-from bytecap.progress import Reporter
+from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.metadata import write_keys
-from bytecap.runtimes.gguf.places import Layout, Place, layout_of
+from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.runtimes.gguf.tokenizer import write_tokenizer
 
 _MIXES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
@@ -112,19 +108,3 @@ def type_lines(types: Mapping[str, str]) -> str:
     '^blk\\.0\\.attn_q\\.weight$=q4_k\n'
     """
     return "".join(f"^{re.escape(n)}$={t.lower()}\n" for n, t in types.items())
-
-
-def imatrix_of(
-    model: Path | str, path: Path, *, calibration: Paths, tokens: int | None, guided: bool, device: str, seed: int,
-    reporter: Reporter,
-) -> tuple[int, int]:  # fmt: skip
-    """Calibrate a model and write its importance matrix; returns bytes and tensors."""
-    from bytecap.pipeline.fit import choose_device
-
-    loaded, target = load_model(model), choose_device(device)
-    layout = layout_of(loaded)
-    sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
-    found = moments(Job(loaded, sets, 0, lambda *_: 0, target, seed, reporter), guided=guided)
-    weights = importance(loaded, layout, found)
-    names = [str(p) for p in as_paths(calibration)] or ["embedded"]
-    return write_imatrix(path, weights, found.tokens, names), len(weights)

@@ -26,15 +26,16 @@ from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
 from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry, by_unit
-from bytecap.methods import Job
+from bytecap.job import Job
 from bytecap.model.checkpoint import Model, as_matrix, load_model
 from bytecap.model.evaluation import Comparison, compare, kl_each, kl_to
 from bytecap.model.quantized_copy import load_values, twin_of
-from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
+from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets
 from bytecap.model.texts import TokenSets, leading
+from bytecap.pipeline.fit import choose_device, quality
 from bytecap.progress import Reporter, Silent
 from bytecap.runtimes.gguf import file, library
-from bytecap.runtimes.gguf.export import describer, plain
+from bytecap.runtimes.gguf.export import describer, importance, plain, write_imatrix
 from bytecap.runtimes.gguf.menu import (
     WHOLE,
     Item,
@@ -135,8 +136,6 @@ def fit_gguf(
         store: directory in which statistics are kept.
         reporter: told about progress.
     """
-    from bytecap.pipeline.fit import choose_device
-
     started = time.perf_counter()
     reporter, cap, target = reporter or Silent(), parse_size(budget), choose_device(device)
     menu = parse_types(types)
@@ -364,13 +363,6 @@ def measure(
         return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
 
 
-def quality(parts: list[Comparison]) -> dict[str, Any]:
-    """Measured figures, as `bytecap.pipeline.fit` reports them."""
-    from bytecap.pipeline.fit import _quality
-
-    return _quality(parts)
-
-
 def _report(
     job: Job, frame: _Frame, items: Sequence[Item], found: _Found, types: Mapping[str, str], size: int
 ) -> dict[str, Any]:
@@ -390,3 +382,17 @@ def _report(
         "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
         "correction_tokens": sum(w.predicted for w in job.sets.correction),
     }  # fmt: skip
+
+
+def imatrix_of(
+    model: Path | str, path: Path, *, calibration: Paths, tokens: int | None, guided: bool, device: str, seed: int,
+    reporter: Reporter,
+) -> tuple[int, int]:  # fmt: skip
+    """Calibrate a model and write its importance matrix; returns bytes and tensors."""
+    loaded, target = load_model(model), choose_device(device)
+    layout = layout_of(loaded)
+    sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
+    found = moments(Job(loaded, sets, 0, lambda *_: 0, target, seed, reporter), guided=guided)
+    weights = importance(loaded, layout, found)
+    names = [str(p) for p in as_paths(calibration)] or ["embedded"]
+    return write_imatrix(path, weights, found.tokens, names), len(weights)
