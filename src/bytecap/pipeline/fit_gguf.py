@@ -110,7 +110,7 @@ def fit_gguf(
     window: int = WINDOW,
     types: Sequence[str] | None = None,
     pure: bool = False,
-    template: Path | str | None = None,
+    template: Template | Path | str | None = None,
     held_tokens: int = HELD_TOKENS,
     store: Path | str | None = None,
     reporter: Reporter | None = None,
@@ -131,7 +131,7 @@ def fit_gguf(
         window: predicted tokens in a window.
         types: GGUF types to choose from, all by default.
         pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
-        template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer.
+        template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer; or as read.
         held_tokens: most tokens for the Hessian that judges.
         store: directory in which statistics are kept.
         reporter: told about progress.
@@ -141,7 +141,9 @@ def fit_gguf(
     menu = parse_types(types)
     library()
     loaded = model if isinstance(model, Model) else load_model(model)
-    frame = _frame(loaded, menu, pure, None if template is None else read_template(Path(template), loaded), reporter)
+    if isinstance(template, Path | str):
+        template = read_template(Path(template), loaded)
+    frame = _frame(loaded, menu, pure, template, reporter)
     floor = _check_floor(frame, cap)
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
@@ -313,7 +315,7 @@ def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], tw
     with job.reporter.step("correction factors", len(roles)) as advance:
         windows = leading(job.sets.correction, correction.TOKENS)
         measured = kl_each(job.model.module, twin, variants, windows, device=job.device, advance=advance)
-    found = {}
+    found: dict[str, Factor] = {}
     for role, members in roles.items():
         names = [m.place.name for m in members]
         found |= dict.fromkeys(names, Factor.of(measured[role], sum(rounded[n].held for n in names)))
