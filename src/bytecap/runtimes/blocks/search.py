@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
-LANES = 32
+LANES = 64
 TINY = np.float32(1e-30)  # a scale below it is none
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
