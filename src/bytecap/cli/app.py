@@ -103,14 +103,15 @@ def fit(
     if kind == "gguf":
         gguf.refuse_others(kind, {
             "--method": method != "bytecap", "--factory": factory, "--state": state, "--loss": loss, "--code": code,
-            "--bytes-per-token": bytes_per_token, "--paths": paths, "--recover": recover,
-            "--no-tokenizer": no_tokenizer, "--no-config": no_config,
+            "--bytes-per-token": bytes_per_token, "--paths": paths, "--no-tokenizer": no_tokenizer,
+            "--no-config": no_config,
         })  # fmt: skip
         most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
         gguf.fit_file(
             _needed(model), budget, output=output, emit=emit, report=report, as_json=as_json, calibration=calib,
             evaluation=eval_, types=names(types), pure=pure, template=template, tokens=most or TOKENS,
             evaluation_tokens=most_eval or EVALUATION_TOKENS, device=device, seed=seed, dry_run=dry_run, store=store,
+            recover=recover, recover_text=recover_text,
         )  # fmt: skip
         return
     gguf.refuse_others(kind, {"--types": types, "--pure": pure, "--template": template, "--emit": emit})

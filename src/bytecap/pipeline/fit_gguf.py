@@ -15,43 +15,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
-
-from bytecap.allocation import correction
-from bytecap.allocation.allocate import allocate
-from bytecap.allocation.budget_curve import margin
-from bytecap.allocation.correction import Factor, shrunk
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
-from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
-from bytecap.model.checkpoint import Model, as_matrix, load_model
-from bytecap.model.evaluation import Comparison, compare, kl_each, kl_to
+from bytecap.job.effort import effort_of
+from bytecap.model.checkpoint import Model, demo_directory, load_model
+from bytecap.model.evaluation import Comparison, compare, paired_stderr
 from bytecap.model.quantized_copy import load_values, twin_of
-from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets
-from bytecap.model.texts import TokenSets, leading
+from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets, with_recovery
+from bytecap.model.texts import TokenSets
 from bytecap.pipeline.fit import choose_device, quality
 from bytecap.progress import Reporter, Silent
 from bytecap.runtimes.gguf import file, library
-from bytecap.runtimes.gguf.export import describer, importance, plain, write_imatrix
+from bytecap.runtimes.gguf.export import describer, importance, write_imatrix
+from bytecap.runtimes.gguf.export import plain as exact
 from bytecap.runtimes.gguf.menu import (
     WHOLE,
     Item,
-    Rounded,
     allowed,
     choose_trust,
-    curve,
     items_of,
     parse_types,
-    round_to,
 )
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
+from bytecap.runtimes.gguf.plan import Found, solve
 from bytecap.runtimes.gguf.template import Template, read_template
+from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import format_size, parse_size
 from bytecap.system.cache import Store
-from bytecap.types import Curve, Plan
 
 HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
 
@@ -112,6 +104,8 @@ def fit_gguf(
     pure: bool = False,
     template: Template | Path | str | None = None,
     held_tokens: int = HELD_TOKENS,
+    recover: str | None = None,
+    recover_text: Paths = None,
     store: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> GgufFile:
@@ -133,12 +127,14 @@ def fit_gguf(
         pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
         template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer; or as read.
         held_tokens: most tokens for the Hessian that judges.
+        recover: steps (`600`) or time (`10m`) for tuning float16 scales and vectors at frozen codes; none if None.
+        recover_text: text files to tune on, or `self`; the calibration texts if None.
         store: directory in which statistics are kept.
         reporter: told about progress.
     """
     started = time.perf_counter()
     reporter, cap, target = reporter or Silent(), parse_size(budget), choose_device(device)
-    menu = parse_types(types)
+    menu, effort = parse_types(types), effort_of(recover)
     library()
     loaded = model if isinstance(model, Model) else load_model(model)
     if isinstance(template, Path | str):
@@ -149,11 +145,20 @@ def fit_gguf(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
         correction_tokens=held_tokens, seed=seed, reporter=reporter,
     )  # fmt: skip
-    job = Job(loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, store=Store(store))
+    if effort is not None:
+        sets = with_recovery(
+            loaded, sets, recover_text or calibration or demo_directory() / "calib.txt", window=window, seed=seed,
+            device=target, reporter=reporter,
+        )  # fmt: skip
+    job = Job(
+        loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, recover=effort, store=Store(store)
+    )
     loaded.module.to(target)
     items = _calibrated(job, frame)
-    found = _solve(job, frame, items)
-    result = _finish(job, frame, items, found, None if output is None or dry_run else Path(output))
+    plain = solve(job, cap - frame.fixed, items)
+    found, record = (plain, {}) if effort is None or dry_run else tune_blocks(job, frame.layout, items, plain)
+    result = _finish(job, frame, items, (found, plain), None if output is None or dry_run else Path(output))
+    result.report |= {"recovery": record} if record else {}
     result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
 
@@ -222,136 +227,49 @@ def _calibrated(job: Job, frame: _Frame) -> list[Item]:
         return choose_trust(items, advance)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A plan and what was rounded by it.
-
-    Attributes:
-        around: what more or fewer bytes would do.
-        predicted: KL on the correction tokens.
-        step: bytes of the smallest step that would still lower the distortion; 0 if there is none.
-    """
-
-    plan: Plan
-    around: dict[str, Any]
-    rounded: dict[str, Rounded]
-    predicted: float
-    step: int
-
-
-def _solve(job: Job, frame: _Frame, items: Sequence[Item]) -> _Found:
-    """The plan and every tensor rounded by it."""
-    room = job.budget - frame.fixed
-    with job.reporter.step("types", len(items)) as advance:
-        curves = []
-        for item in items:
-            curves.append(curve(item))
-            advance(1)
-    first = allocate(curves, room)
-    twin = twin_of(job.model.module)
-    rounded = _round(job, items, first, {})
-    kappa = _factors(job, items, rounded, twin)
-    curves = [_scaled(c, kappa[c.name]) for c in curves]
-    plan = allocate(curves, room)
-    rounded = _round(job, items, plan, {n: (first.choice[n].setting, r) for n, r in rounded.items()})
-    load_values(twin, _unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
-    predicted = kl_to(job.model.module, twin, job.sets.correction, device=job.device)[0]
-    return _Found(plan, margin(curves, plan, room), rounded, predicted, _smallest_step(curves, plan))
-
-
-def _smallest_step(curves: Sequence[Curve], plan: Plan) -> int:
-    """Bytes of the smallest step of any tensor that lowers its distortion."""
-    steps = [
-        p.rate - plan.choice[c.name].rate
-        for c in curves
-        for p in c.points
-        if p.distortion < plan.choice[c.name].distortion and p.rate > plan.choice[c.name].rate
-    ]
-    return int(min(steps, default=0))
-
-
-def _scaled(found: Curve, factor: float) -> Curve:
-    return Curve(found.name, tuple(replace(p, distortion=factor * p.distortion) for p in found.points))
-
-
-def _round(
-    job: Job, items: Sequence[Item], plan: Plan, known: Mapping[str, tuple[float, Rounded]]
-) -> dict[str, Rounded]:
-    """Every tensor in the type that the plan gives it."""
-    found = {}
-    with job.reporter.step("rounding", len(items)) as advance:
-        for item in items:
-            name, setting = item.place.name, plan.choice[item.place.name].setting
-            if name in known and known[name][0] == setting:
-                found[name] = known[name][1]
-            else:
-                found[name] = round_to(item, WHOLE[int(setting)])
-            advance(1)
-    return found
-
-
-def _unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoded tensors of the file as units in stored layout; what other tensors hold of a unit stays original."""
-    units = {u.name: u for u in model.units}
-    matrices: dict[str, Any] = {}
-    for item in items:
-        if item.place.name in values:
-            unit = units[item.place.unit]
-            if unit.name not in matrices:
-                matrices[unit.name] = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().copy()
-            item.place.to_unit(values[item.place.name], matrices[unit.name])
-    return {n: from_matrix(units[n], np.ascontiguousarray(m)) for n, m in matrices.items()}
-
-
-def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], twin: nn.Module) -> dict[str, float]:
-    """Measured over predicted loss of every role, at the first plan."""
-    roles: dict[str, list[Item]] = {}
-    for item in items:
-        roles.setdefault(item.role, []).append(item)
-    variants = {
-        role: _unit_values(job.model, members, {m.place.name: rounded[m.place.name].values for m in members})
-        for role, members in roles.items()
-    }
-    with job.reporter.step("correction factors", len(roles)) as advance:
-        windows = leading(job.sets.correction, correction.TOKENS)
-        measured = kl_each(job.model.module, twin, variants, windows, device=job.device, advance=advance)
-    found: dict[str, Factor] = {}
-    for role, members in roles.items():
-        names = [m.place.name for m in members]
-        found |= dict.fromkeys(names, Factor.of(measured[role], sum(rounded[n].held for n in names)))
-    return shrunk(found)
-
-
-def _finish(job: Job, frame: _Frame, items: Sequence[Item], found: _Found, output: Path | None) -> GgufFile:
-    """Write the file, read it back, measure it."""
-    types = {n: WHOLE[int(p.setting)] for n, p in found.plan.choice.items()}
-    size = frame.fixed + int(found.plan.rate)
-    report = _report(job, frame, items, found, types, size)
+def _finish(
+    job: Job, frame: _Frame, items: Sequence[Item], found: tuple[Found, Found], output: Path | None
+) -> GgufFile:
+    """Write the file, read it back, measure it; the second plan is what would have been written without recovery."""
+    best, plain = found
+    types = {n: WHOLE[int(p.setting)] for n, p in best.plan.choice.items()}
+    size = frame.fixed + int(best.plan.rate)
+    report = _report(job, frame, items, best, types, size)
     result = GgufFile(report, types)
     if job.dry_run:
         return result
     with tempfile.TemporaryDirectory() as name:
         path = output or Path(name) / "model.gguf"
-        written = file.write(path, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, found))
+        written = file.write(path, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, best))
         assert written == size == path.stat().st_size <= job.budget  # noqa: S101 (planned to the byte)
         if output is not None:
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}")
         result.entries = file.ledger(path)
         parts = measure(job.model, path, frame.layout, job.sets, job.device, job.reporter)
+        if best is not plain:
+            other = Path(name) / "plain.gguf"
+            file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
+            before = measure(job.model, other, frame.layout, job.sets, job.device, job.reporter)
+            report["without_recovery"] = quality(before) | {
+                "kl_difference_stderr": paired_stderr(parts, before, "kl"),
+                "delta_difference_stderr": paired_stderr(parts, before, "nats"),
+            }
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
 
 
-def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: _Found) -> list[file.Stored]:
+def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found) -> list[file.Stored]:
     """All tensors with their bytes."""
     stored = []
     for p in frame.layout.places:
         if p.name in types:
             stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
+        elif p.name in found.vectors:
+            stored.append(_stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name])))
         else:
-            stored.append(plain(model, p))
+            stored.append(exact(model, p))
     return stored
 
 
@@ -366,7 +284,7 @@ def measure(
 
 
 def _report(
-    job: Job, frame: _Frame, items: Sequence[Item], found: _Found, types: Mapping[str, str], size: int
+    job: Job, frame: _Frame, items: Sequence[Item], found: Found, types: Mapping[str, str], size: int
 ) -> dict[str, Any]:
     seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
     counts = Counter(types.values())

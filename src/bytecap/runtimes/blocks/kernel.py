@@ -11,6 +11,8 @@ only later blocks were rounded. Without that its scales are too small: 20% more 
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,4 +186,35 @@ def _encode(
             )  # fmt: skip
 
 
-encode_lanes: Any = compiled(_encode)
+encode: Any = compiled(_encode)
+
+
+def _entry(stamp: int) -> Any:
+    """`encode` with its machine code kept on disk.
+
+    numba looks at one file to tell whether what it kept is old, and this code is from three. So their hash is a
+    variable of the function that is kept, which numba does look at.
+    """
+
+    def encode_lanes(
+        w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int,
+        sub: int, low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: float,
+        factors: _Array, tries: _Array, signs: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array,
+        dm: _Array,
+    ) -> int:  # fmt: skip
+        encode(
+            w, fed, weight, h, tiles, inv, sums, block, sub, low, high, table, scales, minimums, unit, factors, tries,
+            signs, sweeps, q, ls, m, d, dm,
+        )  # fmt: skip
+        return stamp
+
+    return compiled(encode_lanes, cache=True)
+
+
+def _stamp() -> int:
+    """Hash of the sources of the machine code."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return int.from_bytes(hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=7).digest(), "little")
+
+
+encode_lanes: Any = _entry(_stamp())
