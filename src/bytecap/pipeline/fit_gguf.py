@@ -34,7 +34,7 @@ from bytecap.runtimes.gguf.menu import (
     WHOLE,
     Item,
     allowed,
-    choose_trust,
+    choose_shrinkage,
     items_of,
     parse_types,
 )
@@ -223,8 +223,8 @@ def _calibrated(job: Job, frame: _Frame) -> list[Item]:
     items = items_of(job.model, frame.layout, seen, held, frame.types)
     seen.uses.clear()
     held.uses.clear()
-    with job.reporter.step("trust in statistics", len({i.role for i in items})) as advance:
-        return choose_trust(items, advance)
+    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
+        return choose_shrinkage(items, advance)
 
 
 def _finish(
@@ -298,7 +298,7 @@ def _report(
         "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
         "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
         "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
-        "trust": {i.role: i.trust for i in items}, "types": dict(types),
+        "shrinkage": {i.role: i.shrinkage for i in items}, "types": dict(types),
         "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
         "correction_tokens": sum(w.predicted for w in job.sets.correction),
     }  # fmt: skip
