@@ -1,11 +1,11 @@
-"""What a comparison is made of: methods with their options, budgets, and cells to be run.
+"""Describe a comparison: methods with their options, budgets, and the cells to be run.
 
 A method is written `NAME`, `NAME:coded`, `NAME:published`, or `NAME:option=value:option=value`; NAME may be
 `FILE.py:CALLABLE`. A budget is a size, or bits per parameter such as `3.5bpp`.
 
 >>> read_method("owq:published").options, read_method("golf:coder=brotli:lowrank_bits=4").options
 ({'accounting': 'published'}, {'coder': 'brotli', 'lowrank_bits': 4})
->>> read_budget("600kB", 1_000_000), read_budget("3.5bpp", 1_000_000)
+>>> parse_budget("600kB", 1_000_000), parse_budget("3.5bpp", 1_000_000)
 (600000, 437500)
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from bytecap import methods
 from bytecap.errors import UsageError
-from bytecap.sizes import parse_size
+from bytecap.sizes import parse_budget, parse_size
 
 ACCOUNTED = ("owq", "radio", "cluscomp", "reallm")  # methods that have a published accounting besides the coded one
 _ACCOUNTINGS = ("coded", "published")
@@ -27,7 +27,7 @@ _ACCOUNTINGS = ("coded", "published")
 
 @dataclass(frozen=True)
 class Way:
-    """A method as it is run.
+    """A method with the options it is run with.
 
     Attributes:
         name: of the method.
@@ -42,7 +42,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells have in common.
+    """The settings that all cells share.
 
     Attributes:
         calibration: text files; none for the embedded text.
@@ -78,7 +78,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class External:
-    """A model that somebody else made smaller: evaluated as it is, at the size it is said to have."""
+    """A model that another tool made smaller, evaluated as it is at its stated size."""
 
     name: str
     directory: str
@@ -87,7 +87,7 @@ class External:
 
 
 def read_method(text: str) -> Way:
-    """A method and its options.
+    """Parse a method and its options.
 
     Raises:
         UsageError: an unknown method or option.
@@ -129,16 +129,6 @@ def _check_ingredients(options: dict[str, Any], text: str) -> None:
         raise UsageError(f"cannot read {text!r}: method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
 
 
-def read_budget(text: str | int, parameters: int) -> int:
-    """Bytes of a size, or of bits per parameter (`3.5bpp`)."""
-    if isinstance(text, str) and text.strip().lower().endswith("bpp"):
-        try:
-            return max(1, int(float(text.strip()[:-3]) * parameters / 8))
-        except (ValueError, OverflowError) as exc:
-            raise UsageError(f"cannot read the budget {text!r}: use 3000000, 3MB, 3MiB or 3.5bpp") from exc
-    return parse_size(text)
-
-
 def read_external(text: str, models: Sequence[str]) -> External:
     """`NAME:DIR:BYTES`, with `:MODEL` behind it where several models are compared.
 
@@ -166,11 +156,11 @@ def grid(
     models: Sequence[str], ways: Sequence[str], budgets: Sequence[str | int], seeds: Sequence[int],
     parameters: Sequence[int],
 ) -> list[Cell]:  # fmt: skip
-    """All cells, ordered so that neighbours want different statistics and equal models."""
+    """Return all cells, ordered so that neighbours need different statistics and equal models."""
     return [
         Cell(model, way, size, seed)
         for model, count in zip(models, parameters, strict=True)
         for seed in seeds
-        for size in sorted({read_budget(b, count) for b in budgets})
+        for size in sorted({parse_budget(b, count) for b in budgets})
         for way in ways
     ]
