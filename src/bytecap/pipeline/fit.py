@@ -44,7 +44,8 @@ def fit(model: Model | nn.Module | Path | str, config: FitConfig) -> Artifact:
     """
     if isinstance(model, nn.Module):
         return fit_module(model, config)
-    return _fit(model, [config])[0]
+    found: Artifact = _fit(model, [config])[0]
+    return found
 
 
 @configured

@@ -22,9 +22,10 @@ from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, demo_directory, load_model
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 from bytecap.model.evaluation import Comparison, compare, paired_stderr
 from bytecap.model.quantized_copy import load_values, twin_of
-from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets, with_recovery
+from bytecap.model.sources import Paths, as_paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Reporter, Silent, reporter_for
@@ -106,7 +107,8 @@ def format_of(config: FitConfig) -> str:
     kind = config.format or ("gguf" if str(config.output or "").endswith(".gguf") else "bcap")
     if kind not in FORMATS:
         raise UsageError(f"unknown format {kind!r}: there are {', '.join(FORMATS)}")
-    wrong = [n for n in (_NOT if kind == "gguf" else _ONLY) if getattr(config, n)]
+    given = {n: getattr(config, n) for n in (_NOT if kind == "gguf" else _ONLY)}
+    wrong = [n for n, value in given.items() if getattr(value, "sections", value)]  # code, packed, may be none
     if kind == "gguf":
         wrong += [n for n in ("tokenizer", "config") if not getattr(config, n)]
         wrong += ["method"] if config.method != "bytecap" else []
@@ -127,7 +129,7 @@ def fit_gguf_configs(
     template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
     for c in configs:
         result = fit_gguf(
-            loaded, c.budget, calibration=as_paths(c.calibration), evaluation=as_paths(c.evaluation), device=c.device,  # type: ignore[arg-type]
+            loaded, c.budget, calibration=as_paths(c.calibration), evaluation=as_paths(c.evaluation), device=c.device,
             seed=c.seed, output=c.output, dry_run=c.dry_run, tokens=c.tokens, evaluation_tokens=c.evaluation_tokens,
             window=c.window, types=c.types, pure=c.pure, template=template, recover=c.recover,
             recover_text=c.recover_text, store=c.store, reporter=reporter_for(c.reporter, c.progress),
