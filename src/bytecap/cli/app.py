@@ -20,6 +20,7 @@ from bytecap.cli.demo import demo
 from bytecap.cli.eval import evaluate
 from bytecap.cli.fit import fit
 from bytecap.cli.generate import generate
+from bytecap.cli.gguf import imatrix, recode
 from bytecap.cli.golf import app as golf_app
 from bytecap.cli.inspect import inspect
 from bytecap.cli.ledger import ledger
@@ -36,7 +37,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Put a trained language model into ONE file under a hard byte cap.",
 )  # fmt: skip
-for _command in (fit, inspect, compare, curves, tie, thesis, ledger, check, unpack, generate, demo):
+for _command in (fit, inspect, compare, curves, tie, thesis, ledger, check, unpack, generate, demo, recode, imatrix):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(golf_app, name="golf")

@@ -11,7 +11,12 @@ def ledger(path: Artifact, as_json: Json = False) -> None:
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger
 
-    entries = container.ledger(container.read(path))
+    if path.suffix == ".gguf":
+        from bytecap.runtimes.gguf.file import ledger as entries_of
+
+        entries = entries_of(path)
+    else:
+        entries = container.ledger(container.read(path))
     if as_json:
         print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
     else:

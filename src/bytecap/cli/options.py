@@ -69,6 +69,11 @@ OPTIONS = {
     "recover_text": _Option(("--recover-text",), _Texts, "the calibration texts", behind="Repeatable."),
     "allow_unused": _Option(("--allow-unused",), list[str] | None, _NONE, names, behind="By comma or repeated."),
     "unused": _Option(("--unused",)),
+    "format": _Option(("--format",), str | None, _NONE),
+    "types": _Option(("--types",), list[str] | None, _NONE, names, behind="By comma or repeated."),
+    "pure": _Option(("--pure",), bool, flag=True),
+    "template": _Option(("--template",), Path | None, _NONE),
+    "emit": _Option(("--emit",), Path | None, _NONE),
     "store": _Option(("--store",), Path | None, _NONE),
 }  # fmt: skip
 

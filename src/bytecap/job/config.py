@@ -63,6 +63,12 @@ class FitConfig:
         unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
             some nine bits a weight, `drop` as coarsely as it likes.
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
+        format: kind of file: `bcap`, or `gguf` for llama.cpp (docs/runtimes.md); by the suffix of `output` if it is not
+            given.
+        types: GGUF types to choose from (`q4_k,q6_k`), all that are known by default.
+        pure: refuse a tensor that none of the GGUF types can hold, instead of choosing among the types that can.
+        template: the same model as a GGUF file converted by llama.cpp, for names, metadata and tokenizer.
+        emit: GGUF: file to write the types to, as `llama-quantize --tensor-type-file` reads them.
         store: directory of finished steps: a killed run, started again, goes on from there.
         loss: of a torch module: `loss(module, batch)`, mean nats of a batch as a scalar tensor. May be left out where
             batches are integer tensors (batch, length) of token ids and forward gives logits, or takes (ids, targets)
@@ -96,6 +102,11 @@ class FitConfig:
     allow_unused: Sequence[str] = ()
     unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    types: Sequence[str] | None = None
+    pure: bool = False
+    template: Path | str | None = None
+    emit: Path | str | None = None
     store: Store | Path | str | None = None
     loss: Callable[..., Any] | None = None
     evaluate: Callable[[Any], float] | None = None

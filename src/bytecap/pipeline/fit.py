@@ -27,6 +27,7 @@ from bytecap.model.sources import DEMO, as_paths, load_sets, sampled, window_lim
 from bytecap.model.texts import TokenSets, Window
 from bytecap.pipeline import background
 from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.fit_gguf import fit_gguf_configs, format_of
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.sizes import split_budgets
@@ -48,7 +49,8 @@ def fit(model: Model | nn.Module | Path | str, config: FitConfig) -> Artifact:
     """
     if isinstance(model, nn.Module):
         return fit_module(model, config)
-    return _fit(model, [config])[0]
+    found: Artifact = _fit(model, [config])[0]
+    return found
 
 
 @configured
@@ -65,14 +67,16 @@ def fit_budgets(model: Model | Path | str, config: FitConfig) -> list[Artifact]:
     return fit_config(model, config)
 
 
-def fit_config(model: Model | Path | str, config: FitConfig) -> list[Artifact]:
+def fit_config(model: Model | Path | str, config: FitConfig) -> list[Any]:
     """Fit a checkpoint once for each budget of the config."""
     return _fit(model, each_budget(config))
 
 
-def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Artifact]:
+def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     """Fit a checkpoint under configs that differ in their budgets."""
     started = time.perf_counter()
+    if format_of(configs[0]) == "gguf":
+        return fit_gguf_configs(model, configs)
     for option in _FOR_MODULES:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model

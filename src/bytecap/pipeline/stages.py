@@ -193,10 +193,10 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
         result.save(output)
         job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
     parts, ideal = _measure(result.data, job)
-    result.report |= {"ideal_bytes": ideal} | _quality(parts)
+    result.report |= {"ideal_bytes": ideal} | quality(parts)
     if job.recover is not None:
         plain = _measure(result.before, job)[0] if result.before is not None else parts
-        before = _quality(plain)
+        before = quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
         kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
         result.report["without_recovery"] = {
@@ -366,7 +366,8 @@ def _report(
     }  # fmt: skip
 
 
-def _quality(parts: list[Comparison]) -> dict[str, Any]:
+def quality(parts: list[Comparison]) -> dict[str, Any]:
+    """Return measured figures as a report has them: means over the texts, and every text."""
     mean = mean_comparison(parts)
     keys = (
         "bpb_original", "bpb_artifact", "bpb_stderr", "nats_original", "nats_artifact", "nats_temperature",

@@ -1,0 +1,90 @@
+"""`bytecap recode` and `bytecap imatrix`: GGUF files from GGUF files, and for llama-quantize."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bytecap.cli.common import EMBEDDED, Json, check_output, print_json, progress
+from bytecap.cli.options import with_config
+from bytecap.job.config import FitConfig
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS
+
+_Most = Annotated[int | None, typer.Option("--tokens", help="Most calibration tokens.", show_default=str(TOKENS))]
+
+
+@with_config
+def recode(
+    config: FitConfig,
+    path: Annotated[Path, typer.Argument(help="A GGUF file in F32, F16, BF16 or Q8_0.", metavar="GGUF")],
+    tokens: _Most = None,
+    evaluation_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens.", show_default=str(EVALUATION_TOKENS)
+        ),
+    ] = None,
+    allow_quantized: Annotated[
+        bool, typer.Option("--allow-quantized", help="Take a file that is below Q8_0 already.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Put the model in a GGUF file into another one of at most --budget bytes."""
+    from bytecap.model.checkpoint import load_model
+    from bytecap.pipeline.fit import each_budget
+    from bytecap.pipeline.fit_gguf import fit_gguf_configs, format_of
+    from bytecap.progress import warn
+    from bytecap.report.terminal import print_fit
+    from bytecap.runtimes.gguf.recode import check_source
+
+    if config.output is None and not config.dry_run:
+        raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
+    config = replace(
+        config, format="gguf", template=path, tokens=tokens or TOKENS,
+        evaluation_tokens=evaluation_tokens or EVALUATION_TOKENS, reporter=progress(as_json),
+    )  # fmt: skip
+    format_of(config)
+    configs = each_budget(config)
+    for each in configs:
+        check_output(Path(each.output) if each.output is not None else None)
+    said = check_source(path, allow_quantized=allow_quantized)
+    if said is not None and config.reporter is not None:
+        warn(config.reporter, said)
+    results = fit_gguf_configs(load_model(path), configs, quantized=True)
+    if as_json:
+        print_json(results[0].report if len(results) == 1 else {"fits": [r.report for r in results]})
+        return
+    for result in results:
+        print_fit(result.report)
+
+
+def imatrix(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default=EMBEDDED),
+    ] = None,
+    tokens: _Most = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Every token weighs the same, as in llama.cpp's own tool.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write an importance matrix for llama-quantize, tokens weighted by their output gradients."""
+    from bytecap.pipeline.fit_gguf import imatrix_of
+
+    check_output(output)
+    size, tensors = imatrix_of(
+        model, output, calibration=calibration, tokens=tokens, guided=not plain, device=device, seed=seed,
+        reporter=progress(as_json),
+    )  # fmt: skip
+    if as_json:
+        print_json({"file": str(output), "file_bytes": size, "tensors": tensors})
+    else:
+        typer.echo(f"{output}: {tensors} tensors, {size:,} bytes")

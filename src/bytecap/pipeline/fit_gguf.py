@@ -1,0 +1,373 @@
+"""`fit --format gguf`: the best GGUF file of at most so many bytes.
+
+The job is that of `bytecap.pipeline.fit`, with block formats for coders: statistics, every type of every tensor as a
+measured curve, one slope, correction factors from the real loss, one slope again, rounding, the file, and its quality
+read back from disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bytecap.calibration.statistics import moments
+from bytecap.errors import BudgetError, UsageError
+from bytecap.format.ledger import Entry, by_unit
+from bytecap.job import Job
+from bytecap.job.config import FitConfig
+from bytecap.job.effort import effort_of
+from bytecap.model.checkpoint import Model, demo_directory, load_model
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
+from bytecap.model.evaluation import Comparison, compare, paired_stderr
+from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.sources import Paths, as_paths, load_sets, with_recovery
+from bytecap.model.texts import TokenSets
+from bytecap.pipeline.stages import choose_device, quality
+from bytecap.progress import Reporter, Silent, reporter_for
+from bytecap.runtimes.gguf import file, library
+from bytecap.runtimes.gguf.export import describer, importance, type_lines, write_imatrix
+from bytecap.runtimes.gguf.export import plain as exact
+from bytecap.runtimes.gguf.menu import (
+    WHOLE,
+    Item,
+    allowed,
+    choose_shrinkage,
+    items_of,
+    parse_types,
+)
+from bytecap.runtimes.gguf.places import Layout, Place, layout_of
+from bytecap.runtimes.gguf.plan import Found, solve
+from bytecap.runtimes.gguf.template import Template, read_template
+from bytecap.runtimes.gguf.tuning import tune_blocks
+from bytecap.sizes import check_budget, format_size, parse_budget
+from bytecap.system.atomic import write_atomically
+from bytecap.system.cache import Store
+
+HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
+
+
+@dataclass
+class GgufFile:
+    """A finished file.
+
+    Attributes:
+        report: every figure of the job, as `--json` prints it.
+        types: type of every tensor by name.
+        path: where it was written; None after a dry run or without an output.
+        entries: owner and kind of every byte.
+        windows: evaluation by window, one for each text.
+    """
+
+    report: dict[str, Any]
+    types: dict[str, str]
+    path: Path | None = None
+    entries: list[Entry] = field(default_factory=list)
+    windows: tuple[Any, ...] = ()
+
+    def ledger(self) -> list[Entry]:
+        """Owner and kind of every byte."""
+        return self.entries
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What is fixed before calibration: tensors, metadata, sizes."""
+
+    layout: Layout
+    describe: file.Describe
+    types: Mapping[str, tuple[str, ...]]
+    head: int
+    rest: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of all that types do not compete for."""
+        return self.head + self.rest
+
+
+FORMATS = ("bcap", "gguf")
+_ONLY = ("types", "pure", "template", "emit")  # options of GGUF files
+_NOT = ("paths", "code", "loss", "evaluate", "predictions", "given", "options", "allow_unused")  # options of others
+
+
+def format_of(config: FitConfig) -> str:
+    """Kind of file that a config asks for.
+
+    >>> format_of(FitConfig("3MB", output="a.gguf")), format_of(FitConfig("3MB"))
+    ('gguf', 'bcap')
+
+    Raises:
+        UsageError: there is no such kind, or options are given that are not for it.
+    """
+    kind = config.format or ("gguf" if str(config.output or "").endswith(".gguf") else "bcap")
+    if kind not in FORMATS:
+        raise UsageError(f"unknown format {kind!r}: there are {', '.join(FORMATS)}")
+    given = {n: getattr(config, n) for n in (_NOT if kind == "gguf" else _ONLY)}
+    wrong = [n for n, value in given.items() if getattr(value, "sections", value)]  # code, packed, may be none
+    if kind == "gguf":
+        wrong += [n for n in ("tokenizer", "config") if not getattr(config, n)]
+        wrong += ["method"] if config.method != "bytecap" else []
+    if wrong:
+        raise UsageError(f"the option {wrong[0]} is not for the format {kind}")
+    return kind
+
+
+def fit_gguf_configs(
+    model: Model | Path | str, configs: Sequence[FitConfig], *, quantized: bool = False
+) -> list[GgufFile]:
+    """Fit a checkpoint to a GGUF file for each config; they differ in their budgets.
+
+    `quantized`: the template is the file that the model was read from, whatever its types.
+    """
+    found, loaded = [], model if isinstance(model, Model) else load_model(model)
+    path = configs[0].template
+    template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
+    for c in configs:
+        result = fit_gguf(
+            loaded, c.budget, calibration=as_paths(c.calibration), evaluation=as_paths(c.evaluation), device=c.device,
+            seed=c.seed, output=c.output, dry_run=c.dry_run, tokens=c.tokens, evaluation_tokens=c.evaluation_tokens,
+            window=c.window, types=c.types, pure=c.pure, template=template, recover=c.recover,
+            recover_text=c.recover_text, store=c.store, reporter=reporter_for(c.reporter, c.progress),
+        )  # fmt: skip
+        if c.emit is not None:
+            write_atomically(type_lines(result.types).encode(), Path(c.emit))
+        found.append(result)
+    return found
+
+
+def fit_gguf(
+    model: Model | Path | str,
+    budget: int | str,
+    *,
+    calibration: Paths = None,
+    evaluation: Paths = None,
+    device: str = "auto",
+    seed: int = 0,
+    output: Path | str | None = None,
+    dry_run: bool = False,
+    tokens: int = TOKENS,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    window: int = WINDOW,
+    types: Sequence[str] | None = None,
+    pure: bool = False,
+    template: Template | Path | str | None = None,
+    held_tokens: int = HELD_TOKENS,
+    recover: str | None = None,
+    recover_text: Paths = None,
+    store: Store | Path | str | None = None,
+    reporter: Reporter | None = None,
+) -> GgufFile:
+    """Put a model into a GGUF file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
+
+    Args:
+        model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
+        budget: bytes, or text such as `4GB`.
+        calibration: text files, documents separated by form feed; the embedded text if None.
+        evaluation: text files nothing is fitted on; the embedded text if None.
+        device: `auto`, `cpu` or `cuda`, for passes of the model.
+        seed: of every random choice.
+        output: where to write; None keeps nothing.
+        dry_run: predict, write and evaluate nothing.
+        tokens: most tokens for statistics.
+        evaluation_tokens: most tokens for evaluation.
+        window: predicted tokens in a window.
+        types: GGUF types to choose from, all by default.
+        pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
+        template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer; or as read.
+        held_tokens: most tokens for the Hessian that judges.
+        recover: steps (`600`) or time (`10m`) for tuning float16 scales and vectors at frozen codes; none if None.
+        recover_text: text files to tune on, or `self`; the calibration texts if None.
+        store: directory in which statistics are kept.
+        reporter: told about progress.
+    """
+    started = time.perf_counter()
+    check_budget(budget)
+    reporter, target = reporter or Silent(), choose_device(device)
+    menu, effort = parse_types(types), effort_of(recover)
+    library()
+    loaded = model if isinstance(model, Model) else load_model(model)
+    if isinstance(template, Path | str):
+        template = read_template(Path(template), loaded)
+    cap = parse_budget(budget, loaded.parameters)
+    frame = _frame(loaded, menu, pure, template, reporter)
+    floor = _check_floor(frame, cap)
+    sets = load_sets(
+        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
+        correction_tokens=held_tokens, seed=seed, reporter=reporter,
+    )  # fmt: skip
+    if effort is not None:
+        sets = with_recovery(
+            loaded, sets, recover_text or calibration or demo_directory() / "calib.txt", window=window, seed=seed,
+            device=target, reporter=reporter,
+        )  # fmt: skip
+    kept = store if isinstance(store, Store) else Store(store)
+    config = FitConfig(budget, seed=seed, dry_run=dry_run)
+    job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort, store=kept)
+    loaded.module.to(target)
+    items = _calibrated(job, frame)
+    plain = solve(job, cap - frame.fixed, items)
+    found, record = (plain, {}) if effort is None or dry_run else tune_blocks(job, frame.layout, items, plain)
+    result = _finish(job, frame, items, (found, plain), None if output is None or dry_run else Path(output))
+    result.report |= {"recovery": record} if record else {}
+    result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
+    return result
+
+
+def _frame(model: Model, menu: tuple[str, ...], pure: bool, template: Template | None, reporter: Reporter) -> _Frame:
+    """Names, metadata, what types compete for, and the bytes of the rest."""
+    layout = template.layout if template is not None else layout_of(model)
+    types, other = {}, []
+    for place in layout.places:
+        if place.matrix and place.unit:
+            types[place.name], changed = allowed(place, menu, pure=pure)
+            other += [place] if changed else []
+    if other:
+        reporter.note(
+            f"{len(other)} tensors such as {other[0].name} have rows of {other[0].cols} columns, which the chosen "
+            f"types cannot hold: they take one of {', '.join(types[other[0].name]).lower()}"
+        )
+    narrow = [p for p in layout.places if p.name in types and p.cols % 256]
+    if narrow:
+        reporter.note(
+            f"{len(narrow)} of {len(types)} matrices have rows that are no multiple of 256 columns ({narrow[0].name}: "
+            f"{narrow[0].cols}): only types with blocks of 32 can hold them, none below 4.5 bits"
+        )
+
+    describe = describer(model, layout, None if template is None else template.write_keys)
+    blank = [_stored(p, None, types) for p in layout.places]
+    head = file.head_bytes(layout.architecture, describe, blank)
+    rest = sum(file.padded(b.bytes) for b in blank if b.name not in types)
+    return _Frame(layout, describe, types, head, rest)
+
+
+def _stored(place: Place, type_: str | None, types: Mapping[str, tuple[str, ...]], data: Any = None) -> file.Stored:
+    """A place in a type: its own, the smallest that may hold it, or F32 where types do not compete."""
+    name = type_ or (types[place.name][0] if place.name in types else "F32")
+    return file.Stored(place.name, place.shape, name, data)
+
+
+def _check_floor(frame: _Frame, cap: int) -> int:
+    """The smallest reachable file; refuses a cap below it, naming who holds the floor."""
+    least = {}
+    for p in frame.layout.places:
+        if p.name in frame.types:
+            rows = p.parameters // p.cols
+            least[p.name] = min((file.padded(file.type_bytes(t, rows, p.cols)), t) for t in frame.types[p.name])
+    floor = frame.fixed + sum(n for n, _ in least.values())
+    if floor > cap:
+        top = sorted(least, key=lambda n: -least[n][0])[:3]
+        raise BudgetError(
+            f"a budget of {cap:,} bytes is below the floor of {floor:,} of this format: metadata and tokenizer hold "
+            f"{frame.head:,}, tensors in float32 {frame.rest:,}, the largest others "
+            f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; --types may allow smaller "
+            "ones, and a .bcap file goes lower",
+            floor,
+        )
+    return floor
+
+
+def _calibrated(job: Job, frame: _Frame) -> list[Item]:
+    """Tensors with their metrics, and how far these are trusted."""
+    seen = moments(job)
+    held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
+    items = items_of(job.model, frame.layout, seen, held, frame.types)
+    seen.uses.clear()
+    held.uses.clear()
+    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
+        return choose_shrinkage(items, advance)
+
+
+def _finish(
+    job: Job, frame: _Frame, items: Sequence[Item], found: tuple[Found, Found], output: Path | None
+) -> GgufFile:
+    """Write the file, read it back, measure it; the second plan is what would have been written without recovery."""
+    best, plain = found
+    types = {n: WHOLE[int(p.setting)] for n, p in best.plan.choice.items()}
+    size = frame.fixed + int(best.plan.rate)
+    report = _report(job, frame, items, best, types, size)
+    result = GgufFile(report, types)
+    if job.dry_run:
+        return result
+    with tempfile.TemporaryDirectory() as name:
+        path = output or Path(name) / "model.gguf"
+        written = file.write(path, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, best))
+        assert written == size == path.stat().st_size <= job.budget  # noqa: S101 (planned to the byte)
+        if output is not None:
+            result.path = output
+            job.reporter.note(f"wrote {output}: {format_size(size)}")
+        result.entries = file.ledger(path)
+        parts = measure(job.model, path, frame.layout, job.sets, job.device, job.reporter)
+        if best is not plain:
+            other = Path(name) / "plain.gguf"
+            file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
+            before = measure(job.model, other, frame.layout, job.sets, job.device, job.reporter)
+            report["without_recovery"] = quality(before) | {
+                "kl_difference_stderr": paired_stderr(parts, before, "kl"),
+                "delta_difference_stderr": paired_stderr(parts, before, "nats"),
+            }
+    report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
+    result.windows = tuple(p.windows for p in parts if p.windows is not None)
+    return result
+
+
+def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found) -> list[file.Stored]:
+    """All tensors with their bytes."""
+    stored = []
+    for p in frame.layout.places:
+        if p.name in types:
+            stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
+        elif p.name in found.vectors:
+            stored.append(_stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name])))
+        else:
+            stored.append(exact(model, p))
+    return stored
+
+
+def measure(
+    model: Model, path: Path, layout: Layout, sets: TokenSets, device: str, reporter: Reporter
+) -> list[Comparison]:
+    """Scores of a file read back from disk against the original."""
+    twin = twin_of(model.module)
+    load_values(twin, file.read_units(path, layout, model.units))
+    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
+        return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
+
+
+def _report(
+    job: Job, frame: _Frame, items: Sequence[Item], found: Found, types: Mapping[str, str], size: int
+) -> dict[str, Any]:
+    seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
+    counts = Counter(types.values())
+    return {
+        "model": job.model.name, "format": "gguf", "architecture": frame.layout.architecture, "method": "bytecap",
+        "plan": ", ".join(f"{n} {t.lower()}" for t, n in sorted(counts.items(), key=lambda x: WHOLE.index(x[0]))),
+        "seed": job.seed, "budget_bytes": job.budget, "file_bytes": size, "slack_bytes": job.budget - size,
+        "allowed_slack_bytes": found.step, "ideal_bytes": size,
+        "head_bytes": frame.head, "float_bytes": frame.rest,
+        "parameters": job.model.parameters, "bits_per_parameter": 8 * size / max(1, job.model.parameters),
+        "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
+        "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
+        "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
+        "shrinkage": {i.role: i.shrinkage for i in items}, "types": dict(types),
+        "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
+        "correction_tokens": sum(w.predicted for w in job.sets.correction),
+    }  # fmt: skip
+
+
+def imatrix_of(
+    model: Path | str, path: Path, *, calibration: Paths, tokens: int | None, guided: bool, device: str, seed: int,
+    reporter: Reporter,
+) -> tuple[int, int]:  # fmt: skip
+    """Calibrate a model and write its importance matrix; returns bytes and tensors."""
+    loaded, target = load_model(model), choose_device(device)
+    layout = layout_of(loaded)
+    sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
+    found = moments(Job(loaded, sets, 0, lambda *_: 0, target, reporter, FitConfig(0, seed=seed)), guided=guided)
+    weights = importance(loaded, layout, found)
+    names = [str(p) for p in as_paths(calibration)] or ["embedded"]
+    return write_imatrix(path, weights, found.tokens, names), len(weights)

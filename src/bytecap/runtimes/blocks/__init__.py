@@ -1,0 +1,164 @@
+"""Block formats: fixed layouts of integers with shared scales, as runtimes read them.
+
+Every scalar format says the same few things. Columns come in blocks with one or two floating-point numbers
+each; a block is cut into sub-blocks that may scale these by small integers; codes are integers of a range, or places
+in a table of levels. A weight is::
+
+    scale[block] * sub_scale[sub] * level - minimum[block] * sub_minimum[sub]
+
+in float32, multiplied in this order, so two programs agree in every bit. `BlockFormat` describes a layout, `Codes` is a
+matrix in it, `encode` searches for codes, `layout` turns them into bytes and back, `ggml` lists llama.cpp's types.
+Omitted: formats whose codes are vectors of a lattice (IQ1 to IQ3).
+
+>>> from bytecap.runtimes.blocks.ggml import FORMATS
+>>> FORMATS["Q4_K"].block, FORMATS["Q4_K"].row_bytes(512), FORMATS["Q4_K"].bits
+(256, 288, 4.5)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import UsageError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One field of a block's bytes.
+
+    Attributes:
+        kind: `scale` and `minimum` are float16; `codes`, `sub_scales` and `sub_minimums` are integers; `pairs` are
+            sub-scales followed by sub-minimums; `six` are such pairs of 6 bits in ggml's order.
+        shift: lowest bit of the integers that is stored here.
+        bits: how many bits of each; 8 stores a byte each.
+        width: so many consecutive integers go to consecutive bytes before the next bits of the same bytes are filled.
+    """
+
+    kind: str
+    shift: int = 0
+    bits: int = 8
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A layout.
+
+    Attributes:
+        name: as its runtime calls it.
+        size: bytes of a block.
+        block: columns of a block, which share the floating-point numbers.
+        sub: columns of a sub-block.
+        low, high: range of codes; of a table's levels.
+        scales: range of integer sub-scales; (1, 1) where there are none.
+        minimums: largest integer sub-minimum; 0 where nothing is subtracted. Where sub-scales are (1, 1) it is 1, and
+            the minimum itself may have either sign.
+        parts: a block's bytes in order.
+        code_zero: added to codes before they are stored.
+        scale_zero: added to sub-scales before they are stored.
+        levels: values of the codes 0, 1, ... in rising order, or nothing where a code is its own value.
+    """
+
+    name: str
+    size: int
+    block: int
+    sub: int
+    low: int
+    high: int
+    parts: tuple[Part, ...]
+    scales: tuple[int, int] = (1, 1)
+    minimums: int = 0
+    code_zero: int = 0
+    scale_zero: int = 0
+    levels: tuple[int, ...] = ()
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight."""
+        return 8 * self.size / self.block
+
+    @property
+    def two_level(self) -> bool:
+        """Whether sub-blocks have integer scales of their own."""
+        return self.scales != (1, 1)
+
+    @property
+    def negated(self) -> bool:
+        """Whether the stored minimum is added, not subtracted."""
+        return self.minimums > 0 and not self.two_level
+
+    def fits(self, cols: int) -> bool:
+        """Whether rows of so many columns are whole blocks."""
+        return cols > 0 and cols % self.block == 0
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row.
+
+        Raises:
+            UsageError: `cols` is no multiple of the block.
+        """
+        if not self.fits(cols):
+            raise UsageError(f"{self.name} holds rows of a multiple of {self.block} columns, not {cols}")
+        return cols // self.block * self.size
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A matrix (rows, cols) in a block format.
+
+    Attributes:
+        format: the layout.
+        codes: int8 (rows, cols), values of levels.
+        sub_scales: int8 (rows, cols / sub).
+        sub_minimums: int8 (rows, cols / sub).
+        scale: float16 (rows, cols / block).
+        minimum: float16 (rows, cols / block).
+    """
+
+    format: BlockFormat
+    codes: npt.NDArray[np.int8]
+    sub_scales: npt.NDArray[np.int8]
+    sub_minimums: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float16]
+    minimum: npt.NDArray[np.float16]
+
+    @staticmethod
+    def empty(form: BlockFormat, rows: int, cols: int) -> Codes:
+        """Zeros, to be filled in.
+
+        Raises:
+            UsageError: `cols` is no multiple of the block.
+        """
+        form.row_bytes(cols)
+
+        def make(step: int, kind: Any) -> npt.NDArray[Any]:
+            return np.zeros((rows, cols // step), kind)
+
+        whole = make(1, np.int8)
+        subs = (make(form.sub, np.int8), make(form.sub, np.int8))
+        return Codes(form, whole, *subs, make(form.block, np.float16), make(form.block, np.float16))
+
+    def part(self, rows: slice) -> Codes:
+        """Some of the rows, sharing memory."""
+        subs = self.sub_scales[rows], self.sub_minimums[rows]
+        return Codes(self.format, self.codes[rows], *subs, self.scale[rows], self.minimum[rows])
+
+    def values(self) -> FloatArray:
+        """Decoded weights, float32 (rows, cols), equal in every bit to what a reader of the bytes gets."""
+        form, rows = self.format, len(self.codes)
+        per = form.block // form.sub
+        scale = np.repeat(self.scale.astype(np.float32), per, 1)
+        if form.two_level:
+            scale = scale * self.sub_scales.astype(np.float32)
+        level = self.codes.reshape(rows, -1, form.sub).astype(np.float32)
+        found = scale[..., None] * level
+        if form.minimums:
+            minimum = np.repeat(self.minimum.astype(np.float32), per, 1)
+            found -= (minimum * self.sub_minimums.astype(np.float32))[..., None]
+        return found.reshape(self.codes.shape)

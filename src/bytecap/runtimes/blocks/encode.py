@@ -1,0 +1,152 @@
+"""A matrix into a block format under its metric.
+
+>>> from bytecap.runtimes.blocks.ggml import FORMATS
+>>> weight = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
+>>> found = encode(weight, prepare(torch.eye(32)), FORMATS["Q8_0"])
+>>> bool(np.abs(found.values() - weight).max() < 0.005)
+True
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.errors import UsageError
+from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+
+SWEEPS = 2
+_STEPS = 10  # candidates for a sub-block's scale
+_FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
+_COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
+_RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
+
+
+@dataclass(frozen=True)
+class Form:
+    """A Hessian as rounding wants it.
+
+    Attributes:
+        hessian: float32 (cols, cols), mean diagonal 1.
+        fed: float32 (cols, cols), `L_jk / L_kk` at (k, j).
+        weight: float32 (cols,), `L_kk^2`.
+    """
+
+    hessian: FloatArray
+    fed: FloatArray
+    weight: FloatArray
+
+
+def shrunk(hessian: Tensor, damping: float) -> Tensor:
+    """A Hessian (cols, cols) whose off-diagonal part is trusted less: `(1 - t) H + t diag(H)`, `t = s / (1 + s)`.
+
+    Few tokens overstate how far columns can make up for each other; the diagonal is known well. `damping` is `s`.
+    """
+    t = damping / (1 + damping)
+    found = hessian * (1 - t)
+    found.diagonal().copy_(hessian.diagonal())
+    return found
+
+
+def prepare(hessian: Tensor) -> Form:
+    """Factor a Hessian (cols, cols), symmetric and not negative; zeros are taken as the identity."""
+    h = hessian.double()
+    mean = float(h.diagonal().mean())
+    h = h / mean if mean > 0 else torch.eye(len(h), dtype=torch.float64, device=h.device)
+    ridge = _RIDGE
+    while True:
+        damped = h.clone()
+        damped.diagonal().add_(ridge)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            break
+        ridge *= 10
+    diagonal = lower.diagonal()
+    fed = (lower / diagonal).T.contiguous()
+    arrays = (damped, fed, diagonal.square())
+    return Form(*(a.float().cpu().contiguous().numpy() for a in arrays))
+
+
+@cache
+def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Nearest levels at every half step, candidates for sub-blocks' scales, and for blocks' scales."""
+    table = np.zeros(0, np.float32)
+    if form.levels:
+        levels = np.array(form.levels, np.float32)
+        middles = (levels[1:] + levels[:-1]) / 2
+        places = np.arange(2 * (form.high - form.low) + 1) / 2 + form.low
+        table = levels[np.searchsorted(middles, places, side="right")]
+    if form.minimums:
+        first, width = 1.06, 0.5 if form.high <= 3 else 0.35 if form.high <= 15 else 0.2
+    elif form.levels:
+        first, width = 1.08, 0.5
+    else:
+        first, width = (1.08, 0.62) if form.low >= -8 else (1.06, 0.36) if form.low >= -32 else (1.04, 0.1)
+    factors = np.linspace(first, first - width, _STEPS, dtype=np.float32)
+    tries = np.array(_COARSE if form.scales[1] <= 31 else _FINE, np.float32)
+    return table, factors, tries
+
+
+def encode(
+    weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS,
+    threads: int | None = None,
+) -> Codes:  # fmt: skip
+    """Codes of a matrix (rows, cols); the same for any number of threads.
+
+    Args:
+        weight: finite values.
+        form: of its Hessian, see `prepare`.
+        layout: the block format.
+        sweeps: of coordinate descent after error feedback.
+        threads: as many as torch may use if None.
+
+    Raises:
+        UsageError: the columns are no whole blocks, or a value is not finite.
+    """
+    from bytecap.runtimes.blocks.kernel import encode_lanes
+    from bytecap.runtimes.blocks.search import LANES
+
+    rows, cols = weight.shape
+    found = Codes.empty(layout, rows, cols)
+    peak = float(np.abs(weight).max(initial=0.0))
+    if not np.isfinite(peak):
+        raise UsageError("a weight is not finite")
+    unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
+    table, factors, tries = _tables(layout)
+    size = layout.block
+    tiles = np.stack([form.hessian[i : i + size, i : i + size] for i in range(0, cols, size)])
+    n = layout.sub
+    sums = np.array([form.hessian[i : i + n, i : i + n].sum() for i in range(0, cols, n)], np.float32)
+    inv = 1 / form.hessian.diagonal()
+    signs = 2 if not layout.minimums and layout.low != -layout.high else 1
+    fixed = (
+        size, layout.sub, np.float32(layout.low), np.float32(layout.high), table, layout.scales, layout.minimums, unit,
+        factors, tries, signs, sweeps,
+    )  # fmt: skip
+
+    def one(at: int) -> None:
+        part = found.part(slice(at, at + LANES))
+        count = len(part.codes)
+        w = np.zeros((cols, LANES), np.float32)
+        w[:, :count] = (weight[at : at + LANES] / unit).T
+        q, ls, m, d, dm = (np.zeros((n, LANES), np.float32) for n in _lengths(layout, cols))
+        encode_lanes(w, form.fed, form.weight, form.hessian, tiles, inv, sums, *fixed, q, ls, m, d, dm)
+        for out, array in zip((part.codes, part.sub_scales, part.sub_minimums), (q, ls, m), strict=True):
+            out[:] = array[:, :count].T.astype(np.int8)
+        part.scale[:] = (d[:, :count].T.astype(np.float64) * unit).astype(np.float16)
+        part.minimum[:] = (dm[:, :count].T.astype(np.float64) * unit).astype(np.float16)
+
+    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+        list(pool.map(one, range(0, rows, LANES)))
+    return found
+
+
+def _lengths(layout: BlockFormat, cols: int) -> tuple[int, ...]:
+    subs, blocks = cols // layout.sub, cols // layout.block
+    return cols, subs, subs, blocks, blocks

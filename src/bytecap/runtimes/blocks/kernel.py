@@ -1,0 +1,220 @@
+"""One matrix' rows, LANES at a time, from weights to codes: scales, error feedback, descent.
+
+With `H = L L^T` the distortion of a row is `1/2 sum_k L_kk^2 (Y_k - W^_k)^2`, where `Y_k` is the weight and what later
+columns fed back. Blocks are coded last to first: scales are searched on `Y` with weights `L_kk^2`, then fixed, then the
+block's columns are coded last to first. Sums run in the order in which they are written, so the number of threads
+changes nothing.
+
+`Y` of a column is known only when all later ones are coded, so the search takes the values that the block would have if
+only later blocks were rounded. Without that its scales are too small: 20% more distortion at 4 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
+from bytecap.runtimes.blocks.search import LANES, affine, compiled, float_of, half, inverse, near, small, symmetric
+
+_Array = npt.NDArray[Any]
+_ZERO = np.float32(0)
+
+
+def _feed(out: _Array, matrix: _Array, first: int, start: int, stop: int, error: _Array) -> None:
+    """Add rows `first`... of `matrix` times rows `start` to `stop` of `error` (cols, LANES) to `out` (rows, LANES).
+
+    Rows come in pairs and columns in eights, as all blocks do; factors are read before the loop over lanes, since the
+    compiler cannot know that `out` is not among them. Twice as fast as the plain loop.
+    """
+    for k in range(0, len(out), 2):
+        m, n, x, y = matrix[first + k], matrix[first + k + 1], out[k], out[k + 1]
+        for j in range(start, stop, 8):
+            a, b, c, d, e, f, g, h = m[j], m[j + 1], m[j + 2], m[j + 3], m[j + 4], m[j + 5], m[j + 6], m[j + 7]
+            p, q, s, t, u, v, w, z = n[j], n[j + 1], n[j + 2], n[j + 3], n[j + 4], n[j + 5], n[j + 6], n[j + 7]
+            e0, e1, e2, e3 = error[j], error[j + 1], error[j + 2], error[j + 3]
+            e4, e5, e6, e7 = error[j + 4], error[j + 5], error[j + 6], error[j + 7]
+            for r in range(LANES):
+                i0, i1, i2, i3, i4, i5, i6, i7 = e0[r], e1[r], e2[r], e3[r], e4[r], e5[r], e6[r], e7[r]
+                x[r] += a * i0 + b * i1 + c * i2 + d * i3 + e * i4 + f * i5 + g * i6 + h * i7
+                y[r] += p * i0 + q * i1 + s * i2 + t * i3 + u * i4 + v * i5 + w * i6 + z * i7
+
+
+feed: Any = compiled(_feed)
+
+
+def _round_block(
+    w: _Array, first: int, block: int, y: _Array, fed: _Array, sub: int, low: Any, high: Any, table: _Array, a: _Array,
+    c: _Array, q: _Array, error: _Array, inv: _Array,
+) -> None:  # fmt: skip
+    """Codes of a block's columns, last to first, under scales `a` and minimums `c` (subs, LANES)."""
+    for i in range(block - 1, -1, -1):
+        b, m = i // sub, fed[first + i]
+        for j in range(i + 1, block):
+            x = m[first + j]
+            if x != _ZERO:
+                for r in range(LANES):
+                    y[i, r] += x * error[first + j, r]
+        inverse(a[b], inv)
+        for r in range(LANES):
+            level = near((y[i, r] + c[b, r]) * inv[r], low, high, table)
+            q[first + i, r] = level
+            error[first + i, r] = w[first + i, r] - (a[b, r] * level - c[b, r])
+
+
+def _settle(z: _Array, w: _Array, fed: _Array, first: int) -> None:
+    """Turn what later blocks fed back into the values that a block would take if nothing in it were rounded."""
+    block = len(z)
+    for i in range(block - 1, -1, -1):
+        m = fed[first + i]
+        for j in range(i + 1, block):
+            x = m[first + j]
+            if x != _ZERO:
+                for r in range(LANES):
+                    z[i, r] -= x * (z[j, r] - w[first + j, r])
+
+
+round_block: Any = compiled(_round_block)
+
+
+def _descend_block(
+    h: _Array, inv: _Array, sums: _Array, w: _Array, first: int, block: int, sub: int, low: Any, high: Any,
+    table: _Array, scales: tuple[int, int], minimums: int, unit: float, q: _Array, ls: _Array, m: _Array, d: _Array,
+    dm: _Array, error: _Array, g: _Array, own: _Array, room: _Array, lanes: _Array, work: _Array,
+) -> None:  # fmt: skip
+    """One sweep over a block; `h` is its own part of H, contiguous, `g` H times the error (block, LANES).
+
+    `inv` is one over H's diagonal, `sums` are those of `descent`; `own`, `room`, `lanes` and `work` are room.
+    """
+    two, per, at, base = scales != (1, 1), block // sub, first // block, first // sub
+    slope, value, code, hv = room[0], room[1], room[2], room[3]
+    a, c, s, n = own[0], own[1], own[2], own[3]
+    ones = np.ones(sub, np.float32)
+    for r in range(LANES):
+        for b in range(per):
+            s[b], n[b] = ls[base + b, r], m[base + b, r]
+            a[b], c[b] = d[at, r] * s[b], dm[at, r] * n[b]
+        for i in range(block):
+            slope[i], code[i] = g[i, r], q[first + i, r]
+            value[i] = a[i // sub] * code[i] - c[i // sub]
+        codes(slope, h, inv[first:], value, code, a, c, sub, low, high, table)
+        if two:
+            sub_scales(
+                slope, h, sums[base:], value, code, s, n, d[at, r], dm[at, r], sub, scales, minimums, ones, hv
+            )  # fmt: skip
+        for b in range(per):
+            ls[base + b, r], m[base + b, r] = s[b], n[b]
+        for i in range(block):
+            g[i, r], q[first + i, r] = slope[i], code[i]
+    v, hv2, u, hu = lanes[0], lanes[1], lanes[2], lanes[3]
+    lanes[:] = _ZERO
+    for i in range(block):
+        for r in range(LANES):
+            v[i, r] = ls[base + i // sub, r] * q[first + i, r]
+            u[i, r] = m[base + i // sub, r]
+    feed(hv2, h, 0, 0, block, v)
+    if minimums > 0:
+        feed(hu, h, 0, 0, block, u)
+    floats(g, v, hv2, u, hu, minimums, two, unit, d[at], dm[at], work)
+    for i in range(block):
+        for r in range(LANES):
+            error[first + i, r] = w[first + i, r] - (d[at, r] * v[i, r] - dm[at, r] * u[i, r])
+
+
+settle: Any = compiled(_settle)
+descend_block: Any = compiled(_descend_block)
+
+
+def _encode(
+    w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int, sub: int,
+    low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: float, factors: _Array,
+    tries: _Array, signs: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
+) -> None:  # fmt: skip
+    """Codes of LANES rows, whose weights `w` (cols, LANES) are divided by `unit`.
+
+    `fed` (cols, cols) has `L_jk / L_kk` at (k, j), `weight` (cols,) `L_kk^2`; `h` is the Hessian, `tiles`
+    (blocks, block, block) its diagonal blocks, `inv` one over its diagonal, `sums` (cols / sub,) the sum over every
+    sub-block's own part of it. `table`, `factors`, `tries` and `signs` are those of `search`. After `sweeps` of
+    descent `q`, `ls`, `m`, `d` and `dm` hold the results, (cols, cols / sub or cols / block; LANES).
+    """
+    cols, per, two = len(w), block // sub, scales != (1, 1)
+    error = np.zeros((cols, LANES), np.float32)
+    y = np.empty((block, LANES), np.float32)
+    z = np.empty((block, LANES), np.float32)
+    a = np.zeros((per, LANES), np.float32)
+    c = np.zeros((per, LANES), np.float32)
+    work = np.empty((12, LANES), np.float32)
+    room = np.empty((4, block), np.float32)
+    lanes = np.empty((4, block, LANES), np.float32)
+    own = np.empty((4, per), np.float32)
+    for first in range(cols - block, -1, -block):
+        at, base, rest = first // block, first // sub, weight[first:]
+        y[:] = w[first : first + block]
+        feed(y, fed, first, first + block, cols, error)
+        z[:] = y
+        settle(z, w, fed, first)
+        for b in range(per):
+            if minimums == 0:
+                symmetric(z, b * sub, b * sub + sub, rest, low, high, table, factors, signs, a[b], work)
+            else:
+                affine(z, b * sub, b * sub + sub, rest, high, factors, two, a[b], c[b], work)
+        if two:
+            float_of(z, sub, rest, low, high, table, scales, minimums, unit, tries, a, c, d[at], dm[at], work)
+            small(
+                z, sub, rest, low, high, table, scales, minimums, a, c, d[at], dm[at], ls[base : base + per],
+                m[base : base + per], work,
+            )  # fmt: skip
+        else:
+            for r in range(LANES):
+                d[at, r], dm[at, r] = half(a[0, r], unit), half(c[0, r], unit)
+                ls[base, r], m[base, r] = 1, min(minimums, 1)
+        for b in range(per):
+            for r in range(LANES):
+                a[b, r], c[b, r] = d[at, r] * ls[base + b, r], dm[at, r] * m[base + b, r]
+        round_block(w, first, block, y, fed, sub, low, high, table, a, c, q, error, work[0])
+    for _ in range(sweeps):
+        for first in range(cols - block, -1, -block):
+            y[:] = _ZERO
+            feed(y, h, first, 0, cols, error)
+            descend_block(
+                tiles[first // block], inv, sums, w, first, block, sub, low, high, table, scales, minimums, unit, q, ls,
+                m, d, dm, error, y, own, room, lanes, work,
+            )  # fmt: skip
+
+
+encode: Any = compiled(_encode)
+
+
+def _entry(stamp: int) -> Any:
+    """`encode` with its machine code kept on disk.
+
+    numba looks at one file to tell whether what it kept is old, and this code is from three. So their hash is a
+    variable of the function that is kept, which numba does look at.
+    """
+
+    def encode_lanes(
+        w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int,
+        sub: int, low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: float,
+        factors: _Array, tries: _Array, signs: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array,
+        dm: _Array,
+    ) -> int:  # fmt: skip
+        encode(
+            w, fed, weight, h, tiles, inv, sums, block, sub, low, high, table, scales, minimums, unit, factors, tries,
+            signs, sweeps, q, ls, m, d, dm,
+        )  # fmt: skip
+        return stamp
+
+    return compiled(encode_lanes, cache=True)
+
+
+def _stamp() -> int:
+    """Hash of the sources of the machine code."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return int.from_bytes(hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=7).digest(), "little")
+
+
+encode_lanes: Any = _entry(_stamp())

@@ -1,0 +1,168 @@
+"""Block formats: bytes against gguf-py, rounding against its own definition, extreme blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bytecap.errors import UsageError
+from bytecap.runtimes.blocks import Codes
+from bytecap.runtimes.blocks.encode import encode, prepare, shrunk
+from bytecap.runtimes.blocks.ggml import FORMATS
+from bytecap.runtimes.blocks.layout import pack, unpack
+
+gguf = pytest.importorskip("gguf")
+NAMES = sorted(FORMATS)
+
+
+def there(name: str, data: np.ndarray) -> np.ndarray:
+    """Values by gguf-py."""
+    with np.errstate(all="ignore"):
+        return np.asarray(gguf.dequantize(data, getattr(gguf.GGMLQuantizationType, name)), np.float32)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    sound = ~np.isnan(a) & ~np.isnan(b)
+    return bool((np.isnan(a) == np.isnan(b)).all() and (a.view(np.uint32)[sound] == b.view(np.uint32)[sound]).all())
+
+
+def hessian(cols: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(4 * cols, cols, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x @ (torch.eye(cols, dtype=torch.float64) + 0.1 * torch.randn(cols, cols, dtype=torch.float64))
+    return x.T @ x / len(x)
+
+
+def weights(rows: int, cols: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
+
+
+def loss(found: Codes, weight: np.ndarray, h: torch.Tensor) -> float:
+    error = torch.from_numpy(found.values() - weight).double()
+    return float(((error @ h) * error).sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_are_those_of_gguf(name: str) -> None:
+    form = FORMATS[name]
+    assert gguf.GGML_QUANT_SIZES[getattr(gguf.GGMLQuantizationType, name)] == (form.block, form.size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_bytes_decode_as_gguf_does_and_come_back(name: str) -> None:
+    form = FORMATS[name]
+    data = np.random.default_rng(0).integers(0, 256, (7, 3 * form.size), dtype=np.uint8)
+    codes = unpack(form, data)
+    with np.errstate(all="ignore"):
+        assert same_bits(codes.values(), there(name, data))
+    assert np.array_equal(pack(codes), data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rounded_matrix_decodes_as_gguf_does(name: str) -> None:
+    weight = weights(40, 512)
+    fed = encode(weight, prepare(hessian(512)), FORMATS[name])
+    assert same_bits(fed.values(), there(name, pack(fed)))
+    found = encode(weight, prepare(torch.eye(512)), FORMATS[name])
+    error = np.abs(found.values() - weight).mean()
+    assert error < 2.0 ** (2 - FORMATS[name].bits), error
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_1", "Q8_0"])
+def test_threads_and_company_change_nothing(name: str) -> None:
+    form, weight = prepare(hessian(256)), weights(75, 256)
+    one, many = (encode(weight, form, FORMATS[name], threads=n) for n in (1, 3))
+    part = encode(weight[:9], form, FORMATS[name])
+    assert np.array_equal(pack(one), pack(many))
+    scaled = np.abs(weight[:9]).max(), np.abs(weight).max()
+    if np.ceil(np.log2(scaled[0])) == np.ceil(np.log2(scaled[1])):
+        assert np.array_equal(pack(one)[:9], pack(part))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feedback_and_descent_pay(name: str) -> None:
+    h, weight = hessian(512), weights(64, 512)
+    plain = loss(encode(weight, prepare(torch.diag(h.diagonal())), FORMATS[name], sweeps=0), weight, h)
+    fed, swept = (loss(encode(weight, prepare(h), FORMATS[name], sweeps=n), weight, h) for n in (0, 2))
+    assert fed < 0.9 * plain
+    assert swept < 0.95 * fed
+
+
+def test_rounding_is_not_worse_than_a_search_without_the_hessian() -> None:
+    """gguf-py's own rounding of the formats it can write, under the metric."""
+    h, weight = hessian(256), weights(64, 256)
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
+        data = gguf.quantize(weight, getattr(gguf.GGMLQuantizationType, name))
+        theirs = torch.from_numpy(there(name, data) - weight).double()
+        ours = loss(encode(weight, prepare(h), FORMATS[name]), weight, h)
+        assert ours < 0.6 * float(((theirs @ h) * theirs).sum()), name
+
+
+def extreme(cols: int) -> st.SearchStrategy[np.ndarray]:
+    """Blocks that break encoders: constant, zero, one outlier, tiny, huge, one-sided."""
+
+    def make(kind: str, scale: float, seed: int) -> np.ndarray:
+        x = np.random.default_rng(seed).standard_normal((3, cols))
+        if kind == "zero":
+            x[:] = 0
+        elif kind == "equal":
+            x[:] = 1
+        elif kind == "outlier":
+            x *= 1e-6
+            x[:, seed % cols] = 1
+        elif kind == "positive":
+            x = np.abs(x) + 5
+        elif kind == "negative":
+            x = -np.abs(x) - 5
+        elif kind == "mixed":
+            x[:, : cols // 2] *= 1e-12
+        return (x * scale).astype(np.float32)
+
+    kinds = st.sampled_from(["zero", "equal", "outlier", "positive", "negative", "mixed", "normal"])
+    scales = st.sampled_from([1.0, -1.0, 1e-3, 1e-7, 1e-30, 1e-42, 1e4, 60000.0, 1e9])
+    return st.builds(make, kinds, scales, st.integers(0, 2**16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(NAMES), weight=extreme(256), fed=st.booleans())
+def test_extreme_blocks(name: str, weight: np.ndarray, fed: bool) -> None:
+    h = hessian(256) if fed else torch.eye(256)
+    found = encode(weight, prepare(h), FORMATS[name])
+    values = found.values()
+    assert np.isfinite(values).all()
+    assert same_bits(values, there(name, pack(found)))
+    back = unpack(FORMATS[name], pack(found))
+    assert all(np.array_equal(getattr(back, k), getattr(found, k)) for k in ("codes", "sub_scales", "scale"))
+    peak = float(np.abs(weight).max())
+    if not fed and 1e-3 <= peak <= 60000:  # no further off than a plain search comes
+        assert np.abs(values - weight).max() <= peak
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(UsageError, match="Q4_K holds rows of a multiple of 256 columns, not 96"):
+        encode(weights(2, 96), prepare(torch.eye(96)), FORMATS["Q4_K"])
+    with pytest.raises(UsageError, match="no whole blocks of Q8_0"):
+        unpack(FORMATS["Q8_0"], np.zeros((1, 33), np.uint8))
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    weight = weights(2, 32)
+    weight[1, 3] = np.nan
+    with pytest.raises(UsageError, match="not finite"):
+        encode(weight, prepare(torch.eye(32)), FORMATS["Q8_0"])
+
+
+def test_hessians_that_do_not_factor() -> None:
+    weight = weights(4, 64)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    for h in (torch.zeros(64, 64), x.T @ x):
+        assert np.isfinite(encode(weight, prepare(h), FORMATS["Q5_0"]).values()).all()
+
+
+def test_shrinking_keeps_the_diagonal() -> None:
+    h = hessian(8)
+    found = shrunk(h, 1.0)
+    assert torch.equal(found.diagonal(), h.diagonal())
+    assert torch.allclose(found - torch.diag(found.diagonal()), (h - torch.diag(h.diagonal())) / 2)
