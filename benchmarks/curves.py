@@ -142,7 +142,7 @@ def singles(args: Any, name: str, bits: float, base: str) -> None:
             rows = [_row(o, m, on_held, ground) for o, m in zip(offers, measured, strict=True)][-len(group) :]
             with args.output.with_suffix(".partial").open("a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in rows)
-    by_path = {
+    by_overlay = {
         n: agreement([o for o in offers if o.path == n], [m for o, m in zip(offers, measured, strict=True)
                                                            if o.path == n], on_held, args.seed)
         for n in dict.fromkeys(o.path for o in offers)
@@ -154,8 +154,8 @@ def singles(args: Any, name: str, bits: float, base: str) -> None:
     ]
     figures = {"name": base, "bytes": ground.bytes, "budget_bytes": budget, **base_figures(on_held)}
     record(args, {"benchmark": "curves", "model": name, "bits": bits, "rungs": args.rungs, "base": figures,
-                  "agreement": every, "paths": by_path, "sample": sample, "seconds": reporter.steps})  # fmt: skip
-    _say(name, bits, base, every, by_path)
+                  "agreement": every, "paths": by_overlay, "sample": sample, "seconds": reporter.steps})  # fmt: skip
+    _say(name, bits, base, every, by_overlay)
 
 
 def _along_new_errors(ground: Ground) -> dict[str, float]:

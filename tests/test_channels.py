@@ -20,7 +20,7 @@ from bytecap.format.wire.positions import LISTED, read_positions
 from bytecap.format.wire.shared_objects import REFERENCE, read_object
 from bytecap.model.checkpoint import load_model
 from bytecap.model.texts import Window
-from bytecap.quantization.overlays import Problem, paths
+from bytecap.quantization.overlays import Problem, overlays
 from bytecap.quantization.overlays.channels import ALONE, channel_worth, rank
 from bytecap.quantization.overlays.protect import Amount
 from bytecap.types import Curve, Point, Unit
@@ -140,7 +140,7 @@ class TestRanking:
 
     def test_settings_agree_over_the_stream(self):
         problems = self.ranked()
-        ladders = {n: paths()["channels"].settings(p) for n, p in problems.items()}
+        ladders = {n: overlays()["channels"].settings(p) for n, p in problems.items()}
         amounts = {n: [(a.count, a.bits) for a in mine if a.stream == 0] for n, mine in ladders.items()}
         assert len(set(map(tuple, amounts.values()))) == 1
         assert {(a.stream, a.mode) for a in ladders["read"]} == {(0, COLUMNS), (1, ROWS)}
@@ -149,7 +149,7 @@ class TestRanking:
 
     @pytest.mark.parametrize("name", ["read", "written", "square"])
     def test_protecting_helps_on_every_side(self, name):
-        p, path = self.ranked()[name], paths()["channels"]
+        p, path = self.ranked()[name], overlays()["channels"]
         for setting in path.settings(p):
             base = (path.before(p, setting).weight * 1.5).round() / 1.5
             found = path.after(p, base, setting)
@@ -158,7 +158,7 @@ class TestRanking:
                 assert float((found.values - p.weight)[setting.index].abs().max()) < 0.1
 
     def test_a_matrix_nobody_looked_at_is_alone_if_it_is_square(self):
-        path = paths()["channels"]
+        path = overlays()["channels"]
         assert {(a.stream, a.mode) for a in path.settings(problem("a", 32, 32, 0))} == {(ALONE, BOTH)}
         assert path.settings(problem("a", 48, 32, 0)) == []
         assert path.settings(replace(problem("a", 32, 32, 0), rankings=())) == []

@@ -1,4 +1,4 @@
-"""The menu of exception paths: for every unit one curve over base step, path and amount, and one slope over all.
+"""The menu of overlays: for every unit one curve over base step, path and amount, and one slope over all.
 
 Around a settled plan every unit is measured as it is and under each path of the menu, at several base steps: what a
 path is worth depends on the base below it. First all amounts of a path at the plan's own step (ranked by the values
@@ -23,14 +23,14 @@ import torch
 
 from bytecap.allocation import correction
 from bytecap.allocation.allocate import allocate, floor_rate, refine
-from bytecap.allocation.layered import Layered, layered, problem_of
+from bytecap.allocation.overlaid import OverlaidUnit, overlaid, problem_of
 from bytecap.allocation.planner import Planner, State, decode_coded, finest_step
 from bytecap.allocation.shared_channels import one_list
 from bytecap.calibration.residual_streams import Stream
 from bytecap.format.coders import Shared
 from bytecap.progress import Advance
-from bytecap.quantization.overlays import Problem, Ranking, check_names, paths, thinned
-from bytecap.quantization.overlays.channels import PATH as CHANNELS_PATH
+from bytecap.quantization.overlays import Problem, Ranking, check_names, overlays, thinned
+from bytecap.quantization.overlays.channels import OVERLAY as CHANNELS_OVERLAY
 from bytecap.quantization.overlays.channels import rank
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.sizes import in_groups
@@ -38,7 +38,7 @@ from bytecap.types import Curve, Plan, Point
 
 DEFAULT: tuple[str, ...] = ()  # what measured best: nothing, see LOG.md
 ALL = "all"
-CHANNELS = CHANNELS_PATH.id  # whose amounts are chosen for all matrices of a stream, so none is dropped early
+CHANNELS = CHANNELS_OVERLAY.id  # whose amounts are chosen for all matrices of a stream, so none is dropped early
 LABEL = "paths"  # of the plan over a menu
 PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without a path
 UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under a path
@@ -59,7 +59,7 @@ def known(names: Iterable[str] | None) -> tuple[str, ...]:
     if names is None:
         return DEFAULT
     wanted = tuple(dict.fromkeys(names))
-    every = sorted(paths())
+    every = sorted(overlays())
     check_names(wanted, [*every, ALL])
     return tuple(every) if ALL in wanted else wanted
 
@@ -145,7 +145,7 @@ class Menu:
 
     def solve(self) -> Plan:
         """The plan over all choices, one list for each stream; every path with a charge solved with and without."""
-        charges = {n: paths()[n].charge for n in self.names}
+        charges = {n: overlays()[n].charge for n in self.names}
         plan = solve(self.curves, self.capacity, charges)
         joint = one_list(self.curves, plan.slope)
         return plan if joint == self.curves else solve(joint, self.capacity, charges)
@@ -155,7 +155,7 @@ class Menu:
         planner = self.planner
         amounts = {n: p for n, p in plan.choice.items() if isinstance(p, Choice) and p.path}
         matrices = [
-            layered(p, problem_of(p), paths()[c.path], c.amount, planner.options)
+            overlaid(p, problem_of(p), overlays()[c.path], c.amount, planner.options)
             if (c := amounts.get(p.unit.name)) else p for p in planner.matrices
         ]  # fmt: skip
         changed = Planner.of(matrices, planner.vectors, planner.options)
@@ -182,7 +182,7 @@ class _Bench:
 
     def offers(self, name: str) -> dict[str, list[Curve]]:
         """Refined curves of the best amounts of a path, by unit; units that it cannot serve are left out."""
-        path, ladders = paths()[name], {}
+        path, ladders = overlays()[name], {}
         for unit, problem in self.problems.items():
             base = torch.from_numpy(decode_coded(self.start.coded[unit], self.start.shared))
             ladder = thinned(path.settings(problem, base), _RUNGS)
@@ -205,10 +205,10 @@ class _Bench:
                     points[unit][kept].append(point)
         return {n: [refine(Curve(n, tuple(p)), self.kappa[n]) for p in found] for n, found in points.items()}
 
-    def _under(self, unit: str, name: str, amount: Any) -> Layered:
-        return layered(self.items[unit], self.problems[unit], paths()[name], amount, self.planner.options)
+    def _under(self, unit: str, name: str, amount: Any) -> OverlaidUnit:
+        return overlaid(self.items[unit], self.problems[unit], overlays()[name], amount, self.planner.options)
 
-    def _at(self, items: Sequence[Layered], offset: float, name: str) -> dict[str, Choice]:
+    def _at(self, items: Sequence[OverlaidUnit], offset: float, name: str) -> dict[str, Choice]:
         """Units under a path at a step."""
         shared, below = self.start.shared, self.states[offset]
         fresh = [p for p in items if not p.same_base]
@@ -278,16 +278,16 @@ def _path(point: Point) -> str:
 
 def charges(taken: Iterable[str]) -> int:
     """Bytes that these paths need once for the whole file."""
-    return sum(paths()[n].charge for n in taken)
+    return sum(overlays()[n].charge for n in taken)
 
 
 def outcome(planner: Planner, with_paths: float, without: float) -> str:
     """One line about the comparison of a plan over paths with the best one without, in nats per token."""
-    taken = sorted(Counter(p.path.id for p in planner.matrices if isinstance(p, Layered)).items())
+    taken = sorted(Counter(p.path.id for p in planner.matrices if isinstance(p, OverlaidUnit)).items())
     words = ", ".join(f"{n} on {k}" for n, k in taken)
     better = with_paths < without
     return (
-        f"exception paths ({words} of {len(planner.matrices)} matrices) measured {abs(without - with_paths):.2g} nats "
+        f"overlays ({words} of {len(planner.matrices)} matrices) measured {abs(without - with_paths):.2g} nats "
         f"per token {'better' if better else 'worse'} than steps alone ({without:.4f}) at the same bytes: shipping "
         f"{'with' if better else 'without'} them"
     )

@@ -1,7 +1,7 @@
 """The plans of a job at one capacity, and which of them is shipped.
 
 The plan is made twice: once plain (one step for all units in the Fisher metric) and once allocated with measured
-correction factors and rate-distortion points. With a menu of exception paths (`bytecap.allocation.overlay_menu`) there
+correction factors and rate-distortion points. With a menu of overlays (`bytecap.allocation.overlay_menu`) there
 is a third one, over base steps, paths and amounts, made around the allocated one. All are measured on the correction
 tokens, and what one spends beyond another is charged at the plan's slope, so they are compared at equal bytes.
 """
@@ -143,12 +143,12 @@ def choose(
 
 
 def _with_overlays(job: Job, start: Candidate, kappa: Mapping[str, float], capacity: float) -> dict[str, Candidate]:
-    """The plan over exception paths, settled; nothing if no unit takes one."""
+    """The plan over overlays, settled; nothing if no unit takes one."""
     streams = (
         streams_of(job.model.module, job.model.units, job.sets.statistics) if overlay_menu.CHANNELS in job.paths else ()
     )
     found = overlay_menu.Menu(start.planner, start.state, kappa, capacity, job.paths, streams)
-    with job.reporter.step("exception paths", 1) as advance:
+    with job.reporter.step("overlays", 1) as advance:
         found.measure(advance)
         for name, count in found.skipped.items():
             if count:
@@ -156,7 +156,7 @@ def _with_overlays(job: Job, start: Candidate, kappa: Mapping[str, float], capac
         plan = found.solve()
         taken = overlay_menu.chosen(plan)
         if not taken:
-            job.reporter.note("no exception path earns its bytes on any unit: steps alone are better")
+            job.reporter.note("no overlay earns its bytes on any unit: steps alone are better")
             return {}
         planner, steps = found.planned(plan)
         del found
@@ -205,7 +205,7 @@ def from_json(planner: Planner, kept: Mapping[str, Any]) -> Candidate:
 def allocated_plan(
     job: Job, prepared: PreparedModel, known: Mapping[str, float] | None = None
 ) -> tuple[State, dict[str, float]]:
-    """The allocated plan before drift targets, trimming and exception paths.
+    """The allocated plan before drift targets, trimming and overlays.
 
     Args:
         job: what to plan.

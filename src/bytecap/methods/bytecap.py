@@ -122,7 +122,7 @@ def _best_plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -
         kept.put("factors", kappa)
     allocator.release()
     best = plans.choose(job, prepared, c, plain, kappa, twin)
-    if best.planner is planner:  # not one whose units are under exception paths
+    if best.planner is planner:  # not one whose units are under overlays
         kept.put("plan", plans.to_json(best))
     return best
 

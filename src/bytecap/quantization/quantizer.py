@@ -114,7 +114,7 @@ class Prepared:
         return replace(self, weight=self.weight + change)
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
-        """What was rounded, with a layer over it where the unit has one (`bytecap.allocation.layered`)."""
+        """What was rounded, with a layer over it where the unit has one (`bytecap.allocation.overlaid`)."""
         del shared
         return coded
 
@@ -130,13 +130,13 @@ class Coded:
 
     Attributes:
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
-        layer: tag and bytes of an exception path over it, or None.
+        overlay: tag and bytes of an overlay over it, or None.
     """
 
     code: GridCode
     distortion: float
     counts: Counts
-    layer: tuple[int, bytes] | None = None
+    overlay: tuple[int, bytes] | None = None
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
@@ -308,4 +308,4 @@ def rate(coded: Coded, shared: Shared) -> float:
     for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
         seen = counts > 0
         bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
-    return bits / 8 + (STACK.growth(bits / 8, coded.layer[1]) if coded.layer else 0)
+    return bits / 8 + (STACK.growth(bits / 8, coded.overlay[1]) if coded.overlay else 0)

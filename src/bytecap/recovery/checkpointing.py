@@ -6,7 +6,7 @@ Arrays are kept bit by bit and numbers as text that reads back exactly, so a run
 one that was never disturbed. Names are hashes of all that a value depends on: tensors, tokens, options, budget, seed,
 device, thread count, and the versions of this library, of its source and of those that do the arithmetic.
 
-Omitted: plans over exception paths are made anew (from the kept statistics and factors), and jobs whose loss or forward
+Omitted: plans over overlays are made anew (from the kept statistics and factors), and jobs whose loss or forward
 pass is the user's own code keep nothing, since code cannot be hashed for all that it calls.
 """
 

@@ -32,7 +32,7 @@ class Way:
     Attributes:
         name: of the method.
         options: of the job.
-        paths: exception paths it may choose from, None for its default menu.
+        paths: overlays it may choose from, None for its default menu.
     """
 
     name: str

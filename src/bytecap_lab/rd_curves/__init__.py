@@ -1,4 +1,4 @@
-"""Measure byte-return curves: the gain of the next byte on each exception path at one budget's operating point.
+"""Measure byte-return curves: the gain of the next byte on each overlay at one budget's operating point.
 
 Every path starts from the same base (`bytecap_lab.rd_curves.base`), promises bytes and nats for every unit
 (`curves.trial`), is given amounts of bytes to spend over the whole model (`curves.choose`), and is measured on real

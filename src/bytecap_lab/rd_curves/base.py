@@ -1,4 +1,4 @@
-"""Code every matrix of a model at a budget's operating point, the base that exception paths are measured on.
+"""Code every matrix of a model at a budget's operating point, the base that overlays are measured on.
 
 `grid` is the default method's allocated plan before drift targets and trimming; `golf` is the per-row grid of the
 records at the `k` that meets the budget, rounded with the same guided Hessians that predict every error here. Both
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytecap.allocation.layered import problem_of
+from bytecap.allocation.overlaid import problem_of
 from bytecap.allocation.planner import Planner, coder_of, decode_grid, finest_step
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 from bytecap.allocation.correction import TOKENS, Factor, role_name, shrunk
-from bytecap.allocation.layered import problem_of
+from bytecap.allocation.overlaid import problem_of
 from bytecap.allocation.planner import State
 from bytecap.allocation.plans import allocated_plan
 from bytecap.calibration.probe import Statistics

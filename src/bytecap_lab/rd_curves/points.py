@@ -130,7 +130,7 @@ def measure(
 
 
 def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameters: int) -> dict[str, Any]:
-    layers = [layered(r.section) for r in real.values()]
+    layers = [overlay_bytes(r.section) for r in real.values()]
     protected = sum(r.share * ground.base.problems[n].unit.parameters for n, r in real.items())
     shapes = {n: ground.base.problems[n].unit.matrix_shape for n in real}
     stacks = {n: (shapes[n], r.section.data) for n, r in real.items() if r.section.tag == STACK.tag}
@@ -144,7 +144,7 @@ def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameter
     }  # fmt: skip
 
 
-def layered(section: Section) -> tuple[int, int]:
+def overlay_bytes(section: Section) -> tuple[int, int]:
     """Return the bytes of a section's layers, and of headers that are stored only because there are layers."""
     if section.tag != STACK.tag:
         return 0, 0

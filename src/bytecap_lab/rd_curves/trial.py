@@ -17,7 +17,7 @@ from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
 from bytecap.progress import Advance
-from bytecap.quantization.overlays import Applied, Path, Problem, check_names, paths, thinned
+from bytecap.quantization.overlays import Applied, Overlay, Problem, check_names, overlays, thinned
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, Rounded
 from bytecap_lab.rd_curves.operating_point import RUNGS, Ground
@@ -84,7 +84,7 @@ def known(names: Sequence[str] | None) -> list[str]:
     Raises:
         UsageError: unknown; the message suggests the nearest one.
     """
-    every = [STEP, *sorted(paths())]
+    every = [STEP, *sorted(overlays())]
     check_names(names or (), every)
     return [STEP, *dict.fromkeys(n for n in names if n != STEP)] if names else every
 
@@ -93,7 +93,7 @@ def ladder(path: str, base: Base, name: str, rungs: int = RUNGS) -> Sequence[Any
     """Return the settings of a path on a unit, cheapest first; long ladders are thinned evenly, keeping both ends."""
     if path == STEP:
         return STEPS
-    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), rungs)
+    return thinned(overlays()[path].settings(base.problems[name], base.units[name].values), rungs)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
@@ -102,7 +102,7 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
         (finer,) = set(wanted.values())
         found = base.round([base.problems[n] for n in wanted], finer)
         return {n: (r, None) for n, r in zip(wanted, found, strict=True)}
-    method: Path = paths()[path]
+    method: Overlay = overlays()[path]
     below = base.round([method.before(base.problems[n], s) for n, s in wanted.items()], 0.0)
     return {
         n: (r, method.after(base.problems[n], r.values.clone(), s))

@@ -59,7 +59,7 @@ def thesis(
         evaluation_tokens: most tokens for evaluation, over all texts.
         window: predicted tokens in a window.
         seeds: calibration seeds that rankings are made with.
-        rungs: most settings that an exception path is tried with on a unit.
+        rungs: most settings that an overlay is tried with on a unit.
         device: `auto`, `cpu` or `cuda`.
         jobs: processes.
         store: directory of statistics and points; `output`/store by default.

@@ -47,7 +47,7 @@ class Setting:
         evaluation_tokens: most tokens for evaluation, over all texts.
         window: predicted tokens in a window.
         seeds: calibration seeds that rankings are made with.
-        rungs: most settings that an exception path is tried with on a unit.
+        rungs: most settings that an overlay is tried with on a unit.
         device: `cpu` or `cuda`.
     """
 

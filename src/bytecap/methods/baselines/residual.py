@@ -18,7 +18,7 @@ from bytecap.format.coders.packed import Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
 from bytecap.quantization.overlays import Problem
-from bytecap.quantization.overlays.lowrank import PATH, Rank
+from bytecap.quantization.overlays.lowrank import OVERLAY, Rank
 from bytecap.types import Unit
 
 _DAMPING = 0.01
@@ -73,7 +73,7 @@ class Residual:
         worst = sorted(problems, key=lambda n: problems[n].distortion(bases[n]))[-self.tensors :]
         found = {}
         for n in worst:
-            layer = PATH.after(problems[n], bases[n], Rank(self.rank, self.bits))
+            overlay = OVERLAY.after(problems[n], bases[n], Rank(self.rank, self.bits))
             base = sections[n]
-            found[n] = Section(STACK.tag, STACK.encode((base.tag, base.data), [(layer.tag, layer.data)]))
+            found[n] = Section(STACK.tag, STACK.encode((base.tag, base.data), [(overlay.tag, overlay.data)]))
         return found

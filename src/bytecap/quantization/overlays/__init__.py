@@ -5,7 +5,7 @@ shoulders (`before`: protected columns become zeros that cost next to nothing, a
 base is coded, the path is given the decoded values and writes its layer (`after`). Reading is `bytecap.format.coders`'
 job: every path's layer is one file there, under the same name.
 
-One file each; a path is found by its module-level `PATH`.
+One file each; a path is found by its module-level `OVERLAY`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Applied:
     share: float
 
 
-class Path(Protocol):
-    """One kind of exception path."""
+class Overlay(Protocol):
+    """One kind of overlay."""
 
     id: ClassVar[str]
     charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its layers
@@ -109,11 +109,11 @@ class Path(Protocol):
 
 
 @cache
-def paths() -> dict[str, Path]:
+def overlays() -> dict[str, Overlay]:
     """Return all paths by name."""
-    found: dict[str, Path] = {}
+    found: dict[str, Overlay] = {}
     for info in pkgutil.iter_modules(__path__):
-        path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "PATH", None)
+        path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "OVERLAY", None)
         if path is not None:
             found[path.id] = path
     return found

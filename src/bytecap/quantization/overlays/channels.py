@@ -125,4 +125,4 @@ class Channels:
         return apply(CODER, CODER.encode(mode, index, values, shape, scales), base, size / (shape[0] * shape[1]))
 
 
-PATH = Channels()
+OVERLAY = Channels()

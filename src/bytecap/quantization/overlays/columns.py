@@ -12,9 +12,9 @@ measured, the values may be i8, and the base knows beforehand what will be absor
 >>> loud = torch.eye(16).double()
 >>> loud[3, 3] = 100
 >>> problem = Problem(Unit("a", (2, 16), "F32"), torch.linspace(-1, 1, 32).view(2, 16), loud, torch.ones(2).double())
->>> [(s.count, s.bits, s.index.tolist()) for s in PATH.settings(problem)][:2]
+>>> [(s.count, s.bits, s.index.tolist()) for s in OVERLAY.settings(problem)][:2]
 [(1, 8, [3]), (1, 16, [3])]
->>> PATH.after(problem, torch.zeros(2, 16), PATH.settings(problem)[1]).values[:, 2:5].tolist()
+>>> OVERLAY.after(problem, torch.zeros(2, 16), OVERLAY.settings(problem)[1]).values[:, 2:5].tolist()
 [[0.0, -0.806640625, 0.0], [0.0, 0.225830078125, 0.0]]
 """
 
@@ -58,4 +58,4 @@ class Columns:
         return apply(CODER, CODER.encode(index, stored.values, cols, stored.scales), base, len(index) / cols)
 
 
-PATH = Columns()
+OVERLAY = Columns()

@@ -15,7 +15,7 @@ Sources: GPTQ's groups (arXiv:2210.17323); Radio (arXiv:2505.03031).
 
 >>> from bytecap.types import Unit
 >>> problem = Problem(Unit("a", (1, 4), "F32"), torch.ones(1, 4), torch.eye(4).double(), torch.ones(1).double())
->>> PATH.after(problem, torch.tensor([[2.0, 2.0, 0.5, 0.5]]), Grouping(2, 8, divide=False)).values.tolist()
+>>> OVERLAY.after(problem, torch.tensor([[2.0, 2.0, 0.5, 0.5]]), Grouping(2, 8, divide=False)).values.tolist()
 [[1.0, 1.0, 1.0, 1.0]]
 """
 
@@ -154,4 +154,4 @@ class Groups:
         return apply(CODER, CODER.encode(kept, setting.size), base, 1.0)
 
 
-PATH = Groups()
+OVERLAY = Groups()

@@ -13,7 +13,7 @@ ranks of the ladder, and error feedback would spread what the residual is made f
 >>> from bytecap.types import Unit
 >>> weight = torch.outer(torch.arange(8.0), torch.ones(8))
 >>> problem = Problem(Unit("a", (8, 8), "F32"), weight, torch.eye(8).double(), torch.ones(8).double())
->>> found = PATH.after(problem, torch.zeros(8, 8), Rank(1, 8))
+>>> found = OVERLAY.after(problem, torch.zeros(8, 8), Rank(1, 8))
 >>> problem.distortion(found.values) < 0.01
 True
 """
@@ -146,4 +146,4 @@ class LowRank:
         return apply(CODER, CODER.encode(left, right, np.array(scales, np.float32), bits), base, 1.0)
 
 
-PATH = LowRank()
+OVERLAY = LowRank()

@@ -71,4 +71,4 @@ class Outliers:
         return wanted
 
 
-PATH = Outliers()
+OVERLAY = Outliers()

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bytecap.format.coders import Layer, Shared
+from bytecap.format.coders import OverlayCoder, Shared
 from bytecap.quantization.overlays import Applied, Problem, decoded
 
 Score = Literal["measured", "owq"]
@@ -181,9 +181,9 @@ def store(vectors: Tensor, bits: int, metric: Tensor | None = None) -> Stored:
     return Stored(stacked, None if bits == 16 else np.array([s for _, s in kept], np.float16))
 
 
-def apply(layer: Layer, data: bytes, base: Tensor, share: float) -> Applied:
+def apply(overlay: OverlayCoder, data: bytes, base: Tensor, share: float) -> Applied:
     """Apply a layer to a base by the layer's own decoder."""
     matrix = np.array(base.numpy(), np.float32, order="C")
     shape = (matrix.shape[0], matrix.shape[1])
-    side = sum(n for kind, n in layer.kinds(data, shape, "F32") if kind in {"index", "side"})
-    return Applied(layer.tag, data, decoded(layer.apply(data, matrix, Shared())), side, share)
+    side = sum(n for kind, n in overlay.kinds(data, shape, "F32") if kind in {"index", "side"})
+    return Applied(overlay.tag, data, decoded(overlay.apply(data, matrix, Shared())), side, share)

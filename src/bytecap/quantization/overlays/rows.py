@@ -9,7 +9,7 @@ Omitted: error feedback along a row of i8 values. Its error is 2^-16 of the row'
 >>> from bytecap.types import Unit
 >>> rows = torch.ones(8).double()
 >>> problem = Problem(Unit("a", (8, 2), "F32"), torch.arange(16.0).view(8, 2), torch.eye(2).double(), rows)
->>> [(s.count, s.bits, s.index.tolist()) for s in PATH.settings(problem, torch.zeros(8, 2))]
+>>> [(s.count, s.bits, s.index.tolist()) for s in OVERLAY.settings(problem, torch.zeros(8, 2))]
 [(1, 8, [7]), (1, 16, [7])]
 """
 
@@ -51,4 +51,4 @@ class Rows:
         return apply(CODER, CODER.encode(index, stored.values, rows, stored.scales), base, len(index) / rows)
 
 
-PATH = Rows()
+OVERLAY = Rows()

@@ -28,7 +28,7 @@ def arm(name: str) -> Callable[[Bench], dict[str, Any]]:
 
 
 def paths(bench: Bench) -> dict[str, Any]:
-    """Every exception path by itself at the primary amount."""
+    """Every overlay by itself at the primary amount."""
     plans = {n: bench.choose([n], PRIMARY * bench.ground.bytes) for n in bench.exceptions}
     plans = {n: p for n, p in plans.items() if p}
     found = bench.measure([pick(p) for p in plans.values()], "paths")
