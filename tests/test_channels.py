@@ -25,7 +25,7 @@ from bytecap.quantization.overlays.channels import ALONE, channel_worth, rank
 from bytecap.quantization.overlays.protect import Amount
 from bytecap.types import Curve, Point, Unit
 from bytecap_lab.rd_curves.choose import bundled, members, spend
-from bytecap_lab.rd_curves.trial import Offer
+from bytecap_lab.rd_curves.trial import OverlayCandidate
 from conftest import SMALL, build, save
 
 pytestmark = pytest.mark.numeric
@@ -192,23 +192,23 @@ class TestOneList:
 
 
 class TestBundles:
-    def offer(self, unit, size, gain, stream=0, listed="0 1 8", index=0):
-        return Offer("channels", unit, index, "", size, gain, 0.0, gain, 1, 0.1, stream, listed)
+    def candidate(self, unit, size, gain, stream=0, listed="0 1 8", index=0):
+        return OverlayCandidate("channels", unit, index, "", size, gain, 0.0, gain, 1, 0.1, stream, listed)
 
     def test_a_stream_is_chosen_as_one(self):
-        offers = {
-            "a": [self.offer("a", 10, 5.0), self.offer("a", 20, 8.0, listed="0 4 8", index=1)],
-            "b": [self.offer("b", 10, 1.0), self.offer("b", 20, 9.0, listed="0 4 8", index=1)],
-            "c": [self.offer("c", 10, -1.0)],
+        candidates = {
+            "a": [self.candidate("a", 10, 5.0), self.candidate("a", 20, 8.0, listed="0 4 8", index=1)],
+            "b": [self.candidate("b", 10, 1.0), self.candidate("b", 20, 9.0, listed="0 4 8", index=1)],
+            "c": [self.candidate("c", 10, -1.0)],
         }
-        chosen = bundled(offers)
+        chosen = bundled(candidates)
         assert [(b.bytes, b.gain) for b in chosen["stream 0"]] == [(20, 6.0), (40, 17.0)]
         assert members(spend(chosen, 39)) == {}  # the hull has one corner, and the stream is not cut
         assert {n: o.list for n, o in members(spend(chosen, 40)).items()} == {"a": "0 4 8", "b": "0 4 8"}
 
     def test_other_paths_are_left_alone(self):
-        offers = {"a": [self.offer("a", 10, 5.0, stream=-1, listed="")], "b": []}
-        assert bundled(offers) == {"a": offers["a"]}
+        candidates = {"a": [self.candidate("a", 10, 5.0, stream=-1, listed="")], "b": []}
+        assert bundled(candidates) == {"a": candidates["a"]}
 
 
 LOUD = list(range(3, 128, 17))

@@ -35,7 +35,7 @@ class Squared(torch.nn.Module):
 
 
 class TestExpansion:
-    def ground(self):
+    def operating_point(self):
         """A map with an error, its exact metric at the original, and windows."""
         module = Squared(0)
         rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ class TestExpansion:
         return job, base, twin, g
 
     def test_it_predicts_what_one_unit_recovers(self):
-        job, base, twin, g = self.ground()
+        job, base, twin, g = self.operating_point()
         (problem,), (rounded,) = base.problems.values(), base.units.values()
         found = measure_slopes(job, base, twin, Store(None), "")
         name = problem.unit.name
@@ -71,13 +71,13 @@ class TestExpansion:
             assert curved > 0.4 * slope
 
     def test_factors_are_measured_where_the_metric_is_wrong(self):
-        job, base, twin, _ = self.ground()
+        job, base, twin, _ = self.operating_point()
         right = measure_slopes(job, base, twin, Store(None), "").factors["map.weight"]
         base.problems = {n: replace(p, hessian=4 * p.hessian) for n, p in base.problems.items()}
         assert measure_slopes(job, base, twin, Store(None), "").factors["map.weight"] == pytest.approx(right / 4)
 
     def test_it_is_kept(self, tmp_path, monkeypatch):
-        job, base, twin, _ = self.ground()
+        job, base, twin, _ = self.operating_point()
         first = measure_slopes(job, base, twin, Store(tmp_path), "a")
         monkeypatch.setattr("bytecap_lab.rd_curves.slopes.gradient", None)
         again = measure_slopes(job, base, twin, Store(tmp_path), "a")

@@ -42,7 +42,7 @@ CHANNELS = CHANNELS_OVERLAY.id  # whose amounts are chosen for all matrices of a
 LABEL = "paths"  # of the plan over a menu
 PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without a path
 UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under a path
-_RUNGS = 8  # amounts of a path tried on a unit
+_MOST_SETTINGS = 8  # amounts of a path tried on a unit
 _KEPT = 2  # of them tried at other steps
 _VALUES = 2**22  # weights measured together
 
@@ -114,18 +114,18 @@ class Menu:
         slope = allocate(list(fine.values()), max(self.capacity, floor_rate(list(fine.values())))).slope
         rankings = self._rankings(kappa)
         self.skipped = dict.fromkeys(self.names, 0)
-        offers: dict[str, list[Curve]] = {n: [] for n in planner.names}
+        candidates: dict[str, list[Curve]] = {n: [] for n in planner.names}
         whole = sum(p.unit.parameters for p in planner.matrices) * max(1, len(self.names))
         for items in in_groups(planner.matrices, lambda p: p.unit.parameters, _VALUES):
             bench = _Bench(planner, start, states, {p.unit.name: p for p in items}, kappa, slope, rankings)
             for name in self.names:
-                served = bench.offers(name)
+                served = bench.candidates(name)
                 self.skipped[name] += len(items) - len(served)
                 for unit, curves in served.items():
-                    offers[unit] += curves
+                    candidates[unit] += curves
                 advance(sum(p.unit.parameters for p in items) / whole)
         self.curves = [
-            Curve(n, tuple(p for c in (fine[n], *offers[n]) for p in c.points)) for n in planner.names
+            Curve(n, tuple(p for c in (fine[n], *candidates[n]) for p in c.points)) for n in planner.names
         ]  # fmt: skip
 
     def _rankings(self, kappa: Mapping[str, float]) -> dict[str, tuple[Ranking, ...]]:
@@ -180,17 +180,17 @@ class _Bench:
             n: replace(problem_of(p), rankings=self.rankings.get(n, ())) for n, p in self.items.items() if _servable(p)
         }
 
-    def offers(self, name: str) -> dict[str, list[Curve]]:
+    def candidates(self, name: str) -> dict[str, list[Curve]]:
         """Refined curves of the best amounts of a path, by unit; units that it cannot serve are left out."""
-        path, ladders = overlays()[name], {}
+        path, settings_of = overlays()[name], {}
         for unit, problem in self.problems.items():
             base = torch.from_numpy(decode_coded(self.start.coded[unit], self.start.shared))
-            ladder = thinned(path.settings(problem, base), _RUNGS)
-            if ladder:
-                ladders[unit] = ladder
-        tried: dict[str, list[Choice]] = {n: [] for n in ladders}
-        for rung in range(max((len(x) for x in ladders.values()), default=0)):
-            items = [self._under(n, name, x[rung]) for n, x in ladders.items() if rung < len(x)]
+            settings = thinned(path.settings(problem, base), _MOST_SETTINGS)
+            if settings:
+                settings_of[unit] = settings
+        tried: dict[str, list[Choice]] = {n: [] for n in settings_of}
+        for number in range(max((len(x) for x in settings_of.values()), default=0)):
+            items = [self._under(n, name, x[number]) for n, x in settings_of.items() if number < len(x)]
             for unit, point in self._at(items, 0.0, name).items():
                 tried[unit].append(point)
         points: dict[str, list[list[Choice]]] = {}

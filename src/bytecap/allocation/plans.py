@@ -35,7 +35,7 @@ _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating poi
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlanCandidate:
     """A settled plan that could be shipped: every unit's step is `c` times its multiplier.
 
     Attributes:
@@ -108,7 +108,7 @@ def step_multipliers(
 
 def choose(
     job: Job, prepared: PreparedModel, c: float, plain: State, kappa: Mapping[str, float], twin: nn.Module
-) -> Candidate:
+) -> PlanCandidate:
     """The best of all plans.
 
     Args:
@@ -123,14 +123,14 @@ def choose(
     with allocator.no_holes(), job.reporter.step("allocation", 1):
         plan, multipliers, around = step_multipliers(planner, plain, kappa, capacity)
         ones = dict.fromkeys(planner.names, 1.0)
-        found = {"plain": Candidate(planner, ones, c, plain, plan.slope, plan.gap)}
+        found = {"plain": PlanCandidate(planner, ones, c, plain, plan.slope, plan.gap)}
         if planner.options.allocate:
             c, state = planner.search(multipliers, capacity, plain.rules, start=c, rounds=4, tolerance=2e-3)
             # whichever is chosen: rounding goes on with the offsets found last
             plain = replace(plain, rules=Rules(plain.shared, state.rules.shrink))
             found = {
                 "plain": replace(found["plain"], state=plain),
-                "allocated": Candidate(planner, multipliers, c, state, plan.slope, plan.gap),
+                "allocated": PlanCandidate(planner, multipliers, c, state, plan.slope, plan.gap),
             }
             del state
     del plain
@@ -142,7 +142,9 @@ def choose(
     return replace(found[label], label=label, predicted=predicted, margin=around)
 
 
-def _with_overlays(job: Job, start: Candidate, kappa: Mapping[str, float], capacity: float) -> dict[str, Candidate]:
+def _with_overlays(
+    job: Job, start: PlanCandidate, kappa: Mapping[str, float], capacity: float
+) -> dict[str, PlanCandidate]:
     """The plan over overlays, settled; nothing if no unit takes one."""
     streams = (
         streams_of(job.model.module, job.model.units, job.sets.statistics) if overlay_menu.CHANNELS in job.paths else ()
@@ -162,10 +164,10 @@ def _with_overlays(job: Job, start: Candidate, kappa: Mapping[str, float], capac
         del found
         room = capacity - overlay_menu.charges(taken)
         c, state = planner.search(steps, room, start.state.rules, start=1.0, rounds=4, tolerance=2e-3)
-    return {overlay_menu.LABEL: Candidate(planner, steps, c, state, plan.slope, plan.gap)}
+    return {overlay_menu.LABEL: PlanCandidate(planner, steps, c, state, plan.slope, plan.gap)}
 
 
-def best_of(job: Job, found: Mapping[str, Candidate], capacity: float, twin: nn.Module) -> tuple[str, float]:
+def best_of(job: Job, found: Mapping[str, PlanCandidate], capacity: float, twin: nn.Module) -> tuple[str, float]:
     """Name of the candidate with the smallest KL on the correction tokens, and that KL.
 
     Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
@@ -184,7 +186,7 @@ def best_of(job: Job, found: Mapping[str, Candidate], capacity: float, twin: nn.
     return best, measured[best][0]
 
 
-def to_json(best: Candidate) -> dict[str, Any]:
+def to_json(best: PlanCandidate) -> dict[str, Any]:
     """A chosen plan as JSON can hold it: its numbers, and the rules that its state was settled under."""
     assert best.state.origin is not None  # noqa: S101 (every settled state has them)
     return {
@@ -194,12 +196,12 @@ def to_json(best: Candidate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def from_json(planner: Planner, kept: Mapping[str, Any]) -> Candidate:
+def from_json(planner: Planner, kept: Mapping[str, Any]) -> PlanCandidate:
     """The plan that `to_json` was given, settled once more."""
     state = planner.settle(kept["steps"], rules_from_json(kept["rules"]))
     state = replace(state, rules=Rules(state.shared, rules_from_json(kept["last"]).shrink))
     numbers = {k: kept[k] for k in ("multipliers", "c", "slope", "gap", "label", "predicted", "margin")}
-    return Candidate(planner, state=state, **numbers)
+    return PlanCandidate(planner, state=state, **numbers)
 
 
 def allocated_plan(

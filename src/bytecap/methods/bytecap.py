@@ -24,7 +24,7 @@ from torch import nn
 from bytecap.allocation import correction, plans
 from bytecap.allocation.asymmetric_targets import LostError, call_order, drift_targets
 from bytecap.allocation.planner import Planner
-from bytecap.allocation.plans import Candidate
+from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model
 from bytecap.calibration.probe import Statistics
 from bytecap.calibration.statistics import moments
@@ -90,7 +90,7 @@ def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
     return Outcome({**sections, **prepared.fixed}, b"", 0.0, 0.0, 0.0, "floats")
 
 
-def plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> tuple[PreparedModel, Candidate]:
+def plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> tuple[PreparedModel, PlanCandidate]:
     """The plan that is shipped, and the units under their paths; integers that are made anew are left out.
 
     Args:
@@ -112,7 +112,7 @@ def plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> tupl
     return replace(prepared, planner=planner), best
 
 
-def _best_plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> Candidate:
+def _best_plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> PlanCandidate:
     """The best of all plans, kept if no unit is under a path."""
     planner = prepared.planner
     c, plain = plans.plain_plan(job, prepared)
@@ -127,7 +127,7 @@ def _best_plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -
     return best
 
 
-def retarget(job: Job, prepared: PreparedModel, best: Candidate, twin: nn.Module, kept: Kept) -> PreparedModel:
+def retarget(job: Job, prepared: PreparedModel, best: PlanCandidate, twin: nn.Module, kept: Kept) -> PreparedModel:
     """The units with targets that make up for the coded prefix; unchanged where the order of calls is not fixed.
 
     Args:
@@ -157,7 +157,7 @@ def retarget(job: Job, prepared: PreparedModel, best: Candidate, twin: nn.Module
     return replace(prepared, planner=replace(planner, matrices=matrices))
 
 
-def pack(job: Job, prepared: PreparedModel, best: Candidate) -> Packed:
+def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
     """Settle the chosen plan's tables, then meet the cap on real bytes."""
     planner = prepared.planner
     allocator.release()
@@ -175,7 +175,7 @@ def _size_beside(job: Job, prepared: PreparedModel) -> Callable[[Mapping[str, Se
     return lambda sections, tables: job.size({**sections, **prepared.fixed}, tables)
 
 
-def predict(job: Job, prepared: PreparedModel, best: Candidate, packed: Packed, twin: nn.Module) -> Outcome:
+def predict(job: Job, prepared: PreparedModel, best: PlanCandidate, packed: Packed, twin: nn.Module) -> Outcome:
     """The packed plan with its KL on the correction tokens."""
     allocator.release()
     with job.reporter.step("prediction", 1):

@@ -39,12 +39,12 @@ from bytecap_lab.rd_curves.base import Base, GolfBase, GridBase, golf_k
 from bytecap_lab.rd_curves.slopes import Slopes, measure_slopes
 
 BASES = ("grid", "golf")
-RUNGS = 8  # settings of one path on one unit
+MOST_SETTINGS = 8  # settings of one path on one unit
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Ground:
+class OperatingPoint:
     """Where every path starts.
 
     Attributes:
@@ -54,7 +54,7 @@ class Ground:
         twin: a module that holds the base's decoded values.
         slopes: the KL's expansion there.
         key: hash of all of it.
-        rungs: most settings that a path is tried with on a unit.
+        most_settings: most settings that a path is tried with on a unit.
     """
 
     job: Job
@@ -63,7 +63,7 @@ class Ground:
     twin: nn.Module
     slopes: Slopes
     key: str
-    rungs: int = RUNGS
+    most_settings: int = MOST_SETTINGS
 
     @property
     def bytes(self) -> int:
@@ -86,14 +86,14 @@ def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int,
     return job
 
 
-def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
-    """The ground of a job.
+def build(job: Job, base: str, store: Store, most_settings: int = MOST_SETTINGS) -> OperatingPoint:
+    """The operating point of a job.
 
     Args:
         job: model, texts, budget.
         base: `grid` or `golf`.
         store: where statistics and operating points are kept.
-        rungs: most settings that a path is tried with on a unit.
+        most_settings: most settings that a path is tried with on a unit.
 
     Raises:
         BudgetError: the base cannot get below the budget.
@@ -111,7 +111,7 @@ def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
     allocator.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
     slopes = measure_slopes(job, made, twin, store, hashed)
-    return Ground(job, made, sections, twin, slopes, digest(hashed, rungs), rungs)
+    return OperatingPoint(job, made, sections, twin, slopes, digest(hashed, most_settings), most_settings)
 
 
 def _with_rankings(job: Job, base: GridBase | GolfBase) -> GridBase | GolfBase:

@@ -1,4 +1,4 @@
-"""Expand the KL around the operating point to second order, for a part of the prediction `Offer.alone`.
+"""Expand the KL around the operating point to second order, for a part of the prediction `OverlayCandidate.alone`.
 
 A unit coded anew has a new rounding error in place of the old one. What that gains is the small difference of a slope
 and a curvature that are each ten times as large, so 5% of either decides the sign of most predictions. Correction

@@ -20,7 +20,7 @@ from bytecap.system.collisions import refuse_pages
 SHOWS_ONLY = "module"
 
 TOKENS, EVALUATION_TOKENS = 16_384, 8_192
-BUDGET, SEEDS, RUNGS = "3bpp", 3, 4
+BUDGET, SEEDS, MOST_SETTINGS = "3bpp", 3, 4
 
 
 def thesis(
@@ -36,7 +36,7 @@ def thesis(
     evaluation_tokens: int = EVALUATION_TOKENS,
     window: int = 512,
     seeds: int = SEEDS,
-    rungs: int = RUNGS,
+    rungs: int = MOST_SETTINGS,
     device: str = "auto",
     jobs: int = 1,
     store: Path | str | None = None,

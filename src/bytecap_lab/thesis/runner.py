@@ -169,7 +169,7 @@ def _head(task: Task, name: str, key: str) -> Record:
 def _texts(bench: Bench) -> Record:
     """Tokens of every text, cluster by cluster, in the order of all other sums."""
     texts = []
-    for text in bench.ground.job.sets.evaluation:
+    for text in bench.operating_point.job.sets.evaluation:
         of, word = clusters({"documents": [w.document for w in text.windows]})
         texts.append(
             {"name": text.name, "errors_over": word, "tokens": fold([w.predicted for w in text.windows], of).tolist()}
