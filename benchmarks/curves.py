@@ -178,7 +178,9 @@ def _along_new_errors(operating_point: OperatingPoint) -> dict[str, float]:
     moves = {
         n: rng.choice((-1, 1)) * (r.values - base.units[n].values) for n, r in zip(base.problems, fresh, strict=True)
     }
-    return factors_along(operating_point.job, base, operating_point.twin, operating_point.job.sets.statistics, moves)
+    return factors_along(
+        operating_point.job, base, operating_point.quantized_copy, operating_point.job.sets.statistics, moves
+    )
 
 
 def _row(

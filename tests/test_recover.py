@@ -17,7 +17,7 @@ from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sampling import sample
 from bytecap.model.sources import SELF_TOKENS, load_sets, with_recovery
 from bytecap.progress import Silent
@@ -262,20 +262,20 @@ class TestGradient:
         sets = load_sets(
             model, texts["calib"], texts["val"], tokens=600, evaluation_tokens=600, window=128, reporter=Silent()
         )
-        twin = twin_of(model.module)
+        quantized_copy = copy_of(model.module)
         name = "model.layers.1.mlp.up_proj.weight"
         torch.manual_seed(0)
         start = model.module.state_dict()[name].float()
         noise = 0.05 * torch.randn(start.shape)
-        load_values(twin, {name: (start + noise).numpy()})
-        kl, found = gradient(model.module, twin, [name], sets.statistics, device="cpu")
-        assert kl == pytest.approx(kl_to(model.module, twin, sets.statistics)[0], rel=1e-4)
+        load_values(quantized_copy, {name: (start + noise).numpy()})
+        kl, found = gradient(model.module, quantized_copy, [name], sets.statistics, device="cpu")
+        assert kl == pytest.approx(kl_to(model.module, quantized_copy, sets.statistics)[0], rel=1e-4)
         values = []
         for sign in (-1, 1):
-            load_values(twin, {name: (start + noise * (1 + 0.05 * sign)).numpy()})
-            values.append(kl_to(model.module, twin, sets.statistics)[0])
+            load_values(quantized_copy, {name: (start + noise * (1 + 0.05 * sign)).numpy()})
+            values.append(kl_to(model.module, quantized_copy, sets.statistics)[0])
         assert float((found[name] * noise).sum()) == pytest.approx((values[1] - values[0]) / 0.1, rel=0.05)
-        assert not any(p.requires_grad for p in twin.parameters())
+        assert not any(p.requires_grad for p in quantized_copy.parameters())
 
 
 class TestTexts:

@@ -25,7 +25,7 @@ from bytecap.calibration.residual_streams import streams_of
 from bytecap.errors import BudgetError
 from bytecap.job import Job
 from bytecap.model.evaluation import kl_each
-from bytecap.model.quantized_copy import twin_of
+from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import leading
 from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
 from bytecap.system import allocator
@@ -85,12 +85,12 @@ def _raise_floor(job: Job, prepared: PreparedModel, state: State) -> None:
     )
 
 
-def factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[str, float]:
+def factors(job: Job, planner: Planner, state: State, quantized_copy: nn.Module) -> dict[str, float]:
     """Correction factor of every unit."""
     with job.reporter.step("correction factors", len(correction.roles(planner))) as advance:
         windows = leading(job.sets.correction, correction.TOKENS)
         found = correction.measure(
-            planner, state, job.model.module, twin, windows, device=job.device, advance=advance
+            planner, state, job.model.module, quantized_copy, windows, device=job.device, advance=advance
         )  # fmt: skip
     return dict.fromkeys(planner.names, 1.0) | correction.shrunk(found)
 
@@ -107,7 +107,7 @@ def step_multipliers(
 
 
 def choose(
-    job: Job, prepared: PreparedModel, c: float, plain: State, kappa: Mapping[str, float], twin: nn.Module
+    job: Job, prepared: PreparedModel, c: float, plain: State, kappa: Mapping[str, float], quantized_copy: nn.Module
 ) -> PlanCandidate:
     """The best of all plans.
 
@@ -117,7 +117,7 @@ def choose(
         c: step of the plain plan.
         plain: its state.
         kappa: correction factor of every unit.
-        twin: a twin of the model, overwritten.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
     """
     planner, capacity = prepared.planner, prepared.capacity
     with allocator.no_holes(), job.reporter.step("allocation", 1):
@@ -138,7 +138,7 @@ def choose(
         start = found["allocated" if planner.options.allocate else "plain"]
         found |= _with_overlays(job, start, kappa, capacity)
     with allocator.no_holes(), job.reporter.step("comparison with a plain plan", 1):
-        label, predicted = best_of(job, found, capacity, twin)
+        label, predicted = best_of(job, found, capacity, quantized_copy)
     return replace(found[label], label=label, predicted=predicted, margin=around)
 
 
@@ -167,13 +167,15 @@ def _with_overlays(
     return {overlay_menu.LABEL: PlanCandidate(planner, steps, c, state, plan.slope, plan.gap)}
 
 
-def best_of(job: Job, found: Mapping[str, PlanCandidate], capacity: float, twin: nn.Module) -> tuple[str, float]:
+def best_of(
+    job: Job, found: Mapping[str, PlanCandidate], capacity: float, quantized_copy: nn.Module
+) -> tuple[str, float]:
     """Name of the candidate with the smallest KL on the correction tokens, and that KL.
 
     Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
     """
     values = {label: correction.unit_values(x.planner, x.state) for label, x in found.items()}
-    measured = kl_each(job.model.module, twin, values, job.sets.correction, device=job.device)
+    measured = kl_each(job.model.module, quantized_copy, values, job.sets.correction, device=job.device)
     cost = {n: kl + found[n].slope * (found[n].state.rate - capacity) for n, (kl, _) in measured.items()}
     without = min((n for n in cost if n != overlay_menu.LABEL), key=cost.__getitem__)
     best = min(cost, key=cost.__getitem__)
@@ -222,7 +224,7 @@ def allocated_plan(
     if known is not None:
         return State(dict(known), {}, prepared.rules, {}, {}), ones
     c, state = plain_plan(job, prepared)
-    kappa = factors(job, planner, state, twin_of(job.model.module)) if planner.options.correct else ones
+    kappa = factors(job, planner, state, copy_of(job.model.module)) if planner.options.correct else ones
     with job.reporter.step("allocation", 1):
         _, multipliers, _ = step_multipliers(planner, state, kappa, capacity)
         _, state = planner.search(multipliers, capacity, state.rules, start=c, rounds=4, tolerance=2e-3)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bytecap.format.overlays.channels import COLUMNS, ROWS
 from bytecap.model.batches import Batch
 from bytecap.model.linears import linear_weights
-from bytecap.model.quantized_copy import twin_of
+from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 
@@ -88,8 +88,8 @@ def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tup
         names: unit name of every weight of a linear map or embedding, by its name in the state dictionary.
         batch: token numbers or another input of `module(batch)`, or a `bytecap.model.batches.Batch`.
     """
-    twin = twin_of(module)
-    calls = _calls(twin, names, batch)
+    module_copy = copy_of(module)
+    calls = _calls(module_copy, names, batch)
     joined = _Joined()
     for number, call in enumerate(calls):
         if call.reader is None or not call.input.is_floating_point():
@@ -104,7 +104,7 @@ def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tup
     return joined.streams()
 
 
-def _calls(twin: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]:
+def _calls(module_copy: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]:
     """Record the calls of one forward pass, in order; the graph hangs on them."""
     found: list[_Call] = []
 
@@ -122,15 +122,15 @@ def _calls(twin: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]
         m.register_forward_pre_hook(before)
         m.register_forward_hook(after)
 
-    for p in twin.parameters():
+    for p in module_copy.parameters():
         p.requires_grad_(p.is_floating_point())
-    for weight, (m, kind) in linear_weights(twin).items():
+    for weight, (m, kind) in linear_weights(module_copy).items():
         if weight in names:
             watch(m, names[weight], kind)
     if isinstance(batch, Batch):
-        batch.value(twin, next(twin.parameters()).device)
+        batch.value(module_copy, next(module_copy.parameters()).device)
     else:
-        twin(batch)
+        module_copy(batch)
     return found
 
 

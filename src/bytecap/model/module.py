@@ -45,24 +45,26 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
     if not any(p.numel() for p in module.parameters()):
         raise CheckpointError(f"the module {name} has no parameters: there is nothing to store")
     try:
-        twin = copy.deepcopy(module)
+        quantized_copy = copy.deepcopy(module)
     except Exception as exc:
         raise CheckpointError(f"the module {name} cannot be copied: {exc}") from exc
-    twin.eval()
+    quantized_copy.eval()
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in quantized_copy.parameters():
             p.requires_grad_(False)
             if p.is_floating_point():
                 p.data = p.data.float()
-        for b in twin.buffers():
+        for b in quantized_copy.buffers():
             if b.dtype in _HALVES:
                 b.data = b.data.float()
-    units = tuple(_oriented(u) for u in find_units(twin, dtypes))
+    units = tuple(_oriented(u) for u in find_units(quantized_copy, dtypes))
     try:
-        check_finite(units, twin)
+        check_finite(units, quantized_copy)
     except CheckpointError as exc:
         raise CheckpointError(f"{name}: {exc}") from None
-    return Model(twin, units, {}, name, notes=_extra_state(module), rounded=_rounded(module, twin, units))
+    return Model(
+        quantized_copy, units, {}, name, notes=_extra_state(module), rounded=_rounded(module, quantized_copy, units)
+    )
 
 
 def _extra_state(module: nn.Module) -> tuple[str, ...]:
@@ -73,9 +75,9 @@ def _extra_state(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _rounded(module: nn.Module, twin: nn.Module, units: Sequence[Unit]) -> frozenset[str]:
+def _rounded(module: nn.Module, quantized_copy: nn.Module, units: Sequence[Unit]) -> frozenset[str]:
     """Return the names of float64 parameters that float32 does not hold."""
-    live, copied = tensors_of(module), tensors_of(twin)
+    live, copied = tensors_of(module), tensors_of(quantized_copy)
     wide = [u.name for u in units if live[u.name].dtype != copied[u.name].dtype == torch.float32]
     return frozenset(n for n in wide if not torch.equal(live[n].detach().double(), copied[n].detach().double()))
 

@@ -47,7 +47,7 @@ class Lazy(Values):
         return len(self._names)
 
 
-def twin_of(module: nn.Module) -> nn.Module:
+def copy_of(module: nn.Module) -> nn.Module:
     """Return a copy that shares the original's storage until values are loaded into it."""
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {}

@@ -26,7 +26,7 @@ from bytecap.errors import ArtifactError
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_each, side_files
 from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.wrappers import plain_names
 from bytecap.types import Unit
 
@@ -131,7 +131,7 @@ def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> 
         check_computed(module, model.module)
         module.to(next(model.module.parameters()).device)
     else:
-        module = twin_of(model.module)
+        module = copy_of(model.module)
     for unit, values in decode_each(contents, observe, threads=threads):
         load_values(module, {unit.name: values})
     return module

@@ -339,10 +339,12 @@ def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, contents, ideal = job.model, container.parse(data), Ideal()
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
-    twin = written(model, contents, observe=ideal, threads=threads)
+    quantized_copy = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
-        parts = [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
+        parts = [
+            compare(model.module, quantized_copy, t, device=job.device, progress=advance) for t in job.sets.evaluation
+        ]
     return parts, ideal.bytes(len(data))
 
 

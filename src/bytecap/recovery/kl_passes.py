@@ -51,8 +51,8 @@ class Passes:
         read: tokens that were tuned on so far.
     """
 
-    def __init__(self, job: Job, twin: nn.Module) -> None:
-        self._job, self._twin = job, twin
+    def __init__(self, job: Job, quantized_copy: nn.Module) -> None:
+        self._job, self._quantized_copy = job, quantized_copy
         self._batch = pass_tokens(job.model.module, torch.device(job.device))
         self._pool = list(job.sets.recovery or job.sets.statistics)
         self._source = moves(self._pool, tokens_of_move(job.device), job.seed)
@@ -66,7 +66,7 @@ class Passes:
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Put values in stored layout into the quantized copy."""
-        live = dict(self._twin.state_dict(keep_vars=True))
+        live = dict(self._quantized_copy.state_dict(keep_vars=True))
         for name, found in values.items():
             live[name].data = found.to(live[name].dtype).contiguous()
 
@@ -76,7 +76,7 @@ class Passes:
         self.read += sum(w.predicted for w in windows)
         model, device = self._job.model.module, self._job.device
         found, self._batch = halving(
-            lambda batch: gradient(model, self._twin, names, windows, device=device, batch=batch), windows,
+            lambda batch: gradient(model, self._quantized_copy, names, windows, device=device, batch=batch), windows,
             self._batch, "recovery", self._job.reporter.note,
         )  # fmt: skip
         return found
@@ -84,7 +84,7 @@ class Passes:
     def check(self) -> float:
         """Return the KL of the quantized copy on the correction tokens."""
         windows = leading(self._job.sets.correction, _CHECK_TOKENS)
-        return kl_to(self._job.model.module, self._twin, windows, device=self._job.device)[0]
+        return kl_to(self._job.model.module, self._quantized_copy, windows, device=self._job.device)[0]
 
     def say_short(self) -> None:
         """Note that the text was shorter than the effort."""

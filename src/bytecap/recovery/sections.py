@@ -24,7 +24,7 @@ from bytecap.format.entropy.shared_tables import load_shared
 from bytecap.format.wire.shared_objects import load_objects
 from bytecap.job import Job, Outcome, Section
 from bytecap.model.batches import is_batches
-from bytecap.model.quantized_copy import Lazy, load_values, twin_of
+from bytecap.model.quantized_copy import Lazy, copy_of, load_values
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.tuning import Clock
 from bytecap.types import Unit
@@ -93,9 +93,9 @@ class _Tuning:
         self.job, self.outcome = job, outcome
         self.shared = replace(load_shared(outcome.tables), objects=load_objects(outcome.objects))
         self.parts = parts_of(job, outcome.sections, self.shared)
-        self.twin = twin_of(job.model.module)
-        load_values(self.twin, _decoded(job, outcome.sections, self.shared))
-        self.passes = Passes(job, self.twin)
+        self.quantized_copy = copy_of(job.model.module)
+        load_values(self.quantized_copy, _decoded(job, outcome.sections, self.shared))
+        self.passes = Passes(job, self.quantized_copy)
         groups = [
             {"params": [t], "lr": 0.0, "first": RATE * max(float(t.detach().abs().mean()), 1e-8)}
             for p in self.parts.values() for t in p.leaves.values()
@@ -117,7 +117,7 @@ class _Tuning:
     def written(self) -> tuple[dict[str, Section], float]:
         """Return the sections as they would be written now, and their KL on the correction tokens."""
         new = {n: p.written() for n, p in self.parts.items()}
-        load_values(self.twin, _decoded(self.job, new, self.shared))
+        load_values(self.quantized_copy, _decoded(self.job, new, self.shared))
         return new, self.passes.check()
 
 

@@ -104,9 +104,9 @@ class Clock:
 class _Course:
     """The moves of one job."""
 
-    def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
-        self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
-        self.passes, self.nats_per_bit = Passes(job, twin), slope / 8
+    def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
+        self.job, self.quantized_copy, self.live = job, quantized_copy, Live(planner, state, job.device)
+        self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._kept = Course(job.store) if job.store.directory is None else Course(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
@@ -114,7 +114,7 @@ class _Course:
         )  # fmt: skip
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
             values = correction.unit_values(planner, state)
-            load_values(twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
+            load_values(quantized_copy, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
 
     def optimizer(self) -> torch.optim.Adam:
         """Adam over all that moves now."""
@@ -227,7 +227,7 @@ def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
 
 
 def tune(
-    job: Job, planner: Planner, state: State, twin: nn.Module, slope: float
+    job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float
 ) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
     """What recovery made of a plan, settled at about the same bytes; None if nothing measured better.
 
@@ -237,7 +237,7 @@ def tune(
         job: names the model, the tokens and the effort.
         planner: the units as they were coded.
         state: what would be shipped without recovery.
-        twin: a twin of the model, overwritten.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
         slope: nats per token that a byte buys.
     """
     if is_batches(job.sets.statistics):
@@ -247,7 +247,7 @@ def tune(
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        course = _Course(job, planner, state, twin, slope)
+        course = _Course(job, planner, state, quantized_copy, slope)
         start = kl = course.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):

@@ -28,7 +28,7 @@ from bytecap.job.config import FitConfig
 from bytecap.methods.bytecap import calibrate, prepare
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import TokenSets, leading
 from bytecap.pipeline import stages
 from bytecap.quantization.overlays.channels import rank
@@ -51,7 +51,7 @@ class OperatingPoint:
         job: model, texts, budget.
         base: the operating point.
         sections: of the base's units, real bytes.
-        twin: a module that holds the base's decoded values.
+        quantized_copy: a module that holds the base's decoded values.
         slopes: the KL's expansion there.
         key: hash of all of it.
         most_settings: most settings that a path is tried with on a unit.
@@ -60,7 +60,7 @@ class OperatingPoint:
     job: Job
     base: Base
     sections: Mapping[str, Section]
-    twin: nn.Module
+    quantized_copy: nn.Module
     slopes: Slopes
     key: str
     most_settings: int = MOST_SETTINGS
@@ -105,13 +105,13 @@ def build(job: Job, base: str, store: Store, most_settings: int = MOST_SETTINGS)
     made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
     made = _with_rankings(job, made)
     sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))
-    twin = twin_of(job.model.module)
+    quantized_copy = copy_of(job.model.module)
     units = {u.name: u for u in job.model.units}
-    load_values(twin, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
+    load_values(quantized_copy, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
     allocator.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
-    slopes = measure_slopes(job, made, twin, store, hashed)
-    return OperatingPoint(job, made, sections, twin, slopes, digest(hashed, most_settings), most_settings)
+    slopes = measure_slopes(job, made, quantized_copy, store, hashed)
+    return OperatingPoint(job, made, sections, quantized_copy, slopes, digest(hashed, most_settings), most_settings)
 
 
 def _with_rankings(job: Job, base: GridBase | GolfBase) -> GridBase | GolfBase:
@@ -170,7 +170,7 @@ def _factors(job: Job, base: Base) -> dict[str, float]:
         for role, names in roles.items()
     }
     module = job.model.module
-    measured = kl_each(module, twin_of(module), values, leading(job.sets.correction, TOKENS), device=job.device)
+    measured = kl_each(module, copy_of(module), values, leading(job.sets.correction, TOKENS), device=job.device)
     found: dict[str, Factor] = {}
     for role, names in roles.items():
         predicted = sum(base.problems[n].distortion(base.units[n].values) for n in names)

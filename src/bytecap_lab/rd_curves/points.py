@@ -80,7 +80,11 @@ def at_base(operating_point: OperatingPoint, windows: Sequence[Window], store: S
     kept = store.get(key)
     if kept is None:
         found = by_window(
-            operating_point.job.model.module, operating_point.twin, {"": {}}, windows, device=operating_point.job.device
+            operating_point.job.model.module,
+            operating_point.quantized_copy,
+            {"": {}},
+            windows,
+            device=operating_point.job.device,
         )[""]
         kept = {k: v.tolist() for k, v in found.__dict__.items()}
         store.put(key, kept)
@@ -112,7 +116,7 @@ def measure(
         values = {k: {n: from_matrix(units[n], r.values) for n, r in real.items()} for k, real in reals.items()}
         scores = by_window(
             operating_point.job.model.module,
-            operating_point.twin,
+            operating_point.quantized_copy,
             values,
             windows,
             device=operating_point.job.device,
