@@ -227,9 +227,9 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
 
 def _only(quantized_copy: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
     """Let the copy hold these values, and the original's storage for other staged units: no pass needs those again."""
-    source, live = (dict(m.named_parameters()) for m in (original, quantized_copy))
+    source, parameters = (dict(m.named_parameters()) for m in (original, quantized_copy))
     for name in staged:
-        live[name].data = source[name].data
+        parameters[name].data = source[name].data
     load_values(quantized_copy, values)
 
 

@@ -38,8 +38,8 @@ def gradient(
         labels: share of the text's own next tokens (cross entropy) in what is returned, the rest is the KL.
         progress: called with the number of tokens finished.
     """
-    live = dict(quantized_copy.named_parameters(remove_duplicate=False))
-    leaves = [live[n] for n in names]
+    tensors = dict(quantized_copy.named_parameters(remove_duplicate=False))
+    leaves = [tensors[n] for n in names]
     before = [p.requires_grad for p in leaves]
     for p in leaves:
         p.requires_grad_(True)

@@ -33,12 +33,12 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
         CheckpointError: it cannot be copied, holds nothing to store, or a tensor of a dtype the format lacks.
     """
     name = name or type(module).__name__
-    live = tensors_of(module)
-    for n, t in live.items():
+    tensors = tensors_of(module)
+    for n, t in tensors.items():
         if why := unready(t):
             raise CheckpointError(f"{name}: tensor {n} holds no values, it is {why}")
-    dtypes = {n: DTYPES.get(str(t.dtype), str(t.dtype)) for n, t in live.items()}
-    for n, t in live.items():
+    dtypes = {n: DTYPES.get(str(t.dtype), str(t.dtype)) for n, t in tensors.items()}
+    for n, t in tensors.items():
         if dtypes[n] not in WIDTH:
             raise CheckpointError(f"{name}: tensor {n} has the dtype {str(t.dtype).removeprefix('torch.')}, "
                                   "which cannot be stored")  # fmt: skip
@@ -77,9 +77,9 @@ def _extra_state(module: nn.Module) -> tuple[str, ...]:
 
 def _rounded(module: nn.Module, quantized_copy: nn.Module, units: Sequence[Unit]) -> frozenset[str]:
     """Return the names of float64 parameters that float32 does not hold."""
-    live, copied = tensors_of(module), tensors_of(quantized_copy)
-    wide = [u.name for u in units if live[u.name].dtype != copied[u.name].dtype == torch.float32]
-    return frozenset(n for n in wide if not torch.equal(live[n].detach().double(), copied[n].detach().double()))
+    tensors, copied = tensors_of(module), tensors_of(quantized_copy)
+    wide = [u.name for u in units if tensors[u.name].dtype != copied[u.name].dtype == torch.float32]
+    return frozenset(n for n in wide if not torch.equal(tensors[n].detach().double(), copied[n].detach().double()))
 
 
 def _oriented(unit: Unit) -> Unit:

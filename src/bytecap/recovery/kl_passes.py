@@ -66,9 +66,9 @@ class Passes:
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Put values in stored layout into the quantized copy."""
-        live = dict(self._quantized_copy.state_dict(keep_vars=True))
+        parameters = dict(self._quantized_copy.state_dict(keep_vars=True))
         for name, found in values.items():
-            live[name].data = found.to(live[name].dtype).contiguous()
+            parameters[name].data = found.to(parameters[name].dtype).contiguous()
 
     def gradients(self, names: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
         """Return KL and gradients on the next windows; batches are halved where the device's memory ends."""

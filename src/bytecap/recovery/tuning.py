@@ -41,7 +41,7 @@ from bytecap.model.quantized_copy import load_values
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import Course
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_move
-from bytecap.recovery.parameters import Live
+from bytecap.recovery.parameters import TunedParameters
 from bytecap.system import allocator
 
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
@@ -105,7 +105,8 @@ class _Course:
     """The moves of one job."""
 
     def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
-        self.job, self.quantized_copy, self.live = job, quantized_copy, Live(planner, state, job.device)
+        self.job, self.quantized_copy = job, quantized_copy
+        self.parameters = TunedParameters(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._kept = Course(job.store) if job.store.directory is None else Course(
@@ -119,7 +120,7 @@ class _Course:
     def optimizer(self) -> torch.optim.Adam:
         """Adam over all that moves now."""
         groups = []
-        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+        for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             rate = RATE if name.startswith("target ") else VALUES_RATE
             rate *= float(t.abs().mean()) if name.startswith("vector ") else 1.0
             groups.append({"params": [t], "lr": rate, "first": rate})
@@ -127,10 +128,10 @@ class _Course:
 
     def move(self, optimizer: torch.optim.Adam, rate: float) -> float:
         """One move at a share of the first rates; the mean KL before it."""
-        self.passes.load(self.live.values())
-        kl, found = self.passes.gradients(self.live.names)
-        tensors = {**self.live.values_only(), **self.live.targets()}
-        for name, g in self.live.gradients(found, self.nats_per_bit).items():
+        self.passes.load(self.parameters.values())
+        kl, found = self.passes.gradients(self.parameters.names)
+        tensors = {**self.parameters.values_only(), **self.parameters.targets()}
+        for name, g in self.parameters.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
         for group in optimizer.param_groups:
             group["lr"] = rate * group["first"]
@@ -142,8 +143,8 @@ class _Course:
         """Put the course into the store, after a group was coded and the rest was moved."""
 
         def state() -> tuple[dict[str, Tensor], Any]:
-            found = {f"live {n}": t for n, t in self.live.state().items()}
-            for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            found = {f"live {n}": t for n, t in self.parameters.state().items()}
+            for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
                 found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
             return found, [group, clock.moves, clock.seconds, beyond]
 
@@ -156,39 +157,39 @@ class _Course:
             return 0, beyond
         kept, (group, moves, seconds, beyond) = found
         device = torch.device(self.job.device)
-        self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
+        self.parameters.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
         self.passes.skip(moves)
         clock.resume(moves, seconds)
-        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+        for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
         return group, beyond
 
     def check(self) -> float:
         """KL on the correction tokens."""
-        self.passes.load(self.live.values())
+        self.passes.load(self.parameters.values())
         return self.passes.check()
 
 
 def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and move what is left in between."""
-    live = course.live
-    live.melt()
-    groups, optimizer = live.groups(_GROUPS), course.optimizer()
-    total = live.planned(live.matrices)[0]
+    parameters = course.parameters
+    parameters.unfreeze()
+    groups, optimizer = parameters.groups(_GROUPS), course.optimizer()
+    total = parameters.planned(parameters.matrices)[0]
     beyond, seen = _BELOW * total, [(0, kl)]
     first, beyond = course.resume(optimizer, clock, beyond)
     for number, group in enumerate(groups):
         if number < first:
             continue
         left = [n for rest in groups[number:] for n in rest]
-        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (live.planned(left)[1] / 8 * 1.2)))
-        spent = live.code(group, change)
+        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (parameters.planned(left)[1] / 8 * 1.2)))
+        spent = parameters.code(group, change)
         for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
             if abs(beyond + spent) < _BELOW / 2 * total:
                 break
-            change += (beyond + spent) / (live.planned(group)[1] / 8 * 1.2)
-            spent = live.code(group, change)
+            change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
+            spent = parameters.code(group, change)
         beyond += spent
         while clock.done < (number + 1) / len(groups):
             now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
@@ -198,7 +199,7 @@ def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
             course.job.reporter.note(
                 f"recovery diverges after {clock.moves} moves of integers (KL {seen[-1][1]:.4f}): stopped"
             )
-            live.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
+            parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
         course.keep(optimizer, clock, number + 1, beyond)
     return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
@@ -207,7 +208,7 @@ def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
 def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
     """Move what frozen codes leave; goes back to the best that was seen."""
     job, optimizer = course.job, course.optimizer()
-    best, kept, worse = kl, course.live.snapshot(), 0
+    best, kept, worse = kl, course.parameters.snapshot(), 0
     seen = [(0, kl)]
     while clock.done < 1:
         course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
@@ -218,11 +219,11 @@ def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
         seen.append((clock.moves, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
-            best, kept = now, course.live.snapshot()
+            best, kept = now, course.parameters.snapshot()
         if not now < _LOST * kl or worse >= _PATIENCE:
             job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {now:.4f}): stopped")
             break
-    course.live.restore(kept)
+    course.parameters.restore(kept)
     return {"stage": "values", "kl": best, "checks": seen}
 
 
@@ -262,9 +263,9 @@ def tune(
                 kl = done["kl"]
             elif stage is _integers:
                 job.reporter.note("recovery: the new integers are no better, the old ones are kept")
-                course.live = Live(planner, state, job.device)
+                course.parameters = TunedParameters(planner, state, job.device)
     course.passes.say_short()
-    return course.live.settle() if kl < start else None, {
+    return course.parameters.settle() if kl < start else None, {
         "tokens": course.passes.read,
         "kl_before": start,
         "stages": stages,

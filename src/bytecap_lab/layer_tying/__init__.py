@@ -245,9 +245,9 @@ def write(student: nn.Module, files: dict[str, bytes], model: Model, directory: 
     from safetensors.torch import save
 
     dtypes = _dtypes(model)
-    live = student.state_dict()
+    trained = student.state_dict()
     tensors = {
-        u.name: live[u.name].detach().cpu().to(_dtype_of(u.name, dtypes, live)).contiguous()
+        u.name: trained[u.name].detach().cpu().to(_dtype_of(u.name, dtypes, trained)).contiguous()
         for u in find_units(student)
     }
     for name, content in files.items():
@@ -260,10 +260,10 @@ def _dtypes(model: Model) -> dict[str, torch.dtype]:
     return {n: known.get(u.dtype, torch.float32) for u in model.units for n in (u.name, *u.aliases)}
 
 
-def _dtype_of(name: str, dtypes: dict[str, torch.dtype], live: dict[str, torch.Tensor]) -> torch.dtype:
+def _dtype_of(name: str, dtypes: dict[str, torch.dtype], tensors: dict[str, torch.Tensor]) -> torch.dtype:
     """Return the original's dtype; a low-rank part has that of its linear map."""
-    if not live[name].is_floating_point():
-        return live[name].dtype
+    if not tensors[name].is_floating_point():
+        return tensors[name].dtype
     return dtypes.get(name) or dtypes[name.rpartition(".")[0].rpartition(".")[0] + ".weight"]
 
 

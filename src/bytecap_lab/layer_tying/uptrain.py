@@ -79,7 +79,7 @@ class Trainer:
         self, original: nn.Module, student: nn.Module, *, device: str, rate: float = RATE, labels: float = 0.0
     ) -> None:
         self.original, self.student, self.device, self.rate, self.labels = original, student, device, rate, labels
-        self.optimizer = torch.optim.AdamW(list(self.live().values()), lr=rate, betas=_BETAS, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(list(self.parameters().values()), lr=rate, betas=_BETAS, weight_decay=0.0)
         self.batch = pass_tokens(original, torch.device(device))
         self.number = self.tokens = 0
 
@@ -93,10 +93,10 @@ class Trainer:
         self.tokens += sum(w.predicted for w in windows)
         if not math.isfinite(loss):
             return loss
-        live = self.live()
-        for name, p in live.items():
+        parameters = self.parameters()
+        for name, p in parameters.items():
             p.grad = gradients[name]
-        nn.utils.clip_grad_norm_(live.values(), _CLIP)
+        nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * share
         self.optimizer.step()
@@ -111,14 +111,14 @@ class Trainer:
         def work(batch: int) -> tuple[float, dict[str, Tensor]]:
             with torch.autocast(kind, fast, enabled=fast is not torch.float32):
                 return gradient(
-                    self.original, self.student, list(self.live()), windows, device=self.device, batch=batch,
+                    self.original, self.student, list(self.parameters()), windows, device=self.device, batch=batch,
                     labels=self.labels,
                 )  # fmt: skip
 
         found, self.batch = halving(work, windows, self.batch, "uptraining")
         return found
 
-    def live(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the student reads now, each once."""
         return {n: p for n, p in self.student.named_parameters() if p.is_floating_point()}
 
