@@ -23,7 +23,7 @@ from bytecap.model.texts import TokenSets, Window
 from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Bars
 from bytecap.recovery import tuning
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from common import parser, record, texts
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         read = [one(args, model, sets, bits) for bits in args.bits]
         steps = args.tuning_steps
         if steps is None:
-            steps = max(read, default=0) // tokens_of_move(args.device)
+            steps = max(read, default=0) // tokens_of_iteration(args.device)
         if steps:
             tuned(args, model, sets, steps)
 
@@ -102,7 +102,7 @@ def tuned(args: Any, model: Model, sets: TokenSets, steps: int) -> None:
         mean = mean_comparison(parts)
         record(args, {
             "benchmark": "recover-fine-tuning", "model": model.name, "rate": rate, "steps": steps,
-            "tokens": steps * tokens_of_move(args.device),
+            "tokens": steps * tokens_of_iteration(args.device),
             "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
             "kl_nats": mean.kl_nats, "seconds": round(time.perf_counter() - started, 1),
         })  # fmt: skip
@@ -114,7 +114,7 @@ def _train(quantized_copy: torch.nn.Module, windows: list[Window], steps: int, r
     parameters = [p.requires_grad_(True) for p in quantized_copy.parameters() if p.is_floating_point()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng = random.Random(args.seed)  # noqa: S311 (sampling, not cryptography)
-    most = tokens_of_move(args.device)
+    most = tokens_of_iteration(args.device)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - 0.9 * step / steps)

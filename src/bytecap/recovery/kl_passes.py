@@ -17,16 +17,16 @@ from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
 from bytecap.model.forward import pass_tokens
 from bytecap.model.oom_retry import halving
-from bytecap.model.texts import leading, moves
+from bytecap.model.texts import iteration_windows, leading
 
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
 _CHECK_TOKENS = 8192
 
 
-def tokens_of_move(device: str) -> int:
+def tokens_of_iteration(device: str) -> int:
     """Return the number of tokens of one move.
 
-    >>> tokens_of_move("cpu"), tokens_of_move("cuda:0")
+    >>> tokens_of_iteration("cpu"), tokens_of_iteration("cuda:0")
     (2048, 16384)
     """
     return _TOKENS[torch.device(device).type]
@@ -55,7 +55,7 @@ class Passes:
         self._job, self._quantized_copy = job, quantized_copy
         self._batch = pass_tokens(job.model.module, torch.device(job.device))
         self._pool = list(job.sets.recovery or job.sets.statistics)
-        self._source = moves(self._pool, tokens_of_move(job.device), job.seed)
+        self._source = iteration_windows(self._pool, tokens_of_iteration(job.device), job.seed)
         self.read = 0
 
     def skip(self, moves: int) -> None:

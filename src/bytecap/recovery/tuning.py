@@ -40,7 +40,7 @@ from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_move
+from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.parameters import TunedParameters
 from bytecap.system import allocator
 
@@ -63,36 +63,36 @@ class Clock:
     """How much of an effort is done, and when it is time for a look at held-out tokens.
 
     Attributes:
-        moves: made so far.
+        iterations: made so far.
         done: share of the effort, 1 when it is spent.
-        looked: `done` and `moves` at the last look.
+        validated: `done` and `iterations` at the last look.
     """
 
     def __init__(self, effort: Effort, advance: Advance, share: float = 1.0) -> None:
         """`advance` is told about progress, `share` of it in all."""
         self._effort, self._share, self._advance = effort, share, advance
         self._started = time.monotonic()
-        self.moves, self.done, self.looked = 0, effort.share(0, 0.0), (0.0, 0)
+        self.iterations, self.done, self.validated = 0, effort.share(0, 0.0), (0.0, 0)
 
-    def resume(self, moves: int, seconds: float, looked: tuple[float, int] = (0.0, 0)) -> None:
+    def resume(self, iterations: int, seconds: float, validated: tuple[float, int] = (0.0, 0)) -> None:
         """Go on from so many moves in so many seconds, and from the last look."""
         self._started -= seconds
-        self.looked = looked
-        self.tick(moves)
+        self.validated = validated
+        self.tick(iterations)
 
-    def tick(self, moves: int = 1) -> None:
+    def tick(self, iterations: int = 1) -> None:
         """So many more moves are made."""
-        self.moves += moves
+        self.iterations += iterations
         before = self.done
-        self.done = min(1.0, self._effort.share(self.moves, self.seconds))
+        self.done = min(1.0, self._effort.share(self.iterations, self.seconds))
         self._advance((self.done - before) * self._share)
 
-    def due(self, looks: int, apart: int = 1) -> bool:
+    def due(self, validations: int, apart: int = 1) -> bool:
         """Whether to look now: so many times in all, at least so many moves apart, and when all is done."""
-        done, moves = self.looked
-        if self.done < 1 and (self.done - done < 1 / looks or self.moves - moves < apart):
+        done, iterations = self.validated
+        if self.done < 1 and (self.done - done < 1 / validations or self.iterations - iterations < apart):
             return False
-        self.looked = self.done, self.moves
+        self.validated = self.done, self.iterations
         return True
 
     @property
@@ -126,7 +126,7 @@ class _Course:
             groups.append({"params": [t], "lr": rate, "first": rate})
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
-    def move(self, optimizer: torch.optim.Adam, rate: float) -> float:
+    def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:
         """One move at a share of the first rates; the mean KL before it."""
         self.passes.load(self.parameters.values())
         kl, found = self.passes.gradients(self.parameters.names)
@@ -146,7 +146,7 @@ class _Course:
             found = {f"live {n}": t for n, t in self.parameters.state().items()}
             for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
                 found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
-            return found, [group, clock.moves, clock.seconds, beyond]
+            return found, [group, clock.iterations, clock.seconds, beyond]
 
         self._kept.put(state)
 
@@ -155,11 +155,11 @@ class _Course:
         found = self._kept.get()
         if found is None:
             return 0, beyond
-        kept, (group, moves, seconds, beyond) = found
+        kept, (group, iterations, seconds, beyond) = found
         device = torch.device(self.job.device)
         self.parameters.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
-        self.passes.skip(moves)
-        clock.resume(moves, seconds)
+        self.passes.skip(iterations)
+        clock.resume(iterations, seconds)
         for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
@@ -192,12 +192,12 @@ def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
             spent = parameters.code(group, change)
         beyond += spent
         while clock.done < (number + 1) / len(groups):
-            now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
+            now = course.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
             clock.tick()
-            seen.append((clock.moves, now))
+            seen.append((clock.iterations, now))
         if not seen[-1][1] < _LOST * kl:
             course.job.reporter.note(
-                f"recovery diverges after {clock.moves} moves of integers (KL {seen[-1][1]:.4f}): stopped"
+                f"recovery diverges after {clock.iterations} moves of integers (KL {seen[-1][1]:.4f}): stopped"
             )
             parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
@@ -211,17 +211,17 @@ def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
     best, kept, worse = kl, course.parameters.snapshot(), 0
     seen = [(0, kl)]
     while clock.done < 1:
-        course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+        course.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
         clock.tick()
         if not clock.due(_CHECKS, _APART):
             continue
         now = course.check()
-        seen.append((clock.moves, now))
+        seen.append((clock.iterations, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
             best, kept = now, course.parameters.snapshot()
         if not now < _LOST * kl or worse >= _PATIENCE:
-            job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {now:.4f}): stopped")
+            job.reporter.note(f"recovery diverges after {clock.iterations} moves of values (KL {now:.4f}): stopped")
             break
     course.parameters.restore(kept)
     return {"stage": "values", "kl": best, "checks": seen}
@@ -254,10 +254,11 @@ def tune(
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
             clock = Clock(part, advance, share)
             done = stage(course, clock, kl)
-            stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
+            stages.append({**done, "moves": clock.iterations, "seconds": round(clock.seconds, 1)})
             job.reporter.note(
-                f"recovery: {clock.moves} moves of {done['stage']} on about {tokens_of_move(job.device):,} tokens each "
-                f"in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, {done['kl']:.4f} after"
+                f"recovery: {clock.iterations} moves of {done['stage']} on about {tokens_of_iteration(job.device):,} "
+                f"tokens each in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, "
+                f"{done['kl']:.4f} after"
             )
             if done["kl"] < kl:
                 kl = done["kl"]

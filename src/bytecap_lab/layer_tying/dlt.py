@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.job.effort import Effort
-from bytecap.model.texts import Window, moves
+from bytecap.model.texts import Window, iteration_windows
 from bytecap.model.tying import Tying, layers, matrices, point
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.recovery.tuning import Clock
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import loop, tied
@@ -171,7 +171,9 @@ class Search:
         if (kept := self.course.get()) is not None:
             sources, layer, seconds, mean = self._resume(trainer, values, *kept)
             clock.resume(trainer.number, seconds)
-        source = islice(moves(self.train, tokens_of_move(self.device), self.seed), trainer.number, None)
+        source = islice(
+            iteration_windows(self.train, tokens_of_iteration(self.device), self.seed), trainer.number, None
+        )
         while clock.done < 1:
             layer = layer % (depth - 1) + 1  # the first layer has no choice
             mask = allowed(sources, layer, blocks)
@@ -181,7 +183,7 @@ class Search:
             sources = resolved(sources, layer, action)
             for block, s in zip(modules, sources, strict=True):
                 point(block, own[s])
-            kl = sum(trainer.move(next(source)) for _ in range(_BATCHES)) / _BATCHES
+            kl = sum(trainer.iterate(next(source)) for _ in range(_BATCHES)) / _BATCHES
             mean = _MEMORY * mean + (1 - _MEMORY) * kl if mean else kl
             share = kl / mean if math.isfinite(kl) and mean > 0 else 10.0
             self.visited[sources].append(share)

@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bytecap.job.effort import Effort
-from bytecap.model.texts import Window, moves
+from bytecap.model.texts import Window, iteration_windows
 from bytecap.model.tying import Tying
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import Parts, tied
 from bytecap_lab.layer_tying.uptrain import RATE, Trainer
@@ -134,16 +134,16 @@ class Search:
         began = time.monotonic()
         student = tied(self.original, tying, self.init, self._parts)
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
-        source = moves(self.train, tokens_of_move(self.device), self.seed)
+        source = iteration_windows(self.train, tokens_of_iteration(self.device), self.seed)
         if effort.steps is not None:
             for _ in range(effort.steps):
-                trainer.move(next(source))
+                trainer.iterate(next(source))
         else:
             one = 0.0  # seconds of a move
             while (now := time.monotonic()) - began + one < (effort.seconds or 0.0):
-                trainer.move(next(source))
+                trainer.iterate(next(source))
                 one = time.monotonic() - now
-        return trainer.look(self.held).kl, _parameters(student)
+        return trainer.validate(self.held).kl, _parameters(student)
 
 
 def _whole(members: tuple[int, ...], sources: Sequence[int]) -> bool:

@@ -25,10 +25,10 @@ from bytecap.model.evaluation import by_window
 from bytecap.model.forward import fast_dtype, pass_tokens
 from bytecap.model.linears import of_transformers
 from bytecap.model.oom_retry import halving
-from bytecap.model.texts import Window, moves
+from bytecap.model.texts import Window, iteration_windows
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.recovery.tuning import Clock
 from bytecap.system.cache import Store
 
@@ -83,7 +83,7 @@ class Trainer:
         self.batch = pass_tokens(original, torch.device(device))
         self.number = self.tokens = 0
 
-    def move(self, windows: Sequence[Window], share: float = 1.0) -> float:
+    def iterate(self, windows: Sequence[Window], share: float = 1.0) -> float:
         """Make one move at a share of the rate; returns the mean loss before it.
 
         A loss that is not a number is returned without a move.
@@ -141,7 +141,7 @@ class Trainer:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def look(self, windows: Sequence[Window]) -> Look:
+    def validate(self, windows: Sequence[Window]) -> Look:
         """Measure the training loss and the KL on held-out windows."""
         found = by_window(self.original, self.student, {"": {}}, windows, device=self.device)[""]
         kl, nats = (float(x.sum() / found.tokens.sum()) for x in (found.kl, found.nats))
@@ -183,14 +183,14 @@ def uptrain(
     with reporter.step("uptraining", 1) as advance:
         clock = Clock(effort, advance)
         so = _SoFar.of(trainer, clock, held, course)
-        source = islice(moves(train, tokens_of_move(device), seed), trainer.number, None)
+        source = islice(iteration_windows(train, tokens_of_iteration(device), seed), trainer.number, None)
         while clock.done < 1 and not diverged:
-            loss = trainer.move(
+            loss = trainer.iterate(
                 next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * clock.done)
             )
             clock.tick()
             if clock.due(_CHECKS) or not math.isfinite(loss):
-                now = trainer.look(held)
+                now = trainer.validate(held)
                 diverged = not now.loss < _WORSE * max(so.best.loss, _NOTHING)
                 if now.loss < so.best.loss:
                     so.best, so.kept = now, _state(student)
@@ -223,7 +223,7 @@ class _SoFar:
         """Return the state that the course kept, from which trainer and clock go on, or that of the beginning."""
         found = course.get()
         if found is None:
-            start = trainer.look(held)
+            start = trainer.validate(held)
             return _SoFar(start, start, _state(trainer.student))
         tensors, about = found
         trainer.resume(tensors, about["trainer"])
@@ -235,7 +235,7 @@ class _SoFar:
         """Return the state that `of` goes on from."""
         tensors, numbers = trainer.state()
         return tensors | {f"best {n}": t for n, t in self.kept.items()}, {
-            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "looked": clock.looked,
+            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "looked": clock.validated,
             "seconds": clock.seconds,
         }  # fmt: skip
 
@@ -268,7 +268,7 @@ def split(pool: Sequence[Window], parts: int, device: str, what: str) -> Iterato
     for part in held:
         while left and sum(w.predicted for w in part) < min(HELD_TOKENS, total // 16):
             part.append(left.pop())
-    need = tokens_of_move(device)
+    need = tokens_of_iteration(device)
     if sum(w.predicted for w in left) < need or not all(held):
         raise TextError(
             f"{what}: {total:,} tokens are too few to train on: one move takes {need:,}, and a sixteenth is held out"
