@@ -106,7 +106,7 @@ class TestWholeFits:
     def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
         whole = fit(recover="8", store=tmp_path / "one")[0]
-        moves, move = [], tuning._Course.iterate
+        moves, move = [], tuning._TuningRun.iterate
 
         def killed(self, *args):
             if len(moves) == 4:
@@ -114,10 +114,10 @@ class TestWholeFits:
             moves.append(1)
             return move(self, *args)
 
-        monkeypatch.setattr(tuning._Course, "iterate", killed)
+        monkeypatch.setattr(tuning._TuningRun, "iterate", killed)
         with pytest.raises(KeyboardInterrupt):
             fit(recover="8", store=tmp_path / "two")
-        monkeypatch.setattr(tuning._Course, "iterate", lambda self, *args: (moves.append(2), move(self, *args))[1])
+        monkeypatch.setattr(tuning._TuningRun, "iterate", lambda self, *args: (moves.append(2), move(self, *args))[1])
         assert fit(recover="8", store=tmp_path / "two")[0].data == whole.data
         assert moves.count(2) < 8
 

@@ -38,7 +38,7 @@ from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.quantization.quantizer import Options, Prepared
-from bytecap.recovery.checkpointing import Kept
+from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
 
@@ -55,11 +55,11 @@ def run(job: Job) -> Outcome:
         if finest.rate < prepared.capacity:
             prepared = prepared.emptied()
             return store_floats(job, prepared)
-    quantized_copy, kept = copy_of(job.model.module), Kept(job, options, prepared.capacity)
-    prepared, best = plan(job, prepared, quantized_copy, kept)
+    quantized_copy, checkpoints = copy_of(job.model.module), StageCheckpoints(job, options, prepared.capacity)
+    prepared, best = plan(job, prepared, quantized_copy, checkpoints)
     if job.dry_run:
         return Outcome({}, b"", best.predicted, best.slope, best.gap, best.label, margin=dict(best.margin))
-    prepared = retarget(job, prepared, best, quantized_copy, kept)
+    prepared = retarget(job, prepared, best, quantized_copy, checkpoints)
     packed = pack(job, prepared, best)
     if job.recover is None:
         prepared = prepared.emptied()
@@ -91,7 +91,7 @@ def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
 
 
 def plan(
-    job: Job, prepared: PreparedModel, quantized_copy: nn.Module, kept: Kept
+    job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> tuple[PreparedModel, PlanCandidate]:
     """The plan that is shipped, and the units under their paths; integers that are made anew are left out.
 
@@ -99,11 +99,13 @@ def plan(
         job: tokens to compare plans on, and paths to choose from.
         prepared: the units.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        kept: where correction factors and the plan are looked for, and put.
+        checkpoints: where correction factors and the plan are looked for, and put.
     """
-    known = kept.get("plan")
+    known = checkpoints.get("plan")
     best = (
-        _best_plan(job, prepared, quantized_copy, kept) if known is None else plans.from_json(prepared.planner, known)
+        _best_plan(job, prepared, quantized_copy, checkpoints)
+        if known is None
+        else plans.from_json(prepared.planner, known)
     )
     planner, order = best.planner, []
     if planner.options.drift and not job.dry_run:
@@ -116,23 +118,25 @@ def plan(
     return replace(prepared, planner=planner), best
 
 
-def _best_plan(job: Job, prepared: PreparedModel, quantized_copy: nn.Module, kept: Kept) -> PlanCandidate:
+def _best_plan(
+    job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
+) -> PlanCandidate:
     """The best of all plans, kept if no unit is under a path."""
     planner = prepared.planner
     c, plain = plans.plain_plan(job, prepared)
-    kappa = kept.get("factors") if planner.options.correct else dict.fromkeys(planner.names, 1.0)
+    kappa = checkpoints.get("factors") if planner.options.correct else dict.fromkeys(planner.names, 1.0)
     if kappa is None:
         kappa = plans.factors(job, planner, plain, quantized_copy)
-        kept.put("factors", kappa)
+        checkpoints.put("factors", kappa)
     allocator.release()
     best = plans.choose(job, prepared, c, plain, kappa, quantized_copy)
     if best.planner is planner:  # not one whose units are under overlays
-        kept.put("plan", plans.to_json(best))
+        checkpoints.put("plan", plans.to_json(best))
     return best
 
 
 def retarget(
-    job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, kept: Kept
+    job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PreparedModel:
     """The units with targets that make up for the coded prefix; unchanged where the order of calls is not fixed.
 
@@ -141,13 +145,13 @@ def retarget(
         prepared: the units.
         best: the plan, which codes the prefix.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        kept: where targets are looked for, and put.
+        checkpoints: where targets are looked for, and put.
     """
     planner = prepared.planner
     if not planner.options.drift:
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change = kept.tensors("drift")
+    change = checkpoints.tensors("drift")
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
         try:
             if change is None:
@@ -155,7 +159,7 @@ def retarget(
                     planner, best.order, best.state, job.model.module, quantized_copy, windows,
                     strength=planner.options.drift, device=job.device, advance=advance,
                 )  # fmt: skip
-                kept.put_tensors("drift", change)
+                checkpoints.put_tensors("drift", change)
         except LostError:
             job.reporter.note("the order in which modules are called depends on the data: no drift targets")
             return prepared

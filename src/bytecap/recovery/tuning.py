@@ -39,7 +39,7 @@ from bytecap.job.effort import Effort
 from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.progress import Advance
-from bytecap.recovery.checkpointing import Course
+from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.parameters import TunedParameters
 from bytecap.system import allocator
@@ -101,7 +101,7 @@ class Clock:
         return time.monotonic() - self._started
 
 
-class _Course:
+class _TuningRun:
     """The moves of one job."""
 
     def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
@@ -109,7 +109,7 @@ class _Course:
         self.parameters = TunedParameters(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
-        self._kept = Course(job.store) if job.store.directory is None else Course(
+        self._checkpoint = ProgressCheckpoint(job.store) if job.store.directory is None else ProgressCheckpoint(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
             VALUES_RATE, asdict(planner.options), state.steps, "recovery",
         )  # fmt: skip
@@ -148,11 +148,11 @@ class _Course:
                 found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
             return found, [group, clock.iterations, clock.seconds, beyond]
 
-        self._kept.put(state)
+        self._checkpoint.put(state)
 
     def resume(self, optimizer: torch.optim.Adam, clock: Clock, beyond: float) -> tuple[int, float]:
         """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
-        found = self._kept.get()
+        found = self._checkpoint.get()
         if found is None:
             return 0, beyond
         kept, (group, iterations, seconds, beyond) = found
@@ -171,14 +171,14 @@ class _Course:
         return self.passes.check()
 
 
-def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
+def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and move what is left in between."""
-    parameters = course.parameters
+    parameters = tuning_run.parameters
     parameters.unfreeze()
-    groups, optimizer = parameters.groups(_GROUPS), course.optimizer()
+    groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
     total = parameters.planned(parameters.matrices)[0]
     beyond, seen = _BELOW * total, [(0, kl)]
-    first, beyond = course.resume(optimizer, clock, beyond)
+    first, beyond = tuning_run.resume(optimizer, clock, beyond)
     for number, group in enumerate(groups):
         if number < first:
             continue
@@ -192,38 +192,38 @@ def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
             spent = parameters.code(group, change)
         beyond += spent
         while clock.done < (number + 1) / len(groups):
-            now = course.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
+            now = tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
             clock.tick()
             seen.append((clock.iterations, now))
         if not seen[-1][1] < _LOST * kl:
-            course.job.reporter.note(
+            tuning_run.job.reporter.note(
                 f"recovery diverges after {clock.iterations} moves of integers (KL {seen[-1][1]:.4f}): stopped"
             )
             parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
-        course.keep(optimizer, clock, number + 1, beyond)
-    return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
+        tuning_run.keep(optimizer, clock, number + 1, beyond)
+    return {"stage": "integers", "kl": tuning_run.check(), "checks": seen[:: max(1, len(seen) // 50)]}
 
 
-def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
+def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Move what frozen codes leave; goes back to the best that was seen."""
-    job, optimizer = course.job, course.optimizer()
-    best, kept, worse = kl, course.parameters.snapshot(), 0
+    job, optimizer = tuning_run.job, tuning_run.optimizer()
+    best, kept, worse = kl, tuning_run.parameters.snapshot(), 0
     seen = [(0, kl)]
     while clock.done < 1:
-        course.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
+        tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
         clock.tick()
         if not clock.due(_CHECKS, _APART):
             continue
-        now = course.check()
+        now = tuning_run.check()
         seen.append((clock.iterations, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
-            best, kept = now, course.parameters.snapshot()
+            best, kept = now, tuning_run.parameters.snapshot()
         if not now < _LOST * kl or worse >= _PATIENCE:
             job.reporter.note(f"recovery diverges after {clock.iterations} moves of values (KL {now:.4f}): stopped")
             break
-    course.parameters.restore(kept)
+    tuning_run.parameters.restore(kept)
     return {"stage": "values", "kl": best, "checks": seen}
 
 
@@ -248,12 +248,12 @@ def tune(
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        course = _Course(job, planner, state, quantized_copy, slope)
-        start = kl = course.check()
+        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope)
+        start = kl = tuning_run.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
             clock = Clock(part, advance, share)
-            done = stage(course, clock, kl)
+            done = stage(tuning_run, clock, kl)
             stages.append({**done, "moves": clock.iterations, "seconds": round(clock.seconds, 1)})
             job.reporter.note(
                 f"recovery: {clock.iterations} moves of {done['stage']} on about {tokens_of_iteration(job.device):,} "
@@ -264,10 +264,10 @@ def tune(
                 kl = done["kl"]
             elif stage is _integers:
                 job.reporter.note("recovery: the new integers are no better, the old ones are kept")
-                course.parameters = TunedParameters(planner, state, job.device)
-    course.passes.say_short()
-    return course.parameters.settle() if kl < start else None, {
-        "tokens": course.passes.read,
+                tuning_run.parameters = TunedParameters(planner, state, job.device)
+    tuning_run.passes.say_short()
+    return tuning_run.parameters.settle() if kl < start else None, {
+        "tokens": tuning_run.passes.read,
         "kl_before": start,
         "stages": stages,
     }

@@ -29,7 +29,7 @@ from bytecap.model.texts import Window, load_text
 from bytecap.model.tying import FILE, Tying, find_blocks
 from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Reporter, reporter_for, warn
-from bytecap.recovery.checkpointing import Course
+from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.system.atomic import make_directory, write_atomically
 from bytecap.system.cache import Store
 from bytecap.system.collisions import refuse_collisions
@@ -149,14 +149,14 @@ def tie(
     what = str(as_paths(train)[0]) if as_paths(train) else "the embedded text"
     windows, held, measured = split(pool, 2, target, what)
     loaded.module.to(target)
-    course = Course(kept) if store is None else Course(
+    checkpoint = ProgressCheckpoint(kept) if store is None else ProgressCheckpoint(
         kept, environment(target), torch.get_num_threads(), model_key(loaded), windows_key(pool), seed, rate, init, rank
     )  # fmt: skip
-    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter, course)
+    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter, checkpoint)
     student = tied(loaded.module, tying, init)
     found = uptrain(
         loaded.module, student, windows, held, effort, device=target, seed=seed, rate=rate, labels=labels,
-        reporter=reporter, course=course.under("uptraining", tying.sources, astuple(effort), labels),
+        reporter=reporter, checkpoint=checkpoint.under("uptraining", tying.sources, astuple(effort), labels),
     )  # fmt: skip
     _say(found, windows, reporter)
     write(student, {**loaded.files, FILE: tying.dump()}, loaded, directory)
@@ -212,19 +212,19 @@ def decide(
     seed: int,
     rate: float,
     reporter: Reporter,
-    course: Course | None = None,
+    checkpoint: ProgressCheckpoint | None = None,
 ) -> tuple[Tying, dict[str, Any]]:
-    """Decide which layers share a block; a search goes on from the state that `course` kept."""
+    """Decide which layers share a block; a search goes on from the state that `checkpoint` kept."""
     if plan.search is None:
         return Tying(plan.start.blocks, loop(len(plan.start.sources), plan.blocks), plan.start.ranks), {}
-    course = (course or Course(Store())).under(plan.search, plan.blocks, astuple(effort))
+    checkpoint = (checkpoint or ProgressCheckpoint(Store())).under(plan.search, plan.blocks, astuple(effort))
     with reporter.step(f"search ({plan.search})", 1) as advance:
         if plan.search == "greedy":
-            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate, course)
+            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate, checkpoint)
             tying, merges = looking.run(plan.blocks, effort, advance)
             trace: dict[str, Any] = {"merges": greedy.as_dicts(merges)}
         else:
-            learning = dlt.Search(model.module, plan.start, train, device, seed, rate, course)
+            learning = dlt.Search(model.module, plan.start, train, device, seed, rate, checkpoint)
             tying = learning.run(plan.blocks, effort, advance)
             trace = {"visited": len(learning.visited), "actions": sum(map(len, learning.visited.values()))}
     reporter.note(f"search ({plan.search}): layers read blocks {list(tying.sources)}")

@@ -22,7 +22,7 @@ from bytecap.job.effort import Effort
 from bytecap.model.texts import Window, iteration_windows
 from bytecap.model.tying import Tying
 from bytecap.progress import Advance
-from bytecap.recovery.checkpointing import Course
+from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import Parts, tied
@@ -78,7 +78,7 @@ class Search:
         device: torch device.
         seed: order of the windows.
         rate: learning rate of the few moves.
-        course: where measured candidates are kept, and taken from.
+        checkpoint: where measured candidates are kept, and taken from.
     """
 
     original: nn.Module
@@ -89,14 +89,14 @@ class Search:
     device: str
     seed: int = 0
     rate: float = RATE
-    course: Course = field(default_factory=lambda: Course(Store()))
+    checkpoint: ProgressCheckpoint = field(default_factory=lambda: ProgressCheckpoint(Store()))
     _parts: Parts = field(default_factory=dict, init=False)
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> tuple[Tying, list[Merge]]:
         """Search the tying with so many blocks; returns it and every merge on the way."""
         measured: list[list[Any]] = []  # KL and parameters of every candidate, in the order they are tried
         before, tried = 0.0, 0
-        if (kept := self.course.get()) is not None:
+        if (kept := self.checkpoint.get()) is not None:
             measured, before = kept[1]["measured"], kept[1]["seconds"]
         began = time.monotonic() - before
 
@@ -117,7 +117,7 @@ class Search:
                 )  # fmt: skip
                 if tried == len(measured):
                     measured.append(list(self._measure(trial, budget)))
-                    self.course.put(state, now=tried + 1 == total)
+                    self.checkpoint.put(state, now=tried + 1 == total)
                 after, parameters = measured[tried]
                 freed = size - parameters
                 found.append((Merge(trial.sources, after, freed, (after - kl) / max(1, freed)), parameters))

@@ -27,7 +27,7 @@ from bytecap.model.linears import of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window, iteration_windows
 from bytecap.progress import Reporter, Silent
-from bytecap.recovery.checkpointing import Course
+from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.recovery.tuning import Clock
 from bytecap.system.cache import Store
@@ -160,7 +160,7 @@ def uptrain(
     rate: float = RATE,
     labels: float = 0.0,
     reporter: Reporter | None = None,
-    course: Course | None = None,
+    checkpoint: ProgressCheckpoint | None = None,
 ) -> Uptraining:
     """Move a student towards the original, in place; it ends as the best model seen.
 
@@ -175,14 +175,14 @@ def uptrain(
         rate: first learning rate.
         labels: share of the text's own next tokens in the loss, 0 to 1.
         reporter: told about progress.
-        course: where it is kept from time to time, and goes on from; None keeps nothing.
+        checkpoint: where it is kept from time to time, and goes on from; None keeps nothing.
     """
-    reporter, course = reporter or Silent(), course or Course(Store())
+    reporter, checkpoint = reporter or Silent(), checkpoint or ProgressCheckpoint(Store())
     trainer = Trainer(original, student, device=device, rate=rate, labels=labels)
     diverged = False
     with reporter.step("uptraining", 1) as advance:
         clock = Clock(effort, advance)
-        so = _SoFar.of(trainer, clock, held, course)
+        so = _SoFar.of(trainer, clock, held, checkpoint)
         source = islice(iteration_windows(train, tokens_of_iteration(device), seed), trainer.number, None)
         while clock.done < 1 and not diverged:
             loss = trainer.iterate(
@@ -195,7 +195,7 @@ def uptrain(
                 if now.loss < so.best.loss:
                     so.best, so.kept = now, _state(student)
             if not diverged:
-                course.put(lambda: so.state(trainer, clock), now=clock.done >= 1)
+                checkpoint.put(lambda: so.state(trainer, clock), now=clock.done >= 1)
     if diverged:
         reporter.note(
             f"uptraining diverges after {trainer.number} moves (held-out KL {now.kl:.4f}): stopped, the best is kept "
@@ -219,9 +219,9 @@ class _SoFar:
     kept: dict[str, Tensor]
 
     @staticmethod
-    def of(trainer: Trainer, clock: Clock, held: Sequence[Window], course: Course) -> _SoFar:
+    def of(trainer: Trainer, clock: Clock, held: Sequence[Window], checkpoint: ProgressCheckpoint) -> _SoFar:
         """Return the state that the course kept, from which trainer and clock go on, or that of the beginning."""
-        found = course.get()
+        found = checkpoint.get()
         if found is None:
             start = trainer.validate(held)
             return _SoFar(start, start, _state(trainer.student))
