@@ -11,7 +11,7 @@ import bytecap
 from bytecap import reference
 from bytecap.allocation.overlay_menu import Choice
 from bytecap.allocation.shared_channels import one_list, saved
-from bytecap.calibration.residual_streams import Stream, find_streams, streams_of
+from bytecap.calibration.residual_streams import ResidualStream, find_streams, streams_of
 from bytecap.format import container
 from bytecap.format.coders import Objects
 from bytecap.format.coders.stack import CODER as STACK
@@ -20,7 +20,7 @@ from bytecap.format.wire.positions import LISTED, read_positions
 from bytecap.format.wire.shared_objects import REFERENCE, read_object
 from bytecap.model.checkpoint import load_model
 from bytecap.model.texts import Window
-from bytecap.quantization.overlays import Problem, overlays
+from bytecap.quantization.overlays import UnitProblem, overlays
 from bytecap.quantization.overlays.channels import ALONE, channel_worth, rank
 from bytecap.quantization.overlays.protect import Amount
 from bytecap.types import Curve, Point, Unit
@@ -84,7 +84,7 @@ class TestStreams:
 
         torch.manual_seed(0)
         (stream,) = find_streams(Loop(), {"map.weight": "map.weight"}, torch.randn(1, 5, 12))
-        assert stream == Stream(12, {"map.weight": BOTH})
+        assert stream == ResidualStream(12, {"map.weight": BOTH})
 
     def test_of_a_checkpoint(self):
         model = load_model("demo")
@@ -108,11 +108,14 @@ def problem(name, rows, cols, seed, loud=()):
     hessian = x.T @ x / len(x) + 0.01 * torch.eye(cols, dtype=torch.float64)
     weight = torch.randn(rows, cols, generator=g)
     weight[list(loud)] *= 20
-    return Problem(Unit(name, (rows, cols), "F32"), weight, hessian, torch.ones(rows, dtype=torch.float64))
+    return UnitProblem(Unit(name, (rows, cols), "F32"), weight, hessian, torch.ones(rows, dtype=torch.float64))
 
 
 class TestRanking:
-    streams = (Stream(32, {"read": COLUMNS, "written": ROWS, "square": BOTH}), Stream(48, {"read": ROWS}))
+    streams = (
+        ResidualStream(32, {"read": COLUMNS, "written": ROWS, "square": BOTH}),
+        ResidualStream(48, {"read": ROWS}),
+    )
 
     def ranked(self, factors=None):
         problems = [

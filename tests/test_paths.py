@@ -13,7 +13,7 @@ from bytecap.format import container
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import decode_units
-from bytecap.quantization.overlays import Problem, groups, lowrank, overlays
+from bytecap.quantization.overlays import UnitProblem, groups, lowrank, overlays
 from bytecap.quantization.overlays.protect import (
     absorbed,
     nearest,
@@ -39,7 +39,7 @@ def problem(seed=0, rows=48, cols=32, *, loud=LOUD):
     hessian += 1e-3 * hessian.diagonal().median() * torch.eye(cols, dtype=torch.float64)
     importance = torch.rand(rows, generator=g, dtype=torch.float64) + 0.1
     weight = torch.randn(rows, cols, generator=g) * torch.exp(0.5 * torch.randn(rows, 1, generator=g))
-    return Problem(Unit("a", (rows, cols), "F32"), weight, hessian, importance / importance.mean())
+    return UnitProblem(Unit("a", (rows, cols), "F32"), weight, hessian, importance / importance.mean())
 
 
 def feedback_base(changed, levels=8.0):
@@ -114,7 +114,7 @@ def test_the_score_of_the_paper():
     error = (base - p.weight).double()
     wanted = [float(p.hessian[j, j] * (p.rows * error[:, j] ** 2).sum() / 2) for j in range(32)]
     np.testing.assert_allclose(scores(p, base, "owq").sum(0), wanted, rtol=1e-12)
-    diagonal = Problem(p.unit, p.weight, torch.diag(p.hessian.diagonal()), p.rows)
+    diagonal = UnitProblem(p.unit, p.weight, torch.diag(p.hessian.diagonal()), p.rows)
     torch.testing.assert_close(scores(diagonal, base, "owq"), scores(diagonal, base))
 
 
@@ -157,7 +157,7 @@ def test_knowing_what_will_be_absorbed_helps_the_base():
         setting = next(s for s in path.settings(p) if (s.count, s.bits) == (4, 16))
         changed = path.before(p, setting)
         with_schur += p.distortion(path.after(p, feedback_base(changed), setting).values)
-        plain = Problem(p.unit, changed.weight, p.hessian, p.rows)
+        plain = UnitProblem(p.unit, changed.weight, p.hessian, p.rows)
         without += p.distortion(path.after(p, feedback_base(plain), setting).values)
     assert with_schur < without
 
@@ -189,7 +189,7 @@ def test_protected_rows_leave_the_other_rows_costs_alone():
 def test_extreme_weights(name, value):
     shape = (32, 32)
     weight = torch.full(shape, value)
-    p = Problem(
+    p = UnitProblem(
         Unit("a", shape, "F32"), weight, torch.eye(32, dtype=torch.float64), torch.ones(32, dtype=torch.float64)
     )
     path = overlays()[name]
@@ -254,7 +254,7 @@ def test_metric_of_divided_weights_is_exact_for_products():
     column = 2.0 ** torch.tensor([0.0, 2.0], dtype=torch.float64)
     sign = torch.where(p.weight > 0, 1.0, -1.0)
     weight = (sign * row[:, None] * column.repeat_interleave(16)).float()
-    q = Problem(p.unit, weight, p.hessian, p.rows)
+    q = UnitProblem(p.unit, weight, p.hessian, p.rows)
     setting = groups.Grouping(16, 16, divide=True)
     changed = groups.OVERLAY.before(q, setting)
     base = changed.weight + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))

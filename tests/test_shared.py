@@ -35,7 +35,7 @@ from bytecap.format.wire.shared_objects import (
 from bytecap.methods.baselines import kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import Material
 from bytecap.pipeline import stages as pipeline
-from bytecap.quantization.overlays import Problem
+from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.overlays.lowrank import OVERLAY, Rank
 from bytecap.types import Unit
 from golden_parts import unit
@@ -146,7 +146,7 @@ def test_coded_factors_of_a_low_rank_are_smaller_and_come_back():
 
 def test_coded_factors_fill_the_ladder_between_plain_ones():
     m = material(rows=160, cols=160)
-    problem = Problem(m.unit, m.weight, torch.eye(160).double(), torch.ones(160).double())
+    problem = UnitProblem(m.unit, m.weight, torch.eye(160).double(), torch.ones(160).double())
     settings = [Rank(8, 3, coded=True), Rank(8, 4), Rank(8, 4, coded=True), Rank(8, 5, coded=True), Rank(8, 6)]
     assert set(settings) <= set(OVERLAY.settings(problem))
     found = [OVERLAY.after(problem, torch.zeros(160, 160), s) for s in settings]

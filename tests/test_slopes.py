@@ -11,7 +11,7 @@ from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import Window
 from bytecap.progress import Silent
-from bytecap.quantization.overlays import Problem
+from bytecap.quantization.overlays import UnitProblem
 from bytecap.system.cache import Store
 from bytecap.types import Unit
 from bytecap_lab.rd_curves import trial
@@ -42,7 +42,9 @@ class TestExpansion:
         windows = tuple(Window(tuple(rng.integers(0, 40, 65).tolist()), 65) for _ in range(8))
         unit = Unit("map.weight", (96, 16), "F32", linear=True)
         seen = module.table(torch.tensor([w.tokens[:-1] for w in windows])).reshape(-1, 16).double()
-        problem = Problem(unit, module.map.weight.detach().clone(), seen.T @ seen / len(seen), torch.ones(96).double())
+        problem = UnitProblem(
+            unit, module.map.weight.detach().clone(), seen.T @ seen / len(seen), torch.ones(96).double()
+        )
         g = torch.Generator().manual_seed(1)
         values = problem.weight + 0.05 * torch.randn(96, 16, generator=g)
         base = SimpleNamespace(

@@ -19,7 +19,7 @@ from bytecap_lab import thesis
 from bytecap_lab.rd_curves.points import Pick
 from bytecap_lab.thesis import models, runner
 from bytecap_lab.thesis.amounts import GLOBAL
-from bytecap_lab.thesis.bench import Bench, Setting
+from bytecap_lab.thesis.bench import Bench, BenchSetting
 from bytecap_lab.thesis.measures.singles import chosen, problems
 from bytecap_lab.thesis.measures.timing import SIDE
 from bytecap_lab.thesis.statistics import Interval
@@ -47,7 +47,9 @@ def bench(tested):
     files = [
         tuple(map(str, p if isinstance(p, tuple) else (p,))) for p in (options["calibration"], options["evaluation"])
     ]
-    setting = Setting(*files, str(BUDGET), SMALL["tokens"], SMALL["evaluation_tokens"], SMALL["window"], 2, 2, "cpu")
+    setting = BenchSetting(
+        *files, str(BUDGET), SMALL["tokens"], SMALL["evaluation_tokens"], SMALL["window"], 2, 2, "cpu"
+    )
     return Bench(models.load(model), "grid", setting, Store(output / "store"), Silent())
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from bytecap.allocation.planner import decode_grid
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
-from bytecap.quantization.overlays import Overlay, Problem
+from bytecap.quantization.overlays import Overlay, UnitProblem
 from bytecap.quantization.quantizer import Coded, Options, Prepared, prepare
 
 
-def problem_of(item: Prepared) -> Problem:
+def problem_of(item: Prepared) -> UnitProblem:
     """Return the problem whose damped Hessian was factored, with columns in stored order."""
     if item.hessian is not None:
         hessian = item.hessian.double().cpu()
@@ -32,7 +32,7 @@ def problem_of(item: Prepared) -> Problem:
         order, lower = item.order[0].cpu(), item.lower[0].double().cpu()
         hessian = torch.empty_like(lower)
         hessian[order[:, None], order[None, :]] = lower @ lower.T
-    return Problem(item.unit, item.weight.cpu().contiguous(), hessian, item.rows.double().cpu())
+    return UnitProblem(item.unit, item.weight.cpu().contiguous(), hessian, item.rows.double().cpu())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class OverlaidUnit(Prepared):
     """
 
     plain: Prepared
-    problem: Problem
+    problem: UnitProblem
     path: Overlay
     setting: Any
     options: Options
@@ -81,7 +81,7 @@ class OverlaidUnit(Prepared):
         return self.plain.emptied()
 
 
-def overlaid(plain: Prepared, problem: Problem, path: Overlay, setting: Any, options: Options) -> OverlaidUnit:
+def overlaid(plain: Prepared, problem: UnitProblem, path: Overlay, setting: Any, options: Options) -> OverlaidUnit:
     """Put a unit under a path.
 
     Args:

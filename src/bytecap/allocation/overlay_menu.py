@@ -26,10 +26,10 @@ from bytecap.allocation.allocate import allocate, floor_rate, refine
 from bytecap.allocation.overlaid import OverlaidUnit, overlaid, problem_of
 from bytecap.allocation.planner import Planner, State, decode_coded, finest_step
 from bytecap.allocation.shared_channels import one_list
-from bytecap.calibration.residual_streams import Stream
+from bytecap.calibration.residual_streams import ResidualStream
 from bytecap.format.coders import Shared
 from bytecap.progress import Advance
-from bytecap.quantization.overlays import Problem, Ranking, check_names, overlays, thinned
+from bytecap.quantization.overlays import Ranking, UnitProblem, check_names, overlays, thinned
 from bytecap.quantization.overlays.channels import OVERLAY as CHANNELS_OVERLAY
 from bytecap.quantization.overlays.channels import rank
 from bytecap.quantization.quantizer import Coded, Prepared, rate
@@ -92,7 +92,7 @@ class Menu:
     kappa: Mapping[str, float]
     capacity: float
     names: Sequence[str]
-    streams: Sequence[Stream] = ()
+    streams: Sequence[ResidualStream] = ()
     curves: list[Curve] = field(init=False)
     skipped: dict[str, int] = field(init=False)
 
@@ -173,7 +173,7 @@ class _Bench:
     kappa: Mapping[str, float]
     slope: float
     rankings: Mapping[str, tuple[Ranking, ...]]
-    problems: dict[str, Problem] = field(init=False)
+    problems: dict[str, UnitProblem] = field(init=False)
 
     def __post_init__(self) -> None:
         self.problems = {
@@ -231,7 +231,7 @@ def _servable(item: Prepared) -> bool:
     return item.groups == 1 and bool(item.rows.any()) and bool((item.lower.diagonal() > 1e-12).all())
 
 
-def _distortion(problem: Problem, coded: Coded, shared: Shared) -> float:
+def _distortion(problem: UnitProblem, coded: Coded, shared: Shared) -> float:
     return problem.distortion(torch.from_numpy(decode_coded(coded, shared)))
 
 

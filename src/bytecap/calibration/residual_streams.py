@@ -41,7 +41,7 @@ _TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """Channels that several matrices share.
 
     Attributes:
@@ -64,7 +64,7 @@ class _Call:
     output: Tensor
 
 
-def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Window]) -> tuple[Stream, ...]:
+def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Window]) -> tuple[ResidualStream, ...]:
     """Find the streams of a model on the beginning of its first window.
 
     Args:
@@ -80,7 +80,7 @@ def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Windo
     return find_streams(module, names, first)
 
 
-def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tuple[Stream, ...]:
+def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tuple[ResidualStream, ...]:
     """Find the streams of a module, those of most matrices first.
 
     Args:
@@ -166,7 +166,7 @@ class _Joined:
         for n in merged:
             self._group[n], self._width[n] = merged, width
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[ResidualStream, ...]:
         """Return all streams; a matrix that is on one with both sides counts as BOTH."""
         found = []
         for group in {id(g): g for g in self._group.values()}.values():
@@ -174,5 +174,5 @@ class _Joined:
             for name, side in group:
                 sides[name] = sides.get(name, side) | side
             if len(group) > 1:
-                found.append(Stream(self._width[next(iter(group))], sides))
+                found.append(ResidualStream(self._width[next(iter(group))], sides))
         return tuple(sorted(found, key=lambda s: -len(s.sides)))

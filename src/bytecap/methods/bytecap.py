@@ -102,11 +102,10 @@ def plan(
         checkpoints: where correction factors and the plan are looked for, and put.
     """
     known = checkpoints.get("plan")
-    best = (
-        _best_plan(job, prepared, quantized_copy, checkpoints)
-        if known is None
-        else plans.from_json(prepared.planner, known)
-    )
+    if known is None:
+        best = _best_plan(job, prepared, quantized_copy, checkpoints)
+    else:
+        best = plans.from_json(prepared.planner, known)
     planner, order = best.planner, []
     if planner.options.drift and not job.dry_run:
         windows = leading(job.sets.statistics, planner.options.drift_tokens)

@@ -26,7 +26,7 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
-from bytecap.quantization import Problem, Rounded, Shrink, row_classes
+from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
@@ -79,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A matrix unit ready for rounding: one `Problem` row per row group.
+    """A matrix unit ready for rounding: one `RoundingProblem` row per row group.
 
     Attributes:
         unit: the unit.
@@ -229,7 +229,7 @@ def _round_members(
     order = torch.stack([item.order[g] for item, g in members])
     step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
-    problem = Problem(weight, lower, order, torch.stack(rows), classes)
+    problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
     if options.trellis:
         return _trellis(weight.device.type)(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)

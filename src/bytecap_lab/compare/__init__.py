@@ -18,7 +18,7 @@ from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.compare.figures import summarize
-from bytecap_lab.compare.specs import External, RunSpec, Setting, grid, read_external, read_method
+from bytecap_lab.compare.specs import ComparisonSetting, External, RunSpec, grid, read_external, read_method
 
 SHOWS_ONLY = "module"
 
@@ -88,7 +88,7 @@ def compare(
         read_method(method)
     others = [e if isinstance(e, External) else read_external(e, names) for e in externals]
     calib, held = named(calibration, evaluation, reporter)
-    setting = Setting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
+    setting = ComparisonSetting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
     directory = make_directory(output) if output is not None else None
     drawn = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     specs = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])

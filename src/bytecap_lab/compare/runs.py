@@ -34,7 +34,7 @@ from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Reporter, Silent
 from bytecap.report.lines import Record, append, read_lines
 from bytecap.system.cache import digest, library
-from bytecap_lab.compare.specs import RunSpec, Setting, read_method
+from bytecap_lab.compare.specs import ComparisonSetting, RunSpec, read_method
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Task:
     """A cell with everything that a process needs to run it."""
 
     spec: RunSpec
-    setting: Setting
+    setting: ComparisonSetting
     store: Path | None
     command: str
     key: str
@@ -56,7 +56,7 @@ def model_of(path: str) -> Model:
 
 
 @lru_cache(maxsize=1)
-def _sets(path: str, seed: int, setting: Setting) -> TokenSets:
+def _sets(path: str, seed: int, setting: ComparisonSetting) -> TokenSets:
     return load_sets(
         model_of(path), setting.calibration or None, setting.evaluation or None, window=setting.window,
         tokens=setting.tokens, evaluation_tokens=setting.evaluation_tokens, seed=seed, reporter=Silent(),
@@ -75,7 +75,7 @@ def file_key(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def tasks(specs: Sequence[RunSpec], setting: Setting, store: Path | None, command: str) -> Iterator[Task]:
+def tasks(specs: Sequence[RunSpec], setting: ComparisonSetting, store: Path | None, command: str) -> Iterator[Task]:
     """Return every cell with its key."""
     hashes: dict[str, str] = {}
     for order, spec in enumerate(specs):
@@ -95,7 +95,7 @@ def tasks(specs: Sequence[RunSpec], setting: Setting, store: Path | None, comman
 
 def run_all(
     specs: Sequence[RunSpec],
-    setting: Setting,
+    setting: ComparisonSetting,
     *,
     path: Path | None = None,
     store: Path | None = None,

@@ -41,7 +41,7 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparisonSetting:
     """The settings that all cells share.
 
     Attributes:

@@ -44,7 +44,7 @@ RANK = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class TyingPlan:
     """A plan of sharing that was checked against the model.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
     search: str | None
 
     @staticmethod
-    def of(model: Model, blocks: int, init: str, rank: int, search: str | None) -> Plan:
+    def of(model: Model, blocks: int, init: str, rank: int, search: str | None) -> TyingPlan:
         """Check options against a model.
 
         Raises:
@@ -86,7 +86,7 @@ class Plan:
             raise UsageError(
                 f"--blocks {blocks} does not divide the {depth} layers of {path}: use one of {fits} (or --search)"
             )
-        return Plan(Tying(path, tuple(range(depth)), ranks_for(model.module, rank)), blocks, init, search)
+        return TyingPlan(Tying(path, tuple(range(depth)), ranks_for(model.module, rank)), blocks, init, search)
 
 
 def tie(
@@ -143,7 +143,7 @@ def tie(
     looking = _effort(search_steps or steps, "--search-steps")
     _check(rate, labels)
     loaded = model if isinstance(model, Model) else load_model(model)
-    plan = Plan.of(loaded, blocks, init, rank, search)
+    plan = TyingPlan.of(loaded, blocks, init, rank, search)
     directory, kept = make_directory(output), Store(store)
     pool = read(loaded, train, window=window, seed=seed, reporter=reporter)
     what = str(as_paths(train)[0]) if as_paths(train) else "the embedded text"
@@ -203,7 +203,7 @@ def shuffled(windows: Sequence[Window], seed: int) -> list[Window]:
 
 
 def decide(
-    plan: Plan,
+    plan: TyingPlan,
     model: Model,
     train: Sequence[Window],
     held: Sequence[Window],

@@ -17,7 +17,7 @@ from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
 from bytecap.progress import Advance
-from bytecap.quantization.overlays import Applied, Overlay, Problem, check_names, overlays, thinned
+from bytecap.quantization.overlays import Applied, Overlay, UnitProblem, check_names, overlays, thinned
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, Rounded
 from bytecap_lab.rd_curves.operating_point import MOST_SETTINGS, OperatingPoint
@@ -201,7 +201,7 @@ def promise(operating_point: OperatingPoint, path: str, name: str, index: int) -
     return _candidate(operating_point, path, name, index, setting, rounded, applied)
 
 
-def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
+def recovered(problem: UnitProblem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
     """Return the nats that other values of one unit gain by the KL's slope at the base, and lose by its curvature.
 
     Exact to second order for one unit, too hopeful for a sum: several units are credited with the same slope.

@@ -73,7 +73,7 @@ def thesis(
     """
     from bytecap.pipeline.stages import choose_device
     from bytecap_lab.rd_curves.operating_point import check_base
-    from bytecap_lab.thesis.bench import Setting
+    from bytecap_lab.thesis.bench import BenchSetting
     from bytecap_lab.thesis.runner import file_of, measure_all, tasks
 
     reporter = reporter_for(reporter, progress)
@@ -86,7 +86,7 @@ def thesis(
     )  # fmt: skip
     needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter)
     target = choose_device(device)
-    setting = Setting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
+    setting = BenchSetting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
     directory = make_directory(output) if output is not None else None
     kept = Path(store) if store is not None else directory and directory / "store"
     wanted = list(tasks(names, [check_base(b) for b in bases], needs, setting, file_of(directory), kept, command))

@@ -36,7 +36,7 @@ Chosen = Mapping[str, OverlayCandidate]
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchSetting:
     """The settings that all benches share.
 
     Attributes:
@@ -73,7 +73,7 @@ class Bench:
         reporter: told about progress.
     """
 
-    def __init__(self, model: Model, base: str, setting: Setting, store: Store, reporter: Reporter) -> None:
+    def __init__(self, model: Model, base: str, setting: BenchSetting, store: Store, reporter: Reporter) -> None:
         self.model, self.base, self.setting, self.store, self.reporter = model, base, setting, store, reporter
 
     def sets(self, seed: int = 0, calibration: Sequence[str] | None = None) -> TokenSets:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bytecap.format.coders.packed import Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
-from bytecap.quantization.overlays import Problem
+from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.overlays.lowrank import OVERLAY, Rank
 from bytecap.types import Unit
 
@@ -68,7 +68,7 @@ class Residual:
                 hessian = hessians[u.name].cpu().double().clone()
                 hessian.diagonal().add_(max(_DAMPING * float(hessian.diagonal().mean()), 1e-30))
                 ones = torch.ones(len(weights[u.name]), dtype=torch.float64)
-                problems[u.name] = Problem(u, weights[u.name], hessian, ones)
+                problems[u.name] = UnitProblem(u, weights[u.name], hessian, ones)
         bases = {n: torch.from_numpy(dequantize(coded[n])) for n in problems}
         worst = sorted(problems, key=lambda n: problems[n].distortion(bases[n]))[-self.tensors :]
         found = {}

@@ -43,7 +43,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Problem:
+class UnitProblem:
     """A matrix unit that is to be approximated.
 
     An error `E` of shape (rows, cols) costs `1/2 sum_i rows_i E_i H E_i^T` nats per token.
@@ -92,18 +92,18 @@ class Overlay(Protocol):
     id: ClassVar[str]
     charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its layers
 
-    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Any]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None) -> Sequence[Any]:
         """Return the possible settings, cheapest first; empty where the path cannot apply.
 
         `base` (rows, cols) are the base's decoded values, to rank by, if they are known.
         """
         ...
 
-    def before(self, problem: Problem, setting: Any) -> Problem:
+    def before(self, problem: UnitProblem, setting: Any) -> UnitProblem:
         """Return the problem that the base should code instead."""
         ...
 
-    def after(self, problem: Problem, base: Tensor, setting: Any) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Any) -> Applied:
         """Fit the layer to a base's decoded values (rows, cols)."""
         ...
 

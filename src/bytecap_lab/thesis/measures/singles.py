@@ -14,7 +14,7 @@ import torch
 from bytecap.calibration.metric import metrics
 from bytecap.methods.bytecap import calibrate
 from bytecap.model.texts import TokenSets
-from bytecap.quantization.overlays import Problem
+from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.quantizer import Options
 from bytecap_lab.rd_curves.operating_point import OperatingPoint
 from bytecap_lab.rd_curves.points import Pick
@@ -52,14 +52,14 @@ def singles(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def problems(bench: Bench, sets: TokenSets, seed: int) -> dict[str, Problem]:
+def problems(bench: Bench, sets: TokenSets, seed: int) -> dict[str, UnitProblem]:
     """Every matrix under the statistics of other tokens."""
     job = bench.operating_point.job
     job = replace(job, sets=sets, config=replace(job.config, seed=seed), store=bench.store)
     found = calibrate(job, Options())
     known = bench.operating_point.base.problems
     return {
-        n: Problem(known[n].unit, known[n].weight, m.hessian[0].cpu(), m.rows.cpu())
+        n: UnitProblem(known[n].unit, known[n].weight, m.hessian[0].cpu(), m.rows.cpu())
         for n, m in metrics([p.unit for p in known.values()], found).items()
     }
 
@@ -70,7 +70,7 @@ def rankings(bench: Bench) -> dict[str, Any]:
     real = pick(picked).real(operating_point)
     grown = {n: max(1, len(r.section.data) - len(operating_point.sections[n].data)) for n, r in real.items()}
     after = {n: torch.from_numpy(r.values) for n, r in real.items()}
-    others: dict[str, Mapping[str, Problem]] = {"own": problems(bench, bench.sets(), 0)}
+    others: dict[str, Mapping[str, UnitProblem]] = {"own": problems(bench, bench.sets(), 0)}
     with bench.reporter.step("rankings", bench.setting.seeds + len(bench.setting.calibration)) as advance:
         for seed in range(1, bench.setting.seeds):
             others[f"seed {seed}"] = problems(bench, bench.sets(seed), seed)
@@ -83,7 +83,7 @@ def rankings(bench: Bench) -> dict[str, Any]:
 
 def _promises(
     operating_point: OperatingPoint,
-    other: Mapping[str, Problem],
+    other: Mapping[str, UnitProblem],
     after: Mapping[str, torch.Tensor],
     grown: Mapping[str, int],
 ) -> dict[str, float]:
