@@ -51,7 +51,7 @@ from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Silent
 from bytecap.sizes import parse_size
 from bytecap_lab.compare import pairs
-from bytecap_lab.layer_tying import Plan, decide, shuffled, windows_of, write
+from bytecap_lab.layer_tying import TyingPlan, decide, shuffled, windows_of, write
 from bytecap_lab.layer_tying.start import tied
 from bytecap_lab.layer_tying.uptrain import split, uptrain
 from common import parser, record, texts
@@ -199,7 +199,7 @@ def share(
     """Which layers of a student share a block, None where none do; and how long the search for it took."""
     if kind in ("a", "b"):
         return None, {}
-    plan = Plan.of(
+    plan = TyingPlan.of(
         model, args.blocks, "average", args.lora_rank if kind in RELAXED else 0, "greedy" if kind in SEARCHED else None
     )
     began, effort = time.perf_counter(), Effort.parse(args.search_steps)

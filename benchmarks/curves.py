@@ -15,7 +15,7 @@ from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap.system.cache import Store
 from bytecap_lab.rd_curves import byte_returns, trial
-from bytecap_lab.rd_curves.operating_point import RUNGS, Ground, lay, make_job
+from bytecap_lab.rd_curves.operating_point import MOST_SETTINGS, OperatingPoint, build, make_job
 from bytecap_lab.rd_curves.points import Pick, at_base, measure
 from bytecap_lab.rd_curves.report import agreement, base_figures, point
 from bytecap_lab.rd_curves.slopes import factors_along
@@ -58,7 +58,9 @@ def main() -> None:
     p.add_argument("--paths", nargs="*", default=None)
     p.add_argument("--points", type=int, default=128)
     p.add_argument("--point-tokens", type=int, default=65_536)
-    p.add_argument("--rungs", type=int, default=RUNGS, help="single units: settings of a path on a unit, at most")
+    p.add_argument(
+        "--rungs", type=int, default=MOST_SETTINGS, help="single units: settings of a path on a unit, at most"
+    )
     p.add_argument("--singles", action="store_true", help="single units only, and only these are predicted")
     p.add_argument("--seconds", type=float, default=1e9, help="single units: no new dozen after so long")
     args = p.parse_args()
@@ -86,7 +88,14 @@ def one(args: Any, name: str, bits: float, base: str) -> None:
     }  # fmt: skip
     record(
         args,
-        {"benchmark": "curves", "bits": bits, "rungs": RUNGS, **found, "paths": paths, "seconds": reporter.steps},
+        {
+            "benchmark": "curves",
+            "bits": bits,
+            "rungs": MOST_SETTINGS,
+            **found,
+            "paths": paths,
+            "seconds": reporter.steps,
+        },
     )
     _say(name, bits, base, found["agreement"], {n: p["agreement"] for n, p in found["paths"].items()})
 
@@ -97,12 +106,12 @@ def _say(name: str, bits: float, base: str, every: dict[str, Any], paths: dict[s
               f"ceiling {ranks['ceiling']:.3f}", flush=True)  # fmt: skip
 
 
-def _drawn(ground: Ground, names: list[str], points: int, seed: int) -> list[tuple[str, str, int]]:
+def _drawn(operating_point: OperatingPoint, names: list[str], points: int, seed: int) -> list[tuple[str, str, int]]:
     """(path, unit, index of a setting) from the upper halves of all ladders, every path and role in turn."""
     rng, cells = random.Random(f"singles {seed}"), {}  # type: ignore[var-annotated]  # noqa: S311
     for n in names:
-        for unit in ground.base.problems:
-            count = len(trial.ladder(n, ground.base, unit, ground.rungs))
+        for unit in operating_point.base.problems:
+            count = len(trial.ladder(n, operating_point.base, unit, operating_point.most_settings))
             cells.setdefault((role_name(unit), n), []).extend((n, unit, i) for i in range(count // 2, count))
     for cell in cells.values():
         rng.shuffle(cell)
@@ -124,54 +133,63 @@ def singles(args: Any, name: str, bits: float, base: str) -> None:
     )  # fmt: skip
     model.module.to(device)
     budget, store = int(bits * model.parameters / 8), Store(None)
-    ground = lay(make_job(model, sets, budget, device, args.seed, reporter), base, store, args.rungs)
-    held, offers, measured = leading(sets.correction, args.point_tokens), [], []  # type: ignore[var-annotated]
-    on_held = at_base(ground, held, store)
+    operating_point = build(make_job(model, sets, budget, device, args.seed, reporter), base, store, args.rungs)
+    held, candidates, measured = leading(sets.correction, args.point_tokens), [], []  # type: ignore[var-annotated]
+    on_held = at_base(operating_point, held, store)
     with reporter.step("curvatures along new errors", 1):
-        again = _along_new_errors(ground)
+        again = _along_new_errors(operating_point)
     with reporter.step("drawing", 1):
-        drawn = _drawn(ground, trial.known(args.paths), args.points, args.seed)
+        drawn = _drawn(operating_point, trial.known(args.paths), args.points, args.seed)
     for at in range(0, len(drawn), 12):
         if time.time() - reporter.begin > args.seconds:
             break
         with reporter.step(f"points from {at}", 1):
-            group = [trial.promise(ground, *d) for d in drawn[at : at + 12]]
-            measured += measure(ground, [Pick({o.unit: (o.path, o.index)}) for o in group], held, store, lambda _: None)
-            offers += group
+            group = [trial.promise(operating_point, *d) for d in drawn[at : at + 12]]
+            measured += measure(
+                operating_point, [Pick({o.unit: (o.path, o.index)}) for o in group], held, store, lambda _: None
+            )
+            candidates += group
         if args.output:
-            rows = [_row(o, m, on_held, ground) for o, m in zip(offers, measured, strict=True)][-len(group) :]
+            rows = [_row(o, m, on_held, operating_point) for o, m in zip(candidates, measured, strict=True)][
+                -len(group) :
+            ]
             with args.output.with_suffix(".partial").open("a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in rows)
-    by_path = {
-        n: agreement([o for o in offers if o.path == n], [m for o, m in zip(offers, measured, strict=True)
+    by_overlay = {
+        n: agreement([o for o in candidates if o.path == n], [m for o, m in zip(candidates, measured, strict=True)
                                                            if o.path == n], on_held, args.seed)
-        for n in dict.fromkeys(o.path for o in offers)
+        for n in dict.fromkeys(o.path for o in candidates)
     }  # fmt: skip
-    every = agreement(offers, measured, on_held, args.seed)
+    every = agreement(candidates, measured, on_held, args.seed)
     sample = [
-        _row(o, m, on_held, ground) | {"factor_along_new_errors": again[o.unit]}
-        for o, m in zip(offers, measured, strict=True)
+        _row(o, m, on_held, operating_point) | {"factor_along_new_errors": again[o.unit]}
+        for o, m in zip(candidates, measured, strict=True)
     ]
-    figures = {"name": base, "bytes": ground.bytes, "budget_bytes": budget, **base_figures(on_held)}
+    figures = {"name": base, "bytes": operating_point.bytes, "budget_bytes": budget, **base_figures(on_held)}
     record(args, {"benchmark": "curves", "model": name, "bits": bits, "rungs": args.rungs, "base": figures,
-                  "agreement": every, "paths": by_path, "sample": sample, "seconds": reporter.steps})  # fmt: skip
-    _say(name, bits, base, every, by_path)
+                  "agreement": every, "paths": by_overlay, "sample": sample, "seconds": reporter.steps})  # fmt: skip
+    _say(name, bits, base, every, by_overlay)
 
 
-def _along_new_errors(ground: Ground) -> dict[str, float]:
+def _along_new_errors(operating_point: OperatingPoint) -> dict[str, float]:
     """Factors from what coding every unit anew, a 64th of an octave finer, really changes; a random sign a unit."""
-    base, rng = ground.base, random.Random("signs")  # noqa: S311
+    base, rng = operating_point.base, random.Random("signs")  # noqa: S311
     fresh = base.round(list(base.problems.values()), 1 / 64)
     moves = {
         n: rng.choice((-1, 1)) * (r.values - base.units[n].values) for n, r in zip(base.problems, fresh, strict=True)
     }
-    return factors_along(ground.job, base, ground.twin, ground.job.sets.statistics, moves)
+    return factors_along(
+        operating_point.job, base, operating_point.quantized_copy, operating_point.job.sets.statistics, moves
+    )
 
 
-def _row(offer: trial.Offer, measured: Any, base: Any, ground: Ground) -> dict[str, Any]:
-    found = point(measured, base, offer.alone, len(ground.base.problems))
-    return {"path": offer.path, "curvature_nats": offer.gain, "slope_nats": offer.slope, "setting": offer.setting,
-            "unit": offer.unit, "factor": ground.slopes.factors[offer.unit],
+def _row(
+    candidate: trial.OverlayCandidate, measured: Any, base: Any, operating_point: OperatingPoint
+) -> dict[str, Any]:
+    found = point(measured, base, candidate.alone, len(operating_point.base.problems))
+    return {"path": candidate.path, "curvature_nats": candidate.gain, "slope_nats": candidate.slope,
+            "setting": candidate.setting,
+            "unit": candidate.unit, "factor": operating_point.slopes.factors[candidate.unit],
             **{k: found[k] for k in ("bytes", "predicted_nats", "kl_recovered", "kl_stderr")}}  # fmt: skip
 
 

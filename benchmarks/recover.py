@@ -17,13 +17,13 @@ from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import compare, mean_comparison
 from bytecap.model.forward import batches
-from bytecap.model.quantized_copy import twin_of
+from bytecap.model.quantized_copy import copy_of
 from bytecap.model.sources import load_sets, with_recovery
 from bytecap.model.texts import TokenSets, Window
 from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Bars
 from bytecap.recovery import tuning
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from common import parser, record, texts
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         read = [one(args, model, sets, bits) for bits in args.bits]
         steps = args.tuning_steps
         if steps is None:
-            steps = max(read, default=0) // tokens_of_move(args.device)
+            steps = max(read, default=0) // tokens_of_iteration(args.device)
         if steps:
             tuned(args, model, sets, steps)
 
@@ -91,30 +91,30 @@ def tuned(args: Any, model: Model, sets: TokenSets, steps: int) -> None:
     """Plain fine-tuning of the original on the recovery text: as many tokens, several learning rates."""
     for rate in args.tuning_rates:
         started = time.perf_counter()
-        twin = twin_of(model.module)
+        quantized_copy = copy_of(model.module)
         with torch.no_grad():
-            for p in twin.parameters():
+            for p in quantized_copy.parameters():
                 p.data = p.data.clone()
         model.module.to(args.device)
-        twin.to(args.device)
-        _train(twin, list(sets.recovery or sets.statistics), steps, rate, args)
-        parts = [compare(model.module, twin, t, device=args.device) for t in sets.evaluation]
+        quantized_copy.to(args.device)
+        _train(quantized_copy, list(sets.recovery or sets.statistics), steps, rate, args)
+        parts = [compare(model.module, quantized_copy, t, device=args.device) for t in sets.evaluation]
         mean = mean_comparison(parts)
         record(args, {
             "benchmark": "recover-fine-tuning", "model": model.name, "rate": rate, "steps": steps,
-            "tokens": steps * tokens_of_move(args.device),
+            "tokens": steps * tokens_of_iteration(args.device),
             "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
             "kl_nats": mean.kl_nats, "seconds": round(time.perf_counter() - started, 1),
         })  # fmt: skip
         print(f"{model.name} fine-tuned at {rate}: loss {mean.delta_nats:+.4f} ± {mean.delta_stderr:.4f}", flush=True)
 
 
-def _train(twin: torch.nn.Module, windows: list[Window], steps: int, rate: float, args: Any) -> None:
+def _train(quantized_copy: torch.nn.Module, windows: list[Window], steps: int, rate: float, args: Any) -> None:
     """AdamW on the labels, in moves of as many tokens as recovery makes."""
-    parameters = [p.requires_grad_(True) for p in twin.parameters() if p.is_floating_point()]
+    parameters = [p.requires_grad_(True) for p in quantized_copy.parameters() if p.is_floating_point()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     rng = random.Random(args.seed)  # noqa: S311 (sampling, not cryptography)
-    most = tokens_of_move(args.device)
+    most = tokens_of_iteration(args.device)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - 0.9 * step / steps)
@@ -125,7 +125,7 @@ def _train(twin: torch.nn.Module, windows: list[Window], steps: int, rate: float
         for ids, mask in batches(chosen, most // 4):
             inside, real = ids[:, :-1].to(args.device), mask.to(args.device)
             labels = ids[:, 1:].to(args.device)[real]
-            loss = torch.nn.functional.cross_entropy(twin(inside).logits[real], labels, reduction="sum")
+            loss = torch.nn.functional.cross_entropy(quantized_copy(inside).logits[real], labels, reduction="sum")
             (loss / sum(w.predicted for w in chosen)).backward()
         optimizer.step()
     for p in parameters:

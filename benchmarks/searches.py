@@ -15,7 +15,7 @@ from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.texts import Window
 from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
-from bytecap_lab.layer_tying import Plan, decide, read, split
+from bytecap_lab.layer_tying import TyingPlan, decide, read, split
 from bytecap_lab.layer_tying.start import tied
 from bytecap_lab.layer_tying.uptrain import RATE, uptrain
 from common import parser, record, texts
@@ -46,11 +46,11 @@ def main() -> None:
 
 def one(args: Any, model: Model, pool: list[Window], blocks: int, search: str | None) -> None:
     """One search and its uptraining, recorded."""
-    depth = Plan.of(model, 1, "average", 0, None).start
+    depth = TyingPlan.of(model, 1, "average", 0, None).start
     if search is None and len(depth.sources) % blocks:
         return  # no loop has so many blocks
     windows, held, measured = split(pool, 2, args.device, "the training text")
-    plan = Plan.of(model, blocks, "average", 0, search)
+    plan = TyingPlan.of(model, blocks, "average", 0, search)
     effort = Effort.parse(args.search_steps)
     tying, trace = decide(plan, model, windows, measured, effort, args.device, args.seed, RATE, Silent())
     found = uptrain(

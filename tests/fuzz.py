@@ -364,9 +364,9 @@ def main():
 
         with atheris.instrument_imports(include=["bytecap"], exclude=["bytecap.format.entropy.kernels"]):
             target = Target(arguments.findings)
-            from bytecap.format.coders import layers
+            from bytecap.format.coders import overlay_coders
 
-            layers()  # imports every coder
+            overlay_coders()  # imports every coder
     else:
         target = Target(arguments.findings)
     if arguments.compiled:

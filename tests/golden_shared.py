@@ -30,7 +30,7 @@ from bytecap.format.wire.shared_objects import (
     write_table,
 )
 from golden_codebooks import book, latent
-from golden_layers import constant, halves, packed
+from golden_overlays import constant, halves, packed
 from golden_parts import Numbers, build, index, pack, unit
 
 SHAPE = (12, 10)
@@ -51,7 +51,7 @@ def lists() -> tuple[list, tuple[bytes, ...]]:
         "written": ((200, 1), constant(2.0), (37, CHANNELS.encode(ROWS, few, halves(5, k), (200, 1)))),
         "places": ((10, 20), constant(1.0), (34, OUTLIERS.encode(few, halves(6, k), 200))),
     }
-    encoded = {n: (shape, STACK.encode(base, [layer])) for n, (shape, base, layer) in stacks.items()}
+    encoded = {n: (shape, STACK.encode(base, [overlay])) for n, (shape, base, overlay) in stacks.items()}
     sections, objects = share_lists(encoded)
     assert sum(map(len, sections.values())) + len(objects[0]) < sum(len(data) for _, data in encoded.values()) - 7
     return [unit(n, stacks[n][0], 5, data) for n, data in sections.items()], objects

@@ -23,7 +23,7 @@ import numpy as np
 import golden_bands
 import golden_code
 import golden_codebooks
-import golden_layers
+import golden_overlays
 import golden_shared
 from bytecap.format import container
 from bytecap.format.coders import leb
@@ -171,7 +171,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    others = (golden_layers, golden_codebooks, golden_bands, golden_code, golden_shared)
+    others = (golden_overlays, golden_codebooks, golden_bands, golden_code, golden_shared)
     return dict([*_grids(), *_others(), *_bare(), *(one for module in others for one in module.valid())])
 
 
@@ -353,7 +353,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     """Broken artifacts and the name of the error each must raise, by name."""
     found = {name: (data, error) for name, data, error in _containers()}
     parts: tuple[Callable[[], Iterator[tuple[str, bytes]]], ...] = (
-        _indexes, _streams, _tables, _coders, golden_layers.invalid, fixed_broken, golden_code.invalid,
+        _indexes, _streams, _tables, _coders, golden_overlays.invalid, fixed_broken, golden_code.invalid,
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}

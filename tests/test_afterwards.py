@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.format.coders import Shared, coder, layer, registry, run
-from bytecap.format.coders import layers as all_layers
+from bytecap.format.coders import Shared, coder, overlay_coder, registry, run
+from bytecap.format.coders import overlay_coders as all_layers
 from bytecap.format.coders.codebook import CODER as CODEBOOK
 from bytecap.format.coders.codebook import Codebook
 from bytecap.format.coders.exact import CODER as EXACT
@@ -58,7 +58,7 @@ TABLES = Tables.from_counts({20: {z: 100.0 / (1 + abs(z)) for z in range(-40, 41
 SHARED = Shared(TABLES, objects=OBJECTS)
 ONE, TWO = Link(0, 1.5), Link(1, 0.75)  # shared codewords, a shared decoder
 
-LAYERS = {
+OVERLAYS = {
     "columns": COLUMNS.encode(np.array([2, 7]), _values(2, 6).astype(np.float16), 10),
     "columns i8": COLUMNS.encode(np.array([2, 7]), _codes(2, 6).astype(np.int8), 10, np.ones(2, np.float16)),
     "rows": ROWS.encode(np.array([0, 5]), _values(2, 10).astype(np.float16), 6),
@@ -83,7 +83,7 @@ BASES = {
 
 def _apply(name, data, base):
     """Decoded values of a section or layer."""
-    if name in LAYERS:
+    if name in OVERLAYS:
         return run([_owner(name).apply(data, base.copy(), SHARED)])[0]
     return run([_owner(name).decode(data, SHAPE, "F32", SHARED)])[0]
 
@@ -93,10 +93,10 @@ def _owner(name):
     return every[name.split()[0]]
 
 
-@pytest.mark.parametrize("name", [*LAYERS, *BASES])
+@pytest.mark.parametrize("name", [*OVERLAYS, *BASES])
 class TestEveryCoder:
     def found(self, name):
-        data = (LAYERS | BASES)[name]
+        data = (OVERLAYS | BASES)[name]
         return data, _owner(name).continuous(data, SHAPE, SHARED)
 
     def test_its_matrix_is_what_a_reader_decodes(self, name):
@@ -131,7 +131,10 @@ class TestEveryCoder:
 
 class TestStack:
     def test_base_and_layers_together(self):
-        parts = (CODEBOOK.tag, BASES["codebook"]), [(COLUMNS.tag, LAYERS["columns"]), (GROUPS.tag, LAYERS["groups"])]
+        parts = (
+            (CODEBOOK.tag, BASES["codebook"]),
+            [(COLUMNS.tag, OVERLAYS["columns"]), (GROUPS.tag, OVERLAYS["groups"])],
+        )
         data = STACK.encode(*parts)
         found = STACK.continuous(data, SHAPE, SHARED)
         assert set(found.arrays) == {"0 words", "1 values", "2 scales"}
@@ -140,15 +143,15 @@ class TestStack:
         assert found.encode(found.arrays) == data
 
     def test_a_frozen_base_stays(self):
-        data = STACK.encode((9, b""), [(COLUMNS.tag, LAYERS["columns"])])
+        data = STACK.encode((9, b""), [(COLUMNS.tag, OVERLAYS["columns"])])
         assert coder(9).id == "trellis"
         assert not hasattr(coder(9), "continuous")
-        assert layer(COLUMNS.tag) is COLUMNS
+        assert overlay_coder(COLUMNS.tag) is COLUMNS
         with pytest.raises(bytecap.errors.CorruptError):  # an empty base is refused, not skipped
             STACK.continuous(data, SHAPE, SHARED)
 
     def test_a_base_with_nothing_continuous_is_decoded_once(self):
-        data = STACK.encode((EXACT.tag, EXACT.encode(_values(*SHAPE), "F32")), [(COLUMNS.tag, LAYERS["columns"])])
+        data = STACK.encode((EXACT.tag, EXACT.encode(_values(*SHAPE), "F32")), [(COLUMNS.tag, OVERLAYS["columns"])])
         found = STACK.continuous(data, SHAPE, SHARED)
         assert set(found.arrays) == {"1 values"}
         decoded = run([STACK.decode(data, SHAPE, "F32", SHARED)])[0]

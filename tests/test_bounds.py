@@ -64,7 +64,7 @@ def outcomes(data):
 
 
 @pytest.mark.parametrize("count", [1, 2, 16])
-def test_layers_of_zeros_ask_for_too_much(count):
+def test_overlays_of_zeros_ask_for_too_much(count):
     data = stacked([4096, 4096], [(35, low_rank(4096, 4096, 255))] * count)
     assert len(data) < 2000 * count
     with pytest.raises(errors.CorruptError, match="unit w asks for more work than so small a file may"):

@@ -11,7 +11,7 @@ import bytecap
 from bytecap import reference
 from bytecap.allocation.overlay_menu import Choice
 from bytecap.allocation.shared_channels import one_list, saved
-from bytecap.calibration.residual_streams import Stream, find_streams, streams_of
+from bytecap.calibration.residual_streams import ResidualStream, find_streams, streams_of
 from bytecap.format import container
 from bytecap.format.coders import Objects
 from bytecap.format.coders.stack import CODER as STACK
@@ -20,12 +20,12 @@ from bytecap.format.wire.positions import LISTED, read_positions
 from bytecap.format.wire.shared_objects import REFERENCE, read_object
 from bytecap.model.checkpoint import load_model
 from bytecap.model.texts import Window
-from bytecap.quantization.overlays import Problem, paths
+from bytecap.quantization.overlays import UnitProblem, overlays
 from bytecap.quantization.overlays.channels import ALONE, channel_worth, rank
 from bytecap.quantization.overlays.protect import Amount
 from bytecap.types import Curve, Point, Unit
 from bytecap_lab.rd_curves.choose import bundled, members, spend
-from bytecap_lab.rd_curves.trial import Offer
+from bytecap_lab.rd_curves.trial import OverlayCandidate
 from conftest import SMALL, build, save
 
 pytestmark = pytest.mark.numeric
@@ -84,7 +84,7 @@ class TestStreams:
 
         torch.manual_seed(0)
         (stream,) = find_streams(Loop(), {"map.weight": "map.weight"}, torch.randn(1, 5, 12))
-        assert stream == Stream(12, {"map.weight": BOTH})
+        assert stream == ResidualStream(12, {"map.weight": BOTH})
 
     def test_of_a_checkpoint(self):
         model = load_model("demo")
@@ -108,11 +108,14 @@ def problem(name, rows, cols, seed, loud=()):
     hessian = x.T @ x / len(x) + 0.01 * torch.eye(cols, dtype=torch.float64)
     weight = torch.randn(rows, cols, generator=g)
     weight[list(loud)] *= 20
-    return Problem(Unit(name, (rows, cols), "F32"), weight, hessian, torch.ones(rows, dtype=torch.float64))
+    return UnitProblem(Unit(name, (rows, cols), "F32"), weight, hessian, torch.ones(rows, dtype=torch.float64))
 
 
 class TestRanking:
-    streams = (Stream(32, {"read": COLUMNS, "written": ROWS, "square": BOTH}), Stream(48, {"read": ROWS}))
+    streams = (
+        ResidualStream(32, {"read": COLUMNS, "written": ROWS, "square": BOTH}),
+        ResidualStream(48, {"read": ROWS}),
+    )
 
     def ranked(self, factors=None):
         problems = [
@@ -140,7 +143,7 @@ class TestRanking:
 
     def test_settings_agree_over_the_stream(self):
         problems = self.ranked()
-        ladders = {n: paths()["channels"].settings(p) for n, p in problems.items()}
+        ladders = {n: overlays()["channels"].settings(p) for n, p in problems.items()}
         amounts = {n: [(a.count, a.bits) for a in mine if a.stream == 0] for n, mine in ladders.items()}
         assert len(set(map(tuple, amounts.values()))) == 1
         assert {(a.stream, a.mode) for a in ladders["read"]} == {(0, COLUMNS), (1, ROWS)}
@@ -149,7 +152,7 @@ class TestRanking:
 
     @pytest.mark.parametrize("name", ["read", "written", "square"])
     def test_protecting_helps_on_every_side(self, name):
-        p, path = self.ranked()[name], paths()["channels"]
+        p, path = self.ranked()[name], overlays()["channels"]
         for setting in path.settings(p):
             base = (path.before(p, setting).weight * 1.5).round() / 1.5
             found = path.after(p, base, setting)
@@ -158,7 +161,7 @@ class TestRanking:
                 assert float((found.values - p.weight)[setting.index].abs().max()) < 0.1
 
     def test_a_matrix_nobody_looked_at_is_alone_if_it_is_square(self):
-        path = paths()["channels"]
+        path = overlays()["channels"]
         assert {(a.stream, a.mode) for a in path.settings(problem("a", 32, 32, 0))} == {(ALONE, BOTH)}
         assert path.settings(problem("a", 48, 32, 0)) == []
         assert path.settings(replace(problem("a", 32, 32, 0), rankings=())) == []
@@ -192,23 +195,23 @@ class TestOneList:
 
 
 class TestBundles:
-    def offer(self, unit, size, gain, stream=0, listed="0 1 8", index=0):
-        return Offer("channels", unit, index, "", size, gain, 0.0, gain, 1, 0.1, stream, listed)
+    def candidate(self, unit, size, gain, stream=0, listed="0 1 8", index=0):
+        return OverlayCandidate("channels", unit, index, "", size, gain, 0.0, gain, 1, 0.1, stream, listed)
 
     def test_a_stream_is_chosen_as_one(self):
-        offers = {
-            "a": [self.offer("a", 10, 5.0), self.offer("a", 20, 8.0, listed="0 4 8", index=1)],
-            "b": [self.offer("b", 10, 1.0), self.offer("b", 20, 9.0, listed="0 4 8", index=1)],
-            "c": [self.offer("c", 10, -1.0)],
+        candidates = {
+            "a": [self.candidate("a", 10, 5.0), self.candidate("a", 20, 8.0, listed="0 4 8", index=1)],
+            "b": [self.candidate("b", 10, 1.0), self.candidate("b", 20, 9.0, listed="0 4 8", index=1)],
+            "c": [self.candidate("c", 10, -1.0)],
         }
-        chosen = bundled(offers)
+        chosen = bundled(candidates)
         assert [(b.bytes, b.gain) for b in chosen["stream 0"]] == [(20, 6.0), (40, 17.0)]
         assert members(spend(chosen, 39)) == {}  # the hull has one corner, and the stream is not cut
         assert {n: o.list for n, o in members(spend(chosen, 40)).items()} == {"a": "0 4 8", "b": "0 4 8"}
 
     def test_other_paths_are_left_alone(self):
-        offers = {"a": [self.offer("a", 10, 5.0, stream=-1, listed="")], "b": []}
-        assert bundled(offers) == {"a": offers["a"]}
+        candidates = {"a": [self.candidate("a", 10, 5.0, stream=-1, listed="")], "b": []}
+        assert bundled(candidates) == {"a": candidates["a"]}
 
 
 LOUD = list(range(3, 128, 17))

@@ -88,8 +88,8 @@ def test_codebooks_are_never_chosen_larger_than_their_tensor(rate, shape):
 
 
 def test_settings_survive_their_number():
-    for s in (cluscomp.Setting(1, 1), cluscomp.Setting(65536, 16), cluscomp.Setting(37, 3)):
-        assert cluscomp.Setting.of(s.number) == s
+    for s in (cluscomp.CodebookSetting(1, 1), cluscomp.CodebookSetting(65536, 16), cluscomp.CodebookSetting(37, 3)):
+        assert cluscomp.CodebookSetting.of(s.number) == s
         for rank, decoder in ((0, False), (512, True)):
             assert reallm.unpack_setting(reallm.pack_setting(s.number, rank, decoder=decoder)) == (s, rank, decoder)
 
@@ -101,7 +101,7 @@ def test_predicted_sizes_and_distortions_are_those_of_the_section(accounting):
     m = material(64, 48)
     plain = cluscomp.ClusComp(option({"accounting": accounting}, cluscomp.OPTIONS, "cluscomp"), 0)
     latent = reallm.ReALLM(option({"accounting": accounting}, reallm.OPTIONS, "reallm"), 0)
-    number = cluscomp.Setting(64, 2).number
+    number = cluscomp.CodebookSetting(64, 2).number
     cases = [(plain, number)]
     cases += [(latent, reallm.pack_setting(number, r, decoder=d)) for r in (0, 2) for d in (False, True)]
     for family, setting in cases:
@@ -116,7 +116,7 @@ def test_a_trained_decoder_is_no_worse_than_none():
     m = material(64, 64)
     m = Material(m.unit, m.weight + m.weight.roll(1, 1), m.price, m.columns, m.rows)  # neighbours that depend
     family = reallm.ReALLM(option({}, reallm.OPTIONS, "reallm"), 0)
-    number = cluscomp.Setting(16, 2).number
+    number = cluscomp.CodebookSetting(16, 2).number
     plain, decoded = (family.encode(m, reallm.pack_setting(number, 0, decoder=d)) for d in (False, True))
     assert decoded.distortion < plain.distortion
 

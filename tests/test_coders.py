@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bytecap.format import container
-from bytecap.format.coders import layers, registry
+from bytecap.format.coders import overlay_coders, registry
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import decode_units
 from bytecap.format.ledger import KINDS, total
@@ -25,7 +25,7 @@ def test_every_coder_has_a_golden() -> None:
 
 
 def test_every_layer_has_goldens_over_two_bases() -> None:
-    bases: dict[int, set[int]] = {tag: set() for tag in layers()}
+    bases: dict[int, set[int]] = {tag: set() for tag in overlay_coders()}
     for u in (u for path in GOLDENS for u in container.read(path).units if u.tag == STACK.tag):
         (base, _, _), *stacked = STACK.parts(u.data)
         for tag, _, _ in stacked:
@@ -34,7 +34,7 @@ def test_every_layer_has_goldens_over_two_bases() -> None:
 
 
 def test_ids_and_tags_are_unique() -> None:
-    coders = registry() | layers()
+    coders = registry() | overlay_coders()
     assert len({c.id for c in coders.values()}) == len(coders)
     assert all(tag == c.tag for tag, c in coders.items())
 

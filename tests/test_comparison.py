@@ -142,7 +142,7 @@ class TestEnvelope:
         assert saved([1], [0], [120, 100, 200], means) is None
 
 
-class TestCells:
+class TestRunSpecs:
     def test_methods_and_their_options(self):
         assert read_method("golf").options == {}
         assert read_method("bytecap:trellis=false:paths=rows+columns").options == {"trellis": False}

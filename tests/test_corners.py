@@ -190,11 +190,11 @@ def test_places_counted_without_reading_them():
 
 
 def test_a_stack_says_what_it_is_made_of():
-    base, layer = bytes(8) + b"\0", b"abc"
-    section = STACK.encode((2, base), [(32, layer), (36, b"")])
+    base, overlay = bytes(8) + b"\0", b"abc"
+    section = STACK.encode((2, base), [(32, overlay), (36, b"")])
     assert STACK.tags(section) == [2, 32, 36]
-    one = STACK.encode((2, base), [(32, layer)])
-    assert STACK.growth(len(base), layer) == len(one) - len(base)
+    one = STACK.encode((2, base), [(32, overlay)])
+    assert STACK.growth(len(base), overlay) == len(one) - len(base)
 
 
 def test_lists_are_shared_where_several_layers_have_them():
@@ -203,12 +203,12 @@ def test_lists_are_shared_where_several_layers_have_them():
     common, own = (np.flatnonzero(rng.random(200) < 0.3) for _ in range(2))
     base = (2, bytes(8) + b"\0")
 
-    def layer(index):
+    def overlay_coder(index):
         return COLUMNS.tag, COLUMNS.encode(index, np.ones((len(index), 3), np.float16), 200)
 
     order = (40, b"\0" * 200)
-    stacks = {f"u{i}": ((3, 200), STACK.encode(base, [layer(common), order])) for i in range(3)}
-    stacks["alone"] = ((3, 200), STACK.encode(base, [order, layer(own)]))
+    stacks = {f"u{i}": ((3, 200), STACK.encode(base, [overlay_coder(common), order])) for i in range(3)}
+    stacks["alone"] = ((3, 200), STACK.encode(base, [order, overlay_coder(own)]))
     changed, objects = share_lists(stacks, [b"first"])
     assert objects == (b"first", write_list(common, 200))
     assert changed["alone"] == stacks["alone"][1]

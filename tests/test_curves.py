@@ -15,11 +15,11 @@ from bytecap.report.svg import ticks
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves import byte_returns, points, trial
 from bytecap_lab.rd_curves.choose import hull, most, spend
-from bytecap_lab.rd_curves.operating_point import lay
+from bytecap_lab.rd_curves.operating_point import build
 from bytecap_lab.rd_curves.points import Measured
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
 from bytecap_lab.rd_curves.report import ninety, verdict
-from bytecap_lab.rd_curves.trial import Offer
+from bytecap_lab.rd_curves.trial import OverlayCandidate
 from conftest import BUDGET, SMALL
 
 PATHS = ("columns", "lowrank")
@@ -47,8 +47,8 @@ def curved(tmp_path_factory, model_directory, texts):
     return get
 
 
-def offer(size, gain, unit="u"):
-    return Offer("p", unit, 0, "", size, gain, 0.0, gain, 0, 1.0)
+def candidate(size, gain, unit="u"):
+    return OverlayCandidate("p", unit, 0, "", size, gain, 0.0, gain, 0, 1.0)
 
 
 class TestStore:
@@ -84,15 +84,28 @@ class TestStore:
 
 class TestChoice:
     def test_hull_is_concave_and_starts_with_what_is_free(self):
-        kept = hull([offer(-5, 1.0), offer(-2, 2.0), offer(10, 3.0), offer(20, 8.0), offer(30, 8.0), offer(5, -1)])
+        kept = hull(
+            [
+                candidate(-5, 1.0),
+                candidate(-2, 2.0),
+                candidate(10, 3.0),
+                candidate(20, 8.0),
+                candidate(30, 8.0),
+                candidate(5, -1),
+            ]
+        )
         assert [(o.bytes, o.gain) for o in kept] == [(-2, 2.0), (20, 8.0)]
 
     def test_best_slopes_first_within_the_room(self):
-        offers = {"a": [offer(10, 5.0, "a"), offer(30, 6.0, "a")], "b": [offer(10, 4.0, "b")], "c": [offer(5, -1, "c")]}
-        assert most(offers) == 40
-        assert {n: o.bytes for n, o in spend(offers, 20).items()} == {"a": 10, "b": 10}
-        assert {n: o.bytes for n, o in spend(offers, 40).items()} == {"a": 30, "b": 10}
-        assert spend(offers, 4) == {}
+        candidates = {
+            "a": [candidate(10, 5.0, "a"), candidate(30, 6.0, "a")],
+            "b": [candidate(10, 4.0, "b")],
+            "c": [candidate(5, -1, "c")],
+        }
+        assert most(candidates) == 40
+        assert {n: o.bytes for n, o in spend(candidates, 20).items()} == {"a": 10, "b": 10}
+        assert {n: o.bytes for n, o in spend(candidates, 40).items()} == {"a": 30, "b": 10}
+        assert spend(candidates, 4) == {}
 
     def test_ninety_percent_is_interpolated(self):
         points = [{"bytes": 10, "kl_recovered": 0.5}, {"bytes": 20, "kl_recovered": 1.0}]
@@ -296,17 +309,17 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
     seen = []
     real = trial.realise
 
-    def look(ground, path, chosen):
-        found = real(ground, path, chosen)
+    def look(operating_point, path, chosen):
+        found = real(operating_point, path, chosen)
         for name, r in found.items():
             index = chosen[name]
-            wanted = {name: trial.ladder(path, ground.base, name, ground.rungs)[index]}
-            rounded, applied = trial._try(ground.base, path, wanted)[name]
+            wanted = {name: trial.ladder(path, operating_point.base, name, operating_point.most_settings)[index]}
+            rounded, applied = trial._try(operating_point.base, path, wanted)[name]
             seen.append(np.array_equal(r.values, (applied or rounded).values.numpy()))
         return found
 
     monkeypatch.setattr("bytecap_lab.rd_curves.points.realise", look)
-    monkeypatch.setattr("bytecap_lab.rd_curves.lay", partial(lay, rungs=2))
+    monkeypatch.setattr("bytecap_lab.rd_curves.build", partial(build, most_settings=2))
     byte_returns(
         model_directory("transposed"), BUDGET + 4000, calibration=texts["calib"], evaluation=texts["val"], points=4,
         point_tokens=300, **SMALL,

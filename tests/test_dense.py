@@ -50,7 +50,7 @@ def cases(draw):
 
 def dense(module, windows, tokens):
     """By linear map, every use's inputs and output gradients (tokens, width); by batch, the embedding's gradient."""
-    twin, seen, sums = copy.deepcopy(module), {"inner": [], "head": []}, []
+    quantized_copy, seen, sums = copy.deepcopy(module), {"inner": [], "head": []}, []
     outputs = []
 
     def keep(name, mask):
@@ -66,13 +66,13 @@ def dense(module, windows, tokens):
 
     generator = torch.Generator().manual_seed(0)
     for ids, mask in batches(windows, tokens):
-        handles = [getattr(twin, n).register_forward_hook(keep(n, mask)) for n in seen]
-        handles.append(twin.embed.register_forward_hook(embedded))
-        sampled_loss(twin, ids, mask, generator).backward()
+        handles = [getattr(quantized_copy, n).register_forward_hook(keep(n, mask)) for n in seen]
+        handles.append(quantized_copy.embed.register_forward_hook(embedded))
+        sampled_loss(quantized_copy, ids, mask, generator).backward()
         for handle in handles:
             handle.remove()
         at, g = outputs.pop()
-        total = torch.zeros(twin.embed.weight.shape, dtype=torch.float64)
+        total = torch.zeros(quantized_copy.embed.weight.shape, dtype=torch.float64)
         total.index_add_(0, at.reshape(-1), g.reshape(-1, g.shape[-1]).double())
         sums.append(total)
     found = {n: [(x, g[0][mask].double()) for x, g, mask in uses] for n, uses in seen.items()}

@@ -18,7 +18,7 @@ from bytecap.format.coders.classes import CENTRES, CLASSES
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.model.quantized_copy import load_values
-from bytecap.quantization import Problem, gaussian_shrink, row_classes, trial_values
+from bytecap.quantization import RoundingProblem, gaussian_shrink, row_classes, trial_values
 from bytecap.quantization.quantizer import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.trellis import round_trellis
@@ -94,7 +94,7 @@ def problem(batch, cols, rows, step):
     lower = torch.linalg.cholesky(x.transpose(1, 2) @ x / (3 * cols) + 0.01 * torch.eye(cols))
     order = torch.stack([torch.randperm(cols, generator=g) for _ in range(batch)])
     row_weight = 0.3 + torch.rand(batch, rows, generator=g)
-    return Problem(weight, lower, order, row_weight, row_classes(weight, lower, step, 1))
+    return RoundingProblem(weight, lower, order, row_weight, row_classes(weight, lower, step, 1))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -107,7 +107,9 @@ def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, st
     steps = torch.full((batch,), step)
     given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink()
     one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT)
-    there = Problem(*(getattr(given_problem, n).to(DEVICE) for n in ("weight", "lower", "order", "rows", "row_class")))
+    there = RoundingProblem(
+        *(getattr(given_problem, n).to(DEVICE) for n in ("weight", "lower", "order", "rows", "row_class"))
+    )
     two = device.round_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT)
     assert (one.symbols == two.symbols.cpu().numpy()).mean() > 0.999  # sums in another order may round otherwise
     assert (one.column_class == two.column_class).all()

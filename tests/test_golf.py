@@ -7,7 +7,15 @@ from bytecap.format.coders import Shared, run
 from bytecap.format.coders.bands import CODER as BANDS
 from bytecap.format.coders.packed import MAX_CODE, Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.methods.baselines.golf import factorize, golf, gptq, round_nearest, row_steps, smallest, with_brotli
+from bytecap.methods.baselines.golf import (
+    factorize,
+    golf_sections,
+    gptq,
+    round_nearest,
+    row_steps,
+    smallest,
+    with_brotli,
+)
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import tolerance
 from test_uniform import decoded, model, used
@@ -81,7 +89,7 @@ def hessians_of(units, seed=0):
 def test_the_budget_is_met_and_used(bits, power):
     units, weights = model(int(bits))
     capacity = int(bits * sum(u.parameters for u in units) / 8)
-    sections = golf(units, weights, hessians_of(units), {"embed"}, capacity, embedding_power=power)
+    sections = golf_sections(units, weights, hessians_of(units), {"embed"}, capacity, embedding_power=power)
     assert list(sections) == [u.name for u in units]
     assert capacity - tolerance(capacity) <= used(sections) <= capacity
     found = decoded(units, sections)
@@ -102,7 +110,7 @@ def stored_steps(unit, section):
 def test_what_golf_stores_is_the_recipe():
     units, weights = model()
     hessians = hessians_of(units)
-    sections = golf(units, weights, hessians, {"embed"}, 16_000, coder="brotli")
+    sections = golf_sections(units, weights, hessians, {"embed"}, 16_000, coder="brotli")
     found = decoded(units, sections)
     ks = {}
     for u in units:
@@ -127,14 +135,14 @@ def test_what_golf_stores_is_the_recipe():
 
 def test_a_fixed_embedding_k_stays_as_published():
     units, weights = model()
-    sections = golf(units, weights, hessians_of(units), {"embed"}, 16_000, embedding_power=0, coder="brotli")
+    sections = golf_sections(units, weights, hessians_of(units), {"embed"}, 16_000, embedding_power=0, coder="brotli")
     k = stored_steps(units[0], sections["embed"]) * 63 / weights["embed"].std(dim=1, correction=0).numpy()
     np.testing.assert_allclose(k, 15, rtol=2e-3)
 
 
 def test_a_generous_budget_is_nearly_lossless():
     units, weights = model()
-    found = decoded(units, golf(units, weights, hessians_of(units), {"embed"}, 10**6))
+    found = decoded(units, golf_sections(units, weights, hessians_of(units), {"embed"}, 10**6))
     for name in ("embed", "up", "odd"):
         assert float((found[name] - weights[name]).abs().max()) < 2e-3 * float(weights[name].abs().max())
 
@@ -142,21 +150,21 @@ def test_a_generous_budget_is_nearly_lossless():
 def test_a_hopeless_budget_names_its_floor():
     units, weights = model()
     with pytest.raises(BudgetError) as caught:
-        golf(units, weights, hessians_of(units), {"embed"}, 300)
+        golf_sections(units, weights, hessians_of(units), {"embed"}, 300)
     floor = caught.value.floor
     assert 300 < floor < 5000
-    assert used(golf(units, weights, hessians_of(units), {"embed"}, floor)) <= floor
+    assert used(golf_sections(units, weights, hessians_of(units), {"embed"}, floor)) <= floor
     with pytest.raises(BudgetError):
-        golf(units[1:2], weights, {}, set(), 10)
+        golf_sections(units[1:2], weights, {}, set(), 10)
 
 
 def test_progress_is_told_and_vectors_alone_work():
     ticks = []
     units, weights = model()
-    golf(units, weights, {}, {"embed"}, 20_000, ticks.append)
+    golf_sections(units, weights, {}, {"embed"}, 20_000, ticks.append)
     assert sum(ticks) == 1
     assert len(ticks) > 2
-    assert list(golf(units[1:2], weights, {}, set(), 10_000)) == ["norm"]
+    assert list(golf_sections(units[1:2], weights, {}, set(), 10_000)) == ["norm"]
 
 
 def test_degenerate_inputs_stay_finite():
@@ -178,8 +186,8 @@ def test_a_residual_of_rank_four_lowers_the_error_of_the_worst_tensors_under_the
     units, weights = model()
     hessians = hessians_of(units)
     residual = Residual(bits, tensors=1)
-    plain = golf(units, weights, hessians, {"embed"}, 16_000 - residual.bytes(units, hessians))
-    sections = golf(units, weights, hessians, {"embed"}, 16_000, residual=residual)
+    plain = golf_sections(units, weights, hessians, {"embed"}, 16_000 - residual.bytes(units, hessians))
+    sections = golf_sections(units, weights, hessians, {"embed"}, 16_000, residual=residual)
     assert used(sections) <= 16_000
     changed = [n for n in sections if sections[n].tag == STACK.tag]
     assert len(changed) == 1
@@ -198,7 +206,7 @@ def test_the_best_coder_is_finer_at_the_same_bytes():
     hessians = hessians_of(units)
     error = {}
     for coder in ("brotli", "best"):
-        sections = golf(units, weights, hessians, {"embed"}, 16_000, coder=coder)
+        sections = golf_sections(units, weights, hessians, {"embed"}, 16_000, coder=coder)
         assert used(sections) <= 16_000
         found = decoded(units, sections)
         error[coder] = sum(output_error(found[n], weights[n], hessians[n].numpy()) for n in hessians)

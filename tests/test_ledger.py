@@ -1,8 +1,8 @@
-"""The ledger's sums: by owner, by kind, by exception path."""
+"""The ledger's sums: by owner, by kind, by overlay."""
 
 import pytest
 
-from bytecap.format.ledger import KINDS, Entry, Line, by_kind, by_path, by_unit, total
+from bytecap.format.ledger import KINDS, Entry, Line, by_kind, by_overlay, by_unit, total
 
 pytestmark = pytest.mark.coverage
 
@@ -27,8 +27,8 @@ def test_lines_are_sorted_by_size_then_name():
 
 
 def test_paths_count_units_once():
-    assert by_path(ENTRIES) == {"columns": {"units": 1, "bytes": 9}, "rows": {"units": 2, "bytes": 13}}
-    assert list(by_path(ENTRIES)) == ["columns", "rows"]
+    assert by_overlay(ENTRIES) == {"columns": {"units": 1, "bytes": 9}, "rows": {"units": 2, "bytes": 13}}
+    assert list(by_overlay(ENTRIES)) == ["columns", "rows"]
 
 
 def test_kinds_are_in_the_ledgers_order_without_zeros():

@@ -110,12 +110,12 @@ def test_batches_are_halved_where_memory_ends_and_hooks_go(monkeypatch):
     whole = probe(module, units, windows)
     losses = probing._losses
 
-    def scarce(twin, windows, tokens, *rest):
+    def scarce(quantized_copy, windows, tokens, *rest):
         sizes.append(tokens)
-        yield next(losses(twin, windows, tokens, *rest))
+        yield next(losses(quantized_copy, windows, tokens, *rest))
         if tokens > 30:
             raise torch.OutOfMemoryError
-        yield from list(losses(twin, windows, tokens, *rest))[1:]
+        yield from list(losses(quantized_copy, windows, tokens, *rest))[1:]
 
     monkeypatch.setattr(probing, "_losses", scarce)
     monkeypatch.setattr(probing, "batch_tokens", lambda _: 200)

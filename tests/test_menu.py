@@ -1,4 +1,4 @@
-"""Exception paths chosen by the allocator: on a weak base they are taken and pay, on the strong one nothing is lost."""
+"""Overlays chosen by the allocator: on a weak base they are taken and pay, on the strong one nothing is lost."""
 
 import numpy as np
 import pytest
@@ -7,18 +7,18 @@ import torch
 import bytecap
 from bytecap import reference
 from bytecap.allocation import overlay_menu
-from bytecap.allocation.layered import layered, problem_of
+from bytecap.allocation.overlaid import overlaid, problem_of
 from bytecap.allocation.overlay_menu import Choice, solve
 from bytecap.allocation.planner import Planner, decode_coded
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
 from bytecap.format import container
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.ledger import by_path
+from bytecap.format.ledger import by_overlay
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import load_model
 from bytecap.progress import Silent
-from bytecap.quantization.overlays import paths
+from bytecap.quantization.overlays import overlays
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.report.terminal import print_fit, print_ledger
@@ -93,7 +93,7 @@ class TestWeakBase:
     def test_file_report_and_ledger_agree(self, outcome):
         found, _ = outcome("weak", *MENU)
         entries = container.ledger(container.parse(found.data))
-        assert by_path(entries) == found.report["paths"]
+        assert by_overlay(entries) == found.report["paths"]
         assert sum(e.bytes for e in entries) == len(found.data)
         stacks = sum(u.tag == STACK.tag for u in found.contents.units)
         assert sum(x["units"] for x in found.report["paths"].values()) == stacks > 0
@@ -105,7 +105,7 @@ class TestWeakBase:
             np.testing.assert_array_equal(other[name], values)
 
     def test_what_cannot_apply_is_said_once(self, loud, texts, monkeypatch):
-        path, reporter = paths()["rows"], Silent()
+        path, reporter = overlays()["rows"], Silent()
         settings = type(path).settings
         monkeypatch.setattr(
             type(path), "settings", lambda s, p, base=None: settings(s, p, base) if p.weight.shape[0] < 50 else []
@@ -123,7 +123,7 @@ class TestStrongBase:
         noise = (without.report["kl_stderr"] ** 2 + found.report["kl_stderr"] ** 2) ** 0.5
         assert found.report["kl_nats"] <= without.report["kl_nats"] + 2 * noise
         assert len(found.data) <= BUDGET
-        said = [n for n in notes if n.startswith(("exception paths (", "no exception path"))]
+        said = [n for n in notes if n.startswith(("overlays (", "no overlay"))]
         assert len(said) == 1
         assert ("shipping with them" in said[0]) == bool(found.report["paths"])
 
@@ -141,14 +141,14 @@ class TestNames:
 
     def test_the_default_menu_is_empty(self):
         assert overlay_menu.known(None) == overlay_menu.known(()) == ()
-        assert overlay_menu.known(["all"]) == tuple(sorted(paths()))
+        assert overlay_menu.known(["all"]) == tuple(sorted(overlays()))
 
     def test_all_reaches_the_job_from_the_command_line(self, run, model_directory, texts, tmp_path, monkeypatch):
         seen = []
         monkeypatch.setattr("bytecap.pipeline.stages._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
         arguments = ("fit", model_directory("rotary"), "--budget", BUDGET, "-o", tmp_path / "a.bcap")
         arguments += ("--calib", texts["calib"], "--eval", texts["val"])
-        for names, expected in (("all", tuple(sorted(paths()))), ("rows, lowrank", ("rows", "lowrank"))):
+        for names, expected in (("all", tuple(sorted(overlays()))), ("rows, lowrank", ("rows", "lowrank"))):
             run(*arguments, "--paths", names)
             assert seen.pop() == expected
 
@@ -195,26 +195,26 @@ def matrix(options):
 
 
 @pytest.mark.parametrize("options", [Options(), Options(**WEAK)], ids=["strong", "weak"])
-@pytest.mark.parametrize("name", sorted(paths()))
+@pytest.mark.parametrize("name", sorted(overlays()))
 def test_a_layered_unit_is_what_a_reader_decodes(name, options):
     item, planner, _ = matrix(options)
     problem = problem_of(item)
-    ladder = paths()[name].settings(problem)
+    ladder = overlays()[name].settings(problem)
     if name == "channels":
         assert not ladder  # not square
         return
-    under = layered(item, problem, paths()[name], ladder[len(ladder) // 2], options)
+    under = overlaid(item, problem, overlays()[name], ladder[len(ladder) // 2], options)
     changed = Planner.of([under], [], options)
     state = changed.settle({"a": 0.5}, initial_rules(options))
     values = changed.decode(state, "a")
-    assert state.coded["a"].layer is not None
+    assert state.coded["a"].overlay is not None
     assert state.distortions["a"] == pytest.approx(problem.distortion(torch.from_numpy(values)), rel=1e-9)
     tag, data = changed.encode(state)["a"]
     assert tag == STACK.tag
     assert abs(state.rates["a"] - len(data)) < 40  # an estimate of the base's streams; the layer's bytes are exact
     base = planner.settle({"a": 0.5}, initial_rules(options))
     assert under.same_base == (name == "lowrank" or (name == "groups" and not under.setting.divide))
-    assert base.coded["a"].layer is None
+    assert base.coded["a"].overlay is None
     moved = under.moved(torch.full((48, 32), 0.125))
     torch.testing.assert_close(moved.target, item.weight + 0.125)
     assert torch.equal(moved.problem.hessian, under.problem.hessian)

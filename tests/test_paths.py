@@ -1,4 +1,4 @@
-"""Exception paths on synthetic matrices with a few loud input channels, over coarse bases."""
+"""Overlays on synthetic matrices with a few loud input channels, over coarse bases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bytecap.format import container
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import decode_units
-from bytecap.quantization.overlays import Problem, groups, lowrank, paths
+from bytecap.quantization.overlays import UnitProblem, groups, lowrank, overlays
 from bytecap.quantization.overlays.protect import (
     absorbed,
     nearest,
@@ -39,7 +39,7 @@ def problem(seed=0, rows=48, cols=32, *, loud=LOUD):
     hessian += 1e-3 * hessian.diagonal().median() * torch.eye(cols, dtype=torch.float64)
     importance = torch.rand(rows, generator=g, dtype=torch.float64) + 0.1
     weight = torch.randn(rows, cols, generator=g) * torch.exp(0.5 * torch.randn(rows, 1, generator=g))
-    return Problem(Unit("a", (rows, cols), "F32"), weight, hessian, importance / importance.mean())
+    return UnitProblem(Unit("a", (rows, cols), "F32"), weight, hessian, importance / importance.mean())
 
 
 def feedback_base(changed, levels=8.0):
@@ -55,7 +55,7 @@ def feedback_base(changed, levels=8.0):
 
 
 def all_settings():
-    for name, path in sorted(paths().items()):
+    for name, path in sorted(overlays().items()):
         square = problem(rows=32)
         for setting in path.settings(square):
             yield pytest.param(name, setting, id=f"{name}-{setting}")
@@ -63,7 +63,7 @@ def all_settings():
 
 @pytest.mark.parametrize(("name", "setting"), list(all_settings()))
 def test_every_setting_of_every_path(name, setting):
-    given_problem, path = problem(rows=32), paths()[name]
+    given_problem, path = problem(rows=32), overlays()[name]
     changed = path.before(given_problem, setting)
     assert float(torch.linalg.eigvalsh(changed.hessian).min()) > 0
     assert torch.equal(changed.hessian, changed.hessian.T)
@@ -79,9 +79,9 @@ def test_every_setting_of_every_path(name, setting):
     assert given_problem.distortion(found.values) < given_problem.distortion(base)
 
 
-@pytest.mark.parametrize("name", sorted(paths()))
+@pytest.mark.parametrize("name", sorted(overlays()))
 def test_ladders_rise_in_bytes_and_fall_in_distortion(name):
-    given_problem, path = problem(rows=32), paths()[name]
+    given_problem, path = problem(rows=32), overlays()[name]
     base = nearest(given_problem.weight)
     found = [path.after(given_problem, base, s) for s in path.settings(given_problem)]
     assert len(found) >= 2
@@ -90,7 +90,7 @@ def test_ladders_rise_in_bytes_and_fall_in_distortion(name):
 
 
 def test_square_matrices_alone_have_channels():
-    assert paths()["channels"].settings(problem(rows=48)) == []
+    assert overlays()["channels"].settings(problem(rows=48)) == []
 
 
 # ------------------------------------------------------------------------------------------------------ protecting
@@ -102,8 +102,8 @@ def test_a_measured_score_is_what_protection_gains():
     before = p.distortion(base)
     column, row = scores(p, base).sum(0), row_scores(p, base)
     for name, worth in (("columns", column), ("rows", row)):
-        setting = next(s for s in paths()[name].settings(p, base) if (s.count, s.bits) == (1, 16))
-        gain = before - p.distortion(paths()[name].after(p, base, setting).values)
+        setting = next(s for s in overlays()[name].settings(p, base) if (s.count, s.bits) == (1, 16))
+        gain = before - p.distortion(overlays()[name].after(p, base, setting).values)
         assert setting.index.tolist() == [int(worth.argmax())]
         assert gain == pytest.approx(float(worth.max()), rel=1e-3)
 
@@ -114,19 +114,19 @@ def test_the_score_of_the_paper():
     error = (base - p.weight).double()
     wanted = [float(p.hessian[j, j] * (p.rows * error[:, j] ** 2).sum() / 2) for j in range(32)]
     np.testing.assert_allclose(scores(p, base, "owq").sum(0), wanted, rtol=1e-12)
-    diagonal = Problem(p.unit, p.weight, torch.diag(p.hessian.diagonal()), p.rows)
+    diagonal = UnitProblem(p.unit, p.weight, torch.diag(p.hessian.diagonal()), p.rows)
     torch.testing.assert_close(scores(diagonal, base, "owq"), scores(diagonal, base))
 
 
 def test_both_scores_find_the_loud_columns():
     p = problem(3)
     for score in ("measured", "owq"):
-        two = next(s for s in paths()["columns"].settings(p, score=score) if s.count == 2)
+        two = next(s for s in overlays()["columns"].settings(p, score=score) if s.count == 2)
         assert tuple(two.index) == LOUD
 
 
 def test_two_protected_columns_save_a_coarse_base():
-    p, path = problem(4), paths()["columns"]
+    p, path = problem(4), overlays()["columns"]
     setting = next(s for s in path.settings(p) if (s.count, s.bits) == (2, 16))
     plain = p.distortion(feedback_base(p))
     after = path.after(p, feedback_base(path.before(p, setting)), setting)
@@ -151,13 +151,13 @@ def test_protected_columns_absorb_what_the_schur_complement_promises(seed, count
 
 
 def test_knowing_what_will_be_absorbed_helps_the_base():
-    path, with_schur, without = paths()["columns"], 0.0, 0.0
+    path, with_schur, without = overlays()["columns"], 0.0, 0.0
     for seed in range(8):
         p = problem(seed)
         setting = next(s for s in path.settings(p) if (s.count, s.bits) == (4, 16))
         changed = path.before(p, setting)
         with_schur += p.distortion(path.after(p, feedback_base(changed), setting).values)
-        plain = Problem(p.unit, changed.weight, p.hessian, p.rows)
+        plain = UnitProblem(p.unit, changed.weight, p.hessian, p.rows)
         without += p.distortion(path.after(p, feedback_base(plain), setting).values)
     assert with_schur < without
 
@@ -185,14 +185,14 @@ def test_protected_rows_leave_the_other_rows_costs_alone():
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1e6])
-@pytest.mark.parametrize("name", sorted(paths()))
+@pytest.mark.parametrize("name", sorted(overlays()))
 def test_extreme_weights(name, value):
     shape = (32, 32)
     weight = torch.full(shape, value)
-    p = Problem(
+    p = UnitProblem(
         Unit("a", shape, "F32"), weight, torch.eye(32, dtype=torch.float64), torch.ones(32, dtype=torch.float64)
     )
-    path = paths()[name]
+    path = overlays()[name]
     for setting in path.settings(p):
         found = path.after(p, nearest(path.before(p, setting).weight), setting)
         assert bool(torch.isfinite(found.values).all())
@@ -210,7 +210,7 @@ def test_the_weighted_decomposition_is_best_in_the_metric():
             for left, right in (lowrank.factors(p, base, rank, weighted=w) for w in (True, False))
         ]
         assert cost[0] < cost[1]
-        stored = lowrank.PATH.after(p, base, lowrank.Rank(rank, 8))
+        stored = lowrank.OVERLAY.after(p, base, lowrank.Rank(rank, 8))
         assert p.distortion(stored.values) < 1.05 * cost[0]
 
 
@@ -234,7 +234,7 @@ def test_a_base_of_wrong_scales_is_put_right():
     p = problem(9)
     wrong = p.weight * torch.tensor([2.0, 0.25]).repeat_interleave(16)
     for bits, most in ((16, 1e-6), (8, 1e-12)):  # powers of two are sixteenths
-        found = groups.PATH.after(p, wrong, groups.Grouping(16, bits, divide=False))
+        found = groups.OVERLAY.after(p, wrong, groups.Grouping(16, bits, divide=False))
         assert p.distortion(found.values) < most * p.distortion(wrong)
 
 
@@ -242,8 +242,8 @@ def test_a_base_of_wrong_scales_is_put_right():
 def test_refitted_scales_never_lose(seed, bits, divide, size):
     p = problem(seed, rows=6, cols=24, loud=())
     setting = groups.Grouping(size, bits, divide)
-    base = nearest(groups.PATH.before(p, setting).weight)
-    found = groups.PATH.after(p, base, setting)
+    base = nearest(groups.OVERLAY.before(p, setting).weight)
+    found = groups.OVERLAY.after(p, base, setting)
     asked = groups.wanted(p, setting).repeat_interleave(size, 1)[:, :24]
     assert p.distortion(found.values) <= p.distortion(base * asked) * (1 + 1e-6)
 
@@ -254,9 +254,9 @@ def test_metric_of_divided_weights_is_exact_for_products():
     column = 2.0 ** torch.tensor([0.0, 2.0], dtype=torch.float64)
     sign = torch.where(p.weight > 0, 1.0, -1.0)
     weight = (sign * row[:, None] * column.repeat_interleave(16)).float()
-    q = Problem(p.unit, weight, p.hessian, p.rows)
+    q = UnitProblem(p.unit, weight, p.hessian, p.rows)
     setting = groups.Grouping(16, 16, divide=True)
-    changed = groups.PATH.before(q, setting)
+    changed = groups.OVERLAY.before(q, setting)
     base = changed.weight + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
     values = base * groups.wanted(q, setting).repeat_interleave(16, 1)
     assert changed.distortion(base) == pytest.approx(q.distortion(values), rel=1e-3)

@@ -218,11 +218,11 @@ class TestSharing:
             inputs.append(args[0].detach().reshape(-1, 12).double())
             output.register_hook(lambda g: gradients.append(g.reshape(-1, 12).double()))
 
-        twin = copy.deepcopy(module)
-        handle = twin.inner.register_forward_hook(keep)
+        quantized_copy = copy.deepcopy(module)
+        handle = quantized_copy.inner.register_forward_hook(keep)
         generator = torch.Generator().manual_seed(0)
         for ids, mask in batches(windows, 2048):
-            sampled_loss(twin, ids, mask, generator).backward()
+            sampled_loss(quantized_copy, ids, mask, generator).backward()
         handle.remove()
         gradients.reverse()  # the second use's gradient comes first
         assert len(inputs) == len(gradients) == 2
@@ -249,8 +249,8 @@ class TestStreaming:
         """Labels are drawn in order, so only the expectation is the same; with labels fixed, so are the sums."""
         module, windows = Chain(tied=False), chain_windows(count=12)
 
-        def fixed(twin, ids, mask, _generator):
-            logits = logits_of(twin(ids[:, :-1]))[mask]
+        def fixed(quantized_copy, ids, mask, _generator):
+            logits = logits_of(quantized_copy(ids[:, :-1]))[mask]
             return nn.functional.cross_entropy(logits, ids[:, 1:][mask], reduction="sum")
 
         found = []
@@ -338,9 +338,9 @@ def test_the_prediction_is_the_divergence_of_a_small_perturbation(embedded, name
     unit = next(u for u in model.units if u.name == name)
     weight = model.tensor(unit)
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * weight.std() * 0.04
-    twin = copy.deepcopy(model.module)
-    with swapped(twin, {name: (weight + noise).numpy()}):
-        kl, _ = kl_to(model.module, twin, windows)
+    quantized_copy = copy.deepcopy(model.module)
+    with swapped(quantized_copy, {name: (weight + noise).numpy()}):
+        kl, _ = kl_to(model.module, quantized_copy, windows)
     assert kl == pytest.approx(metrics[name].distortion(noise), rel=0.25)
 
 

@@ -187,7 +187,7 @@ class TestTied:
 
 
 class TestUnused:
-    def test_layers_beyond_the_config(self, plain):
+    def test_overlays_beyond_the_config(self, plain):
         change_config(plain, num_hidden_layers=1)
         with pytest.raises(
             CheckpointError, match=r"holds tensor model\.layers\.1\.\S+, which the model .* no place"

@@ -17,14 +17,14 @@ from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sampling import sample
 from bytecap.model.sources import SELF_TOKENS, load_sets, with_recovery
 from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
-from bytecap.recovery.parameters import Live
+from bytecap.recovery.parameters import TunedParameters
 from bytecap.types import Unit
 from conftest import SMALL
 
@@ -106,7 +106,7 @@ class TestWholeFits:
     def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
         whole = fit(recover="8", store=tmp_path / "one")[0]
-        moves, move = [], tuning._Course.move
+        moves, move = [], tuning._TuningRun.iterate
 
         def killed(self, *args):
             if len(moves) == 4:
@@ -114,10 +114,10 @@ class TestWholeFits:
             moves.append(1)
             return move(self, *args)
 
-        monkeypatch.setattr(tuning._Course, "move", killed)
+        monkeypatch.setattr(tuning._TuningRun, "iterate", killed)
         with pytest.raises(KeyboardInterrupt):
             fit(recover="8", store=tmp_path / "two")
-        monkeypatch.setattr(tuning._Course, "move", lambda self, *args: (moves.append(2), move(self, *args))[1])
+        monkeypatch.setattr(tuning._TuningRun, "iterate", lambda self, *args: (moves.append(2), move(self, *args))[1])
         assert fit(recover="8", store=tmp_path / "two")[0].data == whole.data
         assert moves.count(2) < 8
 
@@ -126,7 +126,7 @@ class TestWholeFits:
 
 
 @pytest.mark.numeric
-class TestLive:
+class TestTunedParameters:
     """A planner over random matrices, and what moves of it."""
 
     @pytest.fixture
@@ -147,22 +147,22 @@ class TestLive:
     @pytest.mark.parametrize("planned", [True, False], indirect=True)
     def test_values_are_those_a_reader_decodes(self, planned):
         planner, state = planned
-        values = Live(planner, state, "cpu").values()
+        values = TunedParameters(planner, state, "cpu").values()
         assert set(values) == set("abcv")
         for name, found in values.items():
             assert np.allclose(found.numpy().reshape(-1), planner.decode(state, name).reshape(-1), atol=1e-5)
 
     def test_gradients_are_differences(self, planned):
-        live = Live(*planned, "cpu")
+        parameters = TunedParameters(*planned, "cpu")
         torch.manual_seed(2)
-        lever = {n: torch.randn(t.shape) for n, t in live.values().items()}
+        lever = {n: torch.randn(t.shape) for n, t in parameters.values().items()}
 
         def loss():
-            return sum(float((lever[n].double() * t).sum()) for n, t in live.values().items())
+            return sum(float((lever[n].double() * t).sum()) for n, t in parameters.values().items())
 
-        found = live.gradients(lever, 0.0)
+        found = parameters.gradients(lever, 0.0)
         assert set(found) == {"logs", "offsets", "vector v"}
-        for tensor, name, at, step in ((live.logs, "logs", 1, 1e-2), (live.offsets, "offsets", 2, 8 / 256)):
+        for tensor, name, at, step in ((parameters.logs, "logs", 1, 1e-2), (parameters.offsets, "offsets", 2, 8 / 256)):
             before = tensor[at].clone()
             sides = []
             for sign in (1, -1):
@@ -173,43 +173,43 @@ class TestLive:
         assert torch.equal(found["vector v"], lever["v"])
 
     def test_a_target_bears_the_price_of_its_integer(self, planned):
-        live = Live(*planned, "cpu")
-        live.melt()
-        still = {n: torch.zeros_like(t) for n, t in live.values().items()}
-        free, priced = (live.gradients(still, nats)["target a"] for nats in (0.0, 1.0))
+        parameters = TunedParameters(*planned, "cpu")
+        parameters.unfreeze()
+        still = {n: torch.zeros_like(t) for n, t in parameters.values().items()}
+        free, priced = (parameters.gradients(still, nats)["target a"] for nats in (0.0, 1.0))
         assert not free.any()
-        far = live.targets()["target a"].abs() > 1.5
-        assert (priced[far] * live.targets()["target a"][far] > 0).all()  # towards zero when it is taken away
+        far = parameters.targets()["target a"].abs() > 1.5
+        assert (priced[far] * parameters.targets()["target a"][far] > 0).all()  # towards zero when it is taken away
 
     def test_what_has_not_moved_is_coded_as_it_was(self, planned):
         planner, state = planned
-        live = Live(planner, state, "cpu")
-        before = {n: t.clone() for n, t in live.values().items()}
-        live.melt()
-        assert len(live.targets()) == 3
-        beyond = live.code(live.matrices, 0.0)
+        parameters = TunedParameters(planner, state, "cpu")
+        before = {n: t.clone() for n, t in parameters.values().items()}
+        parameters.unfreeze()
+        assert len(parameters.targets()) == 3
+        beyond = parameters.code(parameters.matrices, 0.0)
         assert beyond == pytest.approx(0, abs=2)
-        same = [(a == b).float().mean() for a, b in zip(before.values(), live.values().values(), strict=True)]
+        same = [(a == b).float().mean() for a, b in zip(before.values(), parameters.values().values(), strict=True)]
         assert min(same) > 0.97
 
     def test_coded_twice_it_starts_from_the_same_target(self, planned):
-        live = Live(*planned, "cpu")
-        live.melt()
-        live.targets()["target c"].mul_(1.1)
-        first = live.code(["c"], 0.0)
-        live.code(["c"], 0.3)
-        assert live.code(["c"], 0.0) == first
+        parameters = TunedParameters(*planned, "cpu")
+        parameters.unfreeze()
+        parameters.targets()["target c"].mul_(1.1)
+        first = parameters.code(["c"], 0.0)
+        parameters.code(["c"], 0.3)
+        assert parameters.code(["c"], 0.0) == first
 
     def test_settled_it_is_what_was_coded(self, planned):
         planner, state = planned
-        live = Live(planner, state, "cpu")
-        live.logs[:] = torch.tensor([0.05, 0.0, -0.05])
-        live.offsets[1:] += 0.02
-        live.vectors["v"].mul_(0.99)
-        values = live.values()
+        parameters = TunedParameters(planner, state, "cpu")
+        parameters.logs[:] = torch.tensor([0.05, 0.0, -0.05])
+        parameters.offsets[1:] += 0.02
+        parameters.vectors["v"].mul_(0.99)
+        values = parameters.values()
         targets = [p.weight.clone() for p in planner.matrices]
         rounded_for = state.rules.shrink.offset.copy()
-        moved, settled = live.settle()
+        moved, settled = parameters.settle()
         for n, found in values.items():
             assert np.allclose(moved.decode(settled, n).reshape(found.shape), found.numpy(), atol=1e-5)
         assert settled.rate == pytest.approx(state.rate, rel=1e-2)
@@ -219,9 +219,9 @@ class TestLive:
 
     def test_a_recovered_plan_is_trimmed_at_its_last_matrices_only(self, planned):
         planner, state = planned
-        live = Live(planner, state, "cpu")
-        before = {n: t.clone() for n, t in live.values().items()}
-        planner, state = live.settle()
+        parameters = TunedParameters(planner, state, "cpu")
+        before = {n: t.clone() for n, t in parameters.values().items()}
+        planner, state = parameters.settle()
         tables = dump_shared(state.shared)
 
         def size(sections, tables):
@@ -236,20 +236,20 @@ class TestLive:
         assert fit_units(planner, state, tables, size, whole // 2, ["c", "b"]) is None
 
     def test_groups_hold_all_matrices_once(self, planned):
-        live = Live(*planned, "cpu")
-        assert live.groups(16) == [["a"], ["b"], ["c"]]
-        assert live.groups(1) == [["a", "b", "c"]]
+        parameters = TunedParameters(*planned, "cpu")
+        assert parameters.groups(16) == [["a"], ["b"], ["c"]]
+        assert parameters.groups(1) == [["a", "b", "c"]]
 
     def test_state_comes_back(self, planned):
         planner, state = planned
-        live = Live(planner, state, "cpu")
-        live.melt()
-        live.targets()["target b"].add_(0.3)
-        live.code(["a", "b"], 0.01)
-        live.vectors["v"].add_(0.1)
-        live.targets()["target c"].add_(0.2)
-        kept, values = live.state(), live.values()
-        again = Live(planner, state, "cpu")
+        parameters = TunedParameters(planner, state, "cpu")
+        parameters.unfreeze()
+        parameters.targets()["target b"].add_(0.3)
+        parameters.code(["a", "b"], 0.01)
+        parameters.vectors["v"].add_(0.1)
+        parameters.targets()["target c"].add_(0.2)
+        kept, values = parameters.state(), parameters.values()
+        again = TunedParameters(planner, state, "cpu")
         again.resume(kept)
         assert list(again.targets()) == ["target c"]
         assert all(torch.equal(values[n], t) for n, t in again.values().items())
@@ -262,20 +262,20 @@ class TestGradient:
         sets = load_sets(
             model, texts["calib"], texts["val"], tokens=600, evaluation_tokens=600, window=128, reporter=Silent()
         )
-        twin = twin_of(model.module)
+        quantized_copy = copy_of(model.module)
         name = "model.layers.1.mlp.up_proj.weight"
         torch.manual_seed(0)
         start = model.module.state_dict()[name].float()
         noise = 0.05 * torch.randn(start.shape)
-        load_values(twin, {name: (start + noise).numpy()})
-        kl, found = gradient(model.module, twin, [name], sets.statistics, device="cpu")
-        assert kl == pytest.approx(kl_to(model.module, twin, sets.statistics)[0], rel=1e-4)
+        load_values(quantized_copy, {name: (start + noise).numpy()})
+        kl, found = gradient(model.module, quantized_copy, [name], sets.statistics, device="cpu")
+        assert kl == pytest.approx(kl_to(model.module, quantized_copy, sets.statistics)[0], rel=1e-4)
         values = []
         for sign in (-1, 1):
-            load_values(twin, {name: (start + noise * (1 + 0.05 * sign)).numpy()})
-            values.append(kl_to(model.module, twin, sets.statistics)[0])
+            load_values(quantized_copy, {name: (start + noise * (1 + 0.05 * sign)).numpy()})
+            values.append(kl_to(model.module, quantized_copy, sets.statistics)[0])
         assert float((found[name] * noise).sum()) == pytest.approx((values[1] - values[0]) / 0.1, rel=0.05)
-        assert not any(p.requires_grad for p in twin.parameters())
+        assert not any(p.requires_grad for p in quantized_copy.parameters())
 
 
 class TestTexts:

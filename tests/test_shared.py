@@ -35,8 +35,8 @@ from bytecap.format.wire.shared_objects import (
 from bytecap.methods.baselines import kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import Material
 from bytecap.pipeline import stages as pipeline
-from bytecap.quantization.overlays import Problem
-from bytecap.quantization.overlays.lowrank import PATH, Rank
+from bytecap.quantization.overlays import UnitProblem
+from bytecap.quantization.overlays.lowrank import OVERLAY, Rank
 from bytecap.types import Unit
 from golden_parts import unit
 
@@ -146,10 +146,10 @@ def test_coded_factors_of_a_low_rank_are_smaller_and_come_back():
 
 def test_coded_factors_fill_the_ladder_between_plain_ones():
     m = material(rows=160, cols=160)
-    problem = Problem(m.unit, m.weight, torch.eye(160).double(), torch.ones(160).double())
+    problem = UnitProblem(m.unit, m.weight, torch.eye(160).double(), torch.ones(160).double())
     settings = [Rank(8, 3, coded=True), Rank(8, 4), Rank(8, 4, coded=True), Rank(8, 5, coded=True), Rank(8, 6)]
-    assert set(settings) <= set(PATH.settings(problem))
-    found = [PATH.after(problem, torch.zeros(160, 160), s) for s in settings]
+    assert set(settings) <= set(OVERLAY.settings(problem))
+    found = [OVERLAY.after(problem, torch.zeros(160, 160), s) for s in settings]
     sizes, errors = [len(f.data) for f in found], [problem.distortion(f.values) for f in found]
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
@@ -219,8 +219,8 @@ def test_the_pipeline_shares_lists_of_any_method():
     from bytecap.job import Outcome, Section
 
     few = np.flatnonzero(np.random.default_rng(0).random(200) < 0.3)
-    layer = (32, bytecap.format.overlays.columns.CODER.encode(few, np.ones((len(few), 2), np.float16), 200))
-    data = STACK.encode(golden_shared.constant(1.0), [layer])
+    overlay = (32, bytecap.format.overlays.columns.CODER.encode(few, np.ones((len(few), 2), np.float16), 200))
+    data = STACK.encode(golden_shared.constant(1.0), [overlay])
     units = [Unit(n, (2, 200), "F32") for n in "abcd"]
     model = replace_units(units)
     outcome = Outcome({u.name: Section(5, data) for u in units}, b"", 0.0, 0.0, 0.0, "x")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bytecap.model.evaluation import kl_each
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import Window
 from bytecap.progress import Silent
-from bytecap.quantization.overlays import Problem
+from bytecap.quantization.overlays import UnitProblem
 from bytecap.system.cache import Store
 from bytecap.types import Unit
 from bytecap_lab.rd_curves import trial
@@ -35,14 +35,16 @@ class Squared(torch.nn.Module):
 
 
 class TestExpansion:
-    def ground(self):
+    def operating_point(self):
         """A map with an error, its exact metric at the original, and windows."""
         module = Squared(0)
         rng = np.random.default_rng(0)
         windows = tuple(Window(tuple(rng.integers(0, 40, 65).tolist()), 65) for _ in range(8))
         unit = Unit("map.weight", (96, 16), "F32", linear=True)
         seen = module.table(torch.tensor([w.tokens[:-1] for w in windows])).reshape(-1, 16).double()
-        problem = Problem(unit, module.map.weight.detach().clone(), seen.T @ seen / len(seen), torch.ones(96).double())
+        problem = UnitProblem(
+            unit, module.map.weight.detach().clone(), seen.T @ seen / len(seen), torch.ones(96).double()
+        )
         g = torch.Generator().manual_seed(1)
         values = problem.weight + 0.05 * torch.randn(96, 16, generator=g)
         base = SimpleNamespace(
@@ -52,34 +54,36 @@ class TestExpansion:
             model=SimpleNamespace(module=module), sets=SimpleNamespace(statistics=windows), device="cpu", seed=0,
             reporter=Silent(),
         )  # fmt: skip
-        twin = twin_of(module)
-        load_values(twin, {unit.name: values.numpy()})
-        return job, base, twin, g
+        quantized_copy = copy_of(module)
+        load_values(quantized_copy, {unit.name: values.numpy()})
+        return job, base, quantized_copy, g
 
     def test_it_predicts_what_one_unit_recovers(self):
-        job, base, twin, g = self.ground()
+        job, base, quantized_copy, g = self.operating_point()
         (problem,), (rounded,) = base.problems.values(), base.units.values()
-        found = measure_slopes(job, base, twin, Store(None), "")
+        found = measure_slopes(job, base, quantized_copy, Store(None), "")
         name = problem.unit.name
         for size in (0.0, 0.03, 0.05):  # from an error removed to another of the same size
             values = problem.weight + size * torch.randn(96, 16, generator=g)
             slope, curved = trial.recovered(problem, rounded.values, values, found.gradients[name], found.factors[name])
             variants = {"": {}, "new": {name: values.numpy()}}
-            kl = kl_each(job.model.module, twin, variants, job.sets.statistics)
+            kl = kl_each(job.model.module, quantized_copy, variants, job.sets.statistics)
             gain = kl[""][0] - kl["new"][0]
             assert slope - curved == pytest.approx(gain, abs=0.2 * curved)
             assert curved > 0.4 * slope
 
     def test_factors_are_measured_where_the_metric_is_wrong(self):
-        job, base, twin, _ = self.ground()
-        right = measure_slopes(job, base, twin, Store(None), "").factors["map.weight"]
+        job, base, quantized_copy, _ = self.operating_point()
+        right = measure_slopes(job, base, quantized_copy, Store(None), "").factors["map.weight"]
         base.problems = {n: replace(p, hessian=4 * p.hessian) for n, p in base.problems.items()}
-        assert measure_slopes(job, base, twin, Store(None), "").factors["map.weight"] == pytest.approx(right / 4)
+        assert measure_slopes(job, base, quantized_copy, Store(None), "").factors["map.weight"] == pytest.approx(
+            right / 4
+        )
 
     def test_it_is_kept(self, tmp_path, monkeypatch):
-        job, base, twin, _ = self.ground()
-        first = measure_slopes(job, base, twin, Store(tmp_path), "a")
+        job, base, quantized_copy, _ = self.operating_point()
+        first = measure_slopes(job, base, quantized_copy, Store(tmp_path), "a")
         monkeypatch.setattr("bytecap_lab.rd_curves.slopes.gradient", None)
-        again = measure_slopes(job, base, twin, Store(tmp_path), "a")
+        again = measure_slopes(job, base, quantized_copy, Store(tmp_path), "a")
         assert again.factors == first.factors
         assert torch.equal(again.gradients["map.weight"], first.gradients["map.weight"])

@@ -17,7 +17,7 @@ import golden_parts
 import make_goldens
 from bytecap.format import container
 from bytecap.pipeline.minify import parse
-from bytecap.reference.layers import LAYERS
+from bytecap.reference.overlays import LAYERS
 from bytecap.reference.stack import CODERS
 from bytecap_lab.submission import check, export, pack, vendor
 

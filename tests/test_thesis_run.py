@@ -19,7 +19,7 @@ from bytecap_lab import thesis
 from bytecap_lab.rd_curves.points import Pick
 from bytecap_lab.thesis import models, runner
 from bytecap_lab.thesis.amounts import GLOBAL
-from bytecap_lab.thesis.bench import Bench, Setting
+from bytecap_lab.thesis.bench import Bench, BenchSetting
 from bytecap_lab.thesis.measures.singles import chosen, problems
 from bytecap_lab.thesis.measures.timing import SIDE
 from bytecap_lab.thesis.statistics import Interval
@@ -47,7 +47,9 @@ def bench(tested):
     files = [
         tuple(map(str, p if isinstance(p, tuple) else (p,))) for p in (options["calibration"], options["evaluation"])
     ]
-    setting = Setting(*files, str(BUDGET), SMALL["tokens"], SMALL["evaluation_tokens"], SMALL["window"], 2, 2, "cpu")
+    setting = BenchSetting(
+        *files, str(BUDGET), SMALL["tokens"], SMALL["evaluation_tokens"], SMALL["window"], 2, 2, "cpu"
+    )
     return Bench(models.load(model), "grid", setting, Store(output / "store"), Silent())
 
 
@@ -113,12 +115,12 @@ class TestRun:
 class TestBench:
     def test_finer_steps_everywhere_touch_every_matrix(self, bench):
         (found,) = bench.measure([bench.everywhere(GLOBAL[2])], "global")
-        assert set(found.growth) == set(bench.ground.base.problems)
+        assert set(found.growth) == set(bench.operating_point.base.problems)
         assert found.bytes > 0
         assert sum(bench.recovered(found)) > 0
 
     def test_a_pick_of_several_paths_adds_up(self, bench):
-        names = list(bench.ground.base.problems)[:2]
+        names = list(bench.operating_point.base.problems)[:2]
         both = Pick({names[0]: ("step", 2), names[1]: ("rows", 0)})
         alone = [Pick({n: both.chosen[n]}) for n in names]
         joint, *parts = bench.measure([both, *alone], "parts")
@@ -130,14 +132,14 @@ class TestBench:
         assert sum(bench.fold(bench.at_base.kl)) == pytest.approx(bench.at_base.kl.sum(), rel=1e-5)
 
     def test_singles_lie_near_two_percent(self, bench):
-        for name, offer in chosen(bench).items():
-            assert 0.005 <= offer.bytes / len(bench.ground.sections[name].data) <= 0.08
-            assert offer.path != "step"
+        for name, candidate in chosen(bench).items():
+            assert 0.005 <= candidate.bytes / len(bench.operating_point.sections[name].data) <= 0.08
+            assert candidate.path != "step"
 
     def test_problems_of_the_own_tokens_are_the_own_ones(self, bench):
         for name, other in problems(bench, bench.sets(), 0).items():
-            own = bench.ground.base.problems[name]
-            values = bench.ground.base.units[name].values
+            own = bench.operating_point.base.problems[name]
+            values = bench.operating_point.base.units[name].values
             assert other.distortion(values) == pytest.approx(own.distortion(values), rel=0.1)  # damping is left out
 
 

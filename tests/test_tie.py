@@ -227,7 +227,7 @@ class TestSearch:
     @pytest.mark.numeric
     @pytest.mark.slow
     def test_learning_finds_it_too(self, twins, monkeypatch):
-        monkeypatch.setattr(dlt, "tokens_of_move", lambda _: 256)
+        monkeypatch.setattr(dlt, "tokens_of_iteration", lambda _: 256)
         module, windows, _ = twins
         search = dlt.Search(module, Tying("model.layers", (0, 1, 2, 3)), windows, "cpu", rate=1e-5)
         found = search.run(3, Effort(steps=100), lambda _: None)

@@ -91,7 +91,7 @@ class TestBadInput:
         def interrupt(*_args, **_options):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Trainer, "move", interrupt)
+        monkeypatch.setattr(Trainer, "iterate", interrupt)
         code, out, err = run(*self.call(four, texts, tmp_path))
         assert code == 130
         assert not out

@@ -18,7 +18,7 @@ def tie(four, texts, tmp_path, monkeypatch):
     """Function: bytes of the weights, the report, and the moves made; dies before move `killed`."""
     monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
     monkeypatch.setitem(kl_passes._TOKENS, "cpu", 256)  # of a move: what is counted here is moves
-    move = Trainer.move
+    iterate = Trainer.iterate
 
     def run(search=None, killed=None, store="store", seed=0, rate=1e-3):
         made = []
@@ -27,9 +27,9 @@ def tie(four, texts, tmp_path, monkeypatch):
             if len(made) == killed:
                 raise Killed
             made.append(1)
-            return move(self, *args)
+            return iterate(self, *args)
 
-        monkeypatch.setattr(Trainer, "move", counted)
+        monkeypatch.setattr(Trainer, "iterate", counted)
         output = tmp_path / "out"
 
         def work():

@@ -38,8 +38,8 @@ def steps(coder, data):
     need(base != 5, "a stack on a stack")
     total = steps(base, source.part().data)
     for _ in range(count):
-        layer, part = source.u8(), source.part()
-        total += part.u8() if layer == 35 else 1
+        overlay, part = source.u8(), source.part()
+        total += part.u8() if overlay == 35 else 1
     return total
 
 
@@ -49,10 +49,10 @@ def stack(data, shape, dtype, shared):
     need(base in CODERS, f"there is no base {base}")
     w = decode(base, source.part().data, shape, dtype, shared).astype(np.float32)
     for _ in range(count):
-        layer = source.u8()
-        need(layer in LAYERS, f"there is no layer {layer}")
+        overlay = source.u8()
+        need(overlay in OVERLAYS, f"there is no layer {overlay}")
         part = source.part()
-        w = LAYERS[layer](part, w.copy(), shared)
+        w = OVERLAYS[overlay](part, w.copy(), shared)
         part.end()
     source.end()
     need(np.isfinite(w).all(), "a decoded value is not finite")
@@ -148,4 +148,4 @@ def order(source, w, shared):
     return w[place]
 
 
-LAYERS = {32: columns, 33: rows, 34: outliers, 35: lowrank, 36: groups, 37: channels, 40: order}
+OVERLAYS = {32: columns, 33: rows, 34: outliers, 35: lowrank, 36: groups, 37: channels, 40: order}

@@ -123,7 +123,7 @@ def drift_targets(
     order: Sequence[Sequence[str]],
     state: State,
     original: nn.Module,
-    twin: nn.Module,
+    quantized_copy: nn.Module,
     windows: Sequence[Window],
     *,
     strength: float,
@@ -139,7 +139,7 @@ def drift_targets(
         order: units that get targets, see `call_order`.
         state: steps and rules to code the prefix with, and the integers of all units that are not in `order`.
         original: untouched model.
-        twin: a twin of it, overwritten.
+        quantized_copy: a copy of it that holds quantized values, overwritten.
         windows: calibration windows.
         strength: 1 is the least-squares target, 0 the weight itself.
         device: torch device.
@@ -150,12 +150,12 @@ def drift_targets(
         return {}
     vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     staged = {n for names in order for n in names}
-    load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
+    load_values(quantized_copy, unit_values(planner, state, [n for n in planner.names if n not in staged]))
     change: dict[str, Tensor] = {}
     groups = rounds(windows, _ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(_runs(chosen, batch_tokens(vocabulary), device))
-        walks = [_walks(model, data, order) for model in (original, twin)]
+        walks = [_walks(model, data, order) for model in (original, quantized_copy)]
         try:
             for names in order:
                 fix = _fix(walks, [mask for _, mask in data]) * strength
@@ -164,7 +164,7 @@ def drift_targets(
                     change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
                 members = [units[n].moved(change[n]) for n in names]
                 prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
-                _only(twin, original, unit_values(planner, prefix, names), staged)
+                _only(quantized_copy, original, unit_values(planner, prefix, names), staged)
                 del members, prefix
                 allocator.release()
                 advance(1 / len(order) / len(groups))
@@ -225,12 +225,12 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     return groups
 
 
-def _only(twin: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
-    """Let the twin hold these values, and the original's storage for other staged units: no pass needs those again."""
-    source, live = (dict(m.named_parameters()) for m in (original, twin))
+def _only(quantized_copy: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
+    """Let the copy hold these values, and the original's storage for other staged units: no pass needs those again."""
+    source, parameters = (dict(m.named_parameters()) for m in (original, quantized_copy))
     for name in staged:
-        live[name].data = source[name].data
-    load_values(twin, values)
+        parameters[name].data = source[name].data
+    load_values(quantized_copy, values)
 
 
 def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], order: Sequence[Sequence[str]]) -> list[_Walk]:
@@ -242,9 +242,9 @@ def _fix(walks: list[list[_Walk]], masks: list[Tensor | None]) -> Tensor:
     """E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, solved in float64."""
     a: Tensor | float = 0.0
     c: Tensor | float = 0.0
-    for original, twin, mask in zip(*walks, masks, strict=True):
+    for original, quantized_copy, mask in zip(*walks, masks, strict=True):
         keep = slice(None) if mask is None else mask.reshape(-1)  # some models flatten (batch, length) before a layer
-        x, seen = (walk.advance().flatten(0, -2)[keep].float() for walk in (original, twin))
+        x, seen = (walk.advance().flatten(0, -2)[keep].float() for walk in (original, quantized_copy))
         a = a + (seen.T @ seen).double()
         c = c + ((x - seen).T @ seen).double()
     assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)

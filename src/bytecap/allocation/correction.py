@@ -60,7 +60,7 @@ def measure(
     planner: Planner,
     state: State,
     original: nn.Module,
-    twin: nn.Module,
+    quantized_copy: nn.Module,
     windows: Sequence[Window],
     *,
     device: str,
@@ -72,7 +72,7 @@ def measure(
         planner: prepared units.
         state: operating point.
         original: untouched model.
-        twin: equal model whose values may be replaced; restored afterwards.
+        quantized_copy: equal model whose values may be replaced; restored afterwards.
         windows: tokens that neither statistics nor evaluation use.
         device: torch device.
         advance: called with the share of a role that is done.
@@ -80,7 +80,7 @@ def measure(
     found: dict[str, Factor] = {}
     groups = roles(planner)
     values = {role: unit_values(planner, state, names) for role, names in groups.items()}
-    measured = kl_each(original, twin, values, windows, device=device, advance=advance)
+    measured = kl_each(original, quantized_copy, values, windows, device=device, advance=advance)
     for role, names in groups.items():
         found |= dict.fromkeys(names, Factor.of(measured[role], sum(state.distortions[n] for n in names)))
     return found

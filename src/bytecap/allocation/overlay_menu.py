@@ -1,4 +1,4 @@
-"""The menu of exception paths: for every unit one curve over base step, path and amount, and one slope over all.
+"""The menu of overlays: for every unit one curve over base step, path and amount, and one slope over all.
 
 Around a settled plan every unit is measured as it is and under each path of the menu, at several base steps: what a
 path is worth depends on the base below it. First all amounts of a path at the plan's own step (ranked by the values
@@ -23,14 +23,14 @@ import torch
 
 from bytecap.allocation import correction
 from bytecap.allocation.allocate import allocate, floor_rate, refine
-from bytecap.allocation.layered import Layered, layered, problem_of
+from bytecap.allocation.overlaid import OverlaidUnit, overlaid, problem_of
 from bytecap.allocation.planner import Planner, State, decode_coded, finest_step
 from bytecap.allocation.shared_channels import one_list
-from bytecap.calibration.residual_streams import Stream
+from bytecap.calibration.residual_streams import ResidualStream
 from bytecap.format.coders import Shared
 from bytecap.progress import Advance
-from bytecap.quantization.overlays import Problem, Ranking, check_names, paths, thinned
-from bytecap.quantization.overlays.channels import PATH as CHANNELS_PATH
+from bytecap.quantization.overlays import Ranking, UnitProblem, check_names, overlays, thinned
+from bytecap.quantization.overlays.channels import OVERLAY as CHANNELS_OVERLAY
 from bytecap.quantization.overlays.channels import rank
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.sizes import in_groups
@@ -38,11 +38,11 @@ from bytecap.types import Curve, Plan, Point
 
 DEFAULT: tuple[str, ...] = ()  # what measured best: nothing, see LOG.md
 ALL = "all"
-CHANNELS = CHANNELS_PATH.id  # whose amounts are chosen for all matrices of a stream, so none is dropped early
+CHANNELS = CHANNELS_OVERLAY.id  # whose amounts are chosen for all matrices of a stream, so none is dropped early
 LABEL = "paths"  # of the plan over a menu
 PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without a path
 UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under a path
-_RUNGS = 8  # amounts of a path tried on a unit
+_MOST_SETTINGS = 8  # amounts of a path tried on a unit
 _KEPT = 2  # of them tried at other steps
 _VALUES = 2**22  # weights measured together
 
@@ -59,7 +59,7 @@ def known(names: Iterable[str] | None) -> tuple[str, ...]:
     if names is None:
         return DEFAULT
     wanted = tuple(dict.fromkeys(names))
-    every = sorted(paths())
+    every = sorted(overlays())
     check_names(wanted, [*every, ALL])
     return tuple(every) if ALL in wanted else wanted
 
@@ -92,7 +92,7 @@ class Menu:
     kappa: Mapping[str, float]
     capacity: float
     names: Sequence[str]
-    streams: Sequence[Stream] = ()
+    streams: Sequence[ResidualStream] = ()
     curves: list[Curve] = field(init=False)
     skipped: dict[str, int] = field(init=False)
 
@@ -114,18 +114,18 @@ class Menu:
         slope = allocate(list(fine.values()), max(self.capacity, floor_rate(list(fine.values())))).slope
         rankings = self._rankings(kappa)
         self.skipped = dict.fromkeys(self.names, 0)
-        offers: dict[str, list[Curve]] = {n: [] for n in planner.names}
+        candidates: dict[str, list[Curve]] = {n: [] for n in planner.names}
         whole = sum(p.unit.parameters for p in planner.matrices) * max(1, len(self.names))
         for items in in_groups(planner.matrices, lambda p: p.unit.parameters, _VALUES):
             bench = _Bench(planner, start, states, {p.unit.name: p for p in items}, kappa, slope, rankings)
             for name in self.names:
-                served = bench.offers(name)
+                served = bench.candidates(name)
                 self.skipped[name] += len(items) - len(served)
                 for unit, curves in served.items():
-                    offers[unit] += curves
+                    candidates[unit] += curves
                 advance(sum(p.unit.parameters for p in items) / whole)
         self.curves = [
-            Curve(n, tuple(p for c in (fine[n], *offers[n]) for p in c.points)) for n in planner.names
+            Curve(n, tuple(p for c in (fine[n], *candidates[n]) for p in c.points)) for n in planner.names
         ]  # fmt: skip
 
     def _rankings(self, kappa: Mapping[str, float]) -> dict[str, tuple[Ranking, ...]]:
@@ -145,7 +145,7 @@ class Menu:
 
     def solve(self) -> Plan:
         """The plan over all choices, one list for each stream; every path with a charge solved with and without."""
-        charges = {n: paths()[n].charge for n in self.names}
+        charges = {n: overlays()[n].charge for n in self.names}
         plan = solve(self.curves, self.capacity, charges)
         joint = one_list(self.curves, plan.slope)
         return plan if joint == self.curves else solve(joint, self.capacity, charges)
@@ -155,7 +155,7 @@ class Menu:
         planner = self.planner
         amounts = {n: p for n, p in plan.choice.items() if isinstance(p, Choice) and p.path}
         matrices = [
-            layered(p, problem_of(p), paths()[c.path], c.amount, planner.options)
+            overlaid(p, problem_of(p), overlays()[c.path], c.amount, planner.options)
             if (c := amounts.get(p.unit.name)) else p for p in planner.matrices
         ]  # fmt: skip
         changed = Planner.of(matrices, planner.vectors, planner.options)
@@ -173,24 +173,24 @@ class _Bench:
     kappa: Mapping[str, float]
     slope: float
     rankings: Mapping[str, tuple[Ranking, ...]]
-    problems: dict[str, Problem] = field(init=False)
+    problems: dict[str, UnitProblem] = field(init=False)
 
     def __post_init__(self) -> None:
         self.problems = {
             n: replace(problem_of(p), rankings=self.rankings.get(n, ())) for n, p in self.items.items() if _servable(p)
         }
 
-    def offers(self, name: str) -> dict[str, list[Curve]]:
+    def candidates(self, name: str) -> dict[str, list[Curve]]:
         """Refined curves of the best amounts of a path, by unit; units that it cannot serve are left out."""
-        path, ladders = paths()[name], {}
+        path, settings_of = overlays()[name], {}
         for unit, problem in self.problems.items():
             base = torch.from_numpy(decode_coded(self.start.coded[unit], self.start.shared))
-            ladder = thinned(path.settings(problem, base), _RUNGS)
-            if ladder:
-                ladders[unit] = ladder
-        tried: dict[str, list[Choice]] = {n: [] for n in ladders}
-        for rung in range(max((len(x) for x in ladders.values()), default=0)):
-            items = [self._under(n, name, x[rung]) for n, x in ladders.items() if rung < len(x)]
+            settings = thinned(path.settings(problem, base), _MOST_SETTINGS)
+            if settings:
+                settings_of[unit] = settings
+        tried: dict[str, list[Choice]] = {n: [] for n in settings_of}
+        for number in range(max((len(x) for x in settings_of.values()), default=0)):
+            items = [self._under(n, name, x[number]) for n, x in settings_of.items() if number < len(x)]
             for unit, point in self._at(items, 0.0, name).items():
                 tried[unit].append(point)
         points: dict[str, list[list[Choice]]] = {}
@@ -205,10 +205,10 @@ class _Bench:
                     points[unit][kept].append(point)
         return {n: [refine(Curve(n, tuple(p)), self.kappa[n]) for p in found] for n, found in points.items()}
 
-    def _under(self, unit: str, name: str, amount: Any) -> Layered:
-        return layered(self.items[unit], self.problems[unit], paths()[name], amount, self.planner.options)
+    def _under(self, unit: str, name: str, amount: Any) -> OverlaidUnit:
+        return overlaid(self.items[unit], self.problems[unit], overlays()[name], amount, self.planner.options)
 
-    def _at(self, items: Sequence[Layered], offset: float, name: str) -> dict[str, Choice]:
+    def _at(self, items: Sequence[OverlaidUnit], offset: float, name: str) -> dict[str, Choice]:
         """Units under a path at a step."""
         shared, below = self.start.shared, self.states[offset]
         fresh = [p for p in items if not p.same_base]
@@ -231,7 +231,7 @@ def _servable(item: Prepared) -> bool:
     return item.groups == 1 and bool(item.rows.any()) and bool((item.lower.diagonal() > 1e-12).all())
 
 
-def _distortion(problem: Problem, coded: Coded, shared: Shared) -> float:
+def _distortion(problem: UnitProblem, coded: Coded, shared: Shared) -> float:
     return problem.distortion(torch.from_numpy(decode_coded(coded, shared)))
 
 
@@ -278,16 +278,16 @@ def _path(point: Point) -> str:
 
 def charges(taken: Iterable[str]) -> int:
     """Bytes that these paths need once for the whole file."""
-    return sum(paths()[n].charge for n in taken)
+    return sum(overlays()[n].charge for n in taken)
 
 
 def outcome(planner: Planner, with_paths: float, without: float) -> str:
     """One line about the comparison of a plan over paths with the best one without, in nats per token."""
-    taken = sorted(Counter(p.path.id for p in planner.matrices if isinstance(p, Layered)).items())
+    taken = sorted(Counter(p.path.id for p in planner.matrices if isinstance(p, OverlaidUnit)).items())
     words = ", ".join(f"{n} on {k}" for n, k in taken)
     better = with_paths < without
     return (
-        f"exception paths ({words} of {len(planner.matrices)} matrices) measured {abs(without - with_paths):.2g} nats "
+        f"overlays ({words} of {len(planner.matrices)} matrices) measured {abs(without - with_paths):.2g} nats "
         f"per token {'better' if better else 'worse'} than steps alone ({without:.4f}) at the same bytes: shipping "
         f"{'with' if better else 'without'} them"
     )

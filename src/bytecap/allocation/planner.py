@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bytecap.format.coders import Shared, run
-from bytecap.format.coders import layer as layer_of
+from bytecap.format.coders import Shared, overlay_coder, run
 from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import CODER as GRID
 from bytecap.format.coders.grid import Grid, GridCode, choose_class, dequantize
@@ -273,7 +272,7 @@ class Planner:
     def decode_there(self, state: State, name: str) -> torch.Tensor | None:
         """What `decode` gives, as a tensor on the GPU that holds the unit; None for a unit that is elsewhere."""
         coded = state.coded.get(name)
-        if coded is None or coded.layer is not None:
+        if coded is None or coded.overlay is not None:
             return None
         device = next(p.order.device for p in self.matrices if p.unit.name == name)
         return values_there(coded.code, state.shared.offset, device) if _elsewhere(device) else None
@@ -286,9 +285,9 @@ class Planner:
             if name not in state.coded:
                 v = vectors[name]
                 return VECTOR.tag, VECTOR.encode(v.values, v.step(state.steps[name]), state.shared).data
-            code, layer = state.coded[name].code, state.coded[name].layer
+            code, overlay = state.coded[name].code, state.coded[name].overlay
             base = coder_of(code).tag, coder_of(code).encode(code, state.shared).data
-            return (STACK.tag, STACK.encode(base, [layer])) if layer else base
+            return (STACK.tag, STACK.encode(base, [overlay])) if overlay else base
 
         wanted = list(self.names if names is None else names)
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
@@ -315,11 +314,11 @@ def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
 def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
     """(rows, cols) values of a unit, its layer included."""
     values = decode_grid(coded.code, shared)
-    if coded.layer is None:
+    if coded.overlay is None:
         return values
-    tag, data = coded.layer
-    layered: FloatArray = run([layer_of(tag).apply(data, np.array(values, np.float32, order="C"), shared)])[0]
-    return layered
+    tag, data = coded.overlay
+    overlaid: FloatArray = run([overlay_coder(tag).apply(data, np.array(values, np.float32, order="C"), shared)])[0]
+    return overlaid
 
 
 def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:

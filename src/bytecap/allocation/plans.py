@@ -1,7 +1,7 @@
 """The plans of a job at one capacity, and which of them is shipped.
 
 The plan is made twice: once plain (one step for all units in the Fisher metric) and once allocated with measured
-correction factors and rate-distortion points. With a menu of exception paths (`bytecap.allocation.overlay_menu`) there
+correction factors and rate-distortion points. With a menu of overlays (`bytecap.allocation.overlay_menu`) there
 is a third one, over base steps, paths and amounts, made around the allocated one. All are measured on the correction
 tokens, and what one spends beyond another is charged at the plan's slope, so they are compared at equal bytes.
 """
@@ -25,7 +25,7 @@ from bytecap.calibration.residual_streams import streams_of
 from bytecap.errors import BudgetError
 from bytecap.job import Job
 from bytecap.model.evaluation import kl_each
-from bytecap.model.quantized_copy import twin_of
+from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import leading
 from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
 from bytecap.system import allocator
@@ -35,7 +35,7 @@ _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating poi
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlanCandidate:
     """A settled plan that could be shipped: every unit's step is `c` times its multiplier.
 
     Attributes:
@@ -85,12 +85,12 @@ def _raise_floor(job: Job, prepared: PreparedModel, state: State) -> None:
     )
 
 
-def factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[str, float]:
+def factors(job: Job, planner: Planner, state: State, quantized_copy: nn.Module) -> dict[str, float]:
     """Correction factor of every unit."""
     with job.reporter.step("correction factors", len(correction.roles(planner))) as advance:
         windows = leading(job.sets.correction, correction.TOKENS)
         found = correction.measure(
-            planner, state, job.model.module, twin, windows, device=job.device, advance=advance
+            planner, state, job.model.module, quantized_copy, windows, device=job.device, advance=advance
         )  # fmt: skip
     return dict.fromkeys(planner.names, 1.0) | correction.shrunk(found)
 
@@ -107,8 +107,8 @@ def step_multipliers(
 
 
 def choose(
-    job: Job, prepared: PreparedModel, c: float, plain: State, kappa: Mapping[str, float], twin: nn.Module
-) -> Candidate:
+    job: Job, prepared: PreparedModel, c: float, plain: State, kappa: Mapping[str, float], quantized_copy: nn.Module
+) -> PlanCandidate:
     """The best of all plans.
 
     Args:
@@ -117,20 +117,20 @@ def choose(
         c: step of the plain plan.
         plain: its state.
         kappa: correction factor of every unit.
-        twin: a twin of the model, overwritten.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
     """
     planner, capacity = prepared.planner, prepared.capacity
     with allocator.no_holes(), job.reporter.step("allocation", 1):
         plan, multipliers, around = step_multipliers(planner, plain, kappa, capacity)
         ones = dict.fromkeys(planner.names, 1.0)
-        found = {"plain": Candidate(planner, ones, c, plain, plan.slope, plan.gap)}
+        found = {"plain": PlanCandidate(planner, ones, c, plain, plan.slope, plan.gap)}
         if planner.options.allocate:
             c, state = planner.search(multipliers, capacity, plain.rules, start=c, rounds=4, tolerance=2e-3)
             # whichever is chosen: rounding goes on with the offsets found last
             plain = replace(plain, rules=Rules(plain.shared, state.rules.shrink))
             found = {
                 "plain": replace(found["plain"], state=plain),
-                "allocated": Candidate(planner, multipliers, c, state, plan.slope, plan.gap),
+                "allocated": PlanCandidate(planner, multipliers, c, state, plan.slope, plan.gap),
             }
             del state
     del plain
@@ -138,17 +138,19 @@ def choose(
         start = found["allocated" if planner.options.allocate else "plain"]
         found |= _with_overlays(job, start, kappa, capacity)
     with allocator.no_holes(), job.reporter.step("comparison with a plain plan", 1):
-        label, predicted = best_of(job, found, capacity, twin)
+        label, predicted = best_of(job, found, capacity, quantized_copy)
     return replace(found[label], label=label, predicted=predicted, margin=around)
 
 
-def _with_overlays(job: Job, start: Candidate, kappa: Mapping[str, float], capacity: float) -> dict[str, Candidate]:
-    """The plan over exception paths, settled; nothing if no unit takes one."""
+def _with_overlays(
+    job: Job, start: PlanCandidate, kappa: Mapping[str, float], capacity: float
+) -> dict[str, PlanCandidate]:
+    """The plan over overlays, settled; nothing if no unit takes one."""
     streams = (
         streams_of(job.model.module, job.model.units, job.sets.statistics) if overlay_menu.CHANNELS in job.paths else ()
     )
     found = overlay_menu.Menu(start.planner, start.state, kappa, capacity, job.paths, streams)
-    with job.reporter.step("exception paths", 1) as advance:
+    with job.reporter.step("overlays", 1) as advance:
         found.measure(advance)
         for name, count in found.skipped.items():
             if count:
@@ -156,22 +158,24 @@ def _with_overlays(job: Job, start: Candidate, kappa: Mapping[str, float], capac
         plan = found.solve()
         taken = overlay_menu.chosen(plan)
         if not taken:
-            job.reporter.note("no exception path earns its bytes on any unit: steps alone are better")
+            job.reporter.note("no overlay earns its bytes on any unit: steps alone are better")
             return {}
         planner, steps = found.planned(plan)
         del found
         room = capacity - overlay_menu.charges(taken)
         c, state = planner.search(steps, room, start.state.rules, start=1.0, rounds=4, tolerance=2e-3)
-    return {overlay_menu.LABEL: Candidate(planner, steps, c, state, plan.slope, plan.gap)}
+    return {overlay_menu.LABEL: PlanCandidate(planner, steps, c, state, plan.slope, plan.gap)}
 
 
-def best_of(job: Job, found: Mapping[str, Candidate], capacity: float, twin: nn.Module) -> tuple[str, float]:
+def best_of(
+    job: Job, found: Mapping[str, PlanCandidate], capacity: float, quantized_copy: nn.Module
+) -> tuple[str, float]:
     """Name of the candidate with the smallest KL on the correction tokens, and that KL.
 
     Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
     """
     values = {label: correction.unit_values(x.planner, x.state) for label, x in found.items()}
-    measured = kl_each(job.model.module, twin, values, job.sets.correction, device=job.device)
+    measured = kl_each(job.model.module, quantized_copy, values, job.sets.correction, device=job.device)
     cost = {n: kl + found[n].slope * (found[n].state.rate - capacity) for n, (kl, _) in measured.items()}
     without = min((n for n in cost if n != overlay_menu.LABEL), key=cost.__getitem__)
     best = min(cost, key=cost.__getitem__)
@@ -184,7 +188,7 @@ def best_of(job: Job, found: Mapping[str, Candidate], capacity: float, twin: nn.
     return best, measured[best][0]
 
 
-def to_json(best: Candidate) -> dict[str, Any]:
+def to_json(best: PlanCandidate) -> dict[str, Any]:
     """A chosen plan as JSON can hold it: its numbers, and the rules that its state was settled under."""
     assert best.state.origin is not None  # noqa: S101 (every settled state has them)
     return {
@@ -194,18 +198,18 @@ def to_json(best: Candidate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def from_json(planner: Planner, kept: Mapping[str, Any]) -> Candidate:
+def from_json(planner: Planner, kept: Mapping[str, Any]) -> PlanCandidate:
     """The plan that `to_json` was given, settled once more."""
     state = planner.settle(kept["steps"], rules_from_json(kept["rules"]))
     state = replace(state, rules=Rules(state.shared, rules_from_json(kept["last"]).shrink))
     numbers = {k: kept[k] for k in ("multipliers", "c", "slope", "gap", "label", "predicted", "margin")}
-    return Candidate(planner, state=state, **numbers)
+    return PlanCandidate(planner, state=state, **numbers)
 
 
 def allocated_plan(
     job: Job, prepared: PreparedModel, known: Mapping[str, float] | None = None
 ) -> tuple[State, dict[str, float]]:
-    """The allocated plan before drift targets, trimming and exception paths.
+    """The allocated plan before drift targets, trimming and overlays.
 
     Args:
         job: what to plan.
@@ -220,7 +224,7 @@ def allocated_plan(
     if known is not None:
         return State(dict(known), {}, prepared.rules, {}, {}), ones
     c, state = plain_plan(job, prepared)
-    kappa = factors(job, planner, state, twin_of(job.model.module)) if planner.options.correct else ones
+    kappa = factors(job, planner, state, copy_of(job.model.module)) if planner.options.correct else ones
     with job.reporter.step("allocation", 1):
         _, multipliers, _ = step_multipliers(planner, state, kappa, capacity)
         _, state = planner.search(multipliers, capacity, state.rules, start=c, rounds=4, tolerance=2e-3)

@@ -17,7 +17,7 @@ from bytecap.model.texts import Window
 
 def gradient(
     original: nn.Module,
-    twin: nn.Module,
+    quantized_copy: nn.Module,
     names: Sequence[str],
     windows: Sequence[Window],
     *,
@@ -26,20 +26,20 @@ def gradient(
     labels: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean KL from the original to the twin in nats per token, and its gradient at the twin's tensors.
+    """Mean KL from the original to the copy in nats per token, and its gradient at its tensors.
 
     Args:
         original: untouched model.
-        twin: coded model.
-        names: parameters of the twin.
+        quantized_copy: coded model.
+        names: parameters of the copy.
         windows: plain windows.
         device: torch device.
         batch: tokens of one pass.
         labels: share of the text's own next tokens (cross entropy) in what is returned, the rest is the KL.
         progress: called with the number of tokens finished.
     """
-    live = dict(twin.named_parameters(remove_duplicate=False))
-    leaves = [live[n] for n in names]
+    tensors = dict(quantized_copy.named_parameters(remove_duplicate=False))
+    leaves = [tensors[n] for n in names]
     before = [p.requires_grad for p in leaves]
     for p in leaves:
         p.requires_grad_(True)
@@ -51,7 +51,7 @@ def gradient(
             inside, real = ids[:, :-1].to(device), mask.to(device)
             with torch.no_grad():
                 target = predictions(original(inside), real).float().log_softmax(-1)
-            found = predictions(twin(inside), real).float().log_softmax(-1)
+            found = predictions(quantized_copy(inside), real).float().log_softmax(-1)
             loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens
             if labels:
                 own = nn.functional.nll_loss(found, ids[:, 1:].to(device)[real], reduction="sum") / tokens

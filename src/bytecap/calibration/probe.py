@@ -100,19 +100,20 @@ def probe(
         note: told where the device's memory asks for smaller batches.
     """
     target = torch.device(device)
-    twin = copy.deepcopy(module).to(target, fast_dtype(target) if of_transformers(module) else None)
-    leaves = _leaves(twin, units, windows, target)
+    module_copy = copy.deepcopy(module).to(target, fast_dtype(target) if of_transformers(module) else None)
+    leaves = _leaves(module_copy, units, windows, target)
     if not of_transformers(module):
-        _account(twin, units, leaves, windows, seed, target)
+        _account(module_copy, units, leaves, windows, seed, target)
     names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
     chosen = [
-        (names[n], m, kind) for n, (m, kind) in linear_weights(twin).items()
+        (names[n], m, kind) for n, (m, kind) in linear_weights(module_copy).items()
         if kind != "embedding" and n in names and names[n] not in leaves.matrix
     ]  # fmt: skip
 
     def work(batch: int) -> Statistics:
         return in_order(
-            target, lambda: _one_pass(twin, chosen, windows, batch, seed, groups, guided, target, leaves, progress)
+            target,
+            lambda: _one_pass(module_copy, chosen, windows, batch, seed, groups, guided, target, leaves, progress),
         )
 
     return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
@@ -142,18 +143,20 @@ class _Leaves:
         return {n: m.weight for n, m in self.lookup.items()} | self.embedding
 
 
-def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
+def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
     """Untie embeddings in the copy, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
-    tables = {names[n].name: m for n, (m, kind) in linear_weights(twin).items() if kind == "embedding" and n in names}
+    tables = {
+        names[n].name: m for n, (m, kind) in linear_weights(module_copy).items() if kind == "embedding" and n in names
+    }
     for m in tables.values():
         m.weight = nn.Parameter(m.weight.detach().clone())  # type: ignore[operator]
     lookup: set[str] = set()
-    if of_transformers(twin) and tables and not isinstance(windows[0], Batch):
+    if of_transformers(module_copy) and tables and not isinstance(windows[0], Batch):
         tokens = max((w.tokens for w in windows), key=len)[:10]
         ids, generator = torch.tensor([tokens, tokens[::-1]], device=device), torch.Generator(device).manual_seed(0)
         mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        lookup = looked_up(tables, ids[:, :-1], lambda: sampled_loss(twin, ids, mask, generator))
+        lookup = looked_up(tables, ids[:, :-1], lambda: sampled_loss(module_copy, ids, mask, generator))
     embedding: dict[str, Any] = {}
     for name, m in tables.items():
         m.weight.requires_grad_(name not in lookup)
@@ -161,7 +164,7 @@ def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], d
             embedding[name] = m.weight
     matrix: dict[str, tuple[Unit, Tensor]] = {}
     other: dict[str, Tensor] = {}
-    for name, p in twin.named_parameters():
+    for name, p in module_copy.named_parameters():
         if name in names and not names[name].linear and p.is_floating_point():
             p.requires_grad_(True)
             unit = names[name]
@@ -173,15 +176,20 @@ def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], d
 
 
 def _account(
-    twin: nn.Module, units: Sequence[Unit], leaves: _Leaves, windows: Sequence[Window], seed: int, device: torch.device
+    module_copy: nn.Module,
+    units: Sequence[Unit],
+    leaves: _Leaves,
+    windows: Sequence[Window],
+    seed: int,
+    device: torch.device,
 ) -> None:
     """Let weights that hooks do not explain collect their gradients themselves."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
-    modules = {n: found for n, found in linear_weights(twin).items() if n in names}
+    modules = {n: found for n, found in linear_weights(module_copy).items() if n in names}
     first = [min(windows, key=lambda w: w.predicted)]
 
     def run() -> Tensor:
-        return next(_losses(twin, first, 1, torch.Generator(device).manual_seed(seed), device))[0]
+        return next(_losses(module_copy, first, 1, torch.Generator(device).manual_seed(seed), device))[0]
 
     account = Account(modules, run)
     for name in account.unexplained | account.frozen:
@@ -231,7 +239,7 @@ class _Collector:
 
 
 def _one_pass(
-    twin: nn.Module,
+    module_copy: nn.Module,
     chosen: list[tuple[str, nn.Module, str]],
     windows: Sequence[Window],
     batch: int,
@@ -259,7 +267,7 @@ def _one_pass(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
     try:
-        for loss, count in _losses(twin, windows, batch, generator, device):
+        for loss, count in _losses(module_copy, windows, batch, generator, device):
             loss.backward()
             _harvest(leaves, embedded, moments, diagonal)
             tokens, passes = tokens + count, passes + 1
@@ -289,16 +297,16 @@ def _batch(leaves: _Leaves, device: torch.device) -> int:
 
 
 def _losses(
-    twin: nn.Module, windows: Sequence[Window], tokens: int, generator: torch.Generator, device: torch.device
+    module_copy: nn.Module, windows: Sequence[Window], tokens: int, generator: torch.Generator, device: torch.device
 ) -> Iterator[tuple[Tensor, int]]:
     """Yield (summed loss, predictions) of batches of about so many tokens, which saved activations double in memory."""
     if isinstance(windows[0], Batch):
         for batch in windows:
             assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
-            yield batch.fisher_loss(twin, generator, device), batch.count
+            yield batch.fisher_loss(module_copy, generator, device), batch.count
         return
     for ids, mask in batches(windows, tokens):
-        yield sampled_loss(twin, ids.to(device), mask.to(device), generator), int(mask.sum())
+        yield sampled_loss(module_copy, ids.to(device), mask.to(device), generator), int(mask.sum())
 
 
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

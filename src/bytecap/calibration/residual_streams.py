@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bytecap.format.overlays.channels import COLUMNS, ROWS
 from bytecap.model.batches import Batch
 from bytecap.model.linears import linear_weights
-from bytecap.model.quantized_copy import twin_of
+from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 
@@ -41,7 +41,7 @@ _TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """Channels that several matrices share.
 
     Attributes:
@@ -64,7 +64,7 @@ class _Call:
     output: Tensor
 
 
-def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Window]) -> tuple[Stream, ...]:
+def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Window]) -> tuple[ResidualStream, ...]:
     """Find the streams of a model on the beginning of its first window.
 
     Args:
@@ -80,7 +80,7 @@ def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Windo
     return find_streams(module, names, first)
 
 
-def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tuple[Stream, ...]:
+def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tuple[ResidualStream, ...]:
     """Find the streams of a module, those of most matrices first.
 
     Args:
@@ -88,8 +88,8 @@ def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tup
         names: unit name of every weight of a linear map or embedding, by its name in the state dictionary.
         batch: token numbers or another input of `module(batch)`, or a `bytecap.model.batches.Batch`.
     """
-    twin = twin_of(module)
-    calls = _calls(twin, names, batch)
+    module_copy = copy_of(module)
+    calls = _calls(module_copy, names, batch)
     joined = _Joined()
     for number, call in enumerate(calls):
         if call.reader is None or not call.input.is_floating_point():
@@ -104,7 +104,7 @@ def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tup
     return joined.streams()
 
 
-def _calls(twin: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]:
+def _calls(module_copy: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]:
     """Record the calls of one forward pass, in order; the graph hangs on them."""
     found: list[_Call] = []
 
@@ -122,15 +122,15 @@ def _calls(twin: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]
         m.register_forward_pre_hook(before)
         m.register_forward_hook(after)
 
-    for p in twin.parameters():
+    for p in module_copy.parameters():
         p.requires_grad_(p.is_floating_point())
-    for weight, (m, kind) in linear_weights(twin).items():
+    for weight, (m, kind) in linear_weights(module_copy).items():
         if weight in names:
             watch(m, names[weight], kind)
     if isinstance(batch, Batch):
-        batch.value(twin, next(twin.parameters()).device)
+        batch.value(module_copy, next(module_copy.parameters()).device)
     else:
-        twin(batch)
+        module_copy(batch)
     return found
 
 
@@ -166,7 +166,7 @@ class _Joined:
         for n in merged:
             self._group[n], self._width[n] = merged, width
 
-    def streams(self) -> tuple[Stream, ...]:
+    def streams(self) -> tuple[ResidualStream, ...]:
         """Return all streams; a matrix that is on one with both sides counts as BOTH."""
         found = []
         for group in {id(g): g for g in self._group.values()}.values():
@@ -174,5 +174,5 @@ class _Joined:
             for name, side in group:
                 sides[name] = sides.get(name, side) | side
             if len(group) > 1:
-                found.append(Stream(self._width[next(iter(group))], sides))
+                found.append(ResidualStream(self._width[next(iter(group))], sides))
         return tuple(sorted(found, key=lambda s: -len(s.sides)))

@@ -73,7 +73,7 @@ def _add(found: dict[Any, Tensor], name: Any, value: Tensor) -> None:
     found[name] = found[name] + value if name in found else value
 
 
-def _hooks(twin: nn.Module, names: dict[str, str], shapes: dict[str, tuple[int, int]], found: _Sums) -> None:
+def _hooks(module_copy: nn.Module, names: dict[str, str], shapes: dict[str, tuple[int, int]], found: _Sums) -> None:
     """Collect squared gradients in `found` whenever a backward pass goes through the copy."""
 
     def linear(name: str) -> Callable[..., None]:
@@ -106,7 +106,7 @@ def _hooks(twin: nn.Module, names: dict[str, str], shapes: dict[str, tuple[int, 
 
         return hook
 
-    for name, (m, kind) in linear_weights(twin).items():
+    for name, (m, kind) in linear_weights(module_copy).items():
         if name in names:
             m.register_forward_hook((embedding if kind == "embedding" else linear)(names[name]))
 
@@ -114,9 +114,9 @@ def _hooks(twin: nn.Module, names: dict[str, str], shapes: dict[str, tuple[int, 
 class _Hidden:
     """Keeps the final hidden states of a forward pass, which are the input of the last linear map."""
 
-    def __init__(self, twin: nn.Module) -> None:
+    def __init__(self, module_copy: nn.Module) -> None:
         self.states = torch.empty(0)
-        for m, kind in linear_weights(twin).values():
+        for m, kind in linear_weights(module_copy).values():
             if kind != "embedding":
                 m.register_forward_pre_hook(self._keep)
 
@@ -124,12 +124,12 @@ class _Hidden:
         self.states = args[0]
 
     @torch.no_grad()
-    def components(self, twin: nn.Module, windows: Sequence[Window], size: int) -> Tensor:
+    def components(self, module_copy: nn.Module, windows: Sequence[Window], size: int) -> Tensor:
         """Return the principal components (components, width) of the hidden states, those of most variance first."""
-        device = next(twin.parameters()).device
+        device = next(module_copy.parameters()).device
         moment, total, tokens = torch.zeros(()), torch.zeros(()), 0
         for ids, mask in batches(windows, size):
-            twin(ids[:, :-1].to(device))
+            module_copy(ids[:, :-1].to(device))
             states = self.states[mask.to(device)].double().cpu()
             moment, total, tokens = moment + states.T @ states, total + states.sum(0), tokens + len(states)
         mean = total / max(1, tokens)
@@ -142,9 +142,9 @@ def _along(hidden: _Hidden, components: Tensor) -> Loss:
     """Return a loss whose gradient is that of the hidden states along one component a sequence; see the module."""
     turn = 0
 
-    def value(twin: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def value(module_copy: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         nonlocal turn
-        twin(ids[:, :-1])
+        module_copy(ids[:, :-1])
         number = torch.arange(turn, turn + len(ids)) % len(components)
         turn += len(ids)
         drawn = torch.rand(mask.shape, generator=generator, device=mask.device) * _SAMPLED
@@ -157,17 +157,17 @@ def _along(hidden: _Hidden, components: Tensor) -> Loss:
 
 
 def _pass(
-    twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], size: int, seed: int, loss: Loss,
+    module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Window], size: int, seed: int, loss: Loss,
     progress: Callable[[int], None] | None,
 ) -> _Sums:  # fmt: skip
     """Return the sums of one backward pass; the copy's hooks stay."""
     found = _Sums()
     names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
-    _hooks(twin, names, {u.name: u.matrix_shape for u in units}, found)
-    device = next(twin.parameters()).device
+    _hooks(module_copy, names, {u.name: u.matrix_shape for u in units}, found)
+    device = next(module_copy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for ids, mask in batches(windows, size):
-        loss(twin, ids.to(device), mask.to(device), generator).backward()
+        loss(module_copy, ids.to(device), mask.to(device), generator).backward()
         found.tokens += int(mask.sum())
         if progress is not None:
             progress(int(mask.sum()))
@@ -209,10 +209,10 @@ def mean_squared_gradients(
     sums = _pass(copy.deepcopy(module).to(target, dtype), units, windows, size, seed, sampled_loss, progress)
     square = sums.square
     if kind == "components":
-        twin = copy.deepcopy(module).to(target, dtype)
-        hidden = _Hidden(twin)
-        loss = _along(hidden, hidden.components(twin, windows, size))
-        square = _in_nats(_pass(twin, units, windows, size, seed, loss, None).square, square)
+        module_copy = copy.deepcopy(module).to(target, dtype)
+        hidden = _Hidden(module_copy)
+        loss = _along(hidden, hidden.components(module_copy, windows, size))
+        square = _in_nats(_pass(module_copy, units, windows, size, seed, loss, None).square, square)
     found = Gradients({}, {n: x / max(1, sums.tokens) for n, x in sums.inputs.items()}, sums.tokens)
     for (name, _), value in square.items():
         _add(found.square, name, value)

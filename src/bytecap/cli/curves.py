@@ -43,7 +43,7 @@ def curves(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a byte buys on every exception path, at a budget's operating point."""
+    """Measure what a byte buys on every overlay, at a budget's operating point."""
     from bytecap.report.terminal import print_curves
     from bytecap_lab.rd_curves import byte_returns
 

@@ -1,6 +1,6 @@
 """Sum up the ledger, in which every byte of an artifact has an owner and a kind.
 
-Kinds: header, index, side, table, payload, config, tokenizer, code, padding. Those of an exception path have its name
+Kinds: header, index, side, table, payload, config, tokenizer, code, padding. Those of an overlay have its name
 in front ("columns payload").
 
 >>> total([Entry("a", "payload", 3, 4), Entry("(file)", "header", 2)])
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bytecap.format.coders import layers
+from bytecap.format.coders import overlay_coders
 
 KINDS = ("header", "index", "side", "table", "payload", "config", "tokenizer", "code", "padding")
 
@@ -64,13 +64,13 @@ def by_unit(entries: Iterable[Entry]) -> list[Line]:
     return sorted(lines.values(), key=lambda line: (-line.bytes, line.unit))
 
 
-def by_path(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
+def by_overlay(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
     """Return the units and bytes of each kind of overlay.
 
-    >>> by_path([Entry("a", "rows side", 3), Entry("a", "rows payload", 5), Entry("a", "payload", 9)])
+    >>> by_overlay([Entry("a", "rows side", 3), Entry("a", "rows payload", 5), Entry("a", "payload", 9)])
     {'rows': {'units': 1, 'bytes': 8}}
     """
-    names = {layer.id for layer in layers().values()}
+    names = {overlay.id for overlay in overlay_coders().values()}
     found: dict[str, dict[str, int]] = {}
     for e in entries:
         path = e.kind.partition(" ")[0]

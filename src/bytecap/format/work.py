@@ -13,7 +13,7 @@ A unit's work is its declared size times its *steps* (format.md, 4): multiply-ad
 from __future__ import annotations
 
 from bytecap.errors import CorruptError
-from bytecap.format.coders import coder, layer
+from bytecap.format.coders import coder, overlay_coder
 
 SPARE, PER_BYTE = 1 << 28, 1 << 14  # steps of all values together: for nothing, and for every byte of the file
 
@@ -37,7 +37,7 @@ def steps(tag: int, data: bytes, shape: tuple[int, int]) -> int:
 
 
 def _layer_steps(tag: int, data: bytes) -> int:
-    owner = layer(tag)
+    owner = overlay_coder(tag)
     return int(owner.steps(data)) if hasattr(owner, "steps") else 1
 
 

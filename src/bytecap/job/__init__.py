@@ -38,7 +38,7 @@ class Job:
         device: torch device.
         reporter: told about progress.
         config: the options that were asked for.
-        paths: exception paths to choose from, see `bytecap.allocation.overlay_menu`.
+        paths: overlays to choose from, see `bytecap.allocation.overlay_menu`.
         recover: how long to tune what was coded, or None.
         store: where statistics and finished steps are kept: for other jobs on the same tokens, and for a killed run's
             successor, see `bytecap.recovery.checkpointing`.

@@ -55,7 +55,7 @@ class FitConfig:
         tokenizer: keep tokenizer files inside the file.
         config: keep config files inside the file.
         code: source files to keep inside, counted packed, or what `bytecap.pipeline.pack_code.pack` made of them.
-        paths: exception paths that the allocator may choose from, or `all`; for the method `bytecap` only.
+        paths: overlays that the allocator may choose from, or `all`; for the method `bytecap` only.
         recover: tune what was coded for so many steps (`600`) or so long (`45s`, `10m`).
         recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.
         allow_unused: tensors and files of a checkpoint that are meant to be left out, as names or patterns

@@ -122,7 +122,7 @@ def _suggestion(name: str) -> str:
 
 
 def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
-    """Return the exception paths that a method may choose from.
+    """Return the overlays that a method may choose from.
 
     Raises:
         UsageError: an unknown path, or a method that chooses none.
@@ -130,7 +130,7 @@ def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
     from bytecap.allocation import overlay_menu
 
     if names and method != "bytecap":
-        raise UsageError(f"method {method} chooses no exception paths: --paths is for --method bytecap")
+        raise UsageError(f"method {method} chooses no overlays: --paths is for --method bytecap")
     return overlay_menu.known(names) if method == "bytecap" else ()
 
 

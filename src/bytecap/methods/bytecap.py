@@ -24,7 +24,7 @@ from torch import nn
 from bytecap.allocation import correction, plans
 from bytecap.allocation.asymmetric_targets import LostError, call_order, drift_targets
 from bytecap.allocation.planner import Planner
-from bytecap.allocation.plans import Candidate
+from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model
 from bytecap.calibration.probe import Statistics
 from bytecap.calibration.statistics import moments
@@ -35,10 +35,10 @@ from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.quantization.quantizer import Options, Prepared
-from bytecap.recovery.checkpointing import Kept
+from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
 
@@ -55,16 +55,16 @@ def run(job: Job) -> Outcome:
         if finest.rate < prepared.capacity:
             prepared = prepared.emptied()
             return store_floats(job, prepared)
-    twin, kept = twin_of(job.model.module), Kept(job, options, prepared.capacity)
-    prepared, best = plan(job, prepared, twin, kept)
+    quantized_copy, checkpoints = copy_of(job.model.module), StageCheckpoints(job, options, prepared.capacity)
+    prepared, best = plan(job, prepared, quantized_copy, checkpoints)
     if job.dry_run:
         return Outcome({}, b"", best.predicted, best.slope, best.gap, best.label, margin=dict(best.margin))
-    prepared = retarget(job, prepared, best, twin, kept)
+    prepared = retarget(job, prepared, best, quantized_copy, checkpoints)
     packed = pack(job, prepared, best)
     if job.recover is None:
         prepared = prepared.emptied()
-    outcome = predict(job, prepared, best, packed, twin)
-    return outcome if job.recover is None else recover(job, prepared, packed, outcome, twin)
+    outcome = predict(job, prepared, best, packed, quantized_copy)
+    return outcome if job.recover is None else recover(job, prepared, packed, outcome, quantized_copy)
 
 
 def calibrate(job: Job, options: Options) -> Statistics:
@@ -90,17 +90,22 @@ def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
     return Outcome({**sections, **prepared.fixed}, b"", 0.0, 0.0, 0.0, "floats")
 
 
-def plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> tuple[PreparedModel, Candidate]:
+def plan(
+    job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
+) -> tuple[PreparedModel, PlanCandidate]:
     """The plan that is shipped, and the units under their paths; integers that are made anew are left out.
 
     Args:
         job: tokens to compare plans on, and paths to choose from.
         prepared: the units.
-        twin: a twin of the model, overwritten.
-        kept: where correction factors and the plan are looked for, and put.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
+        checkpoints: where correction factors and the plan are looked for, and put.
     """
-    known = kept.get("plan")
-    best = _best_plan(job, prepared, twin, kept) if known is None else plans.from_json(prepared.planner, known)
+    known = checkpoints.get("plan")
+    if known is None:
+        best = _best_plan(job, prepared, quantized_copy, checkpoints)
+    else:
+        best = plans.from_json(prepared.planner, known)
     planner, order = best.planner, []
     if planner.options.drift and not job.dry_run:
         windows = leading(job.sets.statistics, planner.options.drift_tokens)
@@ -112,44 +117,48 @@ def plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> tupl
     return replace(prepared, planner=planner), best
 
 
-def _best_plan(job: Job, prepared: PreparedModel, twin: nn.Module, kept: Kept) -> Candidate:
+def _best_plan(
+    job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
+) -> PlanCandidate:
     """The best of all plans, kept if no unit is under a path."""
     planner = prepared.planner
     c, plain = plans.plain_plan(job, prepared)
-    kappa = kept.get("factors") if planner.options.correct else dict.fromkeys(planner.names, 1.0)
+    kappa = checkpoints.get("factors") if planner.options.correct else dict.fromkeys(planner.names, 1.0)
     if kappa is None:
-        kappa = plans.factors(job, planner, plain, twin)
-        kept.put("factors", kappa)
+        kappa = plans.factors(job, planner, plain, quantized_copy)
+        checkpoints.put("factors", kappa)
     allocator.release()
-    best = plans.choose(job, prepared, c, plain, kappa, twin)
-    if best.planner is planner:  # not one whose units are under exception paths
-        kept.put("plan", plans.to_json(best))
+    best = plans.choose(job, prepared, c, plain, kappa, quantized_copy)
+    if best.planner is planner:  # not one whose units are under overlays
+        checkpoints.put("plan", plans.to_json(best))
     return best
 
 
-def retarget(job: Job, prepared: PreparedModel, best: Candidate, twin: nn.Module, kept: Kept) -> PreparedModel:
+def retarget(
+    job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, checkpoints: StageCheckpoints
+) -> PreparedModel:
     """The units with targets that make up for the coded prefix; unchanged where the order of calls is not fixed.
 
     Args:
         job: tokens to walk.
         prepared: the units.
         best: the plan, which codes the prefix.
-        twin: a twin of the model, overwritten.
-        kept: where targets are looked for, and put.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
+        checkpoints: where targets are looked for, and put.
     """
     planner = prepared.planner
     if not planner.options.drift:
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change = kept.tensors("drift")
+    change = checkpoints.tensors("drift")
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
         try:
             if change is None:
                 change = drift_targets(
-                    planner, best.order, best.state, job.model.module, twin, windows,
+                    planner, best.order, best.state, job.model.module, quantized_copy, windows,
                     strength=planner.options.drift, device=job.device, advance=advance,
                 )  # fmt: skip
-                kept.put_tensors("drift", change)
+                checkpoints.put_tensors("drift", change)
         except LostError:
             job.reporter.note("the order in which modules are called depends on the data: no drift targets")
             return prepared
@@ -157,7 +166,7 @@ def retarget(job: Job, prepared: PreparedModel, best: Candidate, twin: nn.Module
     return replace(prepared, planner=replace(planner, matrices=matrices))
 
 
-def pack(job: Job, prepared: PreparedModel, best: Candidate) -> Packed:
+def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
     """Settle the chosen plan's tables, then meet the cap on real bytes."""
     planner = prepared.planner
     allocator.release()
@@ -175,24 +184,26 @@ def _size_beside(job: Job, prepared: PreparedModel) -> Callable[[Mapping[str, Se
     return lambda sections, tables: job.size({**sections, **prepared.fixed}, tables)
 
 
-def predict(job: Job, prepared: PreparedModel, best: Candidate, packed: Packed, twin: nn.Module) -> Outcome:
+def predict(
+    job: Job, prepared: PreparedModel, best: PlanCandidate, packed: Packed, quantized_copy: nn.Module
+) -> Outcome:
     """The packed plan with its KL on the correction tokens."""
     allocator.release()
     with job.reporter.step("prediction", 1):
-        predicted = _measured(job, prepared.planner, packed, twin)
+        predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(
         sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin)
     )  # fmt: skip
 
 
-def _measured(job: Job, planner: Planner, packed: Packed, twin: nn.Module) -> float:
+def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
     """KL on the correction tokens."""
-    load_values(twin, correction.unit_values(planner, packed.state))
-    return kl_to(job.model.module, twin, job.sets.correction, device=job.device)[0]
+    load_values(quantized_copy, correction.unit_values(planner, packed.state))
+    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
 
 
-def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, twin: nn.Module) -> Outcome:
+def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:
     """What recovery makes of a packed plan, trimmed to the same cap; the plan itself where that measures better.
 
     Args:
@@ -200,9 +211,9 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
         prepared: the units as they were packed.
         packed: their sections.
         outcome: of these.
-        twin: a twin of the model, overwritten.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
     """
-    tuned, record = _tuned(job, prepared, packed, outcome.slope, twin)
+    tuned, record = _tuned(job, prepared, packed, outcome.slope, quantized_copy)
     if tuned is not None:
         again, now = tuned
         if now < outcome.predicted:
@@ -216,10 +227,10 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
 
 
 def _tuned(
-    job: Job, prepared: PreparedModel, packed: Packed, slope: float, twin: nn.Module
+    job: Job, prepared: PreparedModel, packed: Packed, slope: float, quantized_copy: nn.Module
 ) -> tuple[tuple[Packed, float] | None, dict[str, Any]]:
     """Tuned sections under the cap with their KL, None if there are none, and a record of what was done."""
-    found, record = tune(job, prepared.planner, packed.state, twin, slope)
+    found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
     if found is None:
         return None, record
     planner, state = found
@@ -227,4 +238,4 @@ def _tuned(
     again = fit_units(
         planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget, last
     )  # fmt: skip
-    return None if again is None else (again, _measured(job, planner, again, twin)), record
+    return None if again is None else (again, _measured(job, planner, again, quantized_copy)), record

@@ -72,8 +72,8 @@ def account(module: nn.Module, headers: Mapping[Path, Header], allow: Sequence[s
     _check_filled(module, found)
     dtypes = _dtypes(module, entries, found)
     units = _first_names(module)
-    live = module.state_dict(keep_vars=True)
-    wide = {name for name, value in _values(headers, found.entries) if not _same(live, name, value, found)}
+    tensors = module.state_dict(keep_vars=True)
+    wide = {name for name, value in _values(headers, found.entries) if not _same(tensors, name, value, found)}
     rounded = {units[t] for t, sources in found.sources.items() if sources & wide}
     layout = _layout(module, entries, found, dtypes)
     if any(e is None for e in layout.values()):
@@ -190,10 +190,10 @@ def _alike(name: str, other: str) -> bool:
 
 def _check_filled(module: nn.Module, found: Conversion) -> None:
     """Refuse a model some of whose tensors came from no file."""
-    live = module.state_dict(keep_vars=True)
-    filled = {live[n].data_ptr() for n in found.sources if live[n].numel()}
+    tensors = module.state_dict(keep_vars=True)
+    filled = {tensors[n].data_ptr() for n in found.sources if tensors[n].numel()}
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, tensor in live.items():
+    for name, tensor in tensors.items():
         if name in parameters and name not in found.sources and tensor.numel() and tensor.data_ptr() not in filled:
             raise CheckpointError(f"the checkpoint lacks tensor {name}, which the model of config.json has")
 
@@ -201,8 +201,8 @@ def _check_filled(module: nn.Module, found: Conversion) -> None:
 def _first_names(module: nn.Module) -> dict[str, str]:
     """Return, for every name in the state dict, the first name of the same tensor."""
     first: dict[Any, str] = {}
-    live = module.state_dict(keep_vars=True)
-    return {n: first.setdefault((t.data_ptr(), tuple(t.shape)) if t.numel() else id(t), n) for n, t in live.items()}
+    tensors = module.state_dict(keep_vars=True)
+    return {n: first.setdefault((t.data_ptr(), tuple(t.shape)) if t.numel() else id(t), n) for n, t in tensors.items()}
 
 
 def _dtypes(module: nn.Module, entries: Header, found: Conversion) -> dict[str, str]:
@@ -211,12 +211,12 @@ def _dtypes(module: nn.Module, entries: Header, found: Conversion) -> dict[str, 
     Raises:
         CheckpointError: a weight is stored as integers or in a float of eight bits or less, without its scale.
     """
-    live = module.state_dict(keep_vars=True)
+    tensors = module.state_dict(keep_vars=True)
     dtypes = {}
     for target, sources in found.sources.items():
         kinds = {str(entries[n]["dtype"]) for n in sources}
         odd = next((n for n in sorted(sources) if entries[n]["dtype"] not in FLOATS), None)
-        if odd is not None and live[target].is_floating_point():
+        if odd is not None and tensors[target].is_floating_point():
             raise CheckpointError(
                 f"tensor {odd} is stored as {entries[odd]['dtype']}, which is no weight without its scale: {DEQUANTIZE}"
             )
@@ -225,7 +225,7 @@ def _dtypes(module: nn.Module, entries: Header, found: Conversion) -> dict[str, 
     return dtypes
 
 
-def _same(live: Mapping[str, Tensor], name: str, value: Tensor, found: Conversion) -> bool:
+def _same(tensors: Mapping[str, Tensor], name: str, value: Tensor, found: Conversion) -> bool:
     """Return whether the model holds a tensor of the checkpoint exactly.
 
     Raises:
@@ -234,7 +234,7 @@ def _same(live: Mapping[str, Tensor], name: str, value: Tensor, found: Conversio
     entry = found.entries[name]
     if entry is None:
         return True
-    held = _held(entry, live).detach()
+    held = _held(entry, tensors).detach()
     narrow = value.to(held.dtype)
     if held.shape != value.shape or not torch.equal(held, narrow):
         same = held.shape == value.shape and torch.equal(held.isnan(), narrow.isnan())
@@ -245,14 +245,14 @@ def _same(live: Mapping[str, Tensor], name: str, value: Tensor, found: Conversio
     return value.dtype != torch.float64 or torch.equal(narrow.double(), value)
 
 
-def _held(entry: Any, live: Mapping[str, Tensor]) -> Tensor:
+def _held(entry: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the model's values that an entry of `source_tensors.json` names."""
     if isinstance(entry, str):
-        return live[entry]
+        return tensors[entry]
     if isinstance(entry, dict):
-        return torch.cat([_held(p, live) for p in entry["parts"]], entry["axis"])
+        return torch.cat([_held(p, tensors) for p in entry["parts"]], entry["axis"])
     name, offset, shape, *strides = entry
-    flat = live[name].detach().reshape(-1)
+    flat = tensors[name].detach().reshape(-1)
     plain = [1] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
         plain[i] = plain[i + 1] * shape[i + 1]

@@ -184,13 +184,13 @@ class Look:
 
 
 def variants_of(
-    original: nn.Module, twin: nn.Module, variants: Mapping[str, Values], batch: Batch, device: str
+    original: nn.Module, quantized_copy: nn.Module, variants: Mapping[str, Values], batch: Batch, device: str
 ) -> tuple[float, dict[str, tuple[float, float]]]:
     """Return the original's loss on a batch, and (distance, loss) of every variant, all means in nats."""
     first, found = Look.at(original, batch, device), {}
     for label, values in variants.items():
-        with swapped(twin, values):
-            look = Look.at(twin, batch, device)
+        with swapped(quantized_copy, values):
+            look = Look.at(quantized_copy, batch, device)
         found[label] = first.kl(look), look.loss
     return first.loss, found
 

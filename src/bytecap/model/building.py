@@ -166,20 +166,20 @@ def check_fits(config: Any, shapes: Shapes, name: str, *, prepare: Any = None) -
         module = causal_lm(config)
         if prepare is not None:
             prepare(module)
-    live = dict(module.state_dict(keep_vars=True))
-    known = {id(live[n]) for n in shapes if n in live}
-    wrong = [f"its config.json has no tensor {n}" for n in shapes if n not in live]
-    wrong += [f"it lacks tensor {n}" for n, t in live.items() if n not in shapes and id(t) not in known]
+    tensors = dict(module.state_dict(keep_vars=True))
+    known = {id(tensors[n]) for n in shapes if n in tensors}
+    wrong = [f"its config.json has no tensor {n}" for n in shapes if n not in tensors]
+    wrong += [f"it lacks tensor {n}" for n, t in tensors.items() if n not in shapes and id(t) not in known]
     wrong += [
-        f"tensor {n} is {list(shape)}, and {list(live[n].shape)} by its config.json"
+        f"tensor {n} is {list(shape)}, and {list(tensors[n].shape)} by its config.json"
         for n, shape in shapes.items()
-        if n in live and tuple(live[n].shape) != tuple(shape)
+        if n in tensors and tuple(tensors[n].shape) != tuple(shape)
     ]
     if wrong:
         more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ArtifactError(f"{name} does not hold the model of its config.json: {wrong[0]}{more}")
-    hidden = sum(b.numel() for n, b in module.named_buffers() if n not in live)
-    most = _SPARE_HIDDEN + sum(t.numel() for t in live.values())
+    hidden = sum(b.numel() for n, b in module.named_buffers() if n not in tensors)
+    most = _SPARE_HIDDEN + sum(t.numel() for t in tensors.values())
     if hidden > most:
         raise ArtifactError(
             f"{name}: its config.json asks for {hidden:,} values besides the weights, at most {most:,} fit"

@@ -53,13 +53,13 @@ def convert(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Convers
         module: built from that checkpoint's config.
         shapes: of the checkpoint's tensors, by name.
     """
-    live = module.state_dict(keep_vars=True)
+    tensors = module.state_dict(keep_vars=True)
     found = Conversion()
     groups: dict[tuple[str, str], list[str]] = {}
-    rename, converters = _library(module, live)
+    rename, converters = _library(module, tensors)
     for name in shapes:
         target, pattern = rename(name)
-        if target not in live:
+        if target not in tensors:
             found.unexpected.append(name)
         elif pattern is not None:
             groups.setdefault((target, pattern_owner(converters, pattern)), []).append(name)
@@ -67,7 +67,7 @@ def convert(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Convers
             found.entries[name] = target
             found.use(target, name)
     for (target, _), names in groups.items():
-        _follow(module, live, target, {n: rename(n)[1] for n in names}, shapes, converters, found)
+        _follow(module, tensors, target, {n: rename(n)[1] for n in names}, shapes, converters, found)
     return found
 
 
@@ -76,7 +76,7 @@ def pattern_owner(converters: Mapping[str, Any], pattern: str) -> str:
     return "|".join(converters[pattern].source_patterns)
 
 
-def _library(module: Any, live: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _library(module: Any, tensors: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the library's function from a name to (name in the model, converter's pattern or None), and converters."""
     prefix = str(getattr(module, "base_model_prefix", ""))
     try:
@@ -86,7 +86,7 @@ def _library(module: Any, live: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
         def plain(name: str) -> tuple[str, None]:
             tries = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-            return next((n for n in tries if n in live), name), None
+            return next((n for n in tries if n in tensors), name), None
 
         return plain, {}
     rules = mapping.get_model_conversion_mapping(module) if hasattr(module, "config") else []
@@ -94,9 +94,9 @@ def _library(module: Any, live: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     converters = [r for r in rules if isinstance(r, loading.WeightConverter)]
 
     def rename(name: str) -> tuple[str, str | None]:
-        found: tuple[str, str | None] = loading.rename_source_key(name, renamings, converters, prefix, live)
-        if found[0] not in live and name in live:
-            found = loading.rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=live)
+        found: tuple[str, str | None] = loading.rename_source_key(name, renamings, converters, prefix, tensors)
+        if found[0] not in tensors and name in tensors:
+            found = loading.rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=tensors)
         return found
 
     return rename, {p: c for c in converters for p in c.source_patterns}
@@ -104,7 +104,7 @@ def _library(module: Any, live: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _follow(
     module: nn.Module,
-    live: Mapping[str, Any],
+    tensors: Mapping[str, Any],
     target: str,
     patterns: Mapping[str, str | None],
     shapes: Mapping[str, tuple[int, ...]],
@@ -124,12 +124,12 @@ def _follow(
         results = machine.convert(target, model=module, config=getattr(module, "config", None))
     except Exception:  # noqa: BLE001 (whatever the library's operation needs besides: it was content with weights)
         results = {}
-    results = {n: (r[0] if isinstance(r, list) else r) for n, r in results.items() if n in live}
+    results = {n: (r[0] if isinstance(r, list) else r) for n, r in results.items() if n in tensors}
     for name in names:
         found.entries[name] = None
         for n in results or (target,):
             found.use(n, name)
-    whole, spans = _inverse(results, live, int(starts[-1]))
+    whole, spans = _inverse(results, tensors, int(starts[-1]))
     if whole is None:
         return
     for name, start, stop in zip(names, starts, starts[1:], strict=False):
@@ -139,13 +139,19 @@ def _follow(
             found.sources[n].discard(name)
 
 
-def _inverse(results: Mapping[str, Any], live: Mapping[str, Any], count: int) -> tuple[Any, list[tuple[str, int, int]]]:
+def _inverse(
+    results: Mapping[str, Any], tensors: Mapping[str, Any], count: int
+) -> tuple[Any, list[tuple[str, int, int]]]:
     """Return the place of every numbered element among the results laid end to end; None unless each has one place."""
     spans: list[tuple[str, int, int]] = []
     whole = np.full(count, -1, np.int64)
     at = 0
     for name, numbers in results.items():
-        if not isinstance(numbers, torch.Tensor) or numbers.shape != live[name].shape or numbers.dtype != torch.int64:
+        if (
+            not isinstance(numbers, torch.Tensor)
+            or numbers.shape != tensors[name].shape
+            or numbers.dtype != torch.int64
+        ):
             return None, []
         flat = numbers.reshape(-1).numpy()
         if flat.size and (flat.min() < 0 or flat.max() >= count):

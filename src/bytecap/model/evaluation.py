@@ -248,7 +248,7 @@ def kl_to(
 
 def kl_each(
     original: nn.Module,
-    twin: nn.Module,
+    quantized_copy: nn.Module,
     variants: Mapping[str, Values],
     windows: Sequence[Window],
     *,
@@ -256,7 +256,7 @@ def kl_each(
     advance: Advance | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Return KL to the original in nats per token, and its standard error, for several variants; see `by_window`."""
-    found = by_window(original, twin, variants, windows, device=device, advance=advance)
+    found = by_window(original, quantized_copy, variants, windows, device=device, advance=advance)
     return {k: (float(v.kl.sum() / v.tokens.sum()), ratio_stderr(v.kl, v.tokens)) for k, v in found.items()}
 
 
@@ -282,7 +282,7 @@ class ByWindow:
 @torch.no_grad()
 def by_window(
     original: nn.Module,
-    twin: nn.Module,
+    quantized_copy: nn.Module,
     variants: Mapping[str, Values],
     windows: Sequence[Window],
     *,
@@ -295,14 +295,14 @@ def by_window(
 
     Args:
         original: untouched model.
-        twin: the model variants are made of; restored afterwards.
-        variants: by name, the values put into the twin.
+        quantized_copy: the model variants are made of; restored afterwards.
+        variants: by name, the values put into the copy.
         windows: plain windows.
         device: torch device.
         advance: called with the share of a variant that is done.
     """
     if is_batches(windows):
-        return _by_batch(original, twin, variants, windows, device, advance)
+        return _by_batch(original, quantized_copy, variants, windows, device, advance)
     kls: dict[str, list[float]] = {label: [] for label in variants}
     losses: dict[str, list[float]] = {label: [] for label in variants}
     first, tokens, sizes = [], [], []
@@ -315,8 +315,8 @@ def by_window(
         tokens += mask.sum(1).tolist()
         sizes += [w.bytes for w in members]
         for label, values in variants.items():
-            with swapped(twin, values):
-                q = torch.log_softmax(predictions(twin(inputs), flat).float(), -1)
+            with swapped(quantized_copy, values):
+                q = torch.log_softmax(predictions(quantized_copy(inputs), flat).float(), -1)
             losses[label] += _by_window(flat, _token_losses(q, labels)).tolist()
             kl = q.sub_(p).neg_().mul_(p.exp()).sum(-1)
             kls[label] += _by_window(flat, kl).tolist()
@@ -328,7 +328,7 @@ def by_window(
 
 def _by_batch(
     original: nn.Module,
-    twin: nn.Module,
+    quantized_copy: nn.Module,
     variants: Mapping[str, Values],
     windows: Sequence[Window],
     device: str,
@@ -340,7 +340,7 @@ def _by_batch(
     for batch in windows:
         assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
         n = batch.count
-        first, found = variants_of(original, twin, variants, batch, device)
+        first, found = variants_of(original, quantized_copy, variants, batch, device)
         for label, (kl, loss) in found.items():
             rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
             if advance is not None:

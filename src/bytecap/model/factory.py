@@ -151,15 +151,15 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> No
         CheckpointError: names or shapes differ; both lists, and the nearest names in pairs.
     """
     state = {p: state[n] for n, p in plain_names(state).items()}
-    live = tensors_of(module)
-    live = {p: live[n] for n, p in plain_names(live).items()}
-    known = {live[n].data_ptr() for n in state if n in live and live[n].numel()}
-    missing = [n for n, t in live.items() if n not in state and not (t.numel() and t.data_ptr() in known)]
-    extra = [n for n in state if n not in live]
+    tensors = tensors_of(module)
+    tensors = {p: tensors[n] for n, p in plain_names(tensors).items()}
+    known = {tensors[n].data_ptr() for n in state if n in tensors and tensors[n].numel()}
+    missing = [n for n, t in tensors.items() if n not in state and not (t.numel() and t.data_ptr() in known)]
+    extra = [n for n in state if n not in tensors]
     shapes = [
-        f"{n} {list(live[n].shape)} against {list(t.shape)}"
+        f"{n} {list(tensors[n].shape)} against {list(t.shape)}"
         for n, t in state.items()
-        if n in live and live[n].shape != t.shape
+        if n in tensors and tensors[n].shape != t.shape
     ]
     if missing or extra or shapes:
         pairs = [f"{a} ~ {b}" for a, b in _nearest(missing, extra)]
@@ -172,7 +172,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> No
         raise CheckpointError(f"the module and {path} differ; " + "; ".join(p for p in parts if p))
     with torch.no_grad():
         for n, t in state.items():
-            live[n].copy_(t)
+            tensors[n].copy_(t)
 
 
 def _nearest(names: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
@@ -210,6 +210,6 @@ def load_factory(spec: str, state: Path | None) -> Model:
     return Model(model.module, units, model.files, model.name)
 
 
-def _narrower(source: str, live: str) -> str:
+def _narrower(source: str, module: str) -> str:
     """Return the checkpoint's float dtype where the module holds its values widened, else the module's."""
-    return source if live == "F32" and source in {"F16", "BF16"} else live
+    return source if module == "F32" and source in {"F16", "BF16"} else module

@@ -67,10 +67,10 @@ def _check_whole(path: Path, inside: dict[str, int], module: Any, report: dict[s
             raise CheckpointError(
                 f"{path} and the model of its metadata differ ({kind}): {min(map(str, report[kind]))}"
             )
-    live = {n: t.numel() for n, t in module.state_dict().items()}
+    tensors = {n: t.numel() for n, t in module.state_dict().items()}
     fewest = sum(p.numel() for p in module.parameters())
     held = sum(size for name, size in inside.items() if name not in _DERIVED)
-    if not fewest <= held <= sum(live.values()):
+    if not fewest <= held <= sum(tensors.values()):
         raise CheckpointError(
             f"{path} holds {held:,} values, the model that transformers makes of it {fewest:,}: it is not read whole"
         )

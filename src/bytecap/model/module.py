@@ -33,36 +33,38 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
         CheckpointError: it cannot be copied, holds nothing to store, or a tensor of a dtype the format lacks.
     """
     name = name or type(module).__name__
-    live = tensors_of(module)
-    for n, t in live.items():
+    tensors = tensors_of(module)
+    for n, t in tensors.items():
         if why := unready(t):
             raise CheckpointError(f"{name}: tensor {n} holds no values, it is {why}")
-    dtypes = {n: DTYPES.get(str(t.dtype), str(t.dtype)) for n, t in live.items()}
-    for n, t in live.items():
+    dtypes = {n: DTYPES.get(str(t.dtype), str(t.dtype)) for n, t in tensors.items()}
+    for n, t in tensors.items():
         if dtypes[n] not in WIDTH:
             raise CheckpointError(f"{name}: tensor {n} has the dtype {str(t.dtype).removeprefix('torch.')}, "
                                   "which cannot be stored")  # fmt: skip
     if not any(p.numel() for p in module.parameters()):
         raise CheckpointError(f"the module {name} has no parameters: there is nothing to store")
     try:
-        twin = copy.deepcopy(module)
+        quantized_copy = copy.deepcopy(module)
     except Exception as exc:
         raise CheckpointError(f"the module {name} cannot be copied: {exc}") from exc
-    twin.eval()
+    quantized_copy.eval()
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in quantized_copy.parameters():
             p.requires_grad_(False)
             if p.is_floating_point():
                 p.data = p.data.float()
-        for b in twin.buffers():
+        for b in quantized_copy.buffers():
             if b.dtype in _HALVES:
                 b.data = b.data.float()
-    units = tuple(_oriented(u) for u in find_units(twin, dtypes))
+    units = tuple(_oriented(u) for u in find_units(quantized_copy, dtypes))
     try:
-        check_finite(units, twin)
+        check_finite(units, quantized_copy)
     except CheckpointError as exc:
         raise CheckpointError(f"{name}: {exc}") from None
-    return Model(twin, units, {}, name, notes=_extra_state(module), rounded=_rounded(module, twin, units))
+    return Model(
+        quantized_copy, units, {}, name, notes=_extra_state(module), rounded=_rounded(module, quantized_copy, units)
+    )
 
 
 def _extra_state(module: nn.Module) -> tuple[str, ...]:
@@ -73,11 +75,11 @@ def _extra_state(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _rounded(module: nn.Module, twin: nn.Module, units: Sequence[Unit]) -> frozenset[str]:
+def _rounded(module: nn.Module, quantized_copy: nn.Module, units: Sequence[Unit]) -> frozenset[str]:
     """Return the names of float64 parameters that float32 does not hold."""
-    live, copied = tensors_of(module), tensors_of(twin)
-    wide = [u.name for u in units if live[u.name].dtype != copied[u.name].dtype == torch.float32]
-    return frozenset(n for n in wide if not torch.equal(live[n].detach().double(), copied[n].detach().double()))
+    tensors, copied = tensors_of(module), tensors_of(quantized_copy)
+    wide = [u.name for u in units if tensors[u.name].dtype != copied[u.name].dtype == torch.float32]
+    return frozenset(n for n in wide if not torch.equal(tensors[n].detach().double(), copied[n].detach().double()))
 
 
 def _oriented(unit: Unit) -> Unit:

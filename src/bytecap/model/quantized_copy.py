@@ -47,7 +47,7 @@ class Lazy(Values):
         return len(self._names)
 
 
-def twin_of(module: nn.Module) -> nn.Module:
+def copy_of(module: nn.Module) -> nn.Module:
     """Return a copy that shares the original's storage until values are loaded into it."""
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {}
@@ -64,26 +64,28 @@ def load_values(module: nn.Module, values: Values) -> None:
     Raises:
         ArtifactError: a name or shape does not fit the module.
     """
-    live = dict(module.state_dict(keep_vars=True))
+    tensors = dict(module.state_dict(keep_vars=True))
     for name, array in values.items():
-        if name not in live:
+        if name not in tensors:
             raise ArtifactError(f"the model has no tensor {name}")
-        if tuple(live[name].shape) != tuple(array.shape):
-            raise ArtifactError(f"tensor {name} has shape {tuple(live[name].shape)}, the artifact {tuple(array.shape)}")
+        if tuple(tensors[name].shape) != tuple(array.shape):
+            raise ArtifactError(
+                f"tensor {name} has shape {tuple(tensors[name].shape)}, the artifact {tuple(array.shape)}"
+            )
         fresh = (
             array if isinstance(array, torch.Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
         )
-        live[name].data = fresh.to(live[name].device, live[name].dtype)
+        tensors[name].data = fresh.to(tensors[name].device, tensors[name].dtype)
 
 
 @contextlib.contextmanager
 def swapped(module: nn.Module, values: Values) -> Iterator[None]:
     """Replace some tensors of a module inside a `with` block; the old values return on leaving."""
-    live = dict(module.state_dict(keep_vars=True))
-    kept = {name: live[name].data for name in values}
+    tensors = dict(module.state_dict(keep_vars=True))
+    kept = {name: tensors[name].data for name in values}
     try:
         load_values(module, values)
         yield
     finally:
         for name, old in kept.items():
-            live[name].data = old
+            tensors[name].data = old

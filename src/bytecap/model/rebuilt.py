@@ -26,7 +26,7 @@ from bytecap.errors import ArtifactError
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_each, side_files
 from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.wrappers import plain_names
 from bytecap.types import Unit
 
@@ -76,8 +76,8 @@ def share(module: nn.Module, units: Iterable[Unit]) -> None:
     Raises:
         ArtifactError: names or shapes differ.
     """
-    live = module.state_dict(keep_vars=True)
-    left = dict(live)
+    tensors = module.state_dict(keep_vars=True)
+    left = dict(tensors)
     seen: set[int] = set()
     for unit in units:
         for name in (unit.name, *unit.aliases):
@@ -88,13 +88,13 @@ def share(module: nn.Module, units: Iterable[Unit]) -> None:
                 raise ArtifactError(
                     f"tensor {name} has shape {list(unit.shape)}, the model of config.json {list(tensor.shape)}"
                 )
-        first = live[unit.name]
+        first = tensors[unit.name]
         if id(first) in seen:
             first = nn.Parameter(torch.empty_like(first), requires_grad=first.requires_grad)
             _put(module, unit.name, first)
         seen.add(id(first))
         for name in unit.aliases:
-            if live[name] is not first:
+            if tensors[name] is not first:
                 _put(module, name, first)
     if left:
         raise ArtifactError(f"the model of config.json has tensor {min(left)}, which the file lacks")
@@ -131,7 +131,7 @@ def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> 
         check_computed(module, model.module)
         module.to(next(model.module.parameters()).device)
     else:
-        module = twin_of(model.module)
+        module = copy_of(model.module)
     for unit, values in decode_each(contents, observe, threads=threads):
         load_values(module, {unit.name: values})
     return module
@@ -166,8 +166,8 @@ def put_into(module: nn.Module, values: Mapping[str, Any], name: str) -> None:
     Raises:
         ArtifactError: names, shapes or ties differ; every name at fault is listed.
     """
-    live = tensors_of(module)
-    plain = {p: live[n] for n, p in plain_names(live).items()}
+    tensors = tensors_of(module)
+    plain = {p: tensors[n] for n, p in plain_names(tensors).items()}
     given = {p: values[n] for n, p in plain_names(values).items()}
     if wrong := _misfits(plain, given):
         raise ArtifactError(f"{name} does not fit the module: {'; '.join(wrong)}")
@@ -180,20 +180,20 @@ def put_into(module: nn.Module, values: Mapping[str, Any], name: str) -> None:
             plain[n].data.copy_(v)
 
 
-def _misfits(live: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> list[str]:
+def _misfits(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> list[str]:
     """Return the reasons why values cannot be put into tensors."""
-    wrong = [f"the artifact lacks {n}" for n in live if n not in values]
-    wrong += [f"the module lacks {n}" for n in values if n not in live]
-    both = [n for n in values if n in live]
-    wrong += [f"{n} holds no values in the module (it is {kind})" for n in both if (kind := unready(live[n]))]
+    wrong = [f"the artifact lacks {n}" for n in tensors if n not in values]
+    wrong += [f"the module lacks {n}" for n in values if n not in tensors]
+    both = [n for n in values if n in tensors]
+    wrong += [f"{n} holds no values in the module (it is {kind})" for n in both if (kind := unready(tensors[n]))]
     wrong += [
-        f"{n} is {list(live[n].shape)} in the module and {list(values[n].shape)} in the artifact"
+        f"{n} is {list(tensors[n].shape)} in the module and {list(values[n].shape)} in the artifact"
         for n in both
-        if not is_lazy(live[n]) and tuple(live[n].shape) != values[n].shape
+        if not is_lazy(tensors[n]) and tuple(tensors[n].shape) != values[n].shape
     ]
     tied: dict[Any, str] = {}
-    for n in (n for n in both if not unready(live[n]) and live[n].numel()):
-        first = tied.setdefault((live[n].data_ptr(), tuple(live[n].shape), live[n].stride()), n)
+    for n in (n for n in both if not unready(tensors[n]) and tensors[n].numel()):
+        first = tied.setdefault((tensors[n].data_ptr(), tuple(tensors[n].shape), tensors[n].stride()), n)
         if values[first] is not values[n] and not _equal(values[first], values[n]):
             wrong.append(f"{first} and {n} are one tensor in the module and two in the artifact")
     return wrong
@@ -203,19 +203,19 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f"))
 
 
-def _needing_own(live: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> set[str]:
+def _needing_own(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> set[str]:
     """Return the names of tensors that need storage of their own, because others lie in theirs too."""
-    own = {n for n, t in live.items() if t.numel() and _overlaps_itself(t)}
+    own = {n for n, t in tensors.items() if t.numel() and _overlaps_itself(t)}
     groups: dict[int, list[str]] = {}
-    for n, t in live.items():
+    for n, t in tensors.items():
         if n not in own and t.numel():
             groups.setdefault(t.untyped_storage().data_ptr(), []).append(n)
     for names in groups.values():
-        if len({(live[n].data_ptr(), tuple(live[n].shape), live[n].stride()) for n in names}) < 2:
+        if len({(tensors[n].data_ptr(), tuple(tensors[n].shape), tensors[n].stride()) for n in names}) < 2:
             continue
-        scratch = live[names[0]].untyped_storage().clone()
-        views = {n: torch.empty(0, dtype=live[n].dtype, device=live[n].device).set_(
-            scratch, live[n].storage_offset(), live[n].shape, live[n].stride()) for n in names}  # fmt: skip
+        scratch = tensors[names[0]].untyped_storage().clone()
+        views = {n: torch.empty(0, dtype=tensors[n].dtype, device=tensors[n].device).set_(
+            scratch, tensors[n].storage_offset(), tensors[n].shape, tensors[n].stride()) for n in names}  # fmt: skip
         for n in names:
             views[n].copy_(values[n])
         own |= {n for n in names if not torch.equal(views[n].nan_to_num(), values[n].to(views[n]).nan_to_num())}

@@ -61,7 +61,7 @@ def leading(windows: Sequence[Window], tokens: int) -> list[Window]:
     return taken
 
 
-def moves(windows: Sequence[Window], tokens: int, seed: int) -> Iterator[list[Window]]:
+def iteration_windows(windows: Sequence[Window], tokens: int, seed: int) -> Iterator[list[Window]]:
     """Yield windows of about so many tokens at a time, endlessly, shuffled anew when all have been seen."""
     pool = list(windows)
     rng = random.Random(seed)  # noqa: S311 (sampling, not cryptography)

@@ -213,18 +213,18 @@ def fill(module: nn.Module, paths: Sequence[Path]) -> None:
     """
     from safetensors.torch import load_file
 
-    live = dict(module.state_dict(keep_vars=True))
-    missing = {t.data_ptr(): n for n, t in reversed(live.items()) if t.numel()}
+    tensors = dict(module.state_dict(keep_vars=True))
+    missing = {t.data_ptr(): n for n, t in reversed(tensors.items()) if t.numel()}
     for path in paths:
         for name, value in load_file(path).items():
-            if name not in live:
+            if name not in tensors:
                 raise CheckpointError(f"{path} holds tensor {name}, which the tied model has not")
-            if live[name].shape != value.shape:
-                wanted = list(live[name].shape)
+            if tensors[name].shape != value.shape:
+                wanted = list(tensors[name].shape)
                 raise CheckpointError(
                     f"{path}: tensor {name} has shape {list(value.shape)}, the tied model wants {wanted}"
                 )
-            live[name].copy_(value)
-            missing.pop(live[name].data_ptr(), None)
+            tensors[name].copy_(value)
+            missing.pop(tensors[name].data_ptr(), None)
     if missing:
         raise CheckpointError(f"{paths[0].parent} lacks tensor {min(missing.values())} ({len(missing)} missing in all)")

@@ -31,7 +31,7 @@ from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
 from bytecap.model.forward import logits_of
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import CORRECTION_TOKENS, report_sets
 from bytecap.model.texts import Text, TokenSets, Window, split_sets
 from bytecap.pipeline.artifact import Artifact
@@ -85,10 +85,10 @@ def check_method(method: str) -> None:
 
 
 def _scores(model: Model, result: Artifact, evaluate: Evaluate) -> dict[str, float]:
-    twin = twin_of(model.module)
-    load_values(twin, decode_units(result.contents, aliases=False))
+    quantized_copy = copy_of(model.module)
+    load_values(quantized_copy, decode_units(result.contents, aliases=False))
     with torch.no_grad():
-        return {"score_original": float(evaluate(model.module)), "score_artifact": float(evaluate(twin))}
+        return {"score_original": float(evaluate(model.module)), "score_artifact": float(evaluate(quantized_copy))}
 
 
 def _sets(model: Model, config: FitConfig, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:

@@ -26,7 +26,7 @@ from bytecap.format.coders.exact import WIDTH
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
 from bytecap.format.decoder import Ideal, decode_each
-from bytecap.format.ledger import by_path, by_unit
+from bytecap.format.ledger import by_overlay, by_unit
 from bytecap.format.wire.shared_objects import share_lists
 from bytecap.job import Job, Method, Outcome, Section
 from bytecap.job.config import FitConfig
@@ -57,7 +57,7 @@ class Asked:
         config: the options as they were given.
         method: the function behind the method's name.
         device: torch device.
-        paths: exception paths to choose from.
+        paths: overlays to choose from.
         recover: how long to tune what was coded, or None.
         store: where finished steps are kept.
         code: source files, packed.
@@ -339,10 +339,12 @@ def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, contents, ideal = job.model, container.parse(data), Ideal()
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
-    twin = written(model, contents, observe=ideal, threads=threads)
+    quantized_copy = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
-        parts = [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
+        parts = [
+            compare(model.module, quantized_copy, t, device=job.device, progress=advance) for t in job.sets.evaluation
+        ]
     return parts, ideal.bytes(len(data))
 
 
@@ -359,7 +361,7 @@ def _report(
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
-        "paths": by_path(entries), "margin": outcome.margin or None,
+        "paths": by_overlay(entries), "margin": outcome.margin or None,
         "calibration_texts": [{"name": n, "tokens": t} for n, t in sets.drawn],
         "statistics_tokens": sum(w.predicted for w in sets.statistics),
         "correction_tokens": sum(w.predicted for w in sets.correction),

@@ -67,7 +67,7 @@ class Rounded:
 
 
 @dataclass(frozen=True)
-class Problem:
+class RoundingProblem:
     """A batch of B equally shaped matrices to round.
 
     Attributes:
@@ -85,7 +85,7 @@ class Problem:
     row_class: Tensor
 
 
-def column_steps(problem: Problem, step: Tensor, *, waterfill: bool) -> tuple[Tensor, Tensor]:
+def column_steps(problem: RoundingProblem, step: Tensor, *, waterfill: bool) -> tuple[Tensor, Tensor]:
     """Return step exponents in quarter octaves, int32 (B, cols), and the steps, float32 (B, cols)."""
     ideal = -4 * torch.log2(problem.lower.diagonal(dim1=1, dim2=2))
     if not waterfill:
@@ -95,7 +95,12 @@ def column_steps(problem: Problem, step: Tensor, *, waterfill: bool) -> tuple[Te
 
 
 def stored_order(
-    problem: Problem, symbols: Tensor, exponent: Tensor, column_class: Tensor, distortion: Tensor, centres: Tensor
+    problem: RoundingProblem,
+    symbols: Tensor,
+    exponent: Tensor,
+    column_class: Tensor,
+    distortion: Tensor,
+    centres: Tensor,
 ) -> Rounded:
     """Put the outcome from rounding order into stored column order; `distortion` is twice the cost."""
     inverse = torch.argsort(problem.order, dim=1)

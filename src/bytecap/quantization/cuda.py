@@ -7,13 +7,15 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE
-from bytecap.quantization import BLOCK, SAMPLE, Problem, Rounded, Shrink, column_steps
+from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
 from bytecap.quantization.triton_programs import round_columns
 
 _FIXED = 2**16  # parts of a step in sums for centroids
 
 
-def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *, waterfill: bool = True) -> Rounded:
+def round_trellis(
+    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, *, waterfill: bool = True
+) -> Rounded:
     """See `bytecap.quantization.trellis.round_trellis`; the symbols stay on the device, int32 (B, cols, rows)."""
     weight, lower = problem.weight, problem.lower
     batch, cols, rows = weight.shape

@@ -26,7 +26,7 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
-from bytecap.quantization import Problem, Rounded, Shrink, row_classes
+from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
@@ -79,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A matrix unit ready for rounding: one `Problem` row per row group.
+    """A matrix unit ready for rounding: one `RoundingProblem` row per row group.
 
     Attributes:
         unit: the unit.
@@ -114,7 +114,7 @@ class Prepared:
         return replace(self, weight=self.weight + change)
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
-        """What was rounded, with a layer over it where the unit has one (`bytecap.allocation.layered`)."""
+        """What was rounded, with a layer over it where the unit has one (`bytecap.allocation.overlaid`)."""
         del shared
         return coded
 
@@ -130,13 +130,13 @@ class Coded:
 
     Attributes:
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
-        layer: tag and bytes of an exception path over it, or None.
+        overlay: tag and bytes of an overlay over it, or None.
     """
 
     code: GridCode
     distortion: float
     counts: Counts
-    layer: tuple[int, bytes] | None = None
+    overlay: tuple[int, bytes] | None = None
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
@@ -229,7 +229,7 @@ def _round_members(
     order = torch.stack([item.order[g] for item, g in members])
     step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
-    problem = Problem(weight, lower, order, torch.stack(rows), classes)
+    problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
     if options.trellis:
         return _trellis(weight.device.type)(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
@@ -308,4 +308,4 @@ def rate(coded: Coded, shared: Shared) -> float:
     for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
         seen = counts > 0
         bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
-    return bits / 8 + (STACK.growth(bits / 8, coded.layer[1]) if coded.layer else 0)
+    return bits / 8 + (STACK.growth(bits / 8, coded.overlay[1]) if coded.overlay else 0)

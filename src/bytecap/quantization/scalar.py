@@ -9,8 +9,8 @@ from bytecap.format.coders.classes import CENTRES, CLASSES
 from bytecap.quantization import (
     BLOCK,
     SAMPLE,
-    Problem,
     Rounded,
+    RoundingProblem,
     Shrink,
     column_steps,
     quarter_class,
@@ -19,7 +19,7 @@ from bytecap.quantization import (
 )
 
 
-def round_scalar(problem: Problem, step: Tensor, shrink: Shrink, *, waterfill: bool = True) -> Rounded:
+def round_scalar(problem: RoundingProblem, step: Tensor, shrink: Shrink, *, waterfill: bool = True) -> Rounded:
     """Round a batch at steps `c` of shape (B,); without `waterfill` all columns of a matrix share one step."""
     weight, lower = problem.weight, problem.lower
     batch, cols, rows = weight.shape

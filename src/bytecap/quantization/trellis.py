@@ -25,17 +25,21 @@ from torch import Tensor
 from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE
 from bytecap.format.coders.trellis import SUBSET
-from bytecap.quantization import BLOCK, SAMPLE, Problem, Rounded, Shrink, column_steps
+from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
 
 _Array = npt.NDArray[Any]
 
 
-def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *, waterfill: bool = True) -> Rounded:
+def round_trellis(
+    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, *, waterfill: bool = True
+) -> Rounded:
     """Round a batch at steps `c` of shape (B,); columns of class `first` and above along the trellis.
 
     Runs on the processor's cores, one matrix each, whatever device the problem is on.
     """
-    p = Problem(*(t.cpu() for t in (problem.weight, problem.lower, problem.order, problem.rows, problem.row_class)))
+    p = RoundingProblem(
+        *(t.cpu() for t in (problem.weight, problem.lower, problem.order, problem.rows, problem.row_class))
+    )
     weight, lower = p.weight, p.lower
     batch, cols, rows = weight.shape
     diag = lower.diagonal(dim1=1, dim2=2)  # (B, cols)

@@ -1,6 +1,6 @@
 """Tune the continuous values of a coding block by block against the original's block outputs.
 
-A block of the twin is fed what the coded prefix really delivers; its continuous parameters (codewords, factors) are
+A block of the copy is fed what the coded prefix really delivers; its continuous parameters (codewords, factors) are
 tuned with AdamW until its output is close to what the original block made of the original input. Codes do not change,
 so neither do the bytes. The best parameters seen on the calibration batches are kept, never worse than the start.
 
@@ -22,7 +22,7 @@ from torch.func import functional_call
 from bytecap.job import Job
 from bytecap.model.evaluation import kl_to
 from bytecap.model.forward import batch_tokens, batches
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.types import Unit
 
@@ -158,10 +158,10 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
         steps: of AdamW for every block.
     """
     original = job.model.module
-    twin = twin_of(original)
+    quantized_copy = copy_of(original)
     with torch.no_grad():
-        load_values(twin, {n: p.stored().detach().cpu().contiguous().numpy() for n, p in parts.items()})
-    chain, plain = blocks(twin, list(parts)), blocks(original, list(parts))
+        load_values(quantized_copy, {n: p.stored().detach().cpu().contiguous().numpy() for n, p in parts.items()})
+    chain, plain = blocks(quantized_copy, list(parts)), blocks(original, list(parts))
     if not chain or not steps:
         job.reporter.note("no list of blocks was found: nothing is tuned")
         return set()
@@ -169,7 +169,7 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
     for ids, mask in batches(leading(job.sets.statistics, TOKENS), batch_tokens(4096)):
         inside = ids[:, :-1].to(job.device)
         calls = _inputs(original, [b for _, b in plain], inside)
-        coded = _inputs(twin, [chain[0][1]], inside)
+        coded = _inputs(quantized_copy, [chain[0][1]], inside)
         if len(calls) != len(chain) or not calls[0][0] or not isinstance(calls[0][0][0], Tensor):
             job.reporter.note("the blocks are not called one after the other: nothing is tuned")
             return set()
@@ -204,7 +204,7 @@ def whole(job: Job, parts: Mapping[str, Part], common: Sequence[Tensor], *, step
         steps: of AdamW.
     """
     original = job.model.module
-    twin = twin_of(original)
+    quantized_copy = copy_of(original)
     leaves = [*common, *(t for p in parts.values() for t in p.tensors)]
     rates = [RATE * float(t.detach().std(correction=0)) for t in common]
     rates += [p.rate(t) for p in parts.values() for t in p.tensors]
@@ -216,8 +216,8 @@ def whole(job: Job, parts: Mapping[str, Part], common: Sequence[Tensor], *, step
 
     def score() -> float:
         with torch.no_grad():
-            load_values(twin, {n: p.stored().detach().cpu().contiguous().numpy() for n, p in parts.items()})
-        return kl_to(original, twin, job.sets.correction, device=job.device)[0]
+            load_values(quantized_copy, {n: p.stored().detach().cpu().contiguous().numpy() for n, p in parts.items()})
+        return kl_to(original, quantized_copy, job.sets.correction, device=job.device)[0]
 
     before, kept = score(), [t.detach().clone() for t in leaves]
     with job.reporter.step("recovery end to end", steps) as advance:
@@ -227,7 +227,7 @@ def whole(job: Job, parts: Mapping[str, Part], common: Sequence[Tensor], *, step
             with torch.no_grad():
                 target = original(inside).logits[mask].log_softmax(-1)
             optimizer.zero_grad()
-            found = functional_call(twin, {n: p.stored() for n, p in parts.items()}, (inside,)).logits[mask]
+            found = functional_call(quantized_copy, {n: p.stored() for n, p in parts.items()}, (inside,)).logits[mask]
             loss = torch.nn.functional.kl_div(found.log_softmax(-1), target, reduction="batchmean", log_target=True)
             loss.backward()
             optimizer.step()

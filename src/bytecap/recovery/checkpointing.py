@@ -6,7 +6,7 @@ Arrays are kept bit by bit and numbers as text that reads back exactly, so a run
 one that was never disturbed. Names are hashes of all that a value depends on: tensors, tokens, options, budget, seed,
 device, thread count, and the versions of this library, of its source and of those that do the arithmetic.
 
-Omitted: plans over exception paths are made anew (from the kept statistics and factors), and jobs whose loss or forward
+Omitted: plans over overlays are made anew (from the kept statistics and factors), and jobs whose loss or forward
 pass is the user's own code keep nothing, since code cannot be hashed for all that it calls.
 """
 
@@ -33,7 +33,7 @@ SECONDS = 60.0  # between two times that a course is kept, at least
 _ABOUT = "about"  # entry of what JSON holds
 
 
-class Kept:
+class StageCheckpoints:
     """The later stages of one job in its cache."""
 
     def __init__(self, job: Job, options: Options, capacity: float) -> None:
@@ -67,7 +67,7 @@ class Kept:
             self._job.store.put_arrays(digest(self._key, stage), arrays)
 
 
-class Course:
+class ProgressCheckpoint:
     """A run of moves whose state is kept from time to time under one key, replacing the one before."""
 
     def __init__(self, store: Store, *parts: Any) -> None:
@@ -75,9 +75,9 @@ class Course:
         self._store, self._parts = store, parts
         self._last = time.monotonic()
 
-    def under(self, *parts: Any) -> Course:
+    def under(self, *parts: Any) -> ProgressCheckpoint:
         """Return the course of one stage, which depends on more values."""
-        return Course(self._store, *self._parts, *parts)
+        return ProgressCheckpoint(self._store, *self._parts, *parts)
 
     def put(self, state: Callable[[], tuple[Mapping[str, Tensor], Any]], *, now: bool = False) -> None:
         """Keep tensors and JSON values if the last time is long enough ago, or `now`."""

@@ -17,16 +17,16 @@ from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
 from bytecap.model.forward import pass_tokens
 from bytecap.model.oom_retry import halving
-from bytecap.model.texts import leading, moves
+from bytecap.model.texts import iteration_windows, leading
 
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
 _CHECK_TOKENS = 8192
 
 
-def tokens_of_move(device: str) -> int:
+def tokens_of_iteration(device: str) -> int:
     """Return the number of tokens of one move.
 
-    >>> tokens_of_move("cpu"), tokens_of_move("cuda:0")
+    >>> tokens_of_iteration("cpu"), tokens_of_iteration("cuda:0")
     (2048, 16384)
     """
     return _TOKENS[torch.device(device).type]
@@ -51,11 +51,11 @@ class Passes:
         read: tokens that were tuned on so far.
     """
 
-    def __init__(self, job: Job, twin: nn.Module) -> None:
-        self._job, self._twin = job, twin
+    def __init__(self, job: Job, quantized_copy: nn.Module) -> None:
+        self._job, self._quantized_copy = job, quantized_copy
         self._batch = pass_tokens(job.model.module, torch.device(job.device))
         self._pool = list(job.sets.recovery or job.sets.statistics)
-        self._source = moves(self._pool, tokens_of_move(job.device), job.seed)
+        self._source = iteration_windows(self._pool, tokens_of_iteration(job.device), job.seed)
         self.read = 0
 
     def skip(self, moves: int) -> None:
@@ -66,9 +66,9 @@ class Passes:
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Put values in stored layout into the quantized copy."""
-        live = dict(self._twin.state_dict(keep_vars=True))
+        parameters = dict(self._quantized_copy.state_dict(keep_vars=True))
         for name, found in values.items():
-            live[name].data = found.to(live[name].dtype).contiguous()
+            parameters[name].data = found.to(parameters[name].dtype).contiguous()
 
     def gradients(self, names: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
         """Return KL and gradients on the next windows; batches are halved where the device's memory ends."""
@@ -76,7 +76,7 @@ class Passes:
         self.read += sum(w.predicted for w in windows)
         model, device = self._job.model.module, self._job.device
         found, self._batch = halving(
-            lambda batch: gradient(model, self._twin, names, windows, device=device, batch=batch), windows,
+            lambda batch: gradient(model, self._quantized_copy, names, windows, device=device, batch=batch), windows,
             self._batch, "recovery", self._job.reporter.note,
         )  # fmt: skip
         return found
@@ -84,7 +84,7 @@ class Passes:
     def check(self) -> float:
         """Return the KL of the quantized copy on the correction tokens."""
         windows = leading(self._job.sets.correction, _CHECK_TOKENS)
-        return kl_to(self._job.model.module, self._twin, windows, device=self._job.device)[0]
+        return kl_to(self._job.model.module, self._quantized_copy, windows, device=self._job.device)[0]
 
     def say_short(self) -> None:
         """Note that the text was shorter than the effort."""

@@ -153,7 +153,7 @@ class _Matrix:
         return self.target * self.plan.row * self.plan.column
 
 
-class Live:
+class TunedParameters:
     """The units of a settled plan, moving.
 
     Attributes:
@@ -203,7 +203,7 @@ class Live:
             held += m.target.numel()
         return found if found[-1] else []
 
-    def melt(self) -> None:
+    def unfreeze(self) -> None:
         """Take all matrices for not coded yet, at the targets they were coded from."""
         for m in self._matrices.values():
             m.coded = m.points = None

@@ -24,7 +24,7 @@ from bytecap.format.entropy.shared_tables import load_shared
 from bytecap.format.wire.shared_objects import load_objects
 from bytecap.job import Job, Outcome, Section
 from bytecap.model.batches import is_batches
-from bytecap.model.quantized_copy import Lazy, load_values, twin_of
+from bytecap.model.quantized_copy import Lazy, copy_of, load_values
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.tuning import Clock
 from bytecap.types import Unit
@@ -93,16 +93,16 @@ class _Tuning:
         self.job, self.outcome = job, outcome
         self.shared = replace(load_shared(outcome.tables), objects=load_objects(outcome.objects))
         self.parts = parts_of(job, outcome.sections, self.shared)
-        self.twin = twin_of(job.model.module)
-        load_values(self.twin, _decoded(job, outcome.sections, self.shared))
-        self.passes = Passes(job, self.twin)
+        self.quantized_copy = copy_of(job.model.module)
+        load_values(self.quantized_copy, _decoded(job, outcome.sections, self.shared))
+        self.passes = Passes(job, self.quantized_copy)
         groups = [
             {"params": [t], "lr": 0.0, "first": RATE * max(float(t.detach().abs().mean()), 1e-8)}
             for p in self.parts.values() for t in p.leaves.values()
         ]  # fmt: skip
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
 
-    def move(self, rate: float) -> None:
+    def iterate(self, rate: float) -> None:
         """Make one move at a share of the first rates."""
         assert self.optimizer is not None  # noqa: S101 (callers have parts)
         self.optimizer.zero_grad()
@@ -117,7 +117,7 @@ class _Tuning:
     def written(self) -> tuple[dict[str, Section], float]:
         """Return the sections as they would be written now, and their KL on the correction tokens."""
         new = {n: p.written() for n, p in self.parts.items()}
-        load_values(self.twin, _decoded(self.job, new, self.shared))
+        load_values(self.quantized_copy, _decoded(self.job, new, self.shared))
         return new, self.passes.check()
 
 
@@ -140,7 +140,7 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
     with same_again(job.device), job.reporter.step("recovery of continuous values", 1) as advance:
         clock = Clock(effort, advance)
         while clock.done < 1:
-            tuning.move(min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+            tuning.iterate(min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
             clock.tick()
             if not clock.due(_CHECKS, _APART):
                 continue
@@ -149,15 +149,15 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
             if kl < best and job.size(sections, outcome.tables, outcome.objects) <= job.budget:
                 best, kept = kl, sections
             if not kl < _LOST * start:
-                job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {kl:.4f}): stopped")
+                job.reporter.note(f"recovery diverges after {clock.iterations} moves of values (KL {kl:.4f}): stopped")
                 break
     names = ", ".join(sorted({coder(p.section.tag).id for p in tuning.parts.values()}))
     job.reporter.note(
-        f"recovery: {clock.moves} moves of the continuous values of {len(tuning.parts)} units ({names}), KL on the "
-        f"correction tokens {start:.4f} before, {best:.4f} after"
+        f"recovery: {clock.iterations} moves of the continuous values of {len(tuning.parts)} units ({names}), KL on "
+        f"the correction tokens {start:.4f} before, {best:.4f} after"
     )
     tuning.passes.say_short()
-    stage = {"stage": "continuous", "moves": clock.moves, "kl": best}
+    stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
     record = {"tokens": tuning.passes.read, "kl_before": start, "stages": [stage]}
     if outcome.recovery:  # the method's own
         own = outcome.recovery

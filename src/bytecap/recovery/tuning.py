@@ -18,7 +18,7 @@ than the file without recovery, or is that file: recovery never makes it worse t
 Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block, then what quantization leaves
 continuous; ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for the latter alone. Tried and worse: moving integers
 straight through their rounding (LOG.md).
-Omitted: units under an exception path keep their integers; their layers are tuned in `bytecap.recovery.sections`.
+Omitted: units under an overlay keep their integers; their layers are tuned in `bytecap.recovery.sections`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from bytecap.job.effort import Effort
 from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.progress import Advance
-from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_move
-from bytecap.recovery.parameters import Live
+from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
+from bytecap.recovery.parameters import TunedParameters
 from bytecap.system import allocator
 
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
@@ -63,36 +63,36 @@ class Clock:
     """How much of an effort is done, and when it is time for a look at held-out tokens.
 
     Attributes:
-        moves: made so far.
+        iterations: made so far.
         done: share of the effort, 1 when it is spent.
-        looked: `done` and `moves` at the last look.
+        validated: `done` and `iterations` at the last look.
     """
 
     def __init__(self, effort: Effort, advance: Advance, share: float = 1.0) -> None:
         """`advance` is told about progress, `share` of it in all."""
         self._effort, self._share, self._advance = effort, share, advance
         self._started = time.monotonic()
-        self.moves, self.done, self.looked = 0, effort.share(0, 0.0), (0.0, 0)
+        self.iterations, self.done, self.validated = 0, effort.share(0, 0.0), (0.0, 0)
 
-    def resume(self, moves: int, seconds: float, looked: tuple[float, int] = (0.0, 0)) -> None:
+    def resume(self, iterations: int, seconds: float, validated: tuple[float, int] = (0.0, 0)) -> None:
         """Go on from so many moves in so many seconds, and from the last look."""
         self._started -= seconds
-        self.looked = looked
-        self.tick(moves)
+        self.validated = validated
+        self.tick(iterations)
 
-    def tick(self, moves: int = 1) -> None:
+    def tick(self, iterations: int = 1) -> None:
         """So many more moves are made."""
-        self.moves += moves
+        self.iterations += iterations
         before = self.done
-        self.done = min(1.0, self._effort.share(self.moves, self.seconds))
+        self.done = min(1.0, self._effort.share(self.iterations, self.seconds))
         self._advance((self.done - before) * self._share)
 
-    def due(self, looks: int, apart: int = 1) -> bool:
+    def due(self, validations: int, apart: int = 1) -> bool:
         """Whether to look now: so many times in all, at least so many moves apart, and when all is done."""
-        done, moves = self.looked
-        if self.done < 1 and (self.done - done < 1 / looks or self.moves - moves < apart):
+        done, iterations = self.validated
+        if self.done < 1 and (self.done - done < 1 / validations or self.iterations - iterations < apart):
             return False
-        self.looked = self.done, self.moves
+        self.validated = self.done, self.iterations
         return True
 
     @property
@@ -101,36 +101,37 @@ class Clock:
         return time.monotonic() - self._started
 
 
-class _Course:
+class _TuningRun:
     """The moves of one job."""
 
-    def __init__(self, job: Job, planner: Planner, state: State, twin: nn.Module, slope: float) -> None:
-        self.job, self.twin, self.live = job, twin, Live(planner, state, job.device)
-        self.passes, self.nats_per_bit = Passes(job, twin), slope / 8
+    def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
+        self.job, self.quantized_copy = job, quantized_copy
+        self.parameters = TunedParameters(planner, state, job.device)
+        self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
-        self._kept = Course(job.store) if job.store.directory is None else Course(
+        self._checkpoint = ProgressCheckpoint(job.store) if job.store.directory is None else ProgressCheckpoint(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
             VALUES_RATE, asdict(planner.options), state.steps, "recovery",
         )  # fmt: skip
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
             values = correction.unit_values(planner, state)
-            load_values(twin, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
+            load_values(quantized_copy, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
 
     def optimizer(self) -> torch.optim.Adam:
         """Adam over all that moves now."""
         groups = []
-        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+        for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             rate = RATE if name.startswith("target ") else VALUES_RATE
             rate *= float(t.abs().mean()) if name.startswith("vector ") else 1.0
             groups.append({"params": [t], "lr": rate, "first": rate})
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
-    def move(self, optimizer: torch.optim.Adam, rate: float) -> float:
+    def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:
         """One move at a share of the first rates; the mean KL before it."""
-        self.passes.load(self.live.values())
-        kl, found = self.passes.gradients(self.live.names)
-        tensors = {**self.live.values_only(), **self.live.targets()}
-        for name, g in self.live.gradients(found, self.nats_per_bit).items():
+        self.passes.load(self.parameters.values())
+        kl, found = self.passes.gradients(self.parameters.names)
+        tensors = {**self.parameters.values_only(), **self.parameters.targets()}
+        for name, g in self.parameters.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
         for group in optimizer.param_groups:
             group["lr"] = rate * group["first"]
@@ -142,92 +143,92 @@ class _Course:
         """Put the course into the store, after a group was coded and the rest was moved."""
 
         def state() -> tuple[dict[str, Tensor], Any]:
-            found = {f"live {n}": t for n, t in self.live.state().items()}
-            for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+            found = {f"live {n}": t for n, t in self.parameters.state().items()}
+            for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
                 found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
-            return found, [group, clock.moves, clock.seconds, beyond]
+            return found, [group, clock.iterations, clock.seconds, beyond]
 
-        self._kept.put(state)
+        self._checkpoint.put(state)
 
     def resume(self, optimizer: torch.optim.Adam, clock: Clock, beyond: float) -> tuple[int, float]:
         """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
-        found = self._kept.get()
+        found = self._checkpoint.get()
         if found is None:
             return 0, beyond
-        kept, (group, moves, seconds, beyond) = found
+        kept, (group, iterations, seconds, beyond) = found
         device = torch.device(self.job.device)
-        self.live.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
-        self.passes.skip(moves)
-        clock.resume(moves, seconds)
-        for name, t in {**self.live.values_only(), **self.live.targets()}.items():
+        self.parameters.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
+        self.passes.skip(iterations)
+        clock.resume(iterations, seconds)
+        for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
         return group, beyond
 
     def check(self) -> float:
         """KL on the correction tokens."""
-        self.passes.load(self.live.values())
+        self.passes.load(self.parameters.values())
         return self.passes.check()
 
 
-def _integers(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
+def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and move what is left in between."""
-    live = course.live
-    live.melt()
-    groups, optimizer = live.groups(_GROUPS), course.optimizer()
-    total = live.planned(live.matrices)[0]
+    parameters = tuning_run.parameters
+    parameters.unfreeze()
+    groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
+    total = parameters.planned(parameters.matrices)[0]
     beyond, seen = _BELOW * total, [(0, kl)]
-    first, beyond = course.resume(optimizer, clock, beyond)
+    first, beyond = tuning_run.resume(optimizer, clock, beyond)
     for number, group in enumerate(groups):
         if number < first:
             continue
         left = [n for rest in groups[number:] for n in rest]
-        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (live.planned(left)[1] / 8 * 1.2)))
-        spent = live.code(group, change)
+        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (parameters.planned(left)[1] / 8 * 1.2)))
+        spent = parameters.code(group, change)
         for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
             if abs(beyond + spent) < _BELOW / 2 * total:
                 break
-            change += (beyond + spent) / (live.planned(group)[1] / 8 * 1.2)
-            spent = live.code(group, change)
+            change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
+            spent = parameters.code(group, change)
         beyond += spent
         while clock.done < (number + 1) / len(groups):
-            now = course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING))
+            now = tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
             clock.tick()
-            seen.append((clock.moves, now))
+            seen.append((clock.iterations, now))
         if not seen[-1][1] < _LOST * kl:
-            course.job.reporter.note(
-                f"recovery diverges after {clock.moves} moves of integers (KL {seen[-1][1]:.4f}): stopped"
+            tuning_run.job.reporter.note(
+                f"recovery diverges after {clock.iterations} moves of integers (KL {seen[-1][1]:.4f}): stopped"
             )
-            live.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
+            parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
-        course.keep(optimizer, clock, number + 1, beyond)
-    return {"stage": "integers", "kl": course.check(), "checks": seen[:: max(1, len(seen) // 50)]}
+        tuning_run.keep(optimizer, clock, number + 1, beyond)
+    return {"stage": "integers", "kl": tuning_run.check(), "checks": seen[:: max(1, len(seen) // 50)]}
 
 
-def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
+def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Move what frozen codes leave; goes back to the best that was seen."""
-    job, optimizer = course.job, course.optimizer()
-    best, kept, worse = kl, course.live.snapshot(), 0
+    job, optimizer = tuning_run.job, tuning_run.optimizer()
+    best, kept, worse = kl, tuning_run.parameters.snapshot(), 0
     seen = [(0, kl)]
     while clock.done < 1:
-        course.move(optimizer, min(1.0, (clock.moves + 1) / _WARMING) * (1 - clock.done))
+        tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
         clock.tick()
         if not clock.due(_CHECKS, _APART):
             continue
-        now = course.check()
-        seen.append((clock.moves, now))
+        now = tuning_run.check()
+        seen.append((clock.iterations, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
-            best, kept = now, course.live.snapshot()
+            best, kept = now, tuning_run.parameters.snapshot()
         if not now < _LOST * kl or worse >= _PATIENCE:
-            job.reporter.note(f"recovery diverges after {clock.moves} moves of values (KL {now:.4f}): stopped")
+            job.reporter.note(f"recovery diverges after {clock.iterations} moves of values (KL {now:.4f}): stopped")
             break
-    course.live.restore(kept)
+    tuning_run.parameters.restore(kept)
     return {"stage": "values", "kl": best, "checks": seen}
 
 
 def tune(
-    job: Job, planner: Planner, state: State, twin: nn.Module, slope: float
+    job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float
 ) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
     """What recovery made of a plan, settled at about the same bytes; None if nothing measured better.
 
@@ -237,7 +238,7 @@ def tune(
         job: names the model, the tokens and the effort.
         planner: the units as they were coded.
         state: what would be shipped without recovery.
-        twin: a twin of the model, overwritten.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
         slope: nats per token that a byte buys.
     """
     if is_batches(job.sets.statistics):
@@ -247,25 +248,26 @@ def tune(
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        course = _Course(job, planner, state, twin, slope)
-        start = kl = course.check()
+        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope)
+        start = kl = tuning_run.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
             clock = Clock(part, advance, share)
-            done = stage(course, clock, kl)
-            stages.append({**done, "moves": clock.moves, "seconds": round(clock.seconds, 1)})
+            done = stage(tuning_run, clock, kl)
+            stages.append({**done, "moves": clock.iterations, "seconds": round(clock.seconds, 1)})
             job.reporter.note(
-                f"recovery: {clock.moves} moves of {done['stage']} on about {tokens_of_move(job.device):,} tokens each "
-                f"in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, {done['kl']:.4f} after"
+                f"recovery: {clock.iterations} moves of {done['stage']} on about {tokens_of_iteration(job.device):,} "
+                f"tokens each in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, "
+                f"{done['kl']:.4f} after"
             )
             if done["kl"] < kl:
                 kl = done["kl"]
             elif stage is _integers:
                 job.reporter.note("recovery: the new integers are no better, the old ones are kept")
-                course.live = Live(planner, state, job.device)
-    course.passes.say_short()
-    return course.live.settle() if kl < start else None, {
-        "tokens": course.passes.read,
+                tuning_run.parameters = TunedParameters(planner, state, job.device)
+    tuning_run.passes.say_short()
+    return tuning_run.parameters.settle() if kl < start else None, {
+        "tokens": tuning_run.passes.read,
         "kl_before": start,
         "stages": stages,
     }

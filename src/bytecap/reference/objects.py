@@ -7,7 +7,7 @@ from typing import Any
 from bytecap.reference.codebook import numbers, table
 from bytecap.reference.container import Reader, require
 from bytecap.reference.latent import arrays
-from bytecap.reference.layers import positions
+from bytecap.reference.overlays import positions
 from bytecap.reference.streams import Objects
 
 

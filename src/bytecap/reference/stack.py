@@ -14,7 +14,7 @@ from bytecap.reference.coders import Coder, exact, finite, grid, packed, vector
 from bytecap.reference.container import Reader, Unit, require
 from bytecap.reference.fixed import companded, fixed
 from bytecap.reference.latent import latent
-from bytecap.reference.layers import LAYERS
+from bytecap.reference.overlays import OVERLAYS
 from bytecap.reference.streams import Array, Shared
 from bytecap.reference.trellis import trellis
 
@@ -32,12 +32,12 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
         parts.append((tag, Reader(reader.take(reader.leb()))))
     require(not reader.rest(), "a stack has bytes behind the last layer")
     require(base in CODERS and base != 5, f"coder {base} is no base of a stack")
-    require(all(tag in LAYERS for tag, _ in parts[1:]), "there is no such layer")
+    require(all(tag in OVERLAYS for tag, _ in parts[1:]), "there is no such layer")
     matrix = yield from CODERS[base](unit, parts[0][1], shared)
     with np.errstate(over="ignore", invalid="ignore"):
         values: Array = np.array(matrix, np.float32, order="C")
         for tag, part in parts[1:]:
-            values = yield from LAYERS[tag](part, values, shared[2])
+            values = yield from OVERLAYS[tag](part, values, shared[2])
     return finite(values)
 
 

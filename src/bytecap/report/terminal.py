@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from bytecap.escape import console, shown, styled
-from bytecap.format.ledger import Entry, by_kind, by_path, by_unit, total
+from bytecap.format.ledger import Entry, by_kind, by_overlay, by_unit, total
 from bytecap.report.curves import sentence
 from bytecap.sizes import format_size
 from bytecap.types import Score
@@ -40,8 +40,8 @@ def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None
         ),
         highlight=False,
     )
-    if paths := by_path(entries):
-        out.print(f"exception paths: {_paths(paths)}", highlight=False)
+    if paths := by_overlay(entries):
+        out.print(f"overlays: {_paths(paths)}", highlight=False)
     table = Table(box=None, pad_edge=False)
     for title, justify in (
         ("owner", "left"),
@@ -97,7 +97,7 @@ def print_fit(report: dict[str, Any]) -> None:
     if math.isfinite(report["slope_nats_per_byte"] or math.nan):
         table.add_row("one more kilobyte", f"buys {1000 * report['slope_nats_per_byte']:.2e} nats per token")
     if report["paths"]:
-        table.add_row("exception paths", _paths(report["paths"]))
+        table.add_row("overlays", _paths(report["paths"]))
     table.add_row("plan", f"{report['method']}: {report['plan']}; {report['seconds']:.1f} s")
     out.print(table, highlight=False)
 

@@ -1,8 +1,8 @@
 """Compare methods at equal bytes on equal tokens: run them, then pair their figures.
 
-Runs are cells of model, method, budget and calibration seed (`cells`), made and kept by `runs`; `pairs` takes
+Runs are cells of model, method, budget and calibration seed (`specs`), made and kept by `runs`; `pairs` takes
 differences document by document, `envelope` finds bytes at equal quality, `figures` puts all of it into
-`compare.json`. Whoever needs other cells asks `run_cells`: what is finished is never run again.
+`compare.json`. Whoever needs other cells asks `run_all`: what is finished is never run again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.compare.figures import summarize
-from bytecap_lab.compare.specs import Cell, External, Setting, grid, read_external, read_method
+from bytecap_lab.compare.specs import ComparisonSetting, External, RunSpec, grid, read_external, read_method
 
 SHOWS_ONLY = "module"
 
@@ -74,7 +74,7 @@ def compare(
         BytecapError: an unknown name, or a run that failed; finished runs are kept.
     """
     from bytecap.pipeline.stages import choose_device
-    from bytecap_lab.compare.runs import model_of, run_cells
+    from bytecap_lab.compare.runs import model_of, run_all
 
     reporter = reporter_for(reporter, progress)
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
@@ -88,14 +88,14 @@ def compare(
         read_method(method)
     others = [e if isinstance(e, External) else read_external(e, names) for e in externals]
     calib, held = named(calibration, evaluation, reporter)
-    setting = Setting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
+    setting = ComparisonSetting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
     directory = make_directory(output) if output is not None else None
     drawn = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    cells = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])
-    cells += [Cell(e.model, e.name, e.bytes, directory=e.directory) for e in others]
+    specs = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])
+    specs += [RunSpec(e.model, e.name, e.bytes, directory=e.directory) for e in others]
     kept = Path(store) if store is not None else directory and directory / "store"
-    records = run_cells(
-        cells, setting, path=directory and directory / "runs.jsonl", store=kept, jobs=jobs, command=command,
+    records = run_all(
+        specs, setting, path=directory and directory / "runs.jsonl", store=kept, jobs=jobs, command=command,
         reporter=reporter,
     )  # fmt: skip
     return _write(summarize(records), directory, report, reporter)

@@ -34,15 +34,15 @@ from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Reporter, Silent
 from bytecap.report.lines import Record, append, read_lines
 from bytecap.system.cache import digest, library
-from bytecap_lab.compare.specs import Cell, Setting, read_method
+from bytecap_lab.compare.specs import ComparisonSetting, RunSpec, read_method
 
 
 @dataclass(frozen=True)
 class Task:
     """A cell with everything that a process needs to run it."""
 
-    cell: Cell
-    setting: Setting
+    spec: RunSpec
+    setting: ComparisonSetting
     store: Path | None
     command: str
     key: str
@@ -56,7 +56,7 @@ def model_of(path: str) -> Model:
 
 
 @lru_cache(maxsize=1)
-def _sets(path: str, seed: int, setting: Setting) -> TokenSets:
+def _sets(path: str, seed: int, setting: ComparisonSetting) -> TokenSets:
     return load_sets(
         model_of(path), setting.calibration or None, setting.evaluation or None, window=setting.window,
         tokens=setting.tokens, evaluation_tokens=setting.evaluation_tokens, seed=seed, reporter=Silent(),
@@ -75,27 +75,27 @@ def file_key(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: str) -> Iterator[Task]:
+def tasks(specs: Sequence[RunSpec], setting: ComparisonSetting, store: Path | None, command: str) -> Iterator[Task]:
     """Return every cell with its key."""
     hashes: dict[str, str] = {}
-    for order, cell in enumerate(cells):
-        if cell.model not in hashes:
-            hashes[cell.model] = model_key(model_of(cell.model))
-        sets = _sets(cell.model, cell.seed, setting)
-        parts: list[Any] = [hashes[cell.model], cell.method, cell.budget, setting.device]
+    for order, spec in enumerate(specs):
+        if spec.model not in hashes:
+            hashes[spec.model] = model_key(model_of(spec.model))
+        sets = _sets(spec.model, spec.seed, setting)
+        parts: list[Any] = [hashes[spec.model], spec.method, spec.budget, setting.device]
         parts += [windows_key([w for t in sets.evaluation for w in t.windows]), [t.name for t in sets.evaluation]]
-        if cell.directory:
-            parts += [directory_key(cell.directory)]
+        if spec.directory:
+            parts += [directory_key(spec.directory)]
         else:
-            own = cell.method.partition(":")[0]
+            own = spec.method.partition(":")[0]
             parts += [file_key(Path(own))] if own.endswith(".py") else []
-            parts += [cell.seed, windows_key(sets.statistics), windows_key(sets.correction)]
-        yield Task(cell, setting, store, command, digest(library(), *parts), order)
+            parts += [spec.seed, windows_key(sets.statistics), windows_key(sets.correction)]
+        yield Task(spec, setting, store, command, digest(library(), *parts), order)
 
 
-def run_cells(
-    cells: Sequence[Cell],
-    setting: Setting,
+def run_all(
+    specs: Sequence[RunSpec],
+    setting: ComparisonSetting,
     *,
     path: Path | None = None,
     store: Path | None = None,
@@ -106,7 +106,7 @@ def run_cells(
     """Return records of cells and of their texts, after running the missing ones.
 
     Args:
-        cells: what to run.
+        specs: what to run.
         setting: of all of them.
         path: file of JSON lines; finished cells are taken from it, new ones appended.
         store: directory of statistics.
@@ -119,7 +119,7 @@ def run_cells(
     """
     reporter = reporter or Silent()
     known = {r["key"]: r for r in (read_lines(path) if path is not None else [])}
-    wanted = list(tasks(cells, setting, store, command))
+    wanted = list(tasks(specs, setting, store, command))
     missing = [t for t in wanted if t.key not in known]
     if len(missing) < len(wanted):
         reporter.note(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {path} already")
@@ -155,16 +155,16 @@ def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
 
 def run(task: Task) -> list[Record]:
     """Run a cell; returns its record behind that of its texts."""
-    cell, started, cpu = task.cell, time.perf_counter(), time.process_time()
-    model, sets = model_of(cell.model), _sets(cell.model, cell.seed, task.setting)
+    spec, started, cpu = task.spec, time.perf_counter(), time.process_time()
+    model, sets = model_of(spec.model), _sets(spec.model, spec.seed, task.setting)
     record: Record = {
-        "record": "run", "key": task.key, "order": task.order, "model": cell.model, "method": cell.method,
-        "budget_bytes": cell.budget,
-        "seed": None if cell.directory else cell.seed, "setting": asdict(task.setting), "command": task.command,
+        "record": "run", "key": task.key, "order": task.order, "model": spec.model, "method": spec.method,
+        "budget_bytes": spec.budget,
+        "seed": None if spec.directory else spec.seed, "setting": asdict(task.setting), "command": task.command,
         "host": host(task.setting.device), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     try:
-        found, windows = _external(task, model, sets) if cell.directory else _fitted(task, model, sets)
+        found, windows = _external(task, model, sets) if spec.directory else _fitted(task, model, sets)
     except BudgetError as exc:
         return [record | {"refused": str(exc), "floor_bytes": exc.floor}]
     texts = _texts(model, sets, windows)
@@ -176,10 +176,10 @@ def run(task: Task) -> list[Record]:
 
 
 def _fitted(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
-    cell, way = task.cell, read_method(task.cell.method)
+    spec, method_spec = task.spec, read_method(task.spec.method)
     config = FitConfig(
-        cell.budget, method=way.name, device=task.setting.device, seed=cell.seed, paths=way.paths,
-        options=way.options, store=task.store, reporter=Silent(),
+        spec.budget, method=method_spec.name, device=task.setting.device, seed=spec.seed, paths=method_spec.paths,
+        options=method_spec.options, store=task.store, reporter=Silent(),
     )  # fmt: skip
     result = fit_sets(model, sets, config)
     kept = {k: v for k, v in result.report.items() if k in _KEPT}
@@ -194,17 +194,17 @@ _KEPT = (
 
 
 def _external(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
-    cell, device = task.cell, task.setting.device
-    other = load_model(cell.directory)
+    spec, device = task.spec, task.setting.device
+    other = load_model(spec.directory)
     ours, theirs = model.config().get("vocab_size"), other.config().get("vocab_size")
     if ours != theirs:
-        raise CheckpointError(f"{cell.directory} has a vocabulary of {theirs} tokens, {cell.model} one of {ours}")
+        raise CheckpointError(f"{spec.directory} has a vocabulary of {theirs} tokens, {spec.model} one of {ours}")
     model.module.to(device)
     other.module.to(device)
     parts = [compare(model.module, other.module, t, device=device) for t in sets.evaluation]
     found = {
-        "external": cell.directory, "file_bytes": cell.budget, "parameters": model.parameters,
-        "bits_per_parameter": 8 * cell.budget / max(1, model.parameters),
+        "external": spec.directory, "file_bytes": spec.budget, "parameters": model.parameters,
+        "bits_per_parameter": 8 * spec.budget / max(1, model.parameters),
         "evaluation_tokens": sum(p.tokens for p in parts), "same_top1": sum(p.same_top1 for p in parts) / len(parts),
     }  # fmt: skip
     return found, [p.windows for p in parts if p.windows is not None]

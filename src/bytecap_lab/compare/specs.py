@@ -26,13 +26,13 @@ _ACCOUNTINGS = ("coded", "published")
 
 
 @dataclass(frozen=True)
-class Way:
+class MethodSpec:
     """A method with the options it is run with.
 
     Attributes:
         name: of the method.
         options: of the job.
-        paths: exception paths it may choose from, None for its default menu.
+        paths: overlays it may choose from, None for its default menu.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparisonSetting:
     """The settings that all cells share.
 
     Attributes:
@@ -62,7 +62,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunSpec:
     """One run: `method` on `model` under `budget` bytes with a calibration seed.
 
     Attributes:
@@ -86,7 +86,7 @@ class External:
     model: str = ""
 
 
-def read_method(text: str) -> Way:
+def read_method(text: str) -> MethodSpec:
     """Parse a method and its options.
 
     Raises:
@@ -110,7 +110,7 @@ def read_method(text: str) -> Way:
     menu = None if paths is None else methods.menu_of(str(paths).split("+"), name)
     if name == "bytecap":
         _check_ingredients(options, text)
-    return Way(name, options, menu)
+    return MethodSpec(name, options, menu)
 
 
 def _literal(value: str) -> Any:
@@ -153,14 +153,14 @@ def read_external(text: str, models: Sequence[str]) -> External:
 
 
 def grid(
-    models: Sequence[str], ways: Sequence[str], budgets: Sequence[str | int], seeds: Sequence[int],
+    models: Sequence[str], names: Sequence[str], budgets: Sequence[str | int], seeds: Sequence[int],
     parameters: Sequence[int],
-) -> list[Cell]:  # fmt: skip
+) -> list[RunSpec]:  # fmt: skip
     """Return all cells, ordered so that neighbours need different statistics and equal models."""
     return [
-        Cell(model, way, size, seed)
+        RunSpec(model, name, size, seed)
         for model, count in zip(models, parameters, strict=True)
         for seed in seeds
         for size in sorted({parse_budget(b, count) for b in budgets})
-        for way in ways
+        for name in names
     ]

@@ -29,7 +29,7 @@ from bytecap.model.texts import Window, load_text
 from bytecap.model.tying import FILE, Tying, find_blocks
 from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Reporter, reporter_for, warn
-from bytecap.recovery.checkpointing import Course
+from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.system.atomic import make_directory, write_atomically
 from bytecap.system.cache import Store
 from bytecap.system.collisions import refuse_collisions
@@ -44,7 +44,7 @@ RANK = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class TyingPlan:
     """A plan of sharing that was checked against the model.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
     search: str | None
 
     @staticmethod
-    def of(model: Model, blocks: int, init: str, rank: int, search: str | None) -> Plan:
+    def of(model: Model, blocks: int, init: str, rank: int, search: str | None) -> TyingPlan:
         """Check options against a model.
 
         Raises:
@@ -86,7 +86,7 @@ class Plan:
             raise UsageError(
                 f"--blocks {blocks} does not divide the {depth} layers of {path}: use one of {fits} (or --search)"
             )
-        return Plan(Tying(path, tuple(range(depth)), ranks_for(model.module, rank)), blocks, init, search)
+        return TyingPlan(Tying(path, tuple(range(depth)), ranks_for(model.module, rank)), blocks, init, search)
 
 
 def tie(
@@ -143,20 +143,20 @@ def tie(
     looking = _effort(search_steps or steps, "--search-steps")
     _check(rate, labels)
     loaded = model if isinstance(model, Model) else load_model(model)
-    plan = Plan.of(loaded, blocks, init, rank, search)
+    plan = TyingPlan.of(loaded, blocks, init, rank, search)
     directory, kept = make_directory(output), Store(store)
     pool = read(loaded, train, window=window, seed=seed, reporter=reporter)
     what = str(as_paths(train)[0]) if as_paths(train) else "the embedded text"
     windows, held, measured = split(pool, 2, target, what)
     loaded.module.to(target)
-    course = Course(kept) if store is None else Course(
+    checkpoint = ProgressCheckpoint(kept) if store is None else ProgressCheckpoint(
         kept, environment(target), torch.get_num_threads(), model_key(loaded), windows_key(pool), seed, rate, init, rank
     )  # fmt: skip
-    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter, course)
+    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter, checkpoint)
     student = tied(loaded.module, tying, init)
     found = uptrain(
         loaded.module, student, windows, held, effort, device=target, seed=seed, rate=rate, labels=labels,
-        reporter=reporter, course=course.under("uptraining", tying.sources, astuple(effort), labels),
+        reporter=reporter, checkpoint=checkpoint.under("uptraining", tying.sources, astuple(effort), labels),
     )  # fmt: skip
     _say(found, windows, reporter)
     write(student, {**loaded.files, FILE: tying.dump()}, loaded, directory)
@@ -203,7 +203,7 @@ def shuffled(windows: Sequence[Window], seed: int) -> list[Window]:
 
 
 def decide(
-    plan: Plan,
+    plan: TyingPlan,
     model: Model,
     train: Sequence[Window],
     held: Sequence[Window],
@@ -212,19 +212,19 @@ def decide(
     seed: int,
     rate: float,
     reporter: Reporter,
-    course: Course | None = None,
+    checkpoint: ProgressCheckpoint | None = None,
 ) -> tuple[Tying, dict[str, Any]]:
-    """Decide which layers share a block; a search goes on from the state that `course` kept."""
+    """Decide which layers share a block; a search goes on from the state that `checkpoint` kept."""
     if plan.search is None:
         return Tying(plan.start.blocks, loop(len(plan.start.sources), plan.blocks), plan.start.ranks), {}
-    course = (course or Course(Store())).under(plan.search, plan.blocks, astuple(effort))
+    checkpoint = (checkpoint or ProgressCheckpoint(Store())).under(plan.search, plan.blocks, astuple(effort))
     with reporter.step(f"search ({plan.search})", 1) as advance:
         if plan.search == "greedy":
-            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate, course)
+            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate, checkpoint)
             tying, merges = looking.run(plan.blocks, effort, advance)
             trace: dict[str, Any] = {"merges": greedy.as_dicts(merges)}
         else:
-            learning = dlt.Search(model.module, plan.start, train, device, seed, rate, course)
+            learning = dlt.Search(model.module, plan.start, train, device, seed, rate, checkpoint)
             tying = learning.run(plan.blocks, effort, advance)
             trace = {"visited": len(learning.visited), "actions": sum(map(len, learning.visited.values()))}
     reporter.note(f"search ({plan.search}): layers read blocks {list(tying.sources)}")
@@ -245,9 +245,9 @@ def write(student: nn.Module, files: dict[str, bytes], model: Model, directory: 
     from safetensors.torch import save
 
     dtypes = _dtypes(model)
-    live = student.state_dict()
+    trained = student.state_dict()
     tensors = {
-        u.name: live[u.name].detach().cpu().to(_dtype_of(u.name, dtypes, live)).contiguous()
+        u.name: trained[u.name].detach().cpu().to(_dtype_of(u.name, dtypes, trained)).contiguous()
         for u in find_units(student)
     }
     for name, content in files.items():
@@ -260,10 +260,10 @@ def _dtypes(model: Model) -> dict[str, torch.dtype]:
     return {n: known.get(u.dtype, torch.float32) for u in model.units for n in (u.name, *u.aliases)}
 
 
-def _dtype_of(name: str, dtypes: dict[str, torch.dtype], live: dict[str, torch.Tensor]) -> torch.dtype:
+def _dtype_of(name: str, dtypes: dict[str, torch.dtype], tensors: dict[str, torch.Tensor]) -> torch.dtype:
     """Return the original's dtype; a low-rank part has that of its linear map."""
-    if not live[name].is_floating_point():
-        return live[name].dtype
+    if not tensors[name].is_floating_point():
+        return tensors[name].dtype
     return dtypes.get(name) or dtypes[name.rpartition(".")[0].rpartition(".")[0] + ".weight"]
 
 

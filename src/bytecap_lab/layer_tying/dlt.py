@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.job.effort import Effort
-from bytecap.model.texts import Window, moves
+from bytecap.model.texts import Window, iteration_windows
 from bytecap.model.tying import Tying, layers, matrices, point
 from bytecap.progress import Advance
-from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.recovery.tuning import Clock
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import loop, tied
@@ -146,7 +146,7 @@ class Search:
         device: torch device.
         seed: of exploration and of the order of the windows.
         rate: learning rate.
-        course: where the search is kept from time to time, and goes on from.
+        checkpoint: where the search is kept from time to time, and goes on from.
         visited: mean loss, as a share of its running mean, of every visit to every tying.
     """
 
@@ -156,7 +156,7 @@ class Search:
     device: str
     seed: int = 0
     rate: float = RATE
-    course: Course = field(default_factory=lambda: Course(Store()))
+    checkpoint: ProgressCheckpoint = field(default_factory=lambda: ProgressCheckpoint(Store()))
     visited: dict[tuple[int, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> Tying:
@@ -168,10 +168,12 @@ class Search:
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
         values, sources, layer = _Values(depth, self.seed), loop(depth, blocks), 0
         clock, mean = Clock(effort, advance), 0.0
-        if (kept := self.course.get()) is not None:
+        if (kept := self.checkpoint.get()) is not None:
             sources, layer, seconds, mean = self._resume(trainer, values, *kept)
             clock.resume(trainer.number, seconds)
-        source = islice(moves(self.train, tokens_of_move(self.device), self.seed), trainer.number, None)
+        source = islice(
+            iteration_windows(self.train, tokens_of_iteration(self.device), self.seed), trainer.number, None
+        )
         while clock.done < 1:
             layer = layer % (depth - 1) + 1  # the first layer has no choice
             mask = allowed(sources, layer, blocks)
@@ -181,7 +183,7 @@ class Search:
             sources = resolved(sources, layer, action)
             for block, s in zip(modules, sources, strict=True):
                 point(block, own[s])
-            kl = sum(trainer.move(next(source)) for _ in range(_BATCHES)) / _BATCHES
+            kl = sum(trainer.iterate(next(source)) for _ in range(_BATCHES)) / _BATCHES
             mean = _MEMORY * mean + (1 - _MEMORY) * kl if mean else kl
             share = kl / mean if math.isfinite(kl) and mean > 0 else 10.0
             self.visited[sources].append(share)
@@ -190,7 +192,7 @@ class Search:
             values.learn(_Step(seen, action, -share, values.seen(sources, after), open_))
             clock.tick(_BATCHES)
             at = (sources, layer, clock.seconds, mean)
-            self.course.put(partial(self._state, trainer, values, at), now=clock.done >= 1)
+            self.checkpoint.put(partial(self._state, trainer, values, at), now=clock.done >= 1)
         return Tying(self.start.blocks, self.best(), self.start.ranks)
 
     def _state(self, trainer: Trainer, values: _Values, at: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:

@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bytecap.job.effort import Effort
-from bytecap.model.texts import Window, moves
+from bytecap.model.texts import Window, iteration_windows
 from bytecap.model.tying import Tying
 from bytecap.progress import Advance
-from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import Parts, tied
 from bytecap_lab.layer_tying.uptrain import RATE, Trainer
@@ -78,7 +78,7 @@ class Search:
         device: torch device.
         seed: order of the windows.
         rate: learning rate of the few moves.
-        course: where measured candidates are kept, and taken from.
+        checkpoint: where measured candidates are kept, and taken from.
     """
 
     original: nn.Module
@@ -89,14 +89,14 @@ class Search:
     device: str
     seed: int = 0
     rate: float = RATE
-    course: Course = field(default_factory=lambda: Course(Store()))
+    checkpoint: ProgressCheckpoint = field(default_factory=lambda: ProgressCheckpoint(Store()))
     _parts: Parts = field(default_factory=dict, init=False)
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> tuple[Tying, list[Merge]]:
         """Search the tying with so many blocks; returns it and every merge on the way."""
         measured: list[list[Any]] = []  # KL and parameters of every candidate, in the order they are tried
         before, tried = 0.0, 0
-        if (kept := self.course.get()) is not None:
+        if (kept := self.checkpoint.get()) is not None:
             measured, before = kept[1]["measured"], kept[1]["seconds"]
         began = time.monotonic() - before
 
@@ -117,7 +117,7 @@ class Search:
                 )  # fmt: skip
                 if tried == len(measured):
                     measured.append(list(self._measure(trial, budget)))
-                    self.course.put(state, now=tried + 1 == total)
+                    self.checkpoint.put(state, now=tried + 1 == total)
                 after, parameters = measured[tried]
                 freed = size - parameters
                 found.append((Merge(trial.sources, after, freed, (after - kl) / max(1, freed)), parameters))
@@ -134,16 +134,16 @@ class Search:
         began = time.monotonic()
         student = tied(self.original, tying, self.init, self._parts)
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
-        source = moves(self.train, tokens_of_move(self.device), self.seed)
+        source = iteration_windows(self.train, tokens_of_iteration(self.device), self.seed)
         if effort.steps is not None:
             for _ in range(effort.steps):
-                trainer.move(next(source))
+                trainer.iterate(next(source))
         else:
             one = 0.0  # seconds of a move
             while (now := time.monotonic()) - began + one < (effort.seconds or 0.0):
-                trainer.move(next(source))
+                trainer.iterate(next(source))
                 one = time.monotonic() - now
-        return trainer.look(self.held).kl, _parameters(student)
+        return trainer.validate(self.held).kl, _parameters(student)
 
 
 def _whole(members: tuple[int, ...], sources: Sequence[int]) -> bool:

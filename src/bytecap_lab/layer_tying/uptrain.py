@@ -25,10 +25,10 @@ from bytecap.model.evaluation import by_window
 from bytecap.model.forward import fast_dtype, pass_tokens
 from bytecap.model.linears import of_transformers
 from bytecap.model.oom_retry import halving
-from bytecap.model.texts import Window, moves
+from bytecap.model.texts import Window, iteration_windows
 from bytecap.progress import Reporter, Silent
-from bytecap.recovery.checkpointing import Course
-from bytecap.recovery.kl_passes import tokens_of_move
+from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.kl_passes import tokens_of_iteration
 from bytecap.recovery.tuning import Clock
 from bytecap.system.cache import Store
 
@@ -79,11 +79,11 @@ class Trainer:
         self, original: nn.Module, student: nn.Module, *, device: str, rate: float = RATE, labels: float = 0.0
     ) -> None:
         self.original, self.student, self.device, self.rate, self.labels = original, student, device, rate, labels
-        self.optimizer = torch.optim.AdamW(list(self.live().values()), lr=rate, betas=_BETAS, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(list(self.parameters().values()), lr=rate, betas=_BETAS, weight_decay=0.0)
         self.batch = pass_tokens(original, torch.device(device))
         self.number = self.tokens = 0
 
-    def move(self, windows: Sequence[Window], share: float = 1.0) -> float:
+    def iterate(self, windows: Sequence[Window], share: float = 1.0) -> float:
         """Make one move at a share of the rate; returns the mean loss before it.
 
         A loss that is not a number is returned without a move.
@@ -93,10 +93,10 @@ class Trainer:
         self.tokens += sum(w.predicted for w in windows)
         if not math.isfinite(loss):
             return loss
-        live = self.live()
-        for name, p in live.items():
+        parameters = self.parameters()
+        for name, p in parameters.items():
             p.grad = gradients[name]
-        nn.utils.clip_grad_norm_(live.values(), _CLIP)
+        nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * share
         self.optimizer.step()
@@ -111,14 +111,14 @@ class Trainer:
         def work(batch: int) -> tuple[float, dict[str, Tensor]]:
             with torch.autocast(kind, fast, enabled=fast is not torch.float32):
                 return gradient(
-                    self.original, self.student, list(self.live()), windows, device=self.device, batch=batch,
+                    self.original, self.student, list(self.parameters()), windows, device=self.device, batch=batch,
                     labels=self.labels,
                 )  # fmt: skip
 
         found, self.batch = halving(work, windows, self.batch, "uptraining")
         return found
 
-    def live(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the student reads now, each once."""
         return {n: p for n, p in self.student.named_parameters() if p.is_floating_point()}
 
@@ -141,7 +141,7 @@ class Trainer:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def look(self, windows: Sequence[Window]) -> Look:
+    def validate(self, windows: Sequence[Window]) -> Look:
         """Measure the training loss and the KL on held-out windows."""
         found = by_window(self.original, self.student, {"": {}}, windows, device=self.device)[""]
         kl, nats = (float(x.sum() / found.tokens.sum()) for x in (found.kl, found.nats))
@@ -160,7 +160,7 @@ def uptrain(
     rate: float = RATE,
     labels: float = 0.0,
     reporter: Reporter | None = None,
-    course: Course | None = None,
+    checkpoint: ProgressCheckpoint | None = None,
 ) -> Uptraining:
     """Move a student towards the original, in place; it ends as the best model seen.
 
@@ -175,27 +175,27 @@ def uptrain(
         rate: first learning rate.
         labels: share of the text's own next tokens in the loss, 0 to 1.
         reporter: told about progress.
-        course: where it is kept from time to time, and goes on from; None keeps nothing.
+        checkpoint: where it is kept from time to time, and goes on from; None keeps nothing.
     """
-    reporter, course = reporter or Silent(), course or Course(Store())
+    reporter, checkpoint = reporter or Silent(), checkpoint or ProgressCheckpoint(Store())
     trainer = Trainer(original, student, device=device, rate=rate, labels=labels)
     diverged = False
     with reporter.step("uptraining", 1) as advance:
         clock = Clock(effort, advance)
-        so = _SoFar.of(trainer, clock, held, course)
-        source = islice(moves(train, tokens_of_move(device), seed), trainer.number, None)
+        so = _SoFar.of(trainer, clock, held, checkpoint)
+        source = islice(iteration_windows(train, tokens_of_iteration(device), seed), trainer.number, None)
         while clock.done < 1 and not diverged:
-            loss = trainer.move(
+            loss = trainer.iterate(
                 next(source), min(1.0, (trainer.number + 1) / _WARMING) * (1 - (1 - _LAST) * clock.done)
             )
             clock.tick()
             if clock.due(_CHECKS) or not math.isfinite(loss):
-                now = trainer.look(held)
+                now = trainer.validate(held)
                 diverged = not now.loss < _WORSE * max(so.best.loss, _NOTHING)
                 if now.loss < so.best.loss:
                     so.best, so.kept = now, _state(student)
             if not diverged:
-                course.put(lambda: so.state(trainer, clock), now=clock.done >= 1)
+                checkpoint.put(lambda: so.state(trainer, clock), now=clock.done >= 1)
     if diverged:
         reporter.note(
             f"uptraining diverges after {trainer.number} moves (held-out KL {now.kl:.4f}): stopped, the best is kept "
@@ -219,11 +219,11 @@ class _SoFar:
     kept: dict[str, Tensor]
 
     @staticmethod
-    def of(trainer: Trainer, clock: Clock, held: Sequence[Window], course: Course) -> _SoFar:
+    def of(trainer: Trainer, clock: Clock, held: Sequence[Window], checkpoint: ProgressCheckpoint) -> _SoFar:
         """Return the state that the course kept, from which trainer and clock go on, or that of the beginning."""
-        found = course.get()
+        found = checkpoint.get()
         if found is None:
-            start = trainer.look(held)
+            start = trainer.validate(held)
             return _SoFar(start, start, _state(trainer.student))
         tensors, about = found
         trainer.resume(tensors, about["trainer"])
@@ -235,7 +235,7 @@ class _SoFar:
         """Return the state that `of` goes on from."""
         tensors, numbers = trainer.state()
         return tensors | {f"best {n}": t for n, t in self.kept.items()}, {
-            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "looked": clock.looked,
+            "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "looked": clock.validated,
             "seconds": clock.seconds,
         }  # fmt: skip
 
@@ -268,7 +268,7 @@ def split(pool: Sequence[Window], parts: int, device: str, what: str) -> Iterato
     for part in held:
         while left and sum(w.predicted for w in part) < min(HELD_TOKENS, total // 16):
             part.append(left.pop())
-    need = tokens_of_move(device)
+    need = tokens_of_iteration(device)
     if sum(w.predicted for w in left) < need or not all(held):
         raise TextError(
             f"{what}: {total:,} tokens are too few to train on: one move takes {need:,}, and a sixteenth is held out"

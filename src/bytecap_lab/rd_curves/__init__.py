@@ -1,4 +1,4 @@
-"""Measure byte-return curves: the gain of the next byte on each exception path at one budget's operating point.
+"""Measure byte-return curves: the gain of the next byte on each overlay at one budget's operating point.
 
 Every path starts from the same base (`bytecap_lab.rd_curves.base`), promises bytes and nats for every unit
 (`curves.trial`), is given amounts of bytes to spend over the whole model (`curves.choose`), and is measured on real
@@ -20,10 +20,10 @@ from bytecap.system.atomic import make_directory
 from bytecap.system.cache import Store
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
-from bytecap_lab.rd_curves.operating_point import Ground, check_base, lay, make_job
+from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
 from bytecap_lab.rd_curves.report import agreement, base_figures, ninety, point, verdict, yardstick
-from bytecap_lab.rd_curves.trial import STEP, Offer, known, offers
+from bytecap_lab.rd_curves.trial import STEP, OverlayCandidate, candidates, known
 
 if TYPE_CHECKING:
     from bytecap.model.checkpoint import Model
@@ -34,7 +34,7 @@ AMOUNTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 TOP = 0.1  # most bytes a path is given, as a share of the base
 TOKENS, EVALUATION_TOKENS, POINT_TOKENS, POINTS = 32_768, 8_192, 4_096, 64
 
-Offers = dict[str, dict[str, list[Offer]]]
+OverlayCandidates = dict[str, dict[str, list[OverlayCandidate]]]
 
 
 def byte_returns(
@@ -103,10 +103,10 @@ def byte_returns(
                      seed=seed, reporter=reporter)  # fmt: skip
     loaded.module.to(target)
     cache = Store(store if store is not None else directory and directory / "store")
-    ground = lay(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
-    found = _curves(ground, names, leading(sets.correction, point_tokens), points, cache)
+    operating_point = build(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
+    found = _curves(operating_point, names, leading(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
-    found["base"] = {"name": base, "bytes": ground.bytes, "hash": ground.key, **found["base"]}
+    found["base"] = {"name": base, "bytes": operating_point.bytes, "hash": operating_point.key, **found["base"]}
     _write(found, directory, Path(report) if report is not None else None, reporter)
     return found
 
@@ -121,36 +121,38 @@ def _write(found: dict[str, Any], directory: Path | None, report: Path | None, r
         reporter.note(f"wrote {' and '.join(map(str, files))}")
 
 
-def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points: int, store: Store) -> dict[str, Any]:
+def _curves(
+    operating_point: OperatingPoint, names: Sequence[str], held: Sequence[Window], points: int, store: Store
+) -> dict[str, Any]:
     """Return everything measured, as plain dictionaries."""
-    reporter, seed = ground.job.reporter, ground.job.seed
-    texts = [w for t in ground.job.sets.evaluation for w in t.windows]
-    promised: Offers = {}
-    with reporter.step("predicted curves", len(names) * len(ground.base.problems)) as advance:
+    reporter, seed = operating_point.job.reporter, operating_point.job.seed
+    texts = [w for t in operating_point.job.sets.evaluation for w in t.windows]
+    promised: OverlayCandidates = {}
+    with reporter.step("predicted curves", len(names) * len(operating_point.base.problems)) as advance:
         for name in names:
-            promised[name] = offers(ground, name, store, advance)
+            promised[name] = candidates(operating_point, name, store, advance)
     skipped = {n: sum(not o for o in promised[n].values()) for n in names}
     for name, count in skipped.items():
         if count:
-            reporter.note(f"path {name} cannot apply to {count} of {len(ground.base.problems)} matrices")
-    plans = {n: _plans(ground, bundled(promised[n])) for n in names}
+            reporter.note(f"path {name} cannot apply to {count} of {len(operating_point.base.problems)} matrices")
+    plans = {n: _plans(operating_point, bundled(promised[n])) for n in names}
     flat = [(n, p) for n in names for p in plans[n]]
-    on_texts, on_held = at_base(ground, texts, store), at_base(ground, held, store)
+    on_texts, on_held = at_base(operating_point, texts, store), at_base(operating_point, held, store)
     with reporter.step("whole model", max(1, len(flat))) as advance:
-        measured = measure(ground, [_pick(n, list(p.values())) for n, p in flat], texts, store, advance)
-    whole: dict[str, list[tuple[dict[str, Offer], Measured]]] = {n: [] for n in names}
+        measured = measure(operating_point, [_pick(n, list(p.values())) for n, p in flat], texts, store, advance)
+    whole: dict[str, list[tuple[dict[str, OverlayCandidate], Measured]]] = {n: [] for n in names}
     for (n, p), m in zip(flat, measured, strict=True):
         whole[n].append((p, m))
     sample = _sample(promised, points, seed)
     with reporter.step("single units", max(1, len(sample))) as advance:
-        singles = measure(ground, [_pick(o.path, [o]) for o in sample], held, store, advance)
+        singles = measure(operating_point, [_pick(o.path, [o]) for o in sample], held, store, advance)
     steps = [m for _, m in whole[STEP]]
     return {
         "base": base_figures(on_texts) | {"kl_held_out": base_figures(on_held)["kl_nats"]},
         "lambda": yardstick(steps, on_texts),
         "paths": {
-            n: _path(n, ground, promised[n], whole[n], steps, on_texts, skipped[n])
-            | _singles(n, sample, singles, on_held, len(ground.base.problems), seed)
+            n: _path(n, operating_point, promised[n], whole[n], steps, on_texts, skipped[n])
+            | _singles(n, sample, singles, on_held, len(operating_point.base.problems), seed)
             for n in names
         },
         "agreement": agreement(sample, singles, on_held, seed),
@@ -158,25 +160,27 @@ def _curves(ground: Ground, names: Sequence[str], held: Sequence[Window], points
     }  # fmt: skip
 
 
-def _plans(ground: Ground, promised: Mapping[str, Sequence[Offer]]) -> list[dict[str, Offer]]:
+def _plans(
+    operating_point: OperatingPoint, promised: Mapping[str, Sequence[OverlayCandidate]]
+) -> list[dict[str, OverlayCandidate]]:
     """Choose units at each amount of bytes, up to a share of the base or to all that the path can use."""
-    top = min(TOP * ground.bytes, most(promised))
+    top = min(TOP * operating_point.bytes, most(promised))
     plans = [members(spend(promised, a * top)) for a in AMOUNTS]
     return [p for p in plans if p]
 
 
-def _pick(path: str, chosen: Sequence[Offer]) -> Pick:
+def _pick(path: str, chosen: Sequence[OverlayCandidate]) -> Pick:
     return Pick({o.unit: (path, o.index) for o in chosen})
 
 
-def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
+def _sample(promised: OverlayCandidates, points: int, seed: int) -> list[OverlayCandidate]:
     """Draw candidates to measure unit by unit, equally many for every path and role if there are enough.
 
     Offers on their unit's hull come first: no other one would ever be taken, and most others are so small that what
     they recover is lost in the noise.
     """
     rng = random.Random(f"sample {seed}")  # noqa: S311
-    cells: dict[tuple[str, str], list[tuple[bool, Offer]]] = {}
+    cells: dict[tuple[str, str], list[tuple[bool, OverlayCandidate]]] = {}
     for name, units in promised.items():
         for unit, mine in units.items():
             corners = hull(mine)
@@ -185,7 +189,7 @@ def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
     for cell in cells.values():
         rng.shuffle(cell)
         cell.sort(key=lambda x: x[0])  # taken from the end
-    taken: list[Offer] = []
+    taken: list[OverlayCandidate] = []
     order = sorted(cells)
     while len(taken) < points and any(cells.values()):
         rng.shuffle(order)
@@ -195,22 +199,22 @@ def _sample(promised: Offers, points: int, seed: int) -> list[Offer]:
 
 def _path(
     path: str,
-    ground: Ground,
-    promised: Mapping[str, Sequence[Offer]],
-    whole: Sequence[tuple[Mapping[str, Offer], Measured]],
+    operating_point: OperatingPoint,
+    promised: Mapping[str, Sequence[OverlayCandidate]],
+    whole: Sequence[tuple[Mapping[str, OverlayCandidate], Measured]],
     steps: Sequence[Measured],
     base: ByWindow,
     skipped: int,
 ) -> dict[str, Any]:
     """Return a path's whole-model points, its verdict, and its predicted curve on every unit's hull."""
-    count = len(ground.base.problems)
+    count = len(operating_point.base.problems)
     points = [point(m, base, sum(o.gain for o in p.values()), count) for p, m in whole]
     return {
         **verdict(path, [m for _, m in whole], steps, base), "skipped_units": skipped,
         "ninety_percent_bytes": ninety(points), "whole": points,
         "units": [
             {
-                "unit": n, "section_bytes": len(ground.sections[n].data),
+                "unit": n, "section_bytes": len(operating_point.sections[n].data),
                 "points": [
                     {"setting": o.setting, "bytes": o.bytes, "predicted_nats": o.gain, "side_bytes": o.side,
                      "weights_share": o.share, "on_hull": o in corner} for o in mine
@@ -222,7 +226,7 @@ def _path(
 
 
 def _singles(
-    path: str, sample: Sequence[Offer], measured: Sequence[Measured], base: ByWindow, count: int, seed: int
+    path: str, sample: Sequence[OverlayCandidate], measured: Sequence[Measured], base: ByWindow, count: int, seed: int
 ) -> dict[str, Any]:
     """Return the measured single-unit points of a path."""
     mine = [(o, m) for o, m in zip(sample, measured, strict=True) if o.path == path]

@@ -1,4 +1,4 @@
-"""Code every matrix of a model at a budget's operating point, the base that exception paths are measured on.
+"""Code every matrix of a model at a budget's operating point, the base that overlays are measured on.
 
 `grid` is the default method's allocated plan before drift targets and trimming; `golf` is the per-row grid of the
 records at the `k` that meets the budget, rounded with the same guided Hessians that predict every error here. Both
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytecap.allocation.layered import problem_of
+from bytecap.allocation.overlaid import problem_of
 from bytecap.allocation.planner import Planner, coder_of, decode_grid, finest_step
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
@@ -35,7 +35,7 @@ from bytecap.methods.baselines.golf import (
     round_nearest,
     row_steps,
 )
-from bytecap.quantization.overlays import Problem
+from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.quantizer import Prepared, prepare, rate, round_units
 from bytecap.quantization.rules import Rules
 
@@ -59,7 +59,7 @@ class Base(Protocol):
     """A settled coding of all matrices."""
 
     @property
-    def problems(self) -> Mapping[str, Problem]:
+    def problems(self) -> Mapping[str, UnitProblem]:
         """Problems by unit name."""
         ...
 
@@ -78,7 +78,7 @@ class Base(Protocol):
         """Every unit at the operating point."""
         ...
 
-    def round(self, problems: Sequence[Problem], finer: float) -> list[Rounded]:
+    def round(self, problems: Sequence[UnitProblem], finer: float) -> list[Rounded]:
         """Code problems at `2^-finer` times their units' steps."""
         ...
 
@@ -95,7 +95,7 @@ class GridBase:
     rules: Rules
     steps: Mapping[str, float]
     kappa: Mapping[str, float]
-    problems: Mapping[str, Problem]
+    problems: Mapping[str, UnitProblem]
     units: Mapping[str, Rounded]
 
     @staticmethod
@@ -110,7 +110,7 @@ class GridBase:
         """Its tables and offsets."""
         return self.rules.shared
 
-    def round(self, problems: Sequence[Problem], finer: float) -> list[Rounded]:
+    def round(self, problems: Sequence[UnitProblem], finer: float) -> list[Rounded]:
         """See `Base`; a unit's own problem at its own step is not coded again."""
         options = replace(self.planner.options, damping=0.0)  # the problem's Hessian is damped already
         device = self.planner.matrices[0].weight.device if self.planner.matrices else torch.device("cpu")
@@ -144,7 +144,7 @@ def _grid_round(planner: Planner, rules: Rules, items: Sequence[Prepared], steps
     ]
 
 
-def _metric(problem: Problem, device: torch.device) -> Metric:
+def _metric(problem: UnitProblem, device: torch.device) -> Metric:
     return Metric(problem.hessian[None].to(device), problem.rows.to(device))
 
 
@@ -156,7 +156,7 @@ class GolfBase:
         factors: of every unit's own Hessian, embeddings left out.
     """
 
-    problems: Mapping[str, Problem]
+    problems: Mapping[str, UnitProblem]
     embeddings: frozenset[str]
     k: float
     kappa: Mapping[str, float]
@@ -166,21 +166,21 @@ class GolfBase:
 
     @staticmethod
     def of(
-        problems: Mapping[str, Problem], embeddings: frozenset[str], k: float, kappa: Mapping[str, float]
+        problems: Mapping[str, UnitProblem], embeddings: frozenset[str], k: float, kappa: Mapping[str, float]
     ) -> GolfBase:
         """All matrices at `k`."""
         factors = {n: factorize(p.hessian) for n, p in problems.items() if n not in embeddings}
         units = {n: _golf_round(p, factors.get(n), k) for n, p in problems.items()}
         return GolfBase(problems, embeddings, k, kappa, units, factors)
 
-    def _code(self, problem: Problem, finer: float) -> Rounded:
+    def _code(self, problem: UnitProblem, finer: float) -> Rounded:
         name = problem.unit.name
         factor = None if name in self.embeddings else self.factors[name]
         if factor is not None and problem is not self.problems[name]:
             factor = factorize(problem.hessian)
         return _golf_round(problem, factor, self.k * 2.0**-finer)
 
-    def round(self, problems: Sequence[Problem], finer: float) -> list[Rounded]:
+    def round(self, problems: Sequence[UnitProblem], finer: float) -> list[Rounded]:
         """See `Base`; a unit's own problem at its own step is not coded again."""
         return [
             self.units[p.unit.name] if not finer and p is self.problems[p.unit.name] else self._code(p, finer)
@@ -192,7 +192,7 @@ class GolfBase:
         return [Section(PACKED.tag, PACKED.encode(r.code, BROTLI)) for r in rounded]
 
 
-def _golf_round(problem: Problem, factor: Factor | None, k: float) -> Rounded:
+def _golf_round(problem: UnitProblem, factor: Factor | None, k: float) -> Rounded:
     """GPTQ at `k`; to nearest without a factor, as embeddings are."""
     if factor is None:
         code = round_nearest(problem.weight, row_steps(problem.weight, K_EMBEDDING * k / K, EMBEDDING_LEVELS))
@@ -202,7 +202,7 @@ def _golf_round(problem: Problem, factor: Factor | None, k: float) -> Rounded:
     return Rounded(code, torch.from_numpy(dequantize(code)), size)
 
 
-def golf_k(problems: Mapping[str, Problem], embeddings: frozenset[str], room: float) -> float:
+def golf_k(problems: Mapping[str, UnitProblem], embeddings: frozenset[str], room: float) -> float:
     """The `k` at which the matrices take a little less than `room` bytes, calibrated on real sizes once.
 
     Args:

@@ -1,6 +1,6 @@
 """Spend bytes over units by falling predicted slope.
 
-Every unit's offers are reduced to their upper hull; hull segments of all units are taken in the order of their
+Every unit's candidates are reduced to their upper hull; hull segments of all units are taken in the order of their
 slopes until the bytes are spent. A segment that does not fit ends its unit, so that no unit jumps over one.
 
 Offers of one list for all matrices of a stream (`channels`) are summed before: the stream takes the place of a unit.
@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bytecap_lab.rd_curves.trial import Offer
+from bytecap_lab.rd_curves.trial import OverlayCandidate
 
 
 @dataclass(frozen=True)
-class Bundle(Offer):
+class Bundle(OverlayCandidate):
     """Offers of several units that are taken together; bytes, gains and the rest are their sums."""
 
-    members: tuple[Offer, ...] = ()
+    members: tuple[OverlayCandidate, ...] = ()
 
 
-def _bundle(stream: int, index: int, members: Sequence[Offer]) -> Bundle:
+def _bundle(stream: int, index: int, members: Sequence[OverlayCandidate]) -> Bundle:
     size, gain, slope, alone = (
         sum(x) for x in zip(*((o.bytes, o.gain, o.slope, o.alone) for o in members), strict=True)
     )
@@ -30,21 +30,22 @@ def _bundle(stream: int, index: int, members: Sequence[Offer]) -> Bundle:
                   stream, members[0].list, tuple(members))  # fmt: skip
 
 
-def bundled(offers: Mapping[str, Sequence[Offer]]) -> dict[str, list[Offer]]:
+def bundled(candidates: Mapping[str, Sequence[OverlayCandidate]]) -> dict[str, list[OverlayCandidate]]:
     """Offers as they can be chosen: those of a stream's units for the same list as one, all others as they are.
 
     Units that would lose by a list are left out of it. A unit on two streams goes with the one whose hull starts
     steeper.
 
-    >>> def at(unit, gain, stream): return Offer("p", unit, 0, "", 10, gain, 0, gain, 0, 0.1, stream, f"{stream} 1")
+    >>> def at(unit, gain, stream):
+    ...     return OverlayCandidate("p", unit, 0, "", 10, gain, 0, gain, 0, 0.1, stream, f"{stream} 1")
     >>> units = {"a": [at("a", 2.0, 0), at("a", 1.0, 1)], "b": [at("b", 1.0, 0)], "c": [at("c", 4.0, 1)]}
     >>> [(n, [o.bytes for o in mine]) for n, mine in bundled(units).items()]
     [('stream 1', [20]), ('stream 0', [10])]
     """
-    streams: dict[int, dict[str, list[Offer]]] = {}
-    for o in (o for mine in offers.values() for o in mine if o.stream >= 0 and o.gain > 0):
+    streams: dict[int, dict[str, list[OverlayCandidate]]] = {}
+    for o in (o for mine in candidates.values() for o in mine if o.stream >= 0 and o.gain > 0):
         streams.setdefault(o.stream, {}).setdefault(o.list, []).append(o)
-    found = {n: some for n, mine in offers.items() if (some := [o for o in mine if o.stream < 0])}
+    found = {n: some for n, mine in candidates.items() if (some := [o for o in mine if o.stream < 0])}
     taken: set[str] = set()
     while streams:
         left = {
@@ -60,20 +61,20 @@ def bundled(offers: Mapping[str, Sequence[Offer]]) -> dict[str, list[Offer]]:
     return found
 
 
-def members(chosen: Mapping[str, Offer]) -> dict[str, Offer]:
-    """The offer of each unit, bundles taken apart."""
+def members(chosen: Mapping[str, OverlayCandidate]) -> dict[str, OverlayCandidate]:
+    """The candidate of each unit, bundles taken apart."""
     return {o.unit: o for b in chosen.values() for o in (b.members if isinstance(b, Bundle) else (b,))}
 
 
-def hull(offers: Sequence[Offer]) -> list[Offer]:
+def hull(candidates: Sequence[OverlayCandidate]) -> list[OverlayCandidate]:
     """Offers on the upper concave hull of gain over bytes from (0, 0), by rising bytes.
 
-    >>> def at(size, gain): return Offer("p", "u", 0, "", size, gain, 0, gain, 0, 1.0)
+    >>> def at(size, gain): return OverlayCandidate("p", "u", 0, "", size, gain, 0, gain, 0, 1.0)
     >>> [o.bytes for o in hull([at(10, 1.0), at(20, 1.2), at(40, 4.0), at(50, 3.0)])]
     [40]
     """
-    kept: list[Offer] = []
-    for o in sorted(offers, key=lambda o: (o.bytes, -o.gain)):
+    kept: list[OverlayCandidate] = []
+    for o in sorted(candidates, key=lambda o: (o.bytes, -o.gain)):
         if o.gain <= (kept[-1].gain if kept else 0.0):
             continue
         if o.bytes <= 0:  # gains for nothing: the best of them is where the hull starts
@@ -88,21 +89,21 @@ def hull(offers: Sequence[Offer]) -> list[Offer]:
     return kept
 
 
-def most(offers: Mapping[str, Sequence[Offer]]) -> float:
-    """Bytes that all units' last hull offers take together."""
-    return sum(max(0.0, hull(o)[-1].bytes) for o in offers.values() if hull(o))
+def most(candidates: Mapping[str, Sequence[OverlayCandidate]]) -> float:
+    """Bytes that all units' last hull candidates take together."""
+    return sum(max(0.0, hull(o)[-1].bytes) for o in candidates.values() if hull(o))
 
 
-def spend(offers: Mapping[str, Sequence[Offer]], room: float) -> dict[str, Offer]:
-    """The offer chosen for each unit, within `room` estimated bytes."""
+def spend(candidates: Mapping[str, Sequence[OverlayCandidate]], room: float) -> dict[str, OverlayCandidate]:
+    """The candidate chosen for each unit, within `room` estimated bytes."""
     segments = []
-    for name, mine in offers.items():
+    for name, mine in candidates.items():
         size, gain = 0.0, 0.0
         for rank, o in enumerate(hull(mine)):
             slope = (o.gain - gain) / max(o.bytes - size, 1e-9)
             segments.append((-slope, name, rank, o.bytes - size, o))
             size, gain = o.bytes, o.gain
-    chosen: dict[str, Offer] = {}
+    chosen: dict[str, OverlayCandidate] = {}
     ended: set[str] = set()
     for _, name, _, size, o in sorted(segments, key=lambda s: s[:3]):
         if name in ended:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 from bytecap.allocation.correction import TOKENS, Factor, role_name, shrunk
-from bytecap.allocation.layered import problem_of
+from bytecap.allocation.overlaid import problem_of
 from bytecap.allocation.planner import State
 from bytecap.allocation.plans import allocated_plan
 from bytecap.calibration.probe import Statistics
@@ -28,7 +28,7 @@ from bytecap.job.config import FitConfig
 from bytecap.methods.bytecap import calibrate, prepare
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import TokenSets, leading
 from bytecap.pipeline import stages
 from bytecap.quantization.overlays.channels import rank
@@ -39,31 +39,31 @@ from bytecap_lab.rd_curves.base import Base, GolfBase, GridBase, golf_k
 from bytecap_lab.rd_curves.slopes import Slopes, measure_slopes
 
 BASES = ("grid", "golf")
-RUNGS = 8  # settings of one path on one unit
+MOST_SETTINGS = 8  # settings of one path on one unit
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Ground:
+class OperatingPoint:
     """Where every path starts.
 
     Attributes:
         job: model, texts, budget.
         base: the operating point.
         sections: of the base's units, real bytes.
-        twin: a module that holds the base's decoded values.
+        quantized_copy: a module that holds the base's decoded values.
         slopes: the KL's expansion there.
         key: hash of all of it.
-        rungs: most settings that a path is tried with on a unit.
+        most_settings: most settings that a path is tried with on a unit.
     """
 
     job: Job
     base: Base
     sections: Mapping[str, Section]
-    twin: nn.Module
+    quantized_copy: nn.Module
     slopes: Slopes
     key: str
-    rungs: int = RUNGS
+    most_settings: int = MOST_SETTINGS
 
     @property
     def bytes(self) -> int:
@@ -86,14 +86,14 @@ def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int,
     return job
 
 
-def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
-    """The ground of a job.
+def build(job: Job, base: str, store: Store, most_settings: int = MOST_SETTINGS) -> OperatingPoint:
+    """The operating point of a job.
 
     Args:
         job: model, texts, budget.
         base: `grid` or `golf`.
         store: where statistics and operating points are kept.
-        rungs: most settings that a path is tried with on a unit.
+        most_settings: most settings that a path is tried with on a unit.
 
     Raises:
         BudgetError: the base cannot get below the budget.
@@ -105,13 +105,13 @@ def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
     made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
     made = _with_rankings(job, made)
     sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))
-    twin = twin_of(job.model.module)
+    quantized_copy = copy_of(job.model.module)
     units = {u.name: u for u in job.model.units}
-    load_values(twin, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
+    load_values(quantized_copy, {n: from_matrix(units[n], r.values.numpy()) for n, r in made.units.items()} | rest)
     allocator.release()
     hashed = digest(key, *[s.data for s in sections.values()], *rest.values())
-    slopes = measure_slopes(job, made, twin, store, hashed)
-    return Ground(job, made, sections, twin, slopes, digest(hashed, rungs), rungs)
+    slopes = measure_slopes(job, made, quantized_copy, store, hashed)
+    return OperatingPoint(job, made, sections, quantized_copy, slopes, digest(hashed, most_settings), most_settings)
 
 
 def _with_rankings(job: Job, base: GridBase | GolfBase) -> GridBase | GolfBase:
@@ -170,7 +170,7 @@ def _factors(job: Job, base: Base) -> dict[str, float]:
         for role, names in roles.items()
     }
     module = job.model.module
-    measured = kl_each(module, twin_of(module), values, leading(job.sets.correction, TOKENS), device=job.device)
+    measured = kl_each(module, copy_of(module), values, leading(job.sets.correction, TOKENS), device=job.device)
     found: dict[str, Factor] = {}
     for role, names in roles.items():
         predicted = sum(base.problems[n].distortion(base.units[n].values) for n in names)

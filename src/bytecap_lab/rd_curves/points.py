@@ -22,7 +22,7 @@ from bytecap.model.texts import Window
 from bytecap.progress import Advance
 from bytecap.sizes import in_groups
 from bytecap.system.cache import Store, digest
-from bytecap_lab.rd_curves.operating_point import Ground
+from bytecap_lab.rd_curves.operating_point import OperatingPoint
 from bytecap_lab.rd_curves.trial import Real, realise
 
 FloatArray = npt.NDArray[np.float64]
@@ -36,11 +36,11 @@ class Pick:
 
     chosen: Mapping[str, tuple[str, int]]
 
-    def real(self, ground: Ground) -> dict[str, Real]:
+    def real(self, operating_point: OperatingPoint) -> dict[str, Real]:
         """The units as they would be stored, in the order of `chosen`."""
         found: dict[str, Real] = {}
         for path in dict.fromkeys(p for p, _ in self.chosen.values()):
-            found |= realise(ground, path, {n: i for n, (p, i) in self.chosen.items() if p == path})
+            found |= realise(operating_point, path, {n: i for n, (p, i) in self.chosen.items() if p == path})
         return {n: found[n] for n in self.chosen}
 
 
@@ -74,45 +74,56 @@ class Measured:
         return sum(self.growth.values()) + self.lists
 
 
-def at_base(ground: Ground, windows: Sequence[Window], store: Store) -> ByWindow:
+def at_base(operating_point: OperatingPoint, windows: Sequence[Window], store: Store) -> ByWindow:
     """Scores of the base itself; per-window arrays in the order of every point's."""
-    key = digest(ground.key, "base", windows_key(windows))
+    key = digest(operating_point.key, "base", windows_key(windows))
     kept = store.get(key)
     if kept is None:
-        found = by_window(ground.job.model.module, ground.twin, {"": {}}, windows, device=ground.job.device)[""]
+        found = by_window(
+            operating_point.job.model.module,
+            operating_point.quantized_copy,
+            {"": {}},
+            windows,
+            device=operating_point.job.device,
+        )[""]
         kept = {k: v.tolist() for k, v in found.__dict__.items()}
         store.put(key, kept)
     return ByWindow(**{k: np.array(v) for k, v in kept.items()})
 
 
 def measure(
-    ground: Ground, picks: Sequence[Pick], windows: Sequence[Window], store: Store, advance: Advance
+    operating_point: OperatingPoint, picks: Sequence[Pick], windows: Sequence[Window], store: Store, advance: Advance
 ) -> list[Measured]:
     """Every pick, measured on windows.
 
     Args:
-        ground: where the paths start.
+        operating_point: where the paths start.
         picks: what to measure; equal ones are measured once.
         windows: plain windows.
         store: looked into first.
         advance: called with the number of points done, in fractions.
     """
     texts = windows_key(windows)
-    keys = [digest(ground.key, "point", texts, dict(p.chosen)) for p in picks]
+    keys = [digest(operating_point.key, "point", texts, dict(p.chosen)) for p in picks]
     kept: dict[str, Any] = {k: store.get(k) for k in dict.fromkeys(keys)}
     advance(sum(kept[k] is not None for k in keys))
     missing = {k: p for k, p in zip(keys, picks, strict=True) if kept[k] is None}
-    parameters = sum(p.unit.parameters for p in ground.base.problems.values())
-    sizes = {k: sum(ground.base.problems[n].unit.parameters for n in p.chosen) for k, p in missing.items()}
+    parameters = sum(p.unit.parameters for p in operating_point.base.problems.values())
+    sizes = {k: sum(operating_point.base.problems[n].unit.parameters for n in p.chosen) for k, p in missing.items()}
     for group in in_groups(missing, sizes.__getitem__, _VALUES, _TOGETHER):
-        reals = {k: missing[k].real(ground) for k in group}
-        units = {n: p.unit for n, p in ground.base.problems.items()}
+        reals = {k: missing[k].real(operating_point) for k in group}
+        units = {n: p.unit for n, p in operating_point.base.problems.items()}
         values = {k: {n: from_matrix(units[n], r.values) for n, r in real.items()} for k, real in reals.items()}
         scores = by_window(
-            ground.job.model.module, ground.twin, values, windows, device=ground.job.device, advance=advance
+            operating_point.job.model.module,
+            operating_point.quantized_copy,
+            values,
+            windows,
+            device=operating_point.job.device,
+            advance=advance,
         )
         for k, real in reals.items():
-            kept[k] = _entry(ground, real, scores[k], parameters)
+            kept[k] = _entry(operating_point, real, scores[k], parameters)
             store.put(k, kept[k])
     return [
         Measured(
@@ -129,14 +140,18 @@ def measure(
     ]
 
 
-def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameters: int) -> dict[str, Any]:
-    layers = [layered(r.section) for r in real.values()]
-    protected = sum(r.share * ground.base.problems[n].unit.parameters for n, r in real.items())
-    shapes = {n: ground.base.problems[n].unit.matrix_shape for n in real}
+def _entry(
+    operating_point: OperatingPoint, real: Mapping[str, Real], scores: ByWindow, parameters: int
+) -> dict[str, Any]:
+    layers = [overlay_bytes(r.section) for r in real.values()]
+    protected = sum(r.share * operating_point.base.problems[n].unit.parameters for n, r in real.items())
+    shapes = {n: operating_point.base.problems[n].unit.matrix_shape for n in real}
     stacks = {n: (shapes[n], r.section.data) for n, r in real.items() if r.section.tag == STACK.tag}
     stored, lists = share_lists(stacks)
     return {
-        "growth": {n: len(stored.get(n, r.section.data)) - len(ground.sections[n].data) for n, r in real.items()},
+        "growth": {
+            n: len(stored.get(n, r.section.data)) - len(operating_point.sections[n].data) for n, r in real.items()
+        },
         "lists": sum(len(o) + LIST_ENTRY for o in lists),
         "side": sum(r.side for r in real.values()), "share": protected / max(1, parameters),
         "layers": sum(n for n, _ in layers), "heads": sum(n for _, n in layers),
@@ -144,7 +159,7 @@ def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameter
     }  # fmt: skip
 
 
-def layered(section: Section) -> tuple[int, int]:
+def overlay_bytes(section: Section) -> tuple[int, int]:
     """Return the bytes of a section's layers, and of headers that are stored only because there are layers."""
     if section.tag != STACK.tag:
         return 0, 0

@@ -13,7 +13,7 @@ from bytecap.model.evaluation import ByWindow
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap_lab.rd_curves.points import Measured
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
-from bytecap_lab.rd_curves.trial import STEP, Offer
+from bytecap_lab.rd_curves.trial import STEP, OverlayCandidate
 
 FloatArray = npt.NDArray[np.float64]
 _SURE = 2.0  # standard errors
@@ -112,10 +112,12 @@ def ninety(points: Sequence[Mapping[str, Any]]) -> float | None:
     return None
 
 
-def agreement(offers: Sequence[Offer], measured: Sequence[Measured], base: ByWindow, seed: int) -> dict[str, Any]:
+def agreement(
+    candidates: Sequence[OverlayCandidate], measured: Sequence[Measured], base: ByWindow, seed: int
+) -> dict[str, Any]:
     """Rank correlation of predicted and measured gains over a sample, with its ceiling."""
     gains = np.array([base.kl - m.kl for m in measured])
-    predicted = np.array([o.alone for o in offers])
+    predicted = np.array([o.alone for o in candidates])
     found = gains.sum(1) / base.tokens.sum() if len(gains) else np.zeros(0)
-    return {"points": len(offers), "spearman": spearman(predicted, found),
+    return {"points": len(candidates), "spearman": spearman(predicted, found),
             "ceiling": ceiling(gains, base.tokens, seed)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Expand the KL around the operating point to second order, for a part of the prediction `Offer.alone`.
+"""Expand the KL around the operating point to second order, for a part of the prediction `OverlayCandidate.alone`.
 
 A unit coded anew has a new rounding error in place of the old one. What that gains is the small difference of a slope
 and a curvature that are each ten times as large, so 5% of either decides the sign of most predictions. Correction
@@ -53,45 +53,45 @@ class Slopes:
     factors: Mapping[str, float]
 
 
-def measure_slopes(job: Job, base: Base, twin: nn.Module, store: Store, key: str) -> Slopes:
+def measure_slopes(job: Job, base: Base, quantized_copy: nn.Module, store: Store, key: str) -> Slopes:
     """Return the expansion at the base, from the cache if it is there.
 
     Args:
         job: model and texts.
         base: the operating point.
-        twin: a module that holds it.
+        quantized_copy: a module that holds it.
         store: looked into first.
         key: hash of model, texts and base.
     """
     key = digest(key, "slopes", _TOKENS, _SIZE)
     kept, factors = store.arrays(key), store.get(key)
     if kept is None or factors is None:
-        kept, factors = _measure(job, base, twin)
+        kept, factors = _measure(job, base, quantized_copy)
         store.put_arrays(key, kept)
         store.put(key, factors)
     return Slopes({n: as_matrix(p.unit, torch.from_numpy(kept[n])) for n, p in base.problems.items()}, factors)
 
 
-def _measure(job: Job, base: Base, twin: nn.Module) -> tuple[dict[str, Array], dict[str, float]]:
+def _measure(job: Job, base: Base, quantized_copy: nn.Module) -> tuple[dict[str, Array], dict[str, float]]:
     windows = leading(job.sets.statistics, _TOKENS)
     with job.reporter.step("slopes", sum(w.predicted for w in windows)) as advance:
         _, slopes = gradient(
-            job.model.module, twin, list(base.problems), windows, device=job.device,
+            job.model.module, quantized_copy, list(base.problems), windows, device=job.device,
             batch=pass_tokens(job.model.module, torch.device(job.device)), progress=advance,
         )  # fmt: skip
     moves = {n: _SIZE * _signed(base, n, job.seed) for n in base.problems}
-    return {n: g.cpu().numpy() for n, g in slopes.items()}, factors_along(job, base, twin, windows, moves)
+    return {n: g.cpu().numpy() for n, g in slopes.items()}, factors_along(job, base, quantized_copy, windows, moves)
 
 
 def factors_along(
-    job: Job, base: Base, twin: nn.Module, windows: Sequence[Window], moves: Mapping[str, Tensor]
+    job: Job, base: Base, quantized_copy: nn.Module, windows: Sequence[Window], moves: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Return measured over expected curvature of each role, or the correction factor where a role has none.
 
     Args:
         job: the model.
         base: the operating point.
-        twin: a module that holds it.
+        quantized_copy: a module that holds it.
         windows: tokens to measure on.
         moves: perturbation of every unit, (rows, cols).
     """
@@ -106,7 +106,9 @@ def factors_along(
         f"{role} {sign}": moved(sign, names) for role, names in roles.items() for sign in (1, -1)
     }
     with job.reporter.step("curvatures", 1 + len(variants)) as advance:
-        measured = kl_each(job.model.module, twin, variants | {"": {}}, windows, device=job.device, advance=advance)
+        measured = kl_each(
+            job.model.module, quantized_copy, variants | {"": {}}, windows, device=job.device, advance=advance
+        )
     found: dict[str, float] = {}
     for role, names in roles.items():
         real = (measured[f"{role} 1"][0] + measured[f"{role} -1"][0]) / 2 - measured[""][0]

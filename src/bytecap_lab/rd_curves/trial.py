@@ -17,18 +17,20 @@ from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
 from bytecap.progress import Advance
-from bytecap.quantization.overlays import Applied, Path, Problem, check_names, paths, thinned
+from bytecap.quantization.overlays import Applied, Overlay, UnitProblem, check_names, overlays, thinned
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, Rounded
-from bytecap_lab.rd_curves.operating_point import RUNGS, Ground
+from bytecap_lab.rd_curves.operating_point import MOST_SETTINGS, OperatingPoint
 
-EXPANSION = 0.2  # weight of the expansion in `Offer.alone`; the metric's forecast has the rest (LOG.md, 2026-11-22)
+EXPANSION = (
+    0.2  # weight of the expansion in `OverlayCandidate.alone`; the metric's forecast has the rest (LOG.md, 2026-11-22)
+)
 STEP = "step"
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
 
 
 @dataclass(frozen=True)
-class Offer:
+class OverlayCandidate:
     """The predicted cost and gain of a path on one unit at one amount.
 
     Attributes:
@@ -84,16 +86,16 @@ def known(names: Sequence[str] | None) -> list[str]:
     Raises:
         UsageError: unknown; the message suggests the nearest one.
     """
-    every = [STEP, *sorted(paths())]
+    every = [STEP, *sorted(overlays())]
     check_names(names or (), every)
     return [STEP, *dict.fromkeys(n for n in names if n != STEP)] if names else every
 
 
-def ladder(path: str, base: Base, name: str, rungs: int = RUNGS) -> Sequence[Any]:
+def ladder(path: str, base: Base, name: str, most_settings: int = MOST_SETTINGS) -> Sequence[Any]:
     """Return the settings of a path on a unit, cheapest first; long ladders are thinned evenly, keeping both ends."""
     if path == STEP:
         return STEPS
-    return thinned(paths()[path].settings(base.problems[name], base.units[name].values), rungs)
+    return thinned(overlays()[path].settings(base.problems[name], base.units[name].values), most_settings)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
@@ -102,7 +104,7 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
         (finer,) = set(wanted.values())
         found = base.round([base.problems[n] for n in wanted], finer)
         return {n: (r, None) for n, r in zip(wanted, found, strict=True)}
-    method: Path = paths()[path]
+    method: Overlay = overlays()[path]
     below = base.round([method.before(base.problems[n], s) for n, s in wanted.items()], 0.0)
     return {
         n: (r, method.after(base.problems[n], r.values.clone(), s))
@@ -110,50 +112,60 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
     }
 
 
-def offers(ground: Ground, path: str, store: Store, advance: Advance) -> dict[str, list[Offer]]:
-    """Predict one path on every unit; returns offers by unit name, none where the path cannot apply.
+def candidates(
+    operating_point: OperatingPoint, path: str, store: Store, advance: Advance
+) -> dict[str, list[OverlayCandidate]]:
+    """Predict one path on every unit; returns candidates by unit name, none where the path cannot apply.
 
     Args:
-        ground: where the paths start.
+        operating_point: where the paths start.
         path: its id.
         store: looked into first.
         advance: called with the number of units done.
     """
-    base = ground.base
-    keys = {n: digest(ground.key, "offers", path, n) for n in base.problems}
-    found: dict[str, list[Offer]] = {}
+    base = operating_point.base
+    keys = {n: digest(operating_point.key, "offers", path, n) for n in base.problems}
+    found: dict[str, list[OverlayCandidate]] = {}
     missing = []
     for name, key in keys.items():
         kept = store.get(key)
         if kept is None:
             missing.append(name)
         else:
-            found[name] = [Offer(**o) for o in kept]
+            found[name] = [OverlayCandidate(**o) for o in kept]
             advance(1)
-    found |= _promises(ground, path, missing, advance)
+    found |= _promises(operating_point, path, missing, advance)
     for name in missing:
         store.put(keys[name], [asdict(o) for o in found[name]])
     return {n: found[n] for n in base.problems}
 
 
-def _promises(ground: Ground, path: str, names: Sequence[str], advance: Advance) -> dict[str, list[Offer]]:
+def _promises(
+    operating_point: OperatingPoint, path: str, names: Sequence[str], advance: Advance
+) -> dict[str, list[OverlayCandidate]]:
     """Offers of units, one amount after the other: equally shaped units are coded together."""
-    base = ground.base
-    rungs = {n: ladder(path, base, n, ground.rungs) for n in names}
-    found: dict[str, list[Offer]] = {n: [] for n in names}
-    longest = max((len(r) for r in rungs.values()), default=0)
+    base = operating_point.base
+    most_settings = {n: ladder(path, base, n, operating_point.most_settings) for n in names}
+    found: dict[str, list[OverlayCandidate]] = {n: [] for n in names}
+    longest = max((len(r) for r in most_settings.values()), default=0)
     for index in range(longest):
-        wanted = {n: r[index] for n, r in rungs.items() if index < len(r)}
+        wanted = {n: r[index] for n, r in most_settings.items() if index < len(r)}
         for name, (rounded, applied) in _try(base, path, wanted).items():
-            found[name].append(_offer(ground, path, name, index, wanted[name], rounded, applied))
+            found[name].append(_candidate(operating_point, path, name, index, wanted[name], rounded, applied))
         advance(len(names) / longest)
     return found
 
 
-def _offer(
-    ground: Ground, path: str, name: str, index: int, setting: Any, rounded: Rounded, applied: Applied | None
-) -> Offer:
-    base = ground.base
+def _candidate(
+    operating_point: OperatingPoint,
+    path: str,
+    name: str,
+    index: int,
+    setting: Any,
+    rounded: Rounded,
+    applied: Applied | None,
+) -> OverlayCandidate:
+    base = operating_point.base
     growth = rounded.estimate - base.units[name].estimate
     values, side, share = rounded.values, 0, 1.0
     if applied is not None:
@@ -161,10 +173,12 @@ def _offer(
         values, side, share = applied.values, applied.side, applied.share
     problem, before, kappa = base.problems[name], base.units[name].values, base.kappa.get(name, 1.0)
     gain = kappa * (problem.distortion(before) - problem.distortion(values))
-    slope, curved = recovered(problem, before, values, ground.slopes.gradients[name], ground.slopes.factors[name])
+    slope, curved = recovered(
+        problem, before, values, operating_point.slopes.gradients[name], operating_point.slopes.factors[name]
+    )
     stream = getattr(setting, "stream", -1)
     listed = f"{stream} {setting.count} {setting.bits}" if stream >= 0 else ""
-    return Offer(
+    return OverlayCandidate(
         path,
         name,
         index,
@@ -180,14 +194,14 @@ def _offer(
     )
 
 
-def promise(ground: Ground, path: str, name: str, index: int) -> Offer:
+def promise(operating_point: OperatingPoint, path: str, name: str, index: int) -> OverlayCandidate:
     """Predict one unit at one setting of a path, by its index in the ladder; nothing is cached."""
-    setting = ladder(path, ground.base, name, ground.rungs)[index]
-    rounded, applied = _try(ground.base, path, {name: setting})[name]
-    return _offer(ground, path, name, index, setting, rounded, applied)
+    setting = ladder(path, operating_point.base, name, operating_point.most_settings)[index]
+    rounded, applied = _try(operating_point.base, path, {name: setting})[name]
+    return _candidate(operating_point, path, name, index, setting, rounded, applied)
 
 
-def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
+def recovered(problem: UnitProblem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
     """Return the nats that other values of one unit gain by the KL's slope at the base, and lose by its curvature.
 
     Exact to second order for one unit, too hopeful for a sum: several units are credited with the same slope.
@@ -208,18 +222,18 @@ def _words(path: str, setting: Any) -> str:
     return f"{setting:g} octaves finer" if path == STEP else str(setting)
 
 
-def realise(ground: Ground, path: str, chosen: Mapping[str, int]) -> dict[str, Real]:
+def realise(operating_point: OperatingPoint, path: str, chosen: Mapping[str, int]) -> dict[str, Real]:
     """Code units of a path at the settings of these indices with the real coders, and decode them.
 
     Args:
-        ground: where the paths start.
+        operating_point: where the paths start.
         path: its id.
         chosen: index of the setting by unit name.
     """
-    base = ground.base
+    base = operating_point.base
     tried: dict[str, tuple[Rounded, Applied | None]] = {}
     for index in sorted(set(chosen.values())):
-        mine = {n: ladder(path, base, n, ground.rungs)[index] for n, i in chosen.items() if i == index}
+        mine = {n: ladder(path, base, n, operating_point.most_settings)[index] for n, i in chosen.items() if i == index}
         tried |= _try(base, path, mine)
     tried = {n: tried[n] for n in chosen}
     below = base.sections([r for r, _ in tried.values()])

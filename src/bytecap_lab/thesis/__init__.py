@@ -20,7 +20,7 @@ from bytecap.system.collisions import refuse_pages
 SHOWS_ONLY = "module"
 
 TOKENS, EVALUATION_TOKENS = 16_384, 8_192
-BUDGET, SEEDS, RUNGS = "3bpp", 3, 4
+BUDGET, SEEDS, MOST_SETTINGS = "3bpp", 3, 4
 
 
 def thesis(
@@ -36,7 +36,7 @@ def thesis(
     evaluation_tokens: int = EVALUATION_TOKENS,
     window: int = 512,
     seeds: int = SEEDS,
-    rungs: int = RUNGS,
+    rungs: int = MOST_SETTINGS,
     device: str = "auto",
     jobs: int = 1,
     store: Path | str | None = None,
@@ -59,7 +59,7 @@ def thesis(
         evaluation_tokens: most tokens for evaluation, over all texts.
         window: predicted tokens in a window.
         seeds: calibration seeds that rankings are made with.
-        rungs: most settings that an exception path is tried with on a unit.
+        rungs: most settings that an overlay is tried with on a unit.
         device: `auto`, `cpu` or `cuda`.
         jobs: processes.
         store: directory of statistics and points; `output`/store by default.
@@ -73,7 +73,7 @@ def thesis(
     """
     from bytecap.pipeline.stages import choose_device
     from bytecap_lab.rd_curves.operating_point import check_base
-    from bytecap_lab.thesis.bench import Setting
+    from bytecap_lab.thesis.bench import BenchSetting
     from bytecap_lab.thesis.runner import file_of, measure_all, tasks
 
     reporter = reporter_for(reporter, progress)
@@ -86,7 +86,7 @@ def thesis(
     )  # fmt: skip
     needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter)
     target = choose_device(device)
-    setting = Setting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
+    setting = BenchSetting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
     directory = make_directory(output) if output is not None else None
     kept = Path(store) if store is not None else directory and directory / "store"
     wanted = list(tasks(names, [check_base(b) for b in bases], needs, setting, file_of(directory), kept, command))

@@ -1,6 +1,6 @@
 """A bench holds a model on a base; every measurement of the thesis goes through one.
 
-What is asked twice is measured once: statistics, operating point, offers and points are kept in the store under what
+What is asked twice is measured once: statistics, operating point, candidates, points are kept in the store under what
 they depend on, see `bytecap_lab.rd_curves`.
 """
 
@@ -24,19 +24,19 @@ from bytecap.sizes import parse_budget
 from bytecap.system.cache import Store
 from bytecap_lab.compare.pairs import clusters
 from bytecap_lab.rd_curves.choose import spend
-from bytecap_lab.rd_curves.operating_point import Ground, lay, make_job
+from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
-from bytecap_lab.rd_curves.trial import STEP, STEPS, Offer, known, ladder, offers
+from bytecap_lab.rd_curves.trial import STEP, STEPS, OverlayCandidate, candidates, known, ladder
 from bytecap_lab.thesis.amounts import AMOUNTS, GLOBAL
 
 STRUCTURED = ("columns", "rows", "channels")
 IRREGULAR = ("outliers",)
 FloatArray = npt.NDArray[np.float64]
-Chosen = Mapping[str, Offer]
+Chosen = Mapping[str, OverlayCandidate]
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchSetting:
     """The settings that all benches share.
 
     Attributes:
@@ -47,7 +47,7 @@ class Setting:
         evaluation_tokens: most tokens for evaluation, over all texts.
         window: predicted tokens in a window.
         seeds: calibration seeds that rankings are made with.
-        rungs: most settings that an exception path is tried with on a unit.
+        rungs: most settings that an overlay is tried with on a unit.
         device: `cpu` or `cuda`.
     """
 
@@ -73,7 +73,7 @@ class Bench:
         reporter: told about progress.
     """
 
-    def __init__(self, model: Model, base: str, setting: Setting, store: Store, reporter: Reporter) -> None:
+    def __init__(self, model: Model, base: str, setting: BenchSetting, store: Store, reporter: Reporter) -> None:
         self.model, self.base, self.setting, self.store, self.reporter = model, base, setting, store, reporter
 
     def sets(self, seed: int = 0, calibration: Sequence[str] | None = None) -> TokenSets:
@@ -90,22 +90,22 @@ class Bench:
         return parse_budget(self.setting.budget, self.model.parameters)
 
     @cached_property
-    def ground(self) -> Ground:
+    def operating_point(self) -> OperatingPoint:
         """The base at its operating point."""
         job = make_job(self.model, self.sets(), self.budget, self.setting.device, 0, self.reporter)
-        return lay(job, self.base, self.store, self.setting.rungs)
+        return build(job, self.base, self.store, self.setting.rungs)
 
     @cached_property
     def windows(self) -> list[Window]:
         """All evaluation windows."""
-        return [w for t in self.ground.job.sets.evaluation for w in t.windows]
+        return [w for t in self.operating_point.job.sets.evaluation for w in t.windows]
 
     @cached_property
     def _cluster(self) -> npt.NDArray[np.int64]:
         """Cluster of every window in the order of measured points, numbered through all texts."""
         number: dict[int, int] = {}
         first = 0
-        for text in self.ground.job.sets.evaluation:
+        for text in self.operating_point.job.sets.evaluation:
             of, _ = clusters({"documents": [w.document for w in text.windows]})
             number |= {id(w): first + int(c) for w, c in zip(text.windows, of, strict=True)}
             first += int(of.max()) + 1
@@ -119,42 +119,44 @@ class Bench:
     @cached_property
     def at_base(self) -> ByWindow:
         """Scores of the base."""
-        return at_base(self.ground, self.windows, self.store)
+        return at_base(self.operating_point, self.windows, self.store)
 
     @cached_property
-    def offers(self) -> dict[str, dict[str, list[Offer]]]:
+    def candidates(self) -> dict[str, dict[str, list[OverlayCandidate]]]:
         """Promises by path and unit."""
         names = known(None)
         found = {}
-        with self.reporter.step(f"promises on {self.base}", len(names) * len(self.ground.base.problems)) as advance:
+        with self.reporter.step(
+            f"promises on {self.base}", len(names) * len(self.operating_point.base.problems)
+        ) as advance:
             for name in names:
-                found[name] = offers(self.ground, name, self.store, advance)
+                found[name] = candidates(self.operating_point, name, self.store, advance)
         return found
 
     @property
     def exceptions(self) -> list[str]:
         """Paths that are no finer steps."""
-        return [n for n in self.offers if n != STEP]
+        return [n for n in self.candidates if n != STEP]
 
-    def choose(self, paths: Sequence[str], room: float) -> dict[str, Offer]:
+    def choose(self, paths: Sequence[str], room: float) -> dict[str, OverlayCandidate]:
         """Choose what these paths together buy for so many bytes, unit by unit, by falling promise."""
-        merged = {n: [o for p in paths for o in self.offers[p][n]] for n in self.ground.base.problems}
+        merged = {n: [o for p in paths for o in self.candidates[p][n]] for n in self.operating_point.base.problems}
         return spend(merged, room)
 
     def measure(self, picks: Sequence[Pick], name: str) -> list[Measured]:
         """Picks on real bytes and decoded values."""
         with self.reporter.step(f"{name} on {self.base}", max(1, len(picks))) as advance:
-            return measure(self.ground, picks, self.windows, self.store, advance)
+            return measure(self.operating_point, picks, self.windows, self.store, advance)
 
     def arm(self, name: str) -> list[dict[str, Any]]:
         """Measured points of an arm, by rising amount; equal ones once."""
-        everything = {"ranked": list(self.offers), "exceptions": self.exceptions, "structured": STRUCTURED,
+        everything = {"ranked": list(self.candidates), "exceptions": self.exceptions, "structured": STRUCTURED,
                       "irregular": IRREGULAR} if name != "global" else {}  # fmt: skip
         if name == "global":
             chosen: list[Chosen] = []
             picks = [self.everywhere(octave) for octave in GLOBAL]
         else:
-            plans = [self.choose(everything[name], a * self.ground.bytes) for a in AMOUNTS]
+            plans = [self.choose(everything[name], a * self.operating_point.bytes) for a in AMOUNTS]
             chosen = [p for i, p in enumerate(plans) if p and p not in plans[:i]]
             picks = [pick(c) for c in chosen]
         found = self.measure(picks, name)
@@ -167,22 +169,24 @@ class Bench:
 
     def everywhere(self, octave: float) -> Pick:
         """Every matrix at the same fraction of an octave finer."""
-        return Pick(dict.fromkeys(self.ground.base.problems, (STEP, STEPS.index(octave))))
+        return Pick(dict.fromkeys(self.operating_point.base.problems, (STEP, STEPS.index(octave))))
 
     def recovered(self, measured: Measured) -> list[float]:
         """KL taken away, summed over each cluster's tokens."""
         return self.fold(self.at_base.kl - measured.kl)
 
-    def setting_of(self, offer: Offer) -> Any:
+    def setting_of(self, candidate: OverlayCandidate) -> Any:
         """Return the setting that a candidate gives its unit."""
-        return ladder(offer.path, self.ground.base, offer.unit, self.ground.rungs)[offer.index]
+        return ladder(candidate.path, self.operating_point.base, candidate.unit, self.operating_point.most_settings)[
+            candidate.index
+        ]
 
     def _nominal(self, chosen: Chosen) -> float:
         """Bytes of protected weights at their width, nothing else counted."""
         total = 0.0
         for o in chosen.values():
             bits = getattr(self.setting_of(o), "bits", 0) if o.path in (*STRUCTURED, *IRREGULAR) else 0
-            total += o.share * self.ground.base.problems[o.unit].unit.parameters * bits / 8
+            total += o.share * self.operating_point.base.problems[o.unit].unit.parameters * bits / 8
         return total
 
 

@@ -25,7 +25,7 @@ from bytecap.report.lines import append, read_lines
 from bytecap.system.cache import Store, digest, library
 from bytecap_lab.compare.pairs import clusters, fold
 from bytecap_lab.compare.runs import directory_key, file_key, host, versions
-from bytecap_lab.thesis.bench import Bench, Setting
+from bytecap_lab.thesis.bench import Bench, BenchSetting
 from bytecap_lab.thesis.measures import measures
 from bytecap_lab.thesis.models import Origin, directory_of, load, origin
 
@@ -48,7 +48,7 @@ class Task:
 
     model: str
     base: str
-    setting: Setting
+    setting: BenchSetting
     wanted: dict[str, str]
     path: Path | None
     store: Path | None
@@ -63,7 +63,7 @@ def _model(spec: str, device: str) -> Model:
 
 
 def tasks(
-    models: Sequence[str], bases: Sequence[str], needs: Sequence[str], setting: Setting, path: Path | None,
+    models: Sequence[str], bases: Sequence[str], needs: Sequence[str], setting: BenchSetting, path: Path | None,
     store: Path | None, command: str,
 ) -> Iterator[Task]:  # fmt: skip
     """One for each model and base, with keys."""
@@ -169,7 +169,7 @@ def _head(task: Task, name: str, key: str) -> Record:
 def _texts(bench: Bench) -> Record:
     """Tokens of every text, cluster by cluster, in the order of all other sums."""
     texts = []
-    for text in bench.ground.job.sets.evaluation:
+    for text in bench.operating_point.job.sets.evaluation:
         of, word = clusters({"documents": [w.document for w in text.windows]})
         texts.append(
             {"name": text.name, "errors_over": word, "tokens": fold([w.predicted for w in text.windows], of).tolist()}

@@ -115,11 +115,11 @@ def inference(module: nn.Module) -> nn.Module:
     """
     if isinstance(module, PQuantLinear):
         return _finished(copy.deepcopy(module))
-    twin = copy.deepcopy(module)
+    quantized_copy = copy.deepcopy(module)
     made: dict[int, nn.Linear] = {}
-    for parent, key, _, child in list(_places(twin)):
+    for parent, key, _, child in list(_places(quantized_copy)):
         if isinstance(child, PQuantLinear):
             if id(child) not in made:
                 made[id(child)] = _finished(child)
             setattr(parent, key, made[id(child)])
-    return twin
+    return quantized_copy

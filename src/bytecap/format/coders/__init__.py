@@ -134,7 +134,7 @@ class Coder(Protocol):
         ...
 
 
-class Layer(Protocol):
+class OverlayCoder(Protocol):
     """An overlay, which changes the matrix that a base coder decoded.
 
     Its tag is 32 or above; the coder `stack` runs it.
@@ -155,7 +155,7 @@ class Layer(Protocol):
         ...
 
 
-_FIRST_LAYER = 32  # tags from here on are layers
+_FIRST_OVERLAY = 32  # tags from here on are layers
 
 
 @cache
@@ -176,12 +176,12 @@ def _found() -> dict[int, Any]:
 
 def registry() -> dict[int, Coder]:
     """Return all coders by on-disk tag."""
-    return {tag: c for tag, c in _found().items() if tag < _FIRST_LAYER}
+    return {tag: c for tag, c in _found().items() if tag < _FIRST_OVERLAY}
 
 
-def layers() -> dict[int, Layer]:
+def overlay_coders() -> dict[int, OverlayCoder]:
     """Return all overlays by on-disk tag."""
-    return {tag: c for tag, c in _found().items() if tag >= _FIRST_LAYER}
+    return {tag: c for tag, c in _found().items() if tag >= _FIRST_OVERLAY}
 
 
 def coder(tag: int) -> Coder:
@@ -190,21 +190,21 @@ def coder(tag: int) -> Coder:
     Raises:
         CorruptError: no such coder.
     """
-    if tag not in _found() or tag >= _FIRST_LAYER:
+    if tag not in _found() or tag >= _FIRST_OVERLAY:
         raise CorruptError(f"the file names coder {tag}, which does not exist")
     found: Coder = _found()[tag]
     return found
 
 
-def layer(tag: int) -> Layer:
+def overlay_coder(tag: int) -> OverlayCoder:
     """Return the overlay with an on-disk tag.
 
     Raises:
         CorruptError: no such layer.
     """
-    if tag not in _found() or tag < _FIRST_LAYER:
+    if tag not in _found() or tag < _FIRST_OVERLAY:
         raise CorruptError(f"the file names layer {tag}, which does not exist")
-    found: Layer = _found()[tag]
+    found: OverlayCoder = _found()[tag]
     return found
 
 

@@ -15,11 +15,22 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bytecap.errors import CorruptError
-from bytecap.format.coders import Continuous, Decoding, FloatArray, Shared, coder, layer, leb, like, read_leb, run
+from bytecap.format.coders import (
+    Continuous,
+    Decoding,
+    FloatArray,
+    Shared,
+    coder,
+    leb,
+    like,
+    overlay_coder,
+    read_leb,
+    run,
+)
 from bytecap.format.overlays.lowrank import CODED
 from bytecap.format.overlays.lowrank import CODER as LOW_RANK
 
-MAX_LAYERS = 16  # a few bytes of layer may ask for long work
+MAX_OVERLAYS = 16  # a few bytes of layer may ask for long work
 
 
 class Stack:
@@ -28,23 +39,23 @@ class Stack:
     id: ClassVar[str] = "stack"
     tag: ClassVar[int] = 5
 
-    def encode(self, base: tuple[int, bytes], layers: Sequence[tuple[int, bytes]]) -> bytes:
+    def encode(self, base: tuple[int, bytes], overlays: Sequence[tuple[int, bytes]]) -> bytes:
         """Encode a section from (tag, bytes) of the base and of at least one overlay."""
-        out = bytes([base[0], len(layers)]) + leb(len(base[1])) + base[1]
-        for tag, data in layers:
+        out = bytes([base[0], len(overlays)]) + leb(len(base[1])) + base[1]
+        for tag, data in overlays:
             out += bytes([tag]) + leb(len(data)) + data
         return out
 
-    def growth(self, base: float, layer: bytes) -> int:
+    def growth(self, base: float, overlay: bytes) -> int:
         """Return the bytes that one overlay adds to a base section of a given, perhaps estimated, length."""
-        return 2 + len(leb(round(base))) + 1 + len(leb(len(layer))) + len(layer)
+        return 2 + len(leb(round(base))) + 1 + len(leb(len(overlay))) + len(overlay)
 
     def parts(self, data: bytes) -> list[tuple[int, int, bytes]]:
         """Split a section into (tag, bytes of tag and length, contents) of the base and its overlays."""
         if len(data) < 2:
             raise CorruptError(f"a stack of {len(data)} bytes is shorter than its header")
         tag, count, at = data[0], data[1], 2
-        if not 1 <= count <= MAX_LAYERS or tag == self.tag:
+        if not 1 <= count <= MAX_OVERLAYS or tag == self.tag:
             raise CorruptError(f"a stack has {count} layers over its base, or is its own base")
         parts = []
         start = 0
@@ -79,7 +90,7 @@ class Stack:
         (tag, head, base), *rest = self.parts(data)
         found = [("header", head), *coder(tag).kinds(base, shape, dtype)]
         for tag, head, part in rest:
-            path = layer(tag)
+            path = overlay_coder(tag)
             found.append((f"{path.id} header", head))
             found += [(f"{path.id} {kind}", n) for kind, n in path.kinds(part, shape, dtype)]
         return tuple(found)
@@ -91,7 +102,7 @@ class Stack:
         with np.errstate(over="ignore", invalid="ignore"):
             matrix = np.array(decoded, np.float32, order="C")  # of its own: layers change it in place
         for tag, _, part in rest:
-            matrix = yield from layer(tag).apply(part, matrix, shared)
+            matrix = yield from overlay_coder(tag).apply(part, matrix, shared)
         if not np.isfinite(matrix).all():
             raise CorruptError("a stack holds a value out of range")
         return matrix
@@ -101,7 +112,7 @@ class Stack:
         parts = self.parts(data)
         tunable: dict[int, Continuous] = {}
         for at, (tag, _, part) in enumerate(parts):
-            owner: Any = layer(tag) if at else coder(tag)
+            owner: Any = overlay_coder(tag) if at else coder(tag)
             if hasattr(owner, "continuous"):
                 tunable[at] = owner.continuous(part, shape, shared)
         base = None if 0 in tunable else run([coder(parts[0][0]).decode(parts[0][2], shape, "F32", shared)])[0]
@@ -115,7 +126,7 @@ class Stack:
                 if at in tunable:
                     values = tunable[at].matrix(own(arrays, at), values)
                 elif at:
-                    raise TypeError(f"layer {layer(tag).id} of {len(part)} bytes has nothing continuous")
+                    raise TypeError(f"layer {overlay_coder(tag).id} of {len(part)} bytes has nothing continuous")
             return values
 
         def encode(arrays: Mapping[str, FloatArray]) -> bytes:

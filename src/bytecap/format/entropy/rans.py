@@ -130,11 +130,11 @@ def encode_all(sources: Sequence[Source]) -> list[bytes]:
     owners, words = [], []
     owner = np.repeat(np.arange(len(chosen)), width)
     bits, sixteen, top = np.uint32(PROB_BITS), np.uint32(16), np.uint32(32 - PROB_BITS)
-    live = 0
+    active = 0
     for t in range(int(steps[0]) - 1, -1, -1):
-        while live < len(chosen) and steps[live] > t:
-            live += 1
-        x, entry = state[: first[live]], entries[t, : first[live]]
+        while active < len(chosen) and steps[active] > t:
+            active += 1
+        x, entry = state[: first[active]], entries[t, : first[active]]
         f = freq[entry]
         over = np.flatnonzero((x >> top) >= f)
         words.append(x[over].astype("<u2"))
@@ -280,10 +280,10 @@ def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], lis
     out = np.empty(classes.shape, np.uint16)
     at = 0
     for stop in sorted(set(steps.tolist())):
-        live = int((steps > at).sum())
-        state[: first[live]] = _advance(
-            state[: first[live]], classes[at:stop, : first[live]], out[at:stop, : first[live]], luts, words,
-            pointer[:live], width[:live],
+        active = int((steps > at).sum())
+        state[: first[active]] = _advance(
+            state[: first[active]], classes[at:stop, : first[active]], out[at:stop, : first[active]], luts, words,
+            pointer[:active], width[:active],
         )  # fmt: skip
         at = stop
     for i, (lo, hi) in enumerate(pairwise(first)):

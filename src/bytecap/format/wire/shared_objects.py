@@ -139,9 +139,9 @@ def _place(tag: int, part: bytes, shape: tuple[int, int]) -> tuple[int, int] | N
 
 def _referring(data: bytes, shape: tuple[int, int], numbers: dict[bytes, int]) -> bytes:
     """Make a stack's overlays refer to the lists in `numbers`, which gives an object's number by its bytes."""
-    (base, _, body), *layers = STACK.parts(data)
+    (base, _, body), *overlays = STACK.parts(data)
     found = []
-    for tag, _, part in layers:
+    for tag, _, part in overlays:
         place, changed = _place(tag, part, shape), part
         if place is not None:
             made = write_list(read_positions(part, *place, Objects())[0], place[1])

@@ -67,7 +67,7 @@ _SAMPLE = 24  # vectors a codeword that estimates are made from
 
 
 @dataclass(frozen=True)
-class Setting:
+class CodebookSetting:
     """Codewords and their dimension."""
 
     n: int
@@ -79,9 +79,9 @@ class Setting:
         return float(self.g * MAX_CODEWORDS * 2 + self.n)
 
     @staticmethod
-    def of(number: float) -> Setting:
+    def of(number: float) -> CodebookSetting:
         """The inverse of `number`."""
-        return Setting(int(number) % (MAX_CODEWORDS * 2), int(number) // (MAX_CODEWORDS * 2))
+        return CodebookSetting(int(number) % (MAX_CODEWORDS * 2), int(number) // (MAX_CODEWORDS * 2))
 
 
 def check(material: Material, n: int, g: int) -> None:
@@ -102,7 +102,7 @@ def check(material: Material, n: int, g: int) -> None:
         raise UsageError(f"vectors of {g} are longer than the rows of {material.unit.name}, which have {cols}")
 
 
-def settings(material: Material, rate: float, options: dict[str, Any]) -> list[Setting]:
+def settings(material: Material, rate: float, options: dict[str, Any]) -> list[CodebookSetting]:
     """Return settings near `rate` bits a weight whose codebooks take at most half the tensor."""
     found = []
     values, cols = material.weight.numel(), material.weight.shape[1]
@@ -110,7 +110,7 @@ def settings(material: Material, rate: float, options: dict[str, Any]) -> list[S
         if options["n"]:
             if options["g"] or (g <= cols and options["n"] * g <= values):
                 check(material, options["n"], g)
-                found.append(Setting(options["n"], g))
+                found.append(CodebookSetting(options["n"], g))
             continue
         if options["g"]:
             check(material, 1, g)
@@ -119,10 +119,10 @@ def settings(material: Material, rate: float, options: dict[str, Any]) -> list[S
             side = 8 * book_bytes(n, g, options) / values
             low = abs(power / g + side - rate) < _AROUND or power <= 1
             if g <= cols and 2 * n * g <= values and low and power < 14:
-                found.append(Setting(n, g))
+                found.append(CodebookSetting(n, g))
     if options["n"] and not found:
         check(material, options["n"], 1)
-    return found or [Setting(1, 1)]
+    return found or [CodebookSetting(1, 1)]
 
 
 def book_bytes(n: int, g: int, options: dict[str, Any]) -> int:
@@ -132,11 +132,11 @@ def book_bytes(n: int, g: int, options: dict[str, Any]) -> int:
 
 def curve(material: Material, rate: float, options: dict[str, Any], seed: int) -> Curve:
     """Estimate points of a matrix from samples, and for many codewords from the slope of fewer ones."""
-    coded, measured = options["accounting"] == "coded", dict[Setting, Point]()
-    seen: dict[Setting, tuple[float, float]] = {}
+    coded, measured = options["accounting"] == "coded", dict[CodebookSetting, Point]()
+    seen: dict[CodebookSetting, tuple[float, float]] = {}
     for s in settings(material, rate, options):
         m = min(s.n, _MOST_SAMPLED)
-        small = Setting(m, s.g)
+        small = CodebookSetting(m, s.g)
         if small not in seen:
             seen[small] = _sampled(material, small, seed)
         error, bits = seen[small]
@@ -151,7 +151,7 @@ def curve(material: Material, rate: float, options: dict[str, Any], seed: int) -
     return Curve(material.unit.name, tuple(points))
 
 
-def _sampled(material: Material, s: Setting, seed: int) -> tuple[float, float]:
+def _sampled(material: Material, s: CodebookSetting, seed: int) -> tuple[float, float]:
     """Estimate (squared error, bits of an index) from vectors that the codewords have not seen."""
     generator = torch.Generator().manual_seed(seed)
     few = sampled(material.weight, generator, max(2 * _SAMPLE * s.n * s.g, 4096))
@@ -165,11 +165,11 @@ def _sampled(material: Material, s: Setting, seed: int) -> tuple[float, float]:
     return error, entropy_bits(index, s.n)
 
 
-def _between(measured: dict[Setting, Point]) -> list[Point]:
+def _between(measured: dict[CodebookSetting, Point]) -> list[Point]:
     """Interpolate points between powers of two, with rate and log distortion straight over log n."""
-    found: dict[Setting, Point] = {}
+    found: dict[CodebookSetting, Point] = {}
     for s, low in measured.items():
-        high = measured.get(Setting(2 * s.n, s.g))
+        high = measured.get(CodebookSetting(2 * s.n, s.g))
         if high is None:
             continue
         for i in range(1, _FINE):
@@ -178,7 +178,9 @@ def _between(measured: dict[Setting, Point]) -> list[Point]:
             if s.n < n < 2 * s.n:
                 worse, better = max(low.distortion, 1e-30), max(high.distortion, 1e-30)
                 rate = (1 - t) * low.rate + t * high.rate
-                found[Setting(n, s.g)] = Point(rate, worse ** (1 - t) * better**t, Setting(n, s.g).number)
+                found[CodebookSetting(n, s.g)] = Point(
+                    rate, worse ** (1 - t) * better**t, CodebookSetting(n, s.g).number
+                )
     return list(found.values())
 
 
@@ -221,7 +223,7 @@ class ClusComp:
             indices, found = self.system.code(material.weight, scale)
             size = 8 + indices_size(indices, len(words), coded=self.coded)
             return Coded(size, material.distortion(found), Common(indices, scale, words))
-        s, shape = Setting.of(setting), material.unit.matrix_shape
+        s, shape = CodebookSetting.of(setting), material.unit.matrix_shape
         vectors = kmeans.vectors_of(material.weight, s.g)
         weights = _vector_weights(material, s.g) if self.options["weighted"] else None
         words, index = kmeans.quantize(vectors, s.n, torch.Generator().manual_seed(self.seed), weights)
@@ -240,7 +242,7 @@ class ClusComp:
 
     def kind(self, setting: float) -> int:
         """The dimension."""
-        return shared_codewords.BASE if setting >= shared_codewords.BASE else Setting.of(setting).g
+        return shared_codewords.BASE if setting >= shared_codewords.BASE else CodebookSetting.of(setting).g
 
     def common(self, materials: Sequence[Material], system: shared_codewords.System) -> list[Curve]:
         """Return points of every matrix in the system's codewords, without the cost of shared objects."""

@@ -314,7 +314,7 @@ def _bracket(search: Search, room: int, report: Progress) -> tuple[dict[str, Mea
             margin *= 2
 
 
-def golf(
+def golf_sections(
     units: Sequence[Unit],
     weights: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],

@@ -46,7 +46,7 @@ from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.owq import coded
 from bytecap.methods.baselines.runs import matrices
 from bytecap.methods.baselines.uniform import exact_sections
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.types import Unit
 
 MAX_DEPTH = 8
@@ -342,14 +342,16 @@ def _set_size(weights: Mapping[str, Tensor], found: Gradients, budget: int, grou
     return best[1]
 
 
-def _twin(job: Job, parts: Mapping[str, Companding]) -> nn.Module:
+def _quantized_copy(job: Job, parts: Mapping[str, Companding]) -> nn.Module:
     """Return a copy of the model with its quantized weights."""
-    twin = twin_of(job.model.module)
+    quantized_copy = copy_of(job.model.module)
     for u in job.model.units:
         if u.name in parts:
             matrix = dequantize(parts[u.name].code)
-            load_values(twin, {u.name: np.ascontiguousarray(matrix.T if u.transposed else matrix).reshape(u.shape)})
-    return twin
+            load_values(
+                quantized_copy, {u.name: np.ascontiguousarray(matrix.T if u.transposed else matrix).reshape(u.shape)}
+            )
+    return quantized_copy
 
 
 def _gradients(job: Job, module: nn.Module, seed: int, kind: str) -> Gradients:
@@ -385,7 +387,7 @@ def run(job: Job) -> Outcome:
             rate, sections = _solve(fit)
             advance(1)
         if i + 1 < rounds:
-            module = _twin(job, parts)
+            module = _quantized_copy(job, parts)
     lost = sum(
         float((found.square[n] * (p.weight - torch.from_numpy(dequantize(p.code))).square()).sum()) / 2
         for n, p in parts.items()

@@ -64,10 +64,10 @@ def pack_setting(base: float, rank: int, *, decoder: bool) -> float:
     return base + _FACTOR * (2 * rank + decoder)
 
 
-def unpack_setting(setting: float) -> tuple[cluscomp.Setting, int, bool]:
+def unpack_setting(setting: float) -> tuple[cluscomp.CodebookSetting, int, bool]:
     """Unpack (codebook's setting, rank, whether there is a decoder)."""
     more, base = divmod(int(setting), _FACTOR)
-    return cluscomp.Setting.of(base), more // 2, bool(more % 2)
+    return cluscomp.CodebookSetting.of(base), more // 2, bool(more % 2)
 
 
 def check_rank(material: Material, rank: int) -> None:
@@ -189,7 +189,7 @@ class ReALLM:
                 found.append(shared_codewords.autoencoder(materials, n, d, byte=self.coded, seed=self.seed))
         return found
 
-    def _side(self, shape: tuple[int, int], s: cluscomp.Setting, rank: int, *, decoder: bool) -> int:
+    def _side(self, shape: tuple[int, int], s: cluscomp.CodebookSetting, rank: int, *, decoder: bool) -> int:
         """Return the bytes of codewords, decoder and factors."""
         size = numbers_size(s.n * s.g, byte=self.coded)
         size += decoder_bytes(PATCH, PATCH, HIDDEN, BITS) if decoder else 0
@@ -226,7 +226,7 @@ class ReALLM:
         ranks = RANKS if self.options["rank"] is None else (self.options["rank"],)
         points = []
         for p in plain.points:
-            s = cluscomp.Setting.of(p.setting)
+            s = cluscomp.CodebookSetting.of(p.setting)
             for rank in sorted(
                 {min(r, min(shape) // 2) for r in ranks} if self.options["rank"] is None else set(ranks)
             ):
@@ -241,7 +241,7 @@ class ReALLM:
             plain.name, tuple(p for k in kinds for p in lower_hull([q for q in points if self.kind(q.setting) == k]))
         )
 
-    def _decoders(self, material: Material, s: cluscomp.Setting, rate: float) -> tuple[bool, ...]:
+    def _decoders(self, material: Material, s: cluscomp.CodebookSetting, rate: float) -> tuple[bool, ...]:
         """Return whether to offer codewords without a decoder, with one, or both."""
         possible = PATCH % s.g == 0 and material.weight.shape[1] >= PATCH
         wanted = self.options["decoder"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from bytecap.format.coders.packed import Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
-from bytecap.quantization.overlays import Problem
-from bytecap.quantization.overlays.lowrank import PATH, Rank
+from bytecap.quantization.overlays import UnitProblem
+from bytecap.quantization.overlays.lowrank import OVERLAY, Rank
 from bytecap.types import Unit
 
 _DAMPING = 0.01
@@ -68,12 +68,12 @@ class Residual:
                 hessian = hessians[u.name].cpu().double().clone()
                 hessian.diagonal().add_(max(_DAMPING * float(hessian.diagonal().mean()), 1e-30))
                 ones = torch.ones(len(weights[u.name]), dtype=torch.float64)
-                problems[u.name] = Problem(u, weights[u.name], hessian, ones)
+                problems[u.name] = UnitProblem(u, weights[u.name], hessian, ones)
         bases = {n: torch.from_numpy(dequantize(coded[n])) for n in problems}
         worst = sorted(problems, key=lambda n: problems[n].distortion(bases[n]))[-self.tensors :]
         found = {}
         for n in worst:
-            layer = PATH.after(problems[n], bases[n], Rank(self.rank, self.bits))
+            overlay = OVERLAY.after(problems[n], bases[n], Rank(self.rank, self.bits))
             base = sections[n]
-            found[n] = Section(STACK.tag, STACK.encode((base.tag, base.data), [(layer.tag, layer.data)]))
+            found[n] = Section(STACK.tag, STACK.encode((base.tag, base.data), [(overlay.tag, overlay.data)]))
         return found

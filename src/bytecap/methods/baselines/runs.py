@@ -17,7 +17,7 @@ from bytecap.model.checkpoint import as_matrix
 
 def run_golf(job: Job) -> Outcome:
     """Run the record-shaped Parameter Golf quantizer on plain second moments of inputs."""
-    from bytecap.methods.baselines.golf import WRITERS, golf
+    from bytecap.methods.baselines.golf import WRITERS, golf_sections
     from bytecap.methods.baselines.residual import Residual
 
     chosen: dict[str, Any] = {"coder": "best", "lowrank_bits": 0, "embedding_power": 1.0}
@@ -32,7 +32,7 @@ def run_golf(job: Job) -> Outcome:
     hessians, embeddings = second_moments(job)
     with job.reporter.step("bisection to the cap", 1):
         return _outcome(
-            job, "golf", lambda room: golf(job.model.units, matrices(job), hessians, embeddings, room, **how)
+            job, "golf", lambda room: golf_sections(job.model.units, matrices(job), hessians, embeddings, room, **how)
         )
 
 

@@ -28,7 +28,7 @@ from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.uniform import exact_sections, is_exact
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.types import Curve, Plan, Point, Unit
 
 S = TypeVar("S")
@@ -259,14 +259,14 @@ def finish(
     job: Job, choice: Choice[Any], sections: Mapping[str, Section], name: str, objects: tuple[bytes, ...] = ()
 ) -> Outcome:
     """Return the outcome of sections under the cap, with its KL predicted on the correction tokens."""
-    twin = twin_of(job.model.module)
+    quantized_copy = copy_of(job.model.module)
     shared = Shared(objects=load_objects(objects))
     for u in job.model.units:
         s = sections[u.name]
         values = decode_alone([coder(s.tag).decode(s.data, u.matrix_shape, u.dtype, shared)])[0]
-        load_values(twin, {u.name: from_matrix(u, values)})
+        load_values(quantized_copy, {u.name: from_matrix(u, values)})
     with job.reporter.step("prediction", 1):
-        predicted, _ = kl_to(job.model.module, twin, job.sets.correction, device=job.device)
+        predicted, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
     ordered = {u.name: sections[u.name] for u in job.model.units}
     return Outcome(ordered, b"", predicted, choice.plan.slope, choice.plan.gap, name, objects)
 

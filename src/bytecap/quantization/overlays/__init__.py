@@ -5,7 +5,7 @@ shoulders (`before`: protected columns become zeros that cost next to nothing, a
 base is coded, the path is given the decoded values and writes its layer (`after`). Reading is `bytecap.format.coders`'
 job: every path's layer is one file there, under the same name.
 
-One file each; a path is found by its module-level `PATH`.
+One file each; a path is found by its module-level `OVERLAY`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Problem:
+class UnitProblem:
     """A matrix unit that is to be approximated.
 
     An error `E` of shape (rows, cols) costs `1/2 sum_i rows_i E_i H E_i^T` nats per token.
@@ -86,34 +86,34 @@ class Applied:
     share: float
 
 
-class Path(Protocol):
-    """One kind of exception path."""
+class Overlay(Protocol):
+    """One kind of overlay."""
 
     id: ClassVar[str]
     charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its layers
 
-    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Any]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None) -> Sequence[Any]:
         """Return the possible settings, cheapest first; empty where the path cannot apply.
 
         `base` (rows, cols) are the base's decoded values, to rank by, if they are known.
         """
         ...
 
-    def before(self, problem: Problem, setting: Any) -> Problem:
+    def before(self, problem: UnitProblem, setting: Any) -> UnitProblem:
         """Return the problem that the base should code instead."""
         ...
 
-    def after(self, problem: Problem, base: Tensor, setting: Any) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Any) -> Applied:
         """Fit the layer to a base's decoded values (rows, cols)."""
         ...
 
 
 @cache
-def paths() -> dict[str, Path]:
+def overlays() -> dict[str, Overlay]:
     """Return all paths by name."""
-    found: dict[str, Path] = {}
+    found: dict[str, Overlay] = {}
     for info in pkgutil.iter_modules(__path__):
-        path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "PATH", None)
+        path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "OVERLAY", None)
         if path is not None:
             found[path.id] = path
     return found

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bytecap.format.overlays.channels import BOTH, CODER, COLUMNS, ROWS
-from bytecap.quantization.overlays import Applied, Problem, Ranking, thinned
+from bytecap.quantization.overlays import Applied, Ranking, UnitProblem, thinned
 from bytecap.quantization.overlays.protect import (
     Amount,
     Score,
@@ -40,14 +40,14 @@ from bytecap.quantization.overlays.protect import (
 )
 
 if TYPE_CHECKING:
-    from bytecap.calibration.residual_streams import Stream
+    from bytecap.calibration.residual_streams import ResidualStream
 
 _MOST = 16  # one in so many channels at most, since each costs vectors in many matrices
 _RUNGS = 4  # amounts for each stream
 ALONE = -1  # the number of a stream that no other matrix is known to be on
 
 
-def channel_worth(problem: Problem, base: Tensor | None, mode: int, score: Score = "measured") -> Tensor:
+def channel_worth(problem: UnitProblem, base: Tensor | None, mode: int, score: Score = "measured") -> Tensor:
     """Return the worth of every channel to one matrix in nats per token, (channels,) float64."""
     columns = scores(problem, base, score).sum(0) if mode & COLUMNS else 0
     rows = row_scores(problem, base, score) if mode & ROWS else 0
@@ -60,7 +60,7 @@ def _order(worth: Tensor) -> npt.NDArray[np.int64]:
 
 
 def rank(
-    streams: Sequence[Stream], known: Iterable[tuple[Problem, Tensor | None]], factors: Mapping[str, float]
+    streams: Sequence[ResidualStream], known: Iterable[tuple[UnitProblem, Tensor | None]], factors: Mapping[str, float]
 ) -> dict[str, tuple[Ranking, ...]]:
     """Rank channels: one order for each stream, by the summed worth to all matrices on it.
 
@@ -87,7 +87,7 @@ class Channels:
     id: ClassVar[str] = "channels"
     charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """Return powers of two up to a sixteenth of the channels of each stream, the same for all its matrices."""
         rankings = problem.rankings
         if rankings is None:
@@ -99,13 +99,13 @@ class Channels:
             for a in thinned(list(ladder(torch.from_numpy(r.order), len(r.order) // _MOST, mode=r.mode)), _RUNGS)
         ]
 
-    def before(self, problem: Problem, setting: Amount) -> Problem:
+    def before(self, problem: UnitProblem, setting: Amount) -> UnitProblem:
         """Put zeros in place of protected rows and columns; the Hessian loses the errors that columns will absorb."""
         index = setting.index
         changed = without_columns(problem, index) if setting.mode & COLUMNS else problem
         return without_rows(changed, index) if setting.mode & ROWS else changed
 
-    def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Amount) -> Applied:
         """Fit the columns to the decoded base, and store them and the rows."""
         index, mode = setting.index, setting.mode
         shape = (problem.weight.shape[0], problem.weight.shape[1])
@@ -125,4 +125,4 @@ class Channels:
         return apply(CODER, CODER.encode(mode, index, values, shape, scales), base, size / (shape[0] * shape[1]))
 
 
-PATH = Channels()
+OVERLAY = Channels()

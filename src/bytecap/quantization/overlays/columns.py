@@ -11,10 +11,11 @@ measured, the values may be i8, and the base knows beforehand what will be absor
 >>> from bytecap.types import Unit
 >>> loud = torch.eye(16).double()
 >>> loud[3, 3] = 100
->>> problem = Problem(Unit("a", (2, 16), "F32"), torch.linspace(-1, 1, 32).view(2, 16), loud, torch.ones(2).double())
->>> [(s.count, s.bits, s.index.tolist()) for s in PATH.settings(problem)][:2]
+>>> problem = UnitProblem(
+...     Unit("a", (2, 16), "F32"), torch.linspace(-1, 1, 32).view(2, 16), loud, torch.ones(2).double())
+>>> [(s.count, s.bits, s.index.tolist()) for s in OVERLAY.settings(problem)][:2]
 [(1, 8, [3]), (1, 16, [3])]
->>> PATH.after(problem, torch.zeros(2, 16), PATH.settings(problem)[1]).values[:, 2:5].tolist()
+>>> OVERLAY.after(problem, torch.zeros(2, 16), OVERLAY.settings(problem)[1]).values[:, 2:5].tolist()
 [[0.0, -0.806640625, 0.0], [0.0, 0.225830078125, 0.0]]
 """
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bytecap.format.overlays.columns import CODER
-from bytecap.quantization.overlays import Applied, Problem
+from bytecap.quantization.overlays import Applied, UnitProblem
 from bytecap.quantization.overlays.protect import Amount, Score, absorbed, apply, ladder, scores, store, without_columns
 
 _MOST = 8  # one in so many columns at most
@@ -39,16 +40,16 @@ class Columns:
     id: ClassVar[str] = "columns"
     charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """Return powers of two up to an eighth of the columns; `base` (rows, cols) are values to rank by, if known."""
         worth = scores(problem, base, score).sum(0)
         return list(ladder(worth.argsort(descending=True, stable=True), problem.weight.shape[1] // _MOST))
 
-    def before(self, problem: Problem, setting: Amount) -> Problem:
+    def before(self, problem: UnitProblem, setting: Amount) -> UnitProblem:
         """Put zeros in place of the protected columns, and free the Hessian of the errors they will absorb."""
         return without_columns(problem, setting.index)
 
-    def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Amount) -> Applied:
         """Fit the protected columns to the decoded base."""
         index = setting.index
         chosen = torch.from_numpy(index)
@@ -58,4 +59,4 @@ class Columns:
         return apply(CODER, CODER.encode(index, stored.values, cols, stored.scales), base, len(index) / cols)
 
 
-PATH = Columns()
+OVERLAY = Columns()

@@ -14,8 +14,8 @@ column group's; the product of all factors is kept, so distortions still count n
 Sources: GPTQ's groups (arXiv:2210.17323); Radio (arXiv:2505.03031).
 
 >>> from bytecap.types import Unit
->>> problem = Problem(Unit("a", (1, 4), "F32"), torch.ones(1, 4), torch.eye(4).double(), torch.ones(1).double())
->>> PATH.after(problem, torch.tensor([[2.0, 2.0, 0.5, 0.5]]), Grouping(2, 8, divide=False)).values.tolist()
+>>> problem = UnitProblem(Unit("a", (1, 4), "F32"), torch.ones(1, 4), torch.eye(4).double(), torch.ones(1).double())
+>>> OVERLAY.after(problem, torch.tensor([[2.0, 2.0, 0.5, 0.5]]), Grouping(2, 8, divide=False)).values.tolist()
 [[1.0, 1.0, 1.0, 1.0]]
 """
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bytecap.format.overlays.groups import CODER, sixteenth
-from bytecap.quantization.overlays import Applied, Problem
+from bytecap.quantization.overlays import Applied, UnitProblem
 from bytecap.quantization.overlays.protect import apply
 
 _SIZES = (512, 256, 128, 64, 32, 16)
@@ -75,7 +75,7 @@ def stored(scales: Tensor, bits: int) -> Tensor:
     return torch.where(scales - low <= high - scales, low, high)
 
 
-def wanted(problem: Problem, setting: Grouping) -> Tensor:
+def wanted(problem: UnitProblem, setting: Grouping) -> Tensor:
     """Return the scales (rows, groups) by which the base's problem is divided; ones if it is not."""
     rows, cols = problem.weight.shape
     size = setting.size
@@ -88,7 +88,7 @@ def wanted(problem: Problem, setting: Grouping) -> Tensor:
     return stored(scales, setting.bits).clamp_min(2.0**-8)
 
 
-def refit(problem: Problem, base: Tensor, setting: Grouping) -> Tensor:
+def refit(problem: UnitProblem, base: Tensor, setting: Grouping) -> Tensor:
     """Fit scales (rows, groups) to the decoded base; returns them as stored, float64."""
     rows, cols = problem.weight.shape
     size, asked = setting.size, wanted(problem, setting)
@@ -127,14 +127,14 @@ class Groups:
     id: ClassVar[str] = "groups"
     charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Grouping]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None) -> Sequence[Grouping]:
         """Return groups of 512 down to 16 with 8 and 16 bits a scale, by rising bytes; nothing is ranked."""
         del base
         sizes = [size for size in _SIZES if size < problem.weight.shape[1]]
         found = [Grouping(size, bits, divide) for size in sizes for bits in (8, 16) for divide in (False, True)]
         return sorted(found, key=lambda s: s.bits / s.size)
 
-    def before(self, problem: Problem, setting: Grouping) -> Problem:
+    def before(self, problem: UnitProblem, setting: Grouping) -> UnitProblem:
         """Divide weights by their scales, with the nearest metric for the base; the problem itself if not `divide`."""
         if not setting.divide:
             return problem
@@ -145,13 +145,13 @@ class Groups:
         row = problem.rows * (squares / column).mean(1)
         root, mean = column.sqrt(), row.mean()
         hessian = problem.hessian * torch.outer(root, root) * mean
-        return Problem(problem.unit, (problem.weight / scales).float(), hessian, row / mean)
+        return UnitProblem(problem.unit, (problem.weight / scales).float(), hessian, row / mean)
 
-    def after(self, problem: Problem, base: Tensor, setting: Grouping) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Grouping) -> Applied:
         """Fit the scales to the decoded base."""
         scales = refit(problem, base, setting).numpy()
         kept = scales.astype(np.float16) if setting.bits == 16 else np.rint(16 * np.log2(scales)).astype(np.int8)
         return apply(CODER, CODER.encode(kept, setting.size), base, 1.0)
 
 
-PATH = Groups()
+OVERLAY = Groups()

@@ -12,8 +12,8 @@ ranks of the ladder, and error feedback would spread what the residual is made f
 
 >>> from bytecap.types import Unit
 >>> weight = torch.outer(torch.arange(8.0), torch.ones(8))
->>> problem = Problem(Unit("a", (8, 8), "F32"), weight, torch.eye(8).double(), torch.ones(8).double())
->>> found = PATH.after(problem, torch.zeros(8, 8), Rank(1, 8))
+>>> problem = UnitProblem(Unit("a", (8, 8), "F32"), weight, torch.eye(8).double(), torch.ones(8).double())
+>>> found = OVERLAY.after(problem, torch.zeros(8, 8), Rank(1, 8))
 >>> problem.distortion(found.values) < 0.01
 True
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bytecap.format.overlays.lowrank import CODER, MAX_RANK
-from bytecap.quantization.overlays import Applied, Problem
+from bytecap.quantization.overlays import Applied, UnitProblem
 from bytecap.quantization.overlays.protect import apply
 
 _BITS = (4, 6, 8)
@@ -64,7 +64,7 @@ def directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return left[:, :rank], values[:rank], right[:rank]
 
 
-def factors(problem: Problem, base: Tensor, rank: int, *, weighted: bool = True) -> tuple[Tensor, Tensor]:
+def factors(problem: UnitProblem, base: Tensor, rank: int, *, weighted: bool = True) -> tuple[Tensor, Tensor]:
     """Return the best residual of a rank before rounding: (rows, rank) and (rank, cols) float64.
 
     `weighted=False` takes the plain norm instead, for comparison.
@@ -103,7 +103,7 @@ class LowRank:
     id: ClassVar[str] = "lowrank"
     charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Rank]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None) -> Sequence[Rank]:
         """Return powers of two up to an eighth of the full rank, with 4, 6, 8 bits or 3 to 5 coded, by rising bytes."""
         del base
         ranks, most = [1], min(min(problem.weight.shape) // _MOST, MAX_RANK)
@@ -113,12 +113,12 @@ class LowRank:
         found += [Rank(rank, bits, coded=True) for rank in ranks if rank <= most for bits in _CODED]
         return sorted(found, key=lambda s: (s.rank * s.bits, s.rank))
 
-    def before(self, problem: Problem, setting: Rank) -> Problem:
+    def before(self, problem: UnitProblem, setting: Rank) -> UnitProblem:
         """Return the problem itself."""
         del setting
         return problem
 
-    def after(self, problem: Problem, base: Tensor, setting: Rank) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Rank) -> Applied:
         """Store the residual of the decoded base."""
         hessian, rows = problem.hessian, problem.rows
         diagonal = hessian.diagonal()
@@ -146,4 +146,4 @@ class LowRank:
         return apply(CODER, CODER.encode(left, right, np.array(scales, np.float32), bits), base, 1.0)
 
 
-PATH = LowRank()
+OVERLAY = LowRank()

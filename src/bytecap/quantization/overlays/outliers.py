@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bytecap.format.overlays.outliers import CODER
-from bytecap.quantization.overlays import Applied, Problem
+from bytecap.quantization.overlays import Applied, UnitProblem
 from bytecap.quantization.overlays.protect import Amount, Score, apply, round_vector, scores
 
 _SHARES = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # one weight in so many
@@ -31,7 +31,7 @@ class Outliers:
     id: ClassVar[str] = "outliers"
     charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """Return one weight in 4096 to one in 32; `base` (rows, cols) are values to rank by, if known."""
         size = problem.weight.numel()
         top = min(size, -(-size // _SHARES[-1]))
@@ -41,13 +41,13 @@ class Outliers:
         # the scale of so few i8 values would cost more than they save
         return [Amount(count, bits, 0, order) for count in counts for bits in (8, 16) if bits == 16 or count > 2]
 
-    def before(self, problem: Problem, setting: Amount) -> Problem:
+    def before(self, problem: UnitProblem, setting: Amount) -> UnitProblem:
         """Put zeros in place of the protected weights."""
         weight = problem.weight.clone()
         weight.view(-1)[torch.from_numpy(setting.index)] = 0
-        return Problem(problem.unit, weight, problem.hessian, problem.rows)
+        return UnitProblem(problem.unit, weight, problem.hessian, problem.rows)
 
-    def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Amount) -> Applied:
         """Fit the protected weights to the decoded base."""
         index = setting.index
         values, scale, _ = round_vector(self._best(problem, base, index), setting.bits)
@@ -56,7 +56,7 @@ class Outliers:
         return apply(CODER, data, base, len(index) / size)
 
     @staticmethod
-    def _best(problem: Problem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:
+    def _best(problem: UnitProblem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:
         """Return the values (count,) that absorb the errors of the other weights of their row."""
         error = (base - problem.weight).double()
         error.view(-1)[torch.from_numpy(index)] = 0
@@ -71,4 +71,4 @@ class Outliers:
         return wanted
 
 
-PATH = Outliers()
+OVERLAY = Outliers()

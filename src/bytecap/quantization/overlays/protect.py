@@ -25,8 +25,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bytecap.format.coders import Layer, Shared
-from bytecap.quantization.overlays import Applied, Problem, decoded
+from bytecap.format.coders import OverlayCoder, Shared
+from bytecap.quantization.overlays import Applied, UnitProblem, decoded
 
 Score = Literal["measured", "owq"]
 _HALF_MAX = 65504.0
@@ -73,7 +73,7 @@ def nearest(weight: Tensor) -> Tensor:
     return (weight / step).round() * step
 
 
-def scores(problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Tensor:
+def scores(problem: UnitProblem, base: Tensor | None = None, score: Score = "measured") -> Tensor:
     """Return the worth of protecting each weight alone, at its best value, in nats per token, (rows, cols) float64."""
     error = ((nearest(problem.weight) if base is None else base) - problem.weight).double()
     diagonal = problem.hessian.diagonal()
@@ -83,14 +83,14 @@ def scores(problem: Problem, base: Tensor | None = None, score: Score = "measure
     return weights * (error @ problem.hessian) ** 2 / diagonal
 
 
-def row_scores(problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Tensor:
+def row_scores(problem: UnitProblem, base: Tensor | None = None, score: Score = "measured") -> Tensor:
     """Return the worth of every row (rows,), which is its distortion, since rows do not touch each other."""
     error = ((nearest(problem.weight) if base is None else base) - problem.weight).double()
     metric = torch.diag(problem.hessian.diagonal()) if score == "owq" else problem.hessian
     return ((error @ metric) * error).sum(1) * problem.rows / 2
 
 
-def without_columns(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
+def without_columns(problem: UnitProblem, index: npt.NDArray[np.int64]) -> UnitProblem:
     """Return the problem in which the columns `index` are free to absorb the errors of the others.
 
     Their weights are 0. With S the protected and R the other columns, the least cost of an error E_R is measured by
@@ -108,10 +108,10 @@ def without_columns(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
     schur[chosen] = 0
     schur[:, chosen] = 0
     schur[chosen, chosen] = _TINY * usual
-    return Problem(problem.unit, weight, schur, problem.rows)
+    return UnitProblem(problem.unit, weight, schur, problem.rows)
 
 
-def without_rows(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
+def without_rows(problem: UnitProblem, index: npt.NDArray[np.int64]) -> UnitProblem:
     """Return the problem in which the rows `index` cost next to nothing.
 
     The mean of `rows` stays 1; its change goes into H.
@@ -121,10 +121,10 @@ def without_rows(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
     weight[chosen] = 0
     rows[chosen] *= _TINY
     mean = rows.mean()
-    return Problem(problem.unit, weight, problem.hessian * mean, rows / mean)
+    return UnitProblem(problem.unit, weight, problem.hessian * mean, rows / mean)
 
 
-def absorbed(problem: Problem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:
+def absorbed(problem: UnitProblem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:
     """Return the best protected columns (k, rows) float64: W_S - E_R H_RS H_SS^-1, where E is the base's error."""
     chosen = torch.from_numpy(index)
     error = (base - problem.weight).double()
@@ -181,9 +181,9 @@ def store(vectors: Tensor, bits: int, metric: Tensor | None = None) -> Stored:
     return Stored(stacked, None if bits == 16 else np.array([s for _, s in kept], np.float16))
 
 
-def apply(layer: Layer, data: bytes, base: Tensor, share: float) -> Applied:
+def apply(overlay: OverlayCoder, data: bytes, base: Tensor, share: float) -> Applied:
     """Apply a layer to a base by the layer's own decoder."""
     matrix = np.array(base.numpy(), np.float32, order="C")
     shape = (matrix.shape[0], matrix.shape[1])
-    side = sum(n for kind, n in layer.kinds(data, shape, "F32") if kind in {"index", "side"})
-    return Applied(layer.tag, data, decoded(layer.apply(data, matrix, Shared())), side, share)
+    side = sum(n for kind, n in overlay.kinds(data, shape, "F32") if kind in {"index", "side"})
+    return Applied(overlay.tag, data, decoded(overlay.apply(data, matrix, Shared())), side, share)

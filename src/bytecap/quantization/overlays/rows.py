@@ -8,8 +8,8 @@ Omitted: error feedback along a row of i8 values. Its error is 2^-16 of the row'
 
 >>> from bytecap.types import Unit
 >>> rows = torch.ones(8).double()
->>> problem = Problem(Unit("a", (8, 2), "F32"), torch.arange(16.0).view(8, 2), torch.eye(2).double(), rows)
->>> [(s.count, s.bits, s.index.tolist()) for s in PATH.settings(problem, torch.zeros(8, 2))]
+>>> problem = UnitProblem(Unit("a", (8, 2), "F32"), torch.arange(16.0).view(8, 2), torch.eye(2).double(), rows)
+>>> [(s.count, s.bits, s.index.tolist()) for s in OVERLAY.settings(problem, torch.zeros(8, 2))]
 [(1, 8, [7]), (1, 16, [7])]
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bytecap.format.overlays.rows import CODER
-from bytecap.quantization.overlays import Applied, Problem
+from bytecap.quantization.overlays import Applied, UnitProblem
 from bytecap.quantization.overlays.protect import Amount, Score, apply, ladder, row_scores, store, without_rows
 
 _MOST = 8  # one in so many rows at most
@@ -34,16 +34,16 @@ class Rows:
     id: ClassVar[str] = "rows"
     charge: ClassVar[int] = 0
 
-    def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
+    def settings(self, problem: UnitProblem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
         """Return powers of two up to an eighth of the rows; `base` (rows, cols) are values to rank by, if known."""
         worth = row_scores(problem, base, score)
         return list(ladder(worth.argsort(descending=True, stable=True), problem.weight.shape[0] // _MOST))
 
-    def before(self, problem: Problem, setting: Amount) -> Problem:
+    def before(self, problem: UnitProblem, setting: Amount) -> UnitProblem:
         """Put zeros in place of the protected rows."""
         return without_rows(problem, setting.index)
 
-    def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
+    def after(self, problem: UnitProblem, base: Tensor, setting: Amount) -> Applied:
         """Store the protected rows."""
         index = setting.index
         stored = store(problem.weight[torch.from_numpy(index)], setting.bits)
@@ -51,4 +51,4 @@ class Rows:
         return apply(CODER, CODER.encode(index, stored.values, rows, stored.scales), base, len(index) / rows)
 
 
-PATH = Rows()
+OVERLAY = Rows()

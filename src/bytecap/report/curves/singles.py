@@ -29,7 +29,7 @@ def section(found: Mapping[str, Any]) -> str:
          plus_minus(x["kl_recovered"], x["kl_stderr"], 6)]
         for n, path in found["paths"].items() for x in path["sample"]
     ]  # fmt: skip
-    by_path = [
+    by_overlay = [
         [n, str(a["points"]), *("-" if a[k] is None else f"{a[k]:.3f}" for k in ("spearman", "ceiling"))]
         for n, path in found["paths"].items() for a in [path["agreement"]]
     ]  # fmt: skip
@@ -37,7 +37,7 @@ def section(found: Mapping[str, Any]) -> str:
     return (
         f"<h2>Single units, one at a time</h2><p>Everything else at the base, {found['held_out_tokens']:,} held-out "
         f"tokens: {ranks(found['agreement'])}.</p><p>{legend}</p>{drawn}"
-        + table(("path", "points", "rank correlation", "noise allows"), by_path, "Agreement by path")
+        + table(("path", "points", "rank correlation", "noise allows"), by_overlay, "Agreement by path")
         + f"<details><summary>All points as a table</summary>{table(_HEAD, rows, 'nats per token', name='singles')}"
         "</details>"
     )

@@ -13,8 +13,8 @@ ARMS = ("global", "ranked", "exceptions", "structured", "irregular")
 
 def base(bench: Bench) -> dict[str, Any]:
     """Sizes and KL of the operating point."""
-    ground, at = bench.ground, bench.at_base
-    return {"bytes": ground.bytes, "budget_bytes": bench.budget, "units": len(ground.base.problems),
+    operating_point, at = bench.operating_point, bench.at_base
+    return {"bytes": operating_point.bytes, "budget_bytes": bench.budget, "units": len(operating_point.base.problems),
             "parameters": bench.model.parameters, "kl": bench.fold(at.kl)}  # fmt: skip
 
 
@@ -28,8 +28,8 @@ def arm(name: str) -> Callable[[Bench], dict[str, Any]]:
 
 
 def paths(bench: Bench) -> dict[str, Any]:
-    """Every exception path by itself at the primary amount."""
-    plans = {n: bench.choose([n], PRIMARY * bench.ground.bytes) for n in bench.exceptions}
+    """Every overlay by itself at the primary amount."""
+    plans = {n: bench.choose([n], PRIMARY * bench.operating_point.bytes) for n in bench.exceptions}
     plans = {n: p for n, p in plans.items() if p}
     found = bench.measure([pick(p) for p in plans.values()], "paths")
     return {"paths": {n: {"bytes": m.bytes, "kl": bench.recovered(m)} for n, m in zip(plans, found, strict=True)}}

@@ -28,20 +28,22 @@ Product = Callable[[Array], Array]
 
 def timing(bench: Bench) -> dict[str, Any]:
     """Seconds of every repetition by format."""
-    ground = bench.ground
-    plan = bench.choose(bench.exceptions, PRIMARY * ground.bytes)
-    with_exceptions, uniform = pick(plan).real(ground), bench.everywhere(GLOBAL[3]).real(ground)
+    operating_point = bench.operating_point
+    plan = bench.choose(bench.exceptions, PRIMARY * operating_point.bytes)
+    with_exceptions, uniform = pick(plan).real(operating_point), bench.everywhere(GLOBAL[3]).real(operating_point)
     formats = {
         "global": {n: r.section for n, r in uniform.items()},
         "exceptions": {
-            n: with_exceptions[n].section if n in with_exceptions else s for n, s in ground.sections.items()
+            n: with_exceptions[n].section if n in with_exceptions else s for n, s in operating_point.sections.items()
         },
     }
     settings = {n: (o.path, bench.setting_of(o)) for n, o in plan.items()}
     products = {k: [product(bench, n, s, settings.get(n) if k == "exceptions" else None) for n, s in mine.items()]
                 for k, mine in formats.items()}  # fmt: skip
     rng = np.random.default_rng(0)
-    vectors = [rng.standard_normal(p.weight.shape[1]).astype(np.float32) for p in ground.base.problems.values()]
+    vectors = [
+        rng.standard_normal(p.weight.shape[1]).astype(np.float32) for p in operating_point.base.problems.values()
+    ]
     decode: dict[str, list[float]] = {k: [] for k in formats}
     multiply: dict[str, list[float]] = {k: [] for k in formats}
     with bench.reporter.step(f"timing on {bench.base}", REPEATS + 1) as advance:
@@ -63,7 +65,7 @@ def seconds(work: Callable[..., Any], *arguments: Any) -> float:
 
 def decoded(bench: Bench, sections: Mapping[str, Section]) -> list[Any]:
     """All matrices by the reader's coders."""
-    base = bench.ground.base
+    base = bench.operating_point.base
     units = {n: p.unit for n, p in base.problems.items()}
     return run([coder(s.tag).decode(s.data, units[n].matrix_shape, units[n].dtype, base.shared)
                 for n, s in sections.items()])  # fmt: skip

@@ -13,18 +13,18 @@ import golden_parts
 from bytecap import reference
 from bytecap.errors import CorruptError
 from bytecap.format import container
-from bytecap.format.coders import Objects, Shared, layers, run
+from bytecap.format.coders import Objects, Shared, overlay_coders, run
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import decode_units
 from bytecap.format.ledger import KINDS, by_kind
 from bytecap.format.overlays.channels import lengths, places
 from bytecap.format.overlays.groups import sixteenth
 from bytecap.format.wire import positions as p
-from bytecap.quantization.overlays import paths
+from bytecap.quantization.overlays import overlays
 
 pytestmark = pytest.mark.coverage
 
-LAYERS = {found.id: found for found in layers().values()}
+OVERLAYS = {found.id: found for found in overlay_coders().values()}
 
 
 def random_list(rng, size):
@@ -41,45 +41,45 @@ def random_values(rng, number, count):
     return (np.rint(rng.standard_normal(count) * top) / 8).astype(np.float16), None
 
 
-def random_lines(rng, shape, layer):
-    size, length = shape[layer.axis], shape[1 - layer.axis]
+def random_lines(rng, shape, overlay):
+    size, length = shape[overlay.axis], shape[1 - overlay.axis]
     index = random_list(rng, size)
     values, scales = random_values(rng, len(index), len(index) * length)
-    return layer.encode(index, values, size, scales)
+    return overlay.encode(index, values, size, scales)
 
 
-def random_outliers(rng, shape, layer):
+def random_outliers(rng, shape, overlay):
     index = random_list(rng, shape[0] * shape[1])
     values, scale = random_values(rng, 1, len(index))
-    return layer.encode(index, values, shape[0] * shape[1], scale)
+    return overlay.encode(index, values, shape[0] * shape[1], scale)
 
 
-def random_channels(rng, shape, layer):
+def random_channels(rng, shape, overlay):
     mode = int(rng.integers(1, 4))
     index = random_list(rng, places(mode, shape))
     sizes = lengths(mode, len(index), shape)
     values, scales = random_values(rng, len(sizes), int(sizes.sum()))
-    return layer.encode(mode, index, values, shape, scales)
+    return overlay.encode(mode, index, values, shape, scales)
 
 
-def random_lowrank(rng, shape, layer):
+def random_lowrank(rng, shape, overlay):
     rank, bits = int(rng.integers(1, min(*shape, 5) + 1)), int(rng.integers(2, 9))
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     left, right = rng.integers(low, high, (rank, shape[0])), rng.integers(low, high, (rank, shape[1]))
     left *= int(rng.integers(0, 2))
-    return layer.encode(left, right, rng.standard_normal(rank).astype(np.float32), bits)
+    return overlay.encode(left, right, rng.standard_normal(rank).astype(np.float32), bits)
 
 
-def random_groups(rng, shape, layer):
+def random_groups(rng, shape, overlay):
     size = int(rng.integers(1, shape[1] + 1))
     count = (shape[0], -(-shape[1] // size))
     if rng.integers(2):
-        return layer.encode(rng.integers(-128, 128, count).astype(np.int8), size)
-    return layer.encode(rng.standard_normal(count).astype(np.float16), size)
+        return overlay.encode(rng.integers(-128, 128, count).astype(np.int8), size)
+    return overlay.encode(rng.standard_normal(count).astype(np.float16), size)
 
 
-def random_order(rng, shape, layer):
-    return layer.encode(rng.permutation(shape[0]))
+def random_order(rng, shape, overlay):
+    return overlay.encode(rng.permutation(shape[0]))
 
 
 RANDOM = {
@@ -102,7 +102,7 @@ def random_base(rng, shape):
 
 
 def example(name, seed=1, shape=(6, 9)):
-    return RANDOM[name](np.random.default_rng(seed), shape, LAYERS[name])
+    return RANDOM[name](np.random.default_rng(seed), shape, OVERLAYS[name])
 
 
 def file(shape, base, *stacked):
@@ -110,8 +110,8 @@ def file(shape, base, *stacked):
 
 
 def test_every_layer_is_tried_here_and_has_a_path():
-    assert set(RANDOM) == set(LAYERS) == set(paths()) | {"order"}  # which is no exception to anything
-    assert all(tag == found.tag >= 32 for tag, found in layers().items())
+    assert set(RANDOM) == set(OVERLAYS) == set(overlays()) | {"order"}  # which is no exception to anything
+    assert all(tag == found.tag >= 32 for tag, found in overlay_coders().items())
 
 
 @given(
@@ -119,7 +119,7 @@ def test_every_layer_is_tried_here_and_has_a_path():
 )
 def test_both_decoders_agree_and_every_byte_is_owned(seed, rows, cols, names):
     rng, shape = np.random.default_rng(seed), (rows, cols)
-    stacked = [(LAYERS[n].tag, RANDOM[n](rng, shape, LAYERS[n])) for n in names or ["columns"]]
+    stacked = [(OVERLAYS[n].tag, RANDOM[n](rng, shape, OVERLAYS[n])) for n in names or ["columns"]]
     data = file(shape, random_base(rng, shape), *stacked)
     assert data[9] == 1, "minor version"
     try:
@@ -132,7 +132,7 @@ def test_both_decoders_agree_and_every_byte_is_owned(seed, rows, cols, names):
     assert ours.dtype == theirs.dtype == np.float32
     assert ours.tobytes() == theirs.tobytes()
     for tag, part in stacked:
-        kinds = layers()[tag].kinds(part, shape, "F32")
+        kinds = overlay_coders()[tag].kinds(part, shape, "F32")
         assert sum(n for _, n in kinds) == len(part)
         assert {kind for kind, _ in kinds} <= set(KINDS)
     assert sum(by_kind(container.ledger(container.parse(data))).values()) == len(data)
@@ -144,8 +144,8 @@ def test_every_truncation_and_every_byte_more_is_noticed(name, seed):
     part, base = example(name, seed), np.ones((6, 9), np.float32)
     for wrong in [part[:length] for length in range(len(part))] + [part + b"\x00"]:
         with pytest.raises(CorruptError):
-            run([LAYERS[name].apply(wrong, base.copy(), Shared())])
-        data = file((6, 9), (2, struct.pack("<ffB", 1, 0, 0)), (LAYERS[name].tag, wrong))
+            run([OVERLAYS[name].apply(wrong, base.copy(), Shared())])
+        data = file((6, 9), (2, struct.pack("<ffB", 1, 0, 0)), (OVERLAYS[name].tag, wrong))
         with pytest.raises(CorruptError):
             reference.decode_file(data)
 
@@ -154,7 +154,7 @@ def test_every_truncation_and_every_byte_more_is_noticed(name, seed):
 def test_a_changed_byte_is_refused_by_both_or_by_none(name, seed, data):
     part = bytearray(example(name, seed))
     part[data.draw(st.integers(0, len(part) - 1))] = data.draw(st.integers(0, 255))
-    damaged = file((6, 9), (2, struct.pack("<ffB", 1, 0, 0)), (LAYERS[name].tag, bytes(part)))
+    damaged = file((6, 9), (2, struct.pack("<ffB", 1, 0, 0)), (OVERLAYS[name].tag, bytes(part)))
     found = []
     for decoder in (lambda d: decode_units(container.parse(d)), reference.decode_file):
         try:
@@ -195,9 +195,9 @@ def test_sixteenths_of_an_octave():
     np.testing.assert_allclose(sixteenth(k), 2.0 ** (k / 16), rtol=6e-8)
 
 
-def test_layers_act_in_order_and_may_repeat():
-    first = LAYERS["outliers"].encode(np.array([0]), np.array([2.0], np.float16), 2)
-    double = LAYERS["groups"].encode(np.array([[16]], np.int8), 2)
+def test_overlays_act_in_order_and_may_repeat():
+    first = OVERLAYS["outliers"].encode(np.array([0]), np.array([2.0], np.float16), 2)
+    double = OVERLAYS["groups"].encode(np.array([[16]], np.int8), 2)
     base = (2, struct.pack("<ffB", 1.5, 0, 0))
     for stacked, wanted in (([(34, first), (36, double)], [4.0, 3.0]), ([(36, double), (34, first)], [2.0, 3.0])):
         assert decode_units(container.parse(file((1, 2), base, *stacked)))["a"].tolist() == [wanted]

@@ -1,8 +1,8 @@
-"""Wrap units under an exception path in the shape in which the planner rounds all units.
+"""Wrap units under an overlay in the shape in which the planner rounds all units.
 
-A `Layered` unit holds the base's problem where a plain unit holds its own (protected weights are zero, the Hessian
+A `OverlaidUnit` unit holds the base's problem where a plain unit holds its own (protected weights are zero, the Hessian
 knows what they will absorb), so rounding, search and trimming need not know of it. After every rounding the layer is
-made anew over the values a reader decodes: `Coded.layer` and `Coded.distortion` are those of base and layer together.
+made anew over the values a reader decodes: `Coded.overlay` and `Coded.distortion` are those of base and layer together.
 
 Drift targets move the unit's own weights; the base's problem and the layer follow from the moved ones, with the same
 positions protected.
@@ -20,11 +20,11 @@ from torch import Tensor
 from bytecap.allocation.planner import decode_grid
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
-from bytecap.quantization.overlays import Path, Problem
+from bytecap.quantization.overlays import Overlay, UnitProblem
 from bytecap.quantization.quantizer import Coded, Options, Prepared, prepare
 
 
-def problem_of(item: Prepared) -> Problem:
+def problem_of(item: Prepared) -> UnitProblem:
     """Return the problem whose damped Hessian was factored, with columns in stored order."""
     if item.hessian is not None:
         hessian = item.hessian.double().cpu()
@@ -32,11 +32,11 @@ def problem_of(item: Prepared) -> Problem:
         order, lower = item.order[0].cpu(), item.lower[0].double().cpu()
         hessian = torch.empty_like(lower)
         hessian[order[:, None], order[None, :]] = lower @ lower.T
-    return Problem(item.unit, item.weight.cpu().contiguous(), hessian, item.rows.double().cpu())
+    return UnitProblem(item.unit, item.weight.cpu().contiguous(), hessian, item.rows.double().cpu())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layered(Prepared):
+class OverlaidUnit(Prepared):
     """A unit under a path; its inherited fields are the base's problem.
 
     Attributes:
@@ -47,8 +47,8 @@ class Layered(Prepared):
     """
 
     plain: Prepared
-    problem: Problem
-    path: Path
+    problem: UnitProblem
+    path: Overlay
     setting: Any
     options: Options
 
@@ -66,14 +66,14 @@ class Layered(Prepared):
         """See `Prepared`; the same positions stay protected."""
         plain = self.plain.moved(change)
         problem = replace(self.problem, weight=plain.weight.cpu().contiguous())
-        return layered(plain, problem, self.path, self.setting, self.options)
+        return overlaid(plain, problem, self.path, self.setting, self.options)
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
         """Fit the layer to the decoded base; returns it with the remaining distortion."""
         base = torch.from_numpy(np.array(decode_grid(coded.code, shared), np.float32, order="C"))
         applied = self.path.after(self.problem, base, self.setting)
         return replace(
-            coded, distortion=self.problem.distortion(applied.values), layer=(applied.tag, applied.data)
+            coded, distortion=self.problem.distortion(applied.values), overlay=(applied.tag, applied.data)
         )  # fmt: skip
 
     def emptied(self) -> Prepared:
@@ -81,7 +81,7 @@ class Layered(Prepared):
         return self.plain.emptied()
 
 
-def layered(plain: Prepared, problem: Problem, path: Path, setting: Any, options: Options) -> Layered:
+def overlaid(plain: Prepared, problem: UnitProblem, path: Overlay, setting: Any, options: Options) -> OverlaidUnit:
     """Put a unit under a path.
 
     Args:
@@ -99,4 +99,4 @@ def layered(plain: Prepared, problem: Problem, path: Path, setting: Any, options
         # the problem's Hessian is damped already
         below = prepare(plain.unit, changed.weight.to(device), metric, replace(options, damping=0.0))
     held = {f.name: getattr(below, f.name) for f in fields(Prepared)}
-    return Layered(**held, plain=plain, problem=problem, path=path, setting=setting, options=options)
+    return OverlaidUnit(**held, plain=plain, problem=problem, path=path, setting=setting, options=options)

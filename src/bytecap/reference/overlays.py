@@ -200,6 +200,6 @@ def order(reader: Reader, w: Array, _objects: Objects) -> Part:
     return np.ascontiguousarray(w[place])
 
 
-LAYERS: dict[int, Callable[[Reader, Array, Objects], Part]] = {
+OVERLAYS: dict[int, Callable[[Reader, Array, Objects], Part]] = {
     32: columns, 33: rows, 34: outliers, 35: lowrank, 36: groups, 37: channels, 40: order,
 }  # fmt: skip
