@@ -24,7 +24,7 @@ from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, demo_directory, load_model
 from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 from bytecap.model.evaluation import Comparison, compare, paired_stderr
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import Paths, as_paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.stages import choose_device, quality
@@ -332,10 +332,10 @@ def measure(
     model: Model, path: Path, layout: Layout, sets: TokenSets, device: str, reporter: Reporter
 ) -> list[Comparison]:
     """Scores of a file read back from disk against the original."""
-    twin = twin_of(model.module)
-    load_values(twin, file.read_units(path, layout, model.units))
+    quantized_copy = copy_of(model.module)
+    load_values(quantized_copy, file.read_units(path, layout, model.units))
     with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [compare(model.module, twin, t, device=device, progress=advance) for t in sets.evaluation]
+        return [compare(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation]
 
 
 def _report(

@@ -17,7 +17,7 @@ from bytecap.format.decoder import from_matrix
 from bytecap.job import Job
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each, kl_to
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.runtimes.gguf.menu import WHOLE, Item, Rounded, curve, round_to
 from bytecap.types import Curve, Plan
@@ -50,14 +50,14 @@ def solve(job: Job, room: int, items: Sequence[Item]) -> Found:
             curves.append(curve(item))
             advance(1)
     first = allocate(curves, room)
-    twin = twin_of(job.model.module)
+    quantized_copy = copy_of(job.model.module)
     rounded = _round(job, items, first, {})
-    kappa = _factors(job, items, rounded, twin)
+    kappa = _factors(job, items, rounded, quantized_copy)
     curves = [_scaled(c, kappa[c.name]) for c in curves]
     plan = allocate(curves, room)
     rounded = _round(job, items, plan, {n: (first.choice[n].setting, r) for n, r in rounded.items()})
-    load_values(twin, unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
-    predicted = kl_to(job.model.module, twin, job.sets.correction, device=job.device)[0]
+    load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
+    predicted = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
     return Found(plan, margin(curves, plan, room), rounded, predicted, _smallest_step(curves, plan))
 
 
@@ -105,7 +105,9 @@ def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) 
     return {n: from_matrix(units[n], np.ascontiguousarray(m)) for n, m in matrices.items()}
 
 
-def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], twin: nn.Module) -> dict[str, float]:
+def _factors(
+    job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], quantized_copy: nn.Module
+) -> dict[str, float]:
     """Measured over predicted loss of every role, at the first plan."""
     roles: dict[str, list[Item]] = {}
     for item in items:
@@ -116,7 +118,7 @@ def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], tw
     }
     with job.reporter.step("correction factors", len(roles)) as advance:
         windows = leading(job.sets.correction, correction.TOKENS)
-        measured = kl_each(job.model.module, twin, variants, windows, device=job.device, advance=advance)
+        measured = kl_each(job.model.module, quantized_copy, variants, windows, device=job.device, advance=advance)
     found: dict[str, Factor] = {}
     for role, members in roles.items():
         names = [m.place.name for m in members]

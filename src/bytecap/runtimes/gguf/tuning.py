@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bytecap.job import Job
-from bytecap.model.quantized_copy import load_values, twin_of
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.tuning import Clock
 from bytecap.runtimes.blocks import Codes
@@ -150,9 +150,9 @@ def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> F
 def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -> tuple[Found, dict[str, Any]]:
     """The plan with tuned numbers where that measures better on the correction tokens, and a record."""
     assert job.recover is not None  # noqa: S101 (callers ask first)
-    twin = twin_of(job.model.module)
-    load_values(twin, unit_values(job.model, items, {n: r.values for n, r in found.rounded.items()}))
-    owners, passes = owners_of(job, layout, items, found), Passes(job, twin)
+    quantized_copy = copy_of(job.model.module)
+    load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in found.rounded.items()}))
+    owners, passes = owners_of(job, layout, items, found), Passes(job, quantized_copy)
     leaves = [t for o in owners for p in o.parts for t in p.leaves]
     optimizer = torch.optim.Adam(leaves, lr=RATE, betas=(0.9, 0.98), eps=1e-12)
     start = best = passes.check()
@@ -160,7 +160,7 @@ def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -
     with same_again(job.device), job.reporter.step("recovery of scales and vectors", 1) as advance:
         clock = Clock(job.recover, advance)
         while clock.done < 1:
-            rate = RATE * min(1.0, (clock.moves + 1) / _WARMING) * (0.1 + 0.9 * (1 - clock.done))
+            rate = RATE * min(1.0, (clock.iterations + 1) / _WARMING) * (0.1 + 0.9 * (1 - clock.done))
             _move(passes, owners, optimizer, rate)
             clock.tick()
             if not clock.due(_CHECKS, _APART):
@@ -171,14 +171,14 @@ def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -
             if kl < best:
                 best, kept = kl, _written(items, found, owners)
             if not kl < _LOST * start:
-                job.reporter.note(f"recovery diverges after {clock.moves} moves (KL {kl:.4f}): stopped")
+                job.reporter.note(f"recovery diverges after {clock.iterations} moves (KL {kl:.4f}): stopped")
                 break
     job.reporter.note(
-        f"recovery: {clock.moves} moves of scales and vectors, KL on the correction tokens {start:.4f} before, "
+        f"recovery: {clock.iterations} moves of scales and vectors, KL on the correction tokens {start:.4f} before, "
         f"{best:.4f} after"
     )
     passes.say_short()
-    stage = {"stage": "continuous", "moves": clock.moves, "kl": best}
+    stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
     return replace(kept, predicted=best) if kept is not found else found, {
         "tokens": passes.read, "kl_before": start, "stages": [stage],
     }  # fmt: skip
