@@ -10,6 +10,7 @@ no architecture is named here.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -187,7 +188,11 @@ def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Mo
     tensors, files, notes = gguf_file.read(path)
     if begin is not None:
         begin(files)
-    module = gguf_file.build(files, tensors)
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_bytes(files["config.json"])
+        module = module_from_config(Path(directory))
+    module.load_state_dict(tensors)
+    freeze(module)
     units = find_units(module, gguf_file.dtypes(tensors))
     check_finite(units, module)
     return Model(module, units, files, str(path), notes=notes, rebuilt=True)

@@ -11,7 +11,6 @@ them is compared with the quantized model, not with the one before it.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +89,6 @@ def _side_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
     if isinstance(tokenizer.chat_template, str):
         files["chat_template.jinja"] = tokenizer.chat_template.encode()
     return files
-
-
-def build(files: dict[str, bytes], tensors: dict[str, Any]) -> Any:
-    """A plain float32 module of the config, with these tensors in it."""
-    import torch
-
-    from bytecap.model.checkpoint import freeze, module_from_config
-
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_bytes(files["config.json"])
-        module = module_from_config(Path(directory))
-    live = module.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            live[name].copy_(tensor)
-    return freeze(module)
 
 
 def dtypes(tensors: dict[str, Any]) -> dict[str, str]:

@@ -35,14 +35,12 @@ class Facts:
     Attributes:
         first: token put in front of every document, or None.
         positions: most tokens of one pass, or None where there is no limit.
-        ends: tokens that end a text.
         encoder_decoder: whether it is an encoder with a decoder.
         kind: model type, for messages.
     """
 
     first: int | None
     positions: int | None
-    ends: frozenset[int]
     encoder_decoder: bool
     kind: str
 
@@ -74,7 +72,6 @@ def facts(files: Mapping[str, bytes]) -> Facts:
     ]
     return Facts(
         first if isinstance(first, int) else None, lengths[0] if lengths else None,
-        frozenset(t for e in ends for t in (e if isinstance(e, list) else [e]) if isinstance(t, int)),
         bool(getattr(config, "is_encoder_decoder", raw.get("is_encoder_decoder", False))),
         str(raw.get("model_type", "")),
     )  # fmt: skip
