@@ -65,11 +65,6 @@ def facts(files: Mapping[str, bytes]) -> Facts:
     if isinstance(first, int) and first < 0:
         raise CheckpointError(f"config.json gives bos_token_id {first}, which is no token")
     lengths = [n for n in map(value, _POSITIONS) if isinstance(n, int) and not isinstance(n, bool) and n > 0]
-    ends = [
-        _object(files, "generation_config.json").get("eos_token_id"),
-        value("eos_token_id"),
-        raw.get("eos_token_id"),
-    ]
     return Facts(
         first if isinstance(first, int) else None, lengths[0] if lengths else None,
         bool(getattr(config, "is_encoder_decoder", raw.get("is_encoder_decoder", False))),
