@@ -66,8 +66,10 @@ class TestOneList:
             bytecap.fit("demo", BUDGET, calib="x")
 
     @pytest.mark.nightly
-    def test_a_type_checker_knows_the_options(self, tmp_path):
+    def test_a_type_checker_knows_the_options(self, tmp_path, monkeypatch):
         from mypy import api
+
+        monkeypatch.setenv("MYPYPATH", str(SOURCE.parent))
 
         path = tmp_path / "user.py"
         path.write_text(
@@ -93,7 +95,7 @@ class TestOrder:
         ):
             with pytest.raises(bytecap.UsageError, match=said):
                 bytecap.fit("no such model", BUDGET, **options)
-        with pytest.raises(bytecap.UsageError, match=r"write 3\.5bpp"):
+        with pytest.raises(bytecap.UsageError, match=r"3\.5bpp for bits per parameter"):
             bytecap.fit("no such model", "3.5")
 
     def test_the_model_before_texts_and_the_floor_between(self, model_directory, tmp_path):
@@ -122,7 +124,7 @@ class TestOrder:
          ("q4_k_m", "uniform"), ("awq", "bytecap"), ("spqr", "owq"), ("aqlm", "cluscomp"), ("radios", "radio")],
     )  # fmt: skip
     def test_names_of_other_quantizers_lead_to_a_method(self, name, method):
-        with pytest.raises(bytecap.UsageError, match=f"unknown method '{name}': did you mean {method}\\?"):
+        with pytest.raises(bytecap.UsageError, match=f"unknown method '{name}', did you mean {method}\\?"):
             bytecap.fit("no such model", BUDGET, method=name)
 
 
@@ -262,6 +264,7 @@ class TestBudgets:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m-21kB.bcap", "m-23,000.bcap", "m-24kB.bcap"]
         assert [a.report["budget_bytes"] for a in found] == [21_000, 23_000, 24_000]
         assert found[0].data == fitted("rotary")[0].data == (tmp_path / "m-21kB.bcap").read_bytes()
+        assert found[2].data == fitted("rotary", budget=24_000)[0].data
         assert np.all(np.diff([len(a.data) for a in found]) > 0)
 
     @pytest.mark.slow

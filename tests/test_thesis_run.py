@@ -2,10 +2,7 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,16 +219,12 @@ class TestBadInput:
             thesis.render(tmp_path / "empty.jsonl")
 
     @pytest.mark.slow
-    def test_on_the_command_line(self, tested, tmp_path):
+    def test_on_the_command_line(self, tested, run, tmp_path):
         _, output, _, _ = tested
-        command = [sys.executable, "-m", "bytecap", "thesis"]
-
-        def run(*words):
-            environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-            return subprocess.run([*command, *words], capture_output=True, text=True, env=environment, check=False)  # noqa: S603
-
-        assert run().returncode == 2
-        found = run("--from", str(output / "thesis.jsonl"), "-o", str(tmp_path), "--json", "--only", "2,8")
-        assert found.returncode == 0, found.stderr
-        assert [e["name"] for e in json.loads(found.stdout)["experiments"]] == ["saturation", "execution"]
+        assert run("thesis")[0] == 2
+        code, out, err = run(
+            "thesis", "--from", output / "thesis.jsonl", "-o", tmp_path, "--json", "--only", "2,8"
+        )  # fmt: skip
+        assert code == 0, err
+        assert [e["name"] for e in json.loads(out)["experiments"]] == ["saturation", "execution"]
         assert (tmp_path / "thesis.html").exists()

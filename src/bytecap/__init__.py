@@ -1,4 +1,4 @@
-"""bytecap: a trained language model in ONE file under a hard byte cap, every byte spent where it recovers most.
+"""Put a trained language model into one file under a hard byte cap, every byte spent where it recovers most.
 
 `load` needs numpy alone, `fit` of a torch module and `load_into` the `torch` extra; `fit` of a checkpoint and
 `load_model` need `hf`.

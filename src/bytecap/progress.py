@@ -1,4 +1,4 @@
-"""Progress and warnings of long work: bars with time left on a terminal and in a notebook, silence elsewhere.
+"""Report progress and warnings of long work: bars on a terminal and in a notebook, silence elsewhere.
 
 >>> with Silent().step("statistics", 10) as advance:
 ...     advance(10)
@@ -22,30 +22,30 @@ _ROOTS = tuple(str(Path(__file__).parents[1] / n) for n in ("bytecap", "bytecap_
 
 
 class Reporter(Protocol):
-    """Where the pipeline tells what it is doing.
+    """The interface through which the pipeline reports its progress.
 
     A reporter may have a third method `warn(text)`, which is then told of warnings; otherwise they go through
     Python's `warnings`.
     """
 
     def step(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        """A long step of `total` units of work."""
+        """Report a long step of `total` units of work."""
         ...
 
     def note(self, text: str) -> None:
-        """One line for the reader."""
+        """Report one line."""
         ...
 
 
 class Silent:
-    """Says nothing; keeps the notes."""
+    """A reporter that prints nothing and keeps the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
 
     @contextlib.contextmanager
     def step(self, name: str, total: int) -> Iterator[Advance]:
-        """No bar."""
+        """Show no bar."""
         del name, total
         yield lambda _: None
 
@@ -55,7 +55,7 @@ class Silent:
 
 
 class Bars:
-    """Bars with time left, on standard error."""
+    """A reporter of bars with time left, on standard error."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -65,7 +65,7 @@ class Bars:
 
     @contextlib.contextmanager
     def step(self, name: str, total: int) -> Iterator[Advance]:
-        """A bar that disappears into one line when the step is done."""
+        """Show a bar that becomes one line when the step is done."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
@@ -84,7 +84,7 @@ class Bars:
 
 
 class TextBars:
-    """Bars of plain characters on one line that is written over: for notebooks, where no cursor can be moved."""
+    """A reporter of plain bars on one line that is written over, for notebooks, where no cursor can be moved."""
 
     _EVERY = 0.2  # seconds between two drawings
     _WIDTH = 30
@@ -95,7 +95,7 @@ class TextBars:
 
     @contextlib.contextmanager
     def step(self, name: str, total: int) -> Iterator[Advance]:
-        """A bar, a share, the seconds so far."""
+        """Show a bar, a share, and the seconds so far."""
         begun, drawn, done = time.monotonic(), 0.0, 0.0
 
         def draw(share: float, end: str = "") -> None:
@@ -122,18 +122,18 @@ class TextBars:
 
 
 class Recorder:
-    """Passes everything on to a reporter and keeps the warnings of one job."""
+    """A reporter that passes everything on to another and keeps the warnings of one job."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self.warnings: list[str] = []
 
     def step(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        """The reporter's step."""
+        """Pass the step on."""
         return self._reporter.step(name, total)
 
     def note(self, text: str) -> None:
-        """The reporter's note."""
+        """Pass the note on."""
         self._reporter.note(text)
 
     def warn(self, text: str) -> None:
@@ -143,7 +143,7 @@ class Recorder:
 
 
 def warn(reporter: Reporter, text: str) -> None:
-    """Tell of something that must not be lost: to the reporter where it takes warnings, else through `warnings`."""
+    """Warn through the reporter where it takes warnings, else through `warnings`."""
     own = getattr(reporter, "warn", None)
     if own is not None:
         own(text)
@@ -152,7 +152,7 @@ def warn(reporter: Reporter, text: str) -> None:
 
 
 def _outside() -> int:
-    """Stack level, for `warn` as the caller, of the first frame that is not this library's."""
+    """Return the stack level, for `warn` as the caller, of the first frame outside this library."""
     frame, level = sys._getframe(1), 1  # noqa: SLF001 (there is no other way before Python 3.12)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_ROOTS):
         frame, level = frame.f_back, level + 1
@@ -160,7 +160,7 @@ def _outside() -> int:
 
 
 def reporter_for(reporter: Reporter | None = None, progress: bool | None = None) -> Reporter:
-    """The reporter of a job.
+    """Return the reporter of a job.
 
     Args:
         reporter: one of the caller's own, which is taken as it is.

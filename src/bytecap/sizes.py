@@ -1,4 +1,4 @@
-"""Sizes and budgets: `3000000`, `3MB` (decimal) and `3MiB` (binary) never get mixed up.
+"""Parse and format sizes and budgets such as `3000000`, `3MB` (decimal) and `3MiB` (binary).
 
 >>> parse_size("3MB"), parse_size("3M"), parse_size("3MiB"), parse_size("600kB"), parse_size(1000)
 (3000000, 3000000, 3145728, 600000, 1000)
@@ -6,8 +6,8 @@
 (437500, 3000000, ['3MB', '4,000,000', '3.5bpp'])
 >>> check_budget("3.5")
 Traceback (most recent call last):
-bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 3.5bpp for bits per parameter, or \
-3.5MB for millions of bytes
+bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 3.5MB for millions of bytes, or \
+3.5bpp for bits per parameter of a model
 >>> format_size(3_000_000)
 '3,000,000 bytes (3.000 MB, 2.861 MiB)'
 """
@@ -29,11 +29,12 @@ _FACTORS = {
 _SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*bpp", re.IGNORECASE)
 _LISTED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^,]*|[^,]+")
-_USE = "use bytes (3000000), 3MB (decimal), 3MiB (binary), or for a model 3.5bpp (bits per parameter)"
+_SIZES = "use bytes (3000000), 3MB (decimal) or 3MiB (binary)"
+_BUDGETS = "use bytes (3000000), 3MB (decimal), 3MiB (binary) or 3.5bpp (bits per parameter)"
 
 
 def parse_size(size: int | str) -> int:
-    """Number of bytes meant by `size`.
+    """Parse a size; returns bytes.
 
     Args:
         size: a count of bytes, or text such as `3000000`, `3MB`, `2.5 MiB`, `600kB`.
@@ -41,17 +42,22 @@ def parse_size(size: int | str) -> int:
     Raises:
         UsageError: not a size, or not at least one byte.
     """
+    return _parsed(size, _SIZES)
+
+
+def _parsed(size: int | str, forms: str) -> int:
+    """Read a number of bytes; `forms` says what may be written."""
     if isinstance(size, int):
         value: float = size
     else:
         match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
         factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            raise UsageError(f"cannot read the size {size!r}: {_USE}")
+            raise UsageError(f"cannot read the size {size!r}: {forms}")
         if "." in match[1] and not match[2]:
             raise UsageError(
-                f"cannot read the size {size!r}, which has no unit: write {match[1]}bpp for bits per parameter, or "
-                f"{match[1]}MB for millions of bytes"
+                f"cannot read the size {size!r}, which has no unit: write {match[1]}MB for millions of bytes, or "
+                f"{match[1]}bpp for bits per parameter of a model"
             )
         value = float(match[1].replace("_", "").replace(",", "")) * factor
     if value < 1:
@@ -60,7 +66,7 @@ def parse_size(size: int | str) -> int:
 
 
 def parse_budget(budget: int | str, parameters: int) -> int:
-    """Number of bytes meant by a budget for a model.
+    """Parse a budget for a model; returns bytes.
 
     Args:
         budget: a size as `parse_size` reads it, or bits per parameter such as `3.5bpp`.
@@ -71,11 +77,11 @@ def parse_budget(budget: int | str, parameters: int) -> int:
     """
     if isinstance(budget, str) and (match := _RATE.fullmatch(budget.strip())):
         return parse_size(max(1, int(float(match[1]) * parameters / 8)) if float(match[1]) else 0)
-    return parse_size(budget)
+    return _parsed(budget, _BUDGETS)
 
 
 def check_budget(budget: int | str) -> None:
-    """Refuse what is no budget for any model, before a model is loaded.
+    """Refuse a budget that no model could have, before a model is loaded.
 
     Raises:
         UsageError: see `parse_budget`.
@@ -84,12 +90,12 @@ def check_budget(budget: int | str) -> None:
 
 
 def split_budgets(text: str) -> list[str]:
-    """Budgets separated by commas; a comma between groups of three digits belongs to a number."""
+    """Split budgets at commas, except those between groups of three digits of a number."""
     return [m[0].strip() for m in _LISTED.finditer(text)]
 
 
 def format_size(count: int) -> str:
-    """Both units, once, so that nobody mixes them up."""
+    """Format a size in bytes and in both units."""
     if count < 1_000_000:
         return f"{count:,} bytes ({count / 1e3:.1f} kB, {count / 2**10:.1f} KiB)"
     return f"{count:,} bytes ({count / 1e6:.3f} MB, {count / 2**20:.3f} MiB)"
@@ -99,7 +105,7 @@ T = TypeVar("T")
 
 
 def in_groups(items: Iterable[T], size: Callable[[T], int], most: int, count: int | None = None) -> Iterator[list[T]]:
-    """Consecutive groups whose sizes add up to at most `most`, of at most `count` items; a larger item stands alone.
+    """Yield consecutive groups of at most `count` items and a summed size of at most `most`; larger items stand alone.
 
     >>> list(in_groups([3, 4, 9, 1, 1, 1], int, 8, 2))
     [[3, 4], [9], [1, 1], [1]]

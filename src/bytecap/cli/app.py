@@ -1,4 +1,4 @@
-"""The command line: every command is a file of this folder; here they are registered and their errors are shown.
+"""Register the commands, each a file of this folder, and show their errors.
 
 Errors are one line on standard error with exit code 2 (`--debug` shows the traceback); Ctrl-C exits with 130.
 With `--json` exactly one JSON object goes to standard output and nothing else is said. Every command works offline.
@@ -57,7 +57,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: run the command, turn errors into one line and an exit code."""
+    """Run the command line; errors become one line and an exit code."""
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:

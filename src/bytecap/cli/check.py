@@ -1,4 +1,4 @@
-"""`bytecap check`: whether a file is sound."""
+"""`bytecap check` says whether a file is sound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bytecap.cli.common import Artifact, Json, print_json
 
 
 def check(path: Artifact, as_json: Json = False) -> None:
-    """Strict integrity check: every checksum, every count, every stream. Needs no torch."""
+    """Check a file strictly: every checksum, every count, every stream. Needs no torch."""
     from bytecap.format import container
     from bytecap.format.decoder import decode_units
 

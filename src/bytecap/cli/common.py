@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Share types of options, progress, output and checks among the commands."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ BytesPerToken = Annotated[
 
 
 class _Terminal(Bars):
-    """Bars whose warnings are lines like all others."""
+    """Bars that print warnings as lines like all others."""
 
     def warn(self, text: str) -> None:
         """Print the warning."""
@@ -68,7 +68,7 @@ class _Terminal(Bars):
 
 
 class _Quiet(Silent):
-    """Nothing beside `--json`, which holds the warnings."""
+    """Silence beside `--json`, whose object holds the warnings."""
 
     def warn(self, text: str) -> None:
         """Keep the warning."""
@@ -76,29 +76,29 @@ class _Quiet(Silent):
 
 
 def progress(quiet: bool) -> Reporter:
-    """Bars, or nothing beside `--json`."""
+    """Return bars, or silence beside `--json`."""
     return _Quiet() if quiet else _Terminal()
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on standard output; NaN and infinity become null."""
+    """Print one JSON object on standard output; NaN and infinity become null."""
     sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
 def names(paths: list[str] | None) -> list[str] | None:
-    """Names of paths, given by comma or repeated; None if there are none."""
+    """Return names of paths, given by comma or repeated; None if there are none."""
     return [n.strip() for group in paths or () for n in group.split(",") if n.strip()] or None
 
 
 def needed(model: str | None) -> str:
-    """The MODEL of a command that may have a factory in its place."""
+    """Return the MODEL of a command that may have a factory in its place."""
     if model is None:
         raise typer.BadParameter("say which MODEL, or give --factory FILE.py:CALLABLE")
     return model
 
 
 def source_of(factory: str, model: str | None, state: Path | None, loss: str | None, table: Path | None) -> Any:
-    """The factory's module; MODEL may be its artifact, in place of --state."""
+    """Return the factory's source; MODEL may be its artifact, in place of --state."""
     from bytecap.pipeline.fit_shards import Source
 
     if model is not None and (state is not None or not model.endswith(".bcap")):

@@ -1,4 +1,4 @@
-"""`bytecap compare`: methods at equal bytes on equal tokens."""
+"""`bytecap compare` runs methods at equal bytes on equal tokens."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Every method, budget and calibration seed on every MODEL, paired on the same tokens."""
+    """Compare methods: every budget and calibration seed on every MODEL, paired on the same tokens."""
     from bytecap.report.compared import print_comparison
     from bytecap_lab import compare as comparison
 

@@ -1,4 +1,4 @@
-"""`bytecap curves`: what a byte buys."""
+"""`bytecap curves` measures what a byte buys."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def curves(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What a byte buys on every exception path, at a budget's operating point."""
+    """Measure what a byte buys on every exception path, at a budget's operating point."""
     from bytecap.report.terminal import print_curves
     from bytecap_lab.rd_curves import byte_returns
 

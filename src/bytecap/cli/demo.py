@@ -1,4 +1,4 @@
-"""`bytecap demo`: the main job on the embedded model."""
+"""`bytecap demo` runs the main job on the embedded model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("demo.bcap"),
     as_json: Json = False,
 ) -> None:
-    """The main job on the embedded model: fit, read back, show where every byte went."""
+    """Run the main job on the embedded model: fit, read back, show where every byte went."""
     from bytecap.model.checkpoint import demo_directory
     from bytecap.pipeline.fit import fit as run
     from bytecap.report.terminal import print_fit, print_ledger

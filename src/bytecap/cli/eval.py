@@ -1,4 +1,4 @@
-"""`bytecap eval`: bits per byte of a model or an artifact."""
+"""`bytecap eval` scores a model or an artifact in bits per byte."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluate(
     allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte of a model or an artifact."""
+    """Score a model or an artifact in bits per byte."""
     from bytecap.pipeline.fit_shards import limit_only, numbers_and_shards, score_shards
     from bytecap.pipeline.score import score
     from bytecap.report.terminal import print_scores
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def _score_json(scores: list[Any]) -> dict[str, Any]:
-    """Unweighted means over the texts on top, each text under `texts`."""
+    """Return unweighted means over the texts on top, and each text under `texts`."""
     n = len(scores)
     return {
         "bpb": sum(s.bpb for s in scores) / n,

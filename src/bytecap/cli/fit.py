@@ -1,4 +1,4 @@
-"""`bytecap fit`: a model into one file under a cap, or into several under several caps."""
+"""`bytecap fit` puts a model into one file under a cap, or into several under several caps."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def fit(
 
 
 def _show(results: list[Any], pages: list[Path], dry_run: bool, as_json: bool) -> None:
-    """Pages, and the outcome on the terminal or as JSON: of one fit its report, of several a list of them."""
+    """Write pages, and show the outcome on the terminal or as JSON: one report, or a list for several fits."""
     from bytecap.report.terminal import print_fit
 
     for result, path in zip(results, pages, strict=False):

@@ -1,4 +1,4 @@
-"""`bytecap generate`: continue a prompt, or answer it."""
+"""`bytecap generate` continues a prompt, or answers it."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ def generate(
 
 
 def _shown(text: str) -> str:
-    """Text without control sequences, which a model may make up as well as anything else."""
+    """Return text without control sequences, which a model may produce like any other text."""
     return "".join(c if c.isprintable() or c in _BREAKS else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""`bytecap golf`: submissions for Parameter Golf."""
+"""`bytecap golf` makes and checks submissions for Parameter Golf."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check(
 
 
 def _print_count(found: dict[str, Any], remarks: dict[str, str]) -> None:
-    """The table of a judge."""
+    """Print the table of a judge."""
     rows = found["files"] | found.get("public", {})
     for name, size in rows.items():
         typer.echo(f"{size:>14,}  {name}  {remarks.get(name, '')}".rstrip())

@@ -1,4 +1,4 @@
-"""`bytecap inspect`: a model drawn, before anything is spent on it."""
+"""`bytecap inspect` draws a model before anything is spent on it."""
 
 from __future__ import annotations
 

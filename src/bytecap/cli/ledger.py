@@ -1,4 +1,4 @@
-"""`bytecap ledger`: where every byte of a file went."""
+"""`bytecap ledger` shows where every byte of a file went."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bytecap.cli.common import Artifact, Json, print_json
 
 
 def ledger(path: Artifact, as_json: Json = False) -> None:
-    """Where every byte went, rebuilt from the file alone."""
+    """Show where every byte went, rebuilt from the file alone."""
     from bytecap.format import container
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger

@@ -1,4 +1,4 @@
-"""`FitConfig` as options of a command: words, types and defaults; what an option means is said once, in the class.
+"""Turn `FitConfig` into options of a command: words, types and defaults; the class documents them once.
 
 `with_config` adds the options to a command whose first parameter is the config that they make.
 """
@@ -28,7 +28,7 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Option:
-    """How an option is typed on the command line.
+    """The spelling of an option on the command line.
 
     Attributes:
         words: as they are written.
@@ -74,7 +74,7 @@ OPTIONS = {
 
 
 def described(name: str) -> str:
-    """What an option means, as `--help` says it."""
+    """Return the meaning of an option, as `--help` says it."""
     text = documentation().get(name, "").partition("; for a torch module")[0].replace("`", "").rstrip(".")
     text = f"{OPTIONS[name].before} {text}".strip() if name in OPTIONS else text
     behind = OPTIONS[name].behind if name in OPTIONS else ""
@@ -90,7 +90,7 @@ def _parameter(name: str, option: _Option) -> inspect.Parameter:
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """A command of a config and options of its own, as one that takes the config's options too."""
+    """Give a command of a config and own options the config's options too."""
     own = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for p in list(inspect.signature(command, eval_str=True).parameters.values())[1:]

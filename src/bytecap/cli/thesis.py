@@ -1,4 +1,4 @@
-"""`bytecap thesis`: the registered experiments."""
+"""`bytecap thesis` runs the registered experiments."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def thesis(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Eight registered experiments (docs/thesis.md) on every MODEL: supported, falsified or undecided."""
+    """Run eight registered experiments (docs/thesis.md) on every MODEL: supported, falsified or undecided."""
     from bytecap.report.judged import print_thesis
     from bytecap_lab import thesis as tests
 

@@ -1,4 +1,4 @@
-"""`bytecap tie`: fewer stored blocks."""
+"""`bytecap tie` makes a model with fewer stored blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bytecap unpack`: a file as an ordinary model directory."""
+"""`bytecap unpack` writes a file as an ordinary model directory."""
 
 from __future__ import annotations
 

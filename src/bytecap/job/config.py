@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Options of a fit: everything that may be asked besides the model.
+    """The options of a fit: everything but the model.
 
     Attributes:
         budget: cap on the file: bytes, `3MB` (decimal), `3MiB` (binary), or `3.5bpp` (bits per parameter).
@@ -107,13 +107,13 @@ class FitConfig:
 
 @cache
 def documentation() -> dict[str, str]:
-    """One sentence or two about every option, as the class documents it (nothing where docstrings are stripped)."""
+    """Return the class's sentences about every option; empty where docstrings are stripped."""
     entries = re.split(r"^        (?=\w+: )", _attributes(), flags=re.MULTILINE)[1:]
     return {name: " ".join(text.split()) for name, _, text in (e.partition(": ") for e in entries)}
 
 
 def _attributes() -> str:
-    """The lines of the class's docstring that describe the options."""
+    """Return the lines of the class's docstring that describe the options."""
     return (FitConfig.__doc__ or "").partition("Attributes:\n")[2].rstrip()
 
 
@@ -124,7 +124,7 @@ R = TypeVar("R")
 
 
 class _Configured(Generic[P]):
-    """Decorator: a function of one or two things and a `FitConfig` becomes one of these things and the options."""
+    """A decorator that lets a function of a `FitConfig` take the config's options as keyword arguments."""
 
     def __init__(self, make: Callable[P, FitConfig]) -> None:
         self._make = make

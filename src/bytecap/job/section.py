@@ -1,4 +1,4 @@
-"""A `Section`: one unit as the file stores it."""
+"""Define `Section`, one unit as the file stores it."""
 
 from __future__ import annotations
 

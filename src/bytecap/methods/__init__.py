@@ -84,8 +84,8 @@ METHODS = {
 
 RELATED = {  # beginnings of other programs' names: the method that does the same or comes nearest, and why
     ("gptq", "autogptq"): ("golf", "It is GPTQ with entropy coded integers."),
-    ("rtn", "int", "absmax", "minmax", "hqq", "gguf", "q4", "q8", "nf4", "fp4", "bnb", "bitsandbytes"): (
-        "uniform", "It rounds to nearest without calibration."),
+    ("rtn", "int", "absmax", "minmax", "hqq", "gguf", *(f"q{n}" for n in range(2, 9)), "iq", "nf4", "fp4", "bnb",
+     "bitsandbytes"): ("uniform", "It rounds to nearest without calibration."),
     ("awq", "autoawq", "smoothquant", "imatrix", "exl"): (
         "bytecap", "It weighs every weight by what calibration says about it; awq itself is not here."),
     ("spqr", "squeezellm", "llm.int8", "llmint8"): ("owq", "It keeps the weights that suffer most in 16 bit."),
@@ -108,12 +108,12 @@ def find(name: str) -> Method:
         own: Method = load_callable(name)[0]
         return own
     if name not in METHODS:
-        raise UsageError(f"unknown method {name!r}: {_suggestion(name)} (there are {', '.join(METHODS)})")
+        raise UsageError(f"unknown method {name!r}, {_suggestion(name)} (there are {', '.join(METHODS)})")
     return METHODS[name].load()
 
 
 def _suggestion(name: str) -> str:
-    """What somebody who types the name of another quantizer may want, or of which name it is a misspelling."""
+    """Suggest a method for the name of another quantizer, or for a misspelling."""
     plain = name.lower().replace("_", "").replace("-", "")
     for words, (method, reason) in RELATED.items():
         if any(plain.startswith(word) for word in words):

@@ -1,4 +1,4 @@
-"""Budgets just below lossless: floats that keep fewer bits of their mantissa.
+"""Fill budgets just below lossless with floats that keep fewer bits of their mantissa.
 
 A grid's integers stop at 16 bits, so above its finest step a budget would be left unused: for a float32 model from
 about 14 bits a weight on, for 16-bit models with far outliers just below the lossless size. There the source's own
@@ -28,7 +28,7 @@ Values = Callable[[Unit], Array]
 def fit_floats(
     units: list[Unit], values: Values, size: Callable[[dict[str, Section]], int], budget: int
 ) -> dict[str, Section] | None:
-    """Sections that fill the budget, or None if even one mantissa bit does not fit.
+    """Return sections that fill the budget, or None if even one mantissa bit does not fit.
 
     Args:
         units: floating-point units.

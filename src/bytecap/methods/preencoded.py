@@ -1,4 +1,4 @@
-"""Units that are coded already: any method codes the rest of the model under the bytes that they leave.
+"""Let any method code the rest of a model beside units that are coded already.
 
 The model runs with their values in place, so statistics, correction factors and drift of all others are those of the
 model as it is stored. Nothing is taken from a store: entries do not know what was given.
@@ -14,7 +14,7 @@ from bytecap.system.cache import Store
 
 
 def run_rest(run: Method, job: Job) -> Outcome:
-    """What a method makes of a job, the given sections beside it.
+    """Run a method on a job beside its given sections.
 
     Raises:
         UsageError: a given section belongs to no unit.

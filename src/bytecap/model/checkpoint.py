@@ -21,7 +21,6 @@ import numpy as np
 
 from bytecap.errors import CheckpointError
 from bytecap.model import gguf_file
-from bytecap.model.accounting import account
 from bytecap.model.fileset import (
     HUB_FILES,
     PICKLES,
@@ -31,7 +30,6 @@ from bytecap.model.fileset import (
     refuse_quantized,
     weight_files,
 )
-from bytecap.model.inputs import refuse_encoder_decoder
 from bytecap.model.linears import linear_weights
 from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
@@ -158,6 +156,9 @@ def load_model(
     Raises:
         CheckpointError: missing, corrupt, not finite, pickle, of a kind transformers cannot build, or not read whole.
     """
+    from bytecap.model.accounting import account  # these import torch, and this module must not
+    from bytecap.model.inputs import refuse_encoder_decoder
+
     directory = resolve(model)
     if directory.suffix == gguf_file.SUFFIX and directory.is_file():
         return _of_gguf(directory, begin)
@@ -188,14 +189,24 @@ def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Mo
     tensors, files, notes = gguf_file.read(path)
     if begin is not None:
         begin(files)
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_bytes(files["config.json"])
-        module = module_from_config(Path(directory))
-    module.load_state_dict(tensors)
-    freeze(module)
+    module = _filled(files, tensors)
     units = find_units(module, gguf_file.dtypes(tensors))
     check_finite(units, module)
     return Model(module, units, files, str(path), notes=notes, rebuilt=True)
+
+
+def _filled(files: dict[str, bytes], tensors: dict[str, Any]) -> torch.nn.Module:
+    """A plain float32 module of a config, with these tensors in it."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_bytes(files["config.json"])
+        module = module_from_config(Path(directory))
+    stored = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            stored[name].copy_(tensor)
+    return freeze(module)
 
 
 def build_module(directory: Path) -> torch.nn.Module:

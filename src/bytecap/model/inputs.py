@@ -2,9 +2,9 @@
 
 transformers knows these, under whatever name a config gives them and in whatever part of a nested one; ids are held
 against the rows that the embedding really has. One short pass shows whether a prediction changes with tokens behind it:
-models that see both ways (BERT, XLNet) can be built as language models, and what they score means nothing.
+models that see both ways can be built as language models, and what they score means nothing.
 
->>> facts({"config.json": b'{"model_type": "gpt2", "n_positions": 64, "bos_token_id": 5}'}).positions
+>>> facts({"config.json": b'{"text_config": {"n_positions": 64, "bos_token_id": 5}}'}).positions
 64
 """
 

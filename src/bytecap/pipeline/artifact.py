@@ -1,4 +1,4 @@
-"""`Artifact`: a finished file in memory, as `fit` returns it, with everything that was measured on it."""
+"""Define `Artifact`, a finished file in memory with everything that was measured on it, as `fit` returns it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Artifact:
         return f"Artifact({self._summary()})"
 
     def _repr_html_(self) -> str:
-        """The ledger drawn, for notebooks."""
+        """Draw the ledger for notebooks."""
         from bytecap.report.notebook import ledger
 
         return ledger(self.ledger(), self._summary()) if self.data else f"<p>{self._summary(html=True)}</p>"
 
     def _summary(self, *, html: bool = False) -> str:
-        """Model, size and quality in one line."""
+        """Return model, size and quality in one line."""
         from html import escape
 
         name = "".join(c if c.isprintable() else "?" for c in str(self.report.get("model", "")))
@@ -70,15 +70,15 @@ class Artifact:
         return write_atomically(self.data, Path(path))
 
     def ledger(self) -> list[Entry]:
-        """Owner and kind of every byte."""
+        """Return the owner and the kind of every byte."""
         return container.ledger(self.contents)
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Decoded values by name, aliases included."""
+        """Decode the values, by name and with aliases."""
         return decode_units(self.contents)
 
     def load_model(self) -> nn.Module:
-        """The decoded model as a torch module in evaluation mode, as `bytecap.load_model` reads it from the file.
+        """Return the decoded model as a torch module in evaluation mode, as `bytecap.load_model` reads it from a file.
 
         Raises:
             UsageError: a dry run made no file. ArtifactError: the file holds no config.

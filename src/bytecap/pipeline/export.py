@@ -1,4 +1,4 @@
-"""From an artifact back to an ordinary Hugging Face directory.
+"""Turn an artifact back into an ordinary Hugging Face directory.
 
 `unpack` writes exactly the values `eval` scores: in the source dtype where that holds them all, else float32.
 No network, no code from the file: config and tokenizer come out of the artifact's own sections.
@@ -28,7 +28,7 @@ _METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
 
 
 def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
-    """Every file that `unpack` writes, by name, and the dtype written; nothing is written here.
+    """Return every file that `unpack` writes, by name, and the dtype; nothing is written here.
 
     Raises:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
@@ -98,7 +98,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
 
 
 def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], dtype: str) -> dict[str, str]:
-    """Dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
+    """Choose the dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
     floats = [n for n in values if values[n].dtype.kind == "f"]
     if dtype != "auto":
         return {n: DTYPES[dtype] if n in floats else source[n] for n in values}
@@ -107,7 +107,7 @@ def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], 
 
 
 def _safetensors(values: dict[str, npt.NDArray[Any]], dtypes: dict[str, str]) -> bytes:
-    """Bytes of a safetensors file; written here because the library's numpy interface has no bfloat16."""
+    """Write the bytes of a safetensors file; the library's numpy interface has no bfloat16."""
     if _METADATA in values:
         raise ArtifactError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}

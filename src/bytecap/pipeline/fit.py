@@ -1,4 +1,4 @@
-"""`fit`: a model in, one file under a hard byte cap out, read back and measured. The whole job is on this screen.
+"""Put a model into one file under a hard byte cap, read it back and measure it: the whole job on one screen.
 
 Read the calls of `_fit` from top to bottom: options are checked before the model is loaded, the floor of every
 budget before any text is read, and the stages (`bytecap.pipeline.stages`) do the rest.
@@ -61,16 +61,17 @@ def fit_budgets(model: Model | Path | str, config: FitConfig) -> list[Artifact]:
 
 
 def fit_config(model: Model | Path | str, config: FitConfig) -> list[Artifact]:
-    """The fits of a checkpoint, one for each budget of the config."""
+    """Fit a checkpoint once for each budget of the config."""
     return _fit(model, each_budget(config))
 
 
 def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Artifact]:
-    """The fits of a checkpoint under configs that differ in their budgets."""
+    """Fit a checkpoint under configs that differ in their budgets."""
     started = time.perf_counter()
     for option in _FOR_MODULES:
         if getattr(configs[0], option):
-            raise UsageError(f"the option {option} is for torch modules, and {model} is a checkpoint")
+            name = model.name if isinstance(model, Model) else model
+            raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
     asked = [check(config) for config in configs]
     loaded = model if isinstance(model, Model) else _load(model, configs[0])
     opened = [open_model(a, loaded) for a in asked]
@@ -80,7 +81,7 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Artifa
 
 
 def text_sets(model: Model, asked: Asked) -> TokenSets:
-    """The token sets of a checkpoint, from text files or the embedded texts."""
+    """Load the token sets of a checkpoint, from text files or the embedded texts."""
     config, calibration = asked.config, as_paths(asked.config.calibration)
     sets = load_sets(
         model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
@@ -106,7 +107,7 @@ def finish_all(opened: Sequence[Opened], sets: TokenSets, started: float) -> lis
 
 @contextmanager
 def _shared_store(opened: Sequence[Opened]) -> Iterator[Sequence[Opened]]:
-    """Several fits without a store get one for as long as they run, so that statistics are computed once."""
+    """Give several fits without a store a temporary one, so that statistics are computed once."""
     if len(opened) == 1 or opened[0].asked.store.directory is not None:
         yield opened
         return
@@ -116,7 +117,7 @@ def _shared_store(opened: Sequence[Opened]) -> Iterator[Sequence[Opened]]:
 
 
 def each_budget(config: FitConfig) -> list[FitConfig]:
-    """One config for each of the budgets that are listed by comma.
+    """Return one config for each of the budgets that are listed by comma.
 
     >>> [(c.budget, c.output) for c in each_budget(FitConfig("3MB,4MB", output="m-{budget}.bcap"))]
     [('3MB', 'm-3MB.bcap'), ('4MB', 'm-4MB.bcap')]
@@ -142,5 +143,5 @@ def _load(model: Path | str, config: FitConfig) -> Model:
 
 
 def _pack(files: dict[str, Any]) -> None:
-    """Large side files are packed while the model is built."""
+    """Begin to pack large side files while the model is built."""
     background.start(files)

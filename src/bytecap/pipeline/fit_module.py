@@ -1,4 +1,4 @@
-"""`fit` for any `nn.Module`: batches of whatever the user's loss takes, no tokenizer, no transformers.
+"""Fit any `nn.Module` on batches of whatever the user's loss takes, without a tokenizer or transformers.
 
 Batches become the three disjoint sets that every other model has. Batches of token ids for a module that gives logits
 become windows, and everything runs as for a language model from a hub: labels from the model, KL, drift targets.
@@ -69,7 +69,7 @@ def fit_module(module: nn.Module, config: FitConfig) -> Artifact:
 
 
 def batch_sets(model: Model, asked: Asked, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:
-    """The three sets of a module, from batches."""
+    """Split batches into the three sets of a module."""
     config = asked.config
     found = _sets(model, config, calibration, evaluation)
     if isinstance(found.statistics[0], Batch):
@@ -92,7 +92,7 @@ def _scores(model: Model, result: Artifact, evaluate: Evaluate) -> dict[str, flo
 
 
 def _sets(model: Model, config: FitConfig, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:
-    """The three sets."""
+    """Split batches into the three sets."""
     loss, predictions = config.loss, config.predictions or _predictions
     tokens, evaluation_tokens, seed = config.tokens, config.evaluation_tokens, config.seed
     wanted = tokens + CORRECTION_TOKENS + (evaluation_tokens if evaluation is None else 0)
@@ -121,7 +121,7 @@ def _sets(model: Model, config: FitConfig, calibration: Iterable[Any], evaluatio
 
 
 def _take(batches: Iterable[Any], predictions: Callable[[Any], int], wanted: int) -> list[Any]:
-    """Batches until `wanted` predictions are reached."""
+    """Take batches until `wanted` predictions are reached."""
     taken, count = [], 0
     for data in batches:
         taken.append(data)
@@ -142,7 +142,7 @@ def _tensors(data: Any) -> list[Tensor]:
 
 
 def _predictions(data: Any) -> int:
-    """Size of the last integer tensor, ids alone less one for each row; else the first tensor's length; else 1."""
+    """Guess a batch's predictions: the size of its last integer tensor (ids alone: less one a row), else its length."""
     tensors = _tensors(data)
     if len(tensors) == 1 and _is_ids(tensors[0]):
         return int(tensors[0].shape[0] * (tensors[0].shape[1] - 1))
@@ -157,7 +157,7 @@ def _is_ids(data: Any) -> bool:
 
 
 def _is_next_token(module: nn.Module, ids: Tensor, loss: Loss | None) -> bool:
-    """Whether predicting the next token is all that the loss does: then nothing is lost by taking the logits."""
+    """Return whether the loss only predicts the next token, so that logits say everything."""
     if loss is None:
         return True
     try:
@@ -189,7 +189,7 @@ def check_ids(ids: Sequence[Tensor], size: int | None) -> None:
 
 
 def _hold_out(text: Text, most: int) -> tuple[Text, Text]:
-    """A fifth of the predictions from the end, at most `most`, as evaluation."""
+    """Hold out a fifth of the predictions from the end, at most `most`, as evaluation."""
     wanted, count, at = min(most, text.tokens // 5), 0, len(text.windows)
     while at > 1 and (count < wanted or at == len(text.windows)):
         at -= 1
@@ -198,7 +198,7 @@ def _hold_out(text: Text, most: int) -> tuple[Text, Text]:
 
 
 def _split(pool: Sequence[Window], rest: Text, tokens: int, seed: int) -> TokenSets:
-    """Batches for statistics and correction factors; windows are not compared, batches cannot be."""
+    """Split batches for statistics and correction factors."""
     order = list(pool)
     random.Random(seed).shuffle(order)  # noqa: S311 (sampling, not cryptography)
     total = sum(w.predicted for w in order)
@@ -213,7 +213,7 @@ def _split(pool: Sequence[Window], rest: Text, tokens: int, seed: int) -> TokenS
 
 
 def with_loss(sets: TokenSets, loss: Loss) -> TokenSets:
-    """Sets of token windows as batches for a loss that takes ids (batch, length)."""
+    """Turn sets of token windows into batches for a loss that takes ids (batch, length)."""
 
     def each(windows: Sequence[Window]) -> tuple[Window, ...]:
         return tuple(Batch((), w.bytes, torch.tensor([w.tokens]), loss, w.predicted) for w in windows)

@@ -1,4 +1,4 @@
-"""`fit` and `eval` for a factory's module and token shards: what the command line calls."""
+"""Fit and score a factory's module on token shards, for the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from bytecap.types import Score
 
 @dataclass(frozen=True)
 class Source:
-    """Where a module and its tokens come from.
+    """The source of a module and its tokens.
 
     Attributes:
         factory: `FILE.py:CALLABLE`, whose file is run.
@@ -87,7 +87,7 @@ def fit_shards(source: Source, config: FitConfig) -> list[Artifact]:
 
 
 def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Reporter) -> TokenSets:
-    """The three sets of a factory's module, from token shards."""
+    """Read the three sets of a factory's module from token shards."""
     shards = as_paths(config.calibration)
     if not shards:
         raise UsageError("say what to calibrate on with --tokens SHARD (repeatable, patterns are expanded)")
@@ -109,7 +109,7 @@ def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Rep
 def score_shards(
     source: Source, shards: Sequence[Path | str], *, tokens: int | None, device: str, reporter: Reporter
 ) -> list[Score]:
-    """Bits per byte of a factory's module on every shard."""
+    """Score a factory's module on every shard."""
     from bytecap.model.evaluation import evaluate
 
     if not shards:
@@ -132,7 +132,7 @@ def score_shards(
 
 
 def trial(model: Model, loss: Loss | None = None) -> Any:
-    """One pass over a few tokens: a function of the module."""
+    """Return a function that passes a few tokens through a module."""
     ids = torch.zeros(1, 8, dtype=torch.long, device=device_of(model.module))
     if loss is None and speech(model.module) == "logits":
         return lambda module: module(ids)
@@ -141,7 +141,7 @@ def trial(model: Model, loss: Loss | None = None) -> Any:
 
 
 def numbers_and_shards(values: Sequence[str] | None, option: str) -> tuple[int | None, list[str]]:
-    """A limit (the last one given) and shards out of one option's values.
+    """Split one option's values into a limit, the last one given, and shards.
 
     >>> numbers_and_shards(["train_*.bin", "4096"], "--tokens")
     (4096, ['train_*.bin'])
@@ -156,7 +156,7 @@ def numbers_and_shards(values: Sequence[str] | None, option: str) -> tuple[int |
 
 
 def limit_only(values: Sequence[str] | None, option: str) -> int | None:
-    """The limit of a job without shards.
+    """Return the limit of a job without shards.
 
     Raises:
         TextError: a shard was given.

@@ -1,4 +1,4 @@
-"""`generate`: text that continues a prompt or answers in a conversation, piece by piece as it is made.
+"""Generate text that continues a prompt or answers in a conversation, piece by piece as it is made.
 
 Keys and values of what has been read are kept where the model can, so that a token costs one position. When the
 model's positions are used up, the older half of the text is forgotten and the rest read again.
@@ -34,7 +34,7 @@ _UNFINISHED = "\ufffd"  # what bytes of a character that is not complete decode 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """The rules by which the next token is drawn.
 
     Attributes:
         temperature: of the softmax; 0 takes the likeliest token.
@@ -63,7 +63,7 @@ class Sampling:
 
 
 def draw(logits: Tensor, how: Sampling, generator: Any) -> int:
-    """A token for logits (vocabulary)."""
+    """Draw a token from logits (vocabulary)."""
     import torch
 
     if how.temperature == 0:
@@ -88,7 +88,7 @@ def generate(
     sampling: Sampling | None = None,
     device: str = "auto",
 ) -> Iterator[str]:
-    """Pieces of text that continue a prompt, until the model ends it or `tokens` are made.
+    """Yield pieces of text that continue a prompt, until the model ends it or `tokens` are made.
 
     Args:
         model: artifact file, directory, hub id, `demo`, or a loaded `Model`.
@@ -126,7 +126,7 @@ def generate(
 
 
 def continued(model: Model, ids: Sequence[int], tokens: int, how: Sampling, device: str) -> Iterator[int]:
-    """Token ids that follow `ids`, without the one that ends the text."""
+    """Yield the token ids that follow `ids`, without the one that ends the text."""
     import torch
 
     from bytecap.model.forward import logits_of
@@ -152,7 +152,7 @@ def continued(model: Model, ids: Sequence[int], tokens: int, how: Sampling, devi
 
 
 def pieces(tokenizer: Any, ids: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """Texts of tokens; a character of several tokens comes when its last one does.
+    """Yield the texts of tokens; a character of several tokens comes with its last one.
 
     A piece is decoded behind the tokens of the one `before` it: decoders treat the beginning of a text differently.
     """
@@ -168,13 +168,13 @@ def pieces(tokenizer: Any, ids: Iterator[int], before: Sequence[int] = ()) -> It
 
 
 def _behind(tokenizer: Any, shown: list[int], waiting: list[int]) -> str:
-    """What the waiting tokens add to the text of the shown ones."""
+    """Return the text that the waiting tokens add to that of the shown ones."""
     text: str = tokenizer.decode([*shown, *waiting])
     return text[len(tokenizer.decode(shown)) :]
 
 
 def ends_of(files: Mapping[str, bytes]) -> frozenset[int]:
-    """Every token that ends a text: of the config, the generation config, and the tokenizer's own."""
+    """Return every token that ends a text: of the config, the generation config, and the tokenizer."""
     config, generation = _json(files, "config.json"), _json(files, "generation_config.json")
     nested = config.get("text_config")
     found: set[int] = set()
@@ -189,7 +189,7 @@ def ends_of(files: Mapping[str, bytes]) -> frozenset[int]:
 
 
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
-    """Names of the tokenizer's special tokens, such as `eos_token`."""
+    """Return the tokenizer's special tokens by name, such as `eos_token`."""
     found: dict[str, str] = {}
     for source in (_json(files, "special_tokens_map.json"), _json(files, "tokenizer_config.json")):
         for key in _SPECIAL:
@@ -201,7 +201,7 @@ def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str, str]]) -> str:
-    """Messages in the model's chat template, up to where the model begins to speak.
+    """Put messages into the model's chat template, up to where the model begins to speak.
 
     Raises:
         ArtifactError: there is no template, or it fails.
@@ -225,7 +225,7 @@ def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str,
 
 
 def template_of(files: Mapping[str, bytes]) -> str | None:
-    """The chat template: a file of its own, or an entry of the tokenizer's config (of several, the default)."""
+    """Return the chat template, from its own file or the tokenizer's config (of several, the default)."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", "replace")
     found = _json(files, "tokenizer_config.json").get("chat_template")
@@ -236,7 +236,7 @@ def template_of(files: Mapping[str, bytes]) -> str | None:
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """A side file's object, empty where there is none."""
+    """Return a side file's JSON object, empty where there is none."""
     try:
         found = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError):

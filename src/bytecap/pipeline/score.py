@@ -1,4 +1,4 @@
-"""`eval`: a directory, a hub id, `demo` or an artifact behind one door."""
+"""Score a directory, a hub id, `demo` or an artifact in the same way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bytecap.types import Score
 
 
 def open_model(model: Path | str, allow_unused: Sequence[str] = ()) -> Model:
-    """A model from a directory, hub id, `demo`, `.gguf` or artifact file."""
+    """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file."""
     path = Path(model)
     if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
         return load_model(model, allow_unused=allow_unused)
@@ -36,7 +36,7 @@ def score(
     allow_unused: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> list[Score]:
-    """Bits per byte on every text.
+    """Score a model on every text.
 
     Args:
         model: directory, hub id, `demo` or artifact file.

@@ -1,4 +1,4 @@
-"""The stages of every fit, whatever the model is and wherever its tokens come from.
+"""Define the stages of every fit, whatever the model is and wherever its tokens come from.
 
 `check` reads the options, `open_model` sizes what is fixed and refuses a budget below the floor, `finish` runs the
 method, writes the file and measures it. Between the three the caller loads the model and reads its tokens:
@@ -51,7 +51,7 @@ _NONE: Mapping[str, Section] = {}
 
 @dataclass(frozen=True)
 class Asked:
-    """Options that were read and checked; nothing is loaded yet.
+    """Checked options of a fit, before anything is loaded.
 
     Attributes:
         config: the options as they were given.
@@ -75,7 +75,7 @@ class Asked:
 
     @property
     def method_name(self) -> str:
-        """Name of the method; of FILE.py:CALLABLE without the path."""
+        """Return the name of the method; of FILE.py:CALLABLE without the path."""
         return self.config.method.rpartition(":")[2]
 
 
@@ -101,11 +101,11 @@ class Opened:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the file says about its making."""
+        """Remarks on its making that the file holds."""
         return _about(self.asked, self.budget)
 
     def job(self, sets: TokenSets) -> Job:
-        """What the method works on."""
+        """The job that the method works on."""
         asked, limit = self.asked, self.budget - self.asked.code.reserve
         return Job(
             self.model, sets, limit, self.size, asked.device, asked.reporter, asked.config, asked.paths, asked.recover,
@@ -173,13 +173,13 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
 
 
 def fit_sets(model: Model, sets: TokenSets, config: FitConfig) -> Artifact:
-    """A fit of a loaded model on tokens that were read before."""
+    """Fit a loaded model on tokens that were read before."""
     started = time.perf_counter()
     return finish(open_model(check(config), model), sets, started)
 
 
 def make_job(model: Model, sets: TokenSets, config: FitConfig) -> Job:
-    """A job as `fit` would work on, to be looked at."""
+    """Make the job that `fit` would work on, for inspection."""
     return open_model(check(config), model).job(sets)
 
 
@@ -206,7 +206,7 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
 
 
 def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
-    """The finished bytes and their report, quality not yet measured."""
+    """Return the finished bytes and their report, before quality is measured."""
     stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
     job.model.module.to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
@@ -228,7 +228,7 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
 
 
 def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
-    """Whether sections may hold something continuous that the method itself has not tuned: layers, or any at all.
+    """Return whether sections may hold continuous values that the method itself has not tuned.
 
     Where sections are given nothing is tuned: they are stored as they are.
     """
@@ -236,7 +236,7 @@ def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:
-    """Lists of positions that several stacks have in common stored once, where that is smaller."""
+    """Store lists of positions that several stacks share once, where that is smaller."""
     shapes = {u.name: u.matrix_shape for u in model.units}
     stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
     changed, objects = share_lists(stacks, outcome.objects)
@@ -245,7 +245,7 @@ def _with_lists(outcome: Outcome, model: Model) -> Outcome:
 
 
 def choose_device(device: str) -> str:
-    """Torch device of `auto`, `cpu` or `cuda`."""
+    """Choose the torch device for `auto`, `cpu` or `cuda`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in {"cpu", "cuda"}:
@@ -258,13 +258,13 @@ def choose_device(device: str) -> str:
 
 
 def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> tuple[FileSection, ...]:
-    """Config and tokenizer as they are stored."""
+    """Return config and tokenizer as they are stored."""
     kept = {n: d for n, d in model.files.items() if (tokenizer if container.is_tokenizer(n) else config)}
     return tuple(FileSection(n, background.packed(n, d)) for n, d in kept.items())
 
 
 def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:
-    """File size as a function of sections, tables and shared objects."""
+    """Return a function from sections, tables and shared objects to the file size."""
 
     def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
@@ -287,7 +287,7 @@ def _contents(
 def _lossless(
     model: Model, files: tuple[FileSection, ...], about: dict[str, Any], budget: int, reporter: Reporter
 ) -> Contents | None:
-    """The losslessly coded model, if it fits the budget."""
+    """Code the model without loss, if that fits the budget."""
     raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in model.units)
     if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
         return None
@@ -320,7 +320,7 @@ def _check_lossless(model: Model, contents: Contents) -> None:
 def check_floor(
     model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int, given: Mapping[str, Section] = _NONE
 ) -> int:
-    """The smallest reachable file; refuses a budget below it, naming who holds the floor."""
+    """Return the smallest reachable file size; a budget below it is refused, naming the largest units."""
     sections = {u.name: given.get(u.name) or Section(*methods.smallest_section(u)) for u in model.units}
     floor = size(sections, b"")
     if floor > budget:

@@ -24,7 +24,11 @@ _CHECK_TOKENS = 8192
 
 
 def tokens_of_move(device: str) -> int:
-    """Return the number of tokens of one move."""
+    """Return the number of tokens of one move.
+
+    >>> tokens_of_move("cpu"), tokens_of_move("cuda:0")
+    (2048, 16384)
+    """
     return _TOKENS[torch.device(device).type]
 
 

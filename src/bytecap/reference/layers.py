@@ -21,7 +21,11 @@ _C = np.frombuffer(bytes.fromhex(_SIXTEENTH), ">f4").astype(np.float32)
 
 
 def bits(data: bytes, count: int) -> Array:
-    """6.6: `count` bits, low bit of the first byte first."""
+    """6.6: `count` bits, low bit of the first byte first.
+
+    >>> bits(bytes([0b101]), 3).tolist()
+    [1, 0, 1]
+    """
     found = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
     require(len(found) - 8 < count <= len(found) and not found[count:].any(), "left-over bits are set")
     return found[:count]

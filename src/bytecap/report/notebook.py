@@ -1,4 +1,4 @@
-"""The ledger of a file in a notebook: one bar of kinds, then the largest owners."""
+"""Draw the ledger of a file in a notebook: one bar of kinds, then the largest owners."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST = 12  # owners
 
 
 def ledger(entries: Sequence[Entry], title: str) -> str:
-    """Markup of a ledger; works without scripts and style sheets, in light and dark notebooks."""
+    """Return a ledger's markup, without scripts and style sheets, for light and dark notebooks."""
     size = max(1, total(entries))
     kinds = by_kind(entries)
     colours = {k: COLOURS[i % len(COLOURS)] for i, k in enumerate(kinds)}

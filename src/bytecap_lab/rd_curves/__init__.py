@@ -61,7 +61,7 @@ def byte_returns(
 
     Args:
         model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
-        budget: bytes, or text such as `3MB`.
+        budget: bytes, or text such as `3MB` or `3.5bpp` (bits per parameter).
         output: directory for `curves.json` and `curves.html`, or None.
         base: `grid` (the default method's plan) or `golf`.
         paths: their names; all by default. `step`, the yardstick, is always measured.
@@ -85,12 +85,14 @@ def byte_returns(
     from bytecap.model.checkpoint import Model, load_model
     from bytecap.model.sources import CORRECTION_TOKENS, load_sets
     from bytecap.pipeline.stages import choose_device
-    from bytecap.sizes import parse_size
+    from bytecap.sizes import check_budget, parse_budget
 
     reporter = reporter_for(reporter, progress)
-    base, names, limit, target = check_base(base), known(paths), parse_size(budget), choose_device(device)
+    check_budget(budget)
+    base, names, target = check_base(base), known(paths), choose_device(device)
     directory = make_directory(output) if output is not None else None
     loaded = model if isinstance(model, Model) else load_model(model)
+    limit = parse_budget(budget, loaded.parameters)
     sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,
                      evaluation_tokens=evaluation_tokens, correction_tokens=max(point_tokens, CORRECTION_TOKENS),
                      seed=seed, reporter=reporter)  # fmt: skip

@@ -82,7 +82,11 @@ def gather(path: Path) -> dict[str, bytes]:
 
 
 def imports(tree: ast.Module) -> dict[str, int]:
-    """Return the names of the modules that a program imports, up to the first dot, and the line of each."""
+    r"""Return the names of the modules that a program imports, up to the first dot, and the line of each.
+
+    >>> imports(ast.parse("import numpy as np\nfrom bytecap.format import ledger"))
+    {'numpy': 1, 'bytecap': 2}
+    """
     found: dict[str, int] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
