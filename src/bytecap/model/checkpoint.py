@@ -30,6 +30,7 @@ from bytecap.model.fileset import (
     refuse_quantized,
     weight_files,
 )
+from bytecap.model.inputs import refuse_encoder_decoder
 from bytecap.model.linears import linear_weights
 from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
@@ -156,8 +157,7 @@ def load_model(
     Raises:
         CheckpointError: missing, corrupt, not finite, pickle, of a kind transformers cannot build, or not read whole.
     """
-    from bytecap.model.accounting import account  # these import torch, and this module must not
-    from bytecap.model.inputs import refuse_encoder_decoder
+    from bytecap.model.accounting import account  # which imports torch; this module must not
 
     directory = resolve(model)
     if directory.suffix == gguf_file.SUFFIX and directory.is_file():

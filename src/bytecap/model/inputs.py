@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _POSITIONS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx",
@@ -113,14 +113,13 @@ def vocabulary_of(module: nn.Module) -> int | None:
             table = getattr(module, getter)()
         except (AttributeError, NotImplementedError, TypeError):
             continue
-        weight = getattr(table, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2:
+        weight: Any = getattr(table, "weight", None)
+        if getattr(weight, "ndim", 0) == 2:
             kind = "nf" if hasattr(table, "nf") else ""
             sizes.append(int(weight.shape[1 if kind else 0]))
     return min(sizes, default=None)
 
 
-@torch.no_grad()
 def check_causal(module: nn.Module, name: str, size: int | None, positions: int | None = None) -> None:
     """Refuse a module whose predictions change with later tokens.
 
@@ -133,6 +132,8 @@ def check_causal(module: nn.Module, name: str, size: int | None, positions: int 
     Raises:
         CheckpointError: it sees the next token. UsageError: its logits are not finite.
     """
+    import torch
+
     length = max(2, min(_TRIAL, positions or _TRIAL))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(max(2, size or 2), (1, length), generator=generator)
@@ -140,7 +141,8 @@ def check_causal(module: nn.Module, name: str, size: int | None, positions: int 
     half = length // 2
     other[0, half:] = (ids[0, half:] + 1 + torch.arange(length - half) % max(1, (size or 2) - 1)) % max(2, size or 2)
     device = next(module.parameters()).device
-    one, two = (_logits(module, x.to(device), name)[0, :half].float() for x in (ids, other))
+    with torch.no_grad():
+        one, two = (_logits(module, x.to(device), name)[0, :half].float() for x in (ids, other))
     spread = float(one.std()) or 1.0
     leak = float((one - two).abs().max())
     if leak > _LEAK * spread:
@@ -151,8 +153,10 @@ def check_causal(module: nn.Module, name: str, size: int | None, positions: int 
 
 
 def _logits(module: nn.Module, ids: Tensor, name: str) -> Tensor:
+    import torch
+
     found: Any = module(ids)
-    logits = found if isinstance(found, Tensor) else found.logits
-    if not isinstance(logits, Tensor) or not bool(torch.isfinite(logits).all()):
+    logits = found if isinstance(found, torch.Tensor) else found.logits
+    if not isinstance(logits, torch.Tensor) or not bool(torch.isfinite(logits).all()):
         raise UsageError(f"{name} gives logits that are not finite, before anything was changed")
     return logits
