@@ -117,12 +117,12 @@ def build(args: argparse.Namespace, seed: int) -> tuple[nn.Module, dict[str, byt
     import transformers
 
     directory = args.models / args.model[0]
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     for key, value in (part.split("=") for part in args.shape):
         setattr(config, key, int(value))
     config.use_cache = False
     torch.manual_seed(seed)
-    module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return module, {**read_side_files(directory), "config.json": config.to_json_string().encode()}
 
 

@@ -195,6 +195,7 @@ class TestSource:
             assert f'version = "{bytecap.__version__}"' in pyproject.read_text("utf-8")
 
 
+@pytest.mark.coverage
 def test_a_loaded_model_holds_the_decoded_values(fitted):
     artifact_, path = fitted("rotary", "uniform")
     module = bytecap.load_model(path)

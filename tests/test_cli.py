@@ -167,7 +167,9 @@ class TestHelp:
                 found = inspect.signature(functions[command]).parameters.get(same.get(option.name, option.name))
                 if found is not None and option.default is not None and not option.is_flag and not option.required:
                     python = found.default
-                    python = ",".join(python) if isinstance(python, tuple) else python
+                    python = (
+                        ",".join(python) if isinstance(python, tuple) and isinstance(option.default, str) else python
+                    )
                     assert option.default == python, (command, option.name)
 
     def test_long_and_short_words(self):

@@ -131,11 +131,13 @@ class TestOrder:
 @pytest.mark.slow
 class TestWarnings:
     def test_python_hears_them_and_the_report_keeps_them(self, model_directory):
-        with pytest.warns(bytecap.BytecapWarning, match="no --calib and no --eval given") as heard:
+        with pytest.warns(bytecap.BytecapWarning, match="no --calib given") as heard:
             found = bytecap.fit(model_directory("rotary"), BUDGET, method="uniform", **SMALL)
         assert [w.filename for w in heard if w.category is bytecap.BytecapWarning] == [__file__]
         (said,) = found.report["warnings"]
-        assert said.startswith("no --calib and no --eval given: the embedded SQLite documentation stands in")
+        assert said.startswith(
+            "no --calib given: samples of the model itself and the embedded general text stand in; no --eval"
+        )
 
     def test_a_fit_without_any_has_an_empty_list(self, fitted):
         assert fitted("rotary", "uniform")[0].report["warnings"] == []

@@ -319,7 +319,7 @@ def test_spellings():
         bpe_merges.read(whole + bytes(9), ["a", "b"], 2)
     with pytest.raises(CorruptError, match="end too soon"):
         bpe_merges.read(b"", ["a", "b"], 3000)
-    speller = bpe_merges._Speller(bpe_merges._Coder(bpe_merges._SLOTS), ["a"])
+    speller = bpe_merges._Speller(bpe_merges._Coder(bpe_merges._SLOTS, bpe_merges.Spelling(2**24, 2**16)), ["a"])
     with pytest.raises(CorruptError, match="too long to be spelled"):
         speller._parts("a" * 5000)
     assert packing.pack("x", bytes(2**23))[0] == 0  # brotli would make a bomb of it

@@ -183,10 +183,11 @@ class TestFiles:
         assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
     def test_other_files_of_like_names_are_left_alone(self, tmp_path):
-        kept = [".a.backup.tmp", ".a.12345678.tmp.txt", "a.12345678.tmp", ".b.12345678.tmp", ".a.12345678"]
+        kept = [".a.backup.tmp", ".a.12345678.bytecap.tmp.txt", "a.12345678.bytecap.tmp", ".b.12345678.bytecap.tmp",
+                ".a.12345678", ".a.12345678.tmp"]  # fmt: skip
         for name in kept:
             (tmp_path / name).touch()
-        (tmp_path / ".a.12345678.tmp").touch()
+        (tmp_path / ".a.12345678.bytecap.tmp").touch()
         write_atomically(b"", tmp_path / "a")
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "a"])
 
@@ -224,10 +225,10 @@ class TestStore:
         assert len(list((tmp_path / "store").iterdir())) == 4
 
     def test_what_dead_runs_left_is_swept_when_a_store_is_opened(self, tmp_path):
-        (tmp_path / f".{digest('a')}.npz.12345678.tmp").touch()
-        (tmp_path / ".mine.12345678.tmp").touch()
+        (tmp_path / f".{digest('a')}.npz.12345678.bytecap.tmp").touch()
+        (tmp_path / ".mine.12345678.bytecap.tmp").touch()
         Store(tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == [".mine.12345678.tmp"]
+        assert [p.name for p in tmp_path.iterdir()] == [".mine.12345678.bytecap.tmp"]
 
     def test_arrays_are_written_without_a_copy(self, tmp_path):
         import tracemalloc

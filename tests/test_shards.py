@@ -198,6 +198,21 @@ class TestCommands:
         assert "tok_emb" in out
         assert "2 uses" in out
 
+    def test_several_budgets(self, place, command, run):
+        arguments = [str(a) for a in command("Loss", "state.pt")]
+        arguments[arguments.index("--budget") + 1] = "14kB,16000"
+        arguments[arguments.index("-o") + 1] = f"{place}/net-{{budget}}.bcap"
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        reports = json.loads(out)["fits"]
+        assert [r["budget_bytes"] for r in reports] == [14_000, 16_000]
+        for report, name in zip(reports, ("14kB", "16000"), strict=True):
+            path = place / f"net-{name}.bcap"
+            assert path.stat().st_size == report["file_bytes"] <= report["budget_bytes"]
+            path.unlink()
+        assert run(*command("Loss", "state.pt"))[0] == 0
+        assert (place / "net.bcap").stat().st_size == reports[1]["file_bytes"]
+
     def test_a_loss_of_ones_own(self, command, run):
         code, out, err = run(*command("Net", "state.pt"), "--loss", f"{command()[2].split(':')[0]}:usual", "--json")
         assert code == 0, err

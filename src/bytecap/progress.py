@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bytecap.errors import BytecapWarning
+from bytecap.escape import console, shown
 
 Advance = Callable[[float], None]
 _ROOTS = tuple(str(Path(__file__).parents[1] / n) for n in ("bytecap", "bytecap_lab"))
@@ -58,9 +59,7 @@ class Bars:
     """A reporter of bars with time left, on standard error."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
+        self.console = console(stderr=True)
         self.notes: list[str] = []
 
     @contextlib.contextmanager
@@ -69,11 +68,11 @@ class Bars:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description:<28}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=max(1, total))
+            task = progress.add_task(shown(name, most=200), total=max(1, total))
             yield lambda done: progress.advance(task, done)
             progress.update(task, completed=max(1, total))
 

@@ -26,6 +26,23 @@ def decode(coder, data, shape, dtype, shared):
     return w
 
 
+def steps(coder, data):
+    """Work of a section (section 4), for each value."""
+    source = Bytes(data)
+    if coder == 7:
+        form, _, _, rank = source.u8(), source.u8(), source.leb(), source.leb()
+        return 1 + rank + 192 * (form >> 1 & 1)
+    if coder != 5:
+        return 1
+    base, count = source.u8(), source.u8(1, 16)
+    need(base != 5, "a stack on a stack")
+    total = steps(base, source.part().data)
+    for _ in range(count):
+        layer, part = source.u8(), source.part()
+        total += part.u8() if layer == 35 else 1
+    return total
+
+
 def stack(data, shape, dtype, shared):
     source = Bytes(data)
     base, count = source.u8(), source.u8(1, 16)

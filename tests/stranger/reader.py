@@ -11,9 +11,10 @@ from math import isfinite, prod
 import numpy as np
 
 from stranger.basics import Bytes, CorruptError, NotAnArtifact, VersionError, need, raw_lzma, unbrotli
-from stranger.layers import decode
+from stranger.layers import decode, steps
 from stranger.shared import Shared
 from stranger.sidefiles import content_of
+from stranger.spelled import Work
 
 MAGIC = bytes.fromhex("89424341500D0A1A")
 ORDER = (1, 2, 7, 3, 4, 5, 6)  # kinds of sections as they must come
@@ -43,6 +44,7 @@ def read(data):
     for listed, kind in zip(names, (3, 4, 5), strict=True):
         need(len(listed) == len(of[kind]), f"{len(of[kind])} sections of kind {kind} for {len(listed)} names")
     check_sizes(index["units"], len(data))
+    check_work(index["units"], of[3], len(data))
     shared = Shared(of[2][0] if of[2] else b"", of[7])
     tensors = {}
     with np.errstate(all="ignore"):
@@ -51,7 +53,8 @@ def read(data):
             values = tensor(section, shape, dtype, coder, flags, shared)
             tensors |= dict.fromkeys([name, *aliases], values)
     need(shared.used == set(range(len(of[7]))), "a shared object that no unit refers to")
-    files = dict(zip(names[1], map(content_of, of[4]), strict=True))
+    work = Work(sum(map(len, of[4] + of[5])))
+    files = {name: content_of(section, work) for name, section in zip(names[1], of[4], strict=True)}
     return Content(tensors, files, dict(zip(names[2], map(code_of, of[5]), strict=True)))
 
 
@@ -150,6 +153,13 @@ def read_index(section):
 def check_sizes(units, length):
     total = sum(prod(max(1, n) for n in shape) for _, shape, *_ in units)
     need(total <= (1 << 24) + 2048 * length, f"{total} values declared in {length} bytes")
+
+
+def check_work(units, sections, length):
+    total = 0
+    for (_, shape, _, coder, *_), section in zip(units, sections, strict=True):
+        total += prod(max(1, n) for n in shape) * steps(coder, section)
+    need(total <= (1 << 28) + (1 << 14) * length, f"{total} steps in {length} bytes")
 
 
 def tensor(section, shape, dtype, coder, flags, shared):

@@ -38,11 +38,11 @@ def template():
     return found
 
 
-def content_of(section):
+def content_of(section, work):
     """A side file's bytes."""
     source = Bytes(section)
     packing = source.u8(0, 3)
-    return structured(source) if packing == 2 else unpack(packing, source.rest())
+    return structured(source, work) if packing == 2 else unpack(packing, source.rest())
 
 
 def unpack(packing, data):
@@ -54,7 +54,7 @@ def unpack(packing, data):
     return unzip(data, window=-15, template=template())
 
 
-def structured(source):
+def structured(source, work):
     style = source.u8()
     need(not style & 64, "an unused bit of the style")
     merge_style = source.u8(0, 127) if style & 128 else 0
@@ -66,7 +66,7 @@ def structured(source):
         block = source.part()
     names, text = tail(source.u8(), source.rest())
     need(head <= len(names) + 1, f"head {head} of {len(names)} names")
-    merges = read_merges(block, names, head, count) if block else []
+    merges = read_merges(block, names, head, count, work) if block else []
     made = [a + b for a, b in merges] if head else []
     tokens = names[: head - 1] + made + names[head - 1 :] if head else names
     need(len(set(tokens)) == len(tokens), "two equal tokens")
@@ -98,11 +98,11 @@ def tail(packing, data):
     return names, text[end:]
 
 
-def read_merges(block, names, head, count):
+def read_merges(block, names, head, count, work):
     if block.u8(0, 1):
         need(head, "spelled merges without a head")
         need(count <= 8192, f"{count} spelled merges")
-        return spelled(block.rest(), names, count, appendix("words").split())
+        return spelled(block.rest(), names, count, appendix("words").split(), work)
     content = unpack(block.u8(), block.rest())
     total = len(names) + (count if head else 0)
     width = (total.bit_length() + 7) // 8

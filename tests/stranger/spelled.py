@@ -32,10 +32,26 @@ def trust(n):
     return n if n < 4 else min(10, n.bit_length() + 1)
 
 
+class Work:
+    """What all spelled merges of a file whose side and code files have `size` bytes may take (7.3)."""
+
+    def __init__(self, size):
+        self.squares, self.decisions = 1 << 24, (1 << 16) + 64 * size
+
+    def parse(self, length):
+        self.squares -= length**2
+        need(self.squares >= 0, "too much to spell")
+
+    def decide(self, count):
+        self.decisions -= count
+        need(self.decisions >= 0, "too many decisions")
+
+
 class Coder:
     """The adaptive arithmetic decoder."""
 
-    def __init__(self, data):
+    def __init__(self, data, work):
+        self.work = work
         self.data, self.at, self.low, self.high = data, 0, 0, 2**32 - 1
         self.counters, self.weights = {}, {}
         self.value = 0
@@ -61,6 +77,7 @@ class Coder:
         return bit
 
     def decide(self, contexts, node, which, known=None):
+        self.work.decide(1)
         slots = []
         for j, context in enumerate(contexts):
             key = (j, context, node)
@@ -118,8 +135,9 @@ def join(text, ranks):
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def spelled(data, names, count, words):
-    coder, (path_of, root) = Coder(data), tree(names)
+def spelled(data, names, count, words, work):
+    coder, (path_of, root) = Coder(data, work), tree(names)
+    work.decide(len(path_of))
     sign = next((c for c in ("\u0120", "\u2581") if c in path_of), "")
     for word in words:
         text = ""
@@ -130,12 +148,11 @@ def spelled(data, names, count, words):
                 coder.decide(contexts_of(text, (text[-1:], len(text) > 1)), node, sets, bit)
                 node = 2 * node + bit
             text += letter
-    ranks, taken, work = {}, set(names), 0
+    ranks, taken = {}, set(names)
     while len(ranks) < count:
         text = ""
         while True:
-            work += len(text) ** 2
-            need(work <= 1 << 24, "too much to spell")
+            work.parse(len(text))
             parts = join(text, ranks)
             contexts = contexts_of(text, ("".join(parts[-1:]), len(parts) > 1))
             sets = 2 * min(len(text), 5)

@@ -1,4 +1,4 @@
-"""Units that calibration says nothing about: no gradient reaches them, so any error in them seems to cost nothing.
+"""Handle units that no gradient reaches, so that calibration would let any error in them cost nothing.
 
 It may cost everything: a vision tower in a model calibrated on text, an expert that the texts never called for. They
 are kept at a rate that is safe without any knowledge: vectors exactly, matrices in the source's own floats with five

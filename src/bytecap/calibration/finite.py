@@ -1,4 +1,4 @@
-"""Statistics that are not finite are refused once, where they are made, and the unit and the token window are named.
+"""Refuse statistics that are not finite once, where they are made, and name the unit and the token window.
 
 A loss can be finite and its gradient not: a square root at zero, a row whose tokens are all masked, squares beyond
 float32. Nothing that follows would notice: a matrix of NaN has no Cholesky factor at any damping.

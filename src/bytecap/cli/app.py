@@ -6,6 +6,8 @@ With `--json` exactly one JSON object goes to standard output and nothing else i
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from typing import Annotated
 
@@ -25,7 +27,10 @@ from bytecap.cli.thesis import thesis
 from bytecap.cli.tie import tie
 from bytecap.cli.unpack import unpack
 from bytecap.errors import BytecapError
+from bytecap.escape import shown
 from bytecap.system.allocator import BOUND, is_shortage
+
+_LONGEST = 4000  # characters of an error
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -58,6 +63,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
@@ -66,8 +74,8 @@ def main() -> None:
         if debug:
             raise
         code = 130
-    except Exception as exc:
-        if debug:
+    except BaseException as exc:
+        if debug or not (isinstance(exc, Exception) or type(exc).__name__ == "PanicException"):
             raise
         code = _complain(exc)
     if code == 130:
@@ -76,7 +84,7 @@ def main() -> None:
         raise SystemExit(code)
 
 
-def _complain(exc: Exception) -> int:
+def _complain(exc: BaseException) -> int:
     """Print one line for an error; returns the exit code."""
     if isinstance(exc, typer.Abort):
         return 130
@@ -90,11 +98,18 @@ def _complain(exc: Exception) -> int:
         message = str(exc)
     elif is_shortage(exc):
         message = f"out of memory ({str(exc) or type(exc).__name__}): {BOUND}"
+    elif isinstance(exc, BrokenPipeError):  # nobody reads on, as behind `| head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (nothing is flushed into it at exit)
+        return 1
+    elif type(exc).__name__ == "PanicException":
+        message = (
+            f"the library that reads tokenizer.json failed on it: {exc}; write it anew with the library that made it"
+        )
     elif isinstance(exc, ModuleNotFoundError):
         message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"
     else:
         message = f"unexpected {type(exc).__name__}: {exc} (run with --debug for the traceback)"
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("error: " + shown(" ".join(message.split()), most=_LONGEST) + "\n")
     return 2
 
 

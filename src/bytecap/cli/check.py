@@ -5,18 +5,20 @@ from __future__ import annotations
 import typer
 
 from bytecap.cli.common import Artifact, Json, print_json
+from bytecap.escape import shown
 
 
 def check(path: Artifact, as_json: Json = False) -> None:
-    """Check a file strictly: every checksum, every count, every stream. Needs no torch."""
+    """Check a file strictly: every checksum, count, stream and file. Sound is what `unpack` writes. Needs no torch."""
     from bytecap.format import container
-    from bytecap.format.decoder import decode_units
+    from bytecap.pipeline.export import open_directory
 
     contents = container.read(path)
-    values = decode_units(contents, aliases=False)
-    parameters = sum(v.size for v in values.values())
+    open_directory(contents)
+    units = [u.unit for u in contents.units]
+    parameters = sum(u.parameters for u in units)
     size = path.stat().st_size
     if as_json:
-        print_json({"ok": True, "file_bytes": size, "units": len(values), "parameters": parameters})
+        print_json({"ok": True, "file_bytes": size, "units": len(units), "parameters": parameters})
     else:
-        typer.echo(f"{path}: sound. {size:,} bytes, {len(values)} units, {parameters:,} parameters")
+        typer.echo(f"{shown(str(path))}: sound. {size:,} bytes, {len(units)} units, {parameters:,} parameters")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from bytecap.errors import OutputError, UsageError
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
 from bytecap.system.atomic import check_kind
+from bytecap.system.collisions import Paths, refuse_collisions
 
 EMBEDDED = "the embedded text, with a warning"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -115,3 +117,13 @@ def check_output(path: Path | None, made: Path | None = None) -> None:
         raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write {path}: the directory {path.parent} is not writable")
+
+
+def check_inputs(outputs: Mapping[str, Path | str | None], inputs: Mapping[str, Paths]) -> None:
+    """Refuse outputs that would take the place of an input or of one another; see `bytecap.system.collisions`."""
+    refuse_collisions(outputs, inputs)
+
+
+def source_file(spec: str | None) -> str | None:
+    """The file of FILE.py:CALLABLE, if it is one."""
+    return spec.rpartition(":")[0] if spec is not None and ":" in spec else None

@@ -18,6 +18,7 @@ from bytecap.cli.common import (
     print_json,
     progress,
 )
+from bytecap.system.cache import blamed
 
 
 def curves(
@@ -47,7 +48,8 @@ def curves(
     from bytecap_lab.rd_curves import byte_returns
 
     check_output(report, output)
-    found = byte_returns(
+    with blamed(store if store is not None else output / "store"):
+        found = byte_returns(
         model, budget, output, base=base, paths=names(paths), calibration=calibration, evaluation=evaluation,
         device=device, seed=seed, tokens=tokens, evaluation_tokens=eval_tokens,
         points=points, point_tokens=point_tokens, store=store, report=report,

@@ -14,10 +14,12 @@ from bytecap.cli.common import (
     Json,
     Loss,
     State,
+    check_inputs,
     check_output,
     needed,
     print_json,
     progress,
+    source_file,
     source_of,
 )
 from bytecap.cli.options import with_config
@@ -75,6 +77,19 @@ def fit(
     pages = [Path(c.output) for c in each_budget(replace(config, output=report)) if c.output is not None]
     for page in pages:
         check_output(page)
+    check_inputs(
+        {f"-o ({c.budget})" if "," in str(config.budget) else "-o": c.output for c in each_budget(config)}
+        | {
+            "--report": pages[0] if pages else None,
+            "--store": config.store if isinstance(config.store, str | Path) else None,
+        },
+        {
+            "MODEL": model, "--calib": config.calibration, "--eval": config.evaluation, "--code": code,
+            "--recover-text": config.recover_text, "--state": state, "--bytes-per-token": bytes_per_token,
+            "--factory": source_file(factory), "--loss": source_file(loss), "--method": source_file(config.method),
+            "--tokens": tokens, "--eval-tokens": evaluation_tokens,
+        },
+    )  # fmt: skip
     config = replace(config, code=pack_code.pack(code or (), code_accounting), reporter=progress(as_json))
     if factory is not None:
         if config.store is not None:

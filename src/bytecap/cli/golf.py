@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bytecap.cli.common import Json, print_json
+from bytecap.escape import shown
 from bytecap.sizes import format_size, parse_size
 
 app = typer.Typer(no_args_is_help=True, help="Parameter Golf: code and model under one cap.")
@@ -78,7 +79,7 @@ def check(
     seconds: Annotated[float, typer.Option(help="Most seconds of the evaluation.", min=0.1)] = 600.0,
     as_json: Json = False,
 ) -> None:
-    """Recount a submission from outside: every file counts. Runs nothing but the command of --eval."""
+    """Recount a submission from outside: every file counts, and every name. Runs nothing but the command of --eval."""
     from bytecap_lab.submission.check import check as run
     from bytecap_lab.submission.check import evaluate
 
@@ -90,13 +91,16 @@ def check(
         return
     _print_count(found, dict.fromkeys(found["public"], "public data, not counted"))
     if eval_ is not None:
-        typer.echo(f"evaluation: {found['bpb']:g} bits per byte ({found['line']})")
+        typer.echo(f"evaluation: {found['bpb']:g} bits per byte ({shown(found['line'], most=400)})")
 
 
 def _print_count(found: dict[str, Any], remarks: dict[str, str]) -> None:
     """Print the table of a judge."""
     rows = found["files"] | found.get("public", {})
+    if found.get("name_bytes"):
+        rows = rows | {"(names)": found["name_bytes"]}
+        remarks = remarks | {"(names)": "of files and directories but train_gpt.py and model.bcap"}
     for name, size in rows.items():
-        typer.echo(f"{size:>14,}  {name}  {remarks.get(name, '')}".rstrip())
+        typer.echo(f"{size:>14,}  {shown(name)}  {remarks.get(name, '')}".rstrip())
     typer.echo(f"{found['total_bytes']:>14,}  together, of {format_size(found['cap_bytes'])}")
     typer.echo(f"{found['slack_bytes']:>14,}  left")

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from bytecap.cli.common import EMBEDDED, Device, Json, print_json, progress
+from bytecap.escape import shown
+from bytecap.system.cache import blamed
 
 
 def tie(
@@ -39,7 +41,8 @@ def tie(
     """Convert MODEL into one whose layers share --blocks blocks; `fit` and `eval` take the directory as it is."""
     from bytecap_lab.layer_tying import tie as run
 
-    found = run(
+    with blamed(store):
+        found = run(
         model, blocks, output, init=init, rank=lora_rank, train=train, steps=steps, search=search,
         search_steps=search_steps, labels=labels, rate=rate, seed=seed, device=device, store=store,
         reporter=progress(as_json),
@@ -48,7 +51,9 @@ def tie(
         print_json(found)
     else:
         typer.echo(
-            f"{output}: {found['unique']} of {found['depth']} blocks, {found['parameters']:,} of "
-            f"{found['parameters_before']:,} parameters, KL to the original {found['kl_written']:.4f} nats per token "
-            "on held-out tokens of the training text"
+            shown(
+                f"{output}: {found['unique']} of {found['depth']} blocks, {found['parameters']:,} of "
+                f"{found['parameters_before']:,} parameters, KL to the original {found['kl_written']:.4f} nats per "
+                "token on held-out tokens of the training text"
+            )
         )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bytecap.cli.common import Artifact, Json, print_json
+from bytecap.escape import shown
 
 
 def unpack(
@@ -23,4 +24,4 @@ def unpack(
     if as_json:
         print_json({"directory": str(output), "dtype": written})
     else:
-        typer.echo(f"{output}: written as {written}")
+        typer.echo(shown(f"{output}: written as {written}"))

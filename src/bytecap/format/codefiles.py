@@ -11,7 +11,7 @@ b'print(1)'
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,26 +89,36 @@ def squeeze(content: bytes) -> bytes:
     return min((t for t in tries if len(content) <= packing.most(t, _LIMIT)), key=len, default=tries[0])
 
 
-def unpack(name: str, data: bytes) -> bytes:
-    """Invert `squeeze`; never more than 2^24 bytes.
+def unpack(name: str, data: bytes, allowance: packing.Allowance | None = None) -> bytes:
+    """Invert `squeeze`; never more than 2^24 bytes, nor more than the artifact's allowance has left.
 
     Raises:
         CorruptError: the data is damaged.
     """
+    allowance = packing.Allowance.of([data]) if allowance is None else allowance
     if data[:1] != bytes([_LZMA]):
         if data[:1] not in {bytes([_STORED]), bytes([_BROTLI])}:
             raise CorruptError(f"{name}: its packing does not exist")
-        return packing.unpack(name, data, limit=packing.most(data, _LIMIT))
-    machine, limit = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS), packing.most(data, _LIMIT)
+        return packing.unpack(name, data, limit=packing.most(data, _LIMIT), allowance=allowance)
+    machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+    limit = min(packing.most(data, _LIMIT), allowance.content)
     try:
         content = machine.decompress(data[1:], limit + 1)
     except lzma.LZMAError as exc:
         raise CorruptError(f"{name}: damaged ({exc})") from exc
     if not machine.eof or machine.unused_data or len(content) > limit:
         raise CorruptError(f"{name}: its LZMA data does not end where it should, or is more than {limit} bytes")
+    allowance.content -= len(content)
     return content
 
 
-def files(contents: Contents) -> dict[str, bytes]:
-    """Unpack the code files of an artifact, by name."""
-    return {f.name: unpack(f.name, f.data) for f in contents.files if f.kind == CODE}
+def files(contents: Contents, kinds: Collection[int] = (CODE,)) -> dict[str, bytes]:
+    """Code files of an artifact, or files of other kinds, unpacked within one allowance for all of them."""
+    allowance = packing.Allowance.of(f.data for f in contents.files)
+    return {
+        f.name: unpack(f.name, f.data, allowance)
+        if f.kind == CODE
+        else packing.unpack(f.name, f.data, allowance=allowance)
+        for f in contents.files
+        if f.kind in kinds
+    }

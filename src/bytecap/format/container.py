@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from bytecap.format.coders import coder, leb, read_leb
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import Entry
 from bytecap.format.wire.shared_objects import describe
-from bytecap.system.atomic import write_atomically
+from bytecap.format.work import Meter
+from bytecap.system.atomic import open_regular, write_atomically
 from bytecap.types import Unit
 
 MAGIC = b"\x89BCAP\r\n\x1a"
@@ -229,9 +231,9 @@ def _code(index: _Index) -> list[str]:
     return index.code if isinstance(index.code, list) else []
 
 
-def _check_shapes(index: _Index, size: int, name: str) -> None:
-    """A small file must not make its reader allocate much: sizes of 0 count as 1."""
-    left = _SPARE_VALUES + _VALUES_PER_BYTE * size
+def _check_shapes(index: _Index, size: int, name: str) -> list[int]:
+    """Declared size of every unit. A small file must not make its reader allocate much: sizes of 0 count as 1."""
+    left, sizes = _SPARE_VALUES + _VALUES_PER_BYTE * size, []
     for unit, shape, *_ in index.units:
         count = 1
         for n in shape:
@@ -239,6 +241,8 @@ def _check_shapes(index: _Index, size: int, name: str) -> None:
             if count > left or len(shape) > _MAX_DIMENSIONS:
                 raise CorruptError(f"{name} declares the impossible shape {shape[:_MAX_DIMENSIONS]} for {unit}")
         left -= count
+        sizes.append(count)
+    return sizes
 
 
 def parse(data: bytes, name: str = "the artifact") -> Contents:
@@ -249,7 +253,7 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     """
     spans = _directory(data, name)
     index, expected = _expected_kinds(data, spans, name)
-    _check_shapes(index, len(data), name)
+    sizes, meter = _check_shapes(index, len(data), name), Meter(len(data))
     if [s.kind for s in spans] != expected:
         raise CorruptError(f"{name} holds sections of unexpected kinds or in an unexpected order")
     body = [data[s.start : s.start + s.length] for s in spans]
@@ -260,10 +264,11 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     objects = tuple(body[at : at + expected.count(SHARED)])
     at += len(objects)
     units = []
-    for (unit, shape, dtype, tag, flags, aliases), section in zip(index.units, body[at:], strict=False):
+    for (unit, shape, dtype, tag, flags, aliases), size, section in zip(index.units, sizes, body[at:], strict=False):
         if flags > 7 or flags < 0:
             raise CorruptError(f"{name} uses reserved flags for {unit}")
         described = Unit(unit, tuple(shape), dtype, tuple(aliases), bool(flags & 1), bool(flags & 2), bool(flags & 4))
+        meter.take(unit, size, tag, section, described.matrix_shape)
         units.append(UnitSection(described, tag, section))
     at += len(units)
     names = [(n, FILE) for n in index.files] + [(n, CODE) for n in _code(index)]
@@ -292,9 +297,10 @@ def read(path: Path | str) -> Contents:
     """Read and check an artifact file."""
     path = Path(path)
     try:
-        data = path.read_bytes()
-    except OSError as exc:
-        raise NotAnArtifact(f"cannot read {path}: {exc.strerror}") from exc
+        with open_regular(path, os.O_RDONLY, follow=True) as f:
+            data = f.read()
+    except (OSError, ValueError) as exc:
+        raise NotAnArtifact(f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc
     return parse(data, str(path))
 
 

@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format import container
+from bytecap.format import codefiles, container
 from bytecap.format.coders import Observer, coder, run
 from bytecap.format.container import FILE, Contents, UnitSection
 from bytecap.format.entropy.rans import Stream, escape_bytes
 from bytecap.format.entropy.shared_tables import load_shared
-from bytecap.format.sidefiles import packing
 from bytecap.format.wire.shared_objects import load_objects
 from bytecap.sizes import in_groups
 from bytecap.types import Unit
@@ -43,7 +42,7 @@ def from_matrix(unit: Unit, matrix: Array) -> Array:
 
 def side_files(contents: Contents) -> dict[str, bytes]:
     """Config and tokenizer files of an artifact."""
-    return {f.name: packing.unpack(f.name, f.data) for f in contents.files if f.kind == FILE}
+    return codefiles.files(contents, (FILE,))
 
 
 def decode_units(

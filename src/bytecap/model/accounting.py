@@ -1,4 +1,4 @@
-"""Every tensor of every file of a checkpoint: stored, tied, computed from the config, or named and refused.
+"""Account for every tensor of a checkpoint: stored, tied, computed from the config, or named and refused.
 
 A library that loads a checkpoint leaves out what it does not know: layers beyond the config's count, scales of weights
 that are quantized, adapters. The model then runs and is another one. So the files are read a second time, by what their
@@ -38,7 +38,7 @@ _ADAPTERS = re.compile(r"(?:^|[._])lora_|(?:^|\.)base_model\.model\.|(?:^|[._])(
 
 @dataclass(frozen=True)
 class Account:
-    """What a checkpoint's files turned out to hold.
+    """The account of a checkpoint's files.
 
     Attributes:
         dtypes: source dtype of every tensor of the model, as safetensors spells it.
@@ -85,7 +85,7 @@ def account(module: nn.Module, headers: Mapping[Path, Header], allow: Sequence[s
 
 
 def refuse_unread(name: str, where: Path | str) -> CheckpointError | None:
-    """The error for a tensor that belongs to a quantized model or an adapter; None for any other."""
+    """Return the error for a tensor of a quantized model or an adapter; None for any other."""
     if _ADAPTERS.search(name):
         return CheckpointError(
             f"{where} holds tensor {name} of an adapter, without which the model is another one: merge it into the "
@@ -125,7 +125,7 @@ def _left_out(module: nn.Module, headers: Mapping[Path, Header], found: Conversi
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """One pattern for all of them, as far as their names agree."""
+    """Return one pattern for several names, as far as they agree."""
     low, high = min(names), max(names)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     head = low[:same]
@@ -140,7 +140,7 @@ def _count(entry: Mapping[str, Any]) -> int:
 
 
 def _values(headers: Mapping[Path, Header], names: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the files, one at a time; only those of the given names."""
+    """Yield the tensors of the files with the given names, one at a time."""
     from safetensors import safe_open
 
     for path, header in headers.items():
@@ -152,7 +152,7 @@ def _values(headers: Mapping[Path, Header], names: Any) -> Iterator[tuple[str, T
 
 
 def _is_computed(module: nn.Module, name: str, value: Tensor, known: re.Pattern[str]) -> bool:
-    """Whether a tensor is one that the library makes from the config: the same values, or a mask without any weights.
+    """Return whether the library computes a tensor from the config: the same values, or a mask without weights.
 
     Raises:
         CheckpointError: it is one, and holds other values than the library computes.
@@ -177,7 +177,7 @@ def _is_computed(module: nn.Module, name: str, value: Tensor, known: re.Pattern[
 
 
 def _alike(name: str, other: str) -> bool:
-    """Whether two tensors of one last name sit in modules of one name, wherever those are."""
+    """Return whether two tensors of one last name sit in modules of one name, wherever those are."""
     return name.split(".")[-2:-1] == other.split(".")[-2:-1]
 
 
@@ -192,14 +192,14 @@ def _check_filled(module: nn.Module, found: Conversion) -> None:
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
-    """For every name in the state dict the first name of the same tensor."""
+    """Return, for every name in the state dict, the first name of the same tensor."""
     first: dict[Any, str] = {}
     live = module.state_dict(keep_vars=True)
     return {n: first.setdefault((t.data_ptr(), tuple(t.shape)) if t.numel() else id(t), n) for n, t in live.items()}
 
 
 def _dtypes(module: nn.Module, entries: Header, found: Conversion) -> dict[str, str]:
-    """Source dtype of the model's tensors: the one that holds all that they were made from.
+    """Return the source dtypes of the model's tensors, each of which holds all that the tensor was made from.
 
     Raises:
         CheckpointError: a weight is stored as integers or in a float of eight bits or less, without its scale.
@@ -219,7 +219,7 @@ def _dtypes(module: nn.Module, entries: Header, found: Conversion) -> dict[str, 
 
 
 def _same(live: Mapping[str, Tensor], name: str, value: Tensor, found: Conversion) -> bool:
-    """Whether the model holds a tensor of the checkpoint exactly.
+    """Return whether the model holds a tensor of the checkpoint exactly.
 
     Raises:
         CheckpointError: it holds something else, and not because float64 does not fit float32.
@@ -239,7 +239,7 @@ def _same(live: Mapping[str, Tensor], name: str, value: Tensor, found: Conversio
 
 
 def _held(entry: Any, live: Mapping[str, Tensor]) -> Tensor:
-    """The model's values that an entry of `source_tensors.json` names."""
+    """Return the model's values that an entry of `source_tensors.json` names."""
     if isinstance(entry, str):
         return live[entry]
     if isinstance(entry, dict):
@@ -253,7 +253,7 @@ def _held(entry: Any, live: Mapping[str, Tensor]) -> Tensor:
 
 
 def _layout(module: nn.Module, entries: Header, found: Conversion, dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """Entries of `source_tensors.json`; none where every tensor is one of the model's under its first name."""
+    """Return entries of `source_tensors.json`; none where every tensor is one of the model's under its first name."""
     first = _first_names(module)
     kinds: dict[str, str] = {}
     for target, dtype in dtypes.items():
@@ -264,7 +264,7 @@ def _layout(module: nn.Module, entries: Header, found: Conversion, dtypes: Mappi
 
 
 def _renamed(entry: Any, first: Mapping[str, str], dtype: str, kinds: Mapping[str, str]) -> Any:
-    """An entry in units' first names, with its dtype where the unit has another."""
+    """Return an entry in units' first names, with its dtype where the unit has another."""
     if isinstance(entry, dict):
         parts = [_renamed(p, first, dtype, kinds) for p in entry["parts"]]
         return {**entry, "parts": parts}

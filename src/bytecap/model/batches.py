@@ -82,7 +82,7 @@ class Batch(Window):
 
 
 def on(data: Any, device: torch.device | str) -> Any:
-    """The same structure of lists, tuples and dictionaries with its tensors on a device."""
+    """Return the same structure of lists, tuples and dictionaries with its tensors on a device."""
     if isinstance(data, Tensor):
         return data.to(device)
     if isinstance(data, Mapping):
@@ -93,7 +93,7 @@ def on(data: Any, device: torch.device | str) -> Any:
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, int] | None:
-    """(scores (n, classes), labels (n,), ignored label) of a call with class labels."""
+    """Return (scores (n, classes), labels (n,), ignored label) of a call with class labels."""
     scores = args[0] if args else kwargs["input"]
     labels = args[1] if len(args) > 1 else kwargs["target"]
     if not isinstance(labels, Tensor) or labels.is_floating_point():
@@ -186,7 +186,7 @@ class Look:
 def variants_of(
     original: nn.Module, twin: nn.Module, variants: Mapping[str, Values], batch: Batch, device: str
 ) -> tuple[float, dict[str, tuple[float, float]]]:
-    """The original's loss on a batch, and (distance to the original, loss) of every variant, all means in nats."""
+    """Return the original's loss on a batch, and (distance, loss) of every variant, all means in nats."""
     first, found = Look.at(original, batch, device), {}
     for label, values in variants.items():
         with swapped(twin, values):
@@ -196,5 +196,5 @@ def variants_of(
 
 
 def is_batches(windows: Sequence[Window]) -> bool:
-    """Whether these are batches with a loss of their own."""
+    """Return whether these are batches with a loss of their own."""
     return bool(windows) and isinstance(windows[0], Batch)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from bytecap.errors import CheckpointError
+from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model import gguf_file
+from bytecap.model.building import Shapes, causal_lm, check_fits, pretrained, read_config
 from bytecap.model.fileset import (
     HUB_FILES,
     PICKLES,
@@ -225,12 +226,11 @@ def build_module(directory: Path) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        built: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+        built: Any = pretrained(
+            directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )  # fmt: skip
     except Exception as exc:
-        if allocator.is_shortage(exc):
+        if allocator.is_shortage(exc) or isinstance(exc, BytecapError):
             raise
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
     module = built[0]
@@ -323,22 +323,28 @@ def as_matrix(unit: Unit, values: _Values) -> _Values:
     return values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
 
 
-def module_from_config(directory: Path) -> torch.nn.Module:
-    """An untrained float32 module of a config, for decoded values to be put into."""
+def module_from_config(directory: Path, shapes: Shapes | None = None, name: str = "") -> torch.nn.Module:
+    """An untrained float32 module of a config, for decoded values to be put into.
+
+    Args:
+        directory: with `config.json`, and perhaps `tying.json`.
+        shapes: of the tensors that will be put in, by every name; they are compared before anything is allocated.
+        name: of what they come from, for messages.
+    """
     try:
-        import torch
-        import transformers
+        import transformers  # noqa: F401 (said here if it is missing)
 
         from bytecap.model import tying
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
-    transformers.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        config = read_config(directory, name)
+        if shapes is not None:
+            check_fits(config, shapes, name, prepare=lambda m: tying.tie_as_described(m, directory))
+        module = causal_lm(config)
     except Exception as exc:
-        if allocator.is_shortage(exc):
+        if isinstance(exc, BytecapError) or (allocator.is_shortage(exc) and shapes is None):
             raise
-        raise CheckpointError(f"cannot build a model from {directory}/config.json: {_first_line(exc)}") from exc
+        raise CheckpointError(f"cannot build a model from {name or directory}/config.json: {_first_line(exc)}") from exc
     tying.tie_as_described(module, directory)
     return freeze(module, cache=True)

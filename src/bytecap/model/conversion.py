@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint becomes which element of which tensor of the model.
+"""Follow every tensor of a checkpoint to its elements in the model's tensors.
 
 transformers renames tensors as it loads them, and stacks, splits or turns some (experts of a mixture, fused maps). The
 library is asked, not imitated: its own conversions are run on the numbers of the elements instead of on weights, so
@@ -28,7 +28,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass
 class Conversion:
-    """What became of a checkpoint's tensors.
+    """The places of a checkpoint's tensors in the model.
 
     Attributes:
         entries: of every tensor that was used: what it is made of, as `source_tensors.json` says it, in names of the
@@ -72,12 +72,12 @@ def convert(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Convers
 
 
 def pattern_owner(converters: Mapping[str, Any], pattern: str) -> str:
-    """A name for the converter that a pattern belongs to."""
+    """Return a name for the converter that a pattern belongs to."""
     return "|".join(converters[pattern].source_patterns)
 
 
 def _library(module: Any, live: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The library's function from a name to (name in the model, pattern of a converter or None), and its converters."""
+    """Return the library's function from a name to (name in the model, converter's pattern or None), and converters."""
     prefix = str(getattr(module, "base_model_prefix", ""))
     try:
         from transformers import conversion_mapping as mapping
@@ -140,7 +140,7 @@ def _follow(
 
 
 def _inverse(results: Mapping[str, Any], live: Mapping[str, Any], count: int) -> tuple[Any, list[tuple[str, int, int]]]:
-    """Place of every numbered element among the results laid end to end; None unless each is in one place."""
+    """Return the place of every numbered element among the results laid end to end; None unless each has one place."""
     spans: list[tuple[str, int, int]] = []
     whole = np.full(count, -1, np.int64)
     at = 0
@@ -157,7 +157,7 @@ def _inverse(results: Mapping[str, Any], live: Mapping[str, Any], count: int) ->
 
 
 def describe(places: Numbers, spans: Sequence[tuple[str, int, int]]) -> Any:
-    """An entry of `source_tensors.json` for elements that lie at these places.
+    """Describe elements that lie at these places as an entry of `source_tensors.json`.
 
     Args:
         places: of a tensor's elements, in its shape, among tensors of the model laid end to end.
@@ -178,7 +178,7 @@ def describe(places: Numbers, spans: Sequence[tuple[str, int, int]]) -> Any:
 
 
 def _parts(places: Numbers, spans: Sequence[tuple[str, int, int]]) -> list[Numbers]:
-    """Runs along the first axis that may be one view each: of one owner, and evenly spaced."""
+    """Yield runs along the first axis that may be one view each: of one owner, and evenly spaced."""
     first = places.reshape(len(places), -1)[:, 0] if places.size else places.reshape(-1)
     owner = np.searchsorted([s for _, s, _ in spans], first, "right")
     cuts, at = [], 0
@@ -193,7 +193,7 @@ def _parts(places: Numbers, spans: Sequence[tuple[str, int, int]]) -> list[Numbe
 
 
 def _strided(places: Numbers, spans: Sequence[tuple[str, int, int]]) -> list[Any] | None:
-    """`[unit, offset, shape, strides]` with trailing members left out where they say nothing; None if it is no view."""
+    """Return `[unit, offset, shape, strides]` without trailing members that say nothing; None if it is no view."""
     if not places.size:
         return None
     offset = int(places.reshape(-1)[0])
@@ -215,7 +215,7 @@ def _strided(places: Numbers, spans: Sequence[tuple[str, int, int]]) -> list[Any
 
 
 def ignored(module: nn.Module) -> re.Pattern[str]:
-    """Names that the library itself leaves out of checkpoints it reads."""
+    """Return the names that the library itself leaves out of checkpoints."""
     patterns = [
         *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
         r"rotary_emb\.inv_freq", r"(^|\.)position_ids$",

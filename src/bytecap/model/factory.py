@@ -1,4 +1,4 @@
-"""Models from a user's own source file: `FILE.py:CALLABLE` builds the module, a state dict fills it.
+"""Build models from a user's own source file: `FILE.py:CALLABLE` makes the module, a state dict fills it.
 
 This is the one place where bytecap runs code it is given: the file named with `--factory` or `--loss`, by the user, on
 the command line. Nothing from an artifact or a checkpoint is ever run: checkpoints are safetensors, or what
@@ -32,7 +32,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def load_callable(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The callable of `FILE.py:NAME` or `FILE.py:NAME(key=literal, ...)`, and the arguments given there. Runs the file.
+    """Load the callable of `FILE.py:NAME` or `FILE.py:NAME(key=literal, ...)`, and the arguments. Runs the file.
 
     Raises:
         UsageError: the file is missing, fails, or holds no such callable.
@@ -63,7 +63,7 @@ def load_callable(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 
 def _arguments(call: str, spec: str) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments of `NAME` or `NAME(key=literal)`."""
+    """Parse name and keyword arguments of `NAME` or `NAME(key=literal)`."""
     try:
         parsed = ast.parse(call.strip(), mode="eval").body
         if isinstance(parsed, ast.Name):
@@ -78,7 +78,7 @@ def _arguments(call: str, spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def make_module(spec: str) -> nn.Module:
-    """The module a factory returns.
+    """Return the module that a factory makes.
 
     Raises:
         UsageError: the factory fails or returns something else.
@@ -94,7 +94,7 @@ def make_module(spec: str) -> nn.Module:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or `torch.save`; no code in it is run.
+    """Read a state dict from safetensors or `torch.save`; no code in it is run.
 
     Raises:
         CheckpointError: unreadable, damaged, or holding pickled objects.
@@ -124,13 +124,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _named(exc: Exception) -> str:
-    """The class that torch refused, from its message."""
+    """Return the class that torch refused, from its message."""
     found = re.search(r"GLOBAL (\S+)", str(exc))
     return f" ({found[1]})" if found else ""
 
 
 def _state(found: Any, path: Path) -> dict[str, Tensor]:
-    """The dictionary of tensors in what was loaded, without what wrappers put in front of names."""
+    """Return the dictionary of tensors in a loaded object, without the prefixes that wrappers put in front of names."""
     for key in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -176,7 +176,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> No
 
 
 def _nearest(names: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
-    """Names that are alike, each in one pair at most, the most alike first.
+    """Pair names that are alike, each in one pair at most, the most alike first.
 
     >>> _nearest(["blocks.weight", "blocks.bias", "gain"], ["block.weight", "zzz"])
     [('blocks.weight', 'block.weight')]
@@ -190,7 +190,7 @@ def _nearest(names: Sequence[str], others: Sequence[str]) -> list[tuple[str, str
 
 
 def load_factory(spec: str, state: Path | None) -> Model:
-    """The model of a factory filled from a checkpoint, or from an artifact (`.bcap`); as it is without either.
+    """Return a factory's model filled from a checkpoint or an artifact (`.bcap`), or as it is without either.
 
     Raises:
         UsageError, CheckpointError, ArtifactError: see `make_module`, `read_state`, `fill`, `bytecap.load_into`.
@@ -211,5 +211,5 @@ def load_factory(spec: str, state: Path | None) -> Model:
 
 
 def _narrower(source: str, live: str) -> str:
-    """The checkpoint's float dtype where the module holds its values widened; else the module's."""
+    """Return the checkpoint's float dtype where the module holds its values widened, else the module's."""
     return source if live == "F32" and source in {"F16", "BF16"} else live

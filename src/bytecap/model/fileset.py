@@ -1,4 +1,4 @@
-"""The files of a model directory: which ones hold weights, which ones travel with them, and which are refused.
+"""Sort the files of a model directory: weights, side files that travel with them, and refused ones.
 
 One reader of the set: what counts as weights is what transformers loads (`model.safetensors`, else the shards of
 `model.safetensors.index.json`, or the file that config.json names). Any other safetensors file is looked into:
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError
+from bytecap.model.building import parse_object
 
 Header = dict[str, dict[str, Any]]
 DEQUANTIZE = "load it with the tool that made it and save it dequantized, in bfloat16 or float32"
@@ -39,7 +40,7 @@ _WIDTHS = {
 
 
 def pickle_message(path: Path) -> str:
-    """Why a pickle checkpoint is refused, and what to do."""
+    """Say why a pickle checkpoint is refused, and what to do."""
     return (
         f"{path} is a pickle checkpoint, which can run code when it is loaded and is refused; convert it with "
         "`save_pretrained(..., safe_serialization=True)` or safetensors.torch.save_file"
@@ -47,7 +48,7 @@ def pickle_message(path: Path) -> str:
 
 
 def read_side_files(directory: Path) -> dict[str, bytes]:
-    """Config and tokenizer files of a model directory.
+    """Read the config and tokenizer files of a model directory.
 
     Raises:
         CheckpointError: there is no readable `config.json`.
@@ -59,7 +60,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a directory.
+    """Read and parse the `config.json` of a directory.
 
     Raises:
         CheckpointError: there is none, or it is no object.
@@ -71,17 +72,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         if ggufs := sorted(directory.glob("*.gguf")):
             raise CheckpointError(f"{directory} holds {ggufs[0].name} and no config.json: give the file as MODEL")
         raise CheckpointError(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
-    try:
-        parsed = json.loads(config.read_bytes())
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{config} is not valid JSON: {exc}") from exc
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{config} holds no JSON object")
-    return parsed
+    return parse_object(config.read_bytes(), str(config))
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files whose tensors a model directory's weights are, as transformers chooses them.
+    """Return the weight files of a model directory, as transformers chooses them.
 
     Raises:
         CheckpointError: there are none, a shard is missing, or only pickles are there.
@@ -108,7 +103,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which shard an index says that every tensor is in."""
+    """Return the shard of every tensor, as an index says."""
     try:
         found = json.loads(index.read_bytes())["weight_map"]
         whole = found and all(isinstance(s, str) and Path(s).name == s for s in found.values())
@@ -128,7 +123,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_headers(directory: Path, allow: Sequence[str] = ()) -> tuple[dict[Path, Header], list[str]]:
-    """Headers of the files that are a model's weights, and notes about files that are not.
+    """Read the headers of a model's weight files, and return notes about files that are not read.
 
     Args:
         directory: of the model.
@@ -162,7 +157,7 @@ def allowed(name: str, allow: Sequence[str]) -> bool:
 
 
 def _check_index(directory: Path, owner: Mapping[str, Path]) -> None:
-    """Check that an index speaks of the tensors that are read, and of no others."""
+    """Check that an index names the tensors that are read, and no others."""
     index = directory / INDEX
     for name, shard in (_weight_map(index) if index.is_file() else {}).items():
         if name not in owner:
@@ -170,7 +165,7 @@ def _check_index(directory: Path, owner: Mapping[str, Path]) -> None:
 
 
 def _second(path: Path, owner: Mapping[str, Path], allow: Sequence[str]) -> list[str]:
-    """A note about a file that is not read, if it holds nothing but tensors that others hold as well."""
+    """Return a note about an unread file, if all of its tensors are in other files too."""
     unread = sorted(n for n in check_safetensors(path) if n not in owner and not allowed(n, allow))
     if unread:
         read = sorted({p.name for p in owner.values()})
@@ -207,7 +202,7 @@ def refuse_quantized(config: Mapping[str, Any], where: Path | str) -> None:
 
 
 def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
-    """Header of a safetensors file, after checking that every tensor lies inside the file.
+    """Return the header of a safetensors file, after checking that every tensor lies inside the file.
 
     Raises:
         CheckpointError: truncated or corrupt; the message names the first bad tensor.
@@ -222,7 +217,7 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(f.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             spans = {k: (int(v["data_offsets"][0]), int(v["data_offsets"][1])) for k, v in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as exc:
             raise CheckpointError(f"{path} has a corrupt safetensors header: {exc}") from exc
     at = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):

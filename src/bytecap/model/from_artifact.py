@@ -1,4 +1,4 @@
-"""A live torch module from an artifact: a new one from its config, or values put into a module that is there.
+"""Make a live torch module from an artifact: a new one from its config, or values in an existing one.
 
 No network, no code from the file. torch is imported when it is asked for a module, so that importing this needs numpy
 alone.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_model(path: Path | str) -> nn.Module:
-    """The decoded model as a torch module in evaluation mode, float32.
+    """Return the decoded model as a float32 torch module in evaluation mode.
 
     Raises:
         ArtifactError: the file cannot be trusted or holds no config.

@@ -1,4 +1,4 @@
-"""A `.gguf` file as a model: weights dequantized, config and tokenizer taken from its metadata.
+"""Read a `.gguf` file as a model: weights dequantized, config and tokenizer taken from its metadata.
 
 transformers does both, through gguf-py. The values are those that a GGUF runtime computes with, so a file made from
 them is compared with the quantized model, not with the one before it.
@@ -25,12 +25,12 @@ _DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 
 
 def as_dtype(values: npt.NDArray[Any]) -> str:
-    """The narrowest float dtype that holds all values."""
+    """Convert to the narrowest float dtype that holds all values."""
     return next((d for d in ("BF16", "F16") if is_lossless(values, d)), "F32")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]:
-    """Tensors by the names that transformers gives them, side files, and notes.
+    """Read tensors by their names in transformers, side files, and notes.
 
     Raises:
         CheckpointError: it cannot be read, is of an architecture transformers does not know, or is not read whole.
@@ -44,13 +44,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]
         raise CheckpointError(f"{path} needs the extra packages ({exc.name}): pip install 'bytecap[gguf]'") from exc
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         inside = {t.name: int(t.n_elements) for t in gguf.GGUFReader(path).tensors}
         built: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, output_loading_info=True, **options
+            path.parent, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
         )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
     except Exception as exc:
         first = next((line for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
         raise CheckpointError(f"{path} cannot be read by transformers: {first}") from exc
@@ -77,7 +77,7 @@ def _check_whole(path: Path, inside: dict[str, int], module: Any, report: dict[s
 
 
 def _side_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
-    """Config, tokenizer and chat template, as files."""
+    """Return config, tokenizer and chat template as files."""
     config = module.config.to_dict()
     for key in ("quantization_config", "_pre_quantization_dtype", "_name_or_path"):
         config.pop(key, None)
@@ -92,5 +92,5 @@ def _side_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
 
 
 def dtypes(tensors: dict[str, Any]) -> dict[str, str]:
-    """Source dtypes: the narrowest that hold the values, which say nothing of the blocks they came from."""
+    """Return source dtypes, the narrowest that hold the values, whatever blocks these came from."""
     return {n: as_dtype(t.numpy()) for n, t in tensors.items() if t.is_floating_point()}

@@ -1,4 +1,4 @@
-"""How a language model is fed: its first token, the length it takes, the ids it knows, and that it is causal.
+"""Find out how a language model is fed: its first token, its length, its ids, and whether it is causal.
 
 transformers knows these, under whatever name a config gives them and in whatever part of a nested one; ids are held
 against the rows that the embedding really has. One short pass shows whether a prediction changes with tokens behind it:
@@ -30,7 +30,7 @@ _LEAK = 1e-3  # of the logits' spread: what earlier predictions may change with 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a config says of a language model's inputs.
+    """The inputs of a language model, as its config describes them.
 
     Attributes:
         first: token put in front of every document, or None.
@@ -46,7 +46,7 @@ class Facts:
 
 
 def facts(files: Mapping[str, bytes]) -> Facts:
-    """From a model's side files.
+    """Read the facts from a model's side files.
 
     Raises:
         CheckpointError: the config's first token or length is no such number.
@@ -73,7 +73,7 @@ def facts(files: Mapping[str, bytes]) -> Facts:
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """A side file's JSON object; empty where there is none."""
+    """Return a side file's JSON object; empty where there is none."""
     try:
         found = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as exc:
@@ -82,7 +82,7 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _library_config(raw: Mapping[str, Any]) -> Any:
-    """The config as transformers completes it, without running anything; None for kinds it does not know."""
+    """Return the config as transformers completes it, without running anything; None for kinds it does not know."""
     try:
         from transformers import AutoConfig
 
@@ -106,7 +106,7 @@ def refuse_encoder_decoder(files: Mapping[str, bytes], name: str) -> None:
 
 
 def vocabulary_of(module: nn.Module) -> int | None:
-    """Ids that a model can read and predict: rows of its embedding, outputs of its head; None if it shows neither."""
+    """Return the number of ids that a model can read and predict; None if it shows neither embedding nor head."""
     sizes = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:

@@ -1,4 +1,4 @@
-"""Any `nn.Module` as a `Model`: a float32 copy, its units, and what its forward speaks.
+"""Treat any `nn.Module` as a `Model`: a float32 copy, its units, and the form of its forward.
 
 The user's module is never touched: everything runs on a copy in evaluation mode. Buffers keep their dtype unless
 they are of half precision, and are stored exactly.
@@ -27,7 +27,7 @@ _HALVES = {torch.float16, torch.bfloat16}
 
 
 def model_of(module: nn.Module, name: str | None = None) -> Model:
-    """A float32 copy of a module as a `Model`; source dtypes are remembered.
+    """Return a float32 copy of a module as a `Model` that remembers source dtypes.
 
     Raises:
         CheckpointError: it cannot be copied, holds nothing to store, or a tensor of a dtype the format lacks.
@@ -66,7 +66,7 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
 
 
 def _extra_state(module: nn.Module) -> tuple[str, ...]:
-    """A note about extra state, which is not stored."""
+    """Return a note about extra state, which is not stored."""
     extra = [n for n in module.state_dict() if n.endswith("_extra_state")]
     return (f"extra state is not stored, the module that loads the file keeps its own: {', '.join(extra)}",) * bool(
         extra
@@ -74,14 +74,14 @@ def _extra_state(module: nn.Module) -> tuple[str, ...]:
 
 
 def _rounded(module: nn.Module, twin: nn.Module, units: Sequence[Unit]) -> frozenset[str]:
-    """Names of float64 parameters that float32 does not hold."""
+    """Return the names of float64 parameters that float32 does not hold."""
     live, copied = tensors_of(module), tensors_of(twin)
     wide = [u.name for u in units if live[u.name].dtype != copied[u.name].dtype == torch.float32]
     return frozenset(n for n in wide if not torch.equal(live[n].detach().double(), copied[n].detach().double()))
 
 
 def _oriented(unit: Unit) -> Unit:
-    """Wide tensors with a few large members lie on their side, where a second moment over columns is small."""
+    """Lay wide tensors with a few large members on their side, where a second moment over columns is small."""
     rows, cols = unit.matrix_shape
     if len(unit.shape) > 2 and cols > WIDEST and 1 < rows <= WIDEST:
         return replace(unit, transposed=True)
@@ -89,7 +89,7 @@ def _oriented(unit: Unit) -> Unit:
 
 
 def speech(module: nn.Module) -> Speech:
-    """What a language model's forward gives: `forward(ids) -> logits` or `forward(ids, targets) -> loss`."""
+    """Find out the form of a forward: `forward(ids) -> logits` or `forward(ids, targets) -> loss`."""
     wanted = [
         p
         for p in inspect.signature(module.forward).parameters.values()
@@ -104,18 +104,18 @@ def speech(module: nn.Module) -> Speech:
 
 
 def next_token(module: nn.Module, ids: Tensor) -> Any:
-    """The loss of `forward(ids, targets) -> loss` on ids (batch, length)."""
+    """Return the loss of `forward(ids, targets) -> loss` on ids (batch, length)."""
     return module(ids[:, :-1], ids[:, 1:])
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are."""
+    """Return the device of a module's parameters."""
     return next(module.parameters()).device
 
 
 @torch.no_grad()
 def vocabulary(module: nn.Module, kind: Speech) -> int | None:
-    """Number of classes a language model predicts; None where its loss hides them.
+    """Return the number of classes that a language model predicts; None where its loss hides them.
 
     Raises:
         UsageError: forward fails, or gives neither logits nor one number.

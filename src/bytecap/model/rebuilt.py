@@ -1,4 +1,4 @@
-"""The module that a file describes: what `load_model` gives, and what the quality of a fit is measured on.
+"""Build the module that a file describes, which `load_model` returns and on which quality is measured.
 
 The config alone does not say which tensors are one: a checkpoint may hold a head of its own where its config says that
 head and embedding are tied, and then the library keeps them apart as it reads it. So what the file stores decides:
@@ -34,7 +34,7 @@ DESCRIBING = ("config.json", "tying.json")  # the side files that say what the m
 
 
 def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Module:
-    """A float32 module whose tensors are these units, values still to come.
+    """Build a float32 module whose tensors are these units, without their values.
 
     Args:
         files: side files; `config.json` is needed.
@@ -47,7 +47,8 @@ def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Mo
     with tempfile.TemporaryDirectory() as directory:
         for each in set(DESCRIBING) & files.keys():
             (Path(directory) / each).write_bytes(files[each])
-        module = module_from_config(Path(directory))
+        shapes = {n: u.shape for u in units for n in (u.name, *u.aliases)}
+        module = module_from_config(Path(directory), shapes, name)
     config: Any = module.config
     config.name_or_path = str(json.loads(files["config.json"]).get("_name_or_path", ""))
     if "generation_config.json" in files:
@@ -109,7 +110,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> nn.Module:
-    """The module that finished bytes stand for, beside the model that they were made from.
+    """Build the module that finished bytes describe, beside the model that they were made from.
 
     Built from the file itself where its side files describe the model, so that what is measured is what `load_model`
     gives; else a copy of the model.
@@ -180,7 +181,7 @@ def put_into(module: nn.Module, values: Mapping[str, Any], name: str) -> None:
 
 
 def _misfits(live: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> list[str]:
-    """What keeps values from being put into tensors."""
+    """Return the reasons why values cannot be put into tensors."""
     wrong = [f"the artifact lacks {n}" for n in live if n not in values]
     wrong += [f"the module lacks {n}" for n in values if n not in live]
     both = [n for n in values if n in live]
@@ -203,7 +204,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _needing_own(live: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of tensors whose values cannot be put where the module has them, because others lie there too."""
+    """Return the names of tensors that need storage of their own, because others lie in theirs too."""
     own = {n for n, t in live.items() if t.numel() and _overlaps_itself(t)}
     groups: dict[int, list[str]] = {}
     for n, t in live.items():
@@ -222,7 +223,7 @@ def _needing_own(live: Mapping[str, torch.Tensor], values: Mapping[str, torch.Te
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether several elements of a tensor are one place in memory."""
+    """Return whether several elements of a tensor are one place in memory."""
     spread = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride < spread:

@@ -1,6 +1,7 @@
 """Model and texts of a job: tokenizer, windows, and the embedded texts as a stand-in.
 
-Without `--calib` or `--eval` the embedded model's own texts are used, and the job says so.
+Without `--calib` the model's own samples and the embedded general text are used, without `--eval` documents of the
+general text that calibration never reads; the embedded model has texts of its own. The job says so.
 """
 
 from __future__ import annotations
@@ -8,15 +9,36 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bytecap.errors import TextError, UsageError
+from bytecap.model.calibration_text import (
+    GENERAL,
+    SELF,
+    SELF_MOST,
+    SELF_SHARE,
+    Sampler,
+    Source,
+    general,
+    parse,
+    texts_of,
+)
 from bytecap.model.checkpoint import Model, demo_directory
 from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 from bytecap.model.inputs import check_causal, facts, vocabulary_of
 from bytecap.model.linears import of_transformers
-from bytecap.model.texts import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
+from bytecap.model.texts import (
+    Encoder,
+    TokenSets,
+    Window,
+    leading,
+    load_documents,
+    load_text,
+    split_sets,
+    tokenizer_encoder,
+)
 from bytecap.model.tokenization import read_tokenizer
 from bytecap.progress import Reporter, warn
 
@@ -24,7 +46,7 @@ Paths = str | Path | Iterable[str | Path] | None
 
 CORRECTION_TOKENS = 8_192
 RECOVERY_TOKENS = 2**23  # most of them
-SELF = "self"  # in place of a text to recover on: the model's own samples
+DEMO = "demo"
 SELF_TOKENS = {"cpu": 2**15, "cuda": 2**20}
 _BEGINNING = 8  # tokens by which windows are told apart
 
@@ -75,13 +97,17 @@ def as_paths(paths: Paths) -> list[Path]:
 
 
 def embedded(calibration: Sequence[Path], evaluation: Sequence[Path]) -> str:
-    """Where embedded texts stand in, as a warning; nothing where both are given.
+    """What stands in where texts are missing, as a warning; nothing where both are given.
 
     >>> embedded([], [Path("a.txt")])
-    'no --calib given: the embedded SQLite documentation stands in'
+    'no --calib given: samples of the model itself and the embedded general text stand in'
     """
-    missing = [n for n, given in (("--calib", calibration), ("--eval", evaluation)) if not given]
-    return f"no {' and no '.join(missing)} given: the embedded SQLite documentation stands in" if missing else ""
+    said = []
+    if not calibration:
+        said.append("no --calib given: samples of the model itself and the embedded general text stand in")
+    if not evaluation:
+        said.append("no --eval given: documents of the embedded general text that nothing is fitted on stand in")
+    return "; ".join(said)
 
 
 def named(calibration: Paths, evaluation: Paths, reporter: Reporter) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -102,37 +128,91 @@ def load_sets(
     evaluation_tokens: int = EVALUATION_TOKENS,
     correction_tokens: int = CORRECTION_TOKENS,
     seed: int = 0,
+    device: str = "cpu",
+    sampler: Sampler | None = None,
     reporter: Reporter,
 ) -> TokenSets:
     """The three disjoint token sets of a job.
 
     Args:
         model: whose tokenizer is used.
-        calibration: text files for statistics and correction factors.
+        calibration: text files for statistics and correction factors, or words, see `bytecap.model.calibration_text`.
         evaluation: text files nothing is fitted on.
         window: predicted tokens in a window.
         tokens: most tokens for statistics.
         evaluation_tokens: most tokens for evaluation, over all texts.
         correction_tokens: most tokens for correction factors and other measurements besides.
         seed: order in which calibration windows are drawn.
+        device: torch device that `self` is sampled on.
+        sampler: gives windows sampled from the model; `sampled` by default.
         reporter: told when embedded texts stand in.
     """
     check_model(model)
     encode, known = encoder(model.files), vocabulary_of(model.module)
-    window = window_limit(model, window)
+    window, wanted = window_limit(model, window), tokens + correction_tokens
     calib, held = as_paths(calibration), as_paths(evaluation)
     if missing := embedded(calib, held):
-        warn(reporter, f"{missing}, and quality on your text depends on it")
-    calib = calib or [demo_directory() / "calib.txt"]
-    held = held or [demo_directory() / "val.txt"]
-    share, most = 2 * (tokens + correction_tokens) // len(calib), max(1, evaluation_tokens // len(held))
+        warn(reporter, f"{missing}; quality on your text depends on it")
+    if model.name == DEMO:
+        calib, held = calib or [demo_directory() / "calib.txt"], held or [demo_directory() / "val.txt"]
+    sources = parse(calib) if calib else default_sources(model, wanted, device)
+    shares = {s.name: max(1, round(wanted * s.weight / sum(x.weight for x in sources))) for s in sources}
+    draw = sampler or partial(sampled, model, window=window, seed=seed, device=device, reporter=reporter)
+    most = max(1, evaluation_tokens // max(1, len(held)))
+    evaluated = [load_text(p, encode, window=window, limit=most, vocabulary=known) for p in held] or [
+        load_documents(GENERAL, general(held=True), encode, window=window, limit=most, vocabulary=known)
+    ]
     sets = split_sets(
-        [load_text(p, encode, window=window, limit=share, vocabulary=known) for p in calib],
-        [load_text(p, encode, window=window, limit=most, vocabulary=known) for p in held],
-        tokens=tokens, correction_tokens=correction_tokens, seed=seed,
+        texts_of(sources, encode, draw, window=window, shares=shares, vocabulary=known), evaluated,
+        tokens=tokens, correction_tokens=correction_tokens, seed=seed, weights=[s.weight for s in sources],
     )  # fmt: skip
     report_sets(sets, reporter)
     return sets
+
+
+def default_sources(model: Model, wanted: int, device: str) -> tuple[Source, ...]:
+    """Sources where no calibration text is given: the model's own samples, where it can be sampled, and `general`.
+
+    Sampling is slow on a processor, so samples are fewer there; weights follow, and nothing is read twice.
+    """
+    if not of_transformers(model.module):
+        return (Source(GENERAL),)
+    own = min(wanted / SELF_SHARE, SELF_MOST[device])
+    return (Source(SELF, own / wanted), Source(GENERAL, 1 - own / wanted))
+
+
+def sampled(
+    model: Model,
+    tokens: int,
+    *,
+    window: int,
+    seed: int,
+    device: str,
+    reporter: Reporter,
+    firsts: Sequence[int] | None = None,
+) -> tuple[Window, ...]:
+    """Windows that the model makes up, each from a first token drawn evenly.
+
+    Args:
+        model: of transformers.
+        tokens: at least so many predicted tokens together.
+        window: predicted tokens in a window.
+        seed: of the sampling.
+        device: torch device to sample on.
+        reporter: told about progress.
+        firsts: tokens that windows may begin with; the whole vocabulary by default.
+
+    Raises:
+        UsageError: the model cannot be sampled from.
+    """
+    from bytecap.model.sampling import sample
+
+    rows = vocabulary_of(model.module)
+    if not of_transformers(model.module) or (firsts is None and rows is None):
+        raise UsageError(f"{SELF} samples from a language model of transformers, and this is none; give a text instead")
+    with reporter.step("sampling", 1):
+        model.module.to(device)
+        return sample(model.module, firsts or range(rows or 0), tokens, window=window, seed=seed, device=device)
 
 
 def with_recovery(
@@ -167,7 +247,11 @@ def with_recovery(
         return sets
     length, found = window_limit(model, window), {}
     if paths == [Path(SELF)]:
-        found = {w.tokens: w for w in _sampled(model, sets, length, seed, device, reporter)}
+        firsts = sorted({w.tokens[0] for w in sets.statistics})
+        drawn = sampled(
+            model, SELF_TOKENS[device], window=length, seed=seed, device=device, reporter=reporter, firsts=firsts
+        )
+        found = {w.tokens: w for w in drawn}
     else:
         encode, share = encoder(model.files), 2 * RECOVERY_TOKENS // len(paths)
         known = vocabulary_of(model.module)
@@ -182,21 +266,6 @@ def with_recovery(
     dropped = f" ({len(found) - len(left)} windows of other sets dropped)" if len(left) < len(found) else ""
     reporter.note(f"tokens: {_count(recovery):,} for recovery{dropped}")
     return replace(sets, recovery=recovery)
-
-
-def _sampled(
-    model: Model, sets: TokenSets, window: int, seed: int, device: str, reporter: Reporter
-) -> tuple[Window, ...]:
-    """Windows that the model makes up, each from a token with which a calibration window begins."""
-    from bytecap.model.sampling import sample
-
-    if not of_transformers(model.module):
-        raise UsageError("--recover-text self samples from a model of transformers; give a text instead")
-    with reporter.step("sampling", 1):
-        firsts = sorted({w.tokens[0] for w in sets.statistics})
-        model.module.to(device)
-        tokens = SELF_TOKENS[device]
-        return sample(model.module, firsts, tokens, window=window, seed=seed, device=device)
 
 
 def report_sets(sets: TokenSets, reporter: Reporter) -> None:

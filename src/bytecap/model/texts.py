@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,8 @@ def read_documents(path: Path | str) -> list[str]:
     """
     path = Path(path)
     try:
+        if stat.S_ISCHR(mode := path.stat().st_mode) or stat.S_ISBLK(mode):
+            raise TextError(f"cannot read the text {path}: it is a device, which has no end")
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as exc:
         raise TextError(f"{path} is not UTF-8 text: byte {exc.start} cannot be decoded") from exc
@@ -173,16 +176,29 @@ def load_text(
     Raises:
         TextError: it cannot be read, holds too few tokens for one prediction, or a token that the model does not know.
     """
-    path = Path(path)
+    found = load_documents(str(path), read_documents(path), encode, window=window, limit=limit, vocabulary=vocabulary)
+    return Text(Path(path).name, found.windows)
+
+
+def load_documents(
+    name: str,
+    documents: list[str],
+    encode: Encoder,
+    *,
+    window: int,
+    limit: int | None = None,
+    vocabulary: int | None = None,
+) -> Text:
+    """Tokenize documents into windows as `load_text` does; `name` stands in messages."""
     windows: list[Window] = []
-    for number, (ids, sizes) in enumerate(encode(_take_documents(read_documents(path), limit))):
-        check_known(ids, vocabulary, path)
+    for number, (ids, sizes) in enumerate(encode(_take_documents(documents, limit))):
+        check_known(ids, vocabulary, name)
         windows.extend(cut_windows(ids, sizes, window, number))
     if not windows:
-        raise TextError(f"the text {path} is too short: it holds no token to predict")
+        raise TextError(f"the text {name} is too short: it holds no token to predict")
     if limit is not None and sum(w.predicted for w in windows) > limit:
         windows = _spread(windows, limit)
-    return Text(path.name, tuple(windows))
+    return Text(name, tuple(windows))
 
 
 def _take_documents(documents: list[str], limit: int | None) -> Iterable[str]:
@@ -207,6 +223,7 @@ class TokenSets:
     Attributes:
         dropped: windows taken out of the first two because the evaluation holds them too.
         recovery: a fourth set, for recovery; empty where the first serves.
+        drawn: name of every calibration text, and its predicted tokens in the first two sets.
     """
 
     statistics: tuple[Window, ...]
@@ -214,12 +231,19 @@ class TokenSets:
     evaluation: tuple[Text, ...]
     dropped: int
     recovery: tuple[Window, ...] = ()
+    drawn: tuple[tuple[str, int], ...] = ()
 
 
 def split_sets(
-    calibration: Sequence[Text], evaluation: Sequence[Text], *, tokens: int, correction_tokens: int, seed: int
+    calibration: Sequence[Text],
+    evaluation: Sequence[Text],
+    *,
+    tokens: int,
+    correction_tokens: int,
+    seed: int,
+    weights: Sequence[float] = (),
 ) -> TokenSets:
-    """Split windows into three disjoint sets, in which every calibration text weighs the same.
+    """Split windows into three disjoint sets, in which every calibration text weighs the same or what it is given.
 
     Args:
         calibration: texts for statistics and correction factors.
@@ -227,6 +251,7 @@ def split_sets(
         tokens: most tokens for statistics.
         correction_tokens: most tokens for correction factors (at most an eighth of what there is).
         seed: order in which windows are drawn.
+        weights: how often windows of every calibration text are drawn, relative to the others; all 1 by default.
 
     Raises:
         TextError: too little text is left for both sets.
@@ -246,7 +271,7 @@ def split_sets(
         rng.shuffle(pool)
         pools.append(pool)
     total = sum(w.predicted for pool in pools for w in pool)
-    queue = [w for turn in _round_robin(pools) for w in turn]
+    queue = list(_in_turn(pools, weights or [1.0] * len(pools)))
     correction = _draw(queue, min(correction_tokens, total // 8))
     statistics = _draw(queue, tokens)
     if not correction or not statistics:
@@ -254,12 +279,24 @@ def split_sets(
             f"the calibration text is too short: {total} tokens are left after taking out what the evaluation "
             f"holds ({dropped} windows); at least two windows are needed"
         )
-    return TokenSets(tuple(statistics), tuple(correction), tuple(evaluation), dropped)
+    used = {id(w) for w in (*statistics, *correction)}
+    counts = tuple(
+        (text.name, sum(w.predicted for w in pool if id(w) in used))
+        for text, pool in zip(calibration, pools, strict=True)
+    )
+    return TokenSets(tuple(statistics), tuple(correction), tuple(evaluation), dropped, drawn=counts)
 
 
-def _round_robin(pools: list[list[Window]]) -> Iterable[list[Window]]:
-    for i in range(max(map(len, pools), default=0)):
-        yield [pool[i] for pool in pools if i < len(pool)]
+def _in_turn(pools: Sequence[Sequence[Window]], weights: Sequence[float]) -> Iterator[Window]:
+    """Windows of all pools in turn; where weights differ, the next from the pool that lies furthest behind its own."""
+    even = len(set(weights)) <= 1
+    taken, weighed = [0] * len(pools), [0.0] * len(pools)
+    while left := [i for i, pool in enumerate(pools) if taken[i] < len(pool)]:
+        i = min(left, key=lambda i: (weighed[i], i))
+        window = pools[i][taken[i]]
+        yield window
+        taken[i] += 1
+        weighed[i] += 1 if even else window.predicted / weights[i]
 
 
 def _draw(queue: list[Window], tokens: int) -> list[Window]:

@@ -1,4 +1,4 @@
-"""A model's tokenizer from its side files, reading text the same way whatever state it was saved in.
+"""Read a model's tokenizer from its side files, so that it reads text the same way whatever state it was saved in.
 
 `tokenizer.json` may hold truncation, padding and the dropout of merges, left over from training; a text is scored whole
 and once, so they are switched off. Where there is only what a tokenizer is made from (`tokenizer.model`, `vocab.json`
@@ -14,28 +14,22 @@ from typing import Any
 
 from bytecap.errors import CheckpointError
 from bytecap.model.fileset import SLOW_TOKENIZER_FILES, TOKENIZER
+from bytecap.model.tokenizer import load_tokenizer
 
 
 def read_tokenizer(files: Mapping[str, bytes]) -> Any:
-    """A `tokenizers.Tokenizer`.
+    """Return a `tokenizers.Tokenizer`.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as exc:
-        raise CheckpointError("texts need the extra packages: pip install 'bytecap[hf]'") from exc
     if TOKENIZER not in files:
         return settled(_converted(files))
-    try:
-        return settled(Tokenizer.from_str(files[TOKENIZER].decode("utf-8")))
-    except Exception as exc:
-        raise CheckpointError(f"{TOKENIZER} cannot be read: {exc}") from exc
+    return settled(load_tokenizer(files[TOKENIZER], TOKENIZER))
 
 
 def settled(tokenizer: Any) -> Any:
-    """The tokenizer without what changes how a text is read: truncation, padding, dropout."""
+    """Return the tokenizer without truncation, padding and dropout, which change how a text is read."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
@@ -46,12 +40,12 @@ def settled(tokenizer: Any) -> Any:
 
 
 def is_there(files: Mapping[str, bytes]) -> bool:
-    """Whether side files hold a tokenizer, or what one is made from."""
+    """Return whether side files hold a tokenizer, or the files that one is made from."""
     return TOKENIZER in files or any(n in files for n in SLOW_TOKENIZER_FILES)
 
 
 def conversion_note(files: Mapping[str, bytes]) -> list[str]:
-    """What to say where a tokenizer has to be converted."""
+    """Return the note for a tokenizer that has to be converted."""
     slow = [n for n in SLOW_TOKENIZER_FILES if n in files]
     if TOKENIZER in files or not slow:
         return []

@@ -1,4 +1,4 @@
-"""Standard errors of measured means; numpy alone, so that finished runs are judged without torch."""
+"""Compute standard errors of measured means with numpy alone, so that finished runs are judged without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
-    """Standard error of the ratio sum(total) / sum(weight) over windows (linearised); NaN where it has none."""
+    """Return the linearised standard error of the ratio sum(total) / sum(weight) over windows; NaN if it has none."""
     n = len(total)
     if n < 2 or not weight.any():
         return float("nan")

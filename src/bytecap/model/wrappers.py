@@ -1,4 +1,4 @@
-"""Names of tensors without what wrappers put into them: torch.compile, data-parallel training, checkpointing.
+"""Strip the prefixes of torch.compile, data-parallel training and checkpointing from names of tensors.
 
 A wrapper around the whole module puts a prefix in front of every name; wrappers around its blocks put theirs in the
 middle. A file written from a wrapped module fits the plain one, and the other way round.
@@ -16,7 +16,7 @@ _IN_FRONT = "module."
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Every name's plain form; the names themselves where two of them would become one."""
+    """Return every name's plain form, or the names themselves where two of them would become one."""
     names = list(names)
     found = {n: ".".join(p for p in n.split(".") if p not in _ANYWHERE) for n in names}
     while found and all(p.startswith(_IN_FRONT) and p != _IN_FRONT for p in found.values()):

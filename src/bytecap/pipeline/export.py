@@ -6,45 +6,96 @@ No network, no code from the file: config and tokenizer come out of the artifact
 
 from __future__ import annotations
 
+import io
 import json
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.errors import ArtifactError, OutputError, UsageError
+from bytecap.errors import ArtifactError, CorruptError, UsageError
 from bytecap.format import codefiles, container
-from bytecap.format.coders.exact import is_lossless, to_bytes
-from bytecap.format.container import Contents
-from bytecap.format.decoder import decode_units, side_files
-from bytecap.format.sidefiles import source_tensors
-from bytecap.system.atomic import write_atomically
+from bytecap.format.coders.exact import WIDTH, is_lossless, to_bytes
+from bytecap.format.container import CODE, FILE, Contents
+from bytecap.format.decoder import decode_units
+from bytecap.format.sidefiles import names, source_tensors
+from bytecap.format.sidefiles.names import WEIGHTS
+from bytecap.system.atomic import write_directory
+from bytecap.system.collisions import refuse_collisions
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
-_WEIGHTS = "model.safetensors"
 _METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
+_PIECE = 1 << 20  # values converted at a time: a copy of them all is never made
+
+
+@dataclass(frozen=True)
+class Directory:
+    """Everything `unpack` writes, before anything is written.
+
+    Attributes:
+        values: of every unit in stored layout, by name.
+        dtypes: that each is written in.
+        files: config, tokenizer and code by name.
+        dtype: of the floating-point tensors, for the config.
+    """
+
+    values: dict[str, npt.NDArray[Any]]
+    dtypes: dict[str, str]
+    files: dict[str, bytes]
+    dtype: str
+
+    def write_weights(self, into: BinaryIO) -> None:
+        """Write `model.safetensors`, some values at a time."""
+        header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+        at = 0
+        for name in sorted(self.values):
+            values, dtype = self.values[name], self.dtypes[name]
+            end = at + values.size * WIDTH[dtype]
+            header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        into.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(self.values):
+            into.writelines(_rounded_bytes(piece, self.dtypes[name]) for piece in _pieces(self.values[name]))
+
+
+def open_directory(contents: Contents, dtype: str = "auto") -> Directory:
+    """What `unpack` would write; every section is decoded and every name checked.
+
+    Raises:
+        ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
+    """
+    names.check(f.name for f in contents.files)
+    unpacked = codefiles.files(contents, (FILE, CODE))
+    found = {f.name: unpacked.pop(f.name) for f in contents.files if f.kind == FILE}
+    values, source = _tensors(contents, found)
+    found |= unpacked
+    if _METADATA in values:
+        raise CorruptError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
+    chosen = _choose_dtypes(values, source, dtype)
+    float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
+    written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
+    if "config.json" in found:
+        content = _with_dtype(found["config.json"], written)  # which also refuses what is no config
+        if chosen != source or len(set(chosen.values())) == 1:
+            found["config.json"] = content
+    return Directory(values, chosen, found, written)
 
 
 def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
     """Return every file that `unpack` writes, by name, and the dtype; nothing is written here.
 
     Raises:
-        ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
+        ArtifactError: see `open_directory`.
     """
-    found = side_files(contents)
-    values, source = _tensors(contents, found)
-    found |= codefiles.files(contents)
-    chosen = _choose_dtypes(values, source, dtype)
-    float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
-    written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
-    for name in found:
-        if name.lower() == _WEIGHTS or PureWindowsPath(name).name != name or ":" in name:
-            raise ArtifactError(f"a side file must not have the name {name!r}")
-    if "config.json" in found and (chosen != source or len(set(chosen.values())) == 1):
-        found["config.json"] = _with_dtype(found["config.json"], written)
-    return {_WEIGHTS: _safetensors(values, chosen), **found}, written
+    opened, weights = open_directory(contents, dtype), io.BytesIO()
+    opened.write_weights(weights)
+    return {WEIGHTS: weights.getvalue(), **opened.files}, opened.dtype
 
 
 def _tensors(contents: Contents, files: dict[str, bytes]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
@@ -70,7 +121,7 @@ def _with_dtype(content: bytes, written: str) -> bytes:
 
 
 def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> str:
-    """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer, code).
+    """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer, code): all files or none.
 
     Args:
         path: `.bcap` file.
@@ -82,19 +133,15 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
         The dtype written.
 
     Raises:
-        ArtifactError: the file cannot be trusted. OutputError: the directory cannot be written.
+        ArtifactError: the file cannot be trusted. OutputError: the directory cannot be written, or a file to be written
+            is the artifact itself.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    found, written = directory_files(container.read(path), dtype)
-    target = Path(directory)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"cannot create {target}: {exc.strerror}") from exc
-    for name, content in found.items():
-        write_atomically(content, target / name)
-    return written
+    opened, target = open_directory(container.read(path), dtype), Path(directory)
+    refuse_collisions({name: target / name for name in (WEIGHTS, *opened.files)}, {"the artifact": path})
+    write_directory(target, {WEIGHTS: opened.write_weights, **opened.files})
+    return opened.dtype
 
 
 def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], dtype: str) -> dict[str, str]:
@@ -102,24 +149,14 @@ def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], 
     floats = [n for n in values if values[n].dtype.kind == "f"]
     if dtype != "auto":
         return {n: DTYPES[dtype] if n in floats else source[n] for n in values}
-    exact = all(is_lossless(values[n], source[n]) for n in floats)
+    exact = all(is_lossless(piece, source[n]) for n in floats for piece in _pieces(values[n]))
     return {n: source[n] if exact or n not in floats else "F32" for n in values}
 
 
-def _safetensors(values: dict[str, npt.NDArray[Any]], dtypes: dict[str, str]) -> bytes:
-    """Write the bytes of a safetensors file; the library's numpy interface has no bfloat16."""
-    if _METADATA in values:
-        raise ArtifactError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
-    chunks, at = [], 0
-    for name in sorted(values):
-        data = _rounded_bytes(values[name], dtypes[name])
-        header[name] = {"dtype": dtypes[name], "shape": list(values[name].shape), "data_offsets": [at, at + len(data)]}
-        chunks.append(data)
-        at += len(data)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(chunks)
+def _pieces(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """All values in order, some at a time; at least one piece."""
+    flat = values.reshape(-1)
+    return (flat[i : i + _PIECE] for i in range(0, max(1, len(flat)), _PIECE))
 
 
 def _rounded_bytes(values: npt.NDArray[Any], dtype: str) -> bytes:

@@ -11,23 +11,28 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
+from bytecap.format.codefiles import Code
 from bytecap.job.config import FitConfig, configured
+from bytecap.model.calibration_text import SELF, WORDS, parse
 from bytecap.model.checkpoint import Model, demo_directory, load_model
-from bytecap.model.sources import as_paths, load_sets, with_recovery
-from bytecap.model.texts import TokenSets
+from bytecap.model.sources import DEMO, as_paths, load_sets, sampled, window_limit, with_recovery
+from bytecap.model.texts import TokenSets, Window
 from bytecap.pipeline import background
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
-from bytecap.system.cache import Store
+from bytecap.system.cache import Store, blamed, digest
+from bytecap.system.collisions import refuse_collisions
 
 _FOR_MODULES = ("loss", "evaluate", "predictions", "given")
 
@@ -72,6 +77,28 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Artifa
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
+    _refuse_collisions(model, configs)
+    with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
+        return _fit_all(model, configs, started)
+
+
+def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) -> None:
+    """Refuse outputs that are an input, or one another."""
+    first = configs[0]
+    refuse_collisions(
+        {**{f"-o ({c.budget})" if len(configs) > 1 else "-o": c.output for c in configs}, "--store": first.store
+         if isinstance(first.store, Path | str) else None},
+        {
+            "the model": model if isinstance(model, Path | str) else None,
+            "a calibration text": as_paths(first.calibration), "an evaluation text": as_paths(first.evaluation),
+            "a text of recovery": as_paths(first.recover_text),
+            "code": () if isinstance(first.code, Code) else first.code,
+        },
+    )  # fmt: skip
+
+
+def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
+    """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
     loaded = model if isinstance(model, Model) else _load(model, configs[0])
     opened = [open_model(a, loaded) for a in asked]
@@ -85,14 +112,36 @@ def text_sets(model: Model, asked: Asked) -> TokenSets:
     config, calibration = asked.config, as_paths(asked.config.calibration)
     sets = load_sets(
         model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, seed=config.seed, reporter=asked.reporter,
+        evaluation_tokens=config.evaluation_tokens, seed=config.seed, device=asked.device,
+        sampler=partial(_sampled_once, model, asked), reporter=asked.reporter,
     )  # fmt: skip
     if asked.recover is None:
         return sets
-    texts = as_paths(config.recover_text) or calibration or demo_directory() / "calib.txt"
+    given = [s.name for s in parse(calibration) if s.name not in WORDS]
+    own = demo_directory() / "calib.txt" if model.name == DEMO else SELF
+    texts = as_paths(config.recover_text) or given or own
     return with_recovery(
         model, sets, texts, window=config.window, seed=config.seed, device=asked.device, reporter=asked.reporter
     )
+
+
+def _sampled_once(model: Model, asked: Asked, tokens: int) -> tuple[Window, ...]:
+    """Windows sampled from the model, kept in the job's store."""
+    config, store = asked.config, asked.store
+    window = window_limit(model, config.window)
+    key = (
+        ""
+        if store.directory is None
+        else digest("samples", model_key(model), tokens, window, config.seed, asked.device)
+    )
+    if key and (kept := store.get(key)) is not None:
+        return tuple(Window(tuple(ids), 0) for ids in kept)
+    found = sampled(
+        model, tokens, window=window, seed=config.seed, device=asked.device, reporter=asked.reporter
+    )  # fmt: skip
+    if key:
+        store.put(key, [list(w.tokens) for w in found])
+    return found
 
 
 def finish_all(opened: Sequence[Opened], sets: TokenSets, started: float) -> list[Artifact]:

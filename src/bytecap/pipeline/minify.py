@@ -26,8 +26,8 @@ def parse(source: bytes, name: str) -> tuple[str, ast.Module]:
     except (SyntaxError, ValueError) as exc:  # ValueError: a NUL byte
         line, why = getattr(exc, "lineno", None) or 1, getattr(exc, "msg", None) or exc
         raise CodeError(f"{name}, line {line}: does not parse: {why}") from None
-    except RecursionError:
-        raise CodeError(f"{name}, line 1: nested too deeply to be parsed") from None
+    except (RecursionError, MemoryError):
+        raise CodeError(f"{name}, line 1: nested too deeply to be parsed, or too large") from None
 
 
 def minified(source: str, name: str) -> str:

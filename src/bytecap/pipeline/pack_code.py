@@ -5,6 +5,7 @@ How they are stored, and how they count against the cap, is `bytecap.format.code
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bytecap.format import codefiles
 from bytecap.format.codefiles import Code
 from bytecap.format.container import CODE, FileSection
 from bytecap.pipeline.minify import minified, parse
+from bytecap.system.atomic import open_regular
 
 
 def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
@@ -42,6 +44,7 @@ def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
 def read(path: Path) -> bytes:
     """Read the bytes of a source file."""
     try:
-        return path.read_bytes()
+        with open_regular(path, os.O_RDONLY, follow=True) as f:
+            return f.read()
     except OSError as exc:
         raise CodeError(f"cannot read the code file {path}: {exc.strerror}") from exc

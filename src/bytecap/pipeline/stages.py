@@ -360,6 +360,7 @@ def _report(
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_path(entries), "margin": outcome.margin or None,
+        "calibration_texts": [{"name": n, "tokens": t} for n, t in sets.drawn],
         "statistics_tokens": sum(w.predicted for w in sets.statistics),
         "correction_tokens": sum(w.predicted for w in sets.correction),
     }  # fmt: skip

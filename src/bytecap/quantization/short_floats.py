@@ -1,4 +1,4 @@
-"""The source's own floats with fewer bits of mantissa: exact where that is wanted, as coarse as one bit.
+"""Store the source's own floats with fewer bits of mantissa, from exact down to one bit.
 
 Written with the `exact` coder, whose tables skip what never occurs.
 """
@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float32]
 
 
 def rounded(values: Array, bits: int, dtype: str) -> Array:
-    """Values with `bits` mantissa bits, to nearest, towards zero where that would overflow `dtype`.
+    """Round values to `bits` mantissa bits: to nearest, or towards zero where that would overflow `dtype`.
 
     >>> rounded(np.float32([1.3, -65504.0]), 2, "F16").tolist()
     [1.25, -57344.0]
@@ -33,7 +33,7 @@ def rounded(values: Array, bits: int, dtype: str) -> Array:
 
 
 def section(values: Array, dtype: str, bits: int, finer: int = 0) -> Section:
-    """`exact` section of (rows, cols) values with `bits` mantissa bits, the first `finer` values with one more."""
+    """Code values (rows, cols) with `bits` mantissa bits, one more for the first `finer`, as an `exact` section."""
     kept = rounded(values.reshape(-1), bits, dtype).copy()
     kept[:finer] = rounded(values.reshape(-1)[:finer], bits + 1, dtype)
     return Section(EXACT.tag, EXACT.encode(kept.reshape(values.shape), dtype))

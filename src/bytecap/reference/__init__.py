@@ -13,13 +13,14 @@ import numpy as np
 
 from bytecap.reference.container import Reader, Unit, contents, require
 from bytecap.reference.objects import all_used, read_objects
-from bytecap.reference.stack import CODERS
+from bytecap.reference.stack import CODERS, check_work
 from bytecap.reference.streams import Array, Shared, decode_streams, read_tables
 
 
 def decode_file(data: bytes) -> dict[str, Array]:
     """Decode an artifact's bytes; returns tensors by name, aliases included, in stored layout (errors: section 8)."""
     units, tables, objects, bodies = contents(data)
+    check_work(units, bodies, len(data))
     shared = read_tables(tables, read_objects(objects))
     batches: dict[int, list[tuple[Unit, bytes]]] = {}
     ends = accumulate(max(prod(u.shape), 2**16) for u in units)  # small units cost tables and places
@@ -36,7 +37,6 @@ def decode_file(data: bytes) -> dict[str, Array]:
 
 def _decode_batch(batch: list[tuple[Unit, bytes]], shared: Shared) -> list[Array]:
     """Section 6: decode the streams that coders wait for together, until every coder has returned its matrix."""
-    require(all(unit.coder in CODERS for unit, _ in batch), "a unit names a coder that does not exist")
     running = [CODERS[unit.coder](unit, Reader(body), shared) for unit, body in batch]
     matrices: list[Array] = [np.zeros(0)] * len(batch)
     waiting: dict[int, list[Array] | None] = dict.fromkeys(range(len(batch)))

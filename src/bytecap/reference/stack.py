@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 
@@ -41,3 +42,29 @@ def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 CODERS[5] = stack
+
+
+def check_work(units: list[Unit], bodies: list[bytes], size: int) -> None:
+    """Section 4: no more work than a file of that size may ask for."""
+    sizes = (prod(max(n, 1) for n in u.shape) for u in units)
+    work = sum(n * steps(u.coder, body) for n, u, body in zip(sizes, units, bodies, strict=True))
+    require(work <= 2**28 + 2**14 * size, f"{work} steps of work for {size} bytes")
+
+
+def steps(coder: int, body: bytes) -> int:
+    """Section 4: the steps for each value of a unit."""
+    require(coder in CODERS, f"coder {coder} does not exist")
+    reader = Reader(body)
+    if coder == 7:
+        form = reader.fields("<BB")[0]
+        reader.leb()
+        return int(1 + reader.leb() + (192 if form & 2 else 0))
+    if coder != 5:
+        return 1
+    (base, count), total = reader.fields("<BB"), 0
+    require(1 <= count <= 16 and base != 5, f"a stack has {count} layers over coder {base}")
+    for i in range(count + 1):
+        tag = reader.take(1)[0] if i else base
+        part = reader.take(reader.leb())
+        total += steps(tag, part) if not i else Reader(part).take(1)[0] if tag == 35 else 1
+    return total

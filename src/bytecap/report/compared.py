@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bytecap.escape import console, styled
 from bytecap.report.comparison import NAMES, winner
 from bytecap.report.frame import plus_minus
 
@@ -29,20 +30,20 @@ def sparkline(values: Sequence[float]) -> str:
 
 def print_comparison(found: Mapping[str, Any]) -> None:
     """Print cells, differences, wins and bytes saved."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDE)
+    out = console()
+    if not out.is_terminal:
+        out = console(width=_WIDE)
     for model in found["models"]:
-        _print_model(model, console)
+        _print_model(model, out)
     if any(len(m.get("seeds", ())) == 1 for m in found["models"]):
-        console.print("one calibration seed: standard errors hold the noise of the texts, not that of calibration")
-    console.print(f"{found['cpu_seconds']:,.0f} CPU seconds in all runs", highlight=False)
+        out.print("one calibration seed: standard errors hold the noise of the texts, not that of calibration")
+    out.print(f"{found['cpu_seconds']:,.0f} CPU seconds in all runs", highlight=False)
 
 
-def _print_model(model: Mapping[str, Any], console: Console) -> None:
-    console.print(f"[bold]{model['model']}[/bold]", highlight=False)
+def _print_model(model: Mapping[str, Any], out: Console) -> None:
+    out.print(styled((model["model"], "bold")), highlight=False)
     for r in model["refused"]:
-        console.print(f"{r['method']} cannot get below {r['floor_bytes']:,} bytes: no run at {r['budget_bytes']:,}",
+        out.print(f"{r['method']} cannot get below {r['floor_bytes']:,} bytes: no run at {r['budget_bytes']:,}",
                       highlight=False)  # fmt: skip
     if not model["cells"]:
         return
@@ -52,19 +53,19 @@ def _print_model(model: Mapping[str, Any], console: Console) -> None:
         for c in sorted(model["cells"], key=lambda c: (c["budget_bytes"], model["methods"].index(c["method"])))
     ]
     head = ["budget", "method", "file bytes", "KL", f"minus {first}", "loss increase", f"minus {first}"]
-    console.print(_table(head, rows, words=(1,)), highlight=False)
+    out.print(_table(head, rows, words=(1,)), highlight=False)
     for method in model["methods"]:
         mine = sorted((c for c in model["cells"] if c["method"] == method), key=lambda c: c["file_bytes"])
         values = [c["scores"]["mean"]["kl"]["mean"] for c in mine]
-        console.print(f"{sparkline(values)} KL of {method} over rising bytes", highlight=False)
+        out.print(f"{sparkline(values)} KL of {method} over rising bytes", highlight=False)
     wins = [[f"{w['budget_bytes']:,}", w["text"], NAMES[w["metric"]], winner(w), w["second"],
              plus_minus(w["difference"]["mean"], w["difference"]["stderr"])] for w in model["wins"]]  # fmt: skip
     head = ["budget", "text", "figure", "best", "second", "second minus best"]
     if wins:
-        console.print(_table(head, wins, words=(1, 2, 3, 4)), highlight=False)
+        out.print(_table(head, wins, words=(1, 2, 3, 4)), highlight=False)
     for x in model["saved"]:
         if x["metric"] == "kl" and x["method"] == first:
-            console.print(f"{first} saves {100 * x['mean']:.1f}% ± {100 * (x['stderr'] or 0):.1f}% of the bytes of "
+            out.print(f"{first} saves {100 * x['mean']:.1f}% ± {100 * (x['stderr'] or 0):.1f}% of the bytes of "
                           f"{x['against']} at equal KL ({len(x['points'])} points)", highlight=False)  # fmt: skip
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+from bytecap.escape import console, shown, styled
 from bytecap.format.ledger import Entry, by_kind, by_path, by_unit, total
 from bytecap.report.curves import sentence
 from bytecap.sizes import format_size
@@ -19,21 +20,28 @@ _COLOURS = {
     "header": "bright_black", "code": "white", "padding": "bright_red",
 }  # fmt: skip
 _BAR = 72
+_LONGEST = 400  # characters of a name that are shown
 
 
 def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None:
     """Print a bar of kinds, then owners by falling size."""
-    console = Console()
+    out = console()
     size = total(entries)
     kinds = by_kind(entries)
-    console.print(f"[bold]{name}[/bold]: {format_size(size)}", highlight=False)
-    bar = "".join(f"[{_COLOURS[k]}]{'█' * max(1, round(_BAR * n / size))}[/]" for k, n in kinds.items())
-    console.print(bar)
-    console.print(
-        "  ".join(f"[{_COLOURS[k]}]■[/] {k} {n:,} ({100 * n / size:.2f}%)" for k, n in kinds.items()), highlight=False
+    out.print(styled((name, "bold"), f": {format_size(size)}"), highlight=False)
+    out.print(styled(*[("█" * max(1, round(_BAR * n / size)), _COLOURS[k]) for k, n in kinds.items()]))
+    out.print(
+        styled(
+            *[
+                part
+                for i, (k, n) in enumerate(kinds.items())
+                for part in ("  " if i else "", ("■", _COLOURS[k]), f" {k} {n:,} ({100 * n / size:.2f}%)")
+            ]
+        ),
+        highlight=False,
     )
     if paths := by_path(entries):
-        console.print(f"exception paths: {_paths(paths)}", highlight=False)
+        out.print(f"exception paths: {_paths(paths)}", highlight=False)
     table = Table(box=None, pad_edge=False)
     for title, justify in (
         ("owner", "left"),
@@ -48,16 +56,20 @@ def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None
         side = sum(n for kind, n in line.kinds.items() if kind.rpartition(" ")[2] in {"header", "index", "side"})
         bits = f"{8 * line.bytes / line.parameters:.3f}" if line.parameters else ""
         share = f"{100 * side / line.bytes:.2f}%" if line.parameters and line.bytes else ""
-        table.add_row(line.unit, f"{line.bytes:,}", f"{100 * line.bytes / size:.2f}%", bits, share)
+        table.add_row(
+            shown(line.unit, most=_LONGEST), f"{line.bytes:,}", f"{100 * line.bytes / size:.2f}%", bits, share
+        )
     rest = lines[most:]
     if rest:
         table.add_row(f"({len(rest)} more)", f"{sum(line.bytes for line in rest):,}", "", "", "")
-    console.print(table)
+    needed = Measurement.get(out, out.options.update(max_width=1 << 12), table).maximum
+    out.width = max(out.width, needed)  # names stay whole: who searches for one finds it
+    out.print(table)
 
 
 def print_fit(report: dict[str, Any]) -> None:
     """Print the outcome of a fit."""
-    console = Console()
+    out = console()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -87,7 +99,7 @@ def print_fit(report: dict[str, Any]) -> None:
     if report["paths"]:
         table.add_row("exception paths", _paths(report["paths"]))
     table.add_row("plan", f"{report['method']}: {report['plan']}; {report['seconds']:.1f} s")
-    console.print(table, highlight=False)
+    out.print(table, highlight=False)
 
 
 def _paths(found: dict[str, dict[str, int]]) -> str:
@@ -118,14 +130,14 @@ def print_scores(scores: Sequence[Score]) -> None:
         table.add_column(title, justify="left" if title == "text" else "right")
     for s in scores:
         table.add_row(s.name, f"{s.bpb:.4f} ± {s.bpb_stderr:.4f}", f"{s.nats:.4f}", f"{s.tokens:,}", f"{s.bytes:,}")
-    Console().print(table)
+    console().print(table)
 
 
 def print_curves(found: dict[str, Any]) -> None:
     """Print the gain of every path at every amount, against finer steps."""
-    console = Console()
+    out = console()
     base, slope = found["base"], found["lambda"]["nats_per_byte"] or math.nan
-    console.print(
+    out.print(
         f"base {base['name']}: {format_size(base['bytes'])} of matrices, KL {base['kl_nats']:.4f} nats per token, "
         f"{base['bpb']:.4f} bits per byte; finer steps buy {slope:.2e} nats per byte", highlight=False,
     )  # fmt: skip
@@ -139,14 +151,14 @@ def print_curves(found: dict[str, Any]) -> None:
                 f"{p['kl_recovered']:.5f}", f"{p['kl_stderr'] or math.nan:.5f}",
                 f"{p['nats_per_byte'] or math.nan:.1e}", f"{p['bpb_per_kb'] or math.nan:.1e}",
             )  # fmt: skip
-    console.print(table, highlight=False)
+    out.print(table, highlight=False)
     for name, path in found["paths"].items():
         extra = ""
         if path["ninety_percent_bytes"] is not None:
             extra = f"; 90% of its gain within {path['ninety_percent_bytes']:,.0f} bytes"
-        console.print(f"[bold]{name}[/bold]: {sentence(path)}{extra}", highlight=False)
+        out.print(styled((name, "bold"), f": {sentence(path)}{extra}"), highlight=False)
     ranks = found["agreement"]
-    console.print(
+    out.print(
         f"single units: rank correlation of predicted and measured gain {ranks['spearman'] or math.nan:.3f} over "
         f"{ranks['points']} points; noise allows {ranks['ceiling'] or math.nan:.3f}", highlight=False,
     )  # fmt: skip

@@ -1,48 +1,77 @@
-"""Draw a model as a tree of its modules: units with uses and bytes at the leaves, sums at the branches."""
+"""A model drawn as a tree of its modules: units with uses and bytes at the leaves, sums at the branches.
+
+Names come from files: one may have a million dots. Branches are drawn down to `_DEEPEST`, and what is left of a name
+stands in its leaf. Sums are added up in one pass over the units.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
+from rich.text import Text
 from rich.tree import Tree
 
+from bytecap.escape import console, shown, styled
 from bytecap.report.summary import Line
 from bytecap.sizes import format_size
 
+_DEEPEST = 16
+_LONGEST = 400  # characters of a name that are shown
+
+
+@dataclass
+class _Sum:
+    """Of the units in a branch."""
+
+    units: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    planned: int | None = None
+
+    def add(self, line: Line) -> None:
+        self.units += 1
+        self.parameters += line.unit.parameters
+        self.bytes += line.bytes
+        if line.planned is not None:
+            self.planned = (self.planned or 0) + line.planned
+
+    def __str__(self) -> str:
+        after = f" -> {format_size(self.planned)}" if self.planned is not None else ""
+        return f"{self.parameters:,} parameters, {format_size(self.bytes)}{after}"
+
 
 def print_survey(lines: Sequence[Line], name: str) -> None:
-    """Print the tree, with sums on top."""
-    root = Tree(f"[bold]{name}[/bold]: {_sums(lines)}")
-    branches: dict[str, Tree] = {"": root}
-    for line in lines:
-        parts = line.unit.name.split(".")
-        for depth in range(1, len(parts)):
-            path = ".".join(parts[:depth])
-            if path not in branches:
-                inside = [x for x in lines if x.unit.name.startswith(path + ".")]
-                label = f"[bold]{parts[depth - 1]}[/bold]: {_sums(inside)}"
-                branches[path] = branches[".".join(parts[: depth - 1])].add(label)
-        branches[".".join(parts[:-1])].add(_leaf(parts[-1], line))
-    Console().print(root, highlight=False)
+    """The tree, sums on top."""
+    sums: dict[tuple[str, ...], _Sum] = {(): _Sum()}
+    paths = [tuple(line.unit.name.split(".", _DEEPEST)) for line in lines]
+    for line, path in zip(lines, paths, strict=True):
+        for depth in range(len(path)):
+            sums.setdefault(path[:depth], _Sum()).add(line)
+    root = Tree(styled((name, "bold"), f": {sums[()]}"))
+    branches: dict[tuple[str, ...], Tree] = {(): root}
+    for line, path in zip(lines, paths, strict=True):
+        own = next((d for d in range(1, len(path)) if sums[path[:d]].units == 1), len(path))  # a branch of one is none
+        for depth in range(1, own):
+            inner = path[:depth]
+            if inner not in branches:
+                label = styled((shown(inner[-1], most=_LONGEST), "bold"), f": {sums[inner]}")
+                branches[inner] = branches[inner[:-1]].add(label)
+        branches[path[: own - 1]].add(_leaf(".".join(path[own - 1 :]), line))
+    console().print(root, highlight=False, soft_wrap=True)
 
 
-def _sums(lines: Sequence[Line]) -> str:
-    size, planned = sum(x.bytes for x in lines), [x.planned for x in lines if x.planned is not None]
-    after = f" -> {format_size(sum(planned))}" if planned else ""
-    return f"{sum(x.unit.parameters for x in lines):,} parameters, {format_size(size)}{after}"
-
-
-def _leaf(name: str, line: Line) -> str:
+def _leaf(name: str, line: Line) -> Text:
     shape = " x ".join(map(str, line.unit.shape)) or "scalar"
-    parts = [f"{name}  {shape} {line.unit.dtype}"]
+    parts: list[str | tuple[str, str]] = [f"{shown(name, most=_LONGEST)}  {shape} {shown(line.unit.dtype, most=40)}"]
     if line.buffer:
-        parts.append("buffer, stored exactly")
+        parts.append(", buffer, stored exactly")
     if line.uses is not None:
-        parts.append(f"[{'yellow' if line.uses > 1 else 'dim'}]{line.uses} use{'s' * (line.uses != 1)}[/]")
+        style = "yellow" if line.uses > 1 else "dim"
+        parts += [", ", (f"{line.uses} use{'s' * (line.uses != 1)}", style)]
     if line.unit.aliases:
-        parts.append(f"also {', '.join(line.unit.aliases)}")
-    parts.append(f"{line.bytes:,} bytes" + (f" -> {line.planned:,}" if line.planned is not None else ""))
+        parts.append(f", also {shown(', '.join(line.unit.aliases), most=_LONGEST)}")
+    parts.append(f", {line.bytes:,} bytes" + (f" -> {line.planned:,}" if line.planned is not None else ""))
     if line.bits is not None:
-        parts.append(f"[green]{line.bits:.2f} bits[/]")
-    return ", ".join(parts)
+        parts += [", ", (f"{line.bits:.2f} bits", "green")]
+    return styled(*parts)

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,8 @@ import numpy.typing as npt
 
 from bytecap._version import __version__
 from bytecap.errors import OutputError
-from bytecap.system.atomic import make_directory, replacing, sweep
+from bytecap.system.allocator import is_shortage
+from bytecap.system.atomic import make_directory, open_regular, replacing, sweep
 
 try:
     import fcntl
@@ -84,6 +86,21 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()
 
 
+def _read_arrays(f: BinaryIO) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an archive that `numpy.savez` wrote: uncompressed, so that a small file holds no large array."""
+    with np.load(f, allow_pickle=False) as found:
+        if not hasattr(found, "zip"):
+            raise ValueError("no archive")
+        size = os.fstat(f.fileno()).st_size
+        entries = found.zip.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+            raise ValueError("an archive that expands")
+        arrays = {n: found[n] for n in found.files}
+    if not all(isinstance(a, np.ndarray) for a in arrays.values()):
+        raise ValueError("something that is no array")
+    return arrays
+
+
 _SHOWS_ONLY = re.compile(r"^SHOWS_ONLY = (.*)$", re.MULTILINE)
 _SCOPES = {'"module"': False, '"package"': True}
 
@@ -118,6 +135,31 @@ def library() -> str:
     return f"{__version__} {digest(list(map(list, measuring_sources(Path(__file__).parents[2]).items())))}"
 
 
+@contextlib.contextmanager
+def blamed(directory: Path | str | None) -> Iterator[None]:
+    """Turn the failures of work on a store that holds entries already into one line that names it.
+
+    A checksum is no signature: an entry may be sound and yet hold what no run has written. What its value runs into
+    is whatever uses it, so the store is named as the likely cause, and the failure itself with it.
+
+    Args:
+        directory: of the store; None where nothing is kept.
+
+    Raises:
+        OutputError: in place of errors that a value of another form leads to.
+    """
+    used = directory is not None and any(p.suffix in {".json", ".npz"} for p in Path(directory).glob("*"))
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as exc:
+        if not used or is_shortage(exc):
+            raise
+        raise OutputError(
+            f"the store {directory} seems to hold an entry that no run has written ({type(exc).__name__}: {exc}); "
+            "remove the directory and start again"
+        ) from exc
+
+
 class Store:
     """A cache under a directory; without one, nothing is kept.
 
@@ -142,7 +184,7 @@ class Store:
         if self.directory is None:
             return None
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            f = stack.enter_context((self.directory / name).open("rb"))
+            f = stack.enter_context(open_regular(self.directory / name, os.O_RDONLY))
             total, kept = _start(name), f.read(_HASH)
             while data := f.read(_CHUNK):
                 total.update(data)
@@ -163,6 +205,16 @@ class Store:
             f.seek(0)
             f.write(into.total.digest())
 
+    @staticmethod
+    def _open_lock(path: Path) -> BinaryIO:
+        """A lock file; never what somebody has put in its place, and nothing is cut off."""
+        try:
+            return open_regular(path, os.O_RDWR | os.O_CREAT)
+        except OSError as exc:
+            raise OutputError(
+                f"cannot lock {path}: it is a link or no regular file; remove it ({exc.strerror})"
+            ) from exc
+
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold a key while its value is made; without file locks two processes may make the same value."""
@@ -171,7 +223,7 @@ class Store:
             return
         path = self.directory / f"{key}.lock"
         while True:
-            with path.open("w") as f:
+            with self._open_lock(path) as f:
                 fcntl.flock(f, fcntl.LOCK_EX)
                 if not (path.exists() and os.fstat(f.fileno()).st_ino == path.stat().st_ino):
                     continue  # who held it has removed it meanwhile
@@ -187,7 +239,11 @@ class Store:
         if f is None:
             return None
         with f:
-            return json.loads(f.read())
+            try:
+                return json.loads(f.read())
+            except (ValueError, RecursionError):  # a checksum that fits says nothing about who wrote it
+                self.found -= 1
+                return None
 
     def put(self, key: str, value: Any) -> None:
         """Keep a JSON value."""
@@ -200,8 +256,12 @@ class Store:
         f = self._sound(f"{key}.npz")
         if f is None:
             return None
-        with f, np.load(f, allow_pickle=False) as found:
-            return {n: found[n] for n in found.files}
+        with f:
+            try:
+                return _read_arrays(f)
+            except Exception:  # noqa: BLE001 (a checksum that fits says nothing about who wrote it)
+                self.found -= 1
+                return None
 
     def put_arrays(self, key: str, values: Arrays) -> None:
         """Keep arrays by name; they are written one after the other and never copied."""

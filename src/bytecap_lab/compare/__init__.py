@@ -16,6 +16,7 @@ from bytecap.model.sources import Paths, named
 from bytecap.progress import Reporter, reporter_for
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
+from bytecap.system.collisions import refuse_pages
 from bytecap_lab.compare.figures import summarize
 from bytecap_lab.compare.specs import Cell, External, Setting, grid, read_external, read_method
 
@@ -77,6 +78,10 @@ def compare(
 
     reporter = reporter_for(reporter, progress)
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
+    refuse_pages(
+        output, "compare", report, store,
+        {"a model": names, "a calibration text": calibration, "an evaluation text": evaluation},
+    )  # fmt: skip
     if not names or not methods or not budgets:
         raise UsageError("there is nothing to compare: give at least one model, one method and one budget")
     for method in methods:
@@ -107,6 +112,7 @@ def render(
     """
     from bytecap.report.lines import read_lines
 
+    refuse_pages(output, "compare", report, None, {"--from": runs})
     records = read_lines(Path(runs))
     if not any(r["record"] == "run" for r in records):
         raise UsageError(f"{runs} holds no runs")

@@ -32,6 +32,7 @@ from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.recovery.checkpointing import Course
 from bytecap.system.atomic import make_directory, write_atomically
 from bytecap.system.cache import Store
+from bytecap.system.collisions import refuse_collisions
 from bytecap_lab.layer_tying import dlt, greedy
 from bytecap_lab.layer_tying.start import INITS, divisors, loop, ranks_for, tied
 from bytecap_lab.layer_tying.uptrain import RATE, Uptraining, split, uptrain
@@ -133,6 +134,10 @@ def tie(
     Raises:
         BytecapError: an option does not fit the model, the model cannot be tied, the text is too short.
     """
+    refuse_collisions(
+        {"-o": output, "--store": store},
+        {"the model": None if isinstance(model, Model) else model, "a training text": train},
+    )
     reporter = reporter_for(reporter, progress)
     target, effort = choose_device(device), _effort(steps, "--steps")
     looking = _effort(search_steps or steps, "--search-steps")

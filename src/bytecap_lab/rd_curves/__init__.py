@@ -18,6 +18,7 @@ from bytecap.model.texts import Window, leading
 from bytecap.progress import Reporter, reporter_for
 from bytecap.system.atomic import make_directory
 from bytecap.system.cache import Store
+from bytecap.system.collisions import refuse_pages
 from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
 from bytecap_lab.rd_curves.operating_point import Ground, check_base, lay, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
@@ -87,6 +88,10 @@ def byte_returns(
     from bytecap.pipeline.stages import choose_device
     from bytecap.sizes import check_budget, parse_budget
 
+    refuse_pages(output, "curves", report, store, {
+        "the model": None if isinstance(model, Model) else model, "a calibration text": calibration,
+        "an evaluation text": evaluation,
+    })  # fmt: skip
     reporter = reporter_for(reporter, progress)
     check_budget(budget)
     base, names, target = check_base(base), known(paths), choose_device(device)

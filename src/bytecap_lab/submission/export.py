@@ -10,6 +10,7 @@ from bytecap.errors import BudgetError, CodeError, OutputError
 from bytecap.format import codefiles, container
 from bytecap.format.container import FILE
 from bytecap.system.atomic import write_atomically
+from bytecap.system.collisions import refuse_collisions
 from bytecap_lab.submission import pack, vendor
 
 CAP = 16_000_000
@@ -54,6 +55,8 @@ def export(
         BudgetError: both files together exceed the cap; nothing is written then.
         CodeError: the script cannot be packed. OutputError: the directory cannot be written or holds other files.
     """
+    written = {name: Path(directory) / name for name in (SCRIPT, MODEL)}
+    refuse_collisions(written, {"the artifact": path, "the script": script})
     contents = container.read(path)
     sources = pack.gather(Path(script)) if script is not None else _inside(codefiles.files(contents), str(path))
     packed = pack.pack(sources, vendored=vendored, used=vendor.tags(contents))

@@ -31,6 +31,8 @@ _WITHOUT_OBJECTS = {
     "read_objects": "def read_objects(sections): require(not sections)",
     "all_used": "def all_used(objects): return True",
 }
+_REPEATING = frozenset({5, 7})  # stack and latent, without which no file breaks the bound of work
+_WITHOUT_WORK = "def check_work(units, bodies, size): require(all(u.coder in CODERS for u in units))"
 _LOAD = """
 def load(path):
     with open(path, "rb") as file:
@@ -137,6 +139,8 @@ class _Strip(ast.NodeTransformer):
             return ast.parse("def require(condition):\n    if not condition: raise ValueError").body[0]
         if node.name in _WITHOUT_OBJECTS and OBJECTS not in self.used:
             return ast.parse(_WITHOUT_OBJECTS[node.name]).body[0]
+        if node.name == "check_work" and not _REPEATING & self.used:
+            return ast.parse(_WITHOUT_WORK).body[0]
         node.returns = None
         for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg]:
             if arg is not None:

@@ -15,6 +15,7 @@ from bytecap.model.sources import Paths, as_paths, named
 from bytecap.progress import Reporter, reporter_for
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
+from bytecap.system.collisions import refuse_pages
 
 SHOWS_ONLY = "module"
 
@@ -79,6 +80,10 @@ def thesis(
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     if not names or not bases:
         raise UsageError("there is nothing to test: give at least one model (demo is the embedded one) and one base")
+    refuse_pages(
+        output, "thesis", report, store,
+        {"a model": names, "a calibration text": calibration, "an evaluation text": evaluation},
+    )  # fmt: skip
     needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter)
     target = choose_device(device)
     setting = Setting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
@@ -107,6 +112,7 @@ def render(
     from bytecap.report.lines import read_lines
 
     paths = as_paths(lines if isinstance(lines, str | Path) else list(lines))
+    refuse_pages(output, "thesis", report, None, {"--from": paths})
     records = [r for p in paths for r in read_lines(p)]
     if not any(r["record"] == "measure" for r in records):
         raise UsageError(f"{', '.join(map(str, paths))} holds no measurement of the thesis")

@@ -293,6 +293,11 @@ class LatentCoder:
         head, *_, stop = p.ends
         return (("header", head), ("side", stop - head), *index_kinds(data[stop:], p.count(shape), p.n))
 
+    def steps(self, data: bytes, shape: tuple[int, int]) -> int:
+        """Multiply-adds for each weight: one for every rank, and at most these for a decoder."""
+        p = self._parse(data, shape)
+        return 1 + p.rank + (3 * MAX_PATCH if p.form & _DECODER else 0)
+
     def _words(self, data: bytes, p: _Parsed, shared: Shared) -> tuple[FloatArray, FloatArray | None]:
         """Read the codewords, and the scale of shared ones."""
         part = data[p.ends[0] : p.ends[1]]

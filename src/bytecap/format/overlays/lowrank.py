@@ -80,6 +80,10 @@ class LowRank:
         take(data, _HEAD, 4 * rank)
         return (("header", _HEAD), ("side", 4 * rank), ("payload", len(data) - _HEAD - 4 * rank))
 
+    def steps(self, data: bytes) -> int:
+        """Outer products: one for every rank."""
+        return take(data, 0, _HEAD)[0]
+
     def apply(self, data: bytes, base: FloatArray, shared: Shared) -> Decoding:
         """Add the residual."""
         del shared

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -29,10 +30,41 @@ from bytecap.format.sidefiles.dictionary import WORDS
 Merge = tuple[str, str]
 
 MAX_MERGES = 1 << 13  # beyond this, reading takes longer than the bytes are worth
-_MAX_WORK = 1 << 24  # letters looked at while parsing: damage must not keep the reader busy
+_SQUARES = 1 << 24  # letters looked at while parsing: damage must not keep the reader busy
+_DECISIONS, _DECISIONS_PER_BYTE = 1 << 16, 1 << 6  # binary decisions: for nothing, and for every packed byte
 _SETS, _SLOTS = 12, 6  # mixer weights by position in the token; contexts
 _LOWER = {c: c + 32 for c in range(65, 91)}  # not str.lower: its tables grow with Unicode
 _FREQUENT = "\u0120etaoinsrhldcumfpgwybvkx"
+
+
+@dataclass
+class Spelling:
+    """Work that reading spelled merges may still take, over all blocks of a file (format.md, 7.3).
+
+    Attributes:
+        squares: sum of the squared lengths of the texts encoded into parts.
+        decisions: binary decisions, those of the warm-up and one for every letter of an alphabet included.
+    """
+
+    squares: int
+    decisions: int
+
+    @classmethod
+    def of(cls, size: int) -> Spelling:
+        """The allowance of a file whose side and code files have so many packed bytes."""
+        return cls(_SQUARES, _DECISIONS + _DECISIONS_PER_BYTE * size)
+
+    def parse(self, letters: int) -> None:
+        """Account for encoding a text of so many letters."""
+        self.squares -= letters**2
+        if self.squares < 0:
+            raise CorruptError("its tokens are too long to be spelled")
+
+    def decide(self, count: int = 1) -> None:
+        """Account for decisions."""
+        self.decisions -= count
+        if self.decisions < 0:
+            raise CorruptError("its merges take more decisions than so few bytes may ask for")
 
 
 @cache
@@ -54,8 +86,9 @@ def _curves() -> tuple[list[int], list[int]]:
 class _Coder:
     """Binary arithmetic coder whose probabilities come from counters under several contexts, mixed online."""
 
-    def __init__(self, slots: int, source: bytes | None = None) -> None:
+    def __init__(self, slots: int, spelling: Spelling, source: bytes | None = None) -> None:
         self.squash, self.stretch = _curves()
+        self.spelling = spelling
         self.source, self.at, self.out = source, 4, bytearray()
         self.low, self.high = 0, 0xFFFFFFFF
         self.value = int.from_bytes((source or b"")[:4].ljust(4, b"\0"), "big")
@@ -78,6 +111,7 @@ class _Coder:
         Returns:
             The decision.
         """
+        self.spelling.decide()
         squash, stretch, trust, rates = self.squash, self.stretch, self.trust, self.rates
         votes, total = [], 0
         for cell, weights in zip(cells, self.weights[chosen], strict=True):
@@ -127,9 +161,10 @@ class _Coder:
         return bytes(self.out) + bytes([(self.low + (1 << 24) - 1) >> 24]).rstrip(b"\0")
 
 
-def _letters(names: Iterable[str]) -> Any:
+def _letters(names: Iterable[str], spelling: Spelling) -> Any:
     """Build a Huffman tree over the one-letter names from fixed, guessed frequencies."""
     alphabet = sorted({n for n in names if len(n) == 1}, key=lambda c: (_FREQUENT.find(c) % 99, c))
+    spelling.decide(len(alphabet))
     heap: list[tuple[int, int, Any]] = [
         (100000 // (8 + i if i < 24 else 3 * i), i, letter) for i, letter in enumerate(alphabet)
     ]
@@ -148,8 +183,8 @@ class _Speller:
     """Spells the tokens that merges make, in order, each under the merges before it."""
 
     def __init__(self, coder: _Coder, names: Iterable[str]) -> None:
-        self.coder, self.known, self.work = coder, set(names), 0
-        self.tree = _letters(self.known)
+        self.coder, self.known = coder, set(names)
+        self.tree = _letters(self.known, coder.spelling)
         self.paths: dict[str, list[int]] = {}
         self._walk(self.tree, [])
         self.ranks: dict[Merge, int] = {}
@@ -165,9 +200,7 @@ class _Speller:
 
     def _parts(self, text: str) -> list[str]:
         """Encode `text` with the merges so far; returns its parts."""
-        self.work += len(text) ** 2
-        if self.work > _MAX_WORK:
-            raise CorruptError("its tokens are too long to be spelled")
+        self.coder.spelling.parse(len(text))
         parts, ranks = list(text), self.ranks
         while len(parts) > 1:
             best = min(pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
@@ -234,7 +267,7 @@ def write(names: Iterable[str], merges: Sequence[Merge]) -> bytes:
     Returns:
         The spelling, or nothing where it would not determine the merges.
     """
-    coder = _Coder(_SLOTS)
+    coder = _Coder(_SLOTS, Spelling(_SQUARES, 1 << 62))  # how much so many bytes may ask for is seen at the end
     try:
         speller = _Speller(coder, names)
         if any(speller.merge(a + b) != (a, b) for a, b in merges):
@@ -244,8 +277,8 @@ def write(names: Iterable[str], merges: Sequence[Merge]) -> bytes:
     return coder.finish()
 
 
-def read(block: bytes, names: Iterable[str], count: int) -> list[Merge]:
-    """Invert `write`.
+def read(block: bytes, names: Iterable[str], count: int, spelling: Spelling | None = None) -> list[Merge]:
+    """Invert `write`, taking its work from an allowance (one of its own by default).
 
     Raises:
         CorruptError: the spelling is damaged.
@@ -253,7 +286,7 @@ def read(block: bytes, names: Iterable[str], count: int) -> list[Merge]:
     """
     if count > MAX_MERGES:
         raise CorruptError("it claims more merges than are spelled")
-    coder = _Coder(_SLOTS, block)
+    coder = _Coder(_SLOTS, spelling or Spelling.of(len(block)), block)
     speller = _Speller(coder, names)
     merges = [speller.merge() for _ in range(count)]
     if not coder.at - 4 <= len(block) <= coder.at:

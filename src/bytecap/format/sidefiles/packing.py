@@ -32,7 +32,8 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import brotli
@@ -44,8 +45,29 @@ from bytecap.format.sidefiles.dictionary import TEMPLATE
 
 _STORED, _BROTLI, _STRUCTURED, _DEFLATE = range(4)
 _STEP = 1 << 16  # bytes to decompress at a time
+_WRITTEN = 4  # characters that a merge takes at least in the text: quotes, space, comma
 _MOST, _SPARE, _PER_BYTE = 1 << 28, 1 << 22, 1 << 10  # bytes of content: at most, for nothing, by packed byte
 _DAMAGE = (ValueError, IndexError, RecursionError, zlib.error, brotli.error)
+
+
+@dataclass
+class Allowance:
+    """What unpacking the side and code files of ONE artifact may still take, however many files they are.
+
+    Attributes:
+        content: bytes of unpacked content.
+        spelling: work of spelled merges, see `bytecap.format.sidefiles.bpe_merges`.
+    """
+
+    content: int
+    spelling: bpe_merges.Spelling
+
+    @classmethod
+    def of(cls, sections: Iterable[bytes]) -> Allowance:
+        """The allowance of an artifact whose side and code files have these sections (format.md, 7)."""
+        size = sum(map(len, sections))
+        return cls(min(_MOST, _SPARE + _PER_BYTE * size), bpe_merges.Spelling.of(size))
+
 
 # ---------------------------------------------------------------------------------------- whole-file packings
 
@@ -78,28 +100,30 @@ def most(data: bytes, cap: int = _MOST) -> int:
     return min(cap, _SPARE + _PER_BYTE * len(data))
 
 
-def unpack(name: str, data: bytes, *, limit: int | None = None) -> bytes:
+def unpack(name: str, data: bytes, *, limit: int | None = None, allowance: Allowance | None = None) -> bytes:
     """Invert `pack`.
 
     Args:
         name: file name, for messages.
         data: what `pack` returned.
         limit: most bytes to produce, `most(data)` by default.
+        allowance: of the artifact, from which the content is taken; one of its own by default.
 
     Raises:
-        CorruptError: `data` is damaged, or holds more than `limit` bytes.
+        CorruptError: `data` is damaged, or holds more than `limit` bytes or than the allowance has left.
     """
-    limit = most(data) if limit is None else limit
+    allowance = Allowance.of([data]) if allowance is None else allowance
+    limit = min(most(data) if limit is None else limit, allowance.content)
     try:
-        if data[:1] != bytes([_STRUCTURED]):
-            return _release(data, limit)
-        content = _assemble(data[1:], limit)
+        structured = data[:1] == bytes([_STRUCTURED])
+        content = _assemble(data[1:], limit, allowance) if structured else _release(data, limit)
     except CorruptError as error:
         raise CorruptError(f"{name}: {error}") from None
     except _DAMAGE as error:
         raise CorruptError(f"{name}: damaged ({error})") from None
     if len(content) > limit:
         raise CorruptError(f"{name}: unpacks to more than {limit} bytes")
+    allowance.content -= len(content)
     return content
 
 
@@ -282,7 +306,7 @@ def _imply(names: list[str], merges: Sequence[bpe_merges.Merge]) -> tuple[int, l
     return head + 1, rest
 
 
-def _assemble(data: bytes, limit: int) -> bytes:
+def _assemble(data: bytes, limit: int, allowance: Allowance) -> bytes:
     """Rebuild a file from packing 2 (without its first byte).
 
     The layout: style of the vocabulary | [style of the merges] | where the vocabulary goes in the text | [where
@@ -309,7 +333,7 @@ def _assemble(data: bytes, limit: int) -> bytes:
     if style & _MERGES:
         kind, block = data[pos : pos + size][0], data[pos + 1 : pos + size]
         if kind == _SPELLED and head:
-            merges = bpe_merges.read(block, names, count)
+            merges = bpe_merges.read(block, names, count, allowance.spelling)
         elif kind == _NUMBERED:
             merges = _read_pairs(block, bool(head), names, count, limit)
         else:
@@ -350,6 +374,8 @@ def _read_pairs(block: bytes, grow: bool, names: Sequence[str], count: int, limi
     raw = _release(block, limit)
     if len(raw) != 2 * width * count:
         raise CorruptError("its merges are not all there")
+    if _WRITTEN * count > limit + _WRITTEN:
+        raise CorruptError("its merges take more text than the limit")
     halves = raw[: width * count], raw[width * count :]
     sides = [[int.from_bytes(half[i::count], "big") for i in range(count)] for half in halves]
     merges: list[bpe_merges.Merge] = []

@@ -1,4 +1,4 @@
-"""`source_tensors.json`: names, shapes and dtypes of a checkpoint whose tensors are not the model's own, one by one.
+"""Describe a checkpoint whose tensors differ from the model's in `source_tensors.json`: names, shapes, dtypes.
 
 A library may stack what a checkpoint keeps apart (the experts of a mixture), or call it otherwise. Units are the
 model's tensors, since they are what runs; `unpack` writes the checkpoint's, so that other programs load the directory
@@ -35,12 +35,12 @@ Array = npt.NDArray[Any]
 
 
 def dump(entries: Mapping[str, Any]) -> bytes:
-    """The file's content."""
+    """Return the file's content."""
     return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def tensors(content: bytes, units: Mapping[str, Array]) -> dict[str, tuple[Array, str, str | None]]:
-    """(values, name of its first unit, dtype if it is not the unit's) of every tensor of the checkpoint, by name.
+    """Return (values, name of its first unit, dtype if not the unit's) of every tensor of the checkpoint, by name.
 
     Args:
         content: of the side file.
@@ -74,7 +74,7 @@ def tensors(content: bytes, units: Mapping[str, Array]) -> dict[str, tuple[Array
 
 
 def units_of(entry: Any) -> set[str]:
-    """Names of the units that an entry speaks of."""
+    """Return the names of the units that an entry uses."""
     if isinstance(entry, str):
         return {entry}
     if isinstance(entry, dict):
@@ -94,7 +94,7 @@ def _counts(value: Any) -> bool:
 
 
 def _view(name: str, part: Any, units: Mapping[str, Array]) -> tuple[Array, str, str | None]:
-    """One view, after checking that it lies inside its unit."""
+    """Return one view, after checking that it lies inside its unit."""
     part = [part] if isinstance(part, str) else part
     if not isinstance(part, list) or not 1 <= len(part) <= 5 or not isinstance(part[0], str) or part[0] not in units:
         raise CorruptError(f"{FILE}: tensor {name} is made of no unit of this file")

@@ -1,0 +1,120 @@
+"""Calibration text by words: samples of the model, the embedded general text, files, and their weights."""
+
+import re
+
+import pytest
+
+import bytecap
+from bytecap.errors import UsageError
+from bytecap.model.calibration_text import GENERAL, SELF, Source, general, general_documents, parse
+from bytecap.model.checkpoint import load_model
+from bytecap.model.sources import default_sources, load_sets
+from bytecap.model.texts import Text, Window, split_sets
+from bytecap.progress import Silent
+from conftest import BUDGET, SMALL
+
+TINY = {"tokens": 2_000, "evaluation_tokens": 500, "window": 64}
+
+
+def windows(first, count, length=10):
+    return tuple(Window((first + i, *range(length)), 0) for i in range(count))
+
+
+class TestNames:
+    def test_words_files_and_weights(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("a.txt", "b:2"):
+            (tmp_path / name).write_text("text")
+        assert parse(["self", "general:0.5", "a.txt:3", "b:2"]) == (
+            Source(SELF), Source(GENERAL, 0.5), Source("a.txt", 3), Source("b:2"),
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["self:0", "self:-1", "general:x", "self:nan", "self:inf"])
+    def test_weights_that_are_none(self, name):
+        with pytest.raises(UsageError, match=re.escape(f"the weight in {name} is no positive number")):
+            parse([name])
+
+    def test_twice(self):
+        with pytest.raises(UsageError, match="named twice; to draw it more often write self:2"):
+            parse(["self", "self:3"])
+
+
+class TestGeneralText:
+    def test_what_is_held_is_never_calibrated_on(self):
+        held, rest = set(general(held=True)), set(general(held=False))
+        assert not held & rest
+        assert held | rest == set(general_documents())
+        assert len(held) > len(rest) / 6
+
+    def test_many_kinds(self):
+        text = "\n".join(general_documents())
+        for piece in ("def ", "Alice", "Droits", "#include", "人"):
+            assert piece.lower() in text.lower(), piece
+
+
+class TestWeights:
+    @pytest.mark.parametrize("weights", [(), (1.0, 1.0), (3.0, 1.0), (0.25, 0.75)])
+    def test_tokens_follow_weights(self, weights):
+        pools = [Text("a", windows(1000, 400)), Text("b", windows(2000, 400))]
+        sets = split_sets(
+            pools, [Text("c", windows(9000, 5))], tokens=2000, correction_tokens=200, seed=0, weights=weights
+        )
+        drawn = dict(sets.drawn)
+        share = (weights or (1.0, 1.0))[0] / sum(weights or (1.0, 1.0))
+        assert drawn["a"] + drawn["b"] == sum(w.predicted for w in (*sets.statistics, *sets.correction))
+        assert drawn["a"] / (drawn["a"] + drawn["b"]) == pytest.approx(share, abs=0.02)
+
+    def test_an_empty_pool_leaves_the_rest_to_others(self):
+        pools = [Text("a", windows(1000, 3)), Text("b", windows(2000, 400))]
+        sets = split_sets(pools, [], tokens=1000, correction_tokens=100, seed=0, weights=[5.0, 1.0])
+        assert dict(sets.drawn)["a"] == 30
+        assert sum(w.predicted for w in sets.statistics) >= 1000
+
+
+class TestSets:
+    def test_default(self, model_directory):
+        model = load_model(model_directory("rotary"))
+        assert [s.name for s in default_sources(model, 100_000, "cpu")] == [SELF, GENERAL]
+        asked = []
+
+        def sampler(tokens):
+            asked.append(tokens)
+            return windows(10, -(-tokens // 64), 64)
+
+        sets = load_sets(model, None, None, sampler=sampler, correction_tokens=500, reporter=Silent(), **TINY)
+        names = dict(sets.drawn)
+        assert set(names) == {SELF, GENERAL}
+        assert asked == [1250]
+        assert names[SELF] > 0.3 * sum(names.values())
+        assert [t.name for t in sets.evaluation] == [GENERAL]
+
+    def test_samples_repeat_by_seed(self, model_directory):
+        model = load_model(model_directory("rotary"))
+        options = {"correction_tokens": 500, "reporter": Silent(), **TINY}
+        one, two, other = (load_sets(model, ["self"], None, seed=s, **options).statistics for s in (0, 0, 1))
+        assert one == two != other
+
+    def test_the_embedded_model_has_texts_of_its_own(self):
+        sets = load_sets(load_model("demo"), None, None, correction_tokens=500, reporter=Silent(), **TINY)
+        assert [n for n, _ in sets.drawn] == ["calib.txt"]
+        assert [t.name for t in sets.evaluation] == ["val.txt"]
+
+    def test_self_needs_a_model_that_can_be_sampled(self, model_directory, texts, monkeypatch):
+        model = load_model(model_directory("rotary"))
+        monkeypatch.setattr("bytecap.model.sources.of_transformers", lambda _: False)
+        assert [s.name for s in default_sources(model, 100_000, "cpu")] == [GENERAL]
+        with pytest.raises(UsageError, match="give a text instead"):
+            load_sets(model, ["self"], texts["val"], reporter=Silent(), **TINY)
+
+
+@pytest.mark.slow
+def test_a_fit_without_texts(model_directory, tmp_path):
+    directory = model_directory("rotary")
+    small = {**SMALL, "method": "uniform"}
+    with pytest.warns(bytecap.BytecapWarning, match="no --calib given: samples of the model itself"):
+        found = bytecap.fit(directory, BUDGET, store=tmp_path, **small)
+    drawn = {t["name"]: t["tokens"] for t in found.report["calibration_texts"]}
+    assert set(drawn) == {SELF, GENERAL}
+    with pytest.warns(bytecap.BytecapWarning):
+        again = bytecap.fit(directory, BUDGET, store=tmp_path, **small)
+    assert again.data == found.data

@@ -1,0 +1,201 @@
+"""Models and tokenizers from hostile files: compared before they are built, tried before they are used."""
+
+import json
+import os
+import struct
+
+import pytest
+
+import bytecap
+from bytecap.errors import ArtifactError, CheckpointError
+from bytecap.format import container
+from bytecap.model import building, tokenizer
+from bytecap.model.fileset import check_safetensors, weight_files
+from test_safety import artifact
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="pipes and links")
+
+# ------------------------------------------------------------------------------------------------ models of artifacts
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 64,
+    "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, "does not hold the model of its config.json: its config.json has no tensor w"),
+    ({"vocab_size": 2**42}, "has no tensor w"), ({"vocab_size": 2**70}, "vocab_size is 118"),
+    ({"hidden_size": 2**31, "vocab_size": 2**31}, "cannot build a model from"),
+    ({"max_position_embeddings": 2**40}, "has no tensor w"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    ({"num_hidden_layers": 60_000}, "asks for more tensors than belong to 1 stored tensors"),
+    ({"model_type": "qwen2", "num_hidden_layers": 60_000}, "asks for more tensors than"),
+    ({"model_type": "gpt2", "num_hidden_layers": 60_000}, "asks for more tensors than"),
+    ({"model_type": "mixtral", "num_local_experts": 60_000}, "has no tensor w|asks for more"),
+])  # fmt: skip
+def test_a_config_is_compared_before_it_is_built(tmp_path, changes, said, monkeypatch):
+    path = artifact(tmp_path / "a.bcap", files=[("config.json", json.dumps(LLAMA | changes).encode())])
+    built, from_config = [], building.causal_lm
+
+    def watched(config):
+        module = from_config(config)
+        built.append({p.device.type for p in module.parameters()})
+        return module
+
+    monkeypatch.setattr(building, "causal_lm", watched)
+    monkeypatch.setattr("bytecap.model.checkpoint.causal_lm", watched)
+    with pytest.raises((ArtifactError, CheckpointError), match=said) as caught:
+        bytecap.load_model(path)
+    assert str(path) in str(caught.value)
+    assert built in ([], [{"meta"}])
+
+
+def test_shapes_and_names_of_both_sides(fitted, tmp_path):
+    from dataclasses import replace
+
+    contents = container.read(fitted("rotary")[1])
+    first, second, *rest = contents.units
+    renamed = replace(rest[0].unit, name="x[1]")
+    other = replace(first.unit, shape=first.unit.shape[::-1])
+    for units, said in (
+        ((replace(first, unit=other), second, *rest), f"tensor {first.unit.name} is "),
+        ((first, *rest), f"it lacks tensor {second.unit.name}"),
+        ((first, second, replace(rest[0], unit=renamed), *rest[1:]), "no tensor x.1. .1 more"),
+    ):
+        container.write(replace(contents, units=tuple(units)), tmp_path / "a.bcap")
+        with pytest.raises(ArtifactError, match=f"does not hold the model of its config.json: .*{said}"):
+            bytecap.load_model(tmp_path / "a.bcap")
+
+
+@pytest.mark.parametrize("kind", ["rotary", "biased", "transposed", "offset"])
+def test_sound_artifacts_load(fitted, kind):
+    import torch
+
+    path = fitted(kind)[1]
+    module, values = bytecap.load_model(path), bytecap.load(path)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, torch.from_numpy(values[name]))
+
+
+def test_buffers_that_no_file_stores():
+    import torch
+    import transformers
+
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.ones(2**15, 2**15), persistent=False)
+
+    building_of = building.causal_lm
+    try:
+        building.causal_lm = lambda _: Hidden()
+        with pytest.raises(ArtifactError, match=r"a.bcap: its config.json asks for 1,073,741,824 values besides"):
+            building.check_fits(transformers.LlamaConfig(), {}, "a.bcap")
+    finally:
+        building.causal_lm = building_of
+
+
+def test_modules_that_register_nothing_but_modules():
+    import torch
+
+    with pytest.raises(ArtifactError, match="more modules than belong to 1 stored"), building.bounded(1, "a.bcap"):
+        torch.nn.Sequential(*[torch.nn.Identity() for _ in range(5000)])
+    assert len(torch.nn.Sequential(*[torch.nn.Identity() for _ in range(5000)])) == 5000  # no longer watched
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def changed(tokenizer_json, **changes):
+    return json.dumps(json.loads(tokenizer_json) | changes).encode()
+
+
+PADDING = {"strategy": {"Fixed": 500_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+           "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+
+
+def test_padding_and_truncation_are_nobodys_business(tokenizer_json):
+    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    plain = tokenizer.load_tokenizer(tokenizer_json.encode())
+    for more in ({"padding": PADDING}, {"truncation": truncation}, {"padding": PADDING, "truncation": truncation}):
+        found = tokenizer.load_tokenizer(changed(tokenizer_json, **more))
+        assert found.encode("hello world").ids == plain.encode("hello world").ids
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"{}", b"[" * 200_000, b'{"model":' * 200_000, b"\xff", b"null", b'{"model": {"type": "None"}}',
+    b'{"version":"1.0","model":{"type":"Unigram","unk_id":99,"vocab":[["a",0.0]]},"added_tokens":[]}',
+    b'{"version":"1.0","model":{"type":"BPE","vocab":{"a":0},"merges":["a b"]},"added_tokens":[]}',
+    (b'{"version":"1.0","pre_tokenizer":{"type":"Split","pattern":{"Regex":"("},"behavior":"Isolated","invert":false},'
+     b'"model":{"type":"BPE","vocab":{"a":0},"merges":[]},"added_tokens":[]}'),
+])  # fmt: skip
+def test_tokenizers_that_are_none(content):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        tokenizer.load_tokenizer(content)
+
+
+@POSIX
+@pytest.mark.parametrize(("end", "said"), [
+    ("import os; os.abort()", "died of it .signal 6"), ("import sys; sys.exit(9)", "exit code 9"),
+    ("import sys; print('a\\nwhy'); sys.exit(4)", "a"), ("import sys; sys.exit(3)", None),
+    ("import time; time.sleep(60)", "more than 1 seconds"),
+])  # fmt: skip
+def test_a_library_that_dies_is_a_line(monkeypatch, tokenizer_json, end, said):
+    """Panics and aborts end the trial's process, not ours; where no trial can be made there is none."""
+    tokenizer._trial.cache_clear()
+    monkeypatch.setattr(tokenizer, "_TRIAL", end)
+    monkeypatch.setattr(tokenizer, "_SECONDS", 1 if "sleep" in end else 100)
+    if said is None:
+        assert tokenizer.load_tokenizer(tokenizer_json.encode())
+    else:
+        with pytest.raises(CheckpointError, match=f"tokenizer.json cannot be read: .*{said}"):
+            tokenizer.load_tokenizer(tokenizer_json.encode())
+    tokenizer._trial.cache_clear()
+
+
+def test_a_panic_in_the_middle_is_a_line(run, fitted, monkeypatch):
+    from bytecap.pipeline import generation
+
+    class PanicException(BaseException):
+        pass
+
+    def fail(*_, **__):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(generation, "generate", fail)
+    code, out, err = run("generate", fitted("rotary")[1], "--prompt", "a")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "tokenizer.json failed on it: index out of bounds" in err
+
+
+# --------------------------------------------------------------------------------------------- files of a directory
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000])
+def test_nested_json_of_a_model_directory(refused, job, copied, content):
+    (copied / "config.json").write_bytes(content)
+    assert "config.json is nested too deep" in refused(*job(copied))
+
+
+def test_nested_json_elsewhere(copied):
+    next(copied.glob("*.safetensors")).unlink()
+    (copied / "model.safetensors.index.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="not a valid shard index"):
+        weight_files(copied)
+    (copied / "model.safetensors.index.json").unlink()
+    header = b"[" * 100_000
+    (copied / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="corrupt safetensors header"):
+        check_safetensors(copied / "x.safetensors")
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "c:x", "..\\x"])
+def test_an_index_that_redirects(copied, shard):
+    next(copied.glob("*.safetensors")).unlink()
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}), "utf-8")
+    (copied.parent / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"not a valid shard index|missing"):
+        weight_files(copied)
