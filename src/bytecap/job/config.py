@@ -99,7 +99,7 @@ class FitConfig:
     paths: Sequence[str] | None = None
     recover: str | None = None
     recover_text: str | Path | Sequence[str | Path] | None = None
-    allow_unused: Sequence[str] = ()
+    allow_unused: Sequence[str] | None = None
     unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None

@@ -12,7 +12,6 @@ weights mean something else without them.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 from bytecap.errors import CheckpointError
 from bytecap.format.sidefiles import source_tensors
 from bytecap.model.conversion import Conversion, convert, ignored
+from bytecap.model.fileset import DEQUANTIZE, Header, allowed
 
-Header = dict[str, dict[str, Any]]
 FLOATS = ("F64", "F32", "BF16", "F16")  # what a weight may be stored as
 _SCALES = re.compile(
     r"(?:^|[._])(?:scales?|scale_inv|zeros?|zero_points?|qzeros|qweight|g_idx|absmax|quant_map|nested_\w+|quant_state\S*"
@@ -35,7 +34,6 @@ _SCALES = re.compile(
     re.IGNORECASE,
 )
 _ADAPTERS = re.compile(r"(?:^|[._])lora_|(?:^|\.)base_model\.model\.|(?:^|[._])(?:ia3_l|oft_r|hada_w\d|lokr_w\d)")
-DEQUANTIZE = "load it with the tool that made it and save it dequantized, in bfloat16 or float32"
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,6 @@ def refuse_unread(name: str, where: Path | str) -> CheckpointError | None:
             f"{DEQUANTIZE}"
         )
     return None
-
-
-def allowed(name: str, allow: Sequence[str]) -> bool:
-    """Return whether a tensor or file is meant to be left out."""
-    return any(name == a or fnmatch.fnmatchcase(name, a) for a in allow)
 
 
 def _left_out(module: nn.Module, headers: Mapping[Path, Header], found: Conversion, allow: Sequence[str]) -> list[str]:

@@ -21,7 +21,6 @@ import numpy as np
 
 from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model import gguf_file
-from bytecap.model.accounting import account
 from bytecap.model.building import Shapes, causal_lm, check_fits, pretrained, read_config
 from bytecap.model.fileset import (
     HUB_FILES,
@@ -159,6 +158,8 @@ def load_model(
     Raises:
         CheckpointError: missing, corrupt, not finite, pickle, of a kind transformers cannot build, or not read whole.
     """
+    from bytecap.model.accounting import account  # which imports torch; this module must not
+
     directory = resolve(model)
     if directory.suffix == gguf_file.SUFFIX and directory.is_file():
         return _of_gguf(directory, begin)

@@ -7,6 +7,7 @@ a second copy of the same tensors is said and left alone, anything else is refus
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import struct
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError
-from bytecap.model.accounting import DEQUANTIZE, Header, allowed
 from bytecap.model.building import parse_object
 
+Header = dict[str, dict[str, Any]]
+DEQUANTIZE = "load it with the tool that made it and save it dequantized, in bfloat16 or float32"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -147,6 +149,11 @@ def read_headers(directory: Path, allow: Sequence[str] = ()) -> tuple[dict[Path,
         if path.suffix == ".safetensors" and path.is_file() and path not in headers and not allowed(path.name, allow):
             notes += _second(path, owner, allow)
     return headers, notes
+
+
+def allowed(name: str, allow: Sequence[str]) -> bool:
+    """Whether a tensor or file is meant to be left out."""
+    return any(name == a or fnmatch.fnmatchcase(name, a) for a in allow)
 
 
 def _check_index(directory: Path, owner: Mapping[str, Path]) -> None:

@@ -2,9 +2,9 @@
 
 transformers knows these, under whatever name a config gives them and in whatever part of a nested one; ids are held
 against the rows that the embedding really has. One short pass shows whether a prediction changes with tokens behind it:
-models that see both ways (BERT, XLNet) can be built as language models, and what they score means nothing.
+models that see both ways can be built as language models, and what they score means nothing.
 
->>> facts({"config.json": b'{"model_type": "gpt2", "n_positions": 64, "bos_token_id": 5}'}).positions
+>>> facts({"config.json": b'{"text_config": {"n_positions": 64, "bos_token_id": 5}}'}).positions
 64
 """
 
@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _POSITIONS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx",
@@ -35,14 +35,12 @@ class Facts:
     Attributes:
         first: token put in front of every document, or None.
         positions: most tokens of one pass, or None where there is no limit.
-        ends: tokens that end a text.
         encoder_decoder: whether it is an encoder with a decoder.
         kind: model type, for messages.
     """
 
     first: int | None
     positions: int | None
-    ends: frozenset[int]
     encoder_decoder: bool
     kind: str
 
@@ -67,14 +65,8 @@ def facts(files: Mapping[str, bytes]) -> Facts:
     if isinstance(first, int) and first < 0:
         raise CheckpointError(f"config.json gives bos_token_id {first}, which is no token")
     lengths = [n for n in map(value, _POSITIONS) if isinstance(n, int) and not isinstance(n, bool) and n > 0]
-    ends = [
-        _object(files, "generation_config.json").get("eos_token_id"),
-        value("eos_token_id"),
-        raw.get("eos_token_id"),
-    ]
     return Facts(
         first if isinstance(first, int) else None, lengths[0] if lengths else None,
-        frozenset(t for e in ends for t in (e if isinstance(e, list) else [e]) if isinstance(t, int)),
         bool(getattr(config, "is_encoder_decoder", raw.get("is_encoder_decoder", False))),
         str(raw.get("model_type", "")),
     )  # fmt: skip
@@ -121,14 +113,13 @@ def vocabulary_of(module: nn.Module) -> int | None:
             table = getattr(module, getter)()
         except (AttributeError, NotImplementedError, TypeError):
             continue
-        weight = getattr(table, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2:
+        weight: Any = getattr(table, "weight", None)
+        if getattr(weight, "ndim", 0) == 2:
             kind = "nf" if hasattr(table, "nf") else ""
             sizes.append(int(weight.shape[1 if kind else 0]))
     return min(sizes, default=None)
 
 
-@torch.no_grad()
 def check_causal(module: nn.Module, name: str, size: int | None, positions: int | None = None) -> None:
     """Refuse a module whose predictions change with later tokens.
 
@@ -141,6 +132,8 @@ def check_causal(module: nn.Module, name: str, size: int | None, positions: int 
     Raises:
         CheckpointError: it sees the next token. UsageError: its logits are not finite.
     """
+    import torch
+
     length = max(2, min(_TRIAL, positions or _TRIAL))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(max(2, size or 2), (1, length), generator=generator)
@@ -148,7 +141,8 @@ def check_causal(module: nn.Module, name: str, size: int | None, positions: int 
     half = length // 2
     other[0, half:] = (ids[0, half:] + 1 + torch.arange(length - half) % max(1, (size or 2) - 1)) % max(2, size or 2)
     device = next(module.parameters()).device
-    one, two = (_logits(module, x.to(device), name)[0, :half].float() for x in (ids, other))
+    with torch.no_grad():
+        one, two = (_logits(module, x.to(device), name)[0, :half].float() for x in (ids, other))
     spread = float(one.std()) or 1.0
     leak = float((one - two).abs().max())
     if leak > _LEAK * spread:
@@ -159,8 +153,10 @@ def check_causal(module: nn.Module, name: str, size: int | None, positions: int 
 
 
 def _logits(module: nn.Module, ids: Tensor, name: str) -> Tensor:
+    import torch
+
     found: Any = module(ids)
-    logits = found if isinstance(found, Tensor) else found.logits
-    if not isinstance(logits, Tensor) or not bool(torch.isfinite(logits).all()):
+    logits = found if isinstance(found, torch.Tensor) else found.logits
+    if not isinstance(logits, torch.Tensor) or not bool(torch.isfinite(logits).all()):
         raise UsageError(f"{name} gives logits that are not finite, before anything was changed")
     return logits
