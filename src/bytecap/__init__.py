@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bytecap import _moved
 from bytecap._version import __version__
 from bytecap.errors import (
     ArtifactError,
@@ -83,6 +84,8 @@ _LAZY = {  # what needs more than numpy, and the module that has it
     "tie": "bytecap_lab.layer_tying",
 }
 
+_moved.install()
+
 if not TYPE_CHECKING:  # a type checker sees the imports above
 
     def __getattr__(name: str) -> Any:
@@ -90,4 +93,6 @@ if not TYPE_CHECKING:  # a type checker sees the imports above
             return getattr(import_module(_LAZY[name]), name)
         if name == "train":
             return import_module("bytecap_lab.train")
+        if f"bytecap.{name}" in _moved.MOVED:
+            return import_module(f"bytecap.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
