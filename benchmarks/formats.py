@@ -137,7 +137,8 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
             budget = rows[name, r, "stock"]["file_bytes"]
             found = fit_gguf(
                 model, budget, calibration=calib, evaluation=held, device=device, seed=args.seed, tokens=args.tokens,
-                evaluation_tokens=args.eval_tokens, held_tokens=args.held_tokens, store=args.work, reporter=quiet,
+                evaluation_tokens=args.eval_tokens,
+                options={"held_tokens": args.held_tokens}, store=args.work, reporter=quiet,
             )  # fmt: skip
             row = {k: v for k, v in found.report.items() if k != "margin"}
         row = record(args, {"benchmark": "formats", "recipe": r, **row, "method": method})

@@ -19,16 +19,16 @@ from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError, UsageError
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
-from bytecap.job.config import FitConfig
+from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, demo_directory, load_model
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
+from bytecap.model.defaults import TOKENS
 from bytecap.model.evaluation import Comparison, compare, paired_stderr
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import Paths, as_paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.stages import choose_device, quality
-from bytecap.progress import Reporter, Silent, reporter_for
+from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, importance, type_lines, write_imatrix
 from bytecap.runtimes.gguf.export import plain as exact
@@ -92,7 +92,7 @@ class _Frame:
 
 FORMATS = ("bcap", "gguf")
 _ONLY = ("types", "pure", "template", "emit")  # options of GGUF files
-_NOT = ("paths", "code", "loss", "evaluate", "predictions", "given", "options", "allow_unused")  # options of others
+_NOT = ("paths", "code", "loss", "evaluate", "predictions", "given", "allow_unused")  # options of others
 
 
 def format_of(config: FitConfig) -> str:
@@ -124,98 +124,68 @@ def fit_gguf_configs(
 
     `quantized`: the template is the file that the model was read from, whatever its types.
     """
-    found, loaded = [], model if isinstance(model, Model) else load_model(model)
-    path = configs[0].template
-    template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
     for c in configs:
-        result = fit_gguf(
-            loaded, c.budget, calibration=as_paths(c.calibration), evaluation=as_paths(c.evaluation), device=c.device,
-            seed=c.seed, output=c.output, dry_run=c.dry_run, tokens=c.tokens, evaluation_tokens=c.evaluation_tokens,
-            window=c.window, types=c.types, pure=c.pure, template=template, recover=c.recover,
-            recover_text=c.recover_text, store=c.store, reporter=reporter_for(c.reporter, c.progress),
-        )  # fmt: skip
-        if c.emit is not None:
-            write_atomically(type_lines(result.types).encode(), Path(c.emit))
-        found.append(result)
+        check_budget(c.budget)
+    first = configs[0]
+    menu, device, _ = parse_types(first.types), choose_device(first.device), effort_of(first.recover)
+    library()
+    loaded = model if isinstance(model, Model) else load_model(model)
+    path = first.template
+    template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
+    found = []
+    for c in configs:
+        frame = _frame(loaded, menu, c.pure, template, reporter_for(c.reporter, c.progress))
+        found.append(_fit_one(loaded, frame, c, device))
     return found
 
 
-def fit_gguf(
-    model: Model | Path | str,
-    budget: int | str,
-    *,
-    calibration: Paths = None,
-    evaluation: Paths = None,
-    device: str = "auto",
-    seed: int = 0,
-    output: Path | str | None = None,
-    dry_run: bool = False,
-    tokens: int = TOKENS,
-    evaluation_tokens: int = EVALUATION_TOKENS,
-    window: int = WINDOW,
-    types: Sequence[str] | None = None,
-    pure: bool = False,
-    template: Template | Path | str | None = None,
-    held_tokens: int = HELD_TOKENS,
-    recover: str | None = None,
-    recover_text: Paths = None,
-    store: Store | Path | str | None = None,
-    reporter: Reporter | None = None,
-) -> GgufFile:
+@configured
+def fit_gguf(model: Model | Path | str, config: FitConfig) -> GgufFile:
     """Put a model into a GGUF file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
 
+    `options` may hold `held_tokens`, the most tokens for the Hessian that judges.
+
     Args:
-        model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
-        budget: bytes, or text such as `4GB`.
-        calibration: text files, documents separated by form feed; the embedded text if None.
-        evaluation: text files nothing is fitted on; the embedded text if None.
-        device: `auto`, `cpu` or `cuda`, for passes of the model.
-        seed: of every random choice.
-        output: where to write; None keeps nothing.
-        dry_run: predict, write and evaluate nothing.
-        tokens: most tokens for statistics.
-        evaluation_tokens: most tokens for evaluation.
-        window: predicted tokens in a window.
-        types: GGUF types to choose from, all by default.
-        pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
-        template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer; or as read.
-        held_tokens: most tokens for the Hessian that judges.
-        recover: steps (`600`) or time (`10m`) for tuning float16 scales and vectors at frozen codes; none if None.
-        recover_text: text files to tune on, or `self`; the calibration texts if None.
-        store: directory in which statistics are kept.
-        reporter: told about progress.
+        model: Hugging Face directory, hub id, `demo`, or a loaded `bytecap.model.checkpoint.Model`.
+        config: the options, documented below.
     """
-    started = time.perf_counter()
-    check_budget(budget)
-    reporter, target = reporter or Silent(), choose_device(device)
-    menu, effort = parse_types(types), effort_of(recover)
-    library()
-    loaded = model if isinstance(model, Model) else load_model(model)
-    if isinstance(template, Path | str):
-        template = read_template(Path(template), loaded)
-    cap = parse_budget(budget, loaded.parameters)
-    frame = _frame(loaded, menu, pure, template, reporter)
+    format_of(replace(config, format="gguf"))
+    return fit_gguf_configs(model, [config])[0]
+
+
+def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> GgufFile:
+    """One fit of a loaded model, from its texts to the measured file."""
+    started, reporter = time.perf_counter(), reporter_for(config.reporter, config.progress)
+    cap = parse_budget(config.budget, model.parameters)
     floor = _check_floor(frame, cap)
-    sets = load_sets(
-        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
-        correction_tokens=held_tokens, seed=seed, reporter=reporter,
-    )  # fmt: skip
-    if effort is not None:
-        sets = with_recovery(
-            loaded, sets, recover_text or calibration or demo_directory() / "calib.txt", window=window, seed=seed,
-            device=target, reporter=reporter,
-        )  # fmt: skip
-    kept = store if isinstance(store, Store) else Store(store)
-    config = FitConfig(budget, seed=seed, dry_run=dry_run)
-    job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort, store=kept)
-    loaded.module.to(target)
+    store = config.store if isinstance(config.store, Store) else Store(config.store)
+    sets = _sets(model, config, device, reporter)
+    job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
+    model.module.to(device)
     items = _calibrated(job, frame)
     plain = solve(job, cap - frame.fixed, items)
-    found, record = (plain, {}) if effort is None or dry_run else tune_blocks(job, frame.layout, items, plain)
-    result = _finish(job, frame, items, (found, plain), None if output is None or dry_run else Path(output))
+    tuned = job.recover is not None and not config.dry_run
+    found, record = tune_blocks(job, frame.layout, items, plain) if tuned else (plain, {})
+    output = None if config.output is None or config.dry_run else Path(config.output)
+    result = _finish(job, frame, items, (found, plain), output)
     result.report |= {"recovery": record} if record else {}
     result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
+    if config.emit is not None:
+        write_atomically(type_lines(result.types).encode(), Path(config.emit))
     return result
+
+
+def _sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
+    """The token sets, the second of which is held out from every Hessian that weights are rounded by."""
+    calibration, held = as_paths(config.calibration), int((config.options or {}).get("held_tokens", HELD_TOKENS))
+    sets = load_sets(
+        model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
+        evaluation_tokens=config.evaluation_tokens, correction_tokens=held, seed=config.seed, reporter=reporter,
+    )  # fmt: skip
+    if config.recover is None:
+        return sets
+    texts = as_paths(config.recover_text) or calibration or demo_directory() / "calib.txt"
+    return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 
 def _frame(model: Model, menu: tuple[str, ...], pure: bool, template: Template | None, reporter: Reporter) -> _Frame:
