@@ -21,6 +21,8 @@ _FACTORS = {
 }  # fmt: skip
 _SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 
+_BITS = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*bpp", re.IGNORECASE)
+
 
 def parse_size(size: int | str) -> int:
     """Number of bytes meant by `size`.
@@ -42,6 +44,19 @@ def parse_size(size: int | str) -> int:
     if value < 1:
         raise UsageError(f"the budget must be at least one byte, not {size}")
     return int(value)
+
+
+def parse_budget(budget: int | str, parameters: int) -> int:
+    """Number of bytes meant by a budget: a size, or bits per parameter such as `4.5bpp`.
+
+    >>> parse_budget("4.5bpp", 1000), parse_budget("3kB", 1000)
+    (562, 3000)
+
+    Raises:
+        UsageError: it is neither.
+    """
+    match = _BITS.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    return parse_size(int(float(match[1]) * parameters / 8)) if match else parse_size(budget)
 
 
 def format_size(count: int) -> str:

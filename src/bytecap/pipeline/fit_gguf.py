@@ -15,23 +15,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
-
-from bytecap.allocation import correction
 from bytecap.allocation.allocate import allocate
-from bytecap.allocation.budget_curve import margin
-from bytecap.allocation.correction import Factor, shrunk
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
-from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
-from bytecap.model.checkpoint import Model, as_matrix, load_model
-from bytecap.model.evaluation import Comparison, compare, kl_each, kl_to
+from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.evaluation import Comparison, compare
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets
-from bytecap.model.texts import TokenSets, leading
+from bytecap.model.texts import TokenSets
 from bytecap.pipeline.fit import choose_device, quality
 from bytecap.progress import Reporter, Silent
 from bytecap.runtimes.gguf import file, library
@@ -49,9 +42,9 @@ from bytecap.runtimes.gguf.menu import (
 )
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
 from bytecap.runtimes.gguf.template import Template, read_template
-from bytecap.sizes import format_size, parse_size
+from bytecap.runtimes.solve import Found, figures, solve
+from bytecap.sizes import format_size, parse_budget
 from bytecap.system.cache import Store
-from bytecap.types import Curve, Plan
 
 HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
 
@@ -119,7 +112,7 @@ def fit_gguf(
 
     Args:
         model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
-        budget: bytes, or text such as `4GB`.
+        budget: bytes, or text such as `4GB` or `4.5bpp`.
         calibration: text files, documents separated by form feed; the embedded text if None.
         evaluation: text files nothing is fitted on; the embedded text if None.
         device: `auto`, `cpu` or `cuda`, for passes of the model.
@@ -137,10 +130,11 @@ def fit_gguf(
         reporter: told about progress.
     """
     started = time.perf_counter()
-    reporter, cap, target = reporter or Silent(), parse_size(budget), choose_device(device)
+    reporter, target = reporter or Silent(), choose_device(device)
     menu = parse_types(types)
     library()
     loaded = model if isinstance(model, Model) else load_model(model)
+    cap = parse_budget(budget, loaded.parameters)
     frame = _frame(loaded, menu, pure, None if template is None else read_template(Path(template), loaded), reporter)
     floor = _check_floor(frame, cap)
     sets = load_sets(
@@ -220,107 +214,16 @@ def _calibrated(job: Job, frame: _Frame) -> list[Item]:
         return choose_trust(items, advance)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A plan and what was rounded by it.
-
-    Attributes:
-        around: what more or fewer bytes would do.
-        predicted: KL on the correction tokens.
-        step: bytes of the smallest step that would still lower the distortion; 0 if there is none.
-    """
-
-    plan: Plan
-    around: dict[str, Any]
-    rounded: dict[str, Rounded]
-    predicted: float
-    step: int
-
-
-def _solve(job: Job, frame: _Frame, items: Sequence[Item]) -> _Found:
+def _solve(job: Job, frame: _Frame, items: Sequence[Item]) -> Found[Rounded]:
     """The plan and every tensor rounded by it."""
     room = job.budget - frame.fixed
-    with job.reporter.step("types", len(items)) as advance:
-        curves = []
-        for item in items:
-            curves.append(curve(item))
-            advance(1)
-    first = allocate(curves, room)
-    twin = twin_of(job.model.module)
-    rounded = _round(job, items, first, {})
-    kappa = _factors(job, items, rounded, twin)
-    curves = [_scaled(c, kappa[c.name]) for c in curves]
-    plan = allocate(curves, room)
-    rounded = _round(job, items, plan, {n: (first.choice[n].setting, r) for n, r in rounded.items()})
-    load_values(twin, _unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
-    predicted = kl_to(job.model.module, twin, job.sets.correction, device=job.device)[0]
-    return _Found(plan, margin(curves, plan, room), rounded, predicted, _smallest_step(curves, plan))
+    return solve(
+        job, items, curve=curve, round_to=lambda item, setting: round_to(item, WHOLE[int(setting)]),
+        allocate=lambda curves: (allocate(curves, room), room),
+    )  # fmt: skip
 
 
-def _smallest_step(curves: Sequence[Curve], plan: Plan) -> int:
-    """Bytes of the smallest step of any tensor that lowers its distortion."""
-    steps = [
-        p.rate - plan.choice[c.name].rate
-        for c in curves
-        for p in c.points
-        if p.distortion < plan.choice[c.name].distortion and p.rate > plan.choice[c.name].rate
-    ]
-    return int(min(steps, default=0))
-
-
-def _scaled(found: Curve, factor: float) -> Curve:
-    return Curve(found.name, tuple(replace(p, distortion=factor * p.distortion) for p in found.points))
-
-
-def _round(
-    job: Job, items: Sequence[Item], plan: Plan, known: Mapping[str, tuple[float, Rounded]]
-) -> dict[str, Rounded]:
-    """Every tensor in the type that the plan gives it."""
-    found = {}
-    with job.reporter.step("rounding", len(items)) as advance:
-        for item in items:
-            name, setting = item.place.name, plan.choice[item.place.name].setting
-            if name in known and known[name][0] == setting:
-                found[name] = known[name][1]
-            else:
-                found[name] = round_to(item, WHOLE[int(setting)])
-            advance(1)
-    return found
-
-
-def _unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoded tensors of the file as units in stored layout; what other tensors hold of a unit stays original."""
-    units = {u.name: u for u in model.units}
-    matrices: dict[str, Any] = {}
-    for item in items:
-        if item.place.name in values:
-            unit = units[item.place.unit]
-            if unit.name not in matrices:
-                matrices[unit.name] = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().copy()
-            item.place.to_unit(values[item.place.name], matrices[unit.name])
-    return {n: from_matrix(units[n], np.ascontiguousarray(m)) for n, m in matrices.items()}
-
-
-def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], twin: nn.Module) -> dict[str, float]:
-    """Measured over predicted loss of every role, at the first plan."""
-    roles: dict[str, list[Item]] = {}
-    for item in items:
-        roles.setdefault(item.role, []).append(item)
-    variants = {
-        role: _unit_values(job.model, members, {m.place.name: rounded[m.place.name].values for m in members})
-        for role, members in roles.items()
-    }
-    with job.reporter.step("correction factors", len(roles)) as advance:
-        windows = leading(job.sets.correction, correction.TOKENS)
-        measured = kl_each(job.model.module, twin, variants, windows, device=job.device, advance=advance)
-    found = {}
-    for role, members in roles.items():
-        names = [m.place.name for m in members]
-        found |= dict.fromkeys(names, Factor.of(measured[role], sum(rounded[n].held for n in names)))
-    return shrunk(found)
-
-
-def _finish(job: Job, frame: _Frame, items: Sequence[Item], found: _Found, output: Path | None) -> GgufFile:
+def _finish(job: Job, frame: _Frame, items: Sequence[Item], found: Found[Rounded], output: Path | None) -> GgufFile:
     """Write the file, read it back, measure it."""
     types = {n: WHOLE[int(p.setting)] for n, p in found.plan.choice.items()}
     size = frame.fixed + int(found.plan.rate)
@@ -342,7 +245,7 @@ def _finish(job: Job, frame: _Frame, items: Sequence[Item], found: _Found, outpu
     return result
 
 
-def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: _Found) -> list[file.Stored]:
+def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found[Rounded]) -> list[file.Stored]:
     """All tensors with their bytes."""
     stored = []
     for p in frame.layout.places:
@@ -364,24 +267,14 @@ def measure(
 
 
 def _report(
-    job: Job, frame: _Frame, items: Sequence[Item], found: _Found, types: Mapping[str, str], size: int
+    job: Job, frame: _Frame, items: Sequence[Item], found: Found[Rounded], types: Mapping[str, str], size: int
 ) -> dict[str, Any]:
-    seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
     counts = Counter(types.values())
     return {
-        "model": job.model.name, "format": "gguf", "architecture": frame.layout.architecture, "method": "bytecap",
+        "format": "gguf", "architecture": frame.layout.architecture,
         "plan": ", ".join(f"{n} {t.lower()}" for t, n in sorted(counts.items(), key=lambda x: WHOLE.index(x[0]))),
-        "seed": job.seed, "budget_bytes": job.budget, "file_bytes": size, "slack_bytes": job.budget - size,
-        "allowed_slack_bytes": found.step, "ideal_bytes": size,
-        "head_bytes": frame.head, "float_bytes": frame.rest,
-        "parameters": job.model.parameters, "bits_per_parameter": 8 * size / max(1, job.model.parameters),
-        "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
-        "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
-        "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
-        "trust": {i.role: i.trust for i in items}, "types": dict(types),
-        "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
-        "correction_tokens": sum(w.predicted for w in job.sets.correction),
-    }  # fmt: skip
+        "head_bytes": frame.head, "float_bytes": frame.rest, "types": dict(types),
+    } | figures(job, items, found, size)  # fmt: skip
 
 
 def imatrix_of(

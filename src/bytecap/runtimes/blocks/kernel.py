@@ -89,6 +89,19 @@ def _settle(z: _Array, w: _Array, fed: _Array, first: int) -> None:
 round_block: Any = compiled(_round_block)
 
 
+def _units(q: _Array, ls: _Array, m: _Array, zero: bool, v: _Array, u: _Array) -> None:
+    """Values of a block (block, LANES) per unit of scale, `v`, and minimum, `u`; `zero`: minimums are in scales."""
+    sub = len(q) // len(ls)
+    for i in range(len(q)):
+        for r in range(LANES):
+            taken = m[i // sub, r]
+            v[i, r] = ls[i // sub, r] * q[i, r] - (taken if zero else _ZERO)
+            u[i, r] = _ZERO if zero else taken
+
+
+units: Any = compiled(_units)
+
+
 def _descend_block(
     h: _Array, inv: _Array, sums: _Array, w: _Array, first: int, block: int, sub: int, low: Any, high: Any,
     table: _Array, scales: tuple[int, int], minimums: int, unit: Grid, q: _Array, ls: _Array, m: _Array, d: _Array,
@@ -121,10 +134,7 @@ def _descend_block(
             g[i, r], q[first + i, r] = slope[i], code[i]
     v, hv2, u, hu = lanes[0], lanes[1], lanes[2], lanes[3]
     lanes[:] = _ZERO
-    for i in range(block):
-        for r in range(LANES):
-            v[i, r] = ls[base + i // sub, r] * q[first + i, r] - (m[base, r] if zero else _ZERO)
-            u[i, r] = _ZERO if zero else m[base + i // sub, r]
+    units(q[first : first + block], ls[base : base + per], m[base : base + per], zero, v, u)
     feed(hv2, h, 0, 0, block, v)
     if minimums > 0 and not zero:
         feed(hu, h, 0, 0, block, u)
