@@ -23,11 +23,12 @@ from bytecap.report.comparison import page
 from bytecap.report.fit import page as fit_page
 from bytecap.report.fit import style
 from bytecap.report.svg import Axis, colour, log_ticks
+from bytecap.sizes import parse_budget
 from bytecap_lab import compare as comparison
 from bytecap_lab.compare import runs
 from bytecap_lab.compare.envelope import bytes_at, envelope, saved
 from bytecap_lab.compare.pairs import Entry, Sums, clusters, difference, estimate, figure, fold
-from bytecap_lab.compare.specs import grid, read_budget, read_external, read_method
+from bytecap_lab.compare.specs import grid, read_external, read_method
 from conftest import BUDGET, SMALL
 from pages import sound
 
@@ -156,9 +157,9 @@ class TestCells:
             read_method(text)
 
     def test_budgets(self):
-        assert read_budget("2bpp", 1000) == 250
+        assert parse_budget("2bpp", 1000) == 250
         with pytest.raises(UsageError, match="cannot read the budget"):
-            read_budget("xbpp", 1)
+            parse_budget("xbpp", 1)
         cells = grid(["a", "b"], ["golf"], ["1bpp", 100], [0, 1], [800, 1600])
         assert [(c.model, c.budget, c.seed) for c in cells] == [
             ("a", 100, 0), ("a", 100, 1), ("b", 100, 0), ("b", 200, 0), ("b", 100, 1), ("b", 200, 1),

@@ -21,8 +21,6 @@ _FACTORS = {
 }  # fmt: skip
 _SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 
-_BITS = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*bpp", re.IGNORECASE)
-
 
 def parse_size(size: int | str) -> int:
     """Number of bytes meant by `size`.
@@ -55,8 +53,12 @@ def parse_budget(budget: int | str, parameters: int) -> int:
     Raises:
         UsageError: it is neither.
     """
-    match = _BITS.fullmatch(budget.strip()) if isinstance(budget, str) else None
-    return parse_size(int(float(match[1]) * parameters / 8)) if match else parse_size(budget)
+    if isinstance(budget, str) and budget.strip().lower().endswith("bpp"):
+        try:
+            return max(1, int(float(budget.strip()[:-3]) * parameters / 8))
+        except (ValueError, OverflowError) as exc:
+            raise UsageError(f"cannot read the budget {budget!r}: use 3000000, 3MB, 3MiB or 3.5bpp") from exc
+    return parse_size(budget)
 
 
 def format_size(count: int) -> str:

@@ -152,17 +152,27 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         made.chmod(0o777 & ~mask)
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            target.replace(old)
-        made.replace(target)
-        made = old
+        made = _exchanged(made, target)
     except OSError as exc:
         raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _exchanged(made: Path, target: Path) -> Path | None:
+    """Put a directory in the place of another one; returns where that is now, if there was one."""
+    if not target.exists():
+        made.replace(target)
+        return None
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    target.replace(old)
+    try:
+        made.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
+    return old
 
 
 def sweep(directory: Path, names: str) -> None:

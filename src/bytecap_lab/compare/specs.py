@@ -5,8 +5,6 @@ A method is written `NAME`, `NAME:coded`, `NAME:published`, or `NAME:option=valu
 
 >>> read_method("owq:published").options, read_method("golf:coder=brotli:lowrank_bits=4").options
 ({'accounting': 'published'}, {'coder': 'brotli', 'lowrank_bits': 4})
->>> read_budget("600kB", 1_000_000), read_budget("3.5bpp", 1_000_000)
-(600000, 437500)
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any
 
 from bytecap import methods
 from bytecap.errors import UsageError
-from bytecap.sizes import parse_size
+from bytecap.sizes import parse_budget
 
 ACCOUNTED = ("owq", "radio", "cluscomp", "reallm")  # methods that have a published accounting besides the coded one
 _ACCOUNTINGS = ("coded", "published")
@@ -129,16 +127,6 @@ def _check_ingredients(options: dict[str, Any], text: str) -> None:
         raise UsageError(f"cannot read {text!r}: method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
 
 
-def read_budget(text: str | int, parameters: int) -> int:
-    """Bytes of a size, or of bits per parameter (`3.5bpp`)."""
-    if isinstance(text, str) and text.strip().lower().endswith("bpp"):
-        try:
-            return max(1, int(float(text.strip()[:-3]) * parameters / 8))
-        except (ValueError, OverflowError) as exc:
-            raise UsageError(f"cannot read the budget {text!r}: use 3000000, 3MB, 3MiB or 3.5bpp") from exc
-    return parse_size(text)
-
-
 def read_external(text: str, models: Sequence[str]) -> External:
     """`NAME:DIR:BYTES`, with `:MODEL` behind it where several models are compared.
 
@@ -159,7 +147,7 @@ def read_external(text: str, models: Sequence[str]) -> External:
         raise UsageError(f"cannot read {text!r}: use NAME:DIR:BYTES, BYTES being the real size, such as 3MB")
     if not Path(directory).is_dir():
         raise UsageError(f"no model at {directory}: the directory of {name} does not exist")
-    return External(name, directory, parse_size(size), model)
+    return External(name, directory, parse_budget(size), model)
 
 
 def grid(
@@ -171,6 +159,6 @@ def grid(
         Cell(model, way, size, seed)
         for model, count in zip(models, parameters, strict=True)
         for seed in seeds
-        for size in sorted({read_budget(b, count) for b in budgets})
+        for size in sorted({parse_budget(b, count) for b in budgets})
         for way in ways
     ]

@@ -20,9 +20,9 @@ from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets, Window
 from bytecap.progress import Reporter
+from bytecap.sizes import parse_budget
 from bytecap.system.cache import Store
 from bytecap_lab.compare.pairs import clusters
-from bytecap_lab.compare.specs import read_budget
 from bytecap_lab.rd_curves.choose import spend
 from bytecap_lab.rd_curves.operating_point import Ground, lay, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
@@ -89,7 +89,7 @@ class Bench:
     @property
     def budget(self) -> int:
         """Bytes of the whole file."""
-        return read_budget(self.setting.budget, self.model.parameters)
+        return parse_budget(self.setting.budget, self.model.parameters)
 
     @cached_property
     def ground(self) -> Ground:

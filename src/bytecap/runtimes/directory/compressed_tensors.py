@@ -14,6 +14,7 @@ Source: compressed_tensors/compressors/pack_quantized (Apache-2.0). Omitted: act
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from bytecap.runtimes.directory import Scheme, Spec, split
 
 BITS = (4, 8)
 GROUPS = (0, 128, 64, 32)
-_MENU = ("w4c", "w4ca", "w4g128", "w4g128a", "w4g64", "w4g64a", "w4g32", "w4g32a", "w8c", "w8g128")
+_MENU = ("w4c", "w4g128", "w4g64", "w4g32", "w8c", "w8g128")
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -49,7 +50,7 @@ class CompressedTensors:
         return tuple(self._schemes)
 
     def menu(self) -> tuple[str, ...]:
-        """Schemes that compete; finer ones of 8 bits cost bytes and gain nothing."""
+        """Schemes that compete: finer ones of 8 bits gain nothing, and not every reader loads zero points."""
         return _MENU
 
     def scheme(self, name: str) -> Scheme:
@@ -138,6 +139,9 @@ class CompressedTensors:
         """
         if importlib.util.find_spec("compressed_tensors") is None:
             return "not checked: compressed-tensors is not installed"
+        schemes = self.read(json.loads((directory / "config.json").read_bytes())).values()
+        if any(not self._schemes[n].symmetric for n in schemes):  # 0.20 allots room for them unpacked
+            return "not checked: transformers loads no packed zero points with compressed-tensors 0.20"
         import transformers
 
         try:
