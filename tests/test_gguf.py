@@ -22,7 +22,7 @@ from bytecap.runtimes.gguf.tokenizer import pre_tokenizer
 from conftest import SMALL, build, save
 
 gguf = pytest.importorskip("gguf")
-BUDGET = 60_000
+BUDGET = 27_000
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_fit_keeps_the_cap_and_reads_back_what_it_reports(made) -> None:
 def test_more_bytes_are_better_and_types_are_kept_to(model_directory, texts) -> None:
     common = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}
     directory = model_directory("rotary")
-    small, large = (fit_gguf(directory, n, types=["q4_0", "q8_0"], **common) for n in (45_000, 70_000))
+    small, large = (fit_gguf(directory, n, types=["q4_0", "q8_0"], **common) for n in (24_000, 32_000))
     assert set(small.types.values()) | set(large.types.values()) <= {"Q4_0", "Q8_0"}
     assert large.report["kl_nats"] < small.report["kl_nats"]
 
@@ -249,7 +249,7 @@ def test_no_gguf_file_and_damage(tmp_path, made) -> None:
 def test_the_commands(run, refused, model_directory, texts, tmp_path) -> None:
     out, types = tmp_path / "c.gguf", tmp_path / "types.txt"
     words = ["--calib", texts["calib"], "--tokens", "1000", "--eval-tokens", "500"]
-    fit = ["fit", model_directory("rotary"), "--budget", "60kB", *words]
+    fit = ["fit", model_directory("rotary"), "--budget", "27kB", *words]
     code, said, err = run(
         *fit, "--eval", texts["val"], "-o", out, "--emit", types, "--report", tmp_path / "c.html", "--json"
     )
@@ -273,15 +273,15 @@ def test_the_commands(run, refused, model_directory, texts, tmp_path) -> None:
 
 
 def test_recoding(run, refused, exported, made, texts, tmp_path) -> None:
-    assert "is quantized already" in refused("recode", made[1], "--budget", "50kB", "-o", tmp_path / "r.gguf")
+    assert "is quantized already" in refused("recode", made[1], "--budget", "25kB", "-o", tmp_path / "r.gguf")
     pytest.importorskip("accelerate")
     model, layout, path = exported()
     out = tmp_path / "r.gguf"
-    code, said, err = run("recode", path, "--budget", "60kB", "-o", out, "--calib", texts["calib"],
+    code, said, err = run("recode", path, "--budget", "30kB", "-o", out, "--calib", texts["calib"],
                           "--eval", texts["val"], "--tokens", "1000", "--eval-tokens", "500", "--json")  # fmt: skip
     assert code == 0, err
     report = json.loads(said)
-    assert out.stat().st_size == report["file_bytes"] <= 60_000
+    assert out.stat().st_size == report["file_bytes"] <= 30_000
     assert 0 < report["kl_nats"] < 1
     found = read_units(out, layout, model.units)
     for unit in model.units:  # rows are where the original file has them

@@ -99,14 +99,17 @@ def recode(
     """Put the model in a GGUF file into another one of at most --budget bytes."""
     from bytecap.model.sources import EVALUATION_TOKENS, TOKENS
     from bytecap.runtimes.gguf.recode import check_source, load_gguf
+    from bytecap.runtimes.gguf.template import read_template
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
     check_output(output)
     check_source(path, allow_quantized=allow_quantized, reporter=progress(as_json))
+    model = load_gguf(path)
+    template = read_template(path, model, quantized=True)
     fit_file(
-        load_gguf(path), budget, output=output, emit=emit, report=None, as_json=as_json, calibration=calib,
-        evaluation=eval_, types=names(types), pure=pure, template=path, tokens=tokens or TOKENS,
+        model, budget, output=output, emit=emit, report=None, as_json=as_json, calibration=calib, evaluation=eval_,
+        types=names(types), pure=pure, template=template, tokens=tokens or TOKENS,
         evaluation_tokens=eval_tokens or EVALUATION_TOKENS, device=device, seed=seed, dry_run=dry_run,
     )  # fmt: skip
 

@@ -103,7 +103,7 @@ def fit_gguf(
     window: int = WINDOW,
     types: Sequence[str] | None = None,
     pure: bool = False,
-    template: Path | str | None = None,
+    template: Template | Path | str | None = None,
     held_tokens: int = HELD_TOKENS,
     store: Path | str | None = None,
     reporter: Reporter | None = None,
@@ -124,7 +124,7 @@ def fit_gguf(
         window: predicted tokens in a window.
         types: GGUF types to choose from, all by default.
         pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
-        template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer.
+        template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer; or as read.
         held_tokens: most tokens for the Hessian that judges.
         store: directory in which statistics are kept.
         reporter: told about progress.
@@ -135,7 +135,9 @@ def fit_gguf(
     library()
     loaded = model if isinstance(model, Model) else load_model(model)
     cap = parse_budget(budget, loaded.parameters)
-    frame = _frame(loaded, menu, pure, None if template is None else read_template(Path(template), loaded), reporter)
+    if isinstance(template, Path | str):
+        template = read_template(Path(template), loaded)
+    frame = _frame(loaded, menu, pure, template, reporter)
     floor = _check_floor(frame, cap)
     sets = load_sets(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,

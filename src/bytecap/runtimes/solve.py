@@ -148,7 +148,7 @@ def _round(
     before: Mapping[str, float], known: Mapping[str, R],
 ) -> dict[str, R]:  # fmt: skip
     """Every tensor in its setting; those that keep the setting they had `before` are known."""
-    found = {}
+    found: dict[str, R] = {}
     with job.reporter.step("rounding", len(items)) as advance:
         for item in items:
             name = item.place.name
@@ -183,7 +183,7 @@ def _factors(job: Job, items: Sequence[Item], rounded: Mapping[str, Decoded], tw
     with job.reporter.step("correction factors", len(roles)) as advance:
         windows = leading(job.sets.correction, correction.TOKENS)
         measured = kl_each(job.model.module, twin, variants, windows, device=job.device, advance=advance)
-    found = {}
+    found: dict[str, Factor] = {}
     for role, members in roles.items():
         names = [m.place.name for m in members]
         found |= dict.fromkeys(names, Factor.of(measured[role], sum(rounded[n].held for n in names)))

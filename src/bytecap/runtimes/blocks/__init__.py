@@ -17,7 +17,7 @@ Omitted: formats whose codes are vectors of a lattice (IQ1 to IQ3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -154,8 +154,8 @@ class Codes:
 
     def part(self, rows: slice) -> Codes:
         """Some of the rows, sharing memory."""
-        arrays = (self.codes, self.sub_scales, self.sub_minimums, self.scale, self.minimum)
-        return replace(self, **dict(zip(_ARRAYS, (a[rows] for a in arrays), strict=True)))
+        subs = self.sub_scales[rows], self.sub_minimums[rows]
+        return Codes(self.format, self.codes[rows], *subs, self.scale[rows], self.minimum[rows])
 
     def values(self) -> FloatArray:
         """Decoded weights, float32 (rows, cols), equal in every bit to what a reader of the bytes gets."""
@@ -170,6 +170,3 @@ class Codes:
             minimum = np.repeat(self.minimum.astype(np.float32), per, 1)
             found -= (minimum * self.sub_minimums.astype(np.float32))[..., None]
         return found.reshape(self.codes.shape)
-
-
-_ARRAYS = ("codes", "sub_scales", "sub_minimums", "scale", "minimum")

@@ -110,7 +110,8 @@ def encode(
     Raises:
         UsageError: the columns are no whole blocks, or a value is not finite.
     """
-    from bytecap.runtimes.blocks.kernel import LANES, encode_lanes
+    from bytecap.runtimes.blocks.kernel import encode_lanes
+    from bytecap.runtimes.blocks.search import LANES
 
     rows, cols = weight.shape
     found = Codes.empty(layout, rows, cols)

@@ -26,8 +26,8 @@ from bytecap.progress import Advance
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.blocks.encode import Form, encode, prepare, shrunk
 from bytecap.runtimes.blocks.ggml import FORMATS
-from bytecap.runtimes.blocks.kernel import LANES
 from bytecap.runtimes.blocks.layout import pack
+from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.gguf.file import PLAIN, decode, encode_plain, padded, type_bytes
 from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.types import Curve, Point, Unit
@@ -76,10 +76,9 @@ class Item:
         chosen = np.linspace(0, rows - 1, count).astype(np.intp)
         part = self.metric.rows[chosen], self.held.rows[chosen]
         share = float(part[1].sum()) / max(float(self.held.rows.sum()), 1e-300)
-        metrics = (replace(m, rows=r) for m, r in zip((self.metric, self.held), part, strict=True))
-        return replace(self, weight=self.weight[chosen], **dict(zip(("metric", "held"), metrics, strict=True))), (
-            1 / share if share > 0 else rows / count
-        )
+        metric, held = (replace(m, rows=r) for m, r in zip((self.metric, self.held), part, strict=True))
+        item = replace(self, weight=self.weight[chosen], metric=metric, held=held)
+        return item, 1 / share if share > 0 else rows / count
 
 
 def parse_types(names: Sequence[str] | None) -> tuple[str, ...]:

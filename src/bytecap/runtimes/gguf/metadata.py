@@ -33,7 +33,8 @@ def write_keys(writer: Any, model: Model, layout: Layout) -> None:
     Raises:
         CheckpointError: the model has something that only a converter can write.
     """
-    config, architecture = model.module.config, layout.architecture
+    config: Any = model.module.config
+    architecture = layout.architecture
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [r for r in rope.values() if isinstance(r, dict)] or [rope]
     if any(k.get("rope_type", k.get("type")) not in _PLAIN for k in kinds):

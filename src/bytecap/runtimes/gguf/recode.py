@@ -44,8 +44,11 @@ def load_gguf(path: Path) -> Model:
         CheckpointError: transformers cannot build it.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     where, name = str(path.parent), path.name
     try:
         module = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
