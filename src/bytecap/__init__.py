@@ -29,10 +29,12 @@ from bytecap.errors import (
     VersionError,
 )
 from bytecap.format.decoder import load
+from bytecap.pipeline.formats import FORMATS, format_of
 from bytecap.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from bytecap.pipeline.fit import Artifact
+    from bytecap.pipeline.fit_directory import DirectoryFit
     from bytecap.pipeline.fit_gguf import GgufFile
 
 __all__ = [
@@ -62,19 +64,17 @@ __all__ = [
 ]
 
 
-def fit(model: Any, budget: int | str, **options: Any) -> Artifact | GgufFile:
+def fit(model: Any, budget: int | str, **options: Any) -> Artifact | GgufFile | DirectoryFit:
     """Put a model into one file of at most `budget` bytes.
 
     See `bytecap.pipeline.fit.fit` for every option, and `bytecap.pipeline.fit_module.fit_module` where `model` is a
-    torch module; with `format="gguf"`, `bytecap.pipeline.fit_gguf.fit_gguf`.
+    torch module; with `format="gguf"`, `bytecap.pipeline.fit_gguf.fit_gguf`;
+    with `format="mlx"` or `"compressed-tensors"`, `bytecap.pipeline.fit_directory.fit_directory`.
     """
-    kind = options.pop("format", None)
-    if kind == "gguf" or (kind is None and str(options.get("output", "")).endswith(".gguf")):
-        from bytecap.pipeline.fit_gguf import fit_gguf
-
-        return fit_gguf(model, budget, **options)
-    if kind not in {None, "bcap"}:
-        raise UsageError(f"unknown format {kind!r}: there are bcap and gguf")
+    kind = format_of(options.pop("format", None), options.get("output"))
+    if kind in FORMATS:
+        found: Artifact | GgufFile | DirectoryFit = FORMATS[kind].load()(model, budget, **options)
+        return found
     if hasattr(model, "named_modules"):
         from bytecap.pipeline.fit_module import fit_module
 

@@ -23,6 +23,7 @@ from bytecap.cli.thesis import thesis
 from bytecap.cli.tie import tie
 from bytecap.errors import BytecapError, UsageError
 from bytecap.methods import METHODS
+from bytecap.pipeline.formats import FORMATS, format_of
 from bytecap.system.allocator import BOUND, is_shortage
 
 app = typer.Typer(
@@ -35,7 +36,9 @@ app.add_typer(golf_app, name="golf")
 _Bytes = Annotated[
     Path | None, typer.Option("--bytes-per-token", help="Table (.npy, text) or SentencePiece model (.model).")
 ]
-_Artifact = Annotated[Path, typer.Argument(help="A .bcap file (for `ledger` also .gguf).", metavar="ARTIFACT")]
+_Artifact = Annotated[
+    Path, typer.Argument(help="A .bcap file (for `ledger` also .gguf or a directory).", metavar="ARTIFACT")
+]
 
 
 @app.command()
@@ -97,20 +100,24 @@ def fit(
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
     if recover_text and (recover is None or factory is not None):
         raise UsageError("--recover-text is read by --recover, without --factory")
-    check_output(output)
+    kind = format_of(format_, output)
     check_output(report)
-    kind = gguf.format_of(format_, output)
-    if kind == "gguf":
+    if kind not in FORMATS or FORMATS[kind].suffix:
+        check_output(output)
+    if kind in FORMATS:
+        only_gguf = {"--template": template, "--emit": emit} if kind != "gguf" else {}
         gguf.refuse_others(kind, {
             "--method": method != "bytecap", "--factory": factory, "--state": state, "--loss": loss, "--code": code,
             "--bytes-per-token": bytes_per_token, "--paths": paths, "--recover": recover,
-            "--no-tokenizer": no_tokenizer, "--no-config": no_config,
+            "--no-tokenizer": no_tokenizer, "--no-config": no_config, **only_gguf,
         })  # fmt: skip
         most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
+        own = {"template": template} if kind == "gguf" else {}
         gguf.fit_file(
-            _needed(model), budget, output=output, emit=emit, report=report, as_json=as_json, calibration=calib,
-            evaluation=eval_, types=names(types), pure=pure, template=template, tokens=most or TOKENS,
+            kind, _needed(model), budget, output=output, emit=emit, report=report, as_json=as_json, calibration=calib,
+            evaluation=eval_, types=names(types), pure=pure, tokens=most or TOKENS,
             evaluation_tokens=most_eval or EVALUATION_TOKENS, device=device, seed=seed, dry_run=dry_run, store=store,
+            **own,
         )  # fmt: skip
         return
     gguf.refuse_others(kind, {"--types": types, "--pure": pure, "--template": template, "--emit": emit})
@@ -223,7 +230,11 @@ def ledger(path: _Artifact, as_json: Json = False) -> None:
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger
 
-    if path.suffix == ".gguf":
+    if path.is_dir():
+        from bytecap.runtimes.directory.contents import ledger_of
+
+        entries = ledger_of(path)
+    elif path.suffix == ".gguf":
         from bytecap.runtimes.gguf.file import ledger as entries_of
 
         entries = entries_of(path)

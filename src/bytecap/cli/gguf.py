@@ -9,38 +9,23 @@ import typer
 
 from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
 from bytecap.errors import UsageError
-
-FORMATS = ("bcap", "gguf")
+from bytecap.pipeline.formats import FORMATS
 
 Types = Annotated[
-    list[str] | None, typer.Option("--types", help="GGUF types to choose from, by comma or repeated: q4_k,q6_k.")
+    list[str] | None, typer.Option("--types", help="Types to choose from, by comma or repeated: q4_k,q6_k, or w4g64.")
 ]
-Pure = Annotated[bool, typer.Option("--pure", help="GGUF: refuse tensors that none of --types can hold.")]
+Pure = Annotated[bool, typer.Option("--pure", help="Refuse tensors that none of --types can hold (not with .bcap).")]
 Template = Annotated[
     Path | None, typer.Option("--template", help="GGUF: the model converted by llama.cpp, for names and metadata.")
 ]
 Emit = Annotated[
     Path | None, typer.Option("--emit", help="GGUF: also write the types for llama-quantize --tensor-type-file.")
 ]
-Format = Annotated[str | None, typer.Option("--format", help="bcap or gguf; by the suffix of -o if it is not given.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="bcap, gguf, mlx, compressed-tensors; by the suffix of -o if not given.")
+]
 _Calib = Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")]
 _Eval = Annotated[list[Path] | None, typer.Option("--eval", help="Evaluation text (repeatable).")]
-
-
-def format_of(asked: str | None, output: Path | None) -> str:
-    """Format by name, or by the suffix of the output.
-
-    >>> format_of(None, Path("a.gguf")), format_of(None, None)
-    ('gguf', 'bcap')
-
-    Raises:
-        UsageError: there is no such format.
-    """
-    if asked is None:
-        return "gguf" if output is not None and output.suffix == ".gguf" else "bcap"
-    if asked not in FORMATS:
-        raise UsageError(f"unknown format {asked!r}: there are {', '.join(FORMATS)}")
-    return asked
 
 
 def refuse_others(kind: str, given: dict[str, Any]) -> None:
@@ -55,16 +40,16 @@ def refuse_others(kind: str, given: dict[str, Any]) -> None:
 
 
 def fit_file(
-    model: Any, budget: str, *, output: Path | None, emit: Path | None, report: Path | None, as_json: bool, **rest: Any
-) -> None:
-    """Run the job and print or write what was asked for."""
-    from bytecap.pipeline.fit_gguf import fit_gguf
+    kind: str, model: Any, budget: str, *, output: Path | None, emit: Path | None, report: Path | None, as_json: bool,
+    **rest: Any,
+) -> None:  # fmt: skip
+    """Run the job of a format and print or write what was asked for."""
     from bytecap.report.terminal import print_fit
     from bytecap.runtimes.gguf.export import type_lines
     from bytecap.system.atomic import write_atomically
 
     check_output(emit)
-    result = fit_gguf(model, budget, output=output, reporter=progress(as_json), **rest)
+    result = FORMATS[kind].load()(model, budget, output=output, reporter=progress(as_json), **rest)
     if emit is not None:
         write_atomically(type_lines(result.types).encode(), emit)
     if report is not None:
@@ -108,7 +93,7 @@ def recode(
     model = load_gguf(path)
     template = read_template(path, model, quantized=True)
     fit_file(
-        model, budget, output=output, emit=emit, report=None, as_json=as_json, calibration=calib, evaluation=eval_,
+        "gguf", model, budget, output=output, emit=emit, report=None, as_json=as_json, calibration=calib, evaluation=eval_,
         types=names(types), pure=pure, template=template, tokens=tokens or TOKENS,
         evaluation_tokens=eval_tokens or EVALUATION_TOKENS, device=device, seed=seed, dry_run=dry_run,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 
 from bytecap import methods
 from bytecap.errors import UsageError
-from bytecap.sizes import parse_budget
+from bytecap.sizes import parse_budget, parse_size
 
 ACCOUNTED = ("owq", "radio", "cluscomp", "reallm")  # methods that have a published accounting besides the coded one
 _ACCOUNTINGS = ("coded", "published")
@@ -147,7 +147,7 @@ def read_external(text: str, models: Sequence[str]) -> External:
         raise UsageError(f"cannot read {text!r}: use NAME:DIR:BYTES, BYTES being the real size, such as 3MB")
     if not Path(directory).is_dir():
         raise UsageError(f"no model at {directory}: the directory of {name} does not exist")
-    return External(name, directory, parse_budget(size), model)
+    return External(name, directory, parse_size(size), model)
 
 
 def grid(

@@ -125,7 +125,7 @@ class CompressedTensors:
     def read(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Scheme of every module."""
         by_args = {tuple(sorted(_weights(s).items())): n for n, s in self._schemes.items()}
-        found = {}
+        found: dict[str, str] = {}
         for entry in config.get("quantization_config", {}).get("config_groups", {}).values():
             name = by_args[tuple(sorted(entry["weights"].items()))]
             found |= dict.fromkeys(entry["targets"], name)
@@ -145,9 +145,10 @@ class CompressedTensors:
         import transformers
 
         try:
-            _, info = transformers.AutoModelForCausalLM.from_pretrained(
+            built: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, local_files_only=True, output_loading_info=True
             )
+            info: dict[str, Any] = built[1]
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as exc:
             line = next(iter(str(exc).splitlines()), type(exc).__name__)
             raise CheckpointError(f"transformers cannot load this model with compressed-tensors: {line}") from exc

@@ -20,9 +20,10 @@ from torch import nn
 from bytecap.errors import CheckpointError, UsageError
 from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry
-from bytecap.model.checkpoint import Model, linear_weights
+from bytecap.model.checkpoint import Model, read_side_files
+from bytecap.model.linears import linear_weights
 from bytecap.runtimes.blocks import BlockFormat, Codes
-from bytecap.runtimes.directory import Family
+from bytecap.runtimes.directory import Family, family
 from bytecap.runtimes.directory.tensors import Tensor, header, ordered, read
 from bytecap.runtimes.gguf.places import Place
 from bytecap.types import Unit
@@ -77,7 +78,7 @@ class Contents:
         """Bytes of a matrix in a scheme, its names and shapes in the header included."""
         tensors = self.matrix(name, scheme, shape)
         names = sum(len(f'"{t.name}":{{"dtype":"{t.dtype}","shape":{list(t.shape)},') for t in tensors)
-        return names + sum(t.bytes for t in tensors)
+        return names + sum(t.size for t in tensors)
 
     def config(self, schemes: Mapping[str, str]) -> bytes:
         """`config.json` under schemes of all matrices, by name."""
@@ -111,7 +112,7 @@ class Contents:
     def size(self, schemes: Mapping[str, str]) -> int:
         """Bytes of the whole directory, to the byte."""
         tensors = ordered(self.tensors(schemes))
-        weights = len(header(tensors, self.family.mark)) + sum(t.bytes for t in tensors)
+        weights = len(header(tensors, self.family.mark)) + sum(t.size for t in tensors)
         return weights + len(self.config(schemes)) + sum(len(f) for f in self.side_files().values())
 
     def side_files(self) -> dict[str, bytes]:
@@ -119,12 +120,12 @@ class Contents:
         return {n: f for n, f in self.model.files.items() if n != CONFIG}
 
 
-def contents_of(model: Model, family: Family, menu: Sequence[str] | None, *, pure: bool) -> tuple[Contents, list[str]]:
+def contents_of(model: Model, kind: Family, menu: Sequence[str] | None, *, pure: bool) -> tuple[Contents, list[str]]:
     """What may compete in a directory, and a line for every kind of matrix that cannot.
 
     Args:
         model: on any device.
-        family: whose directory it is.
+        kind: whose directory it is.
         menu: schemes to choose from, all of the family's menu if None.
         pure: refuse matrices that no scheme of the menu can hold.
 
@@ -133,25 +134,27 @@ def contents_of(model: Model, family: Family, menu: Sequence[str] | None, *, pur
         UsageError: a scheme is unknown, or `pure` and a matrix fits none.
     """
     if "tying.json" in model.files:
-        raise CheckpointError(f"{model.name} shares layers by tying.json, which {family.name} has no word for")
+        raise CheckpointError(f"{model.name} shares layers by tying.json, which {kind.name} has no word for")
     stacked = next((u for u in model.units if u.stacked), None)
     if stacked is not None:
         raise CheckpointError(
             f"{model.name} keeps experts as one tensor ({stacked.name} {stacked.shape}), which is not written as "
-            f"{family.name} yet; --format gguf with --template can hold it"
+            f"{kind.name} yet; --format gguf with --template can hold it"
         )
     float_type = "F16" if _mostly_half(model) else "BF16"
     plain = float_type.lower()
-    names = _parse(menu, family, plain)
-    places, types, why = [], {}, {}
+    names = _parse(menu, kind, plain)
+    places: list[Place] = []
+    types: dict[str, tuple[str, ...]] = {}
+    why: dict[str, list[str]] = {}
     for unit in model.units:
         if len(unit.shape) != 2:
             continue
-        reason = _unfit(unit, model, family)
+        reason = _unfit(unit, model, kind)
         rows, cols = unit.matrix_shape
-        fits = () if reason else tuple(n for n in names if n != plain and family.layout(n, cols, float_type))
+        fits = () if reason else tuple(n for n in names if n != plain and kind.layout(n, cols, float_type))
         if not fits and not reason:
-            others = [n for n in family.schemes() if family.layout(n, cols, float_type)]
+            others = [n for n in kind.schemes() if kind.layout(n, cols, float_type)]
             able = f"{', '.join(others)} can" if others else "no scheme of this format can; --format gguf may"
             reason = f"rows of {cols} columns, which none of {', '.join(names)} can hold; {able}"
         if reason:
@@ -164,8 +167,8 @@ def contents_of(model: Model, family: Family, menu: Sequence[str] | None, *, pur
     refused = [n for n, reason in zip(notes, why, strict=True) if reason not in {_NO_TABLES, _NO_HEADS}]
     if pure and refused:
         raise UsageError(refused[0].replace(f" kept in {plain}", " cannot be quantized"))
-    groups = shared_inputs(model) if family.bound else {}
-    return Contents(family, model, float_type, tuple(places), types, groups), notes
+    groups = shared_inputs(model) if kind.bound else {}
+    return Contents(kind, model, float_type, tuple(places), types, groups), notes
 
 
 def _mostly_half(model: Model) -> bool:
@@ -173,24 +176,24 @@ def _mostly_half(model: Model) -> bool:
     return counts["F16"] > max(counts["BF16"], counts["F32"])
 
 
-def _parse(menu: Sequence[str] | None, family: Family, plain: str) -> tuple[str, ...]:
-    known = (*family.schemes(), plain)
-    names = tuple(n.strip().lower() for n in menu) if menu is not None else (*family.menu(), plain)
+def _parse(menu: Sequence[str] | None, kind: Family, plain: str) -> tuple[str, ...]:
+    known = (*kind.schemes(), plain)
+    names = tuple(n.strip().lower() for n in menu) if menu is not None else (*kind.menu(), plain)
     for n in names:
         if n not in known:
-            raise UsageError(f"unknown {family.name} scheme {n}: there are {', '.join(known)}")
+            raise UsageError(f"unknown {kind.name} scheme {n}: there are {', '.join(known)}")
     return tuple(dict.fromkeys(names))
 
 
-def _unfit(unit: Unit, model: Model, family: Family) -> str:
+def _unfit(unit: Unit, model: Model, kind: Family) -> str:
     """Why a matrix cannot be stored in any scheme; empty if it can."""
-    module, kind = linear_weights(model.module).get(unit.name, (None, ""))
-    if kind not in {"linear", "embedding"} or not unit.name.endswith("weight"):
-        return f"{family.name} quantizes weights of linear maps{' and embeddings' if family.tables else ''} only"
+    module, sort = linear_weights(model.module).get(unit.name, (None, ""))
+    if sort not in {"linear", "embedding"} or not unit.name.endswith("weight"):
+        return f"{kind.name} quantizes weights of linear maps{' and embeddings' if kind.tables else ''} only"
     head = getattr(model.module, "get_output_embeddings", lambda: None)()
-    if kind == "embedding" and not family.tables:
+    if sort == "embedding" and not kind.tables:
         return _NO_TABLES
-    if module is head and not family.heads:
+    if module is head and not kind.heads:
         return _NO_HEADS
     return ""
 
@@ -221,20 +224,20 @@ def shared_inputs(model: Model) -> dict[str, str]:
     return groups
 
 
-def read_units(family: Family, directory: Path, units: Sequence[Unit]) -> dict[str, npt.NDArray[Any]]:
+def read_units(kind: Family, directory: Path, units: Sequence[Unit]) -> dict[str, npt.NDArray[Any]]:
     """Values of all units in stored layout, from a directory's files alone.
 
     Raises:
         CheckpointError: the weights are damaged or incomplete.
     """
     tensors = read(directory / WEIGHTS)
-    schemes = family.read(json.loads((directory / CONFIG).read_bytes()))
+    schemes = kind.read(json.loads((directory / CONFIG).read_bytes()))
     found = {}
     for unit in units:
         base = unit.name.removesuffix(".weight")
         if base in schemes:
             rows, cols = unit.matrix_shape
-            codes = _codes(family, tensors, f"{base}.", schemes[base], (rows, cols))
+            codes = _codes(kind, tensors, f"{base}.", schemes[base], (rows, cols))
             found[unit.name] = from_matrix(unit, codes.values())
         elif unit.name in tensors:
             found[unit.name] = np.asarray(tensors[unit.name].values)
@@ -244,37 +247,50 @@ def read_units(family: Family, directory: Path, units: Sequence[Unit]) -> dict[s
 
 
 def _codes(
-    family: Family, tensors: Mapping[str, Tensor], base: str, scheme: str, shape: tuple[int, int]
+    kind: Family, tensors: Mapping[str, Tensor], base: str, scheme: str, shape: tuple[int, int]
 ) -> Codes:  # fmt: skip
     """A matrix of a file, whose tensors must have the shapes that its scheme asks for."""
     for float_type in _TYPES:
-        form = family.layout(scheme, shape[1], float_type)
+        form = kind.layout(scheme, shape[1], float_type)
         if form is None:
             break
-        specs = family.specs(form, *shape)
+        specs = kind.specs(form, *shape)
         if all((t := tensors.get(base + s.suffix)) and (t.dtype, t.shape) == (s.dtype, s.shape) for s in specs):
-            return family.codes(form, [np.asarray(tensors[base + s.suffix].values) for s in specs])
+            return kind.codes(form, [np.asarray(tensors[base + s.suffix].values) for s in specs])
     raise CheckpointError(f"the tensors of {base[:-1]} are not what the scheme {scheme} asks for")
 
 
-def ledger(family: Family, directory: Path) -> list[Entry]:
+def ledger_of(directory: Path) -> list[Entry]:
+    """Owner and kind of every byte of a directory, whose family its `config.json` tells.
+
+    Raises:
+        CheckpointError: it is no model directory, or of no family here.
+    """
+    config = json.loads(read_side_files(directory)[CONFIG])
+    for name, key in (("mlx", "quantization"), ("compressed-tensors", "quantization_config")):
+        if key in config:
+            return ledger(family(name), directory)
+    raise CheckpointError(f"{directory} is quantized neither for MLX nor as compressed-tensors")
+
+
+def ledger(kind: Family, directory: Path) -> list[Entry]:
     """Owner and kind of every byte of a directory."""
     tensors = read(directory / WEIGHTS)
-    schemes = family.read(json.loads((directory / CONFIG).read_bytes()))
+    schemes = kind.read(json.loads((directory / CONFIG).read_bytes()))
     entries, data = [], 0
     for t in tensors.values():
         base, _, suffix = t.name.rpartition(".")
         main = base not in schemes or (t.dtype in {"U32", "I32"} and "zero" not in suffix)
         parameters = 0
         if main:
-            bits = family.scheme(schemes[base]).bits if base in schemes else 0
-            parameters = t.bytes * 8 // bits if bits else int(np.prod(t.shape))
+            bits = kind.scheme(schemes[base]).bits if base in schemes else 0
+            parameters = t.size * 8 // bits if bits else int(np.prod(t.shape))
         owner = f"{base} ({schemes[base]})" if base in schemes else f"{t.name} ({t.dtype})"
-        entries.append(Entry(owner, "payload" if main else "side", t.bytes, parameters))
-        data += t.bytes
+        entries.append(Entry(owner, "payload" if main else "side", t.size, parameters))
+        data += t.size
     entries.append(Entry("(file)", "header", (directory / WEIGHTS).stat().st_size - data))
     for path in sorted(directory.iterdir()):
         if path.name != WEIGHTS:
-            kind = "tokenizer" if "token" in path.name or "chat" in path.name else "config"
-            entries.append(Entry(f"({path.name})", kind, path.stat().st_size))
+            use = "tokenizer" if "token" in path.name or "chat" in path.name else "config"
+            entries.append(Entry(f"({path.name})", use, path.stat().st_size))
     return entries

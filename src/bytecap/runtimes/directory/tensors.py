@@ -38,7 +38,7 @@ class Tensor:
     values: Array | None = None
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Of the contents."""
         return _WIDTHS[self.dtype] * math.prod(self.shape)
 
@@ -64,8 +64,8 @@ def header(tensors: Sequence[Tensor], mark: str) -> bytes:
     found: dict[str, Any] = {"__metadata__": {"format": mark}}
     at = 0
     for t in tensors:
-        found[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.bytes]}
-        at += t.bytes
+        found[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.size]}
+        at += t.size
     text = json.dumps(found, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
