@@ -93,8 +93,8 @@ def recode(
     model = load_gguf(path)
     template = read_template(path, model, quantized=True)
     fit_file(
-        "gguf", model, budget, output=output, emit=emit, report=None, as_json=as_json, calibration=calib, evaluation=eval_,
-        types=names(types), pure=pure, template=template, tokens=tokens or TOKENS,
+        "gguf", model, budget, output=output, emit=emit, report=None, as_json=as_json, calibration=calib,
+        evaluation=eval_, types=names(types), pure=pure, template=template, tokens=tokens or TOKENS,
         evaluation_tokens=eval_tokens or EVALUATION_TOKENS, device=device, seed=seed, dry_run=dry_run,
     )  # fmt: skip
 

@@ -145,9 +145,11 @@ def _check_floor(contents: Contents, cap: int) -> int:
         least[n] = min(sorted(common), key=lambda t: contents.rate(n, t, shapes[n]))
     floor = contents.size(least)
     if floor > cap:
-        held = {u.name: 2 * u.parameters for u in contents.model.units if u.name not in least}
+        held = {u.name: 2 * u.parameters for u in contents.model.units if u.linear and u.name not in least}
         top = sorted(held, key=lambda n: -held[n])[:2]
-        plain = f"; {contents.float_type.lower()} are {', '.join(f'{n} {held[n]:,}' for n in top)}" if top else ""
+        plain = (
+            f"; kept in {contents.float_type.lower()} are {', '.join(f'{n} {held[n]:,}' for n in top)}" if top else ""
+        )
         raise BudgetError(
             f"a budget of {cap:,} bytes is below the floor of {floor:,} of {contents.family.name}: tokenizer and other "
             f"files hold {sum(map(len, contents.side_files().values())):,}{plain}; --format gguf or a .bcap file go "

@@ -101,10 +101,11 @@ class Family(Protocol):
         """A matrix from the contents of its tensors."""
         ...
 
-    def config(self, schemes: Mapping[str, str], plain: Sequence[str]) -> dict[str, Any]:
-        """Entries of `config.json`.
+    def config(self, model: Mapping[str, Any], schemes: Mapping[str, str], plain: Sequence[str]) -> dict[str, Any]:
+        """`config.json`.
 
         Args:
+            model: the model's own, without quantization.
             schemes: scheme of every module stored in one.
             plain: modules of linear maps that are not.
         """

@@ -107,8 +107,8 @@ class CompressedTensors:
         minimums = np.ascontiguousarray(unpack_words(packed, bits, rows).T).view(form.integer)
         return Codes(form, found, ones, minimums, scale, scale)
 
-    def config(self, schemes: Mapping[str, str], plain: Sequence[str]) -> dict[str, Any]:
-        """`quantization_config`: a group for every scheme, with the names of its modules."""
+    def config(self, model: Mapping[str, Any], schemes: Mapping[str, str], plain: Sequence[str]) -> dict[str, Any]:
+        """With `quantization_config`: a group for every scheme, with the names of its modules."""
         groups: dict[str, list[str]] = {}
         for module, name in schemes.items():
             groups.setdefault(name, []).append(module)
@@ -120,7 +120,7 @@ class CompressedTensors:
             "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "config_groups": entries, "ignore": list(plain),
         }  # fmt: skip
-        return {"quantization_config": found} if schemes else {}
+        return dict(model) | ({"quantization_config": found} if schemes else {})
 
     def read(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Scheme of every module."""

@@ -87,8 +87,8 @@ class Contents:
         kinds = linear_weights(self.model.module)
         stored = {n.removesuffix(".weight"): s for n, s in schemes.items() if s not in PLAIN}
         left = [n.removesuffix(".weight") for n, (m, _) in kinds.items() if isinstance(m, nn.Linear)]
-        found |= self.family.config(stored, [n for n in left if n not in stored])
-        return json.dumps(found, separators=(",", ":")).encode()
+        whole = self.family.config(found, stored, [n for n in left if n not in stored])
+        return json.dumps(whole, separators=(",", ":")).encode()
 
     def tensors(self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None) -> list[Tensor]:
         """All tensors of the file; with contents if there are `codes`."""

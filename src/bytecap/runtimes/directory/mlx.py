@@ -77,14 +77,22 @@ class Mlx:
         ones, minimums = split(found, form)
         return Codes(form, found, ones, minimums + form.integer(1), scales.astype(kind), (-biases).astype(kind))
 
-    def config(self, schemes: Mapping[str, str], plain: Sequence[str]) -> dict[str, Any]:
-        """`quantization`, an entry for every module; the numbers on top are for modules without one: there are none."""
+    def config(self, model: Mapping[str, Any], schemes: Mapping[str, str], plain: Sequence[str]) -> dict[str, Any]:
+        """With `quantization`, an entry for every module; the numbers on top are for modules without one: none.
+
+        Rotary parameters are repeated in the words of transformers 4, which is what most of mlx-lm's models read.
+        """
         del plain
-        found: dict[str, Any] = {"group_size": 64, "bits": 4}
+        found, rope = dict(model), model.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            found.setdefault("rope_theta", rope["rope_theta"])
+            if rope.get("rope_type", "default") != "default":
+                found.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+        entries: dict[str, Any] = {"group_size": 64, "bits": 4}
         for module, name in schemes.items():
             s = self._schemes[name]
-            found[module] = {"group_size": s.group, "bits": s.bits}
-        return {"quantization": found} if schemes else {}
+            entries[module] = {"group_size": s.group, "bits": s.bits}
+        return found | ({"quantization": entries} if schemes else {})
 
     def read(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Scheme of every module."""
