@@ -1,6 +1,7 @@
 """Draw the README's pictures from results.
 
 python benchmarks/figure.py quality results/targets.jsonl results/methods.jsonl docs/figures/quality.svg
+python benchmarks/figure.py formats results/formats.jsonl results/targets.jsonl docs/figures/formats.svg
 python benchmarks/figure.py returns results/curves.jsonl results/paths.jsonl docs/figures/returns.svg
 """
 
@@ -42,6 +43,39 @@ def quality(rows: Rows) -> Any:
     return figure
 
 
+def formats(rows: Rows) -> Any:
+    """KL against bytes of GGUF files: stock recipes, ours at their sizes, and the same model as .bcap."""
+    found = [r for r in rows if r["benchmark"] == "formats"]
+    models = sorted({r["model"] for r in found}, key=lambda m: (m.startswith("base"), m))
+    figure, axes = plt.subplots(1, len(models), figsize=(1.4 + 4.2 * len(models), 3.4), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        kinds = (
+            ("formats", "stock", GREY, "s", "llama.cpp's recipes"),
+            ("formats", "bytecap", BLUE, "o", "bytecap, GGUF"),
+            ("targets", "bytecap", RED, "^", "bytecap, .bcap"),
+        )
+        for benchmark, method, colour, marker, label in kinds:
+            key = (benchmark, model, method)
+            mine = [r for r in rows if tuple(r.get(k) for k in ("benchmark", "model", "method")) == key]
+            mine.sort(key=lambda r: r["file_bytes"])
+            x, y = [r["file_bytes"] / 1e6 for r in mine], [r["kl_nats"] for r in mine]
+            line = "" if method == "stock" else "-"
+            axis.errorbar(
+                x, y, [2 * r["kl_stderr"] for r in mine], color=colour, marker=marker, ls=line, ms=4, label=label
+            )  # fmt: skip
+            if method == "stock":
+                for r in mine:
+                    at = (r["file_bytes"] / 1e6, r["kl_nats"])
+                    axis.annotate(r["recipe"], at, xytext=(4, 4), textcoords="offset points", fontsize=6)
+        axis.set_yscale("log")
+        axis.set_title(model)
+        axis.set_xlabel("file size, MB (everything counted)")
+        axis.grid(which="both", alpha=0.2)
+    axes[0][0].set_ylabel("KL to the original, nats per token")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
 def returns(rows: Rows) -> Any:
     """What bytes buy on every path over the default base, and what paths do at equal bytes over two bases."""
     whole = next(r for r in rows if "lambda" in r and r["model"] == "small-s0")
@@ -80,7 +114,7 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "bytecap"
     picture, *sources, target = sys.argv[1:]
     rows = [json.loads(line) for source in sources for line in Path(source).read_text().splitlines()]
-    figure = {"quality": quality, "returns": returns}[picture](rows)
+    figure = {"quality": quality, "returns": returns, "formats": formats}[picture](rows)
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 

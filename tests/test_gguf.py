@@ -74,6 +74,27 @@ def test_rows_of_queries_and_keys_alternate_as_llama_rotates_them(exported) -> N
     assert all(p.rows is None for p in layout.places)
 
 
+def test_biases_of_queries_move_with_their_rows(exported) -> None:
+    model, layout, path = exported("rotary", attention_bias=True)
+    rows = {p.name: p.rows for p in layout.places}
+    assert np.array_equal(rows["blk.0.attn_q.weight"], rows["blk.0.attn_q.bias"])
+    found = read_units(path, layout, model.units)
+    assert all(np.array_equal(found[u.name], model.tensor(u).numpy()) for u in model.units)
+
+
+def test_recovery_keeps_bytes_and_types_and_lowers_the_kl(model_directory, texts, tmp_path) -> None:
+    out = tmp_path / "r.gguf"
+    found = fit_gguf(
+        model_directory("rotary"), 24_000, calibration=texts["calib"], evaluation=texts["val"], output=out,
+        recover="30", **SMALL,
+    )  # fmt: skip
+    report = found.report
+    before = report["without_recovery"]
+    assert out.stat().st_size == report["file_bytes"] <= 24_000
+    assert report["recovery"]["stages"][0]["kl"] < report["recovery"]["kl_before"]
+    assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]
+
+
 def test_metadata_says_what_the_config_says(exported) -> None:
     model, _, path = exported()
     fields = {k: f.contents() for k, f in gguf.GGUFReader(str(path)).fields.items()}

@@ -105,14 +105,14 @@ def fit(
     if kind not in FORMATS or FORMATS[kind].suffix:
         check_output(output)
     if kind in FORMATS:
-        only_gguf = {"--template": template, "--emit": emit} if kind != "gguf" else {}
+        only_gguf = {"--template": template, "--emit": emit, "--recover": recover} if kind != "gguf" else {}
         gguf.refuse_others(kind, {
             "--method": method != "bytecap", "--factory": factory, "--state": state, "--loss": loss, "--code": code,
-            "--bytes-per-token": bytes_per_token, "--paths": paths, "--recover": recover,
-            "--no-tokenizer": no_tokenizer, "--no-config": no_config, **only_gguf,
+            "--bytes-per-token": bytes_per_token, "--paths": paths, "--no-tokenizer": no_tokenizer,
+            "--no-config": no_config, **only_gguf,
         })  # fmt: skip
         most, most_eval = limit_only(tokens, "--tokens"), limit_only(eval_tokens, "--eval-tokens")
-        own = {"template": template} if kind == "gguf" else {}
+        own = {"template": template, "recover": recover, "recover_text": recover_text} if kind == "gguf" else {}
         gguf.fit_file(
             kind, _needed(model), budget, output=output, emit=emit, report=report, as_json=as_json, calibration=calib,
             evaluation=eval_, types=names(types), pure=pure, tokens=most or TOKENS,

@@ -31,7 +31,7 @@ from bytecap.runtimes.directory import Family, family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
 from bytecap.runtimes.directory.menu import Rounded, curve, round_to
 from bytecap.runtimes.directory.tensors import write
-from bytecap.runtimes.gguf.menu import Item, choose_trust, items_of
+from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.solve import Found, figures, solve
 from bytecap.sizes import format_size, parse_budget
@@ -188,14 +188,14 @@ def _allocate(contents: Contents, curves: Sequence[Curve], cap: int) -> tuple[Pl
 
 
 def _calibrated(job: Job, contents: Contents) -> list[Item]:
-    """Matrices with their metrics, and how far these are trusted."""
+    """Matrices with their metrics, and how far these are shrunk."""
     seen = moments(job)
     held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
     items = items_of(job.model, Layout("", contents.places), seen, held, contents.types)
     seen.uses.clear()
     held.uses.clear()
-    with job.reporter.step("trust in statistics", len({i.role for i in items})) as advance:
-        return choose_trust(items, advance)
+    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
+        return choose_shrinkage(items, advance)
 
 
 def _finish(

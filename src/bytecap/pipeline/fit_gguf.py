@@ -15,34 +15,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bytecap.allocation.allocate import allocate
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
-from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import Comparison, compare
+from bytecap.job.effort import effort_of
+from bytecap.model.checkpoint import Model, demo_directory, load_model
+from bytecap.model.evaluation import Comparison, compare, paired_stderr
 from bytecap.model.quantized_copy import load_values, twin_of
-from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets
+from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.fit import choose_device, quality
 from bytecap.progress import Reporter, Silent
 from bytecap.runtimes.gguf import file, library
-from bytecap.runtimes.gguf.export import describer, importance, plain, write_imatrix
+from bytecap.runtimes.gguf.export import describer, importance, write_imatrix
+from bytecap.runtimes.gguf.export import plain as exact
 from bytecap.runtimes.gguf.menu import (
     WHOLE,
     Item,
-    Rounded,
     allowed,
-    choose_trust,
-    curve,
+    choose_shrinkage,
     items_of,
     parse_types,
-    round_to,
 )
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
+from bytecap.runtimes.gguf.plan import Found, solve
 from bytecap.runtimes.gguf.template import Template, read_template
-from bytecap.runtimes.solve import Found, figures, solve
+from bytecap.runtimes.gguf.tuning import tune_blocks
+from bytecap.runtimes.solve import figures
 from bytecap.sizes import format_size, parse_budget
 from bytecap.system.cache import Store
 
@@ -105,6 +105,8 @@ def fit_gguf(
     pure: bool = False,
     template: Template | Path | str | None = None,
     held_tokens: int = HELD_TOKENS,
+    recover: str | None = None,
+    recover_text: Paths = None,
     store: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> GgufFile:
@@ -126,12 +128,14 @@ def fit_gguf(
         pure: refuse tensors that none of `types` can hold, instead of choosing among the types that can.
         template: GGUF file of the same model, converted by llama.cpp, for names, metadata and tokenizer; or as read.
         held_tokens: most tokens for the Hessian that judges.
+        recover: steps (`600`) or time (`10m`) for tuning float16 scales and vectors at frozen codes; none if None.
+        recover_text: text files to tune on, or `self`; the calibration texts if None.
         store: directory in which statistics are kept.
         reporter: told about progress.
     """
     started = time.perf_counter()
     reporter, target = reporter or Silent(), choose_device(device)
-    menu = parse_types(types)
+    menu, effort = parse_types(types), effort_of(recover)
     library()
     loaded = model if isinstance(model, Model) else load_model(model)
     cap = parse_budget(budget, loaded.parameters)
@@ -143,11 +147,20 @@ def fit_gguf(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
         correction_tokens=held_tokens, seed=seed, reporter=reporter,
     )  # fmt: skip
-    job = Job(loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, store=Store(store))
+    if effort is not None:
+        sets = with_recovery(
+            loaded, sets, recover_text or calibration or demo_directory() / "calib.txt", window=window, seed=seed,
+            device=target, reporter=reporter,
+        )  # fmt: skip
+    job = Job(
+        loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, recover=effort, store=Store(store)
+    )
     loaded.module.to(target)
     items = _calibrated(job, frame)
-    found = _solve(job, frame, items)
-    result = _finish(job, frame, items, found, None if output is None or dry_run else Path(output))
+    plain = solve(job, cap - frame.fixed, items)
+    found, record = (plain, {}) if effort is None or dry_run else tune_blocks(job, frame.layout, items, plain)
+    result = _finish(job, frame, items, (found, plain), None if output is None or dry_run else Path(output))
+    result.report |= {"recovery": record} if record else {}
     result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     return result
 
@@ -212,49 +225,53 @@ def _calibrated(job: Job, frame: _Frame) -> list[Item]:
     items = items_of(job.model, frame.layout, seen, held, frame.types)
     seen.uses.clear()
     held.uses.clear()
-    with job.reporter.step("trust in statistics", len({i.role for i in items})) as advance:
-        return choose_trust(items, advance)
+    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
+        return choose_shrinkage(items, advance)
 
 
-def _solve(job: Job, frame: _Frame, items: Sequence[Item]) -> Found[Rounded]:
-    """The plan and every tensor rounded by it."""
-    room = job.budget - frame.fixed
-    return solve(
-        job, items, curve=curve, round_to=lambda item, setting: round_to(item, WHOLE[int(setting)]),
-        allocate=lambda curves: (allocate(curves, room), room),
-    )  # fmt: skip
-
-
-def _finish(job: Job, frame: _Frame, items: Sequence[Item], found: Found[Rounded], output: Path | None) -> GgufFile:
-    """Write the file, read it back, measure it."""
-    types = {n: WHOLE[int(p.setting)] for n, p in found.plan.choice.items()}
-    size = frame.fixed + int(found.plan.rate)
-    report = _report(job, frame, items, found, types, size)
+def _finish(
+    job: Job, frame: _Frame, items: Sequence[Item], found: tuple[Found, Found], output: Path | None
+) -> GgufFile:
+    """Write the file, read it back, measure it; the second plan is what would have been written without recovery."""
+    best, plain = found
+    types = {n: WHOLE[int(p.setting)] for n, p in best.plan.choice.items()}
+    size = frame.fixed + int(best.plan.rate)
+    report = _report(job, frame, items, best, types, size)
     result = GgufFile(report, types)
     if job.dry_run:
         return result
     with tempfile.TemporaryDirectory() as name:
         path = output or Path(name) / "model.gguf"
-        written = file.write(path, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, found))
+        written = file.write(path, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, best))
         assert written == size == path.stat().st_size <= job.budget  # noqa: S101 (planned to the byte)
         if output is not None:
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}")
         result.entries = file.ledger(path)
         parts = measure(job.model, path, frame.layout, job.sets, job.device, job.reporter)
+        if best is not plain:
+            other = Path(name) / "plain.gguf"
+            file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
+            before = measure(job.model, other, frame.layout, job.sets, job.device, job.reporter)
+            report["without_recovery"] = quality(before) | {
+                "kl_difference_stderr": paired_stderr(parts, before, "kl"),
+                "delta_difference_stderr": paired_stderr(parts, before, "nats"),
+            }
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
 
 
-def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found[Rounded]) -> list[file.Stored]:
+def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found) -> list[file.Stored]:
     """All tensors with their bytes."""
     stored = []
     for p in frame.layout.places:
         if p.name in types:
             stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
+        elif p.name in found.vectors:
+            stored.append(_stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name])))
         else:
-            stored.append(plain(model, p))
+            stored.append(exact(model, p))
     return stored
 
 
@@ -269,7 +286,7 @@ def measure(
 
 
 def _report(
-    job: Job, frame: _Frame, items: Sequence[Item], found: Found[Rounded], types: Mapping[str, str], size: int
+    job: Job, frame: _Frame, items: Sequence[Item], found: Found, types: Mapping[str, str], size: int
 ) -> dict[str, Any]:
     counts = Counter(types.values())
     return {

@@ -8,7 +8,7 @@ an allocation that knows how many bytes are theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -61,6 +61,7 @@ class Found(Generic[R]):
         rounded: every tensor.
         predicted: KL on the correction tokens.
         step: bytes of the smallest step that would still lower the distortion; 0 if there is none.
+        vectors: values of vectors that recovery has moved, by name in the file.
     """
 
     plan: Plan
@@ -69,6 +70,7 @@ class Found(Generic[R]):
     rounded: dict[str, R]
     predicted: float
     step: int
+    vectors: dict[str, Any] = field(default_factory=dict)
 
 
 def solve(
@@ -200,7 +202,7 @@ def figures(job: Job, items: Sequence[Item], found: Found[R], size: int) -> dict
         "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
         "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
         "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
-        "trust": {i.role: i.trust for i in items},
+        "shrinkage": {i.role: i.shrinkage for i in items},
         "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
         "correction_tokens": sum(w.predicted for w in job.sets.correction),
     }  # fmt: skip

@@ -18,14 +18,17 @@ import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
 Grid = tuple[float, float, int, int]  # unit of weights; largest, digits, and least exponent of stored scales
-LANES = 32
+LANES = 64
 TINY = np.float32(1e-30)  # a scale below it is none
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
-def compiled(function: Any) -> Any:
-    """Machine code of a function, with sums in the order in which they are written."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})(function)
+def compiled(function: Any, *, cache: bool = False) -> Any:
+    """Machine code of a function, with sums in the order in which they are written.
+
+    Only what is called from outside is kept on disk: see `kernel`.
+    """
+    return numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath={"contract", "nsz"})(function)
 
 
 def _near(t: Any, low: Any, high: Any, table: _Array) -> Any:

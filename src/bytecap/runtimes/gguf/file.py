@@ -30,7 +30,13 @@ PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
 
 def type_bytes(name: str, rows: int, cols: int) -> int:
     """Bytes of a matrix in a type, without padding."""
-    return rows * (PLAIN[name] * cols if name in PLAIN else FORMATS[name].row_bytes(cols))
+    if name in PLAIN:
+        return rows * PLAIN[name] * cols
+    if name in FORMATS:
+        return rows * FORMATS[name].row_bytes(cols)
+    gguf = library()
+    block, size = gguf.GGML_QUANT_SIZES[getattr(gguf.GGMLQuantizationType, name)]
+    return rows * cols // int(block) * int(size)
 
 
 def padded(size: int) -> int:

@@ -32,7 +32,7 @@ from bytecap.runtimes.gguf.file import PLAIN, decode, encode_plain, padded, type
 from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.types import Curve, Point, Unit
 
-TRUSTS = (0.0, 0.03, 0.1, 0.3, 1.0)  # how much of a Hessian is given up, see `shrunk`
+SHRINKAGES = (0.0, 0.03, 0.1, 0.3, 1.0)  # how much of a Hessian is given up, see `shrunk`
 _SAMPLE = 2**17  # weights by which a matrix is judged
 _TRIAL = ("Q4_K", "Q4_0")  # types by which Hessians are judged: the first that fits
 WHOLE = (*FORMATS, "F16", "BF16", "F32")
@@ -48,7 +48,7 @@ class Item:
         metric: to round by.
         held: of windows held out, to judge by.
         types: that may hold it.
-        trust: how much of the Hessian's off-diagonal part is given up.
+        shrinkage: how much of the Hessian's off-diagonal part is given up.
     """
 
     place: Place
@@ -56,16 +56,16 @@ class Item:
     metric: Metric
     held: Metric
     types: tuple[str, ...]
-    trust: float = 0.0
+    shrinkage: float = 0.0
 
     @property
     def role(self) -> str:
         """Name without numbers, and shape."""
         return f"{role_name(self.place.name)} {self.weight.shape}"
 
-    def form(self, trust: float | None = None) -> Form:
+    def form(self, shrinkage: float | None = None) -> Form:
         """The Hessian as rounding wants it."""
-        return prepare(shrunk(self.metric.hessian[0], self.trust if trust is None else trust))
+        return prepare(shrunk(self.metric.hessian[0], self.shrinkage if shrinkage is None else shrinkage))
 
     def sampled(self, weights: int = _SAMPLE) -> tuple[Item, float]:
         """The same with an even sample of its rows, and the factor from the sample's distortion to the whole's."""
@@ -145,23 +145,23 @@ def _metric(unit: Unit, found: Statistics, place: Place) -> Metric:
     return whole if place.rows is None else replace(whole, rows=whole.rows[torch.from_numpy(place.rows)])
 
 
-def choose_trust(items: Sequence[Item], advance: Advance) -> list[Item]:
-    """Items with the trust that loses least on held-out windows, one for every role."""
+def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:
+    """Items with the shrinkage that loses least on held-out windows, one for every role."""
     roles: dict[str, list[Item]] = {}
     for item in items:
         roles.setdefault(item.role, []).append(item)
     best: dict[str, float] = {}
     for role, members in roles.items():
-        totals = dict.fromkeys(TRUSTS, 0.0)
+        totals = dict.fromkeys(SHRINKAGES, 0.0)
         name = next((t for t in _TRIAL if FORMATS[t].fits(members[0].place.cols)), None)
         if name is not None:
             for item in _spread(members):
-                for trust in TRUSTS:
-                    codes = encode(item.weight, item.form(trust), FORMATS[name])
-                    totals[trust] += item.held.distortion(_error(codes.values(), item.weight))
+                for shrinkage in SHRINKAGES:
+                    codes = encode(item.weight, item.form(shrinkage), FORMATS[name])
+                    totals[shrinkage] += item.held.distortion(_error(codes.values(), item.weight))
         best[role] = min(totals, key=totals.__getitem__)
         advance(1)
-    return [replace(i, trust=best[i.role]) for i in items]
+    return [replace(i, shrinkage=best[i.role]) for i in items]
 
 
 def _spread(members: Sequence[Item]) -> list[Item]:

@@ -64,13 +64,18 @@ class Place:
 
     def to_file(self, matrix: Array) -> Array:
         """(rows, cols) of the file from the unit's matrix."""
-        found = matrix if self.rows is None else matrix[self.rows]
+        found = matrix
+        if self.rows is not None:  # of a vector, its values
+            found = matrix[self.rows] if len(self.shape) > 1 else matrix[:, self.rows]
         return found + self.offset if self.offset else found
 
     def to_unit(self, found: Array, matrix: Array) -> None:
         """Put (rows, cols) of the file where they belong in the unit's matrix."""
         values = found - self.offset if self.offset else found
-        matrix[slice(None) if self.rows is None else self.rows] = values.reshape(-1, matrix.shape[1])
+        if self.rows is not None and len(self.shape) == 1:
+            matrix[0, self.rows] = values.reshape(-1)
+        else:
+            matrix[slice(None) if self.rows is None else self.rows] = values.reshape(-1, matrix.shape[1])
 
 
 @dataclass(frozen=True)
