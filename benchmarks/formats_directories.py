@@ -3,8 +3,9 @@
 MLX: `mlx_lm.convert -q` (rounding to nearest, group 64) and mlx-lm's `dynamic_quant` (sensitivities by gradients on our
 calibration windows in place of the text it would download); mlx decodes what they stored. compressed-tensors: GPTQ
 of the same layout, written here after the paper (plain Hessian, 1% damping, blocks of 128 columns, min-max scales of
-groups of 128, or 64 where 128 does not divide a row), as llm-compressor does by default; it does not run with this
-transformers. Ours get the bytes of their weights and configuration, and the same tokenizer. Needs mlx[cpu] and mlx-lm.
+groups of 128, or 64 where 128 does not divide a row), and llm-compressor's own GPTQ, whose directory must be made in an
+environment of its own (it pins transformers) from the windows that `--windows` writes, and given by `--llm-compressor`.
+Ours get the bytes of their weights and configuration, and the same tokenizer. Needs mlx[cpu] and mlx-lm.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import importlib
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic-3.5": ("mlx", {"target": 3.5, "low": 2, "high": 4}),
     "dynamic-4.5": ("mlx", {"target": 4.5, "low": 3, "high": 5}),
     "gptq-w4g128": ("compressed-tensors", {}),
+    "llmc-w4g128": ("compressed-tensors", {}),
 }
 
 
@@ -54,6 +57,8 @@ def main() -> None:
     p.add_argument("--arms", nargs="*", default=list(ARMS))
     p.add_argument("--held-tokens", type=int, default=HELD_TOKENS, help="tokens of the Hessian that judges")
     p.add_argument("--work", type=Path, help="directory for statistics kept between runs")
+    p.add_argument("--windows", type=Path, help="JSON of the calibration windows to write")
+    p.add_argument("--llm-compressor", type=Path, help="directory that llm-compressor wrote")
     args = p.parse_args()
     lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
     rows = {(r["model"], r["recipe"], r["method"]): r for r in map(json.loads, lines)}
@@ -81,10 +86,17 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
         seed=args.seed, reporter=quiet,
     )  # fmt: skip
     job = Job(model, sets, 0, lambda *_: 0, device, args.seed, quiet, store=Store(args.work))
+    if args.windows:
+        args.windows.write_text(json.dumps([[int(t) for t in w.tokens] for w in sets.statistics]))
     for arm in args.arms:
         kind, told = ARMS[arm]
+        if arm.startswith("llmc") and not args.llm_compressor:
+            continue
         if (name, arm, "stock") not in rows:
-            row = mlx_arm(args, job, args.models / name, **told) if kind == "mlx" else gptq_arm(job)
+            if kind == "mlx":
+                row = mlx_arm(args, job, args.models / name, **told)
+            else:
+                row = llm_compressor_arm(job, args.llm_compressor) if arm.startswith("llmc") else gptq_arm(job)
             rows[name, arm, "stock"] = keep(args, arm, "stock", {"model": name, "format": kind, **row})
         if (name, arm, "bytecap") not in rows:
             found = fit_directory(
@@ -157,13 +169,33 @@ def gptq_arm(job: Job) -> dict[str, Any]:
     for p in contents.places:
         scheme = next(s for s in ("w4g128", "w4g64", "w4g32") if contents.layout(s, p.cols))
         schemes[p.name], form = scheme, contents.layout(scheme, p.cols)
-        assert form is not None
+        assert form is not None  # noqa: S101 (chosen because it fits)
         hessian = join(found.uses[p.unit], found.tokens).hessian[0].cpu()
         codes[p.name] = gptq(model.tensor(units[p.unit]).detach().double().cpu(), hessian, form)
     with tempfile.TemporaryDirectory() as where:
         path = Path(where) / "stock"
         size, _ = write_directory(contents, schemes, codes, path)
         parts = measure(model, kind, path, job.sets, job.device, job.reporter)
+    return {"file_bytes": size, "bits_per_parameter": 8 * size / model.parameters, "types": schemes} | quality(parts)
+
+
+def llm_compressor_arm(job: Job, directory: Path) -> dict[str, Any]:
+    """A directory that llm-compressor wrote; its targets are patterns, which are spelled out for our reader."""
+    model, kind = job.model, family("compressed-tensors")
+    config = json.loads((directory / "config.json").read_text())
+    size = sum((directory / n).stat().st_size for n in ("model.safetensors", "config.json"))
+    size += sum(len(f) for n, f in model.files.items() if n != "config.json")
+    names = [u.name.removesuffix(".weight") for u in model.units if u.linear and u.name not in model.embeddings()]
+    schemes = {}
+    for entry in config["quantization_config"]["config_groups"].values():
+        scheme = f"w{entry['weights']['num_bits']}g{entry['weights']['group_size']}"
+        patterns = [t.removeprefix("re:") for t in entry["targets"]]
+        schemes |= {n: scheme for n in names if any(re.match(x, n) for x in patterns)}
+    with tempfile.TemporaryDirectory() as where:
+        target = Path(where)
+        (target / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+        (target / "config.json").write_text(json.dumps(kind.config({}, schemes, [])))
+        parts = measure(model, kind, target, job.sets, job.device, job.reporter)
     return {"file_bytes": size, "bits_per_parameter": 8 * size / model.parameters, "types": schemes} | quality(parts)
 
 
