@@ -29,7 +29,6 @@ from bytecap.errors import (
     VersionError,
 )
 from bytecap.format.decoder import load
-from bytecap.pipeline.formats import FORMATS, format_of
 from bytecap.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -71,6 +70,8 @@ def fit(model: Any, budget: int | str, **options: Any) -> Artifact | GgufFile | 
     torch module; with `format="gguf"`, `bytecap.pipeline.fit_gguf.fit_gguf`;
     with `format="mlx"` or `"compressed-tensors"`, `bytecap.pipeline.fit_directory.fit_directory`.
     """
+    from bytecap.pipeline.formats import FORMATS, format_of
+
     kind = format_of(options.pop("format", None), options.get("output"))
     if kind in FORMATS:
         found: Artifact | GgufFile | DirectoryFit = FORMATS[kind].load()(model, budget, **options)
