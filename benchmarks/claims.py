@@ -1,14 +1,17 @@
-"""Differences that README.md claims, held against their standard errors: each has to be five of them.
+"""Check the differences that the pages claim: each must be at least five of its standard errors.
 
-Reads the committed lines of `results/`; nothing is run. A difference's error is the paired one where its line holds
-it. Elsewhere it is that of two independent figures, which is an upper bound, because what is hard for one model is
-hard for the other and both are read on the same tokens: a difference that is five of these is five paired ones too.
-With one calibration seed none of them holds the noise of calibration. What README.md calls a tie, or not sure, has to
-be less than five errors. Its figures have to be those of the lines.
+The pages are docs/results.md, docs/recovery.md, docs/sharing.md and the table of results in README.md. The script reads
+the committed lines of `results/` and runs nothing. It takes a difference's paired error where the line holds one.
+Elsewhere it takes the error of two independent figures, which is an upper bound: what is hard for one model is hard for
+the other, and both are read on the same tokens, so a difference of five such errors is one of five paired errors too.
+With one calibration seed no error includes the noise of calibration.
 
-    python benchmarks/claims.py [--results results] [--readme README.md]
+A difference that a page calls a tie, or not sure, must be less than five errors. Every figure on a page must be the one
+in the lines, and every row of README.md's table must be a row of docs/results.md.
 
-Exit status 1: a claimed difference is too small, a tie is none, or README.md lacks a figure.
+    python benchmarks/claims.py [--results results] [--pages .]
+
+The exit status is 1 if a claimed difference is too small, if a tie is none, or if a page lacks a figure.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +32,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference that README.md states.
+    """A difference that a page states.
 
     Attributes:
-        what: for the table.
+        what: its name in the printed table.
         difference: of two figures on the same tokens; nats per token, bits per byte, or one minus a ratio.
         error: its standard error.
         paired: the error is of the difference; otherwise of two independent figures.
-        tie: README.md says that there is none.
-        figures: texts that README.md holds.
+        tie: the page says that there is no difference, or that it is not sure.
+        figures: texts that the page must hold.
+        page: the page, relative to the project.
     """
 
     what: str
@@ -46,6 +50,7 @@ class Claim:
     paired: bool
     tie: bool = False
     figures: tuple[str, ...] = ()
+    page: str = ""
 
     @property
     def ratio(self) -> float:
@@ -54,7 +59,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether it is as README.md says; an unknown error holds nothing."""
+        """Whether it is as the page says; an unknown error holds nothing."""
         return self.ratio < ENOUGH if self.tie else self.ratio >= ENOUGH
 
 
@@ -80,22 +85,24 @@ def targets(rows: Sequence[Row]) -> Iterator[Claim]:
 
 
 def methods(rows: Sequence[Row], ours: Sequence[Row]) -> Iterator[Claim]:
-    """Every other method against `bytecap`: KL, by model and bits."""
+    """Every other method against `bytecap`: KL, by model and bits. A cell in `targets` counts, not its repetition."""
+    best = {(r["model"], r["bits"]): r for r in [*rows, *ours]
+            if r["benchmark"] in {"targets", "methods"} and r["method"] == "bytecap"}  # fmt: skip
     found = {(r["model"], r["bits"], r["method"], r.get("accounting", "")): r
-             for r in [*ours, *rows] if r["benchmark"] in {"targets", "methods"}}  # fmt: skip
+             for r in rows if r["benchmark"] == "methods" and r["method"] != "bytecap"}  # fmt: skip
     for (name, bits, method, accounting), row in sorted(found.items()):
-        best = found.get((name, bits, "bytecap", ""))
-        if method == "bytecap" or best is None or row["benchmark"] == "targets":
+        if (name, bits) not in best:
             continue
+        both = (row, best[name, bits])
         what = f"KL, {method} {accounting} minus bytecap, {name}, {bits} bits".replace("  ", " ")
-        yield apart(what, row, best, "kl_nats", "kl_stderr", figures=[f"{r['kl_nats']:.4f}" for r in (row, best)])
+        yield apart(what, *both, "kl_nats", "kl_stderr", figures=[f"{r['kl_nats']:.4f}" for r in both])
 
 
 _BROTLI = {("small-s0", 3.5), ("small-s1", 3.5), ("base-s1", 2.5), ("base-s1", 3.5)}
 
 
 def brotli(rows: Sequence[Row], better: Sequence[Row]) -> Iterator[Claim]:
-    """`golf` with brotli alone against `golf`: KL, by model and bits; README.md calls some of it unsure."""
+    """`golf` with brotli alone against `golf`: KL, by model and bits; the page calls some of it unsure."""
     found = {(r["model"], r["bits"]): r for r in better if r["benchmark"] == "targets" and r["method"] == "golf"}
     for row in rows:
         cell = (row.get("model"), row.get("bits"))
@@ -104,7 +111,7 @@ def brotli(rows: Sequence[Row], better: Sequence[Row]) -> Iterator[Claim]:
             yield apart(what, row, found[cell], "kl_nats", "kl_stderr", tie=cell in _BROTLI)
 
 
-# README.md says of these that they are less than five errors: (model, bits, figure).
+# docs/recovery.md says of these that they are less than five errors: (model, bits, figure).
 _UNSURE = {("small-s0", 3.5, "loss"), ("base-s1", 3.5, "loss")}
 
 
@@ -154,7 +161,7 @@ def golf(rows: Sequence[Row]) -> Iterator[Claim]:
             yield apart(what, *both, "gap", "gap_stderr", figures=[f"{gaps['int8+zlib']:.5f}"] if stated else [])
 
 
-# README.md is not sure that these arms differ, by model and figure.
+# docs/sharing.md is not sure that these arms differ, by model and figure.
 _EQUAL_ARMS = {("small-s0", "f", "b-reinvested", "kl"), ("small-s0", "f", "b-reinvested", "loss"),
                ("base-s1", "g", "b-reinvested", "loss"), ("base-s1", "g", "e", "loss")}  # fmt: skip
 
@@ -199,9 +206,12 @@ def training(rows: Sequence[Row]) -> Iterator[Claim]:
         yield Claim(what, mean, error, True, tie, (f"{mean:+.3f} ± {error:.3f}",))
 
 
-FILES: dict[str, Callable[[Sequence[Row]], Iterator[Claim]]] = {
-    "targets": targets, "recover": recovery, "golf": golf, "composition": composition, "train": training,
-    "searches": searches,
+Reader = Callable[[Sequence[Row]], Iterator[Claim]]
+RESULTS = "docs/results.md"
+FILES: dict[str, tuple[Reader, str]] = {
+    "targets": (targets, RESULTS), "recover": (recovery, "docs/recovery.md"), "golf": (golf, RESULTS),
+    "composition": (composition, "docs/sharing.md"), "train": (training, RESULTS),
+    "searches": (searches, "docs/sharing.md"),
 }  # fmt: skip
 
 
@@ -209,26 +219,39 @@ def claims(directory: Path) -> list[Claim]:
     """All claims of the lines in a directory, later lines replacing earlier ones."""
     rows = {n: [json.loads(x) for x in (directory / f"{n}.jsonl").read_text("utf-8").splitlines()]
             for n in (*FILES, "methods", "targets-golf-brotli")}  # fmt: skip
-    found = [c for name, read in FILES.items() for c in read(rows[name])]
-    found += methods(rows["methods"], rows["targets"])
-    return [*found, *brotli(rows["targets-golf-brotli"], rows["targets"])]
+    found = [replace(c, page=page) for name, (read, page) in FILES.items() for c in read(rows[name])]
+    more = [*methods(rows["methods"], rows["targets"]), *brotli(rows["targets-golf-brotli"], rows["targets"])]
+    return found + [replace(c, page=RESULTS) for c in more]
+
+
+def strangers(pages: Path) -> list[str]:
+    """Rows of README.md's table of results that docs/results.md lacks."""
+    table = (pages / "README.md").read_text("utf-8").partition("<!-- results -->")[2].partition("<!-- end -->")[0]
+    rows = [x for x in table.splitlines() if x.startswith("|") and any(c.isdigit() for c in x)]
+    there = set((pages / RESULTS).read_text("utf-8").splitlines())
+    return [x for x in rows if x not in there] if rows else ["(no table of results)"]
 
 
 def main() -> int:
-    """Print the table; 1 where README.md says more than was measured."""
+    """Print the table; 1 where a page says more than was measured."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--results", type=Path, default=Path("results"))
-    p.add_argument("--readme", type=Path, default=Path("README.md"))
+    p.add_argument("--pages", type=Path, default=Path())
     args = p.parse_args()
-    text, wrong = " ".join(args.readme.read_text("utf-8").split()), 0
+    found = sorted(claims(args.results), key=lambda c: (c.tie, c.ratio))
+    texts = {n: " ".join((args.pages / n).read_text("utf-8").split()) for n in {c.page for c in found}}
+    wrong = 0
     print(f"{'difference':>11s} {'error':>9s} {'ratio':>6s}  error of     said to be")
-    for c in sorted(claims(args.results), key=lambda c: (c.tie, c.ratio)):
-        missing = [f for f in c.figures if f not in text]
+    for c in found:
+        missing = [f for f in c.figures if f not in texts[c.page]]
         note = "" if c.holds else "   NOT SO"
-        note += f"   README.md lacks {', '.join(missing)}" if missing else ""
+        note += f"   {c.page} lacks {', '.join(missing)}" if missing else ""
         wrong += bool(note)
         kind, said = "pairs" if c.paired else "two figures", "not sure" if c.tie else "there"
         print(f"{c.difference:+11.5f} {c.error:9.5f} {c.ratio:6.1f}  {kind:11s}  {said:12s}  {c.what}{note}")
+    for row in strangers(args.pages):
+        wrong += 1
+        print(f"README.md says what {RESULTS} does not: {row}")
     print(f"{wrong} statements do not hold" if wrong else "all statements hold")
     return int(wrong > 0)
 

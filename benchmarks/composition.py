@@ -38,6 +38,7 @@ import torch
 from torch import nn
 
 from bytecap.format.decoder import decode_units
+from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, demo_directory, load_model
 from bytecap.model.evaluation import compare, mean_comparison
@@ -46,7 +47,7 @@ from bytecap.model.quantized_copy import load_values
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import Text, TokenSets, Window
 from bytecap.model.tying import FILE, Tying, find_blocks
-from bytecap.pipeline.fit import choose_device, fit_sets
+from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Silent
 from bytecap.sizes import parse_size
 from bytecap_lab.compare import pairs
@@ -246,10 +247,8 @@ def one(args: argparse.Namespace, size: str, arm: str, seed: int, directory: str
     if arm in AT_RATE:
         budget = budget * model.parameters // first.parameters
     brief = tuple(Text(t.name, t.windows[:1]) for t in sets.evaluation)  # the report's own figures are not used
-    result = fit_sets(
-        lambda: model, budget, lambda _: replace(sets, evaluation=brief), device=args.device, seed=seed,
-        reporter=Silent(),
-    )  # fmt: skip
+    config = FitConfig(budget, device=args.device, seed=seed, reporter=Silent())
+    result = fit_sets(model, replace(sets, evaluation=brief), config)
     load_values(model.module, decode_units(result.contents, aliases=False))
     first.module.to(args.device)
     found = [compare(first.module, model.module, t, device=args.device) for t in sets.evaluation]

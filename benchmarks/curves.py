@@ -11,7 +11,7 @@ from bytecap.allocation.correction import role_name
 from bytecap.model.checkpoint import load_model
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import leading
-from bytecap.pipeline.fit import choose_device
+from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap.system.cache import Store
 from bytecap_lab.rd_curves import byte_returns, trial

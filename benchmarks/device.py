@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import bytecap
-from bytecap.model.checkpoint import check_safetensors, resolve, weight_files
+from bytecap.model.checkpoint import resolve
+from bytecap.model.fileset import check_safetensors, weight_files
 from common import parser, record, texts
 
 SHAPES = {

@@ -20,10 +20,11 @@ import numpy as np
 
 from bytecap.calibration.statistics import moments
 from bytecap.job import Job
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.sources import load_sets
-from bytecap.pipeline.fit import choose_device, quality
 from bytecap.pipeline.fit_gguf import HELD_TOKENS, fit_gguf, measure
+from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Silent
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, importance, plain, values_of
@@ -120,7 +121,7 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
         model, calib, held, tokens=args.tokens, evaluation_tokens=args.eval_tokens, correction_tokens=args.held_tokens,
         seed=args.seed, reporter=quiet,
     )  # fmt: skip
-    job = Job(model, sets, 0, lambda *_: 0, device, args.seed, quiet, store=Store(args.work))
+    job = Job(model, sets, 0, lambda *_: 0, device, quiet, FitConfig(0, seed=args.seed), store=Store(args.work))
     weights: dict[str, Any] = {}
     for r, method in left:
         if method == "stock":

@@ -25,13 +25,14 @@ import torch
 from bytecap.calibration.metric import join
 from bytecap.calibration.statistics import moments
 from bytecap.job import Job
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import compare
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit import choose_device, quality
 from bytecap.pipeline.fit_directory import HELD_TOKENS, fit_directory, measure, write_directory
+from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Silent
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import family
@@ -85,7 +86,8 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
         model, calib, held, tokens=args.tokens, evaluation_tokens=args.eval_tokens, correction_tokens=args.held_tokens,
         seed=args.seed, reporter=quiet,
     )  # fmt: skip
-    job = Job(model, sets, 0, lambda *_: 0, device, args.seed, quiet, store=Store(args.work))
+    config = FitConfig(1, seed=args.seed)
+    job = Job(model, sets, 0, lambda *_: 0, device, quiet, config, store=Store(args.work))
     if args.windows:
         args.windows.write_text(json.dumps([[int(t) for t in w.tokens] for w in sets.statistics]))
     for arm in args.arms:

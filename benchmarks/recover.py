@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import compare, mean_comparison
 from bytecap.model.forward import batches
 from bytecap.model.quantized_copy import twin_of
 from bytecap.model.sources import load_sets, with_recovery
 from bytecap.model.texts import TokenSets, Window
-from bytecap.pipeline.fit import choose_device, fit_sets
+from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Bars
 from bytecap.recovery import tuning
 from bytecap.recovery.kl_passes import tokens_of_move
@@ -65,10 +66,8 @@ def main() -> None:
 def one(args: Any, model: Model, sets: TokenSets, bits: float) -> int:
     """One fit, measured and recorded with what it would have been without recovery; tokens that recovery read."""
     budget = int(bits * model.parameters / 8)
-    result = fit_sets(
-        lambda: model, budget, lambda _: sets, device=args.device, seed=args.seed, recover=args.recover,
-        reporter=Bars(),
-    )  # fmt: skip
+    config = FitConfig(budget, device=args.device, seed=args.seed, recover=args.recover, reporter=Bars())
+    result = fit_sets(model, sets, config)
     without = result.report["without_recovery"]
     ratios = {
         "kl_ratio": result.report["kl_nats"] / without["kl_nats"],

@@ -13,7 +13,7 @@ from typing import Any
 from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.texts import Window
-from bytecap.pipeline.fit import choose_device
+from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap_lab.layer_tying import Plan, decide, read, split
 from bytecap_lab.layer_tying.start import tied

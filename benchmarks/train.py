@@ -28,9 +28,12 @@ import torch
 from torch import nn
 
 from bytecap.job import Section
-from bytecap.model.checkpoint import Model, find_units, freeze, read_side_files
+from bytecap.job.config import FitConfig
+from bytecap.model.checkpoint import Model, find_units, freeze
+from bytecap.model.fileset import read_side_files
 from bytecap.model.sources import first_token, load_sets
-from bytecap.pipeline.fit import Artifact, choose_device, fit_sets, side_files
+from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.stages import choose_device, fit_sets, side_files
 from bytecap.progress import Silent
 from bytecap_lab import train
 from bytecap_lab.compare.pairs import Figure, Sums, estimate
@@ -237,11 +240,12 @@ def fit_job(text: str, seed: int, label: str, args: Any) -> None:
         model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens,
         evaluation_tokens=args.eval_tokens, reporter=Silent(),
     )  # fmt: skip
-    result = fit_sets(
-        lambda: model, branch_bytes(args) if label == "pquant" else int(float(label) * model.parameters / 8),
-        lambda _: sets, device=device, seed=0, given=found["given"], store=args.work / f"{text} {seed}",
-        reporter=Silent(), output=args.keep / f"{arm.kind}-s{seed}.bcap" if found["given"] and args.keep else None,
+    config = FitConfig(
+        branch_bytes(args) if label == "pquant" else int(float(label) * model.parameters / 8), device=device,
+        given=found["given"] or {}, store=args.work / f"{text} {seed}", reporter=Silent(),
+        output=args.keep / f"{arm.kind}-s{seed}.bcap" if found["given"] and args.keep else None,
     )  # fmt: skip
+    result = fit_sets(model, sets, config)
     keep(result, arm, label, args, found["facts"], found["given"])
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import forks
 
 OLD = b"the old file"
+FAULTS = ("partial", "old_lost", "different", "leftovers")  # counts that must be 0
 NAMES = {"fit": ("out.bcap",), "curves": ("curves.json", "curves.html")}
 
 
@@ -56,7 +57,7 @@ class Crashes:
         self.work, self.store = directory / "work", directory / "store"
         self.kept = kept or directory / "undisturbed"
         self.random = random.Random(seed)  # noqa: S311
-        self.seen = dict.fromkeys(("kills", "finished", "partial", "old_lost", "different", "leftovers"), 0)
+        self.seen = dict.fromkeys(("kills", "finished", *FAULTS), 0)
         self.seen["resumed_seconds"] = []
 
     def arguments(self, work, store):
@@ -148,7 +149,7 @@ def main():
     sys.stdout.write(
         json.dumps(counted | about | {"run": " ".join(["python", "tests/crashes.py", *sys.argv[1:]])}) + "\n"
     )
-    return sum(counted[k] for k in ("partial", "old_lost", "different", "leftovers"))
+    return sum(counted[k] for k in FAULTS)
 
 
 if __name__ == "__main__":

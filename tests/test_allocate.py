@@ -318,7 +318,7 @@ class Slow:
 
     parameters, matrices = 100_000, ()
 
-    def settle(self, steps, *, refit):
+    def settle(self, steps, _rules, *, refit):
         assert not refit
         return State(dict(steps), {}, None, {}, {})
 
@@ -328,6 +328,6 @@ class Slow:
 
 def test_trimming_measures_how_fast_the_file_shrinks():
     planner = Slow()
-    state = planner.settle({"a": 1.0}, refit=False)
+    state = planner.settle({"a": 1.0}, None, refit=False)
     packed = fit_to_cap(planner, state, b"", lambda sections, _: len(sections["a"].data), 19_000)
     assert 19_000 - 2 * allowed_slack(19_000) <= len(packed.sections["a"].data) <= 19_000

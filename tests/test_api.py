@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import pkgutil
 import re
@@ -56,7 +57,9 @@ class TestNames:
     def test_every_error_is_public_and_derives_from_one(self):
         found = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)}
         assert found <= set(bytecap.__all__)
+        found.remove("BytecapWarning")
         assert all(issubclass(getattr(bytecap, n), bytecap.BytecapError) for n in found)
+        assert issubclass(bytecap.BytecapWarning, UserWarning)
 
     def test_unknown_names_are_attribute_errors(self):
         with pytest.raises(AttributeError, match="no_such_name"):
@@ -82,6 +85,7 @@ class TestWithoutTorch:
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["21", "3000000"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["bytecap", "golf", "uniform"])
     @pytest.mark.parametrize("command", ["check", "ledger"])
     def test_commands(self, fitted, command, method):
@@ -90,6 +94,7 @@ class TestWithoutTorch:
         assert done.returncode == 0, done.stderr
         assert '"file_bytes"' in done.stdout
 
+    @pytest.mark.slow
     def test_unpack_needs_no_torch_either(self, fitted, tmp_path):
         _, path = fitted("rotary")
         done = run_blocked(
@@ -97,6 +102,20 @@ class TestWithoutTorch:
         )
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    @pytest.mark.slow
+    def test_finished_thesis_lines_are_judged(self, tmp_path):
+        from test_thesis import lines
+
+        path = tmp_path / "thesis.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines()), "utf-8")
+        done = run_blocked(
+            "sys.argv[0] = 'bytecap'\nfrom bytecap.cli.app import main\nmain()", "thesis", "--from", path, "-o",
+            tmp_path / "out", "--json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)["experiments"]) == 8
+        assert (tmp_path / "out" / "thesis.html").is_file()
 
     @pytest.mark.parametrize("command", [["fit", "demo", "--budget", "600kB", "-o", "x.bcap"], ["eval", "demo"]])
     def test_what_needs_torch_says_so_in_one_line(self, command, tmp_path):

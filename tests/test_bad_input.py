@@ -233,6 +233,7 @@ class TestBadArguments:
     def test_device(self, refused, job):
         assert "'gpu'" in refused(*job(), "--device", "gpu")
 
+    @pytest.mark.slow
     def test_dtype(self, refused, fitted, tmp_path):
         assert "'int3'" in refused("unpack", fitted("rotary")[1], "-o", tmp_path / "out", "--dtype", "int3")
 

@@ -226,6 +226,13 @@ def test_paper(browser, written, kind):
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
+def test_the_ledger_fits_a_desk(browser, written):
+    """Nothing of the table of owners has to be scrolled to at 1,200 pixels."""
+    opened(browser, written("fit"), 1200)
+    box = "document.getElementById('owners').parentNode"
+    assert browser.run(f"{box}.scrollWidth - {box}.clientWidth") <= 0
+
+
 def test_a_broken_page_is_noticed(browser, tmp_path):
     path = tmp_path / "broken.html"
     path.write_text('<title>x</title><img src="http://127.0.0.1:9/x.png"><script>nothing.there</script>', "utf-8")

@@ -242,8 +242,8 @@ def test_matrices_of_a_stream_name_one_list_that_the_ledger_counts_once(fitted):
         assert u.unit.matrix_shape[0 if part[0] == ROWS else 1] == width
     assert len(found[128]) == 1, "all matrices on the residual stream protect the same channels"
     (channels,) = (set(c) for c in found[128])
-    loud = set(LOUD)  # how many channels pay is close; that the loud ones come first is not
-    assert channels <= loud or channels >= loud
+    common = len(channels & set(LOUD))  # how many channels pay is close, and so are the last places among them
+    assert 2 * common >= min(len(channels), len(LOUD)), "hardly any loud channel is protected"
     assert named >= 2, "no list is named, so nothing is shared"
     assert 1 <= len(model.objects) <= sum(map(len, found.values()))
     entries = container.ledger(model)

@@ -15,13 +15,12 @@ from bytecap import CheckpointError
 from bytecap.format.decoder import from_matrix
 from bytecap.model.checkpoint import (
     as_matrix,
-    check_safetensors,
     demo_directory,
     find_units,
     load_model,
     resolve,
-    weight_files,
 )
+from bytecap.model.fileset import check_safetensors, weight_files
 from bytecap.types import Unit
 from conftest import KINDS, build, save
 

@@ -1,4 +1,4 @@
-"""What README.md claims against the committed lines (`benchmarks/claims.py`), and the arithmetic on made-up ones."""
+"""Claims of the pages against the committed lines (`benchmarks/claims.py`), and its arithmetic on made-up ones."""
 
 import importlib.util
 import json
@@ -64,12 +64,27 @@ def ran(*words):
     return subprocess.run([sys.executable, str(SCRIPT), *words], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
 
 
-def test_readme_says_what_was_measured():
+@pytest.fixture
+def pages(tmp_path):
+    """A copy of the pages, to be falsified."""
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/results.md", "docs/recovery.md", "docs/sharing.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text("utf-8"), "utf-8")
+    return tmp_path
+
+
+def falsify(page, old, new):
+    text = page.read_text("utf-8")
+    assert old in text
+    page.write_text(text.replace(old, new), "utf-8")
+
+
+def test_pages_say_what_was_measured():
     found = ran()
     assert found.returncode == 0, found.stdout
 
 
-def test_a_claim_that_is_too_small_or_misquoted_fails(tmp_path):
+def test_a_claim_that_is_too_small_fails(tmp_path):
     for path in (ROOT / "results").glob("*.jsonl"):
         lines = [json.loads(x) for x in path.read_text("utf-8").splitlines()]
         for row in lines:
@@ -79,8 +94,25 @@ def test_a_claim_that_is_too_small_or_misquoted_fails(tmp_path):
     found = ran("--results", str(tmp_path))
     assert found.returncode == 1
     assert found.stdout.count("NOT SO") == 1
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text("utf-8").replace("| 0.534 |", "| 0.434 |"), "utf-8")
-    found = ran("--readme", str(readme))
+
+
+@pytest.mark.parametrize(
+    ("page", "old", "new", "said"),
+    [
+        ("results", "| 3.5 | 0.534 |", "| 3.5 | 0.434 |", "docs/results.md lacks | 3.5 | 0.534 | 0.488 |"),
+        ("recovery", "0.0760 ± 0.0009", "0.0660 ± 0.0009", "docs/recovery.md lacks 0.0760"),
+        ("sharing", "0.143 / +0.123", "0.043 / +0.123", "docs/sharing.md lacks 0.143 / +0.123"),
+    ],
+)
+def test_a_misquoted_figure_fails(pages, page, old, new, said):
+    falsify(pages / "docs" / f"{page}.md", old, new)
+    found = ran("--pages", str(pages))
     assert found.returncode == 1
-    assert found.stdout.count("README.md lacks | 3.5 | 0.534 | 0.488 |") == 2
+    assert said in found.stdout
+
+
+def test_the_table_of_the_readme_is_part_of_the_page(pages):
+    falsify(pages / "README.md", "| 3.5 | 0.534 |", "| 3.5 | 0.434 |")
+    found = ran("--pages", str(pages))
+    assert found.returncode == 1
+    assert found.stdout.count("README.md says what docs/results.md does not: | small-s0 (7M) | 3.5 | 0.434 |") == 1

@@ -92,6 +92,7 @@ class TestJson:
         assert code == 0
         assert json.loads(out)["file_bytes"] == path.stat().st_size
 
+    @pytest.mark.slow
     def test_unpack_and_generate(self, run, fitted, tmp_path):
         _, path = fitted("rotary")
         code, out, _ = run("unpack", path, "-o", tmp_path / "out", "--json")
@@ -101,6 +102,81 @@ class TestJson:
         assert code == 0
         assert json.loads(out)["prompt"] == "The table"
         assert run("generate", path, "--prompt", "The table", "--tokens", 5, "--temperature", 0, "--json")[1] == out
+
+    @pytest.mark.slow
+    def test_fit_under_several_budgets(self, run, job, tmp_path):
+        arguments = job(budget="21kB,6bpp")
+        arguments[arguments.index("-o") + 1] = tmp_path / "m-{budget}.bcap"
+        code, out, err = run(*arguments, "--budget", "23000", "--report", tmp_path / "{budget}.html", "--json")
+        assert (code, err) == (0, "")
+        reports = json.loads(out)["fits"]
+        names = ["21kB", "6bpp", "23000"]
+        assert [(tmp_path / f"m-{n}.bcap").stat().st_size for n in names] == [r["file_bytes"] for r in reports]
+        assert all(r["file_bytes"] <= r["budget_bytes"] for r in reports)
+        assert {p.name for p in tmp_path.iterdir()} == {
+            f(n) for n in names for f in ("m-{}.bcap".format, "{}.html".format)
+        }
+
+
+class TestHelp:
+    COMMANDS = (
+        ["fit"], ["eval"], ["ledger"], ["check"], ["unpack"], ["generate"], ["demo"], ["compare"], ["curves"],
+        ["inspect"], ["thesis"], ["tie"], ["golf", "budget"], ["golf", "export"], ["golf", "check"],
+    )  # fmt: skip
+
+    def options(self):
+        """(command, option) of all there are."""
+        from typer.main import get_command
+
+        from bytecap.cli.app import app
+
+        for words in self.COMMANDS:
+            command = get_command(app)
+            for word in words:
+                command = command.commands[word]
+            yield from ((" ".join(words), p) for p in command.params if p.param_type_name == "option")
+
+    def test_every_command_is_here(self):
+        from typer.main import get_command
+
+        from bytecap.cli.app import app
+
+        known = get_command(app).commands
+        assert {*known} == {words[0] for words in self.COMMANDS}
+        assert {*known["golf"].commands} == {words[1] for words in self.COMMANDS if len(words) == 2}
+
+    def test_every_default_is_shown(self):
+        for command, option in self.options():
+            if not (option.is_flag or option.required or option.name in {"help", "as_json"}):
+                shown = option.show_default if isinstance(option.show_default, str) else option.default
+                assert shown not in {None, ""}, (command, option.name)
+
+    def test_defaults_are_those_of_python(self):
+        import inspect
+
+        import bytecap
+        from bytecap_lab.thesis import thesis
+
+        functions = {
+            "compare": bytecap.compare, "curves": bytecap.byte_returns, "thesis": thesis, "tie": bytecap.tie,
+            "fit": bytecap.fit,
+        }  # fmt: skip
+        same = {"eval_tokens": "evaluation_tokens", "lora_rank": "rank"}
+        for command, option in self.options():
+            if command in functions:
+                found = inspect.signature(functions[command]).parameters.get(same.get(option.name, option.name))
+                if found is not None and option.default is not None and not option.is_flag and not option.required:
+                    python = found.default
+                    python = ",".join(python) if isinstance(python, tuple) else python
+                    assert option.default == python, (command, option.name)
+
+    def test_long_and_short_words(self):
+        words = {command: set() for command, _ in self.options()}
+        for command, option in self.options():
+            words[command] |= set(option.opts)
+        for command in ("fit", "compare", "curves", "thesis"):
+            assert {"--calibration", "--calib", "--evaluation", "--eval"} <= words[command], command
+        assert {"--calibration", "--calib"} <= words["inspect"]
 
 
 class TestTalk:
@@ -188,7 +264,7 @@ class TestInterruption:
         assert out == ""
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("where", ["bytecap.pipeline.fit._measure", "bytecap.system.atomic.os.fsync"])
+    @pytest.mark.parametrize("where", ["bytecap.pipeline.stages._measure", "bytecap.system.atomic.os.fsync"])
     def test_ctrl_c_at_awkward_moments(self, run, job, tmp_path, monkeypatch, where):
         def interrupt(*_):
             raise KeyboardInterrupt

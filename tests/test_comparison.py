@@ -158,7 +158,7 @@ class TestCells:
 
     def test_budgets(self):
         assert parse_budget("2bpp", 1000) == 250
-        with pytest.raises(UsageError, match="cannot read the budget"):
+        with pytest.raises(UsageError, match="cannot read the size"):
             parse_budget("xbpp", 1)
         cells = grid(["a", "b"], ["golf"], ["1bpp", 100], [0, 1], [800, 1600])
         assert [(c.model, c.budget, c.seed) for c in cells] == [
@@ -303,6 +303,7 @@ class TestCompare:
 
 
 class TestPages:
+    @pytest.mark.slow
     def test_a_comparison_shows_every_figure(self, compared):
         found, directory = compared()
         text = (directory / "compare.html").read_text()
@@ -314,6 +315,7 @@ class TestPages:
         assert text.count('data-path="envelope"') == 4  # KL and loss, for broad and for narrow screens
         assert parser.tabs > 5
 
+    @pytest.mark.slow
     def test_missing_figures_do_not_break_it(self, compared):
         found = json.loads(json.dumps(compared()[0]))
         for cell in found["models"][0]["cells"]:
@@ -340,6 +342,7 @@ class TestPages:
         assert code == 0
         sound((tmp_path / "fit.html").read_text())
 
+    @pytest.mark.slow
     def test_names_cannot_inject_markup(self, compared):
         found = json.loads(json.dumps(compared()[0]))
         found["models"][0]["model"] = "<script>alert(1)</script>"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bytecap.model.checkpoint import load_model
+from bytecap.recovery import kl_passes
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -25,7 +26,8 @@ class TestComposition:
             sys.modules.pop(name, None)
 
     @pytest.mark.slow
-    def test_from_training_to_paired_differences(self, composition, four, texts, tmp_path, capsys):
+    def test_from_training_to_paired_differences(self, composition, four, texts, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)  # of a move
         for name in ("literature", "technical", "general"):
             for kind in ("calib", "val"):
                 shutil.copy(texts[kind], tmp_path / f"{name}.{kind}.txt")

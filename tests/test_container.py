@@ -366,5 +366,5 @@ class TestLedger:
         assert sum(e.bytes for e in container.ledger(contents)) == len(serialize(contents))
 
     def test_tokenizer_files(self):
-        named = ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja"]
-        assert [n for n in [*named, "config.json", "vocab.txt"] if container.is_tokenizer(n)] == named
+        named = ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "vocab.txt", "merges.txt"]
+        assert [n for n in [*named, "config.json", "source_tensors.json"] if container.is_tokenizer(n)] == named

@@ -225,8 +225,7 @@ def test_there_must_be_a_table_for_side_information():
 
 
 def test_two_coders_of_one_tag(monkeypatch):
-    found = coders.pkgutil.iter_modules
-    monkeypatch.setattr(coders.pkgutil, "iter_modules", lambda path: [*found(path)] * 2)
+    monkeypatch.setattr(coders.pkgutil, "iter_modules", lambda p, real=coders.pkgutil.iter_modules: [*real(p)] * 2)
     with pytest.raises(RuntimeError, match="share the tag"):
         coders._found.__wrapped__()
 

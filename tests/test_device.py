@@ -20,6 +20,7 @@ from bytecap.format.entropy.frequencies import Tables
 from bytecap.model.quantized_copy import load_values
 from bytecap.quantization import Problem, gaussian_shrink, row_classes, trial_values
 from bytecap.quantization.quantizer import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
+from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.trellis import round_trellis
 from bytecap.types import Unit
 
@@ -72,8 +73,8 @@ class TestTrialValues:
         unit = Unit("a", (12, 20), "F32", transposed=True)
         item = prepare(unit, torch.from_numpy(rng.normal(size=(20, 12))), metric, Options())
         vector = VectorUnit(Unit("b", (7,), "F32"), rng.normal(size=7).astype(np.float32), np.ones(7))
-        planner = Planner([item], [vector], Options())
-        state = planner.settle({"a": 0.3, "b": 0.3})
+        planner = Planner.of([item], [vector], Options())
+        state = planner.settle({"a": 0.3, "b": 0.3}, initial_rules(planner.options))
         before = dict(unit_values(planner, state))
         assert planner.decode_there(state, "a") is None  # a processor needs no trial values
         monkeypatch.setattr(waterfill, "_elsewhere", lambda _: True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import bytecap
 from bytecap.errors import BudgetError, CheckpointError, OutputError, UsageError
 from bytecap.format.ledger import total
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import load_model
 from bytecap.model.quantized_copy import load_values
 from bytecap.pipeline.fit_directory import fit_directory, write_directory
@@ -269,10 +270,10 @@ def test_directories_appear_whole(tmp_path) -> None:
 
 
 def test_formats_by_name() -> None:
-    assert format_of(None, "x.bcap") == format_of(None, None) == "bcap"
-    assert format_of(None, "x.gguf") == "gguf"
+    assert format_of(FitConfig("1MB", output="x.bcap")) == "bcap"
+    assert format_of(FitConfig("1MB", output="x.gguf")) == "gguf"
     with pytest.raises(UsageError, match="there are bcap, gguf, mlx, compressed-tensors"):
-        format_of("awq", None)
+        format_of(FitConfig("1MB", format="awq"))
 
 
 def test_the_command_line(run, model_directory, texts, tmp_path) -> None:
@@ -286,7 +287,7 @@ def test_the_command_line(run, model_directory, texts, tmp_path) -> None:
     assert set(said["types"].values()) <= {"w4g32", "w8g32"}
     code, _, err = run(*common, "--budget", "9bpp", "--format", "mlx", "--emit", tmp_path / "x", "-o", tmp_path / "m")
     assert code == 2
-    assert "--emit is not for --format mlx" in err
+    assert "the option emit is not for the format mlx" in err
 
 
 def logits_of_ours(model, fam, path, ids):

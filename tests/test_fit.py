@@ -17,6 +17,7 @@ from bytecap.model.sources import load_sets
 from conftest import BUDGET, KINDS, SMALL, build, save
 
 METHOD_NAMES = ("bytecap", "golf", "uniform")
+FAMILIES = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 
 
 def logits(module, length=48):
@@ -33,7 +34,7 @@ def stored(directory):
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 class TestEveryFamily:
     def test_the_file_meets_the_cap_and_leaves_almost_nothing(self, fitted, kind, method):
         result, path = fitted(kind, method)
@@ -92,7 +93,7 @@ class TestEveryFamily:
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_prediction_is_near_the_measurement(fitted, kind):
     report = fitted(kind)[0].report
     assert report["predicted_delta_nats"] == pytest.approx(report["kl_nats"], rel=0.5)
@@ -101,7 +102,7 @@ def test_the_prediction_is_near_the_measurement(fitted, kind):
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_the_default_is_closer_to_the_original_than_the_baselines(fitted, kind):
     ours, golf, uniform = (fitted(kind, m)[0].report["kl_nats"] for m in METHOD_NAMES)
     assert ours < golf < uniform
@@ -133,6 +134,7 @@ def test_untied_variants(fitted, kind):
         np.testing.assert_array_equal(live[name].numpy(), values)
 
 
+@pytest.mark.slow
 def test_same_inputs_and_seed_give_the_same_bytes(fitted, model_directory, texts):
     before, _ = fitted("rotary")
     again = bytecap.fit(
@@ -264,6 +266,7 @@ def test_an_old_file_stays_when_the_budget_is_refused(model_directory, texts, tm
     assert output.read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_a_dry_run_predicts_and_writes_nothing(model_directory, texts, tmp_path, fitted):
     output = tmp_path / "never.bcap"
     result = bytecap.fit(
@@ -326,11 +329,8 @@ def test_several_evaluation_texts_weigh_the_same(model_directory, texts):
 
 
 def test_the_embedded_texts_stand_in_with_a_warning(model_directory):
-    from bytecap.progress import Silent
-
-    reporter = Silent()
-    bytecap.fit(model_directory("rotary"), BUDGET, method="uniform", reporter=reporter, **SMALL)
-    (warning,) = [n for n in reporter.notes if n.startswith("warning")]
+    with pytest.warns(bytecap.BytecapWarning):
+        (warning,) = bytecap.fit(model_directory("rotary"), BUDGET, method="uniform", **SMALL).report["warnings"]
     assert "--calib" in warning
     assert "--eval" in warning
     assert "quality" in warning

@@ -24,8 +24,9 @@ def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_direc
 
 
 @pytest.mark.slow
-def test_a_bfloat16_model_with_far_outliers_fills_its_budget():
-    model = load_model("demo")
+@pytest.mark.parametrize("model", ["tiny", pytest.param("demo", marks=pytest.mark.nightly)])
+def test_a_bfloat16_model_with_far_outliers_fills_its_budget(model_directory, model):
+    model = load_model(model_directory() if model == "tiny" else model)
     weight = dict(model.module.named_parameters())["model.layers.0.mlp.down_proj.weight"]
     with torch.no_grad():
         weight[:, ::7] *= 2.0**12

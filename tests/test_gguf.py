@@ -281,8 +281,8 @@ def test_the_commands(run, refused, model_directory, texts, tmp_path) -> None:
     assert (tmp_path / "c.html").stat().st_size > 1000
     code, said, _ = run("ledger", out, "--json")
     assert (code, json.loads(said)["file_bytes"]) == (0, out.stat().st_size)
-    assert "--paths is not for --format gguf" in refused(*fit, "-o", out, "--paths", "all")
-    assert "--types is not for --format bcap" in refused(*fit, "-o", tmp_path / "x.bcap", "--types", "q4_0")
+    assert "the option paths is not for the format gguf" in refused(*fit, "-o", out, "--paths", "all")
+    assert "the option types is not for the format bcap" in refused(*fit, "-o", tmp_path / "x.bcap", "--types", "q4_0")
     assert "unknown format 'onnx'" in refused(*fit, "-o", out, "--format", "onnx")
     matrix = tmp_path / "imatrix.gguf"
     code, said, err = run("imatrix", model_directory("rotary"), "-o", matrix, *words[:4], "--json")

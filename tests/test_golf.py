@@ -76,6 +76,7 @@ def hessians_of(units, seed=0):
     return {u.name: torch.from_numpy(second_moment(u.matrix_shape[1], seed)) for u in units if u.name in {"up", "down"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "power"), [(1.2, 1.0), (2.1, 1.0), (3.4, 0.0), (5.0, 1.0), (8.0, 0.5)])
 def test_the_budget_is_met_and_used(bits, power):
     units, weights = model(int(bits))

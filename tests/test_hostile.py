@@ -317,6 +317,7 @@ def test_the_stranger_agrees_on_mutations():
     assert agreed > 30
 
 
+@pytest.mark.slow
 def test_the_stranger_reads_a_real_artifact(fitted):
     for kind in ("rotary", "transposed"):
         assert assert_agree(fitted(kind)[1].read_bytes())

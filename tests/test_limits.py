@@ -96,6 +96,7 @@ def file_size(most):
     return limit
 
 
+@pytest.mark.slow
 class TestDisk:
     @pytest.mark.slow
     def test_the_store_does_not_fit(self, stopped, slow, tmp_path):

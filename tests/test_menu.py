@@ -20,6 +20,7 @@ from bytecap.model.checkpoint import load_model
 from bytecap.progress import Silent
 from bytecap.quantization.overlays import paths
 from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.rules import initial_rules
 from bytecap.report.terminal import print_fit, print_ledger
 from bytecap.types import Curve, Plan, Point, Unit
 from conftest import BUDGET, SMALL, build, save
@@ -144,7 +145,7 @@ class TestNames:
 
     def test_all_reaches_the_job_from_the_command_line(self, run, model_directory, texts, tmp_path, monkeypatch):
         seen = []
-        monkeypatch.setattr("bytecap.pipeline.fit._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
+        monkeypatch.setattr("bytecap.pipeline.stages._solve", lambda job, *_: seen.append(job.paths) or 1 / 0)
         arguments = ("fit", model_directory("rotary"), "--budget", BUDGET, "-o", tmp_path / "a.bcap")
         arguments += ("--calib", texts["calib"], "--eval", texts["val"])
         for names, expected in (("all", tuple(sorted(paths()))), ("rows, lowrank", ("rows", "lowrank"))):
@@ -190,7 +191,7 @@ def matrix(options):
     rows = torch.rand(48, generator=g, dtype=torch.float64) + 0.5
     metric = Metric((x.T @ x / 256)[None], rows / rows.mean())
     item = prepare(Unit("a", (48, 32), "F32"), weight, metric, options)
-    return item, Planner([item], [], options), metric
+    return item, Planner.of([item], [], options), metric
 
 
 @pytest.mark.parametrize("options", [Options(), Options(**WEAK)], ids=["strong", "weak"])
@@ -203,15 +204,15 @@ def test_a_layered_unit_is_what_a_reader_decodes(name, options):
         assert not ladder  # not square
         return
     under = layered(item, problem, paths()[name], ladder[len(ladder) // 2], options)
-    changed = Planner([under], [], options)
-    state = changed.settle({"a": 0.5})
+    changed = Planner.of([under], [], options)
+    state = changed.settle({"a": 0.5}, initial_rules(options))
     values = changed.decode(state, "a")
     assert state.coded["a"].layer is not None
     assert state.distortions["a"] == pytest.approx(problem.distortion(torch.from_numpy(values)), rel=1e-9)
     tag, data = changed.encode(state)["a"]
     assert tag == STACK.tag
     assert abs(state.rates["a"] - len(data)) < 40  # an estimate of the base's streams; the layer's bytes are exact
-    base = planner.settle({"a": 0.5})
+    base = planner.settle({"a": 0.5}, initial_rules(options))
     assert under.same_base == (name == "lowrank" or (name == "groups" and not under.setting.divide))
     assert base.coded["a"].layer is None
     moved = under.moved(torch.full((48, 32), 0.125))
@@ -226,5 +227,5 @@ def test_the_metric_is_whole_even_if_the_base_does_not_see_it():
         damped = metric.hessian[0].clone()
         damped.diagonal().add_(options.damping * damped.diagonal().mean())
         torch.testing.assert_close(found, damped, rtol=1e-4, atol=1e-4 * float(damped.diagonal().max()))
-        coded = planner.settle({"a": 0.5}).coded["a"]
-        assert decode_coded(coded, planner.shared).shape == (48, 32)
+        state = planner.settle({"a": 0.5}, initial_rules(options))
+        assert decode_coded(state.coded["a"], state.shared).shape == (48, 32)

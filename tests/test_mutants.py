@@ -3,6 +3,8 @@
 import sys
 import types
 
+import pytest
+
 import mutants
 
 SOURCE = '''
@@ -38,6 +40,7 @@ def test_a_mutant_is_put_in_place(monkeypatch):
     assert old.LIMIT == 4
 
 
+@pytest.mark.slow
 def test_listed_survivors_are_mutants():
     known = {
         name: {key for key, _ in mutants.mutants(mutants.path_of(name).read_text("utf-8"))} for name in mutants.SUITES

@@ -9,6 +9,7 @@ from bytecap.format.coders.fixed import CODER, dequantize
 from bytecap.methods.baselines.owq import coded, column_scores, quantize, row_ranges
 from bytecap.model.checkpoint import load_model
 from bytecap.model.texts import Window
+from conftest import BUDGET
 from test_golf import output_error, second_moment
 
 
@@ -109,11 +110,15 @@ def test_extreme_rows(width):
 
 
 @pytest.mark.slow
-def test_fit_is_under_the_cap():
-    result = bytecap.fit("demo", 600_000, method="owq", tokens=4096, evaluation_tokens=2048)
-    assert len(result.data) <= 600_000
+@pytest.mark.parametrize(
+    ("model", "budget", "kl"), [("tiny", BUDGET, 0.05), pytest.param("demo", 600_000, 1.2, marks=pytest.mark.nightly)]
+)
+def test_fit_is_under_the_cap(model_directory, model, budget, kl):
+    model = model_directory() if model == "tiny" else model
+    result = bytecap.fit(model, budget, method="owq", tokens=4096, evaluation_tokens=2048)
+    assert len(result.data) <= budget
     assert result.report["slack_bytes"] <= result.report["allowed_slack_bytes"]
-    assert result.report["kl_nats"] < 1.2
+    assert result.report["kl_nats"] < kl
 
 
 def test_unknown_accounting_is_refused():

@@ -13,6 +13,7 @@ from bytecap.methods.baselines.radio import Companding, _Fit, bias_names, compan
 from bytecap.model.checkpoint import find_units, load_model
 from bytecap.model.texts import Window
 from bytecap.types import Unit
+from conftest import BUDGET
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +199,13 @@ def test_a_bias_takes_up_the_mean_error():
 
 
 @pytest.mark.slow
-def test_fit_is_under_the_cap():
-    options = {"accounting": "published"}
-    result = bytecap.fit("demo", 600_000, method="radio", tokens=4096, evaluation_tokens=2048, options=options)
-    assert len(result.data) <= 600_000
+@pytest.mark.parametrize(
+    ("model", "budget", "kl"), [("tiny", BUDGET, 0.05), pytest.param("demo", 600_000, 2, marks=pytest.mark.nightly)]
+)
+def test_fit_is_under_the_cap(model_directory, model, budget, kl):
+    options, sizes = {"accounting": "published"}, {"tokens": 4096, "evaluation_tokens": 2048}
+    model = model_directory() if model == "tiny" else model
+    result = bytecap.fit(model, budget, method="radio", options=options, **sizes)
+    assert len(result.data) <= budget
     assert result.report["slack_bytes"] <= result.report["allowed_slack_bytes"]
-    assert result.report["kl_nats"] < 2
+    assert result.report["kl_nats"] < kl

@@ -22,6 +22,7 @@ from bytecap.model.sampling import sample
 from bytecap.model.sources import SELF_TOKENS, load_sets, with_recovery
 from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import Live
 from bytecap.types import Unit
@@ -138,10 +139,10 @@ class TestLive:
             metric = Metric(inputs.transpose(1, 2) @ inputs / 400, torch.rand(64, dtype=torch.float64) + 0.5)
             items.append(prepare(Unit(name, (64, 24), "F32"), torch.randn(64, 24), metric, options))
         values = torch.randn(40).numpy()
-        planner = Planner(items, [VectorUnit(Unit("v", (40,), "F32"), values, np.ones(40))], options)
-        planner.search(dict.fromkeys("abcv", 1.0), 2000, start=2.0)
-        state = planner.settle(dict.fromkeys("abcv", 2.0))
-        return planner, planner.settle(state.steps, refit=False)
+        planner = Planner.of(items, [VectorUnit(Unit("v", (40,), "F32"), values, np.ones(40))], options)
+        _, state = planner.search(dict.fromkeys("abcv", 1.0), 2000, initial_rules(options), start=2.0)
+        state = planner.settle(dict.fromkeys("abcv", 2.0), state.rules)
+        return planner, planner.settle(state.steps, state.rules, refit=False)
 
     @pytest.mark.parametrize("planned", [True, False], indirect=True)
     def test_values_are_those_a_reader_decodes(self, planned):
@@ -206,16 +207,21 @@ class TestLive:
         live.offsets[1:] += 0.02
         live.vectors["v"].mul_(0.99)
         values = live.values()
-        settled = live.settle()
+        targets = [p.weight.clone() for p in planner.matrices]
+        rounded_for = state.rules.shrink.offset.copy()
+        moved, settled = live.settle()
         for n, found in values.items():
-            assert np.allclose(planner.decode(settled, n).reshape(found.shape), found.numpy(), atol=1e-5)
+            assert np.allclose(moved.decode(settled, n).reshape(found.shape), found.numpy(), atol=1e-5)
         assert settled.rate == pytest.approx(state.rate, rel=1e-2)
+        assert not torch.equal(moved.matrices[0].weight, targets[0])  # while what it started from stays as it was
+        assert all(torch.equal(p.weight, t) for p, t in zip(planner.matrices, targets, strict=True))
+        assert (state.rules.shrink.offset == rounded_for).all()
 
     def test_a_recovered_plan_is_trimmed_at_its_last_matrices_only(self, planned):
         planner, state = planned
         live = Live(planner, state, "cpu")
         before = {n: t.clone() for n, t in live.values().items()}
-        state = live.settle()
+        planner, state = live.settle()
         tables = dump_shared(state.shared)
 
         def size(sections, tables):

@@ -274,6 +274,7 @@ def sections(data):
     return [(s.kind, data[s.start : s.start + s.length]) for s in container._directory(data, "")]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(DAMAGED), st.data())

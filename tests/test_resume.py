@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import bytecap
+import crashes
 from bytecap.errors import OutputError
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
 from bytecap.quantization import Shrink, gaussian_shrink
-from bytecap.recovery import checkpointing
+from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
 from bytecap.system.atomic import replacing, sweep, write_atomically
 from bytecap.system.cache import Store, digest
 from conftest import BUDGET, SMALL
@@ -41,7 +42,10 @@ def fit(model_directory, texts, tmp_path):
     return run
 
 
-STAGES = ("_prepare", "_factors", "_allocate", "_better", "_apply_drift", "_finish")
+STAGES = (
+    "methods.bytecap.prepare", "allocation.plans.factors", "allocation.plans.step_multipliers",
+    "allocation.plans.best_of", "methods.bytecap.retarget", "methods.bytecap.pack",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -54,7 +58,7 @@ class TestGoingOn:
 
         for stage in STAGES:
             with monkeypatch.context() as patch:
-                patch.setattr(f"bytecap.methods.bytecap.{stage}", die)
+                patch.setattr(f"bytecap.{stage}", die)
                 with pytest.raises(Killed):
                     fit()
         assert fit() == fitted()[0].data
@@ -64,8 +68,11 @@ class TestGoingOn:
         fit()
         entries = sorted((tmp_path / "store").iterdir())
         assert len(entries) == 4  # statistics, factors, plan, drift targets
-        for name in ("statistics.probe", "default.correct.measure", "default.drift_targets", "default.kl_each"):
-            monkeypatch.setattr(f"bytecap.methods.{name}", None)
+        for name in (
+            "calibration.statistics.probe", "allocation.correction.measure", "methods.bytecap.drift_targets",
+            "allocation.plans.kl_each",
+        ):  # fmt: skip
+            monkeypatch.setattr(f"bytecap.{name}", None)
         assert fit() == undisturbed
 
     def test_spoiled_entries_are_not_trusted(self, fit, fitted, tmp_path):
@@ -107,7 +114,7 @@ class TestGoingOn:
         for number, changes in enumerate(({"paths": ["outliers"]}, {"options": {"allocate": False}})):
             undisturbed = fit(store=None, **changes)
             with monkeypatch.context() as patch:
-                patch.setattr("bytecap.methods.bytecap._finish", die)
+                patch.setattr("bytecap.methods.bytecap.pack", die)
                 with pytest.raises(Killed):
                     fit(store=tmp_path / str(number), **changes)
             assert fit(store=tmp_path / str(number), **changes) == undisturbed
@@ -115,7 +122,8 @@ class TestGoingOn:
     def test_rules_come_back_as_they_were(self):
         one, two = Table(-1, np.array([3, 8, 3, 2])), Table(0, np.array([15, 1]))
         shared = Shared(Tables({1: one, 2: one, 5: two}), gaussian_shrink().offset)
-        back, shrink = checkpointing.rules_from_json(checkpointing.rules_to_json((shared, Shrink(shared.offset / 2))))
+        found = rules_from_json(rules_to_json(Rules(shared, Shrink(shared.offset / 2))))
+        back, shrink = found.shared, found.shrink
         assert {c: (t.low, t.freq.tolist()) for c, t in back.tables.table.items()} == {
             c: (t.low, t.freq.tolist()) for c, t in shared.tables.table.items()
         }
@@ -237,27 +245,25 @@ class TestStore:
             Store(tmp_path / "a")
 
 
-def crashes(command, kills, *more):
-    """What tests/crashes.py counted."""
-    line = [sys.executable, HERE / "crashes.py", command, "--kills", str(kills), *more]
-    made = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)  # noqa: S603 (our own)
-    assert made.returncode == 0, made.stdout + made.stderr
-    return json.loads(made.stdout.splitlines()[-1])
-
-
 class TestKilled:
     @pytest.mark.slow
     @pytest.mark.parametrize("command", ["fit", "curves"])
-    def test_at_three_random_moments(self, model_directory, texts, command):
-        more = ["--paths", "step,rows"] if command == "curves" else []
-        found = crashes(
-            command, 3, "--model", model_directory("rotary"), "--budget", BUDGET, "--more", "--tokens", 2000,
-            "--eval-tokens", 1000, "--calib", texts["calib"], "--eval", texts["val"], *more,
-        )  # fmt: skip
+    def test_at_three_random_moments(self, fit, model_directory, texts, tmp_path, command):
+        fit(store=None)  # what it imports and compiles the forks need not
+        more = {"fit": (), "curves": ("--paths", "step,rows", "--points", 4, "--point-tokens", 500)}
+        options = [
+            model_directory("rotary"), "--budget", BUDGET, "--tokens", 2000, "--eval-tokens", 1000, "--calib",
+            texts["calib"], "--eval", texts["val"], *more[command],
+        ]  # fmt: skip
+        found = crashes.Crashes(command, options, tmp_path, seed=0).run(kills=3, seconds=1e9)
         assert found["kills"] == 3
         assert found["finished"]
+        assert [found[k] for k in crashes.FAULTS] == [0, 0, 0, 0]
 
     @pytest.mark.nightly
     @pytest.mark.parametrize("command", ["fit", "curves"])
     def test_at_fifty_random_moments_on_the_embedded_model(self, command):
-        assert crashes(command, 50)["kills"] == 50
+        line = [sys.executable, HERE / "crashes.py", command, "--kills", "50"]
+        made = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False)  # noqa: S603
+        assert made.returncode == 0, made.stdout + made.stderr
+        assert json.loads(made.stdout.splitlines()[-1])["kills"] == 50

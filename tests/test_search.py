@@ -1,6 +1,7 @@
 """The step at which a plan's bytes meet the capacity."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 
 import bytecap
 from bytecap.allocation.planner import Planner, State, VectorUnit, _next_log_step
+from bytecap.calibration.metric import Metric
 from bytecap.format.coders.vector import CODER as VECTOR
+from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
 from conftest import SMALL, build
 
@@ -18,14 +22,14 @@ pytestmark = pytest.mark.numeric
 class Uneven:
     """A planner that holds one unit back: its bytes only fall from a step on that is far from the others'."""
 
-    parameters, shared, names, _finest = 1000, None, ("a",), {"a": 1e9}
+    parameters, names, finest = 1000, ("a",), {"a": 1e9}
 
-    def settle(self, steps):
+    def settle(self, steps, _rules):
         return State(dict(steps), {}, None, {"a": 1000 - 150 * max(0.0, math.log(steps["a"]) - 25)}, {})
 
 
 def test_the_search_goes_as_far_as_it_must():
-    c, state = Planner.search(Uneven(), {"a": 1.0}, 600, start=1.0)
+    c, state = Planner.search(Uneven(), {"a": 1.0}, 600, None, start=1.0)
     assert abs(state.rate - 600) <= 5e-4 * 600
     assert math.log(c) == pytest.approx(25 + 400 / 150, abs=0.01)
 
@@ -33,12 +37,12 @@ def test_the_search_goes_as_far_as_it_must():
 class Restless:
     """A planner whose bytes fall with its step, and are far more at every second look."""
 
-    parameters, shared, names, _finest = 1000, None, ("a",), {"a": 1e9}
+    parameters, names, finest = 1000, ("a",), {"a": 1e9}
 
     def __init__(self):
         self.looks = 0
 
-    def settle(self, steps):
+    def settle(self, steps, _rules):
         self.looks += 1
         return State(dict(steps), {}, None, {"a": 1000 - 120 * math.log(steps["a"]) + 400 * (self.looks % 2 == 0)}, {})
 
@@ -51,7 +55,7 @@ def test_points_turned_round_by_refitted_tables_say_nothing_of_the_slope():
 
 def test_where_the_last_look_is_too_large_the_finest_that_fitted_is_taken():
     planner = Restless()
-    c, state = Planner.search(planner, {"a": 1.0}, 900, start=3.0, rounds=2)
+    c, state = Planner.search(planner, {"a": 1.0}, 900, None, start=3.0, rounds=2)
     assert planner.looks == 3
     assert (c, state.rate) == (pytest.approx(3.0), pytest.approx(1000 - 120 * math.log(3.0)))
 
@@ -66,6 +70,7 @@ def test_constant_vectors_take_any_step(values):
         assert centre == values[0]
 
 
+@pytest.mark.slow
 def test_a_model_with_constant_vectors_and_zero_matrices_at_a_large_budget(model_directory, texts, tmp_path):
     module = build("biased")
     with torch.no_grad():
@@ -85,7 +90,25 @@ def test_a_model_with_constant_vectors_and_zero_matrices_at_a_large_budget(model
 
 def test_the_search_ends_where_no_step_is_wide_enough():
     stuck = Uneven()
-    stuck.settle = lambda steps: State(dict(steps), {}, None, {"a": 1000.0}, {})
-    c, state = Planner.search(stuck, {"a": 1.0}, 600, start=1.0)
+    stuck.settle = lambda steps, _rules: State(dict(steps), {}, None, {"a": 1000.0}, {})
+    c, state = Planner.search(stuck, {"a": 1.0}, 600, None, start=1.0)
     assert c == 2.0**20 * 1e9
     assert state.rate == 1000
+
+
+def test_settling_is_a_function_of_steps_and_rules():
+    """A second call gives what the first one gave, and nobody can put something else into a planner or a state."""
+    torch.manual_seed(0)
+    options = Options()
+    inputs = torch.randn(64, 12, dtype=torch.float64)
+    metric = Metric((inputs.T @ inputs / 64)[None], torch.ones(20, dtype=torch.float64))
+    item = prepare(Unit("a", (20, 12), "F32"), torch.randn(20, 12), metric, options)
+    planner, rules = Planner.of([item], [], options), initial_rules(options)
+    first = planner.settle({"a": 0.4}, rules)
+    assert planner.settle({"a": 0.4}, first.rules).rate != first.rate  # refitted tables and offsets are handed on
+    again = planner.settle({"a": 0.4}, rules)
+    assert (again.rates, again.distortions) == (first.rates, first.distortions)
+    assert again.rules.shrink.offset.tolist() == first.rules.shrink.offset.tolist()
+    for value, name in ((planner, "matrices"), (first, "rules"), (rules, "shared")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, name, None)

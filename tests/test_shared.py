@@ -34,7 +34,7 @@ from bytecap.format.wire.shared_objects import (
 )
 from bytecap.methods.baselines import kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import Material
-from bytecap.pipeline import fit as pipeline
+from bytecap.pipeline import stages as pipeline
 from bytecap.quantization.overlays import Problem
 from bytecap.quantization.overlays.lowrank import PATH, Rank
 from bytecap.types import Unit

@@ -10,6 +10,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 import pytest
+import torch
 
 import bytecap
 import golden_parts
@@ -113,6 +114,7 @@ def isolated(directory, path, *arguments):
 
 
 class TestDecoder:
+    @pytest.mark.slow
     def test_size(self):
         """At most 6 KB packed, as text inside the script, for the default coders."""
         sources = {"a.py": b"from bytecap import load"}
@@ -138,6 +140,7 @@ class TestDecoder:
         assert used("tied") == {1, 2}
         assert used("layer_lowrank") >= {5, 35}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("used", [vendor.DEFAULT, ALL], ids=["default", "all"])
     def test_goldens_alone_with_numpy(self, script, tmp_path, libraries, used):
         sources = pack.gather(script)
@@ -184,7 +187,7 @@ class TestExport:
 
     def test_the_budget_leaves_nothing(self, file, script, tmp_path, run):
         size = file.stat().st_size
-        code, out, _ = run("golf", "budget", "--script", script, "--cap", "20000")
+        code, out, _ = run("golf", "budget", "--script", script, "--cap", "20000", "--like", file)
         assert code == 0
         cap = 20_000 - int(out) + size
         arguments = ("golf", "export", file, "--script", script, "-o", tmp_path / "out", "--json")
@@ -193,9 +196,19 @@ class TestExport:
         assert code == 2
         assert f"fit again with --budget {size - 1}" in err
 
+    @pytest.mark.slow
     def test_the_like_of_an_artifact(self, script, file):
         tied = export.budget(script, like=DIRECTORY / "layer_lowrank.bcap")
-        assert tied < export.budget(script) == export.budget(script, like=file) < export.budget(script, vendored=False)
+        assert tied < export.budget(script) < export.budget(script, like=file) < export.budget(script, vendored=False)
+
+    def test_the_budget_is_enough_for_a_model_with_buffers(self, script, tmp_path):
+        module = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64))
+        module.register_buffer("steps", torch.arange(5))
+        ids = torch.randint(64, (16, 33), generator=torch.Generator().manual_seed(0))
+        path, cap = tmp_path / "buffered.bcap", 9_000
+        calibration = [ids[i : i + 4] for i in (0, 4, 8)]
+        bytecap.fit(module, export.budget(script, cap=cap), calibration=calibration, output=path)
+        assert export.export(path, tmp_path / "out", script, cap=cap)["total_bytes"] <= cap
 
     def test_code_of_the_artifact(self, script, tmp_path):
         from bytecap.pipeline import pack_code
@@ -348,6 +361,7 @@ class TestCheck:
         (submission / "train_gpt.py").write_text(text[:cut] + text[cut + 50 :], "ascii")
         assert "the packed script is damaged" in refused("golf", "check", submission)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("command", "said"),
         [

@@ -42,6 +42,7 @@ def decode_only(*arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "files", "exact", "trellis", "code", "shared_latent"])
 def test_unpacking_needs_the_core_only(name, tmp_path):
     done = decode_only("unpack", ROOT / "tests" / "goldens" / f"{name}.bcap", "-o", tmp_path)
@@ -55,6 +56,7 @@ def test_reading_needs_the_core_only(command):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_blocker_blocks():
     done = decode_only("eval", ROOT / "tests" / "goldens" / "files.bcap", "--text", ROOT / "README.md")
     assert done.returncode == 2
@@ -115,6 +117,7 @@ WRITING = {
 }  # names, and files written: no part of decoding
 
 
+@pytest.mark.slow
 def test_coverage_is_asked_of_all_that_decodes():
     """The modules that reading every golden imports are those that `make coverage` looks at."""
     done = subprocess.run(  # noqa: S603 (our own script)

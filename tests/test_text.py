@@ -35,6 +35,7 @@ class TestWindows:
         for before, after in itertools.pairwise(windows):
             assert before.tokens[-1] == after.tokens[0]
 
+    @pytest.mark.slow
     @given(WORDS)
     def test_every_byte_is_counted_once(self, encode, document):
         ((ids, sizes),) = encode([document])
@@ -160,6 +161,7 @@ class TestTokenizer:
     def test_first_token(self, config, token):
         assert first_token({"config.json": config}) == token
 
+    @pytest.mark.slow
     def test_the_embedded_model_is_as_good_as_its_notes_say(self):
         """About 1.22 bits per byte on its own evaluation text: units of the whole evaluation are right."""
         from bytecap.pipeline.score import score

@@ -18,7 +18,8 @@ from bytecap.format.coders.trellis import dependent
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.rans import Stream, encode, escape_bytes, lanes
 from bytecap.format.entropy.shared_tables import fit_shared
-from bytecap.quantization.quantizer import Options, initial_shared, prepare, round_units
+from bytecap.quantization.quantizer import Options, prepare, round_units
+from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
 
 
@@ -29,7 +30,8 @@ def code(weight, hessian, step, *, passes=3, **options):
     unit = Unit("w", (rows, cols), "F32", linear=True)
     metric = Metric(hessian[None], torch.ones(rows, dtype=torch.float64))
     item = prepare(unit, weight, metric, chosen)
-    shared, shrink = initial_shared(chosen)
+    rules = initial_rules(chosen)
+    shared, shrink = rules.shared, rules.shrink
     for _ in range(passes):
         coded, centres = round_units([item], {"w": step}, shrink, chosen)
         shared = fit_shared(coded["w"].counts.sum(0), centres, shared)
@@ -84,6 +86,7 @@ def gap(weight, eigenvalues, step, **options):
     return bits, bits - reverse_waterfilling(eigenvalues, distortion)
 
 
+@pytest.mark.slow
 class TestPlainGaussian:
     """H is the identity: entropy-coded uniform quantization, whose gap is known (Gish & Pierce 1968)."""
 

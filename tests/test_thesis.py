@@ -1,6 +1,7 @@
 """The thesis: rules that decide both ways on records whose answer is known."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,7 @@ class TestVerdicts:
         (found,) = read(lines() + later[:3])
         assert list(found.lines) == ["base", "arm global"]
 
+    @pytest.mark.slow
     def test_the_page_holds_every_verdict(self):
         every = [r for s in range(5) for b in ("grid", "golf") for r in lines(b, seed=s, model=f"m{s}")]
         found = judge(every)
@@ -300,4 +302,11 @@ class TestVerdicts:
         assert {f"effects-{n}" for n in experiments.found()} <= set(parser.names)
         assert all(SIGNS[e["verdict"]] in text and e["hypothesis"] in text for e in found["experiments"])
         assert len(parser.tips) >= 8
+        cards = re.findall(r"<li>([^<]*<b>.*?)<details>", text.partition('class="cards verdicts"')[2])
+        assert len(cards) == 8
+        for card, e in zip(cards, found["experiments"], strict=True):
+            words = re.sub(r"<title>.*?</title>|<[^>]*>", " ", card)
+            assert len(words.split()) <= len(f"{e['title']} {e['hypothesis']}".split()) + 4, words
+            assert card.count('<svg class="strip"') == any(e["main"] in g["effects"] for g in e["groups"])
+        assert text.count('<svg class="strip"') >= 6
         assert "bytecap thesis" in text

@@ -104,7 +104,7 @@ class TestStart:
 class TestDirectory:
     def test_stored_once_and_the_same_after_reading(self, made, four):
         directory, report, notes = made
-        stored = bytecap.model.checkpoint.check_safetensors(directory / "model.safetensors")
+        stored = bytecap.model.fileset.check_safetensors(directory / "model.safetensors")
         assert "model.layers.0.mlp.up_proj.weight" in stored
         assert "model.layers.2.mlp.up_proj.weight" not in stored
         assert "model.layers.2.mlp.up_proj.down.weight" in stored
@@ -154,8 +154,8 @@ class TestDirectory:
         assert "is tied already" in line
 
 
-@pytest.mark.numeric
 class TestAllocation:
+    @pytest.mark.numeric
     def test_statistics_of_all_uses_add_up(self, four, texts):
         """A shared matrix's Hessian is the sum of those of the same values, stored once for each use."""
         model = load_model(four)
@@ -172,6 +172,7 @@ class TestAllocation:
         assert torch.allclose(one, both[0] + both[1], rtol=1e-4)
         assert name.format(2) not in found["looped"]
 
+    @pytest.mark.numeric
     @pytest.mark.slow
     def test_three_uses_buy_finer_steps(self, four, texts):
         """Against the same values stored three times, and against a layer of its own: half a bit for a doubling."""

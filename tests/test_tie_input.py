@@ -72,6 +72,7 @@ class TestBadInput:
     def test_options(self, four, texts, refused, tmp_path, option, value, said):
         assert said in refused(*self.call(four, texts, tmp_path, option, value))
 
+    @pytest.mark.slow
     @pytest.mark.numeric
     def test_divergence_is_stopped_and_the_best_is_kept(self, four, texts):
         model, said = load_model(four), Silent()
@@ -97,6 +98,7 @@ class TestBadInput:
         assert "interrupted; no partial file is left behind" in err
         assert list((tmp_path / "t").iterdir()) == []
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("edit", "said"),
         [
@@ -118,6 +120,7 @@ class TestBadInput:
         file.write_text(json.dumps(json.loads(file.read_text()) | edit))
         assert said in refused("eval", spoiled, "--text", texts["val"])
 
+    @pytest.mark.slow
     def test_missing_and_misshapen_tensors(self, made, refused, texts, tmp_path):
         from safetensors.torch import load_file, save_file
 
@@ -129,6 +132,7 @@ class TestBadInput:
         save_file(tensors | {name: torch.zeros(3, 2)}, spoiled / "model.safetensors")
         assert f"{name} has shape [3, 2]" in refused("eval", spoiled, "--text", texts["val"])
 
+    @pytest.mark.slow
     def test_a_file_with_a_spoiled_description(self, fitted_tied, refused, texts, tmp_path):
         found, _ = fitted_tied
         files = tuple(

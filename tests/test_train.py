@@ -18,6 +18,7 @@ from bytecap.job import Section
 from bytecap.model.checkpoint import as_matrix, load_model
 from bytecap.model.module import model_of
 from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.rules import initial_rules
 from bytecap.reference import decode_file
 from bytecap_lab import train
 from bytecap_lab.train import PQuantLinear, estimate
@@ -241,11 +242,12 @@ def coded(matrices, step):
         rows, cols = u.matrix_shape
         metric = Metric(torch.eye(cols, dtype=torch.float64)[None], torch.ones(rows, dtype=torch.float64))
         items.append(prepare(u, model.tensor(u), metric, Options(damping=1e-12)))
-    planner = Planner(items, [], Options())
+    planner = Planner.of(items, [], Options())
     steps = dict.fromkeys(planner.names, step)
+    rules = initial_rules(planner.options)
     for _ in range(2):
-        planner.settle(steps)
-    state = planner.settle(steps, refit=False)
+        rules = planner.settle(steps, rules).rules
+    state = planner.settle(steps, rules, refit=False)
     return module, sum(len(data) for _, data in planner.encode(state).values())
 
 
@@ -267,6 +269,7 @@ def spread(matrices, strength):
     return found
 
 
+@pytest.mark.slow
 class TestRate:
     @pytest.mark.parametrize("bits", [1.5, 3.0, 5.0])
     def test_against_the_real_coder(self, real, bits):

@@ -1,4 +1,4 @@
-"""Every error bytecap raises on purpose.
+"""Define every error that bytecap raises on purpose.
 
 The tree (all derive from `BytecapError`, so one `except` catches them all)::
 
@@ -15,6 +15,8 @@ The tree (all derive from `BytecapError`, so one `except` catches them all)::
         ├── VersionError    it was written by a newer, incompatible version of the format
         └── CorruptError    it is truncated, or a checksum, count or offset is wrong
 
+Beside the errors there is `BytecapWarning`, the category of every warning.
+
 Messages are one line and name the file, tensor and number at fault.
 
 >>> issubclass(CorruptError, ArtifactError) and issubclass(ArtifactError, BytecapError)
@@ -22,6 +24,10 @@ True
 """
 
 from __future__ import annotations
+
+
+class BytecapWarning(UserWarning):
+    """A job goes on, but its result may not be what was meant; the same text is in `Artifact.report["warnings"]`."""
 
 
 class BytecapError(Exception):

@@ -1,7 +1,13 @@
-"""Sizes and budgets: `3000000`, `3MB` (decimal) and `3MiB` (binary) never get mixed up.
+"""Parse and format sizes and budgets such as `3000000`, `3MB` (decimal) and `3MiB` (binary).
 
->>> parse_size("3MB"), parse_size("3MiB"), parse_size("600kB"), parse_size(1000)
-(3000000, 3145728, 600000, 1000)
+>>> parse_size("3MB"), parse_size("3M"), parse_size("3MiB"), parse_size("600kB"), parse_size(1000)
+(3000000, 3000000, 3145728, 600000, 1000)
+>>> parse_budget("3.5bpp", 1_000_000), parse_budget("3MB", 1_000_000), split_budgets("3MB,4,000,000,3.5bpp")
+(437500, 3000000, ['3MB', '4,000,000', '3.5bpp'])
+>>> check_budget("3.5")
+Traceback (most recent call last):
+bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 3.5MB for millions of bytes, or \
+3.5bpp for bits per parameter of a model
 >>> format_size(3_000_000)
 '3,000,000 bytes (3.000 MB, 2.861 MiB)'
 """
@@ -16,14 +22,19 @@ from bytecap.errors import UsageError
 
 _FACTORS = {
     "": 1, "b": 1,
+    "k": 10**3, "m": 10**6, "g": 10**9,
     "kb": 10**3, "mb": 10**6, "gb": 10**9,
     "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip
 _SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*bpp", re.IGNORECASE)
+_LISTED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^,]*|[^,]+")
+_SIZES = "use bytes (3000000), 3MB (decimal) or 3MiB (binary)"
+_BUDGETS = "use bytes (3000000), 3MB (decimal), 3MiB (binary) or 3.5bpp (bits per parameter)"
 
 
 def parse_size(size: int | str) -> int:
-    """Number of bytes meant by `size`.
+    """Parse a size; returns bytes.
 
     Args:
         size: a count of bytes, or text such as `3000000`, `3MB`, `2.5 MiB`, `600kB`.
@@ -31,13 +42,23 @@ def parse_size(size: int | str) -> int:
     Raises:
         UsageError: not a size, or not at least one byte.
     """
+    return _parsed(size, _SIZES)
+
+
+def _parsed(size: int | str, forms: str) -> int:
+    """Read a number of bytes; `forms` says what may be written."""
     if isinstance(size, int):
         value: float = size
     else:
-        match = _SIZE.fullmatch(size.strip())
+        match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
         factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            raise UsageError(f"cannot read the size {size!r}: use bytes (3000000), 3MB (decimal) or 3MiB (binary)")
+            raise UsageError(f"cannot read the size {size!r}: {forms}")
+        if "." in match[1] and not match[2]:
+            raise UsageError(
+                f"cannot read the size {size!r}, which has no unit: write {match[1]}MB for millions of bytes, or "
+                f"{match[1]}bpp for bits per parameter of a model"
+            )
         value = float(match[1].replace("_", "").replace(",", "")) * factor
     if value < 1:
         raise UsageError(f"the budget must be at least one byte, not {size}")
@@ -45,24 +66,36 @@ def parse_size(size: int | str) -> int:
 
 
 def parse_budget(budget: int | str, parameters: int) -> int:
-    """Number of bytes meant by a budget: a size, or bits per parameter such as `4.5bpp`.
+    """Parse a budget for a model; returns bytes.
 
-    >>> parse_budget("4.5bpp", 1000), parse_budget("3kB", 1000)
-    (562, 3000)
+    Args:
+        budget: a size as `parse_size` reads it, or bits per parameter such as `3.5bpp`.
+        parameters: of the model.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: not a budget, or not at least one byte.
     """
-    if isinstance(budget, str) and budget.strip().lower().endswith("bpp"):
-        try:
-            return max(1, int(float(budget.strip()[:-3]) * parameters / 8))
-        except (ValueError, OverflowError) as exc:
-            raise UsageError(f"cannot read the budget {budget!r}: use 3000000, 3MB, 3MiB or 3.5bpp") from exc
-    return parse_size(budget)
+    if isinstance(budget, str) and (match := _RATE.fullmatch(budget.strip())):
+        return parse_size(max(1, int(float(match[1]) * parameters / 8)) if float(match[1]) else 0)
+    return _parsed(budget, _BUDGETS)
+
+
+def check_budget(budget: int | str) -> None:
+    """Refuse a budget that no model could have, before a model is loaded.
+
+    Raises:
+        UsageError: see `parse_budget`.
+    """
+    parse_budget(budget, 8 * 10**9)
+
+
+def split_budgets(text: str) -> list[str]:
+    """Split budgets at commas, except those between groups of three digits of a number."""
+    return [m[0].strip() for m in _LISTED.finditer(text)]
 
 
 def format_size(count: int) -> str:
-    """Both units, once, so that nobody mixes them up."""
+    """Format a size in bytes and in both units."""
     if count < 1_000_000:
         return f"{count:,} bytes ({count / 1e3:.1f} kB, {count / 2**10:.1f} KiB)"
     return f"{count:,} bytes ({count / 1e6:.3f} MB, {count / 2**20:.3f} MiB)"
@@ -72,7 +105,7 @@ T = TypeVar("T")
 
 
 def in_groups(items: Iterable[T], size: Callable[[T], int], most: int, count: int | None = None) -> Iterator[list[T]]:
-    """Consecutive groups whose sizes add up to at most `most`, of at most `count` items; a larger item stands alone.
+    """Yield consecutive groups of at most `count` items and a summed size of at most `most`; larger items stand alone.
 
     >>> list(in_groups([3, 4, 9, 1, 1, 1], int, 8, 2))
     [[3, 4], [9], [1, 1], [1]]

@@ -1,4 +1,4 @@
-"""The nouns of bytecap: frozen dataclasses, no logic.
+"""Define the nouns of bytecap as frozen dataclasses without logic.
 
 `Unit` is a stored tensor, `Point` one way to store it, `Curve` all measured ways, `Plan` the choice made for
 every unit, `Score` what an evaluation found. Everything else in the package turns one of these into another.
@@ -89,7 +89,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found, over one text or as a mean over several.
+    """The scores of an evaluation, over one text or as a mean over several.
 
     Attributes:
         name: the text.

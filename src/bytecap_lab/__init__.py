@@ -1,1 +1,1 @@
-"""Research tools over bytecap: byte-return curves, comparisons, the thesis, tied layers, training, submissions."""
+"""Research tools on top of bytecap: byte-return curves, comparisons, the thesis, tied layers, training, submissions."""

@@ -1,1 +1,1 @@
-"""Allocation: measured points, their lower hulls, one slope, and a step for every tensor."""
+"""Allocate bytes: measured points, their lower hulls, one slope, and a step for every tensor."""

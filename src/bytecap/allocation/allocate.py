@@ -1,4 +1,4 @@
-"""One slope for the whole model: lower hulls, bisection, fill, and the certificate.
+"""Allocate a budget with one slope for the whole model: lower hulls, bisection, fill, and a certificate.
 
 Minimise the summed distortion over one point per curve with the summed rate under a budget: a multiple-choice
 knapsack. For a slope (nats per byte) every curve takes the point that minimises `distortion + slope * rate`,
@@ -32,7 +32,7 @@ from bytecap.types import Curve, Plan, Point
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """Points on the lower convex hull of (rate, distortion), by rising rate and falling distortion."""
+    """Return the points on the lower convex hull of (rate, distortion), by rising rate."""
     hull: list[Point] = []
     for p in sorted(points, key=lambda p: (p.rate, p.distortion)):
         if hull and (p.rate == hull[-1].rate or p.distortion >= hull[-1].distortion):
@@ -44,17 +44,17 @@ def lower_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def _slope(a: Point, b: Point) -> float:
-    """Distortion a byte buys on the way from a to b."""
+    """Return the distortion that a byte buys on the way from a to b."""
     return (a.distortion - b.distortion) / (b.rate - a.rate)
 
 
 def floor_rate(curves: Sequence[Curve]) -> float:
-    """Smallest reachable rate in bytes."""
+    """Return the smallest reachable rate in bytes."""
     return sum(min(p.rate for p in c.points) for c in curves)
 
 
 def _at_slope(hulls: Sequence[Sequence[Point]], slope: float) -> list[int]:
-    """Index on every hull of the cheapest point at this slope."""
+    """Return the index on every hull of the best point at a slope."""
     chosen = []
     for hull in hulls:
         i = 0
@@ -101,13 +101,13 @@ def allocate(curves: Sequence[Curve], budget: float) -> Plan:
 
 
 def _bound(hulls: Sequence[Sequence[Point]], slope: float, budget: float) -> float:
-    """Lagrangian lower bound on the distortion of any plan within the budget."""
+    """Return the Lagrangian lower bound on the distortion of any plan within the budget."""
     best = sum(min(p.distortion + slope * p.rate for p in hull) for hull in hulls)
     return best - slope * budget
 
 
 def _fill(curves: Sequence[Curve], chosen: list[Point], budget: float) -> list[Point]:
-    """Spend what is left: always the steepest improvement that fits, hull or not."""
+    """Spend the rest of the budget, always on the steepest improvement that fits, on the hull or not."""
     chosen = list(chosen)
     left = budget - sum(p.rate for p in chosen)
     while True:
@@ -130,7 +130,7 @@ def _fill(curves: Sequence[Curve], chosen: list[Point], budget: float) -> list[P
 
 
 def refine(curve: Curve, kappa: float) -> Curve:
-    """Points every sixteenth of an octave between the measured ones (monotone interpolation in the logarithm).
+    """Interpolate points every sixteenth of an octave between measured ones, monotonically in the logarithm.
 
     Args:
         curve: points of one kind; `setting` is an octave.
@@ -151,7 +151,7 @@ def refine(curve: Curve, kappa: float) -> Curve:
 
 
 def _pchip(x: npt.NDArray[Any], y: npt.NDArray[Any], at: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Shape-preserving cubic interpolation (Fritsch-Carlson slopes)."""
+    """Interpolate cubically, preserving shape (Fritsch-Carlson slopes)."""
     h, d = np.diff(x), np.diff(y) / np.diff(x)
     m = np.concatenate(
         [[d[0]], np.where(d[:-1] * d[1:] > 0, 2 * d[:-1] * d[1:] / (d[:-1] + d[1:] + 1e-300), 0), [d[-1]]]

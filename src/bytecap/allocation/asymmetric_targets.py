@@ -15,6 +15,7 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -119,6 +120,7 @@ def stages(model: nn.Module, run: Run) -> list[list[str]]:
 @torch.no_grad()
 def drift_targets(
     planner: Planner,
+    order: Sequence[Sequence[str]],
     state: State,
     original: nn.Module,
     twin: nn.Module,
@@ -128,13 +130,14 @@ def drift_targets(
     device: str,
     advance: Advance,
 ) -> dict[str, Tensor]:
-    """What to add to units' targets, (rows, cols) by unit name; units without drift targets are left out.
+    """What to add to units' targets, (rows, cols) by unit name.
 
     The windows are walked in rounds, which bounds memory; targets are means over the rounds so far.
 
     Args:
         planner: prepared units.
-        state: steps to code the prefix at; its coded units are used up.
+        order: units that get targets, see `call_order`.
+        state: steps and rules to code the prefix with, and the integers of all units that are not in `order`.
         original: untouched model.
         twin: a twin of it, overwritten.
         windows: calibration windows.
@@ -143,34 +146,28 @@ def drift_targets(
         advance: called with the share of the work that is done.
     """
     units = {p.unit.name: p for p in planner.matrices}
-    vocabulary = max((p.unit.matrix_shape[0] for p in planner.matrices), default=4096)
-    plan = [
-        [n for n in names if n in units and not units[n].unit.aliases] for names in _order(original, windows, device)
-    ]
-    plan = [names for names in plan if names]
-    if not plan:
+    if not order:
         return {}
-    staged = {n for names in plan for n in names}
+    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
+    staged = {n for names in order for n in names}
     load_values(twin, unit_values(planner, state, [n for n in planner.names if n not in staged]))
-    state.coded.clear()
     change: dict[str, Tensor] = {}
     groups = rounds(windows, _ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(_runs(chosen, batch_tokens(vocabulary), device))
-        walks = [_walks(model, data, plan) for model in (original, twin)]
+        walks = [_walks(model, data, order) for model in (original, twin)]
         try:
-            for names in plan:
+            for names in order:
                 fix = _fix(walks, [mask for _, mask in data]) * strength
                 for n in names:
                     fresh = units[n].target @ fix
                     change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
                 members = [units[n].moved(change[n]) for n in names]
-                rounded = planner.round(members, state.steps, state.shared)
-                prefix = State(state.steps, rounded, state.shared, {}, {})
+                prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
                 _only(twin, original, unit_values(planner, prefix, names), staged)
-                del members, rounded, prefix
+                del members, prefix
                 allocator.release()
-                advance(1 / len(plan) / len(groups))
+                advance(1 / len(order) / len(groups))
         finally:
             for walk in (w for group in walks for w in group):
                 walk.cancel()
@@ -192,7 +189,14 @@ def _forward(ids: Tensor, model: nn.Module) -> Any:
     return model(ids)
 
 
-def _order(model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
+def call_order(planner: Planner, model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
+    """Units that can be given targets, stage by stage in the order of calls; none if batches disagree about it."""
+    units = {p.unit.name: p.unit for p in planner.matrices}
+    order = [[n for n in names if n in units and not units[n].aliases] for names in _stages_of(model, windows, device)]
+    return [names for names in order if names]
+
+
+def _stages_of(model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
     """Stages of a model; none if some batches disagree about them."""
     if of_transformers(model):
         first = next(batches(windows, 1))[0][:1, :8].to(device)
@@ -229,9 +233,9 @@ def _only(twin: nn.Module, original: nn.Module, values: Values, staged: set[str]
     load_values(twin, values)
 
 
-def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], plan: list[list[str]]) -> list[_Walk]:
+def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], order: Sequence[Sequence[str]]) -> list[_Walk]:
     modules = linear_weights(model)
-    return [_Walk(model, run, [modules[names[0]][0] for names in plan]) for run, _ in data]
+    return [_Walk(model, run, [modules[names[0]][0] for names in order]) for run, _ in data]
 
 
 def _fix(walks: list[list[_Walk]], masks: list[Tensor | None]) -> Tensor:

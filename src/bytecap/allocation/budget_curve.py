@@ -1,4 +1,4 @@
-"""What happens at the margin: plans at neighbouring budgets, and the units that a kilobyte more or less moves.
+"""Describe a plan's margin: plans at neighbouring budgets, and the units that a kilobyte more or less moves.
 
 Solved on the curves the plan was made from, so it costs next to nothing and says what the allocator believes.
 """
@@ -16,7 +16,7 @@ KILOBYTE = 1000.0
 
 
 def margin(curves: Sequence[Curve], plan: Plan, capacity: float) -> dict[str, Any]:
-    """The margin of a plan.
+    """Return the margin of a plan.
 
     Args:
         curves: that the plan was made from.
@@ -43,7 +43,7 @@ def margin(curves: Sequence[Curve], plan: Plan, capacity: float) -> dict[str, An
 
 
 def _moves(before: Plan, after: Plan) -> list[dict[str, Any]]:
-    """Units whose points differ, largest change first."""
+    """Return the units whose points differ, largest change first."""
     found = [
         {"unit": n, "bytes": p.rate - before.choice[n].rate, "nats": p.distortion - before.choice[n].distortion}
         for n, p in after.choice.items() if p != before.choice[n]

@@ -1,4 +1,4 @@
-"""Correction factors: what the quadratic prediction misses, measured with the real loss.
+"""Measure correction factors, the ratio of the real loss to the quadratic prediction.
 
 The coded values of all units of one role (the same matrix in every block) are put into the model with everything
 else intact and the KL to the original is measured on held-out tokens; `kappa = KL / sum D` corrects the prediction.
@@ -31,20 +31,20 @@ TOKENS = 4096  # that factors are measured on
 
 @dataclass(frozen=True)
 class Factor:
-    """Measured over predicted loss, and its standard error."""
+    """A ratio of measured to predicted loss, and its standard error."""
 
     kappa: float
     stderr: float
 
     @staticmethod
     def of(measured: tuple[float, float], predicted: float) -> Factor:
-        """From a measured loss with its standard error, which may be NaN, and the prediction."""
+        """Return the factor of a measured loss, with its standard error, which may be NaN, over a prediction."""
         (kl, stderr), predicted = measured, max(predicted, 1e-12)
         return Factor(kl / predicted, stderr / predicted if math.isfinite(stderr) else kl / predicted)
 
 
 def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
-    """Decoded values in stored layout, each decoded when it is looked at, on a GPU where the unit is there."""
+    """Return decoded values in stored layout, each decoded when it is read, on a GPU where the unit is there."""
     units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
 
     def make(name: str) -> npt.NDArray[Any] | Tensor:
@@ -66,7 +66,7 @@ def measure(
     device: str,
     advance: Advance,
 ) -> dict[str, Factor]:
-    """Factor of every unit, one role at a time.
+    """Measure the factor of every unit, one role at a time.
 
     Args:
         planner: prepared units.
@@ -87,7 +87,7 @@ def measure(
 
 
 def role_name(name: str) -> str:
-    """A unit's name without the numbers in it.
+    """Return a unit's name without the numbers in it.
 
     >>> role_name("layers.12.mlp.weight")
     'layers.#.mlp.weight'
@@ -96,7 +96,7 @@ def role_name(name: str) -> str:
 
 
 def roles(planner: Planner) -> dict[str, list[str]]:
-    """Units of one role: same shape, same name but for the numbers in it; all vectors are one role."""
+    """Group units by role: the same shape and name, except for numbers in it; all vectors are one role."""
     groups: dict[str, list[str]] = {}
     for item in planner.matrices:
         groups.setdefault(f"{role_name(item.unit.name)} {item.unit.shape}", []).append(item.unit.name)
@@ -106,7 +106,7 @@ def roles(planner: Planner) -> dict[str, list[str]]:
 
 
 def shrunk(factors: Mapping[str, Factor]) -> dict[str, float]:
-    """Factors shrunk in the logarithm towards their mean, by their reliability; mean level kept.
+    """Shrink factors in the logarithm towards their mean, by their reliability; the mean level stays.
 
     >>> f = shrunk({"a": Factor(2.0, 0.01), "b": Factor(0.5, 0.01)})
     >>> round(f["a"], 2), round(f["b"], 2)

@@ -1,4 +1,4 @@
-"""Units with an exception path over them, in the shape in which the planner rounds all units.
+"""Wrap units under an exception path in the shape in which the planner rounds all units.
 
 A `Layered` unit holds the base's problem where a plain unit holds its own (protected weights are zero, the Hessian
 knows what they will absorb), so rounding, search and trimming need not know of it. After every rounding the layer is
@@ -25,7 +25,7 @@ from bytecap.quantization.quantizer import Coded, Options, Prepared, prepare
 
 
 def problem_of(item: Prepared) -> Problem:
-    """The problem whose damped Hessian was factored; undoes the column order."""
+    """Return the problem whose damped Hessian was factored, with columns in stored order."""
     if item.hessian is not None:
         hessian = item.hessian.double().cpu()
     else:
@@ -37,7 +37,7 @@ def problem_of(item: Prepared) -> Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Layered(Prepared):
-    """A unit under a path; what it inherits is the base's problem.
+    """A unit under a path; its inherited fields are the base's problem.
 
     Attributes:
         plain: the unit without a path.
@@ -54,7 +54,7 @@ class Layered(Prepared):
 
     @property
     def same_base(self) -> bool:
-        """Whether the base codes the unit as it would without the path."""
+        """Return whether the base codes the unit as it would without the path."""
         return self.lower is self.plain.lower
 
     @property
@@ -69,7 +69,7 @@ class Layered(Prepared):
         return layered(plain, problem, self.path, self.setting, self.options)
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
-        """The layer over the decoded base, and the distortion that is left."""
+        """Fit the layer to the decoded base; returns it with the remaining distortion."""
         base = torch.from_numpy(np.array(decode_grid(coded.code, shared), np.float32, order="C"))
         applied = self.path.after(self.problem, base, self.setting)
         return replace(
@@ -82,7 +82,7 @@ class Layered(Prepared):
 
 
 def layered(plain: Prepared, problem: Problem, path: Path, setting: Any, options: Options) -> Layered:
-    """A unit under a path.
+    """Put a unit under a path.
 
     Args:
         plain: the unit without it.

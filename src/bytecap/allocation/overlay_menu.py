@@ -77,7 +77,7 @@ class Menu:
     """What there is to choose around a settled plan.
 
     Attributes:
-        planner: holds the tables and offsets of `start`.
+        planner: the units.
         start: the settled plan.
         kappa: correction factor of every unit.
         capacity: bytes for all units.
@@ -98,9 +98,9 @@ class Menu:
 
     def measure(self, advance: Advance) -> None:
         """Measure everything; `advance` is called with the share that is done."""
-        planner = self.planner
+        planner, start = self.planner, self.start
         states = {
-            o: planner.settle({n: s * 2**o for n, s in self.start.steps.items()}, refit=False) if o else self.start
+            o: planner.settle({n: s * 2**o for n, s in start.steps.items()}, start.rules, refit=False) if o else start
             for o in PLAIN
         }
         plain = {n: [Choice(s.rates[n], s.distortions[n], o) for o, s in states.items()] for n in planner.names}
@@ -117,7 +117,7 @@ class Menu:
         offers: dict[str, list[Curve]] = {n: [] for n in planner.names}
         whole = sum(p.unit.parameters for p in planner.matrices) * max(1, len(self.names))
         for items in in_groups(planner.matrices, lambda p: p.unit.parameters, _VALUES):
-            bench = _Bench(planner, self.start, states, {p.unit.name: p for p in items}, kappa, slope, rankings)
+            bench = _Bench(planner, start, states, {p.unit.name: p for p in items}, kappa, slope, rankings)
             for name in self.names:
                 served = bench.offers(name)
                 self.skipped[name] += len(items) - len(served)
@@ -158,8 +158,7 @@ class Menu:
             layered(p, problem_of(p), paths()[c.path], c.amount, planner.options)
             if (c := amounts.get(p.unit.name)) else p for p in planner.matrices
         ]  # fmt: skip
-        changed = Planner(matrices, planner.vectors, planner.options)
-        changed.shared, changed.shrink = planner.shared, planner.shrink
+        changed = Planner.of(matrices, planner.vectors, planner.options)
         return changed, {n: self.start.steps[n] * 2.0**p.setting for n, p in plan.choice.items()}
 
 
@@ -211,12 +210,12 @@ class _Bench:
 
     def _at(self, items: Sequence[Layered], offset: float, name: str) -> dict[str, Choice]:
         """Units under a path at a step."""
-        shared, below = self.planner.shared, self.states[offset]
+        shared, below = self.start.shared, self.states[offset]
         fresh = [p for p in items if not p.same_base]
         steps = {
             p.unit.name: max(self.start.steps[p.unit.name] * 2.0**offset, finest_step(p)) for p in fresh
         }  # fmt: skip
-        coded = self.planner.round(fresh, steps)
+        coded = self.planner.round(fresh, steps, self.start.rules)
         coded |= {p.unit.name: p.complete(below.coded[p.unit.name], shared) for p in items if p.same_base}
         return {
             p.unit.name: Choice(rate(c := coded[p.unit.name], shared), c.distortion, offset, name, p.setting)

@@ -2,15 +2,16 @@
 
 Every unit has one number to choose, its step `c`. At high rate equal slopes mean equal steps in the Fisher
 metric, so steps are written `c_l = c0 * multiplier_l`; multipliers come from correction factors and from measured
-rate-distortion points, `c0` from the cap. `Planner` holds the prepared units and the shared tables while both
-are settled; `bytecap.methods.rate_control` then meets the cap on real bytes.
+rate-distortion points, `c0` from the cap. `Planner` holds the prepared units. It is a value: settling takes steps and
+rules (tables and offsets, `bytecap.quantization.rules.Rules`) and returns a `State`, which names the rules to go on
+from. `bytecap.methods.rate_control` then meets the cap on real bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,8 @@ from bytecap.format.coders.trellis import Trellis
 from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
 from bytecap.quantization import Shrink
-from bytecap.quantization.quantizer import Coded, Options, Prepared, initial_shared, rate, round_units
+from bytecap.quantization.quantizer import Coded, Options, Prepared, rate, round_units
+from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
 from bytecap.system.threads import in_threads
 from bytecap.types import Curve, Point, Unit
@@ -70,20 +72,34 @@ def finest_step(item: Prepared) -> float:
     return widest * 2.0**-15
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
     """A settled plan: everything that would be stored, under one set of tables.
 
     Attributes:
-        rules: the planner's tables and rounding rules before it settled this state.
+        steps: of every unit.
+        coded: matrices as they would be stored, while somebody needs them.
+        rules: its tables and offsets, and the rounding that the next settling starts from.
+        rates: estimated bytes of every unit.
+        distortions: predicted nats per token of every unit.
+        origin: rules it was rounded under.
     """
 
-    steps: dict[str, float]
-    coded: dict[str, Coded]
-    shared: Shared
-    rates: dict[str, float]
-    distortions: dict[str, float]
-    rules: tuple[Shared, Shrink] | None = None
+    steps: Mapping[str, float]
+    coded: Mapping[str, Coded]
+    rules: Rules
+    rates: Mapping[str, float]
+    distortions: Mapping[str, float]
+    origin: Rules | None = None
+
+    def holding(self, names: Collection[str]) -> State:
+        """The state with the integers of these matrices only; the others' memory goes with the last whole state."""
+        return replace(self, coded={n: c for n, c in self.coded.items() if n in names})
+
+    @property
+    def shared(self) -> Shared:
+        """Tables and offsets that it is stored and decoded with."""
+        return self.rules.shared
 
     @property
     def rate(self) -> float:
@@ -96,20 +112,26 @@ class State:
         return sum(self.distortions.values())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Planner:
-    """Prepared units, and the tables that the last settled plan fitted."""
+    """Prepared units, ready to be settled at any steps under any rules.
+
+    Attributes:
+        matrices: units with input statistics.
+        vectors: units without.
+        options: of the coder.
+        finest: by matrix, the step below which nothing is gained; kept where targets move.
+    """
 
     matrices: Sequence[Prepared]
     vectors: Sequence[VectorUnit]
     options: Options
-    shared: Shared = field(init=False)
-    shrink: Shrink = field(init=False)
-    _finest: dict[str, float] = field(init=False)
+    finest: Mapping[str, float]
 
-    def __post_init__(self) -> None:
-        self.shared, self.shrink = initial_shared(self.options)
-        self._finest = {p.unit.name: finest_step(p) for p in self.matrices}
+    @staticmethod
+    def of(matrices: Sequence[Prepared], vectors: Sequence[VectorUnit], options: Options) -> Planner:
+        """A planner over prepared units."""
+        return Planner(matrices, vectors, options, {p.unit.name: finest_step(p) for p in matrices})
 
     @property
     def names(self) -> list[str]:
@@ -121,57 +143,59 @@ class Planner:
         """Values in matrices."""
         return sum(p.unit.parameters for p in self.matrices)
 
-    def forget(self) -> None:
-        """Drop what only rounding needs; decoding still works."""
-        self.matrices = [p.emptied() for p in self.matrices]
+    def emptied(self) -> Planner:
+        """The planner without what only rounding needs; decoding still works."""
+        return replace(self, matrices=[p.emptied() for p in self.matrices])
 
-    def settle(self, steps: Mapping[str, float], *, refit: bool = True) -> State:
-        """Round everything at its step; with `refit`, refit tables and offsets to what came out."""
-        rules = self.shared, self.shrink
-        steps = {n: max(s, self._finest.get(n, 0.0)) for n, s in steps.items()}
-        coded, centres = round_units(self.matrices, steps, self.shrink, self.options)
+    def settle(self, steps: Mapping[str, float], rules: Rules, *, refit: bool = True) -> State:
+        """Everything rounded at its step; with `refit` under tables and offsets fitted to what came out.
+
+        Args:
+            steps: of every unit.
+            rules: to round by, and tables to start from: those of a state before, or `initial_rules`.
+            refit: False keeps tables and offsets.
+        """
+        steps = {n: max(s, self.finest.get(n, 0.0)) for n, s in steps.items()}
+        coded, centres = round_units(self.matrices, steps, rules.shrink, self.options)
+        found = rules
         if refit:
-            counts = sum_counts([self._side_counts(coded, steps), *(c.counts.sum(0) for c in coded.values())])
-            used = self.shared.offset if self.options.shrink else None
-            self.shared = fit_shared(counts, centres, Shared(self.shared.tables, used) if used is not None else None)
-        state = replace(self.price(coded, steps), rules=rules)
-        if refit and self.options.shrink:
-            self.shrink = Shrink(self.shared.offset)
-        return state
+            old, shrinking = rules.shared, self.options.shrink
+            counts = sum_counts([self._side_counts(coded, steps, old), *(c.counts.sum(0) for c in coded.values())])
+            shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
+            found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
+        return replace(self.price(coded, steps, found), origin=rules)
 
-    def finest_rate(self) -> float:
-        """Bytes of all units at the finest steps whose integers still fit 16 bits."""
-        return self.settle(dict.fromkeys(self.names, 0.0)).rate
+    def finest_state(self, rules: Rules) -> State:
+        """All units at the finest steps whose integers still fit 16 bits."""
+        return self.settle(dict.fromkeys(self.names, 0.0), rules)
 
-    def round(
-        self, items: Sequence[Prepared], steps: Mapping[str, float], shared: Shared | None = None
-    ) -> dict[str, Coded]:
-        """Units rounded at their steps and completed; `shared` is what they are read with."""
-        coded, _ = round_units(items, steps, self.shrink, self.options)
-        shared = shared or self.shared
-        return {p.unit.name: p.complete(coded[p.unit.name], shared) for p in items}
+    def round(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> dict[str, Coded]:
+        """Units rounded at their steps and completed."""
+        coded, _ = round_units(items, steps, rules.shrink, self.options)
+        return {p.unit.name: p.complete(coded[p.unit.name], rules.shared) for p in items}
 
-    def price(self, coded: dict[str, Coded], steps: Mapping[str, float]) -> State:
-        """Rates and distortions of rounded units under the present tables; layers are put over them first."""
-        coded = {p.unit.name: p.complete(coded[p.unit.name], self.shared) for p in self.matrices}
-        rates = {n: rate(c, self.shared) for n, c in coded.items()}
+    def price(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
+        """Rates and distortions of rounded units; layers are put over them first."""
+        shared = rules.shared
+        coded = {p.unit.name: p.complete(coded[p.unit.name], shared) for p in self.matrices}
+        rates = {n: rate(c, shared) for n, c in coded.items()}
         distortions = {n: c.distortion for n, c in coded.items()}
         for v in self.vectors:
-            rates[v.unit.name] = VECTOR.rate(v.values, v.step(steps[v.unit.name]), self.shared)
+            rates[v.unit.name] = VECTOR.rate(v.values, v.step(steps[v.unit.name]), shared)
             distortions[v.unit.name] = v.distortion(steps[v.unit.name])
-        return State(dict(steps), coded, self.shared, rates, distortions)
+        return State(dict(steps), coded, rules, rates, distortions)
 
-    def _side_counts(self, coded: Mapping[str, Coded], steps: Mapping[str, float]) -> Counts:
+    def _side_counts(self, coded: Mapping[str, Coded], steps: Mapping[str, float], shared: Shared) -> Counts:
         """Histogram of side information and vectors by the class they would use now."""
         counts = sum_counts([])
         for c in coded.values():
             for array in c.code.side_arrays():
-                base, cls, _ = choose_class(array, self.shared.tables)
+                base, cls, _ = choose_class(array, shared.tables)
                 if cls:
                     np.add.at(counts[cls], np.minimum(np.abs(array - base), 1024), 1)
         for v in self.vectors:
             _, symbols = VECTOR.quantize(v.values, v.step(steps[v.unit.name]))
-            cls, _ = VECTOR.best_class(symbols, self.shared)
+            cls, _ = VECTOR.best_class(symbols, shared)
             if cls:
                 np.add.at(counts[cls], np.minimum(np.abs(symbols), 1024), 1)
         if not counts.any():
@@ -193,22 +217,24 @@ class Planner:
         self,
         multipliers: Mapping[str, float],
         capacity: float,
+        rules: Rules,
         *,
         start: float,
         rounds: int = 8,
         tolerance: float = 5e-4,
     ) -> tuple[float, State]:
-        """The `c0` whose estimated bytes meet `capacity`; tables are refitted on the way.
+        """The `c0` whose estimated bytes meet `capacity`; tables are refitted on the way, from `rules` on.
 
         Returns:
             c0 and the settled state.
         """
         c, seen = start, []
-        widest = 2.0**20 * max(self._finest.values(), default=1.0)  # nothing is left of any weight
-        state = State({}, {}, self.shared, {}, {})
+        widest = 2.0**20 * max(self.finest.values(), default=1.0)  # nothing is left of any weight
+        state = State({}, {}, rules, {}, {})
         for i in range(1, 4 * rounds + 1):
             del state  # the next one takes its place in memory
-            state = self.settle({n: c * multipliers[n] for n in self.names})
+            state = self.settle({n: c * multipliers[n] for n in self.names}, rules)
+            rules = state.rules
             seen.append((math.log(c), state.rate))
             fitting = [x for x, rate in seen if rate <= capacity]
             if i > 1 and abs(state.rate - capacity) <= tolerance * capacity:
@@ -219,20 +245,19 @@ class Planner:
             c = min(math.exp(_next_log_step(seen, capacity, self.parameters)), widest)
         if state.rate > 1.02 * capacity and fitting:  # not found in time: the finest that fitted
             c = math.exp(min(fitting))
-            state = self.settle({n: c * multipliers[n] for n in self.names})
+            state = self.settle({n: c * multipliers[n] for n in self.names}, rules)
         return c, state
 
-    def ladder(self, steps: Mapping[str, float], centre: State, offsets: Sequence[float]) -> list[Curve]:
-        """Measured curve of every unit at `steps * 2^offset`, tables as they are.
+    def ladder(self, centre: State, offsets: Sequence[float]) -> list[Curve]:
+        """Measured curve of every unit at its step times `2^offset`, under the rules of the state.
 
         Args:
-            steps: present steps.
-            centre: state at `steps`.
+            centre: where the curves are measured.
             offsets: octaves, 0 excluded.
         """
         points = {n: [Point(centre.rates[n], centre.distortions[n], 0.0)] for n in self.names}
         for offset in offsets:
-            state = self.settle({n: s * 2**offset for n, s in steps.items()}, refit=False)
+            state = self.settle({n: s * 2**offset for n, s in centre.steps.items()}, centre.rules, refit=False)
             for n in self.names:
                 points[n].append(Point(state.rates[n], state.distortions[n], offset))
         return [Curve(n, tuple(sorted(p, key=lambda q: q.rate))) for n, p in points.items()]

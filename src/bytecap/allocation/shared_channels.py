@@ -1,4 +1,4 @@
-"""One list for all matrices on a stream: which amount of `channels` they take together.
+"""Choose the amount of `channels` that all matrices on a stream take together, with one list of positions.
 
 Every matrix may choose its own amount along its own curve, but a list that all of them name is stored once. So for
 every stream one amount is chosen, the one that gains most at the plan's slope over all matrices on it, each of which
@@ -19,12 +19,12 @@ from bytecap.types import Curve, Point
 
 
 def list_size(amount: Amount) -> int:
-    """Bytes of an amount's positions inside a layer."""
+    """Return the bytes of an amount's positions inside a layer."""
     return len(write_positions(amount.index, len(amount.order)))
 
 
 def saved(amount: Amount, users: int) -> int:
-    """Bytes that storing an amount's list once spares so many layers that name it.
+    """Return the bytes that several layers save if an amount's list is stored once.
 
     >>> wide = Amount(64, 8, 1, np.arange(512) * 5 % 512, 0)
     >>> list_size(wide), saved(wide, 1), saved(wide, 10)
@@ -35,19 +35,19 @@ def saved(amount: Amount, users: int) -> int:
 
 
 def _amount(point: Point) -> Amount | None:
-    """A point's amount of channels, if it is one."""
+    """Return a point's amount of channels, if it is one."""
     amount = getattr(point, "amount", None)
     return amount if isinstance(amount, Amount) and amount.stream >= 0 else None
 
 
 def _on(point: Point, stream: int, count: int | None = None) -> bool:
-    """Whether a point takes a stream's channels, and so many of them."""
+    """Return whether a point takes `count` of a stream's channels, or any number of them."""
     amount = _amount(point)
     return amount is not None and amount.stream == stream and count in (None, amount.count)
 
 
 def _gain(curves: Sequence[Curve], stream: int, count: int, slope: float) -> float:
-    """Nats, bytes at the slope included, that an amount's points bring over all curves, the list stored once."""
+    """Return the gain of an amount over all curves in nats, with bytes at the slope and the list stored once."""
     gain, users, some = 0.0, 0, None
     for c in curves:
         without = min((p.distortion + slope * p.rate for p in c.points if not _on(p, stream)), default=np.inf)
@@ -59,7 +59,7 @@ def _gain(curves: Sequence[Curve], stream: int, count: int, slope: float) -> flo
 
 
 def one_list(curves: Sequence[Curve], slope: float) -> list[Curve]:
-    """The curves with one amount left for every stream; none where no amount gains anything.
+    """Return the curves with one amount left for every stream, and none for a stream where no amount gains.
 
     Args:
         curves: of every unit, corrected; points on `channels` know their `Amount`.

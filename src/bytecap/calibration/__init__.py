@@ -1,1 +1,1 @@
-"""Calibration: one pass over text, its statistics, and the metric that every coder minimises."""
+"""Measure what errors cost: one pass over text, its statistics, and the metric that every coder minimises."""

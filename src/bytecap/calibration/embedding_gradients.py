@@ -1,4 +1,4 @@
-"""Gradients of embedding tables, sequence by sequence.
+"""Collect gradients of embedding tables, sequence by sequence.
 
 A table's own gradient sums all that a batch of sequences says about a token before it can be squared: unbiased, but
 the more sequences, the noisier. At the output of a lookup every position still stands by itself, so a hook there sums
@@ -20,7 +20,7 @@ from bytecap.model.hook_coverage import explains
 
 
 class _Watch:
-    """What one embedding module is called with, and its gradient as its lookups explain it."""
+    """The calls of one embedding module, and its gradient as those lookups explain it."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids, self.calls, self.same, self.gradient = ids, 0, True, torch.zeros(0)
@@ -37,14 +37,14 @@ class _Watch:
         self.gradient = sums.index_add_(0, self.ids.reshape(-1), g.reshape(-1, g.shape[-1]).float())
 
     def explains(self, weight: Tensor) -> bool:
-        """Whether the weight was looked up once, by these ids, and read nowhere else."""
+        """Return whether the weight was looked up once, by these ids, and read nowhere else."""
         if self.calls != 1 or not self.same or weight.grad is None or self.gradient.shape != weight.shape:
             return False
         return explains(self.gradient, weight.grad)
 
 
 def looked_up(modules: Mapping[str, nn.Module], ids: Tensor, loss: Callable[[], Tensor]) -> set[str]:
-    """Names of embedding modules that are looked up by the model's own ids, once, and read nowhere else.
+    """Return the names of embedding modules that only the model's own ids look up, once.
 
     Args:
         modules: embedding modules by name, each with a weight of its own.
@@ -70,7 +70,7 @@ def looked_up(modules: Mapping[str, nn.Module], ids: Tensor, loss: Callable[[], 
 
 
 class Lookup:
-    """Second moment, row energies (rows,) and their sum (1,) of one table, filled by a forward hook.
+    """The second moment, row energies (rows,) and their sum (1,) of one table, filled by a forward hook.
 
     Args:
         moment, rows, weight: where the sums go, float64.
@@ -80,7 +80,7 @@ class Lookup:
         self._moment, self._rows, self._weight = moment, rows, weight
 
     def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Cut the graph at the lookup's output, where gradients are to be seen."""
+        """Cut the graph at the lookup's output, where its gradients can be read."""
         if not torch.is_grad_enabled():
             return None
         leaf = output.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Gradient of the KL to the original at a coded model, weight by weight.
+"""Compute the gradient of the KL to the original at a coded model, weight by weight.
 
 At the original the KL is flat; at a coded model it is not: every unit's slope holds its own error's share, which its
 metric predicts, and the share of all other units' errors, which no metric of single units knows.

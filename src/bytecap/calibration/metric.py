@@ -1,4 +1,4 @@
-"""From raw statistics to the one metric a coder minimises, in nats per token.
+"""Turn raw statistics into the one metric that a coder minimises, in nats per token.
 
 Every unit gets `H` and `G` such that an error `E = W^ - W` of shape (rows, cols) costs::
 
@@ -11,6 +11,7 @@ Units without a known use (norms, biases) have a diagonal Fisher only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from bytecap.calibration.probe import Statistics, Use
 from bytecap.calibration.triangle import Triangles
+from bytecap.errors import CheckpointError
 from bytecap.types import Unit
 
 _UNSEEN_TOKENS = 0.5  # tokens' worth of gradient energy given to every row
@@ -27,7 +29,7 @@ _UNSEEN_TOKENS = 0.5  # tokens' worth of gradient energy given to every row
 
 @dataclass(frozen=True)
 class Metric:
-    """Quadratic form of a matrix unit.
+    """The quadratic form of a matrix unit.
 
     Attributes:
         hessian: float64, shape (groups, cols, cols); already holds the gradient scale.
@@ -38,11 +40,11 @@ class Metric:
     rows: Tensor
 
     def scaled(self, factor: float) -> Metric:
-        """The same form times a correction factor."""
+        """Return this form times a correction factor."""
         return replace(self, hessian=self.hessian * factor)
 
     def distortion(self, error: Tensor) -> float:
-        """1/2 sum_i G_i e_i H e_i^T of an error of shape (rows, cols), in nats per token."""
+        """Return `1/2 sum_i G_i e_i H e_i^T` of an error (rows, cols), in nats per token."""
         total = 0.0
         for h, e, g in zip(self.hessian, _split(error, self.hessian), _split(self.rows, self.hessian), strict=True):
             e64 = e.double()
@@ -55,7 +57,7 @@ def _split(rows: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
 
 
 def _normal_form(use: Use, tokens: int) -> tuple[Tensor, Tensor]:
-    """(H, G) of one use, rows smoothed; H carries the scale, G has mean 1."""
+    """Return (H, G) of one use with smoothed rows; H carries the scale and G has mean 1."""
     groups = len(use.moment)
     rows = use.rows + _UNSEEN_TOKENS * float(use.rows.sum()) / max(1, tokens)
     hessians, factors = [], []
@@ -68,7 +70,7 @@ def _normal_form(use: Use, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def join(uses: Sequence[Use], tokens: int) -> Metric:
-    """One metric for all uses of a tensor.
+    """Join all uses of a tensor into one metric.
 
     Args:
         uses: statistics of each use.
@@ -86,18 +88,18 @@ def join(uses: Sequence[Use], tokens: int) -> Metric:
 
 
 def metrics(units: Sequence[Unit], statistics: Statistics) -> dict[str, Metric]:
-    """Metric of every matrix unit the probe saw in use."""
+    """Return the metric of every matrix unit that the probe saw in use."""
     return {u.name: join(statistics.uses[u.name], statistics.tokens) for u in units if u.name in statistics.uses}
 
 
 def diagonal(unit: Unit, statistics: Statistics) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Mean squared gradient per token of a unit without a known use, in stored layout; zeros if it has none."""
+    """Return the mean squared gradient per token of a unit without a known use, in stored layout; or zeros."""
     found = statistics.diagonal.get(unit.name)
     return found if found is not None else np.zeros(unit.shape)
 
 
 def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangles, Tensor]:
-    """Cholesky factors of the damped Hessian.
+    """Factor the damped Hessian by Cholesky.
 
     Args:
         metric: of the unit.
@@ -107,12 +109,17 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangle
     Returns:
         L, float32, (cols, cols) for each row group, of the permuted Hessian; and the permutation (groups, cols).
         The decoder needs neither.
+
+    Raises:
+        CheckpointError: the Hessian is not finite.
     """
     factors, orders = [], []
     for h in metric.hessian:
         diag = h.diagonal()
         mean = float(diag.mean())
         perm = torch.argsort(diag, stable=True) if order else torch.arange(len(h), device=h.device)
+        if not math.isfinite(mean):
+            raise CheckpointError("the statistics of a unit are not finite: there is no error to weigh")
         ridge = max(damping * mean, 1e-30)
         while True:
             damped = h[perm][:, perm].clone()

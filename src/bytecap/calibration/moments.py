@@ -1,4 +1,4 @@
-"""Sums of second moments, of which a processor makes and keeps the lower half only."""
+"""Sum second moments; a processor computes and keeps their lower half only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NARROW = 256  # columns below which panels cost more than they save
 
 
 class Moment:
-    """Sum of `x^T x` over batches, in float64.
+    """The sum of `x^T x` over batches, in float64.
 
     Rows of the sum lie in panels that end at the diagonal: 5/8 of the memory and of the products. A GPU, which
     has memory enough and waits for starts of kernels, makes the whole in one piece.
@@ -33,7 +33,7 @@ class Moment:
             panel.add_(x[:, a:b].T @ x[:, :b])
 
     def whole(self) -> Tensor:
-        """The sum (cols, cols), symmetric; given once, its parts are let go.
+        """Return the symmetric sum (cols, cols) and free its parts; to be called once.
 
         >>> sums = Moment(2, torch.device("cpu"))
         >>> sums.add(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))

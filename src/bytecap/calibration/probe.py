@@ -1,4 +1,4 @@
-"""Statistics of every unit from one streamed forward and backward pass over calibration windows.
+"""Collect statistics of every unit in one streamed forward and backward pass over calibration windows.
 
 The distortion of a unit is the Fisher quadratic form of the model's own loss, in nats per token::
 
@@ -45,7 +45,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass
 class Use:
-    """Accumulated statistics of one use of a weight.
+    """The accumulated statistics of one use of a weight.
 
     Attributes:
         moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (groups, cols, cols).
@@ -60,7 +60,7 @@ class Use:
 
 @dataclass
 class Statistics:
-    """What the probe found.
+    """The statistics that a probe collected.
 
     Attributes:
         uses: per unit name, one `Use` for each place the weight is used.
@@ -85,7 +85,7 @@ def probe(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Statistics:
-    """Statistics of all units.
+    """Collect the statistics of all units.
 
     Args:
         module: causal model; `module(ids).logits` or `module(ids)` gives (batch, length, vocabulary). Any module
@@ -120,7 +120,7 @@ def probe(
 
 @dataclass
 class _Leaves:
-    """Tensors of the twin that collect gradients themselves.
+    """Tensors of the module's copy that collect gradients themselves.
 
     Attributes:
         lookup: embedding modules whose lookups show their gradients.
@@ -138,12 +138,12 @@ class _Leaves:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """Weights (rows, cols) of all embedding tables."""
+        """Return the weights (rows, cols) of all embedding tables."""
         return {n: m.weight for n, m in self.lookup.items()} | self.embedding
 
 
 def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
-    """Untie embeddings in the twin, so that their gradient holds the input use alone."""
+    """Untie embeddings in the copy, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     tables = {names[n].name: m for n, (m, kind) in linear_weights(twin).items() if kind == "embedding" and n in names}
     for m in tables.values():
@@ -175,7 +175,7 @@ def _leaves(twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], d
 def _account(
     twin: nn.Module, units: Sequence[Unit], leaves: _Leaves, windows: Sequence[Window], seed: int, device: torch.device
 ) -> None:
-    """Let weights that hooks do not see through collect their gradients themselves."""
+    """Let weights that hooks do not explain collect their gradients themselves."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     modules = {n: found for n, found in linear_weights(twin).items() if n in names}
     first = [min(windows, key=lambda w: w.predicted)]
@@ -195,7 +195,7 @@ def _account(
 
 
 class _Collector:
-    """Second moments of one weight, by row groups; of a linear module filled by its hooks."""
+    """The second moments of one weight by row groups, filled by hooks where the module is linear."""
 
     def __init__(self, rows: int, cols: int, groups: int, guided: bool, device: torch.device) -> None:
         self.moments = [Moment(cols, device) for _ in range(groups)]
@@ -204,7 +204,7 @@ class _Collector:
         self.guided = guided
 
     def use(self) -> Use:
-        """What was added, given once."""
+        """Return the statistics added so far and free them; to be called once."""
         wholes = [m.whole() for m in self.moments]
         return Use(wholes[0][None] if len(wholes) == 1 else torch.stack(wholes), self.rows, self.weight)
 
@@ -281,7 +281,7 @@ def _one_pass(
 
 
 def _batch(leaves: _Leaves, device: torch.device) -> int:
-    """Tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
+    """Return the tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
     if leaves.matrix:
         return 1  # a matrix's gradient is one sample a batch
     many = GPU_BATCHES if device.type == "cuda" and not leaves.embedding else 1
@@ -291,7 +291,7 @@ def _batch(leaves: _Leaves, device: torch.device) -> int:
 def _losses(
     twin: nn.Module, windows: Sequence[Window], tokens: int, generator: torch.Generator, device: torch.device
 ) -> Iterator[tuple[Tensor, int]]:
-    """(summed loss, predictions) of every batch of about so many tokens, which saved activations double in memory."""
+    """Yield (summed loss, predictions) of batches of about so many tokens, which saved activations double in memory."""
     if isinstance(windows[0], Batch):
         for batch in windows:
             assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
@@ -302,7 +302,7 @@ def _losses(
 
 
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
+    """Return the summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
     logp = torch.log_softmax(predictions(module(ids[:, :-1]), mask).float(), -1)
     with torch.no_grad():
         noise = torch.empty_like(logp).exponential_(generator=generator).log_()
@@ -316,7 +316,7 @@ def _harvest(
     moments: dict[str, _Collector] | None,
     diagonal: dict[str, Tensor] | None,
 ) -> None:
-    """Square the gradients of this batch into the sums (None drops them) and clear them."""
+    """Add this batch's squared gradients to the sums (None drops them), and clear them."""
     for name, p in leaves.embedding.items():
         if p.grad is not None and embedded is not None:
             g = p.grad.float()

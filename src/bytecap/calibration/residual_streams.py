@@ -1,4 +1,4 @@
-"""Which channels of different matrices are the same ones: residual streams, and what lies inside an MLP.
+"""Find the channels that matrices share: residual streams, and the inside of an MLP.
 
 Channel j of one map's output and channel j of a later map's input are one channel where the first reaches the second
 without mixing: through additions, norms and elementwise functions. Gradients tell: with the maps between them cut out,
@@ -65,7 +65,7 @@ class _Call:
 
 
 def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Window]) -> tuple[Stream, ...]:
-    """Streams of a model, looked for on the beginning of its first window.
+    """Find the streams of a model on the beginning of its first window.
 
     Args:
         module: on the device it runs on.
@@ -81,7 +81,7 @@ def streams_of(module: nn.Module, units: Sequence[Unit], windows: Sequence[Windo
 
 
 def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tuple[Stream, ...]:
-    """Streams of a module, those of most matrices first.
+    """Find the streams of a module, those of most matrices first.
 
     Args:
         module: any module; left as it is.
@@ -105,7 +105,7 @@ def find_streams(module: nn.Module, names: Mapping[str, str], batch: Any) -> tup
 
 
 def _calls(twin: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]:
-    """Calls of one forward pass, in order; the graph hangs on them."""
+    """Record the calls of one forward pass, in order; the graph hangs on them."""
     found: list[_Call] = []
 
     def watch(m: nn.Module, name: str, kind: str) -> None:
@@ -135,7 +135,7 @@ def _calls(twin: nn.Module, names: Mapping[str, str], batch: Any) -> list[_Call]
 
 
 def _direct(call: _Call, earlier: Sequence[_Call]) -> list[tuple[str, int]]:
-    """Writers whose channels reach a call's input unmixed."""
+    """Return the writers whose channels reach a call's input unmixed."""
     width = call.input.shape[-1]
     some = [c for c in earlier if c.output.shape[-1] == width and c.output.requires_grad]
     if not some or width < _LEAST or not call.input.requires_grad:
@@ -160,14 +160,14 @@ class _Joined:
         self._width: dict[tuple[str, int], int] = {}
 
     def join(self, a: tuple[str, int], b: tuple[str, int], width: int) -> None:
-        """Two nodes of one stream."""
+        """Join two nodes of one stream."""
         groups = [self._group.get(n, {n: None}) for n in (a, b)]
         merged = groups[0] | groups[1]
         for n in merged:
             self._group[n], self._width[n] = merged, width
 
     def streams(self) -> tuple[Stream, ...]:
-        """All of them; a matrix that is on one with both sides counts as BOTH."""
+        """Return all streams; a matrix that is on one with both sides counts as BOTH."""
         found = []
         for group in {id(g): g for g in self._group.values()}.values():
             sides: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What calibration says about a model, computed once for every model, token set, seed and kind.
+"""Compute the statistics of calibration once for every model, token set, seed and kind.
 
 Every method asks here: `moments` is the probe's pass, guided or plain, `gradients` the pass of squared gradients. With
 a store in the job, what one method has asked for is there for all others and for every other budget; a lock keeps
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bytecap.calibration import finite
 from bytecap.calibration.probe import Statistics, Use, probe
 from bytecap.calibration.weight_gradients import Gradients, mean_squared_gradients
 from bytecap.job import Job
@@ -30,7 +31,7 @@ _PARTS = ("moment", "rows", "weight")
 
 
 def environment(device: str) -> list[str]:
-    """Versions and hardware that numbers may depend on."""
+    """Return the versions and the hardware that numbers may depend on."""
     found = [library(), *(f"{p} {metadata.version(p)}" for p in _ARITHMETIC if _installed(p)), platform.machine()]
     gpu = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else ""
     return [*found, torch.backends.cpu.get_cpu_capability(), device, gpu]
@@ -45,18 +46,18 @@ def _installed(name: str) -> bool:
 
 
 def windows_key(windows: Sequence[Window]) -> str:
-    """Hash of token windows."""
+    """Hash token windows."""
     return digest([[list(w.tokens), w.bytes] for w in windows])
 
 
 def model_key(model: Model) -> str:
-    """Hash of a model's tensors and side files."""
+    """Hash a model's tensors and side files."""
     tensors = (model.tensor(u).detach().cpu().numpy() for u in model.units)
     return digest([[u.name, u.dtype, list(u.aliases)] for u in model.units], *tensors, *model.files.values())
 
 
 def job_key(job: Job) -> str:
-    """Hash of what statistics depend on."""
+    """Hash everything that statistics depend on."""
     return digest(
         environment(job.device), torch.get_num_threads(), model_key(job.model), windows_key(job.sets.statistics),
         job.seed,
@@ -64,7 +65,7 @@ def job_key(job: Job) -> str:
 
 
 def moments(job: Job, *, groups: int = 1, guided: bool = True) -> Statistics:
-    """What one pass of the probe over the statistics tokens finds; the caller may use it up."""
+    """Probe the model on the statistics tokens, once; the caller may use the result up."""
 
     def make() -> dict[str, Array]:
         return _flat(_probed(job, groups, guided))
@@ -86,7 +87,7 @@ def moments(job: Job, *, groups: int = 1, guided: bool = True) -> Statistics:
 
 
 def gradients(job: Job, kind: str) -> Gradients:
-    """Mean squared gradients of the untouched model on the statistics tokens; see `weight_gradients`."""
+    """Return mean squared gradients of the original model on the statistics tokens; see `weight_gradients`."""
 
     def make() -> dict[str, Array]:
         with job.reporter.step("gradients", sum(w.predicted for w in job.sets.statistics)) as advance:
@@ -94,6 +95,7 @@ def gradients(job: Job, kind: str) -> Gradients:
                 job.model.module, job.model.units, job.sets.statistics, kind=kind, seed=job.seed,
                 device=job.device, progress=advance,
             )  # fmt: skip
+        finite.check_arrays(found.square, job.model)
         arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
         arrays |= {f"square {n}": t.numpy() for n, t in found.square.items()}
         return arrays | {f"inputs {n}": t.numpy() for n, t in found.inputs.items()}
@@ -108,17 +110,21 @@ def gradients(job: Job, kind: str) -> Gradients:
 
 
 def _probed(job: Job, groups: int, guided: bool) -> Statistics:
-    with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:
-        found = probe(
-            job.model.module, job.model.units, job.sets.statistics, seed=job.seed, groups=groups, guided=guided,
-            device=job.device, progress=advance, note=job.reporter.note,
+    def of(windows: Sequence[Window], **told: Any) -> Statistics:
+        return probe(
+            job.model.module, job.model.units, windows, seed=job.seed, groups=groups, guided=guided, device=job.device,
+            **told,
         )  # fmt: skip
+
+    with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:
+        found = of(job.sets.statistics, progress=advance, note=job.reporter.note)
+    finite.check(found, job.model, job.sets.statistics, of)
     allocator.release()
     return found
 
 
 def _once(job: Job, kind: list[Any], make: Callable[[], dict[str, Array]]) -> Mapping[str, Array]:
-    """The arrays of a kind, from the store or made and kept there."""
+    """Return the arrays of a kind from the cache, or make and keep them."""
     if job.store.directory is None:
         return make()
     key = digest(job_key(job), *kind)
@@ -131,7 +137,7 @@ def _once(job: Job, kind: list[Any], make: Callable[[], dict[str, Array]]) -> Ma
 
 
 def _flat(found: Statistics) -> dict[str, Array]:
-    """Statistics as named arrays."""
+    """Return statistics as named arrays."""
     arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
     for name, uses in found.uses.items():
         for i, use in enumerate(uses):

@@ -1,4 +1,4 @@
-"""Lower triangular factors without their zeros: half the memory between roundings, whole only while in use.
+"""Keep lower triangular factors without their zeros, in half the memory while they are not in use.
 
 >>> whole = torch.tensor([[[2.0, 0.0], [1.0, 3.0]]])
 >>> packed = Triangles.of(whole)
@@ -31,29 +31,29 @@ class Triangles:
 
     @staticmethod
     def of(whole: Tensor) -> Triangles:
-        """From (groups, size, size); what is above the diagonal is not looked at."""
+        """Pack matrices (groups, size, size); entries above the diagonal are ignored."""
         mask = _below(whole.shape[-1], whole.device)
         return Triangles(torch.stack([w.masked_select(mask) for w in whole]), whole.shape[-1])
 
     def __len__(self) -> int:
-        """Matrices held."""
+        """Number of matrices."""
         return len(self.values)
 
     def __getitem__(self, group: int) -> Tensor:
-        """One matrix, (size, size)."""
+        """One matrix (size, size)."""
         whole = self.values.new_zeros(self.size, self.size)
         return whole.masked_scatter_(_below(self.size, whole.device), self.values[group])
 
     def __iter__(self) -> Iterator[Tensor]:
-        """One matrix after the other."""
+        """Yield one matrix after the other."""
         return (self[g] for g in range(len(self)))
 
     def diagonal(self) -> Tensor:
-        """(groups, size)."""
+        """The diagonals (groups, size)."""
         rows = torch.arange(self.size, device=self.values.device)
         return self.values[:, rows * (rows + 3) // 2]
 
 
 def _below(size: int, device: torch.device) -> Tensor:
-    """Which entries are not above the diagonal."""
+    """Return a mask of the entries that are not above the diagonal."""
     return torch.ones(size, size, dtype=torch.bool, device=device).tril_()

@@ -1,4 +1,4 @@
-"""Mean squared gradients of every weight, from one backward pass: what `radio` spends bits by.
+"""Compute the mean squared gradient of every weight in one backward pass, by which `radio` spends bits.
 
 For a linear map with inputs x and output gradients g the gradient of one token is `g x^T`; its square is summed over
 tokens as `(g^2)^T (x^2)`, one matrix product the size of the ordinary gradient. For an embedding it is `g^2`, added to
@@ -47,7 +47,7 @@ Squares = dict[tuple[str, str], Tensor]  # by unit name and kind of use
 
 @dataclass
 class Gradients:
-    """What one pass found.
+    """The squared gradients and inputs that one pass collected.
 
     Attributes:
         square: mean squared gradient per token of every weight, float32 (rows, cols) by unit name.
@@ -62,7 +62,7 @@ class Gradients:
 
 @dataclass
 class _Sums:
-    """Sums over tokens of a pass: squared gradients of every use, inputs, and how many tokens there were."""
+    """Sums over the tokens of a pass: squared gradients of every use, inputs, and the number of tokens."""
 
     square: Squares = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -74,7 +74,7 @@ def _add(found: dict[Any, Tensor], name: Any, value: Tensor) -> None:
 
 
 def _hooks(twin: nn.Module, names: dict[str, str], shapes: dict[str, tuple[int, int]], found: _Sums) -> None:
-    """Collect squared gradients in `found` whenever a backward pass goes through the twin."""
+    """Collect squared gradients in `found` whenever a backward pass goes through the copy."""
 
     def linear(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -112,7 +112,7 @@ def _hooks(twin: nn.Module, names: dict[str, str], shapes: dict[str, tuple[int, 
 
 
 class _Hidden:
-    """Keeps the final hidden states of a forward pass: what the last linear map is called with."""
+    """Keeps the final hidden states of a forward pass, which are the input of the last linear map."""
 
     def __init__(self, twin: nn.Module) -> None:
         self.states = torch.empty(0)
@@ -125,7 +125,7 @@ class _Hidden:
 
     @torch.no_grad()
     def components(self, twin: nn.Module, windows: Sequence[Window], size: int) -> Tensor:
-        """Principal components of the hidden states, (components, width), those of most variance first."""
+        """Return the principal components (components, width) of the hidden states, those of most variance first."""
         device = next(twin.parameters()).device
         moment, total, tokens = torch.zeros(()), torch.zeros(()), 0
         for ids, mask in batches(windows, size):
@@ -139,7 +139,7 @@ class _Hidden:
 
 
 def _along(hidden: _Hidden, components: Tensor) -> Loss:
-    """A loss whose gradient is that of the hidden states along one component a sequence, see the module."""
+    """Return a loss whose gradient is that of the hidden states along one component a sequence; see the module."""
     turn = 0
 
     def value(twin: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -160,7 +160,7 @@ def _pass(
     twin: nn.Module, units: Sequence[Unit], windows: Sequence[Window], size: int, seed: int, loss: Loss,
     progress: Callable[[int], None] | None,
 ) -> _Sums:  # fmt: skip
-    """Sums of one backward pass; the twin's hooks stay."""
+    """Return the sums of one backward pass; the copy's hooks stay."""
     found = _Sums()
     names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
     _hooks(twin, names, {u.name: u.matrix_shape for u in units}, found)
@@ -175,7 +175,7 @@ def _pass(
 
 
 def _in_nats(along: Squares, by_loss: Squares) -> Squares:
-    """Squares of hidden states on the scale of the loss's; what they do not see, from the loss."""
+    """Put squares from hidden states on the scale of the loss's, and take those they do not reach from the loss."""
     both = [k for k in along if k in by_loss and k[1] == "linear"] or list(along)
     seen = sum(float(along[k].sum()) for k in both)
     scale = sum(float(by_loss[k].sum()) for k in both) / seen if seen > 0 else 0.0
@@ -192,7 +192,7 @@ def mean_squared_gradients(
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Gradients:
-    """Mean squared gradients of all linear maps and embeddings.
+    """Return the mean squared gradients of all linear maps and embeddings.
 
     Args:
         module: causal model, at the weights the gradient is wanted at.

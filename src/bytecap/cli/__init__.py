@@ -1,3 +1,3 @@
-"""The command line, one file a command."""
+"""Parse command lines, one file a command."""
 
 SHOWS_ONLY = "package"

@@ -1,4 +1,4 @@
-"""What the command line's parts share."""
+"""Share types of options, progress, output and checks among the commands."""
 
 from __future__ import annotations
 
@@ -10,38 +10,100 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.errors import OutputError
+from bytecap.errors import OutputError, UsageError
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
 from bytecap.system.atomic import check_kind
 
+EMBEDDED = "the embedded text, with a warning"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default=EMBEDDED),
+]
+Evaluation = Annotated[
+    list[Path] | None,
+    typer.Option("--evaluation", "--eval", help="Evaluation text, one a workload (repeatable).", show_default=EMBEDDED),
+]
+EvaluationTokens = Annotated[
+    int, typer.Option("--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens, over all texts.", min=1)
+]
 Factory = Annotated[
     str | None,
-    typer.Option("--factory", help="FILE.py:CALLABLE that returns the module, instead of MODEL. The file is run."),
-]
+    typer.Option(
+        "--factory", help="FILE.py:CALLABLE that returns the module, instead of MODEL. The file is run.",
+        show_default="none",
+    ),
+]  # fmt: skip
 State = Annotated[
-    Path | None, typer.Option("--state", help="The factory module's state dict: safetensors, or torch.save.")
-]
+    Path | None,
+    typer.Option(
+        "--state", help="The factory module's state dict: safetensors, or torch.save.",
+        show_default="as the factory made it",
+    ),
+]  # fmt: skip
 Loss = Annotated[
-    str | None, typer.Option("--loss", help="FILE.py:CALLABLE(module, ids) -> mean nats. The file is run.")
+    str | None,
+    typer.Option(
+        "--loss", help="FILE.py:CALLABLE(module, ids) -> mean nats. The file is run.", show_default="the next token"
+    ),
 ]
+BytesPerToken = Annotated[
+    Path | None,
+    typer.Option(
+        "--bytes-per-token", help="Table (.npy, text) or SentencePiece model (.model).",
+        show_default="none: no bits per byte",
+    ),
+]  # fmt: skip
+
+
+class _Terminal(Bars):
+    """Bars that print warnings as lines like all others."""
+
+    def warn(self, text: str) -> None:
+        """Print the warning."""
+        self.note(f"warning: {text}")
+
+
+class _Quiet(Silent):
+    """Silence beside `--json`, whose object holds the warnings."""
+
+    def warn(self, text: str) -> None:
+        """Keep the warning."""
+        self.note(f"warning: {text}")
 
 
 def progress(quiet: bool) -> Reporter:
-    """Bars, or nothing beside `--json`."""
-    return Silent() if quiet else Bars()
+    """Return bars, or silence beside `--json`."""
+    return _Quiet() if quiet else _Terminal()
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on standard output; NaN and infinity become null."""
+    """Print one JSON object on standard output; NaN and infinity become null."""
     sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
 def names(paths: list[str] | None) -> list[str] | None:
-    """Names of paths, given by comma or repeated; None if there are none."""
+    """Return names of paths, given by comma or repeated; None if there are none."""
     return [n.strip() for group in paths or () for n in group.split(",") if n.strip()] or None
+
+
+def needed(model: str | None) -> str:
+    """Return the MODEL of a command that may have a factory in its place."""
+    if model is None:
+        raise typer.BadParameter("say which MODEL, or give --factory FILE.py:CALLABLE")
+    return model
+
+
+def source_of(factory: str, model: str | None, state: Path | None, loss: str | None, table: Path | None) -> Any:
+    """Return the factory's source; MODEL may be its artifact, in place of --state."""
+    from bytecap.pipeline.fit_shards import Source
+
+    if model is not None and (state is not None or not model.endswith(".bcap")):
+        raise UsageError(f"give --factory or the model {model}, not both (an artifact may stand for --state)")
+    return Source(factory, Path(model) if model is not None else state, loss, table)
 
 
 def check_output(path: Path | None, made: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`bytecap compare`: methods at equal bytes on equal tokens."""
+"""`bytecap compare` runs methods at equal bytes on equal tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.cli.common import (
+    Calibration,
+    Device,
+    Evaluation,
+    EvaluationTokens,
+    Json,
+    check_output,
+    names,
+    print_json,
+    progress,
+)
 from bytecap.errors import UsageError
 
 _DEFAULT_METHODS = "bytecap,golf,owq,radio,uniform"
@@ -18,31 +28,35 @@ def compare(
     models: Annotated[
         list[str] | None, typer.Argument(help="Hugging Face directories, hub ids, or `demo`.", metavar="MODEL...")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory to write.", show_default="compare")
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Sizes, or bits per parameter (3.5bpp), by comma.")] = _DEFAULT_BUDGETS,
     methods: Annotated[
         str, typer.Option(help="Methods by comma, options behind colons: owq:published. FILE.py:CALLABLE is run.")
     ] = _DEFAULT_METHODS,
     seeds: Annotated[int, typer.Option(help="Calibration seeds, from 0.", min=1)] = 1,
     external: Annotated[
-        list[str] | None, typer.Option("--external", help="NAME:DIR:BYTES of somebody else's model (repeatable).")
+        list[str] | None,
+        typer.Option("--external", help="NAME:DIR:BYTES of somebody else's model (repeatable).", show_default="none"),
     ] = None,
-    calib: Annotated[list[Path] | None, typer.Option("--calib", help="Calibration text (repeatable).")] = None,
-    eval_: Annotated[
-        list[Path] | None, typer.Option("--eval", help="Evaluation text, one a workload (repeatable).")
-    ] = None,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
     tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
-    eval_tokens: Annotated[int, typer.Option(help="Most evaluation tokens, over all texts.", min=1)] = 16_384,
+    eval_tokens: EvaluationTokens = 16_384,
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
-    store: Annotated[Path | None, typer.Option(help="Directory of statistics; DIR/store.")] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Page to write; DIR/compare.html.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Directory of statistics.", show_default="DIR/store")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Page to write.", show_default="DIR/compare.html")
+    ] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", help="Show finished runs (runs.jsonl) again; nothing is run.")
+        Path | None,
+        typer.Option("--from", help="Show finished runs (runs.jsonl) again; nothing is run.", show_default="none"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Every method, budget and calibration seed on every MODEL, paired on the same tokens."""
+    """Compare methods: every budget and calibration seed on every MODEL, paired on the same tokens."""
     from bytecap.report.compared import print_comparison
     from bytecap_lab import compare as comparison
 
@@ -58,9 +72,9 @@ def compare(
 
         found = comparison.compare(
             models or [], output if output is not None else Path("compare"), budgets=names([budgets]) or (),
-            methods=names([methods]) or (), seeds=seeds, externals=external or (), calibration=calib, evaluation=eval_,
-            tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store, report=report,
-            command=command_line(), reporter=reporter,
+            methods=names([methods]) or (), seeds=seeds, externals=external or (), calibration=calibration,
+            evaluation=evaluation, tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store,
+            report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip
     if as_json:
         print_json(found)

@@ -1,4 +1,4 @@
-"""`bytecap golf`: submissions for Parameter Golf."""
+"""`bytecap golf` makes and checks submissions for Parameter Golf."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def budget(
     script: Annotated[Path, typer.Option("--script", help="Training script, evaluation included.")],
     vendored: _Vendored = True,
     cap: _Cap = _DEFAULT_CAP,
-    like: Annotated[Path | None, typer.Option(help="Artifact whose coders the decoder must know.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Artifact whose coders the decoder must know.", show_default="the default coders"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print what the cap leaves for the model: the --budget of `fit`."""
@@ -41,7 +44,7 @@ def export(
     path: Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write, of its own.")],
     script: Annotated[
-        Path | None, typer.Option("--script", help="Training script; by default the artifact's code.")
+        Path | None, typer.Option("--script", help="Training script.", show_default="the artifact's code")
     ] = None,
     vendored: _Vendored = True,
     cap: _Cap = _DEFAULT_CAP,
@@ -62,10 +65,15 @@ def export(
 def check(
     directory: Annotated[Path, typer.Argument(help="A submission.", metavar="DIR")],
     cap: _Cap = _DEFAULT_CAP,
-    eval_: Annotated[str | None, typer.Option("--eval", help="Command to run in a copy of DIR, in quotes.")] = None,
-    data: Annotated[list[str] | None, typer.Option("--data", help="File that is public data (repeatable).")] = None,
+    eval_: Annotated[
+        str | None, typer.Option("--eval", help="Command to run in a copy of DIR, in quotes.", show_default="none")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="File that is public data (repeatable).", show_default="none")
+    ] = None,
     library: Annotated[
-        list[str] | None, typer.Option("--library", help="Public library that is not installed here (repeatable).")
+        list[str] | None,
+        typer.Option("--library", help="Public library that is not installed here (repeatable).", show_default="none"),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Most seconds of the evaluation.", min=0.1)] = 600.0,
     as_json: Json = False,
@@ -86,7 +94,7 @@ def check(
 
 
 def _print_count(found: dict[str, Any], remarks: dict[str, str]) -> None:
-    """The table of a judge."""
+    """Print the table of a judge."""
     rows = found["files"] | found.get("public", {})
     for name, size in rows.items():
         typer.echo(f"{size:>14,}  {name}  {remarks.get(name, '')}".rstrip())

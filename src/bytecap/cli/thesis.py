@@ -1,4 +1,4 @@
-"""`bytecap thesis`: the registered experiments."""
+"""`bytecap thesis` runs the registered experiments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli.common import Device, Json, check_output, names, print_json, progress
+from bytecap.cli.common import (
+    Calibration,
+    Device,
+    Evaluation,
+    EvaluationTokens,
+    Json,
+    check_output,
+    names,
+    print_json,
+    progress,
+)
 from bytecap.errors import UsageError
 
 
@@ -19,31 +29,37 @@ def thesis(
             metavar="MODEL...",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to write.")] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Experiments by name or number; all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory to write.", show_default="thesis")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Experiments by name or number.", show_default="all")
+    ] = None,
     bases: Annotated[str, typer.Option(help="grid, golf or both by comma.")] = "grid,golf",
     budget: Annotated[str, typer.Option(help="Size, or bits per parameter. The registered one is 3bpp.")] = "3bpp",
-    calib: Annotated[
-        list[Path] | None, typer.Option("--calib", help="Calibration text, one a workload (repeatable).")
-    ] = None,
-    eval_: Annotated[
-        list[Path] | None, typer.Option("--eval", help="Evaluation text, one a workload (repeatable).")
-    ] = None,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
     tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
-    eval_tokens: Annotated[int, typer.Option(help="Most evaluation tokens, over all texts.", min=1)] = 8_192,
+    eval_tokens: EvaluationTokens = 8_192,
     seeds: Annotated[int, typer.Option(help="Calibration seeds of rankings, from 0.", min=1)] = 3,
     rungs: Annotated[int, typer.Option(help="Most settings that a path is tried with on a matrix.", min=2)] = 4,
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Models and bases at a time.", min=1)] = 1,
-    store: Annotated[Path | None, typer.Option(help="Directory of statistics and points; DIR/store.")] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Page to write; DIR/thesis.html.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Directory of statistics and points.", show_default="DIR/store")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Page to write.", show_default="DIR/thesis.html")
+    ] = None,
     from_: Annotated[
         list[Path] | None,
-        typer.Option("--from", help="Judge finished lines (thesis.jsonl, repeatable) again; nothing is run."),
+        typer.Option(
+            "--from", help="Judge finished lines (thesis.jsonl, repeatable); nothing is run.", show_default="none"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Eight registered experiments (docs/thesis.md) on every MODEL: supported, falsified or undecided."""
+    """Run eight registered experiments (docs/thesis.md) on every MODEL: supported, falsified or undecided."""
     from bytecap.report.judged import print_thesis
     from bytecap_lab import thesis as tests
 
@@ -59,7 +75,7 @@ def thesis(
 
         found = tests.thesis(
             models or [], output if output is not None else Path("thesis"), only=names(only),
-            bases=names([bases]) or (), budget=budget, calibration=calib, evaluation=eval_, tokens=tokens,
+            bases=names([bases]) or (), budget=budget, calibration=calibration, evaluation=evaluation, tokens=tokens,
             evaluation_tokens=eval_tokens, seeds=seeds, rungs=rungs, device=device, jobs=jobs, store=store,
             report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`bytecap tie`: fewer stored blocks."""
+"""`bytecap tie` makes a model with fewer stored blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import Device, Json, print_json, progress
+from bytecap.cli.common import EMBEDDED, Device, Json, print_json, progress
 
 
 def tie(
@@ -16,16 +16,23 @@ def tie(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     init: Annotated[str, typer.Option(help="How shared blocks start: stepwise, average or lower.")] = "average",
     lora_rank: Annotated[int, typer.Option(help="Rank of every layer's own low-rank parts, 0 for none.")] = 8,
-    train: Annotated[list[Path] | None, typer.Option("--train", help="Text to uptrain on (repeatable).")] = None,
+    train: Annotated[
+        list[Path] | None, typer.Option("--train", help="Text to uptrain on (repeatable).", show_default=EMBEDDED)
+    ] = None,
     steps: Annotated[str, typer.Option(help="Uptraining: so many moves (600) or so long (45s, 10m).")] = "600",
-    search: Annotated[str | None, typer.Option(help="Find which layers share: greedy or dlt; a loop if none.")] = None,
-    search_steps: Annotated[str | None, typer.Option(help="Moves or time of the search, as --steps.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Find which layers share: greedy or dlt.", show_default="none: a loop")
+    ] = None,
+    search_steps: Annotated[
+        str | None, typer.Option(help="Moves or time of the search.", show_default="as --steps")
+    ] = None,
     labels: Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss.")] = 0.0,
     rate: Annotated[float, typer.Option(help="First learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
     store: Annotated[
-        Path | None, typer.Option(help="Directory of kept moves: a killed run, started again, goes on.")
+        Path | None,
+        typer.Option(help="Directory of kept moves: a killed run, started again, goes on.", show_default="none"),
     ] = None,
     as_json: Json = False,
 ) -> None:

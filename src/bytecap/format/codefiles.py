@@ -1,4 +1,4 @@
-"""Code files: source inside an artifact, as small as it goes, charged to the cap and never executed by a reader.
+"""Keep source files inside an artifact, as small as possible, charged to the cap, and never executed by a reader.
 
 The first byte of packed data names the packing, and `squeeze` keeps the smallest: 0 stored, 1 brotli (quality 11),
 2 raw LZMA1. Python files are minified before (`bytecap.pipeline.pack_code`), so what comes back is the same program,
@@ -32,7 +32,7 @@ _LIMIT = 1 << 24
 
 @dataclass(frozen=True)
 class Code:
-    """Code files ready for an artifact.
+    """Code files that are packed and ready for an artifact.
 
     Attributes:
         sections: packed.
@@ -46,16 +46,16 @@ class Code:
 
     @property
     def packed(self) -> int:
-        """Bytes of the sections."""
+        """Bytes that the sections take."""
         return sum(len(s.data) for s in self.sections)
 
     @property
     def reserve(self) -> int:
-        """Bytes of the cap that the file may not use, because its code counts for more than it takes."""
+        """Bytes of the cap that the file must leave free because its code counts for more than it takes."""
         return max(0, self.raw - self.packed) if self.accounting == "raw" else 0
 
     def report(self, budget: int) -> dict[str, Any]:
-        """Entries of the job's report; nothing without code."""
+        """Entries for the job's report; empty if there is no code."""
         if not self.sections:
             return {}
         return {
@@ -65,7 +65,7 @@ class Code:
 
     @contextmanager
     def floor(self, budget: int) -> Iterator[None]:
-        """Let a refusal of the budget name the code's share and the rest's."""
+        """Add the code's share, and that of the rest, to an error that refuses the budget."""
         try:
             yield
         except BudgetError as exc:
@@ -80,7 +80,7 @@ class Code:
 
 
 def squeeze(content: bytes) -> bytes:
-    """The smallest packing of some bytes."""
+    """Return the smallest packing of some bytes."""
     tries: list[bytes] = [
         bytes([_STORED]) + content,
         bytes([_BROTLI]) + brotli.compress(content, quality=11),
@@ -110,5 +110,5 @@ def unpack(name: str, data: bytes) -> bytes:
 
 
 def files(contents: Contents) -> dict[str, bytes]:
-    """Code files of an artifact, unpacked."""
+    """Unpack the code files of an artifact, by name."""
     return {f.name: unpack(f.name, f.data) for f in contents.files if f.kind == CODE}

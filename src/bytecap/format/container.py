@@ -1,4 +1,4 @@
-"""The container: one file, every byte owned and checksummed. `docs/format.md` is its law.
+"""Write and read the container: one file in which every byte has an owner and a checksum.
 
 Layout: header (28 bytes) | directory | sections back to back. The directory gives every section's kind, length
 and CRC-32; the header's CRC-32 covers header and directory. The index section names units (name, shape, dtype,
@@ -36,6 +36,10 @@ INDEX, TABLES, UNIT, FILE, CODE, PADDING, SHARED = 1, 2, 3, 4, 5, 6, 7
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
 _MAX_INDEX, _SPARE_INDEX, _INDEX_PER_BYTE = 1 << 26, 1 << 20, 64  # bytes of text: at most, for nothing, by file length
 _MAX_DIMENSIONS = 32
+_TOKENIZER_FILES = {
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model",
+    "spiece.model", "spm.model", "tekken.json", "source.spm", "target.spm",
+}  # fmt: skip
 _SPARE_VALUES, _VALUES_PER_BYTE = 1 << 24, 2048  # most values a file may declare: an entropy-coded one has no more
 
 
@@ -305,7 +309,7 @@ def write(contents: Contents, path: Path | str) -> int:
 
 def is_tokenizer(name: str) -> bool:
     """Whether a side file belongs to the tokenizer."""
-    return "token" in name or name == "chat_template.jinja"
+    return "token" in name or name in _TOKENIZER_FILES
 
 
 def ledger(contents: Contents) -> list[Entry]:

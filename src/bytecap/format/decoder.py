@@ -1,4 +1,6 @@
-"""From a file to arrays: all units' streams are decoded together. No torch here.
+"""Decode a file to arrays; the streams of many units are decoded together.
+
+torch is never imported here.
 
 Units are decoded in groups of a few million values, so that memory stays near the size of the result.
 """
@@ -35,7 +37,7 @@ Array = npt.NDArray[Any]
 
 
 def from_matrix(unit: Unit, matrix: Array) -> Array:
-    """(rows, cols) as coders see it -> stored layout."""
+    """Turn a matrix (rows, cols), as coders see it, into the unit's stored layout."""
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
 
@@ -51,7 +53,7 @@ def decode_units(
     progress: Callable[[int], None] | None = None,
     observe: Observer | None = None,
 ) -> dict[str, Array]:
-    """Values of every unit in stored layout, by name.
+    """Decode every unit; returns values in stored layout by name.
 
     Args:
         contents: of an artifact.
@@ -73,7 +75,7 @@ def decode_units(
 def decode_each(
     contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP, threads: int = 1
 ) -> Iterator[tuple[Unit, Array]]:
-    """Units and their values in stored layout, some `values` at a time in each thread; see `decode_units`."""
+    """Yield units and their values in stored layout, decoding about `values` at a time in each thread."""
     shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
 
     def decoded(group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
@@ -97,7 +99,7 @@ def _ahead(
     groups: Iterable[Sequence[UnitSection]],
     threads: int,
 ) -> Iterator[list[tuple[Unit, Array]]]:
-    """`work` of every group, in order, by so many threads, which are never further ahead than one group each."""
+    """Yield `work(group)` in order, computed by a few threads that run at most one group ahead each."""
     if threads <= 1:
         yield from map(work, groups)
         return
@@ -116,7 +118,7 @@ def _ahead(
 
 
 def load(path: Path | str) -> dict[str, Array]:
-    """Decoded values of an artifact file by name; tied names share one array.
+    """Decode an artifact file; returns values by name, and tied names share one array.
 
     Args:
         path: `.bcap` file.
@@ -131,7 +133,7 @@ def load(path: Path | str) -> dict[str, Array]:
 
 
 class Ideal:
-    """An observer that finds what a file would take if every stream took its ideal code length under its own tables.
+    """An observer of decoding that sums the ideal code length of every stream under its own tables.
 
     Escapes count as they are.
     """
@@ -140,11 +142,11 @@ class Ideal:
         self._excess: list[float] = []
 
     def __call__(self, stream: Stream, symbols: npt.NDArray[np.int32]) -> None:
-        """Take note of a stream and its symbols."""
+        """Add a stream and its symbols."""
         if len(stream.data):
             ideal = stream.tables.bits(symbols, stream.classes) / 8
             self._excess.append(len(stream.data) - escape_bytes(stream) - ideal)
 
     def bytes(self, size: int) -> int:
-        """Of a file of so many bytes whose streams were all seen."""
+        """Ideal size of a file whose streams were all seen, given its real size in bytes."""
         return round(size - math.fsum(self._excess))

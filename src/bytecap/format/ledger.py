@@ -1,4 +1,4 @@
-"""The ledger: every byte of an artifact has an owner and a kind.
+"""Sum up the ledger, in which every byte of an artifact has an owner and a kind.
 
 Kinds: header, index, side, table, payload, config, tokenizer, code, padding. Those of an exception path have its name
 in front ("columns payload").
@@ -32,13 +32,13 @@ class Entry:
     parameters: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionary for JSON."""
+        """Return a plain dictionary for JSON."""
         return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
 class Line:
-    """All bytes of one owner, by kind."""
+    """The bytes of one owner, by kind."""
 
     unit: str
     parameters: int
@@ -51,12 +51,12 @@ class Line:
 
 
 def total(entries: Iterable[Entry]) -> int:
-    """Sum of all entries, which is the file size."""
+    """Return the sum of all entries, which is the file size."""
     return sum(e.bytes for e in entries)
 
 
 def by_unit(entries: Iterable[Entry]) -> list[Line]:
-    """One line per owner, largest first."""
+    """Return one line per owner, largest first."""
     lines: dict[str, Line] = {}
     for e in entries:
         line = lines.setdefault(e.unit, Line(e.unit, e.parameters, {}))
@@ -65,7 +65,7 @@ def by_unit(entries: Iterable[Entry]) -> list[Line]:
 
 
 def by_path(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
-    """Units and bytes of every exception path's layers.
+    """Return the units and bytes of each kind of overlay.
 
     >>> by_path([Entry("a", "rows side", 3), Entry("a", "rows payload", 5), Entry("a", "payload", 9)])
     {'rows': {'units': 1, 'bytes': 8}}
@@ -81,7 +81,7 @@ def by_path(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
 
 
 def by_kind(entries: Iterable[Entry]) -> dict[str, int]:
-    """Bytes of every kind, in the ledger's order, zeros left out; a layer's kinds count without its name."""
+    """Return the bytes of every kind in the ledger's order, without zeros; overlays count as their plain kinds."""
     sums = dict.fromkeys(KINDS, 0)
     for e in entries:
         sums[e.kind.rpartition(" ")[2]] += e.bytes

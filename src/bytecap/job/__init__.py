@@ -1,4 +1,4 @@
-"""The contract between the rooms: a method is a function from a `Job` to an `Outcome`.
+"""Define the contract between the rooms: a method is a function from a `Job` to an `Outcome`.
 
 Calibration, allocation, recovery and every method take a `Job`; methods return an `Outcome` of `Section`s, which the
 pipeline writes into a file. Nothing is computed here, and torch is not imported.
@@ -14,25 +14,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bytecap.job.effort import Effort
+from bytecap.job.section import Section
 from bytecap.system.cache import Store
 
 if TYPE_CHECKING:
+    from bytecap.job.config import FitConfig
     from bytecap.model.checkpoint import Model
     from bytecap.model.texts import TokenSets
     from bytecap.progress import Reporter
 
-
-@dataclass(frozen=True)
-class Section:
-    """One unit as stored: the coder's on-disk tag and its bytes."""
-
-    tag: int
-    data: bytes
+__all__ = ["Job", "Method", "Outcome", "Section"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a method works on.
+    """The input of a method: model, tokens, budget and options.
 
     Attributes:
         model: the model, on `device`.
@@ -40,15 +36,12 @@ class Job:
         budget: cap on the whole file in bytes.
         size: file size for given sections, tables section, and shared objects if there are any.
         device: torch device.
-        seed: of every random choice.
         reporter: told about progress.
-        options: ingredients of the default coder.
-        dry_run: predict only; sections may be left out.
+        config: the options that were asked for.
         paths: exception paths to choose from, see `bytecap.allocation.overlay_menu`.
         recover: how long to tune what was coded, or None.
         store: where statistics and finished steps are kept: for other jobs on the same tokens, and for a killed run's
             successor, see `bytecap.recovery.checkpointing`.
-        given: sections of units that are coded already, see `bytecap.methods.preencoded`; empty when a method runs.
     """
 
     model: Model
@@ -56,19 +49,36 @@ class Job:
     budget: int
     size: Callable[..., int]
     device: str
-    seed: int
     reporter: Reporter
-    options: dict[str, Any] = field(default_factory=dict)
-    dry_run: bool = False
+    config: FitConfig
     paths: tuple[str, ...] = ()
     recover: Effort | None = None
     store: Store = field(default_factory=Store)
-    given: Mapping[str, Section] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random choice."""
+        return self.config.seed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the method."""
+        return dict(self.config.options or {})
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether to predict only; sections may be left out then."""
+        return self.config.dry_run
+
+    @property
+    def given(self) -> Mapping[str, Section]:
+        """Sections of units that are coded already, see `bytecap.methods.preencoded`; empty when a method runs."""
+        return self.config.given or {}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method found.
+    """The output of a method: sections, tables and the plan behind them.
 
     Attributes:
         sections: of every unit.

@@ -1,4 +1,4 @@
-"""How long recovery may take: a number of steps or a time, as users write it.
+"""Parse the effort that users allow: a number of steps or a time.
 
 >>> Effort.parse("45s").part(0.5)
 (Effort(steps=None, seconds=22.5), Effort(steps=None, seconds=22.5))
@@ -15,7 +15,7 @@ from bytecap.errors import UsageError
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to recover: `steps` moves, or `seconds` of them.
+    """An effort: `steps` moves, or moves for `seconds`.
 
     >>> Effort.parse("600"), Effort.parse("10m")
     (Effort(steps=600, seconds=None), Effort(steps=None, seconds=600.0))
@@ -26,7 +26,7 @@ class Effort:
 
     @staticmethod
     def parse(text: str) -> Effort:
-        """From `600` steps, or a time such as `45s`, `10m`, `1h`.
+        """Parse `600` steps, or a time such as `45s`, `10m`, `1h`.
 
         Raises:
             UsageError: it is neither, or nothing.
@@ -39,13 +39,13 @@ class Effort:
         return Effort(seconds=float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
 
     def share(self, steps: int, seconds: float) -> float:
-        """How much of it is done, 1 when it is spent."""
+        """Return the share of the effort that is spent, up to 1."""
         if self.steps is not None:
             return steps / self.steps if self.steps else 1.0
         return seconds / (self.seconds or math.inf)
 
     def part(self, share: float) -> tuple[Effort, Effort]:
-        """It as two: a share, and the rest.
+        """Split the effort in two: a share, and the rest.
 
         >>> Effort.parse("10").part(0.85)
         (Effort(steps=8, seconds=None), Effort(steps=2, seconds=None))
@@ -58,7 +58,7 @@ class Effort:
 
 
 def effort_of(text: str | None) -> Effort | None:
-    """The effort asked for.
+    """Return the effort asked for.
 
     Raises:
         UsageError: it cannot be understood.

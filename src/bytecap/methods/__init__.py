@@ -1,4 +1,4 @@
-"""Methods: ways to turn a model into sections that fit a cap. All share container, ledger and evaluation.
+"""List the methods, which turn a model into sections that fit a cap and share container, ledger and evaluation.
 
 A method is a function from a `Job` to an `Outcome` (`bytecap.job`). `bytecap` is the default; the others are what it is
 measured against, and `METHODS` lists them in the order of help and comparisons.
@@ -82,9 +82,19 @@ METHODS = {
     "reallm": Entry(_reallm, windows_only=True),
 }
 
+RELATED = {  # beginnings of other programs' names: the method that does the same or comes nearest, and why
+    ("gptq", "autogptq"): ("golf", "It is GPTQ with entropy coded integers."),
+    ("rtn", "int", "absmax", "minmax", "hqq", "gguf", *(f"q{n}" for n in range(2, 9)), "iq", "nf4", "fp4", "bnb",
+     "bitsandbytes"): ("uniform", "It rounds to nearest without calibration."),
+    ("awq", "autoawq", "smoothquant", "imatrix", "exl"): (
+        "bytecap", "It weighs every weight by what calibration says about it; awq itself is not here."),
+    ("spqr", "squeezellm", "llm.int8", "llmint8"): ("owq", "It keeps the weights that suffer most in 16 bit."),
+    ("aqlm", "vptq", "quip", "kmeans", "vq"): ("cluscomp", "It codes vectors of weights by codebooks."),
+}  # fmt: skip
+
 
 def find(name: str) -> Method:
-    """The method of a name.
+    """Return the method of a name.
 
     Args:
         name: one of `METHODS`, or `FILE.py:CALLABLE`, a `Method` in a file of the user's. That file is run.
@@ -98,13 +108,21 @@ def find(name: str) -> Method:
         own: Method = load_callable(name)[0]
         return own
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, 1, 0.0)
-        raise UsageError(f"unknown method {name!r}, did you mean {near[0]}? (there are {', '.join(METHODS)})")
+        raise UsageError(f"unknown method {name!r}, {_suggestion(name)} (there are {', '.join(METHODS)})")
     return METHODS[name].load()
 
 
+def _suggestion(name: str) -> str:
+    """Suggest a method for the name of another quantizer, or for a misspelling."""
+    plain = name.lower().replace("_", "").replace("-", "")
+    for words, (method, reason) in RELATED.items():
+        if any(plain.startswith(word) for word in words):
+            return f"did you mean {method}? {reason}"
+    return f"did you mean {difflib.get_close_matches(name, METHODS, 1, 0.0)[0]}?"
+
+
 def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
-    """The exception paths that a method may choose from.
+    """Return the exception paths that a method may choose from.
 
     Raises:
         UsageError: an unknown path, or a method that chooses none.
@@ -117,7 +135,7 @@ def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
 
 
 def smallest_section(unit: Unit) -> tuple[int, bytes]:
-    """(tag, bytes) of the least a unit can take: every value at its centre."""
+    """Return (tag, bytes) of the smallest section of a unit, with every value at its centre."""
     import numpy as np
 
     from bytecap.format.coders import Shared

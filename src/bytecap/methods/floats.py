@@ -1,4 +1,4 @@
-"""Budgets just below lossless: floats that keep fewer bits of their mantissa.
+"""Fill budgets just below lossless with floats that keep fewer bits of their mantissa.
 
 A grid's integers stop at 16 bits, so above its finest step a budget would be left unused: for a float32 model from
 about 14 bits a weight on, for 16-bit models with far outliers just below the lossless size. There the source's own
@@ -13,10 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.format.coders.exact import from_bytes, to_bytes
 from bytecap.job import Section
 from bytecap.methods.rate_control import allowed_slack
+from bytecap.quantization.short_floats import section
 from bytecap.types import Unit
 
 _MANTISSA = {"F64": 23, "F32": 23, "F16": 10, "BF16": 7}
@@ -26,34 +25,10 @@ Array = npt.NDArray[np.float32]
 Values = Callable[[Unit], Array]
 
 
-def rounded(values: Array, bits: int, dtype: str) -> Array:
-    """Values with `bits` mantissa bits, to nearest, towards zero where that would overflow `dtype`.
-
-    >>> rounded(np.float32([1.3, -65504.0]), 2, "F16").tolist()
-    [1.25, -57344.0]
-    """
-    drop = 23 - bits
-    if drop <= 0:
-        return values
-    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    low = raw & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)
-    near = (raw + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)
-    with np.errstate(over="ignore"):
-        fits = np.isfinite(from_bytes(to_bytes(near.view(np.float32), dtype), dtype)).reshape(near.shape)
-    return np.where(fits, near, low).view(np.float32)
-
-
-def section(values: Array, dtype: str, bits: int, finer: int = 0) -> Section:
-    """`exact` section of (rows, cols) values with `bits` mantissa bits, the first `finer` values with one more."""
-    kept = rounded(values.reshape(-1), bits, dtype).copy()
-    kept[:finer] = rounded(values.reshape(-1)[:finer], bits + 1, dtype)
-    return Section(EXACT.tag, EXACT.encode(kept.reshape(values.shape), dtype))
-
-
 def fit_floats(
     units: list[Unit], values: Values, size: Callable[[dict[str, Section]], int], budget: int
 ) -> dict[str, Section] | None:
-    """Sections that fill the budget, or None if even one mantissa bit does not fit.
+    """Return sections that fill the budget, or None if even one mantissa bit does not fit.
 
     Args:
         units: floating-point units.

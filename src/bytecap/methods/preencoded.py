@@ -1,4 +1,4 @@
-"""Units that are coded already: any method codes the rest of the model under the bytes that they leave.
+"""Let any method code the rest of a model beside units that are coded already.
 
 The model runs with their values in place, so statistics, correction factors and drift of all others are those of the
 model as it is stored. Nothing is taken from a store: entries do not know what was given.
@@ -14,7 +14,7 @@ from bytecap.system.cache import Store
 
 
 def run_rest(run: Method, job: Job) -> Outcome:
-    """What a method makes of a job, the given sections beside it.
+    """Run a method on a job beside its given sections.
 
     Raises:
         UsageError: a given section belongs to no unit.
@@ -32,5 +32,5 @@ def run_rest(run: Method, job: Job) -> Outcome:
     rest = replace(job.model, units=tuple(u for u in job.model.units if u.name not in job.given))
     if not rest.units:
         return Outcome(dict(job.given), b"", 0.0, 0.0, 0.0, "given")
-    outcome = run(replace(job, model=rest, size=size, given={}, store=Store()))
+    outcome = run(replace(job, model=rest, size=size, config=replace(job.config, given={}), store=Store()))
     return replace(outcome, sections={**outcome.sections, **job.given}) if outcome.sections else outcome

@@ -9,7 +9,7 @@ The cap is never exceeded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bytecap.allocation.planner import Planner, State
@@ -17,7 +17,7 @@ from bytecap.errors import BudgetError
 from bytecap.job import Section
 from bytecap.quantization.quantizer import Prepared
 
-Size = Callable[[dict[str, Section], bytes], int]
+Size = Callable[[Mapping[str, Section], bytes], int]
 
 _GLOBAL_TRIES = 8
 _UNIT_TRIES = 40
@@ -34,12 +34,12 @@ def allowed_slack(budget: int) -> int:
     return max(64, budget // 2000)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Packed:
     """A plan as real sections."""
 
     state: State
-    sections: dict[str, Section]
+    sections: Mapping[str, Section]
     tables: bytes
 
 
@@ -52,9 +52,9 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
     """Real sections whose file is at most `budget` bytes and leaves almost nothing unused.
 
     Args:
-        planner: its tables must be those of `state` and of `tables`.
+        planner: the units.
         state: a settled plan close to the budget.
-        tables: the serialised tables section.
+        tables: its tables section, serialised.
         size: file size of given sections and tables.
         budget: the cap in bytes.
 
@@ -75,7 +75,7 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
         change = min(1.0, max(-1.0, (0.5 * allowed_slack(budget) - left) / slope))  # aim a little below the cap
         before = left, change
         steps = {n: s * math.exp(change) for n, s in packed.state.steps.items()}
-        packed = _pack(planner, planner.settle(steps, refit=False), tables)
+        packed = _pack(planner, planner.settle(steps, packed.state.rules, refit=False), tables)
     if best is None:
         over = size(packed.sections, tables)
         raise BudgetError(f"the plan could not be brought under {budget} bytes: {over} remain", over)
@@ -137,7 +137,7 @@ def _requantize(planner: Planner, state: State, name: str, change: float) -> tup
     """One unit at `exp(change)` times its step, everything else as it is."""
     step = state.steps[name] * math.exp(change)
     item = next(p for p in planner.matrices if p.unit.name == name)
-    coded = planner.round([item], {name: step})
+    coded = planner.round([item], {name: step}, state.rules)
     moved = replace(
         state, steps={**state.steps, name: step}, coded={**state.coded, name: coded[name]},
         distortions={**state.distortions, name: coded[name].distortion},

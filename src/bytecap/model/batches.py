@@ -1,4 +1,4 @@
-"""Batches that only the user's loss understands, and what can be learned through it.
+"""Handle batches that only the user's loss understands, and find the cross entropy inside it.
 
 `loss(module, batch)` gives the mean loss of a batch in nats. Where it ends in `torch.nn.functional.cross_entropy` or
 `nll_loss`, as nearly every language model's does, the logits are taken from that call: labels are then drawn from

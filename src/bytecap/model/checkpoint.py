@@ -10,9 +10,8 @@ no architecture is named here.
 from __future__ import annotations
 
 import json
-import math
-import struct
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,7 +20,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from bytecap.errors import CheckpointError
+from bytecap.model import gguf_file
+from bytecap.model.accounting import account
+from bytecap.model.fileset import (
+    HUB_FILES,
+    PICKLES,
+    pickle_message,
+    read_headers,
+    read_side_files,
+    refuse_quantized,
+    weight_files,
+)
+from bytecap.model.inputs import refuse_encoder_decoder
 from bytecap.model.linears import linear_weights
+from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
 from bytecap.types import Unit
 
@@ -30,15 +42,10 @@ if TYPE_CHECKING:
 
 _Values = TypeVar("_Values", np.ndarray[Any, Any], "torch.Tensor")
 _STACKED = 16  # smallest side of a matrix in a stack of them
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64",
     "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
     "torch.bool": "BOOL",
-}  # fmt: skip
-_WIDTHS = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
-    "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
 
@@ -51,12 +58,18 @@ class Model:
         units: its stored tensors, in state-dict order.
         files: side files kept in the artifact (`config.json`, `tokenizer.json`, ...) as bytes.
         name: for messages.
+        notes: what reading it found that the user should know.
+        rounded: names of tensors whose source has more bits than float32.
+        rebuilt: whether the side files describe the module, so that a file alone is enough to build it again.
     """
 
     module: torch.nn.Module
     units: tuple[Unit, ...]
     files: dict[str, bytes]
     name: str
+    notes: tuple[str, ...] = ()
+    rounded: frozenset[str] = frozenset()
+    rebuilt: bool = False
 
     @property
     def parameters(self) -> int:
@@ -65,7 +78,7 @@ class Model:
 
     def tensor(self, unit: Unit) -> torch.Tensor:
         """The live parameter or buffer of a unit."""
-        return _named_tensors(self.module)[unit.name]
+        return tensors_of(self.module)[unit.name]
 
     def embeddings(self) -> set[str]:
         """Names of the units that are embedding tables."""
@@ -83,7 +96,7 @@ def demo_directory() -> Path:
 
 
 def resolve(model: Path | str) -> Path:
-    """A directory for a path, the word `demo`, or a hub id.
+    """A directory or `.gguf` file for a path, the word `demo`, or a hub id.
 
     Raises:
         CheckpointError: nothing is there.
@@ -94,8 +107,10 @@ def resolve(model: Path | str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        if path.suffix in _PICKLES:
-            raise CheckpointError(_pickle_message(path))
+        if path.suffix == gguf_file.SUFFIX:
+            return path
+        if path.suffix in PICKLES:
+            raise CheckpointError(pickle_message(path))
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
     if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
         return _from_hub(str(model))
@@ -106,110 +121,19 @@ def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as exc:
         raise CheckpointError(
             f"no directory {name}, and no hub model of that name could be fetched ({type(exc).__name__})"
         ) from exc
 
 
-def _pickle_message(path: Path) -> str:
-    return (
-        f"{path} is a pickle checkpoint, which can run code when it is loaded and is refused; convert it with "
-        "`save_pretrained(..., safe_serialization=True)` or safetensors.torch.save_file"
-    )
-
-
-SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tying.json",
-)  # fmt: skip
-
-
-def read_side_files(directory: Path) -> dict[str, bytes]:
-    """Config and tokenizer files of a model directory.
-
-    Raises:
-        CheckpointError: there is no readable `config.json`.
-    """
-    config = directory / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
-    try:
-        parsed = json.loads(config.read_bytes())
-    except ValueError as exc:
-        raise CheckpointError(f"{config} is not valid JSON: {exc}") from exc
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{config} holds no JSON object")
-    return {n: (directory / n).read_bytes() for n in SIDE_FILES if (directory / n).is_file()}
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: one, or the shards its index names.
-
-    Raises:
-        CheckpointError: there are none, a shard is missing, or only pickles are there.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            missing = [s for s in shards if not (directory / s).is_file()]
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise CheckpointError(f"{index} is not a valid shard index") from exc
-        if missing:
-            raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} of {len(shards)})")
-        return [directory / s for s in shards]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(p for p in directory.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            raise CheckpointError(_pickle_message(pickles[0]))
-        raise CheckpointError(f"{directory} holds no *.safetensors weights")
-    return files
-
-
-def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
-    """Header of a safetensors file, after checking that every tensor lies inside the file.
-
-    Raises:
-        CheckpointError: truncated or corrupt; the message names the first bad tensor.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        prefix = f.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if length < 2 or length > size - 8:
-            raise CheckpointError(f"{path} is not a safetensors file or is truncated ({size} bytes)")
-        try:
-            header = json.loads(f.read(length))
-            entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            spans = {k: (int(v["data_offsets"][0]), int(v["data_offsets"][1])) for k, v in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
-            raise CheckpointError(f"{path} has a corrupt safetensors header: {exc}") from exc
-    at = 0
-    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
-        if not 0 <= start <= stop <= size - 8 - length:
-            raise CheckpointError(
-                f"{path} is truncated: tensor {name} needs bytes {start}..{stop} of {size - 8 - length}"
-            )
-        shape, dtype = entries[name].get("shape"), entries[name].get("dtype")
-        if dtype in _WIDTHS and (not isinstance(shape, list) or stop - start != _WIDTHS[dtype] * math.prod(shape)):
-            raise CheckpointError(f"{path} is corrupt: tensor {name} of {dtype} {shape} takes {stop - start} bytes")
-        if start != at:
-            raise CheckpointError(f"{path} is corrupt: tensor {name} begins at byte {start}, not at {at}")
-        at = stop
-    if at != size - 8 - length:
-        raise CheckpointError(f"{path} is corrupt: {size - 8 - length - at} bytes are left over behind its tensors")
-    return entries
-
-
 def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
-    """Refuse infinities and NaN, naming tensor and index."""
+    """Refuse infinities and NaN in parameters, naming tensor and index; buffers are stored exactly with theirs."""
     import torch
 
-    tensors = _named_tensors(module)
-    for unit in units:
+    tensors, buffers = tensors_of(module), dict(module.named_buffers(remove_duplicate=False))
+    for unit in (u for u in units if u.name not in buffers):
         tensor = tensors[unit.name]
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
@@ -218,27 +142,70 @@ def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
             raise CheckpointError(f"tensor {unit.name} holds {value} at index {list(index)}")
 
 
-def load_model(model: Path | str, *, begin: Callable[[dict[str, bytes]], None] | None = None) -> Model:
+def load_model(
+    model: Path | str,
+    *,
+    begin: Callable[[dict[str, bytes]], None] | None = None,
+    allow_unused: Sequence[str] = (),
+) -> Model:
     """Read, check and build a model from a directory.
 
     Args:
-        model: Hugging Face directory, hub id, or `demo`.
+        model: Hugging Face directory, `.gguf` file, hub id, or `demo`.
         begin: given the side files before the model is built, to work on them meanwhile.
+        allow_unused: names or patterns of tensors and files that are meant to be left out.
 
     Raises:
-        CheckpointError: missing, corrupt, not finite, pickle, or of a kind transformers cannot build.
+        CheckpointError: missing, corrupt, not finite, pickle, of a kind transformers cannot build, or not read whole.
     """
     directory = resolve(model)
+    if directory.suffix == gguf_file.SUFFIX and directory.is_file():
+        return _of_gguf(directory, begin)
     files = read_side_files(directory)
+    refuse_quantized(json.loads(files["config.json"]), directory)
+    refuse_encoder_decoder(files, str(model))
+    headers, notes = read_headers(directory, allow_unused)
+    notes += conversion_note(files)
     if begin is not None:
         begin(files)
-    dtypes: dict[str, str] = {}
-    for path in weight_files(directory):
-        dtypes.update({name: str(entry["dtype"]) for name, entry in check_safetensors(path).items()})
     module = build_module(directory)
-    units = find_units(module, dtypes)
+    found = account(module, headers, allow_unused)
+    units = find_units(module, found.dtypes)
     check_finite(units, module)
-    return Model(module, units, files, str(model))
+    return Model(
+        module,
+        units,
+        files | found.files,
+        str(model),
+        notes=(*notes, *found.notes),
+        rounded=found.rounded,
+        rebuilt=True,
+    )
+
+
+def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Model:
+    """The model of a GGUF file, dequantized."""
+    tensors, files, notes = gguf_file.read(path)
+    if begin is not None:
+        begin(files)
+    module = _filled(files, tensors)
+    units = find_units(module, gguf_file.dtypes(tensors))
+    check_finite(units, module)
+    return Model(module, units, files, str(path), notes=notes, rebuilt=True)
+
+
+def _filled(files: dict[str, bytes], tensors: dict[str, Any]) -> torch.nn.Module:
+    """A plain float32 module of a config, with these tensors in it."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_bytes(files["config.json"])
+        module = module_from_config(Path(directory))
+    stored = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            stored[name].copy_(tensor)
+    return freeze(module)
 
 
 def build_module(directory: Path) -> torch.nn.Module:
@@ -253,7 +220,7 @@ def build_module(directory: Path) -> torch.nn.Module:
     if (directory / tying.FILE).is_file():
         module = module_from_config(directory)
         tying.fill(module, weight_files(directory))
-        return module
+        return freeze(module)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -278,10 +245,10 @@ def build_module(directory: Path) -> torch.nn.Module:
     return freeze(module)
 
 
-def freeze(module: torch.nn.Module) -> torch.nn.Module:
-    """Evaluation mode, no gradients."""
+def freeze(module: torch.nn.Module, *, cache: bool = False) -> torch.nn.Module:
+    """Evaluation mode, no gradients; without the cache that keeps keys and values unless it is asked for."""
     module.eval()
-    if hasattr(module, "config"):  # keys and values of windows scored once would only fill memory
+    if hasattr(module, "config") and not cache:  # windows scored once would only fill it
         module.config.use_cache = False  # type: ignore[union-attr]
     for p in module.parameters():
         p.requires_grad_(False)
@@ -292,9 +259,23 @@ def _first_line(exc: BaseException) -> str:
     return next((line for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
 
 
-def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every name in the state dict with its live tensor, tied names included."""
-    return dict(module.state_dict(keep_vars=True))
+def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every name in the state dict with its live tensor, tied names included; without what is extra state."""
+    return {n: t for n, t in module.state_dict(keep_vars=True).items() if not n.endswith("_extra_state")}
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a parameter has no shape before the first pass."""
+    from torch.nn.parameter import is_lazy as lazy
+
+    return bool(lazy(tensor))
+
+
+def unready(tensor: torch.Tensor) -> str:
+    """Why a tensor holds no values; nothing if it does."""
+    if is_lazy(tensor):
+        return "lazy: run one batch through the module first"
+    return "on the meta device: load its weights first" if tensor.is_meta else ""
 
 
 def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) -> tuple[Unit, ...]:
@@ -306,7 +287,7 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
     """
     dtypes = dtypes or {}
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    tensors = _named_tensors(module)
+    tensors = tensors_of(module)
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), tuple(tensor.shape))
         groups.setdefault(key, []).append(name)
@@ -359,4 +340,4 @@ def module_from_config(directory: Path) -> torch.nn.Module:
             raise
         raise CheckpointError(f"cannot build a model from {directory}/config.json: {_first_line(exc)}") from exc
     tying.tie_as_described(module, directory)
-    return freeze(module)
+    return freeze(module, cache=True)

@@ -1,4 +1,4 @@
-"""The same sums in the same order every time, on a GPU too.
+"""Compute the same sums in the same order every time, on a GPU too.
 
 Kernels that add in whatever order threads arrive differ in the last bits from run to run, and a file with them. PyTorch
 has others for most, some of which it takes only where everything else that knows no order is an error: the backward
@@ -20,13 +20,13 @@ _Found = TypeVar("_Found")
 
 
 def ask_for_order() -> None:
-    """Settle, before a GPU is first used, what strict mode asks of cuBLAS; a setting of the user's own is left."""
+    """Set what strict mode asks of cuBLAS before a GPU is first used; a setting of the user's own stays."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextlib.contextmanager
 def same_sums(device: torch.device | str, *, strict: bool = False) -> Iterator[None]:
-    """The same sums in the same order every time.
+    """Compute the same sums in the same order every time, inside a `with` block.
 
     Args:
         device: of the work.
@@ -51,7 +51,7 @@ def same_sums(device: torch.device | str, *, strict: bool = False) -> Iterator[N
 
 
 def in_order(device: torch.device | str, work: Callable[[], _Found]) -> _Found:
-    """What `work` finds with sums in one order: with fused attention, or without where something else has no order.
+    """Return the result of `work` with sums in one order, without fused attention where something else has no order.
 
     Args:
         device: of the work.

@@ -1,4 +1,4 @@
-"""Scores of a model, and of a coded model against its original, on tokens nothing was fitted on.
+"""Score a model, and a coded model against its original, on tokens that nothing was fitted to.
 
 Reported always together: bits per byte (what users are scored on), KL to the original (the honest distortion:
 shrunk weights can improve the loss on foreign text without being closer to the original), the share of equal
@@ -24,6 +24,7 @@ from bytecap.model.batches import Batch, Look, is_batches, variants_of
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens, predictions
 from bytecap.model.quantized_copy import Values, swapped
 from bytecap.model.texts import Text, Window
+from bytecap.model.uncertainty import ratio_stderr
 from bytecap.progress import Advance
 from bytecap.types import Score
 
@@ -57,7 +58,7 @@ class Comparison:
     windows: ByWindow | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionary for JSON, without the windows."""
+        """Return a plain dictionary for JSON, without the windows."""
         return {k: v for k, v in self.__dict__.items() if k != "windows"}
 
 
@@ -66,23 +67,14 @@ def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
 
 
 def _by_window(mask: Tensor, values: Tensor) -> Tensor:
-    """Sums (batch,) of the values (n,) of the n tokens in mask (batch, length), float64, in the same order anywhere."""
+    """Sum the values (n,) of the n tokens in a mask (batch, length) to float64 (batch,), in the same order anywhere."""
     whole = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
     whole[mask] = values.double()
     return whole.sum(1)
 
 
-def ratio_stderr(total: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> float:
-    """Standard error of the ratio sum(total) / sum(weight) over windows (linearised); NaN where it has none."""
-    n = len(total)
-    if n < 2 or not weight.any():
-        return float("nan")
-    residual = total - total.sum() / weight.sum() * weight
-    return float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / weight.sum())
-
-
 def paired_stderr(one: Sequence[Comparison], other: Sequence[Comparison], what: str) -> float:
-    """Standard error of the difference of two means over texts, taken window by window; NaN where there is none.
+    """Return the standard error of the difference of two means over texts, window by window; NaN if there is none.
 
     Args:
         one: one for each text.
@@ -99,7 +91,7 @@ def paired_stderr(one: Sequence[Comparison], other: Sequence[Comparison], what: 
 
 @torch.no_grad()
 def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Progress | None = None) -> Score:
-    """Bits per byte of one model on one text."""
+    """Score one model on one text."""
     if is_batches(text.windows):
         return _score_batches(module, text, device, progress)
     losses, counts, sizes = [], [], []
@@ -116,7 +108,7 @@ def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Pr
 
 
 def _score(name: str, total: FloatArray, tokens: FloatArray, size: FloatArray) -> Score:
-    """From sums over windows."""
+    """Return a score from sums over windows."""
     return Score(
         name, int(tokens.sum()), int(size.sum()), float(total.sum() / tokens.sum()), _bpb(total, size),
         ratio_stderr(total / math.log(2), size),
@@ -124,7 +116,7 @@ def _score(name: str, total: FloatArray, tokens: FloatArray, size: FloatArray) -
 
 
 def _bpb(nats: FloatArray, size: FloatArray) -> float:
-    """Bits per byte; NaN where nobody counted bytes."""
+    """Return bits per byte; NaN if bytes were not counted."""
     return float(nats.sum() / math.log(2) / size.sum()) if size.any() else math.nan
 
 
@@ -140,7 +132,7 @@ def _score_batches(module: nn.Module, text: Text, device: str, progress: Progres
 
 
 def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
-    """Batches with the windows they hold, in the order `batches` sorts them."""
+    """Yield batches with the windows they hold, in the order in which `batches` sorts them."""
     order = longest_first(windows)
     at = 0
     for ids, mask in batches(windows, pass_tokens(module, next(module.parameters()).device)):
@@ -184,7 +176,7 @@ def compare(
 def _compare_batches(
     original: nn.Module, coded: nn.Module, text: Text, device: str, progress: Progress | None
 ) -> Comparison:
-    """Through each batch's own loss; what needs predictions is NaN where the loss holds none."""
+    """Compare by each batch's own loss; figures that need predictions are NaN where the loss holds none."""
     sums, temperature, same = [], np.zeros(len(_TEMPERATURES)), 0.0
     for batch in text.windows:
         assert isinstance(batch, Batch)  # noqa: S101 (a text holds one kind)
@@ -215,7 +207,7 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
 
 
 def _best_temperature(nats: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Minimum of a parabola through the three best sampled temperatures."""
+    """Return the minimum of a parabola through the three best sampled temperatures."""
     if not np.isfinite(nats).all():
         return math.nan, math.nan
     i = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
@@ -229,7 +221,7 @@ def _best_temperature(nats: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
-    """Unweighted mean over texts; standard errors of independent texts."""
+    """Return the unweighted mean over texts, with the standard errors of independent texts."""
     n = len(parts)
     values: dict[str, Any] = {}
     for key in parts[0].__dict__:
@@ -250,7 +242,7 @@ def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
 def kl_to(
     original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu"
 ) -> tuple[float, float]:
-    """KL to the original in nats per token and its standard error, on plain windows."""
+    """Return the KL to the original in nats per token and its standard error, on plain windows."""
     return kl_each(original, coded, {"": {}}, windows, device=device)[""]
 
 
@@ -263,7 +255,7 @@ def kl_each(
     device: str = "cpu",
     advance: Advance | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """KL to the original in nats per token and its standard error, of several variants; see `by_window`."""
+    """Return KL to the original in nats per token, and its standard error, for several variants; see `by_window`."""
     found = by_window(original, twin, variants, windows, device=device, advance=advance)
     return {k: (float(v.kl.sum() / v.tokens.sum()), ratio_stderr(v.kl, v.tokens)) for k, v in found.items()}
 
@@ -297,7 +289,7 @@ def by_window(
     device: str = "cpu",
     advance: Advance | None = None,
 ) -> dict[str, ByWindow]:
-    """Scores of several variants of one model, window by window, for paired comparisons.
+    """Score several variants of one model window by window, for paired comparisons.
 
     Batch by batch, so that the original is run once whatever the number of variants.
 
@@ -342,7 +334,7 @@ def _by_batch(
     device: str,
     advance: Advance | None,
 ) -> dict[str, ByWindow]:
-    """`by_window` through the batches' own loss; without predictions its increase stands in for the KL."""
+    """Score `by_window` by the batches' own loss; without predictions its increase stands in for the KL."""
     rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
     total = sum(w.predicted for w in windows)
     for batch in windows:

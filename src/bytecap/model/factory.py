@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.errors import CheckpointError, UsageError
-from bytecap.model.checkpoint import DTYPES, Model, check_safetensors
+from bytecap.model.checkpoint import DTYPES, Model, tensors_of
+from bytecap.model.fileset import check_safetensors
 from bytecap.model.from_artifact import load_into
 from bytecap.model.module import model_of
+from bytecap.model.wrappers import plain_names
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("_orig_mod.", "module.")  # left by torch.compile and by data-parallel training
 
 
 def load_callable(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -139,11 +140,8 @@ def _state(found: Any, path: Path) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path} holds no state dict: {name!r} is {type(value).__name__}, not a tensor")
-    state = dict(found)
-    for prefix in _PREFIXES:
-        if all(n.startswith(prefix) for n in state):
-            state = {n.removeprefix(prefix): t for n, t in state.items()}
-    return state
+    plain = plain_names(found)
+    return {plain[n]: t for n, t in found.items()}
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
@@ -152,7 +150,9 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> No
     Raises:
         CheckpointError: names or shapes differ; both lists, and the nearest names in pairs.
     """
-    live = module.state_dict(keep_vars=True)
+    state = {p: state[n] for n, p in plain_names(state).items()}
+    live = tensors_of(module)
+    live = {p: live[n] for n, p in plain_names(live).items()}
     known = {live[n].data_ptr() for n in state if n in live and live[n].numel()}
     missing = [n for n, t in live.items() if n not in state and not (t.numel() and t.data_ptr() in known)]
     extra = [n for n in state if n not in live]
@@ -205,7 +205,8 @@ def load_factory(spec: str, state: Path | None) -> Model:
     fill(module, found, state)
     model = model_of(module, str(state))
     dtypes = {n: DTYPES.get(str(t.dtype), "F32") for n, t in found.items()}
-    units = tuple(replace(u, dtype=_narrower(dtypes.get(u.name, u.dtype), u.dtype)) for u in model.units)
+    plain = plain_names(u.name for u in model.units)
+    units = tuple(replace(u, dtype=_narrower(dtypes.get(plain[u.name], u.dtype), u.dtype)) for u in model.units)
     return Model(model.module, units, model.files, model.name)
 
 

@@ -1,4 +1,4 @@
-"""A pass of a model over token windows: batches of similar length, their dtype, and logits out of any output.
+"""Pass a model over token windows: batches of similar length, their dtype, and logits from any output.
 
 Every pass goes through here: calibration, gradients, recovery, evaluation.
 
@@ -26,12 +26,12 @@ Progress = Callable[[int], None]
 
 
 def longest_first(windows: Sequence[Window]) -> list[Window]:
-    """Windows in the order in which `batches` holds them."""
+    """Return windows in the order in which `batches` holds them."""
     return sorted(windows, key=lambda w: -len(w.tokens))
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, mask) batches of similar length: ids (batch, longest), mask (batch, longest - 1) of real predictions.
+    """Batch windows of similar length; yields ids (batch, longest) and a mask (batch, longest - 1) of predictions.
 
     Lengths are rounded up to multiples of 64 predictions: every new shape costs kernels and buffers that stay.
     """
@@ -54,7 +54,7 @@ def batches(windows: Sequence[Window], tokens: int) -> Iterator[tuple[Tensor, Te
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
+    """Return bfloat16 where the processor multiplies it natively, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -62,23 +62,23 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def batch_tokens(vocabulary: int) -> int:
-    """Tokens a batch may hold so that its float32 logits stay near 16 MB; larger batches are not faster on a CPU."""
+    """Return the tokens a batch may hold for float32 logits near 16 MB; larger ones are not faster on a processor."""
     return max(256, min(1024, 2**22 // max(1, vocabulary)))
 
 
 def pass_tokens(module: nn.Module, device: torch.device) -> int:
-    """Tokens a batch may hold in passes without sums of statistics, by the vocabulary the module's config names."""
+    """Return the tokens a batch may hold in passes without statistics, by the vocabulary in the module's config."""
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", 4096)
     return batch_tokens(int(vocabulary)) * (GPU_BATCHES if device.type == "cuda" else 1)
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of a model's output: the tensor itself, or its `.logits`."""
+    """Return the logits of a model's output: the tensor itself, or its `.logits`."""
     result: Tensor = output if isinstance(output, Tensor) else output.logits
     return result
 
 
 def predictions(output: Any, mask: Tensor) -> Tensor:
-    """The logits (n, vocabulary) of the n predictions in mask (batch, length), copied only where some are left out."""
+    """Return the logits (n, vocabulary) of the n predictions in a mask (batch, length), copied only if n is not all."""
     logits = logits_of(output)
     return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]

@@ -1,4 +1,4 @@
-"""What hooks on linear modules miss.
+"""Find the weights whose gradients hooks on linear modules do not explain.
 
 A hook sees a weight at work only when its module is called. A weight that is also read raw (`F.linear(x, m.weight)`, an
 einsum, a fused kernel), or never through its module, would look less important than it is, or not at all. So on one
@@ -25,12 +25,12 @@ WIDEST = 8192  # columns a dense second moment is kept for
 
 
 def is_matrix(unit: Unit) -> bool:
-    """Whether a unit that is no linear map has rows and columns to collect energies for."""
+    """Return whether a unit that is no linear map has rows and columns to collect energies for."""
     return not unit.linear and min(unit.matrix_shape) > 1 and unit.matrix_shape[1] <= WIDEST
 
 
 def shrunk_moment(moment: Tensor, samples: int) -> Tensor:
-    """Second moment (cols, cols) of few samples, off-diagonal entries times n / (n + cols).
+    """Return the second moment (cols, cols) of few samples, with off-diagonal entries times n / (n + cols).
 
     >>> shrunk_moment(torch.ones(2, 2), 2)
     tensor([[1.0000, 0.5000],
@@ -43,7 +43,7 @@ def shrunk_moment(moment: Tensor, samples: int) -> Tensor:
 
 
 def explains(part: Tensor, whole: Tensor) -> bool:
-    """Whether the gradient that hooks saw is all of a weight's gradient, but for rounding."""
+    """Return whether the gradient that hooks saw is a weight's whole gradient, up to rounding."""
     found = whole.float()
     return float((found - part).norm()) <= _EXPLAINED * float(found.norm())
 

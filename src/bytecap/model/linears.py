@@ -1,4 +1,4 @@
-"""Linear maps and embeddings of a module, found by the types of its modules; no architecture is named.
+"""Find the linear maps and embeddings of a module by the types of its modules; no architecture is named.
 
 >>> import torch
 >>> list(linear_weights(torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 3))))
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def linear_weights(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
-    """Weights of linear maps and embeddings: state-dict name -> (module, `linear` | `conv1d` | `embedding`)."""
+    """Return linear maps and embeddings: state-dict name to (module, `linear` | `conv1d` | `embedding`)."""
     from torch import nn
 
     found: dict[str, tuple[nn.Module, str]] = {}
@@ -33,5 +33,5 @@ def linear_weights(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, 
 
 
 def of_transformers(module: torch.nn.Module) -> bool:
-    """Whether transformers wrote the module's class: its passes may run in bfloat16, and its modules are called."""
+    """Return whether transformers wrote the module's class, whose passes may run in bfloat16."""
     return any(c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from bytecap.errors import BytecapError, CheckpointError, UsageError
 from bytecap.format.coders.exact import WIDTH
 from bytecap.model.batches import Batch, Seen
-from bytecap.model.checkpoint import DTYPES, Model, check_finite, find_units
+from bytecap.model.checkpoint import DTYPES, Model, check_finite, find_units, tensors_of, unready
 from bytecap.model.hook_coverage import WIDEST
 from bytecap.types import Unit
 
@@ -32,7 +33,10 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
         CheckpointError: it cannot be copied, holds nothing to store, or a tensor of a dtype the format lacks.
     """
     name = name or type(module).__name__
-    live = module.state_dict(keep_vars=True)
+    live = tensors_of(module)
+    for n, t in live.items():
+        if why := unready(t):
+            raise CheckpointError(f"{name}: tensor {n} holds no values, it is {why}")
     dtypes = {n: DTYPES.get(str(t.dtype), str(t.dtype)) for n, t in live.items()}
     for n, t in live.items():
         if dtypes[n] not in WIDTH:
@@ -58,7 +62,22 @@ def model_of(module: nn.Module, name: str | None = None) -> Model:
         check_finite(units, twin)
     except CheckpointError as exc:
         raise CheckpointError(f"{name}: {exc}") from None
-    return Model(twin, units, {}, name)
+    return Model(twin, units, {}, name, notes=_extra_state(module), rounded=_rounded(module, twin, units))
+
+
+def _extra_state(module: nn.Module) -> tuple[str, ...]:
+    """A note about extra state, which is not stored."""
+    extra = [n for n in module.state_dict() if n.endswith("_extra_state")]
+    return (f"extra state is not stored, the module that loads the file keeps its own: {', '.join(extra)}",) * bool(
+        extra
+    )
+
+
+def _rounded(module: nn.Module, twin: nn.Module, units: Sequence[Unit]) -> frozenset[str]:
+    """Names of float64 parameters that float32 does not hold."""
+    live, copied = tensors_of(module), tensors_of(twin)
+    wide = [u.name for u in units if live[u.name].dtype != copied[u.name].dtype == torch.float32]
+    return frozenset(n for n in wide if not torch.equal(live[n].detach().double(), copied[n].detach().double()))
 
 
 def _oriented(unit: Unit) -> Unit:

@@ -1,4 +1,4 @@
-"""Smaller batches where a device's memory ends."""
+"""Retry with smaller batches where a device's memory ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def halving(
     work: Callable[[int], _Found], windows: Sequence[Window], batch: int, what: str,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[_Found, int]:  # fmt: skip
-    """What `work` finds with `batch` tokens a batch, halved where the device's memory ends, and the batch that did.
+    """Run `work` with `batch` tokens a batch, halved while memory does not suffice; returns its result and the batch.
 
     Args:
         work: given the tokens of a batch.

@@ -1,4 +1,4 @@
-"""Putting decoded values into a live module and taking them out again.
+"""Put decoded values into a live module and take them out again.
 
 >>> import torch
 >>> module = torch.nn.Linear(2, 1, bias=False); before = module.weight.detach().clone()
@@ -26,7 +26,7 @@ Values = Mapping[str, npt.NDArray[Any] | torch.Tensor]  # a tensor becomes the m
 
 
 class Lazy(Values):
-    """Values made when they are asked for, so that a whole model never exists twice.
+    """A mapping whose values are made when they are asked for, so that a whole model never exists twice.
 
     >>> values = Lazy(["a"], lambda name: np.zeros(3)); values["a"].shape
     (3,)
@@ -48,7 +48,7 @@ class Lazy(Values):
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """A copy that shares the original's storage until values are loaded into it."""
+    """Return a copy that shares the original's storage until values are loaded into it."""
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {}
     for t in tensors:
@@ -78,7 +78,7 @@ def load_values(module: nn.Module, values: Values) -> None:
 
 @contextlib.contextmanager
 def swapped(module: nn.Module, values: Values) -> Iterator[None]:
-    """The module with some tensors replaced; the old values return on leaving."""
+    """Replace some tensors of a module inside a `with` block; the old values return on leaving."""
     live = dict(module.state_dict(keep_vars=True))
     kept = {name: live[name].data for name in values}
     try:

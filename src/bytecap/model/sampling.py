@@ -1,4 +1,4 @@
-"""Text a model makes up itself: windows of tokens sampled from it, for recovery where no text is at hand.
+"""Sample windows of tokens from a model itself, for recovery where no text is at hand.
 
 Sampled at temperature 1, so that the distribution is the model's own. Sources: LLM-QAT (arXiv:2305.17888) for
 distilling on a model's own samples.
@@ -22,7 +22,7 @@ _ROWS = {"cpu": 32, "cuda": 256}  # windows sampled side by side
 def sample(
     module: nn.Module, firsts: Sequence[int], tokens: int, *, window: int, seed: int, device: str
 ) -> tuple[Window, ...]:
-    """Windows with at least so many predicted tokens together.
+    """Sample windows with at least so many predicted tokens together.
 
     Args:
         module: causal model of transformers, which keeps keys and values of what it has read.
@@ -52,7 +52,7 @@ def sample(
 
 
 def _continued(module: nn.Module, ids: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Rows (rows, 1) with `count` tokens more."""
+    """Continue rows (rows, 1) by `count` tokens."""
     parts, past = [ids], None
     for _ in range(count):
         out: Any = module(parts[-1], past_key_values=past, use_cache=True)

@@ -1,4 +1,4 @@
-"""Token shards of the Parameter Golf challenge, and how many bytes of text every token stands for.
+"""Read token shards of the Parameter Golf challenge, and the bytes of text that every token stands for.
 
 A shard is 256 little-endian int32 (`20240520`, `1`, number of tokens, zeros) and that many little-endian uint16.
 
@@ -45,14 +45,14 @@ class ByteCounts:
     control: npt.NDArray[np.bool_]
 
     def of(self, tokens: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Bytes of every token but the first, which is context."""
+        """Return the bytes of every token but the first, which is context."""
         before, after = tokens[:-1], tokens[1:]
         found: npt.NDArray[np.int64] = self.size[after] + (self.space[after] & ~self.control[before])
         return found
 
 
 def read_shard(path: Path) -> Tokens:
-    """Tokens of a shard, mapped from the file.
+    """Map the tokens of a shard from its file.
 
     Raises:
         TextError: unreadable, or header and length do not agree.
@@ -77,7 +77,7 @@ def read_shard(path: Path) -> Tokens:
 
 
 def expand(paths: Sequence[Path | str]) -> list[Path]:
-    """Paths, with patterns such as `train_*.bin` expanded in order.
+    """Return paths, with patterns such as `train_*.bin` expanded in order.
 
     Raises:
         TextError: a pattern matches nothing.
@@ -92,7 +92,7 @@ def expand(paths: Sequence[Path | str]) -> list[Path]:
 
 
 def byte_counts(path: Path) -> ByteCounts:
-    """Counts from a SentencePiece model (`.model`), `.npy` or text table.
+    """Read counts from a SentencePiece model (`.model`), a `.npy` or a text table.
 
     Raises:
         TextError: the file cannot be read or is no such table.
@@ -138,7 +138,7 @@ def _from_pieces(path: Path) -> ByteCounts:
 
 
 def windows(tokens: Tokens, window: int, limit: int | None, counts: ByteCounts | None) -> list[Window]:
-    """Windows of `window` predicted tokens, evenly spread until `limit` tokens are reached; all by default."""
+    """Return windows of `window` predicted tokens, evenly spread until `limit` tokens are reached; all by default."""
     starts = range(0, len(tokens) - 1, window)
     if limit is not None and len(tokens) - 1 > limit:
         most = max(1, limit // window)
@@ -175,7 +175,7 @@ def shard_sets(
     vocabulary: int | None,
     counts: ByteCounts | None,
 ) -> TokenSets:
-    """The three disjoint sets; without evaluation shards, the tail of the last one (at most a quarter) is held out.
+    """Return three disjoint sets; without evaluation shards the tail of the last one (at most a quarter) is held out.
 
     Args:
         calibration: shards for statistics and correction factors.

@@ -6,24 +6,23 @@ Without `--calib` or `--eval` the embedded model's own texts are used, and the j
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bytecap.errors import CheckpointError, TextError, UsageError
+from bytecap.errors import TextError, UsageError
 from bytecap.model.checkpoint import Model, demo_directory
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
+from bytecap.model.inputs import check_causal, facts, vocabulary_of
 from bytecap.model.linears import of_transformers
-from bytecap.model.sampling import sample
 from bytecap.model.texts import Encoder, TokenSets, Window, leading, load_text, split_sets, tokenizer_encoder
-from bytecap.progress import Reporter
+from bytecap.model.tokenization import read_tokenizer
+from bytecap.progress import Reporter, warn
 
-Paths = str | Path | Sequence[str | Path] | None
+Paths = str | Path | Iterable[str | Path] | None
 
-WINDOW = 512
-TOKENS = 131_072  # statistics; results/calibration.jsonl has the curve behind this number
 CORRECTION_TOKENS = 8_192
-EVALUATION_TOKENS = 32_768
 RECOVERY_TOKENS = 2**23  # most of them
 SELF = "self"  # in place of a text to recover on: the model's own samples
 SELF_TOKENS = {"cpu": 2**15, "cuda": 2**20}
@@ -34,60 +33,62 @@ def encoder(files: dict[str, bytes]) -> Encoder:
     """Encoder of documents from a model's side files.
 
     Raises:
-        CheckpointError: there is no readable `tokenizer.json`.
+        CheckpointError: there is no readable tokenizer.
     """
-    if "tokenizer.json" not in files:
-        raise CheckpointError("the model has no tokenizer.json, so texts cannot be turned into tokens")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as exc:
-        raise CheckpointError("texts need the extra packages: pip install 'bytecap[hf]'") from exc
-    try:
-        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-    except Exception as exc:
-        raise CheckpointError(f"tokenizer.json cannot be read: {exc}") from exc
-    return tokenizer_encoder(tokenizer, first_token(files))
+    return tokenizer_encoder(read_tokenizer(files), first_token(files))
 
 
 def first_token(files: dict[str, bytes]) -> int | None:
     """Token put in front of every document: the config's `bos_token_id`, if it names one."""
-    import json
-
-    config: dict[str, Any] = json.loads(files.get("config.json", b"{}"))
-    token = config.get("bos_token_id")
-    return token if isinstance(token, int) else None
+    return facts(files).first
 
 
 def window_limit(model: Model, window: int) -> int:
     """Window length the model's positions allow."""
-    positions = model.config().get("max_position_embeddings") or model.config().get("n_positions")
-    return min(window, int(positions)) if positions else window
+    return min(window, facts(model.files).positions or window)
+
+
+def check_model(model: Model) -> None:
+    """Refuse a model that is not causal, before any work.
+
+    Raises:
+        CheckpointError: it sees the next token.
+    """
+    check_causal(model.module, model.name, vocabulary_of(model.module), facts(model.files).positions)
 
 
 def as_paths(paths: Paths) -> list[Path]:
-    """One path or several, as a list."""
+    """One path or several, as a list.
+
+    Raises:
+        UsageError: something else than a path is among them.
+    """
     if paths is None:
         return []
-    return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+    if isinstance(paths, str | Path):
+        return [Path(paths)]
+    found = list(paths)
+    for path in found:
+        if not isinstance(path, str | Path):
+            raise UsageError(f"a checkpoint is calibrated on text files; {type(path).__name__} is no name of one")
+    return [Path(path) for path in found]
 
 
 def embedded(calibration: Sequence[Path], evaluation: Sequence[Path]) -> str:
     """Where embedded texts stand in, as a warning; nothing where both are given.
 
     >>> embedded([], [Path("a.txt")])
-    'warning: no --calib given: the embedded SQLite documentation stands in'
+    'no --calib given: the embedded SQLite documentation stands in'
     """
     missing = [n for n, given in (("--calib", calibration), ("--eval", evaluation)) if not given]
-    return (
-        f"warning: no {' and no '.join(missing)} given: the embedded SQLite documentation stands in" if missing else ""
-    )
+    return f"no {' and no '.join(missing)} given: the embedded SQLite documentation stands in" if missing else ""
 
 
 def named(calibration: Paths, evaluation: Paths, reporter: Reporter) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of calibration and evaluation texts, for settings; says where embedded ones stand in."""
     calib, held = as_paths(calibration), as_paths(evaluation)
     if missing := embedded(calib, held):
-        reporter.note(missing)
+        warn(reporter, missing)
     return tuple(map(str, calib)), tuple(map(str, held))
 
 
@@ -116,20 +117,20 @@ def load_sets(
         seed: order in which calibration windows are drawn.
         reporter: told when embedded texts stand in.
     """
-    encode = encoder(model.files)
+    check_model(model)
+    encode, known = encoder(model.files), vocabulary_of(model.module)
     window = window_limit(model, window)
     calib, held = as_paths(calibration), as_paths(evaluation)
     if missing := embedded(calib, held):
-        reporter.note(f"{missing}, and quality on your text depends on it")
+        warn(reporter, f"{missing}, and quality on your text depends on it")
     calib = calib or [demo_directory() / "calib.txt"]
     held = held or [demo_directory() / "val.txt"]
-    share = 2 * (tokens + correction_tokens) // len(calib)
+    share, most = 2 * (tokens + correction_tokens) // len(calib), max(1, evaluation_tokens // len(held))
     sets = split_sets(
-        [load_text(p, encode, window=window, limit=share) for p in calib],
-        [load_text(p, encode, window=window, limit=max(1, evaluation_tokens // len(held))) for p in held],
+        [load_text(p, encode, window=window, limit=share, vocabulary=known) for p in calib],
+        [load_text(p, encode, window=window, limit=most, vocabulary=known) for p in held],
         tokens=tokens, correction_tokens=correction_tokens, seed=seed,
     )  # fmt: skip
-    _check_vocabulary(model, sets)
     report_sets(sets, reporter)
     return sets
 
@@ -169,7 +170,9 @@ def with_recovery(
         found = {w.tokens: w for w in _sampled(model, sets, length, seed, device, reporter)}
     else:
         encode, share = encoder(model.files), 2 * RECOVERY_TOKENS // len(paths)
-        found = {w.tokens: w for p in paths for w in load_text(p, encode, window=length, limit=share).windows}
+        known = vocabulary_of(model.module)
+        texts_read = (load_text(p, encode, window=length, limit=share, vocabulary=known) for p in paths)
+        found = {w.tokens: w for t in texts_read for w in t.windows}
     taken = {w.tokens[:_BEGINNING] for held in (sets.correction, *(t.windows for t in sets.evaluation)) for w in held}
     left = [w for tokens, w in found.items() if tokens[:_BEGINNING] not in taken]
     if not left:
@@ -185,6 +188,8 @@ def _sampled(
     model: Model, sets: TokenSets, window: int, seed: int, device: str, reporter: Reporter
 ) -> tuple[Window, ...]:
     """Windows that the model makes up, each from a token with which a calibration window begins."""
+    from bytecap.model.sampling import sample
+
     if not of_transformers(model.module):
         raise UsageError("--recover-text self samples from a model of transformers; give a text instead")
     with reporter.step("sampling", 1):
@@ -205,10 +210,3 @@ def report_sets(sets: TokenSets, reporter: Reporter) -> None:
 
 def _count(windows: Any) -> int:
     return sum(w.predicted for w in windows)
-
-
-def _check_vocabulary(model: Model, sets: TokenSets) -> None:
-    size = model.config().get("vocab_size")
-    top = max((max(w.tokens) for w in (*sets.statistics, *sets.correction)), default=0)
-    if isinstance(size, int) and top >= size:
-        raise TextError(f"the tokenizer gives token {top}, but the model's vocabulary has only {size} entries")

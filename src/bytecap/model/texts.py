@@ -1,4 +1,4 @@
-"""Texts to token windows, and the three disjoint token sets.
+"""Turn texts into token windows, and these into three disjoint sets.
 
 A text file holds documents separated by form feed. Each document is tokenized by itself, a leading
 end-of-text token is put in front where the model has one, and it is cut into windows of `window` predicted
@@ -49,7 +49,7 @@ class Window:
 
 
 def leading(windows: Sequence[Window], tokens: int) -> list[Window]:
-    """The first windows with at least so many predicted tokens together, or all."""
+    """Return the first windows with at least so many predicted tokens together, or all."""
     taken: list[Window] = []
     count = 0
     for w in windows:
@@ -61,7 +61,7 @@ def leading(windows: Sequence[Window], tokens: int) -> list[Window]:
 
 
 def moves(windows: Sequence[Window], tokens: int, seed: int) -> Iterator[list[Window]]:
-    """Windows of about so many tokens at a time, without end: shuffled anew when all have been seen."""
+    """Yield windows of about so many tokens at a time, endlessly, shuffled anew when all have been seen."""
     pool = list(windows)
     rng = random.Random(seed)  # noqa: S311 (sampling, not cryptography)
     chosen: list[Window] = []
@@ -88,7 +88,7 @@ class Text:
 
 
 def read_documents(path: Path | str) -> list[str]:
-    """Documents of a UTF-8 text file, separated by form feed.
+    """Read the documents of a UTF-8 text file, separated by form feeds.
 
     Raises:
         TextError: missing, empty, or not UTF-8.
@@ -107,7 +107,7 @@ def read_documents(path: Path | str) -> list[str]:
 
 
 def tokenizer_encoder(tokenizer: Any, first: int | None) -> Encoder:
-    """Encoder of documents: of each, token ids and the UTF-8 bytes of each token.
+    """Return an encoder of documents, which gives token ids and the UTF-8 bytes of each token.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
@@ -125,7 +125,7 @@ def tokenizer_encoder(tokenizer: Any, first: int | None) -> Encoder:
 
 
 def _sizes(document: str, ends: list[int]) -> list[int]:
-    """Bytes of every token, from where each ends in characters; a split character is charged to its last token."""
+    """Return the bytes of every token from its end in characters; a split character counts for its last token."""
     if not ends:
         return []
     raw = np.frombuffer(document.encode(), np.uint8)
@@ -137,22 +137,46 @@ def _sizes(document: str, ends: list[int]) -> list[int]:
 
 
 def cut_windows(ids: Sequence[int], sizes: Sequence[int], window: int, document: int = -1) -> list[Window]:
-    """Windows of at most `window` predicted tokens; every token but the first is predicted once."""
+    """Cut tokens into windows of at most `window` predicted tokens; every token but the first is predicted once."""
     return [
         Window(tuple(ids[i : i + window + 1]), sum(sizes[i + 1 : i + window + 1]), document=document)
         for i in range(0, len(ids) - 1, window)
     ]
 
 
-def load_text(path: Path | str, encode: Encoder, *, window: int, limit: int | None = None) -> Text:
-    """Tokenize a text file into windows, stopping after about `limit` tokens spread over its documents.
+def check_known(ids: Sequence[int], vocabulary: int | None, name: Path | str) -> None:
+    """Refuse tokens that a model does not know.
 
     Raises:
-        TextError: the file cannot be read, or holds too few tokens for one prediction.
+        TextError: the token and the text are named.
+    """
+    low, top = min(ids, default=0), max(ids, default=0)
+    if low < 0 or (vocabulary is not None and top >= vocabulary):
+        raise TextError(
+            f"{name}: the tokenizer gives token {low if low < 0 else top}, but the model's vocabulary has only "
+            f"{vocabulary} entries; use the tokenizer that the model was trained with"
+        )
+
+
+def load_text(
+    path: Path | str, encode: Encoder, *, window: int, limit: int | None = None, vocabulary: int | None = None
+) -> Text:
+    """Tokenize a text file into windows, stopping after about `limit` tokens spread over its documents.
+
+    Args:
+        path: of the text.
+        encode: see `tokenizer_encoder`.
+        window: predicted tokens in a window.
+        limit: most tokens, about.
+        vocabulary: number of tokens that the model knows, if that is known.
+
+    Raises:
+        TextError: it cannot be read, holds too few tokens for one prediction, or a token that the model does not know.
     """
     path = Path(path)
     windows: list[Window] = []
     for number, (ids, sizes) in enumerate(encode(_take_documents(read_documents(path), limit))):
+        check_known(ids, vocabulary, path)
         windows.extend(cut_windows(ids, sizes, window, number))
     if not windows:
         raise TextError(f"the text {path} is too short: it holds no token to predict")
@@ -162,7 +186,7 @@ def load_text(path: Path | str, encode: Encoder, *, window: int, limit: int | No
 
 
 def _take_documents(documents: list[str], limit: int | None) -> Iterable[str]:
-    """All documents, or an even spread of pieces that surely holds `limit` tokens: long texts cost little."""
+    """Return all documents, or an even spread of pieces that surely holds `limit` tokens and costs little."""
     if limit is None or sum(map(len, documents)) <= 16 * limit:
         return documents
     share = 16 * limit / sum(map(len, documents))
@@ -170,7 +194,7 @@ def _take_documents(documents: list[str], limit: int | None) -> Iterable[str]:
 
 
 def _spread(windows: list[Window], limit: int) -> list[Window]:
-    """Windows evenly spaced over the text, with about `limit` tokens."""
+    """Return windows evenly spaced over the text, with about `limit` tokens."""
     mean = sum(w.predicted for w in windows) / len(windows)
     count = max(1, min(len(windows), int(limit / mean)))
     return [windows[i * len(windows) // count] for i in range(count)]
@@ -195,7 +219,7 @@ class TokenSets:
 def split_sets(
     calibration: Sequence[Text], evaluation: Sequence[Text], *, tokens: int, correction_tokens: int, seed: int
 ) -> TokenSets:
-    """Three disjoint sets of windows, every calibration text weighing the same.
+    """Split windows into three disjoint sets, in which every calibration text weighs the same.
 
     Args:
         calibration: texts for statistics and correction factors.

@@ -1,4 +1,4 @@
-"""Tied blocks: several layers of the depth read one stored block, each with low-rank parts of its own.
+"""Tie blocks: several layers of the depth read one stored block, each with low-rank parts of its own.
 
 A model directory (or an artifact) that holds `tying.json` beside `config.json` is the model of that config with
 
@@ -38,7 +38,7 @@ FILE = "tying.json"
 
 @dataclass(frozen=True)
 class Tying:
-    """Which layer reads which block.
+    """The block that every layer reads.
 
     Attributes:
         blocks: name of the module list that holds the layers.
@@ -61,7 +61,7 @@ class Tying:
         return {s for s, n in Counter(self.sources).items() if n > 1}
 
     def dump(self) -> bytes:
-        """The content of `tying.json`."""
+        """Return the content of `tying.json`."""
         value = {"blocks": self.blocks, "sources": list(self.sources), "ranks": self.ranks}
         return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
@@ -91,7 +91,7 @@ def parse(content: bytes, name: str) -> Tying:
 
 
 def find_blocks(module: nn.Module, name: str = "the model") -> tuple[str, list[nn.Module]]:
-    """The model's depth: its largest list of modules, all of the same shapes.
+    """Find the model's depth: its largest list of modules, all of the same shapes.
 
     Args:
         module: any module.
@@ -127,12 +127,12 @@ def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def layers(module: nn.Module, path: str) -> list[nn.Module]:
-    """The layers of a list of blocks, tied or not."""
+    """Return the layers of a list of blocks, tied or not."""
     return list(module.get_submodule(path).children())
 
 
 def matrices(block: nn.Module) -> dict[str, nn.Parameter]:
-    """What layers share: a block's parameters of two dimensions and more, by name."""
+    """Return the parameters that layers share: those of two dimensions and more, by name."""
     return {n: p for n, p in block.named_parameters(remove_duplicate=False) if p.ndim > 1}
 
 
@@ -177,7 +177,7 @@ def _weight(linear: nn.Module) -> Tensor:
 
 
 def oriented(linear: nn.Module) -> Tensor:
-    """A linear map's weight as (outputs, inputs), whichever way it is stored."""
+    """Return a linear map's weight as (outputs, inputs), whichever way it is stored."""
     weight = _weight(linear)
     return weight if isinstance(linear, nn.Linear) else weight.T
 

@@ -1,4 +1,4 @@
-"""How often one pass reads every parameter: what a shared block is.
+"""Count how often one pass reads every parameter, by which shared blocks are known.
 
 Counted at the functions that take the parameter itself, so a weight used raw counts like one used by its module.
 
@@ -46,7 +46,7 @@ class Uses(TorchFunctionMode):
 
 
 def count_uses(module: nn.Module, run: Any) -> dict[str, int]:
-    """Uses of every parameter, by first name, in `run(module)` without gradients."""
+    """Count the uses of every parameter, by first name, in `run(module)` without gradients."""
     uses = Uses(module)
     with torch.no_grad(), uses:
         run(module)

@@ -1,1 +1,1 @@
-"""The pipeline: fit, score, summarise and export, from a model on disk or in memory to a file and back."""
+"""Run whole jobs: fit, score, generate and export, from a model on disk or in memory to a file and back."""

@@ -1,4 +1,4 @@
-"""Large side files packed by processes of their own while the model is built: seconds that nothing needs to wait for.
+"""Pack large side files in processes of their own while the model is being built.
 
 Whatever goes wrong there (no interpreter, no memory, an interrupt) is no error: the file is packed here then.
 
@@ -38,7 +38,7 @@ class _Packing:
         self.result = b"" if self.process.returncode else out
 
     def wait(self) -> bytes:
-        """The packed file, or nothing."""
+        """Wait for the packed file; returns no bytes if the process failed."""
         self.thread.join()
         return self.result
 
@@ -48,7 +48,7 @@ _finished: dict[tuple[str, bytes], bytes] = {}  # a few, so that a process packs
 
 
 def start(files: Mapping[str, bytes]) -> None:
-    """Begin to pack files that `packed` will be asked for."""
+    """Begin to pack files that `packed` will be asked for later."""
     for name, content in files.items():
         known = (name, content) in _begun or (name, content) in _finished
         if len(content) >= _WORTH and sys.executable and not known:
@@ -59,7 +59,7 @@ def start(files: Mapping[str, bytes]) -> None:
 
 
 def packed(name: str, content: bytes) -> bytes:
-    """`packing.pack`, perhaps begun already or done before."""
+    """Return `packing.pack` of a file, from the process that was begun for it if there is one."""
     key = name, content
     if key not in _finished:
         begun = _begun.pop(key, None)
@@ -70,5 +70,5 @@ def packed(name: str, content: bytes) -> bytes:
 
 
 def work(name: str) -> None:
-    """What the process does: a file from standard input, its packing to standard output."""
+    """Run as the process: read a file from standard input and write its packing to standard output."""
     sys.stdout.buffer.write(packing.pack(name, sys.stdin.buffer.read()))

@@ -1,4 +1,4 @@
-"""From an artifact back to an ordinary Hugging Face directory.
+"""Turn an artifact back into an ordinary Hugging Face directory.
 
 `unpack` writes exactly the values `eval` scores: in the source dtype where that holds them all, else float32.
 No network, no code from the file: config and tokenizer come out of the artifact's own sections.
@@ -18,6 +18,7 @@ from bytecap.format import codefiles, container
 from bytecap.format.coders.exact import is_lossless, to_bytes
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_units, side_files
+from bytecap.format.sidefiles import source_tensors
 from bytecap.system.atomic import write_atomically
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -27,22 +28,34 @@ _METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
 
 
 def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
-    """Every file that `unpack` writes, by name, and the dtype written; nothing is written here.
+    """Return every file that `unpack` writes, by name, and the dtype; nothing is written here.
 
     Raises:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
     """
-    values = decode_units(contents, aliases=False)
-    chosen = _choose_dtypes(values, {u.unit.name: u.unit.dtype for u in contents.units}, dtype)
+    found = side_files(contents)
+    values, source = _tensors(contents, found)
+    found |= codefiles.files(contents)
+    chosen = _choose_dtypes(values, source, dtype)
     float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
-    found = side_files(contents) | codefiles.files(contents)
     for name in found:
         if name.lower() == _WEIGHTS or PureWindowsPath(name).name != name or ":" in name:
             raise ArtifactError(f"a side file must not have the name {name!r}")
-    if "config.json" in found:
+    if "config.json" in found and (chosen != source or len(set(chosen.values())) == 1):
         found["config.json"] = _with_dtype(found["config.json"], written)
     return {_WEIGHTS: _safetensors(values, chosen), **found}, written
+
+
+def _tensors(contents: Contents, files: dict[str, bytes]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """Tensors of the checkpoint by its own names, and their dtypes there; takes out the side file that says which."""
+    values = decode_units(contents, aliases=False)
+    dtypes = {u.unit.name: u.unit.dtype for u in contents.units}
+    layout = files.pop(source_tensors.FILE, None)
+    if layout is None:
+        return values, dtypes
+    found = source_tensors.tensors(layout, values)
+    return {n: v for n, (v, _, _) in found.items()}, {n: d or dtypes[unit] for n, (_, unit, d) in found.items()}
 
 
 def _with_dtype(content: bytes, written: str) -> bytes:
@@ -85,7 +98,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> s
 
 
 def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], dtype: str) -> dict[str, str]:
-    """Dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
+    """Choose the dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
     floats = [n for n in values if values[n].dtype.kind == "f"]
     if dtype != "auto":
         return {n: DTYPES[dtype] if n in floats else source[n] for n in values}
@@ -94,7 +107,7 @@ def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], 
 
 
 def _safetensors(values: dict[str, npt.NDArray[Any]], dtypes: dict[str, str]) -> bytes:
-    """Bytes of a safetensors file; written here because the library's numpy interface has no bfloat16."""
+    """Write the bytes of a safetensors file; the library's numpy interface has no bfloat16."""
     if _METADATA in values:
         raise ArtifactError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}

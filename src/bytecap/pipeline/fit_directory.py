@@ -18,14 +18,16 @@ from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 from bytecap.model.evaluation import Comparison, compare
 from bytecap.model.quantized_copy import load_values, twin_of
-from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, load_sets
+from bytecap.model.sources import Paths, as_paths, load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit import choose_device, quality
 from bytecap.pipeline.fit_gguf import HELD_TOKENS
-from bytecap.progress import Reporter, Silent
+from bytecap.pipeline.stages import choose_device, quality
+from bytecap.progress import Reporter, Silent, reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.directory import Family, family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
@@ -34,7 +36,7 @@ from bytecap.runtimes.directory.tensors import write
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.solve import Found, figures, solve
-from bytecap.sizes import format_size, parse_budget
+from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.atomic import check_directory, replacing_directory
 from bytecap.system.cache import Store
 from bytecap.types import Curve, Plan
@@ -65,6 +67,20 @@ class DirectoryFit:
         return self.entries
 
 
+def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[DirectoryFit]:
+    """Fit a checkpoint to a directory for each config; they differ in their budgets."""
+    loaded = model if isinstance(model, Model) else load_model(model)
+    return [
+        fit_directory(
+            loaded, c.budget, format=str(c.format), calibration=as_paths(c.calibration),
+            evaluation=as_paths(c.evaluation), device=c.device, seed=c.seed, output=c.output, dry_run=c.dry_run,
+            tokens=c.tokens, evaluation_tokens=c.evaluation_tokens, window=c.window, types=c.types, pure=c.pure,
+            store=c.store, reporter=reporter_for(c.reporter, c.progress),
+        )
+        for c in configs
+    ]  # fmt: skip
+
+
 def fit_directory(
     model: Model | Path | str,
     budget: int | str,
@@ -82,7 +98,7 @@ def fit_directory(
     types: Sequence[str] | None = None,
     pure: bool = False,
     held_tokens: int = HELD_TOKENS,
-    store: Path | str | None = None,
+    store: Store | Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> DirectoryFit:
     """Put a model into a directory of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
@@ -107,6 +123,7 @@ def fit_directory(
         reporter: told about progress.
     """
     started = time.perf_counter()
+    check_budget(budget)
     kind, reporter, target = family(format), reporter or Silent(), choose_device(device)
     if output is not None:
         check_directory(Path(output))
@@ -120,7 +137,9 @@ def fit_directory(
         loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
         correction_tokens=held_tokens, seed=seed, reporter=reporter,
     )  # fmt: skip
-    job = Job(loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, store=Store(store))
+    kept = store if isinstance(store, Store) else Store(store)
+    config = FitConfig(budget, seed=seed, dry_run=dry_run)
+    job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, store=kept)
     loaded.module.to(target)
     items = _calibrated(job, contents)
     found = solve(

@@ -19,16 +19,18 @@ from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
+from bytecap.job.config import FitConfig
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, demo_directory, load_model
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 from bytecap.model.evaluation import Comparison, compare, paired_stderr
 from bytecap.model.quantized_copy import load_values, twin_of
-from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, Paths, as_paths, load_sets, with_recovery
+from bytecap.model.sources import Paths, as_paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit import choose_device, quality
-from bytecap.progress import Reporter, Silent
+from bytecap.pipeline.stages import choose_device, quality
+from bytecap.progress import Reporter, Silent, reporter_for
 from bytecap.runtimes.gguf import file, library
-from bytecap.runtimes.gguf.export import describer, importance, write_imatrix
+from bytecap.runtimes.gguf.export import describer, importance, type_lines, write_imatrix
 from bytecap.runtimes.gguf.export import plain as exact
 from bytecap.runtimes.gguf.menu import (
     WHOLE,
@@ -43,7 +45,8 @@ from bytecap.runtimes.gguf.plan import Found, solve
 from bytecap.runtimes.gguf.template import Template, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.runtimes.solve import figures
-from bytecap.sizes import format_size, parse_budget
+from bytecap.sizes import check_budget, format_size, parse_budget
+from bytecap.system.atomic import write_atomically
 from bytecap.system.cache import Store
 
 HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
@@ -88,6 +91,29 @@ class _Frame:
         return self.head + self.rest
 
 
+def fit_gguf_configs(
+    model: Model | Path | str, configs: Sequence[FitConfig], *, quantized: bool = False
+) -> list[GgufFile]:
+    """Fit a checkpoint to a GGUF file for each config; they differ in their budgets.
+
+    `quantized`: the template is the file that the model was read from, whatever its types.
+    """
+    found, loaded = [], model if isinstance(model, Model) else load_model(model)
+    path = configs[0].template
+    template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
+    for c in configs:
+        result = fit_gguf(
+            loaded, c.budget, calibration=as_paths(c.calibration), evaluation=as_paths(c.evaluation), device=c.device,
+            seed=c.seed, output=c.output, dry_run=c.dry_run, tokens=c.tokens, evaluation_tokens=c.evaluation_tokens,
+            window=c.window, types=c.types, pure=c.pure, template=template, recover=c.recover,
+            recover_text=c.recover_text, store=c.store, reporter=reporter_for(c.reporter, c.progress),
+        )  # fmt: skip
+        if c.emit is not None:
+            write_atomically(type_lines(result.types).encode(), Path(c.emit))
+        found.append(result)
+    return found
+
+
 def fit_gguf(
     model: Model | Path | str,
     budget: int | str,
@@ -107,14 +133,14 @@ def fit_gguf(
     held_tokens: int = HELD_TOKENS,
     recover: str | None = None,
     recover_text: Paths = None,
-    store: Path | str | None = None,
+    store: Store | Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> GgufFile:
     """Put a model into a GGUF file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
 
     Args:
         model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
-        budget: bytes, or text such as `4GB` or `4.5bpp`.
+        budget: bytes, or text such as `4GB`.
         calibration: text files, documents separated by form feed; the embedded text if None.
         evaluation: text files nothing is fitted on; the embedded text if None.
         device: `auto`, `cpu` or `cuda`, for passes of the model.
@@ -134,13 +160,14 @@ def fit_gguf(
         reporter: told about progress.
     """
     started = time.perf_counter()
+    check_budget(budget)
     reporter, target = reporter or Silent(), choose_device(device)
     menu, effort = parse_types(types), effort_of(recover)
     library()
     loaded = model if isinstance(model, Model) else load_model(model)
-    cap = parse_budget(budget, loaded.parameters)
     if isinstance(template, Path | str):
         template = read_template(Path(template), loaded)
+    cap = parse_budget(budget, loaded.parameters)
     frame = _frame(loaded, menu, pure, template, reporter)
     floor = _check_floor(frame, cap)
     sets = load_sets(
@@ -152,9 +179,9 @@ def fit_gguf(
             loaded, sets, recover_text or calibration or demo_directory() / "calib.txt", window=window, seed=seed,
             device=target, reporter=reporter,
         )  # fmt: skip
-    job = Job(
-        loaded, sets, cap, lambda *_: 0, target, seed, reporter, dry_run=dry_run, recover=effort, store=Store(store)
-    )
+    kept = store if isinstance(store, Store) else Store(store)
+    config = FitConfig(budget, seed=seed, dry_run=dry_run)
+    job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort, store=kept)
     loaded.module.to(target)
     items = _calibrated(job, frame)
     plain = solve(job, cap - frame.fixed, items)
@@ -304,7 +331,7 @@ def imatrix_of(
     loaded, target = load_model(model), choose_device(device)
     layout = layout_of(loaded)
     sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
-    found = moments(Job(loaded, sets, 0, lambda *_: 0, target, seed, reporter), guided=guided)
+    found = moments(Job(loaded, sets, 0, lambda *_: 0, target, reporter, FitConfig(0, seed=seed)), guided=guided)
     weights = importance(loaded, layout, found)
     names = [str(p) for p in as_paths(calibration)] or ["embedded"]
     return write_imatrix(path, weights, found.tokens, names), len(weights)

@@ -1,4 +1,4 @@
-"""`fit` for any `nn.Module`: batches of whatever the user's loss takes, no tokenizer, no transformers.
+"""Fit any `nn.Module` on batches of whatever the user's loss takes, without a tokenizer or transformers.
 
 Batches become the three disjoint sets that every other model has. Batches of token ids for a module that gives logits
 become windows, and everything runs as for a language model from a hub: labels from the model, KL, drift targets.
@@ -7,7 +7,7 @@ Other batches are kept as they are with the loss beside them (`bytecap.model.bat
 >>> from torch import nn
 >>> module = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64))
 >>> ids = torch.randint(64, (64, 33), generator=torch.Generator().manual_seed(0))
->>> artifact = fit_module(module, 3500, calibration=[ids])
+>>> artifact = fit_module(module, FitConfig(3500, calibration=[ids]))
 >>> len(artifact.data) <= 3500, artifact.report["kl_nats"] < 0.01
 (True, True)
 """
@@ -15,6 +15,7 @@ Other batches are kept as they are with the loss beside them (`bytecap.model.bat
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,99 +24,58 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.errors import TextError, UsageError
-from bytecap.format.codefiles import Code
 from bytecap.format.decoder import decode_units
-from bytecap.job import Section
+from bytecap.job.config import FitConfig
 from bytecap.methods import METHODS
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
 from bytecap.model.forward import logits_of
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
 from bytecap.model.quantized_copy import load_values, twin_of
-from bytecap.model.sources import CORRECTION_TOKENS, EVALUATION_TOKENS, TOKENS, report_sets
+from bytecap.model.sources import CORRECTION_TOKENS, report_sets
 from bytecap.model.texts import Text, TokenSets, Window, split_sets
-from bytecap.pipeline.fit import Artifact, fit_sets
-from bytecap.progress import Reporter, Silent
+from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.stages import Asked, check, finish, open_model
 
 Evaluate = Callable[[nn.Module], float]
+_FOR_TEXTS = ("recover_text", "store")
 
 
-def fit_module(
-    module: nn.Module,
-    budget: int | str,
-    *,
-    calibration: Iterable[Any],
-    loss: Loss | None = None,
-    evaluate: Evaluate | None = None,
-    evaluation: Iterable[Any] | None = None,
-    predictions: Callable[[Any], int] | None = None,
-    method: str = "bytecap",
-    device: str = "auto",
-    seed: int = 0,
-    output: Path | str | None = None,
-    dry_run: bool = False,
-    tokens: int = TOKENS,
-    evaluation_tokens: int = EVALUATION_TOKENS,
-    code: Code | Sequence[Path | str] = (),
-    paths: Sequence[str] | None = None,
-    options: dict[str, Any] | None = None,
-    given: Mapping[str, Section] | None = None,
-    reporter: Reporter | None = None,
-) -> Artifact:
-    """Put any module's state dict into one file of at most `budget` bytes; the module itself is left as it is.
+def fit_module(module: nn.Module, config: FitConfig) -> Artifact:
+    """Put any module's state dict into one file; the module itself is left as it is.
 
     Args:
         module: torch module; a float32 copy in evaluation mode is what runs.
-        budget: bytes, or text such as `3MB` or `3MiB`.
-        calibration: batches; no more are taken than the sets need, so it may be endless.
-        loss: `loss(module, batch)`, mean nats of a batch as a scalar tensor. May be left out where batches are
-            integer tensors (batch, length) of token ids and forward gives logits, or takes (ids, targets) and gives
-            a loss.
-        evaluate: `evaluate(module)`, a score of your own; reported for the original and the decoded file.
-        evaluation: batches nothing is fitted on; without them a fifth of the calibration is held out.
-        predictions: number of predictions that a batch's mean loss is over; by default the size of its last integer
-            tensor, else its first tensor's length.
-        method: see `bytecap.pipeline.fit.fit`, as all that follow.
-        device: `auto`, `cpu` or `cuda`.
-        seed: of every random choice.
-        output: where to write; None keeps the result in memory.
-        dry_run: predict, write and evaluate nothing.
-        tokens: most predictions for statistics.
-        evaluation_tokens: most predictions for evaluation.
-        code: source files to keep inside.
-        paths: exception paths the allocator may choose from.
-        options: ingredients of the coder, see `bytecap.quantization.quantizer.Options`.
-        given: sections of parameters that are coded already, see `bytecap_lab.train.export`.
-        reporter: told about progress.
+        config: options; `calibration` and `evaluation` are batches.
 
     Raises:
-        UsageError: the loss is not one finite number, or fits neither batches nor module.
+        UsageError: the loss is not one finite number, or fits neither batches nor module, or an option is for texts.
         CheckpointError: the module holds nothing to store. TextError: too few batches.
     """
-    reporter = reporter or Silent()
-
-    def sets(model: Model) -> TokenSets:
-        found = _sets(
-            model, calibration, evaluation, loss, predictions or _predictions, tokens, evaluation_tokens, seed
-        )
-        if isinstance(found.statistics[0], Batch):
-            check_method(method)
-        report_sets(found, reporter)
-        return found
-
-    loaded: list[Model] = []
-
-    def make() -> Model:
-        loaded.append(model_of(module))
-        return loaded[0]
-
-    result = fit_sets(
-        make, budget, sets, method=method, device=device, seed=seed, output=output, dry_run=dry_run, code=code,
-        paths=paths, options=options, given=given, reporter=reporter,
-    )  # fmt: skip
-    if evaluate is not None and not dry_run:
-        result.report |= _scores(loaded[0], result, evaluate)
+    started = time.perf_counter()
+    for option in _FOR_TEXTS:
+        if getattr(config, option) is not None:
+            raise UsageError(f"the option {option} is for checkpoints: batches of a module have no name to be kept by")
+    calibration, evaluation = config.calibration, config.evaluation
+    if calibration is None or isinstance(calibration, str | Path) or isinstance(evaluation, str | Path):
+        raise UsageError("a module needs calibration=batches, an iterable of what its loss takes, not text files")
+    asked = check(config)
+    loaded = model_of(module)
+    opened = open_model(asked, loaded)
+    result = finish(opened, batch_sets(loaded, asked, calibration, evaluation), started)
+    if config.evaluate is not None and not config.dry_run:
+        result.report |= _scores(loaded, result, config.evaluate)
     return result
+
+
+def batch_sets(model: Model, asked: Asked, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:
+    """Split batches into the three sets of a module."""
+    config = asked.config
+    found = _sets(model, config, calibration, evaluation)
+    if isinstance(found.statistics[0], Batch):
+        check_method(config.method)
+    report_sets(found, asked.reporter)
+    return found
 
 
 def check_method(method: str) -> None:
@@ -131,17 +91,10 @@ def _scores(model: Model, result: Artifact, evaluate: Evaluate) -> dict[str, flo
         return {"score_original": float(evaluate(model.module)), "score_artifact": float(evaluate(twin))}
 
 
-def _sets(
-    model: Model,
-    calibration: Iterable[Any],
-    evaluation: Iterable[Any] | None,
-    loss: Loss | None,
-    predictions: Callable[[Any], int],
-    tokens: int,
-    evaluation_tokens: int,
-    seed: int,
-) -> TokenSets:
-    """The three sets."""
+def _sets(model: Model, config: FitConfig, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:
+    """Split batches into the three sets."""
+    loss, predictions = config.loss, config.predictions or _predictions
+    tokens, evaluation_tokens, seed = config.tokens, config.evaluation_tokens, config.seed
     wanted = tokens + CORRECTION_TOKENS + (evaluation_tokens if evaluation is None else 0)
     pool = _take(calibration, predictions, wanted)
     held = None if evaluation is None else _take(evaluation, predictions, evaluation_tokens)
@@ -168,7 +121,7 @@ def _sets(
 
 
 def _take(batches: Iterable[Any], predictions: Callable[[Any], int], wanted: int) -> list[Any]:
-    """Batches until `wanted` predictions are reached."""
+    """Take batches until `wanted` predictions are reached."""
     taken, count = [], 0
     for data in batches:
         taken.append(data)
@@ -189,7 +142,7 @@ def _tensors(data: Any) -> list[Tensor]:
 
 
 def _predictions(data: Any) -> int:
-    """Size of the last integer tensor, ids alone less one for each row; else the first tensor's length; else 1."""
+    """Guess a batch's predictions: the size of its last integer tensor (ids alone: less one a row), else its length."""
     tensors = _tensors(data)
     if len(tensors) == 1 and _is_ids(tensors[0]):
         return int(tensors[0].shape[0] * (tensors[0].shape[1] - 1))
@@ -204,7 +157,7 @@ def _is_ids(data: Any) -> bool:
 
 
 def _is_next_token(module: nn.Module, ids: Tensor, loss: Loss | None) -> bool:
-    """Whether predicting the next token is all that the loss does: then nothing is lost by taking the logits."""
+    """Return whether the loss only predicts the next token, so that logits say everything."""
     if loss is None:
         return True
     try:
@@ -236,7 +189,7 @@ def check_ids(ids: Sequence[Tensor], size: int | None) -> None:
 
 
 def _hold_out(text: Text, most: int) -> tuple[Text, Text]:
-    """A fifth of the predictions from the end, at most `most`, as evaluation."""
+    """Hold out a fifth of the predictions from the end, at most `most`, as evaluation."""
     wanted, count, at = min(most, text.tokens // 5), 0, len(text.windows)
     while at > 1 and (count < wanted or at == len(text.windows)):
         at -= 1
@@ -245,7 +198,7 @@ def _hold_out(text: Text, most: int) -> tuple[Text, Text]:
 
 
 def _split(pool: Sequence[Window], rest: Text, tokens: int, seed: int) -> TokenSets:
-    """Batches for statistics and correction factors; windows are not compared, batches cannot be."""
+    """Split batches for statistics and correction factors."""
     order = list(pool)
     random.Random(seed).shuffle(order)  # noqa: S311 (sampling, not cryptography)
     total = sum(w.predicted for w in order)
@@ -260,7 +213,7 @@ def _split(pool: Sequence[Window], rest: Text, tokens: int, seed: int) -> TokenS
 
 
 def with_loss(sets: TokenSets, loss: Loss) -> TokenSets:
-    """Sets of token windows as batches for a loss that takes ids (batch, length)."""
+    """Turn sets of token windows into batches for a loss that takes ids (batch, length)."""
 
     def each(windows: Sequence[Window]) -> tuple[Window, ...]:
         return tuple(Batch((), w.bytes, torch.tensor([w.tokens]), loss, w.predicted) for w in windows)

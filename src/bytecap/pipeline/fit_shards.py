@@ -1,7 +1,8 @@
-"""`fit` and `eval` for a factory's module and token shards: what the command line calls."""
+"""Fit and score a factory's module on token shards, for the command line."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,22 +13,27 @@ import torch
 from torch import nn
 
 from bytecap.errors import TextError, UsageError
+from bytecap.job.config import FitConfig
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
+from bytecap.model.defaults import WINDOW
 from bytecap.model.factory import load_callable, load_factory
 from bytecap.model.module import device_of, next_token, speech, vocabulary
 from bytecap.model.shards import ByteCounts, byte_counts, check_ids, expand, read_shard, shard_sets, windows
-from bytecap.model.sources import EVALUATION_TOKENS, TOKENS, WINDOW, report_sets
+from bytecap.model.sources import as_paths, report_sets
 from bytecap.model.texts import Text, TokenSets
-from bytecap.pipeline.fit import Artifact, choose_device, fit_sets
+from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.fit import each_budget, finish_all
 from bytecap.pipeline.fit_module import check_method, with_loss
+from bytecap.pipeline.stages import check, choose_device, open_model
 from bytecap.progress import Reporter
+from bytecap.system import allocator
 from bytecap.types import Score
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a module and its tokens come from.
+    """The source of a module and its tokens.
 
     Attributes:
         factory: `FILE.py:CALLABLE`, whose file is run.
@@ -69,55 +75,32 @@ class Source:
         return loss
 
 
-def fit_shards(
-    source: Source,
-    budget: int | str,
-    shards: Sequence[Path | str],
-    *,
-    evaluation: Sequence[Path | str] = (),
-    tokens: int | None = None,
-    evaluation_tokens: int | None = None,
-    method: str = "bytecap",
-    seed: int = 0,
-    reporter: Reporter,
-    **options: Any,
-) -> Artifact:
-    """Put a factory's module into one file; `options` as for `bytecap.pipeline.fit.fit`."""
-
-    def sets(model: Model) -> TokenSets:
-        return job_sets(
-            source, model, shards, evaluation=evaluation, tokens=tokens, evaluation_tokens=evaluation_tokens,
-            method=method, seed=seed, reporter=reporter,
-        )  # fmt: skip
-
-    return fit_sets(source.model, budget, sets, method=method, seed=seed, reporter=reporter, **options)
+def fit_shards(source: Source, config: FitConfig) -> list[Artifact]:
+    """Put a factory's module into one file for each budget of `config`, whose texts are shards or patterns of them."""
+    started = time.perf_counter()
+    asked = [check(c) for c in each_budget(config)]
+    loaded = source.model()
+    opened = [open_model(a, loaded) for a in asked]
+    with allocator.stated(loaded.parameters):
+        sets = shard_sets_of(source, loaded, asked[0].config, asked[0].reporter)
+    return finish_all(opened, sets, started)
 
 
-def job_sets(
-    source: Source,
-    model: Model,
-    shards: Sequence[Path | str],
-    *,
-    evaluation: Sequence[Path | str] = (),
-    tokens: int | None = None,
-    evaluation_tokens: int | None = None,
-    method: str = "bytecap",
-    seed: int = 0,
-    reporter: Reporter,
-) -> TokenSets:
-    """The three sets of a factory's module."""
+def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Reporter) -> TokenSets:
+    """Read the three sets of a factory's module from token shards."""
+    shards = as_paths(config.calibration)
     if not shards:
         raise UsageError("say what to calibrate on with --tokens SHARD (repeatable, patterns are expanded)")
     loss = source.user_loss()
     found = shard_sets(
-        expand(shards), expand(evaluation), window=source.window, tokens=tokens or TOKENS,
-        evaluation_tokens=evaluation_tokens or EVALUATION_TOKENS, seed=seed,
+        expand(shards), expand(as_paths(config.evaluation)), window=source.window, tokens=config.tokens,
+        evaluation_tokens=config.evaluation_tokens, seed=config.seed,
         vocabulary=source.size(model.module, loss),
         counts=source.counts(),
     )  # fmt: skip
     scoring = source.scoring(model.module, loss)
     if scoring is not None:
-        check_method(method)
+        check_method(config.method)
         found = with_loss(found, scoring)
     report_sets(found, reporter)
     return found
@@ -126,7 +109,7 @@ def job_sets(
 def score_shards(
     source: Source, shards: Sequence[Path | str], *, tokens: int | None, device: str, reporter: Reporter
 ) -> list[Score]:
-    """Bits per byte of a factory's module on every shard."""
+    """Score a factory's module on every shard."""
     from bytecap.model.evaluation import evaluate
 
     if not shards:
@@ -149,7 +132,7 @@ def score_shards(
 
 
 def trial(model: Model, loss: Loss | None = None) -> Any:
-    """One pass over a few tokens: a function of the module."""
+    """Return a function that passes a few tokens through a module."""
     ids = torch.zeros(1, 8, dtype=torch.long, device=device_of(model.module))
     if loss is None and speech(model.module) == "logits":
         return lambda module: module(ids)
@@ -158,7 +141,7 @@ def trial(model: Model, loss: Loss | None = None) -> Any:
 
 
 def numbers_and_shards(values: Sequence[str] | None, option: str) -> tuple[int | None, list[str]]:
-    """A limit (the last one given) and shards out of one option's values.
+    """Split one option's values into a limit, the last one given, and shards.
 
     >>> numbers_and_shards(["train_*.bin", "4096"], "--tokens")
     (4096, ['train_*.bin'])
@@ -173,7 +156,7 @@ def numbers_and_shards(values: Sequence[str] | None, option: str) -> tuple[int |
 
 
 def limit_only(values: Sequence[str] | None, option: str) -> int | None:
-    """The limit of a job without shards.
+    """Return the limit of a job without shards.
 
     Raises:
         TextError: a shard was given.

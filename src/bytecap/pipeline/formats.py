@@ -2,7 +2,7 @@
 
 A family of other programs' formats is one entry here, and one file or folder in `bytecap.runtimes`.
 
->>> format_of(None, "model.gguf"), format_of("mlx", "model"), format_of(None, None)
+>>> format_of(FitConfig("3MB", output="a.gguf")), format_of(FitConfig("3MB", format="mlx")), format_of(FitConfig("3MB"))
 ('gguf', 'mlx', 'bcap')
 """
 
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bytecap.errors import UsageError
+from bytecap.job.config import FitConfig
 
 OURS = "bcap"
+_ONLY = ("types", "pure", "template", "emit")  # options of other programs' formats
+_NOT = ("paths", "code", "loss", "evaluate", "predictions", "given", "options", "allow_unused")  # options of ours
 
 
 @dataclass(frozen=True)
@@ -26,39 +28,53 @@ class Format:
 
     Attributes:
         module: where its job is.
-        job: function of a model and a budget.
+        job: function of a model and configs that differ in their budgets.
         suffix: of its files; empty if it is a directory.
-        options: given to the job.
+        lacks: options that it does not have.
     """
 
     module: str
     job: str
     suffix: str = ""
-    options: dict[str, str] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
 
-    def load(self) -> Callable[..., Any]:
+    def load(self) -> Callable[..., list[Any]]:
         """The job; imports torch."""
-        return partial(getattr(importlib.import_module(self.module), self.job), **self.options)
+        found: Callable[..., list[Any]] = getattr(importlib.import_module(self.module), self.job)
+        return found
 
 
+_DIRECTORY = Format(
+    "bytecap.pipeline.fit_directory", "fit_directory_configs", lacks=("template", "emit", "recover", "recover_text")
+)
 FORMATS = {
-    "gguf": Format("bytecap.pipeline.fit_gguf", "fit_gguf", ".gguf"),
-    "mlx": Format("bytecap.pipeline.fit_directory", "fit_directory", "", {"format": "mlx"}),
-    "compressed-tensors": Format(
-        "bytecap.pipeline.fit_directory", "fit_directory", "", {"format": "compressed-tensors"}
-    ),
+    "gguf": Format("bytecap.pipeline.fit_gguf", "fit_gguf_configs", ".gguf"),
+    "mlx": _DIRECTORY,
+    "compressed-tensors": _DIRECTORY,
 }
 
 
-def format_of(asked: str | None, output: Path | str | None) -> str:
-    """Format by name, or by the suffix of the output.
+def is_directory(config: FitConfig) -> bool:
+    """Whether a config asks for a directory, not for a file."""
+    kind = format_of(config)
+    return kind in FORMATS and not FORMATS[kind].suffix
+
+
+def format_of(config: FitConfig) -> str:
+    """Format that a config asks for, by name or by the suffix of its output.
 
     Raises:
-        UsageError: there is no such format.
+        UsageError: there is no such format, or options are given that are not for it.
     """
-    if asked is None:
-        suffix = Path(output).suffix if output is not None else ""
-        return next((n for n, f in FORMATS.items() if f.suffix and f.suffix == suffix), OURS)
-    if asked != OURS and asked not in FORMATS:
-        raise UsageError(f"unknown format {asked!r}: there are {', '.join((OURS, *FORMATS))}")
-    return asked
+    suffix = Path(config.output).suffix if config.output is not None else ""
+    kind = config.format or next((n for n, f in FORMATS.items() if f.suffix and f.suffix == suffix), OURS)
+    if kind != OURS and kind not in FORMATS:
+        raise UsageError(f"unknown format {kind!r}: there are {', '.join((OURS, *FORMATS))}")
+    given = {n: getattr(config, n) for n in (_ONLY if kind == OURS else (*_NOT, *FORMATS[kind].lacks))}
+    wrong = [n for n, value in given.items() if getattr(value, "sections", value)]  # code, packed, may be none
+    if kind in FORMATS:
+        wrong += [n for n in ("tokenizer", "config") if not getattr(config, n)]
+        wrong += ["method"] if config.method != "bytecap" else []
+    if wrong:
+        raise UsageError(f"the option {wrong[0]} is not for the format {kind}")
+    return kind

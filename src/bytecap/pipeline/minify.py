@@ -1,4 +1,4 @@
-"""Minified Python source, by the library python-minifier (extra `golf`)."""
+"""Minify Python source with the library python-minifier (extra `golf`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _USES_DOCSTRINGS = re.compile(r"__doc__|\b(getdoc|doctest|typer|click|fire|docop
 
 
 def parse(source: bytes, name: str) -> tuple[str, ast.Module]:
-    """Text and syntax tree of a Python file.
+    """Read a Python file; returns its text and syntax tree.
 
     Raises:
         CodeError: it is not UTF-8 or does not parse; the message has file and line.
@@ -31,7 +31,7 @@ def parse(source: bytes, name: str) -> tuple[str, ast.Module]:
 
 
 def minified(source: str, name: str) -> str:
-    """A program without comments, docstrings and needless space, for code that is not ours.
+    """Drop comments, docstrings and needless space from a program that is not ours.
 
     Names and annotations stay: kernels, schemas and command lines are made from them. Docstrings stay where they may
     be read.
@@ -41,7 +41,7 @@ def minified(source: str, name: str) -> str:
 
 
 def crushed(source: str, keep: str) -> str:
-    """The shortest form of our own code: every name but `keep` may change."""
+    """Return the shortest form of our own code, in which every name but `keep` may change."""
     options = {"rename_locals": True, "rename_globals": True, "preserve_globals": [keep]}
     return _minify(source, keep, remove_literal_statements=True, **options)
 

@@ -1,4 +1,4 @@
-"""Source files made ready for an artifact: Python is minified, everything is compressed.
+"""Make source files ready for an artifact: Python is minified, everything is compressed.
 
 How they are stored, and how they count against the cap, is `bytecap.format.codefiles`.
 """
@@ -40,7 +40,7 @@ def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
 
 
 def read(path: Path) -> bytes:
-    """Bytes of a source file."""
+    """Read the bytes of a source file."""
     try:
         return path.read_bytes()
     except OSError as exc:

@@ -1,4 +1,4 @@
-"""Waterfilled rounding with error feedback: the encoder's side of the `grid` and `trellis` coders.
+"""Round matrices with waterfilled steps and error feedback, for the coders `grid` and `trellis`.
 
 With `H = L L^T`, columns are rounded from last to first. What the columns done so far lack is fed back::
 
@@ -30,7 +30,7 @@ SAMPLE = 8  # every so many columns are looked at for centroids
 
 @dataclass(frozen=True)
 class Shrink:
-    """Reconstruction rules by class.
+    """The reconstruction rules of every class.
 
     Attributes:
         offset: centroid of bin `z` is `|z| - offset[class, min(|z|, CENTRES - 1)]` steps, shape (64, CENTRES).
@@ -41,7 +41,7 @@ class Shrink:
 
 @dataclass(frozen=True)
 class Rounded:
-    """Outcome for a batch of B matrices, in stored column order.
+    """The outcome for a batch of B matrices, in stored column order.
 
     Attributes:
         symbols: int (B, cols, rows); a tensor where they are still on a device.
@@ -62,7 +62,7 @@ class Rounded:
 
     @property
     def on_device(self) -> bool:
-        """Whether the symbols are a tensor."""
+        """Return whether the symbols are a tensor."""
         return isinstance(self.symbols, Tensor)
 
 
@@ -86,7 +86,7 @@ class Problem:
 
 
 def column_steps(problem: Problem, step: Tensor, *, waterfill: bool) -> tuple[Tensor, Tensor]:
-    """Exponents in quarter octaves, int32 (B, cols), and the steps themselves, float32 (B, cols)."""
+    """Return step exponents in quarter octaves, int32 (B, cols), and the steps, float32 (B, cols)."""
     ideal = -4 * torch.log2(problem.lower.diagonal(dim1=1, dim2=2))
     if not waterfill:
         ideal = ideal.mean(1, keepdim=True).expand_as(ideal)
@@ -97,7 +97,7 @@ def column_steps(problem: Problem, step: Tensor, *, waterfill: bool) -> tuple[Te
 def stored_order(
     problem: Problem, symbols: Tensor, exponent: Tensor, column_class: Tensor, distortion: Tensor, centres: Tensor
 ) -> Rounded:
-    """What came out in rounding order, put into stored column order; `distortion` is twice the cost."""
+    """Put the outcome from rounding order into stored column order; `distortion` is twice the cost."""
     inverse = torch.argsort(problem.order, dim=1)
     found = (
         symbols.gather(1, inverse[:, :, None].expand(-1, -1, symbols.shape[2])), exponent.gather(1, inverse),
@@ -107,18 +107,18 @@ def stored_order(
 
 
 def step_fits(weight: Tensor, scale: Tensor) -> bool:
-    """Whether symbols surely fit 16 bits, feedback included."""
+    """Return whether symbols surely fit 16 bits, feedback included."""
     return bool(weight.abs().amax() * 16 < 32767 * scale.min())
 
 
 def quarter_class(mean_square: Tensor) -> Tensor:
-    """Class of a mean square in squared steps: quarter octaves of the standard deviation, 1..63."""
+    """Return the class, 1..63, of a mean square in squared steps: quarter octaves of the standard deviation."""
     value = torch.round(2 * torch.log2(mean_square.clamp(min=1e-12))) + UNIT_CLASS
     return value.clamp_(1, CLASSES - 1).to(torch.int64)
 
 
 def gaussian_shrink() -> Shrink:
-    """Rules for Gaussian classes: the starting point, replaced by what the model's own weights show."""
+    """Return the rules for Gaussian classes, a starting point that the model's own weights soon replace."""
     sigma = np.array([quarter(k - UNIT_CLASS) for k in range(CLASSES)])
     grid = np.linspace(0, CENTRES + 1, 256 * (CENTRES + 1) + 1)
     offset = np.zeros((CLASSES, CENTRES), np.float32)
@@ -135,7 +135,7 @@ def gaussian_shrink() -> Shrink:
 
 
 def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Tensor:
-    """Class offsets of the rows from their energy in steps, shape (B, rows), mean about 0.
+    """Return class offsets of rows (B, rows) from their energy in steps, with a mean of about 0.
 
     Args:
         weight: (B, cols, rows).

@@ -1,4 +1,4 @@
-"""What `bytecap.quantization.trellis` does, on a CUDA device: see `bytecap.quantization.triton_programs` for how."""
+"""Round along the trellis on a CUDA device, with the programs of `bytecap.quantization.triton_programs`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
 
 
 def _cut(rows: int) -> tuple[int, int]:
-    """Segments, of few numbers since each is compiled, and rows of each; a column takes 2 steps a segment, 3 a row."""
+    """Cut a column; returns (segments, rows of each).
+
+    A column takes 2 steps a segment and 3 a row. Few numbers of segments are used, since each one is compiled.
+    """
     segments = 32 if rows <= 1024 else 128 if rows <= 16384 else 256
     return segments, -(-rows // segments)
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from bytecap.calibration.metric import Metric, factor
 from bytecap.calibration.triangle import Triangles
 from bytecap.format.coders import Shared
-from bytecap.format.coders.classes import CLASSES, UNIT_CLASS, quarter
+from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE, GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
-from bytecap.format.entropy.shared_tables import Counts, fit_shared
-from bytecap.quantization import Problem, Rounded, Shrink, gaussian_shrink, row_classes
+from bytecap.format.entropy.shared_tables import Counts
+from bytecap.quantization import Problem, Rounded, Shrink, row_classes
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
@@ -154,22 +154,6 @@ def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Pre
     exponent = exponent - exponent.mean()
     step = torch.round(exponent / options.row_quantum) * options.row_quantum
     return Prepared(unit, weight.float(), metric.rows, step.clamp(-60, 60).to(torch.int32), lower, order, whole)
-
-
-def initial_shared(options: Options) -> tuple[Shared, Shrink]:
-    """Gaussian tables and offsets for every class: where fitting starts."""
-    shrink = gaussian_shrink()
-    if not options.shrink:
-        shrink = Shrink(np.zeros_like(shrink.offset))
-    z = np.arange(MAX_HALF + 2)
-    counts = np.zeros((CLASSES, MAX_HALF + 2))
-    for k in range(1, CLASSES):
-        sigma = max(float(quarter(k - UNIT_CLASS)), 0.2)
-        counts[k] = np.exp(-0.5 * (z / sigma) ** 2) * np.where(z, 2, 1)
-        counts[k] *= 1e6 / counts[k].sum()
-    counts[counts < 1e-2] = 0
-    fitted = fit_shared(counts, np.zeros((2, 64, 17)), None)
-    return Shared(fitted.tables, shrink.offset), shrink
 
 
 def round_units(

@@ -1,4 +1,4 @@
-"""Rounding every weight to its nearest point, batched over equally shaped matrices, on any torch device."""
+"""Round every weight to its nearest point, batched over equally shaped matrices, on any torch device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounding a column as a whole: dependent quantization along an eight-state trellis down its rows.
+"""Round a column as a whole, by dependent quantization along an eight-state trellis down its rows.
 
 The fine grid has half a column's step. Its points fall into four subsets by their value modulo 4; in every state only
 two subsets may follow, so a path says one bit a weight and the points it may use are twice as far apart as the
@@ -72,7 +72,7 @@ def round_trellis(problem: Problem, step: Tensor, shrink: Shrink, first: int, *,
 
 
 def _viterbi(u: _Array, row_weight: _Array, v: _Array) -> None:
-    """Viterbi search for the path of least squared error over the rows; writes the points into `v`.
+    """Search the path of least squared error over the rows by Viterbi's algorithm; writes the points into `v`.
 
     Distances are to the points, not to the centroids: centroids would pull the grid together at every refit.
     """
@@ -116,7 +116,7 @@ def _round_columns(
     whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, first: int, symbols: _Array,
     order: _Array, column_class: _Array, distortion: _Array, centres: _Array,
 ) -> None:  # fmt: skip
-    """Columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,).
+    """Round columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,).
 
     Column k of the problem is column `order[k]` of what is stored: of `symbols` and `column_class`.
     """

@@ -1,4 +1,4 @@
-"""Values of a code on the device that rounded it, bit for bit what a reader makes of the file.
+"""Decode a trial's values on the device that rounded them, bit for bit as a reader decodes the file.
 
 Every operation is a float32 product or difference of its own, in the format's order (`bytecap.format.coders.grid`).
 """
@@ -19,13 +19,13 @@ _TOGETHER = 2**24  # values at a time
 
 
 def classes_there(columns: Tensor, rows: Tensor, fine: Tensor) -> Tensor:
-    """What `weight_classes` of the `grid` coder does, for integer tensors that broadcast to the weights' shape."""
+    """Compute `weight_classes` of the coder `grid` for integer tensors that broadcast to the weights' shape."""
     more = fine * OCTAVE
     return torch.maximum((columns + more + rows).clamp_(max=CLASSES - 1), 1 + more)
 
 
 def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.device) -> Tensor:
-    """Decoded (rows, cols) float32 values.
+    """Decode float32 values (rows, cols).
 
     Args:
         code: what would be stored.

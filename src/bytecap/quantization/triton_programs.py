@@ -1,4 +1,4 @@
-"""Triton programs that round columns along a trellis, one for each matrix of a batch.
+"""Round columns along a trellis in triton programs, one for each matrix of a batch.
 
 The Viterbi search runs down thousands of rows, one after the other; a GPU is fast only side by side. Rows are
 therefore cut into segments. For each segment and each of the eight states it may begin in, the cost of ending in
@@ -19,14 +19,14 @@ _FAR = tl.constexpr(1e30)
 
 @triton.jit
 def _nearest(u, subset: tl.constexpr):
-    """The point of a subset nearest to `u`, and its squared distance."""
+    """Return the point of a subset nearest to `u`, and its squared distance."""
     z = subset + 4 * tl.floor((u - subset) * 0.25 + 0.5)
     return (u - z) * (u - z)
 
 
 @triton.jit
 def _step(u, w, c0, c1, c2, c3, c4, c5, c6, c7):
-    """Costs of the eight states one row further, and which of two predecessors each came from (a bit each)."""
+    """Return the costs of the eight states one row further, and a bit each for the predecessor it came from."""
     a, b, c, d = _nearest(u, 0) * w, _nearest(u, 1) * w, _nearest(u, 2) * w, _nearest(u, 3) * w
     e0, f0 = c0 + a, c4 + c
     e1, f1 = c0 + c, c4 + a
@@ -46,13 +46,13 @@ def _step(u, w, c0, c1, c2, c3, c4, c5, c6, c7):
 
 @triton.jit
 def _begin(state, at: tl.constexpr):
-    """Cost of standing in a state before the first row."""
+    """Return the cost of each state before the first row."""
     return tl.where(state == at, 0.0, _FAR)
 
 
 @triton.jit
 def _ends(U, W, T, s, rows, length, SEGMENTS: tl.constexpr):
-    """Costs T (segments, 8, 8) of passing each segment from each state to each state."""
+    """Compute the costs T (segments, 8, 8) of passing each segment from each state to each state."""
     seg, one = tl.arange(0, SEGMENTS), tl.arange(0, 8)
     c0, c1, c2, c3 = _begin(one[None, :], 0), _begin(one[None, :], 1), _begin(one[None, :], 2), _begin(one[None, :], 3)
     c4, c5, c6, c7 = _begin(one[None, :], 4), _begin(one[None, :], 5), _begin(one[None, :], 6), _begin(one[None, :], 7)
@@ -76,7 +76,7 @@ def _ends(U, W, T, s, rows, length, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _borders(T, BACK, BORDER, SEGMENTS: tl.constexpr):
-    """States BORDER (segments + 1,) of the best path between the segments; it begins in state 0."""
+    """Find the states BORDER (segments + 1,) of the best path between the segments; it begins in state 0."""
     one = tl.arange(0, 8)
     best = _begin(one, 0)
     for k in range(SEGMENTS):
@@ -95,7 +95,7 @@ def _borders(T, BACK, BORDER, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _paths(U, W, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
-    """Points V (rows,) of every segment's best path between its borders."""
+    """Find the points V (rows,) of every segment's best path between its borders."""
     seg = tl.arange(0, SEGMENTS)
     start = tl.load(BORDER + seg)
     c0, c1, c2, c3 = _begin(start, 0), _begin(start, 1), _begin(start, 2), _begin(start, 3)
@@ -121,7 +121,7 @@ def _paths(U, W, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Column k with the errors of those done fed back, to Y (rows,); returns its mean square in whitened steps."""
+    """Write column k with fed-back errors to Y (rows,); returns its mean square in whitened steps."""
     j, within = tl.arange(0, BLOCK), k - lo
     later = (j > within) & (j < hi - lo)
     factor = tl.load(INNER + j * BLOCK + within, later, 0.0)[:, None]
@@ -144,7 +144,7 @@ def _settle(
     ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr,
     FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Symbols and errors of column k, from V where it is `fine`; returns the summed, weighted squared error."""
+    """Write symbols and errors of column k, from V where it is `fine`; returns the summed, weighted squared error."""
     unit, more = tl.where(fine, 2.0, 1.0), tl.where(fine, OCTAVE, 0)
     row_of = k.to(tl.int64) * rows
     cost = tl.zeros([ROWS], tl.float32)
@@ -178,7 +178,7 @@ def round_columns(
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Columns lo..hi-1 of matrix `program`, last first; see `bytecap.quantization.trellis._round_columns`."""
+    """Round columns lo..hi-1 of matrix `program`, last first; see `bytecap.quantization.trellis._round_columns`."""
     b = tl.program_id(0).to(tl.int64)
     whole, lead, one = b * cols * rows, b * cols, b * rows
     Y, V, row_weight = Y + one, V + one, ROW_WEIGHT + one

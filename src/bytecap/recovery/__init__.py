@@ -1,1 +1,1 @@
-"""Recovery: tuning what is stored, at equal bytes, by the divergence from the original."""
+"""Tune stored values at equal bytes by the divergence from the original."""

@@ -1,4 +1,4 @@
-"""Recovery: tune what a coding left continuous, block by block, against the original's block outputs.
+"""Tune the continuous values of a coding block by block against the original's block outputs.
 
 A block of the twin is fed what the coded prefix really delivers; its continuous parameters (codewords, factors) are
 tuned with AdamW until its output is close to what the original block made of the original input. Codes do not change,
@@ -32,7 +32,7 @@ RATE = 0.02  # first learning rate, in standard deviations of the tensor
 
 @dataclass(frozen=True)
 class Part:
-    """A coded matrix with something left to tune.
+    """A coded matrix with continuous values that can be tuned.
 
     Attributes:
         unit: the unit.
@@ -47,12 +47,12 @@ class Part:
     spread: float | None = None
 
     def rate(self, tensor: Tensor) -> float:
-        """First learning rate of a tensor."""
+        """Return the first learning rate of a tensor."""
         spread = float(tensor.detach().std(correction=0)) if self.spread is None else self.spread
         return RATE * max(spread, 1e-8)
 
     def stored(self) -> Tensor:
-        """The weight in stored layout."""
+        """Return the weight in stored layout."""
         matrix = self.weight()
         return (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
 
@@ -68,7 +68,7 @@ class _Pass:
 
 
 def blocks(module: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """(name with a dot, block) of the module list that holds most of the named weights."""
+    """Return (name with a dot, block) of the module list that holds most of the named weights."""
     best: list[tuple[str, nn.Module]] = []
     most = 0
     for prefix, found in module.named_modules():
@@ -80,7 +80,7 @@ def blocks(module: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module
 
 
 def _inputs(model: nn.Module, chain: Sequence[nn.Module], ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments every block is called with."""
+    """Record the arguments that every block is called with."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ def _output(result: Any) -> Tensor:
 
 
 def _run(block: nn.Module, weights: dict[str, Tensor], item: _Pass, at: int) -> Tensor:
-    """The block's output with other weights, from what the coded prefix delivers."""
+    """Run the block with other weights on the inputs that the coded prefix delivers."""
     args, kwargs = item.arguments[at]
     return _output(functional_call(block, weights, (item.coded, *args[1:]), kwargs))
 
@@ -123,7 +123,7 @@ def _tune(
     targets: list[Tensor],
     steps: int,
 ) -> None:
-    """Tune one block; the best parameters seen are left in place."""
+    """Tune one block; it ends with the best parameters seen."""
     groups = [{"params": [t], "lr": p.rate(t)} for p in parts.values() for t in p.tensors]
     leaves = [t for p in parts.values() for t in p.tensors]
     if not leaves:
@@ -150,7 +150,7 @@ def _tune(
 
 
 def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
-    """Tune parts block by block, in place; the names of those that were.
+    """Tune parts block by block, in place; returns the names of the tuned ones.
 
     Args:
         job: names the model and the calibration windows.
@@ -193,7 +193,7 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
 
 
 def whole(job: Job, parts: Mapping[str, Part], common: Sequence[Tensor], *, steps: int) -> bool:
-    """Tune all parts and what they have in common end to end, by KL to the original; whether that was of use.
+    """Tune all parts and their shared values end to end by KL to the original; returns whether that helped.
 
     Tuned on calibration tokens, judged on the correction tokens: parts stay as they were unless KL falls there.
 

@@ -1,4 +1,4 @@
-"""What a job keeps in its store, so that a run that was killed goes on from where it was.
+"""Keep a job's stages in the cache, so that a run that was killed goes on from where it was.
 
 Kept are, each as soon as it is known: the statistics, the correction factors, the chosen plan, the drift targets; and
 at most once a minute the course of long runs of moves (recovery, uptraining, a search for layers to share).
@@ -23,22 +23,18 @@ import torch
 from torch import Tensor
 
 from bytecap.calibration.statistics import job_key, windows_key
-from bytecap.format.coders import Shared
-from bytecap.format.entropy.frequencies import Table, Tables
 from bytecap.job import Job
-from bytecap.quantization import Shrink
 from bytecap.system.cache import Store, digest
 
 if TYPE_CHECKING:
     from bytecap.quantization.quantizer import Options
 
-Rules = tuple[Shared, Shrink]
 SECONDS = 60.0  # between two times that a course is kept, at least
 _ABOUT = "about"  # entry of what JSON holds
 
 
 class Kept:
-    """The later stages of one job in its store."""
+    """The later stages of one job in its cache."""
 
     def __init__(self, job: Job, options: Options, capacity: float) -> None:
         """`capacity`, the bytes left for planned units, stands for side files and code."""
@@ -49,7 +45,7 @@ class Kept:
         )  # fmt: skip
 
     def get(self, stage: str) -> Any:
-        """The JSON value of a stage, or None."""
+        """Return the JSON value of a stage, or None."""
         return self._job.store.get(digest(self._key, stage)) if self._key else None
 
     def put(self, stage: str, value: Any) -> None:
@@ -58,7 +54,7 @@ class Kept:
             self._job.store.put(digest(self._key, stage), value)
 
     def tensors(self, stage: str) -> dict[str, Tensor] | None:
-        """Tensors of a stage by unit name, on the job's device, or None."""
+        """Return the tensors of a stage by unit name, on the job's device, or None."""
         kept = self._job.store.arrays(digest(self._key, stage)) if self._key else None
         if kept is None:
             return None
@@ -72,7 +68,7 @@ class Kept:
 
 
 class Course:
-    """A run of moves that is kept from time to time under one key; the last state kept stays."""
+    """A run of moves whose state is kept from time to time under one key, replacing the one before."""
 
     def __init__(self, store: Store, *parts: Any) -> None:
         """`parts` are all that the moves depend on, see `bytecap.system.cache.digest`."""
@@ -80,11 +76,11 @@ class Course:
         self._last = time.monotonic()
 
     def under(self, *parts: Any) -> Course:
-        """The course of one stage, which depends on more."""
+        """Return the course of one stage, which depends on more values."""
         return Course(self._store, *self._parts, *parts)
 
     def put(self, state: Callable[[], tuple[Mapping[str, Tensor], Any]], *, now: bool = False) -> None:
-        """Keep tensors and what JSON can hold, where the last time is long enough ago or it has to be `now`."""
+        """Keep tensors and JSON values if the last time is long enough ago, or `now`."""
         if self._store.directory is None or (not now and time.monotonic() - self._last < SECONDS):
             return
         tensors, about = state()
@@ -94,28 +90,9 @@ class Course:
         self._last = time.monotonic()
 
     def get(self) -> tuple[dict[str, Tensor], Any] | None:
-        """What was kept last, tensors on the CPU; None where nothing is."""
+        """Return the state kept last, with tensors on the CPU, or None."""
         arrays = None if self._store.directory is None else self._store.arrays(digest(*self._parts))
         if arrays is None:
             return None
         about = json.loads(arrays.pop(_ABOUT).tobytes())
         return {n: torch.from_numpy(a) for n, a in arrays.items()}, about
-
-
-def rules_to_json(rules: Rules) -> dict[str, Any]:
-    """Tables, offsets and rounding rules as JSON can hold them; classes that share a table go on sharing it."""
-    shared, shrink = rules
-    distinct = shared.tables.distinct()
-    place = {id(t): i for i, (_, t) in enumerate(distinct)}
-    return {
-        "tables": [[t.low, t.freq.tolist()] for _, t in distinct],
-        "classes": [[c, place[id(t)]] for c, t in shared.tables.table.items()],
-        "offset": shared.offset.tolist(), "shrink": shrink.offset.tolist(),
-    }  # fmt: skip
-
-
-def rules_from_json(value: Mapping[str, Any]) -> Rules:
-    """What `rules_to_json` was given."""
-    tables = [Table(low, np.array(freq)) for low, freq in value["tables"]]
-    offset, shrink = (np.array(value[k], np.float32) for k in ("offset", "shrink"))
-    return Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink)

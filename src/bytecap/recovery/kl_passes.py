@@ -1,4 +1,4 @@
-"""Passes of tuning: windows of one move after the other, the KL on them with its gradient, and checks.
+"""Run the passes of tuning: windows of one move after the other, the KL on them with its gradient, and checks.
 
 Tokens that are tuned on are the recovery text, else the statistics tokens; the correction tokens are for checks only.
 """
@@ -24,13 +24,17 @@ _CHECK_TOKENS = 8192
 
 
 def tokens_of_move(device: str) -> int:
-    """Tokens one move looks at."""
+    """Return the number of tokens of one move.
+
+    >>> tokens_of_move("cpu"), tokens_of_move("cuda:0")
+    (2048, 16384)
+    """
     return _TOKENS[torch.device(device).type]
 
 
 @contextlib.contextmanager
 def same_again(device: str) -> Iterator[None]:
-    """The same sums in the same order every time, and TF32 where a GPU has it: gradients are noisier than that."""
+    """Compute the same sums in the same order every time, with TF32 on a GPU, since gradients are noisier than it."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -41,7 +45,7 @@ def same_again(device: str) -> Iterator[None]:
 
 
 class Passes:
-    """Passes over one job's tokens.
+    """The passes over one job's tokens.
 
     Attributes:
         read: tokens that were tuned on so far.
@@ -55,19 +59,19 @@ class Passes:
         self.read = 0
 
     def skip(self, moves: int) -> None:
-        """Leave out the windows of so many moves, which were made before."""
+        """Skip the windows of moves that were made before."""
         for _ in range(moves):
             self.read += sum(w.predicted for w in next(self._source))
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Put values in stored layout into the twin."""
+        """Put values in stored layout into the quantized copy."""
         live = dict(self._twin.state_dict(keep_vars=True))
         for name, found in values.items():
             live[name].data = found.to(live[name].dtype).contiguous()
 
     def gradients(self, names: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
-        """KL and gradients on the next windows; batches are halved where the device's memory ends."""
+        """Return KL and gradients on the next windows; batches are halved where the device's memory ends."""
         windows = next(self._source)
         self.read += sum(w.predicted for w in windows)
         model, device = self._job.model.module, self._job.device
@@ -78,12 +82,12 @@ class Passes:
         return found
 
     def check(self) -> float:
-        """KL of the twin on the correction tokens."""
+        """Return the KL of the quantized copy on the correction tokens."""
         windows = leading(self._job.sets.correction, _CHECK_TOKENS)
         return kl_to(self._job.model.module, self._twin, windows, device=self._job.device)[0]
 
     def say_short(self) -> None:
-        """Say that the text was shorter than the effort."""
+        """Note that the text was shorter than the effort."""
         held = sum(w.predicted for w in self._pool)
         if self.read > held:
             self._job.reporter.note(

@@ -30,7 +30,6 @@ from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.shared_tables import count_symbols
 from bytecap.model.checkpoint import as_matrix
-from bytecap.quantization import Shrink
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.types import Unit
 
@@ -166,6 +165,7 @@ class Live:
     def __init__(self, planner: Planner, state: State, device: str) -> None:
         """Everything as `state` has it: coded."""
         self._planner, self._state, self._device = planner, state, torch.device(device)
+        self._rules = state.rules  # of now: offsets move
         self._matrices: dict[str, _Matrix] = {}
         for item in planner.matrices:
             name = item.unit.name
@@ -224,10 +224,10 @@ class Live:
             m = self._matrices[n]
             items.append(replace(m.item, weight=m.weight))
             m.step = steps[n] = self._state.steps[n] * math.exp(change)
-        coded = self._planner.round(items, steps)
+        coded = self._planner.round(items, steps, self._rules)
         for item in items:
             self._put(item.unit.name, item, coded[item.unit.name])
-        return sum(rate(coded[n], self._planner.shared) - self._state.rates[n] for n in names)
+        return sum(rate(coded[n], self._rules.shared) - self._state.rates[n] for n in names)
 
     def _put(self, name: str, item: Prepared, coded: Coded) -> None:
         m = self._matrices[name]
@@ -287,13 +287,11 @@ class Live:
         return out | {f"vector {n}": found[n].reshape(t.shape) for n, t in self.vectors.items()}
 
     def _set_offsets(self) -> None:
-        """Let the planner round and decode with the offsets as they are now."""
-        offset = self._offsets.table(self.offsets)
-        self._planner.shared = replace(self._state.shared, offset=offset)
-        self._planner.shrink = Shrink(offset)
+        """Round and decode with the offsets as they are now."""
+        self._rules = self._state.rules.with_offsets(self._offsets.table(self.offsets))
 
-    def settle(self) -> State:
-        """Put everything into the planner as it is coded; what it rounds anew starts from the targets of now."""
+    def settle(self) -> tuple[Planner, State]:
+        """A planner of the targets of now, for what is rounded anew, and its state: everything as it is coded."""
         planner, steps, coded = self._planner, dict(self._state.steps), dict(self._state.coded)
         moved = {}
         for at, (n, m) in enumerate(self._matrices.items()):
@@ -303,12 +301,12 @@ class Live:
             coded[n] = replace(m.coded, code=replace(m.coded.code, step=float(np.float32(steps[n]))))
             moved[n] = replace(m.item, weight=m.item.weight * scale)
         self._set_offsets()
-        planner.matrices = [moved.get(p.unit.name, p) for p in planner.matrices]
-        planner.vectors = [
+        vectors = [
             replace(v, values=self.vectors[n].cpu().numpy().copy()) if (n := v.unit.name) in self.vectors else v
             for v in planner.vectors
         ]
-        return planner.price(coded, steps)
+        planner = replace(planner, matrices=[moved.get(p.unit.name, p) for p in planner.matrices], vectors=vectors)
+        return planner, planner.price(coded, steps, self._rules)
 
     def snapshot(self) -> dict[str, Tensor]:
         """What moves while codes are frozen, as it is now."""

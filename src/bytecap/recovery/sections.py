@@ -1,4 +1,4 @@
-"""Tuning what finished sections hold of continuous values, whatever coders they are for; codes are frozen.
+"""Tune the continuous values of finished sections of any coder, with frozen codes.
 
 A coder or layer that has some says so (`Continuous` in `bytecap.format.coders`): codewords, decoders, low-rank parts,
 scales, protected columns, rows, channels and outliers, vectors. Adam moves them end to end by the KL to the original.
@@ -37,7 +37,7 @@ _LOST = 4.0  # times the first KL, beyond which tuning is stopped
 
 @dataclass(frozen=True)
 class _Part:
-    """A unit with something to tune: its section, what is continuous in it, and that as leaves."""
+    """A unit to tune: its section, the continuous arrays in it, and those as leaves."""
 
     unit: Unit
     section: Section
@@ -45,19 +45,19 @@ class _Part:
     leaves: dict[str, Tensor]
 
     def values(self) -> Tensor:
-        """In stored layout, with gradient."""
+        """Return the values in stored layout, with gradient."""
         matrix = self.continuous.matrix(self.leaves, None)
         found: Tensor = (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
         return found
 
     def written(self) -> Section:
-        """As a file would hold it now."""
+        """Return the section as a file would hold it now."""
         arrays = {n: t.detach().cpu().numpy() for n, t in self.leaves.items()}
         return Section(self.section.tag, self.continuous.encode(arrays))
 
 
 def parts_of(job: Job, sections: Mapping[str, Section], shared: Shared) -> dict[str, _Part]:
-    """All units that have something continuous."""
+    """Return all units that have continuous arrays."""
     found = {}
     for u in job.model.units:
         section = sections[u.name]
@@ -75,7 +75,7 @@ def parts_of(job: Job, sections: Mapping[str, Section], shared: Shared) -> dict[
 
 
 def _decoded(job: Job, sections: Mapping[str, Section], shared: Shared) -> Lazy:
-    """Values of units as a reader decodes them."""
+    """Decode the values of units as a reader does."""
     units = {u.name: u for u in job.model.units}
 
     def one(name: str) -> Any:
@@ -87,7 +87,7 @@ def _decoded(job: Job, sections: Mapping[str, Section], shared: Shared) -> Lazy:
 
 
 class _Tuning:
-    """One job's tuning."""
+    """The tuning of one job."""
 
     def __init__(self, job: Job, outcome: Outcome) -> None:
         self.job, self.outcome = job, outcome
@@ -103,7 +103,7 @@ class _Tuning:
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
 
     def move(self, rate: float) -> None:
-        """One move at a share of the first rates."""
+        """Make one move at a share of the first rates."""
         assert self.optimizer is not None  # noqa: S101 (callers have parts)
         self.optimizer.zero_grad()
         values = {n: p.values() for n, p in self.parts.items()}
@@ -115,14 +115,14 @@ class _Tuning:
         self.optimizer.step()
 
     def written(self) -> tuple[dict[str, Section], float]:
-        """Sections as they would be written now, and the KL of that on the correction tokens."""
+        """Return the sections as they would be written now, and their KL on the correction tokens."""
         new = {n: p.written() for n, p in self.parts.items()}
         load_values(self.twin, _decoded(self.job, new, self.shared))
         return new, self.passes.check()
 
 
 def tune_sections(job: Job, outcome: Outcome) -> Outcome:
-    """The outcome with tuned sections, where that measured better and keeps the cap.
+    """Return the outcome with tuned sections, where that measured better and keeps the cap.
 
     A number of moves is spent as it is; of a time, what a method itself has used is not taken off.
     """

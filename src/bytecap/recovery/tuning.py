@@ -228,22 +228,22 @@ def _values(course: _Course, clock: Clock, kl: float) -> dict[str, Any]:
 
 def tune(
     job: Job, planner: Planner, state: State, twin: nn.Module, slope: float
-) -> tuple[State | None, dict[str, Any]]:
-    """The planner with what recovery made of it, settled at about the same bytes; None if nothing measured better.
+) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
+    """What recovery made of a plan, settled at about the same bytes; None if nothing measured better.
 
     With it comes a record of what was done.
 
     Args:
         job: names the model, the tokens and the effort.
-        planner: its matrices, vectors and offsets are replaced, for the worse if None is returned.
-        state: what would be shipped without recovery, under the planner's tables.
+        planner: the units as they were coded.
+        state: what would be shipped without recovery.
         twin: a twin of the model, overwritten.
         slope: nats per token that a byte buys.
     """
     if is_batches(job.sets.statistics):
         job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
         return None, {}
-    effort, rules = job.recover, (planner.shared, planner.shrink)
+    effort = job.recover
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
@@ -262,7 +262,6 @@ def tune(
                 kl = done["kl"]
             elif stage is _integers:
                 job.reporter.note("recovery: the new integers are no better, the old ones are kept")
-                planner.shared, planner.shrink = rules
                 course.live = Live(planner, state, job.device)
     course.passes.say_short()
     return course.live.settle() if kl < start else None, {

@@ -1,4 +1,4 @@
-"""A second decoder, written from `docs/format.md` alone; section numbers below are the document's.
+"""Decode artifacts a second way, written from `docs/format.md` alone; section numbers are the document's.
 
 It shares nothing with the package but the names of the errors, so that a mistake in either decoder or in the document
 shows up as a difference. It needs only numpy, and brotli where that is used. Omitted: side files; writing.
@@ -18,7 +18,7 @@ from bytecap.reference.streams import Array, Shared, decode_streams, read_tables
 
 
 def decode_file(data: bytes) -> dict[str, Array]:
-    """Tensors of an artifact's bytes by name, aliases included, in stored layout; section 8 has the errors."""
+    """Decode an artifact's bytes; returns tensors by name, aliases included, in stored layout (errors: section 8)."""
     units, tables, objects, bodies = contents(data)
     shared = read_tables(tables, read_objects(objects))
     batches: dict[int, list[tuple[Unit, bytes]]] = {}
@@ -35,7 +35,7 @@ def decode_file(data: bytes) -> dict[str, Array]:
 
 
 def _decode_batch(batch: list[tuple[Unit, bytes]], shared: Shared) -> list[Array]:
-    """Section 6. Streams that coders wait for are decoded together, until every coder has given its matrix."""
+    """Section 6: decode the streams that coders wait for together, until every coder has returned its matrix."""
     require(all(unit.coder in CODERS for unit, _ in batch), "a unit names a coder that does not exist")
     running = [CODERS[unit.coder](unit, Reader(body), shared) for unit, body in batch]
     matrices: list[Array] = [np.zeros(0)] * len(batch)

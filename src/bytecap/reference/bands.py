@@ -10,7 +10,7 @@ from bytecap.reference.streams import Array, Shared, Stream, Table
 
 
 def bands(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
-    """6.19: a scale for every row, a band for every column."""
+    """6.19: `bands`, with a scale for every row and a band for every column."""
     rows, cols = unit.matrix()
     (count,) = reader.fields("<B")
     require(1 <= count <= 63, f"{count} bands")

@@ -11,7 +11,7 @@ from bytecap.reference.streams import Array, Shared, Stream
 
 
 def _trits(data: bytes, count: int) -> Array:
-    """Five a byte, the first one the least."""
+    """6.18: unpack five trits from each byte, the least significant first."""
     require(len(data) == (count + 4) // 5 and max(data, default=0) < 243, "trits are badly packed")
     raw = np.frombuffer(data, np.uint8).astype(np.int64)
     found = np.stack([raw // 3**i % 3 for i in range(5)], axis=1).reshape(-1)

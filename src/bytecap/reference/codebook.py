@@ -15,7 +15,7 @@ Part = Generator[Any, list[Array], Array]
 
 
 def numbers(reader: Reader, count: int, form: int) -> Array:
-    """Numbers as f16 (form 0), or signed bytes behind one f16 scale (form 1)."""
+    """6.16: numbers as f16 (form 0), or as signed bytes behind one f16 scale (form 1)."""
     if form == 0:
         return finite(np.frombuffer(reader.take(2 * count), "<f2").astype(np.float32))
     scale = finite(np.frombuffer(reader.take(2), "<f2").astype(np.float32))
@@ -24,7 +24,7 @@ def numbers(reader: Reader, count: int, form: int) -> Array:
 
 
 def unpacked(data: bytes, count: int, width: int) -> Array:
-    """Values of `width` bits each; the bits of the last byte that are left over are zero."""
+    """6.16: values of `width` bits each; unused bits of the last byte are zero."""
     require(len(data) == (count * width + 7) // 8, f"{count} values of {width} bits in {len(data)} bytes")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
     require(not bits[count * width :].any(), "a bit that belongs to no value is set")
@@ -34,19 +34,19 @@ def unpacked(data: bytes, count: int, width: int) -> Array:
 
 
 def table(reader: Reader, size: int) -> Table:
-    """Frequencies of the symbols 0 to size - 1."""
+    """6.16: the table of the symbols 0 to size - 1."""
     return Table(0, [reader.leb() for _ in range(size)])
 
 
 def words_of(objects: Objects, number: int, n: int, g: int) -> Array:
-    """Codewords (n, g) of a shared object."""
+    """5.3: codewords (n, g) of a shared object."""
     found: Array = objects.get(number, 1)
     require(found.shape == (n, g), f"the shared codebook {number} is not {n} x {g}")
     return found
 
 
 def indices(reader: Reader, count: int, n: int, objects: Objects) -> Part:
-    """Indices below n, to the end of the section."""
+    """6.16: indices below n, to the end of the section."""
     mode = reader.take(1)[0]
     width = (n - 1).bit_length()
     high: Array = np.zeros(count, np.int64)
@@ -71,7 +71,7 @@ def indices(reader: Reader, count: int, n: int, objects: Objects) -> Part:
 
 
 def codebook(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """6.16: every vector of a row is a codeword."""
+    """6.16: `codebook`, in which every vector of a row is a codeword."""
     rows, cols = unit.matrix()
     g, form = reader.fields("<BB")
     n = reader.leb()

@@ -20,7 +20,7 @@ _DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "u1"}
 
 
 def finite(values: Array) -> Array:
-    """The values, if all are finite."""
+    """Section 6: the values, all of which must be finite."""
     require(np.isfinite(values).all(), "a value is not finite")
     return values
 
@@ -31,7 +31,7 @@ def quarter(k: Array) -> Any:
 
 
 class Sides(NamedTuple):
-    """What `grid` and `trellis` read in front of their payloads: group of every row, then the four arrays."""
+    """The data in front of the payloads of `grid` and `trellis`: the group of every row, then the four arrays."""
 
     run: Array
     c: float
@@ -65,7 +65,7 @@ def read_sides(unit: Unit, reader: Reader, shared: Shared, own: str = "") -> Gen
 
 
 def grid(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """6.1: symbols with a step for every column and every row."""
+    """6.1: `grid`, symbols with a step for every column and every row."""
     side = yield from read_sides(unit, reader, shared)
     weight_class = np.clip(side.column[side.run] + side.row[:, None], 1, 63).astype(np.uint8)
     (symbols,) = yield [Stream(reader.rest(), weight_class.reshape(-1), shared[0])]
@@ -78,7 +78,7 @@ def grid(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 def scaled(v: Array, side: Sides) -> Array:
-    """The last lines of 6.1's arithmetic: times the row's step, times the column's."""
+    """6.1: multiply by the row's step, then by the column's, as the last lines of the arithmetic say."""
     with np.errstate(over="ignore", invalid="ignore"):
         v *= quarter(side.row_step)[:, None]
         v *= (np.float32(side.c) * quarter(side.column_step))[side.run]
@@ -86,7 +86,7 @@ def scaled(v: Array, side: Sides) -> Array:
 
 
 def vector(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """6.2: one step around a centre."""
+    """6.2: `vector`, one step around a centre."""
     centre, step, k = reader.fields("<ffB")
     require(np.isfinite(centre) and np.isfinite(step) and k <= 63, "a vector's header is out of range")
     count = prod(unit.shape)
@@ -97,7 +97,7 @@ def vector(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 
 def exact(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
-    """6.3: byte planes, most significant first."""
+    """6.3: `exact`, byte planes with the most significant first."""
     require(unit.dtype in _DTYPES, f"there is no dtype {unit.dtype}")
     kind, count = np.dtype(_DTYPES[unit.dtype]), prod(unit.shape)
     planes, streams = list[Array | None](), list[Stream]()
@@ -124,7 +124,7 @@ def exact(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
 
 
 def expand(compression: int, data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes of zlib or brotli data."""
+    """6.4: exactly `size` bytes of zlib or brotli data."""
     if compression == 0:
         inflate = zlib.decompressobj()
         with damage(zlib.error):
@@ -144,7 +144,7 @@ def expand(compression: int, data: bytes, size: int) -> bytes:
 
 
 def packed(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
-    """6.4: integer codes and a scale for every row under a general-purpose compressor."""
+    """6.4: `packed`, integer codes and a scale for every row under a general-purpose compressor."""
     yield from ()
     (rows, cols), (compression, width) = unit.matrix(), reader.fields("<BB")
     require(compression < 2 and width in {1, 2}, f"compression {compression}, width {width}")

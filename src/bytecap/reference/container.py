@@ -22,7 +22,7 @@ def require(condition: object, message: str) -> None:
 
 @contextmanager
 def damage(*errors: type[Exception]) -> Iterator[None]:
-    """Other libraries' errors mean damaged data."""
+    """Turn other libraries' errors into the one for damaged data."""
     try:
         yield
     except errors as error:
@@ -30,27 +30,27 @@ def damage(*errors: type[Exception]) -> Iterator[None]:
 
 
 class Reader:
-    """Section 1: takes fields off the front of some bytes."""
+    """Section 1: a reader that takes fields off the front of some bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
     def take(self, size: int) -> bytes:
-        """The next bytes."""
+        """Take the next bytes."""
         require(0 <= size <= len(self.data) - self.at, f"{size} bytes needed, {len(self.data) - self.at} are left")
         self.at += size
         return self.data[self.at - size : self.at]
 
     def rest(self) -> bytes:
-        """All that are left."""
+        """Take all bytes that are left."""
         return self.take(len(self.data) - self.at)
 
     def fields(self, layout: str) -> tuple[Any, ...]:
-        """Numbers in the layout of `struct`."""
+        """Take numbers in the layout of `struct`."""
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
 
     def leb(self, most: int = 9) -> int:
-        """An unsigned integer of at most so many bytes."""
+        """Take an unsigned integer of at most `most` bytes."""
         value = 0
         for i in range(most):
             byte = self.take(1)[0]
@@ -60,7 +60,7 @@ class Reader:
         raise CorruptError(f"an integer has more than {most} bytes")
 
     def zigzag(self, most: int = 9) -> int:
-        """A signed integer."""
+        """Take a signed integer."""
         value = self.leb(most)
         return value // 2 if value % 2 == 0 else -(value + 1) // 2
 
@@ -110,7 +110,7 @@ class Unit(NamedTuple):
     aliases: list[str]
 
     def matrix(self) -> tuple[int, int]:
-        """(rows, cols) as coders see them."""
+        """Shape (rows, cols) as coders see it."""
         if len(self.shape) < 2:
             return 1, prod(self.shape)
         if self.flags & 4:
@@ -121,7 +121,7 @@ class Unit(NamedTuple):
 
 
 def _matches(value: Any, schema: Any) -> bool:
-    """Whether a JSON value has exactly these types; `[t]` is a list of any length, a tuple one of that length."""
+    """Whether a JSON value has exactly these types; `[t]` is a list of any length, a tuple a list of its length."""
     if isinstance(schema, type):
         return type(value) is schema
     wanted = schema if isinstance(schema, tuple) else schema * len(value) if type(value) is list else schema

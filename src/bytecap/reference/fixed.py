@@ -59,7 +59,7 @@ def halves(reader: Reader, count: int, coded: int) -> Block:
 
 
 def fixed(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
-    """6.13: one width, a scale and a zero point for every row, protected columns."""
+    """6.13: `fixed`, one width, a scale and a zero point for every row, and protected columns."""
     rows, cols = unit.matrix()
     coded, width = reader.fields("<BB")
     require(coded < 2 and 1 <= width <= 8, "a mode or a width is out of range")
@@ -89,7 +89,7 @@ def level(depth: int, code: int) -> float:
 
 
 def companded(unit: Unit, reader: Reader, _shared: Shared) -> Coder:
-    """6.14: a depth, an offset and a scale for every set of rows x column."""
+    """6.14: `companded`, a depth, an offset and a scale for every pair of row set and column."""
     rows, cols = unit.matrix()
     coded = reader.fields("<B")[0]
     count = reader.leb()

@@ -11,7 +11,7 @@ from bytecap.reference.streams import Array, Shared
 
 
 def _weights(reader: Reader, shape: tuple[int, ...], bits: int) -> Array:
-    """One array of a decoder."""
+    """6.17: one array of a decoder."""
     scale = finite(np.frombuffer(reader.take(2), "<f2").astype(np.float32))
     count = int(np.prod(shape))
     codes = unpacked(reader.take((count * bits + 7) // 8), count, bits) - 2 ** (bits - 1)
@@ -20,14 +20,14 @@ def _weights(reader: Reader, shape: tuple[int, ...], bits: int) -> Array:
 
 
 def arrays(reader: Reader, wide: int) -> list[Array]:
-    """A decoder: S, A, a and B, for patches of at most `wide` weights."""
+    """6.17: a decoder's arrays S, A, a and B, for patches of at most `wide` weights."""
     g, e, h, bits = reader.fields("<BBBB")
     require(1 <= e <= g <= min(64, wide) and h <= 64 and 6 <= bits <= 8, "a decoder is out of range")
     return [_weights(reader, shape, bits) for shape in ((g, e), (h, e), (h,), (g, h))]
 
 
 def _decode(z: Array, arrays: list[Array]) -> Array:
-    """Weights (patches, g) of latents (patches, e)."""
+    """6.17: weights (patches, g) from latents (patches, e)."""
     skip, inner, bias, outer = arrays
     pieces = []
     for part in np.split(z, range(10_000, len(z), 10_000)):
@@ -43,7 +43,7 @@ def _decode(z: Array, arrays: list[Array]) -> Array:
 
 
 def latent(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """6.17: header, codewords, decoder, factors, indices."""
+    """6.17: `latent`, which is header, codewords, decoder, factors, indices."""
     rows, cols = unit.matrix()
     wide = max(1, cols)
     form, d = reader.fields("<BB")

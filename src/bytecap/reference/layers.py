@@ -21,7 +21,11 @@ _C = np.frombuffer(bytes.fromhex(_SIXTEENTH), ">f4").astype(np.float32)
 
 
 def bits(data: bytes, count: int) -> Array:
-    """6.6: `count` bits, low bit of the first byte first."""
+    """6.6: `count` bits, low bit of the first byte first.
+
+    >>> bits(bytes([0b101]), 3).tolist()
+    [1, 0, 1]
+    """
     found = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
     require(len(found) - 8 < count <= len(found) and not found[count:].any(), "left-over bits are set")
     return found[:count]
@@ -80,7 +84,7 @@ def positions(reader: Reader, size: int, objects: Objects) -> Array:
 
 
 def unpack(packing: int, data: bytes, size: int) -> bytes:
-    """6.6: as they are, or brotli."""
+    """6.6: bytes as they are, or under brotli."""
     require(packing < 2, f"there is no packing {packing}")
     if packing:
         return expand(1, data, size)
@@ -109,7 +113,7 @@ def vectors(reader: Reader, lengths: list[int]) -> list[Array]:
 
 
 def columns(reader: Reader, w: Array, objects: Objects) -> Part:
-    """6.7."""
+    """6.7: `columns`, protected input columns."""
     yield from ()
     listed = positions(reader, w.shape[1], objects)
     for j, values in zip(listed, vectors(reader, [w.shape[0]] * len(listed)), strict=True):
@@ -118,7 +122,7 @@ def columns(reader: Reader, w: Array, objects: Objects) -> Part:
 
 
 def rows(reader: Reader, w: Array, objects: Objects) -> Part:
-    """6.8."""
+    """6.8: `rows`, protected output rows."""
     yield from ()
     listed = positions(reader, w.shape[0], objects)
     for i, values in zip(listed, vectors(reader, [w.shape[1]] * len(listed)), strict=True):
@@ -127,7 +131,7 @@ def rows(reader: Reader, w: Array, objects: Objects) -> Part:
 
 
 def outliers(reader: Reader, w: Array, objects: Objects) -> Part:
-    """6.9."""
+    """6.9: `outliers`, protected single weights."""
     yield from ()
     listed = positions(reader, w.size, objects)
     (values,) = vectors(reader, [len(listed)])
@@ -136,7 +140,7 @@ def outliers(reader: Reader, w: Array, objects: Objects) -> Part:
 
 
 def lowrank(reader: Reader, w: Array, _objects: Objects) -> Part:
-    """6.10."""
+    """6.10: `lowrank`, a residual of low rank."""
     (m, n), (rank, width, packing) = w.shape, reader.fields("<BBB")
     require(1 <= rank <= min(m, n) and 2 <= width <= 8 and packing < 3, f"rank {rank}, {width} bits")
     scales = finite(np.frombuffer(reader.take(4 * rank), "<f4"))
@@ -156,7 +160,7 @@ def lowrank(reader: Reader, w: Array, _objects: Objects) -> Part:
 
 
 def groups(reader: Reader, w: Array, _objects: Objects) -> Part:
-    """6.11."""
+    """6.11: `groups`, scales of groups of weights."""
     yield from ()
     (m, n), size, (precision, packing) = w.shape, reader.leb(), reader.fields("<BB")
     require(1 <= size <= max(1, n) and precision < 2, f"groups of {size}, precision {precision}")
@@ -171,7 +175,7 @@ def groups(reader: Reader, w: Array, _objects: Objects) -> Part:
 
 
 def channels(reader: Reader, w: Array, objects: Objects) -> Part:
-    """6.12."""
+    """6.12: `channels`, one list of columns and rows."""
     yield from ()
     (m, n), mode = w.shape, reader.take(1)[0]
     require(1 <= mode <= 3, f"there is no mode {mode}")
@@ -189,7 +193,7 @@ def channels(reader: Reader, w: Array, objects: Objects) -> Part:
 
 
 def order(reader: Reader, w: Array, _objects: Objects) -> Part:
-    """6.20."""
+    """6.20: `order`, rows in another order."""
     yield from ()
     place = integers(reader, len(w), max(0, len(w) - 1).bit_length())
     require(not reader.rest() and np.array_equal(np.sort(place), np.arange(len(w))), "rows are not permuted")

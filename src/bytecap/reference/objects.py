@@ -34,10 +34,10 @@ def _object(reader: Reader) -> tuple[int, Any]:
 
 
 def read_objects(sections: list[bytes]) -> Objects:
-    """All objects of a file."""
+    """5.3: all objects of a file."""
     return Objects([_object(Reader(section)) for section in sections])
 
 
 def all_used(objects: Objects) -> bool:
-    """Whether nothing is stored in vain."""
+    """5.3: whether every object is used."""
     return len(objects.used) == len(objects.items)

@@ -22,7 +22,7 @@ CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: compand
 
 
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """A base's matrix, changed by one layer after the other."""
+    """6.5: `stack`, a base's matrix changed by one layer after the other."""
     base, count = reader.fields("<BB")
     require(1 <= count <= 16, f"a stack has {count} layers")
     parts: list[tuple[int, Reader]] = []

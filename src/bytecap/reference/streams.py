@@ -20,7 +20,7 @@ class Objects:
         self.items, self.used = items, set[int]()
 
     def get(self, number: int, kind: int) -> Any:
-        """The object of a number, which must be of this kind."""
+        """Return the object of a number, which must be of this kind."""
         require(number < len(self.items) and self.items[number][0] == kind, f"no object {number} of kind {kind}")
         self.used.add(number)
         return self.items[number][1]
@@ -33,7 +33,7 @@ _ESCAPE = -(2**31)  # stands for the escape; no symbol has this value
 
 
 class Table:
-    """Section 5.1: what each of the 2^14 slots means, `freq << 14 | slot - cum`, and the symbol."""
+    """Section 5.1: a table, as `freq << 14 | slot - cum` and the symbol of each of the 2^14 slots."""
 
     def __init__(self, low: int, frequencies: Sequence[int], escape: int = _ESCAPE) -> None:
         freq = [*frequencies, TOTAL - sum(frequencies)]
@@ -53,7 +53,7 @@ class Stream(NamedTuple):
     tables: Sequence[Table | None]
 
     def shape(self) -> tuple[int, int]:
-        """Steps and lanes."""
+        """Number of steps and lanes."""
         lanes = -(-len(self.classes) // 8192)
         return -(-len(self.classes) // max(1, lanes)), lanes
 

@@ -14,7 +14,7 @@ _SUBSETS = np.array([0, 2, 1, 3, 2, 0, 3, 1, 2, 0, 3, 1, 0, 2, 1, 3], np.uint8) 
 
 
 def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """6.15: dependent columns have a bit a weight, and symbols that count within a subset of half steps."""
+    """6.15: `trellis`; dependent columns have a path bit per weight and symbols within a subset of half steps."""
     side = yield from read_sides(unit, reader, shared, "B")
     require(1 <= side.first <= 64, f"{side.first} is no class")
     dependent = (side.column >= side.first)[side.run]
@@ -49,7 +49,7 @@ def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
 
 @cache
 def restricted(table: Table | None, d: int) -> Table | None:
-    """The table of the values `4 m + d` of a symmetric table."""
+    """6.15: the table of the values `4 m + d` of a symmetric table."""
     if table is None:
         return None
     half = -table.low

@@ -1,3 +1,3 @@
-"""What people look at: tables on the terminal."""
+"""Show results to people: tables on the terminal, self-contained pages with charts, values for JSON."""
 
 SHOWS_ONLY = "package"

@@ -1,4 +1,4 @@
-"""A comparison on the terminal: tables through rich, a sparkline for each method, plain text when piped."""
+"""Print a comparison on the terminal: tables, a sparkline for each method, plain text when piped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDE = 160  # columns where there is no terminal to ask
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Bars on a logarithmic scale from the smallest to the largest value.
+    """Draw values as bars on a logarithmic scale from the smallest to the largest.
 
     >>> sparkline([1.0, 0.1, 0.01])
     '█▅▁'
@@ -28,7 +28,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def print_comparison(found: Mapping[str, Any]) -> None:
-    """Cells, differences, wins, bytes saved."""
+    """Print cells, differences, wins and bytes saved."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDE)

@@ -1,4 +1,4 @@
-"""The frame of every page: one self-contained file, light and dark, for screens of any width and for paper.
+"""Frame every page: one self-contained file, light and dark, for screens of any width and for paper.
 
 A page is built of sections, each a module of its own with an `ORDER` and a `section(found)` that returns markup, or
 nothing where it has nothing to show: a chart is added by adding a file. Everything can be read without the script,
@@ -24,7 +24,7 @@ _STYLE = """
   --heat: #56B4E9; --shade: #fff3; }
   DARKER }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 76rem; padding: 1.5rem; overflow-wrap: break-word; } p, ul:not(.cards) { max-width: 48rem; }
+  max-width: 96rem; padding: 1.5rem; overflow-wrap: break-word; } p, ul:not(.cards) { max-width: 48rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } .dim { color: var(--dim); }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); paint-order: stroke;
   stroke: var(--paper); stroke-width: 3px; } svg .grid { stroke: var(--soft); }
@@ -50,11 +50,12 @@ th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 :focus-visible { outline: 3px solid #E69F00; outline-offset: 2px; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; padding: 0; list-style: none; }
-.cards li { border: 1px solid var(--soft); border-radius: .5rem; padding: .6rem 1rem; flex: 1 1 11rem; }
-.cards b { display: block; font-size: 1.25rem; }
+.cards > li { border: 1px solid var(--soft); border-radius: .5rem; padding: .6rem 1rem; flex: 1 1 11rem; }
+.cards b { display: block; font-size: 1.25rem; } .verdicts > li { flex-basis: 18rem; } .verdicts p { margin: .4rem 0; }
+svg.strip { display: block; width: 100%; max-width: 20rem; }
 svg.bar { display: block; width: 100%; height: 1.2rem; }
 svg.bar rect, .mark > :not(line) { stroke: var(--ink); stroke-width: .6; }
-td.bars { min-width: 12rem; width: 40%; }
+td.bars { min-width: 9rem; width: 30%; }
 td.heat { background: color-mix(in srgb, var(--heat) calc(var(--v) * 60%), transparent); print-color-adjust: exact; }
 pre { white-space: pre-wrap; border: 1px solid var(--soft); padding: .6rem; border-radius: .4rem; }
 .filter { display: none; margin: .5rem 0; } .live .filter { display: block; }
@@ -63,7 +64,8 @@ pre { white-space: pre-wrap; border: 1px solid var(--soft); padding: .6rem; bord
 @media (max-width: 40rem) { .broad { display: none; } .slim { display: block; } body { padding: 1rem; }
   th, td { padding: .2rem .5rem; }
   tbody > tr > :first-child { white-space: normal; min-width: 7rem; max-width: 9rem; }
-  .cards li { flex-basis: 8rem; padding: .5rem .7rem; } .cards b { font-size: 1.1rem; }
+  .cards > li { flex-basis: 8rem; padding: .5rem .7rem; } .cards b { font-size: 1.1rem; }
+  .verdicts > li { flex-basis: 100%; }
   ul:not(.cards) { padding-left: 1.2rem; } }
 @media print { :root { --ink: #000; --paper: #fff; --soft: #bbb; --dim: #333; color-scheme: light; }
   body, p { max-width: none; } body { padding: 0; font-size: 10pt; } figure { break-inside: avoid; }
@@ -169,7 +171,7 @@ def shell(title: str, body: Sequence[str], *, script: bool = True) -> str:
 
 
 def sections(package: ModuleType, found: Mapping[str, Any]) -> list[str]:
-    """What every section of a package says of `found`, in order."""
+    """Return the markup that every section of a package makes of `found`, in order."""
     names = [m.name for m in pkgutil.iter_modules(package.__path__)]
     modules = [importlib.import_module(f"{package.__name__}.{n}") for n in names]
     texts = [m.section(found) for m in sorted(modules, key=lambda m: m.ORDER)]
@@ -177,7 +179,7 @@ def sections(package: ModuleType, found: Mapping[str, Any]) -> list[str]:
 
 
 def identifier(prefix: str, name: str) -> str:
-    """A table's name in the page.
+    """Return a table's name in the page.
 
     >>> identifier("wins", "org/small v2")
     'wins-org-small-v2'
@@ -188,7 +190,7 @@ def identifier(prefix: str, name: str) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, name: str = "", raw: Sequence[int] = ()
 ) -> str:
-    """A table that sorts, with a filter if it has a name.
+    """Return a table that can be sorted, with a filter if it has a name.
 
     Args:
         head: titles.
@@ -216,7 +218,7 @@ def _cell(text: str) -> str:
 
 
 def broken(name: str) -> str:
-    """Markup of a name that may break behind dots, dashes and the like where the page is narrow.
+    """Mark a name up so that it may break behind dots, dashes and the like where the page is narrow.
 
     >>> broken("mlp.up_proj"), broken("1.5e-3")
     ('mlp.<wbr>up_<wbr>proj', '1.5e-3')
@@ -225,7 +227,7 @@ def broken(name: str) -> str:
 
 
 def cards(items: Sequence[tuple[str, str, str]]) -> str:
-    """Cards: a word, the figure in large type, a line below it."""
+    """Return cards: a word, the figure in large type, and a line below it."""
     return '<ul class="cards">' + "".join(
         f'<li>{escape(word)}<b>{escape(value)}</b><span class="dim">{escape(note)}</span></li>'
         for word, value, note in items
@@ -233,7 +235,7 @@ def cards(items: Sequence[tuple[str, str, str]]) -> str:
 
 
 def plus_minus(mean: float | None, stderr: float | None, digits: int = 4) -> str:
-    """`0.1234 ± 0.0012`, or what of it there is."""
+    """Format a figure and its error as `0.1234 ± 0.0012`, leaving out a part that is missing."""
     if mean is None:
         return "-"
     return f"{mean:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")

@@ -15,7 +15,7 @@ _COLOURS = {"supported": "green", "falsified": "red", "undecided": "yellow"}
 
 
 def print_thesis(found: Mapping[str, Any]) -> None:
-    """Every model on every base, every group, then every experiment."""
+    """Print every model on every base, every group, then every experiment."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDE)

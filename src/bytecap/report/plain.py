@@ -1,4 +1,4 @@
-"""Values as JSON can hold them, and such figures as a file with a page beside it.
+"""Make values fit for JSON, and write figures as a JSON file with a page beside it.
 
 >>> finite({"a": float("nan"), "b": (1.0, float("inf"))})
 {'a': None, 'b': [1.0, None]}
@@ -16,7 +16,7 @@ from bytecap.system.atomic import write_atomically
 
 
 def finite(value: Any) -> Any:
-    """NaN and infinity become null: JSON has neither."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -28,7 +28,7 @@ def write_figures(
     found: dict[str, Any], page: Callable[[dict[str, Any]], str], directory: Path | None, name: str,
     report: Path | str | None,
 ) -> list[Path]:  # fmt: skip
-    """Write `NAME.json`, and the page beside it or where it is wanted; what was written.
+    """Write `NAME.json`, and the page beside it or at a given path; returns the paths written.
 
     Args:
         found: figures, as JSON can hold them.

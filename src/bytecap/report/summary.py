@@ -1,4 +1,4 @@
-"""What a model consists of: units, their uses, bytes now and bytes planned.
+"""Summarise a model: units, their uses, bytes now and bytes planned.
 
 A unit is stored once whatever the number of its names or uses. `planned` are estimated bytes of the allocated plan at a
 budget, or the bytes of an artifact. Drawing is `bytecap.report.tree`.
@@ -40,7 +40,7 @@ class Line:
         return 8 * self.planned / self.unit.parameters if self.planned is not None and self.unit.parameters else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionary for JSON."""
+        """Return a plain dictionary for JSON."""
         return {
             "unit": self.unit.name, "names": [self.unit.name, *self.unit.aliases], "shape": list(self.unit.shape),
             "dtype": self.unit.dtype, "parameters": self.unit.parameters, "uses": self.uses, "bytes": self.bytes,
@@ -53,14 +53,14 @@ def _stored(unit: Unit) -> int:
 
 
 def of_artifact(path: Path) -> list[Line]:
-    """Units of an artifact; no torch needed."""
+    """Return the units of an artifact; no torch is needed."""
     contents = container.read(path)
     owners = {line.unit: line.bytes for line in by_unit(container.ledger(contents))}
     return [Line(u.unit, None, _stored(u.unit), owners.get(u.unit.name, 0)) for u in contents.units]
 
 
 def of_model(model: Any, run: Callable[[Any], Any], planned: Mapping[str, float] | None = None) -> list[Line]:
-    """Units of a `bytecap.model.checkpoint.Model`.
+    """Return the units of a `bytecap.model.checkpoint.Model`.
 
     Args:
         model: the model.
@@ -80,11 +80,13 @@ def of_model(model: Any, run: Callable[[Any], Any], planned: Mapping[str, float]
 
 
 def plan(job: Any) -> dict[str, float]:
-    """Estimated bytes of every unit under the default method's allocated plan."""
-    from bytecap.methods.bytecap import planned, statistics
+    """Estimate the bytes of every unit under the default method's allocated plan."""
+    from bytecap.allocation.plans import allocated_plan
+    from bytecap.methods.bytecap import calibrate, prepare
     from bytecap.quantization.quantizer import Options
 
     options = Options(**job.options)
-    planner, state, _ = planned(job, options, statistics(job, options))
-    fixed = {u.name: float(_stored(u)) for u in job.model.units if u.name not in planner.names}
+    prepared = prepare(job, options, calibrate(job, options))
+    state, _ = allocated_plan(job, prepared)
+    fixed = {u.name: float(_stored(u)) for u in job.model.units if u.name not in prepared.planner.names}
     return {**fixed, **state.rates}

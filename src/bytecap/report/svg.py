@@ -1,4 +1,4 @@
-"""Charts as inline SVG: axes with round ticks, error bars, one marker and one dash for each series.
+"""Draw charts as inline SVG: axes with round ticks, error bars, a marker and a dash for each series.
 
 Every chart is drawn twice, for broad and for narrow screens; the page's style sheet shows one of the two, so that text
 keeps its size and nothing has to be scrolled sideways.
@@ -48,7 +48,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place on the horizontal axis, marked by a line from the upper edge; `tip` says what is there."""
+    """A place on the horizontal axis, marked by a line from the upper edge and described by `tip`."""
 
     x: float
     tip: str
@@ -63,7 +63,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """0 to 1 from the first tick to the last."""
+        """Return a value's place from 0, the first tick, to 1, the last."""
         low, high = self.ticks[0], self.ticks[-1]
         if self.log:
             return (math.log(max(value, 1e-3 * low)) - math.log(low)) / (math.log(high) - math.log(low))
@@ -71,7 +71,7 @@ class Axis:
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers that cover a range.
+    """Return round numbers that cover a range.
 
     >>> ticks(0, 10)
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
@@ -84,7 +84,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten that cover a positive range.
+    """Return 1, 2 and 5 times powers of ten that cover a positive range.
 
     >>> log_ticks(0.03, 0.4)
     [0.02, 0.05, 0.1, 0.2, 0.5]
@@ -97,12 +97,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def colour(style: int) -> str:
-    """Of a series."""
+    """Return the colour of a series by its number."""
     return "#888888" if style < 0 else COLOURS[style % len(COLOURS)]
 
 
 def marker(style: int, x: float, y: float) -> str:
-    """A marker at a place: circle, square, triangle, diamond, in turn."""
+    """Draw a marker at a place: circle, square, triangle or diamond, in turn."""
     fill = f'fill="{colour(style)}"'
     shape = style % 4
     if shape == 0:
@@ -116,7 +116,7 @@ def marker(style: int, x: float, y: float) -> str:
 
 
 def tipped(inside: str, tip: str, first: bool) -> str:
-    """A mark with its figures, reached by pointer, tab and arrow keys, and read aloud."""
+    """Draw a mark with its figures, which pointer, tab and arrow keys reach and screen readers read."""
     text = escape(tip)
     return (
         f'<g class="mark" role="img" tabindex="{0 if first else -1}" aria-label="{text}" data-tip="{text}">'
@@ -125,12 +125,12 @@ def tipped(inside: str, tip: str, first: bool) -> str:
 
 
 def figures(draw: Callable[[int], str]) -> str:
-    """A chart for broad and for narrow screens, of which one is shown."""
+    """Return a chart for broad and for narrow screens, of which one is shown."""
     return f'<figure class="broad">{draw(BROAD)}</figure><figure class="slim">{draw(SLIM)}</figure>'
 
 
 def _lines(text: str, width: float) -> list[str]:
-    """Text broken to a width in pixels."""
+    """Break text to a width in pixels."""
     return textwrap.wrap(text, max(8, int(width / _GLYPH))) or [""]
 
 
@@ -140,7 +140,7 @@ def _written(lines: Sequence[str], x: float, y: float, anchor: str) -> list[str]
 
 
 def axes(series: Sequence[Series], *, log: bool, zero: bool, count: int = 6) -> tuple[Axis, Axis]:
-    """Axes that hold all points and their error bars, with about `count` ticks along the horizontal one."""
+    """Return axes that hold all points and error bars, with about `count` ticks on the horizontal one."""
     points = [p for s in series for p in s.points]
     start = [0.0] if zero else []
     xs = start + [p[0] for p in points] or [0.0]
@@ -158,7 +158,7 @@ def chart(
     series: Sequence[Series], title: str, across: str, up: str, *, height: int = 380, log: bool = False,
     zero: bool = True, marks: Sequence[Mark] = (),
 ) -> str:  # fmt: skip
-    """A chart with a title for screen readers, as figures of a page.
+    """Draw a chart with a title for screen readers, as figures of a page.
 
     Args:
         series: lines, drawn in order.
@@ -211,7 +211,7 @@ def _marked(mark: Mark, x: float, top: float, first: bool) -> str:
 
 
 def _draw(series: Series, points: Sequence[tuple[float, float, float, float]]) -> list[str]:
-    """Markup of one series at pixel places: x, y, and both ends of the error bar."""
+    """Draw one series from places in pixels: x, y, and both ends of the error bar."""
     ink = colour(series.style)
     dash = "2 4" if series.style < 0 else _DASHES[series.style % len(_DASHES)]
     parts = [f'<g class="{"guide" if series.style < 0 else "curve"}" data-path="{escape(series.name)}">']
@@ -232,7 +232,7 @@ def _draw(series: Series, points: Sequence[tuple[float, float, float, float]]) -
 
 
 def forest(rows: Sequence[tuple[str, float, float, int]], title: str, across: str, *, line: float = 0.0) -> str:
-    """Means with bars of two standard errors, one below the other, against a line, as figures of a page.
+    """Draw means with bars of two standard errors, one below the other, against a line.
 
     Args:
         rows: (label, mean, standard error, style).
@@ -274,7 +274,7 @@ def forest(rows: Sequence[tuple[str, float, float, int]], title: str, across: st
 
 
 def bar(parts: Sequence[tuple[int, float, str]], whole: float, label: str, *, first: bool = True) -> str:
-    """A bar of parts: (style, size, tip), on a scale that ends at `whole`."""
+    """Draw a bar of parts (style, size, tip) on a scale that ends at `whole`."""
     at, marks = 0.0, []
     for i, (style, size, tip) in enumerate(parts):
         wide = 1000 * size / max(whole, 1e-30)
@@ -290,7 +290,7 @@ def bar(parts: Sequence[tuple[int, float, str]], whole: float, label: str, *, fi
 def spark(
     points: Sequence[tuple[float, float]], reach: tuple[float, float], style: int, label: str, *, slope: float = 0.0
 ) -> str:  # fmt: skip
-    """A small curve from (0, 0) without axes, for a table's cell, with a dotted line of a slope.
+    """Draw a small curve from (0, 0) for a table's cell, without axes, with a dotted line of a slope.
 
     Args:
         points: (x, y), rising in x.
@@ -314,7 +314,7 @@ def spark(
 
 
 def key(style: int, name: str) -> str:
-    """A legend entry."""
+    """Draw a legend entry."""
     dash = "2 4" if style < 0 else _DASHES[style % len(_DASHES)]
     mark = marker(style, 16, 7) if style >= 0 else ""
     return (
@@ -324,7 +324,7 @@ def key(style: int, name: str) -> str:
 
 
 def swatch(style: int, name: str) -> str:
-    """A legend entry of a bar's part."""
+    """Draw a legend entry of a bar's part."""
     return (
         f'<span class="key"><svg width="14" height="14" aria-hidden="true"><rect width="14" height="14" '
         f'fill="{colour(style)}"/></svg> {escape(name)}</span>'

@@ -1,4 +1,4 @@
-"""Tables on the terminal: the ledger, the outcome of a fit, scores."""
+"""Print tables on the terminal: the ledger, the outcome of a fit, scores, curves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BAR = 72
 
 
 def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None:
-    """A bar of kinds, then owners by falling size."""
+    """Print a bar of kinds, then owners by falling size."""
     console = Console()
     size = total(entries)
     kinds = by_kind(entries)
@@ -56,7 +56,7 @@ def print_ledger(entries: Sequence[Entry], name: str, *, most: int = 24) -> None
 
 
 def print_fit(report: dict[str, Any]) -> None:
-    """The outcome of a fit."""
+    """Print the outcome of a fit."""
     console = Console()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -112,7 +112,7 @@ def _loss(report: dict[str, Any]) -> str:
 
 
 def print_scores(scores: Sequence[Score]) -> None:
-    """Bits per byte of every text."""
+    """Print the bits per byte of every text."""
     table = Table(box=None, pad_edge=False)
     for title in ("text", "bits per byte", "nats per token", "tokens", "bytes"):
         table.add_column(title, justify="left" if title == "text" else "right")
@@ -122,7 +122,7 @@ def print_scores(scores: Sequence[Score]) -> None:
 
 
 def print_curves(found: dict[str, Any]) -> None:
-    """What every amount of every path bought, against finer steps."""
+    """Print the gain of every path at every amount, against finer steps."""
     console = Console()
     base, slope = found["base"], found["lambda"]["nats_per_byte"] or math.nan
     console.print(

@@ -1,4 +1,4 @@
-"""A model drawn as a tree of its modules: units with uses and bytes at the leaves, sums at the branches."""
+"""Draw a model as a tree of its modules: units with uses and bytes at the leaves, sums at the branches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bytecap.sizes import format_size
 
 
 def print_survey(lines: Sequence[Line], name: str) -> None:
-    """The tree, sums on top."""
+    """Print the tree, with sums on top."""
     root = Tree(f"[bold]{name}[/bold]: {_sums(lines)}")
     branches: dict[str, Tree] = {"": root}
     for line in lines:

@@ -1,1 +1,1 @@
-"""Everything that touches the operating system: atomic files, memory, threads, and the cache of measured results."""
+"""Touch the operating system: atomic files, memory, threads, and the cache of measured results."""

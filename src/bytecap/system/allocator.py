@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system.
+"""Give freed memory back to the system.
 
 The C allocator keeps freed blocks for reuse, in one arena for every thread that ever allocated: after a pass over a
 24M-parameter model that was 500 MB nobody used. One arena, and handing back what is free between the steps of a job,
@@ -29,7 +29,7 @@ _sparing = True
 
 @cache
 def _library() -> Any:
-    """The C library, if it is glibc."""
+    """Return the C library if it is glibc, else None."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
@@ -37,7 +37,7 @@ def _library() -> Any:
 
 
 def spare(device: str) -> None:
-    """Be sparing from now on if work is done on the processor: threads started from now on share the main arena."""
+    """Save memory from now on if work is done on the processor: new threads share the main arena."""
     global _sparing  # noqa: PLW0603 (one allocator a process)
     _sparing = device == "cpu"
     if _library() is not None:
@@ -46,7 +46,7 @@ def spare(device: str) -> None:
 
 @contextlib.contextmanager
 def no_holes() -> Iterator[None]:
-    """Blocks of 128 kB and more get pages of their own, which go back as soon as they are freed.
+    """Give blocks of 128 kB and more pages of their own, which go back to the system as soon as they are freed.
 
     For work that keeps many blocks of changing size alive: 13% slower passes, but no holes between blocks.
     """
@@ -63,13 +63,13 @@ def no_holes() -> Iterator[None]:
 
 
 def release() -> None:
-    """Hand free memory back to the system, unless a job on a GPU is under way."""
+    """Hand free memory back to the system, unless a job runs on a GPU."""
     if _sparing and _library() is not None:
         _library().malloc_trim(0)
 
 
 def bound(parameters: int) -> int:
-    """Bytes of memory that `fit` of a model is meant to stay within: four times the float32 model and 700 MB.
+    """Return the memory bound of `fit` in bytes: four times the float32 model, and 700 MB.
 
     >>> bound(1_000_000)
     716000000
@@ -78,7 +78,7 @@ def bound(parameters: int) -> int:
 
 
 def is_shortage(exc: BaseException) -> bool:
-    """Whether an error says that memory ran out, in whatever way: Python, numpy, torch, the dynamic loader."""
+    """Return whether an error says that memory ran out, in the words of Python, numpy, torch or the dynamic loader."""
     signs = _SIGNS + (_UNDER_LIMITS if _limits() else ())
     return isinstance(exc, MemoryError) or (
         isinstance(exc, RuntimeError | OSError | ImportError | SystemError) and any(s in str(exc) for s in signs)
@@ -87,7 +87,7 @@ def is_shortage(exc: BaseException) -> bool:
 
 @contextlib.contextmanager
 def stated(parameters: int) -> Iterator[None]:
-    """Turn an error for lack of memory into one line that says how much a job needs.
+    """Turn an out-of-memory error into one line that says how much a job needs.
 
     Raises:
         ShortageError: memory ran out.
@@ -104,7 +104,7 @@ def stated(parameters: int) -> Iterator[None]:
 
 
 def _limits() -> str:
-    """The process's own limits, where there are some."""
+    """Describe the process's own memory limits, if there are any."""
     try:
         import resource
     except ImportError:  # pragma: no cover (Windows)

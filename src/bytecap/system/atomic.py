@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all.
+"""Write files that appear whole or not at all.
 
 Writing goes to a temporary name in the same directory and is renamed: a crash at any moment leaves the old file. Who
 writes holds a lock on the temporary file, which the system drops when the process dies however it dies; so a later
@@ -28,7 +28,7 @@ _RANDOM = r"[a-z0-9_]{8}\.tmp"  # what `tempfile` puts behind our prefix
 
 
 def make_directory(path: Path | str) -> Path:
-    """A directory to write to, made before hours of work, not after.
+    """Make a directory to write to; called before hours of work, not after.
 
     Raises:
         OutputError: it cannot be made.
@@ -41,7 +41,7 @@ def make_directory(path: Path | str) -> Path:
 
 
 def check_kind(path: Path) -> None:
-    """Refuse what a file must not take the place of: renaming would succeed for a device.
+    """Refuse a path that a file must not replace, such as a device, for which renaming would succeed.
 
     Raises:
         OutputError: there is something, and it is no file.
@@ -53,7 +53,7 @@ def check_kind(path: Path) -> None:
 
 
 def write_atomically(data: bytes, path: Path) -> int:
-    """Write bytes to a temporary name beside `path`, sync, rename; returns their number.
+    """Write bytes to a temporary name beside `path`, sync and rename; returns their number.
 
     Raises:
         OutputError: the directory is missing or not writable, or the disk is full; the old file stays intact.
@@ -65,7 +65,7 @@ def write_atomically(data: bytes, path: Path) -> int:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends without an error.
+    """Yield a file that replaces `path` when the block ends without an error.
 
     Args:
         path: final name.
@@ -100,7 +100,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def _locked(path: Path) -> tuple[BinaryIO, Path]:
-    """A temporary file beside `path` whose lock is ours."""
+    """Open a temporary file beside `path` and lock it."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         f = os.fdopen(handle, "w+b")
@@ -176,7 +176,7 @@ def _exchanged(made: Path, target: Path) -> Path | None:
 
 
 def sweep(directory: Path, names: str) -> None:
-    """Take away what dead runs left behind while they wrote files of certain names.
+    """Remove the temporary files that dead runs left behind while they wrote files of certain names.
 
     Args:
         directory: to look through; may be missing.

@@ -1,4 +1,4 @@
-"""A cache of measured results by content: what was measured on the same bytes is never measured again.
+"""Cache measured results by content, so that nothing is measured twice on the same bytes.
 
 An entry's name is the hash of everything its value depends on, so there is nothing to invalidate: another model,
 another text or another version of the library simply asks for other names. Every file carries a checksum of its name
@@ -43,12 +43,12 @@ _NAME = rf"[0-9a-f]{{{2 * _HASH}}}\.(?:json|npz)"
 
 
 def _start(name: str) -> hashlib.blake2b:
-    """A checksum that fits one name only: an entry under another one's name counts as damaged."""
+    """Start a checksum that holds for one name only, so that an entry under another name counts as damaged."""
     return hashlib.blake2b(name.encode(), digest_size=_HASH)
 
 
 class _Hashing:
-    """A stream that is hashed as it is written; zip archives need no more than this."""
+    """A stream that is hashed as it is written, with just the methods that zip archives need."""
 
     def __init__(self, f: BinaryIO, name: str) -> None:
         self._f = f
@@ -64,12 +64,12 @@ class _Hashing:
         self._f.flush()
 
     def read(self, _size: int = -1) -> bytes:
-        """Nothing: numpy takes only what can be read for a file."""
+        """Return nothing; the method exists because numpy takes only readable objects for files."""
         raise io.UnsupportedOperation
 
 
 def digest(*parts: Any) -> str:
-    """Hash of parts: bytes, arrays, or what JSON can hold (keys sorted)."""
+    """Hash parts: bytes, arrays, or values that JSON can hold (keys sorted)."""
     total = hashlib.blake2b(digest_size=_HASH)
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -114,12 +114,12 @@ def measuring_sources(root: Path) -> dict[str, str]:
 
 @cache
 def library() -> str:
-    """Version of this library and hash of its source: results of other code are other results."""
+    """Return this library's version and the hash of its source, since other code gives other results."""
     return f"{__version__} {digest(list(map(list, measuring_sources(Path(__file__).parents[2]).items())))}"
 
 
 class Store:
-    """Entries under a directory; without one, nothing is kept.
+    """A cache under a directory; without one, nothing is kept.
 
     Several runs may share a directory: entries appear whole under their names, and the last one written stays.
 
@@ -138,7 +138,7 @@ class Store:
         sweep(self.directory, _NAME)
 
     def _sound(self, name: str) -> BinaryIO | None:
-        """An open file whose checksum fits, at the beginning of its contents; None where there is none."""
+        """Open an entry whose checksum fits, at the beginning of its contents; None if there is none."""
         if self.directory is None:
             return None
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ class Store:
 
     @contextlib.contextmanager
     def _write(self, directory: Path, name: str) -> Iterator[_Hashing]:
-        """Where the contents of a file go; its checksum is put in front of them at the end."""
+        """Yield the stream for an entry's contents; their checksum is put in front of them at the end."""
         with replacing(directory / name, sync=False) as f:
             f.write(bytes(_HASH))
             into = _Hashing(f, name)
@@ -165,7 +165,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Hold a key while its value is made; where files cannot be locked, two processes may make the same value."""
+        """Hold a key while its value is made; without file locks two processes may make the same value."""
         if self.directory is None or fcntl is None:
             yield
             return
@@ -182,7 +182,7 @@ class Store:
                 return
 
     def get(self, key: str) -> Any:
-        """The JSON value of a key, or None."""
+        """Return the JSON value of a key, or None."""
         f = self._sound(f"{key}.json")
         if f is None:
             return None
@@ -196,7 +196,7 @@ class Store:
                 f.write(json.dumps(value).encode())
 
     def arrays(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
-        """The arrays of a key by name, or None."""
+        """Return the arrays of a key by name, or None."""
         f = self._sound(f"{key}.npz")
         if f is None:
             return None

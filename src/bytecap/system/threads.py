@@ -1,4 +1,7 @@
-"""Work on many units at once, on as many threads as torch may use: compiled loops and large arrays free Python."""
+"""Work on many units at once, on as many threads as torch may use.
+
+Threads help because compiled loops and large arrays release Python's lock.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _Out = TypeVar("_Out")
 
 
 def in_threads(work: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
-    """`work` of every item, in order.
+    """Return `work(item)` of every item, in order.
 
     >>> in_threads(lambda x: x * x, [1, 2, 3])
     [1, 4, 9]

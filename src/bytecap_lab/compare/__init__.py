@@ -1,4 +1,4 @@
-"""Methods compared at equal bytes on equal tokens: runs in, paired figures out.
+"""Compare methods at equal bytes on equal tokens: run them, then pair their figures.
 
 Runs are cells of model, method, budget and calibration seed (`cells`), made and kept by `runs`; `pairs` takes
 differences document by document, `envelope` finds bytes at equal quality, `figures` puts all of it into
@@ -13,7 +13,7 @@ from typing import Any
 
 from bytecap.errors import UsageError
 from bytecap.model.sources import Paths, named
-from bytecap.progress import Reporter, Silent
+from bytecap.progress import Reporter, reporter_for
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap_lab.compare.figures import summarize
@@ -44,9 +44,10 @@ def compare(
     store: Path | str | None = None,
     report: Path | str | None = None,
     command: str = "",
+    progress: bool | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Every method, budget and calibration seed on every model; the members are described in docs/compare.md.
+    """Run every method, budget and calibration seed on every model; docs/compare.md describes the result.
 
     Args:
         models: Hugging Face directories, hub ids, or `demo`.
@@ -65,15 +66,16 @@ def compare(
         store: directory of statistics; `output`/store by default.
         report: page to write besides or instead of `output`/compare.html.
         command: for the record.
-        reporter: told about progress.
+        progress: show progress bars; by default on a terminal and in a notebook.
+        reporter: told about progress in place of the bars.
 
     Raises:
         BytecapError: an unknown name, or a run that failed; finished runs are kept.
     """
-    from bytecap.pipeline.fit import choose_device
+    from bytecap.pipeline.stages import choose_device
     from bytecap_lab.compare.runs import model_of, run_cells
 
-    reporter = reporter or Silent()
+    reporter = reporter_for(reporter, progress)
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     if not names or not methods or not budgets:
         raise UsageError("there is nothing to compare: give at least one model, one method and one budget")
@@ -98,18 +100,18 @@ def render(
     runs: Path | str, output: Path | str | None = None, *, report: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures and the page of finished runs from their JSON lines alone; later lines replace equal earlier ones.
+    """Make the figures and the page of finished runs from their JSON lines; later lines replace equal earlier ones.
 
     Raises:
         UsageError: the file holds no run.
     """
-    from bytecap_lab.compare.runs import read_lines
+    from bytecap.report.lines import read_lines
 
     records = read_lines(Path(runs))
     if not any(r["record"] == "run" for r in records):
         raise UsageError(f"{runs} holds no runs")
     return _write(
-        summarize(records), (make_directory(output) if output is not None else None), report, reporter or Silent()
+        summarize(records), (make_directory(output) if output is not None else None), report, reporter_for(reporter)
     )
 
 

@@ -1,4 +1,4 @@
-"""The lower envelope of quality against bytes, and the bytes saved at equal quality.
+"""Find the lower envelope of quality against bytes, and the bytes saved at equal quality.
 
 The envelope of some points is what is left when every point goes for which another one is both smaller and better;
 between neighbours it is a straight line in the logarithm of the quality (in the quality itself where a value is not

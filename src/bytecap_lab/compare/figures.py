@@ -1,4 +1,4 @@
-"""From records to the figures of `compare.json`; docs/compare.md describes every member."""
+"""Turn records into the figures of `compare.json`; docs/compare.md describes every member."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """All figures of runs; nothing but the records is needed."""
+    """Compute all figures of runs from their records alone."""
     runs = sorted((r for r in records if r["record"] == "run"), key=lambda r: int(r.get("order", 0)))  # as asked for
     texts = {r["key"]: r for r in records if r["record"] == "texts"}
     models = list(dict.fromkeys(r["model"] for r in runs))
@@ -31,7 +31,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def one(model: str, runs: Sequence[Record], texts: Mapping[str, Record]) -> dict[str, Any]:
-    """All figures of one model."""
+    """Compute all figures of one model."""
     refused = [{"method": r["method"], "budget_bytes": r["budget_bytes"], "seed": r["seed"],
                 "floor_bytes": r["floor_bytes"]} for r in runs if "refused" in r]  # fmt: skip
     done = [r for r in runs if "refused" not in r]
@@ -71,7 +71,7 @@ def _text(text: Record) -> dict[str, Any]:
 
 
 def _cell(e: Entry, entries: Sequence[Entry], first: str, scopes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """One method under one budget: figures, and differences to the first method under that budget."""
+    """Compute one method's figures under one budget, and its differences to the first method there."""
     partner = next((p for p in entries if (p.method, p.budget) == (first, e.budget)), None)
     kept = e.records[0]
     found: dict[str, Any] = {
@@ -95,7 +95,7 @@ def _mean(e: Entry, member: str) -> float:
 
 
 def _present(entries: Sequence[Entry], budget: int, budgets: Sequence[int]) -> list[Entry]:
-    """Who takes part under a budget: its runs, and the largest file of every external that fits it and no smaller one.
+    """Return the entries under a budget: its runs, and the largest file of every external that fits it.
 
     A method takes part only with all of the seeds that the others have.
     """
@@ -112,7 +112,7 @@ def _present(entries: Sequence[Entry], budget: int, budgets: Sequence[int]) -> l
 def _win(
     present: Sequence[Entry], metric: str, scope: str, over: Sequence[str], budget: int
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Who is best under a budget, and who cannot be told from the best: within one standard error of the difference."""
+    """Return the best entry under a budget, and those within one standard error of the difference from it."""
     if len(present) < 2:
         return None
     order = sorted(present, key=lambda e: figure(e, metric, over).mean)
@@ -127,7 +127,7 @@ def _win(
 
 
 def _all_saved(entries: Sequence[Entry], methods: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Bytes that every method saves against every other, and against the envelope of all others."""
+    """Compute the bytes that every method saves against every other one, and against the envelope of all others."""
     found = []
     sizes = [e.bytes for e in entries]
     columns = {m: [i for i, e in enumerate(entries) if e.method == m] for m in methods}

@@ -1,4 +1,4 @@
-"""Paired figures: runs on the same tokens, compared document by document.
+"""Pair figures of runs on the same tokens, document by document.
 
 A run's sums are folded from windows to documents (to windows, where a text has fewer than eight documents), because
 windows of one document err together. A figure is a ratio of sums over tokens; over several texts it is their
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.model.evaluation import ratio_stderr
+from bytecap.model.uncertainty import ratio_stderr
 
 FloatArray = npt.NDArray[np.float64]
 ENOUGH = 8  # documents, or windows stand in for them
@@ -55,7 +55,7 @@ class Figure:
     seeds: float
 
     def as_dict(self) -> dict[str, float]:
-        """Plain dictionary for JSON."""
+        """Return a plain dictionary for JSON."""
         return {"mean": self.mean, "stderr": self.stderr, "documents": self.documents, "seeds": self.seeds}
 
 
@@ -71,7 +71,7 @@ def estimate(texts: Sequence[Sums]) -> Figure:
 
 
 def clusters(text: Mapping[str, Any]) -> tuple[npt.NDArray[np.int64], str]:
-    """Cluster of every window of a text's record, and what the clusters are."""
+    """Return the cluster of every window of a text's record, and the kind of clusters."""
     documents = np.array(text["documents"])
     if (documents >= 0).all() and len(set(documents.tolist())) >= ENOUGH:
         return np.unique(documents, return_inverse=True)[1], "documents"
@@ -129,7 +129,7 @@ def entry(records: Sequence[Mapping[str, Any]], texts: Mapping[str, Any]) -> Ent
 
 
 def figure(one: Entry, metric: str, texts: Sequence[str]) -> Figure:
-    """Of one entry, over texts."""
+    """Compute the figure of one entry over texts."""
     return estimate([one.sums[metric][t] for t in texts])
 
 

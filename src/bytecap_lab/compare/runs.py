@@ -1,4 +1,4 @@
-"""Runs of cells: one JSON line each, skipped where they are there already, several at a time if asked.
+"""Run cells, several at a time if asked; each writes one JSON line and is skipped if the line exists.
 
 Every process keeps the model and the token sets it used last; statistics go through a store that all share. The file
 of lines is written by one process only. A cell's key is the hash of all that its result depends on (the library's
@@ -8,8 +8,6 @@ source, without what only shows results, included), so a line is never taken for
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import platform
 import sys
 import time
@@ -25,24 +23,23 @@ from typing import Any
 import torch
 
 from bytecap.calibration.statistics import model_key, windows_key
-from bytecap.errors import BudgetError, CheckpointError, OutputError
+from bytecap.errors import BudgetError, CheckpointError
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.evaluation import ByWindow, compare
 from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit import Artifact, fit_sets
+from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Reporter, Silent
-from bytecap.report.plain import finite
-from bytecap.system.cache import Store, digest, library
+from bytecap.report.lines import Record, append, read_lines
+from bytecap.system.cache import digest, library
 from bytecap_lab.compare.specs import Cell, Setting, read_method
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A cell with what a process needs to run it."""
+    """A cell with everything that a process needs to run it."""
 
     cell: Cell
     setting: Setting
@@ -54,7 +51,7 @@ class Task:
 
 @lru_cache(maxsize=1)
 def model_of(path: str) -> Model:
-    """A model, kept until another one is asked for."""
+    """Load a model; it is kept until another one is asked for."""
     return load_model(path)
 
 
@@ -67,19 +64,19 @@ def _sets(path: str, seed: int, setting: Setting) -> TokenSets:
 
 
 def directory_key(directory: str) -> str:
-    """Hash of the weights and the config of a directory, file by file."""
+    """Hash the weights and the config of a directory, file by file."""
     names = sorted(p for p in Path(directory).iterdir() if p.suffix in {".safetensors", ".json"})
     return digest([[p.name, file_key(p)] for p in names])
 
 
 def file_key(path: Path) -> str:
-    """Hash of a file."""
+    """Hash a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: str) -> Iterator[Task]:
-    """Every cell with its key."""
+    """Return every cell with its key."""
     hashes: dict[str, str] = {}
     for order, cell in enumerate(cells):
         if cell.model not in hashes:
@@ -96,41 +93,6 @@ def tasks(cells: Sequence[Cell], setting: Setting, store: Path | None, command: 
         yield Task(cell, setting, store, command, digest(library(), *parts), order)
 
 
-def read_lines(path: Path) -> list[Record]:
-    """The records of a file; a line that was cut off counts as absent.
-
-    Raises:
-        OutputError: the file cannot be read.
-    """
-    try:
-        text = path.read_text("utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as exc:
-        raise OutputError(f"cannot read the runs in {path}: {exc}") from exc
-    found = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "record" in record:
-            found.append(record)
-    return found
-
-
-def append(path: Path | None, records: Sequence[Record]) -> None:
-    """Add records to a file of lines; one that was cut off is left behind on a line of its own."""
-    if path is None or not records:
-        return
-    try:
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as f:
-            f.write("\n" * torn + "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in records))
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
-
-
 def run_cells(
     cells: Sequence[Cell],
     setting: Setting,
@@ -141,7 +103,7 @@ def run_cells(
     command: str = "",
     reporter: Reporter | None = None,
 ) -> list[Record]:
-    """Records of cells and of the texts they were evaluated on, run where they are missing.
+    """Return records of cells and of their texts, after running the missing ones.
 
     Args:
         cells: what to run.
@@ -174,7 +136,7 @@ def run_cells(
 
 
 def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
-    """Records as they are finished."""
+    """Yield records as they are finished."""
     if jobs <= 1 or len(missing) <= 1:
         for task in missing:
             yield run(task)
@@ -192,7 +154,7 @@ def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
 
 
 def run(task: Task) -> list[Record]:
-    """The record of a cell, behind that of its texts."""
+    """Run a cell; returns its record behind that of its texts."""
     cell, started, cpu = task.cell, time.perf_counter(), time.process_time()
     model, sets = model_of(cell.model), _sets(cell.model, cell.seed, task.setting)
     record: Record = {
@@ -215,10 +177,11 @@ def run(task: Task) -> list[Record]:
 
 def _fitted(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
     cell, way = task.cell, read_method(task.cell.method)
-    result: Artifact = fit_sets(
-        lambda: model, cell.budget, lambda _: sets, method=way.name, device=task.setting.device, seed=cell.seed,
-        paths=way.paths, options=dict(way.options), store=Store(task.store), reporter=Silent(),
+    config = FitConfig(
+        cell.budget, method=way.name, device=task.setting.device, seed=cell.seed, paths=way.paths,
+        options=way.options, store=task.store, reporter=Silent(),
     )  # fmt: skip
+    result = fit_sets(model, sets, config)
     kept = {k: v for k, v in result.report.items() if k in _KEPT}
     return {**kept, "file_sha256": hashlib.sha256(result.data).hexdigest()}, result.windows
 
@@ -248,7 +211,7 @@ def _external(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequen
 
 
 def _texts(model: Model, sets: TokenSets, windows: Sequence[ByWindow]) -> Record:
-    """What all runs on the same evaluation tokens have in common."""
+    """Return the record that all runs on the same evaluation tokens share."""
     texts = [
         {
             "name": t.name, "tokens": w.tokens.astype(int).tolist(), "bytes": w.bytes.astype(int).tolist(),
@@ -262,24 +225,24 @@ def _texts(model: Model, sets: TokenSets, windows: Sequence[ByWindow]) -> Record
 
 
 def _short(values: Any) -> list[float]:
-    """Nine digits: enough for differences, half the bytes."""
+    """Round to nine digits, which are enough for differences and half the bytes."""
     return [float(f"{v:.9g}") for v in values]
 
 
 def host(device: str) -> str:
-    """The machine, for the record."""
+    """Describe the machine for the record."""
     name = torch.cuda.get_device_name(0) if device == "cuda" else platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def versions() -> Mapping[str, str]:
-    """Of what numbers may depend on."""
+    """Return the versions of libraries that numbers may depend on."""
     names = ("torch", "numpy", "transformers")
     return {"bytecap": library(), "python": platform.python_version(), **{n: version(n) for n in names}}
 
 
 def command_line() -> str:
-    """The command that is being run, as it was typed."""
+    """Return the running command as it was typed."""
     import shlex
 
     name = Path(sys.argv[0]).name

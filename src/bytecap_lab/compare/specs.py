@@ -1,10 +1,12 @@
-"""What a comparison is made of: methods with their options, budgets, and cells to be run.
+"""Describe a comparison: methods with their options, budgets, and the cells to be run.
 
 A method is written `NAME`, `NAME:coded`, `NAME:published`, or `NAME:option=value:option=value`; NAME may be
 `FILE.py:CALLABLE`. A budget is a size, or bits per parameter such as `3.5bpp`.
 
 >>> read_method("owq:published").options, read_method("golf:coder=brotli:lowrank_bits=4").options
 ({'accounting': 'published'}, {'coder': 'brotli', 'lowrank_bits': 4})
+>>> parse_budget("600kB", 1_000_000), parse_budget("3.5bpp", 1_000_000)
+(600000, 437500)
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _ACCOUNTINGS = ("coded", "published")
 
 @dataclass(frozen=True)
 class Way:
-    """A method as it is run.
+    """A method with the options it is run with.
 
     Attributes:
         name: of the method.
@@ -40,7 +42,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells have in common.
+    """The settings that all cells share.
 
     Attributes:
         calibration: text files; none for the embedded text.
@@ -76,7 +78,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class External:
-    """A model that somebody else made smaller: evaluated as it is, at the size it is said to have."""
+    """A model that another tool made smaller, evaluated as it is at its stated size."""
 
     name: str
     directory: str
@@ -85,7 +87,7 @@ class External:
 
 
 def read_method(text: str) -> Way:
-    """A method and its options.
+    """Parse a method and its options.
 
     Raises:
         UsageError: an unknown method or option.
@@ -154,7 +156,7 @@ def grid(
     models: Sequence[str], ways: Sequence[str], budgets: Sequence[str | int], seeds: Sequence[int],
     parameters: Sequence[int],
 ) -> list[Cell]:  # fmt: skip
-    """All cells, ordered so that neighbours want different statistics and equal models."""
+    """Return all cells, ordered so that neighbours need different statistics and equal models."""
     return [
         Cell(model, way, size, seed)
         for model, count in zip(models, parameters, strict=True)

@@ -1,4 +1,4 @@
-"""Fewer stored blocks: a trained model becomes one whose layers share them, and goes on as an ordinary directory.
+"""Turn a trained model into one whose layers share fewer stored blocks, written as an ordinary directory.
 
 `tie` decides which layers share a block (a loop, or a search), starts the shared blocks and their low-rank parts from
 the original, uptrains by distillation, and writes a directory that `fit`, `eval` and `load_model` take as it is
@@ -22,12 +22,13 @@ from bytecap.calibration.statistics import environment, model_key, windows_key
 from bytecap.errors import UsageError
 from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.defaults import WINDOW
 from bytecap.model.evaluation import kl_to
-from bytecap.model.sources import WINDOW, Paths, as_paths, encoder, window_limit
+from bytecap.model.sources import Paths, as_paths, encoder, window_limit
 from bytecap.model.texts import Window, load_text
 from bytecap.model.tying import FILE, Tying, find_blocks
-from bytecap.pipeline.fit import choose_device
-from bytecap.progress import Reporter, Silent
+from bytecap.pipeline.stages import choose_device
+from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.recovery.checkpointing import Course
 from bytecap.system.atomic import make_directory, write_atomically
 from bytecap.system.cache import Store
@@ -43,7 +44,7 @@ RANK = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What to share, checked against the model.
+    """A plan of sharing that was checked against the model.
 
     Attributes:
         start: the model with nothing shared; its ranks are those of low-rank parts.
@@ -104,6 +105,7 @@ def tie(
     seed: int = 0,
     device: str = "auto",
     store: Path | str | None = None,
+    progress: bool | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Convert a trained model into one with fewer stored blocks; returns the report. Writes nothing before the end.
@@ -125,12 +127,13 @@ def tie(
         device: `auto`, `cpu` or `cuda`.
         store: directory in which the search and the uptraining are kept from time to time, so that a killed run can be
             started again and goes on from there; nothing is kept if None.
-        reporter: told about progress.
+        progress: show progress bars; by default on a terminal and in a notebook.
+        reporter: told about progress in place of the bars.
 
     Raises:
         BytecapError: an option does not fit the model, the model cannot be tied, the text is too short.
     """
-    reporter = reporter or Silent()
+    reporter = reporter_for(reporter, progress)
     target, effort = choose_device(device), _effort(steps, "--steps")
     looking = _effort(search_steps or steps, "--search-steps")
     _check(rate, labels)
@@ -170,16 +173,16 @@ def _effort(text: str, option: str) -> Effort:
 
 
 def read(model: Model, texts: Paths, *, window: int, seed: int, reporter: Reporter) -> list[Window]:
-    """Windows of the training texts in a random order, none twice."""
+    """Read windows of the training texts in a random order, none twice."""
     paths = as_paths(texts)
     if not paths:
-        reporter.note("warning: no --train given: the embedded SQLite documentation stands in")
+        warn(reporter, "no --train given: the embedded SQLite documentation stands in")
         paths = [demo_directory() / "calib.txt"]
     return shuffled(windows_of(model, paths, window), seed)
 
 
 def windows_of(model: Model, paths: Sequence[Path], window: int) -> list[Window]:
-    """Windows of texts, none twice."""
+    """Cut texts into windows, none twice."""
     encode, length = encoder(model.files), window_limit(model, window)
     return list(
         {w.tokens: w for p in paths for w in load_text(p, encode, window=length, limit=TOKENS).windows}.values()
@@ -187,7 +190,7 @@ def windows_of(model: Model, paths: Sequence[Path], window: int) -> list[Window]
 
 
 def shuffled(windows: Sequence[Window], seed: int) -> list[Window]:
-    """As many as there is use for, in a random order."""
+    """Return as many windows as will be used, in a random order."""
     pool = list(windows)
     random.Random(seed).shuffle(pool)  # noqa: S311 (sampling, not cryptography)
     ends = accumulate(w.predicted for w in pool)
@@ -206,7 +209,7 @@ def decide(
     reporter: Reporter,
     course: Course | None = None,
 ) -> tuple[Tying, dict[str, Any]]:
-    """Which layers share a block, and how that was found; a search goes on from what `course` kept."""
+    """Decide which layers share a block; a search goes on from the state that `course` kept."""
     if plan.search is None:
         return Tying(plan.start.blocks, loop(len(plan.start.sources), plan.blocks), plan.start.ranks), {}
     course = (course or Course(Store())).under(plan.search, plan.blocks, astuple(effort))
@@ -233,7 +236,7 @@ def _say(found: Uptraining, train: Sequence[Window], reporter: Reporter) -> None
 
 
 def write(student: nn.Module, files: dict[str, bytes], model: Model, directory: Path) -> None:
-    """A directory with every shared tensor once, in the dtypes of the original `model`; `files` beside the weights."""
+    """Write a directory with every shared tensor once, in the original's dtypes, and `files` beside the weights."""
     from safetensors.torch import save
 
     dtypes = _dtypes(model)
@@ -253,7 +256,7 @@ def _dtypes(model: Model) -> dict[str, torch.dtype]:
 
 
 def _dtype_of(name: str, dtypes: dict[str, torch.dtype], live: dict[str, torch.Tensor]) -> torch.dtype:
-    """The original's dtype; of a low-rank part that of the linear map it belongs to."""
+    """Return the original's dtype; a low-rank part has that of its linear map."""
     if not live[name].is_floating_point():
         return live[name].dtype
     return dtypes.get(name) or dtypes[name.rpartition(".")[0].rpartition(".")[0] + ".weight"]
@@ -262,7 +265,7 @@ def _dtype_of(name: str, dtypes: dict[str, torch.dtype], live: dict[str, torch.T
 def report(
     model: Model, tying: Tying, found: Uptraining, directory: Path, held: Sequence[Window], device: str
 ) -> dict[str, Any]:
-    """Figures of a conversion, the KL measured on what was written."""
+    """Return the figures of a conversion, with the KL of the weights as written."""
     back = load_model(directory)
     return {
         "model": model.name, "directory": str(directory), "blocks": tying.blocks, "depth": len(tying.sources),

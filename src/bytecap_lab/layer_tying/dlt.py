@@ -1,4 +1,4 @@
-"""Which blocks to share, learnt while training: Dynamic Layer Tying (Hay and Wolf, ICLR 2024).
+"""Learn which blocks to share while training, by Dynamic Layer Tying (Hay and Wolf, ICLR 2024).
 
 After the paper: the state is the source of every layer; layers are visited in turn; the action for layer `i` is a
 source in 0..i, `i` itself making it independent; a small network estimates every action's value and is followed
@@ -59,13 +59,13 @@ def resolved(sources: Sequence[int], layer: int, source: int) -> tuple[int, ...]
 
 
 def allowed(sources: Sequence[int], layer: int, blocks: int) -> list[bool]:
-    """Which sources a layer may take without needing more than so many blocks."""
+    """Return a mask of the sources a layer may take without needing more than so many blocks."""
     return [j <= layer and len(set(resolved(sources, layer, j))) <= blocks for j in range(len(sources))]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One remembered step: what was seen, done and got, and what was seen then."""
+    """One remembered step: state, action, reward and next state."""
 
     seen: Tensor
     action: int
@@ -89,13 +89,13 @@ class _Values:
         self.steps: list[_Step] = []
 
     def seen(self, sources: Sequence[int], layer: int) -> Tensor:
-        """The state: one-hot sources, and which layer is asked about."""
+        """Return the state: one-hot sources, and the layer in question."""
         eye = torch.eye(self.depth)
         return torch.cat([eye[list(sources)].flatten(), eye[layer]])
 
     @torch.no_grad()
     def choose(self, seen: Tensor, mask: Sequence[bool], epsilon: float) -> int:
-        """An action out of the allowed ones."""
+        """Choose one of the allowed actions."""
         open_ = [j for j, ok in enumerate(mask) if ok]
         if self.rng.random() < epsilon:
             return self.rng.choice(open_)
@@ -103,7 +103,7 @@ class _Values:
         return max(open_, key=lambda j: values[j])
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
-        """Network, its optimizer, remembered steps and the generator; `resume` takes it back."""
+        """Return network, optimizer, remembered steps and generator, which `resume` takes back."""
         found = {f"network {n}": t for n, t in self.network.state_dict().items()}
         for i, kept in self.optimizer.state_dict()["state"].items():
             found |= {f"value adam {k} {i}": t for k, t in kept.items()}
@@ -112,7 +112,7 @@ class _Values:
         return found, {"steps": [[s.action, s.reward] for s in self.steps], "random": self.rng.getstate()}
 
     def resume(self, kept: Mapping[str, Tensor], about: Any) -> None:
-        """Go on from what `state` gave."""
+        """Go on from a state that `state` returned."""
         self.network.load_state_dict({n: kept[f"network {n}"] for n in self.network.state_dict()})
         for i, p in enumerate(self.network.parameters()):
             self.optimizer.state[p] = {k: kept[f"value adam {k} {i}"] for k in ("step", "exp_avg", "exp_avg_sq")}
@@ -160,7 +160,7 @@ class Search:
     visited: dict[tuple[int, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> Tying:
-        """The tying with at most so many blocks that trained best; `effort` counts moves, or seconds."""
+        """Search the tying with at most so many blocks that trains best; `effort` counts moves or seconds."""
         depth = len(self.start.sources)
         student = tied(self.original, Tying(self.start.blocks, self.start.sources))
         modules = layers(student, self.start.blocks)
@@ -194,13 +194,13 @@ class Search:
         return Tying(self.start.blocks, self.best(), self.start.ranks)
 
     def _state(self, trainer: Trainer, values: _Values, at: tuple[Any, ...]) -> tuple[dict[str, Tensor], Any]:
-        """All that the search goes on from."""
+        """Return everything that the search needs to go on."""
         tensors, numbers = trainer.state()
         more, replay = values.state()
         return tensors | more, {"trainer": numbers, "values": replay, "visited": list(self.visited.items()), "at": at}
 
     def _resume(self, trainer: Trainer, values: _Values, kept: Mapping[str, Tensor], about: Any) -> tuple[Any, ...]:
-        """Take back what `_state` gave."""
+        """Go on from a state that `_state` returned."""
         trainer.resume(kept, about["trainer"])
         values.resume(kept, about["values"])
         self.visited.update((tuple(s), shares) for s, shares in about["visited"])
@@ -208,5 +208,5 @@ class Search:
         return tuple(sources), *rest
 
     def best(self) -> tuple[int, ...]:
-        """The tying whose visits had the smallest mean share."""
+        """Return the tying whose visits had the smallest mean share."""
         return min(self.visited, key=lambda s: sum(self.visited[s]) / len(self.visited[s]))

@@ -1,4 +1,4 @@
-"""Which blocks to share, one merge at a time: the one that costs least measured loss per byte it frees.
+"""Choose blocks to share one merge at a time, always the one with the least measured loss per freed byte.
 
 From the original on, every pair of groups of layers is tried: they are tied, started as `bytecap_lab.layer_tying.start`
 says, trained for a few moves where the effort allows any, and the KL to the original is measured on tokens of their
@@ -47,7 +47,7 @@ class Merge:
 
 
 def merged(sources: Sequence[int], one: int, other: int) -> tuple[int, ...]:
-    """Two groups of layers as one, read from the first of them.
+    """Merge two groups of layers into one that is read from the first.
 
     >>> merged((0, 1, 2, 1), 1, 2)
     (0, 1, 1, 1)
@@ -57,7 +57,7 @@ def merged(sources: Sequence[int], one: int, other: int) -> tuple[int, ...]:
 
 
 def candidates(depth: int, blocks: int) -> int:
-    """Merges that are tried in all.
+    """Return the number of merges that are tried in all.
 
     >>> candidates(4, 2)
     9
@@ -93,7 +93,7 @@ class Search:
     _parts: Parts = field(default_factory=dict, init=False)
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> tuple[Tying, list[Merge]]:
-        """The tying with so many blocks, and every merge on the way."""
+        """Search the tying with so many blocks; returns it and every merge on the way."""
         measured: list[list[Any]] = []  # KL and parameters of every candidate, in the order they are tried
         before, tried = 0.0, 0
         if (kept := self.course.get()) is not None:
@@ -130,7 +130,7 @@ class Search:
         return tying, taken
 
     def _measure(self, tying: Tying, effort: Effort) -> tuple[float, int]:
-        """KL of a candidate after its moves, and its parameters."""
+        """Measure a candidate's KL after its moves, and its parameters."""
         began = time.monotonic()
         student = tied(self.original, tying, self.init, self._parts)
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
@@ -147,7 +147,7 @@ class Search:
 
 
 def _whole(members: tuple[int, ...], sources: Sequence[int]) -> bool:
-    """Whether a group holds all layers of every group that it touches: it can be met again.
+    """Return whether a group holds all layers of every group that it touches, so that it can occur again.
 
     >>> _whole((0, 1, 2), (0, 1, 1, 3)), _whole((0, 1), (0, 1, 1, 3))
     (True, False)

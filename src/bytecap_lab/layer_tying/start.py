@@ -1,4 +1,4 @@
-"""A tied model to start from: shared blocks made of the original's, low-rank parts by truncated SVD.
+"""Make a tied model to start from: shared blocks from the original's, low-rank parts by truncated SVD.
 
 For a block that layers `l` share, with `W_l` a matrix of theirs in the original::
 
@@ -81,7 +81,7 @@ def tied(original: nn.Module, tying: Tying, init: str = "average", parts: Parts 
 
 
 def _start(tying: Tying, source: int, init: str) -> int:
-    """The layer a block is taken from."""
+    """Return the layer that a block is taken from."""
     if init == "lower":
         return source
     depth, count = len(tying.sources), tying.unique
@@ -106,6 +106,6 @@ def _relax(
 
 
 def _parts(missing: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest matrix of that rank, as two: `(rows, rank)` and `(rank, columns)`."""
+    """Return the nearest matrix of a rank as two factors, `(rows, rank)` and `(rank, columns)`."""
     u, s, v = torch.linalg.svd(missing.float(), full_matrices=False)
     return u[:, :rank] * s[:rank], v[:rank].clone()

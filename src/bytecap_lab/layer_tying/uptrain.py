@@ -1,4 +1,4 @@
-"""Uptraining: a tied model is moved towards the original by distillation.
+"""Move a tied model towards the original by distillation.
 
 Every parameter is trained by AdamW on the KL from the original's predictions to the tied model's, on plain text. Looks
 at held-out tokens decide: the best model seen is what is left, the untrained one included.
@@ -45,7 +45,7 @@ HELD_TOKENS = 4096  # most of the held-out tokens
 
 @dataclass(frozen=True)
 class Uptraining:
-    """What uptraining did.
+    """The record of an uptraining.
 
     Attributes:
         kl_start: KL to the original on the held-out tokens before, nats per token.
@@ -66,7 +66,7 @@ class Uptraining:
 
 @dataclass(frozen=True)
 class Look:
-    """Held-out figures in nats per token: the loss that is trained on, and the KL to the original."""
+    """Held-out figures in nats per token: the training loss, and the KL to the original."""
 
     loss: float
     kl: float
@@ -84,7 +84,10 @@ class Trainer:
         self.number = self.tokens = 0
 
     def move(self, windows: Sequence[Window], share: float = 1.0) -> float:
-        """One move at a share of the rate; the mean loss on the windows before it. A loss that is no number is left."""
+        """Make one move at a share of the rate; returns the mean loss before it.
+
+        A loss that is not a number is returned without a move.
+        """
         loss, gradients = self._gradients(windows)
         self.number += 1
         self.tokens += sum(w.predicted for w in windows)
@@ -116,11 +119,11 @@ class Trainer:
         return found
 
     def live(self) -> dict[str, nn.Parameter]:
-        """Parameters that the student reads now, each once."""
+        """Return the parameters that the student reads now, each once."""
         return {n: p for n, p in self.student.named_parameters() if p.is_floating_point()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All that moves, whether the student reads it now or not, and how far it got; `resume` takes it back."""
+        """Return everything that moves, read by the student now or not, and the progress; `resume` takes it back."""
         found: dict[str, Tensor] = {}
         for i, p in enumerate(self._parameters()):
             found |= {f"parameter {i}": p, **{f"adam {k} {i}": v for k, v in self.optimizer.state[p].items()}}
@@ -139,7 +142,7 @@ class Trainer:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def look(self, windows: Sequence[Window]) -> Look:
-        """The loss that is trained on, and the KL, on held-out windows."""
+        """Measure the training loss and the KL on held-out windows."""
         found = by_window(self.original, self.student, {"": {}}, windows, device=self.device)[""]
         kl, nats = (float(x.sum() / found.tokens.sum()) for x in (found.kl, found.nats))
         return Look((1 - self.labels) * kl + self.labels * nats, kl)
@@ -159,7 +162,7 @@ def uptrain(
     reporter: Reporter | None = None,
     course: Course | None = None,
 ) -> Uptraining:
-    """Move a student towards the original, in place; what is left is the best model seen.
+    """Move a student towards the original, in place; it ends as the best model seen.
 
     Args:
         original: untouched model on the device.
@@ -204,7 +207,7 @@ def uptrain(
 
 @dataclass
 class _SoFar:
-    """What uptraining knows besides its trainer and its clock.
+    """The state of an uptraining besides its trainer and its clock.
 
     Attributes:
         start, best: the first look, and the best.
@@ -217,7 +220,7 @@ class _SoFar:
 
     @staticmethod
     def of(trainer: Trainer, clock: Clock, held: Sequence[Window], course: Course) -> _SoFar:
-        """From what the course kept, which trainer and clock go on from, or from the beginning."""
+        """Return the state that the course kept, from which trainer and clock go on, or that of the beginning."""
         found = course.get()
         if found is None:
             start = trainer.look(held)
@@ -229,7 +232,7 @@ class _SoFar:
         return _SoFar(Look(*about["start"]), Look(*about["best"]), kept)
 
     def state(self, trainer: Trainer, clock: Clock) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `of` goes on from."""
+        """Return the state that `of` goes on from."""
         tensors, numbers = trainer.state()
         return tensors | {f"best {n}": t for n, t in self.kept.items()}, {
             "trainer": numbers, "start": astuple(self.start), "best": astuple(self.best), "looked": clock.looked,

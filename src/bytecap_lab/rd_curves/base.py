@@ -1,4 +1,4 @@
-"""The ground that exception paths are measured on: every matrix of a model at a budget's operating point.
+"""Code every matrix of a model at a budget's operating point, the base that exception paths are measured on.
 
 `grid` is the default method's allocated plan before drift targets and trimming; `golf` is the per-row grid of the
 records at the `k` that meets the budget, rounded with the same guided Hessians that predict every error here. Both
@@ -37,6 +37,7 @@ from bytecap.methods.baselines.golf import (
 )
 from bytecap.quantization.overlays import Problem
 from bytecap.quantization.quantizer import Prepared, prepare, rate, round_units
+from bytecap.quantization.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ class Base(Protocol):
 
     @property
     def problems(self) -> Mapping[str, Problem]:
-        """By unit name."""
+        """Problems by unit name."""
         ...
 
     @property
     def shared(self) -> Shared:
-        """What decoding needs."""
+        """The shared data that decoding needs."""
         ...
 
     @property
@@ -86,46 +87,38 @@ class Base(Protocol):
         ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class GridBase:
     """See `Base`; the default method's grid under frozen tables and offsets."""
 
     planner: Planner
+    rules: Rules
     steps: Mapping[str, float]
     kappa: Mapping[str, float]
-    problems: Mapping[str, Problem] = field(init=False)
-    units: Mapping[str, Rounded] = field(init=False)
+    problems: Mapping[str, Problem]
+    units: Mapping[str, Rounded]
 
-    def __post_init__(self) -> None:
-        self.problems = {p.unit.name: problem_of(p) for p in self.planner.matrices}
-        self._device = self.planner.matrices[0].weight.device if self.planner.matrices else torch.device("cpu")
-        found = self._round(self.planner.matrices, 0.0)
-        self.units = dict(zip(self.problems, found, strict=True))
+    @staticmethod
+    def of(planner: Planner, rules: Rules, steps: Mapping[str, float], kappa: Mapping[str, float]) -> GridBase:
+        """All matrices of a planner at their steps."""
+        problems = {p.unit.name: problem_of(p) for p in planner.matrices}
+        units = dict(zip(problems, _grid_round(planner, rules, planner.matrices, steps), strict=True))
+        return GridBase(planner, rules, steps, kappa, problems, units)
 
     @property
     def shared(self) -> Shared:
-        """The planner's tables and offsets."""
-        return self.planner.shared
-
-    def _round(self, items: Sequence[Prepared], finer: float) -> list[Rounded]:
-        steps = {p.unit.name: max(self.steps[p.unit.name] * 2.0**-finer, finest_step(p)) for p in items}
-        coded, _ = round_units(items, steps, self.planner.shrink, self.planner.options)
-        return [
-            Rounded(
-                c.code, torch.from_numpy(np.ascontiguousarray(decode_grid(c.code, self.shared))), rate(c, self.shared)
-            )
-            for c in (coded[p.unit.name] for p in items)
-        ]
+        """Its tables and offsets."""
+        return self.rules.shared
 
     def round(self, problems: Sequence[Problem], finer: float) -> list[Rounded]:
         """See `Base`; a unit's own problem at its own step is not coded again."""
         options = replace(self.planner.options, damping=0.0)  # the problem's Hessian is damped already
+        device = self.planner.matrices[0].weight.device if self.planner.matrices else torch.device("cpu")
         changed = [p for p in problems if finer or p is not self.problems[p.unit.name]]
-        items = [
-            prepare(p.unit, p.weight.to(self._device), _metric(p, self._device), options)
-            for p in changed
-        ]  # fmt: skip
-        found = {p.unit.name: r for p, r in zip(changed, self._round(items, finer), strict=True)}
+        items = [prepare(p.unit, p.weight.to(device), _metric(p, device), options) for p in changed]
+        steps = {p.unit.name: self.steps[p.unit.name] * 2.0**-finer for p in items}
+        rounded = _grid_round(self.planner, self.rules, items, steps)
+        found = {p.unit.name: r for p, r in zip(changed, rounded, strict=True)}
         return [found.get(p.unit.name) or self.units[p.unit.name] for p in problems]
 
     def sections(self, rounded: Sequence[Rounded]) -> list[Section]:
@@ -139,43 +132,53 @@ class GridBase:
         ]
 
 
+def _grid_round(planner: Planner, rules: Rules, items: Sequence[Prepared], steps: Mapping[str, float]) -> list[Rounded]:
+    """Units at their steps, or at the finest that serve."""
+    served = {p.unit.name: max(steps[p.unit.name], finest_step(p)) for p in items}
+    coded, _ = round_units(items, served, rules.shrink, planner.options)
+    return [
+        Rounded(
+            c.code, torch.from_numpy(np.ascontiguousarray(decode_grid(c.code, rules.shared))), rate(c, rules.shared)
+        )
+        for c in (coded[p.unit.name] for p in items)
+    ]
+
+
 def _metric(problem: Problem, device: torch.device) -> Metric:
     return Metric(problem.hessian[None].to(device), problem.rows.to(device))
 
 
-@dataclass
+@dataclass(frozen=True)
 class GolfBase:
-    """See `Base`; GPTQ at `k`, embeddings to nearest, brotli."""
+    """See `Base`; GPTQ at `k`, embeddings to nearest, brotli.
+
+    Attributes:
+        factors: of every unit's own Hessian, embeddings left out.
+    """
 
     problems: Mapping[str, Problem]
     embeddings: frozenset[str]
     k: float
     kappa: Mapping[str, float]
+    units: Mapping[str, Rounded]
+    factors: Mapping[str, Factor]
     shared: Shared = field(default_factory=Shared)
-    units: Mapping[str, Rounded] = field(init=False)
-    _factors: dict[str, Factor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        found = [self._code(p, 0.0) for p in self.problems.values()]
-        self.units = dict(zip(self.problems, found, strict=True))
-
-    def _factor(self, problem: Problem) -> Factor:
-        name = problem.unit.name
-        if problem is not self.problems[name]:
-            return factorize(problem.hessian)
-        if name not in self._factors:
-            self._factors[name] = factorize(problem.hessian)
-        return self._factors[name]
+    @staticmethod
+    def of(
+        problems: Mapping[str, Problem], embeddings: frozenset[str], k: float, kappa: Mapping[str, float]
+    ) -> GolfBase:
+        """All matrices at `k`."""
+        factors = {n: factorize(p.hessian) for n, p in problems.items() if n not in embeddings}
+        units = {n: _golf_round(p, factors.get(n), k) for n, p in problems.items()}
+        return GolfBase(problems, embeddings, k, kappa, units, factors)
 
     def _code(self, problem: Problem, finer: float) -> Rounded:
-        k = self.k * 2.0**-finer
-        if problem.unit.name in self.embeddings:
-            steps = row_steps(problem.weight, K_EMBEDDING * k / K, EMBEDDING_LEVELS)
-            code = round_nearest(problem.weight, steps)
-        else:
-            code = gptq(problem.weight, self._factor(problem), row_steps(problem.weight, k))
-        size = 1.01 * entropy_bytes(code.codes) + 1.4 * len(problem.weight) + 16
-        return Rounded(code, torch.from_numpy(dequantize(code)), size)
+        name = problem.unit.name
+        factor = None if name in self.embeddings else self.factors[name]
+        if factor is not None and problem is not self.problems[name]:
+            factor = factorize(problem.hessian)
+        return _golf_round(problem, factor, self.k * 2.0**-finer)
 
     def round(self, problems: Sequence[Problem], finer: float) -> list[Rounded]:
         """See `Base`; a unit's own problem at its own step is not coded again."""
@@ -187,6 +190,16 @@ class GolfBase:
     def sections(self, rounded: Sequence[Rounded]) -> list[Section]:
         """See `Base`."""
         return [Section(PACKED.tag, PACKED.encode(r.code, BROTLI)) for r in rounded]
+
+
+def _golf_round(problem: Problem, factor: Factor | None, k: float) -> Rounded:
+    """GPTQ at `k`; to nearest without a factor, as embeddings are."""
+    if factor is None:
+        code = round_nearest(problem.weight, row_steps(problem.weight, K_EMBEDDING * k / K, EMBEDDING_LEVELS))
+    else:
+        code = gptq(problem.weight, factor, row_steps(problem.weight, k))
+    size = 1.01 * entropy_bytes(code.codes) + 1.4 * len(problem.weight) + 16
+    return Rounded(code, torch.from_numpy(dequantize(code)), size)
 
 
 def golf_k(problems: Mapping[str, Problem], embeddings: frozenset[str], room: float) -> float:

@@ -1,4 +1,4 @@
-"""Spending bytes over units by falling predicted slope.
+"""Spend bytes over units by falling predicted slope.
 
 Every unit's offers are reduced to their upper hull; hull segments of all units are taken in the order of their
 slopes until the bytes are spent. A segment that does not fit ends its unit, so that no unit jumps over one.

@@ -1,4 +1,4 @@
-"""From a model and a budget to the ground the curves stand on: statistics, operating point, a twin that holds it.
+"""Build the operating point of curves from a model and a budget: statistics, coded base, and a copy that holds it.
 
 Statistics and operating points are kept in the store, so that a second budget reuses the one and a second run both.
 """
@@ -14,6 +14,8 @@ from torch import nn
 
 from bytecap.allocation.correction import TOKENS, Factor, role_name, shrunk
 from bytecap.allocation.layered import problem_of
+from bytecap.allocation.planner import State
+from bytecap.allocation.plans import allocated_plan
 from bytecap.calibration.probe import Statistics
 from bytecap.calibration.residual_streams import streams_of
 from bytecap.calibration.statistics import job_key, windows_key
@@ -22,13 +24,13 @@ from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
 from bytecap.format.entropy.shared_tables import dump_shared, load_shared
 from bytecap.job import Job, Section
-from bytecap.methods.bytecap import planned, statistics
+from bytecap.job.config import FitConfig
+from bytecap.methods.bytecap import calibrate, prepare
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import load_values, twin_of
 from bytecap.model.texts import TokenSets, leading
-from bytecap.pipeline import fit
-from bytecap.quantization import Shrink
+from bytecap.pipeline import stages
 from bytecap.quantization.overlays.channels import rank
 from bytecap.quantization.quantizer import Options
 from bytecap.system import allocator
@@ -70,15 +72,15 @@ class Ground:
 
 
 def check_base(name: str) -> str:
-    """The name of a base, if it is one."""
+    """Check the name of a base."""
     if name not in BASES:
         raise UsageError(f"unknown base {name!r}: use {' or '.join(BASES)}")
     return name
 
 
 def make_job(model: Model, sets: TokenSets, budget: int, device: str, seed: int, reporter: Any) -> Job:
-    """A job as `fit` would work on; refuses budgets at which there is nothing to recover."""
-    job = fit.make_job(model, sets, budget, device, seed, reporter)
+    """Make the job that `fit` would work on; budgets that leave nothing to recover are refused."""
+    job = stages.make_job(model, sets, FitConfig(budget, device=device, seed=seed, reporter=reporter))
     if budget >= job.size({u.name: Section(EXACT.tag, bytes(2 * u.parameters)) for u in model.units}, b""):
         raise UsageError(f"a budget of {budget:,} bytes holds the model losslessly: no byte can recover anything")
     return job
@@ -98,10 +100,10 @@ def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
     """
     options = Options()
     job = replace(job, store=store)
-    key, found = job_key(job), statistics(job, options)
+    key, found = job_key(job), calibrate(job, options)
     key = digest(key, base, job.budget, windows_key(job.sets.correction))
     made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
-    _rank_channels(job, made)
+    made = _with_rankings(job, made)
     sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))
     twin = twin_of(job.model.module)
     units = {u.name: u for u in job.model.units}
@@ -112,31 +114,34 @@ def lay(job: Job, base: str, store: Store, rungs: int = RUNGS) -> Ground:
     return Ground(job, made, sections, twin, slopes, digest(hashed, rungs), rungs)
 
 
-def _rank_channels(job: Job, base: GridBase | GolfBase) -> None:
-    """Tell every matrix which streams it is on, and what their channels are worth to all of their matrices."""
+def _with_rankings(job: Job, base: GridBase | GolfBase) -> GridBase | GolfBase:
+    """Tell every matrix which streams it is on, and the worth of their channels to all of their matrices."""
     streams = streams_of(job.model.module, job.model.units, job.sets.statistics)
     found = rank(streams, ((p, base.units[n].values) for n, p in base.problems.items()), base.kappa)
-    base.problems = {n: replace(p, rankings=found[n]) for n, p in base.problems.items()}
+    return replace(base, problems={n: replace(p, rankings=found[n]) for n, p in base.problems.items()})
 
 
 def _grid(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[GridBase, dict[str, Array]]:
     """The grid base and the decoded values of all other units."""
     kept = store.get(digest(key, "plan"))
-    planner, state, kappa = planned(job, options, found, kept["steps"] if kept else None)
+    prepared = prepare(job, options, found)
+    planner = prepared.planner
+    state, kappa = allocated_plan(job, prepared, kept["steps"] if kept else None)
     if kept is None:
-        kept = {"steps": state.steps, "kappa": kappa, "tables": dump_shared(state.shared).hex()}
+        kept = {"steps": dict(state.steps), "kappa": kappa, "tables": dump_shared(state.shared).hex()}
         store.put(digest(key, "plan"), kept)
-    planner.shared = load_shared(bytes.fromhex(kept["tables"]))
-    planner.shrink = Shrink(planner.shared.offset)
-    state.steps.update(kept["steps"])
-    base = GridBase(planner, kept["steps"], kept["kappa"])
+    stored = load_shared(bytes.fromhex(kept["tables"]))
+    rules = replace(state.rules, shared=stored).with_offsets(stored.offset)
+    state = State(kept["steps"], {}, rules, {}, {})
+    base = GridBase.of(planner, rules, kept["steps"], kept["kappa"])
     rest = {v.unit.name: from_matrix(v.unit, planner.decode(state, v.unit.name)) for v in planner.vectors}
     return base, rest
 
 
 def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str) -> tuple[GolfBase, dict[str, Array]]:
     """The golf base; all other units keep their values."""
-    planner, _, ones = planned(job, options, found, {})
+    planner = prepare(job, options, found).planner
+    ones = dict.fromkeys(planner.names, 1.0)
     problems = {p.unit.name: problem_of(p) for p in planner.matrices}
     tables = frozenset(job.model.embeddings())
     kept = store.get(digest(key, "k"))
@@ -150,9 +155,9 @@ def _golf(job: Job, options: Options, found: Statistics, store: Store, key: str)
             raise BudgetError(f"golf needs {job.budget - room:,} bytes without any matrix", job.budget - room)
         with job.reporter.step("search", 1):
             k = golf_k(problems, tables, room)
-            kept = {"k": k, "kappa": _factors(job, GolfBase(problems, tables, k, ones))}
+            kept = {"k": k, "kappa": _factors(job, GolfBase.of(problems, tables, k, ones))}
         store.put(digest(key, "k"), kept)
-    return GolfBase(problems, tables, kept["k"], kept["kappa"]), {}
+    return GolfBase.of(problems, tables, kept["k"], kept["kappa"]), {}
 
 
 def _factors(job: Job, base: Base) -> dict[str, float]:

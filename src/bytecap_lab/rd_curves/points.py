@@ -1,4 +1,4 @@
-"""Measured points: real sections, decoded, put into the model that holds the base, scored window by window.
+"""Measure points: code real sections, decode them, put them into the base's model, score it window by window.
 
 Points are measured some at a time, so that the original runs once for all of them, and each is kept in the store.
 """
@@ -32,7 +32,7 @@ _VALUES = 2**26  # float32 values they may hold together
 
 @dataclass(frozen=True)
 class Pick:
-    """What to measure: path and index of its setting by unit name."""
+    """A choice to measure: a path and the index of its setting, by unit name."""
 
     chosen: Mapping[str, tuple[str, int]]
 
@@ -145,7 +145,7 @@ def _entry(ground: Ground, real: Mapping[str, Real], scores: ByWindow, parameter
 
 
 def layered(section: Section) -> tuple[int, int]:
-    """Bytes of a section's layers, and of what is stored only because there are layers: their headers."""
+    """Return the bytes of a section's layers, and of headers that are stored only because there are layers."""
     if section.tag != STACK.tag:
         return 0, 0
     parts = STACK.parts(section.data)

@@ -1,4 +1,4 @@
-"""Rank correlation of predicted and measured gains, and how high noise lets it be.
+"""Compute the rank correlation of predicted and measured gains, and the ceiling that noise puts on it.
 
 The ceiling: measured gains of the two halves of the windows are correlated over many random splits, stepped up to
 the full length (Spearman-Brown, 1910), and the root taken, since a prediction carries no such noise.

@@ -1,4 +1,4 @@
-"""From measured points to the figures of `curves.json`; docs/curves.md describes every member."""
+"""Turn measured points into the figures of `curves.json`; docs/curves.md describes every member."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.model.evaluation import ByWindow, ratio_stderr
+from bytecap.model.evaluation import ByWindow
+from bytecap.model.uncertainty import ratio_stderr
 from bytecap_lab.rd_curves.points import Measured
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
 from bytecap_lab.rd_curves.trial import STEP, Offer
@@ -77,7 +78,7 @@ def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
 
 
 def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
-    """Whether a path recovers more than finer steps do for the same bytes, at any amount.
+    """Decide whether a path recovers more than finer steps do for the same bytes, at any amount.
 
     Returns:
         `verdict` (`yardstick`, `earns`, `does not earn`, `no difference`, `not applicable`), `advantage_nats` over

@@ -1,4 +1,4 @@
-"""The KL around the operating point, to second order: a part of what `Offer.alone` is predicted by.
+"""Expand the KL around the operating point to second order, for a part of the prediction `Offer.alone`.
 
 A unit coded anew has a new rounding error in place of the old one. What that gains is the small difference of a slope
 and a curvature that are each ten times as large, so 5% of either decides the sign of most predictions. Correction
@@ -54,7 +54,7 @@ class Slopes:
 
 
 def measure_slopes(job: Job, base: Base, twin: nn.Module, store: Store, key: str) -> Slopes:
-    """Expansion at the base, from the store if it is there.
+    """Return the expansion at the base, from the cache if it is there.
 
     Args:
         job: model and texts.
@@ -86,7 +86,7 @@ def _measure(job: Job, base: Base, twin: nn.Module) -> tuple[dict[str, Array], d
 def factors_along(
     job: Job, base: Base, twin: nn.Module, windows: Sequence[Window], moves: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Measured over expected curvature of each role; the correction factor where a role has none.
+    """Return measured over expected curvature of each role, or the correction factor where a role has none.
 
     Args:
         job: the model.
@@ -116,7 +116,7 @@ def factors_along(
 
 
 def _signed(base: Base, name: str, seed: int) -> Tensor:
-    """A unit's error (rows, cols) with a random sign for each row."""
+    """Return a unit's error (rows, cols) with a random sign for each row."""
     error = base.units[name].values - base.problems[name].weight
     rng = np.random.default_rng(int(digest("signs", name, seed), 16))
     return error * torch.from_numpy(rng.choice(np.array([-1, 1], np.float32), (len(error), 1)))

@@ -1,4 +1,4 @@
-"""A path on a unit at an amount: what it would cost and recover, and the section it really becomes.
+"""Try a path on a unit at an amount: predict its cost and gain, and code the section it becomes.
 
 `step` is not a layer: it is the base itself at a finer step of the whole tensor, and the yardstick of every path.
 """
@@ -29,7 +29,7 @@ STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
 
 @dataclass(frozen=True)
 class Offer:
-    """What a path promises for one unit at one amount.
+    """The predicted cost and gain of a path on one unit at one amount.
 
     Attributes:
         path: its id.
@@ -90,7 +90,7 @@ def known(names: Sequence[str] | None) -> list[str]:
 
 
 def ladder(path: str, base: Base, name: str, rungs: int = RUNGS) -> Sequence[Any]:
-    """Settings of a path on a unit, cheapest first; long ladders are thinned evenly, their ends kept."""
+    """Return the settings of a path on a unit, cheapest first; long ladders are thinned evenly, keeping both ends."""
     if path == STEP:
         return STEPS
     return thinned(paths()[path].settings(base.problems[name], base.units[name].values), rungs)
@@ -111,7 +111,7 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
 
 
 def offers(ground: Ground, path: str, store: Store, advance: Advance) -> dict[str, list[Offer]]:
-    """Every unit's offers from one path, by unit name; a unit that the path cannot serve has none.
+    """Predict one path on every unit; returns offers by unit name, none where the path cannot apply.
 
     Args:
         ground: where the paths start.
@@ -181,14 +181,14 @@ def _offer(
 
 
 def promise(ground: Ground, path: str, name: str, index: int) -> Offer:
-    """One unit's offer at one setting of a path, by its index in the ladder; nothing is kept."""
+    """Predict one unit at one setting of a path, by its index in the ladder; nothing is cached."""
     setting = ladder(path, ground.base, name, ground.rungs)[index]
     rounded, applied = _try(ground.base, path, {name: setting})[name]
     return _offer(ground, path, name, index, setting, rounded, applied)
 
 
 def recovered(problem: Problem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
-    """Nats per token that other values of one unit recover by the KL's slope at the base, and lose by its curvature.
+    """Return the nats that other values of one unit gain by the KL's slope at the base, and lose by its curvature.
 
     Exact to second order for one unit, too hopeful for a sum: several units are credited with the same slope.
 
@@ -209,7 +209,7 @@ def _words(path: str, setting: Any) -> str:
 
 
 def realise(ground: Ground, path: str, chosen: Mapping[str, int]) -> dict[str, Real]:
-    """Units of a path at the settings of these indices, through the real coders and back.
+    """Code units of a path at the settings of these indices with the real coders, and decode them.
 
     Args:
         ground: where the paths start.

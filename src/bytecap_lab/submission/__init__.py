@@ -1,1 +1,1 @@
-"""Parameter Golf: code inside the cap, whole submissions, and a recount from outside (docs/golf.md)."""
+"""Make Parameter Golf submissions: code inside the cap, whole submissions, and a recount (docs/golf.md)."""

@@ -1,4 +1,4 @@
-"""A submission recounted and run from outside, trusting nothing that made it.
+"""Recount a submission and run it from outside, trusting nothing that made it.
 
 Every file in the directory counts unless it is named as public data. Code is read, not run, to see what it imports;
 only the evaluation, if asked for, is run: in a copy of the directory, without the caller's module path.
@@ -125,7 +125,7 @@ def _words(command: str) -> list[str]:
 
 
 def _count(root: Path, data: set[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes of counted files and of public data, by name."""
+    """Return the sizes of counted files and of public data, by name."""
     if not root.is_dir():
         raise CodeError(f"{root} is no directory")
     counted, public = dict[str, int](), dict[str, int]()
@@ -143,7 +143,7 @@ def _count(root: Path, data: set[str]) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _check_imports(root: Path, files: Sequence[str], libraries: set[str]) -> None:
-    """Every imported module is packed, beside the importing file, or a public library."""
+    """Check that every imported module is packed, beside the importing file, or a public library."""
     public = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions()) | libraries | {"bytecap"}
     for file in files:
         content = (root / file).read_bytes()
@@ -167,12 +167,12 @@ def _refuse_unknown(root: Path, file: str, needed: Mapping[str, int], known: set
 
 
 def _beside(directory: Path) -> set[str]:
-    """Modules and packages in a directory."""
+    """Return the modules and packages in a directory."""
     return {p.stem for p in directory.glob("*.py")} | {p.parent.name for p in directory.glob("*/__init__.py")}
 
 
 def _needed(tree: ast.Module) -> dict[str, int]:
-    """Imported modules but those whose absence the program expects."""
+    """Return the imported modules, without those whose absence the program expects."""
     optional: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Try) and any(_catches_imports(h) for h in node.handlers):

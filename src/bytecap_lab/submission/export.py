@@ -1,4 +1,4 @@
-"""A whole Parameter Golf submission: `train_gpt.py` and `model.bcap`, counted as a judge would count them."""
+"""Export a whole Parameter Golf submission, `train_gpt.py` and `model.bcap`, counted as a judge would count them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPT, MODEL = "train_gpt.py", "model.bcap"
 
 
 def budget(script: Path | str, *, cap: int = CAP, vendored: bool = True, like: Path | str | None = None) -> int:
-    """What a cap leaves for `model.bcap` beside a packed script.
+    """Return the bytes that a cap leaves for `model.bcap` beside a packed script.
 
     Args:
         script: the user's script.
@@ -75,7 +75,7 @@ def export(
 
 
 def _inside(files: dict[str, bytes], path: str) -> dict[str, bytes]:
-    """Code files of an artifact, the script first."""
+    """Return the code files of an artifact, the script first."""
     scripts = {name: content for name, content in files.items() if name.endswith(".py")}
     first = SCRIPT if SCRIPT in scripts else next(iter(scripts), None)
     if first is None or (first != SCRIPT and len(scripts) > 1) or len(scripts) < len(files):
@@ -84,7 +84,7 @@ def _inside(files: dict[str, bytes], path: str) -> dict[str, bytes]:
 
 
 def _directory(path: Path) -> Path:
-    """The directory, made if missing, without anything that would count."""
+    """Make the directory if it is missing, and refuse one that holds anything that would count."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         others = sorted(p.name for p in path.iterdir() if p.name not in {SCRIPT, MODEL})

@@ -1,4 +1,4 @@
-"""A script that carries itself, its helper modules and perhaps a decoder, in one file of plain ASCII.
+"""Pack a script, its helper modules and perhaps a decoder into one self-extracting file of plain ASCII.
 
 Two lines: `base64` and a decompressor of the standard library turn a text into sources, the first of which runs the
 rest. The script runs as `__main__` in the file's own module, so arguments, `__file__`, worker processes and pickles
@@ -25,7 +25,7 @@ from bytecap.pipeline import pack_code
 from bytecap.pipeline.minify import minified, parse
 from bytecap_lab.submission import vendor
 
-TYPICAL = frozenset({2, 9})  # coders of what the default method makes of floating-point weights: vector, trellis
+TYPICAL = frozenset({2, 3, 9})  # coders of what the default method makes: vector, trellis, and exact for buffers
 DECODER = "bcap_decoder"
 _MOST = 1 << 26  # characters that a packed script may unpack to
 _RUN = """import linecache
@@ -60,7 +60,7 @@ class Script:
 
 
 def gather(path: Path) -> dict[str, bytes]:
-    """A script and the modules beside it that it imports, directly or not: contents by file name, the script first.
+    """Gather a script and the modules beside it that it imports, directly or not; returns contents by file name.
 
     Raises:
         CodeError: a file cannot be read or parsed, or a package is imported from beside the script.
@@ -82,7 +82,11 @@ def gather(path: Path) -> dict[str, bytes]:
 
 
 def imports(tree: ast.Module) -> dict[str, int]:
-    """Names of the modules a program imports (the part before the first dot), and the line of each."""
+    r"""Return the names of the modules that a program imports, up to the first dot, and the line of each.
+
+    >>> imports(ast.parse("import numpy as np\nfrom bytecap.format import ledger"))
+    {'numpy': 1, 'bytecap': 2}
+    """
     found: dict[str, int] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -122,7 +126,7 @@ def pack(sources: Mapping[str, bytes], *, vendored: bool, used: Collection[int] 
 
 
 def unpacked(text: str) -> dict[str, str]:
-    """Sources of a packed script by module name, the script first as `__main__`; nothing if it is not a packed one.
+    """Unpack a script to sources by module name, the script first as `__main__`; empty if it is not a packed one.
 
     Nothing is executed.
 
@@ -154,7 +158,7 @@ class _Hook(ast.NodeTransformer):
         self.target, self.file, self.found = target, "", 0
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.stmt]:
-        """The hook; other names stay imports of bytecap."""
+        """Redirect `load`; other names stay imports of bytecap."""
         if node.level or node.module not in {"bytecap", DECODER}:
             return node
         loads = [a for a in node.names if a.name == "load"]
@@ -164,7 +168,7 @@ class _Hook(ast.NodeTransformer):
         return statements + ([ast.ImportFrom(node.module, others, 0)] if others else [])
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """`bytecap.load` would need bytecap."""
+        """Redirect `bytecap.load`, which would need bytecap."""
         self.generic_visit(node)
         if node.attr == "load" and isinstance(node.value, ast.Name) and node.value.id == "bytecap":
             raise CodeError(
@@ -174,7 +178,7 @@ class _Hook(ast.NodeTransformer):
 
 
 def _file(texts: Mapping[str, str], *, brotli: bool = False) -> bytes:
-    """The shortest file that runs the first text with the others as modules."""
+    """Return the shortest file that runs the first text with the others as modules."""
     (_, script), *modules = texts.items()
     boot = _IMPORTER + _RUN if modules else _RUN
     raw = "\0".join([boot, script, *(part for module in modules for part in module)]).encode()

@@ -1,4 +1,4 @@
-"""A decoder small enough to travel with a submission, generated from the reference decoder's source.
+"""Generate a decoder that is small enough to travel with a submission, from the reference decoder's source.
 
 `bytecap.reference` needs numpy alone. Here its modules are joined into one program, cut down to the coders and layers
 that a file uses, stripped of messages and annotations, and minified. What it computes stays what the reference
@@ -39,7 +39,7 @@ def load(path):
 
 
 def tags(contents: Contents) -> frozenset[int]:
-    """Coders and layers that an artifact uses, and `OBJECTS` if it has any."""
+    """Return the coders and overlays that an artifact uses, and `OBJECTS` if it has shared objects."""
     found = {u.tag for u in contents.units} | ({OBJECTS} if contents.objects else set())
     for u in contents.units:
         if u.tag == STACK.tag:
@@ -48,7 +48,7 @@ def tags(contents: Contents) -> frozenset[int]:
 
 
 def decoder(used: Collection[int] = DEFAULT) -> str:
-    """Source of a module whose `load(path)` gives the arrays of an artifact by name, as `bytecap.load` does.
+    """Generate a module whose `load(path)` returns the arrays of an artifact by name, as `bytecap.load` does.
 
     Args:
         used: coders and layers to keep, see `tags`.
@@ -69,7 +69,7 @@ def _decoder(used: frozenset[int]) -> str:
 
 
 def _modules() -> list[list[ast.stmt]]:
-    """Bodies of the reference's modules, every one behind those it imports; names that clash have been changed."""
+    """Return the bodies of the reference's modules in import order, with clashing names changed."""
     trees: dict[str, ast.Module] = {}
     _collect("__init__", trees)
     owned = {module: _own(tree) for module, tree in trees.items()}  # before names change
@@ -99,7 +99,7 @@ def _collect(module: str, trees: dict[str, ast.Module]) -> None:
 
 
 def _imports(tree: ast.Module) -> list[ast.ImportFrom]:
-    """Imports of other modules of the reference."""
+    """Return the imports of other modules of the reference."""
     return [n for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(_PACKAGE)]
 
 
@@ -108,7 +108,7 @@ def _is_own_import(node: ast.stmt) -> bool:
 
 
 def _own(tree: ast.Module) -> set[str]:
-    """Names that a module defines; imports of libraries are the same everywhere."""
+    """Return the names that a module defines; imports of libraries are the same everywhere."""
     return {name for n in tree.body if not isinstance(n, ast.Import | ast.ImportFrom) for name in _bound(n)}
 
 
@@ -126,13 +126,13 @@ def _rename(tree: ast.Module, new: dict[str, str]) -> None:
 
 
 class _Strip(ast.NodeTransformer):
-    """Takes messages, annotations and unused coders out."""
+    """A transformer that removes messages, annotations and unused coders."""
 
     def __init__(self, used: frozenset[int]) -> None:
         self.used = used
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Annotations; and `require` loses its message."""
+        """Drop annotations, and the message that `require` takes."""
         if node.name == "require":
             return ast.parse("def require(condition):\n    if not condition: raise ValueError").body[0]
         if node.name in _WITHOUT_OBJECTS and OBJECTS not in self.used:
@@ -145,7 +145,7 @@ class _Strip(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        """Fields of named tuples stay, of no type."""
+        """Keep the fields of named tuples without their types."""
         for i, field in enumerate(node.body):
             if isinstance(field, ast.AnnAssign):
                 field.annotation = ast.Constant(0)
@@ -154,11 +154,11 @@ class _Strip(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
-        """Variables."""
+        """Drop the annotations of variables."""
         return self.visit(ast.Assign([node.target], node.value)) if node.value is not None else None
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-        """Tables of coders lose those that are not used."""
+        """Drop unused coders from their tables."""
         target = node.targets[0]
         if isinstance(target, ast.Subscript) and _name(target.value) in _TABLES:
             return node if isinstance(target.slice, ast.Constant) and target.slice.value in self.used else None
@@ -167,13 +167,13 @@ class _Strip(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | None:
-        """The same."""
+        """Drop unused coders from additions to their tables."""
         if _name(node.target) in _TABLES and not self._keep(node.value):
             return None
         return self.generic_visit(node)
 
     def _keep(self, value: ast.expr) -> bool:
-        """Cut a table of coders down; whether anything is left."""
+        """Drop unused coders from a table; returns whether anything is left."""
         if not isinstance(value, ast.Dict):  # pragma: no cover (the reference has no other form)
             raise TypeError("a table of coders is no dictionary")
         pairs = [(k, v) for k, v in zip(value.keys, value.values, strict=True) if k.value in self.used]  # type: ignore[union-attr]
@@ -181,18 +181,18 @@ class _Strip(ast.NodeTransformer):
         return bool(pairs)
 
     def visit_With(self, node: ast.With) -> ast.AST | list[ast.stmt]:
-        """`damage` only gives errors another class."""
+        """Drop `damage`, which only gives errors another class."""
         self.generic_visit(node)
         call = node.items[0].context_expr
         return node.body if isinstance(call, ast.Call) and _name(call.func) == "damage" else node
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        """No messages."""
+        """Drop messages."""
         known = isinstance(node.exc, ast.Call) and _name(node.exc.func) in _ERRORS
         return ast.Raise(ast.Name("ValueError", ast.Load())) if known else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """`require` without message; `list[T]()` is `list()`."""
+        """Drop the message of `require`, and turn `list[T]()` into `list()`."""
         self.generic_visit(node)
         if _name(node.func) == "require":
             del node.args[1:]
@@ -206,7 +206,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _bound(node: ast.stmt) -> set[str]:
-    """Names a top-level statement defines or changes."""
+    """Return the names that a top-level statement defines or changes."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -216,7 +216,7 @@ def _bound(node: ast.stmt) -> set[str]:
 
 
 def _reachable(body: Iterable[ast.stmt], start: str) -> list[ast.stmt]:
-    """Top-level statements that define anything `start` needs, imports split and not repeated."""
+    """Return the top-level statements that `start` needs, with imports split and not repeated."""
     split: dict[str, ast.stmt] = {}
     for node in body:
         for one in _single(node):
@@ -231,14 +231,14 @@ def _reachable(body: Iterable[ast.stmt], start: str) -> list[ast.stmt]:
 
 
 def _globals(scope: symtable.SymbolTable) -> set[str]:
-    """Global names that code refers to."""
+    """Return the global names that code refers to."""
     top = scope.get_type() == "module"
     found = {s.get_name() for s in scope.get_symbols() if s.is_referenced() and (top or s.is_global())}
     return found.union(*map(_globals, scope.get_children()))
 
 
 def _single(node: ast.stmt) -> list[ast.stmt]:
-    """An import of several names as several imports."""
+    """Split an import of several names into several imports."""
     if isinstance(node, ast.Import):
         return [ast.Import([a]) for a in node.names]
     if isinstance(node, ast.ImportFrom):

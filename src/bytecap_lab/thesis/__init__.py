@@ -1,4 +1,4 @@
-"""The thesis put to the test: eight registered experiments (docs/thesis.md) on models and bases.
+"""Put the thesis to the test: eight registered experiments (docs/thesis.md) on models and bases.
 
 `runner` measures what experiments need, `bench` and `measures` do the measuring over the curves' machinery,
 `evidence` reads the lines, `experiments` judge them one by one, `verdicts` puts verdicts together.
@@ -12,7 +12,7 @@ from typing import Any
 
 from bytecap.errors import UsageError
 from bytecap.model.sources import Paths, as_paths, named
-from bytecap.progress import Reporter, Silent
+from bytecap.progress import Reporter, reporter_for
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 
@@ -41,9 +41,10 @@ def thesis(
     store: Path | str | None = None,
     report: Path | str | None = None,
     command: str = "",
+    progress: bool | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """All registered experiments on all models; the members are described in docs/thesis-run.md.
+    """Run all registered experiments on all models; docs/thesis-run.md describes the result.
 
     Args:
         models: Hugging Face directories, hub ids, `demo`, or `FILE.py:CALLABLE:DIRECTORY`, whose file is run.
@@ -63,17 +64,18 @@ def thesis(
         store: directory of statistics and points; `output`/store by default.
         report: page to write besides or instead of `output`/thesis.html.
         command: for the record.
-        reporter: told about progress.
+        progress: show progress bars; by default on a terminal and in a notebook.
+        reporter: told about progress in place of the bars.
 
     Raises:
         BytecapError: an unknown name, or a measurement that failed; finished ones are kept.
     """
-    from bytecap.pipeline.fit import choose_device
+    from bytecap.pipeline.stages import choose_device
     from bytecap_lab.rd_curves.operating_point import check_base
     from bytecap_lab.thesis.bench import Setting
     from bytecap_lab.thesis.runner import file_of, measure_all, tasks
 
-    reporter = reporter or Silent()
+    reporter = reporter_for(reporter, progress)
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     if not names or not bases:
         raise UsageError("there is nothing to test: give at least one model (demo is the embedded one) and one base")
@@ -87,7 +89,7 @@ def thesis(
 
 
 def _needs(only: Sequence[str] | None) -> list[str]:
-    """Measurements that experiments need, each once."""
+    """Return the measurements that experiments need, each once."""
     from bytecap_lab.thesis.experiments import chosen
 
     return list(dict.fromkeys(n for m in chosen(only).values() for n in m.NEEDS))
@@ -97,19 +99,19 @@ def render(
     lines: Sequence[Path | str] | Path | str, output: Path | str | None = None, *, only: Sequence[str] | None = None,
     report: Path | str | None = None, reporter: Reporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Verdicts and page from lines alone; later lines replace earlier ones of the same model and base.
+    """Make verdicts and page from lines alone; later lines replace earlier ones of the same model and base.
 
     Raises:
         UsageError: there is no measurement in them.
     """
-    from bytecap_lab.compare.runs import read_lines
+    from bytecap.report.lines import read_lines
 
     paths = as_paths(lines if isinstance(lines, str | Path) else list(lines))
     records = [r for p in paths for r in read_lines(p)]
     if not any(r["record"] == "measure" for r in records):
         raise UsageError(f"{', '.join(map(str, paths))} holds no measurement of the thesis")
     directory = make_directory(output) if output is not None else None
-    return _write(records, only, directory, report, reporter or Silent())
+    return _write(records, only, directory, report, reporter_for(reporter))
 
 
 def _write(

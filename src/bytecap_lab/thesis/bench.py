@@ -1,4 +1,4 @@
-"""A model on a base, and what can be asked of it: every measurement of the thesis goes through one bench.
+"""A bench holds a model on a base; every measurement of the thesis goes through one.
 
 What is asked twice is measured once: statistics, operating point, offers and points are kept in the store under what
 they depend on, see `bytecap_lab.rd_curves`.
@@ -27,10 +27,8 @@ from bytecap_lab.rd_curves.choose import spend
 from bytecap_lab.rd_curves.operating_point import Ground, lay, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
 from bytecap_lab.rd_curves.trial import STEP, STEPS, Offer, known, ladder, offers
+from bytecap_lab.thesis.amounts import AMOUNTS, GLOBAL
 
-AMOUNTS = (0.005, 0.01, 0.02, 0.04, 0.08)  # of the base's matrix bytes
-PRIMARY = 0.04
-GLOBAL = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # octaves finer, everywhere
 STRUCTURED = ("columns", "rows", "channels")
 IRREGULAR = ("outliers",)
 FloatArray = npt.NDArray[np.float64]
@@ -39,7 +37,7 @@ Chosen = Mapping[str, Offer]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all benches have in common.
+    """The settings that all benches share.
 
     Attributes:
         calibration: text files, one a workload; none for the embedded text.
@@ -65,7 +63,7 @@ class Setting:
 
 
 class Bench:
-    """See the module.
+    """A model on a base, and the measurements it allows.
 
     Args:
         model: on the setting's device.
@@ -139,7 +137,7 @@ class Bench:
         return [n for n in self.offers if n != STEP]
 
     def choose(self, paths: Sequence[str], room: float) -> dict[str, Offer]:
-        """What these paths together buy for so many bytes, unit by unit, by falling promise."""
+        """Choose what these paths together buy for so many bytes, unit by unit, by falling promise."""
         merged = {n: [o for p in paths for o in self.offers[p][n]] for n in self.ground.base.problems}
         return spend(merged, room)
 
@@ -176,7 +174,7 @@ class Bench:
         return self.fold(self.at_base.kl - measured.kl)
 
     def setting_of(self, offer: Offer) -> Any:
-        """What an offer would do to its unit."""
+        """Return the setting that a candidate gives its unit."""
         return ladder(offer.path, self.ground.base, offer.unit, self.ground.rungs)[offer.index]
 
     def _nominal(self, chosen: Chosen) -> float:
@@ -189,7 +187,7 @@ class Bench:
 
 
 def pick(chosen: Chosen) -> Pick:
-    """Offers as something to measure."""
+    """Turn candidates into a choice to measure."""
     return Pick({n: (o.path, o.index) for n, o in chosen.items()})
 
 

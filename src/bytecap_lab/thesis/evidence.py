@@ -1,4 +1,4 @@
-"""What was measured of one model on one base, read from the lines: recoveries as resampled arrays."""
+"""Read the measurements of one model on one base from the lines, as resampled arrays of recoveries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bytecap_lab.thesis.bench import PRIMARY
+from bytecap_lab.thesis.amounts import PRIMARY
 from bytecap_lab.thesis.statistics import Draw, FloatArray, Missing
 
 SHOWS_ONLY = "module"

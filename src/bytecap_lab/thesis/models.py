@@ -1,4 +1,4 @@
-"""Models that the thesis is tested on, and where they come from.
+"""Load the models that the thesis is tested on, and read where they come from.
 
 A model is written like everywhere else, or `FILE.py:CALLABLE:DIRECTORY` where transformers cannot build it (blocks that
 are passed several times): the callable is given the directory and returns the untrained module, which is filled
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import Model, load_model, read_side_files, resolve
+from bytecap.model.checkpoint import Model, load_model, resolve
+from bytecap.model.fileset import read_side_files
 
 
 @dataclass(frozen=True)

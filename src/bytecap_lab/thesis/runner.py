@@ -1,4 +1,4 @@
-"""Measurements of models on bases: one JSON line each, skipped where they are there already, several benches at a time.
+"""Measure models on bases, several benches at a time; each line is written once and skipped if it exists.
 
 A line's key is the hash of all it depends on (the library's source, without what only judges and shows, included).
 Processes append their own lines as they are finished, under a lock.
@@ -21,9 +21,10 @@ import torch
 from bytecap.errors import BudgetError
 from bytecap.model.checkpoint import Model
 from bytecap.progress import Reporter, Silent
+from bytecap.report.lines import append, read_lines
 from bytecap.system.cache import Store, digest, library
 from bytecap_lab.compare.pairs import clusters, fold
-from bytecap_lab.compare.runs import append, directory_key, file_key, host, read_lines, versions
+from bytecap_lab.compare.runs import directory_key, file_key, host, versions
 from bytecap_lab.thesis.bench import Bench, Setting
 from bytecap_lab.thesis.measures import measures
 from bytecap_lab.thesis.models import Origin, directory_of, load, origin
@@ -33,7 +34,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A model on a base with what is to be measured.
+    """A model on a base, with the measurements to make.
 
     Attributes:
         model: as given.

@@ -1,4 +1,4 @@
-"""Resampled sums, intervals, and the rules of docs/thesis.md.
+"""Compute resampled sums, intervals, and the rules of docs/thesis.md.
 
 Every array that carries an effect has 1 + RESAMPLES values: the sample itself, then its resamples. Documents are drawn
 anew text by text, the same draw for whatever is measured on that text.
@@ -31,7 +31,7 @@ Verdict = tuple[str, str]  # word, reason
 
 
 class Missing(Exception):  # noqa: N818 (no error: the verdict's reason)
-    """What an experiment needs is not there; the message is the reason of an undecided verdict."""
+    """A measurement that an experiment needs is missing; the message is the reason for an undecided verdict."""
 
 
 class NotApplicable(Missing):

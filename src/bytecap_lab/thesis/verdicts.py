@@ -1,4 +1,4 @@
-"""From lines to verdicts: each model on each base, groups of models, and the experiment as a whole."""
+"""Turn lines into verdicts: each model on each base, groups of models, and the experiment as a whole."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Found = dict[str, Any]
 
 
 def judge(records: Sequence[Record], only: Sequence[str] | None = None) -> Found:
-    """All verdicts; nothing but the records is needed.
+    """Compute all verdicts from the records alone.
 
     Args:
         records: lines of `thesis.jsonl`.
@@ -133,7 +133,7 @@ def _verdict(module: ModuleType, values: Mapping[str, FloatArray], missing: Miss
 
 
 def _intervals(values: Mapping[str, FloatArray]) -> dict[str, Interval]:
-    """Of every effect that has one."""
+    """Return the interval of every effect that has one."""
     found = {}
     for name, array in values.items():
         with contextlib.suppress(Missing):

@@ -1,4 +1,4 @@
-"""Training for the file: layers that are stored as they are trained, and a loss term that counts coded bytes.
+"""Train for the file: layers that are stored as they are trained, and a loss term that counts coded bytes.
 
 `PQuantLinear` (pQuant, arXiv:2602.22592) has a 1-bit main branch and a narrow 8-bit branch; `replace` puts it in place
 of a module's linear layers, `schedule` gives learning rate and weight decay, `export` writes the finished module

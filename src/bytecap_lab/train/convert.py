@@ -1,4 +1,4 @@
-"""Linear layers to `PQuantLinear` and back: before training, and after it.
+"""Convert linear layers to `PQuantLinear` before training, and back after it.
 
 >>> module = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
 >>> replace(module, 0.1)
@@ -24,7 +24,7 @@ Choose = Callable[[str, nn.Linear], Mapping[str, Any] | None]
 
 
 class RoundedInputLinear(nn.Linear):
-    """A linear layer that rounds its inputs as `PQuantLinear` does: what is left of one that was trained so."""
+    """A linear layer that rounds its inputs as `PQuantLinear` does, made of one that was trained so."""
 
     activations = 8
 

@@ -1,4 +1,4 @@
-"""Coded bytes of a module's matrices under the default coder's model, differentiable: `loss + mu * rate(module)`.
+"""Estimate the coded bytes of a module's matrices differentiably, for a loss such as `loss + mu * rate(module)`.
 
 Everything the coder (`bytecap.format.coders.trellis`) knows when it codes a weight is used as it uses it: steps by row
 and column, spread classes of rows and columns in quarter octaves, a table for each class, fitted to the symbols that
@@ -77,7 +77,7 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _normalized(weights: Mapping[str, Tensor], known: Energies | None) -> list[Tensor]:
-    """Weights (batch, rows, cols) by shape, divided by what their steps are in proportion to."""
+    """Return weights (batch, rows, cols) by shape, divided by the factors that their steps are proportional to."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, p in weights.items():
         groups.setdefault((p.shape[0], p[0].numel()), []).append(name)

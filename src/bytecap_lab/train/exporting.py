@@ -1,4 +1,4 @@
-"""A trained module into one file: `PQuantLinear` branches exactly, all else under what bytes are left.
+"""Put a trained module into one file: `PQuantLinear` branches exactly, the rest under the bytes that are left.
 
 Both branches of a layer are one unit: a `binary` base, and `columns` or `rows` of signed bytes over it. The base
 holds a sign for the weights under the 8-bit branch too, one bit for each that nothing reads (3% of a layer with 5% of
@@ -14,9 +14,9 @@ its columns wide): the price of needing nothing new in the format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -28,11 +28,12 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.columns import CODER as COLUMNS
 from bytecap.format.overlays.rows import CODER as ROWS
 from bytecap.job import Section
+from bytecap.job.config import FitConfig, configured
 from bytecap_lab.train.convert import inference
 from bytecap_lab.train.pquant import PQuantLinear
 
 if TYPE_CHECKING:
-    from bytecap.pipeline.fit import Artifact
+    from bytecap.pipeline.artifact import Artifact
 
 
 def section(layer: PQuantLinear) -> Section:
@@ -51,7 +52,7 @@ def section(layer: PQuantLinear) -> Section:
 
 
 def sections(module: nn.Module) -> dict[str, Section]:
-    """Sections of all `PQuantLinear` layers by unit name, to be given to `bytecap.pipeline.fit_module.fit_module`."""
+    """Sections of all `PQuantLinear` layers by unit name, for the option `given` of `bytecap.fit`."""
     found = {
         f"{name}.weight" if name else "weight": section(layer)
         for name, layer in module.named_modules()
@@ -62,26 +63,22 @@ def sections(module: nn.Module) -> dict[str, Section]:
     return found
 
 
-def export(
-    module: nn.Module, path: Path | str | None, budget: int | str, *, calibration: Iterable[Any], **options: Any
-) -> Artifact:
+@configured
+def export(module: nn.Module, path: Path | str | None, config: FitConfig) -> Artifact:
     """Write a trained module into one file of at most `budget` bytes.
 
     Decoded weights of `PQuantLinear` layers are equal to those of the forward pass bit for bit. All other parameters
     are coded by a method under the bytes that are left, measured with the quantized layers in place. The file fits
-    `inference(module)`: `bytecap.load_into(path, inference(module))`.
+    `inference(module)`: `bytecap.load_into(path, inference(module))`. The options are those of `bytecap.fit`.
 
     Args:
         module: trained module; left as it is.
         path: where to write; None keeps the result in memory.
-        budget: bytes, or text such as `3MB`.
-        calibration: batches, see `bytecap.pipeline.fit_module.fit_module`.
-        options: as of `bytecap.pipeline.fit_module.fit_module`.
+        config: the options of `bytecap.fit`.
 
     Raises:
         UsageError: there is no `PQuantLinear`. BudgetError: the branches and the least of the rest do not fit.
     """
     from bytecap.pipeline.fit_module import fit_module
 
-    given = sections(module)
-    return fit_module(inference(module), budget, calibration=calibration, output=path, given=given, **options)
+    return fit_module(inference(module), replace(config, output=path, given=sections(module)))

@@ -1,4 +1,4 @@
-"""`PQuantLinear`: a linear layer of 1-bit weights with a few vectors of 8-bit weights, trained that way from scratch.
+"""`PQuantLinear` is a linear layer of 1-bit weights and a few vectors of 8-bit weights, trained from scratch.
 
 The weight is one matrix (out, in). `wide` of its columns (or rows) are the 8-bit branch, all others the 1-bit branch::
 
@@ -94,7 +94,7 @@ class _Quantize(torch.autograd.Function):
 
 @torch.no_grad()
 def branches(weight: Tensor, alpha: Tensor, beta: Tensor, wide: int, axis: Axis) -> Branches:
-    """What a latent weight (out, in) is stored as."""
+    """Return the branches that a latent weight (out, in) is stored as."""
     weight = weight.float()
     inner, rest = _split(weight, wide, axis)
     mean = rest.mean() if rest.numel() else torch.zeros((), device=weight.device)
@@ -166,7 +166,7 @@ class PQuantLinear(nn.Linear):
                 self.register_parameter(name, nn.Parameter(scalar))
 
     def branches(self) -> Branches:
-        """What the layer is stored as."""
+        """Return the branches that the layer is stored as."""
         return branches(self.weight, self.alpha, self.beta, self.wide, self.axis)
 
     def quantized(self) -> Tensor:
@@ -180,7 +180,7 @@ class PQuantLinear(nn.Linear):
         return functional.linear(x, self.quantized().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        """What the layer is, for printing."""
+        """Describe the layer for printing."""
         return f"{super().extra_repr()}, wide={self.wide}, axis={self.axis}, activations={self.activations}"
 
 

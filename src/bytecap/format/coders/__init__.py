@@ -1,4 +1,4 @@
-"""Coders: one file each, found by themselves.
+"""Find the coders, one file each, by their tags on disk.
 
 A coder turns a tensor into the bytes of one section and back. To add one, put a file here that defines a class
 with the members of `Coder` and a module-level `CODER` instance; the reader, the conformance tests, the ledger
@@ -33,7 +33,7 @@ Decoding = Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Objects:
-    """Shared objects that sections refer to by number, see `format/wire/shared_objects.py`.
+    """Shared objects that sections refer to by number; see `format/wire/shared_objects.py`.
 
     Attributes:
         items: (kind, value) in file order.
@@ -44,7 +44,7 @@ class Objects:
     used: set[int] = field(default_factory=set)
 
     def get(self, number: int, kind: str) -> Any:
-        """The object of a number.
+        """Return the object of a number.
 
         Raises:
             CorruptError: there is none, or it is of another kind.
@@ -66,7 +66,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all units of a file share.
+    """The data that all units of a file share: tables, offsets and objects.
 
     Attributes:
         tables: frequency tables by class.
@@ -81,7 +81,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Bytes of one section and the ledger's view of them.
+    """The bytes of one section and their kinds in the ledger.
 
     Attributes:
         data: the section.
@@ -94,7 +94,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Continuous:
-    """What of a section or layer may be tuned while everything else of it stays as it is.
+    """Arrays of a section or overlay that may be tuned while the rest of its bytes stay as they are.
 
     Attributes:
         arrays: stored values by name, float32.
@@ -109,15 +109,18 @@ class Continuous:
 
 
 class Tunable(Protocol):
-    """A coder or layer that can say what of a section is continuous. Others are left as they are."""
+    """A coder or overlay that names the continuous values of a section.
+
+    Sections of other coders are not tuned.
+    """
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """What of a section's bytes may be tuned."""
+        """Return the arrays of a section that may be tuned."""
         ...
 
 
 class Coder(Protocol):
-    """What every coder offers to the reader."""
+    """The interface that every coder offers to the reader."""
 
     id: ClassVar[str]
     tag: ClassVar[int]
@@ -127,12 +130,15 @@ class Coder(Protocol):
         ...
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
-        """Ledger kinds of a section, in file order, from its bytes alone."""
+        """Return the ledger kinds of a section in file order, from its bytes alone."""
         ...
 
 
 class Layer(Protocol):
-    """An exception path: changes the matrix a base coder gave. Its tag is 32 or above; `stack` runs it."""
+    """An overlay, which changes the matrix that a base coder decoded.
+
+    Its tag is 32 or above; the coder `stack` runs it.
+    """
 
     id: ClassVar[str]
     tag: ClassVar[int]
@@ -145,7 +151,7 @@ class Layer(Protocol):
         ...
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
-        """Ledger kinds of the layer's bytes, in file order."""
+        """Return the ledger kinds of the overlay's bytes, in file order."""
         ...
 
 
@@ -154,7 +160,7 @@ _FIRST_LAYER = 32  # tags from here on are layers
 
 @cache
 def _found() -> dict[int, Any]:
-    """All coders and layers by on-disk tag."""
+    """All coders and overlays by on-disk tag."""
     found: dict[int, Any] = {}
     modules = [
         importlib.import_module(f"{package.__name__}.{info.name}")
@@ -169,17 +175,17 @@ def _found() -> dict[int, Any]:
 
 
 def registry() -> dict[int, Coder]:
-    """All coders by on-disk tag."""
+    """Return all coders by on-disk tag."""
     return {tag: c for tag, c in _found().items() if tag < _FIRST_LAYER}
 
 
 def layers() -> dict[int, Layer]:
-    """All layers by on-disk tag."""
+    """Return all overlays by on-disk tag."""
     return {tag: c for tag, c in _found().items() if tag >= _FIRST_LAYER}
 
 
 def coder(tag: int) -> Coder:
-    """The coder with an on-disk tag.
+    """Return the coder with an on-disk tag.
 
     Raises:
         CorruptError: no such coder.
@@ -191,7 +197,7 @@ def coder(tag: int) -> Coder:
 
 
 def layer(tag: int) -> Layer:
-    """The layer with an on-disk tag.
+    """Return the overlay with an on-disk tag.
 
     Raises:
         CorruptError: no such layer.
@@ -206,7 +212,7 @@ Observer = Callable[[Stream, npt.NDArray[np.int32]], None]
 
 
 def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[npt.NDArray[Any]]:
-    """Drive coders' generators together, decoding all their pending streams in one go.
+    """Run several coders' generators together, decoding all their pending streams at once.
 
     Args:
         decodings: what coders' `decode` gave.
@@ -237,12 +243,12 @@ def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[
 
 
 def like(tensor: Any, array: npt.NDArray[Any]) -> Any:
-    """A numpy array as the kind of a tensor, on its device; itself where that is a numpy array."""
+    """Convert a numpy array to the kind and device of `tensor`, which may be a numpy array too."""
     return array if isinstance(tensor, np.ndarray) else tensor.new_tensor(array)
 
 
 def read_leb(data: bytes, at: int) -> tuple[int, int]:
-    """(value, next position) of an unsigned LEB128 integer of at most 9 bytes."""
+    """Read an unsigned LEB128 integer of at most 9 bytes; returns (value, next position)."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 56:
@@ -255,7 +261,10 @@ def read_leb(data: bytes, at: int) -> tuple[int, int]:
 
 
 def read_frequencies(data: bytes, at: int, low: int, size: int, owner: str) -> tuple[Table, int]:
-    """(table of the symbols from `low` on, next position) from LEB128 frequencies; the escape has the rest."""
+    """Read LEB128 frequencies of the symbols from `low` on; returns (table, next position).
+
+    The escape takes the rest of the sum.
+    """
     freq = np.zeros(size + 1, np.int64)
     for i in range(size):
         value, at = read_leb(data, at)
@@ -267,7 +276,7 @@ def read_frequencies(data: bytes, at: int, low: int, size: int, owner: str) -> t
 
 
 def leb(value: int) -> bytes:
-    """Unsigned LEB128.
+    """Encode an unsigned integer as LEB128.
 
     >>> leb(300).hex(), read_leb(leb(300), 0)
     ('ac02', (300, 2))

@@ -1,4 +1,4 @@
-"""`bands`: integer codes with one fp16 scale per row, entropy coded under a table for each band of columns.
+"""`bands` stores integer codes with one fp16 scale per row, entropy coded with a table for each band of columns.
 
 `packed` with an entropy coder in place of the general-purpose compressor: what golf's integers take at best. Columns
 of like spread share a band, and a band has one static, symmetric table. A weight decodes, in float32, as in `packed`::
@@ -52,7 +52,7 @@ class _Parts:
 
 
 def _banded(codes: IntArray, count: int) -> npt.NDArray[np.int64]:
-    """Band of every column (cols,): `count` equal shares by rising mean square."""
+    """Assign columns to `count` equal bands by rising mean square; returns the band of each column (cols,)."""
     cols = codes.shape[1]
     place = np.argsort(np.argsort(np.square(codes.astype(np.float64)).sum(0), kind="stable"), kind="stable")
     band: npt.NDArray[np.int64] = place * count // max(1, cols)
@@ -60,7 +60,7 @@ def _banded(codes: IntArray, count: int) -> npt.NDArray[np.int64]:
 
 
 def _table(codes: IntArray) -> tuple[bytes, Table, float]:
-    """(stored, live table, bits of these codes under it and of what is stored)."""
+    """Fit a table; returns (stored table, live table, bits of these codes and of the stored table)."""
     size = np.bincount(np.abs(codes.reshape(-1)).astype(np.int64), minlength=1)
     often = np.flatnonzero(size > 1)
     half = min(int(often[-1]) if len(often) else 0, MAX_HALF)

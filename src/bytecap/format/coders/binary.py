@@ -1,4 +1,4 @@
-"""`binary`: one or three levels' worth of sign times a scale for each row. What 1-bit trained weights are stored as.
+"""`binary` stores signs or trits times a scale for each row, as trained 1-bit weights need it.
 
 `w = mean + scale[row] * s` in float32, the product first; `s` is -1 or 1 (2 levels), or -1, 0 or 1 (3 levels). The
 mean is absent, one number, or one for each row. Codes are packed (8 signs or 5 trits a byte) or entropy coded with a
@@ -54,7 +54,7 @@ class Binary:
 
 
 def binarize(weight: FloatArray, levels: int = 2, form: int = NO_MEAN) -> Binary:
-    """The nearest levels of weights (rows, cols), scales and means by absolute mean and mean.
+    """Round weights (rows, cols) to their nearest levels; scales are absolute means of rows.
 
     Three levels zero what is smaller than half the mean size, as absolute-mean ternary quantizers do; the scale is
     then the mean size of what is left, which has the least squared error for these codes.
@@ -99,7 +99,7 @@ class BinaryCoder:
     tag: ClassVar[int] = 8
 
     def encode(self, matrix: Binary) -> bytes:
-        """Bytes of a section, in the shorter packing."""
+        """Encode a section in the shorter packing."""
         flat = matrix.codes.reshape(-1).astype(np.int32)
         if matrix.scales.shape != matrix.codes.shape[:1] or not np.isfinite(matrix.scales).all():
             raise ValueError("a binary matrix needs one finite scale for every row")
@@ -155,6 +155,6 @@ CODER = BinaryCoder()
 
 
 def packed_bytes(shape: tuple[int, int], levels: int) -> int:
-    """Bytes of packed codes of a matrix (rows, cols)."""
+    """Return the bytes that packed codes of a matrix (rows, cols) take."""
     count = shape[0] * shape[1]
     return packed_size(count, 1) if levels == 2 else -(-count // _TRITS)

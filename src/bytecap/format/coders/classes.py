@@ -1,4 +1,4 @@
-"""Classes: quarter octaves of a symbol's standard deviation, and the exact powers `2^(k/4)` of the format.
+"""Classes of symbols, which are quarter octaves of a standard deviation, and the exact powers `2^(k/4)`.
 
 >>> float(quarter(4)), float(quarter(-8))
 (2.0, 0.25)
@@ -18,7 +18,7 @@ _QUARTERS = np.array([1.0, 1.1892071, 1.4142135, 1.6817929], np.float32)
 
 
 def quarter(k: int | npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """`2^(k/4)` in the format's exact float32 arithmetic."""
+    """Compute `2^(k/4)` in the format's exact float32 arithmetic."""
     whole = np.floor_divide(np.asarray(k, np.int32), 4)
     power: npt.NDArray[np.float32] = np.ldexp(_QUARTERS[np.asarray(k, np.int32) - 4 * whole], whole)
     return power

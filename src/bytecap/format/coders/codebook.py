@@ -1,4 +1,4 @@
-"""`codebook`: vectors of `g` neighbouring weights of a row, each replaced by one of `n` codewords.
+"""`codebook` replaces each vector of `g` neighbouring weights of a row by one of `n` codewords.
 
 One codebook for each tensor, or one that several tensors share (`format/wire/shared_objects.py`), times a scale of each
 tensor. Codewords are f16, or signed bytes with one f16 scale. Indices are packed at `ceil(log2 n)` bits, which the
@@ -58,24 +58,24 @@ class Codebook:
 
 
 def vectors_in(shape: tuple[int, int], g: int) -> int:
-    """Vectors of a matrix (rows, cols)."""
+    """Return the number of vectors of a matrix (rows, cols)."""
     return shape[0] * -(-shape[1] // g)
 
 
 def published_bits(shape: tuple[int, int], n: int, g: int) -> float:
-    """Bits of a tensor (rows, cols) as the paper counts them, `n` a power of two."""
+    """Return the bits of a tensor (rows, cols) as the paper counts them; `n` is a power of two."""
     return vectors_in(shape, g) * float(np.log2(n)) + 16 * n * g
 
 
 def look_up(words: FloatArray, indices: IntArray, shape: tuple[int, int]) -> FloatArray:
-    """The matrix (rows, cols) of codewords (n, g) and indices in row order."""
+    """Build a matrix (rows, cols) from codewords (n, g) and indices in row order."""
     rows, cols = shape
     wide = words.take(indices, axis=0).reshape(rows, -(-cols // words.shape[1]) * words.shape[1])
     return np.ascontiguousarray(wide[:, :cols])
 
 
 def shared_words(shared: Shared, number: int, n: int, g: int) -> FloatArray:
-    """Codewords (n, g) of a shared object, which must be of just that shape."""
+    """Return the codewords of a shared object, whose shape must be (n, g)."""
     words: FloatArray = shared.objects.get(number, "codebook")
     if words.shape != (n, g):
         raise CorruptError(f"the shared codebook {number} is {words.shape[0]} x {words.shape[1]}, not {n} x {g}")
@@ -99,7 +99,7 @@ class CodebookCoder:
     tag: ClassVar[int] = 6
 
     def encode(self, book: Codebook, shape: tuple[int, int], *, byte: bool = False, coded: bool = True) -> bytes:
-        """Bytes of a section.
+        """Encode a section.
 
         Args:
             book: codewords and indices; codewords are written by falling use.
@@ -124,7 +124,7 @@ class CodebookCoder:
         coded: bool = True,
         table: SharedTable | None = None,
     ) -> bytes:
-        """Bytes of a section whose codewords are a shared object.
+        """Encode a section whose codewords are a shared object.
 
         Args:
             indices: (count,), as the object numbers its codewords.
@@ -138,12 +138,12 @@ class CodebookCoder:
         return bytes([words[1], SHARED]) + side + write_indices(indices, words[0], coded=coded, shared=table)
 
     def with_scale(self, data: bytes, shape: tuple[int, int], scale: float) -> bytes:
-        """A section that `encode_shared` made for a matrix (rows, cols), with another scale."""
+        """Replace the scale of a section that `encode_shared` made for a matrix (rows, cols)."""
         end = self._parse(data, shape).end
         return data[: end - 2] + np.array([scale], "<f2").tobytes() + data[end:]
 
     def with_words(self, data: bytes, book: Codebook, words: FloatArray) -> bytes:
-        """A section that `encode` made of `book`, with other codewords (n, g) for the same indices."""
+        """Replace the codewords (n, g) of a section that `encode` made of `book`; the indices stay."""
         n, g = book.words.shape
         p = self._parse(data, (1, g))
         order, _ = by_use(book.indices, n)
@@ -185,7 +185,7 @@ class CodebookCoder:
         return values
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """Codewords (n, g), or the scale (1,) of shared ones."""
+        """Return the codewords (n, g), or the scale (1,) of shared ones."""
         p = self._parse(data, shape)
         indices = run([read_indices(data[p.end :], vectors_in(shape, p.g), p.n, shared.objects)])[0]
         if p.form == SHARED:

@@ -1,4 +1,4 @@
-"""`companded`: a width of its own for every row set x column, codes uniform behind a compander. Radio's layout.
+"""`companded` stores codes behind a compander, with a width for each pair of row set and column, as Radio does.
 
 Rows are dealt to sets; a *group* is one set's weights in one column. A weight decodes, in float32, as::
 
@@ -67,13 +67,13 @@ def levels(depth: int) -> FloatArray:
 
 
 def _joined() -> tuple[FloatArray, npt.NDArray[np.int32]]:
-    """Levels of all depths one after the other, and where each begins."""
+    """Concatenate the levels of all depths; returns them and the start of each."""
     parts = [levels(depth) for depth in range(MAX_WIDTH + 1)]
     return np.concatenate(parts), np.cumsum([0, *map(len, parts[:-1])]).astype(np.int32)
 
 
 def dequantize(code: CompandedCode) -> FloatArray:
-    """The format's arithmetic: float32 (rows, cols)."""
+    """Decode to float32 (rows, cols) in the format's arithmetic."""
     table, begin = _joined()
     index = begin[code.depths][code.sets]
     index += code.codes.astype(np.int32)
@@ -84,7 +84,7 @@ def dequantize(code: CompandedCode) -> FloatArray:
 
 
 def _bits(count: int) -> int:
-    """Bits of a number below `count`."""
+    """Return the bits of a number below `count`."""
     return (count - 1).bit_length()
 
 
@@ -95,7 +95,7 @@ class Companded:
     tag: ClassVar[int] = 11
 
     def encode(self, code: CompandedCode, *, coded: bool, estimate: bool = False) -> bytes:
-        """Bytes of a section, as published or entropy coded; with `estimate` only their number is about right."""
+        """Encode a section, as published or entropy coded; with `estimate` only its length is meaningful."""
         count = len(code.depths)
         depths = code.depths.astype(np.uint8)
         how = {"coded": coded, "estimate": estimate}
@@ -111,7 +111,7 @@ class Companded:
         return bytes([coded]) + leb(count) + leb(len(side)) + side + codes
 
     def _head(self, data: bytes, shape: tuple[int, int]) -> tuple[bool, int, int, int]:
-        """(coded, sets, header bytes, bytes of side information)."""
+        """Read the head: (entropy coded, row sets, header bytes, bytes of side information)."""
         if not data or data[0] > 1:
             raise CorruptError(f"a companded section begins with {data[:1].hex() or 'nothing'}")
         count, at = read_leb(data, 1)

@@ -1,4 +1,4 @@
-"""`exact`: lossless storage in the source dtype. Byte planes, each entropy coded by its own table.
+"""`exact` stores values without loss in their source dtype, as byte planes with an entropy-coding table each.
 
 Floating-point weights have predictable exponents and noisy mantissas; split into byte planes, the first kind
 codes well and the second is stored raw. Used for tensors no metric exists for, for vectors whose exact value
@@ -30,7 +30,7 @@ WIDTH = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()} | {"BF1
 
 
 def to_bytes(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
-    """(n, width) little-endian bytes of values in a dtype."""
+    """Return the little-endian bytes (n, width) of values in a dtype."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, "<f4").view("<u4").reshape(-1)
         return (bits >> 16).astype("<u2").view(np.uint8).reshape(-1, 2)
@@ -38,7 +38,7 @@ def to_bytes(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
 
 
 def from_bytes(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
-    """Values of (n, width) little-endian bytes; 16-bit floats widen to float32."""
+    """Read values from little-endian bytes (n, width); 16-bit floats widen to float32."""
     data = np.ascontiguousarray(data)
     if dtype == "BF16":
         return (data.view("<u2").astype("<u4") << 16).view("<f4").reshape(-1)
@@ -47,9 +47,12 @@ def from_bytes(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
 
 
 def is_lossless(values: npt.NDArray[Any], dtype: str) -> bool:
-    """Whether a dtype holds every value exactly."""
+    """Return whether a dtype holds every value exactly."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return dtype in WIDTH and bool(np.array_equal(from_bytes(to_bytes(values, dtype), dtype), values.reshape(-1)))
+        if dtype not in WIDTH:
+            return False
+        held = from_bytes(to_bytes(values, dtype), dtype)
+        return bool(np.array_equal(held, values.reshape(-1), equal_nan=values.dtype.kind == "f"))
 
 
 class Exact:
@@ -59,7 +62,7 @@ class Exact:
     tag: ClassVar[int] = 3
 
     def encode(self, matrix: npt.NDArray[Any], dtype: str) -> bytes:
-        """Bytes of a section; `matrix` holds values representable in `dtype`."""
+        """Encode a section; `dtype` must hold every value of `matrix` exactly."""
         planes = to_bytes(matrix, dtype)[:, ::-1].T
         return b"".join(self._encode_plane(np.ascontiguousarray(p)) for p in planes) if planes.size else b""
 
@@ -73,7 +76,7 @@ class Exact:
         return b"\x01" + coded if len(coded) < len(plane) else b"\x00" + plane.tobytes()
 
     def _planes(self, data: bytes, count: int, dtype: str) -> Iterator[tuple[int, Table | None, bytes]]:
-        """(header bytes, table or None, body) of every plane."""
+        """Split a section into (header bytes, table or None, body) of every plane."""
         if dtype not in WIDTH:
             raise CorruptError(f"an exact section has the unknown dtype {dtype!r}")
         at = 0

@@ -1,4 +1,4 @@
-"""`fixed`: codes of one width with a scale and a zero point for every row, and columns kept in 16 bit. OWQ's layout.
+"""`fixed` stores codes of one width with a scale and zero point per row, and some columns in 16 bits, as OWQ does.
 
 A weight decodes, in float32, as::
 
@@ -68,7 +68,7 @@ class _Parts:
 
 
 def dequantize(code: FixedCode) -> FloatArray:
-    """The format's arithmetic: float32 (rows, cols)."""
+    """Decode to float32 (rows, cols) in the format's arithmetic."""
     rows, plain = code.codes.shape
     values = np.zeros((rows, plain + len(code.columns)), np.float32)
     kept = np.zeros(values.shape[1], bool)
@@ -86,7 +86,7 @@ class Fixed:
     tag: ClassVar[int] = 10
 
     def encode(self, code: FixedCode, *, coded: bool, estimate: bool = False) -> bytes:
-        """Bytes of a section, as published or entropy coded; with `estimate` only their number is about right."""
+        """Encode a section, as published or entropy coded; with `estimate` only its length is meaningful."""
         columns = np.asarray(code.columns, "<u2")
         head = bytes([coded, code.width]) + leb(len(columns)) + columns.tobytes()
         widths = np.full(code.codes.size, code.width, np.uint8)

@@ -1,4 +1,4 @@
-"""`grid`: an entropy-coded integer grid with a step per column and per row. The default coder of matrices.
+"""`grid` stores a matrix as entropy-coded integers, with a step per column and per row.
 
 A weight is stored as an integer `z` and decoded, in float32 and in this order, as::
 
@@ -43,7 +43,7 @@ _CACHED = 2**16  # values dequantized together
 
 @dataclass(frozen=True)
 class GridCode:
-    """Everything a section stores, before coding.
+    """All values that a section stores, before entropy coding.
 
     Attributes:
         step: c.
@@ -65,12 +65,12 @@ class GridCode:
 
     @property
     def fine(self) -> npt.NDArray[np.bool_]:
-        """(groups, cols): which columns are dependent, on a grid of half the step."""
+        """Mask (groups, cols) of the dependent columns, which lie on a grid of half the step."""
         found: npt.NDArray[np.bool_] = self.column_class >= self.first
         return found
 
     def classes(self) -> npt.NDArray[np.uint8]:
-        """Class of every weight in steps of the grid it lies on, (rows, cols)."""
+        """Class of every weight (rows, cols), in steps of the grid it lies on."""
         return weight_classes(self.column_class, self.row_class, self.fine)
 
     def side_arrays(self) -> list[IntArray]:
@@ -84,7 +84,7 @@ class GridCode:
 def weight_classes(
     column_class: IntArray, row_class: IntArray, fine: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Class of every weight, (rows, cols), from (groups, cols) and (rows,), in steps of the grid it lies on.
+    """Compute the class of every weight (rows, cols) from those of columns (groups, cols) and rows (rows,).
 
     Where `fine` (groups, cols) holds, the grid has half the step: an octave more, and at least 5.
     """
@@ -100,7 +100,7 @@ def weight_classes(
 
 
 def choose_class(values: IntArray, tables: Tables) -> tuple[int, int, float]:
-    """(base, class, bits) that store an array in the fewest bits; class 0 if it is constant."""
+    """Choose the (base, class, bits) that store an array in the fewest bits; a constant array has class 0."""
     base = int(np.clip(np.median(values), -128, 127)) if len(values) else 0
     if len(values) == 0 or bool((values == base).all()):
         return base, 0, 0.0
@@ -109,7 +109,7 @@ def choose_class(values: IntArray, tables: Tables) -> tuple[int, int, float]:
 
 @dataclass(frozen=True)
 class Head:
-    """What stands in front of a section's payload.
+    """The head of a section, which precedes its payload.
 
     Attributes:
         groups, step: see `GridCode`.
@@ -134,7 +134,7 @@ def _chosen(code: GridCode, tables: Tables) -> list[tuple[IntArray, int, int]]:
 
 
 def write_sides(code: GridCode, tables: Tables) -> Source:
-    """The side stream's symbols."""
+    """Return the symbols of the side stream."""
     coded = [(a - base, np.full(len(a), cls, np.uint8)) for a, base, cls in _chosen(code, tables) if cls]
     empty = np.zeros(0, np.int64)
     side = [np.concatenate([x[i] for x in coded]) if coded else empty for i in range(2)]
@@ -142,7 +142,7 @@ def write_sides(code: GridCode, tables: Tables) -> Source:
 
 
 def write_head(code: GridCode, tables: Tables, extra: bytes, side: bytes) -> bytes:
-    """Everything in front of the side stream."""
+    """Serialise the bytes that precede the side stream."""
     flat = [v for _, base, cls in _chosen(code, tables) for v in (base & 255, cls)]
     return _HEAD.pack(len(code.column_step), code.step, *flat) + extra + leb(len(side))
 
@@ -170,7 +170,7 @@ Sides = Generator[list[Stream], list[npt.NDArray[np.int32]], tuple[IntArray, Int
 
 
 def read_sides(head: Head, shape: tuple[int, int], tables: Tables) -> Sides:
-    """Column step and class (groups, cols), row step and class (rows,)."""
+    """Read the steps and classes of columns (groups, cols) and of rows (rows,)."""
     rows, cols = shape
     sizes = [head.groups * cols, head.groups * cols, rows, rows]
     check_room(len(head.side), sum(n for n, (_, cls) in zip(sizes, head.pairs, strict=True) if cls))
@@ -192,7 +192,7 @@ def read_sides(head: Head, shape: tuple[int, int], tables: Tables) -> Sides:
 
 
 def side_bits(code: GridCode, tables: Tables) -> float:
-    """Estimated bits of header and side information."""
+    """Estimate the bits of header and side information."""
     bits = 8.0 * (_HEAD.size + 2 + 4 + 3 * 2)
     for a in code.side_arrays():
         bits += choose_class(a, tables)[2]
@@ -212,13 +212,13 @@ class Grid:
         return [write_sides(code, shared.tables), payload]
 
     def assemble(self, code: GridCode, shared: Shared, streams: Sequence[bytes]) -> Encoded:
-        """A section from its coded streams."""
+        """Assemble a section from its coded streams."""
         side, payload = streams
         head = write_head(code, shared.tables, b"", side)
         return Encoded(head + side + payload, (("header", len(head)), ("side", len(side)), ("payload", len(payload))))
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
-        """Bytes of a section under the file's shared tables."""
+        """Encode a section with the file's shared tables."""
         return self.assemble(code, shared, encode_all(self.sources(code, shared)))
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
@@ -252,7 +252,7 @@ def dequantize(
     offset: npt.NDArray[np.float32],
     fine: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """The format's reconstruction arithmetic, float32 throughout; returns (rows, cols).
+    """Reconstruct weights (rows, cols) in the format's arithmetic, float32 throughout.
 
     Where `fine` (groups, cols) holds, symbols count half steps.
     """

@@ -1,4 +1,4 @@
-"""`latent`: codewords that a small decoder turns into weights, plus a low-rank part.
+"""`latent` stores codewords that a small decoder turns into weights, plus a low-rank part.
 
     W = D(latent) + L1 L2^T
 
@@ -52,7 +52,7 @@ _BYTE_WORDS, _DECODER, _BYTE_FACTORS, _SHARED_DECODER, _SHARED_WORDS = 1, 2, 4, 
 
 @dataclass(frozen=True)
 class Decoder:
-    """`w = S z + B max(0, A z + a)` for every patch.
+    """A decoder of patches, `w = S z + B max(0, A z + a)`.
 
     Attributes:
         skip: S, float32 (g, e).
@@ -67,11 +67,11 @@ class Decoder:
     outer: FloatArray
 
     def arrays(self) -> tuple[FloatArray, ...]:
-        """In file order."""
+        """The arrays in file order."""
         return self.skip, self.inner, self.bias, self.outer
 
     def stored(self, bits: int) -> Decoder:
-        """As it comes back from a file that holds it at `bits` bits a weight."""
+        """The decoder as a file returns it that stores it at `bits` bits a weight."""
         return read_decoder(write_decoder(self, bits))[0]
 
 
@@ -88,7 +88,7 @@ class Link:
     scale: float
 
     def stored(self) -> bytes:
-        """LEB128 number, f16 scale."""
+        """Serialise the object's number (LEB128) and scale (f16)."""
         return leb(self.number) + np.array([self.scale], "<f2").tobytes()
 
 
@@ -111,14 +111,14 @@ class Latent:
 
 
 def add_low_rank(base: FloatArray, left: FloatArray, right: FloatArray) -> FloatArray:
-    """The format's arithmetic: base (rows, cols) plus one outer product after the other; may write into `base`."""
+    """Add one outer product after the other to `base` (rows, cols), in the format's arithmetic and perhaps in place."""
     for k in range(left.shape[1]):
         base += left[:, k, None] * right[None, :, k]
     return base
 
 
 def decode_patches(decoder: Decoder, z: FloatArray) -> FloatArray:
-    """The format's arithmetic: latents (patches, e) to weights (patches, g), one multiply and one add at a time."""
+    """Decode latents (patches, e) to weights (patches, g), one multiplication and one addition at a time."""
     out = np.empty((len(z), len(decoder.skip)), np.float32)
     for start in range(0, len(z), _CHUNK):
         part = z[start : start + _CHUNK]
@@ -152,18 +152,18 @@ def _read_weights(data: bytes, shape: tuple[int, ...], bits: int) -> FloatArray:
 
 
 def write_decoder(decoder: Decoder, bits: int) -> bytes:
-    """Header and arrays at `bits` (6 to 8) bits a weight."""
+    """Serialise a decoder at 6 to 8 bits a weight."""
     (g, e), h = decoder.skip.shape, len(decoder.bias)
     return bytes([g, e, h, bits]) + b"".join(_write_weights(a, bits) for a in decoder.arrays())
 
 
 def decoder_bytes(g: int, e: int, h: int, bits: int) -> int:
-    """Length of what `write_decoder` gives."""
+    """Return the number of bytes that `write_decoder` returns."""
     return 4 + sum(2 + packed_size(n, bits) for n in (g * e, h * e, h, g * h))
 
 
 def read_decoder(data: bytes) -> tuple[Decoder, int]:
-    """(decoder, bytes used) from the front of `data`."""
+    """Read a decoder from the front of `data`; returns (decoder, bytes used)."""
     if len(data) < 4:
         raise CorruptError("a latent section ends in front of its decoder")
     g, e, h, bits = data[:4]
@@ -191,7 +191,7 @@ class _Parsed:
     links: tuple[int, int]  # numbers of shared codewords and decoder, -1 for none
 
     def count(self, shape: tuple[int, int]) -> int:
-        """Number of indices."""
+        """The number of indices."""
         return vectors_in(shape, self.g) * (self.e // self.d)
 
 
@@ -214,7 +214,7 @@ class LatentCoder:
         decoder: Link | None = None,
         table: SharedTable | None = None,
     ) -> bytes:
-        """Bytes of a section.
+        """Encode a section.
 
         Args:
             matrix: what to store; codewords of its own are written by falling use.
@@ -247,7 +247,7 @@ class LatentCoder:
         return out + write_indices(indices, n, coded=coded, shared=table)
 
     def with_factors(self, data: bytes, shape: tuple[int, int], left: FloatArray, right: FloatArray) -> bytes:
-        """A section with another low-rank part of the same rank, (rows, rank) and (cols, rank)."""
+        """Replace the low-rank part of a section by factors (rows, rank) and (cols, rank) of the same rank."""
         ends = self._parse(data, shape).ends
         new = b"".join(write_numbers(f.T, byte=bool(data[0] & _BYTE_FACTORS)) for f in (left, right))
         return data[: ends[2]] + new + data[ends[3] :]
@@ -294,14 +294,14 @@ class LatentCoder:
         return (("header", head), ("side", stop - head), *index_kinds(data[stop:], p.count(shape), p.n))
 
     def _words(self, data: bytes, p: _Parsed, shared: Shared) -> tuple[FloatArray, FloatArray | None]:
-        """Codewords, and the scale of shared ones."""
+        """Read the codewords, and the scale of shared ones."""
         part = data[p.ends[0] : p.ends[1]]
         if p.form & _SHARED_WORDS:
             return shared_words(shared, p.links[0], p.n, p.d), read_numbers(part, 1, byte=False)
         return read_numbers(part, p.n * p.d, byte=bool(p.form & _BYTE_WORDS)).reshape(p.n, p.d), None
 
     def _decoder(self, data: bytes, p: _Parsed, shared: Shared) -> tuple[Decoder | None, FloatArray | None]:
-        """Decoder, and the scale of a shared one."""
+        """Read the decoder, and the scale of a shared one."""
         if not p.form & _SHARED_DECODER:
             return (read_decoder(data[p.ends[1] : p.ends[2]])[0] if p.form & _DECODER else None), None
         found: Decoder = shared.objects.get(p.links[1], "decoder")
@@ -335,7 +335,7 @@ class LatentCoder:
         return add_low_rank(values, *factors) if factors else values
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """Codewords, decoder and low-rank part of the section's own; of shared ones the scales."""
+        """Return the section's own codewords, decoder and low-rank part, and the scales of shared ones."""
         p = self._parse(data, shape)
         indices = run([read_indices(data[p.ends[3] :], p.count(shape), p.n, shared.objects)])[0].reshape(-1)
         words, words_scale = self._words(data, p, shared)
@@ -360,7 +360,7 @@ class LatentCoder:
         return Continuous(arrays, matrix, lambda a: self._with_arrays(data, p, a))
 
     def _with_arrays(self, data: bytes, p: _Parsed, arrays: Mapping[str, FloatArray]) -> bytes:
-        """A section with other continuous arrays, of the same length."""
+        """Replace the continuous arrays of a section; its length stays."""
         head, at, end, stop = p.ends
         if "words" in arrays:
             first = write_numbers(arrays["words"], byte=bool(p.form & _BYTE_WORDS))

@@ -1,4 +1,4 @@
-"""`packed`: integer codes with one fp16 scale per row under a general-purpose compressor. What the baselines store.
+"""`packed` stores integer codes and one fp16 scale per row with a general-purpose compressor, for the baselines.
 
 The coder of `--method golf` (brotli-11) and `--method uniform` (zlib-9): the layout that people use today, kept
 in the same container so that a comparison counts the same bytes. A weight decodes, in float32, as::
@@ -57,14 +57,14 @@ class Quantized:
 
 
 def dequantize(matrix: Quantized) -> npt.NDArray[np.float32]:
-    """The format's arithmetic: float32 (rows, cols)."""
+    """Decode to float32 (rows, cols) in the format's arithmetic."""
     values: npt.NDArray[np.float32] = matrix.codes.astype(np.float32)
     values *= matrix.scales.astype(np.float32)[:, None]
     return np.ascontiguousarray(values)
 
 
 def _planes(codes: npt.NDArray[np.integer[Any]]) -> tuple[int, bytes]:
-    """(bytes per code, codes as bytes)."""
+    """Return (bytes per code, codes as bytes)."""
     wide = np.ascontiguousarray(codes.T, np.int32)
     if wide.size and int(np.abs(wide).max()) > MAX_CODE:
         raise ValueError(f"codes beyond {MAX_CODE} do not fit two bytes")
@@ -74,14 +74,14 @@ def _planes(codes: npt.NDArray[np.integer[Any]]) -> tuple[int, bytes]:
 
 
 def compress(data: bytes, compression: int) -> bytes:
-    """Bytes under `ZLIB` (level 9) or `BROTLI` (quality 11)."""
+    """Compress bytes with `ZLIB` (level 9) or `BROTLI` (quality 11)."""
     if compression == BROTLI:
         return bytes(brotli.compress(data, quality=11, lgwin=_WINDOW))
     return zlib.compress(data, 9)
 
 
 def expand_brotli(data: bytes, size: int) -> bytes:
-    """Decompress exactly `size` bytes, never holding much more."""
+    """Decompress brotli data to exactly `size` bytes, never holding much more."""
     machine = brotli.Decompressor()
     out = bytearray()
     try:
@@ -101,7 +101,7 @@ def expand_brotli(data: bytes, size: int) -> bytes:
 
 
 def _expand_zlib(data: bytes, size: int) -> bytes:
-    """Decompress exactly `size` bytes, never holding more than one more."""
+    """Decompress zlib data to exactly `size` bytes, never holding more than one more."""
     machine = zlib.decompressobj()
     try:
         out = machine.decompress(data, size + 1)  # a limit of 0 would mean none
@@ -119,7 +119,7 @@ class Packed:
     tag: ClassVar[int] = 4
 
     def encode(self, matrix: Quantized, compression: int) -> bytes:
-        """Bytes of a section under `ZLIB` (level 9) or `BROTLI` (quality 11)."""
+        """Encode a section with `ZLIB` (level 9) or `BROTLI` (quality 11)."""
         if matrix.codes.shape[:1] != matrix.scales.shape or not np.isfinite(matrix.scales).all():
             raise ValueError("a packed matrix needs one finite scale for every row")
         width, raw = _planes(matrix.codes)
@@ -127,7 +127,7 @@ class Packed:
         return bytes([compression, width]) + leb(len(side)) + side + compress(raw, compression)
 
     def _parse(self, data: bytes) -> tuple[int, int, int, bytes, bytes]:
-        """(compression, width, header bytes, packed scales, packed codes)."""
+        """Split a section into (compression, width, header bytes, packed scales, packed codes)."""
         if len(data) < _HEAD:
             raise CorruptError(f"a packed section of {len(data)} bytes is shorter than its header")
         compression, width = data[0], data[1]

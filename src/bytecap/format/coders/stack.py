@@ -1,4 +1,4 @@
-"""`stack`: a base coder and exception paths over it, one after the other.
+"""`stack` stores a base coder's section and overlays that change its matrix one after the other.
 
 A path is a *layer*: it is given the matrix decoded so far and changes it (protected columns replace, a low-rank
 residual adds, group scales multiply). So every path composes with every base.
@@ -29,18 +29,18 @@ class Stack:
     tag: ClassVar[int] = 5
 
     def encode(self, base: tuple[int, bytes], layers: Sequence[tuple[int, bytes]]) -> bytes:
-        """A section from (tag, bytes) of the base and of at least one layer."""
+        """Encode a section from (tag, bytes) of the base and of at least one overlay."""
         out = bytes([base[0], len(layers)]) + leb(len(base[1])) + base[1]
         for tag, data in layers:
             out += bytes([tag]) + leb(len(data)) + data
         return out
 
     def growth(self, base: float, layer: bytes) -> int:
-        """Bytes that one layer adds to a base section of (an estimated) so many bytes."""
+        """Return the bytes that one overlay adds to a base section of a given, perhaps estimated, length."""
         return 2 + len(leb(round(base))) + 1 + len(leb(len(layer))) + len(layer)
 
     def parts(self, data: bytes) -> list[tuple[int, int, bytes]]:
-        """(tag, bytes of tag and length, contents) of the base and its layers."""
+        """Split a section into (tag, bytes of tag and length, contents) of the base and its overlays."""
         if len(data) < 2:
             raise CorruptError(f"a stack of {len(data)} bytes is shorter than its header")
         tag, count, at = data[0], data[1], 2
@@ -63,11 +63,11 @@ class Stack:
         return parts
 
     def tags(self, data: bytes) -> list[int]:
-        """Tags of the base and of its layers."""
+        """Return the tags of the base and of its overlays."""
         return [tag for tag, _, _ in self.parts(data)]
 
     def minor(self, data: bytes) -> int:
-        """Lowest minor version of the format that knows the layers of a section."""
+        """Return the lowest minor version of the format that knows the overlays of a section."""
         return (
             2
             if any(tag == LOW_RANK.tag and part[2:3] == bytes([CODED]) for tag, _, part in self.parts(data)[1:])
@@ -75,7 +75,7 @@ class Stack:
         )
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
-        """Kinds of the base, then of every layer with the layer's id in front."""
+        """Return the kinds of the base, then those of every overlay with its id in front."""
         (tag, head, base), *rest = self.parts(data)
         found = [("header", head), *coder(tag).kinds(base, shape, dtype)]
         for tag, head, part in rest:
@@ -85,7 +85,7 @@ class Stack:
         return tuple(found)
 
     def decode(self, data: bytes, shape: tuple[int, int], dtype: str, shared: Shared) -> Decoding:
-        """Decode the base to float32 (rows, cols) and apply the layers."""
+        """Decode the base to float32 (rows, cols) and apply the overlays."""
         (tag, _, base), *rest = self.parts(data)
         decoded = yield from coder(tag).decode(base, shape, dtype, shared)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -97,7 +97,7 @@ class Stack:
         return matrix
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """What is continuous in the base and in its layers, the base's first."""
+        """Return the continuous arrays of the base, then those of its overlays."""
         parts = self.parts(data)
         tunable: dict[int, Continuous] = {}
         for at, (tag, _, part) in enumerate(parts):

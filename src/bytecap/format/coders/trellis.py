@@ -1,4 +1,4 @@
-"""`trellis`: the integer grid of `grid`, walked along a trellis down every column. The default coder of matrices.
+"""`trellis`, the default coder of matrices, walks the grid of `grid` along a trellis down every column.
 
 Columns whose spread class is at least `first` are *dependent*: their grid has half the step, and its points fall into
 four subsets by their value modulo 4, of which only two may follow on any three points. A weight then takes one bit,
@@ -50,24 +50,24 @@ Mask = npt.NDArray[np.bool_]
 
 
 def _rows_of(groups: int, rows: int) -> npt.NDArray[np.int64]:
-    """Group of every row."""
+    """Return the group of every row."""
     return np.repeat(np.arange(groups), [len(p) for p in np.array_split(np.arange(rows), groups)])
 
 
 def dependent(column_class: IntArray, first: int, rows: int) -> Mask:
-    """(rows, cols) mask of the weights in dependent columns, from classes (groups, cols)."""
+    """Return a mask (rows, cols) of the weights in dependent columns, from classes (groups, cols)."""
     mask: Mask = (column_class >= first)[_rows_of(len(column_class), rows)]
     return mask
 
 
 def subsets(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
-    """Subset of every weight from the path's bits (rows, cols); every group's path begins in state 0."""
+    """Turn path bits (rows, cols) into the subset of every weight; each group's path begins in state 0."""
     found: npt.NDArray[np.uint8] = SUBSET.reshape(-1).astype(np.uint8).take(_branches(bits, groups))
     return found
 
 
 def _branches(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
-    """2 * state + bit of every weight: the last four bits, oldest first."""
+    """Compute `2 * state + bit` of every weight, which is its last four path bits with the oldest first."""
     index = bits.copy()
     for part, out in zip(np.array_split(bits, groups), np.array_split(index, groups), strict=True):
         for back in (1, 2, 3):
@@ -76,7 +76,7 @@ def _branches(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]
 
 
 def _bits(subsets: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
-    """The path's bits (rows, cols) from the subsets of its points."""
+    """Recover the path bits (rows, cols) from the subsets of the points."""
     loop = jit.kernel("path") if jit.worth(subsets.size) else _path
     bits = np.empty_like(subsets)
     for part, out in zip(np.array_split(subsets, groups), np.array_split(bits, groups), strict=True):
@@ -85,7 +85,7 @@ def _bits(subsets: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
 
 
 def _path(subsets: npt.NDArray[np.uint8], bit: npt.NDArray[np.uint8], bits: npt.NDArray[np.uint8]) -> None:
-    """What `bytecap.format.entropy.kernels.path` does, row by row."""
+    """Compute `bytecap.format.entropy.kernels.path` in numpy, row by row."""
     state = np.zeros(subsets.shape[1], np.uint8)
     for r in range(len(subsets)):
         bits[r] = bit[state, subsets[r]]
@@ -109,7 +109,7 @@ class Trellis:
         return [write_sides(code, shared.tables), Source(symbols.reshape(-1), classes.reshape(-1), tables)]
 
     def assemble(self, code: GridCode, shared: Shared, streams: Sequence[bytes]) -> Encoded:
-        """A section from its coded streams."""
+        """Assemble a section from its coded streams."""
         side, payload = streams
         mask = dependent(code.column_class, code.first, len(code.row_class))
         bits = _bits((code.symbols.astype(np.int32) & 3).astype(np.uint8), len(code.column_class))
@@ -119,11 +119,11 @@ class Trellis:
         return Encoded(data, self.kinds(data, code.symbols.shape, ""))
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
-        """Bytes of a section under the file's shared tables."""
+        """Encode a section with the file's shared tables."""
         return self.assemble(code, shared, encode_all(self.sources(code, shared)))
 
     def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[Head, bytes, bytes]:
-        """Head, path and payload."""
+        """Split a section into head, path and payload."""
         head = read_head(data, shape, 1)
         if not 1 <= head.extra[0] <= CLASSES:
             raise CorruptError(f"a trellis section declares {head.extra[0]} as its first dependent class")
@@ -169,7 +169,7 @@ class Trellis:
 
 
 def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
-    """The path's bits (rows, cols), 0 where a weight is not dependent."""
+    """Read the path bits (rows, cols), which are 0 where a weight is not dependent."""
     count = int(mask.sum())
     bits = read_bits(path, count)
     if count == mask.size:
@@ -180,7 +180,7 @@ def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
 
 
 def _points(symbols: npt.NDArray[np.int32], branch: npt.NDArray[np.uint8], fine: Mask) -> npt.NDArray[np.int32]:
-    """Points of the grid from the symbols; replaces the symbols."""
+    """Turn symbols into points of the grid, in place."""
     base = _base(SUBSET.reshape(-1).astype(np.uint8))
     sign = np.where(SUBSET.reshape(-1) == 3, -1, 1).astype(np.int32)
     loop = jit.kernel("points") if jit.worth(symbols.size) else None
@@ -197,7 +197,7 @@ def _points(symbols: npt.NDArray[np.int32], branch: npt.NDArray[np.uint8], fine:
 
 
 def _base(subset: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-    """What is left of a point modulo 4, of its mirror image for subset 3, which shares subset 1's table."""
+    """Remainder of a point modulo 4; subset 3 takes that of its mirror image, since it shares subset 1's table."""
     return np.array([0, 1, 2, 1], np.int32)[subset]
 
 

@@ -1,4 +1,4 @@
-"""`vector`: one uniform step around a centre, entropy coded. For norms, biases and tensors with no known input.
+"""`vector` stores norms, biases and tensors without a known input as entropy-coded steps around a centre.
 
 `w = centre + step * z` in float32. One class for the whole tensor, chosen among the file's shared tables, so a
 vector of 256 values costs about 13 bytes of header besides its integers.
@@ -31,7 +31,7 @@ class Vector:
     tag: ClassVar[int] = 2
 
     def quantize(self, values: npt.NDArray[np.float32], step: float) -> tuple[np.float32, npt.NDArray[np.int32]]:
-        """(centre, integers) at a step."""
+        """Quantize values at a step; returns (centre, integers)."""
         flat = values.reshape(-1).astype(np.float64)
         centre = np.float32(np.median(flat)) if flat.size else np.float32(0)
         return centre, np.round((flat - float(centre)) / float(np.float32(step))).astype(np.int32)
@@ -39,22 +39,22 @@ class Vector:
     def dequantize(
         self, centre: np.float32, step: float, symbols: npt.NDArray[np.integer[Any]]
     ) -> npt.NDArray[np.float32]:
-        """The format's arithmetic."""
+        """Decode integers in the format's arithmetic."""
         return np.float32(centre) + np.float32(step) * symbols.astype(np.float32)
 
     def best_class(self, symbols: npt.NDArray[np.int32], shared: Shared) -> tuple[int, float]:
-        """(class, bits) that code the integers in the fewest bits; class 0 if all are zero."""
+        """Choose the (class, bits) that code integers in the fewest bits; all zeros have class 0."""
         if not symbols.any():
             return 0, 0.0
         return shared.tables.cheapest(*np.unique(symbols, return_counts=True))
 
     def rate(self, values: npt.NDArray[np.float32], step: float, shared: Shared) -> float:
-        """Estimated bytes of a section."""
+        """Estimate the bytes of a section."""
         _, symbols = self.quantize(values, step)
         return _HEAD.size + (48 + self.best_class(symbols, shared)[1]) / 8
 
     def sources(self, values: npt.NDArray[np.float32], step: float, shared: Shared) -> list[Source]:
-        """The one stream of a section."""
+        """Return the one stream of a section."""
         _, symbols = self.quantize(values, step)
         cls, _ = self.best_class(symbols, shared)
         symbols = symbols[: len(symbols) if cls else 0]
@@ -63,13 +63,13 @@ class Vector:
     def assemble(
         self, values: npt.NDArray[np.float32], step: float, shared: Shared, streams: Sequence[bytes]
     ) -> Encoded:
-        """A section from its coded stream."""
+        """Assemble a section from its coded stream."""
         centre, symbols = self.quantize(values, step)
         head = _HEAD.pack(centre, step, self.best_class(symbols, shared)[0])
         return Encoded(head + streams[0], (("header", len(head)), ("payload", len(streams[0]))))
 
     def encode(self, values: npt.NDArray[np.float32], step: float, shared: Shared) -> Encoded:
-        """Bytes of a section."""
+        """Encode a section."""
         return self.assemble(values, step, shared, encode_all(self.sources(values, step, shared)))
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
@@ -97,7 +97,7 @@ class Vector:
         return values
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """All values; the step stays."""
+        """Return all values as continuous; the step stays."""
         _, step, cls = _HEAD.unpack_from(data)
         values = run([self.decode(data, shape, "F32", shared)])[0]
 

@@ -1,1 +1,1 @@
-"""The entropy coder: frequency tables, interleaved rANS streams, and their compiled loops."""
+"""Code integers near their entropy: frequency tables, interleaved rANS streams, and their compiled loops."""

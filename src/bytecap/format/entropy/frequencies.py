@@ -1,4 +1,4 @@
-"""Integer frequency tables: what the rANS coder knows about symbols before it sees them.
+"""Integer frequency tables, the rANS coder's model of symbols.
 
 A table gives every symbol of a class a positive integer frequency; frequencies, the escape's included, sum to
 `2**14`. Fitting may use floating point, coding never does. `bytecap.format.entropy.shared_tables` fits and stores the
@@ -45,7 +45,7 @@ class Table:
 
     @property
     def high(self) -> int:
-        """Largest symbol that needs no escape."""
+        """The largest symbol that needs no escape."""
         return self.low + len(self.freq) - 2
 
 
@@ -58,7 +58,7 @@ class Tables:
 
     @staticmethod
     def from_counts(counts: Mapping[int, Mapping[int, float]], *, symmetric: bool = True) -> Tables:
-        """Tables fitted to symbol counts per class; `symmetric` gives `z` and `-z` one frequency."""
+        """Fit tables to symbol counts per class; `symmetric` gives `z` and `-z` one frequency."""
         fitted = {}
         for cls, histogram in counts.items():
             high = min(max((abs(z) for z in histogram), default=0), MAX_HALF)
@@ -77,12 +77,12 @@ class Tables:
         return Tables(fitted)
 
     def distinct(self) -> list[tuple[int, Table]]:
-        """Every table once, with the lowest class it serves."""
+        """Every distinct table once, with the lowest class that uses it."""
         return list({id(t): (cls, t) for cls, t in sorted(self.table.items(), reverse=True)}.values())[::-1]
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int32]:
-        """Start of each class's entries in the concatenated arrays below; entry 0 is the padding symbol."""
+        """Start of each class's entries in the concatenated arrays below, where entry 0 is the padding symbol."""
         starts = np.full(SPLIT_CLASSES, -1, np.int32)
         starts[0] = 0
         at = 2
@@ -92,14 +92,14 @@ class Tables:
         return starts
 
     def flat(self, kind: str) -> npt.NDArray[np.int64]:
-        """Frequencies (`freq`) or cumulative frequencies (`cum`) of all classes' entries, one after the other."""
+        """Concatenate the frequencies (`freq`) or cumulative frequencies (`cum`) of all classes."""
         parts = [np.array([TOTAL, 1]) if kind == "freq" else np.array([0, TOTAL])]
         for _, table in sorted(self.table.items()):
             parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
         return np.concatenate(parts)
 
     def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """Entry of each symbol in the concatenated tables, and which symbols are escaped."""
+        """Return each symbol's entry in the concatenated tables, and a mask of the escaped symbols."""
         low, last = self.edges
         if symbols.dtype.itemsize > 2:
             symbols = np.clip(symbols, -_FAR, _FAR)
@@ -115,17 +115,17 @@ class Tables:
         return offset, escaped
 
     def bits(self, symbols: IntArray, classes: IntArray) -> float:
-        """Ideal code length of the symbols in bits, escapes' own bytes not included."""
+        """Return the ideal code length of symbols in bits, without the bytes of escaped values."""
         entry, _ = self.index(symbols, classes)
         return float(np.bincount(entry) @ self.cost[: int(entry.max(initial=-1)) + 1])
 
     @cached_property
     def cost(self) -> npt.NDArray[np.float64]:
-        """Bits of every entry of the concatenated tables."""
+        """Code length in bits of every entry of the concatenated tables."""
         return PROB_BITS - np.log2(self.flat("freq"))
 
     def cheapest(self, values: IntArray, count: IntArray) -> tuple[int, float]:
-        """(class, bits) of the table that codes `count[i]` times `values[i]` in the fewest bits.
+        """Return (class, bits) of the table that codes `values[i]`, `count[i]` times each, in the fewest bits.
 
         Escapes cost 12 bits more than their entry.
 
@@ -142,7 +142,7 @@ class Tables:
 
     @cached_property
     def _choices(self) -> tuple[IntArray, npt.NDArray[np.float64]]:
-        """Lowest class of every table, ascending, and (tables, 2 MAX_HALF + 3) bits of every value under it."""
+        """Each table's lowest class, ascending, and the bits of every value under it, (tables, 2 MAX_HALF + 3)."""
         found = sorted(self.distinct(), key=lambda x: x[0])
         cost = np.empty((len(found), 2 * MAX_HALF + 3))
         for row, (_, table) in zip(cost, found, strict=True):
@@ -153,7 +153,7 @@ class Tables:
 
     @cached_property
     def cost_by_size(self) -> npt.NDArray[np.float64]:
-        """(64, MAX_HALF + 2) bits of a symbol by class and |z|; 16 more for an escape; infinite without a table."""
+        """Bits of a symbol by class and |z|, (64, MAX_HALF + 2); 16 more for an escape, infinite without a table."""
         cost = np.full((MAX_CLASS + 1, MAX_HALF + 2), np.inf)
         for cls, table in self.table.items():
             bits = PROB_BITS - np.log2(table.freq)
@@ -163,7 +163,7 @@ class Tables:
 
     @cached_property
     def split(self) -> Tables:
-        """These tables, and for every class `k` those restricted to the values `4m + d`, as classes `64(d + 1) + k`."""
+        """These tables and, for every class `k`, those restricted to values `4m + d`, as classes `64(d + 1) + k`."""
         found = dict(self.table)
         for d in range(3):
             made = {id(t): restricted(t, d) for t in self.table.values()}
@@ -172,7 +172,7 @@ class Tables:
 
     @cached_property
     def split_cost(self) -> npt.NDArray[np.float64]:
-        """Like `cost_by_size`, of a value coded by its subset's bit and its place in the subset."""
+        """Like `cost_by_size`, for values coded as a bit for the subset and a place within the subset."""
         cost = np.full((MAX_CLASS + 1, MAX_HALF + 2), np.inf)
         for cls in self.table:
             for d in range(3):
@@ -185,7 +185,7 @@ class Tables:
 
     @cached_property
     def row(self) -> npt.NDArray[np.int64]:
-        """Row of `lookup` by class, -1 without a table; classes that share a table share a row."""
+        """Row of `lookup` for each class, or -1 without a table; classes that share a table share a row."""
         rows = np.full(SPLIT_CLASSES, -1, np.int64)
         rows[0] = 0
         place: dict[int, int] = {}
@@ -195,7 +195,7 @@ class Tables:
 
     @cached_property
     def edges(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint16]]:
-        """Lowest symbol and index of the escape by class."""
+        """Lowest symbol and escape index of each class."""
         low, last = np.zeros(SPLIT_CLASSES, np.int32), np.full(SPLIT_CLASSES, 2**16 - 1, np.uint16)
         for cls, table in self.table.items():
             low[cls], last[cls] = table.low, len(table.freq) - 1
@@ -203,7 +203,7 @@ class Tables:
 
     @cached_property
     def compact(self) -> tuple[npt.NDArray[Any], ...]:
-        """Like `lookup` in a quarter of the memory: see `bytecap.format.entropy.kernels`, whose arguments these are.
+        """The arguments of `bytecap.format.entropy.kernels`, which hold `lookup` in a quarter of the memory.
 
         First slot by class, symbol index by slot, first entry by class, frequency and cumulative frequency by entry.
         """
@@ -212,7 +212,7 @@ class Tables:
 
     @cached_property
     def lookup(self) -> npt.NDArray[np.uint64]:
-        """(rows, 2**14) slots: symbol index << 32 | frequency - 1 << 16 | slot - cumulative frequency."""
+        """Slots (rows, 2**14), each `symbol index << 32 | frequency - 1 << 16 | slot - cumulative frequency`."""
         slots = np.arange(TOTAL, dtype=np.uint64)
         parts: list[npt.NDArray[Any]] = [slots | np.uint64((TOTAL - 1) << 16)]
         for entry in {id(t): t for t in self.table.values()}.values():
@@ -224,7 +224,9 @@ class Tables:
 
 
 def restricted(table: Table, d: int) -> Table:
-    """Table of `m` for the values `4 m + d` of a symmetric table; what rounding leaves over goes to the largest.
+    """Restrict a symmetric table to its values `4 m + d`, as a table of `m`.
+
+    The sum is kept: the difference that rounding leaves goes to the largest entry.
 
     >>> t = restricted(Table(-2, np.array([1000, 2000, 8000, 2000, 1000, 2384])), 2)
     >>> t.low, t.freq.tolist()
@@ -239,7 +241,7 @@ def restricted(table: Table, d: int) -> Table:
 
 
 def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = False) -> npt.NDArray[np.int64]:
-    """Positive integers with sum `2**14`, close to proportional to `weights` (the last one is the escape's).
+    """Return positive integers with sum `2**14`, nearly proportional to `weights`; the last one is the escape's.
 
     >>> integer_frequencies(np.array([1.0, 6.0, 1.0, 0.0]), symmetric=True).tolist()
     [2048, 12287, 2048, 1]
@@ -263,7 +265,7 @@ def integer_frequencies(weights: npt.NDArray[np.float64], *, symmetric: bool = F
 
 
 def _take_symmetric(freq: npt.NDArray[np.int64], excess: int) -> int:
-    """Move `excess` out of the largest entries, keeping both signs equal; the centre takes what is odd."""
+    """Take `excess` out of the largest entries, equally for both signs; an odd remainder comes from the centre."""
     half = (len(freq) - 2) // 2
     centre = half
     if excess < 0 or freq[centre] > excess:

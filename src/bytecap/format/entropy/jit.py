@@ -1,4 +1,4 @@
-"""The decoder's inner loops in machine code, where numba is installed; the numpy ones give the same bits.
+"""Run the coder's inner loops in machine code where numba is installed, with the same bits as numpy.
 
 Numba costs half a second to import, so small files are decoded without it. Nothing here is needed to read a file.
 """
@@ -19,7 +19,7 @@ _WORTH = 2**22  # symbols or weights from which importing numba pays
 
 
 def worth(count: int) -> bool:
-    """Whether `count` values are decoded sooner with numba; False where it is not installed.
+    """Return whether `count` values are decoded sooner with numba; False where it is not installed.
 
     >>> worth(10) and "numba" not in sys.modules
     False
@@ -30,7 +30,7 @@ def worth(count: int) -> bool:
 
 
 def kernel(name: str) -> Any:
-    """A compiled function of `bytecap.format.entropy.kernels`."""
+    """Return a compiled function of `bytecap.format.entropy.kernels`."""
     from bytecap.format.entropy import kernels
 
     return getattr(kernels, name)
@@ -43,7 +43,7 @@ def run_lanes(
     tables: Tables,
     escapes: int,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], int]:
-    """Symbols of one stream, where it holds escapes, and how many words it used; changes `states`.
+    """Decode one stream; returns its symbols, the places of escapes, and the words used. Changes `states`.
 
     Args:
         states: (lanes,) first states.
@@ -67,7 +67,7 @@ def run_lanes(
 def encode_lanes(
     entries: npt.NDArray[Any], freq: npt.NDArray[Any], cum: npt.NDArray[Any], states: npt.NDArray[np.uint32]
 ) -> npt.NDArray[np.uint16]:
-    """Words of one stream; changes `states`.
+    """Encode one stream; returns its words. Changes `states`.
 
     Args:
         entries: (n,) of every symbol, into the tables.

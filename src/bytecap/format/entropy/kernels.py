@@ -1,4 +1,4 @@
-"""Loops compiled by numba; `bytecap.format.entropy.jit` explains when they are used and what the arguments are."""
+"""Loops that numba compiles; `bytecap.format.entropy.jit` explains their use and arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def _lanes(
     states: _Array, words: _Array, classes: _Array, rows: _Array, index: _Array, start: _Array, freq: _Array,
     cum: _Array, low: _Array, last: _Array, symbols: _Array, where: _Array,
 ) -> tuple[int, int]:  # fmt: skip
-    """(words used, escapes found) of one stream, or (-1, class without a table); symbol i belongs to lane i mod K."""
+    """Decode one stream; returns (words used, escapes), or (-1, a class without a table).
+
+    Symbol i belongs to lane i mod K.
+    """
     used, found, lane, width, count = 0, 0, 0, len(states), len(words)
     for i in range(len(classes)):
         cls = classes[i]
@@ -44,7 +47,7 @@ def _lanes(
 
 
 def _encode(states: _Array, entries: _Array, freq: _Array, cum: _Array, words: _Array) -> int:
-    """Code the entries of one stream from the last to the first; the words fill the end of `words`; returns where."""
+    """Encode a stream's entries from last to first; its words fill the end of `words` from the returned index."""
     width, at = len(states), len(words)
     for i in range(len(entries) - 1, -1, -1):
         lane = i % width
@@ -70,7 +73,7 @@ def _points(symbols: _Array, branch: _Array, fine: _Array, base: _Array, sign: _
 def _values(
     symbols: _Array, classes: _Array, half: _Array, scale: _Array, rows: _Array, offset: _Array, value: _Array
 ) -> None:
-    """The format's reconstruction of (rows, cols) symbols, float32 in the order of `coders.grid.dequantize`."""
+    """Reconstruct symbols (rows, cols) as float32, with the operations of `coders.grid.dequantize` in their order."""
     last = np.int32(offset.shape[1] - 1)
     for r in range(len(symbols)):
         for c in range(symbols.shape[1]):
@@ -82,7 +85,7 @@ def _values(
 
 
 def _path(subsets: _Array, bit: _Array, bits: _Array) -> None:
-    """Path's bits (rows, cols) from subsets (rows, cols); `bit` (8, 4) by state and subset, paths begin in state 0."""
+    """Turn subsets (rows, cols) into path bits (rows, cols), from `bit` (8, 4) by state and subset."""
     state = np.zeros(subsets.shape[1], np.uint8)
     for r in range(len(subsets)):
         for c in range(subsets.shape[1]):

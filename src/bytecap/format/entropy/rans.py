@@ -1,4 +1,4 @@
-"""Integer frequency tables and the interleaved rANS coder every artifact uses.
+"""The interleaved rANS coder that every artifact uses.
 
 A *stream* is a sequence of integer symbols, each with a *class* known to the decoder beforehand. A class
 names a static table of integer frequencies that sum to `2**14`. Symbols are dealt to `K` lanes (symbol `i`
@@ -37,7 +37,7 @@ MAX_SYMBOL = 2**31 - 1  # largest |symbol| at all
 
 
 def lanes(count: int) -> int:
-    """Number of lanes of a stream of `count` symbols.
+    """Return the number of lanes of a stream of `count` symbols.
 
     >>> lanes(0), lanes(8192), lanes(8193)
     (0, 1, 2)
@@ -46,7 +46,7 @@ def lanes(count: int) -> int:
 
 
 def check_room(size: int, count: int) -> None:
-    """Refuse a stream of `size` bytes that cannot hold `count` symbols, before anything is allocated for them.
+    """Refuse a stream of `size` bytes that is too short for `count` symbols, before memory is allocated for them.
 
     Raises:
         CorruptError: the lanes' states alone take more.
@@ -56,7 +56,7 @@ def check_room(size: int, count: int) -> None:
 
 
 def zigzag_bytes(values: Iterable[int]) -> bytes:
-    """Unsigned LEB128 of zigzag-mapped integers.
+    """Encode integers as zigzag-mapped unsigned LEB128.
 
     >>> zigzag_bytes([0, -1, 1, 64]).hex()
     '0001028001'
@@ -94,7 +94,7 @@ def _read_zigzag(data: bytes, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Source:
-    """What `encode_all` needs: symbols of any range, each symbol's class in 1..63 (both `(n,)`), and the tables."""
+    """The input of `encode_all`: symbols (n,) of any range, each symbol's class (n,) in 1..63, and the tables."""
 
     symbols: IntArray
     classes: IntArray
@@ -102,12 +102,12 @@ class Source:
 
 
 def encode(symbols: IntArray, classes: IntArray, tables: Tables) -> bytes:
-    """One stream; see `encode_all`."""
+    """Encode one stream; see `encode_all`."""
     return encode_all([Source(symbols, classes, tables)])[0]
 
 
 def encode_all(sources: Sequence[Source]) -> list[bytes]:
-    """Streams of several sources; the lanes of all of them advance together.
+    """Encode several sources as one stream each; the lanes of all of them advance together.
 
     Returns:
         For each: word count (zigzag LEB128), `K` states (`<u4`), the words (`<u2`), escaped symbols (zigzag LEB128);
@@ -152,7 +152,7 @@ def encode_all(sources: Sequence[Source]) -> list[bytes]:
 
 
 def _encode_compiled(source: Source) -> bytes:
-    """One stream that is not empty, by machine code."""
+    """Encode one stream that is not empty, by machine code."""
     entry, escaped = source.tables.index(source.symbols, source.classes)
     states = np.full(lanes(len(entry)), LOW, np.uint32)
     words = jit.encode_lanes(entry, source.tables.flat("freq"), source.tables.flat("cum"), states)
@@ -163,7 +163,7 @@ def _encode_compiled(source: Source) -> bytes:
 def _entries(
     sources: Sequence[Source], steps: npt.NDArray[np.int64], first: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32], npt.NDArray[np.uint32], list[bytes]]:
-    """(steps, lanes) table entries, all tables' frequencies and cumulative ones, and the escapes' bytes."""
+    """Table entries (steps, lanes), frequencies and cumulative frequencies of all tables, and the escapes' bytes."""
     entries = np.zeros((int(steps[0]), int(first[-1])), np.int32)  # entry 0 of any tables is the padding symbol
     start_of: dict[int, int] = {}
     freq, cum, tails, size = [], [], [], 0
@@ -183,7 +183,7 @@ def _entries(
 
 @dataclass(frozen=True)
 class Stream:
-    """What `decode` needs: the bytes `encode` gave, every symbol's class, and the tables."""
+    """The input of `decode`: the bytes that `encode` made, each symbol's class, and the tables."""
 
     data: bytes
     classes: IntArray
@@ -191,7 +191,7 @@ class Stream:
 
 
 def _split(stream: Stream) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16], bytes]:
-    """States, words and the escapes' bytes of a stream."""
+    """Split a stream into states, words and the escapes' bytes."""
     data, at, count, shift = stream.data, 0, 0, 0
     while True:
         if at >= len(data) or shift > 35:
@@ -215,12 +215,12 @@ def _split(stream: Stream) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint1
 
 
 def escape_bytes(stream: Stream) -> int:
-    """Bytes a stream spends on escaped symbols."""
+    """Return the bytes that a stream spends on escaped symbols."""
     return len(_split(stream)[2]) if len(stream.classes) else 0
 
 
 def decode(streams: list[Stream]) -> list[npt.NDArray[np.int32]]:
-    """Symbols of every stream; all lanes of all streams advance together.
+    """Decode streams to their symbols; all lanes of all streams advance together.
 
     Raises:
         CorruptError: a stream is truncated, has bytes left over, or does not end in the initial state.
@@ -241,7 +241,7 @@ def decode(streams: list[Stream]) -> list[npt.NDArray[np.int32]]:
 
 
 def _decode_compiled(number: int, stream: Stream) -> npt.NDArray[np.int32]:
-    """Symbols of one stream that is not empty, by machine code."""
+    """Decode one stream that is not empty, by machine code."""
     states, words, tail = _split(stream)
     states = states.copy()
     symbols, escaped, used = jit.run_lanes(states, words.astype(np.uint16), stream.classes, stream.tables, len(tail))
@@ -261,7 +261,7 @@ def _steps(stream: Stream | Source) -> int:
 
 
 def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], list[bytes]]:
-    """Symbol indices of streams sorted by falling number of steps."""
+    """Return symbol indices of streams that are sorted by falling number of steps."""
     parts = [_split(s) for s in streams]
     width = np.array([len(p[0]) for p in parts])
     steps = np.array([_steps(s) for s in streams])
@@ -293,7 +293,7 @@ def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], lis
 
 
 def _join_lookups(streams: list[Stream]) -> tuple[npt.NDArray[np.uint64], list[int]]:
-    """All distinct tables in one array, and each stream's first row in it."""
+    """Put all distinct tables into one array; returns it and each stream's first row in it."""
     luts, row_of, rows = [], {}, 0
     for s in streams:
         if id(s.tables) not in row_of:
@@ -316,7 +316,7 @@ def _advance(
     pointer: npt.NDArray[np.int64],
     width: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.uint32]:
-    """Decode one symbol a lane for every row of `classes`; moves `pointer` (one word pointer a stream)."""
+    """Decode one symbol a lane for every row of `classes`; advances `pointer`, one word pointer a stream."""
     bounds = np.concatenate([[0], np.cumsum(width)])
     last = len(words) - 1
     mask = np.uint32(TOTAL - 1)

@@ -1,4 +1,4 @@
-"""Fitting and storing what all units share: frequency tables and reconstruction offsets by class.
+"""Fit and store the frequency tables and reconstruction offsets that all units of a file share.
 
 Neighbouring classes share one table where that saves more table bytes than it costs code length. Tables are
 symmetric, so half of the frequencies is stored. Format: docs/format.md section 5.2.
@@ -31,7 +31,7 @@ _PRIOR_WEIGHT = 4.0  # symbols' worth of a Gaussian given to every class
 def count_symbols(
     symbols: npt.NDArray[np.integer], classes: npt.NDArray[np.integer], mask: npt.NDArray[np.bool_] | None = None
 ) -> Counts:
-    """Histogram of |z| by class, shape (64, largest + 1); bin MAX_HALF + 1 holds everything larger.
+    """Count |z| by class, shape (64, largest + 1); bin MAX_HALF + 1 holds everything larger.
 
     With a mask two histograms (2, 64, largest + 1): of the symbols outside and inside it.
     """
@@ -46,7 +46,7 @@ def count_symbols(
 
 
 def sum_counts(parts: Iterable[Counts]) -> Counts:
-    """Sum of histograms of different widths, shape (64, MAX_HALF + 2)."""
+    """Add histograms of different widths; the result has shape (64, MAX_HALF + 2)."""
     total = np.zeros((CLASSES, MAX_HALF + 2))
     for p in parts:
         total[:, : p.shape[1]] += p
@@ -54,7 +54,7 @@ def sum_counts(parts: Iterable[Counts]) -> Counts:
 
 
 def _half_table(counts: npt.NDArray[np.float64], cls: float) -> tuple[npt.NDArray[np.float64], float]:
-    """(weights of |z| = 0..half, weight of the escape) of summed counts, with a Gaussian prior."""
+    """Weights of |z| = 0..half and of the escape, from summed counts and a Gaussian prior."""
     occurring = np.flatnonzero(counts)
     half = min(MAX_HALF, int(occurring.max(initial=1)))
     total = counts.sum()
@@ -75,7 +75,7 @@ def _table(weights: npt.NDArray[np.float64], escape: float) -> Table:
 
 
 def _cost(counts: npt.NDArray[np.float64], table: Table) -> float:
-    """Bits of |z| counts (signs included) under a table, escapes at two bytes."""
+    """Code length in bits of |z| counts under a table, with signs, and escapes at two bytes each."""
     half = table.high
     bits = -np.log2(table.freq / TOTAL)
     inside = counts[: half + 1] @ bits[half : 2 * half + 1][: len(counts)]
@@ -84,7 +84,7 @@ def _cost(counts: npt.NDArray[np.float64], table: Table) -> float:
 
 
 def fit_shared(counts: Counts, centres: npt.NDArray[np.float64], previous: Shared | None) -> Shared:
-    """Tables and offsets for the whole file.
+    """Fit the tables and offsets of a whole file.
 
     Args:
         counts: (64, half + 1) histogram of |z| by class.
@@ -124,13 +124,13 @@ def fit_shared(counts: Counts, centres: npt.NDArray[np.float64], previous: Share
 
 
 def _priced(counts: npt.NDArray[np.float64], classes: list[int]) -> tuple[Table, float]:
-    """A table for merged classes and its total bits, its own storage included."""
+    """Fit a table to merged classes; returns it with its total bits, storage included."""
     table = _table(*_half_table(counts, float(np.mean(classes))))
     return table, _cost(counts, table) + 8 * (3 + 1.4 * (table.high + 1) + 0.8 * min(table.high, CENTRES - 1))
 
 
 def dump_shared(shared: Shared) -> bytes:
-    """The tables section: LZMA-compressed list of (classes served, half, frequencies, offsets)."""
+    """Serialise the tables section: an LZMA-compressed list of (classes served, half, frequencies, offsets)."""
     out = bytearray()
     classes = sorted(shared.tables.table)
     at = 0

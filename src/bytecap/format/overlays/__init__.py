@@ -1,1 +1,1 @@
-"""Overlays: exception paths as stored, one file each. A stack applies them to what its base coder decoded."""
+"""Read and write overlays, one file each, which the coder `stack` applies to its base's decoded matrix."""

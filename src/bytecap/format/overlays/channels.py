@@ -1,4 +1,4 @@
-"""`channels`: the same channels protected as columns, as rows, or as both, under ONE list. A layer; see `stack`.
+"""The overlay `channels` protects the same channels as columns, as rows, or as both, with one list of positions.
 
 A channel of the residual stream is a column of every matrix that reads it and a row of every matrix that writes it;
 square matrices between two such streams (attention projections) may need both.
@@ -46,14 +46,14 @@ COLUMNS, ROWS, BOTH = 1, 2, 3
 
 
 def lengths(mode: int, count: int, shape: tuple[int, int]) -> IntArray:
-    """Lengths of the vectors of a layer: those of the columns, then those of the rows."""
+    """Return the lengths of an overlay's vectors, those of columns before those of rows."""
     rows, cols = shape
     columns = np.full(count if mode & COLUMNS else 0, rows - (count if mode == BOTH else 0))
     return np.concatenate([columns, np.full(count if mode & ROWS else 0, cols)]).astype(np.int64)
 
 
 def places(mode: int, shape: tuple[int, int]) -> int:
-    """How many channels a matrix (rows, cols) has."""
+    """Return the number of channels that a matrix (rows, cols) has."""
     return {COLUMNS: shape[1], ROWS: shape[0], BOTH: min(shape)}[mode]
 
 
@@ -71,11 +71,11 @@ class Channels:
         shape: tuple[int, int],
         scales: npt.NDArray[np.float16] | None = None,
     ) -> bytes:
-        """Bytes of a layer: all vectors' values (see `lengths`) as float16, or int8 with a scale per vector."""
+        """Encode an overlay: all vectors' values (see `lengths`) as float16, or as int8 with a scale per vector."""
         return bytes([mode]) + write_positions(index, places(mode, shape)) + write_values(values, scales)
 
     def mode(self, data: bytes) -> int:
-        """Which sides a layer protects."""
+        """Return the sides that an overlay protects."""
         mode = take(data, 0, 1)[0]
         if mode not in (COLUMNS, ROWS, BOTH):
             raise CorruptError(f"a channels layer has the unknown mode {mode}")
@@ -105,7 +105,7 @@ class Channels:
         return base
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """The protected values, those of the columns first."""
+        """Return the protected values, those of columns first."""
         mode = self.mode(data)
         index, at = read_positions(data, 1, places(mode, shape), shared.objects)
         sizes = lengths(mode, len(index), shape)

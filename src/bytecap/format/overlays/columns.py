@@ -1,4 +1,4 @@
-"""`columns`: protected input columns, stored finely, in place of what the base decoded. A layer; see `stack`.
+"""The overlay `columns` replaces some input columns of the base's matrix by finely stored ones.
 
 Few input channels of a language model carry large activations, and an error in their columns costs many times that
 of another. A base with one step for all of them wastes bytes everywhere or precision there; this layer keeps `k`
@@ -53,7 +53,7 @@ class Columns:
         size: int,
         scales: npt.NDArray[np.float16] | None = None,
     ) -> bytes:
-        """Bytes of a layer.
+        """Encode an overlay.
 
         Args:
             index: rising positions (k,).
@@ -82,7 +82,7 @@ class Columns:
         return base
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """The protected values (k, length)."""
+        """Return the protected values (k, length)."""
         index, at = read_positions(data, 0, shape[self.axis], shared.objects)
         lengths = np.full(len(index), shape[1 - self.axis])
         values = read_values(data, at, lengths).reshape(len(index), -1)

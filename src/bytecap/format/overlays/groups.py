@@ -1,4 +1,4 @@
-"""`groups`: a scale for every group of consecutive weights of a row, multiplying what the base decoded. See `stack`.
+"""The overlay `groups` multiplies every group of consecutive weights of a row by a scale.
 
 `w[i, j] = w[i, j] * scale[i, floor(j / size)]` in float32; a row's last group may be shorter.
 
@@ -39,7 +39,7 @@ _SIXTEENTHS = np.array(
 
 
 def sixteenth(k: npt.ArrayLike) -> FloatArray:
-    """`2^(k/16)` in the format's exact float32 arithmetic."""
+    """Compute `2^(k/16)` in the format's exact float32 arithmetic."""
     whole = np.floor_divide(np.asarray(k, np.int32), 16)
     power: FloatArray = np.ldexp(_SIXTEENTHS[np.asarray(k, np.int32) - 16 * whole], whole)
     return power
@@ -52,7 +52,7 @@ class Groups:
     tag: ClassVar[int] = 36
 
     def encode(self, scales: npt.NDArray[Any], size: int) -> bytes:
-        """Bytes of a layer for groups of `size`: scales (rows, groups), float16 or int8 sixteenths of an octave."""
+        """Encode scales (rows, groups) for groups of `size`, as float16 or as int8 sixteenths of an octave."""
         if scales.dtype == np.int8:
             precision, raw = LOG, np.ascontiguousarray(scales).tobytes()
         else:
@@ -62,7 +62,7 @@ class Groups:
         return leb(size) + bytes([precision, packing]) + body
 
     def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(group size, precision, packing, header bytes)."""
+        """Read (group size, precision, packing, header bytes)."""
         size, at = read_leb(data, 0)
         precision, packing = take(data, at, 2)
         if not 1 <= size <= max(1, shape[1]) or precision not in (HALF, LOG) or packing > 1:
@@ -87,7 +87,7 @@ class Groups:
         return base
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """The scales (rows, groups)."""
+        """Return the scales (rows, groups)."""
         del shared
         scales, size = self._scales(data, shape)
         place = np.arange(shape[1]) // size
@@ -102,7 +102,7 @@ class Groups:
         return Continuous({"scales": scales}, lambda a, base: base * a["scales"][:, place], encode)
 
     def _scales(self, data: bytes, shape: tuple[int, int]) -> tuple[FloatArray, int]:
-        """Scales (rows, groups), and the size of a group."""
+        """Read the scales (rows, groups) and the size of a group."""
         rows, cols = shape
         size, precision, packing, at = self._parse(data, shape)
         groups = -(-cols // size)

@@ -1,4 +1,4 @@
-"""`lowrank`: a residual of low rank, added to what the base decoded. A layer; see `stack`.
+"""The overlay `lowrank` adds a residual of low rank to the base's matrix.
 
 `w[i, j] = w[i, j] + (scale[r] * left[r, i]) * right[r, j]` for one rank `r` after the other, float32 throughout.
 Factors are signed integers of `bits` bits, left (rank, rows) and right (rank, cols); one f32 scale a rank is enough,
@@ -40,7 +40,7 @@ def _widths(count: int, bits: int) -> npt.NDArray[np.uint8]:
 
 
 def _scales(data: bytes) -> FloatArray:
-    """Scales (rank,) of a layer."""
+    """Read the scales (rank,) of an overlay."""
     rank = take(data, 0, _HEAD)[0]
     scales = np.frombuffer(take(data, _HEAD, 4 * rank), "<f4").astype(np.float32)
     if not np.isfinite(scales).all():
@@ -61,7 +61,7 @@ class LowRank:
         scales: FloatArray,
         bits: int,
     ) -> bytes:
-        """Bytes of a layer: codes (rank, rows) and (rank, cols) of `bits` bits, scales (rank,)."""
+        """Encode an overlay: codes (rank, rows) and (rank, cols) of `bits` bits, and scales (rank,)."""
         codes = np.concatenate([left, right], axis=1).reshape(-1).astype(np.int64)  # rank after rank
         if not 2 <= bits <= 8 or np.abs(2 * codes + 1).max(initial=0) >= 1 << bits:
             raise ValueError(f"codes do not fit {bits} bits")
@@ -91,7 +91,7 @@ class LowRank:
         return base
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """Scales (rank,): the factors are integers of few bits, and stay."""
+        """Return the scales (rank,); the factors are integers of few bits and are not tuned."""
         del shared
         scales, factors = _scales(data), run([self._factors(data, shape)])[0]
         left, right = factors[:, : shape[0]], factors[:, shape[0] :]
@@ -108,7 +108,7 @@ class LowRank:
         )
 
     def _factors(self, data: bytes, shape: tuple[int, int]) -> Decoding:
-        """Factors, float32 (rank, rows + cols)."""
+        """Decode the factors, float32 (rank, rows + cols)."""
         rows, cols = shape
         _, (_, side), _ = self.kinds(data, (rows, cols), "F32")
         rank, bits, packing = data[:_HEAD]

@@ -1,4 +1,4 @@
-"""`order`: rows stored in another order than they are used in. A layer; see `stack`.
+"""The overlay `order` puts rows that were stored in another order back in place.
 
 Row `i` of the matrix is row `place[i]` of what the base decoded. A base under a general-purpose compressor gets smaller
 where like rows are neighbours, which pays in embeddings (rare tokens resemble one another) and hardly in linear layers.
@@ -38,7 +38,7 @@ class Order:
     tag: ClassVar[int] = 40
 
     def encode(self, place: npt.NDArray[np.integer[Any]]) -> bytes:
-        """Bytes of a layer: for every row, which stored row it is (rows,)."""
+        """Encode an overlay from the stored row (rows,) that each row takes."""
         return pack_bits(place, _width(len(place)))
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> Kinds:
@@ -60,7 +60,7 @@ CODER = Order()
 
 
 def by_likeness(codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-    """Rows (rows, cols) in a chain: from the smallest row on always the nearest one left, (rows,) indices.
+    """Chain rows by likeness: start at the smallest row and always take the nearest one left; returns indices (rows,).
 
     Takes time of rows^2 * cols.
     """

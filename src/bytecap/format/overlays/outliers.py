@@ -1,4 +1,4 @@
-"""`outliers`: single weights stored finely, in place of what the base decoded. A layer; see `stack`.
+"""The overlay `outliers` replaces single weights of the base's matrix by finely stored ones.
 
 The irregular control of the structured paths: any weight may be protected, and its position must be paid for, about
 `1.5 + log2(n / k)` bits for `k` of `n`.
@@ -48,7 +48,7 @@ class Outliers:
         size: int,
         scale: npt.NDArray[np.float16] | None = None,
     ) -> bytes:
-        """Bytes of a layer over `size` weights: values (k,) float16, or int8 with `scale` (1,)."""
+        """Encode an overlay over `size` weights: values (k,) as float16, or as int8 with `scale` (1,)."""
         return write_positions(positions, size) + write_values(values, scale)
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> Kinds:
@@ -66,7 +66,7 @@ class Outliers:
         return base
 
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
-        """The protected values (k,)."""
+        """Return the protected values (k,)."""
         positions, at = read_positions(data, 0, shape[0] * shape[1], shared.objects)
         row, column = np.divmod(positions, max(shape[1], 1))
         lengths = np.array([len(positions)])

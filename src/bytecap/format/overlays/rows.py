@@ -1,4 +1,4 @@
-"""`rows`: protected output rows, stored finely, in place of what the base decoded. A layer; see `stack`.
+"""The overlay `rows` replaces some output rows of the base's matrix by finely stored ones.
 
 What `columns` does for inputs, for outputs: rows of an embedding that stand for frequent tokens, or output channels
 with large gradients. `w[rows[c]] = value[c]`, shapes (rows, cols), (k,) and (k, cols).

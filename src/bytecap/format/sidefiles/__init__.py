@@ -1,1 +1,1 @@
-"""Side files (config, tokenizer) as small as they go, byte for byte the same when they come back."""
+"""Pack side files (config, tokenizer) as small as possible and give them back byte for byte."""

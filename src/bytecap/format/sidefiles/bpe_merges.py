@@ -1,4 +1,4 @@
-"""The merges of a byte-pair tokenizer, as the spelling of the tokens they make.
+"""Store the merges of a byte-pair tokenizer as spellings of the tokens that they make.
 
 The byte-pair encoding of a token under the merges before its own says which two parts it joins, so the strings,
 in order, are all there is to write. `_Speller` spells them letter by letter (a letter is a few binary decisions
@@ -37,7 +37,7 @@ _FREQUENT = "\u0120etaoinsrhldcumfpgwybvkx"
 
 @cache
 def _curves() -> tuple[list[int], list[int]]:
-    """Logistic curve and its inverse: squash[d + 2047] of 65,536, stretch[p of 4,096], 256 to a nat."""
+    """Return the logistic curve and its inverse: squash[d + 2047] of 65,536, stretch[p of 4,096], 256 to a nat."""
     fall, odds = 1095225148336, [1 << 40]  # 2**40 * exp(-1 / 256)
     for _ in range(2047):
         odds.append(odds[-1] * fall >> 40)
@@ -99,7 +99,7 @@ class _Coder:
         return bit
 
     def _narrow(self, p: int, bit: int) -> int:
-        """Write `bit`, or read one, whose chance of being 1 is p / 65536."""
+        """Write `bit`, or read one, whose probability of being 1 is p / 65536."""
         span = self.high - self.low
         middle = self.low + (span * p >> 16)
         if self.source is not None:
@@ -120,7 +120,7 @@ class _Coder:
         return bit
 
     def finish(self) -> bytes:
-        """What was written; up to four zeros are implied after the end.
+        """Return the bytes written; up to four zeros are implied after their end.
 
         The first bytes of `low` and `high` differ, so one byte is enough to lie between them.
         """
@@ -128,7 +128,7 @@ class _Coder:
 
 
 def _letters(names: Iterable[str]) -> Any:
-    """Huffman tree over the one-letter names, from a fixed guess of their frequencies."""
+    """Build a Huffman tree over the one-letter names from fixed, guessed frequencies."""
     alphabet = sorted({n for n in names if len(n) == 1}, key=lambda c: (_FREQUENT.find(c) % 99, c))
     heap: list[tuple[int, int, Any]] = [
         (100000 // (8 + i if i < 24 else 3 * i), i, letter) for i, letter in enumerate(alphabet)
@@ -164,7 +164,7 @@ class _Speller:
                 self._walk(tree[bit], [*path, bit])
 
     def _parts(self, text: str) -> list[str]:
-        """Byte-pair encoding of `text` under the merges so far."""
+        """Encode `text` with the merges so far; returns its parts."""
         self.work += len(text) ** 2
         if self.work > _MAX_WORK:
             raise CorruptError("its tokens are too long to be spelled")
@@ -183,7 +183,7 @@ class _Speller:
         return parts
 
     def _cells(self, text: str, last: str, second: bool) -> list[dict[int, list[int]]]:
-        """The counters for what follows `text`, whose last part is `last`."""
+        """Return the counters for the part after `text`, whose last part is `last`."""
         keys = (text[-1:], text[-2:], text[-3:], text[-3:].translate(_LOWER), text[-3:-1], (last, second))
         return [table.setdefault(key, {}) for table, key in zip(self.tables, keys, strict=True)]
 

@@ -1,4 +1,6 @@
-"""What side files usually say, known to writer and reader alike. Part of the format: never change it in place.
+"""The dictionary of common side-file contents, known to writer and reader alike.
+
+It is part of the format and must never be changed in place.
 
 `TEMPLATE` is text in the manner of a Llama-like `config.json`, a `tokenizer_config.json` and a byte-level
 `tokenizer.json`; deflate may refer back to it, so a config that follows custom costs only its numbers.
@@ -105,7 +107,7 @@ _BPE: Any = {
 
 
 def _template() -> bytes:
-    """What deflate may refer back to: the usual keys and values, commonest last. Part of the format."""
+    """Build deflate's preset dictionary of usual keys and values, commonest last; it is part of the format."""
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 324))]
     names = json.dumps(["<|endoftext|>", *letters], ensure_ascii=False, separators=(",", ":"))
     config = re.sub(r"(^|;)(\w+) ", r'\1"\2": ', _CONFIG).replace(";", ",\n  ")

@@ -1,4 +1,4 @@
-"""Side files (config, tokenizer) as small as they go, byte for byte the same when they come back.
+"""Pack side files (config, tokenizer) as small as possible and give them back byte for byte.
 
 A `.bcap` file carries its `config.json` and `tokenizer.json`, and both count against the cap. Brotli does well
 on prose; it does not know that a BPE tokenizer states every token three times (in the vocabulary, in the merge
@@ -51,7 +51,7 @@ _DAMAGE = (ValueError, IndexError, RecursionError, zlib.error, brotli.error)
 
 
 def pack(name: str, content: bytes) -> bytes:
-    """The smallest packing of a side file that gives back exactly these bytes.
+    """Return the smallest packing of a side file that gives back exactly these bytes.
 
     Args:
         name: file name, for messages only.
@@ -74,7 +74,7 @@ def pack(name: str, content: bytes) -> bytes:
 
 
 def most(data: bytes, cap: int = _MOST) -> int:
-    """Bytes that packed data may hold: no bomb is worth a reader's memory (format.md, 7)."""
+    """Return the most bytes that packed data may expand to, which keeps bombs out (format.md, 7)."""
     return min(cap, _SPARE + _PER_BYTE * len(data))
 
 
@@ -104,7 +104,7 @@ def unpack(name: str, data: bytes, *, limit: int | None = None) -> bytes:
 
 
 def _squeeze(content: bytes) -> bytes:
-    """Packing 0, 1 or 3, whichever is smallest."""
+    """Return packing 0, 1 or 3, whichever is smallest."""
     tries: list[bytes] = [
         bytes([_STORED]) + content,
         bytes([_BROTLI]) + brotli.compress(content, quality=11),
@@ -137,7 +137,7 @@ def _release(data: bytes, limit: int) -> bytes:
 
 
 def _unbrotli(body: bytes, limit: int) -> bytes:
-    """Brotli, stopped soon after `limit` bytes."""
+    """Decompress brotli data, stopping soon after `limit` bytes."""
     reader = brotli.Decompressor()
     ration: dict[str, int] = {"output_buffer_limit": _STEP}
     try:
@@ -174,14 +174,14 @@ _NUMBERED, _SPELLED = 0, 1  # first byte of the merges
 
 
 def _render(value: Any, style: int) -> str:
-    """JSON text of a block in a style: layout * 8 + ascii * 4 + nesting depth."""
+    """Write a block as JSON text in a style, which is `layout * 8 + ascii * 4 + nesting depth`."""
     indent, item, colon = _LAYOUTS[(style & 63) >> 3]
     text = json.dumps(value, indent=indent, ensure_ascii=bool(style & 4), separators=(item, colon))
     return text.replace("\n", "\n" + indent * (style & 3)) if indent else text
 
 
 def _style(span: str, value: Any) -> int | None:
-    """The style that writes `value` as `span`, if one does."""
+    """Return the style that writes `value` as `span`, if there is one."""
     last = span.rpartition("\n")[2][:-1]
     for layout, (indent, _, _) in enumerate(_LAYOUTS):
         for low in range(8) if indent else (0, 4):
@@ -202,7 +202,7 @@ _JSON = json.JSONDecoder(parse_float=_refuse, parse_constant=_refuse)
 
 
 def _find(text: str, key: str, opener: str) -> tuple[int, int, Any] | None:
-    """(start, end, value) of the first readable block `"key": <opener>...` in a JSON text."""
+    """Find the first readable block `"key": <opener>...` in a JSON text; returns (start, end, value)."""
     for match in re.finditer(rf'"{key}"\s*:\s*(?=\{opener})', text):
         try:
             value, end = _JSON.raw_decode(text, match.end())
@@ -213,7 +213,7 @@ def _find(text: str, key: str, opener: str) -> tuple[int, int, Any] | None:
 
 
 def _split_merges(value: Any) -> tuple[list[bpe_merges.Merge], int] | None:
-    """Merges as pairs, and `_PAIRS` if the file writes them as lists."""
+    """Split merges into pairs; also returns `_PAIRS` if the file writes them as lists."""
     listed = all(type(m) is list for m in value)
     pairs = [tuple(m) if listed else tuple(m.split(" ")) for m in value if listed or type(m) is str]
     if len(pairs) < len(value) or not all(len(p) == 2 and type(p[0]) is type(p[1]) is str for p in pairs):
@@ -222,7 +222,7 @@ def _split_merges(value: Any) -> tuple[list[bpe_merges.Merge], int] | None:
 
 
 def _dismantle(content: bytes) -> list[bytes]:
-    """All structured packings that seem to apply; `pack` checks them."""
+    """Return all structured packings that seem to apply; `pack` checks them."""
     try:
         text = content.decode()
         found = _find(text, "vocab", "{")
@@ -258,7 +258,7 @@ def _text_part(names: list[str], rest: str) -> bytes:
 
 
 def _cut_merges(text: str, vocab: dict[str, int]) -> tuple[int, int, int, list[bpe_merges.Merge]] | None:
-    """(start, end, style, merges) of a merges block all of whose parts are in the vocabulary."""
+    """Find a merges block whose parts are all in the vocabulary; returns (start, end, style, merges)."""
     found = _find(text, "merges", "[")
     split = _split_merges(found[2]) if found else None
     if found is None or not split or not all(a in vocab and b in vocab for a, b in split[0]):
@@ -268,7 +268,7 @@ def _cut_merges(text: str, vocab: dict[str, int]) -> tuple[int, int, int, list[b
 
 
 def _imply(names: list[str], merges: Sequence[bpe_merges.Merge]) -> tuple[int, list[str]]:
-    """(1 + position of the run of merged tokens, the other names), or (0, names) if they are no such run."""
+    """Leave out merged tokens that form a run: (1 + its position, other names), or (0, all names) if they do not."""
     made = [a + b for a, b in merges]
     head = names.index(made[0]) if made and made[0] in names else -1
     if head < 0 or names[head : head + len(made)] != made:
@@ -331,7 +331,7 @@ def _assemble(data: bytes, limit: int) -> bytes:
 
 
 def _write_pairs(head: int, names: Sequence[str], merges: Sequence[bpe_merges.Merge]) -> bytes:
-    """Token numbers of the parts, most significant bytes first, one plane after the other."""
+    """Write the token numbers of the parts as byte planes, most significant first."""
     number = {n: i for i, n in enumerate(names)}
     if head:
         number |= {a + b: len(names) + i for i, (a, b) in enumerate(merges)}

@@ -1,1 +1,1 @@
-"""Building blocks of sections: bits, integers, indices, lists of positions, and objects that units share."""
+"""Read and write the building blocks of sections: bits, integers, indices, positions, shared objects."""

@@ -1,4 +1,4 @@
-"""Bits in bytes, lowest first (format.md, 6.6): what layers, codebooks, signs and paths are packed with.
+"""Pack bits into bytes, lowest bit first (format.md, 6.6).
 
 >>> data = pack_bits(np.array([1, 2, 3]), 4)
 >>> data.hex(), unpack_bits(data, 3, 4).tolist()
@@ -16,18 +16,18 @@ from bytecap.errors import CorruptError
 
 
 def packed_size(count: int, width: int) -> int:
-    """Bytes that `pack_bits` makes of `count` values."""
+    """Return the bytes that `pack_bits` makes of `count` values."""
     return -(-count * width // 8)
 
 
 def pack_bits(values: npt.NDArray[np.integer[Any]], width: int) -> bytes:
-    """Unsigned values (n,) at `width` bits each, in whole bytes."""
+    """Pack unsigned values (n,) at `width` bits each into whole bytes."""
     bits = (values.astype(np.int64).reshape(-1, 1) >> np.arange(width)) & 1
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
 
 
 def read_bits(data: bytes, count: int) -> npt.NDArray[np.uint8]:
-    """Bits (count,) that fill exactly these bytes.
+    """Read bits (count,) that fill exactly these bytes.
 
     Raises:
         CorruptError: another number of bytes, or bits behind the last one that are not 0.
@@ -41,7 +41,7 @@ def read_bits(data: bytes, count: int) -> npt.NDArray[np.uint8]:
 
 
 def unpack_bits(data: bytes, count: int, width: int) -> npt.NDArray[np.int64]:
-    """Values (count,) of exactly the bytes that `pack_bits` gave; errors as `read_bits`."""
+    """Unpack values (count,) from exactly the bytes that `pack_bits` made; raises as `read_bits`."""
     bits = read_bits(data, count * width)
     values = np.zeros(count, np.int64)
     for i in range(width):

@@ -1,4 +1,4 @@
-"""Codebook entries and their indices, as `codebook`, `latent` and `binary` store them (docs/format.md, 6.16).
+"""Read and write codewords and indices as `codebook`, `latent` and `binary` store them (docs/format.md, 6.16).
 
 Indices are packed at `ceil(log2 n)` bits, or their high parts are entropy coded with a table kept in the section and
 only the low parts are packed. Writers number codewords by falling use, so that codewords with equal high parts are
@@ -45,7 +45,7 @@ class SharedTable:
 
 
 def width_of(n: int) -> int:
-    """Bits of an index below `n`.
+    """Return the bits of an index below `n`.
 
     >>> width_of(1), width_of(2), width_of(3), width_of(256)
     (0, 1, 2, 8)
@@ -54,7 +54,7 @@ def width_of(n: int) -> int:
 
 
 def by_use(indices: IntArray, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(order, renumbered indices): codewords by falling use; `order[new]` is the old number."""
+    """Renumber codewords by falling use; returns (order, indices), where `order[new]` is the old number."""
     order = np.argsort(-np.bincount(indices.reshape(-1), minlength=n), kind="stable")
     place = np.empty(n, np.int64)
     place[order] = np.arange(n)
@@ -62,7 +62,7 @@ def by_use(indices: IntArray, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArra
 
 
 def _coded(flat: IntArray, n: int, low: int) -> tuple[float, npt.NDArray[np.int64]]:
-    """(bytes that indices take, frequencies of their high parts) with `low` packed bits; the bytes are estimated."""
+    """Estimate indices with `low` packed bits; returns (bytes, frequencies of the high parts)."""
     counts = np.bincount(flat >> low, minlength=((n - 1) >> low) + 1)
     freq = integer_frequencies(np.append(counts, 0.0))
     bits = float(counts @ (PROB_BITS - np.log2(freq[:-1])))
@@ -71,7 +71,7 @@ def _coded(flat: IntArray, n: int, low: int) -> tuple[float, npt.NDArray[np.int6
 
 
 def write_indices(indices: IntArray, n: int, *, coded: bool = True, shared: SharedTable | None = None) -> bytes:
-    """Indices (count,) below `n`: the shortest form, or the packed one.
+    """Write indices (count,) below `n` in their shortest form, or packed.
 
     Args:
         indices: best numbered by falling use, see `by_use`.
@@ -93,14 +93,14 @@ def write_indices(indices: IntArray, n: int, *, coded: bool = True, shared: Shar
 
 
 def _stream(flat: IntArray, low: int, freq: npt.NDArray[np.int64]) -> bytes:
-    """High parts behind their length, then the packed low parts."""
+    """Write the high parts behind their length, then the packed low parts."""
     high = (flat >> low).astype(np.int32)
     stream = encode(high, np.ones(len(high), np.uint8), Tables({1: Table(0, freq)}))
     return leb(len(stream)) + stream + pack_bits(flat & ((1 << low) - 1), low)
 
 
 def indices_size(indices: IntArray, n: int, *, coded: bool = True) -> int:
-    """Estimated length of what `write_indices` gives for indices numbered by falling use."""
+    """Estimate the length of `write_indices` for indices that are numbered by falling use."""
     flat = indices.reshape(-1).astype(np.int64)
     sizes = [_coded(flat, n, low)[0] + 5 for low in range(width_of(n)) if (n - 1) >> low < MAX_TABLE and coded]
     return int(min([1 + packed_size(len(flat), width_of(n)), *sizes]))
@@ -118,7 +118,7 @@ class _Parsed:
 
 
 def parse_indices(data: bytes, count: int, n: int) -> _Parsed:
-    """What all of `data` holds."""
+    """Parse indices that fill all of `data`."""
     if not data:
         raise CorruptError("a section ends in front of its indices")
     if data[0] == 0:
@@ -142,13 +142,13 @@ def parse_indices(data: bytes, count: int, n: int) -> _Parsed:
 
 
 def index_kinds(data: bytes, count: int, n: int) -> tuple[tuple[str, int], ...]:
-    """Ledger kinds of what `write_indices` gave."""
+    """Return the ledger kinds of the bytes that `write_indices` made."""
     p = parse_indices(data, count, n)
     return (("table" if p.table is not None else "header", p.head), ("payload", len(p.stream) + len(p.packed)))
 
 
 def read_indices(data: bytes, count: int, n: int, objects: Objects) -> Decoding:
-    """Indices (count,) int32 below `n`; a generator like a coder's, which asks for at most one stream."""
+    """Read int32 indices (count,) below `n`; a generator like a coder's that asks for at most one stream."""
     p = parse_indices(data, count, n)
     table = p.table
     if p.number is not None:
@@ -167,7 +167,7 @@ def read_indices(data: bytes, count: int, n: int, objects: Objects) -> Decoding:
 
 
 def write_numbers(values: FloatArray, *, byte: bool) -> bytes:
-    """Numbers as f16, or as an f16 scale and one signed byte each.
+    """Write numbers as f16, or as an f16 scale and one signed byte each.
 
     Raises:
         ValueError: a number is not finite, or too large for f16.
@@ -188,12 +188,12 @@ def write_numbers(values: FloatArray, *, byte: bool) -> bytes:
 
 
 def numbers_size(count: int, *, byte: bool) -> int:
-    """Bytes that `write_numbers` makes of `count` numbers."""
+    """Return the bytes that `write_numbers` makes of `count` numbers."""
     return 2 + count if byte else 2 * count
 
 
 def read_numbers(data: bytes, count: int, *, byte: bool) -> FloatArray:
-    """Float32 numbers (count,) of the first bytes of `data`.
+    """Read float32 numbers (count,) from the first bytes of `data`.
 
     Raises:
         CorruptError: too few bytes, or a number that is not finite.

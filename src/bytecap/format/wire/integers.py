@@ -1,4 +1,4 @@
-"""Blocks that `fixed` and `companded` sections are made of: integers of nominal widths, and 16-bit floats.
+"""Read and write the blocks of `fixed` and `companded` sections: integers of nominal widths, 16-bit floats.
 
 Both exist in two forms. *As published* is what papers count: every integer takes its nominal width in bits, every
 float two bytes. *Coded* holds the same values behind the entropy coder, tables included, so that the difference
@@ -37,19 +37,19 @@ Widths = npt.NDArray[np.uint8]
 
 
 def _planes(widths: Widths) -> list[int]:
-    """Bytes of every bit plane."""
+    """Return the bytes of every bit plane."""
     return [-(-int(np.count_nonzero(widths > p)) // 8) for p in range(int(widths.max(initial=0)))]
 
 
 def _flat(width: int) -> Table:
-    """All `2^width` values alike; the last one lends the escape its 1."""
+    """Return a table of `2^width` equal values, whose last one gives the escape its 1."""
     freq = np.append(np.full(1 << width, 1 << (PROB_BITS - width)), 1)
     freq[-2] -= 1
     return Table(0, freq)
 
 
 def _fitted(values: npt.NDArray[np.integer[Any]], width: int) -> tuple[bytes, Table]:
-    """Stored and live table of the values of one width: a fitted one, or the flat one where that is shorter."""
+    """Return the stored and the live table of the values of one width, fitted or, where that is shorter, flat."""
     counts = np.bincount(values, minlength=1 << width).astype(np.float64)
     low, high = int(values.min()), int(values.max())
     inside = counts[low : high + 1]
@@ -60,7 +60,7 @@ def _fitted(values: npt.NDArray[np.integer[Any]], width: int) -> tuple[bytes, Ta
 
 
 def _stream(symbols: npt.NDArray[np.integer[Any]], classes: Widths, tables: Tables, *, estimate: bool) -> bytes:
-    """A stream, or zeros of about its length, which is many times faster to know."""
+    """Encode a stream, or return zeros of about its length, which is many times faster."""
     if not estimate:
         return encode(symbols, classes, tables)
     return bytes(math.ceil(tables.bits(symbols, classes) / 8) + 2 * lanes(len(symbols)) + 3) if len(symbols) else b""
@@ -69,7 +69,7 @@ def _stream(symbols: npt.NDArray[np.integer[Any]], classes: Widths, tables: Tabl
 def write_integers(
     values: npt.NDArray[np.integer[Any]], widths: Widths, *, coded: bool, estimate: bool = False
 ) -> bytes:
-    """A block of integers (n,), each in `0 .. 2^width - 1` of its width (n,) from 0 to 8.
+    """Write a block of integers (n,), each below 2^width for its width (n,) from 0 to 8.
 
     With `estimate` a coded block is zeros of about the right length.
     """
@@ -111,7 +111,7 @@ class Integers:
 
     @staticmethod
     def parse(data: bytes, at: int, widths: Widths, *, coded: bool) -> tuple[Integers, int]:
-        """The block that begins at `at`, and where it ends."""
+        """Parse the block that begins at `at`; returns it and its end."""
         tables = dict[int, Table]()
         if coded:
             for width in np.flatnonzero(np.bincount(widths, minlength=1)[1:]) + 1:
@@ -146,7 +146,7 @@ class Integers:
 
 
 def _exact_size(values: npt.NDArray[np.float16]) -> int:
-    """About the length of an `exact` section of 16-bit floats."""
+    """Estimate the length of an `exact` section of 16-bit floats."""
     size = 0
     for plane in values.astype("<f2").reshape(-1, 1).view(np.uint8).T:
         counts = np.bincount(plane)[int(plane.min(initial=0)) :].astype(np.float64)
@@ -158,7 +158,7 @@ def _exact_size(values: npt.NDArray[np.float16]) -> int:
 
 
 def write_halves(values: npt.NDArray[np.float16], *, coded: bool, estimate: bool = False) -> bytes:
-    """A block of finite float16 values, in the order of the array.
+    """Write a block of finite float16 values in the order of the array.
 
     With `estimate` a coded block is zeros of about the right length.
     """
@@ -182,7 +182,7 @@ class Halves:
 
     @staticmethod
     def parse(data: bytes, at: int, count: int, *, coded: bool) -> tuple[Halves, int]:
-        """The block that begins at `at`, and where it ends."""
+        """Parse the block that begins at `at`; returns it and its end."""
         length = 2 * count
         if coded:
             length, at = read_leb(data, at)

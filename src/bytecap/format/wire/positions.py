@@ -1,4 +1,4 @@
-"""What layers share: lists of positions, protected values, bits and packed bytes (format.md, 6.6).
+"""Read and write the parts that overlays share: positions, protected values, packed bytes (format.md, 6.6).
 
 Positions are stored in whichever of four ways is smallest; a byte says which. At `n` places of which `k` are listed
 the costs are about `n / 8` bytes (bitmap), `k` (gaps, while they are below 128), `k (1.5 + log2(n / k)) / 8` (Rice
@@ -38,13 +38,13 @@ Kinds = tuple[tuple[str, int], ...]
 
 
 def pack(raw: bytes) -> tuple[int, bytes]:
-    """(packing, bytes): 0 as they are, 1 brotli where that is smaller."""
+    """Pack bytes; returns (0, the bytes as they are) or (1, brotli) where that is smaller."""
     packed = bytes(brotli.compress(raw, quality=11, lgwin=_WINDOW))
     return (1, packed) if len(packed) < len(raw) else (0, raw)
 
 
 def unpack(packing: int, data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes from `pack`."""
+    """Unpack exactly `size` bytes that `pack` made."""
     if packing == 1:
         return expand_brotli(data, size)
     if packing != 0 or len(data) != size:
@@ -53,7 +53,7 @@ def unpack(packing: int, data: bytes, size: int) -> bytes:
 
 
 def take(data: bytes, at: int, size: int) -> bytes:
-    """`size` bytes from `at`."""
+    """Take `size` bytes from `at`."""
     if size > len(data) - at:
         raise CorruptError(f"a layer needs {size} bytes, {len(data) - at} are left")
     return data[at : at + size]
@@ -63,7 +63,7 @@ def take(data: bytes, at: int, size: int) -> bytes:
 
 
 def write_positions(positions: npt.NDArray[np.integer[Any]], size: int) -> bytes:
-    """Rising positions below `size`, in the smallest of the four ways."""
+    """Write rising positions below `size` in the shortest of four forms."""
     listed = positions.astype(np.int64)
     if len(listed) and not (listed[0] >= 0 and listed[-1] < size and (np.diff(listed) > 0).all()):
         raise ValueError(f"positions must rise and lie below {size}")
@@ -81,7 +81,7 @@ def write_positions(positions: npt.NDArray[np.integer[Any]], size: int) -> bytes
 
 
 def _rice(gaps: IntArray, width: int) -> bytes:
-    """Low bits of all gaps, then the high parts in unary, under the best parameter."""
+    """Write gaps as a Rice code with the best parameter: all low bits, then the high parts in unary."""
     cost = [len(gaps) * (p + 1) + int((gaps >> p).sum()) for p in range(width + 1)]
     p = int(np.argmin(cost))
     ends = np.cumsum((gaps >> p) + 1)
@@ -91,13 +91,13 @@ def _rice(gaps: IntArray, width: int) -> bytes:
 
 
 def refer_positions(data: bytes, at: int, size: int, number: int) -> tuple[bytes, int]:
-    """(a reference to a shared list in place of the block of positions from `at`, place behind that block)."""
+    """Replace the block of positions at `at` by a reference to a shared list; returns it and the block's end."""
     index, end = read_positions(data, at, size, Objects())
     return leb(len(index)) + bytes([LISTED]) + leb(number), end
 
 
 def count_positions(data: bytes, at: int, size: int) -> tuple[int, int]:
-    """(number of positions, place behind the block), shared lists left alone."""
+    """Return (number of positions, the block's end) without reading shared lists."""
     count, begin = read_leb(data, at)
     if count > size:
         raise CorruptError(f"a layer lists {count} of {size} places")
@@ -107,7 +107,7 @@ def count_positions(data: bytes, at: int, size: int) -> tuple[int, int]:
 
 
 def read_positions(data: bytes, at: int, size: int, objects: Objects) -> tuple[IntArray, int]:
-    """(rising positions below `size`, place behind the block)."""
+    """Read rising positions below `size`; returns them and the block's end."""
     count, at = read_leb(data, at)
     mode, at = take(data, at, 1)[0], at + 1
     if count > size or (mode != LISTED and count > 8 * len(data) + 1):  # the other ways take a bit for each
@@ -140,7 +140,7 @@ def read_positions(data: bytes, at: int, size: int, objects: Objects) -> tuple[I
 
 
 def _read_gaps(data: bytes, at: int, count: int) -> tuple[IntArray, int]:
-    """`count` LEB128 integers."""
+    """Read `count` LEB128 integers."""
     window = np.frombuffer(data, np.uint8)[at : at + 9 * count]
     ends = np.flatnonzero(window < 128)[:count]
     starts = np.concatenate([np.zeros(min(len(ends), 1), np.int64), ends[:-1] + 1])
@@ -155,7 +155,7 @@ def _read_gaps(data: bytes, at: int, count: int) -> tuple[IntArray, int]:
 
 
 def _read_rice(data: bytes, at: int, count: int, size: int) -> tuple[IntArray, int]:
-    """`count` Rice-coded integers."""
+    """Read `count` Rice-coded integers."""
     p, at = take(data, at, 1)[0], at + 1
     if p > max(size - 1, 0).bit_length():
         raise CorruptError(f"a layer declares {p} low bits for {size} places")
@@ -175,7 +175,7 @@ def _read_rice(data: bytes, at: int, count: int, size: int) -> tuple[IntArray, i
 
 
 def write_values(values: npt.NDArray[Any], scales: npt.NDArray[np.float16] | None = None) -> bytes:
-    """Values to the end of a layer: float16 of any shape, or int8 codes with the scales of their vectors."""
+    """Write the values at the end of an overlay: float16 of any shape, or int8 codes with a scale per vector."""
     side = b"" if scales is None else scales.astype("<f2").tobytes()
     if scales is None:
         halves = np.ascontiguousarray(values.reshape(-1), "<f2")
@@ -187,7 +187,7 @@ def write_values(values: npt.NDArray[Any], scales: npt.NDArray[np.float16] | Non
 
 
 def rewrite_values(data: bytes, at: int, lengths: IntArray, values: FloatArray) -> bytes:
-    """A layer with other values from `at` to its end, at the precision of those it has."""
+    """Replace an overlay's values from `at` to its end, at the precision they have."""
     if data[at] == HALF:
         return data[:at] + write_values(values.astype(np.float16))
     starts = np.cumsum(lengths) - lengths
@@ -198,7 +198,7 @@ def rewrite_values(data: bytes, at: int, lengths: IntArray, values: FloatArray) 
 
 
 def split_values(data: bytes, at: int, vectors: int) -> Kinds:
-    """Header, scales and payload of the values from `at`."""
+    """Split the values from `at` into header, scales and payload."""
     precision = take(data, at, 2)[0]
     if precision not in (HALF, BYTE):
         raise CorruptError(f"a layer declares values of the unknown precision {precision}")
@@ -208,7 +208,7 @@ def split_values(data: bytes, at: int, vectors: int) -> Kinds:
 
 
 def read_values(data: bytes, at: int, lengths: IntArray) -> FloatArray:
-    """Values of vectors of these lengths, one after the other: float32 (sum of lengths,)."""
+    """Read vectors of these lengths, one after the other, as float32 (sum of lengths,)."""
     _, (_, side), (_, payload) = split_values(data, at, len(lengths))
     precision, packing, total = data[at], data[at + 1], int(lengths.sum())
     raw = unpack(packing, data[len(data) - payload :], total * (1 if precision == BYTE else 2))

@@ -1,4 +1,4 @@
-"""Shared objects: what several units of a file refer to by number, stored once (docs/format.md, 5.3).
+"""Store objects once that several units of a file refer to by number (docs/format.md, 5.3).
 
 Four kinds: a `codebook` (`format/coders/codebook.py`, `latent.py`), a `decoder` of latents, a `list` of positions
 (layers over one residual stream), a `table` of indices. Each is a section of its own, so each has its checksum and its
@@ -39,22 +39,22 @@ REFERENCE = 3  # bytes of a layer's reference to a list of less than 128 positio
 
 
 def write_codebook(words: FloatArray, *, byte: bool) -> bytes:
-    """An object of codewords (n, g), as f16 or signed bytes."""
+    """Write an object of codewords (n, g), as f16 or signed bytes."""
     return bytes([1, words.shape[1], byte]) + leb(len(words)) + write_numbers(words, byte=byte)
 
 
 def write_shared_decoder(decoder: Decoder, bits: int) -> bytes:
-    """An object that holds a decoder of latents at 6 to 8 bits a weight."""
+    """Write an object that holds a decoder of latents, at 6 to 8 bits a weight."""
     return b"\x02" + write_decoder(decoder, bits)
 
 
 def write_list(index: npt.NDArray[np.integer[Any]], size: int) -> bytes:
-    """An object of rising positions below `size`."""
+    """Write an object of rising positions below `size`."""
     return b"\x03" + leb(size) + write_positions(index, size)
 
 
 def write_table(freq: npt.NDArray[np.int64]) -> bytes:
-    """An object of frequencies (m + 1,) with sum 2^14; the last one, the escape's, is not stored."""
+    """Write an object of frequencies (m + 1,) with sum 2^14; the last one, the escape's, is not stored."""
     return b"\x04" + leb(len(freq) - 1) + b"".join(leb(int(f)) for f in freq[:-1])
 
 
@@ -77,7 +77,7 @@ def _list(data: bytes) -> tuple[tuple[int, IntArray], int]:
 
 
 def read_object(data: bytes) -> tuple[str, Any]:
-    """(kind, value) of a shared object's section.
+    """Read a shared object's section; returns (kind, value).
 
     The value is codewords (n, g), a `Decoder`, (limit, positions), or a `Table`.
 
@@ -106,7 +106,7 @@ def read_object(data: bytes) -> tuple[str, Any]:
 
 
 def load_objects(sections: Sequence[bytes]) -> Objects:
-    """All shared objects of a file; the message of an error names the object."""
+    """Read all shared objects of a file; an error's message names the object."""
     items = []
     for number, data in enumerate(sections):
         try:
@@ -117,7 +117,7 @@ def load_objects(sections: Sequence[bytes]) -> Objects:
 
 
 def describe(data: bytes) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """(kind, ledger kinds) of a shared object's section: a byte of header, then the rest."""
+    """Return (kind, ledger kinds) of a shared object's section."""
     kind, _ = read_object(data)
     return kind, (("header", 1), (_KINDS[kind], len(data) - 1))
 
@@ -126,7 +126,7 @@ def describe(data: bytes) -> tuple[str, tuple[tuple[str, int], ...]]:
 
 
 def _place(tag: int, part: bytes, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """(where a layer's own list begins, its limit); None for layers without one."""
+    """Return where an overlay's own list begins, and its limit; None for overlays without a list."""
     begin, size = {
         COLUMNS.tag: (0, shape[1]), ROWS.tag: (0, shape[0]), OUTLIERS.tag: (0, shape[0] * shape[1]),
     }.get(tag, (-1, 0))  # fmt: skip
@@ -138,7 +138,7 @@ def _place(tag: int, part: bytes, shape: tuple[int, int]) -> tuple[int, int] | N
 
 
 def _referring(data: bytes, shape: tuple[int, int], numbers: dict[bytes, int]) -> bytes:
-    """A stack whose layers refer to the lists in `numbers`, which are objects by their bytes."""
+    """Make a stack's overlays refer to the lists in `numbers`, which gives an object's number by its bytes."""
     (base, _, body), *layers = STACK.parts(data)
     found = []
     for tag, _, part in layers:
@@ -155,7 +155,7 @@ def _referring(data: bytes, shape: tuple[int, int], numbers: dict[bytes, int]) -
 def share_lists(
     stacks: Mapping[str, tuple[tuple[int, int], bytes]], objects: Sequence[bytes] = ()
 ) -> tuple[dict[str, bytes], tuple[bytes, ...]]:
-    """Store lists of positions that several layers have in common once, where that is smaller.
+    """Store lists of positions that several overlays have in common once, where that is smaller.
 
     Args:
         stacks: (rows, cols) and `stack` section by unit name.

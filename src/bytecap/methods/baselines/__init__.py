@@ -1,1 +1,1 @@
-"""Baselines: methods as published or as people use them, under the same cap, container and evaluation."""
+"""Run baselines, methods as published or in use, under the same cap, container and evaluation."""

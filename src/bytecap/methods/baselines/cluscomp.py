@@ -1,4 +1,4 @@
-"""`--method cluscomp`: codebooks by k-means, codes frozen, codebooks tuned block by block. After ClusComp.
+"""`--method cluscomp` makes codebooks by k-means, freezes codes, and tunes codebooks block by block, after ClusComp.
 
 Every matrix is cut into vectors of `g` neighbouring weights of a row, which k-means maps to `n` codewords. Then the
 codes stay as they are and the *codewords* are tuned, one block after the other, until the block's output comes close
@@ -103,7 +103,7 @@ def check(material: Material, n: int, g: int) -> None:
 
 
 def settings(material: Material, rate: float, options: dict[str, Any]) -> list[Setting]:
-    """Settings to measure, about `rate` bits a weight and never more than half the tensor for a codebook."""
+    """Return settings near `rate` bits a weight whose codebooks take at most half the tensor."""
     found = []
     values, cols = material.weight.numel(), material.weight.shape[1]
     for g in (options["g"],) if options["g"] else DIMENSIONS:
@@ -126,12 +126,12 @@ def settings(material: Material, rate: float, options: dict[str, Any]) -> list[S
 
 
 def book_bytes(n: int, g: int, options: dict[str, Any]) -> int:
-    """Bytes of a codebook."""
+    """Return the bytes of a codebook."""
     return n * g * (1 if options["accounting"] == "coded" else 2)
 
 
 def curve(material: Material, rate: float, options: dict[str, Any], seed: int) -> Curve:
-    """Estimated points of a matrix: from samples, and for many codewords from the slope of fewer ones."""
+    """Estimate points of a matrix from samples, and for many codewords from the slope of fewer ones."""
     coded, measured = options["accounting"] == "coded", dict[Setting, Point]()
     seen: dict[Setting, tuple[float, float]] = {}
     for s in settings(material, rate, options):
@@ -152,7 +152,7 @@ def curve(material: Material, rate: float, options: dict[str, Any], seed: int) -
 
 
 def _sampled(material: Material, s: Setting, seed: int) -> tuple[float, float]:
-    """(squared error of the matrix, entropy of an index in bits), from vectors that the codewords have not seen."""
+    """Estimate (squared error, bits of an index) from vectors that the codewords have not seen."""
     generator = torch.Generator().manual_seed(seed)
     few = sampled(material.weight, generator, max(2 * _SAMPLE * s.n * s.g, 4096))
     vectors = kmeans.vectors_of(few, s.g)
@@ -166,7 +166,7 @@ def _sampled(material: Material, s: Setting, seed: int) -> tuple[float, float]:
 
 
 def _between(measured: dict[Setting, Point]) -> list[Point]:
-    """Points between neighbouring powers of two, on straight lines of rate and log distortion over log n."""
+    """Interpolate points between powers of two, with rate and log distortion straight over log n."""
     found: dict[Setting, Point] = {}
     for s, low in measured.items():
         high = measured.get(Setting(2 * s.n, s.g))
@@ -183,7 +183,7 @@ def _between(measured: dict[Setting, Point]) -> list[Point]:
 
 
 def _vector_weights(material: Material, g: int) -> Tensor:
-    """Importance of every vector: the row's times the mean of its columns'."""
+    """Return the importance of every vector: that of its row times the mean of its columns'."""
     full = material.rows[:, None] * material.columns[None]
     return kmeans.vectors_of(full, g).mean(1)
 
@@ -232,7 +232,7 @@ class ClusComp:
         return Coded(size, material.distortion(values.to(material.weight.device)), book)
 
     def section(self, material: Material, kept: Codebook | Common) -> Section:
-        """A matrix's bytes."""
+        """Return a matrix's section."""
         if isinstance(kept, Common):
             n, g = kept.words.shape
             return Section(CODER.tag, CODER.encode_shared(kept.indices, (n, g), 0, kept.scale, coded=self.coded))
@@ -243,7 +243,7 @@ class ClusComp:
         return shared_codewords.BASE if setting >= shared_codewords.BASE else Setting.of(setting).g
 
     def common(self, materials: Sequence[Material], system: shared_codewords.System) -> list[Curve]:
-        """Points of every matrix in the system's codewords, what is shared left out."""
+        """Return points of every matrix in the system's codewords, without the cost of shared objects."""
         n, g = system.words.shape
         found = []
         for m in materials:
@@ -258,7 +258,7 @@ class ClusComp:
 
 
 def part(material: Material, book: Codebook | Common, words: Tensor | None = None) -> Part:
-    """The codebook, or the scale of a shared one, as something to tune; `words` (n, g) may be tuned by the caller."""
+    """Return the codebook, or the scale of a shared one, as a tunable part; `words` (n, g) are the current values."""
     device = material.weight.device
     if isinstance(book, Common):
         rows, cols = material.unit.matrix_shape
@@ -275,7 +275,7 @@ def part(material: Material, book: Codebook | Common, words: Tensor | None = Non
 
 
 def run(job: Job) -> Outcome:
-    """Codebooks under the cap, then recovery."""
+    """Choose codebooks under the cap, then tune them."""
     options = option(job.options, OPTIONS, "cluscomp")
     materials, stored = prepare(job)
     if options["n"] and options["g"]:
@@ -316,7 +316,7 @@ def run(job: Job) -> Outcome:
 
 
 def _tuned(section: Section, part: Part, kept: Codebook | Common) -> Section:
-    """A section with what recovery made of its codewords or its scale."""
+    """Return a section with its tuned codewords or scale."""
     found = part.tensors[0].detach().cpu().numpy()
     if isinstance(kept, Common):
         return Section(CODER.tag, CODER.with_scale(section.data, part.unit.matrix_shape, float(found[0])))

@@ -1,4 +1,4 @@
-"""`--method golf`: the quantizer of the Parameter Golf records. The partner to beat.
+"""`--method golf` is the quantizer of the Parameter Golf records, the strongest baseline.
 
 Linear layers go through GPTQ with act-order and 1% damping; the step of a row is `k std(row) / 31`, stored as an
 fp16 scale; integers are unbounded and brotli-11 packs them. Embeddings, and matrices without a Hessian, are rounded
@@ -77,7 +77,7 @@ _SORTED_ROWS = 16_384  # sorting takes time of the square
 
 @dataclass(frozen=True)
 class Factor:
-    """What GPTQ needs of a Hessian.
+    """The factors of a Hessian that GPTQ needs.
 
     Attributes:
         upper: float32 (cols, cols), upper triangular U with U^T U = (H + damping)^-1, columns in rounding order.
@@ -111,7 +111,7 @@ def factorize(hessian: Tensor, damping: float = DAMPING, last: Sequence[int] = (
 
 
 def row_steps(weight: Tensor, k: float, levels: int = LINEAR_LEVELS) -> Tensor:
-    """Steps `k std(row) / levels` of weights (rows, cols), float16 (rows,).
+    """Return the steps `k std(row) / levels` of weights (rows, cols), float16 (rows,).
 
     A row without spread takes its magnitude instead; a step is never so fine that codes outgrow two bytes.
     """
@@ -138,12 +138,12 @@ def _quantized(codes: Tensor, steps: Tensor) -> Quantized:
 
 
 def round_nearest(weight: Tensor, steps: Tensor) -> Quantized:
-    """Nearest integers of weights (rows, cols) at fp16 steps (rows,)."""
+    """Round weights (rows, cols) to the nearest integers at fp16 steps (rows,)."""
     return _quantized(_codes(weight, _inverse(steps.float())[:, None]), steps)
 
 
 def gptq(weight: Tensor, factor: Factor, steps: Tensor) -> Quantized:
-    """Integers of weights (rows, cols) at fp16 steps (rows,), every column's error fed back to the later ones."""
+    """Round weights (rows, cols) at fp16 steps (rows,), feeding every column's error back to the later ones."""
     most = torch.tensor(float(MAX_CODE))
     return _quantized(feedback(weight, factor, steps.float(), -most, most)[0], steps)
 
@@ -151,7 +151,7 @@ def gptq(weight: Tensor, factor: Factor, steps: Tensor) -> Quantized:
 def feedback(
     weight: Tensor, factor: Factor, step: Tensor, low: Tensor, high: Tensor, kept: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ's loop over columns in the factor's order.
+    """Run GPTQ's loop over columns in the factor's order.
 
     With U from `factor`, column j's error `e = (w_j - q_j) / U_jj` is taken off the later columns as `e U_jk`:
     inside a block of columns at once, beyond it in one matrix product per block.
@@ -188,7 +188,7 @@ def feedback(
 
 
 def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:
-    """Bytes of integers under an ideal coder of their own histogram."""
+    """Return the bytes of integers under an ideal coder of their own histogram."""
     wide = codes.reshape(-1).astype(np.int32)
     counts = np.bincount(wide - wide.min(initial=0)).astype(np.float64)
     counts = counts[counts > 0]
@@ -196,19 +196,19 @@ def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:
 
 
 def with_brotli(matrix: Quantized) -> Section:
-    """A `packed` section under brotli-11."""
+    """Return a `packed` section under brotli-11."""
     return Section(CODER.tag, CODER.encode(matrix, BROTLI))
 
 
 def sorted_rows(matrix: Quantized) -> Section:
-    """`packed` under brotli-11, like rows next to one another, and the permutation that takes them back."""
+    """Return a `packed` section under brotli-11 with similar rows together, and the permutation back."""
     chain = by_likeness(matrix.codes)
     base = with_brotli(Quantized(matrix.codes[chain], matrix.scales[chain]))
     return Section(STACK.tag, STACK.encode((base.tag, base.data), [(ORDER.tag, ORDER.encode(np.argsort(chain)))]))
 
 
 def smallest(matrix: Quantized) -> Section:
-    """The smallest of `packed` under brotli-11, `bands`, and sorted rows where rows may resemble one another."""
+    """Return the smallest of `packed` under brotli-11, `bands`, and, where rows may be alike, sorted rows."""
     plain, banded = with_brotli(matrix), Section(BANDS.tag, BANDS.encode(matrix))
     found = [plain, banded]
     rows, cols = matrix.codes.shape
@@ -239,7 +239,7 @@ class Search:
     overhead: float = 1.01
 
     def quantize(self, name: str, k: float, stride: int = 1) -> Quantized:
-        """One matrix, or every `stride`-th row of it, at `k`."""
+        """Quantize one matrix, or every `stride`-th row of it, at `k`."""
         weight = self.weights[name][::stride]
         if name in self.factors:
             return gptq(weight, self.factors[name], row_steps(weight, k))
@@ -247,7 +247,7 @@ class Search:
         return round_nearest(weight, row_steps(weight, k_embedding, EMBEDDING_LEVELS))
 
     def estimate(self, k: float) -> float:
-        """Bytes of all sections at `k`, before calibration."""
+        """Estimate the bytes of all sections at `k`, before calibration."""
         size = 0.0
         for name, weight in self.weights.items():
             stride = max(1, len(weight) // _SAMPLE_ROWS)
@@ -256,7 +256,7 @@ class Search:
         return size
 
     def solve(self, target: float, start: float) -> float:
-        """The `k` whose estimated size is `target` bytes, within 0.05%, or the nearest end of the range."""
+        """Solve for the `k` whose estimated size is `target` bytes within 0.05%, or take the range's nearest end."""
         fine, coarse = math.log(_FINEST), math.log(_COARSEST)
         slope = -sum(w.numel() for w in self.weights.values()) / (8 * math.log(2))  # bytes per e-fold, at high rate
         x = min(max(math.log(start), fine), coarse)
@@ -275,14 +275,14 @@ class Search:
         return math.exp(x)
 
     def measure(self, k: float) -> dict[str, Measured]:
-        """Real sections at `k`; calibrates the estimate."""
+        """Code real sections at `k`, and calibrate the estimate on them."""
         found = measure({n: self.quantize(n, k) for n in self.weights}, self.write)
         self.overhead = total(found) / max(1.0, self.estimate(k))
         return found
 
 
 def _bracket(search: Search, room: int, report: Progress) -> tuple[dict[str, Measured], dict[str, Measured], float]:
-    """Real codings that fit `room` bytes and that do not, at most 3% apart in `k`, and the finer `k`.
+    """Bracket `room` bytes by real codings at most 3% apart in `k`; returns both and the finer `k`.
 
     The second is empty if the finest `k` fits.
 
@@ -326,7 +326,7 @@ def golf(
     coder: str = "best",
     residual: Residual | None = None,
 ) -> dict[str, Section]:
-    """Sections of all units by the record-shaped quantizer, in at most `capacity` bytes.
+    """Code all units with the record-shaped quantizer in at most `capacity` bytes.
 
     Args:
         units: of the model.

@@ -1,4 +1,4 @@
-"""k-means for codebooks: Lloyd's iterations from a sample of the vectors, in chunks, on any device.
+"""Run k-means for codebooks: Lloyd's iterations from a sample of the vectors, in chunks, on any device.
 
 Codewords that lose all their vectors move to the vectors that are served worst. Sums are over weights `(n,)` if they
 are given, so that vectors that matter pull harder. Source: Lloyd 1982; weighting as in SqueezeLLM (arXiv:2306.07629).
@@ -21,7 +21,7 @@ _WORK = 1 << 27  # distances in one iteration
 
 
 def assign(vectors: Tensor, words: Tensor) -> Tensor:
-    """Nearest codeword of every vector: (count,) int64 from (count, g) and (n, g)."""
+    """Assign vectors (count, g) to their nearest codewords (n, g); returns int64 (count,)."""
     half = words.square().sum(1) / 2
     step = max(1, _CHUNK // max(1, len(words)))
     found = [torch.addmm(half, part, words.T, alpha=-1).argmin(1) for part in vectors.split(step)]
@@ -29,7 +29,7 @@ def assign(vectors: Tensor, words: Tensor) -> Tensor:
 
 
 def centres(vectors: Tensor, index: Tensor, n: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(means (n, g), weight of each (n,)) of the vectors by codeword."""
+    """Return the mean (n, g) and the weight (n,) of the vectors of every codeword."""
     w = torch.ones(len(vectors), dtype=vectors.dtype, device=vectors.device) if weights is None else weights
     sums = torch.zeros(n, vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     sums.index_add_(0, index, vectors * w[:, None])
@@ -46,7 +46,7 @@ def fit(
     start: Tensor | None = None,
     iterations: int = ITERATIONS,
 ) -> Tensor:
-    """Codewords (n, g) for vectors (count, g).
+    """Fit codewords (n, g) to vectors (count, g).
 
     Args:
         vectors: float32.
@@ -85,7 +85,7 @@ def quantize(
     *,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(codewords (n, g), indices (count,)): fitted to a part of many vectors, polished on all."""
+    """Fit codewords to a part of many vectors and polish them on all; returns (codewords (n, g), indices (count,))."""
     limit = max(16_384, min(64 * n, _WORK // n))
     few = torch.randperm(len(vectors), generator=generator)[:limit].to(vectors.device)
     part, heavy = (vectors, weights) if len(few) == len(vectors) else (vectors[few], None)
@@ -99,7 +99,7 @@ def quantize(
 
 
 def vectors_of(weight: Tensor, g: int) -> Tensor:
-    """(rows * ceil(cols / g), g) vectors along the rows of a matrix; the last one of a row is padded with zeros."""
+    """Cut the rows of a matrix into vectors (rows * ceil(cols / g), g), padding the last one of a row with zeros."""
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -cols % g))
     return padded.reshape(rows * (padded.shape[1] // g), g)

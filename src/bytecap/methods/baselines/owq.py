@@ -1,4 +1,4 @@
-"""`--method owq`: GPTQ at a fixed width, the columns that would suffer most kept in 16 bit.
+"""`--method owq` runs GPTQ at a fixed width and keeps the columns that would suffer most in 16 bits.
 
 For every linear layer, column j scores `s_j = H_jj * sum_i (W - Q(W))_ij^2`, H the second moment of the layer's inputs
 and Q round to nearest. The k columns of highest score stay float16. They come last in GPTQ, so that they absorb the
@@ -47,7 +47,7 @@ _MOST_COLUMNS = 65_535  # what a u16 index reaches
 
 
 def coded(options: Mapping[str, Any]) -> bool:
-    """Whether `options["accounting"]` asks for entropy-coded sections.
+    """Return whether `options["accounting"]` asks for entropy-coded sections.
 
     Raises:
         UsageError: it is neither `coded` nor `published`.
@@ -59,7 +59,7 @@ def coded(options: Mapping[str, Any]) -> bool:
 
 
 def row_ranges(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Scales (rows,) and zero points (rows,) of an asymmetric quantizer of `width` bits with least squared error.
+    """Fit scales (rows,) and zero points (rows,) of an asymmetric quantizer of `width` bits by least squared error.
 
     Ranges hold zero and both ends shrink together. Scales are float32 values that float16 holds.
 
@@ -84,21 +84,21 @@ def row_ranges(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest(weight: Tensor, scales: Tensor, zeros: Tensor, width: int) -> Tensor:
-    """Nearest codes minus zero points, (rows, cols) as float32."""
+    """Return the nearest codes minus zero points, (rows, cols) as float32."""
     inverse = torch.where(scales > 0, 1 / scales, 0.0)[:, None]
     levels = (1 << width) - 1
     return torch.minimum(torch.maximum(torch.round(weight * inverse), -zeros[:, None]), (levels - zeros)[:, None])
 
 
 def column_scores(weight: Tensor, hessian: Tensor, width: int) -> Tensor:
-    """`H_jj * sum_i (W - Q(W))_ij^2` of every column, float64 (cols,), Q round to nearest."""
+    """Return `H_jj * sum_i (W - Q(W))_ij^2` of every column, float64 (cols,), where Q rounds to nearest."""
     scales, zeros = row_ranges(weight, width)
     error = nearest(weight, scales, zeros, width) * scales[:, None] - weight
     return 2 * hessian.diagonal().double() * error.double().square().sum(0)
 
 
 def quantize(weight: Tensor, hessian: Tensor | None, width: int, weak: Sequence[int] = ()) -> FixedCode:
-    """One matrix at `width` bits.
+    """Quantize one matrix at `width` bits.
 
     Args:
         weight: float32 (rows, cols).
@@ -151,7 +151,7 @@ class _Fit:
     made: dict[tuple[str, int, int, bool], Section] = field(default_factory=dict)
 
     def section(self, name: str, width: int, count: int, *, estimate: bool) -> Section:
-        """A unit at a width with `count` protected columns, or zeros of about its length."""
+        """Code a unit at a width with `count` protected columns, or return zeros of about its length."""
         key = (name, width, count, estimate and self.coded)
         if key not in self.made:
             weight, hessian = self.weights[name], self.hessians.get(name)
@@ -166,7 +166,7 @@ class _Fit:
     def sections(
         self, width: int, other: int, counts: Mapping[str, int], *, estimate: bool = False
     ) -> dict[str, Section]:
-        """All units: layers at `width` bits, what has no Hessian at `other`."""
+        """Code all units: layers at `width` bits, units without a Hessian at `other`."""
         found = dict(self.fixed)
         for n in self.weights:
             bits = width if n in self.hessians else other
@@ -174,16 +174,16 @@ class _Fit:
         return {u.name: found[u.name] for u in self.job.model.units}
 
     def room(self, sections: dict[str, Section]) -> int:
-        """Bytes left of the budget."""
+        """Return the bytes left of the budget."""
         return self.job.budget - self.job.size(sections, b"")
 
     def counts(self, share: float) -> dict[str, int]:
-        """Protected columns of every layer at a share of its columns."""
+        """Return the protected columns of every layer at a share of its columns."""
         return {n: min(int(share * self.weights[n].shape[1]), _MOST_COLUMNS) for n in self.hessians}
 
 
 def _widths(fit: _Fit) -> tuple[int, int]:
-    """The largest width that fits, and that of embeddings: one bit above it if that fits too.
+    """Return the largest width that fits, and that of embeddings, one bit more if that fits too.
 
     Raises:
         BudgetError: one bit does not fit.
@@ -202,7 +202,7 @@ def _widths(fit: _Fit) -> tuple[int, int]:
 
 
 def _share(fit: _Fit, width: int, other: int) -> dict[str, int]:
-    """Protected columns of every layer at the largest share that fits: bisected on estimates, held to real bytes."""
+    """Return every layer's protected columns at the largest share that fits, by estimates and then real bytes."""
     correction = 0  # estimated less real room
     for _ in range(_REPAIRS):
         low, high = 0.0, 1.0
@@ -221,7 +221,7 @@ def _share(fit: _Fit, width: int, other: int) -> dict[str, int]:
 
 
 def _spend(fit: _Fit, width: int, other: int, counts: dict[str, int]) -> dict[str, Section]:
-    """Sections of these counts and of single columns more, as long as one fits."""
+    """Return sections of these counts, adding single columns as long as one fits."""
     sections = fit.sections(width, other, counts)
     left = fit.room(sections)
     for name in [*sorted(fit.hessians, key=lambda n: -len(fit.weights[n]))] * 2:
@@ -238,7 +238,7 @@ def _spend(fit: _Fit, width: int, other: int, counts: dict[str, int]) -> dict[st
 
 
 def run(job: Job) -> Outcome:
-    """Protected columns over fixed-width GPTQ, as many as the cap allows."""
+    """Run fixed-width GPTQ with as many protected columns as the cap allows."""
     entropy = coded(job.options)
     hessians, embeddings = second_moments(job)
     with job.reporter.step("width and protected columns", 1) as advance:

@@ -1,4 +1,4 @@
-"""`--method radio`: bits for every group of weights by dual ascent on gradient and weight variances, companded codes.
+"""`--method radio` gives every group of weights a depth by dual ascent on variances, and stores companded codes.
 
 The distortion of a group at depth B is taken as `d(B) = G^2 S^2 2^(-2B)` per weight, G^2 its mean squared gradient and
 S^2 its weights' variance. Minimising the sum at a mean depth R gives every group not at an end of the range the same
@@ -63,7 +63,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Groups:
-    """How one matrix is cut.
+    """The groups that one matrix is cut into.
 
     Attributes:
         sets: set of every row, (rows,).
@@ -81,13 +81,13 @@ def _log2(values: Tensor) -> Tensor:
 
 
 def _by_set(values: Tensor, sets: Tensor, sizes: Tensor) -> Tensor:
-    """Mean over the rows of every set, float64 (count, cols)."""
+    """Return the mean over the rows of every set, float64 (count, cols)."""
     total = torch.zeros(len(sizes), values.shape[1], dtype=torch.float64)
     return total.index_add_(0, sets, values.double()) / sizes[:, None]
 
 
 def cut(weight: Tensor, square: Tensor, size: int) -> Groups:
-    """Row sets of about `size` rows and what every group is worth.
+    """Cut rows into sets of about `size`, and weigh every group.
 
     Args:
         weight: float32 (rows, cols).
@@ -107,13 +107,13 @@ def cut(weight: Tensor, square: Tensor, size: int) -> Groups:
 
 
 def depths_at(importance: Array, log_lambda: float) -> Array:
-    """`clip(1/2 (log2 S^2 + log2 G^2 - log2 lambda), 0, 8)`, before rounding."""
+    """Return depths `clip(1/2 (log2 S^2 + log2 G^2 - log2 lambda), 0, 8)` before rounding."""
     found: Array = np.clip(0.5 * (importance - log_lambda), 0, MAX_DEPTH)
     return found
 
 
 def dual_ascent(importance: Array, weights: Array, rate: float, tolerance: float = 1e-10) -> float:
-    """The log2 lambda at which the mean depth is `rate`.
+    """Return the log2 lambda at which the mean depth is `rate`.
 
     Args:
         importance: log2 of G^2 S^2 of every group, (n,).
@@ -135,7 +135,7 @@ def dual_ascent(importance: Array, weights: Array, rate: float, tolerance: float
 
 @dataclass
 class Companding:
-    """One matrix under a companded quantizer; depths may change, and then only what changed is quantized again.
+    """One matrix under a companded quantizer; when depths change, only those groups are quantized again.
 
     Attributes:
         weight: float32 (rows, cols).
@@ -149,7 +149,7 @@ class Companding:
 
     @staticmethod
     def start(weight: Tensor, groups: Groups) -> Companding:
-        """At depth 0 everywhere."""
+        """Start at depth 0 everywhere."""
         sets, sizes = torch.from_numpy(groups.sets), torch.from_numpy(groups.sizes)
         offsets = _by_set(weight, sets, sizes).clamp(-65504, 65504).half().numpy()
         none = np.zeros(groups.importance.shape, np.uint8)
@@ -157,7 +157,7 @@ class Companding:
         return Companding(weight, groups, CompandedCode(groups.sets, none, offsets, np.zeros_like(offsets), codes))
 
     def move(self, depths: npt.NDArray[np.uint8]) -> None:
-        """Quantize the groups whose depth is another now."""
+        """Quantize the groups whose depth has changed."""
         code, sets = self.code, self.groups.sets
         changed = depths != code.depths
         for depth in np.unique(depths[changed]).tolist():
@@ -179,7 +179,7 @@ def _put(old: npt.NDArray[Any], cols: npt.NDArray[np.int64], new: npt.NDArray[An
 
 
 def _nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, depth: int) -> Tensor:
-    """Codes of weights at scales and offsets of the same shape."""
+    """Return the nearest codes of weights at scales and offsets of the same shape."""
     v = (weight - offset) * torch.where(scale > 0, 1 / scale, 0.0)
     uniform = 0.5 * (1 + v.sign() * (1 - torch.exp(v.abs() * (-math.sqrt(2) / 3))))
     return (uniform * (1 << depth)).floor_().clamp_(0, (1 << depth) - 1).long()
@@ -188,7 +188,7 @@ def _nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, depth: int) ->
 def compand(
     weight: Tensor, groups: Groups, depth: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16], npt.NDArray[np.float16]]:
-    """Codes (rows, cols), scales and offsets (sets, cols) of least squared error among those tried.
+    """Try scales and offsets; returns codes (rows, cols), scales and offsets (sets, cols) of least squared error.
 
     Args:
         weight: float32 (rows, cols).
@@ -247,7 +247,7 @@ class _Fit:
                 self.estimates.pop(name, None)
 
     def sections(self, *, estimate: bool) -> dict[str, Section]:
-        """All units as they are now."""
+        """Return the sections of all units as they are now."""
         units = {u.name: u for u in self.job.model.units}
         if estimate:
             for name in self.parts.keys() - self.estimates.keys():
@@ -260,7 +260,7 @@ class _Fit:
         return {n: found[n] for n in units} | self._biases(units)
 
     def _biases(self, units: Mapping[str, Unit]) -> dict[str, Section]:
-        """Biases that take up the mean error of their layer."""
+        """Return biases that take up the mean error of their layer."""
         found = {}
         for name, bias in bias_names(units).items():
             if name in self.parts and name in self.means and bias in self.exact:
@@ -270,12 +270,12 @@ class _Fit:
         return found
 
     def room(self, *, estimate: bool) -> int:
-        """Bytes left of the budget."""
+        """Return the bytes left of the budget."""
         return self.job.budget - self.job.size(self.sections(estimate=estimate), b"")
 
 
 def bias_names(units: Mapping[str, Unit]) -> dict[str, str]:
-    """Unit of the bias beside every weight that has one, by unit name."""
+    """Return the unit of the bias beside every weight that has one, by unit name."""
     return {
         u.name: bias
         for u in units.values()
@@ -285,12 +285,12 @@ def bias_names(units: Mapping[str, Unit]) -> dict[str, str]:
 
 
 def _counts(groups: Groups) -> Array:
-    """Weights of every group, in the order of `importance`."""
+    """Return the number of weights of every group, in the order of `importance`."""
     return np.repeat(groups.sizes.astype(np.float64), groups.importance.shape[1])
 
 
 def _bisect(fit: _Fit, room: int) -> float:
-    """The largest mean depth whose estimated size leaves at least `room` bytes."""
+    """Bisect for the largest mean depth whose estimated size leaves at least `room` bytes."""
     low, high = 0.0, float(MAX_DEPTH)
     for _ in range(_HALVINGS):
         rate = (low + high) / 2
@@ -304,7 +304,7 @@ def _bisect(fit: _Fit, room: int) -> float:
 
 
 def _solve(fit: _Fit) -> tuple[float, dict[str, Section]]:
-    """The mean depth before rounding and real sections that fit the budget and use it.
+    """Return the mean depth before rounding, and real sections that fit the budget and use it.
 
     Raises:
         BudgetError: depth 0 everywhere does not fit.
@@ -328,7 +328,7 @@ def _solve(fit: _Fit) -> tuple[float, dict[str, Section]]:
 
 
 def _set_size(weights: Mapping[str, Tensor], found: Gradients, budget: int, group_bits: float) -> int:
-    """Rows of a set with the least predicted distortion at a budget."""
+    """Return the rows of a set with the least predicted distortion at a budget."""
     total = sum(w.numel() for w in weights.values())
     best = (math.inf, SET_SIZES[0])
     for size in SET_SIZES:
@@ -343,7 +343,7 @@ def _set_size(weights: Mapping[str, Tensor], found: Gradients, budget: int, grou
 
 
 def _twin(job: Job, parts: Mapping[str, Companding]) -> nn.Module:
-    """The model with its quantized weights."""
+    """Return a copy of the model with its quantized weights."""
     twin = twin_of(job.model.module)
     for u in job.model.units:
         if u.name in parts:
@@ -361,7 +361,7 @@ def _gradients(job: Job, module: nn.Module, seed: int, kind: str) -> Gradients:
 
 
 def run(job: Job) -> Outcome:
-    """Companded groups at depths by dual ascent, as deep as the cap allows."""
+    """Run Radio: companded groups at depths by dual ascent, as deep as the cap allows."""
     entropy, rounds = coded(job.options), int(job.options.get("rounds", ROUNDS))
     kind = str(job.options.get("gradients", KINDS[0]))
     if kind not in KINDS:

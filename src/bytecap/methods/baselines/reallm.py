@@ -1,4 +1,4 @@
-"""`--method reallm`: codewords through a small decoder, plus a low-rank part that recovery tunes. After ReALLM.
+"""`--method reallm` stores codewords for a small decoder plus a low-rank part that is tuned, after ReALLM.
 
     W = D(VQ(latent)) + L1 L2^T
 
@@ -60,12 +60,12 @@ _FACTOR = 1 << 32  # settings are the codebook's number, then rank and decoder
 
 
 def pack_setting(base: float, rank: int, *, decoder: bool) -> float:
-    """A codebook's setting with a rank and a decoder, as one number that a float holds exactly."""
+    """Pack a codebook's setting, a rank and a decoder into one number that a float holds exactly."""
     return base + _FACTOR * (2 * rank + decoder)
 
 
 def unpack_setting(setting: float) -> tuple[cluscomp.Setting, int, bool]:
-    """(codebook's setting, rank, whether there is a decoder)."""
+    """Unpack (codebook's setting, rank, whether there is a decoder)."""
     more, base = divmod(int(setting), _FACTOR)
     return cluscomp.Setting.of(base), more // 2, bool(more % 2)
 
@@ -105,7 +105,7 @@ class ReALLM:
         return bool(self.options["accounting"] == "coded")
 
     def encode(self, material: Material, setting: float) -> Coded[Kept]:
-        """Low-rank part first, then codewords for the rest, then a decoder for the codes."""
+        """Encode a matrix: first the low-rank part, then codewords for the rest, then a decoder for the codes."""
         s, rank, with_decoder = unpack_setting(setting)
         if self.system is not None and setting % _FACTOR >= shared_codewords.BASE:
             return self._encode_shared(material, self.system, int(setting % _FACTOR) - shared_codewords.BASE, rank)
@@ -134,7 +134,7 @@ class ReALLM:
     def _low_rank(
         self, material: Material, rank: int
     ) -> tuple[tuple[FloatArray | None, FloatArray | None], list[FloatArray] | None, Tensor]:
-        """(factors, factors as stored, what they leave of the weight)."""
+        """Return (factors, factors as stored, the rest of the weight)."""
         if not rank:
             return (None, None), None, material.weight
         left, right = (f.cpu().numpy() for f in low_rank(material.weight, rank))
@@ -146,7 +146,7 @@ class ReALLM:
         )
 
     def _encode_shared(self, material: Material, system: shared_codewords.System, step: int, rank: int) -> Coded[Kept]:
-        """Low-rank part first, then the shared system for the rest."""
+        """Encode a matrix: first the low-rank part, then the shared system for the rest."""
         factors, stored, rest = self._low_rank(material, rank)
         scale = shared_codewords.stored_scale(material.weight, step)
         indices, values = system.code(rest, scale)
@@ -159,7 +159,7 @@ class ReALLM:
         return Coded(size, distortion, Kept(Latent(words, indices, system.decoder, *factors), base, scale))
 
     def common(self, materials: Sequence[Material], system: shared_codewords.System) -> list[Curve]:
-        """Points of every matrix in the system's codewords with the smallest rank that is allowed."""
+        """Return points of every matrix in the system's codewords with the smallest allowed rank."""
         n, d = system.words.shape
         rank = RANKS[0] if self.options["rank"] is None else self.options["rank"]
         found = []
@@ -180,7 +180,7 @@ class ReALLM:
         return found
 
     def systems(self, materials: Sequence[Material], rate: float) -> list[shared_codewords.System]:
-        """Candidates: with decoder, and without."""
+        """Return the candidate systems, with a decoder and without."""
         found, wanted = [], self.options["decoder"]
         for n, d in shared_codewords.sizes(rate)[:1]:
             if wanted not in (True, "shared"):
@@ -190,13 +190,13 @@ class ReALLM:
         return found
 
     def _side(self, shape: tuple[int, int], s: cluscomp.Setting, rank: int, *, decoder: bool) -> int:
-        """Bytes of codewords, decoder and factors."""
+        """Return the bytes of codewords, decoder and factors."""
         size = numbers_size(s.n * s.g, byte=self.coded)
         size += decoder_bytes(PATCH, PATCH, HIDDEN, BITS) if decoder else 0
         return size + (sum(numbers_size(rank * k, byte=self.coded) for k in shape) if rank else 0)
 
     def section(self, material: Material, kept: Kept) -> Section:
-        """The bytes."""
+        """Return a matrix's section."""
         latent, coded = kept.latent, self.coded
         byte_factors = coded and latent.left is not None
         shape = material.unit.matrix_shape
@@ -218,7 +218,7 @@ class ReALLM:
         return 2 * s.g + decoder
 
     def curve(self, material: Material, rate: float) -> Curve:
-        """Estimated points: those of plain codebooks, less what a low-rank part takes off their shoulders."""
+        """Estimate points: those of plain codebooks, with the error that a low-rank part leaves."""
         plain = cluscomp.curve(material, rate, self.options, self.seed)
         shape = material.unit.matrix_shape
         energy = torch.linalg.svdvals(material.weight).double().square()
@@ -242,7 +242,7 @@ class ReALLM:
         )
 
     def _decoders(self, material: Material, s: cluscomp.Setting, rate: float) -> tuple[bool, ...]:
-        """Which of plain and decoded to offer."""
+        """Return whether to offer codewords without a decoder, with one, or both."""
         possible = PATCH % s.g == 0 and material.weight.shape[1] >= PATCH
         wanted = self.options["decoder"]
         if wanted == "auto":
@@ -252,20 +252,20 @@ class ReALLM:
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Leading singular directions as (rows, rank) and (cols, rank), their sizes shared evenly."""
+    """Return leading singular directions as (rows, rank) and (cols, rank), sharing the singular values evenly."""
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, v[:rank].T * root
 
 
 def patches_to_matrix(patches: FloatArray, shape: tuple[int, int]) -> FloatArray:
-    """(rows, cols) of patches (count, g) in row order."""
+    """Put patches (count, g) in row order together to a matrix (rows, cols)."""
     rows, cols = shape
     return np.ascontiguousarray(patches.reshape(rows, -1)[:, :cols])
 
 
 def train(latents: Tensor, targets: Tensor, generator: torch.Generator) -> Decoder:
-    """A decoder from latents (count, e) to patches (count, g), as it comes back from a file.
+    """Train a decoder from latents (count, e) to patches (count, g); returned as a file gives it back.
 
     It begins as the identity, so training can only help; Adam on squared error.
     """
@@ -289,7 +289,7 @@ def train(latents: Tensor, targets: Tensor, generator: torch.Generator) -> Decod
 
 
 def part(material: Material, kept: Kept) -> Part:
-    """The low-rank part as something to tune."""
+    """Return the low-rank part as a tunable part."""
     device, latent = material.weight.device, kept.latent
     base = torch.from_numpy(kept.base).to(device)
     if latent.left is None or latent.right is None:
@@ -300,7 +300,7 @@ def part(material: Material, kept: Kept) -> Part:
 
 
 def run(job: Job) -> Outcome:
-    """Latents and low-rank parts under the cap, then recovery."""
+    """Choose latents and low-rank parts under the cap, then tune them."""
     options = option(job.options, OPTIONS, "reallm")
     materials, stored = prepare(job)
     for m in materials:
@@ -340,5 +340,5 @@ def run(job: Job) -> Outcome:
 
 
 def job_shape(job: Job, name: str) -> tuple[int, int]:
-    """(rows, cols) of a unit."""
+    """Shape (rows, cols) of a unit."""
     return next(u.matrix_shape for u in job.model.units if u.name == name)

@@ -1,4 +1,4 @@
-"""golf's low-rank residual: rank 4 on the three tensors that lost most, as in the Parameter Golf record.
+"""Store golf's low-rank residual: rank 4 on the three tensors that lost most, as in the Parameter Golf record.
 
 After GPTQ, the linear layers with the largest output error `tr(E H E^T)` get a `lowrank` layer over their base: the
 best residual of rank 4 under the Hessian, factors rounded to 2 or 4 bits. Its bytes are set aside before `k` is sought.
@@ -40,7 +40,7 @@ class Residual:
     tensors: int = 3
 
     def bytes(self, units: Sequence[Unit], hessians: Mapping[str, Tensor]) -> int:
-        """An upper bound on the bytes of all layers, whichever tensors get them."""
+        """Return an upper bound on the bytes of all residuals, whichever tensors get them."""
         shapes = [u.matrix_shape for u in units if u.name in hessians and min(u.matrix_shape) >= self.rank]
         sizes = sorted(((r + c) * self.rank * self.bits + 7) // 8 + 4 * self.rank + _OVERHEAD for r, c in shapes)
         return sum(sizes[-self.tensors :])
@@ -53,7 +53,7 @@ class Residual:
         coded: Mapping[str, Quantized],
         hessians: Mapping[str, Tensor],
     ) -> dict[str, Section]:
-        """Stacks in place of the sections of the tensors with the largest error.
+        """Replace the sections of the tensors with the largest error by stacks.
 
         Args:
             sections: bases by unit name.

@@ -1,4 +1,4 @@
-"""`--method golf` and `--method uniform`: the baselines, given the same tokens, container and cap."""
+"""Run `--method golf` and `--method uniform` with the same tokens, container and cap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bytecap.model.checkpoint import as_matrix
 
 
 def run_golf(job: Job) -> Outcome:
-    """The record-shaped Parameter Golf quantizer on plain input second moments."""
+    """Run the record-shaped Parameter Golf quantizer on plain second moments of inputs."""
     from bytecap.methods.baselines.golf import WRITERS, golf
     from bytecap.methods.baselines.residual import Residual
 
@@ -37,7 +37,7 @@ def run_golf(job: Job) -> Outcome:
 
 
 def second_moments(job: Job) -> tuple[dict[str, Tensor], set[str]]:
-    """Plain second moments (cols, cols) of the inputs of linear layers, and the names of embedding tables."""
+    """Return plain second moments (cols, cols) of the inputs of linear layers, and the names of embedding tables."""
     found = moments(job, guided=False)
     embeddings = job.model.embeddings()
     hessians = {
@@ -55,7 +55,7 @@ def run_uniform(job: Job) -> Outcome:
 
 
 def _outcome(job: Job, name: str, sections: Callable[[int], dict[str, Section]]) -> Outcome:
-    """Sections under the cap; a refusal names the floor of the whole file."""
+    """Return an outcome under the cap; a refusal names the floor of the whole file."""
     capacity = _capacity(job)
     try:
         return Outcome(sections(capacity), b"", math.nan, math.nan, math.nan, name)
@@ -70,7 +70,7 @@ def _outcome(job: Job, name: str, sections: Callable[[int], dict[str, Section]])
 
 
 def matrices(job: Job) -> dict[str, Any]:
-    """Float32 values of every unit as (rows, cols), on the CPU."""
+    """Return float32 values of every unit as (rows, cols), on the CPU."""
     found = {}
     for u in job.model.units:
         found[u.name] = as_matrix(u, job.model.tensor(u).detach().float().cpu()).contiguous()
@@ -78,7 +78,7 @@ def matrices(job: Job) -> dict[str, Any]:
 
 
 def _capacity(job: Job) -> int:
-    """Bytes left for sections: the directory's growth with longer sections is taken off."""
+    """Return the bytes left for sections, less the directory's growth with longer sections."""
     blank = {u.name: Section(3, b"") for u in job.model.units}
     growth = sum(3 if u.parameters > 1 << 13 else 1 for u in job.model.units)
     return job.budget - job.size(blank, b"") - growth

@@ -1,4 +1,4 @@
-"""Fitting a family of codings to the cap: sampled curves, one slope, real bytes.
+"""Fit a family of codings to the cap, by sampled curves, one slope, and real bytes.
 
 `cluscomp` and `reallm` share this. Every matrix has a ladder of settings. Their rates and distortions are estimated on
 samples first; the plan of `bytecap.allocation.allocate` is then coded for real, real points replace estimated ones, and
@@ -54,13 +54,13 @@ class Material:
     rows: Tensor
 
     def distortion(self, values: Tensor) -> float:
-        """Nats per token of values (rows, cols) in the weight's place."""
+        """Return the nats per token that values (rows, cols) in the weight's place cost."""
         return self.price * float((values - self.weight).double().square().sum())
 
 
 @dataclass(frozen=True)
 class Coded(Generic[S]):
-    """A matrix coded for real, its entropy coding left for later.
+    """A matrix that is coded for real, except for its entropy coding.
 
     Attributes:
         size: bytes of the section, estimated where indices are entropy coded.
@@ -74,11 +74,11 @@ class Coded(Generic[S]):
 
 
 class Family(Protocol[S]):
-    """What a method tells `choose` about its codings."""
+    """The interface by which a method describes its codings to `choose`."""
 
     @property
     def name(self) -> str:
-        """Of the method."""
+        """Name of the method."""
         ...
 
     def encode(self, material: Material, setting: float) -> Coded[S]:
@@ -86,16 +86,16 @@ class Family(Protocol[S]):
         ...
 
     def section(self, material: Material, kept: S) -> Section:
-        """The bytes."""
+        """Return a matrix's section."""
         ...
 
     def kind(self, setting: float) -> int:
-        """Settings of one kind are estimated alike."""
+        """Return the kind of a setting; settings of one kind are estimated alike."""
         ...
 
 
 def prepare(job: Job) -> tuple[list[Material], dict[str, Section]]:
-    """Matrices with their prices, and sections of what is stored exactly."""
+    """Return matrices with their prices, and sections of the units that are stored exactly."""
     model = job.model
     found = moments(job)
     weights = {u.name: _matrix(u, model.tensor(u)) for u in model.units}
@@ -125,7 +125,7 @@ def _matrix(unit: Unit, values: Tensor) -> Tensor:
 
 
 def option(options: Mapping[str, Any], allowed: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Options over their defaults.
+    """Return options over their defaults.
 
     Raises:
         UsageError: an option that the method does not have, or an unknown accounting.
@@ -141,7 +141,7 @@ def option(options: Mapping[str, Any], allowed: Mapping[str, Any], name: str) ->
 
 @dataclass(frozen=True)
 class Choice(Generic[S]):
-    """What was chosen for every matrix, its section, and the plan it came from."""
+    """The setting and section of every matrix, and the plan they came from."""
 
     kept: dict[str, S]
     sections: dict[str, Section]
@@ -151,7 +151,7 @@ class Choice(Generic[S]):
 def choose(
     job: Job, materials: Sequence[Material], stored: Mapping[str, Section], curves: Sequence[Curve], family: Family[S]
 ) -> Choice[S]:
-    """Real sections under the cap.
+    """Choose settings and code real sections under the cap.
 
     Args:
         job: names the budget.
@@ -194,7 +194,7 @@ def _settle(
     room: float,
     family: Family[S],
 ) -> Choice[S]:
-    """Code what was tried and is chosen for real, until it fits."""
+    """Code the chosen settings for real until they fit."""
     written: dict[tuple[str, float], Section] = {}
     while True:
         only = [_only(c, tried, written) for c in curve.values()]
@@ -218,7 +218,7 @@ def _settle(
 
 
 def _only(curve: Curve, tried: Mapping[tuple[str, float], Any], written: Mapping[tuple[str, float], Section]) -> Curve:
-    """The points that were tried, with real sizes where sections are written."""
+    """Return the points that were tried, with real sizes where sections are written."""
     points = []
     for p in curve.points:
         key = (curve.name, p.setting)
@@ -228,7 +228,7 @@ def _only(curve: Curve, tried: Mapping[tuple[str, float], Any], written: Mapping
 
 
 def _calibrated(curve: Curve, point: Point, tried: set[float], family: Family[Any]) -> Curve:
-    """A curve with a real point in it; estimated points of its kind move with it."""
+    """Put a real point into a curve; estimated points of its kind move with it."""
     old = next(p for p in curve.points if p.setting == point.setting)
     wider, worse = point.rate / max(old.rate, 1e-30), point.distortion / max(old.distortion, 1e-30)
     kind = family.kind(point.setting)
@@ -258,7 +258,7 @@ def _plan(curves: Sequence[Curve], room: float, budget: int, name: str) -> Plan:
 def finish(
     job: Job, choice: Choice[Any], sections: Mapping[str, Section], name: str, objects: tuple[bytes, ...] = ()
 ) -> Outcome:
-    """The outcome of sections under the cap, its KL predicted on the correction tokens."""
+    """Return the outcome of sections under the cap, with its KL predicted on the correction tokens."""
     twin = twin_of(job.model.module)
     shared = Shared(objects=load_objects(objects))
     for u in job.model.units:
@@ -272,14 +272,14 @@ def finish(
 
 
 def capacity(job: Job, materials: Sequence[Material], stored: Mapping[str, Section]) -> float:
-    """Bytes left for the matrices' sections; what their lengths take in the directory is taken off."""
+    """Return the bytes left for the matrices' sections, less what their lengths take in the directory."""
     blank = {m.unit.name: Section(6, b"") for m in materials}
     lengths = sum(2 if m.unit.parameters < 1 << 18 else 3 for m in materials)
     return float(job.budget - job.size({**stored, **blank}, b"") - lengths)
 
 
 def sampled(weight: Tensor, generator: torch.Generator, values: int) -> Tensor:
-    """Some rows of a matrix (rows, cols), about `values` numbers."""
+    """Return some rows of a matrix (rows, cols), about `values` numbers."""
     rows = max(1, values // max(1, weight.shape[1]))
     if rows >= len(weight):
         return weight
@@ -287,7 +287,7 @@ def sampled(weight: Tensor, generator: torch.Generator, values: int) -> Tensor:
 
 
 def entropy_bits(indices: Tensor, n: int) -> float:
-    """Bits for an index under an ideal coder of the indices' own histogram."""
+    """Return the bits of an index under an ideal coder of the indices' own histogram."""
     share = torch.bincount(indices, minlength=n).double() / max(1, len(indices))
     share = share[share > 0]
     return float(-(share * share.log2()).sum())

@@ -1,4 +1,4 @@
-"""Codewords, and a decoder, that all matrices of a model share: how they are found and what they cost.
+"""Find codewords, and a decoder, that all matrices of a model share, and price them.
 
 A matrix is divided by a scale of its own, cut into vectors, and every vector becomes one of the shared codewords; with
 a decoder, a patch goes through an encoder first and its codewords through the decoder afterwards. The scale is also the
@@ -67,20 +67,20 @@ class System:
 
     @property
     def width(self) -> int:
-        """Weights of a patch."""
+        """Number of weights of a patch."""
         return PATCH if self.decoder is not None else int(self.words.shape[1])
 
     def objects(self) -> tuple[bytes, ...]:
-        """The shared objects: codewords, then the decoder."""
+        """Return the shared objects: codewords, then the decoder."""
         book = write_codebook(self.words.cpu().numpy(), byte=self.byte)
         return (book, write_shared_decoder(self.decoder, BITS)) if self.decoder is not None else (book,)
 
     def bytes(self) -> int:
-        """What the objects add to a file."""
+        """Return the bytes that the objects add to a file."""
         return sum(len(o) + ENTRY for o in self.objects())
 
     def code(self, weight: Tensor, scale: float) -> tuple[npt.NDArray[np.int64], Tensor]:
-        """(indices in file order, decoded values) of a matrix (rows, cols) at a scale."""
+        """Code a matrix (rows, cols) at a scale; returns (indices in file order, decoded values)."""
         patches = kmeans.vectors_of(weight / scale, self.width)
         latents = patches if self.encoder is None else self.encoder(patches)
         index = kmeans.assign(latents.reshape(-1, self.words.shape[1]), self.words)
@@ -92,13 +92,13 @@ class System:
 
 
 def stored_scale(weight: Tensor, step: int) -> float:
-    """The scale of a matrix at a step, as an f16 holds it."""
+    """Return the scale of a matrix at a step, as an f16 holds it."""
     spread = float(weight.square().mean().sqrt()) * STEPS[step]
     return float(np.float16(min(max(spread, 1e-7), 6e4)))
 
 
 def estimate(weight: Tensor, system: System, step: int, seed: int) -> Seen:
-    """(squared error, bits of an index) of a matrix at a step, from a sample of its rows."""
+    """Estimate (squared error, bits of an index) of a matrix at a step, from a sample of its rows."""
     generator = torch.Generator().manual_seed(seed)
     few = sampled(weight, generator, _SAMPLE * system.width)
     index, values = system.code(few, stored_scale(weight, step))
@@ -107,7 +107,7 @@ def estimate(weight: Tensor, system: System, step: int, seed: int) -> Seen:
 
 
 def entropy_of(index: npt.NDArray[np.int64]) -> float:
-    """Entropy of an index in bits, with Miller's correction for what a sample has not seen."""
+    """Estimate the entropy of an index in bits, with Miller's correction for unseen values."""
     counts = np.bincount(index)
     counts = counts[counts > 0]
     share = counts / counts.sum()
@@ -115,7 +115,7 @@ def entropy_of(index: npt.NDArray[np.int64]) -> float:
 
 
 def _patches(materials: Sequence[Material], width: int, count: int, generator: torch.Generator) -> Tensor:
-    """About `count` vectors of all matrices, each matrix divided by its spread, in proportion to their sizes."""
+    """Draw about `count` vectors of all matrices, in proportion to their sizes, each divided by its matrix's spread."""
     total, found = sum(m.weight.numel() for m in materials), []
     for m in materials:
         if m.weight.shape[1] >= width:
@@ -125,7 +125,7 @@ def _patches(materials: Sequence[Material], width: int, count: int, generator: t
 
 
 def rounded(words: FloatArray, *, byte: bool) -> FloatArray:
-    """Numbers as they come back from a file."""
+    """Round numbers as a file stores them."""
     return read_numbers(write_numbers(words, byte=byte), words.size, byte=byte).reshape(words.shape)
 
 
@@ -134,19 +134,19 @@ def _stored(words: Tensor, *, byte: bool) -> Tensor:
 
 
 def _ordered(words: Tensor) -> Tensor:
-    """By rising length, which at any scale is about falling use."""
+    """Sort codewords by rising length, which at any scale is about falling use."""
     return words[words.square().sum(1).argsort()]
 
 
 def book(materials: Sequence[Material], n: int, d: int, *, byte: bool, seed: int) -> System:
-    """Plain shared codewords."""
+    """Return plain shared codewords."""
     generator = torch.Generator().manual_seed(seed)
     vectors = _patches(materials, d, _TRAINING * n, generator)
     return System(_stored(_ordered(kmeans.fit(vectors, n, generator, iterations=8)), byte=byte), byte)
 
 
 class _Net(nn.Module):
-    """The identity plus one hidden layer of rectified units."""
+    """A network of the identity plus one hidden layer of rectified units."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Net(nn.Module):
 
 
 def autoencoder(materials: Sequence[Material], n: int, d: int, *, byte: bool, seed: int) -> System:
-    """Encoder, codewords and decoder for patches of all matrices; `d` divides PATCH."""
+    """Train encoder, codewords and decoder for patches of all matrices; `d` divides PATCH."""
     generator = torch.Generator().manual_seed(seed)
     device = materials[0].weight.device
     patches = _patches(materials, PATCH, _TRAINING * n * d // PATCH, generator)
@@ -202,7 +202,7 @@ def autoencoder(materials: Sequence[Material], n: int, d: int, *, byte: bool, se
 
 
 def sizes(rate: float) -> list[tuple[int, int]]:
-    """(codewords, dimension) worth trying at a mean rate in bits a weight."""
+    """Return (codewords, dimension) pairs worth trying at a mean rate in bits a weight."""
     found = []
     for d in _DIMENSIONS:
         n = min(_MOST, 2 ** max(1, round((rate + _HEADROOM) * d)))
@@ -217,7 +217,7 @@ def solve(
     curves: Callable[[System], list[Curve]],
     room: float,
 ) -> tuple[System | None, list[Curve], list[float]]:
-    """With and without: the system whose plan is best after its fixed charge, and the curves with its points.
+    """Return the system whose plan is best after its fixed charge, or none, and the curves with its points.
 
     Predicted distortions at equal bytes come third, without any system first.
 
@@ -240,7 +240,7 @@ def solve(
 
 
 def outcome(systems: Sequence[System], predicted: Sequence[float]) -> str:
-    """One line about what each system would buy at equal bytes, its own counted.
+    """Describe in one line what each system would buy at equal bytes, its own included.
 
     >>> outcome([], [0.5])
     'nothing shared fits: predicted 0.5 nats per token without'
@@ -261,11 +261,11 @@ def _distortion(curves: Sequence[Curve], room: float) -> float:
 
 
 def charged(job: Job, objects: tuple[bytes, ...]) -> Job:
-    """The job whose files all hold these objects."""
+    """Return the job whose files all hold these objects."""
     size: Callable[..., int] = job.size
     return replace(job, size=lambda sections, tables: size(sections, tables, objects))
 
 
 def wanted(found: dict[str, Any]) -> bool:
-    """Whether a method's options leave room for a shared system: fixed codebooks do not."""
+    """Return whether a method's options leave room for a shared system; fixed codebooks do not."""
     return bool(found["shared"]) and not (found["n"] or found["g"])

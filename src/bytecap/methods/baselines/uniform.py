@@ -59,8 +59,12 @@ def zipped(matrix: Quantized) -> Section:
 
 
 def is_exact(unit: Unit) -> bool:
-    """Whether the baselines keep a unit exact: vectors, small tensors of unknown use, integers."""
-    return len(unit.shape) < 2 or unit.dtype not in _FLOATS or not (unit.linear or unit.parameters > _EXACT_VALUES)
+    """Whether the baselines keep a unit exact: vectors, integers, and small tensors that are no stack of matrices."""
+    return (
+        len(unit.shape) < 2
+        or unit.dtype not in _FLOATS
+        or not (unit.linear or unit.stacked or unit.parameters > _EXACT_VALUES)
+    )
 
 
 def exact_sections(units: Sequence[Unit], weights: Mapping[str, Tensor]) -> dict[str, Section]:

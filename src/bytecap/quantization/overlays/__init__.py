@@ -1,4 +1,4 @@
-"""Exception paths, seen from the encoder: what a path asks of its base, and what it stores over it.
+"""Encode overlays: change the problem that the base codes, then fit a layer to the decoded base.
 
 A path never knows which base it stands on. Before the base codes a unit, the path may take something off its
 shoulders (`before`: protected columns become zeros that cost next to nothing, and the Hessian forgets them). After the
@@ -29,7 +29,7 @@ from bytecap.types import Unit
 
 @dataclass(frozen=True)
 class Ranking:
-    """A stream of channels that a matrix is on, ranked by what they are worth to all matrices on it.
+    """A stream of channels that a matrix is on, ranked by their worth to all matrices on it.
 
     Attributes:
         stream: its number.
@@ -44,7 +44,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Problem:
-    """A matrix unit to approximate.
+    """A matrix unit that is to be approximated.
 
     An error `E` of shape (rows, cols) costs `1/2 sum_i rows_i E_i H E_i^T` nats per token.
 
@@ -63,14 +63,14 @@ class Problem:
     rankings: tuple[Ranking, ...] | None = None
 
     def distortion(self, values: Tensor) -> float:
-        """Nats per token of values (rows, cols) in the weight's place."""
+        """Return the nats per token that values (rows, cols) in the weight's place cost."""
         error = (values - self.weight).double()
         return float((((error @ self.hessian) * error).sum(1) @ self.rows) / 2)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a path stored over a base.
+    """The layer that a path stored over a base.
 
     Attributes:
         tag, data: the layer, for `bytecap.format.coders.stack`.
@@ -93,24 +93,24 @@ class Path(Protocol):
     charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its layers
 
     def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Any]:
-        """Ladder of amounts, cheapest first; empty where the path cannot apply.
+        """Return the possible settings, cheapest first; empty where the path cannot apply.
 
         `base` (rows, cols) are the base's decoded values, to rank by, if they are known.
         """
         ...
 
     def before(self, problem: Problem, setting: Any) -> Problem:
-        """What the base should code instead."""
+        """Return the problem that the base should code instead."""
         ...
 
     def after(self, problem: Problem, base: Tensor, setting: Any) -> Applied:
-        """The layer over a base's decoded values (rows, cols)."""
+        """Fit the layer to a base's decoded values (rows, cols)."""
         ...
 
 
 @cache
 def paths() -> dict[str, Path]:
-    """All paths by name."""
+    """Return all paths by name."""
     found: dict[str, Path] = {}
     for info in pkgutil.iter_modules(__path__):
         path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "PATH", None)
@@ -132,7 +132,7 @@ def check_names(names: Sequence[str], every: Sequence[str]) -> None:
 
 
 def thinned(ladder: Sequence[Any], most: int) -> Sequence[Any]:
-    """A ladder of at most so many rungs, evenly spread, its ends kept.
+    """Thin a ladder out to at most so many settings, evenly spread, with both ends kept.
 
     >>> thinned(range(10), 4)
     [0, 3, 6, 9]
@@ -143,7 +143,7 @@ def thinned(ladder: Sequence[Any], most: int) -> Sequence[Any]:
 
 
 def decoded(coding: Any) -> Tensor:
-    """Values of one coder's or layer's decoding generator, as a tensor."""
+    """Run one coder's or overlay's decoding generator; returns its values as a tensor."""
     from bytecap.format.coders import run
 
     return torch.from_numpy(run([coding])[0])

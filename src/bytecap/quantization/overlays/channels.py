@@ -1,4 +1,4 @@
-"""Protected channels: one list for all matrices on a residual stream, or on what lies inside an MLP.
+"""Protect channels with one list for all matrices on a residual stream or inside an MLP.
 
 A channel of a stream is a column of every matrix that reads it and a row of every matrix that writes it
 (`bytecap.calibration.residual_streams`). What it is worth is the sum of what its columns and rows are worth to all of
@@ -48,7 +48,7 @@ ALONE = -1  # the number of a stream that no other matrix is known to be on
 
 
 def channel_worth(problem: Problem, base: Tensor | None, mode: int, score: Score = "measured") -> Tensor:
-    """Nats per token that every channel is worth to one matrix, (channels,) float64."""
+    """Return the worth of every channel to one matrix in nats per token, (channels,) float64."""
     columns = scores(problem, base, score).sum(0) if mode & COLUMNS else 0
     rows = row_scores(problem, base, score) if mode & ROWS else 0
     return torch.as_tensor(columns + rows)
@@ -62,7 +62,7 @@ def _order(worth: Tensor) -> npt.NDArray[np.int64]:
 def rank(
     streams: Sequence[Stream], known: Iterable[tuple[Problem, Tensor | None]], factors: Mapping[str, float]
 ) -> dict[str, tuple[Ranking, ...]]:
-    """Rankings of every matrix: one order for each stream, by the summed worth to all matrices on it.
+    """Rank channels: one order for each stream, by the summed worth to all matrices on it.
 
     Args:
         streams: of the model.
@@ -88,7 +88,7 @@ class Channels:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
-        """Some powers of two up to a sixteenth of the channels of each stream, the same ones for all its matrices."""
+        """Return powers of two up to a sixteenth of the channels of each stream, the same for all its matrices."""
         rankings = problem.rankings
         if rankings is None:
             square = problem.weight.shape[0] == problem.weight.shape[1]
@@ -100,13 +100,13 @@ class Channels:
         ]
 
     def before(self, problem: Problem, setting: Amount) -> Problem:
-        """Zeros in place of protected rows and columns, and a Hessian that forgets what the columns will absorb."""
+        """Put zeros in place of protected rows and columns; the Hessian loses the errors that columns will absorb."""
         index = setting.index
         changed = without_columns(problem, index) if setting.mode & COLUMNS else problem
         return without_rows(changed, index) if setting.mode & ROWS else changed
 
     def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
-        """The columns as they are best over the decoded base, and the rows."""
+        """Fit the columns to the decoded base, and store them and the rows."""
         index, mode = setting.index, setting.mode
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         others = np.delete(np.arange(shape[0]), index if mode == BOTH else [])

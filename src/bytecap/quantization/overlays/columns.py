@@ -1,4 +1,4 @@
-"""Protected columns: whole input columns kept as f16 or i8, the base spends nothing on them.
+"""Protect whole input columns as f16 or i8, so that the base spends nothing on them.
 
 Which ones: the columns of the highest score, in nats per token; all cost the same bytes, so the order is that of
 worth per byte. Their weights become 0 for the base, whose Hessian becomes the Schur complement: the protected columns
@@ -40,16 +40,16 @@ class Columns:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
-        """Powers of two up to an eighth of the columns; `base` (rows, cols) are values to rank by, if known."""
+        """Return powers of two up to an eighth of the columns; `base` (rows, cols) are values to rank by, if known."""
         worth = scores(problem, base, score).sum(0)
         return list(ladder(worth.argsort(descending=True, stable=True), problem.weight.shape[1] // _MOST))
 
     def before(self, problem: Problem, setting: Amount) -> Problem:
-        """Zeros in place of the protected columns, and a Hessian that forgets what they will absorb."""
+        """Put zeros in place of the protected columns, and free the Hessian of the errors they will absorb."""
         return without_columns(problem, setting.index)
 
     def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
-        """The protected columns, as they are best over the decoded base."""
+        """Fit the protected columns to the decoded base."""
         index = setting.index
         chosen = torch.from_numpy(index)
         metric = problem.hessian[chosen][:, chosen]

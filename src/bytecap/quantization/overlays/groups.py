@@ -1,4 +1,4 @@
-"""Group scales: a factor for every group of consecutive weights of a row, fitted to the decoded base.
+"""Scale groups: fit a factor for every group of consecutive weights of a row to the decoded base.
 
 `after` needs nothing of the base: the best scales of a row are the weighted least squares fit of the row's groups,
 `A t = b` with `A[g, h] = B_g H_gh B_h^T` and `b[g] = B_g (H W^T)_g` (B the decoded row, cut into groups). They are
@@ -42,7 +42,7 @@ _ROUNDS = 2
 
 @dataclass(frozen=True)
 class Grouping:
-    """A setting.
+    """A setting: the group size and the precision of scales.
 
     Attributes:
         size: weights in a group.
@@ -56,18 +56,18 @@ class Grouping:
 
 
 def _grouped(values: Tensor, size: int) -> Tensor:
-    """Sums over groups: (rows, cols) -> (rows, groups)."""
+    """Sum over groups: (rows, cols) to (rows, groups)."""
     padded = pad(values, (0, -values.shape[1] % size))
     return padded.view(len(values), -1, size).sum(2)
 
 
 def _spread(scales: Tensor, size: int, cols: int) -> Tensor:
-    """(rows, groups) -> (rows, cols)."""
+    """Repeat values of groups (rows, groups) for their weights (rows, cols)."""
     return scales.repeat_interleave(size, 1)[:, :cols]
 
 
 def stored(scales: Tensor, bits: int) -> Tensor:
-    """The nearest scales that can be stored: float64, as decoded."""
+    """Return the nearest scales that can be stored, float64 as decoded."""
     if bits == 16:
         return scales.clamp(-65504, 65504).half().double()
     floor = (16 * scales.clamp_min(2.0**-8).log2()).floor().clamp(-128, 126)
@@ -76,7 +76,7 @@ def stored(scales: Tensor, bits: int) -> Tensor:
 
 
 def wanted(problem: Problem, setting: Grouping) -> Tensor:
-    """Scales (rows, groups) by which the base's problem is divided; ones if it is not."""
+    """Return the scales (rows, groups) by which the base's problem is divided; ones if it is not."""
     rows, cols = problem.weight.shape
     size = setting.size
     if not setting.divide:
@@ -89,7 +89,7 @@ def wanted(problem: Problem, setting: Grouping) -> Tensor:
 
 
 def refit(problem: Problem, base: Tensor, setting: Grouping) -> Tensor:
-    """Scales (rows, groups) float64, as stored, that fit the decoded base best."""
+    """Fit scales (rows, groups) to the decoded base; returns them as stored, float64."""
     rows, cols = problem.weight.shape
     size, asked = setting.size, wanted(problem, setting)
     groups = asked.shape[1]
@@ -128,14 +128,14 @@ class Groups:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Grouping]:
-        """Groups of 512 down to 16, 8 and 16 bits a scale, by rising bytes; nothing is ranked."""
+        """Return groups of 512 down to 16 with 8 and 16 bits a scale, by rising bytes; nothing is ranked."""
         del base
         sizes = [size for size in _SIZES if size < problem.weight.shape[1]]
         found = [Grouping(size, bits, divide) for size in sizes for bits in (8, 16) for divide in (False, True)]
         return sorted(found, key=lambda s: s.bits / s.size)
 
     def before(self, problem: Problem, setting: Grouping) -> Problem:
-        """Weights over their scales and the nearest metric a base can be given; the problem itself if not `divide`."""
+        """Divide weights by their scales, with the nearest metric for the base; the problem itself if not `divide`."""
         if not setting.divide:
             return problem
         cols = problem.weight.shape[1]
@@ -148,7 +148,7 @@ class Groups:
         return Problem(problem.unit, (problem.weight / scales).float(), hessian, row / mean)
 
     def after(self, problem: Problem, base: Tensor, setting: Grouping) -> Applied:
-        """Scales fitted to the decoded base."""
+        """Fit the scales to the decoded base."""
         scales = refit(problem, base, setting).numpy()
         kept = scales.astype(np.float16) if setting.bits == 16 else np.rint(16 * np.log2(scales)).astype(np.int8)
         return apply(CODER, CODER.encode(kept, setting.size), base, 1.0)

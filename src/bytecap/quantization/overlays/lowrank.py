@@ -1,4 +1,4 @@
-"""A low-rank residual under the Hessian norm: what the base lost, in a few directions that cost most.
+"""Store a low-rank residual: the base's error in the few directions that cost most under the Hessian.
 
 The error `R = W - base` costs `1/2 |diag(sqrt(rows)) R L|^2` with `H = L L^T`, so the best residual of a rank is the
 truncated singular value decomposition of that matrix, with both factors divided by their metric again. Factors are
@@ -51,7 +51,7 @@ class Rank:
 
 
 def directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets (rows, rank), (rank,), (rank, cols); by subspace iteration where they are few."""
+    """Return leading singular triplets (rows, rank), (rank,), (rank, cols), a few by subspace iteration."""
     if min(matrix.shape) > 4 * (rank + _MORE):
         start = torch.Generator().manual_seed(0)
         probe = torch.randn(matrix.shape[1], rank + _MORE, dtype=matrix.dtype, generator=start)
@@ -65,7 +65,7 @@ def directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factors(problem: Problem, base: Tensor, rank: int, *, weighted: bool = True) -> tuple[Tensor, Tensor]:
-    """Best residual of a rank before rounding: (rows, rank) and (rank, cols) float64.
+    """Return the best residual of a rank before rounding: (rows, rank) and (rank, cols) float64.
 
     `weighted=False` takes the plain norm instead, for comparison.
     """
@@ -80,7 +80,7 @@ def factors(problem: Problem, base: Tensor, rank: int, *, weighted: bool = True)
 
 
 def _codes(vector: Tensor, weights: Tensor, setting: Rank) -> Tensor:
-    """Integers (n,) float64 proportional to a vector up to rounding, the best of a few ranges; coded, of one step."""
+    """Round a vector to integers (n,) float64, with the best of a few ranges, or one step if they are entropy coded."""
     bits = 8 if setting.coded else setting.bits
     half = 2 ** (bits - 1) - 1
     largest = float(vector.abs().max())
@@ -104,7 +104,7 @@ class LowRank:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None) -> Sequence[Rank]:
-        """Powers of two up to an eighth of the full rank; 4, 6, 8 bits, 3 to 5 coded; by bytes, nothing is ranked."""
+        """Return powers of two up to an eighth of the full rank, with 4, 6, 8 bits or 3 to 5 coded, by rising bytes."""
         del base
         ranks, most = [1], min(min(problem.weight.shape) // _MOST, MAX_RANK)
         while 2 * ranks[-1] <= most:
@@ -114,12 +114,12 @@ class LowRank:
         return sorted(found, key=lambda s: (s.rank * s.bits, s.rank))
 
     def before(self, problem: Problem, setting: Rank) -> Problem:
-        """The problem itself."""
+        """Return the problem itself."""
         del setting
         return problem
 
     def after(self, problem: Problem, base: Tensor, setting: Rank) -> Applied:
-        """The residual of the decoded base."""
+        """Store the residual of the decoded base."""
         hessian, rows = problem.hessian, problem.rows
         diagonal = hessian.diagonal()
         _, starts = factors(problem, base, setting.rank)

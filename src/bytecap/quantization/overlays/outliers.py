@@ -1,4 +1,4 @@
-"""Sparse outliers: single weights kept as f16 or i8 wherever they are worth most. The irregular control.
+"""Protect single weights as f16 or i8 wherever they are worth most, as the irregular control.
 
 The score is that of a weight alone. For the base protected weights are 0; the Hessian stays as it is, because which
 weights are free differs from row to row and a base has one Hessian for all rows. Afterwards the protected weights of a
@@ -32,7 +32,7 @@ class Outliers:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
-        """One weight in 4096 to one in 32; `base` (rows, cols) are values to rank by, if known."""
+        """Return one weight in 4096 to one in 32; `base` (rows, cols) are values to rank by, if known."""
         size = problem.weight.numel()
         top = min(size, -(-size // _SHARES[-1]))
         worth = scores(problem, base, score).reshape(-1)
@@ -42,13 +42,13 @@ class Outliers:
         return [Amount(count, bits, 0, order) for count in counts for bits in (8, 16) if bits == 16 or count > 2]
 
     def before(self, problem: Problem, setting: Amount) -> Problem:
-        """Zeros in place of the protected weights."""
+        """Put zeros in place of the protected weights."""
         weight = problem.weight.clone()
         weight.view(-1)[torch.from_numpy(setting.index)] = 0
         return Problem(problem.unit, weight, problem.hessian, problem.rows)
 
     def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
-        """The protected weights, as they are best over the decoded base."""
+        """Fit the protected weights to the decoded base."""
         index = setting.index
         values, scale, _ = round_vector(self._best(problem, base, index), setting.bits)
         size = problem.weight.numel()
@@ -57,7 +57,7 @@ class Outliers:
 
     @staticmethod
     def _best(problem: Problem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:
-        """Values (count,) that absorb the errors of the other weights of their row."""
+        """Return the values (count,) that absorb the errors of the other weights of their row."""
         error = (base - problem.weight).double()
         error.view(-1)[torch.from_numpy(index)] = 0
         pull = error @ problem.hessian

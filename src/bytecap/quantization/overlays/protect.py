@@ -1,4 +1,4 @@
-"""What paths that protect weights share: which ones, what they become, and how they are stored.
+"""Choose protected weights, compute their values and store them, for all paths that protect weights.
 
 Which: scores in nats per token, from the error of a base. `owq` is the column score of OWQ (arXiv:2306.02272), which
 takes columns as independent; `measured` is the exact fall of the distortion when a column (row, weight) alone is set
@@ -37,7 +37,7 @@ _TINY = 1e-4  # what is left of the metric where weights are protected, in units
 
 @dataclass(frozen=True)
 class Amount:
-    """How much a path protects.
+    """The amount that a path protects, and its precision.
 
     Attributes:
         count: of columns, rows, channels or weights.
@@ -55,12 +55,12 @@ class Amount:
 
     @property
     def index(self) -> npt.NDArray[np.int64]:
-        """Protected ones, rising (count,)."""
+        """The protected places, rising (count,)."""
         return np.sort(self.order[: self.count])
 
 
 def ladder(order: Tensor, most: int, *, mode: int = 0) -> Iterator[Amount]:
-    """Amounts by rising bytes: powers of two up to `most`, with 8 and with 16 bits."""
+    """Return amounts by rising bytes: powers of two up to `most`, with 8 and with 16 bits."""
     numbers, count = order.numpy().astype(np.int64), 1
     while count <= most:
         yield from (Amount(count, bits, mode, numbers) for bits in (8, 16))
@@ -68,13 +68,13 @@ def ladder(order: Tensor, most: int, *, mode: int = 0) -> Iterator[Amount]:
 
 
 def nearest(weight: Tensor) -> Tensor:
-    """Seven even levels up to the largest weight of each row: the base that is assumed where none is known."""
+    """Round to seven even levels up to the largest weight of each row, the base assumed where none is known."""
     step = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / _LEVELS
     return (weight / step).round() * step
 
 
 def scores(problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Tensor:
-    """Worth of every weight in nats per token, (rows, cols) float64, alone and at its best."""
+    """Return the worth of protecting each weight alone, at its best value, in nats per token, (rows, cols) float64."""
     error = ((nearest(problem.weight) if base is None else base) - problem.weight).double()
     diagonal = problem.hessian.diagonal()
     weights = problem.rows[:, None] / 2
@@ -84,14 +84,14 @@ def scores(problem: Problem, base: Tensor | None = None, score: Score = "measure
 
 
 def row_scores(problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Tensor:
-    """Worth of every row, (rows,); rows do not touch each other, so the measured one is the row's distortion."""
+    """Return the worth of every row (rows,), which is its distortion, since rows do not touch each other."""
     error = ((nearest(problem.weight) if base is None else base) - problem.weight).double()
     metric = torch.diag(problem.hessian.diagonal()) if score == "owq" else problem.hessian
     return ((error @ metric) * error).sum(1) * problem.rows / 2
 
 
 def without_columns(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
-    """The problem whose columns `index` are free to absorb the errors of the others.
+    """Return the problem in which the columns `index` are free to absorb the errors of the others.
 
     Their weights are 0. With S the protected and R the other columns, the least cost of an error E_R is measured by
     the Schur complement H_RR - H_RS H_SS^-1 H_SR; S keeps a tiny diagonal, so that the matrix stays positive definite.
@@ -112,7 +112,10 @@ def without_columns(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
 
 
 def without_rows(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
-    """The problem whose rows `index` cost next to nothing; the mean of `rows` stays 1, what it was goes into H."""
+    """Return the problem in which the rows `index` cost next to nothing.
+
+    The mean of `rows` stays 1; its change goes into H.
+    """
     chosen = torch.from_numpy(index)
     weight, rows = problem.weight.clone(), problem.rows.clone()
     weight[chosen] = 0
@@ -122,7 +125,7 @@ def without_rows(problem: Problem, index: npt.NDArray[np.int64]) -> Problem:
 
 
 def absorbed(problem: Problem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:
-    """Best values of protected columns, (k, rows) float64: W_S - E_R H_RS H_SS^-1, with E the base's error."""
+    """Return the best protected columns (k, rows) float64: W_S - E_R H_RS H_SS^-1, where E is the base's error."""
     chosen = torch.from_numpy(index)
     error = (base - problem.weight).double()
     error[:, chosen] = 0
@@ -133,7 +136,7 @@ def absorbed(problem: Problem, base: Tensor, index: npt.NDArray[np.int64]) -> Te
 
 @dataclass(frozen=True)
 class Stored:
-    """Vectors as a layer stores them.
+    """Vectors in the form in which a layer stores them.
 
     Attributes:
         values: float16 or int8 (k, n).
@@ -145,7 +148,7 @@ class Stored:
 
 
 def round_vector(vector: Tensor, bits: int) -> tuple[npt.NDArray[Any], np.float16, Tensor]:
-    """(float16 or int8 values, scale, values as decoded) of one vector (n,)."""
+    """Round one vector (n,); returns (float16 or int8 values, scale, values as decoded)."""
     if bits == 16:
         half = vector.clamp(-_HALF_MAX, _HALF_MAX).numpy().astype(np.float16)
         return half, np.float16(1), torch.from_numpy(half.astype(np.float64))
@@ -179,7 +182,7 @@ def store(vectors: Tensor, bits: int, metric: Tensor | None = None) -> Stored:
 
 
 def apply(layer: Layer, data: bytes, base: Tensor, share: float) -> Applied:
-    """What a layer makes of a base, by its own decoder."""
+    """Apply a layer to a base by the layer's own decoder."""
     matrix = np.array(base.numpy(), np.float32, order="C")
     shape = (matrix.shape[0], matrix.shape[1])
     side = sum(n for kind, n in layer.kinds(data, shape, "F32") if kind in {"index", "side"})

@@ -1,4 +1,4 @@
-"""Protected rows: whole output rows kept as f16 or i8, the base spends nothing on them.
+"""Protect whole output rows as f16 or i8, so that the base spends nothing on them.
 
 Rows do not touch each other in the metric, so the best value of a protected row is the row itself, and its worth is
 exactly the distortion that the base leaves in it. For the base its weights are 0 and its importance is next to none.
@@ -35,16 +35,16 @@ class Rows:
     charge: ClassVar[int] = 0
 
     def settings(self, problem: Problem, base: Tensor | None = None, score: Score = "measured") -> Sequence[Amount]:
-        """Powers of two up to an eighth of the rows; `base` (rows, cols) are values to rank by, if known."""
+        """Return powers of two up to an eighth of the rows; `base` (rows, cols) are values to rank by, if known."""
         worth = row_scores(problem, base, score)
         return list(ladder(worth.argsort(descending=True, stable=True), problem.weight.shape[0] // _MOST))
 
     def before(self, problem: Problem, setting: Amount) -> Problem:
-        """Zeros in place of the protected rows."""
+        """Put zeros in place of the protected rows."""
         return without_rows(problem, setting.index)
 
     def after(self, problem: Problem, base: Tensor, setting: Amount) -> Applied:
-        """The protected rows."""
+        """Store the protected rows."""
         index = setting.index
         stored = store(problem.weight[torch.from_numpy(index)], setting.bits)
         rows = problem.weight.shape[0]

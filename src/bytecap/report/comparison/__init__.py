@@ -1,4 +1,4 @@
-"""`compare.html`: one page of what `compare.json` holds; every other file here is one of its sections."""
+"""Make `compare.html`, one page with the contents of `compare.json`; every other file here is one of its sections."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ NAMES = {"kl": "KL to the original", "loss": "loss increase"}
 
 
 def styles(model: Mapping[str, Any]) -> dict[str, int]:
-    """Colour and marker of every method, the same in all charts."""
+    """Return the colour and marker of every method, the same in all charts."""
     return {name: i for i, name in enumerate(model["methods"])}
 
 
 def winner(win: Mapping[str, Any]) -> str:
-    """Who is best, and who ties within one standard error."""
+    """Say which method is best, and which ones tie within one standard error."""
     ties: Sequence[str] = win["ties"]
     return str(win["best"]) + (f" (tie with {', '.join(ties)})" if ties else "")
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The page of a comparison."""
+    """Return the page of a comparison."""
     names = ", ".join(m["model"].rstrip("/").rpartition("/")[2] for m in found["models"])
     return shell(f"Methods at equal bytes: {names}", sections(sys.modules[__name__], found))

@@ -1,4 +1,4 @@
-"""What makes the page again."""
+"""Say how to make the page again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who wins where, and how many bytes that is worth."""
+"""Show which method wins at which budget, and how many bytes that is worth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`curves.html`: one page of what `curves.json` holds; every other file here is one of its sections."""
+"""Make `curves.html`, one page with the contents of `curves.json`; every other file here is one of its sections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SENTENCES = {
 
 
 def sentence(path: Mapping[str, Any]) -> str:
-    """The verdict on a path in words."""
+    """Put the verdict on a path in words."""
     text = SENTENCES[path["verdict"]]
     if path.get("advantage_nats") is not None:
         text += (
@@ -30,7 +30,7 @@ def sentence(path: Mapping[str, Any]) -> str:
 
 
 def ranks(found: Mapping[str, Any]) -> str:
-    """How well predictions rank measured gains, in words."""
+    """Say how well predictions rank measured gains."""
     if found["spearman"] is None:
         return f"{found['points']} points, too few for a rank correlation"
     ceiling = "unknown" if found["ceiling"] is None else f"{found['ceiling']:.3f}"
@@ -41,14 +41,14 @@ def ranks(found: Mapping[str, Any]) -> str:
 
 
 def styles(found: Mapping[str, Any]) -> dict[str, int]:
-    """Colour and marker of every path, the same in all charts."""
+    """Return the colour and marker of every path, the same in all charts."""
     return {name: i for i, name in enumerate(found["paths"])}
 
 
 def curve(
     name: str, path: Mapping[str, Any], style: int, value: str = "kl_recovered", error: str = "kl_stderr"
 ) -> Series:
-    """A path's measured points on the whole model, from nothing on, with their confidence band."""
+    """Return a path's measured points on the whole model, from zero bytes on, with their confidence band."""
     whole = path["whole"]
     points = [(0.0, 0.0, 0.0)] + [(p["bytes"], p[value], p[error] or 0.0) for p in whole]
     tips = [f"{name}: the base"] + [
@@ -59,12 +59,12 @@ def curve(
 
 
 def line(found: Mapping[str, Any], reach: float) -> Series:
-    """The lambda line up to so many bytes."""
+    """Return the lambda line up to a number of bytes."""
     slope = found["lambda"]["nats_per_byte"] or 0.0
     return Series("lambda", [(0.0, 0.0, 0.0), (reach, slope * reach, 0.0)], -1)
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The page of what `curves.json` holds."""
+    """Return the page for the contents of `curves.json`."""
     title = f"Byte returns of {found['model']} at {found['budget_bytes']:,} bytes"
     return shell(title, sections(sys.modules[__name__], found))

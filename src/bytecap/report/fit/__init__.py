@@ -1,4 +1,4 @@
-"""`fit --report`: one page of what a fit asked for and got; every other file here is one of its sections.
+"""Make the page of `fit --report`: the request, the outcome, and every byte; other files here are its sections.
 
 A section gets `report`, the figures of the job, and `ledger`, the entries of the file.
 """
@@ -26,12 +26,12 @@ _ORDER = (
 
 
 def page(report: Mapping[str, Any], entries: Sequence[Entry]) -> str:
-    """The page of a fit."""
+    """Return the page of a fit."""
     found = {"report": finite(dict(report)), "ledger": list(entries)}
     return shell(f"{report['model']} in {report['budget_bytes']:,} bytes", sections(sys.modules[__name__], found))
 
 
 def style(kind: str) -> int:
-    """Colour of a kind of bytes; a layer's kinds have that of the plain ones."""
+    """Return the colour of a kind of bytes; an overlay's kinds have that of the plain ones."""
     plain = kind.rpartition(" ")[2]
     return -1 if plain == "padding" else _ORDER.index(plain)

@@ -14,7 +14,7 @@ ORDER = 30
 
 
 def place(unit: str) -> tuple[str, str]:
-    """(layer, role) of a tensor: its first number, and its name without it.
+    """Return (layer, role) of a tensor: its first number, and its name without it.
 
     >>> place("model.layers.3.mlp.up_proj.weight"), place("model.norm.weight")
     (('3', 'mlp.up_proj'), ('-', 'model.norm'))

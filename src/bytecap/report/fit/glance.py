@@ -1,4 +1,4 @@
-"""What was asked and what came out."""
+"""Show the request and the outcome of a fit."""
 
 from __future__ import annotations
 

@@ -20,20 +20,19 @@ def section(found: Mapping[str, Any]) -> str:
     if not lines:
         return ""
     size, largest = total(found["ledger"]), max(line.bytes for line in lines)
-    present = [k for k in KINDS if any(name.rpartition(" ")[2] == k for line in lines for name in line.kinds)]
     rows = []
     for i, line in enumerate(lines):
         order = sorted(line.kinds.items(), key=lambda kn: KINDS.index(kn[0].rpartition(" ")[2]))
         parts = [(style(k), float(n), f"{line.unit}: {k} {n:,} bytes") for k, n in order]
         drawn = bar(parts, largest, f"{line.unit}: {line.bytes:,} bytes", first=i == 0)
-        sums = {k: sum(n for name, n in line.kinds.items() if name.rpartition(" ")[2] == k) for k in present}
         bits = f"{8 * line.bytes / line.parameters:.3f}" if line.parameters else ""
+        words = ", ".join(f"{kind} {n:,}" for kind, n in order)
         rows.append([
             line.unit, f"<td class=bars data-value={line.bytes}>{drawn}</td>", f"{line.bytes:,}",
-            f"{100 * line.bytes / size:.2f}%", f"{line.parameters:,}", bits, *(f"{n:,}" for n in sums.values()),
+            f"{100 * line.bytes / size:.2f}%", f"{line.parameters:,}", bits, f"<td class=words>{escape(words)}</td>",
         ])  # fmt: skip
-    head = ("owner", "bytes by kind", "bytes", "share", "parameters", "bits/parameter", *present)
-    body = table(head, rows, f"All {size:,} bytes of the file", name="owners", raw=(1,))
+    head = ("owner", "bytes by kind", "bytes", "share", "parameters", "bits/parameter", "kinds")
+    body = table(head, rows, f"All {size:,} bytes of the file", name="owners", raw=(1, 6))
     return f"<h2>Every byte by owner</h2><div data-group>{body}</div><p class=dim>{escape(_HOW)}</p>"
 
 

@@ -1,4 +1,4 @@
-"""Predicted against measured."""
+"""Show predicted against measured quality."""
 
 from __future__ import annotations
 

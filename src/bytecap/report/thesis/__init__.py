@@ -1,4 +1,4 @@
-"""`thesis.html`: one page of what `thesis.json` holds; every other file here is one of its sections."""
+"""Make `thesis.html`, one page with the contents of `thesis.json`; every other file here is one of its sections."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ STYLES = {"supported": 2, "falsified": 1, "undecided": 7}  # colours and markers
 
 
 def short(model: str) -> str:
-    """A model's name without what leads to it."""
+    """Return a model's name without its path."""
     return model.rstrip("/").rpartition("/")[2]
 
 
 def interval(effect: Mapping[str, Any]) -> str:
-    """`0.123 [0.1, 0.2]`."""
+    """Format an effect and its interval as `0.123 [0.1, 0.2]`."""
     return f"{effect['effect']:.3f} [{effect['low']:.3f}, {effect['high']:.3f}]"
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The page of a test."""
+    """Return the page of a test."""
     return shell("The thesis put to the test", sections(sys.modules[__name__], found))

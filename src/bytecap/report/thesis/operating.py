@@ -1,4 +1,4 @@
-"""Where every model stood when bytes were spent on it."""
+"""Show the operating point of every model before bytes were spent on it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from torch import nn
 from bytecap.errors import CheckpointError, UsageError
 from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry
-from bytecap.model.checkpoint import Model, read_side_files
+from bytecap.model.checkpoint import Model
+from bytecap.model.fileset import read_side_files
 from bytecap.model.linears import linear_weights
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import Family, family

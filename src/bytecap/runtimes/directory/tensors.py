@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from bytecap.errors import CheckpointError
 from bytecap.format.coders.exact import WIDTH, from_bytes, to_bytes
-from bytecap.model.checkpoint import check_safetensors
+from bytecap.model.fileset import check_safetensors
 
 Array = npt.NDArray[Any]
 _WORDS = {"U32": "<u4", "U16": "<u2", "U64": "<u8"}  # types that only runtimes use

@@ -1,4 +1,4 @@
-"""The registered experiments, one file each, found by themselves; docs/thesis.md is their law.
+"""Find the registered experiments, one file each; docs/thesis.md is their law.
 
 A module has
 

@@ -1,4 +1,4 @@
-"""5. Whether return per byte is concentrated enough for a win."""
+"""Experiment 5 tests whether return per byte is concentrated enough for a win."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""8. Whether execution rewards uniform formats."""
+"""Experiment 8 tests whether execution rewards uniform formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""6. Whether rankings are stable over calibration seeds, workloads and training seeds."""
+"""Experiment 6 tests whether rankings are stable over calibration seeds, workloads and training seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""7. Whether side information erases the win."""
+"""Experiment 7 tests whether side information erases the win."""
 
 from __future__ import annotations
 

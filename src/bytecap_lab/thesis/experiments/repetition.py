@@ -1,4 +1,4 @@
-"""4. Whether blocks used several times make side paths more valuable."""
+"""Experiment 4 tests whether blocks used several times make side paths more valuable."""
 
 from __future__ import annotations
 

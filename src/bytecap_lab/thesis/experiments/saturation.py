@@ -1,4 +1,4 @@
-"""2. Whether the best protected subset is tiny and saturates quickly."""
+"""Experiment 2 tests whether the best protected subset is tiny and saturates quickly."""
 
 from __future__ import annotations
 

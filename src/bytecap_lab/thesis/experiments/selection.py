@@ -1,4 +1,4 @@
-"""1. Selective spending against globally lower error, at equal bytes."""
+"""Experiment 1 tests selective spending against globally lower error, at equal bytes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def decide(found: Mapping[str, Interval]) -> Verdict:
 
 
 def details(one: Evidence, others: Sequence[Evidence]) -> list[tuple[str, str]]:
-    """What the best ranking bought at each amount."""
+    """Return the choices of the best ranking at each amount."""
     del others
     return [
         (f"{p['bytes']:,} bytes by ranking", ", ".join(f"{n} {k}" for k, n in p["paths"].items()))

@@ -1,4 +1,4 @@
-"""3. Structured exceptions against irregular ones, after final coding."""
+"""Experiment 3 tests structured exceptions against irregular ones, after final coding."""
 
 from __future__ import annotations
 

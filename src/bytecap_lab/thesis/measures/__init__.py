@@ -1,4 +1,4 @@
-"""What experiments ask of a bench: named measurements, each the members of one JSON line.
+"""Find the measurements that experiments ask of a bench, each the members of one JSON line.
 
 A module here, or an experiment's own module, offers `MEASURES`: a name, and a function from a `Bench` to a dictionary.
 """

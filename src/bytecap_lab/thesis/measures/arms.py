@@ -1,11 +1,12 @@
-"""The base and the arms that spend bytes on it; see docs/thesis.md, *What is measured*."""
+"""Measure the base and the arms that spend bytes on it; see docs/thesis.md, *What is measured*."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from bytecap_lab.thesis.bench import PRIMARY, Bench, pick
+from bytecap_lab.thesis.amounts import PRIMARY
+from bytecap_lab.thesis.bench import Bench, pick
 
 ARMS = ("global", "ranked", "exceptions", "structured", "irregular")
 

@@ -1,4 +1,4 @@
-"""One matrix at a time: the exception that promises most near 2% of its section, and a finer step of 1/16 octave.
+"""Measure one matrix at a time: its most promising exception near 2% of its section, and a step 1/16 octave finer.
 
 `rankings` prices the same exceptions anew under other statistics: of other calibration seeds, and of each text alone.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bytecap.calibration.metric import metrics
-from bytecap.methods.bytecap import statistics
+from bytecap.methods.bytecap import calibrate
 from bytecap.model.texts import TokenSets
 from bytecap.quantization.overlays import Problem
 from bytecap.quantization.quantizer import Options
@@ -54,8 +54,9 @@ def singles(bench: Bench) -> dict[str, Any]:
 
 def problems(bench: Bench, sets: TokenSets, seed: int) -> dict[str, Problem]:
     """Every matrix under the statistics of other tokens."""
-    job = replace(bench.ground.job, sets=sets, seed=seed, store=bench.store)
-    found = statistics(job, Options())
+    job = bench.ground.job
+    job = replace(job, sets=sets, config=replace(job.config, seed=seed), store=bench.store)
+    found = calibrate(job, Options())
     known = bench.ground.base.problems
     return {
         n: Problem(known[n].unit, known[n].weight, m.hessian[0].cpu(), m.rows.cpu())

@@ -1,4 +1,4 @@
-"""Processor seconds to decode all matrices and to multiply a vector by each, uniform against with exceptions.
+"""Time decoding all matrices and multiplying each by a vector, uniform against with exceptions, in processor seconds.
 
 Exceptions run as side paths beside a dense base: gathered columns and rows, single weights, thin factors, a factor for
 each group. Formats take turns in every repetition, so that what else the machine does hits all of them.
@@ -17,7 +17,8 @@ from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.channels import BOTH, COLUMNS
 from bytecap.job import Section
-from bytecap_lab.thesis.bench import GLOBAL, PRIMARY, Bench, pick
+from bytecap_lab.thesis.amounts import GLOBAL, PRIMARY
+from bytecap_lab.thesis.bench import Bench, pick
 
 REPEATS = 9
 _ROUNDS = 8  # matrix-vector products of every matrix in a repetition

@@ -1,0 +1,227 @@
+"""The plans of a job at one capacity, and which of them is shipped.
+
+The plan is made twice: once plain (one step for all units in the Fisher metric) and once allocated with measured
+correction factors and rate-distortion points. With a menu of exception paths (`bytecap.allocation.overlay_menu`) there
+is a third one, over base steps, paths and amounts, made around the allocated one. All are measured on the correction
+tokens, and what one spends beyond another is charged at the plan's slope, so they are compared at equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from bytecap.allocation import correction, overlay_menu
+from bytecap.allocation.allocate import allocate, floor_rate, refine
+from bytecap.allocation.budget_curve import margin
+from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.preparation import PreparedModel
+from bytecap.allocation.unused import advice
+from bytecap.calibration.residual_streams import streams_of
+from bytecap.errors import BudgetError
+from bytecap.job import Job
+from bytecap.model.evaluation import kl_each
+from bytecap.model.quantized_copy import twin_of
+from bytecap.model.texts import leading
+from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
+from bytecap.system import allocator
+from bytecap.types import Plan
+
+_LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A settled plan that could be shipped: every unit's step is `c` times its multiplier.
+
+    Attributes:
+        planner: holds the units, under their paths if it has any; emptied once it is chosen.
+        slope, gap: of the plan it was made from, in nats per byte and nats per token.
+        label, predicted, margin: once it is chosen, its name, its KL on the correction tokens, and what more or fewer
+            bytes would do.
+        order: units that get targets, stage by stage; the state does not hold their integers.
+    """
+
+    planner: Planner
+    multipliers: Mapping[str, float]
+    c: float
+    state: State
+    slope: float
+    gap: float
+    label: str = ""
+    margin: Mapping[str, Any] = field(default_factory=dict)
+    predicted: float = 0.0
+    order: Sequence[Sequence[str]] = ()
+
+
+def plain_plan(job: Job, prepared: PreparedModel) -> tuple[float, State]:
+    """The plan of one step for all units, and that step.
+
+    Raises:
+        BudgetError: no step is wide enough.
+    """
+    planner, capacity = prepared.planner, prepared.capacity
+    with allocator.no_holes(), job.reporter.step("search", 1):
+        ones = dict.fromkeys(planner.names, 1.0)
+        start = planner.first_step(capacity)
+        c, state = planner.search(ones, capacity, prepared.rules, start=start, tolerance=2e-3)
+        if state.rate > 1.02 * capacity:
+            _raise_floor(job, prepared, state)
+    allocator.release()
+    return c, state
+
+
+def _raise_floor(job: Job, prepared: PreparedModel, state: State) -> None:
+    floor = math.ceil(state.rate + job.budget - prepared.capacity)
+    top = ", ".join(f"{n} {state.rates[n]:.0f}" for n in sorted(state.rates, key=lambda n: -state.rates[n])[:3])
+    raise BudgetError(
+        f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; "
+        f"the largest units are {top}{advice(prepared.unused)}",
+        floor,
+    )
+
+
+def factors(job: Job, planner: Planner, state: State, twin: nn.Module) -> dict[str, float]:
+    """Correction factor of every unit."""
+    with job.reporter.step("correction factors", len(correction.roles(planner))) as advance:
+        windows = leading(job.sets.correction, correction.TOKENS)
+        found = correction.measure(
+            planner, state, job.model.module, twin, windows, device=job.device, advance=advance
+        )  # fmt: skip
+    return dict.fromkeys(planner.names, 1.0) | correction.shrunk(found)
+
+
+def step_multipliers(
+    planner: Planner, plain: State, kappa: Mapping[str, float], capacity: float
+) -> tuple[Plan, dict[str, float], dict[str, Any]]:
+    """One slope over measured, corrected curves; returns the plan, each unit's step multiplier, and the margin."""
+    curves = planner.ladder(plain, _LADDER)
+    fine = [refine(c, kappa[c.name]) for c in curves]
+    room = max(capacity, floor_rate(fine))
+    plan = allocate(fine, room)
+    return plan, {n: 2.0 ** plan.choice[n].setting for n in planner.names}, margin(fine, plan, room)
+
+
+def choose(
+    job: Job, prepared: PreparedModel, c: float, plain: State, kappa: Mapping[str, float], twin: nn.Module
+) -> Candidate:
+    """The best of all plans.
+
+    Args:
+        job: names the paths, and the tokens to compare on.
+        prepared: the units.
+        c: step of the plain plan.
+        plain: its state.
+        kappa: correction factor of every unit.
+        twin: a twin of the model, overwritten.
+    """
+    planner, capacity = prepared.planner, prepared.capacity
+    with allocator.no_holes(), job.reporter.step("allocation", 1):
+        plan, multipliers, around = step_multipliers(planner, plain, kappa, capacity)
+        ones = dict.fromkeys(planner.names, 1.0)
+        found = {"plain": Candidate(planner, ones, c, plain, plan.slope, plan.gap)}
+        if planner.options.allocate:
+            c, state = planner.search(multipliers, capacity, plain.rules, start=c, rounds=4, tolerance=2e-3)
+            # whichever is chosen: rounding goes on with the offsets found last
+            plain = replace(plain, rules=Rules(plain.shared, state.rules.shrink))
+            found = {
+                "plain": replace(found["plain"], state=plain),
+                "allocated": Candidate(planner, multipliers, c, state, plan.slope, plan.gap),
+            }
+            del state
+    del plain
+    if job.paths:
+        start = found["allocated" if planner.options.allocate else "plain"]
+        found |= _with_overlays(job, start, kappa, capacity)
+    with allocator.no_holes(), job.reporter.step("comparison with a plain plan", 1):
+        label, predicted = best_of(job, found, capacity, twin)
+    return replace(found[label], label=label, predicted=predicted, margin=around)
+
+
+def _with_overlays(job: Job, start: Candidate, kappa: Mapping[str, float], capacity: float) -> dict[str, Candidate]:
+    """The plan over exception paths, settled; nothing if no unit takes one."""
+    streams = (
+        streams_of(job.model.module, job.model.units, job.sets.statistics) if overlay_menu.CHANNELS in job.paths else ()
+    )
+    found = overlay_menu.Menu(start.planner, start.state, kappa, capacity, job.paths, streams)
+    with job.reporter.step("exception paths", 1) as advance:
+        found.measure(advance)
+        for name, count in found.skipped.items():
+            if count:
+                job.reporter.note(f"path {name} cannot apply to {count} of {len(start.planner.matrices)} matrices")
+        plan = found.solve()
+        taken = overlay_menu.chosen(plan)
+        if not taken:
+            job.reporter.note("no exception path earns its bytes on any unit: steps alone are better")
+            return {}
+        planner, steps = found.planned(plan)
+        del found
+        room = capacity - overlay_menu.charges(taken)
+        c, state = planner.search(steps, room, start.state.rules, start=1.0, rounds=4, tolerance=2e-3)
+    return {overlay_menu.LABEL: Candidate(planner, steps, c, state, plan.slope, plan.gap)}
+
+
+def best_of(job: Job, found: Mapping[str, Candidate], capacity: float, twin: nn.Module) -> tuple[str, float]:
+    """Name of the candidate with the smallest KL on the correction tokens, and that KL.
+
+    Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
+    """
+    values = {label: correction.unit_values(x.planner, x.state) for label, x in found.items()}
+    measured = kl_each(job.model.module, twin, values, job.sets.correction, device=job.device)
+    cost = {n: kl + found[n].slope * (found[n].state.rate - capacity) for n, (kl, _) in measured.items()}
+    without = min((n for n in cost if n != overlay_menu.LABEL), key=cost.__getitem__)
+    best = min(cost, key=cost.__getitem__)
+    if overlay_menu.LABEL in found:
+        job.reporter.note(
+            overlay_menu.outcome(found[overlay_menu.LABEL].planner, cost[overlay_menu.LABEL], cost[without])
+        )
+    if best == "plain" and "allocated" in found:
+        job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that")
+    return best, measured[best][0]
+
+
+def to_json(best: Candidate) -> dict[str, Any]:
+    """A chosen plan as JSON can hold it: its numbers, and the rules that its state was settled under."""
+    assert best.state.origin is not None  # noqa: S101 (every settled state has them)
+    return {
+        "label": best.label, "predicted": best.predicted, "slope": best.slope, "gap": best.gap, "c": best.c,
+        "multipliers": dict(best.multipliers), "steps": dict(best.state.steps),
+        "rules": rules_to_json(best.state.origin), "last": rules_to_json(best.state.rules), "margin": best.margin,
+    }  # fmt: skip
+
+
+def from_json(planner: Planner, kept: Mapping[str, Any]) -> Candidate:
+    """The plan that `to_json` was given, settled once more."""
+    state = planner.settle(kept["steps"], rules_from_json(kept["rules"]))
+    state = replace(state, rules=Rules(state.shared, rules_from_json(kept["last"]).shrink))
+    numbers = {k: kept[k] for k in ("multipliers", "c", "slope", "gap", "label", "predicted", "margin")}
+    return Candidate(planner, state=state, **numbers)
+
+
+def allocated_plan(
+    job: Job, prepared: PreparedModel, known: Mapping[str, float] | None = None
+) -> tuple[State, dict[str, float]]:
+    """The allocated plan before drift targets, trimming and exception paths.
+
+    Args:
+        job: what to plan.
+        prepared: its units.
+        known: steps of an earlier call with the same arguments; spares the search, and leaves the factors out.
+
+    Returns:
+        Its state, a little below the budget, and every unit's correction factor.
+    """
+    planner, capacity = prepared.planner, prepared.capacity
+    ones = dict.fromkeys(planner.names, 1.0)
+    if known is not None:
+        return State(dict(known), {}, prepared.rules, {}, {}), ones
+    c, state = plain_plan(job, prepared)
+    kappa = factors(job, planner, state, twin_of(job.model.module)) if planner.options.correct else ones
+    with job.reporter.step("allocation", 1):
+        _, multipliers, _ = step_multipliers(planner, state, kappa, capacity)
+        _, state = planner.search(multipliers, capacity, state.rules, start=c, rounds=4, tolerance=2e-3)
+    return state, kappa

@@ -1,0 +1,78 @@
+"""Statistics that are not finite are refused once, where they are made, and the unit and the token window are named.
+
+A loss can be finite and its gradient not: a square root at zero, a row whose tokens are all masked, squares beyond
+float32. Nothing that follows would notice: a matrix of NaN has no Cholesky factor at any damping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from bytecap.calibration.probe import Statistics
+from bytecap.errors import CheckpointError
+from bytecap.model.checkpoint import Model
+from bytecap.model.texts import Window
+
+
+def first_bad(found: Statistics) -> str | None:
+    """Name of a unit whose statistics hold an infinity or no number; None if there is none."""
+    for name, uses in found.uses.items():
+        if not all(bool(torch.isfinite(t).all()) for u in uses for t in (u.moment, u.rows, u.weight)):
+            return name
+    return next((n for n, d in found.diagonal.items() if not np.isfinite(d).all()), None)
+
+
+def check(
+    found: Statistics, model: Model, windows: Sequence[Window], again: Callable[[Sequence[Window]], Statistics]
+) -> None:
+    """Refuse statistics that are not finite.
+
+    Args:
+        found: of all windows.
+        model: that they are of.
+        windows: what they were made from.
+        again: the statistics of some of the windows.
+
+    Raises:
+        CheckpointError: the unit, the window and the model's largest weight are named.
+    """
+    name = first_bad(found)
+    if name is None:
+        return
+    low, high = 0, len(windows)
+    while high - low > 1:  # one half of what is bad is bad, or only their sum is
+        middle = (low + high) // 2
+        first, second = first_bad(again(windows[low:middle])), None
+        if first is None:
+            second = first_bad(again(windows[middle:high]))
+        if first is None and second is None:
+            break
+        low, high, name = (low, middle, first) if first is not None else (middle, high, second or name)
+    where = f"window {low} of {len(windows)}" if high - low == 1 else f"windows {low} to {high - 1} together"
+    start = ", ".join(map(str, windows[low].tokens[:6]))
+    tokens = f" (its tokens begin with {start})" if start and high - low == 1 else ""
+    raise CheckpointError(
+        f"the gradients of {name} are not finite on {where} of the calibration{tokens}, though the loss is; "
+        f"{largest(model)}"
+    )
+
+
+def check_arrays(square: Mapping[str, torch.Tensor], model: Model) -> None:
+    """Refuse mean squared gradients that are not finite.
+
+    Raises:
+        CheckpointError: the unit and the model's largest weight are named.
+    """
+    for name, values in square.items():
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"the gradients of {name} are not finite on the calibration; {largest(model)}")
+
+
+def largest(model: Model) -> str:
+    """What to look at: the model's largest weight."""
+    sizes = {u.name: float(model.tensor(u).detach().abs().max()) for u in model.units if u.parameters}
+    name = max(sizes, key=lambda n: sizes[n])
+    return f"the largest weight of the model is {sizes[name]:.3g} in {name}"

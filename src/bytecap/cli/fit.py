@@ -1,0 +1,110 @@
+"""`bytecap fit` puts a model into one file under a cap, or into several under several caps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bytecap.cli.common import (
+    BytesPerToken,
+    Factory,
+    Json,
+    Loss,
+    State,
+    check_output,
+    needed,
+    print_json,
+    progress,
+    source_of,
+)
+from bytecap.cli.options import with_config
+from bytecap.errors import UsageError
+from bytecap.job.config import FitConfig
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS
+
+
+@with_config
+def fit(
+    config: FitConfig,
+    model: Annotated[str | None, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Most calibration tokens; with --factory also shards (repeatable).", show_default=str(TOKENS)
+        ),
+    ] = None,
+    evaluation_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--evaluation-tokens",
+            "--eval-tokens",
+            show_default=str(EVALUATION_TOKENS),
+            help="Most evaluation tokens; with --factory also shards (repeatable).",
+        ),
+    ] = None,
+    factory: Factory = None,
+    state: State = None,
+    loss: Loss = None,
+    bytes_per_token: BytesPerToken = None,
+    code: Annotated[
+        list[Path] | None, typer.Option("--code", help="Source file to pack (repeatable).", show_default="none")
+    ] = None,
+    code_accounting: Annotated[str, typer.Option(help="Which size of the code meets the cap: packed, raw.")] = "packed",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="Page to write (HTML); {budget} in it stands for each of several.", show_default="none"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
+    from bytecap.pipeline import pack_code
+    from bytecap.pipeline.fit import each_budget, fit_config
+    from bytecap.pipeline.fit_shards import fit_shards, limit_only, numbers_and_shards
+    from bytecap.pipeline.formats import is_directory
+
+    if config.output is None and not config.dry_run:
+        raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
+    if config.recover_text and (config.recover is None or factory is not None):
+        raise UsageError("--recover-text is read by --recover, without --factory")
+    for each in () if is_directory(config) else each_budget(config):  # directories are checked by their job
+        check_output(Path(each.output) if each.output is not None else None)
+    pages = [Path(c.output) for c in each_budget(replace(config, output=report)) if c.output is not None]
+    for page in pages:
+        check_output(page)
+    config = replace(config, code=pack_code.pack(code or (), code_accounting), reporter=progress(as_json))
+    if factory is not None:
+        if config.store is not None:
+            raise UsageError("--store is for checkpoints: what a factory's code computes has no name to be kept under")
+        source = replace(source_of(factory, model, state, loss, bytes_per_token), window=config.window)
+        most, shards = numbers_and_shards(tokens, "--tokens")
+        most_evaluation, held = numbers_and_shards(evaluation_tokens, "--eval-tokens")
+        config = replace(config, calibration=shards, evaluation=held)
+    else:
+        source = None
+        most = limit_only(tokens, "--tokens")
+        most_evaluation = limit_only(evaluation_tokens, "--eval-tokens")
+    config = replace(config, tokens=most or TOKENS, evaluation_tokens=most_evaluation or EVALUATION_TOKENS)
+    results = fit_shards(source, config) if source is not None else fit_config(needed(model), config)
+    _show(results, pages, config.dry_run, as_json)
+
+
+def _show(results: list[Any], pages: list[Path], dry_run: bool, as_json: bool) -> None:
+    """Write pages, and show the outcome on the terminal or as JSON: one report, or a list for several fits."""
+    from bytecap.report.terminal import print_fit
+
+    for result, path in zip(results, pages, strict=False):
+        from bytecap.report.fit import page
+        from bytecap.system.atomic import write_atomically
+
+        write_atomically(page(result.report, [] if dry_run else result.ledger()).encode(), path)
+    if as_json:
+        reports = [result.report for result in results]
+        print_json(reports[0] if len(reports) == 1 else {"fits": reports})
+        return
+    for result in results:
+        print_fit(result.report)

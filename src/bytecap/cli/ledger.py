@@ -1,0 +1,27 @@
+"""`bytecap ledger` shows where every byte of a file went."""
+
+from __future__ import annotations
+
+from bytecap.cli.common import Artifact, Json, print_json
+
+
+def ledger(path: Artifact, as_json: Json = False) -> None:
+    """Show where every byte went, rebuilt from the file alone."""
+    from bytecap.format import container
+    from bytecap.format.ledger import total
+    from bytecap.report.terminal import print_ledger
+
+    if path.is_dir():
+        from bytecap.runtimes.directory.contents import ledger_of
+
+        entries = ledger_of(path)
+    elif path.suffix == ".gguf":
+        from bytecap.runtimes.gguf.file import ledger as entries_of
+
+        entries = entries_of(path)
+    else:
+        entries = container.ledger(container.read(path))
+    if as_json:
+        print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
+    else:
+        print_ledger(entries, str(path))

@@ -1,0 +1,166 @@
+"""How a language model is fed: its first token, the length it takes, the ids it knows, and that it is causal.
+
+transformers knows these, under whatever name a config gives them and in whatever part of a nested one; ids are held
+against the rows that the embedding really has. One short pass shows whether a prediction changes with tokens behind it:
+models that see both ways (BERT, XLNet) can be built as language models, and what they score means nothing.
+
+>>> facts({"config.json": b'{"model_type": "gpt2", "n_positions": 64, "bos_token_id": 5}'}).positions
+64
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bytecap.errors import CheckpointError, UsageError
+
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx",
+    "context_length", "max_target_positions",
+)  # fmt: skip
+_TRIAL = 24  # tokens of the pass that tests causality
+_LEAK = 1e-3  # of the logits' spread: what earlier predictions may change with later tokens, by rounding
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a config says of a language model's inputs.
+
+    Attributes:
+        first: token put in front of every document, or None.
+        positions: most tokens of one pass, or None where there is no limit.
+        ends: tokens that end a text.
+        encoder_decoder: whether it is an encoder with a decoder.
+        kind: model type, for messages.
+    """
+
+    first: int | None
+    positions: int | None
+    ends: frozenset[int]
+    encoder_decoder: bool
+    kind: str
+
+
+def facts(files: Mapping[str, bytes]) -> Facts:
+    """From a model's side files.
+
+    Raises:
+        CheckpointError: the config's first token or length is no such number.
+    """
+    raw = _object(files, "config.json")
+    config = _library_config(raw)
+    text = config.get_text_config(decoder=True) if config is not None else None
+
+    def value(name: str) -> Any:
+        if text is not None and getattr(text, name, None) is not None:
+            return getattr(text, name)
+        nested = raw.get("text_config")
+        return raw.get(name, nested.get(name) if isinstance(nested, dict) else None)
+
+    first = value("bos_token_id")
+    if isinstance(first, int) and first < 0:
+        raise CheckpointError(f"config.json gives bos_token_id {first}, which is no token")
+    lengths = [n for n in map(value, _POSITIONS) if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    ends = [
+        _object(files, "generation_config.json").get("eos_token_id"),
+        value("eos_token_id"),
+        raw.get("eos_token_id"),
+    ]
+    return Facts(
+        first if isinstance(first, int) else None, lengths[0] if lengths else None,
+        frozenset(t for e in ends for t in (e if isinstance(e, list) else [e]) if isinstance(t, int)),
+        bool(getattr(config, "is_encoder_decoder", raw.get("is_encoder_decoder", False))),
+        str(raw.get("model_type", "")),
+    )  # fmt: skip
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """A side file's JSON object; empty where there is none."""
+    try:
+        found = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{name} is not valid JSON: {exc}") from exc
+    return found if isinstance(found, dict) else {}
+
+
+def _library_config(raw: Mapping[str, Any]) -> Any:
+    """The config as transformers completes it, without running anything; None for kinds it does not know."""
+    try:
+        from transformers import AutoConfig
+
+        return type(AutoConfig.for_model(raw["model_type"])).from_dict(dict(raw))
+    except Exception:  # noqa: BLE001 (any config of any class: what it says by itself is left)
+        return None
+
+
+def refuse_encoder_decoder(files: Mapping[str, bytes], name: str) -> None:
+    """Refuse models whose text goes through an encoder first.
+
+    Raises:
+        CheckpointError: this is one.
+    """
+    found = facts(files)
+    if found.encoder_decoder:
+        raise CheckpointError(
+            f"{name} is an encoder-decoder ({found.kind}), not a causal language model: bytecap scores a text by "
+            "predicting its next token; fit it as a module with a loss of your own"
+        )
+
+
+def vocabulary_of(module: nn.Module) -> int | None:
+    """Ids that a model can read and predict: rows of its embedding, outputs of its head; None if it shows neither."""
+    sizes = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            table = getattr(module, getter)()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        weight = getattr(table, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2:
+            kind = "nf" if hasattr(table, "nf") else ""
+            sizes.append(int(weight.shape[1 if kind else 0]))
+    return min(sizes, default=None)
+
+
+@torch.no_grad()
+def check_causal(module: nn.Module, name: str, size: int | None, positions: int | None = None) -> None:
+    """Refuse a module whose predictions change with later tokens.
+
+    Args:
+        module: `module(ids)` gives logits (batch, length, vocabulary).
+        name: for messages.
+        size: ids it knows.
+        positions: most tokens of a pass.
+
+    Raises:
+        CheckpointError: it sees the next token. UsageError: its logits are not finite.
+    """
+    length = max(2, min(_TRIAL, positions or _TRIAL))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(max(2, size or 2), (1, length), generator=generator)
+    other = ids.clone()
+    half = length // 2
+    other[0, half:] = (ids[0, half:] + 1 + torch.arange(length - half) % max(1, (size or 2) - 1)) % max(2, size or 2)
+    device = next(module.parameters()).device
+    one, two = (_logits(module, x.to(device), name)[0, :half].float() for x in (ids, other))
+    spread = float(one.std()) or 1.0
+    leak = float((one - two).abs().max())
+    if leak > _LEAK * spread:
+        raise CheckpointError(
+            f"{name} ({type(module).__name__}) is no causal language model: its predictions change with the tokens "
+            "that come after, so bits per byte would mean nothing; fit it as a module with a loss of your own"
+        )
+
+
+def _logits(module: nn.Module, ids: Tensor, name: str) -> Tensor:
+    found: Any = module(ids)
+    logits = found if isinstance(found, Tensor) else found.logits
+    if not isinstance(logits, Tensor) or not bool(torch.isfinite(logits).all()):
+        raise UsageError(f"{name} gives logits that are not finite, before anything was changed")
+    return logits

@@ -1,0 +1,90 @@
+"""Define `Artifact`, a finished file in memory with everything that was measured on it, as `fit` returns it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bytecap.errors import UsageError
+from bytecap.format import container
+from bytecap.format.container import Contents
+from bytecap.format.decoder import decode_units
+from bytecap.format.ledger import Entry
+from bytecap.model.evaluation import ByWindow
+from bytecap.system.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(repr=False)
+class Artifact:
+    """A finished file.
+
+    Attributes:
+        contents: what is in it.
+        data: its bytes.
+        report: every figure of the job, as `--json` prints it, and under `warnings` every warning.
+        windows: scores of every evaluation text by window; none after a dry run.
+        before: what would have been written without recovery, where that is something else.
+    """
+
+    contents: Contents
+    data: bytes
+    report: dict[str, Any] = field(default_factory=dict)
+    windows: tuple[ByWindow, ...] = ()
+    before: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"Artifact({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        """Draw the ledger for notebooks."""
+        from bytecap.report.notebook import ledger
+
+        return ledger(self.ledger(), self._summary()) if self.data else f"<p>{self._summary(html=True)}</p>"
+
+    def _summary(self, *, html: bool = False) -> str:
+        """Return model, size and quality in one line."""
+        from html import escape
+
+        name = "".join(c if c.isprintable() else "?" for c in str(self.report.get("model", "")))
+        parts = [name[:60]] if name else []
+        if self.data:
+            parts.append(f"{len(self.data):,} bytes")
+        if (budget := self.report.get("budget_bytes")) is not None:
+            parts.append(f"budget {budget:,}" if self.data else f"dry run under {budget:,} bytes")
+        for key, words in (("bpb_artifact", "bits per byte"), ("kl_nats", "nats per token from the original")):
+            value = self.report.get(key)
+            if isinstance(value, float) and math.isfinite(value):
+                parts.append(f"{value:.4f} {words}")
+        line = ", ".join(parts)
+        return escape(line) if html else line
+
+    def save(self, path: Path | str) -> int:
+        """Write atomically; returns the size in bytes."""
+        return write_atomically(self.data, Path(path))
+
+    def ledger(self) -> list[Entry]:
+        """Return the owner and the kind of every byte."""
+        return container.ledger(self.contents)
+
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Decode the values, by name and with aliases."""
+        return decode_units(self.contents)
+
+    def load_model(self) -> nn.Module:
+        """Return the decoded model as a torch module in evaluation mode, as `bytecap.load_model` reads it from a file.
+
+        Raises:
+            UsageError: a dry run made no file. ArtifactError: the file holds no config.
+        """
+        from bytecap.model.from_artifact import module_of
+
+        if not self.data:
+            raise UsageError("a dry run writes no file: there is no model to load")
+        return module_of(container.parse(self.data), str(self.report.get("model", "the artifact")))

@@ -1,0 +1,378 @@
+"""Define the stages of every fit, whatever the model is and wherever its tokens come from.
+
+`check` reads the options, `open_model` sizes what is fixed and refuses a budget below the floor, `finish` runs the
+method, writes the file and measures it. Between the three the caller loads the model and reads its tokens:
+`bytecap.pipeline.fit` (checkpoints and texts), `fit_module` (modules and batches), `fit_shards` (factories and shards).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bytecap import methods
+from bytecap.allocation.unused import check_choice
+from bytecap.errors import BudgetError, CorruptError, UsageError
+from bytecap.format import container
+from bytecap.format.codefiles import Code
+from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.coders.exact import WIDTH
+from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.container import Contents, FileSection, UnitSection
+from bytecap.format.decoder import Ideal, decode_each
+from bytecap.format.ledger import by_path, by_unit
+from bytecap.format.wire.shared_objects import share_lists
+from bytecap.job import Job, Method, Outcome, Section
+from bytecap.job.config import FitConfig
+from bytecap.job.effort import Effort, effort_of
+from bytecap.methods.preencoded import run_rest
+from bytecap.methods.rate_control import allowed_slack
+from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.determinism import ask_for_order
+from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
+from bytecap.model.rebuilt import written
+from bytecap.model.texts import TokenSets
+from bytecap.pipeline import background, pack_code
+from bytecap.pipeline.artifact import Artifact
+from bytecap.progress import Recorder, Reporter, reporter_for
+from bytecap.recovery.sections import tune_sections
+from bytecap.sizes import check_budget, format_size, parse_budget
+from bytecap.system import allocator
+from bytecap.system.cache import Store
+
+_NONE: Mapping[str, Section] = {}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Checked options of a fit, before anything is loaded.
+
+    Attributes:
+        config: the options as they were given.
+        method: the function behind the method's name.
+        device: torch device.
+        paths: exception paths to choose from.
+        recover: how long to tune what was coded, or None.
+        store: where finished steps are kept.
+        code: source files, packed.
+        reporter: told about progress; keeps the warnings.
+    """
+
+    config: FitConfig
+    method: Method
+    device: str
+    paths: tuple[str, ...]
+    recover: Effort | None
+    store: Store
+    code: Code
+    reporter: Recorder
+
+    @property
+    def method_name(self) -> str:
+        """Return the name of the method; of FILE.py:CALLABLE without the path."""
+        return self.config.method.rpartition(":")[2]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded model under a budget that it can meet.
+
+    Attributes:
+        asked: the options.
+        model: the model.
+        budget: cap on the file in bytes.
+        files: config, tokenizer and code as they are stored.
+        size: file size for given sections, tables section, and shared objects if there are any.
+        floor: the smallest reachable file in bytes.
+    """
+
+    asked: Asked
+    model: Model
+    budget: int
+    files: tuple[FileSection, ...]
+    size: Callable[..., int]
+    floor: int
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Remarks on its making that the file holds."""
+        return _about(self.asked, self.budget)
+
+    def job(self, sets: TokenSets) -> Job:
+        """The job that the method works on."""
+        asked, limit = self.asked, self.budget - self.asked.code.reserve
+        return Job(
+            self.model, sets, limit, self.size, asked.device, asked.reporter, asked.config, asked.paths, asked.recover,
+            asked.store,
+        )  # fmt: skip
+
+
+def check(config: FitConfig) -> Asked:
+    """Read every option that needs no model.
+
+    Raises:
+        UsageError: an option cannot be understood. CodeError: a source file cannot be packed.
+    """
+    check_budget(config.budget)
+    check_choice(config.unused)
+    if config.recover_text and config.recover is None:
+        raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
+    run, device = methods.find(config.method), choose_device(config.device)
+    paths, effort = methods.menu_of(config.paths, config.method), effort_of(config.recover)
+    code = config.code if isinstance(config.code, Code) else pack_code.pack(config.code)
+    store = config.store if isinstance(config.store, Store) else Store(config.store)
+    reporter = Recorder(reporter_for(config.reporter, config.progress))
+    allocator.spare(device)
+    return Asked(config, run, device, paths, effort, store, code, reporter)
+
+
+def open_model(asked: Asked, model: Model) -> Opened:
+    """Size what is fixed.
+
+    Raises:
+        BudgetError: the budget is below the floor.
+    """
+    config, budget = asked.config, parse_budget(asked.config.budget, model.parameters)
+    asked.reporter.note(f"budget: {format_size(budget)}")
+    for note in model.notes:
+        asked.reporter.note(note)
+    files = side_files(model, tokenizer=config.tokenizer, config=config.config) + asked.code.sections
+    size = sizer(model, files, _about(asked, budget))
+    with asked.code.floor(budget), allocator.stated(model.parameters):
+        floor = check_floor(model, size, budget - asked.code.reserve, config.given)
+    return Opened(asked, model, budget, files, size, floor)
+
+
+def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
+    """Run the method, write the file, and measure what was written.
+
+    Args:
+        opened: the model under its budget.
+        sets: its tokens.
+        started: `time.perf_counter()` when the job began.
+
+    Raises:
+        BytecapError: nothing is written then.
+    """
+    asked, job, parameters = opened.asked, opened.job(sets), opened.model.parameters
+    with asked.code.floor(opened.budget), allocator.stated(parameters):
+        result = _solve(job, asked.method, opened.files, opened.about)
+    if not asked.config.dry_run:
+        with allocator.stated(parameters):
+            _deliver(result, job, asked.config.output)
+    seconds = round(time.perf_counter() - started, 3)
+    result.report |= asked.code.report(opened.budget)
+    result.report |= {"floor_bytes": opened.floor, "seconds": seconds, "warnings": list(asked.reporter.warnings)}
+    return result
+
+
+def fit_sets(model: Model, sets: TokenSets, config: FitConfig) -> Artifact:
+    """Fit a loaded model on tokens that were read before."""
+    started = time.perf_counter()
+    return finish(open_model(check(config), model), sets, started)
+
+
+def make_job(model: Model, sets: TokenSets, config: FitConfig) -> Job:
+    """Make the job that `fit` would work on, for inspection."""
+    return open_model(check(config), model).job(sets)
+
+
+def _about(asked: Asked, budget: int) -> dict[str, Any]:
+    return {"budget": budget, "method": asked.method_name}
+
+
+def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
+    """Write the file and measure what was written."""
+    if output is not None:
+        result.save(output)
+        job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
+    parts, ideal = _measure(result.data, job)
+    result.report |= {"ideal_bytes": ideal} | quality(parts)
+    if job.recover is not None:
+        plain = _measure(result.before, job)[0] if result.before is not None else parts
+        before = quality(plain)
+        keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
+        kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
+        result.report["without_recovery"] = {
+            **{k: before[k] for k in keys}, "kl_difference_stderr": kl, "delta_difference_stderr": nats,
+        }  # fmt: skip
+    result.windows = tuple(p.windows for p in parts if p.windows is not None)
+
+
+def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
+    """Return the finished bytes and their report, before quality is measured."""
+    stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
+    job.model.module.to(job.device)
+    outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
+    if stored is None:
+        outcome = run_rest(run, job)
+        if outcome.sections and job.recover is not None and _untuned(job, outcome, about["method"]):
+            outcome = tune_sections(job, outcome)
+        if outcome.sections:
+            outcome = _with_lists(outcome, job.model)
+            stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
+    before = None
+    if outcome.before is not None:
+        plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
+        before = container.serialize(_contents(job.model, files, about, plain, job.budget, about["method"]))
+    result = Artifact(stored, container.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
+    result.before = before
+    result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
+    return result
+
+
+def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
+    """Return whether sections may hold continuous values that the method itself has not tuned.
+
+    Where sections are given nothing is tuned: they are stored as they are.
+    """
+    return not job.given and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
+
+
+def _with_lists(outcome: Outcome, model: Model) -> Outcome:
+    """Store lists of positions that several stacks share once, where that is smaller."""
+    shapes = {u.name: u.matrix_shape for u in model.units}
+    stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
+    changed, objects = share_lists(stacks, outcome.objects)
+    sections = {n: Section(s.tag, changed.get(n, s.data)) for n, s in outcome.sections.items()}
+    return replace(outcome, sections=sections, objects=objects)
+
+
+def choose_device(device: str) -> str:
+    """Choose the torch device for `auto`, `cpu` or `cuda`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in {"cpu", "cuda"}:
+        raise UsageError(f"unknown device {device!r}: use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but torch sees no CUDA device")
+    if device == "cuda":
+        ask_for_order()
+    return device
+
+
+def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> tuple[FileSection, ...]:
+    """Return config and tokenizer as they are stored."""
+    kept = {n: d for n, d in model.files.items() if (tokenizer if container.is_tokenizer(n) else config)}
+    return tuple(FileSection(n, background.packed(n, d)) for n, d in kept.items())
+
+
+def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:
+    """Return a function from sections, tables and shared objects to the file size."""
+
+    def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
+        units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
+        return len(container.serialize(Contents(units, tables, files, about, objects=objects)))
+
+    return size
+
+
+def _contents(
+    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], outcome: Outcome, budget: int, method: str
+) -> Contents:
+    units = tuple(UnitSection(u, outcome.sections[u.name].tag, outcome.sections[u.name].data) for u in model.units)
+    contents = Contents(units, outcome.tables, files, about, objects=outcome.objects)
+    total = len(container.serialize(contents))
+    if total > budget:
+        raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)
+    return contents
+
+
+def _lossless(
+    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], budget: int, reporter: Reporter
+) -> Contents | None:
+    """Code the model without loss, if that fits the budget."""
+    raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in model.units)
+    if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
+        return None
+    units = []
+    with reporter.step("lossless size", len(model.units)) as advance:
+        for u in model.units:
+            values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
+            narrowed = u.dtype not in WIDTH or (u.dtype == "F64" and values.dtype != np.float64)
+            dtype = "F32" if narrowed else u.dtype
+            units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
+            advance(1)
+    contents = Contents(tuple(units), b"", files, {**about, "lossless": not model.rounded})
+    total = len(container.serialize(contents))
+    if total > budget:
+        return None
+    _check_lossless(model, contents)
+    said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
+    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
+    return contents
+
+
+def _check_lossless(model: Model, contents: Contents) -> None:
+    """Decode what is about to be called lossless and compare it."""
+    for unit, values in decode_each(contents):
+        held = model.tensor(unit).detach().cpu().numpy()
+        if not np.array_equal(values, held, equal_nan=held.dtype.kind == "f"):
+            raise CorruptError(f"unit {unit.name} does not come back as it was stored: nothing is written")
+
+
+def check_floor(
+    model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int, given: Mapping[str, Section] = _NONE
+) -> int:
+    """Return the smallest reachable file size; a budget below it is refused, naming the largest units."""
+    sections = {u.name: given.get(u.name) or Section(*methods.smallest_section(u)) for u in model.units}
+    floor = size(sections, b"")
+    if floor > budget:
+        units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
+        rest = floor - sum(len(u.data) for u in units)
+        top = ", ".join(f"{u.unit.name} {len(u.data)}" for u in sorted(units, key=lambda u: -len(u.data))[:3])
+        raise BudgetError(
+            f"a budget of {budget:,} bytes is below the floor of {floor:,}: config, tokenizer and index hold {rest:,}, "
+            f"the largest units {top} (--no-tokenizer and --no-config leave files out)",
+            floor,
+        )
+    return floor
+
+
+def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
+    """Read finished bytes back and score them against the original; also the file's ideal size."""
+    model, contents, ideal = job.model, container.parse(data), Ideal()
+    threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
+    twin = written(model, contents, observe=ideal, threads=threads)
+    allocator.release()
+    with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
+        parts = [compare(model.module, twin, t, device=job.device, progress=advance) for t in job.sets.evaluation]
+    return parts, ideal.bytes(len(data))
+
+
+def _report(
+    result: Artifact, model: Model, outcome: Outcome, budget: int, method: str, sets: Any, seed: int
+) -> dict[str, Any]:
+    entries = result.ledger()
+    return {
+        "model": model.name, "method": method, "plan": outcome.plan, "seed": seed,
+        "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
+        "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
+        "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
+        "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
+        "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
+        **({"recovery": outcome.recovery} if outcome.recovery else {}),
+        "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
+        "paths": by_path(entries), "margin": outcome.margin or None,
+        "statistics_tokens": sum(w.predicted for w in sets.statistics),
+        "correction_tokens": sum(w.predicted for w in sets.correction),
+    }  # fmt: skip
+
+
+def quality(parts: list[Comparison]) -> dict[str, Any]:
+    """Return measured figures as a report has them: means over the texts, and every text."""
+    mean = mean_comparison(parts)
+    keys = (
+        "bpb_original", "bpb_artifact", "bpb_stderr", "nats_original", "nats_artifact", "nats_temperature",
+        "temperature", "kl_nats", "kl_stderr", "same_top1",
+    )  # fmt: skip
+    return {k: getattr(mean, k) for k in keys} | {
+        "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
+        "evaluation_tokens": mean.tokens, "texts": [p.as_dict() for p in parts],
+    }  # fmt: skip
