@@ -35,7 +35,7 @@ from bytecap.runtimes.directory.menu import Rounded, curve, round_to
 from bytecap.runtimes.directory.tensors import write
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
-from bytecap.runtimes.solve import Found, figures, solve
+from bytecap.runtimes.gguf.solve import Found, figures, solve
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.atomic import check_directory, replacing_directory
 from bytecap.system.cache import Store

@@ -42,9 +42,9 @@ from bytecap.runtimes.gguf.menu import (
 )
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
 from bytecap.runtimes.gguf.plan import Found, solve
+from bytecap.runtimes.gguf.solve import figures
 from bytecap.runtimes.gguf.template import Template, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
-from bytecap.runtimes.solve import figures
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.atomic import write_atomically
 from bytecap.system.cache import Store

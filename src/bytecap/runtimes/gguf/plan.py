@@ -1,4 +1,4 @@
-"""One slope for all tensors of a GGUF file; see `bytecap.runtimes.solve`."""
+"""One slope for all tensors of a GGUF file; see `bytecap.runtimes.gguf.solve`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from bytecap.allocation.allocate import allocate
 from bytecap.job import Job
-from bytecap.runtimes import solve as slopes
+from bytecap.runtimes.gguf import solve as slopes
 from bytecap.runtimes.gguf.menu import WHOLE, Item, Rounded, curve, round_to
 
 Found: TypeAlias = slopes.Found[Rounded]

@@ -25,7 +25,7 @@ from bytecap.runtimes.gguf.export import values_of
 from bytecap.runtimes.gguf.menu import Item, Rounded
 from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.runtimes.gguf.plan import Found
-from bytecap.runtimes.solve import unit_values
+from bytecap.runtimes.gguf.solve import unit_values
 from bytecap.types import Unit
 
 RATE = 1.5e-3  # first learning rate, relative to each number
