@@ -47,7 +47,10 @@ def host() -> str:
 def record(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     """Append one result with everything needed to repeat it."""
     names = {str(args.models): "MODELS", str(args.texts): "TEXTS", str(args.output): "OUTPUT"}
-    names |= {str(getattr(args, k, None)): k.upper() for k in ("artifact", "keep", "summary", "windows", "work")}
+    names |= {
+        str(getattr(args, k, None)): k.upper()
+        for k in ("artifact", "keep", "summary", "windows", "work", "llm_compressor")
+    }
     train = getattr(args, "train", None) or ()
     names |= {str(path): "TRAIN" for path in (train if isinstance(train, list | tuple) else [train])}
     words = [names.get(word, word) for word in sys.argv[1:]]

@@ -67,12 +67,13 @@ def fit(
     from bytecap.pipeline import pack_code
     from bytecap.pipeline.fit import each_budget, fit_config
     from bytecap.pipeline.fit_shards import fit_shards, limit_only, numbers_and_shards
+    from bytecap.pipeline.formats import is_directory
 
     if config.output is None and not config.dry_run:
         raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
     if config.recover_text and (config.recover is None or factory is not None):
         raise UsageError("--recover-text is read by --recover, without --factory")
-    for each in each_budget(config):
+    for each in () if is_directory(config) else each_budget(config):  # directories are checked by their job
         check_output(Path(each.output) if each.output is not None else None)
     pages = [Path(c.output) for c in each_budget(replace(config, output=report)) if c.output is not None]
     for page in pages:

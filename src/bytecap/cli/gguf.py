@@ -35,7 +35,8 @@ def recode(
     """Put the model in a GGUF file into another one of at most --budget bytes."""
     from bytecap.model.checkpoint import load_model
     from bytecap.pipeline.fit import each_budget
-    from bytecap.pipeline.fit_gguf import fit_gguf_configs, format_of
+    from bytecap.pipeline.fit_gguf import fit_gguf_configs
+    from bytecap.pipeline.formats import format_of
     from bytecap.progress import warn
     from bytecap.report.terminal import print_fit
     from bytecap.runtimes.gguf.recode import check_source

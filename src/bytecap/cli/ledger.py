@@ -11,7 +11,11 @@ def ledger(path: Artifact, as_json: Json = False) -> None:
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger
 
-    if path.suffix == ".gguf":
+    if path.is_dir():
+        from bytecap.runtimes.directory.contents import ledger_of
+
+        entries = ledger_of(path)
+    elif path.suffix == ".gguf":
         from bytecap.runtimes.gguf.file import ledger as entries_of
 
         entries = entries_of(path)

@@ -63,10 +63,10 @@ class FitConfig:
         unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
             some nine bits a weight, `drop` as coarsely as it likes.
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
-        format: kind of file: `bcap`, or `gguf` for llama.cpp (docs/runtimes.md); by the suffix of `output` if it is not
-            given.
-        types: GGUF types to choose from (`q4_k,q6_k`), all that are known by default.
-        pure: refuse a tensor that none of the GGUF types can hold, instead of choosing among the types that can.
+        format: `bcap`, `gguf` for llama.cpp, or a directory: `mlx`, `compressed-tensors` (docs/runtimes.md); by the
+            suffix of `output` if it is not given.
+        types: types of the format to choose from (GGUF: `q4_k,q6_k`; MLX: `w4g64`), all in its menu by default.
+        pure: refuse a tensor that none of the types can hold, instead of another type or 16 bits.
         template: the same model as a GGUF file converted by llama.cpp, for names, metadata and tokenizer.
         emit: GGUF: file to write the types to, as `llama-quantize --tensor-type-file` reads them.
         store: directory of finished steps: a killed run, started again, goes on from there.

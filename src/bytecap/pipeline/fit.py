@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,8 +27,8 @@ from bytecap.model.sources import DEMO, as_paths, load_sets, sampled, window_lim
 from bytecap.model.texts import TokenSets, Window
 from bytecap.pipeline import background
 from bytecap.pipeline.artifact import Artifact
-from bytecap.pipeline.fit_gguf import fit_gguf_configs, format_of
 from bytecap.pipeline.fit_module import fit_module
+from bytecap.pipeline.formats import FORMATS, format_of
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
@@ -67,6 +67,20 @@ def fit_budgets(model: Model | Path | str, config: FitConfig) -> list[Artifact]:
     return fit_config(model, config)
 
 
+def _jobs() -> dict[str, Callable[..., list[Any]]]:
+    """The jobs that write other programs' formats, by name."""
+    from bytecap.pipeline.fit_directory import fit_directory_configs
+    from bytecap.pipeline.fit_gguf import fit_gguf_configs
+
+    found: dict[str, Callable[..., list[Any]]] = {
+        "gguf": fit_gguf_configs,
+        "mlx": fit_directory_configs,
+        "compressed-tensors": fit_directory_configs,
+    }
+    assert found.keys() == FORMATS.keys()  # noqa: S101 (two tables of ours)
+    return found
+
+
 def fit_config(model: Model | Path | str, config: FitConfig) -> list[Any]:
     """Fit a checkpoint once for each budget of the config."""
     return _fit(model, each_budget(config))
@@ -75,8 +89,9 @@ def fit_config(model: Model | Path | str, config: FitConfig) -> list[Any]:
 def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     """Fit a checkpoint under configs that differ in their budgets."""
     started = time.perf_counter()
-    if format_of(configs[0]) == "gguf":
-        return fit_gguf_configs(model, configs)
+    kind = format_of(configs[0])
+    if kind in FORMATS:
+        return _jobs()[kind](model, configs)
     for option in _FOR_MODULES:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model

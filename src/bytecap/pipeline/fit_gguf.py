@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.calibration.statistics import moments
-from bytecap.errors import BudgetError, UsageError
+from bytecap.errors import BudgetError
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
@@ -27,6 +27,7 @@ from bytecap.model.evaluation import Comparison, compare, paired_stderr
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import Paths, as_paths, load_sets, with_recovery
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.gguf import file, library
@@ -42,6 +43,7 @@ from bytecap.runtimes.gguf.menu import (
 )
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
 from bytecap.runtimes.gguf.plan import Found, solve
+from bytecap.runtimes.gguf.solve import figures
 from bytecap.runtimes.gguf.template import Template, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
@@ -88,33 +90,6 @@ class _Frame:
     def fixed(self) -> int:
         """Bytes of all that types do not compete for."""
         return self.head + self.rest
-
-
-FORMATS = ("bcap", "gguf")
-_ONLY = ("types", "pure", "template", "emit")  # options of GGUF files
-_NOT = ("paths", "code", "loss", "evaluate", "predictions", "given", "allow_unused")  # options of others
-
-
-def format_of(config: FitConfig) -> str:
-    """Kind of file that a config asks for.
-
-    >>> format_of(FitConfig("3MB", output="a.gguf")), format_of(FitConfig("3MB"))
-    ('gguf', 'bcap')
-
-    Raises:
-        UsageError: there is no such kind, or options are given that are not for it.
-    """
-    kind = config.format or ("gguf" if str(config.output or "").endswith(".gguf") else "bcap")
-    if kind not in FORMATS:
-        raise UsageError(f"unknown format {kind!r}: there are {', '.join(FORMATS)}")
-    given = {n: getattr(config, n) for n in (_NOT if kind == "gguf" else _ONLY)}
-    wrong = [n for n, value in given.items() if getattr(value, "sections", value)]  # code, packed, may be none
-    if kind == "gguf":
-        wrong += [n for n in ("tokenizer", "config") if not getattr(config, n)]
-        wrong += ["method"] if config.method != "bytecap" else []
-    if wrong:
-        raise UsageError(f"the option {wrong[0]} is not for the format {kind}")
-    return kind
 
 
 def fit_gguf_configs(
@@ -311,22 +286,12 @@ def measure(
 def _report(
     job: Job, frame: _Frame, items: Sequence[Item], found: Found, types: Mapping[str, str], size: int
 ) -> dict[str, Any]:
-    seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
     counts = Counter(types.values())
     return {
-        "model": job.model.name, "format": "gguf", "architecture": frame.layout.architecture, "method": "bytecap",
+        "format": "gguf", "architecture": frame.layout.architecture,
         "plan": ", ".join(f"{n} {t.lower()}" for t, n in sorted(counts.items(), key=lambda x: WHOLE.index(x[0]))),
-        "seed": job.seed, "budget_bytes": job.budget, "file_bytes": size, "slack_bytes": job.budget - size,
-        "allowed_slack_bytes": found.step, "ideal_bytes": size,
-        "head_bytes": frame.head, "float_bytes": frame.rest,
-        "parameters": job.model.parameters, "bits_per_parameter": 8 * size / max(1, job.model.parameters),
-        "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
-        "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
-        "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
-        "shrinkage": {i.role: i.shrinkage for i in items}, "types": dict(types),
-        "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
-        "correction_tokens": sum(w.predicted for w in job.sets.correction),
-    }  # fmt: skip
+        "head_bytes": frame.head, "float_bytes": frame.rest, "types": dict(types),
+    } | figures(job, items, found, size)  # fmt: skip
 
 
 def imatrix_of(

@@ -114,6 +114,69 @@ def _locked(path: Path) -> tuple[BinaryIO, Path]:
         f.close()  # swept between its birth and our lock
 
 
+def check_directory(path: Path) -> None:
+    """Refuse a place where a directory cannot be put, or must not take another one's place.
+
+    A directory may be replaced if it is empty or holds a model (`config.json`).
+
+    Raises:
+        OutputError: there is a file, a directory of something else, or no writable directory around it.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"cannot write {path}: there is a file; give the name of a directory")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise OutputError(f"cannot write {path}: the directory holds other files; give a new or empty one")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: the directory {path.parent} is not writable")
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A directory that takes the place of `path` when the block ends without an error.
+
+    Files are written beside it, synced, and the directory is renamed; an old one is moved away first and removed last,
+    so a crash leaves the old one or the new one whole, if need be under the name of its temporary place.
+
+    Raises:
+        OutputError: see `check_directory`; or the disk is full; the old directory stays intact.
+    """
+    check_directory(path)
+    target = path.absolute()
+    made = None
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        yield made
+        for file in made.iterdir():
+            with file.open("r+b") as f:
+                os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        made.chmod(0o777 & ~mask)
+        made = _exchanged(made, target)
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _exchanged(made: Path, target: Path) -> Path | None:
+    """Put a directory in the place of another one; returns where that is now, if there was one."""
+    if not target.exists():
+        made.replace(target)
+        return None
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    target.replace(old)
+    try:
+        made.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
+    return old
+
+
 def sweep(directory: Path, names: str) -> None:
     """Remove the temporary files that dead runs left behind while they wrote files of certain names.
 

@@ -58,11 +58,13 @@ class BlockFormat:
         low, high: range of codes; of a table's levels.
         scales: range of integer sub-scales; (1, 1) where there are none.
         minimums: largest integer sub-minimum; 0 where nothing is subtracted. Where sub-scales are (1, 1) it is 1, and
-            the minimum itself may have either sign.
+            the minimum itself may have either sign; or it is more, and sub-minimums are zero points: the minimum is
+            the scale.
         parts: a block's bytes in order.
         code_zero: added to codes before they are stored.
         scale_zero: added to sub-scales before they are stored.
         levels: values of the codes 0, 1, ... in rising order, or nothing where a code is its own value.
+        float_type: F16 or BF16, of scales and minimums.
     """
 
     name: str
@@ -77,6 +79,12 @@ class BlockFormat:
     code_zero: int = 0
     scale_zero: int = 0
     levels: tuple[int, ...] = ()
+    float_type: str = "F16"
+
+    @property
+    def integer(self) -> type[np.signedinteger[Any] | np.unsignedinteger[Any]]:
+        """Type of codes: one byte each."""
+        return np.uint8 if self.high > 127 else np.int8
 
     @property
     def bits(self) -> float:
@@ -114,19 +122,19 @@ class Codes:
 
     Attributes:
         format: the layout.
-        codes: int8 (rows, cols), values of levels.
+        codes: int8 (uint8 where they go beyond 127) (rows, cols), values of levels.
         sub_scales: int8 (rows, cols / sub).
-        sub_minimums: int8 (rows, cols / sub).
-        scale: float16 (rows, cols / block).
-        minimum: float16 (rows, cols / block).
+        sub_minimums: of the codes' type (rows, cols / sub).
+        scale: float16 (rows, cols / block), or float32 with values of bfloat16.
+        minimum: likewise.
     """
 
     format: BlockFormat
-    codes: npt.NDArray[np.int8]
+    codes: npt.NDArray[Any]
     sub_scales: npt.NDArray[np.int8]
-    sub_minimums: npt.NDArray[np.int8]
-    scale: npt.NDArray[np.float16]
-    minimum: npt.NDArray[np.float16]
+    sub_minimums: npt.NDArray[Any]
+    scale: npt.NDArray[Any]
+    minimum: npt.NDArray[Any]
 
     @staticmethod
     def empty(form: BlockFormat, rows: int, cols: int) -> Codes:
@@ -140,9 +148,9 @@ class Codes:
         def make(step: int, kind: Any) -> npt.NDArray[Any]:
             return np.zeros((rows, cols // step), kind)
 
-        whole = make(1, np.int8)
-        subs = (make(form.sub, np.int8), make(form.sub, np.int8))
-        return Codes(form, whole, *subs, make(form.block, np.float16), make(form.block, np.float16))
+        kind = np.float16 if form.float_type == "F16" else np.float32
+        subs = (make(form.sub, np.int8), make(form.sub, form.integer))
+        return Codes(form, make(1, form.integer), *subs, make(form.block, kind), make(form.block, kind))
 
     def part(self, rows: slice) -> Codes:
         """Some of the rows, sharing memory."""

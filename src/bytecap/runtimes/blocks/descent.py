@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.runtimes.blocks.search import LANES, compiled, half, near
+from bytecap.runtimes.blocks.search import LANES, Grid, compiled, half, near
 
 _Array = npt.NDArray[Any]
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -101,7 +101,7 @@ def _sub_scales(
 
 
 def _floats(
-    g: _Array, v: _Array, hv: _Array, u: _Array, hu: _Array, minimums: int, positive: bool, unit: float, d: _Array,
+    g: _Array, v: _Array, hv: _Array, u: _Array, hu: _Array, minimums: int, positive: bool, unit: Grid, d: _Array,
     dm: _Array, sums: _Array,
 ) -> None:  # fmt: skip
     """Float16 scale `d` and minimum `dm` (LANES,) of a block, solved together.

@@ -25,6 +25,7 @@ SWEEPS = 2
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
+_FLOATS = {"F16": (65504.0, 11, -13), "BF16": (3.3895e38, 8, -125)}  # largest, digits, least exponent
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
 
@@ -126,7 +127,8 @@ def encode(
     inv = 1 / form.hessian.diagonal()
     signs = 2 if not layout.minimums and layout.low != -layout.high else 1
     fixed = (
-        size, layout.sub, np.float32(layout.low), np.float32(layout.high), table, layout.scales, layout.minimums, unit,
+        size, layout.sub, np.float32(layout.low), np.float32(layout.high), table, layout.scales, layout.minimums,
+        (float(unit), *_FLOATS[layout.float_type]),
         factors, tries, signs, sweeps,
     )  # fmt: skip
 
@@ -138,9 +140,9 @@ def encode(
         q, ls, m, d, dm = (np.zeros((n, LANES), np.float32) for n in _lengths(layout, cols))
         encode_lanes(w, form.fed, form.weight, form.hessian, tiles, inv, sums, *fixed, q, ls, m, d, dm)
         for out, array in zip((part.codes, part.sub_scales, part.sub_minimums), (q, ls, m), strict=True):
-            out[:] = array[:, :count].T.astype(np.int8)
-        part.scale[:] = (d[:, :count].T.astype(np.float64) * unit).astype(np.float16)
-        part.minimum[:] = (dm[:, :count].T.astype(np.float64) * unit).astype(np.float16)
+            out[:] = array[:, :count].T.astype(out.dtype)
+        part.scale[:] = (d[:, :count].T.astype(np.float64) * unit).astype(part.scale.dtype)
+        part.minimum[:] = (dm[:, :count].T.astype(np.float64) * unit).astype(part.scale.dtype)
 
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
         list(pool.map(one, range(0, rows, LANES)))

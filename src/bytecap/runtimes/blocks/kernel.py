@@ -19,7 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
-from bytecap.runtimes.blocks.search import LANES, affine, compiled, float_of, half, inverse, near, small, symmetric
+from bytecap.runtimes.blocks.search import (
+    LANES,
+    Grid,
+    affine,
+    compiled,
+    float_of,
+    half,
+    inverse,
+    near,
+    small,
+    symmetric,
+    zero_point,
+)
 
 _Array = npt.NDArray[Any]
 _ZERO = np.float32(0)
@@ -81,9 +93,22 @@ def _settle(z: _Array, w: _Array, fed: _Array, first: int) -> None:
 round_block: Any = compiled(_round_block)
 
 
+def _units(q: _Array, ls: _Array, m: _Array, zero: bool, v: _Array, u: _Array) -> None:
+    """Values of a block (block, LANES) per unit of scale, `v`, and minimum, `u`; `zero`: minimums are in scales."""
+    sub = len(q) // len(ls)
+    for i in range(len(q)):
+        for r in range(LANES):
+            taken = m[i // sub, r]
+            v[i, r] = ls[i // sub, r] * q[i, r] - (taken if zero else _ZERO)
+            u[i, r] = _ZERO if zero else taken
+
+
+units: Any = compiled(_units)
+
+
 def _descend_block(
     h: _Array, inv: _Array, sums: _Array, w: _Array, first: int, block: int, sub: int, low: Any, high: Any,
-    table: _Array, scales: tuple[int, int], minimums: int, unit: float, q: _Array, ls: _Array, m: _Array, d: _Array,
+    table: _Array, scales: tuple[int, int], minimums: int, unit: Grid, q: _Array, ls: _Array, m: _Array, d: _Array,
     dm: _Array, error: _Array, g: _Array, own: _Array, room: _Array, lanes: _Array, work: _Array,
 ) -> None:  # fmt: skip
     """One sweep over a block; `h` is its own part of H, contiguous, `g` H times the error (block, LANES).
@@ -91,6 +116,7 @@ def _descend_block(
     `inv` is one over H's diagonal, `sums` are those of `descent`; `own`, `room`, `lanes` and `work` are room.
     """
     two, per, at, base = scales != (1, 1), block // sub, first // block, first // sub
+    zero = minimums > 1 and not two
     slope, value, code, hv = room[0], room[1], room[2], room[3]
     a, c, s, n = own[0], own[1], own[2], own[3]
     ones = np.ones(sub, np.float32)
@@ -112,14 +138,13 @@ def _descend_block(
             g[i, r], q[first + i, r] = slope[i], code[i]
     v, hv2, u, hu = lanes[0], lanes[1], lanes[2], lanes[3]
     lanes[:] = _ZERO
-    for i in range(block):
-        for r in range(LANES):
-            v[i, r] = ls[base + i // sub, r] * q[first + i, r]
-            u[i, r] = m[base + i // sub, r]
+    units(q[first : first + block], ls[base : base + per], m[base : base + per], zero, v, u)
     feed(hv2, h, 0, 0, block, v)
-    if minimums > 0:
+    if minimums > 0 and not zero:
         feed(hu, h, 0, 0, block, u)
-    floats(g, v, hv2, u, hu, minimums, two, unit, d[at], dm[at], work)
+    floats(g, v, hv2, u, hu, 0 if zero else minimums, two, unit, d[at], dm[at], work)
+    if zero:
+        dm[at] = d[at]
     for i in range(block):
         for r in range(LANES):
             error[first + i, r] = w[first + i, r] - (d[at, r] * v[i, r] - dm[at, r] * u[i, r])
@@ -131,7 +156,7 @@ descend_block: Any = compiled(_descend_block)
 
 def _encode(
     w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int, sub: int,
-    low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: float, factors: _Array,
+    low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: Grid, factors: _Array,
     tries: _Array, signs: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
 ) -> None:  # fmt: skip
     """Codes of LANES rows, whose weights `w` (cols, LANES) are divided by `unit`.
@@ -147,6 +172,7 @@ def _encode(
     z = np.empty((block, LANES), np.float32)
     a = np.zeros((per, LANES), np.float32)
     c = np.zeros((per, LANES), np.float32)
+    s = np.zeros(LANES, np.float32)
     work = np.empty((12, LANES), np.float32)
     room = np.empty((4, block), np.float32)
     lanes = np.empty((4, block, LANES), np.float32)
@@ -168,6 +194,10 @@ def _encode(
                 z, sub, rest, low, high, table, scales, minimums, a, c, d[at], dm[at], ls[base : base + per],
                 m[base : base + per], work,
             )  # fmt: skip
+        elif minimums > 1:
+            symmetric(z, 0, block, rest, -np.rint(high / 2), high - np.rint(high / 2), table, factors, 2, s, work)
+            zero_point(z, rest, high, table, unit, a[0], c[0], s, d[at], m[base], work)
+            dm[at], ls[base] = d[at], np.float32(1)
         else:
             for r in range(LANES):
                 d[at, r], dm[at, r] = half(a[0, r], unit), half(c[0, r], unit)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
+Grid = tuple[float, float, int, int]  # unit of weights; largest, digits, and least exponent of stored scales
 LANES = 64
 TINY = np.float32(1e-30)  # a scale below it is none
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
@@ -41,13 +42,12 @@ def _near(t: Any, low: Any, high: Any, table: _Array) -> Any:
 near: Any = compiled(_near)
 
 
-def _half(x: float, unit: float) -> float:
-    """`x` such that `x * unit` is a float16: the nearest one, or the largest."""
-    x = min(max(x * unit, -65504.0), 65504.0)
-    mantissa, exponent = math.frexp(x)
-    if exponent < -13:
-        return float(np.rint(x * 2.0**24) * 2.0**-24 / unit)
-    return math.ldexp(np.rint(mantissa * 2048.0), exponent - 11) / unit
+def _half(x: float, unit: Grid) -> float:
+    """`x` such that `x` times the first of `unit` is a number of few digits: the nearest one, or the largest."""
+    peak, largest, digits, least = unit
+    x = min(max(x * peak, -largest), largest)
+    step = math.ldexp(1.0, max(math.frexp(x)[1], least) - digits)
+    return float(np.rint(x / step) * step / peak)
 
 
 half: Any = compiled(_half)
@@ -210,7 +210,7 @@ product: Any = compiled(_product)
 
 def _float(
     y: _Array, sub: int, weight: _Array, low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int,
-    unit: float, tries: _Array, a: _Array, c: _Array, d: _Array, dm: _Array, work: _Array,
+    unit: Grid, tries: _Array, a: _Array, c: _Array, d: _Array, dm: _Array, work: _Array,
 ) -> None:  # fmt: skip
     """Float16 scale `d` and minimum `dm` (LANES,) of a block whose sub-blocks would have `a` and `c` (subs, LANES).
 
@@ -277,5 +277,32 @@ def _small(
                         best[r], ls[b, r], m[b, r] = total[r], li[r], mi[r]
 
 
+def _zero_point(
+    y: _Array, weight: _Array, high: Any, table: _Array, unit: Grid, a: _Array, c: _Array, s: _Array, d: _Array,
+    m: _Array, work: _Array,
+) -> None:  # fmt: skip
+    """Scale `d` and integer zero point `m` (LANES,) of a block as `d * (code - m)`.
+
+    The zero points next to the line `a`, `c` are tried, and the one in the middle of the range with the scale `s`.
+    `work` is room, (>= 6, LANES).
+    """
+    best, total, inv, x, z, zero = work[0], work[1], work[2], work[3], work[4], work[5]
+    best[:] = np.float32(np.inf)
+    for k in range(4):
+        for r in range(LANES):
+            x[r] = half(a[r] if k < 3 else s[r], unit)
+        inverse(x, inv)
+        for r in range(LANES):
+            near_line = np.rint(c[r] * inv[r]) + np.float32(k - 1)
+            zero[r] = min(max(near_line, _ZERO), high) if k < 3 else np.rint(high * np.float32(0.5))
+            z[r] = x[r] * zero[r]
+        total[:] = _ZERO
+        loss(y, 0, len(y), weight, _ZERO, high, table, x, z, inv, total)
+        for r in range(LANES):
+            if total[r] < best[r]:
+                best[r], d[r], m[r] = total[r], x[r], zero[r]
+
+
+zero_point: Any = compiled(_zero_point)
 float_of: Any = compiled(_float)
 small: Any = compiled(_small)

@@ -67,10 +67,10 @@ class Item:
         """The Hessian as rounding wants it."""
         return prepare(shrunk(self.metric.hessian[0], self.shrinkage if shrinkage is None else shrinkage))
 
-    def sampled(self) -> tuple[Item, float]:
+    def sampled(self, weights: int = _SAMPLE) -> tuple[Item, float]:
         """The same with an even sample of its rows, and the factor from the sample's distortion to the whole's."""
         rows, cols = self.weight.shape
-        count = max(LANES, _SAMPLE // cols)
+        count = max(LANES, weights // cols)
         if rows <= count:
             return self, 1.0
         chosen = np.linspace(0, rows - 1, count).astype(np.intp)

@@ -24,7 +24,8 @@ from bytecap.runtimes.blocks.layout import pack
 from bytecap.runtimes.gguf.export import values_of
 from bytecap.runtimes.gguf.menu import Item, Rounded
 from bytecap.runtimes.gguf.places import Layout, Place
-from bytecap.runtimes.gguf.plan import Found, unit_values
+from bytecap.runtimes.gguf.plan import Found
+from bytecap.runtimes.gguf.solve import unit_values
 from bytecap.types import Unit
 
 RATE = 1.5e-3  # first learning rate, relative to each number

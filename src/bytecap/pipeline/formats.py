@@ -1,0 +1,63 @@
+"""What `fit` can write: a format of ours and those of other programs, by name.
+
+A family of other programs' formats is one entry here, a job in `bytecap.pipeline.fit`, and one file or folder in
+`bytecap.runtimes`.
+
+>>> format_of(FitConfig("3MB", output="a.gguf")), format_of(FitConfig("3MB", format="mlx")), format_of(FitConfig("3MB"))
+('gguf', 'mlx', 'bcap')
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bytecap.errors import UsageError
+from bytecap.job.config import FitConfig
+
+OURS = "bcap"
+_ONLY = ("types", "pure", "template", "emit")  # options of other programs' formats
+_NOT = ("paths", "code", "loss", "evaluate", "predictions", "given", "allow_unused")  # options of ours
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of other programs.
+
+    Attributes:
+        suffix: of its files; empty if it is a directory.
+        lacks: options that it does not have.
+    """
+
+    suffix: str = ""
+    lacks: tuple[str, ...] = ()
+
+
+_DIRECTORY = Format(lacks=("template", "emit", "recover", "recover_text", "options"))
+FORMATS = {"gguf": Format(".gguf"), "mlx": _DIRECTORY, "compressed-tensors": _DIRECTORY}
+
+
+def is_directory(config: FitConfig) -> bool:
+    """Whether a config asks for a directory, not for a file."""
+    kind = format_of(config)
+    return kind in FORMATS and not FORMATS[kind].suffix
+
+
+def format_of(config: FitConfig) -> str:
+    """Format that a config asks for, by name or by the suffix of its output.
+
+    Raises:
+        UsageError: there is no such format, or options are given that are not for it.
+    """
+    suffix = Path(config.output).suffix if config.output is not None else ""
+    kind = config.format or next((n for n, f in FORMATS.items() if f.suffix and f.suffix == suffix), OURS)
+    if kind != OURS and kind not in FORMATS:
+        raise UsageError(f"unknown format {kind!r}: there are {', '.join((OURS, *FORMATS))}")
+    given = {n: getattr(config, n) for n in (_ONLY if kind == OURS else (*_NOT, *FORMATS[kind].lacks))}
+    wrong = [n for n, value in given.items() if getattr(value, "sections", value)]  # code, packed, may be none
+    if kind in FORMATS:
+        wrong += [n for n in ("tokenizer", "config") if not getattr(config, n)]
+        wrong += ["method"] if config.method != "bytecap" else []
+    if wrong:
+        raise UsageError(f"the option {wrong[0]} is not for the format {kind}")
+    return kind

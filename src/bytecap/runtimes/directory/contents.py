@@ -1,0 +1,297 @@
+"""A directory's files: which module is stored how, what that weighs, and the way back from the files to the model.
+
+Nothing here chooses. Matrices of linear maps (and of tables, where the family can) may take one of the schemes that
+hold their rows; everything else is kept in the model's 16-bit type.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from bytecap.errors import CheckpointError, UsageError
+from bytecap.format.decoder import from_matrix
+from bytecap.format.ledger import Entry
+from bytecap.model.checkpoint import Model
+from bytecap.model.fileset import read_side_files
+from bytecap.model.linears import linear_weights
+from bytecap.runtimes.blocks import BlockFormat, Codes
+from bytecap.runtimes.directory import Family, family
+from bytecap.runtimes.directory.tensors import Tensor, header, ordered, read
+from bytecap.runtimes.gguf.places import Place
+from bytecap.types import Unit
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+PLAIN = ("bf16", "f16")  # schemes' names of what is not quantized
+_TYPES = {"BF16": "bfloat16", "F16": "float16"}
+_NO_TABLES, _NO_HEADS = "this format quantizes no embeddings", "this format quantizes no output heads"
+_PROBE = 8  # tokens of the pass that shows which modules share an input
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A directory before anything is chosen.
+
+    Attributes:
+        family: whose directory it is.
+        model: that goes into it.
+        float_type: F16 if the model is stored so, else BF16.
+        places: matrices that schemes compete for.
+        types: schemes that may hold each, by name, the plain one last.
+        groups: by name, group of matrices that must share a scheme.
+    """
+
+    family: Family
+    model: Model
+    float_type: str
+    places: tuple[Place, ...]
+    types: Mapping[str, tuple[str, ...]]
+    groups: Mapping[str, str]
+
+    def layout(self, scheme: str, cols: int) -> BlockFormat | None:
+        """Block format of a scheme; None for a plain one."""
+        return None if scheme in PLAIN else self.family.layout(scheme, cols, self.float_type)
+
+    def settings(self) -> tuple[str, ...]:
+        """All schemes; a point's setting is a place in this."""
+        return (*self.family.schemes(), self.float_type.lower())
+
+    def matrix(self, name: str, scheme: str, shape: tuple[int, int], codes: Codes | None = None) -> list[Tensor]:
+        """Tensors of a matrix in a scheme, with contents if `codes` has some."""
+        form = self.layout(scheme, shape[1])
+        if form is None:
+            return [Tensor(name, self.float_type, shape)]
+        base = name.removesuffix("weight")
+        specs = self.family.specs(form, *shape)
+        arrays = [None] * len(specs) if codes is None else list(self.family.arrays(codes))
+        return [Tensor(base + s.suffix, s.dtype, s.shape, a) for s, a in zip(specs, arrays, strict=True)]
+
+    def rate(self, name: str, scheme: str, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix in a scheme, its names and shapes in the header included."""
+        tensors = self.matrix(name, scheme, shape)
+        names = sum(len(f'"{t.name}":{{"dtype":"{t.dtype}","shape":{list(t.shape)},') for t in tensors)
+        return names + sum(t.size for t in tensors)
+
+    def config(self, schemes: Mapping[str, str]) -> bytes:
+        """`config.json` under schemes of all matrices, by name."""
+        found = {k: v for k, v in self.model.config().items() if k not in {"quantization", "quantization_config"}}
+        found["torch_dtype" if "torch_dtype" in found else "dtype"] = _TYPES[self.float_type]
+        kinds = linear_weights(self.model.module)
+        stored = {n.removesuffix(".weight"): s for n, s in schemes.items() if s not in PLAIN}
+        left = [n.removesuffix(".weight") for n, (m, _) in kinds.items() if isinstance(m, nn.Linear)]
+        whole = self.family.config(found, stored, [n for n in left if n not in stored])
+        return json.dumps(whole, separators=(",", ":")).encode()
+
+    def tensors(self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None) -> list[Tensor]:
+        """All tensors of the file; with contents if there are `codes`."""
+        shapes = {p.name: (p.shape[0], p.shape[1]) for p in self.places}
+        found = []
+        for unit in self.model.units:
+            scheme = schemes.get(unit.name, PLAIN[0])
+            if scheme not in PLAIN:
+                found += self.matrix(unit.name, scheme, shapes[unit.name], codes[unit.name] if codes else None)
+            else:
+                found.append(self._plain(unit, with_values=codes is not None))
+        return found
+
+    def _plain(self, unit: Unit, *, with_values: bool) -> Tensor:
+        kind = self.float_type if unit.dtype in {"F64", "F32", "F16", "BF16"} else unit.dtype
+        if not with_values:
+            return Tensor(unit.name, kind, unit.shape)
+        values = self.model.tensor(unit).detach().cpu()
+        return Tensor(unit.name, kind, unit.shape, (values.float() if values.is_floating_point() else values).numpy())
+
+    def size(self, schemes: Mapping[str, str]) -> int:
+        """Bytes of the whole directory, to the byte."""
+        tensors = ordered(self.tensors(schemes))
+        weights = len(header(tensors, self.family.mark)) + sum(t.size for t in tensors)
+        return weights + len(self.config(schemes)) + sum(len(f) for f in self.side_files().values())
+
+    def side_files(self) -> dict[str, bytes]:
+        """Tokenizer and other files that are copied."""
+        return {n: f for n, f in self.model.files.items() if n != CONFIG}
+
+
+def contents_of(model: Model, kind: Family, menu: Sequence[str] | None, *, pure: bool) -> tuple[Contents, list[str]]:
+    """What may compete in a directory, and a line for every kind of matrix that cannot.
+
+    Args:
+        model: on any device.
+        kind: whose directory it is.
+        menu: schemes to choose from, all of the family's menu if None.
+        pure: refuse matrices that no scheme of the menu can hold.
+
+    Raises:
+        CheckpointError: the model is of a kind that the format cannot hold.
+        UsageError: a scheme is unknown, or `pure` and a matrix fits none.
+    """
+    if "tying.json" in model.files:
+        raise CheckpointError(f"{model.name} shares layers by tying.json, which {kind.name} has no word for")
+    stacked = next((u for u in model.units if u.stacked), None)
+    if stacked is not None:
+        raise CheckpointError(
+            f"{model.name} keeps experts as one tensor ({stacked.name} {stacked.shape}), which is not written as "
+            f"{kind.name} yet; --format gguf with --template can hold it"
+        )
+    float_type = "F16" if _mostly_half(model) else "BF16"
+    plain = float_type.lower()
+    names = _parse(menu, kind, plain)
+    places: list[Place] = []
+    types: dict[str, tuple[str, ...]] = {}
+    why: dict[str, list[str]] = {}
+    for unit in model.units:
+        if len(unit.shape) != 2:
+            continue
+        reason = _unfit(unit, model, kind)
+        rows, cols = unit.matrix_shape
+        fits = () if reason else tuple(n for n in names if n != plain and kind.layout(n, cols, float_type))
+        if not fits and not reason:
+            others = [n for n in kind.schemes() if kind.layout(n, cols, float_type)]
+            able = f"{', '.join(others)} can" if others else "no scheme of this format can; --format gguf may"
+            reason = f"rows of {cols} columns, which none of {', '.join(names)} can hold; {able}"
+        if reason:
+            why.setdefault(reason, []).append(unit.name)
+        else:
+            places.append(Place(unit.name, unit.name, (rows, cols)))
+            types[unit.name] = (*fits, plain) if plain in names else fits
+    notes = [f"{found[0]}{f' and {len(found) - 1} more' if found[1:] else ''} kept in {plain}: {reason}"
+             for reason, found in why.items()]  # fmt: skip
+    refused = [n for n, reason in zip(notes, why, strict=True) if reason not in {_NO_TABLES, _NO_HEADS}]
+    if pure and refused:
+        raise UsageError(refused[0].replace(f" kept in {plain}", " cannot be quantized"))
+    groups = shared_inputs(model) if kind.bound else {}
+    return Contents(kind, model, float_type, tuple(places), types, groups), notes
+
+
+def _mostly_half(model: Model) -> bool:
+    counts = {k: sum(u.parameters for u in model.units if u.dtype == k) for k in ("F16", "BF16", "F32")}
+    return counts["F16"] > max(counts["BF16"], counts["F32"])
+
+
+def _parse(menu: Sequence[str] | None, kind: Family, plain: str) -> tuple[str, ...]:
+    known = (*kind.schemes(), plain)
+    names = tuple(n.strip().lower() for n in menu) if menu is not None else (*kind.menu(), plain)
+    for n in names:
+        if n not in known:
+            raise UsageError(f"unknown {kind.name} scheme {n}: there are {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _unfit(unit: Unit, model: Model, kind: Family) -> str:
+    """Why a matrix cannot be stored in any scheme; empty if it can."""
+    module, sort = linear_weights(model.module).get(unit.name, (None, ""))
+    if sort not in {"linear", "embedding"} or not unit.name.endswith("weight"):
+        return f"{kind.name} quantizes weights of linear maps{' and embeddings' if kind.tables else ''} only"
+    head = getattr(model.module, "get_output_embeddings", lambda: None)()
+    if sort == "embedding" and not kind.tables:
+        return _NO_TABLES
+    if module is head and not kind.heads:
+        return _NO_HEADS
+    return ""
+
+
+@torch.no_grad()
+def shared_inputs(model: Model) -> dict[str, str]:
+    """Group of every linear map that is given the same tensor as another one of its parent, by weight's name."""
+    seen: list[tuple[str, torch.Tensor]] = []
+    hooks = []
+    linears = {id(m): n for n, (m, k) in linear_weights(model.module).items() if k == "linear"}
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            seen.append((linears[id(module)], args[0]))
+
+    hooks += [m.register_forward_pre_hook(hook) for m in model.module.modules() if id(m) in linears]
+    try:
+        device = next(model.module.parameters()).device
+        model.module(torch.zeros(1, _PROBE, dtype=torch.long, device=device))
+    finally:
+        for h in hooks:
+            h.remove()
+    groups: dict[str, str] = {}
+    for i, (name, given) in enumerate(seen):
+        parent = name.rsplit(".", 2)[0]
+        same = next((n for n, x in seen[:i] if x is given and n.rsplit(".", 2)[0] == parent and n != name), None)
+        groups[name] = groups.get(same, same) if same is not None else groups.get(name, name)
+    return groups
+
+
+def read_units(kind: Family, directory: Path, units: Sequence[Unit]) -> dict[str, npt.NDArray[Any]]:
+    """Values of all units in stored layout, from a directory's files alone.
+
+    Raises:
+        CheckpointError: the weights are damaged or incomplete.
+    """
+    tensors = read(directory / WEIGHTS)
+    schemes = kind.read(json.loads((directory / CONFIG).read_bytes()))
+    found = {}
+    for unit in units:
+        base = unit.name.removesuffix(".weight")
+        if base in schemes:
+            rows, cols = unit.matrix_shape
+            codes = _codes(kind, tensors, f"{base}.", schemes[base], (rows, cols))
+            found[unit.name] = from_matrix(unit, codes.values())
+        elif unit.name in tensors:
+            found[unit.name] = np.asarray(tensors[unit.name].values)
+        else:
+            raise CheckpointError(f"{directory / WEIGHTS} lacks {unit.name}")
+    return found
+
+
+def _codes(
+    kind: Family, tensors: Mapping[str, Tensor], base: str, scheme: str, shape: tuple[int, int]
+) -> Codes:  # fmt: skip
+    """A matrix of a file, whose tensors must have the shapes that its scheme asks for."""
+    for float_type in _TYPES:
+        form = kind.layout(scheme, shape[1], float_type)
+        if form is None:
+            break
+        specs = kind.specs(form, *shape)
+        if all((t := tensors.get(base + s.suffix)) and (t.dtype, t.shape) == (s.dtype, s.shape) for s in specs):
+            return kind.codes(form, [np.asarray(tensors[base + s.suffix].values) for s in specs])
+    raise CheckpointError(f"the tensors of {base[:-1]} are not what the scheme {scheme} asks for")
+
+
+def ledger_of(directory: Path) -> list[Entry]:
+    """Owner and kind of every byte of a directory, whose family its `config.json` tells.
+
+    Raises:
+        CheckpointError: it is no model directory, or of no family here.
+    """
+    config = json.loads(read_side_files(directory)[CONFIG])
+    for name, key in (("mlx", "quantization"), ("compressed-tensors", "quantization_config")):
+        if key in config:
+            return ledger(family(name), directory)
+    raise CheckpointError(f"{directory} is quantized neither for MLX nor as compressed-tensors")
+
+
+def ledger(kind: Family, directory: Path) -> list[Entry]:
+    """Owner and kind of every byte of a directory."""
+    tensors = read(directory / WEIGHTS)
+    schemes = kind.read(json.loads((directory / CONFIG).read_bytes()))
+    entries, data = [], 0
+    for t in tensors.values():
+        base, _, suffix = t.name.rpartition(".")
+        main = base not in schemes or (t.dtype in {"U32", "I32"} and "zero" not in suffix)
+        parameters = 0
+        if main:
+            bits = kind.scheme(schemes[base]).bits if base in schemes else 0
+            parameters = t.size * 8 // bits if bits else int(np.prod(t.shape))
+        owner = f"{base} ({schemes[base]})" if base in schemes else f"{t.name} ({t.dtype})"
+        entries.append(Entry(owner, "payload" if main else "side", t.size, parameters))
+        data += t.size
+    entries.append(Entry("(file)", "header", (directory / WEIGHTS).stat().st_size - data))
+    for path in sorted(directory.iterdir()):
+        if path.name != WEIGHTS:
+            use = "tokenizer" if "token" in path.name or "chat" in path.name else "config"
+            entries.append(Entry(f"({path.name})", use, path.stat().st_size))
+    return entries

@@ -1,0 +1,108 @@
+"""safetensors as runtimes want it: planned to the byte, written tensor by tensor, read back strictly.
+
+The library's own writer knows no bfloat16 without torch and does not say how long a header will be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import CheckpointError
+from bytecap.format.coders.exact import WIDTH, from_bytes, to_bytes
+from bytecap.model.fileset import check_safetensors
+
+Array = npt.NDArray[Any]
+_WORDS = {"U32": "<u4", "U16": "<u2", "U64": "<u8"}  # types that only runtimes use
+_WIDTHS = {**WIDTH, "U32": 4, "U16": 2, "U64": 8}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file.
+
+    Attributes:
+        values: contents; None where only the size matters.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    values: Array | None = None
+
+    @property
+    def size(self) -> int:
+        """Of the contents."""
+        return _WIDTHS[self.dtype] * math.prod(self.shape)
+
+    def data(self) -> bytes:
+        """Contents as stored, floats rounded to nearest even."""
+        assert self.values is not None  # noqa: S101 (only sizes are asked of tensors without)
+        if self.dtype in _WORDS:
+            return np.ascontiguousarray(self.values, _WORDS[self.dtype]).tobytes()
+        if self.dtype == "BF16":
+            bits = np.ascontiguousarray(self.values, "<f4").view("<u4").astype(np.uint64)
+            bits += 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
+            return (bits >> np.uint64(16)).astype("<u2").tobytes()
+        return to_bytes(self.values, self.dtype).tobytes()
+
+
+def ordered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in file order: widest first, so that every one is aligned, then by name."""
+    return sorted(tensors, key=lambda t: (-_WIDTHS[t.dtype], t.name))
+
+
+def header(tensors: Sequence[Tensor], mark: str) -> bytes:
+    """What stands in front of the contents of tensors in file order."""
+    found: dict[str, Any] = {"__metadata__": {"format": mark}}
+    at = 0
+    for t in tensors:
+        found[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.size]}
+        at += t.size
+    text = json.dumps(found, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write(f: BinaryIO, tensors: Sequence[Tensor], mark: str) -> int:
+    """Write a file; returns its bytes."""
+    tensors = ordered(tensors)
+    size = f.write(header(tensors, mark))
+    for t in tensors:
+        size += f.write(t.data())
+    return size
+
+
+def read(path: Path) -> Mapping[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    check_safetensors(path)
+    return {t.name: t for t in _each(path)}
+
+
+def _each(path: Path) -> Iterator[Tensor]:
+    data = np.memmap(path, np.uint8, "r")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    for name, entry in json.loads(data[8 : 8 + length].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        if kind not in _WIDTHS:
+            raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {kind}")
+        raw = np.array(data[8 + length + start : 8 + length + stop])
+        if kind in _WORDS:
+            values: Array = raw.view(_WORDS[kind])
+        else:
+            values = from_bytes(raw.reshape(-1, _WIDTHS[kind]), kind)
+        yield Tensor(name, kind, shape, values.reshape(shape))
