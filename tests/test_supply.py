@@ -110,6 +110,7 @@ print(*sorted(Path(m.__file__).as_posix() for n, m in sys.modules.items() if n.s
 """
 WRITING = {
     "__init__.py",
+    "_moved.py",
     "model/__init__.py",
     "pipeline/__init__.py",
     "system/__init__.py",
