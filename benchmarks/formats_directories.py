@@ -104,7 +104,7 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
             found = fit_directory(
                 model, rows[name, arm, "stock"]["file_bytes"], format=kind, calibration=calib, evaluation=held,
                 device=device, seed=args.seed, tokens=args.tokens, evaluation_tokens=args.eval_tokens,
-                held_tokens=args.held_tokens, store=args.work, reporter=quiet,
+                options={"held_tokens": args.held_tokens}, store=args.work, reporter=quiet,
             )  # fmt: skip
             row = {k: v for k, v in found.report.items() if k != "margin"}
             rows[name, arm, "bytecap"] = keep(args, arm, "bytecap", row)

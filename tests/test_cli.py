@@ -122,6 +122,7 @@ class TestHelp:
     COMMANDS = (
         ["fit"], ["eval"], ["ledger"], ["check"], ["unpack"], ["generate"], ["demo"], ["compare"], ["curves"],
         ["inspect"], ["thesis"], ["tie"], ["golf", "budget"], ["golf", "export"], ["golf", "check"],
+        ["recode"], ["imatrix"],
     )  # fmt: skip
 
     def options(self):
@@ -195,7 +196,7 @@ class TestTalk:
             "fit", model_directory("rotary"), "--budget", BUDGET, "-o", tmp_path / "out.bcap", *FAST
         )  # fmt: skip
         assert code == 0
-        assert "warning: no --calib and no --eval given" in " ".join(err.split())
+        assert "warning: no --calib given: samples of the model itself" in " ".join(err.split())
 
     def test_lossless_is_announced_and_exits_with_0(self, run, job, tmp_path):
         code, out, err = run(*job(budget="1MB"))

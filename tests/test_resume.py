@@ -67,7 +67,7 @@ class TestGoingOn:
         undisturbed = fitted()[0].data  # made before its measuring functions are taken away
         fit()
         entries = sorted((tmp_path / "store").iterdir())
-        assert len(entries) == 4  # statistics, factors, plan, drift targets
+        assert len(entries) == 5  # statistics, factors, plan, drift targets, whether these pay
         for name in (
             "calibration.statistics.probe", "allocation.correction.measure", "methods.bytecap.drift_targets",
             "allocation.plans.kl_each",
@@ -93,7 +93,7 @@ class TestGoingOn:
         fit()
         monkeypatch.setattr("bytecap.calibration.statistics.library", lambda: "another")
         assert fit() == fitted()[0].data
-        assert len(list((tmp_path / "store").iterdir())) == 8
+        assert len(list((tmp_path / "store").iterdir())) == 10
 
     @pytest.mark.nightly
     def test_other_jobs_find_what_is_theirs_alone(self, fit, model_directory, texts, tmp_path):
@@ -222,7 +222,7 @@ class TestStore:
             assert fit() == wanted
 
         assert together(2, work) == [0, 0]
-        assert len(list((tmp_path / "store").iterdir())) == 4
+        assert len(list((tmp_path / "store").iterdir())) == 5
 
     def test_what_dead_runs_left_is_swept_when_a_store_is_opened(self, tmp_path):
         (tmp_path / f".{digest('a')}.npz.12345678.bytecap.tmp").touch()

@@ -17,13 +17,13 @@ import golden_parts
 import make_goldens
 from bytecap.format import container
 from bytecap.pipeline.minify import parse
-from bytecap.reference.overlays import LAYERS
+from bytecap.reference.overlays import OVERLAYS
 from bytecap.reference.stack import CODERS
 from bytecap_lab.submission import check, export, pack, vendor
 
 DIRECTORY = golden_parts.DIRECTORY
 EXPECTED = json.loads((DIRECTORY / "expected.json").read_text())
-ALL = frozenset(CODERS) | frozenset(LAYERS) | {vendor.OBJECTS}
+ALL = frozenset(CODERS) | frozenset(OVERLAYS) | {vendor.OBJECTS}
 
 SCRIPT = '''"""Evaluates a model."""
 import hashlib

@@ -137,10 +137,13 @@ def _best_plan(
 def retarget(
     job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PreparedModel:
-    """The units with targets that make up for the coded prefix; unchanged where the order of calls is not fixed.
+    """The units with targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
+
+    Whether it does depends on the model: it gains some percent on small models and costs 6% on SmolLM2-135M. Units
+    stay as they are where the order of calls is not fixed.
 
     Args:
-        job: tokens to walk.
+        job: tokens to walk, and others to decide by.
         prepared: the units.
         best: the plan, which codes the prefix.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
@@ -163,7 +166,24 @@ def retarget(
             job.reporter.note("the order in which modules are called depends on the data: no drift targets")
             return prepared
         matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
-    return replace(prepared, planner=replace(planner, matrices=matrices))
+    moved = replace(planner, matrices=matrices)
+    pays = checkpoints.get("drift pays")
+    if pays is None:
+        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
+            without, with_it = (_cost(job, units, best, quantized_copy) for units in (planner, moved))
+        pays = with_it < without
+        checkpoints.put("drift pays", pays)
+    if not pays:
+        job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
+    return replace(prepared, planner=moved if pays else planner)
+
+
+def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
+    """KL of a plan's units on the correction tokens, with the bytes they take at the plan's slope."""
+    state = planner.settle(best.state.steps, best.state.rules, refit=False)
+    load_values(quantized_copy, correction.unit_values(planner, state))
+    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
+    return kl + best.slope * state.rate
 
 
 def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:

@@ -19,6 +19,7 @@ from bytecap.model.calibration_text import (
     SELF,
     SELF_MOST,
     SELF_SHARE,
+    WORDS,
     Sampler,
     Source,
     general,
@@ -213,6 +214,12 @@ def sampled(
     with reporter.step("sampling", 1):
         model.module.to(device)
         return sample(model.module, firsts or range(rows or 0), tokens, window=window, seed=seed, device=device)
+
+
+def recovery_texts(model: Model, calibration: Sequence[Path]) -> list[Path]:
+    """Texts to recover on where none are named: the calibration's files, or what stands in for them."""
+    given = [Path(s.name) for s in parse(calibration) if s.name not in WORDS]
+    return given or [demo_directory() / "calib.txt" if model.name == DEMO else Path(SELF)]
 
 
 def with_recovery(

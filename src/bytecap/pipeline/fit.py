@@ -21,9 +21,8 @@ from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
 from bytecap.job.config import FitConfig, configured
-from bytecap.model.calibration_text import SELF, WORDS, parse
-from bytecap.model.checkpoint import Model, demo_directory, load_model
-from bytecap.model.sources import DEMO, as_paths, load_sets, sampled, window_limit, with_recovery
+from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
 from bytecap.model.texts import TokenSets, Window
 from bytecap.pipeline import background
 from bytecap.pipeline.artifact import Artifact
@@ -136,9 +135,7 @@ def text_sets(model: Model, asked: Asked) -> TokenSets:
     )  # fmt: skip
     if asked.recover is None:
         return sets
-    given = [s.name for s in parse(calibration) if s.name not in WORDS]
-    own = demo_directory() / "calib.txt" if model.name == DEMO else SELF
-    texts = as_paths(config.recover_text) or given or own
+    texts = as_paths(config.recover_text) or recovery_texts(model, calibration)
     return with_recovery(
         model, sets, texts, window=config.window, seed=config.seed, device=asked.device, reporter=asked.reporter
     )

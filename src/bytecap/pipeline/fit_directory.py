@@ -18,16 +18,16 @@ from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
 from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
-from bytecap.job.config import FitConfig
+from bytecap.job.config import FitConfig, configured
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
 from bytecap.model.evaluation import Comparison, compare
 from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.sources import Paths, as_paths, load_sets
+from bytecap.model.sources import as_paths, load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit_gguf import HELD_TOKENS
+from bytecap.pipeline.fit_gguf import held_tokens
+from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.stages import choose_device, quality
-from bytecap.progress import Reporter, Silent, reporter_for
+from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.directory import Family, family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
@@ -69,76 +69,44 @@ class DirectoryFit:
 
 def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[DirectoryFit]:
     """Fit a checkpoint to a directory for each config; they differ in their budgets."""
+    for c in configs:
+        check_budget(c.budget)
     loaded = model if isinstance(model, Model) else load_model(model)
-    return [
-        fit_directory(
-            loaded, c.budget, format=str(c.format), calibration=as_paths(c.calibration),
-            evaluation=as_paths(c.evaluation), device=c.device, seed=c.seed, output=c.output, dry_run=c.dry_run,
-            tokens=c.tokens, evaluation_tokens=c.evaluation_tokens, window=c.window, types=c.types, pure=c.pure,
-            store=c.store, reporter=reporter_for(c.reporter, c.progress),
-        )
-        for c in configs
-    ]  # fmt: skip
+    return [_fit_one(loaded, c) for c in configs]
 
 
-def fit_directory(
-    model: Model | Path | str,
-    budget: int | str,
-    *,
-    format: str,  # noqa: A002 (the word of the command line)
-    calibration: Paths = None,
-    evaluation: Paths = None,
-    device: str = "auto",
-    seed: int = 0,
-    output: Path | str | None = None,
-    dry_run: bool = False,
-    tokens: int = TOKENS,
-    evaluation_tokens: int = EVALUATION_TOKENS,
-    window: int = WINDOW,
-    types: Sequence[str] | None = None,
-    pure: bool = False,
-    held_tokens: int = HELD_TOKENS,
-    store: Store | Path | str | None = None,
-    reporter: Reporter | None = None,
-) -> DirectoryFit:
+@configured
+def fit_directory(model: Model | Path | str, config: FitConfig) -> DirectoryFit:
     """Put a model into a directory of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
 
+    `options` may hold `held_tokens`, the most tokens for the Hessian that judges.
+
     Args:
-        model: Hugging Face directory, hub id, `demo`, or a loaded `Model`.
-        budget: bytes, or text such as `4GB` or `4.5bpp`.
-        format: `mlx` or `compressed-tensors`.
-        calibration: text files, documents separated by form feed; the embedded text if None.
-        evaluation: text files nothing is fitted on; the embedded text if None.
-        device: `auto`, `cpu` or `cuda`, for passes of the model.
-        seed: of every random choice.
-        output: directory to write; None keeps nothing.
-        dry_run: predict, write and evaluate nothing.
-        tokens: most tokens for statistics.
-        evaluation_tokens: most tokens for evaluation.
-        window: predicted tokens in a window.
-        types: schemes to choose from, the family's menu by default.
-        pure: refuse matrices that none of `types` can hold, instead of keeping them in 16 bits.
-        held_tokens: most tokens for the Hessian that judges.
-        store: directory in which statistics are kept.
-        reporter: told about progress.
+        model: Hugging Face directory, hub id, `demo`, or a loaded `bytecap.model.checkpoint.Model`.
+        config: the options, documented below.
     """
+    return fit_directory_configs(model, [config])[0]
+
+
+def _fit_one(loaded: Model, config: FitConfig) -> DirectoryFit:
+    """Fit one directory."""
+    format_of(config)
     started = time.perf_counter()
-    check_budget(budget)
-    kind, reporter, target = family(format), reporter or Silent(), choose_device(device)
+    output, target = config.output, choose_device(config.device)
+    kind, reporter = family(str(config.format)), reporter_for(config.reporter, config.progress)
     if output is not None:
         check_directory(Path(output))
-    loaded = model if isinstance(model, Model) else load_model(model)
-    cap = parse_budget(budget, loaded.parameters)
-    contents, notes = contents_of(loaded, kind, types, pure=pure)
+    cap = parse_budget(config.budget, loaded.parameters)
+    contents, notes = contents_of(loaded, kind, config.types, pure=config.pure)
     for note in notes:
         reporter.note(note)
     floor = _check_floor(contents, cap)
     sets = load_sets(
-        loaded, calibration, evaluation, window=window, tokens=tokens, evaluation_tokens=evaluation_tokens,
-        correction_tokens=held_tokens, seed=seed, reporter=reporter,
+        loaded, as_paths(config.calibration), as_paths(config.evaluation), window=config.window, tokens=config.tokens,
+        evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
+        device=target, reporter=reporter,
     )  # fmt: skip
-    kept = store if isinstance(store, Store) else Store(store)
-    config = FitConfig(budget, seed=seed, dry_run=dry_run)
+    kept = config.store if isinstance(config.store, Store) else Store(config.store)
     job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, store=kept)
     loaded.module.to(target)
     items = _calibrated(job, contents)
@@ -146,7 +114,7 @@ def fit_directory(
         job, items, curve=lambda i: curve(contents, i), round_to=lambda i, s: round_to(contents, i, s),
         allocate=lambda curves: _allocate(contents, curves, cap), groups=contents.groups,
     )  # fmt: skip
-    result = _finish(job, contents, items, found, None if output is None or dry_run else Path(output))
+    result = _finish(job, contents, items, found, None if output is None or config.dry_run else Path(output))
     result.report |= {"floor_bytes": floor, "kept_plain": notes, "seconds": round(time.perf_counter() - started, 3)}
     return result
 

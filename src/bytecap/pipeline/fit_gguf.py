@@ -21,11 +21,11 @@ from bytecap.format.ledger import Entry, by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
-from bytecap.model.checkpoint import Model, demo_directory, load_model
+from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import TOKENS
 from bytecap.model.evaluation import Comparison, compare, paired_stderr
 from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.sources import Paths, as_paths, load_sets, with_recovery
+from bytecap.model.sources import Paths, as_paths, load_sets, recovery_texts, with_recovery
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.stages import choose_device, quality
@@ -92,6 +92,11 @@ class _Frame:
         return self.head + self.rest
 
 
+def held_tokens(config: FitConfig) -> int:
+    """Most tokens for the Hessian that judges: `held_tokens` of the config's options."""
+    return int((config.options or {}).get("held_tokens", HELD_TOKENS))
+
+
 def fit_gguf_configs(
     model: Model | Path | str, configs: Sequence[FitConfig], *, quantized: bool = False
 ) -> list[GgufFile]:
@@ -152,14 +157,15 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Ggu
 
 def _sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
     """The token sets, the second of which is held out from every Hessian that weights are rounded by."""
-    calibration, held = as_paths(config.calibration), int((config.options or {}).get("held_tokens", HELD_TOKENS))
+    calibration = as_paths(config.calibration)
     sets = load_sets(
         model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, correction_tokens=held, seed=config.seed, reporter=reporter,
+        evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
+        device=choose_device(config.device), reporter=reporter,
     )  # fmt: skip
     if config.recover is None:
         return sets
-    texts = as_paths(config.recover_text) or calibration or demo_directory() / "calib.txt"
+    texts = as_paths(config.recover_text) or recovery_texts(model, calibration)
     return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 

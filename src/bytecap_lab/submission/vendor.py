@@ -25,7 +25,7 @@ DEFAULT = frozenset({1, 2, 3, 9})  # grid, vector, exact, trellis
 OBJECTS = -1  # stands among the coders for shared objects, which only some of them can refer to
 _PACKAGE = "bytecap.reference"
 _ERRORS = {"CorruptError", "NotAnArtifact", "VersionError"}
-_TABLES = {"CODERS", "LAYERS"}
+_TABLES = {"CODERS", "OVERLAYS"}
 _REFERRING = frozenset({5, 6, 7})  # stack, codebook, latent
 _WITHOUT_OBJECTS = {
     "read_objects": "def read_objects(sections): require(not sections)",

@@ -2,7 +2,7 @@
 
 Names come from gguf-py's tensor map. Row orders and offsets come from transformers, which reads GGUF files: its
 processor of an architecture is shown numbered rows, and where they end up says how llama.cpp orders them (rotary
-layout of llama's queries and keys). An architecture that transformers does not read needs a template.
+rotary layout of queries and keys). An architecture that transformers does not read needs a template.
 Omitted: tensors that a conversion computes (rotary factors of long contexts); they need a template too.
 """
 
@@ -109,7 +109,7 @@ def architecture_of(model: Model) -> str:
         for name in (base, base.replace("_", ""), base.replace("_", "-")):
             if name in names:
                 return name
-        for name, mapping in known.items():  # read like another one, as mistral is like llama
+        for name, mapping in known.items():  # read just like another one
             if name in names and mapping == known[base]:
                 return name
     raise CheckpointError(
