@@ -58,7 +58,7 @@ def merge_lists(draw: st.DrawFn) -> list[tuple[str, str]]:
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """No usual words and little patience: damage tests unpack thousands of times."""
     monkeypatch.setattr(bpe_merges, "WORDS", ())
-    monkeypatch.setattr(bpe_merges, "_MAX_WORK", 1 << 17)
+    monkeypatch.setattr(bpe_merges, "_SQUARES", 1 << 17)
 
 
 SMALL = json.dumps(

@@ -152,7 +152,7 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b'{"model": null}'])
     def test_damaged(self, content):
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json (cannot be read|is not valid|holds no)"):
             encoder({"tokenizer.json": content})
 
     @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CheckpointError
+from bytecap.model.building import pretrained, read_config
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words, words_of
 from bytecap.runtimes.directory import Scheme, Spec, split
@@ -142,12 +143,8 @@ class CompressedTensors:
         schemes = self.read(json.loads((directory / "config.json").read_bytes())).values()
         if any(not self._schemes[n].symmetric for n in schemes):  # 0.20 allots room for them unpacked
             return "not checked: transformers loads no packed zero points with compressed-tensors 0.20"
-        import transformers
-
         try:
-            built: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, output_loading_info=True
-            )
+            built: Any = pretrained(directory, config=read_config(directory), output_loading_info=True)
             info: dict[str, Any] = built[1]
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as exc:
             line = next(iter(str(exc).splitlines()), type(exc).__name__)
