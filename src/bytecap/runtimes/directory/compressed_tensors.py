@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CheckpointError
-from bytecap.model.building import pretrained, read_config
+from bytecap.model.building import pretrained
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words, words_of
 from bytecap.runtimes.directory import Scheme, Spec, split
@@ -144,7 +144,7 @@ class CompressedTensors:
         if any(not self._schemes[n].symmetric for n in schemes):  # 0.20 allots room for them unpacked
             return "not checked: transformers loads no packed zero points with compressed-tensors 0.20"
         try:
-            built: Any = pretrained(directory, config=read_config(directory), output_loading_info=True)
+            built: Any = pretrained(directory, output_loading_info=True)
             info: dict[str, Any] = built[1]
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as exc:
             line = next(iter(str(exc).splitlines()), type(exc).__name__)
