@@ -138,7 +138,7 @@ def files():
     return [p for p in sorted(every) if "data" not in p.relative_to(SOURCE.parent).parts]
 
 
-TOKENIZERS = {"tokenizer.py": {"llama", "gpt2"}}  # what GGUF calls two kinds of tokenizer
+TOKENIZERS = {"tokenizer.py": {"llama", "gpt2", "qwen2"}}  # what GGUF calls kinds of tokenizer
 
 
 class TestSource:

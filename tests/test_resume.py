@@ -82,7 +82,7 @@ class TestGoingOn:
         flipped = bytearray(whole[0])
         flipped[len(flipped) // 2] ^= 1
         one, two = (i for i, p in enumerate(entries) if p.suffix == ".npz")
-        spoiled = [whole[0] + b"0", whole[1][:-1], b"", bytes(flipped)]
+        spoiled = [whole[0] + b"0", whole[1][:-1], b"", bytes(flipped), b"true"]
         spoiled[one], spoiled[two] = whole[two], bytes(whole[two][:-1] + b"?")
         for path, data in zip(entries, spoiled, strict=True):
             path.write_bytes(data)

@@ -44,7 +44,7 @@ from bytecap.runtimes.gguf.menu import (
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
 from bytecap.runtimes.gguf.plan import Found, solve
 from bytecap.runtimes.gguf.solve import figures
-from bytecap.runtimes.gguf.template import Template, read_template
+from bytecap.runtimes.gguf.template import GgufTemplate, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.atomic import write_atomically
@@ -169,7 +169,9 @@ def _sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> T
     return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 
-def _frame(model: Model, menu: tuple[str, ...], pure: bool, template: Template | None, reporter: Reporter) -> _Frame:
+def _frame(
+    model: Model, menu: tuple[str, ...], pure: bool, template: GgufTemplate | None, reporter: Reporter
+) -> _Frame:
     """Names, metadata, what types compete for, and the bytes of the rest."""
     layout = template.layout if template is not None else layout_of(model)
     types, other = {}, []

@@ -27,7 +27,7 @@ _SHAPED = ("general.file_type", "general.quantization_version", "general.archite
 
 
 @dataclass(frozen=True)
-class Template:
+class GgufTemplate:
     """What a file of the same model says.
 
     Attributes:
@@ -48,7 +48,7 @@ class Template:
             writer.add_key_value(key, value, kind, entry.types[-1] if kind == types.ARRAY else None)
 
 
-def read_template(path: Path, model: Model, *, quantized: bool = False) -> Template:
+def read_template(path: Path, model: Model, *, quantized: bool = False) -> GgufTemplate:
     """The template at `path`, matched with a model; `quantized` where the model was read from the file itself.
 
     Raises:
@@ -78,7 +78,7 @@ def read_template(path: Path, model: Model, *, quantized: bool = False) -> Templ
             + (f"; unknown to the model are {theirs[:200]}" if theirs else "")
         )
     name = str(reader.fields["general.architecture"].contents())
-    return Template(Layout(name, tuple(places)), reader.fields)
+    return GgufTemplate(Layout(name, tuple(places)), reader.fields)
 
 
 class _Index:
