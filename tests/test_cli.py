@@ -1,5 +1,6 @@
 """The command line: JSON fields, exit codes, and one clear line for every kind of bad input."""
 
+import errno
 import json
 import os
 import re
@@ -116,6 +117,20 @@ class TestJson:
         assert {p.name for p in tmp_path.iterdir()} == {
             f(n) for n in names for f in ("m-{}.bcap".format, "{}.html".format)
         }
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+    def test_what_a_library_could_not_write_is_one_line(self, run, job, monkeypatch, number):
+        def full(*_):
+            raise OSError(number, "no room", "kernels.nbi")
+
+        monkeypatch.setattr("bytecap.cli.fit.check_output", full)
+        code, _, err = run(*job())
+        assert code == 2
+        assert (
+            err == "error: no room: kernels.nbi; free some space (NUMBA_CACHE_DIR says where compiled code is kept)\n"
+        )
 
 
 class TestHelp:

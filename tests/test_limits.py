@@ -10,10 +10,11 @@ import sys
 
 import pytest
 
+import bytecap
 from bytecap.cli import app
 from bytecap.format.decoder import load
 from bytecap.system import allocator
-from conftest import BUDGET, FAST
+from conftest import BUDGET, FAST, SMALL
 from forks import child
 
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -96,7 +97,15 @@ def file_size(most):
     return limit
 
 
+@pytest.fixture(scope="module")
+def compiled(model_directory, texts):
+    """Compiled loops are kept before disks are full."""
+    files = {"calibration": texts["calib"], "evaluation": texts["val"]}
+    bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
 class TestDisk:
     @pytest.mark.slow
     def test_the_store_does_not_fit(self, stopped, slow, tmp_path):

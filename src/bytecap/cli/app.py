@@ -6,6 +6,7 @@ With `--json` exactly one JSON object goes to standard output and nothing else i
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -105,6 +106,11 @@ def _complain(exc: BaseException) -> int:
     elif type(exc).__name__ == "PanicException":
         message = (
             f"the library that reads tokenizer.json failed on it: {exc}; write it anew with the library that made it"
+        )
+    elif isinstance(exc, OSError) and exc.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:
+        message = (
+            f"{exc.strerror}: {exc.filename or 'compiled code cannot be kept'}; free some space (NUMBA_CACHE_DIR says "
+            "where compiled code is kept)"
         )
     elif isinstance(exc, ModuleNotFoundError):
         message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"

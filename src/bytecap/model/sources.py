@@ -178,7 +178,7 @@ def default_sources(model: Model, wanted: int, device: str) -> tuple[Source, ...
     """
     if not of_transformers(model.module):
         return (Source(GENERAL),)
-    own = min(wanted / SELF_SHARE, SELF_MOST[device])
+    own = min(SELF_SHARE * wanted, SELF_MOST[device])
     return (Source(SELF, own / wanted), Source(GENERAL, 1 - own / wanted))
 
 
