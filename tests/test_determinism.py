@@ -96,11 +96,22 @@ class TestSameValues:
         assert in_fresh_process(code, **SETTINGS[setting], PYTHONWARNINGS="ignore") == plain
 
 
+def processor():
+    """The processor's model: kernels of libraries are chosen by it, not by its vector units alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    found = dict(line.partition(":")[::2] for line in lines if ":" in line)
+    values = {k.strip(): v.strip() for k, v in found.items()}
+    return " ".join(values.get(k, "?") for k in ("vendor_id", "cpu family", "model", "stepping"))
+
+
 def platform_key():
     """All that the encoder's arithmetic depends on besides our own code."""
     capability = torch.backends.cpu.get_cpu_capability()
     fast = str(fast_dtype(torch.device("cpu"))).removeprefix("torch.")
-    return f"{platform.machine()} {capability} {fast} torch {torch.__version__} numpy {np.__version__}"
+    return f"{platform.machine()} {processor()} {capability} {fast} torch {torch.__version__} numpy {np.__version__}"
 
 
 CHANGED = (

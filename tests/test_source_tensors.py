@@ -1,0 +1,81 @@
+"""The side file that says how a checkpoint's own tensors lie in units."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bytecap import ArtifactError
+from bytecap.errors import CorruptError
+from bytecap.format.sidefiles import source_tensors
+from bytecap.model.checkpoint import load_model
+from bytecap.model.conversion import describe
+from bytecap.pipeline.export import directory_files
+from stored import contents_of
+
+UNITS = {"w": np.arange(24.0).reshape(4, 6), "v": np.arange(3.0)}
+
+
+class TestDescription:
+    @given(st.permutations(range(3)), st.data())
+    def test_any_view_is_described(self, axes, data):
+        whole = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+        part = whole.transpose(axes)[tuple(slice(0, data.draw(st.integers(1, n))) for n in np.take((2, 3, 4), axes))]
+        entry = describe(part + 10, [("z", 0, 10), ("w", 10, 34)])
+        found = source_tensors.tensors(json.dumps({"a": entry}).encode(), {"w": whole, "z": np.zeros(10)})
+        np.testing.assert_array_equal(found["a"][0], part)
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_joined_views(self, axis):
+        one, two = np.arange(12).reshape(3, 4), np.arange(12, 24).reshape(3, 4)
+        entry = describe(np.concatenate([one, two], axis), [("a", 0, 12), ("b", 12, 24)])
+        found = source_tensors.tensors(json.dumps({"c": entry}).encode(), {"a": one, "b": two - 12})
+        np.testing.assert_array_equal(found["c"][0], np.concatenate([one, two - 12], axis))
+
+    def test_what_is_no_view_is_not_described(self):
+        assert describe(np.random.default_rng(0).permutation(300), [("a", 0, 300)]) is None
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            "none", [], {}, {"parts": []}, {"axis": 0, "parts": 3}, ["none"], [3], ["w", -1], ["w", 0.5], ["w", 0, 3],
+            ["w", 0, [25]], ["w", 20, [6]], ["w", 0, [2], [24]], ["w", 0, [2, 2], [1]], ["w", 0, [-1]],
+            ["w", 0, [2], [-1]], ["w", 0, [2], [1], 3], ["w", 0, [1] * 33], ["w", 0, [2], [1], "F32", 1],
+            ["w", 24, [1]],
+            {"axis": 9, "parts": ["w", "w"]}, {"axis": None, "parts": ["w", "v"]}, {"axis": 0, "parts": ["w", "v"]},
+            None, 3, True, ["w", 0, [4, 6], [0, 2**60]],
+        ],
+    )  # fmt: skip
+    def test_damage(self, entry):
+        with pytest.raises(CorruptError, match=source_tensors.FILE):
+            source_tensors.tensors(json.dumps({"a": entry}).encode(), UNITS)
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'"w"', b"[" * 100_000])
+    def test_no_object(self, content):
+        with pytest.raises(CorruptError, match=source_tensors.FILE):
+            source_tensors.tensors(content, UNITS)
+
+    def test_a_bomb(self):
+        many = {f"t{i}": "w" for i in range(20)}
+        with pytest.raises(CorruptError, match="more than 4 times"):
+            source_tensors.tensors(source_tensors.dump(many), UNITS)
+
+    def test_two_tensors_of_one_name(self):
+        with pytest.raises(CorruptError, match="also the name of a unit"):
+            source_tensors.tensors(b'{"v": "w"}', UNITS)
+
+    def test_units_that_nobody_speaks_of_stay(self):
+        entries = {"a": ["v", 1, [0]], "b": ["v", None, None, None, "F16"]}
+        found = source_tensors.tensors(source_tensors.dump(entries), UNITS)
+        assert {n: (u, d) for n, (_, u, d) in found.items()} == {
+            "a": ("v", None), "b": ("v", "F16"), "w": ("w", None)
+        }  # fmt: skip
+        assert found["a"][0].shape == (0,)
+
+    def test_a_damaged_description_in_a_file(self, model_directory):
+        model = load_model(model_directory("rotary"))
+        model.files[source_tensors.FILE] = b"{}}"
+        with pytest.raises(ArtifactError, match=source_tensors.FILE):
+            directory_files(contents_of(model))
