@@ -17,7 +17,7 @@ from bytecap.report.plain import finite
 from bytecap.system.atomic import check_kind
 from bytecap.system.collisions import Paths, refuse_collisions
 
-EMBEDDED = "the embedded text, with a warning"
+EMBEDDED = "embedded text (--calib: and samples of the model), with a warning"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]

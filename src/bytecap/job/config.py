@@ -40,9 +40,10 @@ class FitConfig:
 
     Attributes:
         budget: cap on the file: bytes, `3MB` (decimal), `3MiB` (binary), or `3.5bpp` (bits per parameter).
-        calibration: what quality is tuned on: text files, documents separated by form feed, the embedded text by
+        calibration: what quality is tuned on: text files, documents separated by form feed, or the words `self` and
+            `general`, with a weight (`self:2`); three parts samples of the model itself and one part general text by
             default; for a torch module its batches, of which no more are taken than are needed.
-        evaluation: what quality is measured on, and nothing is fitted to: text files, the embedded text by default;
+        evaluation: what quality is measured on, and nothing is fitted to: text files, embedded general text by default;
             for a torch module batches, by default a fifth of those for calibration.
         method: the method: `bytecap`, a baseline such as `golf` or `uniform`, or FILE.py:CALLABLE, which is run.
         device: torch device: `auto`, `cpu` or `cuda`.

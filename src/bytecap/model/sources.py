@@ -97,12 +97,15 @@ def as_paths(paths: Paths) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def embedded(calibration: Sequence[Path], evaluation: Sequence[Path]) -> str:
-    """What stands in where texts are missing, as a warning; nothing where both are given.
+def embedded(calibration: Sequence[Path], evaluation: Sequence[Path], *, own: bool = False) -> str:
+    """Say what stands in where texts are missing; nothing where both are given. `own`: the model has texts of its own.
 
     >>> embedded([], [Path("a.txt")])
     'no --calib given: samples of the model itself and the embedded general text stand in'
     """
+    missing = [n for n, given in (("--calib", calibration), ("--eval", evaluation)) if not given]
+    if own and missing:
+        return f"no {' and no '.join(missing)} given: the embedded SQLite documentation stands in"
     said = []
     if not calibration:
         said.append("no --calib given: samples of the model itself and the embedded general text stand in")
@@ -111,10 +114,12 @@ def embedded(calibration: Sequence[Path], evaluation: Sequence[Path]) -> str:
     return "; ".join(said)
 
 
-def named(calibration: Paths, evaluation: Paths, reporter: Reporter) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of calibration and evaluation texts, for settings; says where embedded ones stand in."""
+def named(
+    calibration: Paths, evaluation: Paths, reporter: Reporter, models: Iterable[Any] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of calibration and evaluation texts, for settings; says where embedded ones stand in for these models."""
     calib, held = as_paths(calibration), as_paths(evaluation)
-    if missing := embedded(calib, held):
+    if missing := embedded(calib, held, own={str(m) for m in models} == {DEMO}):
         warn(reporter, missing)
     return tuple(map(str, calib)), tuple(map(str, held))
 
@@ -152,7 +157,7 @@ def load_sets(
     encode, known = encoder(model.files), vocabulary_of(model.module)
     window, wanted = window_limit(model, window), tokens + correction_tokens
     calib, held = as_paths(calibration), as_paths(evaluation)
-    if missing := embedded(calib, held):
+    if missing := embedded(calib, held, own=model.name == DEMO):
         warn(reporter, f"{missing}; quality on your text depends on it")
     if model.name == DEMO:
         calib, held = calib or [demo_directory() / "calib.txt"], held or [demo_directory() / "val.txt"]

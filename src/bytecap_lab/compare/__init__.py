@@ -87,7 +87,7 @@ def compare(
     for method in methods:
         read_method(method)
     others = [e if isinstance(e, External) else read_external(e, names) for e in externals]
-    calib, held = named(calibration, evaluation, reporter)
+    calib, held = named(calibration, evaluation, reporter, names)
     setting = ComparisonSetting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
     directory = make_directory(output) if output is not None else None
     drawn = list(range(seeds)) if isinstance(seeds, int) else list(seeds)

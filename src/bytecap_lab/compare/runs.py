@@ -59,7 +59,8 @@ def model_of(path: str) -> Model:
 def _sets(path: str, seed: int, setting: ComparisonSetting) -> TokenSets:
     return load_sets(
         model_of(path), setting.calibration or None, setting.evaluation or None, window=setting.window,
-        tokens=setting.tokens, evaluation_tokens=setting.evaluation_tokens, seed=seed, reporter=Silent(),
+        tokens=setting.tokens, evaluation_tokens=setting.evaluation_tokens, seed=seed, device=setting.device,
+        reporter=Silent(),
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def byte_returns(
     limit = parse_budget(budget, loaded.parameters)
     sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,
                      evaluation_tokens=evaluation_tokens, correction_tokens=max(point_tokens, CORRECTION_TOKENS),
-                     seed=seed, reporter=reporter)  # fmt: skip
+                     seed=seed, device=target, reporter=reporter)  # fmt: skip
     loaded.module.to(target)
     cache = Store(store if store is not None else directory and directory / "store")
     operating_point = build(make_job(loaded, sets, limit, target, seed, reporter), base, cache)

@@ -84,7 +84,7 @@ def thesis(
         output, "thesis", report, store,
         {"a model": names, "a calibration text": calibration, "an evaluation text": evaluation},
     )  # fmt: skip
-    needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter)
+    needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter, names)
     target = choose_device(device)
     setting = BenchSetting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
     directory = make_directory(output) if output is not None else None

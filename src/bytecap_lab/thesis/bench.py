@@ -81,7 +81,8 @@ class Bench:
         s = self.setting
         return load_sets(
             self.model, list(s.calibration if calibration is None else calibration) or None, list(s.evaluation) or None,
-            window=s.window, tokens=s.tokens, evaluation_tokens=s.evaluation_tokens, seed=seed, reporter=self.reporter,
+            window=s.window, tokens=s.tokens, evaluation_tokens=s.evaluation_tokens, seed=seed, device=s.device,
+            reporter=self.reporter,
         )  # fmt: skip
 
     @property
