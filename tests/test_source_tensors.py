@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +17,7 @@ from bytecap.model.conversion import describe
 from bytecap.pipeline.export import directory_files
 from stored import contents_of
 
+pytestmark = pytest.mark.coverage
 UNITS = {"w": np.arange(24.0).reshape(4, 6), "v": np.arange(3.0)}
 
 
@@ -79,3 +82,16 @@ class TestDescription:
         model.files[source_tensors.FILE] = b"{}}"
         with pytest.raises(ArtifactError, match=source_tensors.FILE):
             directory_files(contents_of(model))
+
+    def test_a_sound_description_in_a_file(self, model_directory):
+        """Tensors come back under the checkpoint's names, in dtypes of their own."""
+        model = load_model(model_directory("rotary"))
+        first, second = model.units[0].name, model.units[1].name
+        model.files[source_tensors.FILE] = source_tensors.dump(
+            {"renamed": first, "half": [second, None, None, None, "F16"]}
+        )
+        files, _ = directory_files(contents_of(model))
+        found = safetensors.torch.load(files["model.safetensors"])
+        assert torch.equal(found["renamed"].float(), model.module.state_dict()[first])
+        assert found["half"].dtype == torch.float16
+        assert {first, second}.isdisjoint(found)
