@@ -153,7 +153,11 @@ def retarget(
     if not planner.options.drift:
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change = checkpoints.tensors("drift")
+    change, pays, without = checkpoints.tensors("drift"), checkpoints.get("drift pays"), 0.0
+    if pays is None:  # measured before targets take memory
+        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
+            without = _cost(job, planner, best, quantized_copy)
+        allocator.release()
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
         try:
             if change is None:
@@ -167,11 +171,10 @@ def retarget(
             return prepared
         matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
     moved = replace(planner, matrices=matrices)
-    pays = checkpoints.get("drift pays")
     if pays is None:
+        allocator.release()
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            without, with_it = (_cost(job, units, best, quantized_copy) for units in (planner, moved))
-        pays = with_it < without
+            pays = _cost(job, moved, best, quantized_copy) < without
         checkpoints.put("drift pays", pays)
     if not pays:
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
