@@ -15,11 +15,12 @@ from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Section
 from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
+from bytecap.model.calibration_text import SELF_MOST
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sampling import sample
-from bytecap.model.sources import SELF_TOKENS, load_sets, with_recovery
+from bytecap.model.sources import load_sets, with_recovery
 from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import initial_rules
@@ -305,7 +306,7 @@ class TestTexts:
 
 class TestOwnSamples:
     def test_windows_come_from_the_model_alone_and_again(self, model_directory, texts, monkeypatch):
-        monkeypatch.setitem(SELF_TOKENS, "cpu", 4096)
+        monkeypatch.setitem(SELF_MOST, "cpu", 4096)
         model = load_model(model_directory("rotary"))
         sets = TestTexts().sets(model, texts)
         found, again = (with_recovery(model, sets, "self", window=32, reporter=Silent()) for _ in range(2))

@@ -48,7 +48,6 @@ Paths = str | Path | Iterable[str | Path] | None
 CORRECTION_TOKENS = 8_192
 RECOVERY_TOKENS = 2**23  # most of them
 DEMO = "demo"
-SELF_TOKENS = {"cpu": 2**15, "cuda": 2**20}
 _BEGINNING = 8  # tokens by which windows are told apart
 
 
@@ -261,7 +260,7 @@ def with_recovery(
     if paths == [Path(SELF)]:
         firsts = sorted({w.tokens[0] for w in sets.statistics})
         drawn = sampled(
-            model, SELF_TOKENS[device], window=length, seed=seed, device=device, reporter=reporter, firsts=firsts
+            model, SELF_MOST[device], window=length, seed=seed, device=device, reporter=reporter, firsts=firsts
         )
         found = {w.tokens: w for w in drawn}
     else:
