@@ -25,8 +25,8 @@ from bytecap.format.container import CODE, FILE, Contents
 from bytecap.format.decoder import decode_units
 from bytecap.format.sidefiles import names, source_tensors
 from bytecap.format.sidefiles.names import WEIGHTS
-from bytecap.system.atomic import write_directory
 from bytecap.system.collisions import refuse_collisions
+from bytecap.system.directories import write_directory
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 RULES = ("source", "auto")  # that choose a dtype for every tensor
