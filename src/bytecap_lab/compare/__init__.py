@@ -14,6 +14,7 @@ from typing import Any
 from bytecap.errors import UsageError
 from bytecap.model.sources import Paths, named
 from bytecap.progress import Reporter, reporter_for
+from bytecap.report.lines import blamed_lines
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap.system.collisions import refuse_pages
@@ -94,11 +95,10 @@ def compare(
     specs = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])
     specs += [RunSpec(e.model, e.name, e.bytes, directory=e.directory) for e in others]
     kept = Path(store) if store is not None else directory and directory / "store"
-    records = run_all(
-        specs, setting, path=directory and directory / "runs.jsonl", store=kept, jobs=jobs, command=command,
-        reporter=reporter,
-    )  # fmt: skip
-    return _write(summarize(records), directory, report, reporter)
+    lines = directory and directory / "runs.jsonl"
+    records = run_all(specs, setting, path=lines, store=kept, jobs=jobs, command=command, reporter=reporter)
+    with blamed_lines(lines):
+        return _write(summarize(records), directory, report, reporter)
 
 
 def render(
@@ -116,9 +116,9 @@ def render(
     records = read_lines(Path(runs))
     if not any(r["record"] == "run" for r in records):
         raise UsageError(f"{runs} holds no runs")
-    return _write(
-        summarize(records), (make_directory(output) if output is not None else None), report, reporter_for(reporter)
-    )
+    directory = make_directory(output) if output is not None else None
+    with blamed_lines(Path(runs)):
+        return _write(summarize(records), directory, report, reporter_for(reporter))
 
 
 def _write(

@@ -17,7 +17,7 @@ from bytecap.model.evaluation import ByWindow
 from bytecap.model.texts import Window, leading
 from bytecap.progress import Reporter, reporter_for
 from bytecap.system.atomic import make_directory
-from bytecap.system.cache import Store
+from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
@@ -103,8 +103,9 @@ def byte_returns(
                      seed=seed, device=target, reporter=reporter)  # fmt: skip
     loaded.module.to(target)
     cache = Store(store if store is not None else directory and directory / "store")
-    operating_point = build(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
-    found = _curves(operating_point, names, leading(sets.correction, point_tokens), points, cache)
+    with blamed(cache.directory):
+        operating_point = build(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
+        found = _curves(operating_point, names, leading(sets.correction, point_tokens), points, cache)
     found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
     found["base"] = {"name": base, "bytes": operating_point.bytes, "hash": operating_point.key, **found["base"]}
     _write(found, directory, Path(report) if report is not None else None, reporter)

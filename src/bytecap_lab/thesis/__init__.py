@@ -90,7 +90,8 @@ def thesis(
     directory = make_directory(output) if output is not None else None
     kept = Path(store) if store is not None else directory and directory / "store"
     wanted = list(tasks(names, [check_base(b) for b in bases], needs, setting, file_of(directory), kept, command))
-    return _write(measure_all(wanted, jobs=jobs, reporter=reporter), only, directory, report, reporter)
+    records = measure_all(wanted, jobs=jobs, reporter=reporter)
+    return _write(records, only, directory, report, reporter, [file_of(directory)])
 
 
 def _needs(only: Sequence[str] | None) -> list[str]:
@@ -117,18 +118,20 @@ def render(
     if not any(r["record"] == "measure" for r in records):
         raise UsageError(f"{', '.join(map(str, paths))} holds no measurement of the thesis")
     directory = make_directory(output) if output is not None else None
-    return _write(records, only, directory, report, reporter_for(reporter))
+    return _write(records, only, directory, report, reporter_for(reporter), paths)
 
 
 def _write(
     records: Sequence[Any], only: Sequence[str] | None, directory: Path | None, report: Path | str | None,
-    reporter: Reporter,
+    reporter: Reporter, lines: Sequence[Path | None],
 ) -> dict[str, Any]:  # fmt: skip
     """Judge, write `thesis.json` and the page; returns the verdicts as JSON can hold them."""
+    from bytecap.report.lines import blamed_lines
     from bytecap.report.thesis import page
     from bytecap_lab.thesis.verdicts import judge
 
-    found: dict[str, Any] = finite(judge(records, only))
-    for path in write_figures(found, page, directory, "thesis", report):
-        reporter.note(f"wrote {path}")
+    with blamed_lines(*lines):
+        found: dict[str, Any] = finite(judge(records, only))
+        for path in write_figures(found, page, directory, "thesis", report):
+            reporter.note(f"wrote {path}")
     return found
