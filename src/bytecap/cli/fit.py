@@ -65,7 +65,7 @@ def fit(
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
     from bytecap.pipeline import pack_code
-    from bytecap.pipeline.fit import each_budget, fit_config
+    from bytecap.pipeline.fit import each_budget, fit_config, outputs_of
     from bytecap.pipeline.fit_shards import fit_shards, limit_only, numbers_and_shards
     from bytecap.pipeline.formats import is_directory
 
@@ -75,16 +75,14 @@ def fit(
         raise UsageError("--recover-text is read by --recover, without --factory")
     for each in () if is_directory(config) else each_budget(config):  # directories are checked by their job
         check_output(Path(each.output) if each.output is not None else None)
-    pages = [Path(c.output) for c in each_budget(replace(config, output=report)) if c.output is not None]
+    each_page = each_budget(replace(config, output=report, emit=None))
+    pages = [Path(c.output) for c in each_page if c.output is not None]
     for page in pages:
         check_output(page)
     check_inputs(
-        {f"-o ({c.budget})" if "," in str(config.budget) else "-o": c.output for c in each_budget(config)}
-        | {
-            "--report": pages[0] if pages else None,
-            "--store": config.store if isinstance(config.store, str | Path) else None,
-        },
+        outputs_of(each_budget(config), pages),
         {
+            "--template": config.template,
             "MODEL": model, "--calib": config.calibration, "--eval": config.evaluation, "--code": code,
             "--recover-text": config.recover_text, "--state": state, "--bytes-per-token": bytes_per_token,
             "--factory": source_file(factory), "--loss": source_file(loss), "--method": source_file(config.method),

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bytecap.errors import OutputError
+from bytecap.errors import BytecapError, OutputError
 from bytecap.report.plain import finite
-from bytecap.system.cache import FAULTS
 
 Record = dict[str, Any]
 
@@ -46,9 +45,9 @@ def blamed_lines(*paths: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except FAULTS as exc:
+    except Exception as exc:
         read = [str(p) for p in paths if p is not None and p.exists()]
-        if not read:
+        if not read or isinstance(exc, BytecapError | OSError):
             raise
         raise OutputError(
             f"{', '.join(read)} {'holds' if len(read) == 1 else 'hold'} a line that no run has written "
