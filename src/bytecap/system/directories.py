@@ -174,14 +174,18 @@ def _journal(stage: Path) -> Iterator[BinaryIO]:
 
 def _write_all(into: Path, files: Mapping[str, Content]) -> None:
     for name, content in files.items():
-        with (into / name).open("xb") as f:
-            if callable(content):
-                content(f)
-            else:
-                f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        open_to_others(into / name, 0o666)
+        try:
+            with (into / name).open("xb") as f:
+                if callable(content):
+                    content(f)
+                else:
+                    f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            open_to_others(into / name, 0o666)
+        except OSError as exc:
+            exc.filename = exc.filename or str(into / name)  # writing to an open file does not say to which
+            raise
 
 
 def _into_place(stage: Path, directory: Path, names: Sequence[str], journal: BinaryIO) -> None:
