@@ -54,13 +54,19 @@ def markup(text):
     return parser.found
 
 
-def words(value):
-    """Every text in a value, keys included."""
+def words(value, place=()):
+    """Texts in a value, keys included, one for every place; items of a list are in one place, and so are most keys."""
+    found = {}
     if isinstance(value, dict):
-        return {w for k, v in value.items() for w in (*words(k), *words(v))}
-    if isinstance(value, list | tuple):
-        return {w for v in value for w in words(v)}
-    return {value} if isinstance(value, str) else set()
+        for k, v in value.items():
+            found.setdefault((*place, "key"), k)
+            found |= {p: w for p, w in words(v, (*place, k if len(value) < 12 else "")).items() if p not in found}
+    elif isinstance(value, list | tuple):
+        for v in value:
+            found |= {p: w for p, w in words(v, (*place, 0)).items() if p not in found}
+    elif isinstance(value, str):
+        found[place] = value
+    return found
 
 
 def replaced(value, old, new):
@@ -93,7 +99,7 @@ def test_no_text_becomes_markup(figures):
     """One text after another is replaced by markup, and by letters: the page's markup is the same."""
     page, found = figures
     shown = 0
-    for word in sorted(words(found)):
+    for word in sorted(set(words(found).values())):
         try:
             plain = page(replaced(found, word, PLAIN))
         except (KeyError, ValueError, IndexError, TypeError, AttributeError):
@@ -130,10 +136,11 @@ def spoiled(records):
             if kind not in seen:
                 seen.add(kind)
                 yield [*records[:number], {k: v for k, v in record.items() if k != key}, *records[number + 1 :]]
-                for value in RUBBISH[number % 4 :: 4]:
-                    yield [*records[:number], record | {key: value}, *records[number + 1 :]]
+                value = RUBBISH[len(seen) % len(RUBBISH)]
+                yield [*records[:number], record | {key: value}, *records[number + 1 :]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["compare", "thesis"])
 def test_lines_that_no_run_has_written(kind, tmp_path):
     """A page and figures, or one line that names the file."""
@@ -154,3 +161,25 @@ def test_lines_that_no_run_has_written(kind, tmp_path):
         assert str(path) in said
         faults += "a line that no run has written" in said
     assert faults > 10
+
+
+CONTROLS = "zz\x1b[2J\x1b]0;t\x07[bold]\u202e\r\n\x9b31m"
+
+
+@pytest.mark.parametrize("kind", ["compare", "thesis"])
+def test_names_in_lines_do_not_speak_to_the_terminal(kind, tmp_path, run):
+    path, shown = tmp_path / "lines.jsonl", 0
+    if kind == "compare":
+        comparison_lines(path, ("m",), 1)
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    else:
+        records = thesis_lines()
+    free = {r[k] for r in records for k in ("model", "method", "host", "command", "base") if isinstance(r.get(k), str)}
+    for word in sorted(free | {t["name"] for r in records for t in r.get("texts", ()) if "name" in t}):
+        changed = replaced(records, word, CONTROLS)
+        path.write_text("".join(json.dumps(r) + "\n" for r in changed), "utf-8")
+        _, out, err = run(kind, "--from", path, "-o", tmp_path / "out")
+        for text in (out, err):
+            assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(text), word
+        shown += "[bold]" in out
+    assert shown
