@@ -347,23 +347,6 @@ def test_options_switch_ingredients_off(model_directory, texts, fitted):
     assert plain.report["kl_nats"] > fitted("rotary")[0].report["kl_nats"]
 
 
-def test_a_withdrawn_option_is_named_and_has_no_effect(model_directory, texts, fitted):
-    with pytest.warns(bytecap.BytecapWarning, match="groups of method bytecap does nothing any more"):
-        found = bytecap.fit(
-            model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
-            options={"groups": 2}, **SMALL,
-        )  # fmt: skip
-    assert found.data == fitted("rotary")[0].data
-
-
-def test_an_unknown_option_is_refused(model_directory, texts):
-    with pytest.raises(bytecap.UsageError, match="no option 'grops'"):
-        bytecap.fit(
-            model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
-            options={"grops": 2}, **SMALL,
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize("device", ["gpu", "tpu0"])
 def test_unknown_devices_are_refused(model_directory, device):
     with pytest.raises(bytecap.UsageError, match=device):

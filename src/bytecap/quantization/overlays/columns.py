@@ -29,7 +29,16 @@ from torch import Tensor
 
 from bytecap.format.overlays.columns import CODER
 from bytecap.quantization.overlays import Applied, UnitProblem
-from bytecap.quantization.overlays.protect import Amount, Score, absorbed, apply, ladder, scores, store, without_columns
+from bytecap.quantization.overlays.protect import (
+    Amount,
+    Score,
+    absorbed,
+    ladder,
+    protected,
+    scores,
+    store,
+    without_columns,
+)
 
 _MOST = 8  # one in so many columns at most
 
@@ -55,8 +64,7 @@ class Columns:
         chosen = torch.from_numpy(index)
         metric = problem.hessian[chosen][:, chosen]
         stored = store(absorbed(problem, base, index), setting.bits, metric)
-        cols = problem.weight.shape[1]
-        return apply(CODER, CODER.encode(index, stored.values, cols, stored.scales), base, len(index) / cols)
+        return protected(CODER, index, stored, problem.weight.shape[1], base)
 
 
 OVERLAY = Columns()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bytecap.format.overlays.outliers import CODER
 from bytecap.quantization.overlays import Applied, UnitProblem
-from bytecap.quantization.overlays.protect import Amount, Score, apply, round_vector, scores
+from bytecap.quantization.overlays.protect import Amount, Score, Stored, protected, round_vector, scores
 
 _SHARES = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # one weight in so many
 
@@ -51,9 +51,8 @@ class Outliers:
         """Fit the protected weights to the decoded base."""
         index = setting.index
         values, scale, _ = round_vector(self._best(problem, base, index), setting.bits)
-        size = problem.weight.numel()
-        data = CODER.encode(index, values, size, None if setting.bits == 16 else np.array([scale], np.float16))
-        return apply(CODER, data, base, len(index) / size)
+        stored = Stored(values, None if setting.bits == 16 else np.array([scale], np.float16))
+        return protected(CODER, index, stored, problem.weight.numel(), base)
 
     @staticmethod
     def _best(problem: UnitProblem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:

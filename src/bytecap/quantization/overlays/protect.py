@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -179,6 +179,29 @@ def store(vectors: Tensor, bits: int, metric: Tensor | None = None) -> Stored:
             left[i + 1 :] -= upper[i, i + 1 :, None] * ((left[i] - as_decoded) / upper[i, i])
     stacked = np.stack([v for v, _ in kept]) if kept else np.zeros(left.shape, np.float16 if bits == 16 else np.int8)
     return Stored(stacked, None if bits == 16 else np.array([s for _, s in kept], np.float16))
+
+
+class _Encoder(OverlayCoder, Protocol):
+    """An overlay's coder that writes places, values and their scales."""
+
+    def encode(
+        self, index: npt.NDArray[np.int64], values: npt.NDArray[Any], size: int,
+        scales: npt.NDArray[np.float16] | None, /,
+    ) -> bytes: ...  # fmt: skip
+
+
+def protected(overlay: _Encoder, index: npt.NDArray[np.int64], stored: Stored, places: int, base: Tensor) -> Applied:
+    """Encode protected vectors or weights and apply them to a base.
+
+    Args:
+        overlay: reader and writer of the layer.
+        index: protected places, rising (k,).
+        stored: their values.
+        places: how many there are to choose from.
+        base: (rows, cols) as decoded.
+    """
+    data = overlay.encode(index, stored.values, places, stored.scales)
+    return apply(overlay, data, base, len(index) / places)
 
 
 def apply(overlay: OverlayCoder, data: bytes, base: Tensor, share: float) -> Applied:

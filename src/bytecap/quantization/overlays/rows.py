@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bytecap.format.overlays.rows import CODER
 from bytecap.quantization.overlays import Applied, UnitProblem
-from bytecap.quantization.overlays.protect import Amount, Score, apply, ladder, row_scores, store, without_rows
+from bytecap.quantization.overlays.protect import Amount, Score, ladder, protected, row_scores, store, without_rows
 
 _MOST = 8  # one in so many rows at most
 
@@ -47,8 +47,7 @@ class Rows:
         """Store the protected rows."""
         index = setting.index
         stored = store(problem.weight[torch.from_numpy(index)], setting.bits)
-        rows = problem.weight.shape[0]
-        return apply(CODER, CODER.encode(index, stored.values, rows, stored.scales), base, len(index) / rows)
+        return protected(CODER, index, stored, len(problem.weight), base)
 
 
 OVERLAY = Rows()
