@@ -4,8 +4,8 @@
 2. *prepare*: Hessians are factored, and the bytes are counted that matrices and vectors may share.
 3. *plan*: a step for every unit, the best of up to three plans (`bytecap.allocation.plans`).
 4. *retarget*: units aim at the original's outputs from the inputs that the coded prefix delivers
-   (`bytecap.allocation.asymmetric_targets`). This comes after the choice of paths: aiming first would correct for
-   errors of a prefix without paths, which is not shipped.
+   (`bytecap.allocation.asymmetric_targets`). This comes after the choice of overlays: aiming first would correct
+   for errors of a prefix without overlays, which is not shipped.
 5. *pack*: the cap is met on real bytes (`bytecap.methods.rate_control`).
 6. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for.
 
@@ -70,12 +70,12 @@ def run(job: Job) -> Outcome:
 
 
 def calibrate(job: Job, options: Options) -> Statistics:
-    """What one pass over the statistics tokens finds."""
+    """Collect statistics in one pass over the statistics tokens."""
     return moments(job, guided=options.guided)
 
 
 def prepare(job: Job, options: Options, found: Statistics) -> PreparedModel:
-    """Factored units and the bytes they may use; uses up the statistics."""
+    """Factor the units and count the bytes they may use; uses up the statistics."""
     return prepare_model(job, options, found)
 
 
@@ -95,10 +95,12 @@ def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
 def plan(
     job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> tuple[PreparedModel, PlanCandidate]:
-    """The plan that is shipped, and the units under their paths; integers that are made anew are left out.
+    """Choose the plan that is shipped; returns the units under their overlays, and the plan.
+
+    Its integers that are made anew later are left out.
 
     Args:
-        job: tokens to compare plans on, and paths to choose from.
+        job: tokens to compare plans on, and overlays to choose from.
         prepared: the units.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
         checkpoints: where correction factors and the plan are looked for, and put.
@@ -122,7 +124,7 @@ def plan(
 def _best_plan(
     job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PlanCandidate:
-    """The best of all plans, kept if no unit is under a path."""
+    """Return the best of all plans, and keep it in the store if no unit is under an overlay."""
     planner = prepared.planner
     c, plain = plans.plain_plan(job, prepared)
     kappa = checkpoints.get("factors") if planner.options.correct else dict.fromkeys(planner.names, 1.0)
@@ -139,7 +141,7 @@ def _best_plan(
 def retarget(
     job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PreparedModel:
-    """The units with targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
+    """Give units targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
 
     Whether it does depends on the model: it gains some percent on small models and costs 6% on SmolLM2-135M. Units
     stay as they are where the order of calls is not fixed.
@@ -184,7 +186,7 @@ def retarget(
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
-    """KL of a plan's units on the correction tokens, with the bytes they take at the plan's slope."""
+    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope."""
     state = planner.settle(best.state.steps, best.state.rules, refit=False)
     load_values(quantized_copy, correction.unit_values(planner, state))
     kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
@@ -205,14 +207,14 @@ def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
 
 
 def _size_beside(job: Job, prepared: PreparedModel) -> Callable[[Mapping[str, Section], bytes], int]:
-    """Size of the file that holds sections and a tables section, those of fixed units beside them."""
+    """Return a function that sizes the file of given sections and tables, fixed units included."""
     return lambda sections, tables: job.size({**sections, **prepared.fixed}, tables)
 
 
 def predict(
     job: Job, prepared: PreparedModel, best: PlanCandidate, packed: Packed, quantized_copy: nn.Module
 ) -> Outcome:
-    """The packed plan with its KL on the correction tokens."""
+    """Return the outcome of a packed plan, with its KL on the correction tokens."""
     allocator.release()
     with job.reporter.step("prediction", 1):
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
@@ -223,13 +225,13 @@ def predict(
 
 
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
-    """KL on the correction tokens."""
+    """Return the KL of a packed plan on the correction tokens."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
     return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
 
 
 def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:
-    """What recovery makes of a packed plan, trimmed to the same cap; the plan itself where that measures better.
+    """Tune a packed plan and trim it to the same cap; returns the plan itself where that measures better.
 
     Args:
         job: tokens and effort.
@@ -254,7 +256,7 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
 def _tuned(
     job: Job, prepared: PreparedModel, packed: Packed, slope: float, quantized_copy: nn.Module
 ) -> tuple[tuple[Packed, float] | None, dict[str, Any]]:
-    """Tuned sections under the cap with their KL, None if there are none, and a record of what was done."""
+    """Return tuned sections under the cap with their KL, None if there are none, and a record of the tuning."""
     found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
     if found is None:
         return None, record

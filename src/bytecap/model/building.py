@@ -121,7 +121,7 @@ def read_config(directory: Path, name: str = "") -> Any:
 
 
 def _known(kind: Any) -> bool:
-    """Whether transformers itself has a type of model."""
+    """Return whether transformers itself has a type of model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return isinstance(kind, str) and kind in CONFIG_MAPPING
@@ -139,7 +139,7 @@ def causal_lm(config: Any) -> nn.Module:
 
 
 def pretrained(directory: Path, **options: Any) -> Any:
-    """What `AutoModelForCausalLM.from_pretrained` gives for a directory, without its code."""
+    """Build a directory's model by `AutoModelForCausalLM.from_pretrained`, without running its code."""
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(

@@ -46,7 +46,7 @@ from bytecap.system.cache import Store
 
 @dataclass(frozen=True)
 class _Frame:
-    """What is fixed before calibration: tensors, metadata, sizes."""
+    """The parts of a file that are fixed before calibration: tensors, metadata, sizes."""
 
     layout: Layout
     describe: file.Describe

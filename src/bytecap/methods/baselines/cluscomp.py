@@ -207,7 +207,7 @@ class ClusComp:
 
     @property
     def coded(self) -> bool:
-        """Whether the accounting is `coded`."""
+        """Return whether the accounting is `coded`."""
         return bool(self.options["accounting"] == "coded")
 
     def encode(self, material: Material, setting: float) -> Coded[Codebook | Common]:

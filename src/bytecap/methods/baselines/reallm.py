@@ -100,7 +100,7 @@ class ReALLM:
 
     @property
     def coded(self) -> bool:
-        """Whether the accounting is `coded`."""
+        """Return whether the accounting is `coded`."""
         return bool(self.options["accounting"] == "coded")
 
     def encode(self, material: Material, setting: float) -> Coded[Kept]:
