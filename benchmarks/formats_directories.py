@@ -27,7 +27,7 @@ from bytecap.calibration.statistics import moments
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import compare
+from bytecap.model.evaluation import compare_models
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
@@ -122,7 +122,7 @@ def scores(model: Model, values: dict[str, np.ndarray], sets: TokenSets, device:
     """Quality of values of units."""
     quantized_copy = copy_of(model.module)
     load_values(quantized_copy, values)
-    return quality([compare(model.module, quantized_copy, t, device=device) for t in sets.evaluation])
+    return quality([compare_models(model.module, quantized_copy, t, device=device) for t in sets.evaluation])
 
 
 def mlx_arm(args: Any, job: Job, source: Path, **told: Any) -> dict[str, Any]:

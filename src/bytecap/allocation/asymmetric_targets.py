@@ -5,7 +5,7 @@ Layers behind coded ones see other inputs `x^` than the original `x`. The best s
     W' = W + strength * W (E[(x - x^) x^T]) (E[x^ x^T] + ridge)^-1
 
 Units are taken in the order the model calls them; modules fed by the same tensor form a stage, a stage is coded
-before the next one is looked at. Units with several uses (tied, looped, or read by more than their module) keep their
+before the next one is treated. Units with several uses (tied, looped, or read by more than their module) keep their
 weights: one target cannot serve several inputs. They are coded before all others, so that the rest aims from what they
 deliver. Where the order of calls depends on the data there are no targets at all.
 

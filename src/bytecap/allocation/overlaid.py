@@ -4,8 +4,8 @@ A `OverlaidUnit` unit holds the base's problem where a plain unit holds its own 
 knows what they will absorb), so rounding, search and trimming need not know of it. After every rounding the layer is
 made anew over the values a reader decodes: `Coded.overlay` and `Coded.distortion` are those of base and layer together.
 
-Drift targets move the unit's own weights; the base's problem and the layer follow from the moved ones, with the same
-positions protected.
+Asymmetric targets change the unit's own weights; the base's problem and the overlay follow from the changed ones, with
+the same positions protected.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Planner:
         matrices: units with input statistics.
         vectors: units without.
         options: of the coder.
-        finest: by matrix, the step below which nothing is gained; kept where targets move.
+        finest: by matrix, the step below which nothing is gained; kept where targets change.
     """
 
     matrices: Sequence[Prepared]

@@ -33,10 +33,10 @@ from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 
-_PROBED = 5  # channels looked at in every map
+_PROBED = 5  # channels tried in every map
 _DIRECT = 0.5  # share of a gradient on its own channel; mixing leaves about one in the width
 _LEAST = 8  # channels below which shares say nothing
-_BACK = 12  # earlier calls looked at
+_BACK = 12  # earlier calls tried
 _TOKENS = 64
 
 

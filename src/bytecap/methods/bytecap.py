@@ -103,7 +103,7 @@ def plan(
         job: tokens to compare plans on, and overlays to choose from.
         prepared: the units.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: where correction factors and the plan are looked for, and put.
+        checkpoints: source and place of correction factors and plan.
     """
     known = checkpoints.get("plan")
     if known is None:
@@ -114,7 +114,7 @@ def plan(
     if planner.options.drift and not job.dry_run:
         windows = leading(job.sets.statistics, planner.options.drift_tokens)
         order = call_order(planner, job.model.module, windows, job.device)
-    prefix = set(planner.names).difference(*order) if order else ()  # of other units only steps are looked at again
+    prefix = set(planner.names).difference(*order) if order else ()  # of other units only steps are used again
     # the units go on in what is returned first: nobody else keeps their memory
     best = replace(best, planner=planner.emptied(), state=best.state.holding(prefix), order=order)
     allocator.release()
@@ -151,7 +151,7 @@ def retarget(
         prepared: the units.
         best: the plan, which codes the prefix.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: where targets are looked for, and put.
+        checkpoints: source and place of targets.
     """
     planner = prepared.planner
     if not planner.options.drift:

@@ -18,7 +18,7 @@ from bytecap.format.ledger import Entry
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
-from bytecap.model.evaluation import Comparison, compare
+from bytecap.model.evaluation import Comparison, compare_models
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import as_paths, load_sets
 from bytecap.model.texts import TokenSets
@@ -90,4 +90,6 @@ def measure(
     quantized_copy = copy_of(model.module)
     load_values(quantized_copy, values)
     with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [compare(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation]
+        return [
+            compare_models(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation
+        ]

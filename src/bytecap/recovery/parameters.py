@@ -162,7 +162,7 @@ class TunedParameters:
     def __init__(self, planner: Planner, state: State, device: str) -> None:
         """Start from `state`, in which every unit is coded."""
         self._planner, self._state, self._device = planner, state, torch.device(device)
-        self._rules = state.rules  # of now: offsets move
+        self._rules = state.rules  # with the current offsets
         self._matrices: dict[str, _Matrix] = {}
         for item in planner.matrices:
             name = item.unit.name

@@ -256,9 +256,9 @@ def tune(
             done = stage(tuning_run, clock, kl)
             stages.append({**done, "moves": clock.iterations, "seconds": round(clock.seconds, 1)})
             job.reporter.note(
-                f"recovery: {clock.iterations} moves of {done['stage']} on about {tokens_of_iteration(job.device):,} "
-                f"tokens each in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, "
-                f"{done['kl']:.4f} after"
+                f"recovery: {clock.iterations} iterations of {done['stage']} on about "
+                f"{tokens_of_iteration(job.device):,} tokens each in {clock.seconds:.0f} s, KL on the correction "
+                f"tokens {kl:.4f} before, {done['kl']:.4f} after"
             )
             if done["kl"] < kl:
                 kl = done["kl"]

@@ -118,9 +118,9 @@ def tie(
         init: `stepwise`, `average` or `lower`, see `bytecap_lab.layer_tying.start`.
         rank: of every layer's own low-rank parts, 0 for none.
         train: text files to uptrain on; the embedded text if None.
-        steps: moves (`600`) or time (`10m`) of uptraining.
+        steps: iterations (`600`) or time (`10m`) of uptraining.
         search: `greedy`, `dlt`, or None for a loop.
-        search_steps: moves or time of the search; as `steps` if None.
+        search_steps: iterations or time of the search; as `steps` if None.
         labels: share of the text's own next tokens in the loss, the rest is the KL to the original.
         rate: first learning rate.
         window: predicted tokens in a window.
@@ -268,8 +268,8 @@ def _say(found: Uptraining, train: Sequence[Window], reporter: Reporter) -> None
     times = found.tokens / sum(w.predicted for w in train)
     again = f", the text {times:.1f} times" if times > 1 else ""
     reporter.note(
-        f"uptraining: {found.moves} moves over {found.tokens:,} tokens{again} in {found.seconds:.0f} s, KL on held-out "
-        f"tokens {found.kl_start:.4f} before, {found.kl:.4f} after"
+        f"uptraining: {found.moves} iterations over {found.tokens:,} tokens{again} in {found.seconds:.0f} s, KL on "
+        f"held-out tokens {found.kl_start:.4f} before, {found.kl:.4f} after"
     )
 
 

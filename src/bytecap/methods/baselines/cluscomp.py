@@ -57,7 +57,7 @@ OPTIONS: dict[str, Any] = {
     "accounting": "coded", "g": None, "n": None, "recover": 40, "weighted": False, "shared": True,
 }  # fmt: skip
 DIMENSIONS = (1, 2, 3, 4, 6, 8)
-_AROUND = 1.6  # bits per weight on both sides of the mean rate that are looked at
+_AROUND = 1.6  # bits per weight on both sides of the mean rate that are tried
 _FINE = 4  # settings an octave of n, between measured ones
 _MOST_SAMPLED = 128  # codewords that are tried out on samples
 _SAMPLE = 24  # vectors a codeword that estimates are made from

@@ -53,7 +53,7 @@ class UnitProblem:
         weight: (rows, cols) float32.
         hessian: (cols, cols) float64, damped, positive definite.
         rows: (rows,) float64, mean 1.
-        rankings: of the streams it is on; None if nobody looked.
+        rankings: of the streams it is on; None if streams were not searched for.
     """
 
     unit: Unit
