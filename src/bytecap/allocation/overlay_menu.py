@@ -1,14 +1,14 @@
 """Let overlays compete: measure one curve a unit over base step, overlay and amount, and allocate at one slope.
 
-Around a settled plan every unit is measured as it is and under each path of the menu, at several base steps: what a
-path is worth depends on the base below it. First all amounts of a path at the plan's own step (ranked by the values
+Around a settled plan every unit is measured as it is and under each overlay of the menu, at several base steps: its
+worth depends on the base below it. First all amounts of an overlay at the plan's own step (ranked by the values
 that the base decodes there); the few that come closest to the plan's slope then at coarser and finer steps. Bytes are
-estimated code lengths plus the layer's real bytes and what `stack` adds; distortions are those of base and layer
+estimated code lengths plus the overlay's real bytes and what `stack` adds; distortions are those of base and overlay
 together, decoded, in the unit's metric, times the unit's correction factor. `bytecap.allocation.allocate` chooses among
 all.
 
-A path that keeps something once for the whole file is charged for it once: the plan is solved with and without it.
-None of today's paths does (`charge` is 0).
+An overlay that keeps something once for the whole file is charged for it once: the plan is solved with and without it.
+None of today's overlays does (`charge` is 0).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ DEFAULT: tuple[str, ...] = ()  # what measured best: nothing, see LOG.md
 ALL = "all"
 CHANNELS = CHANNELS_OVERLAY.id  # whose amounts are chosen for all matrices of a stream, so none is dropped early
 LABEL = "paths"  # of the plan over a menu
-PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without a path
-UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under a path
-_MOST_SETTINGS = 8  # amounts of a path tried on a unit
+PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without an overlay
+UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under an overlay
+_MOST_SETTINGS = 8  # amounts of an overlay tried on a unit
 _KEPT = 2  # of them tried at other steps
 _VALUES = 2**22  # weights measured together
 
@@ -66,7 +66,7 @@ def known(names: Iterable[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Choice(Point):
-    """A point that knows the path it is on; `setting` is the base's step in octaves off the plan's."""
+    """A point that knows its overlay; `setting` is the base's step in octaves off the plan's."""
 
     path: str = ""
     amount: Any = None
@@ -81,10 +81,10 @@ class Menu:
         start: the settled plan.
         kappa: correction factor of every unit.
         capacity: bytes for all units.
-        names: paths.
-        streams: of the model, for paths that serve several matrices at once.
+        names: of overlays.
+        streams: of the model, for overlays that serve several matrices at once.
         curves: one for each unit, once measured.
-        skipped: how many matrices a path cannot serve.
+        skipped: how many matrices an overlay cannot serve.
     """
 
     planner: Planner
@@ -248,9 +248,9 @@ def solve(curves: Sequence[Curve], capacity: float, charges: Mapping[str, int]) 
     """Return the plan of least distortion in which overlays that are used pay their fixed charges.
 
     Args:
-        curves: of every unit; points on paths are `Choice`s.
+        curves: of every unit; points of overlays are `Choice`s.
         capacity: bytes for all units and charges.
-        charges: bytes that a path needs once for the whole file.
+        charges: bytes that an overlay needs once for the whole file.
 
     >>> one = Curve("u", (Point(8, 9.0, 0), Point(12, 8.0, 1), Choice(9, 1.0, 0, "p", 1)))
     >>> [solve([one], 12, {"p": charge}).distortion for charge in (0, 3, 4)]
@@ -268,7 +268,7 @@ def solve(curves: Sequence[Curve], capacity: float, charges: Mapping[str, int]) 
         plan = allocate(allowed, max(room, floor_rate(allowed)))
         if best is None or plan.distortion < best.distortion:
             best = plan
-    assert best is not None  # noqa: S101 (leaving all charged paths out is always tried)
+    assert best is not None  # noqa: S101 (leaving all charged overlays out is always tried)
     return best
 
 

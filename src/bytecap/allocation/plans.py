@@ -2,7 +2,7 @@
 
 The plan is made twice: once plain (one step for all units in the Fisher metric) and once allocated with measured
 correction factors and rate-distortion points. With a menu of overlays (`bytecap.allocation.overlay_menu`) there
-is a third one, over base steps, paths and amounts, made around the allocated one. All are measured on the correction
+is a third one, over base steps, overlays and amounts, made around the allocated one. All are measured on the correction
 tokens, and what one spends beyond another is charged at the plan's slope, so they are compared at equal bytes.
 """
 
@@ -39,7 +39,7 @@ class PlanCandidate:
     """A settled plan that could be shipped: every unit's step is `c` times its multiplier.
 
     Attributes:
-        planner: holds the units, under their paths if it has any; emptied once it is chosen.
+        planner: holds the units, under their overlays if it has any; emptied once it is chosen.
         slope, gap: of the plan it was made from, in nats per byte and nats per token.
         label, predicted, margin: once it is chosen, its name, its KL on the correction tokens, and what more or fewer
             bytes would do.
@@ -112,7 +112,7 @@ def choose(
     """Return the plan with the lowest KL on the correction tokens, at equal bytes.
 
     Args:
-        job: names the paths, and the tokens to compare on.
+        job: names the overlays, and the tokens to compare on.
         prepared: the units.
         c: step of the plain plan.
         plain: its state.
@@ -154,7 +154,7 @@ def _with_overlays(
         found.measure(advance)
         for name, count in found.skipped.items():
             if count:
-                job.reporter.note(f"path {name} cannot apply to {count} of {len(start.planner.matrices)} matrices")
+                job.reporter.note(f"overlay {name} cannot apply to {count} of {len(start.planner.matrices)} matrices")
         plan = found.solve()
         taken = overlay_menu.chosen(plan)
         if not taken:

@@ -1,6 +1,6 @@
 """Tune the continuous values of finished sections of any coder, with frozen codes.
 
-A coder or layer that has some says so (`Continuous` in `bytecap.format.coders`): codewords, decoders, low-rank parts,
+A coder or overlay that has some says so (`Continuous` in `bytecap.format.coders`): codewords, decoders, low-rank parts,
 scales, protected columns, rows, channels and outliers, vectors. Adam tunes them end to end by the KL to the original.
 From time to time they are written as a file holds them and measured on the correction tokens; what is shipped is the
 best of that, if it is better than the sections were and its file keeps the cap.

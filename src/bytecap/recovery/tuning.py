@@ -18,7 +18,7 @@ than the file without recovery, or is that file: recovery never makes it worse t
 Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block, then what quantization leaves
 continuous; ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for the latter alone. Tried and worse: moving integers
 straight through their rounding (LOG.md).
-Omitted: units under an overlay keep their integers; their layers are tuned in `bytecap.recovery.sections`.
+Omitted: units under an overlay keep their integers; overlays are tuned in `bytecap.recovery.sections`.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def _curves(
     skipped = {n: sum(not o for o in promised[n].values()) for n in names}
     for name, count in skipped.items():
         if count:
-            reporter.note(f"path {name} cannot apply to {count} of {len(operating_point.base.problems)} matrices")
+            reporter.note(f"overlay {name} cannot apply to {count} of {len(operating_point.base.problems)} matrices")
     plans = {n: _plans(operating_point, bundled(promised[n])) for n in names}
     flat = [(n, p) for n in names for p in plans[n]]
     on_texts, on_held = at_base(operating_point, texts, store), at_base(operating_point, held, store)

@@ -3,7 +3,7 @@
 The score is that of a weight alone. For the base protected weights are 0; the Hessian stays as it is, because which
 weights are free differs from row to row and a base has one Hessian for all rows. Afterwards the protected weights of a
 row absorb the errors of its others, E_S = -E_R H_RS H_SS^-1 with S of its own for every row, and are then rounded
-(without feedback among them). The layer is `bytecap.format.overlays.outliers`.
+(without feedback among them). Its reader is `bytecap.format.overlays.outliers`.
 
 Sources: SpQR (arXiv:2306.03078) for the score under the Hessian, SqueezeLLM (arXiv:2306.07629).
 """
@@ -26,7 +26,7 @@ _SHARES = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # one weight in so many
 
 
 class Outliers:
-    """The path; a setting is an `Amount`."""
+    """The overlay; a setting is an `Amount`."""
 
     id: ClassVar[str] = "outliers"
     charge: ClassVar[int] = 0

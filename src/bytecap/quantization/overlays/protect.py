@@ -1,9 +1,9 @@
-"""Choose protected weights, compute their values and store them, for all paths that protect weights.
+"""Choose protected weights, compute their values and store them, for all overlays that protect weights.
 
 Which: scores in nats per token, from the error of a base. `owq` is the column score of OWQ (arXiv:2306.02272), which
 takes columns as independent; `measured` is the exact fall of the distortion when a column (row, weight) alone is set
 to its best. A base may not be known yet; then plain rounding to seven levels per row stands for it, as the coarse
-bases are that such paths are made for.
+bases are that such overlays are made for.
 
 What they become: the values that absorb the others' errors, in closed form, then rounded one after the other so that
 later ones absorb what the earlier lost. What is fed back are values as decoded.
@@ -37,7 +37,7 @@ _TINY = 1e-4  # what is left of the metric where weights are protected, in units
 
 @dataclass(frozen=True)
 class Amount:
-    """The amount that a path protects, and its precision.
+    """The amount that an overlay protects, and its precision.
 
     Attributes:
         count: of columns, rows, channels or weights.
@@ -136,7 +136,7 @@ def absorbed(problem: UnitProblem, base: Tensor, index: npt.NDArray[np.int64]) -
 
 @dataclass(frozen=True)
 class Stored:
-    """Vectors in the form in which a layer stores them.
+    """Vectors in the form in which an overlay stores them.
 
     Attributes:
         values: float16 or int8 (k, n).
@@ -194,7 +194,7 @@ def protected(overlay: _Encoder, index: npt.NDArray[np.int64], stored: Stored, p
     """Encode protected vectors or weights and apply them to a base.
 
     Args:
-        overlay: reader and writer of the layer.
+        overlay: reader and writer of the overlay.
         index: protected places, rising (k,).
         stored: their values.
         places: how many there are to choose from.
@@ -205,7 +205,7 @@ def protected(overlay: _Encoder, index: npt.NDArray[np.int64], stored: Stored, p
 
 
 def apply(overlay: OverlayCoder, data: bytes, base: Tensor, share: float) -> Applied:
-    """Apply a layer to a base by the layer's own decoder."""
+    """Apply an overlay to a base by the overlay's own decoder."""
     matrix = np.array(base.numpy(), np.float32, order="C")
     shape = (matrix.shape[0], matrix.shape[1])
     side = sum(n for kind, n in overlay.kinds(data, shape, "F32") if kind in {"index", "side"})

@@ -2,7 +2,7 @@
 
 Rows do not touch each other in the metric, so the best value of a protected row is the row itself, and its worth is
 exactly the distortion that the base leaves in it. For the base its weights are 0 and its importance is next to none.
-The layer is `bytecap.format.overlays.rows`.
+Its reader is `bytecap.format.overlays.rows`.
 
 Omitted: error feedback along a row of i8 values. Its error is 2^-16 of the row's energy before any feedback.
 
@@ -29,7 +29,7 @@ _MOST = 8  # one in so many rows at most
 
 
 class Rows:
-    """The path; a setting is an `Amount`."""
+    """The overlay; a setting is an `Amount`."""
 
     id: ClassVar[str] = "rows"
     charge: ClassVar[int] = 0
