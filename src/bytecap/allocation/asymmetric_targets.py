@@ -28,7 +28,7 @@ from bytecap.allocation.planner import Planner, State
 from bytecap.model.batches import Batch
 from bytecap.model.forward import batch_tokens, batches
 from bytecap.model.linears import linear_weights, of_transformers
-from bytecap.model.quantized_copy import Values, load_values
+from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
@@ -231,9 +231,7 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
 
 def _only(quantized_copy: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
     """Load values into the copy; other staged units share the original's storage, since no pass needs them again."""
-    source, parameters = (dict(m.named_parameters()) for m in (original, quantized_copy))
-    for name in staged:
-        parameters[name].data = source[name].data
+    share_storage(quantized_copy, original, staged)
     load_values(quantized_copy, values)
 
 

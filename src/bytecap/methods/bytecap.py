@@ -36,7 +36,7 @@ from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.texts import leading
 from bytecap.progress import warn
 from bytecap.quantization.quantizer import Options, Prepared
@@ -187,11 +187,17 @@ def retarget(
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
-    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope."""
+    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope.
+
+    The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
+    """
     state = planner.settle(best.state.steps, best.state.rules, refit=False)
+    rate = state.rate
     load_values(quantized_copy, correction.unit_values(planner, state))
+    del state  # whose integers the passes do not need
     kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
-    return kl + best.slope * state.rate
+    share_storage(quantized_copy, job.model.module)
+    return kl + best.slope * rate
 
 
 def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
