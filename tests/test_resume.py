@@ -248,16 +248,16 @@ class TestStore:
 
 class TestKilled:
     @pytest.mark.slow
-    @pytest.mark.parametrize("command", ["fit", "curves"])
-    def test_at_three_random_moments(self, fit, model_directory, texts, tmp_path, command):
+    @pytest.mark.parametrize(("command", "kills"), [("fit", 2), ("curves", 1)])
+    def test_at_random_moments(self, fit, model_directory, texts, tmp_path, command, kills):
         fit(store=None)  # what it imports and compiles the forks need not
         more = {"fit": (), "curves": ("--paths", "step,rows", "--points", 4, "--point-tokens", 500)}
         options = [
             model_directory("rotary"), "--budget", BUDGET, "--tokens", 2000, "--eval-tokens", 1000, "--calib",
             texts["calib"], "--eval", texts["val"], *more[command],
         ]  # fmt: skip
-        found = crashes.Crashes(command, options, tmp_path, seed=0).run(kills=3, seconds=1e9)
-        assert found["kills"] == 3
+        found = crashes.Crashes(command, options, tmp_path, seed=0).run(kills=kills, seconds=1e9)
+        assert found["kills"] >= kills
         assert found["finished"]
         assert [found[k] for k in crashes.FAULTS] == [0, 0, 0, 0]
 
