@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
+from bytecap.progress import warn
 from bytecap.quantization.quantizer import Options, Prepared
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.tuning import tune
@@ -48,7 +50,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
-    options = Options(**job.options)
+    options = Options.of(job.options, partial(warn, job.reporter))
     prepared = prepare(job, options, calibrate(job, options))
     if 8 * prepared.capacity > _FINE_BITS * prepared.planner.parameters:
         prepared, finest = prepared.measure_finest()
@@ -69,7 +71,7 @@ def run(job: Job) -> Outcome:
 
 def calibrate(job: Job, options: Options) -> Statistics:
     """What one pass over the statistics tokens finds."""
-    return moments(job, groups=options.groups, guided=options.guided)
+    return moments(job, guided=options.guided)
 
 
 def prepare(job: Job, options: Options, found: Statistics) -> PreparedModel:
@@ -153,8 +155,8 @@ def retarget(
     if not planner.options.drift:
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change, pays, without = checkpoints.tensors("drift"), checkpoints.get("drift pays"), 0.0
-    if pays is None:  # measured before targets take memory
+    change, targets, without = checkpoints.tensors("drift"), checkpoints.get("targets"), 0.0
+    if targets is None:  # measured before targets take memory
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             without = _cost(job, planner, best, quantized_copy)
         allocator.release()
@@ -171,14 +173,15 @@ def retarget(
             return prepared
         matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
     moved = replace(planner, matrices=matrices)
-    if pays is None:
+    if targets is None:
         allocator.release()
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            pays = _cost(job, moved, best, quantized_copy) < without
-        checkpoints.put("drift pays", pays)
-    if not pays:
+            with_them = _cost(job, moved, best, quantized_copy)
+        targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
+        checkpoints.put("targets", targets)
+    if not targets["kept"]:
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
-    return replace(prepared, planner=moved if pays else planner)
+    return replace(prepared, planner=moved if targets["kept"] else planner, targets=targets)
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
@@ -216,7 +219,8 @@ def predict(
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(
-        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin)
+        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin),
+        targets=dict(prepared.targets),
     )  # fmt: skip
 
 
