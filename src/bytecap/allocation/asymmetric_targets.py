@@ -27,7 +27,7 @@ from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.model.batches import Batch
 from bytecap.model.forward import batch_tokens, batches
-from bytecap.model.linears import linear_weights, of_transformers
+from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
 from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
@@ -87,12 +87,13 @@ class _Walk:
 
 def stages(model: nn.Module, run: Run) -> list[list[str]]:
     """Return the names of linear modules used once, in calling order, grouped where one tensor feeds them."""
+    own = of_transformers(model)  # its code reads weights through their modules alone
     order: list[tuple[str, tuple[int, Any]]] = []
     keep: list[Tensor] = []  # inputs stay alive, or their addresses would be used again
     handles = []
     for name, (module, kind) in linear_weights(model).items():
-        if kind == "embedding":
-            continue
+        if kind == "embedding" or (own and maps_otherwise(module)):
+            continue  # nothing to aim at where outputs are not those of a plain map
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             if not args:  # called by keyword: nowhere to stop
@@ -106,7 +107,7 @@ def stages(model: nn.Module, run: Run) -> list[list[str]]:
     for handle in handles:
         handle.remove()
     called = [name for name, _ in order]
-    if not of_transformers(model):  # whose own code may read a weight besides
+    if not own:
         called += [name for name, n in count_uses(model, run).items() for _ in range(n - 1)]
     grouped: list[list[str]] = []
     last = None
