@@ -135,7 +135,7 @@ def try_family(kind: str, name: str, work: Path) -> Row:
         for label, budgets in every.items():
             artifact, budget = first_fit(work / "source", budgets, shared)
             size = artifact.save(work / f"{label}.bcap")
-            unpack(work / f"{label}.bcap", work / label)
+            unpack(work / f"{label}.bcap", work / label, dtype="auto")
             loaded = cls.from_pretrained(work / label, dtype=torch.float32)
             if size > budget:
                 wrong.append(f"{label}: {size} bytes for a budget of {budget}")

@@ -19,7 +19,6 @@ from bytecap.cli.common import (
     progress,
     show,
 )
-from bytecap.system.cache import blamed
 
 
 def curves(
@@ -49,8 +48,7 @@ def curves(
     from bytecap_lab.rd_curves import byte_returns
 
     check_output(report, output)
-    with blamed(store if store is not None else output / "store"):
-        found = byte_returns(
+    found = byte_returns(
         model, budget, output, base=base, paths=names(paths), calibration=calibration, evaluation=evaluation,
         device=device, seed=seed, tokens=tokens, evaluation_tokens=eval_tokens,
         points=points, point_tokens=point_tokens, store=store, report=report,

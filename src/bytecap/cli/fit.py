@@ -92,7 +92,7 @@ class _Given:
 
     def checked(self, config: FitConfig, report: Path | None) -> list[Path]:
         """Refuse outputs that cannot be written or are inputs; returns the pages to write, one for each budget."""
-        from bytecap.pipeline.fit import each_budget
+        from bytecap.pipeline.fit import each_budget, outputs_of
         from bytecap.pipeline.formats import is_directory
 
         if config.output is None and not config.dry_run:
@@ -101,21 +101,18 @@ class _Given:
             raise UsageError("--recover-text is read by --recover, without --factory")
         for each in () if is_directory(config) else each_budget(config):  # directories are checked by their job
             check_output(Path(each.output) if each.output is not None else None)
-        pages = [Path(c.output) for c in each_budget(replace(config, output=report)) if c.output is not None]
+        each_page = each_budget(replace(config, output=report, emit=None))
+        pages = [Path(c.output) for c in each_page if c.output is not None]
         for page in pages:
             check_output(page)
         check_inputs(
-            {f"-o ({c.budget})" if "," in str(config.budget) else "-o": c.output for c in each_budget(config)}
-            | {
-                "--report": pages[0] if pages else None,
-                "--store": config.store if isinstance(config.store, str | Path) else None,
-            },
+            outputs_of(each_budget(config), pages),
             {
                 "MODEL": self.model, "--calib": config.calibration, "--eval": config.evaluation, "--code": self.code,
-                "--recover-text": config.recover_text, "--state": self.state, "--tokens": self.tokens,
+                "--template": config.template, "--recover-text": config.recover_text, "--state": self.state,
                 "--bytes-per-token": self.bytes_per_token, "--factory": source_file(self.factory),
                 "--loss": source_file(self.loss), "--method": source_file(config.method),
-                "--eval-tokens": self.evaluation_tokens,
+                "--tokens": self.tokens, "--eval-tokens": self.evaluation_tokens,
             },
         )  # fmt: skip
         return pages
@@ -137,9 +134,7 @@ class _Given:
             most, shards = numbers_and_shards(self.tokens, "--tokens")
             most_evaluation, held = numbers_and_shards(self.evaluation_tokens, "--eval-tokens")
             config = replace(config, calibration=shards, evaluation=held)
-        return source, replace(
-            config, tokens=most or TOKENS, evaluation_tokens=most_evaluation or EVALUATION_TOKENS
-        )  # fmt: skip
+        return source, replace(config, tokens=most, evaluation_tokens=most_evaluation or EVALUATION_TOKENS)
 
 
 def _show(results: list[Any], pages: list[Path], dry_run: bool, as_json: bool) -> None:

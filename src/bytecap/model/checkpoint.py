@@ -21,7 +21,8 @@ import numpy as np
 
 from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model import gguf_file
-from bytecap.model.building import Shapes, causal_lm, check_fits, pretrained, read_config
+from bytecap.model.bounds import Shapes
+from bytecap.model.building import causal_lm, check_fits, check_holds, pretrained, read_config
 from bytecap.model.fileset import (
     HUB_FILES,
     PICKLES,
@@ -170,7 +171,7 @@ def load_model(
     notes += conversion_note(files)
     if begin is not None:
         begin(files)
-    module = build_module(directory)
+    module = build_module(directory, {n: tuple(e["shape"]) for h in headers.values() for n, e in h.items()})
     found = account(module, headers, allow_unused)
     units = find_units(module, found.dtypes)
     check_finite(units, module)
@@ -190,18 +191,19 @@ def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Mo
     tensors, files, notes = gguf_file.read(path)
     if begin is not None:
         begin(files)
-    module = _filled(files, tensors)
+    module = _filled(files, tensors, path)
     units = find_units(module, gguf_file.dtypes(tensors))
     check_finite(units, module)
     return Model(module, units, files, str(path), notes=notes, rebuilt=True)
 
 
-def _filled(files: dict[str, bytes], tensors: dict[str, Any]) -> torch.nn.Module:
+def _filled(files: dict[str, bytes], tensors: dict[str, Any], path: Path) -> torch.nn.Module:
     """Build a plain float32 module of a config and put tensors into it."""
     import torch
 
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_bytes(files["config.json"])
+        check_holds(read_config(Path(directory)), {n: tuple(t.shape) for n, t in tensors.items()}, str(path))
         module = module_from_config(Path(directory))
     stored = module.state_dict(keep_vars=True)
     with torch.no_grad():
@@ -210,8 +212,13 @@ def _filled(files: dict[str, bytes], tensors: dict[str, Any]) -> torch.nn.Module
     return freeze(module)
 
 
-def build_module(directory: Path) -> torch.nn.Module:
-    """Build the float32 module of a model directory by transformers."""
+def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
+    """Build the float32 module of a model directory by transformers.
+
+    Args:
+        directory: of the model.
+        shapes: of all tensors of its weight files; a config that asks for far more is refused before it is built.
+    """
     try:
         import torch
         import transformers
@@ -219,7 +226,9 @@ def build_module(directory: Path) -> torch.nn.Module:
         from bytecap.model import tying
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
-    if (directory / tying.FILE).is_file():
+    tied = (directory / tying.FILE).is_file()
+    _check_size(directory, shapes, tied)
+    if tied:
         module = module_from_config(directory)
         tying.fill(module, weight_files(directory))
         return freeze(module)
@@ -244,6 +253,16 @@ def build_module(directory: Path) -> torch.nn.Module:
             f"{directory} lacks tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)"
         )
     return freeze(module)
+
+
+def _check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
+    """Compare what a config asks for with what the weight files hold, before anything is allocated."""
+    try:
+        check_holds(read_config(directory), shapes, str(directory), tied=tied)
+    except Exception as exc:
+        if isinstance(exc, BytecapError):
+            raise
+        raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
 
 
 def freeze(module: torch.nn.Module, *, cache: bool = False) -> torch.nn.Module:
@@ -323,13 +342,16 @@ def as_matrix(unit: Unit, values: _Values) -> _Values:
     return values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
 
 
-def module_from_config(directory: Path, shapes: Shapes | None = None, name: str = "") -> torch.nn.Module:
+def module_from_config(
+    directory: Path, shapes: Shapes | None = None, name: str = "", held: int | None = None
+) -> torch.nn.Module:
     """Build an untrained float32 module of a config, for decoded values to be put into.
 
     Args:
         directory: with `config.json`, and perhaps `tying.json`.
         shapes: of the tensors that will be put in, by every name; they are compared before anything is allocated.
         name: of what they come from, for messages.
+        held: number of values that are stored, where several names mean one tensor.
     """
     try:
         import transformers  # noqa: F401 (said here if it is missing)
@@ -340,7 +362,7 @@ def module_from_config(directory: Path, shapes: Shapes | None = None, name: str 
     try:
         config = read_config(directory, name)
         if shapes is not None:
-            check_fits(config, shapes, name, prepare=lambda m: tying.tie_as_described(m, directory))
+            check_fits(config, shapes, name, held=held, prepare=lambda m: tying.tie_as_described(m, directory))
         module = causal_lm(config)
     except Exception as exc:
         if isinstance(exc, BytecapError) or (allocator.is_shortage(exc) and shapes is None):

@@ -30,8 +30,8 @@ from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, figures, solve
 from bytecap.sizes import check_budget, format_size, parse_budget
-from bytecap.system.atomic import check_directory, replacing_directory
 from bytecap.system.cache import Store
+from bytecap.system.directories import check_directory, replacing_directory
 from bytecap.types import Curve, Plan
 
 _ATTEMPTS = 8  # at allocations whose own plan decides how long names and offsets are

@@ -14,6 +14,7 @@ from typing import Any
 from bytecap.errors import UsageError
 from bytecap.model.sources import Paths
 from bytecap.progress import Reporter, reporter_for
+from bytecap.report.lines import blamed_lines
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap.system.collisions import refuse_pages
@@ -87,7 +88,8 @@ def compare(
     directory = study.directory()
     lines = directory and directory / "runs.jsonl"
     records = run_all(specs, setting, path=lines, store=study.store, jobs=jobs, command=command, reporter=reporter)
-    return _write(summarize(records), directory, report, reporter)
+    with blamed_lines(lines):
+        return _write(summarize(records), directory, report, reporter)
 
 
 def _specs(
@@ -122,9 +124,9 @@ def render(
     records = read_lines(Path(runs))
     if not any(r["record"] == "run" for r in records):
         raise UsageError(f"{runs} holds no runs")
-    return _write(
-        summarize(records), (make_directory(output) if output is not None else None), report, reporter_for(reporter)
-    )
+    directory = make_directory(output) if output is not None else None
+    with blamed_lines(Path(runs)):
+        return _write(summarize(records), directory, report, reporter_for(reporter))
 
 
 def _write(

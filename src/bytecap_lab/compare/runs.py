@@ -32,8 +32,8 @@ from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Reporter, Silent
-from bytecap.report.lines import Record, append, read_lines
-from bytecap.system.cache import digest, library
+from bytecap.report.lines import Record, append, blamed_lines, read_lines
+from bytecap.system.cache import blamed, digest, library
 from bytecap_lab.compare.specs import ComparisonSetting, RunSpec, read_method
 
 
@@ -119,7 +119,7 @@ def run_all(
         BytecapError: a cell failed for another reason than its budget; what is finished is in the file.
     """
     reporter = reporter or Silent()
-    known = {r["key"]: r for r in (read_lines(path) if path is not None else [])}
+    known = {r["key"]: r for r in (read_lines(path) if path is not None else []) if isinstance(r.get("key"), str)}
     wanted = list(tasks(specs, setting, store, command))
     missing = [t for t in wanted if t.key not in known]
     if len(missing) < len(wanted):
@@ -132,8 +132,9 @@ def run_all(
             advance(1)
     model_of.cache_clear()
     _sets.cache_clear()
-    runs = [known[t.key] | {"order": t.order} for t in wanted]
-    return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
+    with blamed_lines(path):
+        runs = [known[t.key] | {"order": t.order} for t in wanted]
+        return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
 
 
 def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
@@ -165,7 +166,8 @@ def run(task: Task) -> list[Record]:
         "host": host(task.setting.device), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     try:
-        found, windows = _external(task, model, sets) if spec.directory else _fitted(task, model, sets)
+        with blamed(task.store):
+            found, windows = _external(task, model, sets) if spec.directory else _fitted(task, model, sets)
     except BudgetError as exc:
         return [record | {"refused": str(exc), "floor_bytes": exc.floor}]
     texts = _texts(model, sets, windows)

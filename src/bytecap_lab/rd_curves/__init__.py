@@ -18,7 +18,7 @@ from bytecap.model.evaluation import ByWindow
 from bytecap.model.texts import Window, leading
 from bytecap.progress import Reporter, reporter_for
 from bytecap.system.atomic import make_directory
-from bytecap.system.cache import Store
+from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
@@ -96,7 +96,9 @@ def byte_returns(
     reporter = reporter_for(reporter, progress)
     job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
     cache = Store(store if store is not None else directory and directory / "store")
-    return _written(_measured(job, base, names, point_tokens, points, cache), directory, report, reporter)
+    with blamed(cache.directory):
+        found = _measured(job, base, names, point_tokens, points, cache)
+    return _written(found, directory, report, reporter)
 
 
 def _path_of(model: Model | Path | str) -> Path | str | None:

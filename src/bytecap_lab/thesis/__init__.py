@@ -78,7 +78,7 @@ def thesis(
     """
     from bytecap.pipeline.stages import choose_device
     from bytecap_lab.thesis.bench import BenchSetting
-    from bytecap_lab.thesis.runner import measure_all
+    from bytecap_lab.thesis.runner import file_of, measure_all
 
     reporter = reporter_for(reporter, progress)
     study = Study.of("thesis", models, output, report=report, store=store, calibration=calibration,
@@ -86,7 +86,8 @@ def thesis(
     setting = BenchSetting(study.calibration, study.evaluation, budget, tokens, evaluation_tokens, window, seeds, rungs,
                            choose_device(device))  # fmt: skip
     records = measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
-    return _write(records, only, study.directory(), report, reporter)
+    directory = study.directory()
+    return _write(records, only, directory, report, reporter, [file_of(directory)])
 
 
 def _tasks(
@@ -126,18 +127,20 @@ def render(
     if not any(r["record"] == "measure" for r in records):
         raise UsageError(f"{', '.join(map(str, paths))} holds no measurement of the thesis")
     directory = make_directory(output) if output is not None else None
-    return _write(records, only, directory, report, reporter_for(reporter))
+    return _write(records, only, directory, report, reporter_for(reporter), paths)
 
 
 def _write(
     records: Sequence[Any], only: Sequence[str] | None, directory: Path | None, report: Path | str | None,
-    reporter: Reporter,
+    reporter: Reporter, lines: Sequence[Path | None],
 ) -> dict[str, Any]:  # fmt: skip
     """Judge, write `thesis.json` and the page; returns the verdicts as JSON can hold them."""
+    from bytecap.report.lines import blamed_lines
     from bytecap.report.thesis import page
     from bytecap_lab.thesis.verdicts import judge
 
-    found: dict[str, Any] = finite(judge(records, only))
-    for path in write_figures(found, page, directory, "thesis", report):
-        reporter.note(f"wrote {path}")
+    with blamed_lines(*lines):
+        found: dict[str, Any] = finite(judge(records, only))
+        for path in write_figures(found, page, directory, "thesis", report):
+            reporter.note(f"wrote {path}")
     return found
