@@ -363,15 +363,6 @@ def test_options_switch_ingredients_off(model_directory, texts, fitted):
     assert plain.report["kl_nats"] > fitted("rotary")[0].report["kl_nats"]
 
 
-@pytest.mark.slow
-def test_row_groups_change_the_hessian_and_keep_the_cap(model_directory, texts):
-    grouped = bytecap.fit(
-        model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
-        options={"groups": 2}, **SMALL,
-    )  # fmt: skip
-    assert BUDGET - allowed_slack(BUDGET) <= len(grouped.data) <= BUDGET
-
-
 @pytest.mark.parametrize("device", ["gpu", "tpu0"])
 def test_unknown_devices_are_refused(model_directory, device):
     with pytest.raises(bytecap.UsageError, match=device):

@@ -11,7 +11,6 @@ import sys
 
 import pytest
 
-import bytecap
 from bytecap.cli import app
 from bytecap.errors import OutputError
 from bytecap.format.decoder import load
@@ -19,7 +18,7 @@ from bytecap.pipeline import fit_directory
 from bytecap.report.lines import append, read_lines
 from bytecap.runtimes.gguf import file as gguf_file
 from bytecap.system import allocator
-from conftest import BUDGET, FAST, SMALL
+from conftest import BUDGET, FAST
 from forks import child
 from synthetic import comparison_lines
 from test_thesis import lines as thesis_lines
@@ -105,10 +104,9 @@ def file_size(most):
 
 
 @pytest.fixture(scope="module")
-def compiled(model_directory, texts):
-    """Compiled loops are kept before disks are full."""
-    files = {"calibration": texts["calib"], "evaluation": texts["val"]}
-    bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
+def compiled(fitted):
+    """Compiled loops are kept before disks are full: any fit, of whatever worker, has left them on this one."""
+    fitted("rotary")
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ class TestDirectory:
         assert model.parameters == report["parameters"] < 0.75 * load_model(four).parameters
         assert count_uses(model.module, lambda m: m(IDS))["model.layers.1.mlp.up_proj.weight"] == 2
         assert report["kl_written"] == pytest.approx(report["uptraining"]["kl"], rel=0.05)
-        assert any("4 moves" in n for n in notes)
+        assert any("4 iterations" in n for n in notes)
 
     def test_uptraining_helps_and_repeats(self, made, four, texts, tmp_path):
         found = made[1]["uptraining"]

@@ -13,10 +13,11 @@ from bytecap.cli.common import (
     Evaluation,
     EvaluationTokens,
     Json,
+    Tokens,
     check_output,
     names,
-    print_json,
     progress,
+    show,
 )
 
 
@@ -32,7 +33,7 @@ def curves(
     evaluation: Evaluation = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
-    tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 32_768,
+    tokens: Tokens = 32_768,
     eval_tokens: EvaluationTokens = 8_192,
     points: Annotated[int, typer.Option(help="Single-unit points to measure.", min=1)] = 64,
     point_tokens: Annotated[int, typer.Option(help="Most tokens each of them is measured on.", min=1)] = 4_096,
@@ -53,7 +54,4 @@ def curves(
         points=points, point_tokens=point_tokens, store=store, report=report,
         reporter=progress(as_json),
     )  # fmt: skip
-    if as_json:
-        print_json(found)
-    else:
-        print_curves(found)
+    show(found, as_json, print_curves)

@@ -33,6 +33,15 @@ _OWN = {None, "eager", "sdpa", "grouped_mm", "batched_mm"}  # implementations th
 _IMPLEMENTATION = re.compile(
     r"_?(?:attn|attention|experts|moe|mlp|kernel)s?_implementation(?:_internal)?|use_kernels|kernel_config"
 )
+_OTHER_KINDS = {  # transformers' tables of the models that it has no causal class for, the most telling first
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "an encoder-decoder",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "a multimodal model",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "a multimodal model",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "an encoder",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "an encoder-decoder for speech",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "a model of images",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES": "a model of sound",
+}
 
 
 def parse_object(content: bytes, name: str) -> dict[str, Any]:
@@ -92,7 +101,8 @@ def read_config(directory: Path, name: str = "") -> Any:
         name: of what it belongs to, for messages; the directory by default.
 
     Raises:
-        CheckpointError: it asks for code of others. Whatever transformers raises for configs it cannot read.
+        CheckpointError: it asks for code of others, or is of no causal language model. Whatever transformers raises
+            for configs it cannot read.
     """
     import transformers
 
@@ -106,6 +116,7 @@ def read_config(directory: Path, name: str = "") -> Any:
             "never run; build the module yourself and use --factory"
         )
     transformers.logging.set_verbosity_error()
+    _check_type(parsed.get("model_type"), said)
     with hurried(CheckpointError(f"{said} takes minutes to be read")):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     for kind in ("_attn_implementation", "_experts_implementation"):  # `flash_attention_2` may mean a hub's kernel
@@ -115,10 +126,41 @@ def read_config(directory: Path, name: str = "") -> Any:
 
 
 def _known(kind: Any) -> bool:
-    """Whether transformers itself has a type of model."""
+    """Return whether transformers itself has a type of model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return isinstance(kind, str) and kind in CONFIG_MAPPING
+
+
+def _check_type(kind: Any, said: str) -> None:
+    """Refuse a `model_type` of which transformers has no causal language model, and say what it is and what to do.
+
+    Args:
+        kind: the type, or whatever stands in its place.
+        said: the file, for messages.
+
+    Raises:
+        CheckpointError: it is missing, unknown, or of another kind.
+    """
+    import transformers
+
+    if not isinstance(kind, str) or not kind:
+        raise CheckpointError(f"{said} has no model_type: name one that transformers knows, or fit a module instead")
+    if not _known(kind):
+        raise CheckpointError(
+            f"{said}: transformers {transformers.__version__} does not know the model type {kind!r}; update "
+            "transformers, or build the module yourself and use --factory"
+        )
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    if configuration_auto.CONFIG_MAPPING[kind] in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    what = next((w for table, w in _OTHER_KINDS.items() if kind in getattr(modeling_auto, table, ())), "")
+    found = f"model_type {kind!r} is {what}" if what else f"model_type {kind!r} is none of a causal language model"
+    raise CheckpointError(
+        f"{said}: {found}, AutoModelForCausalLM has no class for it, so it scores no text; fit it as a module with a "
+        "loss of your own"
+    )
 
 
 def causal_lm(config: Any) -> nn.Module:
@@ -133,7 +175,7 @@ def causal_lm(config: Any) -> nn.Module:
 
 
 def pretrained(directory: Path, **options: Any) -> Any:
-    """What `AutoModelForCausalLM.from_pretrained` gives for a directory, without its code."""
+    """Build a directory's model by `AutoModelForCausalLM.from_pretrained`, without running its code."""
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(

@@ -157,7 +157,7 @@ def read_headers(directory: Path, allow: Sequence[str] = ()) -> tuple[dict[Path,
 
 
 def allowed(name: str, allow: Sequence[str]) -> bool:
-    """Whether a tensor or file is meant to be left out."""
+    """Return whether a tensor or file is meant to be left out."""
     return any(name == a or fnmatch.fnmatchcase(name, a) for a in allow)
 
 

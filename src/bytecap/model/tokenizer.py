@@ -142,7 +142,7 @@ def _in_time(work: Callable[[], T], size: int) -> T:
 
 @lru_cache(maxsize=16)
 def _trial(content: bytes) -> str:
-    """Why a tokenizer cannot be used, from a process that tried; nothing if it can."""
+    """Say why a tokenizer cannot be used, from a process that tried; an empty text if it can."""
     try:
         done = subprocess.run(  # noqa: S603 (our own text)
             [sys.executable, "-I", "-c", _TRIAL], input=content, capture_output=True, timeout=_SECONDS, check=False,

@@ -70,7 +70,7 @@ class Directory:
 
 
 def open_directory(contents: Contents, dtype: str = "source") -> Directory:
-    """What `unpack` would write; every section is decoded and every name checked.
+    """Return the files that `unpack` would write; every section is decoded and every name checked.
 
     Raises:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from bytecap.calibration.statistics import model_key
@@ -154,21 +156,14 @@ def text_sets(model: Model, asked: Asked) -> TokenSets:
 
 def _sampled_once(model: Model, asked: Asked, tokens: int) -> tuple[Window, ...]:
     """Windows sampled from the model, kept in the job's store."""
-    config, store = asked.config, asked.store
-    window = window_limit(model, config.window)
-    key = (
-        ""
-        if store.directory is None
-        else digest("samples", model_key(model), tokens, window, config.seed, asked.device)
-    )
-    if key and (kept := store.get(key)) is not None:
-        return tuple(Window(tuple(ids), 0) for ids in kept)
-    found = sampled(
-        model, tokens, window=window, seed=config.seed, device=asked.device, reporter=asked.reporter
-    )  # fmt: skip
-    if key:
-        store.put(key, [list(w.tokens) for w in found])
-    return found
+    window, seed, device = window_limit(model, asked.config.window), asked.config.seed, asked.device
+
+    def make() -> dict[str, npt.NDArray[np.int64]]:
+        found = sampled(model, tokens, window=window, seed=seed, device=device, reporter=asked.reporter)
+        return {str(i): np.array(w.tokens, np.int64) for i, w in enumerate(found)}
+
+    kept = asked.store.once(lambda: digest("samples", model_key(model), tokens, window, seed, device), make)
+    return tuple(Window(tuple(kept[str(i)].tolist()), 0) for i in range(len(kept)))
 
 
 def finish_all(opened: Sequence[Opened], sets: TokenSets, started: float) -> list[Artifact]:

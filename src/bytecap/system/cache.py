@@ -20,7 +20,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -267,6 +267,24 @@ class Store:
             except Exception:  # noqa: BLE001 (a checksum that fits says nothing about who wrote it)
                 self.found -= 1
                 return None
+
+    def once(self, key: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
+        """Return the arrays of a key; they are made and kept where they are missing, and by one process at a time.
+
+        Args:
+            key: makes the key, which is only asked for where there is a directory.
+            make: makes the arrays.
+        """
+        if self.directory is None:
+            return make()
+        name = key()
+        with self.lock(name):
+            kept = self.arrays(name)
+            if kept is not None:
+                return kept
+            made = make()
+            self.put_arrays(name, made)
+            return made
 
     def put_arrays(self, key: str, values: Arrays) -> None:
         """Keep arrays by name; they are written one after the other and never copied."""

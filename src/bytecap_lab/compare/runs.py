@@ -26,7 +26,7 @@ from bytecap.calibration.statistics import model_key, windows_key
 from bytecap.errors import BudgetError, CheckpointError
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import ByWindow, compare
+from bytecap.model.evaluation import ByWindow, compare_models
 from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
@@ -204,7 +204,7 @@ def _external(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequen
         raise CheckpointError(f"{spec.directory} has a vocabulary of {theirs} tokens, {spec.model} one of {ours}")
     model.module.to(device)
     other.module.to(device)
-    parts = [compare(model.module, other.module, t, device=device) for t in sets.evaluation]
+    parts = [compare_models(model.module, other.module, t, device=device) for t in sets.evaluation]
     found = {
         "external": spec.directory, "file_bytes": spec.budget, "parameters": model.parameters,
         "bits_per_parameter": 8 * spec.budget / max(1, model.parameters),

@@ -148,7 +148,7 @@ class _Tail(threading.Thread):
                     del self._kept[:-_KEPT]
 
     def text(self) -> str:
-        """What was kept, as far as it was read in time."""
+        """Return the output that was kept, as far as it was read in time."""
         self.join(10)
         return bytes(self._kept[-_KEPT:]).decode("utf-8", "replace")
 

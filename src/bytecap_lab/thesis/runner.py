@@ -180,5 +180,5 @@ def _texts(bench: Bench) -> Record:
 
 
 def file_of(directory: Path | None) -> Path | None:
-    """Where a directory's lines are."""
+    """Return the file of a directory's lines."""
     return directory and directory / "thesis.jsonl"
