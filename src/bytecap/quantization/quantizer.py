@@ -50,6 +50,7 @@ class Options:
         row_quantum: quarter octaves a row step is rounded to.
         row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
         trellis: walk columns of some spread along a trellis.
+        states: of the trellis: 8, 16, 32, 64, 128 or 256; more take longer and distort less.
         shrink: reconstruct at centroids.
         damping: of the Hessian, in fractions of its mean diagonal.
         guided: weight tokens by output gradient energy.
@@ -67,6 +68,7 @@ class Options:
     row_quantum: int = 2
     row_class: int = 1
     trellis: bool = True
+    states: int = 8
     shrink: bool = True
     damping: float = 1e-3
     guided: bool = True
@@ -75,6 +77,11 @@ class Options:
     allocate: bool = True
     drift: float = 0.4
     drift_tokens: int = 16_384
+
+    @property
+    def memory(self) -> int:
+        """Bits of a trellis' state."""
+        return self.states.bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,7 @@ def round_units(
     coded: dict[str, Coded] = {}
 
     def collect(item: Prepared) -> Coded:
-        return _collect(item, steps, rounded.pop(item.unit.name), trellis=options.trellis)
+        return _collect(item, steps, rounded.pop(item.unit.name), options)
 
     centres = np.zeros((2, 64, 17))
     for (rows, cols), members in groups.items():
@@ -231,12 +238,13 @@ def _round_members(
     classes = row_classes(weight, lower, step, options.row_class)
     problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
     if options.trellis:
-        return _trellis(weight.device.type)(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
+        along = _trellis(weight.device.type)
+        return along(problem, step, shrink, FIRST_DEPENDENT, options.memory, waterfill=options.waterfill)
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
 
 
 def _collect(
-    item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, tuple[Rounded, int]], *, trellis: bool
+    item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, tuple[Rounded, int]], options: Options
 ) -> Coded:
     parts = [rounded[g] for g in range(item.groups)]
 
@@ -244,12 +252,13 @@ def _collect(
         return [getattr(r, name)[i] for r, i in parts]
 
     columns, rows = np.stack(each("column_class")), np.concatenate(each("row_class"))
-    first = FIRST_DEPENDENT if trellis else CLASSES
+    first = FIRST_DEPENDENT if options.trellis else CLASSES
     store_on = _stored_there if parts[0][0].on_device else _stored
     symbols, counts = store_on(each("symbols"), columns, rows, first)
     code = GridCode(
         step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=np.stack(each("column_step")),
         column_class=columns, row_step=item.row_step.cpu().numpy(), row_class=rows, first=first,
+        memory=options.memory,
     )  # fmt: skip
     return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
 
