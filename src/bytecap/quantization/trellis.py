@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE
+from bytecap.format.coders.trellis import SHORT
 from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
 from bytecap.quantization.viterbi import decisions, masks_of, search
 
@@ -32,7 +33,7 @@ _Array = npt.NDArray[Any]
 
 
 def round_trellis(
-    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, memory: int = 3, *, waterfill: bool = True
+    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, memory: int = SHORT, *, waterfill: bool = True
 ) -> Rounded:
     """Round a batch at steps `c` of shape (B,); columns of class `first` and above along the trellis.
 
