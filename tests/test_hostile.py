@@ -174,7 +174,9 @@ def declared(name):
             yield most * (8 if entry[2] in {"F64", "I64"} else 4), made((1, index([one])), *shared, section)
 
 
-@pytest.mark.parametrize("name", ["bands", "fixed", "grid", "latent", "packed", "stack", "trellis", "vector_constant"])
+@pytest.mark.parametrize(
+    "name", ["bands", "fixed", "grid", "latent", "long_trellis", "packed", "stack", "trellis", "vector_constant"]
+)
 def test_memory_for_what_a_small_file_declares(name):
     from bytecap.format.entropy import jit
 

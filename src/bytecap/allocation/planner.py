@@ -21,9 +21,10 @@ from bytecap.format.coders import Shared, overlay_coder, run
 from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import CODER as GRID
 from bytecap.format.coders.grid import Grid, GridCode, choose_class, dequantize
+from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.coders.trellis import CODER as TRELLIS
-from bytecap.format.coders.trellis import Trellis
+from bytecap.format.coders.trellis import SHORT, Trellis
 from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
 from bytecap.quantization import Shrink
@@ -295,7 +296,9 @@ def _elsewhere(device: torch.device) -> bool:
 
 def coder_of(code: GridCode) -> Grid | Trellis:
     """Return the coder that writes a code."""
-    return TRELLIS if code.first < CLASSES else GRID
+    if code.first == CLASSES:
+        return GRID
+    return TRELLIS if code.memory == SHORT else LONG_TRELLIS
 
 
 def decode_grid(code: GridCode, shared: Shared) -> FloatArray:

@@ -50,7 +50,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
-    options = Options.of(job.options, partial(warn, job.reporter))
+    options = Options.of(job.options, partial(warn, job.reporter), job.config.effort)
     prepared = prepare(job, options, calibrate(job, options))
     if 8 * prepared.capacity > _FINE_BITS * prepared.planner.parameters:
         prepared, finest = prepared.measure_finest()

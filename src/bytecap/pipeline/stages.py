@@ -41,6 +41,7 @@ from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code
 from bytecap.pipeline.artifact import Artifact
 from bytecap.progress import Recorder, Reporter, reporter_for
+from bytecap.quantization.quantizer import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system import allocator
@@ -121,6 +122,8 @@ def check(config: FitConfig) -> Asked:
     """
     check_budget(config.budget)
     check_choice(config.unused)
+    if config.effort not in range(len(EFFORTS)):
+        raise UsageError(f"there is no effort {config.effort}: it goes from 0 (fast) to {len(EFFORTS) - 1} (best)")
     if config.recover_text and config.recover is None:
         raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
     run, device = methods.find(config.method), choose_device(config.device)

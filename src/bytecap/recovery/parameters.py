@@ -321,7 +321,7 @@ class TunedParameters:
             if m.coded is not None:
                 code = m.coded.code
                 found |= {f"{k} {n}": torch.from_numpy(getattr(code, k).copy()) for k in _CODE}
-                found[f"step {n}"] = torch.tensor([m.step, code.step, code.first], dtype=torch.float64)
+                found[f"step {n}"] = torch.tensor([m.step, code.step, code.first, code.memory], dtype=torch.float64)
         return found
 
     def resume(self, kept: Mapping[str, Tensor]) -> None:
@@ -332,9 +332,9 @@ class TunedParameters:
             if f"step {n}" not in kept:
                 m.coded = m.points = None
                 continue
-            m.step, step, first = kept[f"step {n}"].tolist()
+            m.step, step, first, memory = kept[f"step {n}"].tolist()
             arrays = {k: kept[f"{k} {n}"].cpu().numpy() for k in _CODE}
-            code = GridCode(step=step, first=int(first), **arrays)
+            code = GridCode(**arrays, step=step, first=int(first), memory=int(memory))
             mask = dependent(code.column_class, code.first, len(code.row_class))
             coded = Coded(code, 0.0, count_symbols(code.symbols, code.classes(), mask))
             self._put(n, replace(m.item, weight=m.weight), coded)
