@@ -85,8 +85,7 @@ def compare(
     setting = ComparisonSetting(
         study.calibration, study.evaluation, tokens, evaluation_tokens, window, choose_device(device)
     )
-    directory = study.directory()
-    lines = directory and directory / "runs.jsonl"
+    lines = (directory := study.directory()) and directory / "runs.jsonl"
     records = run_all(specs, setting, path=lines, store=study.store, jobs=jobs, command=command, reporter=reporter)
     with blamed_lines(lines):
         return _write(summarize(records), directory, report, reporter)
