@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format import codefiles, container
-from bytecap.format.coders import Observer, coder, run
+from bytecap.format import codefiles, updates
+from bytecap.format.coders import Observer, Shared, coder, run
 from bytecap.format.container import FILE, Contents, UnitSection
 from bytecap.format.entropy.rans import Stream, escape_bytes
 from bytecap.format.entropy.shared_tables import load_shared
@@ -31,6 +31,7 @@ from bytecap.types import Unit
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
+_NOTHING: Mapping[str, Any] = {}
 
 Array = npt.NDArray[Any]
 
@@ -40,8 +41,14 @@ def from_matrix(unit: Unit, matrix: Array) -> Array:
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
 
+def to_matrix(unit: Unit, array: Array) -> Array:
+    """Turn a unit's stored layout into the matrix (rows, cols) that coders see."""
+    rows, cols = unit.matrix_shape
+    return array.reshape(cols, rows).T if unit.transposed else array.reshape(rows, cols)
+
+
 def side_files(contents: Contents) -> dict[str, bytes]:
-    """Config and tokenizer files of an artifact."""
+    """Config and tokenizer files of an artifact, those of its base among them."""
     return codefiles.files(contents, (FILE,))
 
 
@@ -62,6 +69,7 @@ def decode_units(
 
     Raises:
         CorruptError: a section cannot be decoded; the message names the unit.
+        BaseError: the contents are an update, and were read without its base.
     """
     values: dict[str, Array] = {}
     for unit, array in decode_each(contents, observe, values=_GROUP_VALUES):
@@ -74,23 +82,51 @@ def decode_units(
 def decode_each(
     contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP, threads: int = 1
 ) -> Iterator[tuple[Unit, Array]]:
-    """Yield units and their values in stored layout, decoding about `values` at a time in each thread."""
+    """Yield units and their values in stored layout, decoding about `values` at a time in each thread.
+
+    Of an update the base's units are decoded first, as many at a time, and then those among them that it lists.
+    """
     shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
 
-    def decoded(group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
+    def decoded(group: Sequence[UnitSection], below: Mapping[str, Array] = _NOTHING) -> list[tuple[Unit, Array]]:
         try:
             matrices = run(
-                [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe
+                [
+                    coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, _over(shared, u.unit, below))
+                    for u in group
+                ],
+                observe,
             )
         except CorruptError as exc:
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc
         return [(u.unit, from_matrix(u.unit, matrix)) for u, matrix in zip(group, matrices, strict=True)]
 
-    groups = in_groups(contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values)
-    for found in _ahead(decoded, groups, threads):
-        yield from found
+    base = updates.below(contents)
+    if base is None:
+        for found in _ahead(decoded, in_groups(contents.units, _load, values), threads):
+            yield from found
+    else:
+        listed = {u.unit.name: u for u in contents.units}
+        for some in in_groups(decode_each(base, values=values, threads=threads), lambda u: _size(u[0]), values):
+            held = {unit.name: array for unit, array in some}
+            changed = decoded([listed[n] for n in held if n in listed], held) if held.keys() & listed.keys() else []
+            own = {unit.name: (unit, array) for unit, array in changed}
+            yield from (own.get(unit.name, (unit, array)) for unit, array in some)
     shared.objects.check_used()
+
+
+def _over(shared: Shared, unit: Unit, below: Mapping[str, Array]) -> Shared:
+    """What units share, with the values that one has in the base."""
+    return replace(shared, below=to_matrix(unit, below[unit.name])) if unit.name in below else shared
+
+
+def _size(unit: Unit) -> int:
+    return max(unit.parameters, _UNIT_VALUES)
+
+
+def _load(section: UnitSection) -> int:
+    return _size(section.unit)
 
 
 def _ahead(
@@ -116,19 +152,20 @@ def _ahead(
                 future.cancel()
 
 
-def load(path: Path | str) -> dict[str, Array]:
+def load(path: Path | str, base: updates.Bases = None) -> dict[str, Array]:
     """Decode an artifact file; returns values by name, and tied names share one array.
 
     Args:
         path: `.bcap` file.
+        base: the file that it is an update of; several where that is an update as well.
 
     Returns:
         float32 arrays in stored layout (integer and float64 tensors keep their dtype).
 
     Raises:
-        ArtifactError: the file cannot be trusted.
+        ArtifactError: the file cannot be trusted, or its base is missing or another.
     """
-    return decode_units(container.read(path))
+    return decode_units(updates.read(path, base))
 
 
 class Ideal:
