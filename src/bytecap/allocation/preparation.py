@@ -9,17 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from bytecap.allocation.planner import Planner, State, VectorUnit
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.allocation.differences import over
+from bytecap.allocation.planner import FloatArray, Planner, State, VectorUnit
 from bytecap.allocation.unused import even_experts, keep_unused
 from bytecap.calibration import metric as sensitivity
+from bytecap.calibration.metric import Metric
 from bytecap.calibration.probe import Statistics
+from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
 from bytecap.model.checkpoint import as_matrix
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.quantizer import Options, Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
 from bytecap.system import allocator
+from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
 
@@ -71,11 +80,15 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
                 metric, unseen = even_experts(u, uses, sensitivity.join(uses, found.tokens))
                 if unseen:
                     warn(job.reporter, f"no token reaches {unseen} experts of {u.name}: weighed like the others")
-                matrices.append(prepare(u, as_matrix(u, values), metric, options))
+                matrices.append(_matrix(job, u, as_matrix(u, values), metric, options))
             elif values.is_floating_point() and values.numel() and u.name not in buffers:
-                vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
+                vectors.append(_vector(job, u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
-                fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
+                exact = as_matrix(u, values.cpu().numpy())
+                as_in_base = job.base is not None and job.base.has(u, exact)
+                fixed[u.name] = (
+                    Section(BASE.tag, b"") if as_in_base else Section(EXACT.tag, EXACT.encode(exact, u.dtype))
+                )
             advance(1)
     kept = keep_unused(job, matrices, vectors)
     matrices = [p for p in matrices if p.unit.name not in kept]
@@ -85,6 +98,23 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
     planner, fixed = Planner.of(matrices, vectors, options), fixed | kept
     unused = {n: len(s.data) for n, s in kept.items()}
     return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
+
+
+def _matrix(job: Job, unit: Unit, values: Tensor, metric: Metric, options: Options) -> Prepared:
+    """A matrix (rows, cols) as it is, or its difference to the base."""
+    if job.base is None:
+        return prepare(unit, values, metric, options)
+    below = np.ascontiguousarray(job.base.matrix(unit), np.float32)
+    gained = values.float() - torch.from_numpy(below).to(values.device)
+    return over(prepare(unit, gained, metric, options), below)
+
+
+def _vector(job: Job, unit: Unit, values: FloatArray, fisher: npt.NDArray[np.float64]) -> VectorUnit:
+    """A unit without input statistics as it is, or its difference to the base."""
+    if job.base is None:
+        return VectorUnit(unit, values, fisher)
+    below = np.ascontiguousarray(job.base.matrix(unit), np.float32)
+    return VectorUnit(unit, as_matrix(unit, values) - below, as_matrix(unit, fisher), below)
 
 
 def _capacity(job: Job, planner: Planner, fixed: Mapping[str, Section]) -> float:

@@ -86,6 +86,7 @@ def fit(
         },
         {
             "MODEL": model, "--calib": config.calibration, "--eval": config.evaluation, "--code": code,
+            "--base": config.base if isinstance(config.base, list) else None,
             "--recover-text": config.recover_text, "--state": state, "--bytes-per-token": bytes_per_token,
             "--factory": source_file(factory), "--loss": source_file(loss), "--method": source_file(config.method),
             "--tokens": tokens, "--eval-tokens": evaluation_tokens,

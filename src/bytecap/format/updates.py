@@ -54,6 +54,20 @@ def read(path: Path | str, base: Bases = None) -> Contents:
     return attached(container.read(path), found(paths_of(base)), str(path))
 
 
+def last(paths: Sequence[Path]) -> tuple[str, str, Contents]:
+    """Return name, SHA-256 and contents of the file, among those given, that stands on all others.
+
+    Raises:
+        ArtifactError: a file cannot be trusted. BaseError: one is missing, or not needed.
+    """
+    files = found(paths)
+    parsed = {sha256: container.parse(f.data, f.name) for sha256, f in files.items()}
+    stood_on = {c.base.sha256 for c in parsed.values() if c.base is not None}
+    top = next((sha256 for sha256 in parsed if sha256 not in stood_on), next(iter(parsed)))
+    name = files.pop(top).name
+    return name, top, attached(parsed[top], files, name)
+
+
 def found(paths: Iterable[Path]) -> dict[str, BaseFile]:
     """Read files that may be bases, by the SHA-256 of their bytes."""
     files = [BaseFile(str(path), container.read_bytes(path)) for path in paths]
