@@ -75,7 +75,10 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
     with allocator.no_holes(), job.reporter.step("factorisation", len(model.units)) as advance:
         for u in model.units:
             values = model.tensor(u).detach()
-            if u.name in found.uses and min(u.matrix_shape) > 1:
+            if job.base is not None and job.base.has(u, as_matrix(u, values.cpu().numpy())):
+                found.uses.pop(u.name, None)
+                fixed[u.name] = Section(BASE.tag, b"")
+            elif u.name in found.uses and min(u.matrix_shape) > 1:
                 uses = found.uses.pop(u.name)
                 metric, unseen = even_experts(u, uses, sensitivity.join(uses, found.tokens))
                 if unseen:
@@ -84,11 +87,7 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
             elif values.is_floating_point() and values.numel() and u.name not in buffers:
                 vectors.append(_vector(job, u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
-                exact = as_matrix(u, values.cpu().numpy())
-                as_in_base = job.base is not None and job.base.has(u, exact)
-                fixed[u.name] = (
-                    Section(BASE.tag, b"") if as_in_base else Section(EXACT.tag, EXACT.encode(exact, u.dtype))
-                )
+                fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
             advance(1)
     kept = keep_unused(job, matrices, vectors)
     matrices = [p for p in matrices if p.unit.name not in kept]
@@ -119,6 +118,9 @@ def _vector(job: Job, unit: Unit, values: FloatArray, fisher: npt.NDArray[np.flo
 
 def _capacity(job: Job, planner: Planner, fixed: Mapping[str, Section]) -> float:
     """Bytes left for planned units."""
+    if job.base is not None:  # planned units may cost nothing, and those that do not count their place in the index
+        blank = dict.fromkeys(planner.names, Section(BASE.tag, b"")) | dict(fixed)
+        return job.budget - job.size(blank, bytes(min(TABLES_GUESS, job.budget // 20)))
     blank = {n: Section(1, b"") for n in planner.names} | dict(fixed)
     lengths = 2 * len(planner.names)  # longer lengths in the directory
     lanes = 2.2 * sum(p.unit.parameters for p in planner.matrices) / 8192  # a lane's state beyond its content

@@ -34,7 +34,7 @@ from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
-ON_BASE = 7  # bytes that a difference takes beside its section: the stack's, the layer's, the coder's number
+ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
 
