@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -148,6 +149,27 @@ def with_bases(data: bytes, bases: Sequence[bytes]) -> Contents:
     """Contents of a file on the files that it is an update of."""
     found = {sha256(b): BaseFile(f"base {i}", b) for i, b in enumerate(bases)}
     return attached(container.parse(data), found, "the update")
+
+
+@cache
+def known() -> dict[str, BaseFile]:
+    """Golden files that others stand on, by SHA-256."""
+    made = whole() | {name: u.data for name, u in _sound()}
+    return {sha256(data): BaseFile(name, data) for name, data in made.items()}
+
+
+def needed(contents: Contents) -> dict[str, BaseFile]:
+    """Those that a file stands on."""
+    found: dict[str, BaseFile] = {}
+    while contents.base is not None and (file := known().get(contents.base.sha256)) is not None:
+        found[contents.base.sha256] = file
+        contents = container.parse(file.data)
+    return found
+
+
+def on_known(contents: Contents) -> Contents:
+    """A file on golden files, where it stands on them."""
+    return attached(contents, needed(contents), "the update")
 
 
 def files(digest: Callable[[dict[str, np.ndarray]], str]) -> dict[str, bytes]:

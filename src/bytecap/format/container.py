@@ -23,6 +23,7 @@ import msgspec
 
 from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 from bytecap.format.coders import coder, leb, read_leb
+from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import Entry
 from bytecap.format.wire.shared_objects import describe
@@ -154,10 +155,11 @@ def _minor(contents: Contents) -> int:
     """Lowest minor version that describes the contents."""
     if contents.base is not None:
         return 3
-    stacks = (u.data for u in contents.units if u.tag == STACK.tag)
-    if contents.objects or any(f.kind == CODE for f in contents.files) or any(STACK.minor(d) > 1 for d in stacks):
-        return 2
-    return int(any(u.tag > _FIRST_CODERS for u in contents.units))
+    found = [STACK.minor(u.data) for u in contents.units if u.tag == STACK.tag]
+    found += [3 if u.tag == BASE.tag else int(u.tag > _FIRST_CODERS) for u in contents.units]
+    if contents.objects or any(f.kind == CODE for f in contents.files):
+        found.append(2)
+    return max(found, default=0)
 
 
 def serialize(contents: Contents) -> bytes:

@@ -84,49 +84,54 @@ def decode_each(
 ) -> Iterator[tuple[Unit, Array]]:
     """Yield units and their values in stored layout, decoding about `values` at a time in each thread.
 
-    Of an update the base's units are decoded first, as many at a time, and then those among them that it lists.
+    Of an update units of the first base are decoded, some at a time, and then what each file above changes of them.
     """
-    shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+    first, *updated = [_File(c, observe if c is contents else None) for c in updates.chain(contents)]
 
-    def decoded(group: Sequence[UnitSection], below: Mapping[str, Array] = _NOTHING) -> list[tuple[Unit, Array]]:
+    def decoded(group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
+        found = first.decode(group, _NOTHING)
+        for file in updated:
+            found = file.over(found)
+        return found
+
+    groups = in_groups(first.contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values)
+    for found in _ahead(decoded, groups, threads):
+        yield from found
+    for file in (first, *updated):
+        file.shared.objects.check_used()
+
+
+class _File:
+    """One file of a chain of updates, or the only one, while its units are decoded."""
+
+    def __init__(self, contents: Contents, observe: Observer | None) -> None:
+        self.contents, self.observe = contents, observe
+        self.listed = {u.unit.name: u for u in contents.units}
+        self.shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+
+    def decode(self, group: Sequence[UnitSection], below: Mapping[str, Array]) -> list[tuple[Unit, Array]]:
+        """Decode some units together, given the values of theirs in the base, in stored layout."""
+
+        def shared(unit: Unit) -> Shared:
+            held = below.get(unit.name)
+            return self.shared if held is None else replace(self.shared, below=to_matrix(unit, held))
+
         try:
             matrices = run(
-                [
-                    coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, _over(shared, u.unit, below))
-                    for u in group
-                ],
-                observe,
+                [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared(u.unit)) for u in group],
+                self.observe,
             )
         except CorruptError as exc:
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc
         return [(u.unit, from_matrix(u.unit, matrix)) for u, matrix in zip(group, matrices, strict=True)]
 
-    base = updates.below(contents)
-    if base is None:
-        for found in _ahead(decoded, in_groups(contents.units, _load, values), threads):
-            yield from found
-    else:
-        listed = {u.unit.name: u for u in contents.units}
-        for some in in_groups(decode_each(base, values=values, threads=threads), lambda u: _size(u[0]), values):
-            held = {unit.name: array for unit, array in some}
-            changed = decoded([listed[n] for n in held if n in listed], held) if held.keys() & listed.keys() else []
-            own = {unit.name: (unit, array) for unit, array in changed}
-            yield from (own.get(unit.name, (unit, array)) for unit, array in some)
-    shared.objects.check_used()
-
-
-def _over(shared: Shared, unit: Unit, below: Mapping[str, Array]) -> Shared:
-    """What units share, with the values that one has in the base."""
-    return replace(shared, below=to_matrix(unit, below[unit.name])) if unit.name in below else shared
-
-
-def _size(unit: Unit) -> int:
-    return max(unit.parameters, _UNIT_VALUES)
-
-
-def _load(section: UnitSection) -> int:
-    return _size(section.unit)
+    def over(self, found: list[tuple[Unit, Array]]) -> list[tuple[Unit, Array]]:
+        """Change what this update lists of some decoded units of its base."""
+        below = {unit.name: array for unit, array in found if unit.name in self.listed}
+        changed = self.decode([self.listed[n] for n in below], below) if below else []
+        own = {unit.name: (unit, array) for unit, array in changed}
+        return [own.get(unit.name, (unit, array)) for unit, array in found]
 
 
 def _ahead(

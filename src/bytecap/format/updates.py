@@ -138,6 +138,18 @@ def below(contents: Contents, name: str = "the artifact") -> Contents | None:
     return None if contents.base is None else contents.base.contents
 
 
+def chain(contents: Contents) -> list[Contents]:
+    """Return the files that a file stands on, the one without a base first, and the file itself last.
+
+    Raises:
+        BaseError: a base was not given.
+    """
+    files = [contents]
+    while (base := below(files[-1])) is not None:
+        files.append(base)
+    return files[::-1]
+
+
 def units_of(contents: Contents) -> list[Unit]:
     """Return all units that a file decodes to, those of its base among them, in the order of the first base."""
     own = {u.unit.name: u.unit for u in contents.units}

@@ -27,12 +27,12 @@ def decode_file(data: bytes, bases: Sequence[bytes] = ()) -> dict[str, Array]:
         data: of the file.
         bases: of the files that it is an update of (4.1), in any order.
     """
-    parts, left = [contents(data)], {hashlib.sha256(one).hexdigest(): one for one in bases}
+    parts, left = [_checked(data)], {hashlib.sha256(one).hexdigest(): one for one in bases}
     while parts[-1].base:
         wanted = parts[-1].base[0]
         if wanted not in left:
             raise BaseError(f"the base has SHA-256 {wanted}, given are {sorted(left)}")
-        parts.append(contents(left.pop(wanted)))
+        parts.append(_checked(left.pop(wanted)))
     if left:
         raise BaseError(f"files that are no base were given: {sorted(left)}")
     values: dict[str, Array] = {}
@@ -49,6 +49,13 @@ def decode_file(data: bytes, bases: Sequence[bytes] = ()) -> dict[str, Array]:
     return values
 
 
+def _checked(data: bytes) -> Contents:
+    """Sections 2 to 4: the parts of a file, which may ask for the work that they ask for."""
+    part = contents(data)
+    check_work(part.units, part.bodies, len(data))
+    return part
+
+
 def _same_form(unit: Unit, base: Unit | None) -> bool:
     """4.1: a unit of an update has the shape, flags and aliases that it has in the base."""
     return base is not None and all(getattr(unit, k) == getattr(base, k) for k in ("shape", "flags", "aliases"))
@@ -57,7 +64,6 @@ def _same_form(unit: Unit, base: Unit | None) -> bool:
 def _decode_part(part: Contents, below: dict[str, Array]) -> dict[str, Array]:
     """Decode the units of one file, given all values of its base in stored layout."""
     units, tables, objects, bodies = part[:4]
-    check_work(units, bodies, part.size)
     shared = read_tables(tables, read_objects(objects))
     if part.base:
         shared[2].below = {u.name: _matrix(u, below[u.name]) for u in units}

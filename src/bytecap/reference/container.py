@@ -137,7 +137,6 @@ class Contents(NamedTuple):
     bodies: list[bytes]
     base: list[Any]
     files: list[str]
-    size: int
 
 
 def contents(data: bytes) -> Contents:
@@ -171,4 +170,4 @@ def contents(data: bytes) -> Contents:
     expected += [5] * len(code) + [6] * padding
     require(kinds == expected and not (padding and any(sections[-1][1])), "unexpected sections, or used padding")
     shared, bodies = ([section for kind, section in sections if kind == k] for k in (7, 3))
-    return Contents(units, sections[1][1] if tables else b"", shared, bodies, base, files, len(data))
+    return Contents(units, sections[1][1] if tables else b"", shared, bodies, base, files)
