@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused_before_any_work(updated, base, job, refuse
     assert "model.layers.0.mlp.down_proj.weight is [" in line
     line = refused(*job(model_directory("biased"), budget=UPDATE), *on)
     assert "is missing in the base" in line
-    for more in (("--method", "golf"), ("--recover", "1"), ("--paths", "rows"), ("--format", "gguf")):
+    for more in (("--method", "golf"), ("--paths", "rows"), ("--format", "gguf")):
         assert "base" in refused(*job(budget=UPDATE), *on, *more)
     assert "update" in refused(*job(budget=UPDATE), "--method", "bytecap", "--base", updated[1])
     assert "no update" in refused("check", base, "--base", updated[1])
@@ -197,3 +197,16 @@ def test_dry_runs_stores_and_several_budgets(tuned, base, texts, tmp_path, run):
 def test_every_changed_matrix_is_a_difference(updated):
     tags = {u.tag for u in container.read(updated[1]).units}
     assert tags == {STACK.tag}
+
+
+def test_recovery_moves_the_difference(updated, tuned, base, texts, tmp_path):
+    path = tmp_path / "recovered.bcap"
+    result = bytecap.fit(
+        tuned, UPDATE, base=base, calibration=texts["calib"], evaluation=texts["val"], output=path, recover="12",
+        **SMALL,
+    )  # fmt: skip
+    assert len(result.data) <= UPDATE
+    assert [s["stage"] for s in result.report["recovery"]["stages"]] == ["integers", "values"]
+    for name, values in bytecap.load(path, base).items():
+        np.testing.assert_array_equal(values, result.tensors()[name])
+    assert result.report["kl_nats"] <= 1.05 * updated[0].report["kl_nats"]

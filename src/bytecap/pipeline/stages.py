@@ -232,7 +232,11 @@ def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
 
     Where sections are given nothing is tuned: they are stored as they are.
     """
-    return not job.given and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
+    return (
+        not job.given
+        and job.base is None
+        and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
+    )
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:

@@ -73,7 +73,7 @@ def base_of(config: FitConfig) -> Installed | None:
         return None
     if config.method != "bytecap":
         raise UsageError(f"method {config.method} makes no updates: base is for method bytecap")
-    for name, value in (("recover", config.recover), ("paths", config.paths), ("given", config.given)):
+    for name, value in (("paths", config.paths), ("given", config.given)):
         if value:
             raise UsageError(f"the option {name} cannot be had with base: an update is planned without it")
     return Installed.read(config.base)
