@@ -134,10 +134,10 @@ class TestHeader:
         refused(file((1, index()))[:28], "the header says [0-9]+ bytes, the file has 28")
 
     def test_versions(self):
-        assert container.VERSION == (1, 2)
+        assert container.VERSION == (1, 3)
         for minor in (0, 2, 3, 255):
             assert parse(file((1, index()), minor=minor)).units == ()
-        refused(file((1, index()), major=2, minor=7), r"format version 2\.7, this reader knows 1\.2", VersionError)
+        refused(file((1, index()), major=2, minor=7), r"format version 2\.7, this reader knows 1\.3", VersionError)
         refused(file((1, index()), major=0), r"reserved header bits or version 0\.0")
 
     def test_reserved_bits(self):

@@ -19,6 +19,8 @@ from bytecap.format import container, updates
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import decode_units
 from bytecap.format.overlays import lowrank
+from bytecap.model.from_artifact import load_into
+from bytecap.pipeline.export import open_directory, unpack
 from bytecap.reference import overlays
 
 pytestmark = pytest.mark.coverage
@@ -106,6 +108,45 @@ def test_side_files_of_the_base_are_kept_replaced_or_left_out():
     assert updates.names_of(found) == ["tokenizer.json", "config.json", "new.json"]
     second = golden_updates.with_bases(golden("second"), [golden("base"), golden("all")])
     assert updates.names_of(second) == ["tokenizer.json", "config.json"]
+
+
+def test_the_file_that_stands_on_all_others_is_found(tmp_path):
+    names = ("base", "all", "second")
+    for name in names:
+        (tmp_path / f"{name}.bcap").write_bytes(golden(name))
+    for order in (names, names[::-1], ("all", "second", "base")):
+        name, sha256, contents = updates.last([tmp_path / f"{n}.bcap" for n in order])
+        assert name.endswith("second.bcap")
+        assert sha256 == golden_updates.sha256(golden("second"))
+        assert [c.base is None for c in updates.chain(contents)] == [True, False, False]
+    assert updates.last(updates.paths_of(str(tmp_path / "base.bcap")))[2].base is None
+
+
+def test_what_unpack_writes_of_an_update(tmp_path):
+    contents = golden_updates.with_bases(golden("all"), [golden("base")])
+    opened = open_directory(contents)
+    assert sorted(opened.files) == ["config.json", "new.json", "tokenizer.json"]
+    assert json.loads(opened.files["config.json"])["a"] == 1
+    for name in ("all", "base"):
+        (tmp_path / f"{name}.bcap").write_bytes(golden(name))
+    unpack(tmp_path / "all.bcap", tmp_path / "out", base=tmp_path / "base.bcap")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 1000
+    with pytest.raises(errors.BaseError):
+        open_directory(container.parse(golden("all")))
+
+
+def test_an_update_is_put_into_a_module(tmp_path):
+    torch = pytest.importorskip("torch")
+    for name in ("all", "base"):
+        (tmp_path / f"{name}.bcap").write_bytes(golden(name))
+    values = load(tmp_path / "all.bcap", tmp_path / "base.bcap")
+    module = torch.nn.Module()
+    for name in ("norm", "kept", "embed", "turned"):
+        module.register_buffer(name, torch.zeros(values[name].shape))
+    with pytest.raises(errors.ArtifactError, match="the module lacks"):
+        load_into(tmp_path / "all.bcap", module, tmp_path / "base.bcap")
+    with pytest.raises(errors.BaseError):
+        load_into(tmp_path / "all.bcap", module)
 
 
 def test_an_update_is_decoded_in_groups_like_any_file():
