@@ -1,4 +1,4 @@
-"""`stack` and its layers (6.5 to 6.12, 6.20, 6.22), what they find in a base (6.21), and the table of coders."""
+"""`stack` and its layers (6.5 to 6.12, 6.20, 6.23), what they find in a base (6.22), and the table of coders."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def base(data, _shape, _dtype, shared):
 CODERS = {
     1: plain.grid, 2: plain.vector, 3: plain.exact, 4: plain.packed, 6: books.codebook, 7: books.latent,
     8: plain.binary, 9: plain.trellis, 10: books.fixed, 11: books.companded, 14: plain.bands,
-    16: base,
+    15: plain.long_trellis, 16: base,
 }  # fmt: skip
 FRACTIONS = np.array(
     [0x3F800000, 0x3F85AAC3, 0x3F8B95C2, 0x3F91C3D3, 0x3F9837F0, 0x3F9EF532, 0x3FA5FED7, 0x3FAD583F,
@@ -61,7 +61,7 @@ def stack(data, shape, dtype, shared):
         part = source.part()
         if overlay == 41:
             added = part.u8()
-            need(added in {1, 2, 9}, f"a difference by coder {added}")
+            need(added in {1, 2, 9, 15}, f"a difference by coder {added}")
             w = w + decode(added, part.rest(), shape, dtype, shared)
             continue
         w = OVERLAYS[overlay](part, w.copy(), shared)

@@ -80,7 +80,7 @@ def _decoded(unit: Unit, section: Section) -> npt.NDArray[Any]:
 
 
 def advice(kept: Mapping[str, int]) -> str:
-    """What to add to the refusal of a budget."""
+    """Return the advice to add to the refusal of a budget."""
     if not kept:
         return ""
     return (

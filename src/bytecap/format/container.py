@@ -24,6 +24,7 @@ import msgspec
 from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 from bytecap.format.coders import coder, leb, read_leb
 from bytecap.format.coders.base import CODER as BASE
+from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import Entry
 from bytecap.format.wire.shared_objects import describe
@@ -156,7 +157,7 @@ def _minor(contents: Contents) -> int:
     if contents.base is not None:
         return 3
     found = [STACK.minor(u.data) for u in contents.units if u.tag == STACK.tag]
-    found += [3 if u.tag == BASE.tag else int(u.tag > _FIRST_CODERS) for u in contents.units]
+    found += [3 if u.tag in {LONG_TRELLIS.tag, BASE.tag} else int(u.tag > _FIRST_CODERS) for u in contents.units]
     if contents.objects or any(f.kind == CODE for f in contents.files):
         found.append(2)
     return max(found, default=0)
@@ -351,7 +352,7 @@ def write(contents: Contents, path: Path | str) -> int:
 
 
 def is_tokenizer(name: str) -> bool:
-    """Whether a side file belongs to the tokenizer."""
+    """Return whether a side file belongs to the tokenizer."""
     return "token" in name or name in _TOKENIZER_FILES
 
 

@@ -1,4 +1,4 @@
-"""Section 6.5: a base coder and layers over it; 6.21 and 6.22: the values of a base, and what is added to them."""
+"""Section 6.5: a base coder and layers over it; 6.22 and 6.23: the values of a base, and what is added to them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from bytecap.reference.fixed import companded, fixed
 from bytecap.reference.latent import latent
 from bytecap.reference.overlays import OVERLAYS
 from bytecap.reference.streams import Array, Shared
-from bytecap.reference.trellis import trellis
+from bytecap.reference.trellis import long_trellis, trellis
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
-CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded, 14: bands}
+CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded, 14: bands, 15: long_trellis}
 
 
 def base(unit: Unit, reader: Reader, shared: Shared) -> Coder:
-    """6.21: `base`, the unit as the base of an update has it."""
+    """6.22: `base`, the unit as the base of an update has it."""
     yield from ()
     require(not reader.rest() and unit.name in shared[2].below, "a section without bytes refers to a base")
     return shared[2].below[unit.name]
 
 
 def difference(unit: Unit, reader: Reader, shared: Shared, values: Array) -> Coder:
-    """6.22: `difference`, a layer that adds what another coder decodes."""
+    """6.23: `difference`, a layer that adds what another coder decodes."""
     inner = reader.take(1)[0]
-    require(inner in {1, 2, 9}, f"a difference of coder {inner}")
+    require(inner in {1, 2, 9, 15}, f"a difference of coder {inner}")
     added = yield from CODERS[inner](unit, reader, shared)
     return np.asarray(values + added)
 

@@ -3,7 +3,7 @@
 A file that is an update (`bytecap.format.updates`) names another file, its base, and lists only the units that change.
 This coder is what layers of a `stack` stand on there: above all `difference`, which adds what a unit has gained.
 
-Section (format.md, 6.21): no bytes.
+Section (format.md, 6.22): no bytes.
 
 >>> from bytecap.format.coders import run
 >>> below = np.array([[1.0, 2.0]], np.float32)

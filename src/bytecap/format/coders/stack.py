@@ -30,7 +30,7 @@ from bytecap.format.coders import (
 from bytecap.format.overlays.lowrank import CODED
 from bytecap.format.overlays.lowrank import CODER as LOW_RANK
 
-_SINCE_3 = {16, 41}  # base, difference
+_SINCE_3 = {15, 16, 41}  # long_trellis, base, difference
 MAX_OVERLAYS = 16  # a few bytes of layer may ask for long work
 
 
@@ -79,7 +79,7 @@ class Stack:
         return [tag for tag, _, _ in self.parts(data)]
 
     def minor(self, data: bytes) -> int:
-        """Return the lowest minor version of the format that knows the overlays of a section."""
+        """Return the lowest minor version of the format that knows the base and the overlays of a section."""
         (base, _, _), *layers = self.parts(data)
         if base in _SINCE_3 or any(tag in _SINCE_3 for tag, _, _ in layers):
             return 3

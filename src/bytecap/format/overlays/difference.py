@@ -4,7 +4,7 @@ Over the coder `base` it makes an update: the values that the receiver has alrea
 
 `w = w + d` in float32, with `d` the matrix of the inner section.
 
-Layer (format.md, 6.22): coder u8 (1 grid, 2 vector, 9 trellis) | its section.
+Layer (format.md, 6.23): coder u8 (1 grid, 2 vector, 9 trellis, 15 long_trellis) | its section.
 
 >>> from bytecap.format.coders import Shared, run
 >>> from bytecap.format.coders.vector import CODER as VECTOR
@@ -24,7 +24,7 @@ from bytecap.errors import CorruptError
 from bytecap.format.coders import Decoding, FloatArray, Shared, coder
 from bytecap.format.wire.positions import Kinds
 
-INNER = (1, 2, 9)  # coders that ask for one step of work a value
+INNER = (1, 2, 9, 15)  # coders that ask for one step of work a value
 
 
 class Difference:
