@@ -84,6 +84,8 @@ def whole() -> dict[str, bytes]:
 def _sound() -> Iterator[tuple[str, Update]]:
     yield "all", Update(first())
     yield "nothing", Update(update())
+    long = difference((15, trellis((24, 40), seed=4, first=1, memory=6)))
+    yield "long", Update(update(unit("a.weight", (24, 40), 5, long, linear=True)))
     yield "same", Update(update(unit("norm", (40,), 16, b"")))
     second = update(
         unit("a.weight", (24, 40), 5, difference((9, trellis((24, 40), seed=5, first=1))), linear=True),
