@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from bytecap.cli.check import check
+from bytecap.cli.choose import choose
 from bytecap.cli.compare import compare
 from bytecap.cli.curves import curves
 from bytecap.cli.demo import demo
@@ -38,7 +39,9 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Put a trained language model into ONE file under a hard byte cap.",
 )  # fmt: skip
-for _command in (fit, inspect, compare, curves, tie, thesis, ledger, check, unpack, generate, demo, recode, imatrix):
+for _command in (
+    fit, inspect, compare, choose, curves, tie, thesis, ledger, check, unpack, generate, demo, recode, imatrix,
+):  # fmt: skip
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(golf_app, name="golf")
