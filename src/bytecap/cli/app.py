@@ -20,6 +20,7 @@ from bytecap.cli.compare import compare
 from bytecap.cli.curves import curves
 from bytecap.cli.demo import demo
 from bytecap.cli.eval import evaluate
+from bytecap.cli.export import app as export_app
 from bytecap.cli.fit import fit
 from bytecap.cli.generate import generate
 from bytecap.cli.gguf import imatrix, recode
@@ -45,6 +46,7 @@ for _command in (
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(golf_app, name="golf")
+app.add_typer(export_app, name="export")
 
 
 def _version(wanted: bool) -> None:
