@@ -55,7 +55,20 @@ def shrunk(hessian: Tensor, damping: float) -> Tensor:
     return found
 
 
-def prepare(hessian: Tensor) -> Form:
+@dataclass(frozen=True)
+class Factors:
+    """What a `Form` holds, as tensors on the device of the Hessian."""
+
+    hessian: Tensor
+    fed: Tensor
+    weight: Tensor
+
+    def form(self) -> Form:
+        """As arrays."""
+        return Form(*(t.cpu().contiguous().numpy() for t in (self.hessian, self.fed, self.weight)))
+
+
+def factor(hessian: Tensor) -> Factors:
     """Factor a Hessian (cols, cols), symmetric and not negative; zeros are taken as the identity."""
     h = hessian.double()
     mean = float(h.diagonal().mean())
@@ -70,8 +83,12 @@ def prepare(hessian: Tensor) -> Form:
         ridge *= 10
     diagonal = lower.diagonal()
     fed = (lower / diagonal).T.contiguous()
-    arrays = (damped, fed, diagonal.square())
-    return Form(*(a.float().cpu().contiguous().numpy() for a in arrays))
+    return Factors(damped.float(), fed.float(), diagonal.square().float())
+
+
+def prepare(hessian: Tensor) -> Form:
+    """A Hessian (cols, cols), symmetric and not negative, as rounding wants it; zeros are taken as the identity."""
+    return factor(hessian).form()
 
 
 @cache
