@@ -31,7 +31,7 @@ from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.directory import Family, family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
-from bytecap.runtimes.directory.menu import Rounded, curve, round_to
+from bytecap.runtimes.directory.menu import coding_of
 from bytecap.runtimes.directory.tensors import write
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
@@ -111,8 +111,7 @@ def _fit_one(loaded: Model, config: FitConfig) -> DirectoryFit:
     loaded.module.to(target)
     items = _calibrated(job, contents)
     found = solve(
-        job, items, curve=lambda i: curve(contents, i), round_to=lambda i, s: round_to(contents, i, s),
-        allocate=lambda curves: _allocate(contents, curves, cap), groups=contents.groups,
+        job, items, coding_of(contents), lambda curves: _allocate(contents, curves, cap), contents.groups
     )  # fmt: skip
     result = _finish(job, contents, items, found, None if output is None or config.dry_run else Path(output))
     result.report |= {"floor_bytes": floor, "kept_plain": notes, "seconds": round(time.perf_counter() - started, 3)}
@@ -178,16 +177,12 @@ def _calibrated(job: Job, contents: Contents) -> list[Item]:
     """Matrices with their metrics, and how far these are shrunk."""
     seen = moments(job)
     held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
-    items = items_of(job.model, Layout("", contents.places), seen, held, contents.types)
-    seen.uses.clear()
-    held.uses.clear()
+    items = items_of(job.model, Layout("", contents.places), seen, held, contents.types, job.device)
     with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
         return choose_shrinkage(items, advance)
 
 
-def _finish(
-    job: Job, contents: Contents, items: Sequence[Item], found: Found[Rounded], output: Path | None
-) -> DirectoryFit:
+def _finish(job: Job, contents: Contents, items: Sequence[Item], found: Found, output: Path | None) -> DirectoryFit:
     """Write the directory, read it back, measure it."""
     schemes = _schemes(contents, found.plan)
     size = contents.size(schemes)

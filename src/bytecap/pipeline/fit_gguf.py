@@ -42,8 +42,8 @@ from bytecap.runtimes.gguf.menu import (
     parse_types,
 )
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
-from bytecap.runtimes.gguf.plan import Found, solve
-from bytecap.runtimes.gguf.solve import figures
+from bytecap.runtimes.gguf.plan import data_of, solve
+from bytecap.runtimes.gguf.solve import Found, figures
 from bytecap.runtimes.gguf.template import GgufTemplate, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
@@ -228,9 +228,7 @@ def _calibrated(job: Job, frame: _Frame) -> list[Item]:
     """Tensors with their metrics, and how far these are trusted."""
     seen = moments(job)
     held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
-    items = items_of(job.model, frame.layout, seen, held, frame.types)
-    seen.uses.clear()
-    held.uses.clear()
+    items = items_of(job.model, frame.layout, seen, held, frame.types, job.device)
     with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
         return choose_shrinkage(items, advance)
 
@@ -273,7 +271,7 @@ def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found
     stored = []
     for p in frame.layout.places:
         if p.name in types:
-            stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
+            stored.append(_stored(p, types[p.name], frame.types, data_of(types[p.name], found.rounded[p.name])))
         elif p.name in found.vectors:
             stored.append(_stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name])))
         else:

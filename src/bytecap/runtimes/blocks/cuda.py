@@ -1,7 +1,7 @@
 """Matrices into a block format on a CUDA device, with the programs of `bytecap.runtimes.blocks.triton_programs`.
 
-Matrices of one shape go together, each under its own metric. Blocks go last to first as on the processor; within a block
-columns go in tiles, and between tiles errors travel by products of matrices.
+Matrices of one shape go together, each under its own metric. Blocks go last to first as on the processor; within a
+block columns go in tiles, and between tiles errors travel by products of matrices.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class _State:
 
 def encode_on_device(
     weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tables: Sequence[Any], sweeps: int
-) -> list[Codes]:
-    """Codes of matrices (B, rows, cols) under their metrics; see `bytecap.runtimes.blocks.encode.encode`.
+) -> list[tuple[Codes, Tensor]]:
+    """Codes and values of matrices (B, rows, cols) under their metrics; see `bytecap.runtimes.blocks.encode.encode`.
 
     Args:
         weights: finite values.
@@ -105,10 +105,14 @@ def _start(weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tabl
 def _solved(fed: Tensor, block: int) -> Tensor:
     """Inverses of the blocks on the diagonal of `fed`, of which the last is never asked for."""
     batch, cols, _ = fed.shape
-    inner = torch.stack([fed[:, i : i + block, i : i + block] for i in range(0, cols - block, block)], 1).double() \
-        if cols > block else fed.new_zeros(batch, 0, block, block, dtype=torch.float64)
+    inner = (
+        torch.stack([fed[:, i : i + block, i : i + block] for i in range(0, cols - block, block)], 1).double()
+        if cols > block
+        else fed.new_zeros(batch, 0, block, block, dtype=torch.float64)
+    )
     eye = torch.eye(block, dtype=torch.float64, device=fed.device).expand_as(inner)
-    return torch.linalg.solve_triangular(inner, eye, upper=True, unitriangular=True).float()
+    found: Tensor = torch.linalg.solve_triangular(inner, eye, upper=True, unitriangular=True)
+    return found.float()
 
 
 def _round_block(state: _State, first: int) -> None:
@@ -175,7 +179,7 @@ def _descend_block(state: _State, first: int) -> None:
     q = state.q[:, first:last].view(batch, per, layout.sub, rows)
     small, less = ls[:, at : at + per, None], m[:, at : at + per, None].expand_as(q)
     v = (small * q - less if _zero(layout) else small * q).reshape(batch, block, rows)
-    u = less.reshape(batch, block, rows) if layout.minimums and not _zero(layout) else v
+    u = less.reshape(batch, block, rows).contiguous() if layout.minimums and not _zero(layout) else v
     hv = torch.bmm(own, v)
     hu = torch.bmm(own, u) if u is not v else hv
     programs.descend_floats[rows // _LANES, batch](
@@ -201,15 +205,29 @@ def _descend_scales(state: _State, own: Tensor, g: Tensor, first: int) -> None:
     )  # fmt: skip
 
 
-def _finished(state: _State, rows: int) -> list[Codes]:
-    """What the matrices became, as arrays."""
+def _finished(state: _State, rows: int) -> list[tuple[Codes, Tensor]]:
+    """What the matrices became: codes as arrays, values on the device."""
     layout, kind = state.layout, torch.uint8 if state.layout.high > 127 else torch.int8
 
-    def there(found: Tensor, to: torch.dtype) -> Any:
-        return found[:, :, :rows].transpose(1, 2).to(to).contiguous().cpu().numpy()
+    def there(found: Tensor, to: torch.dtype) -> Tensor:
+        return found[:, :, :rows].transpose(1, 2).to(to).contiguous()
 
     half = torch.float16 if layout.float_type == "F16" else torch.float32
     d, dm, ls, m = state.numbers
     floats = [there(x * state.unit[:, None, None], half) for x in (d, dm)]
     parts = (there(state.q, kind), there(ls, torch.int8), there(m, kind), *floats)
-    return [Codes(layout, *(p[i] for p in parts)) for i in range(len(state.unit))]
+    values = _values(layout, *parts)
+    arrays = [p.cpu().numpy() for p in parts]
+    return [(Codes(layout, *(a[i] for a in arrays)), values[i]) for i in range(len(values))]
+
+
+def _values(layout: BlockFormat, q: Tensor, ls: Tensor, m: Tensor, d: Tensor, dm: Tensor) -> Tensor:
+    """Decoded matrices, in every bit those of `Codes.values`."""
+    per = layout.block // layout.sub
+    scale = d.float().repeat_interleave(per, 2)
+    if layout.two_level:
+        scale = scale * ls.float()
+    found = q.float().view(*ls.shape, layout.sub) * scale[..., None]
+    if layout.minimums:
+        found -= (dm.float().repeat_interleave(per, 2) * m.float())[..., None]
+    return found.view(q.shape)

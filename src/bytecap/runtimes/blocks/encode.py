@@ -9,6 +9,8 @@ True
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -164,6 +166,33 @@ def encode(
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
         list(pool.map(one, range(0, rows, LANES)))
     return found
+
+
+def encode_all(
+    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, *, sweeps: int = SWEEPS
+) -> list[tuple[Codes, Tensor]]:
+    """Codes and decoded values (rows, cols) of matrices of one shape, on the device that their factors are on.
+
+    On a CUDA device with triton the matrices go side by side, and the values stay there. The processor does what the
+    device has no programs for.
+    """
+    device, cols = factors[0].fed.device, weights[0].shape[1]
+    if device.type != "cuda" or not _has_programs(layout, cols):
+        found = [encode(w, f.form(), layout, sweeps=sweeps) for w, f in zip(weights, factors, strict=True)]
+        return [(c, torch.from_numpy(c.values()).to(device)) for c in found]
+    from bytecap.runtimes.blocks.cuda import encode_on_device
+
+    there = torch.from_numpy(np.stack(weights)).to(device)
+    if not bool(torch.isfinite(there).all()):
+        raise UsageError("a weight is not finite")
+    parts = [torch.stack([getattr(f, k) for f in factors]) for k in ("hessian", "fed", "weight")]
+    return encode_on_device(there, parts, layout, _tables(layout), sweeps)
+
+
+def _has_programs(layout: BlockFormat, cols: int) -> bool:
+    """Whether a CUDA device can round to a layout."""
+    known = layout.float_type in _FLOATS and cols % 32 == 0 and layout.block % 32 == 0
+    return known and importlib.util.find_spec("triton") is not None
 
 
 def _lengths(layout: BlockFormat, cols: int) -> tuple[int, ...]:

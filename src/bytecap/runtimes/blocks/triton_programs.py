@@ -310,7 +310,9 @@ def descend_scales(
         g -= (step * d)[None, :] * u
         if MINIMUM:
             m = tl.load(M + number * rows + r)
-            step = _step(m, -dm * tl.sum(tl.where(own, g, 0.0), 0), dm * dm * tl.load(SUMS + b * PER + p), 0.0, minimums)
+            step = _step(
+                m, -dm * tl.sum(tl.where(own, g, 0.0), 0), dm * dm * tl.load(SUMS + b * PER + p), 0.0, minimums
+            )
             tl.store(M + number * rows + r, m + step)
             g += (step * dm)[None, :] * tl.load(ONES + (b * BLOCK + k) * PER + p)[:, None]
     tl.store(G + place, g)
@@ -344,14 +346,15 @@ def descend_floats(
             ug += tl.sum(u * g, 0)
     at = (b * (cols // block) + first // block) * rows + r
     d, dm, unit = tl.load(D + at), tl.load(DM + at), tl.load(UNIT + b)
+    vv, vg, uu, uv, ug = vv.to(tl.float64), vg.to(tl.float64), uu.to(tl.float64), uv.to(tl.float64), ug.to(tl.float64)
     sound = vv > 0
-    x, z = vg / tl.where(sound, vv, 1.0), zero
+    x, z = vg / tl.where(sound, vv, 1.0), vv * 0.0
     if MINIMUM:
         det = vv * uu - uv * uv
         both = det > 1e-6 * vv * uu
         safe = tl.where(both, det, 1.0)
         x, z = tl.where(both, (vg * uu - uv * ug) / safe, x), tl.where(both, (uv * vg - vv * ug) / safe, 0.0)
-    nd, nm = _stored(d + x, unit, BF16), _stored(dm + z, unit, BF16)
+    nd, nm = _stored(d + x.to(tl.float32), unit, BF16), _stored(dm + z.to(tl.float32), unit, BF16)
     if POSITIVE:
         nm = tl.where(nm < 0, dm, nm)
     x, z = nd - d, nm - dm

@@ -1,18 +1,17 @@
 """One slope for the tensors of a runtime's file, and every tensor rounded by it.
 
 Measured curves are allocated, the tensors rounded, and the real loss of every role measured; its factor over the
-predicted loss corrects the curves, which are allocated again. Formats differ in what they put in: curves, rounding, and
-an allocation that knows how many bytes are theirs.
+predicted loss corrects the curves, which are allocated again. Formats differ in what they put in: a coding, and an
+allocation that knows how many bytes are theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from bytecap.allocation import correction
@@ -25,33 +24,12 @@ from bytecap.model.evaluation import kl_each, kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.runtimes.gguf.menu import Item
+from bytecap.runtimes.gguf.rounding import Coding, Rounded, curves, round_all
 from bytecap.types import Curve, Plan, Point
 
 
-class Decoded(Protocol):
-    """A tensor in some format: its values (rows, cols), and what it loses, nats per token."""
-
-    @property
-    def values(self) -> npt.NDArray[np.float32]:
-        """Decoded."""
-        ...
-
-    @property
-    def seen(self) -> float:
-        """Distortion on the windows it was rounded by."""
-        ...
-
-    @property
-    def held(self) -> float:
-        """Distortion on windows held out."""
-        ...
-
-
-R = TypeVar("R", bound=Decoded)
-
-
 @dataclass(frozen=True)
-class Found(Generic[R]):
+class Found:
     """A plan and what was rounded by it.
 
     Attributes:
@@ -67,43 +45,39 @@ class Found(Generic[R]):
     plan: Plan
     settings: Mapping[str, float]
     around: dict[str, Any]
-    rounded: dict[str, R]
+    rounded: dict[str, Rounded]
     predicted: float
     step: int
     vectors: dict[str, Any] = field(default_factory=dict)
 
 
 def solve(
-    job: Job, items: Sequence[Item], *, curve: Callable[[Item], Curve], round_to: Callable[[Item, float], R],
-    allocate: Callable[[Sequence[Curve]], tuple[Plan, float]], groups: Mapping[str, str] | None = None,
-) -> Found[R]:  # fmt: skip
+    job: Job, items: Sequence[Item], coding: Coding, allocate: Callable[[Sequence[Curve]], tuple[Plan, float]],
+    groups: Mapping[str, str] | None = None,
+) -> Found:  # fmt: skip
     """The plan and every tensor rounded by it.
 
     Args:
         job: model, tokens, device.
         items: tensors that compete.
-        curve: measures an item.
-        round_to: rounds an item to a point's setting.
+        coding: the family of formats.
         allocate: a plan for curves, and the bytes that were theirs.
         groups: group of a tensor that must take the same setting as others.
     """
     bound = {i.place.name: (groups or {}).get(i.place.name, i.place.name) for i in items}
     with job.reporter.step("types", len(items)) as advance:
-        curves = []
-        for item in items:
-            curves.append(curve(item))
-            advance(1)
-    first = _settings(allocate(_joined(curves, bound))[0], bound)
+        measured = curves(coding, items, advance)
+    first = _settings(allocate(_joined(measured, bound))[0], bound)
     quantized_copy = copy_of(job.model.module)
-    rounded = _round(job, items, round_to, first, {}, {})
+    rounded = _round(job, items, coding, first, {}, {})
     kappa = _factors(job, items, rounded, quantized_copy)
-    curves = _joined([_scaled(c, kappa[c.name]) for c in curves], bound)
-    plan, room = allocate(curves)
+    scaled = _joined([_scaled(c, kappa[c.name]) for c in measured], bound)
+    plan, room = allocate(scaled)
     settings = _settings(plan, bound)
-    rounded = _round(job, items, round_to, settings, first, rounded)
+    rounded = _round(job, items, coding, settings, first, rounded)
     load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
     predicted = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
-    return Found(plan, settings, margin(curves, plan, room), rounded, predicted, smallest_step(curves, plan))
+    return Found(plan, settings, margin(scaled, plan, room), rounded, predicted, smallest_step(scaled, plan))
 
 
 def _settings(plan: Plan, bound: Mapping[str, str]) -> dict[str, float]:
@@ -146,18 +120,13 @@ def _scaled(found: Curve, factor: float) -> Curve:
 
 
 def _round(
-    job: Job, items: Sequence[Item], round_to: Callable[[Item, float], R], settings: Mapping[str, float],
-    before: Mapping[str, float], known: Mapping[str, R],
-) -> dict[str, R]:  # fmt: skip
+    job: Job, items: Sequence[Item], coding: Coding, settings: Mapping[str, float], before: Mapping[str, float],
+    known: Mapping[str, Rounded],
+) -> dict[str, Rounded]:  # fmt: skip
     """Every tensor in its setting; those that keep the setting they had `before` are known."""
-    found: dict[str, R] = {}
-    with job.reporter.step("rounding", len(items)) as advance:
-        for item in items:
-            name = item.place.name
-            same = name in known and before[name] == settings[name]
-            found[name] = known[name] if same else round_to(item, settings[name])
-            advance(1)
-    return found
+    left = [i for i in items if before.get(i.place.name) != settings[i.place.name]]
+    with job.reporter.step("rounding", len(left)) as advance:
+        return {**known, **round_all(coding, left, settings, advance)}
 
 
 def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +143,7 @@ def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) 
 
 
 def _factors(
-    job: Job, items: Sequence[Item], rounded: Mapping[str, Decoded], quantized_copy: nn.Module
+    job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], quantized_copy: nn.Module
 ) -> dict[str, float]:
     """Measured over predicted loss of every role, at the first plan."""
     roles: dict[str, list[Item]] = {}
@@ -194,7 +163,7 @@ def _factors(
     return shrunk(found)
 
 
-def figures(job: Job, items: Sequence[Item], found: Found[R], size: int) -> dict[str, Any]:
+def figures(job: Job, items: Sequence[Item], found: Found, size: int) -> dict[str, Any]:
     """What a report says of every format; `size` is that of the file or directory in bytes."""
     seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
     return {
