@@ -31,7 +31,8 @@ from bytecap.model.evaluation import compare
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit_directory import HELD_TOKENS, fit_directory, measure, write_directory
+from bytecap.pipeline.fit_directory import fit_directory, measure, write_directory
+from bytecap.pipeline.fit_gguf import HELD_TOKENS
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Silent
 from bytecap.runtimes.blocks import BlockFormat, Codes

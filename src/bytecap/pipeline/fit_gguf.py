@@ -11,9 +11,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
@@ -139,7 +142,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Ggu
     cap = parse_budget(config.budget, model.parameters)
     floor = _check_floor(frame, cap)
     store = config.store if isinstance(config.store, Store) else Store(config.store)
-    sets = _sets(model, config, device, reporter)
+    sets = token_sets(model, config, device, reporter)
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     model.module.to(device)
     items = _calibrated(job, frame)
@@ -155,7 +158,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Ggu
     return result
 
 
-def _sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
+def token_sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
     """The token sets, the second of which is held out from every Hessian that weights are rounded by."""
     calibration = as_paths(config.calibration)
     sets = load_sets(
@@ -257,26 +260,32 @@ def _finish(
             other = Path(name) / "plain.gguf"
             file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
             before = measure(job.model, other, frame.layout, job.sets, job.device, job.reporter)
-            report["without_recovery"] = quality(before) | {
-                "kl_difference_stderr": paired_stderr(parts, before, "kl"),
-                "delta_difference_stderr": paired_stderr(parts, before, "nats"),
-            }
+            report["without_recovery"] = gain(parts, before)
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
 
 
+def gain(parts: list[Comparison], before: list[Comparison]) -> dict[str, Any]:
+    """Quality without recovery, and standard errors of the differences to what it became."""
+    return quality(before) | {
+        "kl_difference_stderr": paired_stderr(parts, before, "kl"),
+        "delta_difference_stderr": paired_stderr(parts, before, "nats"),
+    }
+
+
 def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found) -> list[file.Stored]:
     """All tensors with their bytes."""
-    stored = []
-    for p in frame.layout.places:
+
+    def one(p: Place) -> file.Stored:
         if p.name in types:
-            stored.append(_stored(p, types[p.name], frame.types, data_of(types[p.name], found.rounded[p.name])))
-        elif p.name in found.vectors:
-            stored.append(_stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name])))
-        else:
-            stored.append(exact(model, p))
-    return stored
+            return _stored(p, types[p.name], frame.types, data_of(types[p.name], found.rounded[p.name]))
+        if p.name in found.vectors:
+            return _stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name]))
+        return exact(model, p)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(one, frame.layout.places))
 
 
 def measure(

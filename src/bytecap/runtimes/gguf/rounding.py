@@ -120,5 +120,5 @@ def _at_a_time(item: Item) -> int:
     if torch.device(item.device).type != "cuda":
         return 1
     rows, cols = item.weight.shape
-    room: int = torch.cuda.get_device_properties(item.device).total_memory // _SHARE
-    return max(1, room // (_A_COLUMN * cols * cols + _A_VALUE * rows * cols))
+    room = int(torch.cuda.get_device_properties(item.device).total_memory) // _SHARE
+    return max(1, room // int(_A_COLUMN * cols * cols + _A_VALUE * rows * cols))

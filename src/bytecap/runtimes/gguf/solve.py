@@ -23,6 +23,7 @@ from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each, kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
+from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, curves, round_all
 from bytecap.types import Curve, Plan, Point
@@ -49,6 +50,10 @@ class Found:
     predicted: float
     step: int
     vectors: dict[str, Any] = field(default_factory=dict)
+
+    def codes(self) -> dict[str, Codes | None]:
+        """Of every tensor; None where its numbers are plain."""
+        return {n: r.codes for n, r in self.rounded.items()}
 
 
 def solve(
