@@ -304,7 +304,8 @@ def descend_scales(
         number = b * (cols // SUB) + first // SUB + p
         u = tl.load(U + ((b * PER + p) * BLOCK + k[:, None]) * rows + r[None, :])
         slope, curve = tl.sum(tl.where(own, q * g, 0.0), 0), tl.sum(tl.where(own, q * u, 0.0), 0)
-        ls = tl.load(LS + number * rows + r)
+        ls, m = tl.load(LS + number * rows + r), tl.load(M + number * rows + r)
+        tl.debug_barrier()  # all threads that hold a row have read its numbers
         step = _step(ls, d * slope, d * d * curve, scale_low, scale_high)
         tl.store(LS + number * rows + r, ls + step)
         g -= (step * d)[None, :] * u
@@ -346,6 +347,7 @@ def descend_floats(
             ug += tl.sum(u * g, 0)
     at = (b * (cols // block) + first // block) * rows + r
     d, dm, unit = tl.load(D + at), tl.load(DM + at), tl.load(UNIT + b)
+    tl.debug_barrier()  # all threads that hold a row have read its numbers
     vv, vg, uu, uv, ug = vv.to(tl.float64), vg.to(tl.float64), uu.to(tl.float64), uv.to(tl.float64), ug.to(tl.float64)
     sound = vv > 0
     x, z = vg / tl.where(sound, vv, 1.0), vv * 0.0

@@ -8,10 +8,12 @@ allocation that knows how many bytes are theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from bytecap.allocation import correction
@@ -137,14 +139,20 @@ def _round(
 def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> dict[str, Any]:
     """Decoded tensors of a file as units in stored layout; what other tensors hold of a unit stays original."""
     units = {u.name: u for u in model.units}
-    matrices: dict[str, Any] = {}
+    members: dict[str, list[Item]] = {}
     for item in items:
         if item.place.name in values:
-            unit = units[item.place.unit]
-            if unit.name not in matrices:
-                matrices[unit.name] = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().copy()
-            item.place.to_unit(values[item.place.name], matrices[unit.name])
-    return {n: from_matrix(units[n], np.ascontiguousarray(m)) for n, m in matrices.items()}
+            members.setdefault(item.place.unit, []).append(item)
+
+    def one(name: str) -> Any:
+        unit = units[name]
+        matrix = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().copy()
+        for item in members[name]:
+            item.place.to_unit(values[item.place.name], matrix)
+        return np.ascontiguousarray(from_matrix(unit, matrix))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(members, pool.map(one, members), strict=True))
 
 
 def _factors(
