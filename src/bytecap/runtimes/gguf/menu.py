@@ -65,7 +65,7 @@ class Item:
 
     def factors(self, shrinkage: float | None = None) -> Factors:
         """The Hessian as rounding wants it."""
-        hessian = self.metric.hessian[0].to(self.device)
+        hessian = self.metric.hessian.to(self.device)
         return factor(shrunk(hessian, self.shrinkage if shrinkage is None else shrinkage))
 
     def lost(self, values: Tensor) -> tuple[float, float]:
@@ -161,7 +161,7 @@ def _kept_on(device: str, seen: Statistics, held: Statistics) -> str:
 def _metric(unit: Unit, found: Statistics, device: str) -> Metric:
     rows, cols = unit.matrix_shape
     if unit.name not in found.uses:
-        return Metric(torch.eye(cols, dtype=torch.float64)[None], torch.zeros(rows, dtype=torch.float64))
+        return Metric(torch.eye(cols, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
     whole = join(found.uses.pop(unit.name), found.tokens)
     return Metric(whole.hessian.to(device), whole.rows.cpu())
 
