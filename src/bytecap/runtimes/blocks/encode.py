@@ -190,9 +190,9 @@ def encode_all(
 
 
 def _has_programs(layout: BlockFormat, cols: int) -> bool:
-    """Whether a CUDA device can round to a layout."""
-    known = layout.float_type in _FLOATS and cols % 32 == 0 and layout.block % 32 == 0
-    return known and importlib.util.find_spec("triton") is not None
+    """Whether a CUDA device can round to a layout: free codes, scales of 16 bits, columns in tiles of 32."""
+    scalar = layout.float_type in {"F16", "BF16"} and not getattr(layout, "vector", 0)
+    return scalar and cols % 32 == 0 and layout.block % 32 == 0 and importlib.util.find_spec("triton") is not None
 
 
 def _lengths(layout: BlockFormat, cols: int) -> tuple[int, ...]:
