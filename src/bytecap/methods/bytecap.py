@@ -155,8 +155,8 @@ def retarget(
     if not planner.options.drift:
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change, pays, without = checkpoints.tensors("drift"), checkpoints.get("drift pays"), 0.0
-    if pays is None:  # measured before targets take memory
+    change, targets, without = checkpoints.tensors("drift"), checkpoints.get("targets"), 0.0
+    if targets is None:  # measured before targets take memory
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             without = _cost(job, planner, best, quantized_copy)
         allocator.release()
@@ -173,14 +173,15 @@ def retarget(
             return prepared
         matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
     moved = replace(planner, matrices=matrices)
-    if pays is None:
+    if targets is None:
         allocator.release()
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            pays = _cost(job, moved, best, quantized_copy) < without
-        checkpoints.put("drift pays", pays)
-    if not pays:
+            with_them = _cost(job, moved, best, quantized_copy)
+        targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
+        checkpoints.put("targets", targets)
+    if not targets["kept"]:
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
-    return replace(prepared, planner=moved if pays else planner)
+    return replace(prepared, planner=moved if targets["kept"] else planner, targets=targets)
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
@@ -218,7 +219,8 @@ def predict(
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(
-        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin)
+        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin),
+        targets=dict(prepared.targets),
     )  # fmt: skip
 
 
