@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.encode import _tables, encode, encode_all, factor, prepare, shrunk
+from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.layout import pack, unpack
 
@@ -202,6 +202,10 @@ def test_hessians_that_do_not_factor() -> None:
 
 def test_shrinking_keeps_the_diagonal() -> None:
     h = hessian(8)
-    found = shrunk(h, 1.0)
-    assert torch.equal(found.diagonal(), h.diagonal())
-    assert torch.allclose(found - torch.diag(found.diagonal()), (h - torch.diag(h.diagonal())) / 2)
+    off = h - torch.diag(h.diagonal())
+    for by in (Shrinkage(diagonal=1.0), Shrinkage(mean=1.0)):
+        found = shrunk(h, by)
+        assert torch.allclose(found - torch.diag(found.diagonal()), off / 2)
+        assert found.trace() == pytest.approx(float(h.trace()))
+    assert torch.equal(shrunk(h, Shrinkage(diagonal=1.0)).diagonal(), h.diagonal())
+    assert found.diagonal().std() == pytest.approx(float(h.diagonal().std()) / 2)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +47,23 @@ class Form:
     weight: FloatArray
 
 
-def shrunk(hessian: Tensor, damping: float) -> Tensor:
-    """A Hessian (cols, cols) whose off-diagonal part is trusted less: `(1 - t) H + t diag(H)`, `t = s / (1 + s)`.
+class Shrinkage(NamedTuple):
+    """How far a Hessian is drawn to what few tokens know well: its diagonal, and the mean of that.
 
-    Few tokens overstate how far columns can make up for each other; the diagonal is known well. `damping` is `s`.
+    Few tokens overstate how far columns can make up for each other. The mean (a multiple of the identity) helps more
+    where columns are alike, the diagonal where a few are much larger.
     """
-    t = damping / (1 + damping)
-    found = hessian * (1 - t)
-    found.diagonal().copy_(hessian.diagonal())
+
+    diagonal: float = 0.0
+    mean: float = 0.0
+
+
+def shrunk(hessian: Tensor, by: Shrinkage) -> Tensor:
+    """`(1 - d - m) H + d diag(H) + m mean(diag(H)) I` of a Hessian (cols, cols); `d`, `m`: `s / (1 + s)` of `by`."""
+    d, m = (s / (1 + s) for s in by)
+    diagonal = hessian.diagonal()
+    found = hessian * (1 - d - m)
+    found.diagonal().copy_((1 - m) * diagonal + m * diagonal.mean())
     return found
 
 

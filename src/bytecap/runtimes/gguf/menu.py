@@ -22,14 +22,20 @@ from bytecap.calibration.probe import Statistics
 from bytecap.errors import UsageError
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.progress import Advance
-from bytecap.runtimes.blocks.encode import Factors, encode_all, factor, shrunk
+from bytecap.runtimes.blocks import BlockFormat
+from bytecap.runtimes.blocks.encode import Factors, Shrinkage, encode_all, factor, shrunk
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.gguf.file import PLAIN
 from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.types import Unit
 
-SHRINKAGES = (0.0, 0.03, 0.1, 0.3, 1.0)  # how much of a Hessian is given up, see `shrunk`
+_NONE = Shrinkage()
+SHRINKAGES = (
+    _NONE, *(Shrinkage(diagonal=s) for s in (0.03, 0.1, 0.3, 1.0)),
+    *(Shrinkage(mean=s) for s in (0.01, 0.03, 0.1, 0.3)),
+)  # fmt: skip
+_TIE = 1.005  # times the least distortion: of candidates up to here the one that was fitted least is taken
 SAMPLE = 2**17  # weights by which a matrix is judged
 _HESSIANS = 0.7  # of a device's memory, beyond which Hessians are kept elsewhere
 _TRIAL = ("Q4_K", "Q4_0")  # types by which Hessians are judged: the first that fits
@@ -46,7 +52,7 @@ class Item:
         metric: to round by.
         held: of windows held out, to judge by.
         types: that may hold it.
-        shrinkage: how much of the Hessian's off-diagonal part is given up.
+        shrinkage: how far the Hessian is drawn to its diagonal and the mean of that.
         device: where it is rounded; metrics may be kept elsewhere.
     """
 
@@ -55,7 +61,7 @@ class Item:
     metric: Metric
     held: Metric
     types: tuple[str, ...]
-    shrinkage: float = 0.0
+    shrinkage: Shrinkage = _NONE
     device: str = "cpu"
 
     @property
@@ -63,7 +69,7 @@ class Item:
         """Name without numbers, and shape."""
         return f"{role_name(self.place.name)} {self.weight.shape}"
 
-    def factors(self, shrinkage: float | None = None) -> Factors:
+    def factors(self, shrinkage: Shrinkage | None = None) -> Factors:
         """The Hessian as rounding wants it."""
         hessian = self.metric.hessian.to(self.device)
         return factor(shrunk(hessian, self.shrinkage if shrinkage is None else shrinkage))
@@ -171,18 +177,25 @@ def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:
     roles: dict[str, list[Item]] = {}
     for item in items:
         roles.setdefault(item.role, []).append(item)
-    best: dict[str, float] = {}
+    best: dict[str, Shrinkage] = {}
     for role, members in roles.items():
-        totals = dict.fromkeys(SHRINKAGES, 0.0)
+        best[role] = _NONE
         name = next((t for t in _TRIAL if FORMATS[t].fits(members[0].place.cols)), None)
         if name is not None:
             few = _spread(members)
-            for shrinkage in SHRINKAGES:
-                coded = encode_all([i.weight for i in few], [i.factors(shrinkage) for i in few], FORMATS[name])
-                totals[shrinkage] = sum(i.lost(values)[1] for i, (_, values) in zip(few, coded, strict=True))
-        best[role] = min(totals, key=totals.__getitem__)
+            lost = {s: _lost(few, s, FORMATS[name]) for s in SHRINKAGES}
+            least = min(held for _, held in lost.values())
+            near = {s: held / max(seen, 1e-300) for s, (seen, held) in lost.items() if held <= _TIE * least}
+            best[role] = min(near, key=near.__getitem__, default=_NONE)
         advance(1)
     return [replace(i, shrinkage=best[i.role]) for i in items]
+
+
+def _lost(items: Sequence[Item], shrinkage: Shrinkage, layout: BlockFormat) -> tuple[float, float]:
+    """Distortion of items rounded under a shrinkage: as their own Hessians see it, and on windows held out."""
+    coded = encode_all([i.weight for i in items], [i.factors(shrinkage) for i in items], layout)
+    found = [i.lost(values) for i, (_, values) in zip(items, coded, strict=True)]
+    return sum(seen for seen, _ in found), sum(held for _, held in found)
 
 
 def _spread(members: Sequence[Item]) -> list[Item]:

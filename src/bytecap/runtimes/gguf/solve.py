@@ -186,7 +186,7 @@ def figures(job: Job, items: Sequence[Item], found: Found, size: int) -> dict[st
         "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
         "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
         "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
-        "shrinkage": {i.role: i.shrinkage for i in items},
+        "shrinkage": {i.role: i.shrinkage._asdict() for i in items},
         "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
         "correction_tokens": sum(w.predicted for w in job.sets.correction),
     }  # fmt: skip
