@@ -1,6 +1,7 @@
 """What drawing Hessians to their diagonal, or to the mean of that, does to distortion on windows that none of them saw.
 
-Every role's first, middle and last matrix is rounded to Q4_0 under every candidate. Figures are `held`, relative to no shrinkage, and `held / seen`, the optimism of the fit.
+Every role's first, middle and last matrix is rounded to Q4_0 under every candidate. Figures are `held`, relative to no
+shrinkage, and `held / seen`, the optimism of the fit.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from bytecap.types import Unit
 _NONE = Shrinkage()
 SHRINKAGES = (
     _NONE, *(Shrinkage(diagonal=s) for s in (0.03, 0.1, 0.3, 1.0)),
-    *(Shrinkage(mean=s) for s in (0.01, 0.03, 0.1, 0.3)),
+    *(Shrinkage(mean=s) for s in (0.01, 0.03, 0.1, 0.3, 1.0)),
 )  # fmt: skip
 _TIE = 1.005  # times the least distortion: of candidates up to here the one that was fitted least is taken
 SAMPLE = 2**17  # weights by which a matrix is judged
