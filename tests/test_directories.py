@@ -24,7 +24,7 @@ from bytecap.runtimes.blocks.stream import pack_words, unpack_words
 from bytecap.runtimes.directory import FAMILIES, family
 from bytecap.runtimes.directory.contents import contents_of, ledger, ledger_of, read_units, shared_inputs
 from bytecap.runtimes.directory.tensors import read
-from bytecap.system.atomic import replacing_directory
+from bytecap.system.directories import replacing_directory
 from conftest import SMALL
 
 MLX, CT = family("mlx"), family("compressed-tensors")

@@ -9,66 +9,39 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bytecap.allocation.allocate import allocate, floor_rate
-from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
-from bytecap.format.ledger import Entry, by_unit
+from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import Comparison, compare
-from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit_gguf import gain, token_sets
+from bytecap.model.evaluation import Comparison
 from bytecap.pipeline.formats import format_of
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
 from bytecap.pipeline.stages import choose_device, quality
-from bytecap.progress import Reporter, reporter_for
+from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.directory import Family, family
+from bytecap.runtimes.directory import family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
 from bytecap.runtimes.directory.menu import coding_of
 from bytecap.runtimes.directory.tensors import write
-from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
+from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, figures, solve
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
-from bytecap.system.atomic import check_directory, replacing_directory
 from bytecap.system.cache import Store
+from bytecap.system.directories import check_directory, replacing_directory
 from bytecap.types import Curve, Plan
 
 _ATTEMPTS = 8  # at allocations whose own plan decides how long names and offsets are
 
 
-@dataclass
-class DirectoryFit:
-    """A finished directory.
-
-    Attributes:
-        report: every figure of the job, as `--json` prints it.
-        types: scheme of every matrix by name.
-        path: where it was written; None after a dry run or without an output.
-        entries: owner and kind of every byte.
-        windows: evaluation by window, one for each text.
-    """
-
-    report: dict[str, Any]
-    types: dict[str, str]
-    path: Path | None = None
-    entries: list[Entry] = field(default_factory=list)
-    windows: tuple[Any, ...] = ()
-
-    def ledger(self) -> list[Entry]:
-        """Owner and kind of every byte."""
-        return self.entries
-
-
-def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[DirectoryFit]:
+def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[RuntimeModel]:
     """Fit a checkpoint to a directory for each config; they differ in their budgets."""
     for c in configs:
         check_budget(c.budget)
@@ -77,7 +50,7 @@ def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig
 
 
 @configured
-def fit_directory(model: Model | Path | str, config: FitConfig) -> DirectoryFit:
+def fit_directory(model: Model | Path | str, config: FitConfig) -> RuntimeModel:
     """Put a model into a directory of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
 
     `options` may hold `held_tokens`, the most tokens for the Hessian that judges.
@@ -89,7 +62,7 @@ def fit_directory(model: Model | Path | str, config: FitConfig) -> DirectoryFit:
     return fit_directory_configs(model, [config])[0]
 
 
-def _fit_one(loaded: Model, config: FitConfig) -> DirectoryFit:
+def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     """Fit one directory."""
     format_of(config)
     started = time.perf_counter()
@@ -106,7 +79,7 @@ def _fit_one(loaded: Model, config: FitConfig) -> DirectoryFit:
     kept = config.store if isinstance(config.store, Store) else Store(config.store)
     job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort_of(config.recover), store=kept)
     loaded.module.to(target)
-    items = _calibrated(job, contents)
+    items = calibrated(job, Layout("", contents.places), contents.types)
     plain = solve(
         job, items, coding_of(contents), lambda curves: _allocate(contents, curves, cap), contents.groups
     )  # fmt: skip
@@ -175,19 +148,10 @@ def _allocate(contents: Contents, curves: Sequence[Curve], cap: int) -> tuple[Pl
     return best, room
 
 
-def _calibrated(job: Job, contents: Contents) -> list[Item]:
-    """Matrices with their metrics, and how far these are shrunk."""
-    seen = moments(job)
-    held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
-    items = items_of(job.model, Layout("", contents.places), seen, held, contents.types, job.device)
-    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
-        return choose_shrinkage(items, advance)
-
-
 def _finish(
     job: Job, contents: Contents, items: Sequence[Item], found: tuple[Found, Found], output: Path | None
-) -> DirectoryFit:
-    """Write the directory, read it back, measure it; the second plan is what there would be without recovery."""
+) -> RuntimeModel:
+    """Write the directory, read it back, measure it; the second plan is the one without recovery."""
     best, plain = found
     schemes = _schemes(contents, best.plan)
     size = contents.size(schemes)
@@ -196,7 +160,7 @@ def _finish(
         "format": contents.family.name, "types": schemes,
         "plan": ", ".join(f"{counts[n]} {n}" for n in contents.settings() if n in counts),
     } | figures(job, items, best, size)  # fmt: skip
-    result = DirectoryFit(report, schemes)
+    result = RuntimeModel(report, schemes)
     if job.dry_run:
         return result
     with tempfile.TemporaryDirectory() as name:
@@ -207,15 +171,20 @@ def _finish(
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}; {report['checked']}")
         result.entries = ledger(contents.family, path)
-        parts = measure(job.model, contents.family, path, job.sets, job.device, job.reporter)
+        parts = _measured(job, contents, path)
         if best is not plain:
             other = Path(name) / "plain"
             write_directory(contents, schemes, plain.codes(), other)
-            before = measure(job.model, contents.family, other, job.sets, job.device, job.reporter)
-            report["without_recovery"] = gain(parts, before)
+            report["without_recovery"] = gain(parts, _measured(job, contents, other))
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
+
+
+def _measured(job: Job, contents: Contents, path: Path) -> list[Comparison]:
+    """Scores of a directory on disk."""
+    values = read_units(contents.family, path, job.model.units)
+    return measure(job.model, values, job.sets, job.device, job.reporter)
 
 
 def write_directory(
@@ -237,13 +206,3 @@ def write_directory(
             (made / name).write_bytes(data)
         said = contents.family.check(made)
     return sum(f.stat().st_size for f in path.iterdir()), said
-
-
-def measure(
-    model: Model, kind: Family, path: Path, sets: TokenSets, device: str, reporter: Reporter
-) -> list[Comparison]:
-    """Scores of a directory read back from disk against the original."""
-    quantized_copy = copy_of(model.module)
-    load_values(quantized_copy, read_units(kind, path, model.units))
-    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [compare(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation]

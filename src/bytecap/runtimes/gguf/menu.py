@@ -81,7 +81,7 @@ class Item:
         return seen.distortion(error), held.distortion(error)
 
     def sampled(self, weights: int = SAMPLE) -> tuple[Item, float]:
-        """The same with an even sample of its rows, and the factor from the sample's distortion to the whole's."""
+        """Return the item with an even sample of its rows, and the factor from its distortion to the whole's."""
         rows, cols = self.weight.shape
         count = max(LANES, weights // cols)
         if rows <= count:
