@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
 
 SWEEPS = 2
 _STEPS = 10  # candidates for a sub-block's scale
@@ -118,6 +119,8 @@ def encode(
     peak = float(np.abs(weight).max(initial=0.0))
     if not np.isfinite(peak):
         raise UsageError("a weight is not finite")
+    if layout.vector:
+        return _vectors(weight, peak, form, found, sweeps, threads)
     unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
     table, factors, tries = _tables(layout)
     size = layout.block
@@ -143,6 +146,36 @@ def encode(
             out[:] = array[:, :count].T.astype(out.dtype)
         part.scale[:] = (d[:, :count].T.astype(np.float64) * unit).astype(part.scale.dtype)
         part.minimum[:] = (dm[:, :count].T.astype(np.float64) * unit).astype(part.scale.dtype)
+
+    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+        list(pool.map(one, range(0, rows, LANES)))
+    return found
+
+
+def _vectors(
+    weight: FloatArray, peak: float, form: Form, found: Codes, sweeps: int, threads: int | None
+) -> Codes:  # fmt: skip
+    """`encode` for codes that are vectors of a table."""
+    from bytecap.runtimes.blocks.lattice_kernel import encode_vectors
+    from bytecap.runtimes.blocks.search import LANES
+
+    layout, (rows, cols) = found.format, weight.shape
+    fixed = tables(layout)
+    blocks = factors_of(form, layout)
+    unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
+    stored = unit / layout.unit  # of a scale
+    grid = (float(stored), *_FLOATS[layout.float_type])
+
+    def one(at: int) -> None:
+        part = found.part(slice(at, at + LANES))
+        count = len(part.codes)
+        w = np.zeros((cols, LANES), np.float32)
+        w[:, :count] = (weight[at : at + LANES] / unit).T
+        q, ls, d = (np.zeros((cols // n, LANES), np.float32) for n in (1, layout.sub, layout.block))
+        encode_vectors(w, form.fed, form.weight, form.hessian, *blocks, *fixed[:5], grid, *fixed[5:], sweeps, q, ls, d)
+        part.codes[:] = q[:, :count].T.astype(np.int8)
+        part.sub_scales[:] = ls[:, :count].T.astype(np.int8)
+        part.scale[:] = (d[:, :count].T.astype(np.float64) * stored).astype(part.scale.dtype)
 
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
         list(pool.map(one, range(0, rows, LANES)))

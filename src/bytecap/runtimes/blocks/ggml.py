@@ -1,14 +1,15 @@
-"""The scalar block formats of ggml, which llama.cpp runs: sizes, ranges, and where every bit goes.
+"""The block formats of ggml, which llama.cpp runs: sizes, ranges, and where every bit goes.
 
 Source: the structures of ggml-common.h (MIT), described here anew; gguf-py decodes all of them, and tests compare.
 
 >>> sorted(FORMATS, key=lambda n: FORMATS[n].bits)[0], FORMATS["IQ4_XS"].bits
-('Q2_K', 4.25)
+('IQ1_S', 4.25)
 """
 
 from __future__ import annotations
 
 from bytecap.runtimes.blocks import BlockFormat, Part
+from bytecap.runtimes.blocks.lattice import LATTICES
 
 # the 4-bit table of ggml's IQ4 formats
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -49,4 +50,4 @@ _ALL = (
     ),
 )  # fmt: skip
 
-FORMATS = {f.name: f for f in _ALL}
+FORMATS = {f.name: f for f in _ALL} | LATTICES

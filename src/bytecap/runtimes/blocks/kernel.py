@@ -241,10 +241,10 @@ def _entry(stamp: int) -> Any:
     return compiled(encode_lanes, cache=True)
 
 
-def _stamp() -> int:
+def sources_hash() -> int:
     """Hash of the sources of the machine code."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return int.from_bytes(hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=7).digest(), "little")
 
 
-encode_lanes: Any = _entry(_stamp())
+encode_lanes: Any = _entry(sources_hash())

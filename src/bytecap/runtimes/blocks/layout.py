@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import UsageError
-from bytecap.runtimes.blocks import BlockFormat, Codes, Part
+from bytecap.runtimes.blocks import BlockFormat, Codes, Part, lattice
 
 _Bytes = npt.NDArray[np.uint8]
 _PAIR = ("sub_scales", "sub_minimums")
@@ -23,6 +23,8 @@ _PAIR = ("sub_scales", "sub_minimums")
 def pack(codes: Codes) -> _Bytes:
     """Bytes of every row, uint8 (rows, row bytes)."""
     form, rows = codes.format, len(codes.codes)
+    if form.vector:
+        return lattice.pack(codes)
     blocks = codes.codes.shape[1] // form.block
     stored = _stored(codes, (rows, blocks))
     minimum = -codes.minimum if form.negated else codes.minimum
@@ -47,6 +49,8 @@ def unpack(form: BlockFormat, data: _Bytes) -> Codes:
     rows = len(data)
     if data.shape[1] % form.size:
         raise UsageError(f"{data.shape[1]} bytes are no whole blocks of {form.name}, which have {form.size} each")
+    if form.vector:
+        return lattice.unpack(form, data)
     blocks = data.shape[1] // form.size
     cells, subs = data.reshape(rows, blocks, form.size), form.block // form.sub
     counts = {"codes": form.block, "sub_scales": subs, "sub_minimums": subs, "pairs": 2 * subs}

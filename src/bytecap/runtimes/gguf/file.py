@@ -189,16 +189,10 @@ def ledger(path: Path) -> list[Entry]:
     entries.append(Entry("(tokenizer)", "tokenizer", tokens))
     for t in reader.tensors:
         form = FORMATS.get(t.tensor_type.name)
-        side = int(t.n_elements) // form.block * _side_bytes(t.tensor_type.name) if form else 0
+        side = int(t.n_elements) // form.block * form.side if form else 0
         entries.append(Entry(f"{t.name} ({t.tensor_type.name})", "payload", int(t.n_bytes) - side, int(t.n_elements)))
         if side:
             entries.append(Entry(f"{t.name} ({t.tensor_type.name})", "side", side, int(t.n_elements)))
     entries.append(Entry("(file)", "padding", rest))
     return [e for e in entries if e.bytes]
 
-
-def _side_bytes(name: str) -> int:
-    """Bytes of a block that are scales."""
-    form = FORMATS[name]
-    codes = sum(p.bits for p in form.parts if p.kind == "codes") * form.block // 8
-    return form.size - codes

@@ -1,0 +1,55 @@
+"""What the search of vector formats needs beside the weights: entries near every cell, and factors of vectors.
+
+>>> from bytecap.runtimes.blocks.lattice import LATTICES
+>>> tables(LATTICES["IQ2_XS"])[-2].shape  # cells of three levels in eight columns, entries near each
+(6561, 24)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.runtimes.blocks import BlockFormat, FloatArray
+from bytecap.runtimes.blocks.lattice import table
+
+if TYPE_CHECKING:
+    from bytecap.runtimes.blocks.encode import Form
+
+NEAR, COARSE = 24, 6  # entries tried for a code, and in the search of scales
+_FACTORS = np.linspace(1.1, 0.5, 8, dtype=np.float32)  # candidates for a sub-block's scale
+_TRIES = np.array((1.0, 0.93, 1.07, 0.86, 1.14), np.float32)  # and for the float16 of a block
+_SIGNS = {"": 0, "free": 1, "even": 2}
+
+
+@cache
+def tables(form: BlockFormat) -> tuple[Any, ...]:
+    """Arguments of `lattice_kernel.encode_vectors` that a format fixes."""
+    entries = table(form)
+    levels = np.unique(entries)
+    mids = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
+    grid = np.stack(np.meshgrid(*[levels] * form.vector, indexing="ij"), -1).reshape(-1, form.vector)
+    far = (grid**2).sum(-1)[:, None] - 2 * grid @ entries.T + (entries**2).sum(-1)
+    near = np.argsort(far, 1, kind="stable")[:, :NEAR].astype(np.int32)
+    offsets = np.array((1.0, -1.0) if form.offsets else (0.0,), np.float32)
+    shared = form.offsets != 8  # one offset a sub-block, if there is any
+    return (
+        np.float32(levels.max()), form.scales[1], _SIGNS[form.signs], offsets, shared, _FACTORS, _TRIES, entries,
+        np.ascontiguousarray(near[:, :COARSE]), near, mids,
+    )  # fmt: skip
+
+
+def factors_of(form: Form, layout: BlockFormat) -> tuple[npt.NDArray[Any], ...]:
+    """Blocks of the Hessian, and of every vector: factors for feedback and for descent, inverses, the diagonal."""
+    n, cols = layout.vector, len(form.hessian)
+    tiles = np.stack([form.hessian[i : i + layout.block, i : i + layout.block] for i in range(0, cols, layout.block)])
+    own = np.stack([form.hessian[i : i + n, i : i + n] for i in range(0, cols, n)]).astype(np.float64)
+    fed = np.stack([form.fed[i : i + n, i : i + n] for i in range(0, cols, n)])
+    weight = np.sqrt(form.weight).reshape(-1, n, 1)
+    feedback = np.triu(fed) * weight
+    lower = np.linalg.cholesky(own)  # own = lower lower^T, so the factor R is lower^T
+    arrays: tuple[FloatArray, ...] = (feedback.transpose(0, 2, 1), lower, np.linalg.inv(own))
+    return (tiles, *(np.ascontiguousarray(a, np.float32) for a in arrays), form.hessian.diagonal().copy())
