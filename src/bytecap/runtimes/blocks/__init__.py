@@ -34,7 +34,8 @@ class Part:
 
     Attributes:
         kind: `scale` and `minimum` are float16; `codes`, `sub_scales` and `sub_minimums` are integers; `pairs` are
-            sub-scales followed by sub-minimums; `six` are such pairs of 6 bits in ggml's order.
+            sub-scales followed by sub-minimums; `six` are such pairs of 6 bits in ggml's order; `power` is the exponent
+            of a scale in a byte, `trits` are codes to base 3.
         shift: lowest bit of the integers that is stored here.
         bits: how many bits of each; 8 stores a byte each.
         width: so many consecutive integers go to consecutive bytes before the next bits of the same bytes are filled.
@@ -116,6 +117,8 @@ class BlockFormat:
         """Bytes of a block that are scales and minimums, rounded up."""
         if self.vector:
             return 2 + (len(bin(self.scales[1])) - 3) * (self.block // self.sub) // 8
+        if any(p.kind == "trits" for p in self.parts):
+            return 2
         return self.size - sum(p.bits * self.block for p in self.parts if p.kind == "codes") // 8
 
     def fits(self, cols: int) -> bool:

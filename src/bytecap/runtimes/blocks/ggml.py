@@ -20,7 +20,16 @@ _FIFTH = Part("codes", 4, 1, 1)  # bit 4 of 32 codes, in order
 _TWOS = Part("codes", 0, 2, 32)
 _K_NIBBLES = Part("codes", 0, 4, 32)
 
+# doubled values of E2M1, and the place of every stored code among them
+_E2M1 = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
+_E2M1_ORDER = (*range(7, 15), *range(7, -1, -1))
+
 _ALL = (
+    BlockFormat("TQ1_0", 54, 256, 256, -1, 1, (Part("trits"), _SCALE), code_zero=1),
+    BlockFormat("TQ2_0", 66, 256, 256, -1, 1, (_TWOS, _SCALE), code_zero=1),
+    BlockFormat(
+        "MXFP4", 17, 32, 32, -12, 12, (Part("power"), _NIBBLES), levels=_E2M1, order=_E2M1_ORDER, float_type="E8M0"
+    ),
     BlockFormat("Q4_0", 18, 32, 32, -8, 7, (_SCALE, _NIBBLES), code_zero=8),
     BlockFormat("Q4_1", 20, 32, 32, 0, 15, (_SCALE, _MINIMUM, _NIBBLES), minimums=1),
     BlockFormat("Q5_0", 22, 32, 32, -16, 15, (_SCALE, _FIFTH, _NIBBLES), code_zero=16),

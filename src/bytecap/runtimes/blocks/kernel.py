@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
+from bytecap.runtimes.blocks.powers import power
 from bytecap.runtimes.blocks.search import (
     LANES,
     Grid,
@@ -198,6 +199,9 @@ def _encode(
             symmetric(z, 0, block, rest, -np.rint(high / 2), high - np.rint(high / 2), table, factors, 2, s, work)
             zero_point(z, rest, high, table, unit, a[0], c[0], s, d[at], m[base], work)
             dm[at], ls[base] = d[at], np.float32(1)
+        elif unit[2] == 1:  # scales of one digit
+            power(z, rest, low, high, table, unit, a[0], d[at], work)
+            ls[base] = np.float32(1)
         else:
             for r in range(LANES):
                 d[at, r], dm[at, r] = half(a[0, r], unit), half(c[0, r], unit)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from bytecap.runtimes.blocks.kernel import feed, settle, sources_hash
 from bytecap.runtimes.blocks.lattice_search import (
+    NEAR,
     SIGNS,
     blank,
     block_scale,
@@ -30,15 +31,16 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 def _scales(
     z: _Array, weight: _Array, top: Any, most: int, signs: int, offsets: _Array, shared: bool, unit: Grid,
-    factors: _Array, tries: _Array, table: _Array, coarse: _Array, mids: _Array, ls: _Array, bent: _Array, d: _Array,
+    factors: _Array, tries: _Array, coarse: _Array, mids: _Array, ls: _Array, bent: _Array, d: _Array,
 ) -> None:  # fmt: skip
     """Scales `d` (LANES,), sub-scales and offsets (subs, LANES) of a block of settled values `z` (block, LANES)."""
     block, per = len(z), len(ls)
     sub = block // per
     u = np.empty((per, sub), np.float32)
     w = np.ascontiguousarray(weight[:block]).reshape(per, sub)
-    eight, sign, t = np.empty(SIGNS, np.float32), np.empty(SIGNS, np.float32), np.empty(table.shape[1], np.float32)
+    eight, sign, t = np.empty(SIGNS, np.float32), np.empty(SIGNS, np.float32), np.empty(coarse.shape[1], np.float32)
     room, small, offset = np.empty(per, np.float32), np.empty(per, np.float32), np.empty(per, np.float32)
+    work = np.empty((2 * SIGNS, NEAR), np.float32)
     for r in range(LANES):
         for first in range(0, block, SIGNS):
             for i in range(SIGNS):
@@ -49,7 +51,7 @@ def _scales(
             for i in range(SIGNS):
                 u[(first + i) // sub, (first + i) % sub] = eight[i] * sign[i]
         d[r] = block_scale(
-            u, w, top, most, offsets, shared, unit, factors, tries, table, coarse, mids, room, t, small, offset
+            u, w, top, most, offsets, shared, unit, factors, tries, coarse, mids, room, t, work, small, offset
         )  # fmt: skip
         ls[:, r], bent[:, r] = small, offset
 
@@ -59,14 +61,14 @@ scales: Any = compiled(_scales)
 
 def _round_vectors(
     w: _Array, first: int, block: int, y: _Array, fed: _Array, weight: _Array, tris: _Array, signs: int,
-    offsets: _Array, shared: bool, table: _Array, near: _Array, mids: _Array, ls: _Array, bent: _Array, d: _Array,
+    offsets: _Array, shared: bool, near: _Array, mids: _Array, ls: _Array, bent: _Array, d: _Array,
     q: _Array, error: _Array,
 ) -> None:  # fmt: skip
     """Codes of a block, eight columns at a time and last to first, under its scales; `y` is what was fed back."""
-    n, sub = table.shape[1], block // len(ls)
+    n, sub = near.shape[1], block // len(ls)
     z, z8 = np.empty((n, LANES), np.float32), np.empty((SIGNS, LANES), np.float32)
-    four = np.empty((4, n), np.float32)
-    v, b, t, e = four[0], four[1], four[2], four[3]
+    three, room = np.empty((3, n), np.float32), np.empty((2 * SIGNS, NEAR), np.float32)
+    v, b, t = three[0], three[1], three[2]
     s, out = np.empty((n, n), np.float32), np.empty(n, np.float32)
     one, eight, turned = np.empty(1, np.float32), np.empty(SIGNS, np.float32), np.empty((LANES, SIGNS), np.float32)
     for group in range(block - SIGNS, -1, -SIGNS):
@@ -95,10 +97,10 @@ def _round_vectors(
                 if abs(a) > TINY:
                     choose(
                         v, tris[start // n], weight[start:], a, signs, one if shared else offsets, turned[r, at : at + n],
-                        table, near, mids, b, s, t, e, out,
+                        near, mids, room, b, s, t, out,
                     )  # fmt: skip
                 else:
-                    blank(out, table, one[0] if shared else offsets[0])
+                    blank(out, near, one[0] if shared else offsets[0])
                 for i in range(n):
                     q[start + i, r] = out[i]
                     error[start + i, r] = w[start + i, r] - a * out[i]
@@ -109,17 +111,18 @@ round_vectors: Any = compiled(_round_vectors)
 
 def _descend_row(
     g: _Array, h: _Array, solve: _Array, tris: _Array, inv: _Array, signs: int, offsets: _Array, shared: bool,
-    table: _Array, near: _Array, mids: _Array, s: _Array, bent: _Array, d: Any, most: int, q: _Array,
+    near: _Array, mids: _Array, s: _Array, bent: _Array, d: Any, most: int, q: _Array,
 ) -> None:  # fmt: skip
     """One sweep over the codes `q` and sub-scales `s` of one row's block.
 
     `g` is H times the error, `h` the block's own part of H; `solve` (vectors, n, n) are inverses of vectors' parts and
     `tris` their factors, `inv` is H's diagonal.
     """
-    n, sub = table.shape[1], len(q) // len(s)
+    n, sub = near.shape[1], len(q) // len(s)
     five = np.empty((5, n), np.float32)
     c, z, b, t, e = five[0], five[1], five[2], five[3], five[4]
-    room, out, one = np.empty((n, n), np.float32), np.empty(n, np.float32), np.empty(1, np.float32)
+    tile, room = np.empty((n, n), np.float32), np.empty((2 * SIGNS, NEAR), np.float32)
+    out, one = np.empty(n, np.float32), np.empty(1, np.float32)
     sign = np.ones(SIGNS, np.float32)
     for at in range(len(q) - n, -1, -n):
         a = d * s[at // sub]
@@ -146,8 +149,7 @@ def _descend_row(
                 sign[which] = -sign[which]
         one[0] = bent[at // sub]
         new = choose(
-            z, tris[at // n], inv[at:], a, signs, one if shared else offsets, sign[:n], table, near, mids, b, room, t, e,
-            out,
+            z, tris[at // n], inv[at:], a, signs, one if shared else offsets, sign[:n], near, mids, room, b, tile, t, out,
         )  # fmt: skip
         if new < cost_of(z, c, tris[at // n], e):
             for i in range(n):
@@ -188,7 +190,7 @@ descend_row: Any = compiled(_descend_row)
 
 def _descend(
     h: _Array, tile: _Array, solve: _Array, tris: _Array, inv: _Array, w: _Array, first: int, signs: int,
-    offsets: _Array, shared: bool, table: _Array, near: _Array, mids: _Array, ls: _Array, bent: _Array, d: _Array,
+    offsets: _Array, shared: bool, near: _Array, mids: _Array, ls: _Array, bent: _Array, d: _Array,
     most: int, unit: Grid, q: _Array, error: _Array,
 ) -> None:  # fmt: skip
     """One sweep over a block of LANES rows."""
@@ -202,7 +204,7 @@ def _descend(
         for i in range(block):
             slope[i], code[i] = g[i, r], q[first + i, r]
         s[:], o[:] = ls[:, r], bent[:, r]
-        descend_row(slope, tile, solve, tris, inv, signs, offsets, shared, table, near, mids, s, o, d[r], most, code)
+        descend_row(slope, tile, solve, tris, inv, signs, offsets, shared, near, mids, s, o, d[r], most, code)
         ls[:, r] = s
         for i in range(block):
             g[i, r], q[first + i, r] = slope[i], code[i]
@@ -220,7 +222,7 @@ descend: Any = compiled(_descend)
 def _encode_vectors(
     w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, tris: _Array, own: _Array, solve: _Array,
     inv: _Array, top: Any, most: int, signs: int, offsets: _Array, shared: bool, unit: Grid, factors: _Array,
-    tries: _Array, table: _Array, coarse: _Array, near: _Array, mids: _Array, sweeps: int, q: _Array, ls: _Array,
+    tries: _Array, coarse: _Array, near: _Array, mids: _Array, sweeps: int, q: _Array, ls: _Array,
     d: _Array,
 ) -> None:  # fmt: skip
     """Codes of LANES rows, whose weights `w` (cols, LANES) are divided by their unit; as `kernel.encode`.
@@ -230,7 +232,7 @@ def _encode_vectors(
     """
     cols, block = len(w), tiles.shape[1]
     per = len(ls) * block // cols
-    n = table.shape[1]
+    n = near.shape[1]
     error = np.zeros((cols, LANES), np.float32)
     bent = np.zeros((len(ls), LANES), np.float32)
     y, z = np.empty((block, LANES), np.float32), np.empty((block, LANES), np.float32)
@@ -242,11 +244,11 @@ def _encode_vectors(
         z[:] = y
         settle(z, w, fed, first)
         scales(
-            z, weight[first:], top, most, signs, offsets, shared, unit, factors, tries, table, coarse, mids, small, o,
+            z, weight[first:], top, most, signs, offsets, shared, unit, factors, tries, coarse, mids, small, o,
             d[at],
         )  # fmt: skip
         round_vectors(
-            w, first, block, y, fed, weight, tris, signs, offsets, shared, table, near, mids, small, o, d[at], q, error
+            w, first, block, y, fed, weight, tris, signs, offsets, shared, near, mids, small, o, d[at], q, error
         )  # fmt: skip
     for _ in range(sweeps):
         for first in range(cols - block, -1, -block):
@@ -254,7 +256,7 @@ def _encode_vectors(
             small, o = ls[at * per : at * per + per], bent[at * per : at * per + per]
             part = slice(first // n, (first + block) // n)
             descend(
-                h, tiles[at], solve[part], own[part], inv[first:], w, first, signs, offsets, shared, table, near, mids,
+                h, tiles[at], solve[part], own[part], inv[first:], w, first, signs, offsets, shared, near, mids,
                 small, o, d[at], most, unit, q, error,
             )  # fmt: skip
 
@@ -268,12 +270,12 @@ def _entry(stamp: int) -> Any:
     def encode_vectors(
         w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, tris: _Array, own: _Array, solve: _Array,
         inv: _Array, top: Any, most: int, signs: int, offsets: _Array, shared: bool, unit: Grid, factors: _Array,
-        tries: _Array, table: _Array, coarse: _Array, near: _Array, mids: _Array, sweeps: int, q: _Array, ls: _Array,
+        tries: _Array, coarse: _Array, near: _Array, mids: _Array, sweeps: int, q: _Array, ls: _Array,
         d: _Array,
     ) -> int:  # fmt: skip
         encode(
             w, fed, weight, h, tiles, tris, own, solve, inv, top, most, signs, offsets, shared, unit, factors, tries,
-            table, coarse, near, mids, sweeps, q, ls, d,
+            coarse, near, mids, sweeps, q, ls, d,
         )  # fmt: skip
         return stamp
 

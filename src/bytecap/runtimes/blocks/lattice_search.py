@@ -20,6 +20,7 @@ from bytecap.runtimes.blocks.search import LANES, TINY, Grid, compiled, half
 _Array = npt.NDArray[Any]
 _ZERO, _ONE = np.float32(0), np.float32(1)
 SIGNS = 8
+NEAR, COARSE = 24, 8  # entries tried for a code, and in the search of scales
 
 
 def _cell(t: _Array, mids: _Array) -> Any:
@@ -49,34 +50,41 @@ def _sign(z: _Array, weight: _Array, even: bool, out: _Array) -> None:
 
 
 def _pick(
-    z: _Array, tri: _Array, a: Any, sign: _Array, offset: Any, table: _Array, near: _Array, mids: _Array, b: _Array,
-    s: _Array, t: _Array, e: _Array,
+    z: _Array, tri: _Array, a: Any, sign: _Array, offset: Any, near: _Array, mids: _Array, room: _Array, b: _Array,
+    s: _Array, t: _Array,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Best entry for `z` as `a * (sign * level + offset)` and its cost; `tri` (j, i) is R's row i, column j.
+    """Best of the entries near `z` as `a * (sign * level + offset)`, in `room`'s first rows, and its cost.
 
-    `b` (vector,), `s` (vector, vector), `t` and `e` (vector,) are room.
+    `tri` (j, i) is R's row i, column j. `room` (2 * SIGNS, NEAR), `b` (vector,), `s` (vector, vector) and `t` (vector,)
+    are room.
     """
     n = len(z)
     b[:] = _ZERO
     for j in range(n):
         t[j] = (z[j] / a - offset) * sign[j]
         x, y = z[j] - a * offset, a * sign[j]
-        for i in range(n):
+        for i in range(j + 1):
             b[i] += tri[j, i] * x
             s[j, i] = tri[j, i] * y
-    best, least = 0, np.float32(np.inf)
-    for k in near[cell(t, mids)]:
-        entry = table[k]
-        e[:] = b
-        for j in range(n):
-            for i in range(n):
-                e[i] -= entry[j] * s[j, i]
-        cost = _ZERO
-        for i in range(n):
-            cost += e[i] * e[i]
-        if cost < least:
-            best, least = k, cost
-    return best, least
+    entries, far, cost = near[cell(t, mids)], room[SIGNS], room[SIGNS + 1]
+    cost[:] = _ZERO
+    for i in range(n):
+        row = room[i]
+        for k in range(NEAR):
+            row[k] = entries[i, k]
+    for i in range(n):
+        far[:] = b[i]
+        for j in range(i, n):
+            row, x = room[j], s[j, i]
+            for k in range(NEAR):
+                far[k] -= x * row[k]
+        for k in range(NEAR):
+            cost[k] += far[k] * far[k]
+    best = 0
+    for k in range(1, NEAR):
+        if cost[k] < cost[best]:
+            best = k
+    return best, cost[best]
 
 
 cell: Any = compiled(_cell)
@@ -102,24 +110,28 @@ cost_of: Any = compiled(_cost)
 
 
 def _fit(
-    u: _Array, weight: _Array, a: Any, offset: Any, table: _Array, near: _Array, mids: _Array, t: _Array
+    u: _Array, weight: _Array, a: Any, offset: Any, near: _Array, mids: _Array, t: _Array, room: _Array
 ) -> tuple[Any, Any, Any]:
     """Sums `w l u`, `w l l` and the loss of a sub-block `u` under a scale, columns taken by themselves."""
-    n, sx, ss, lost = len(t), _ZERO, _ZERO, _ZERO
+    n, sx, ss, lost, inv = len(t), _ZERO, _ZERO, _ZERO, _ONE / a
+    cost = room[SIGNS]
     for first in range(0, len(u), n):
         for i in range(n):
-            t[i] = u[first + i] / a - offset
-        best, least = 0, np.float32(np.inf)
-        for k in near[cell(t, mids)]:
-            cost = _ZERO
-            for i in range(n):
-                x = t[i] - table[k, i]
-                cost += weight[first + i] * x * x
-            if cost < least:
-                best, least = k, cost
-        lost += least
+            t[i] = u[first + i] * inv - offset
+        entries = near[cell(t, mids)]
+        cost[:COARSE] = _ZERO
         for i in range(n):
-            level = table[best, i] + offset
+            x, w = t[i], weight[first + i]
+            for k in range(COARSE):
+                y = x - np.float32(entries[i, k])
+                cost[k] += w * y * y
+        best = 0
+        for k in range(1, COARSE):
+            if cost[k] < cost[best]:
+                best = k
+        lost += cost[best]
+        for i in range(n):
+            level = np.float32(entries[i, best]) + offset
             sx += weight[first + i] * level * u[first + i]
             ss += weight[first + i] * level * level
     return sx, ss, lost * a * a
@@ -129,8 +141,8 @@ fit: Any = compiled(_fit)
 
 
 def _scale(
-    u: _Array, weight: _Array, top: Any, offsets: _Array, factors: _Array, table: _Array, near: _Array, mids: _Array,
-    t: _Array,
+    u: _Array, weight: _Array, top: Any, offsets: _Array, factors: _Array, near: _Array, mids: _Array,
+    t: _Array, work: _Array,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Best scale and offset of a sub-block `u`; `top` is the largest level."""
     peak, best, kept, bent = _ZERO, _ZERO, _ZERO, offsets[0]
@@ -142,7 +154,7 @@ def _scale(
         for f in factors:
             a = peak / top * f
             for _ in range(2):
-                sx, ss, _lost = fit(u, weight, a, offset, table, near, mids, t)
+                sx, ss, _lost = fit(u, weight, a, offset, near, mids, t, work)
                 if not (sx > _ZERO and sx / ss > TINY):
                     break
                 a = sx / ss
@@ -164,7 +176,7 @@ odd: Any = compiled(_odd)
 
 def _block(
     u: _Array, weight: _Array, top: Any, most: int, offsets: _Array, shared: bool, unit: Grid, factors: _Array,
-    tries: _Array, table: _Array, near: _Array, mids: _Array, room: _Array, t: _Array, ls: _Array, bent: _Array,
+    tries: _Array, near: _Array, mids: _Array, room: _Array, t: _Array, work: _Array, ls: _Array, bent: _Array,
 ) -> Any:  # fmt: skip
     """Float16 scale of a block `u` (subs, sub); its sub-scales go to `ls`, offsets of sub-blocks to `bent`.
 
@@ -174,7 +186,7 @@ def _block(
     blank = np.zeros(1, np.float32)
     largest = _ZERO
     for b in range(len(u)):
-        room[b], bent[b] = scale_of(u[b], weight[b], top, offsets if shared else blank, factors, table, near, mids, t)
+        room[b], bent[b] = scale_of(u[b], weight[b], top, offsets if shared else blank, factors, near, mids, t, work)
         largest = max(largest, room[b])
         ls[b] = _ONE
     found, least = _ZERO, np.float32(np.inf)
@@ -189,7 +201,7 @@ def _block(
             for step in range(-2, 3, 2):
                 s = middle + step
                 if s >= _ONE and s <= most:
-                    lost = fit(u[b], weight[b], d * s, bent[b], table, near, mids, t)[2]
+                    lost = fit(u[b], weight[b], d * s, bent[b], near, mids, t, work)[2]
                     if lost < lowest:
                         lowest, chosen[b] = lost, s
             total += lowest
@@ -203,8 +215,8 @@ block_scale: Any = compiled(_block)
 
 
 def _choose(
-    z: _Array, tri: _Array, weight: _Array, a: Any, signs: int, offsets: _Array, sign: _Array, table: _Array,
-    near: _Array, mids: _Array, b: _Array, s: _Array, t: _Array, e: _Array, out: _Array,
+    z: _Array, tri: _Array, weight: _Array, a: Any, signs: int, offsets: _Array, sign: _Array, near: _Array,
+    mids: _Array, room: _Array, b: _Array, s: _Array, t: _Array, out: _Array,
 ) -> Any:  # fmt: skip
     """Best code of one vector into `out` (levels), and its cost; `signs`: 0 none, 1 free, 2 given in `sign`."""
     if signs == 0:
@@ -213,22 +225,21 @@ def _choose(
         sign_of(z, weight, False, sign)
     least = np.float32(np.inf)
     for offset in offsets:
-        k, cost = pick(z, tri, a, sign, offset, table, near, mids, b, s, t, e)
+        k, cost = pick(z, tri, a, sign, offset, near, mids, room, b, s, t)
         if cost < least:
             least = cost
             for i in range(len(z)):
-                out[i] = sign[i] * table[k, i] + offset
+                out[i] = sign[i] * room[i, k] + offset
     return least
 
 
 choose: Any = compiled(_choose)
 
 
-def _blank(q: _Array, table: _Array, offset: Any) -> None:
-    """Codes (block,) where the scale is nothing: the first entry."""
-    n = table.shape[1]
-    for i in range(len(q)):
-        q[i] = table[0, i % n] + offset
+def _blank(out: _Array, near: _Array, offset: Any) -> None:
+    """A code (vector,) where the scale is nothing: some entry."""
+    for i in range(len(out)):
+        out[i] = np.float32(near[0, i, 0]) + offset
 
 
 blank: Any = compiled(_blank)

@@ -2,7 +2,7 @@
 
 >>> from bytecap.runtimes.blocks.lattice import LATTICES
 >>> tables(LATTICES["IQ2_XS"])[-2].shape  # cells of three levels in eight columns, entries near each
-(6561, 24)
+(6561, 8, 24)
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from bytecap.runtimes.blocks import BlockFormat, FloatArray
 from bytecap.runtimes.blocks.lattice import table
+from bytecap.runtimes.blocks.lattice_search import COARSE, NEAR
 
 if TYPE_CHECKING:
     from bytecap.runtimes.blocks.encode import Form
 
-NEAR, COARSE = 24, 6  # entries tried for a code, and in the search of scales
 _FACTORS = np.linspace(1.1, 0.5, 8, dtype=np.float32)  # candidates for a sub-block's scale
 _TRIES = np.array((1.0, 0.93, 1.07, 0.86, 1.14), np.float32)  # and for the float16 of a block
 _SIGNS = {"": 0, "free": 1, "even": 2}
@@ -33,12 +33,12 @@ def tables(form: BlockFormat) -> tuple[Any, ...]:
     mids = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
     grid = np.stack(np.meshgrid(*[levels] * form.vector, indexing="ij"), -1).reshape(-1, form.vector)
     far = (grid**2).sum(-1)[:, None] - 2 * grid @ entries.T + (entries**2).sum(-1)
-    near = np.argsort(far, 1, kind="stable")[:, :NEAR].astype(np.int32)
+    near = entries[np.argsort(far, 1, kind="stable")[:, :NEAR]].transpose(0, 2, 1).astype(np.int8)
     offsets = np.array((1.0, -1.0) if form.offsets else (0.0,), np.float32)
     shared = form.offsets != 8  # one offset a sub-block, if there is any
     return (
-        np.float32(levels.max()), form.scales[1], _SIGNS[form.signs], offsets, shared, _FACTORS, _TRIES, entries,
-        np.ascontiguousarray(near[:, :COARSE]), near, mids,
+        np.float32(levels.max()), form.scales[1], _SIGNS[form.signs], offsets, shared, _FACTORS, _TRIES,
+        np.ascontiguousarray(near[..., :COARSE]), np.ascontiguousarray(near), mids,
     )  # fmt: skip
 
 
