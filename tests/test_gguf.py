@@ -201,7 +201,17 @@ def test_a_quantized_template_is_refused(made, model_directory) -> None:
         read_template(made[1], load_model(model_directory("rotary")))
 
 
-def test_a_template_opens_what_nobody_knows(tmp_path, tokenizer_json, texts) -> None:
+def test_architectures_without_a_direct_way_are_named(tmp_path, tokenizer_json) -> None:
+    import transformers
+
+    config = transformers.OlmoConfig(vocab_size=288, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                     num_attention_heads=4, pad_token_id=0, eos_token_id=0)  # fmt: skip
+    directory = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "olmo", tokenizer_json)
+    with pytest.raises(CheckpointError, match="is a olmo: no direct way into GGUF.*--template"):
+        layout_of(load_model(directory))
+
+
+def test_a_template_follows_rows_wherever_they_are(tmp_path, tokenizer_json, texts) -> None:
     """Experts, which the converter splits and stacks: every row is found by its values."""
     import transformers
 
@@ -213,8 +223,6 @@ def test_a_template_opens_what_nobody_knows(tmp_path, tokenizer_json, texts) -> 
     )  # fmt: skip
     directory = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "mix", tokenizer_json)
     model = load_model(directory)
-    with pytest.raises(CheckpointError, match="is a mixtral: no direct way into GGUF"):
-        layout_of(model)
     state = {k: v.numpy() for k, v in model.module.state_dict().items()}
     both = next(v for k, v in state.items() if k.endswith("experts.gate_up_proj"))
     down = next(v for k, v in state.items() if k.endswith("experts.down_proj"))
@@ -230,7 +238,11 @@ def test_a_template_opens_what_nobody_knows(tmp_path, tokenizer_json, texts) -> 
     stored = [Stored(n, v.shape, "F32", encode_plain("F32", v.reshape(-1, v.shape[-1]))) for n, v in tensors.items()]
     write(path, "llama", lambda w: w.add_block_count(1), stored)
     layout = read_template(path, model).layout
+    direct = {p.name: p for p in layout_of(model).places}
     owners = {p.name: p for p in layout.places}
+    for name in (n for n in owners if "_exps" in n):
+        assert (direct[name].unit, direct[name].shape) == (owners[name].unit, owners[name].shape)
+        assert np.array_equal(direct[name].rows, owners[name].rows)
     assert owners["blk.0.ffn_gate_exps.weight"].unit == owners["blk.0.ffn_up_exps.weight"].unit
     assert owners["blk.0.ffn_gate_exps.weight"].rows.tolist() == [e * 128 + i for e in range(3) for i in range(64)]
     out = tmp_path / "q.gguf"
