@@ -152,3 +152,114 @@ def test_llama_cpp_computes_what_the_original_does(exported, kind, length) -> No
     found = torch.from_numpy(np.array(there.scores[:length]))
     rounded = kind.startswith("gemma")  # llama.cpp looks GELU up in a table of float16
     assert float((found - wanted).abs().max()) < (1e-3 if rounded else 1e-5) * float(wanted.abs().max())
+
+
+def unigram(text, *, table=None, **changes):
+    """Unigram tokenizer trained on a text, as JSON."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=280, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator(text.splitlines(), trainer)
+    found = json.loads(made.to_str())
+    if table is not None:
+        found["normalizer"] = {"type": "Sequence", "normalizers": [
+            {"type": "Precompiled", "precompiled_charsmap": table},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        ]}  # fmt: skip
+        found["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"},
+                                                                        found["pre_tokenizer"]]}  # fmt: skip
+    return json.dumps(found | changes)
+
+
+def fields(data):
+    """Last value of every field of a protocol buffer that has a length."""
+    found, at = {}, 0
+
+    def number():
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte = data[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        tag = number()
+        if tag & 7 == 2:
+            size = number()
+            found[tag >> 3] = data[at : at + size]
+            at += size
+        else:
+            at += {0: 0, 1: 8, 5: 4}[tag & 7]
+            number() if tag & 7 == 0 else None
+    return found
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    """Function: an F32 file of a random Llama with a tokenizer."""
+
+    def get(tokenizer):
+        where = tmp_path_factory.mktemp("tokens")
+        config = transformers.LlamaConfig(**COMMON)
+        model = load_model(save(transformers.AutoModelForCausalLM.from_config(config), where / "model", tokenizer))
+        write_plain(model, layout_of(model), where / "a.gguf", "F32")
+        return where / "a.gguf"
+
+    return get
+
+
+def test_a_unigram_tokenizer_is_the_t5_one(with_tokenizer, texts) -> None:
+    found = keys(with_tokenizer(unigram(texts["calib"].read_text())))
+    assert found["tokenizer.ggml.model"] == "t5"
+    assert found["tokenizer.ggml.token_type"][:3] == [3, 3, 2]
+    assert len(found["tokenizer.ggml.scores"]) == 288
+    assert found["tokenizer.ggml.unknown_token_id"] == 2
+    assert (found["tokenizer.ggml.add_space_prefix"], found["tokenizer.ggml.remove_extra_whitespaces"]) == (True, False)
+    assert found["tokenizer.ggml.add_eos_token"] is False
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, r"Unigram one of .* \(normalizer Lowercase\).*--template"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, r"\(pre_tokenizer Whitespace\)"),
+        ({"pre_tokenizer": None}, r"\(pre_tokenizer without Metaspace\)"),
+    ],
+)
+def test_unigram_rules_without_a_counterpart_are_named(with_tokenizer, texts, part, words) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        with_tokenizer(unigram(texts["calib"].read_text(), **part))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("merged", [False, True])
+def test_llama_cpp_cuts_text_as_the_unigram_tokenizer_does(with_tokenizer, texts, tmp_path, merged) -> None:
+    import base64
+
+    from tokenizers import Tokenizer
+
+    llama = pytest.importorskip("llama_cpp")
+    table = None
+    if merged:
+        pieces = pytest.importorskip("sentencepiece")
+        prefix = tmp_path / "p"
+        (tmp_path / "t.txt").write_text(texts["calib"].read_text())
+        pieces.SentencePieceTrainer.train(
+            input=str(tmp_path / "t.txt"), model_prefix=str(prefix), vocab_size=200, minloglevel=2, hard_vocab_limit=False
+        )
+        rules = fields(prefix.with_suffix(".model").read_bytes())[3]
+        table = base64.b64encode(fields(rules)[2]).decode()
+    tokenizer = unigram(texts["calib"].read_text(), table=table)
+    there = llama.Llama(str(with_tokenizer(tokenizer)), vocab_only=True, verbose=False)
+    here = Tokenizer.from_str(tokenizer)
+    for text in (texts["val"].read_text(), "Zoë says ½ of  ｆｕｌｌ width,\tand 漢字 too", "a</s>b"):
+        wanted = here.encode(text, add_special_tokens=False).ids
+        assert there.tokenize(text.encode(), add_bos=False, special=True) == wanted, text[:50]
