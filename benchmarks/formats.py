@@ -37,12 +37,12 @@ from common import parser, record, texts
 NARROW = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 NARROW |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"), "IQ4_NL")
 # types that the menu had before, for `--menu scalar`
-SCALAR = tuple(f.name for f in FORMATS.values() if not f.vector and f.high > 1 and not f.order) + ("F16", "BF16")
+SCALAR = (*(f.name for f in FORMATS.values() if not f.vector and f.high > 1 and not f.order), "F16", "BF16")
 BASE = {
     "IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XXS": "IQ3_XXS",
-    "IQ3_XS": "IQ3_S", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S", "IQ4_XS": "IQ4_XS",
-    "IQ4_NL": "IQ4_NL", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K",
-    "Q8_0": "Q8_0",
+    "IQ3_XS": "IQ3_S", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S",
+    "IQ4_XS": "IQ4_XS", "IQ4_NL": "IQ4_NL", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K",
+    "Q6_K": "Q6_K", "Q8_0": "Q8_0",
 }  # fmt: skip
 
 
@@ -69,6 +69,7 @@ def one_type(name: str, tensor: str, i: int, layers: int, share: int) -> str:
         two = {"attn_v": "Q4_K" if share >= 4 else better, "ffn_down": better if i < layers // 8 else base}
         two |= {"attn_output": better} if better == "IQ3_S" else {}
         return two.get(tensor.split(".")[2], base)
+    middle = "IQ3_XXS" if layers // 8 <= i < 7 * layers // 8 else base
     rules: dict[str, dict[str, str]] = {
         "attn_v": {
             "Q2_K": "Q4_K" if share >= 4 else "Q3_K", "IQ3_M": "Q4_K", "Q3_K_M": "Q5_K" if i < 2 else "Q4_K",
@@ -84,9 +85,7 @@ def one_type(name: str, tensor: str, i: int, layers: int, share: int) -> str:
         },
         "attn_output": {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "IQ3_M": "Q4_K", "IQ3_XXS": "IQ3_S"},
         "attn_q": {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}, "attn_k": {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"},
-        **dict.fromkeys(
-            ("ffn_gate", "ffn_up"), {"IQ3_XS": "IQ3_XXS" if layers // 8 <= i < 7 * layers // 8 else base}
-        ),
+        "ffn_gate": {"IQ3_XS": middle}, "ffn_up": {"IQ3_XS": middle},
     }  # fmt: skip
     part = tensor.split(".")[2] if tensor.startswith("blk.") else tensor
     return rules.get(part, {}).get(name, base)

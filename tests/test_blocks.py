@@ -74,7 +74,9 @@ def test_a_rounded_matrix_decodes_as_gguf_does(name: str) -> None:
     assert error < (0.55 if name[:2] == "TQ" else 2.0 ** (2 - FORMATS[name].bits)), error
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_1", "Q8_0", "IQ1_S", "IQ2_S", "IQ3_XXS", "MXFP4"])
+@pytest.mark.parametrize(
+    "name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_1", "Q8_0", "IQ1_S", "IQ2_S", "IQ3_XXS", "MXFP4"]
+)
 def test_threads_and_company_change_nothing(name: str) -> None:
     form, weight = prepare(hessian(256)), weights(75, 256)
     one, many = (encode(weight, form, FORMATS[name], threads=n) for n in (1, 3))

@@ -27,7 +27,11 @@ SWEEPS = 2
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
-_FLOATS = {"F16": (65504.0, 11, -13), "BF16": (3.3895e38, 8, -125), "E8M0": (2.0**127, 1, -127)}  # largest, digits, least exponent
+_FLOATS = {
+    "F16": (65504.0, 11, -13),
+    "BF16": (3.3895e38, 8, -125),
+    "E8M0": (2.0**127, 1, -127),
+}  # largest, digits, least exponent
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
 
@@ -90,7 +94,15 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
     elif form.levels:
         first, width = 1.08, 0.5
     else:
-        first, width = (1.0, 0.75) if form.low == -1 else (1.08, 0.62) if form.low >= -8 else (1.06, 0.36) if form.low >= -32 else (1.04, 0.1)
+        first, width = (
+            (1.0, 0.75)
+            if form.low == -1
+            else (1.08, 0.62)
+            if form.low >= -8
+            else (1.06, 0.36)
+            if form.low >= -32
+            else (1.04, 0.1)
+        )
     factors = np.linspace(first, first - width, _STEPS, dtype=np.float32)
     tries = np.array(_COARSE if form.scales[1] <= 31 else _FINE, np.float32)
     return table, factors, tries

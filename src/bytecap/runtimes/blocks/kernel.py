@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
-from bytecap.runtimes.blocks.powers import power
+from bytecap.runtimes.blocks.powers import plain
 from bytecap.runtimes.blocks.search import (
     LANES,
     Grid,
     affine,
     compiled,
     float_of,
-    half,
     inverse,
     near,
     small,
@@ -199,13 +198,10 @@ def _encode(
             symmetric(z, 0, block, rest, -np.rint(high / 2), high - np.rint(high / 2), table, factors, 2, s, work)
             zero_point(z, rest, high, table, unit, a[0], c[0], s, d[at], m[base], work)
             dm[at], ls[base] = d[at], np.float32(1)
-        elif unit[2] == 1:  # scales of one digit
-            power(z, rest, low, high, table, unit, a[0], d[at], work)
-            ls[base] = np.float32(1)
         else:
-            for r in range(LANES):
-                d[at, r], dm[at, r] = half(a[0, r], unit), half(c[0, r], unit)
-                ls[base, r], m[base, r] = 1, min(minimums, 1)
+            plain(
+                z, rest, low, high, table, minimums, unit, a[0], c[0], d[at], dm[at], ls[base], m[base], work
+            )  # fmt: skip
         for b in range(per):
             for r in range(LANES):
                 a[b, r], c[b, r] = d[at, r] * ls[base + b, r], dm[at, r] * m[base + b, r]

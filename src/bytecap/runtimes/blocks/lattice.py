@@ -23,7 +23,7 @@ from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
 from bytecap.runtimes.gguf import library
 
 _Bytes = npt.NDArray[np.uint8]
-_Words = npt.NDArray[np.uint32]
+_Words = npt.NDArray[Any]  # unsigned integers
 BLOCK, SIGNS = 256, 8  # columns of a block, and of a group of signs
 
 
@@ -133,12 +133,14 @@ def _words(data: _Bytes, kind: str) -> _Words:
 def _fold(values: _Words, bits: int, width: int = 8) -> _Words:
     """Integers of a few bits side by side in words of `width`, first ones lowest."""
     cut = values.reshape(*values.shape[:-1], -1, width // bits) << np.arange(0, width // bits * bits, bits)
-    return cut.sum(-1).astype(np.uint32)
+    found: _Words = cut.sum(-1).astype(np.uint32)
+    return found
 
 
 def _unfold(words: _Words, bits: int, width: int = 8) -> _Words:
     found = words[..., None] >> np.arange(0, width // bits * bits, bits, dtype=np.uint32) & ((1 << bits) - 1)
-    return found.reshape(*words.shape[:-1], -1)
+    flat: _Words = found.reshape(*words.shape[:-1], -1)
+    return flat
 
 
 def _even(seven: _Words) -> _Words:
@@ -152,7 +154,7 @@ def _low(place: _Words) -> _Bytes:
     return _bytes(place & 255, "u1")
 
 
-def _pack_xxs(place: _Words, sign: _Words, offset: Any, small: _Words, half: Any) -> list[_Bytes]:
+def _pack_xxs(place: _Words, sign: _Words, _offset: Any, small: _Words, half: Any) -> list[_Bytes]:
     """IQ2_XXS, IQ3_XXS: four signs of seven and the sub-scale share a word."""
     words = _fold(sign & 127, 7, 28) | small << 28
     head = _bytes(half, "<u2")
@@ -179,7 +181,7 @@ def _half(data: _Bytes) -> npt.NDArray[np.float16]:
     return np.ascontiguousarray(data).view("<f2")[..., 0].astype(np.float16)
 
 
-def _pack_xs(place: _Words, sign: _Words, offset: Any, small: _Words, half: Any) -> list[_Bytes]:
+def _pack_xs(place: _Words, sign: _Words, _offset: Any, small: _Words, half: Any) -> list[_Bytes]:
     """IQ2_XS: nine bits of place and seven signs."""
     return [_bytes(half, "<u2"), _bytes(place | (sign & 127) << 9, "<u2"), _bytes(_fold(small, 4), "u1")]
 
@@ -189,7 +191,7 @@ def _unpack_xs(cells: _Bytes) -> tuple[Any, ...]:
     return words & 511, _even(words >> 9), None, _unfold(cells[..., 66:].astype(np.uint32), 4), _half(cells[..., :2])
 
 
-def _pack_2s(place: _Words, sign: _Words, offset: Any, small: _Words, half: Any) -> list[_Bytes]:
+def _pack_2s(place: _Words, sign: _Words, _offset: Any, small: _Words, half: Any) -> list[_Bytes]:
     """IQ2_S: low bytes of places, signs, two high bits of places."""
     return [_bytes(half, "<u2"), _low(place), *(_bytes(x, "u1") for x in (sign, _fold(place >> 8, 2), _fold(small, 4)))]
 
@@ -200,7 +202,7 @@ def _unpack_2s(cells: _Bytes) -> tuple[Any, ...]:
     return place, wide[..., 34:66], None, _unfold(wide[..., 74:], 4), _half(cells[..., :2])
 
 
-def _pack_3s(place: _Words, sign: _Words, offset: Any, small: _Words, half: Any) -> list[_Bytes]:
+def _pack_3s(place: _Words, sign: _Words, _offset: Any, small: _Words, half: Any) -> list[_Bytes]:
     """IQ3_S: low bytes of places, their ninth bits, signs."""
     return [_bytes(half, "<u2"), _low(place), *(_bytes(x, "u1") for x in (_fold(place >> 8, 1), sign, _fold(small, 4)))]
 
@@ -211,7 +213,7 @@ def _unpack_3s(cells: _Bytes) -> tuple[Any, ...]:
     return place, wide[..., 74:106], None, _unfold(wide[..., 106:], 4), _half(cells[..., :2])
 
 
-def _pack_1s(place: _Words, sign: Any, offset: _Words, small: _Words, half: Any) -> list[_Bytes]:
+def _pack_1s(place: _Words, _sign: Any, offset: _Words, small: _Words, half: Any) -> list[_Bytes]:
     """IQ1_S: three high bits of four places, sub-scale and offset share a word."""
     words = _fold(place >> 8, 3, 12) | small << 12 | offset << 15
     return [_bytes(half, "<u2"), _low(place), _bytes(words, "<u2")]
@@ -223,7 +225,7 @@ def _unpack_1s(cells: _Bytes) -> tuple[Any, ...]:
     return place, None, words >> 15, words >> 12 & 7, _half(cells[..., :2])
 
 
-def _pack_1m(place: _Words, sign: Any, offset: _Words, small: _Words, half: Any) -> list[_Bytes]:
+def _pack_1m(place: _Words, _sign: Any, offset: _Words, small: _Words, half: Any) -> list[_Bytes]:
     """IQ1_M: the scale's four nibbles are the highest of four words of sub-scales."""
     words = _fold(small, 3, 12) | (half.astype(np.uint32) >> np.arange(0, 16, 4, dtype=np.uint32) & 15) << 12
     return [_low(place), _bytes(_fold(place >> 8 | offset << 3, 4), "u1"), _bytes(words, "<u2")]

@@ -47,7 +47,7 @@ def _scales(
                 eight[i] = z[first + i, r]
             sign[:] = _ONE
             if signs > 0:
-                sign_of(eight, weight[first:], signs == 2, sign)
+                sign_of(eight, weight[first:], 0 if signs == 2 else -1, sign)
             for i in range(SIGNS):
                 u[(first + i) // sub, (first + i) % sub] = eight[i] * sign[i]
         d[r] = block_scale(
@@ -57,6 +57,20 @@ def _scales(
 
 
 scales: Any = compiled(_scales)
+
+
+def _settled_signs(y: _Array, w: _Array, fed: _Array, weight: _Array, here: int, z: _Array, out: _Array) -> None:
+    """Signs `out` (LANES, SIGNS) of eight columns from `here` on, an even number of them minus; `z` is room."""
+    eight = np.empty(SIGNS, np.float32)
+    z[:] = y
+    settle(z, w, fed, here)
+    for r in range(LANES):
+        for i in range(SIGNS):
+            eight[i] = z[i, r]
+        sign_of(eight, weight[here:], 0, out[r])
+
+
+settled_signs: Any = compiled(_settled_signs)
 
 
 def _round_vectors(
@@ -70,17 +84,12 @@ def _round_vectors(
     three, room = np.empty((3, n), np.float32), np.empty((2 * SIGNS, NEAR), np.float32)
     v, b, t = three[0], three[1], three[2]
     s, out = np.empty((n, n), np.float32), np.empty(n, np.float32)
-    one, eight, turned = np.empty(1, np.float32), np.empty(SIGNS, np.float32), np.empty((LANES, SIGNS), np.float32)
+    one, turned = np.empty(1, np.float32), np.empty((LANES, SIGNS), np.float32)
     for group in range(block - SIGNS, -1, -SIGNS):
         here = first + group
         feed(y[group : group + SIGNS], fed, here, here + SIGNS, first + block, error)
         if signs == 2:
-            z8[:] = y[group : group + SIGNS]
-            settle(z8, w, fed, here)
-            for r in range(LANES):
-                for i in range(SIGNS):
-                    eight[i] = z8[i, r]
-                sign_of(eight, weight[here:], True, turned[r])
+            settled_signs(y[group : group + SIGNS], w, fed, weight, here, z8, turned)
         for at in range(SIGNS - n, -1, -n):
             start = here + at
             for i in range(n):
@@ -96,8 +105,8 @@ def _round_vectors(
                 one[0] = bent[(group + at) // sub, r]
                 if abs(a) > TINY:
                     choose(
-                        v, tris[start // n], weight[start:], a, signs, one if shared else offsets, turned[r, at : at + n],
-                        near, mids, room, b, s, t, out,
+                        v, tris[start // n], weight[start:], a, signs, one if shared else offsets,
+                        turned[r, at : at + n], near, mids, room, b, s, t, out,
                     )  # fmt: skip
                 else:
                     blank(out, near, one[0] if shared else offsets[0])
@@ -107,6 +116,17 @@ def _round_vectors(
 
 
 round_vectors: Any = compiled(_round_vectors)
+
+
+def _parity(q: _Array, at: int, n: int) -> int:
+    """Whether an odd number of minus signs is needed at `at` (n columns) to make that of eight columns even."""
+    minus, first = 0, at // SIGNS * SIGNS
+    for j in range(first, first + SIGNS):
+        minus += (q[j] < _ZERO) and (j < at or j >= at + n)
+    return minus % 2
+
+
+parity_of: Any = compiled(_parity)
 
 
 def _descend_row(
@@ -134,22 +154,11 @@ def _descend_row(
             for j in range(n):
                 z[i] += solve[at // n, i, j] * g[at + j]
         if signs == 2:
-            minus, first = 0, at // SIGNS * SIGNS
-            for j in range(first, first + SIGNS):
-                minus += (q[j] < _ZERO) and (j < at or j >= at + n)
-            sign_of(z, inv[at:], False, sign[:n])
-            for i in range(n):
-                minus += sign[i] < _ZERO
-            if minus % 2:
-                least, which = np.float32(np.inf), 0
-                for i in range(n):
-                    cost = inv[at + i] * z[i] * z[i]
-                    if cost < least:
-                        least, which = cost, i
-                sign[which] = -sign[which]
+            sign_of(z, inv[at:], parity_of(q, at, n), sign[:n])
         one[0] = bent[at // sub]
         new = choose(
-            z, tris[at // n], inv[at:], a, signs, one if shared else offsets, sign[:n], near, mids, room, b, tile, t, out,
+            z, tris[at // n], inv[at:], a, signs, one if shared else offsets, sign[:n], near, mids, room, b, tile, t,
+            out,
         )  # fmt: skip
         if new < cost_of(z, c, tris[at // n], e):
             for i in range(n):

@@ -1,8 +1,9 @@
 """Codes that are vectors of a table, chosen under the metric: LANES rows at a time, vector by vector.
 
-Let `z` be the values that a vector would take if nothing in it were rounded. Its distortion is then `|R (z - c)|^2` with
-`R` upper triangular, whether columns before it are still open (`R` from the Hessian's Cholesky factor: error feedback)
-or everything else is settled (`R` from the vector's own part of the Hessian: descent). So one search serves both.
+Let `z` be the values that a vector would take if nothing in it were rounded. Its distortion is then `|R (z - c)|^2`
+with `R` upper triangular, whether columns before it are still open (`R` of the Hessian's Cholesky factor: error
+feedback) or everything else is settled (`R` of the vector's own part of the Hessian: descent). So one search serves
+both.
 A table has up to 2,048 entries; only those near `z` are tried, listed for every cell of the grid of levels.
 Signs follow `z`; where their number must be even, the sign that costs least is turned.
 Omitted: signs against `z`, other than those.
@@ -34,18 +35,18 @@ def _cell(t: _Array, mids: _Array) -> Any:
     return at
 
 
-def _sign(z: _Array, weight: _Array, even: bool, out: _Array) -> None:
-    """Signs of `z`, of which an even number is negative if `even`: the cheapest is turned."""
-    odd, least, turned = False, np.float32(np.inf), 0
+def _sign(z: _Array, weight: _Array, parity: int, out: _Array) -> None:
+    """Signs of `z`; as many are minus as `parity` says (0 even, 1 odd, -1 free): the cheapest is turned."""
+    minus, least, turned = 0, np.float32(np.inf), 0
     for i in range(len(z)):
         out[i] = _ONE
         if z[i] < _ZERO:
             out[i] = -_ONE
-            odd = not odd
+            minus += 1
         cost = weight[i] * z[i] * z[i]
         if cost < least:
             least, turned = cost, i
-    if even and odd:
+    if parity >= 0 and minus % 2 != parity:
         out[turned] = -out[turned]
 
 
@@ -222,7 +223,7 @@ def _choose(
     if signs == 0:
         sign[:] = _ONE
     elif signs == 1:
-        sign_of(z, weight, False, sign)
+        sign_of(z, weight, -1, sign)
     least = np.float32(np.inf)
     for offset in offsets:
         k, cost = pick(z, tri, a, sign, offset, near, mids, room, b, s, t)

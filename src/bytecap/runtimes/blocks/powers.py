@@ -1,6 +1,7 @@
-"""Scales that are powers of two: the nearest one is not the best one, so both neighbours are tried on the block.
+"""Scales of blocks without sub-scales as they are stored: rounded, or the best power of two.
 
-Omitted: powers further off; codes that clip or waste a bit lose more than such a step gains.
+The nearest power of two is not the best one, so its neighbours are tried on the block. Omitted: powers further off,
+which lose more by clipping or by a wasted bit than such a step gains.
 """
 
 from __future__ import annotations
@@ -36,6 +37,23 @@ def _power(
 
 
 power: Any = compiled(_power)
+
+
+def _plain(
+    y: _Array, weight: _Array, low: Any, high: Any, table: _Array, minimums: int, unit: Grid, a: _Array, c: _Array,
+    d: _Array, dm: _Array, ls: _Array, m: _Array, work: _Array,
+) -> None:  # fmt: skip
+    """Scale `d` and minimum `dm` (LANES,) of a block that would have `a` and `c`; sub-scales `ls` and `m` are 1."""
+    if unit[2] == 1:  # numbers of one digit
+        power(y, weight, low, high, table, unit, a, d, work)
+    for r in range(LANES):
+        if unit[2] > 1:
+            d[r] = half(a[r], unit)
+        dm[r] = half(c[r], unit)
+        ls[r], m[r] = 1, min(minimums, 1)
+
+
+plain: Any = compiled(_plain)
 
 
 def made_positive(found: Codes) -> None:

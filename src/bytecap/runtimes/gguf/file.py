@@ -104,7 +104,7 @@ def write(path: Path, architecture: str, describe: Describe, tensors: Sequence[S
     """Write a file that appears whole or not at all; returns its bytes.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or the disk is full.
     """
     with replacing(path) as f, tempfile.TemporaryDirectory() as name:
         head = Path(name) / "head.gguf"
@@ -154,6 +154,21 @@ def open_file(path: Path) -> Any:
         raise NotAnArtifact(f"{path} is no sound GGUF file: {exc}") from exc
 
 
+def open_model(path: Path) -> Any:
+    """gguf-py's reader of a file that holds a model.
+
+    Raises:
+        NotAnArtifact: it holds something else, such as an importance matrix.
+    """
+    reader = open_file(path)
+    kind = reader.fields.get("general.type")
+    if kind is not None and kind.contents() != "model":
+        raise NotAnArtifact(f"{path} holds no model but is of type {kind.contents()!r}: give the model's own GGUF file")
+    if not reader.fields.get("general.architecture"):
+        raise NotAnArtifact(f"{path} names no architecture: it holds no model")
+    return reader
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], npt.NDArray[np.float32]]]:
     """Name, type, shape and values (rows, cols) of every tensor, one after the other."""
     for t in open_file(path).tensors:
@@ -195,4 +210,3 @@ def ledger(path: Path) -> list[Entry]:
             entries.append(Entry(f"{t.name} ({t.tensor_type.name})", "side", side, int(t.n_elements)))
     entries.append(Entry("(file)", "padding", rest))
     return [e for e in entries if e.bytes]
-

@@ -96,6 +96,7 @@ class Layout:
         """Places of a unit."""
         return [p for p in self.places if p.unit == unit]
 
+
 # models that transformers reads under another name than its own: llama.cpp's architecture, and whose keys it takes
 _LIKE = {"mixtral": ("llama", "mistral"), "gemma": ("gemma", "gemma2")}
 

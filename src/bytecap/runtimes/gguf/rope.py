@@ -65,7 +65,7 @@ def write_scaling(writer: Any, config: Any, model: str) -> None:
     if rule == "yarn":
         # llama.cpp multiplies by 1 + 0.1 ln(factor) itself
         share = _frequencies(config, rule)[1] / (1 + 0.1 * math.log(float(found["factor"])))
-        if abs(share - 1) > 1e-6:  # noqa: PLR2004 (float32)
+        if abs(share - 1) > 1e-6:
             writer.add_rope_scaling_attn_factors(float(share))
         for name in ("beta_fast", "beta_slow"):
             if found.get(name) is not None:
