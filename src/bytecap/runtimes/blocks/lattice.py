@@ -147,7 +147,8 @@ def _even(seven: _Words) -> _Words:
     """Eight signs of seven: the last makes their number even."""
     odd = seven ^ seven >> 4
     odd ^= odd >> 2
-    return seven | ((odd ^ odd >> 1) & 1) << 7
+    found: _Words = seven | ((odd ^ odd >> 1) & 1) << 7
+    return found
 
 
 def _low(place: _Words) -> _Bytes:

@@ -147,7 +147,8 @@ def _special(codes: Codes, stored: dict[str, _Bytes], kind: str) -> _Bytes:
     if kind == "trits":
         return _trits(stored["codes"])
     exponent = np.frexp(codes.scale)[1] - 1 - _LEAST
-    return exponent.astype(np.uint8)[..., None]
+    found: _Bytes = exponent.astype(np.uint8)[..., None]
+    return found
 
 
 def _trits(values: _Bytes) -> _Bytes:
