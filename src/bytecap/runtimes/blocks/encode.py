@@ -176,7 +176,7 @@ def _vectors(
 
     layout, (rows, cols) = found.format, weight.shape
     fixed = tables(layout)
-    blocks = factors_of(form, layout)
+    blocks = factors_of(form.hessian, form.fed, form.weight, layout)
     unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
     stored = unit / layout.unit  # of a scale
     grid = (float(stored), *_FLOATS[layout.float_type])

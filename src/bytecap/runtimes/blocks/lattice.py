@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
-from bytecap.runtimes.gguf import library
+from bytecap.runtimes.libraries import library
 
 _Bytes = npt.NDArray[np.uint8]
 _Words = npt.NDArray[Any]  # unsigned integers

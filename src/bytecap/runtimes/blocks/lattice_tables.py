@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,6 @@ import numpy.typing as npt
 from bytecap.runtimes.blocks import BlockFormat, FloatArray
 from bytecap.runtimes.blocks.lattice import table
 from bytecap.runtimes.blocks.lattice_search import COARSE, NEAR
-
-if TYPE_CHECKING:
-    from bytecap.runtimes.blocks.encode import Form
 
 _FACTORS = np.linspace(1.1, 0.5, 8, dtype=np.float32)  # candidates for a sub-block's scale
 _TRIES = np.array((1.0, 0.93, 1.07, 0.86, 1.14), np.float32)  # and for the float16 of a block
@@ -42,14 +39,22 @@ def tables(form: BlockFormat) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def factors_of(form: Form, layout: BlockFormat) -> tuple[npt.NDArray[Any], ...]:
-    """Blocks of the Hessian, and of every vector: factors for feedback and for descent, inverses, the diagonal."""
-    n, cols = layout.vector, len(form.hessian)
-    tiles = np.stack([form.hessian[i : i + layout.block, i : i + layout.block] for i in range(0, cols, layout.block)])
-    own = np.stack([form.hessian[i : i + n, i : i + n] for i in range(0, cols, n)]).astype(np.float64)
-    fed = np.stack([form.fed[i : i + n, i : i + n] for i in range(0, cols, n)])
-    weight = np.sqrt(form.weight).reshape(-1, n, 1)
-    feedback = np.triu(fed) * weight
+def factors_of(
+    hessian: FloatArray, fed: FloatArray, weight: FloatArray, layout: BlockFormat
+) -> tuple[npt.NDArray[Any], ...]:
+    """Blocks of the Hessian, and of every vector: factors for feedback and for descent, inverses, the diagonal.
+
+    Args:
+        hessian: float32 (cols, cols), `fed` and `weight` as in `encode.Form`.
+        fed: (cols, cols).
+        weight: (cols,).
+        layout: a vector format.
+    """
+    n, cols = layout.vector, len(hessian)
+    tiles = np.stack([hessian[i : i + layout.block, i : i + layout.block] for i in range(0, cols, layout.block)])
+    own = np.stack([hessian[i : i + n, i : i + n] for i in range(0, cols, n)]).astype(np.float64)
+    parts = np.stack([fed[i : i + n, i : i + n] for i in range(0, cols, n)])
+    feedback = np.triu(parts) * np.sqrt(weight).reshape(-1, n, 1)
     lower = np.linalg.cholesky(own)  # own = lower lower^T, so the factor R is lower^T
     arrays: tuple[FloatArray, ...] = (feedback.transpose(0, 2, 1), lower, np.linalg.inv(own))
-    return (tiles, *(np.ascontiguousarray(a, np.float32) for a in arrays), form.hessian.diagonal().copy())
+    return (tiles, *(np.ascontiguousarray(a, np.float32) for a in arrays), hessian.diagonal().copy())
