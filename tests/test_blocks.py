@@ -161,10 +161,11 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_hessians_that_do_not_factor() -> None:
-    weight = weights(4, 64)
-    x = torch.randn(3, 64, dtype=torch.float64)
-    for h in (torch.zeros(64, 64), x.T @ x):
-        assert np.isfinite(encode(weight, prepare(h), FORMATS["Q5_0"]).values()).all()
+    weight = weights(4, 256)
+    x = torch.randn(3, 256, dtype=torch.float64)
+    for h in (torch.zeros(256, 256), x.T @ x):
+        for name in ("Q5_0", "IQ2_XS", "IQ3_S", "MXFP4"):
+            assert np.isfinite(encode(weight, prepare(h), FORMATS[name]).values()).all()
 
 
 def test_shrinking_keeps_the_diagonal() -> None:

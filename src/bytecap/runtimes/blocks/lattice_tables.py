@@ -19,6 +19,7 @@ from bytecap.runtimes.blocks.lattice_search import COARSE, NEAR
 
 _FACTORS = np.linspace(1.1, 0.5, 8, dtype=np.float32)  # candidates for a sub-block's scale
 _TRIES = np.array((1.0, 0.93, 1.07, 0.86, 1.14), np.float32)  # and for the float16 of a block
+_RIDGE = 1e-5  # of a vector's mean diagonal
 _SIGNS = {"": 0, "free": 1, "even": 2}
 
 
@@ -53,6 +54,7 @@ def factors_of(
     n, cols = layout.vector, len(hessian)
     tiles = np.stack([hessian[i : i + layout.block, i : i + layout.block] for i in range(0, cols, layout.block)])
     own = np.stack([hessian[i : i + n, i : i + n] for i in range(0, cols, n)]).astype(np.float64)
+    own += np.eye(n) * (_RIDGE * own.diagonal(0, 1, 2).mean(-1))[:, None, None]  # float32 may have lost that much
     parts = np.stack([fed[i : i + n, i : i + n] for i in range(0, cols, n)])
     feedback = np.triu(parts) * np.sqrt(weight).reshape(-1, n, 1)
     lower = np.linalg.cholesky(own)  # own = lower lower^T, so the factor R is lower^T

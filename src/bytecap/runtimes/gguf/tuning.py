@@ -48,7 +48,7 @@ class _Scales:
         level = codes.codes.reshape(rows, blocks, per, -1) * codes.sub_scales.reshape(rows, blocks, per, 1).astype(
             np.int16
         )
-        self.level = there(level).reshape(rows, blocks, -1)
+        self.level = there(level).reshape(rows, blocks, -1) * codes.format.unit
         less = np.repeat(codes.sub_minimums.reshape(rows, blocks, per), codes.format.sub, 2)
         self.less = there(less) if codes.format.minimums else None
         self.start = there(codes.scale), there(codes.minimum)
@@ -118,7 +118,7 @@ def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found) -> 
         places = layout.of(unit.name)
         for p in places:
             codes = found.rounded[p.name].codes if p.name in by_name else None
-            if codes is not None:
+            if codes is not None and codes.format.float_type == "F16":  # powers of two do not move
                 parts.append(_Scales(p, codes, job.device))
             elif p.name not in by_name and len(p.shape) == 1 and p.rows is None:
                 parts.append(_Vector(p, values_of(job.model, p), job.device))
