@@ -11,6 +11,9 @@ from common import parser, record, texts
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no trellis (scalar grid)": {"trellis": False},
+    "8 states": {"states": 8},
+    "32 states": {"states": 32},
+    "256 states": {"states": 256},
     "no error feedback": {"feedback": False},
     "one step per row (no waterfilling)": {"waterfill": False},
     "columns in stored order": {"order": False},
@@ -19,8 +22,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no row classes": {"row_class": 0},
     "no centroid shrink": {"shrink": False},
     "plain Hessian (not guided)": {"guided": False},
-    "guided Hessian, 2 row groups": {"groups": 2},
-    "guided Hessian, 4 row groups": {"groups": 4},
     "damping 1e-2": {"damping": 1e-2},
     "damping 1e-4": {"damping": 1e-4},
     "no correction factors": {"correct": False},

@@ -25,6 +25,7 @@ import golden_code
 import golden_codebooks
 import golden_overlays
 import golden_shared
+import golden_trellis
 from bytecap.format import container
 from bytecap.format.coders import leb
 from bytecap.format.coders.packed import BROTLI, Quantized
@@ -171,7 +172,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    others = (golden_overlays, golden_codebooks, golden_bands, golden_code, golden_shared)
+    others = (golden_overlays, golden_codebooks, golden_bands, golden_code, golden_shared, golden_trellis)
     return dict([*_grids(), *_others(), *_bare(), *(one for module in others for one in module.valid())])
 
 
@@ -357,7 +358,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
-    for module in (golden_codebooks, golden_bands, golden_shared):
+    for module in (golden_codebooks, golden_bands, golden_shared, golden_trellis):
         found |= {name: (data, "CorruptError") for name, data in module.invalid()}
     return found
 

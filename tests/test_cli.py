@@ -23,6 +23,7 @@ FIT_FIELDS = {
 
 
 class TestJson:
+    @pytest.mark.slow
     def test_fit(self, run, job, tmp_path):
         arguments = [a for a in job() if a not in FAST[:2]]
         code, out, err = run(*arguments, "--json")
@@ -45,6 +46,7 @@ class TestJson:
         assert report["predicted_delta_nats"] is None
         assert report["method"] == method
 
+    @pytest.mark.slow
     def test_dry_run(self, run, model_directory, texts):
         code, out, err = run(
             "fit", model_directory("rotary"), "--budget", "21kB", "--dry-run", "--calib", texts["calib"], "--eval",
@@ -98,7 +100,10 @@ class TestJson:
         _, path = fitted("rotary")
         code, out, _ = run("unpack", path, "-o", tmp_path / "out", "--json")
         assert code == 0
-        assert json.loads(out)["dtype"] == "float32"
+        assert json.loads(out)["dtype"] == "bfloat16"
+        assert json.loads(out)["rounded"] > 0
+        code, out, _ = run("unpack", path, "-o", tmp_path / "exact", "--dtype", "float32")
+        assert out.strip().endswith("exact: written as float32")
         code, out, _ = run("generate", path, "--prompt", "The table", "--tokens", 5, "--temperature", 0, "--json")
         assert code == 0
         assert json.loads(out)["prompt"] == "The table"

@@ -20,6 +20,7 @@ from bytecap.format.coders import Objects, Shared, leb, run
 from bytecap.format.coders.codebook import CODER as CODEBOOK
 from bytecap.format.coders.grid import GridCode, choose_class
 from bytecap.format.coders.latent import read_decoder
+from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.entropy import jit, kernels, shared_tables
@@ -117,6 +118,16 @@ def test_trellis_symbols_values_and_paths():
     for wrong in (0, 65):
         with pytest.raises(CorruptError, match=f"declares {wrong} as its first dependent class"):
             coder.kinds(good.replace(bytes([18]), bytes([wrong])), (3, 2), "F32")
+
+
+def test_memories_of_a_long_trellis():
+    row, points = np.zeros(3, int), np.array([[1], [2], [-3]])
+    code = GridCode(0.5, points, np.zeros((1, 1), int), np.array([[20]]), row, row, 18, memory=5)
+    data = LONG_TRELLIS.encode(code, golden_parts.SHARED).data
+    assert data[13:15] == bytes([18, 5])
+    for wrong in (0, 3, 9, 255):
+        with pytest.raises(CorruptError, match=f"declares states of {wrong} bits"):
+            LONG_TRELLIS.kinds(data[:14] + bytes([wrong]) + data[15:], (3, 1), "F32")
 
 
 def test_tables_that_do_not_end():

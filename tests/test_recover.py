@@ -58,7 +58,7 @@ class TestWholeFits:
     def test_recovery_lowers_the_kl_of_a_trained_model(self, fit, monkeypatch):
         monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)
         found, notes = fit("demo", 430_000, recover="16", evaluation_tokens=300)
-        line = next(n for n in notes if re.search("before, .* after$", n) and "moves" not in n)
+        line = next(n for n in notes if re.search("before, .* after$", n) and "iterations" not in n)
         before, after = (float(x) for x in re.findall(r"[0-9]\.[0-9]+", line))
         assert found.report["predicted_delta_nats"] == pytest.approx(after, abs=1e-4)
         assert after < before
@@ -128,7 +128,7 @@ class TestWholeFits:
 
 @pytest.mark.numeric
 class TestTunedParameters:
-    """A planner over random matrices, and what moves of it."""
+    """A planner over random matrices, and its tuned tensors."""
 
     @pytest.fixture
     def planned(self, request):
@@ -136,8 +136,8 @@ class TestTunedParameters:
         options = Options(trellis=getattr(request, "param", True))
         items = []
         for name in "abc":
-            inputs = torch.randn(1, 400, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
-            metric = Metric(inputs.transpose(1, 2) @ inputs / 400, torch.rand(64, dtype=torch.float64) + 0.5)
+            inputs = torch.randn(400, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
+            metric = Metric(inputs.T @ inputs / 400, torch.rand(64, dtype=torch.float64) + 0.5)
             items.append(prepare(Unit(name, (64, 24), "F32"), torch.randn(64, 24), metric, options))
         values = torch.randn(40).numpy()
         planner = Planner.of(items, [VectorUnit(Unit("v", (40,), "F32"), values, np.ones(40))], options)

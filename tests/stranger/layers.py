@@ -9,6 +9,7 @@ from stranger.shared import positions
 CODERS = {
     1: plain.grid, 2: plain.vector, 3: plain.exact, 4: plain.packed, 6: books.codebook, 7: books.latent,
     8: plain.binary, 9: plain.trellis, 10: books.fixed, 11: books.companded, 14: plain.bands,
+    15: plain.long_trellis,
 }  # fmt: skip
 FRACTIONS = np.array(
     [0x3F800000, 0x3F85AAC3, 0x3F8B95C2, 0x3F91C3D3, 0x3F9837F0, 0x3F9EF532, 0x3FA5FED7, 0x3FAD583F,

@@ -19,7 +19,7 @@ def generate(
         typer.Argument(help="A .bcap file, model directory, hub id, or `demo`.", metavar="ARTIFACT"),
     ],
     text: Annotated[
-        str | None, typer.Argument(help="Text to continue; - reads it from standard input.", metavar="[PROMPT]")
+        str | None, typer.Argument(help="Text to continue; - reads it from standard input.", metavar="PROMPT")
     ] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The same.", show_default="PROMPT")] = None,
     chat: Annotated[

@@ -22,6 +22,7 @@ import msgspec
 
 from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 from bytecap.format.coders import coder, leb, read_leb
+from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import Entry
 from bytecap.format.wire.shared_objects import describe
@@ -30,7 +31,7 @@ from bytecap.system.atomic import open_regular, write_atomically
 from bytecap.types import Unit
 
 MAGIC = b"\x89BCAP\r\n\x1a"
-VERSION = (1, 2)  # newest this reader knows; files say the lowest that describes them
+VERSION = (1, 3)  # newest this reader knows; files say the lowest that describes them
 _FIRST_CODERS = 4  # tags up to this one came with 1.0
 _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
 HEADER_SIZE = _HEAD.size + 4
@@ -130,7 +131,9 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
 
 def _minor(contents: Contents) -> int:
     """Lowest minor version that describes the contents."""
-    stacks = (u.data for u in contents.units if u.tag == STACK.tag)
+    stacks = [u.data for u in contents.units if u.tag == STACK.tag]
+    if any(u.tag == LONG_TRELLIS.tag for u in contents.units) or any(STACK.minor(d) > 2 for d in stacks):
+        return 3
     if contents.objects or any(f.kind == CODE for f in contents.files) or any(STACK.minor(d) > 1 for d in stacks):
         return 2
     return int(any(u.tag > _FIRST_CODERS for u in contents.units))
@@ -314,7 +317,7 @@ def write(contents: Contents, path: Path | str) -> int:
 
 
 def is_tokenizer(name: str) -> bool:
-    """Whether a side file belongs to the tokenizer."""
+    """Return whether a side file belongs to the tokenizer."""
     return "token" in name or name in _TOKENIZER_FILES
 
 

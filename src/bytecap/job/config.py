@@ -25,7 +25,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
+from bytecap.model.defaults import EVALUATION_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from bytecap.format.codefiles import Code
@@ -46,11 +46,14 @@ class FitConfig:
         evaluation: what quality is measured on, and nothing is fitted to: text files, embedded general text by default;
             for a torch module batches, by default a fifth of those for calibration.
         method: the method: `bytecap`, a baseline such as `golf` or `uniform`, or FILE.py:CALLABLE, which is run.
+        effort: how hard to search for integers, 0 to 3: along a trellis of 8, 32, 128 or 256 states; for the method
+            `bytecap` only. Files of effort 0 can be read by readers of format 1.1, others need 1.3.
         device: torch device: `auto`, `cpu` or `cuda`.
         seed: seed of every random choice.
         output: file to write.
         dry_run: print floor and predicted quality; write and evaluate nothing.
-        tokens: most calibration tokens (predictions of a torch module).
+        tokens: most calibration tokens (predictions of a torch module); 131,072 by default, up to four times as many on
+            a GPU where no text is given, since samples of the model are cheap there.
         evaluation_tokens: most evaluation tokens, over all texts.
         window: predicted tokens in a window of text, at most what the model's positions allow.
         tokenizer: keep tokenizer files inside the file.
@@ -87,11 +90,12 @@ class FitConfig:
     calibration: str | Path | Iterable[Any] | None = None
     evaluation: str | Path | Iterable[Any] | None = None
     method: str = "bytecap"
+    effort: int = 2
     device: str = "auto"
     seed: int = 0
     output: str | Path | None = None
     dry_run: bool = False
-    tokens: int = TOKENS
+    tokens: int | None = None
     evaluation_tokens: int = EVALUATION_TOKENS
     window: int = WINDOW
     tokenizer: bool = True

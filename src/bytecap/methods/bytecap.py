@@ -4,8 +4,8 @@
 2. *prepare*: Hessians are factored, and the bytes are counted that matrices and vectors may share.
 3. *plan*: a step for every unit, the best of up to three plans (`bytecap.allocation.plans`).
 4. *retarget*: units aim at the original's outputs from the inputs that the coded prefix delivers
-   (`bytecap.allocation.asymmetric_targets`). This comes after the choice of paths: aiming first would correct for
-   errors of a prefix without paths, which is not shipped.
+   (`bytecap.allocation.asymmetric_targets`). This comes after the choice of overlays: aiming first would correct
+   for errors of a prefix without overlays, which is not shipped.
 5. *pack*: the cap is met on real bytes (`bytecap.methods.rate_control`).
 6. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -35,8 +36,9 @@ from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.texts import leading
+from bytecap.progress import warn
 from bytecap.quantization.quantizer import Options, Prepared
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.tuning import tune
@@ -48,7 +50,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
-    options = Options(**job.options)
+    options = Options.of(job.options, partial(warn, job.reporter), job.config.effort)
     prepared = prepare(job, options, calibrate(job, options))
     if 8 * prepared.capacity > _FINE_BITS * prepared.planner.parameters:
         prepared, finest = prepared.measure_finest()
@@ -68,12 +70,12 @@ def run(job: Job) -> Outcome:
 
 
 def calibrate(job: Job, options: Options) -> Statistics:
-    """What one pass over the statistics tokens finds."""
-    return moments(job, groups=options.groups, guided=options.guided)
+    """Collect statistics in one pass over the statistics tokens."""
+    return moments(job, guided=options.guided)
 
 
 def prepare(job: Job, options: Options, found: Statistics) -> PreparedModel:
-    """Factored units and the bytes they may use; uses up the statistics."""
+    """Factor the units and count the bytes they may use; uses up the statistics."""
     return prepare_model(job, options, found)
 
 
@@ -93,13 +95,15 @@ def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
 def plan(
     job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> tuple[PreparedModel, PlanCandidate]:
-    """The plan that is shipped, and the units under their paths; integers that are made anew are left out.
+    """Choose the plan that is shipped; returns the units under their overlays, and the plan.
+
+    Its integers that are made anew later are left out.
 
     Args:
-        job: tokens to compare plans on, and paths to choose from.
+        job: tokens to compare plans on, and overlays to choose from.
         prepared: the units.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: where correction factors and the plan are looked for, and put.
+        checkpoints: source and place of correction factors and plan.
     """
     known = checkpoints.get("plan")
     if known is None:
@@ -110,7 +114,7 @@ def plan(
     if planner.options.drift and not job.dry_run:
         windows = leading(job.sets.statistics, planner.options.drift_tokens)
         order = call_order(planner, job.model.module, windows, job.device)
-    prefix = set(planner.names).difference(*order) if order else ()  # of other units only steps are looked at again
+    prefix = set(planner.names).difference(*order) if order else ()  # of other units only steps are used again
     # the units go on in what is returned first: nobody else keeps their memory
     best = replace(best, planner=planner.emptied(), state=best.state.holding(prefix), order=order)
     allocator.release()
@@ -120,7 +124,7 @@ def plan(
 def _best_plan(
     job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PlanCandidate:
-    """The best of all plans, kept if no unit is under a path."""
+    """Return the best of all plans, and keep it in the store if no unit is under an overlay."""
     planner = prepared.planner
     c, plain = plans.plain_plan(job, prepared)
     kappa = checkpoints.get("factors") if planner.options.correct else dict.fromkeys(planner.names, 1.0)
@@ -137,7 +141,7 @@ def _best_plan(
 def retarget(
     job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PreparedModel:
-    """The units with targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
+    """Give units targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
 
     Whether it does depends on the model: it gains some percent on small models and costs 6% on SmolLM2-135M. Units
     stay as they are where the order of calls is not fixed.
@@ -147,14 +151,14 @@ def retarget(
         prepared: the units.
         best: the plan, which codes the prefix.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: where targets are looked for, and put.
+        checkpoints: source and place of targets.
     """
     planner = prepared.planner
     if not planner.options.drift:
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change, pays, without = checkpoints.tensors("drift"), checkpoints.get("drift pays"), 0.0
-    if pays is None:  # measured before targets take memory
+    change, targets, without = checkpoints.tensors("drift"), checkpoints.get("targets"), 0.0
+    if targets is None:  # measured before targets take memory
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             without = _cost(job, planner, best, quantized_copy)
         allocator.release()
@@ -171,22 +175,29 @@ def retarget(
             return prepared
         matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
     moved = replace(planner, matrices=matrices)
-    if pays is None:
+    if targets is None:
         allocator.release()
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            pays = _cost(job, moved, best, quantized_copy) < without
-        checkpoints.put("drift pays", pays)
-    if not pays:
+            with_them = _cost(job, moved, best, quantized_copy)
+        targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
+        checkpoints.put("targets", targets)
+    if not targets["kept"]:
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
-    return replace(prepared, planner=moved if pays else planner)
+    return replace(prepared, planner=moved if targets["kept"] else planner, targets=targets)
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
-    """KL of a plan's units on the correction tokens, with the bytes they take at the plan's slope."""
+    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope.
+
+    The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
+    """
     state = planner.settle(best.state.steps, best.state.rules, refit=False)
+    rate = state.rate
     load_values(quantized_copy, correction.unit_values(planner, state))
+    del state  # whose integers the passes do not need
     kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
-    return kl + best.slope * state.rate
+    share_storage(quantized_copy, job.model.module)
+    return kl + best.slope * rate
 
 
 def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
@@ -203,31 +214,32 @@ def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
 
 
 def _size_beside(job: Job, prepared: PreparedModel) -> Callable[[Mapping[str, Section], bytes], int]:
-    """Size of the file that holds sections and a tables section, those of fixed units beside them."""
+    """Return a function that sizes the file of given sections and tables, fixed units included."""
     return lambda sections, tables: job.size({**sections, **prepared.fixed}, tables)
 
 
 def predict(
     job: Job, prepared: PreparedModel, best: PlanCandidate, packed: Packed, quantized_copy: nn.Module
 ) -> Outcome:
-    """The packed plan with its KL on the correction tokens."""
+    """Return the outcome of a packed plan, with its KL on the correction tokens."""
     allocator.release()
     with job.reporter.step("prediction", 1):
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(
-        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin)
+        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin),
+        targets=dict(prepared.targets),
     )  # fmt: skip
 
 
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
-    """KL on the correction tokens."""
+    """Return the KL of a packed plan on the correction tokens."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
     return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
 
 
 def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:
-    """What recovery makes of a packed plan, trimmed to the same cap; the plan itself where that measures better.
+    """Tune a packed plan and trim it to the same cap; returns the plan itself where that measures better.
 
     Args:
         job: tokens and effort.
@@ -252,7 +264,7 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
 def _tuned(
     job: Job, prepared: PreparedModel, packed: Packed, slope: float, quantized_copy: nn.Module
 ) -> tuple[tuple[Packed, float] | None, dict[str, Any]]:
-    """Tuned sections under the cap with their KL, None if there are none, and a record of what was done."""
+    """Return tuned sections under the cap with their KL, None if there are none, and a record of the tuning."""
     found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
     if found is None:
         return None, record

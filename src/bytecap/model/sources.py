@@ -1,4 +1,4 @@
-"""Model and texts of a job: tokenizer, windows, and the embedded texts as a stand-in.
+"""Load the texts of a job as token windows, with samples and embedded texts where none are given.
 
 Without `--calib` the model's own samples and the embedded general text are used, without `--eval` documents of the
 general text that calibration never reads; the embedded model has texts of its own. The job says so.
@@ -27,7 +27,7 @@ from bytecap.model.calibration_text import (
     texts_of,
 )
 from bytecap.model.checkpoint import Model, demo_directory
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
+from bytecap.model.defaults import EVALUATION_TOKENS, SAMPLED_TOKENS, SAMPLED_WORK, TOKENS, WINDOW
 from bytecap.model.inputs import check_causal, facts, vocabulary_of
 from bytecap.model.linears import of_transformers
 from bytecap.model.texts import (
@@ -52,7 +52,7 @@ _BEGINNING = 8  # tokens by which windows are told apart
 
 
 def encoder(files: dict[str, bytes]) -> Encoder:
-    """Encoder of documents from a model's side files.
+    """Return the encoder of documents from a model's side files.
 
     Raises:
         CheckpointError: there is no readable tokenizer.
@@ -61,12 +61,12 @@ def encoder(files: dict[str, bytes]) -> Encoder:
 
 
 def first_token(files: dict[str, bytes]) -> int | None:
-    """Token put in front of every document: the config's `bos_token_id`, if it names one."""
+    """Return the token put in front of every document: the config's `bos_token_id`, if it names one."""
     return facts(files).first
 
 
 def window_limit(model: Model, window: int) -> int:
-    """Window length the model's positions allow."""
+    """Return the window length that the model's positions allow."""
     return min(window, facts(model.files).positions or window)
 
 
@@ -80,7 +80,7 @@ def check_model(model: Model) -> None:
 
 
 def as_paths(paths: Paths) -> list[Path]:
-    """One path or several, as a list.
+    """Return one path or several as a list.
 
     Raises:
         UsageError: something else than a path is among them.
@@ -116,7 +116,7 @@ def embedded(calibration: Sequence[Path], evaluation: Sequence[Path], *, own: bo
 def named(
     calibration: Paths, evaluation: Paths, reporter: Reporter, models: Iterable[Any] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of calibration and evaluation texts, for settings; says where embedded ones stand in for these models."""
+    """Return the names of calibration and evaluation texts, and warn where embedded ones stand in."""
     calib, held = as_paths(calibration), as_paths(evaluation)
     if missing := embedded(calib, held, own={str(m) for m in models} == {DEMO}):
         warn(reporter, missing)
@@ -129,7 +129,7 @@ def load_sets(
     evaluation: Paths,
     *,
     window: int = WINDOW,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     evaluation_tokens: int = EVALUATION_TOKENS,
     correction_tokens: int = CORRECTION_TOKENS,
     seed: int = 0,
@@ -137,14 +137,14 @@ def load_sets(
     sampler: Sampler | None = None,
     reporter: Reporter,
 ) -> TokenSets:
-    """The three disjoint token sets of a job.
+    """Load the three disjoint token sets of a job.
 
     Args:
         model: whose tokenizer is used.
         calibration: text files for statistics and correction factors, or words, see `bytecap.model.calibration_text`.
         evaluation: text files nothing is fitted on.
         window: predicted tokens in a window.
-        tokens: most tokens for statistics.
+        tokens: most tokens for statistics; `default_tokens` by default.
         evaluation_tokens: most tokens for evaluation, over all texts.
         correction_tokens: most tokens for correction factors and other measurements besides.
         seed: order in which calibration windows are drawn.
@@ -154,8 +154,9 @@ def load_sets(
     """
     check_model(model)
     encode, known = encoder(model.files), vocabulary_of(model.module)
-    window, wanted = window_limit(model, window), tokens + correction_tokens
-    calib, held = as_paths(calibration), as_paths(evaluation)
+    window, calib, held = window_limit(model, window), as_paths(calibration), as_paths(evaluation)
+    tokens = tokens or default_tokens(model, calib, device)
+    wanted = tokens + correction_tokens
     if missing := embedded(calib, held, own=model.name == DEMO):
         warn(reporter, f"{missing}; quality on your text depends on it")
     if model.name == DEMO:
@@ -173,6 +174,20 @@ def load_sets(
     )  # fmt: skip
     report_sets(sets, reporter)
     return sets
+
+
+def default_tokens(model: Model, calibration: Sequence[Path], device: str) -> int:
+    """Most tokens for statistics: more where they are samples made on a GPU, which cost little and overfit less.
+
+    Args:
+        model: larger models get fewer, since every token is a pass through all parameters.
+        calibration: texts that are given.
+        device: torch device.
+    """
+    if calibration or model.name == DEMO or device != "cuda" or not of_transformers(model.module):
+        return TOKENS
+    affordable = int(SAMPLED_WORK / sum(p.numel() for p in model.module.parameters()))
+    return max(TOKENS, min(SAMPLED_TOKENS, affordable))
 
 
 def default_sources(model: Model, wanted: int, device: str) -> tuple[Source, ...]:
@@ -196,7 +211,7 @@ def sampled(
     reporter: Reporter,
     firsts: Sequence[int] | None = None,
 ) -> tuple[Window, ...]:
-    """Windows that the model makes up, each from a first token drawn evenly.
+    """Sample windows from the model, each from a first token drawn evenly.
 
     Args:
         model: of transformers.
@@ -221,7 +236,7 @@ def sampled(
 
 
 def recovery_texts(model: Model, calibration: Sequence[Path]) -> list[Path]:
-    """Texts to recover on where none are named: the calibration's files, or what stands in for them."""
+    """Return the texts to recover on where none are named: the calibration's files, or their stand-ins."""
     given = [Path(s.name) for s in parse(calibration) if s.name not in WORDS]
     return given or [demo_directory() / "calib.txt" if model.name == DEMO else Path(SELF)]
 
@@ -236,7 +251,7 @@ def with_recovery(
     device: str = "cpu",
     reporter: Reporter,
 ) -> TokenSets:
-    """The sets with windows of texts to recover on; what evaluation and correction hold is left out.
+    """Add windows of texts to recover on to the sets, without those that evaluation and correction hold.
 
     Windows are told apart by how they begin: of a text that was read in part only, the last one may be cut short.
 

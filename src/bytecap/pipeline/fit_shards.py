@@ -16,8 +16,9 @@ from bytecap.errors import TextError, UsageError
 from bytecap.job.config import FitConfig
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
-from bytecap.model.defaults import WINDOW
+from bytecap.model.defaults import TOKENS, WINDOW
 from bytecap.model.factory import load_callable, load_factory
+from bytecap.model.inputs import check_causal
 from bytecap.model.module import device_of, next_token, speech, vocabulary
 from bytecap.model.shards import ByteCounts, byte_counts, check_ids, expand, read_shard, shard_sets, windows
 from bytecap.model.sources import as_paths, report_sets
@@ -93,7 +94,7 @@ def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Rep
         raise UsageError("say what to calibrate on with --tokens SHARD (repeatable, patterns are expanded)")
     loss = source.user_loss()
     found = shard_sets(
-        expand(shards), expand(as_paths(config.evaluation)), window=source.window, tokens=config.tokens,
+        expand(shards), expand(as_paths(config.evaluation)), window=source.window, tokens=config.tokens or TOKENS,
         evaluation_tokens=config.evaluation_tokens, seed=config.seed,
         vocabulary=source.size(model.module, loss),
         counts=source.counts(),
@@ -102,6 +103,9 @@ def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Rep
     if scoring is not None:
         check_method(config.method)
         found = with_loss(found, scoring)
+    elif found.statistics:
+        ids = torch.tensor([found.statistics[0].tokens[:-1]])
+        check_causal(model.module, model.name, source.size(model.module, loss), ids=ids)
     report_sets(found, reporter)
     return found
 

@@ -35,12 +35,13 @@ from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.determinism import ask_for_order
-from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
+from bytecap.model.evaluation import Comparison, compare_models, mean_comparison, paired_stderr
 from bytecap.model.rebuilt import written
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code
 from bytecap.pipeline.artifact import Artifact
 from bytecap.progress import Recorder, Reporter, reporter_for
+from bytecap.quantization.quantizer import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system import allocator
@@ -121,6 +122,8 @@ def check(config: FitConfig) -> Asked:
     """
     check_budget(config.budget)
     check_choice(config.unused)
+    if config.effort not in range(len(EFFORTS)):
+        raise UsageError(f"there is no effort {config.effort}: it goes from 0 (fast) to {len(EFFORTS) - 1} (best)")
     if config.recover_text and config.recover is None:
         raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
     run, device = methods.find(config.method), choose_device(config.device)
@@ -343,7 +346,8 @@ def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     allocator.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
         parts = [
-            compare(model.module, quantized_copy, t, device=job.device, progress=advance) for t in job.sets.evaluation
+            compare_models(model.module, quantized_copy, t, device=job.device, progress=advance)
+            for t in job.sets.evaluation
         ]
     return parts, ideal.bytes(len(data))
 
@@ -360,6 +364,7 @@ def _report(
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
+        **({"targets": outcome.targets} if outcome.targets else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_overlay(entries), "margin": outcome.margin or None,
         "calibration_texts": [{"name": n, "tokens": t} for n, t in sets.drawn],

@@ -85,7 +85,7 @@ def _sections(data: bytes) -> list[tuple[int, bytes]]:
     reader = Reader(data)
     _, major, minor, reserved, length, size, checksum = reader.fields("<8sBBHIQI")
     if major > 1:
-        raise VersionError(f"format version {major}.{minor}, this decoder knows 1.2")
+        raise VersionError(f"format version {major}.{minor}, this decoder knows 1.3")
     require(size == len(data), f"the header says {size} bytes, the file has {len(data)}")
     directory = reader.take(length)
     require(zlib.crc32(data[:24] + directory) == checksum, "the checksum of header and directory does not match")

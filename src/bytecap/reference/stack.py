@@ -16,10 +16,10 @@ from bytecap.reference.fixed import companded, fixed
 from bytecap.reference.latent import latent
 from bytecap.reference.overlays import OVERLAYS
 from bytecap.reference.streams import Array, Shared
-from bytecap.reference.trellis import trellis
+from bytecap.reference.trellis import long_trellis, trellis
 
 CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector, 3: exact, 4: packed}
-CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded, 14: bands}
+CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded, 14: bands, 15: long_trellis}
 
 
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:

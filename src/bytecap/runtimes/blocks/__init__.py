@@ -104,12 +104,12 @@ class BlockFormat:
 
     @property
     def two_level(self) -> bool:
-        """Whether sub-blocks have integer scales of their own."""
+        """Return whether sub-blocks have integer scales of their own."""
         return self.scales != (1, 1)
 
     @property
     def negated(self) -> bool:
-        """Whether the stored minimum is added, not subtracted."""
+        """Return whether the stored minimum is added, not subtracted."""
         return self.minimums > 0 and not self.two_level
 
     @property
@@ -122,7 +122,7 @@ class BlockFormat:
         return self.size - sum(p.bits * self.block for p in self.parts if p.kind == "codes") // 8
 
     def fits(self, cols: int) -> bool:
-        """Whether rows of so many columns are whole blocks."""
+        """Return whether rows of so many columns are whole blocks."""
         return cols > 0 and cols % self.block == 0
 
     def row_bytes(self, cols: int) -> int:
