@@ -14,6 +14,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8 states": {"states": 8},
     "32 states": {"states": 32},
     "256 states": {"states": 256},
+    "8 states, plain plan": {"states": 8, "allocate": False, "correct": False, "drift": 0.0},
+    "256 states, plain plan": {"states": 256, "allocate": False, "correct": False, "drift": 0.0},
     "no error feedback": {"feedback": False},
     "one step per row (no waterfilling)": {"waterfill": False},
     "columns in stored order": {"order": False},
