@@ -15,6 +15,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "32 states": {"states": 32},
     "256 states": {"states": 256},
     "8 states, plain plan": {"states": 8, "allocate": False, "correct": False, "drift": 0.0},
+    "32 states, plain plan": {"states": 32, "allocate": False, "correct": False, "drift": 0.0},
     "256 states, plain plan": {"states": 256, "allocate": False, "correct": False, "drift": 0.0},
     "no error feedback": {"feedback": False},
     "one step per row (no waterfilling)": {"waterfill": False},
