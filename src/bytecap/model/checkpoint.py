@@ -32,7 +32,7 @@ from bytecap.model.fileset import (
     weight_files,
 )
 from bytecap.model.inputs import refuse_encoder_decoder
-from bytecap.model.linears import linear_weights
+from bytecap.model.linears import linear_weights, place_of
 from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
 from bytecap.types import Unit
@@ -290,8 +290,7 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
     tensors = tensors_of(module)
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), tuple(tensor.shape))
-        groups.setdefault(key, []).append(name)
+        groups.setdefault(place_of(tensor), []).append(name)
     linears = linear_weights(module)
     units = []
     for names in groups.values():
