@@ -56,10 +56,9 @@ class Pieces:
     head: Callable[[Tensor], Tensor] | None
     rows: int
 
-    def each(self, found: Tensor) -> Iterator[Tensor]:
-        """Yield the logits of pieces of what a pass returned (n, width)."""
-        for piece in found.split(max(1, self.rows)):
-            yield piece if self.head is None else self.head(piece)
+    def logits(self, piece: Tensor) -> Tensor:
+        """Return the logits (n, vocabulary) of a piece of what a pass returned (n, width)."""
+        return piece if self.head is None else self.head(piece)
 
     def backward(self, found: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
         """Go back through a pass from the sum of the losses of its pieces.
@@ -72,8 +71,8 @@ class Pieces:
             loss(found).backward()
             return
         leaf = found.detach().requires_grad_()
-        for logits in self.each(leaf):
-            loss(logits).backward()
+        for piece in leaf.split(self.rows):
+            loss(self.logits(piece)).backward()
         found.backward(leaf.grad)
 
 
@@ -94,11 +93,12 @@ def head_pieces(streamed: Streamed, tokens: int) -> Iterator[Pieces]:
     vars(head)["forward"] = lambda x: x
 
     def through(x: Tensor) -> Tensor:
-        del vars(head)["forward"]
+        passing = vars(head).pop("forward", None)
         try:
             found: Tensor = head(x)
         finally:
-            vars(head)["forward"] = lambda x: x
+            if passing is not None:
+                vars(head)["forward"] = passing
         return found
 
     try:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bytecap.model.chain import Chain, first_of, with_first
 from bytecap.model.tensor_files import Tensors
+from bytecap.system.allocator import release
 
 Run = Callable[[nn.Module], Any]
 _ATTRIBUTE = "_bytecap_streamed"
@@ -97,12 +98,17 @@ class Streamed:
         return self.chain.blocks(self.module)
 
     @contextmanager
-    def block(self, number: int) -> Iterator[nn.Module]:
-        """Give one block its values inside a `with` block."""
+    def block(self, number: int, cache: dict[Any, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Give one block its values inside a `with` block.
+
+        Args:
+            number: of the block.
+            cache: of loaded tensors, for several modules that share them.
+        """
         prefix = f"{self.chain.path}.{number}"
         block = self.blocks[number]
         with ExitStack() as undo:
-            self.fill(block, prefix, undo, {}, deep=True)
+            self.fill(block, prefix, undo, {} if cache is None else cache, deep=True)
             yield block
 
     @contextmanager
@@ -168,7 +174,7 @@ class Pass:
         self._streamed, self._run = streamed, run
         self._greenlet = greenlet(self._work)
 
-    def _work(self) -> Any:
+    def _work(self, _first: None) -> Any:
         blocks = self._streamed.blocks
         handles = [b.register_forward_pre_hook(self._before, with_kwargs=True) for b in blocks]
         handles.append(blocks[-1].register_forward_hook(self._behind))
@@ -202,7 +208,7 @@ class Pass:
         Returns:
             Arguments of the next block, then the last block's output, then what the pass returns.
         """
-        return self._greenlet.switch() if instead is None else self._greenlet.switch(instead)
+        return self._greenlet.switch(instead)
 
     def cancel(self) -> None:
         """Leave the pass; only its hooks are tidied up."""
@@ -220,14 +226,18 @@ def sweep(lanes: Sequence[Streamed], runs: Sequence[Run]) -> Iterator[tuple[Any,
     """
     passes = [[Pass(lane, run) for run in runs] for lane in lanes]
     try:
+        first: dict[Any, Tensor] = {}
         for lane, group in zip(lanes, passes, strict=True):
-            with lane.outside():
+            with lane.outside(first):
                 _advance(group)
-        for number in range(len(lanes[0].blocks)):
-            for lane, group in zip(lanes, passes, strict=True):
-                with lane.block(number):
-                    _advance(group)
+        del first
         cache: dict[Any, Tensor] = {}
+        for number in range(lanes[0].chain.count):
+            for lane, group in zip(lanes, passes, strict=True):
+                with lane.block(number, cache):
+                    _advance(group)
+            cache.clear()
+            release()
         with ExitStack() as stack:
             for lane in lanes:
                 stack.enter_context(lane.outside(cache))
