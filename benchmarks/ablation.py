@@ -19,8 +19,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no row classes": {"row_class": 0},
     "no centroid shrink": {"shrink": False},
     "plain Hessian (not guided)": {"guided": False},
-    "guided Hessian, 2 row groups": {"groups": 2},
-    "guided Hessian, 4 row groups": {"groups": 4},
     "damping 1e-2": {"damping": 1e-2},
     "damping 1e-4": {"damping": 1e-4},
     "no correction factors": {"correct": False},

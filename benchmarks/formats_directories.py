@@ -172,7 +172,7 @@ def gptq_arm(job: Job) -> dict[str, Any]:
         scheme = next(s for s in ("w4g128", "w4g64", "w4g32") if contents.layout(s, p.cols))
         schemes[p.name], form = scheme, contents.layout(scheme, p.cols)
         assert form is not None  # noqa: S101 (chosen because it fits)
-        hessian = join(found.uses[p.unit], found.tokens).hessian[0].cpu()
+        hessian = join(found.uses[p.unit], found.tokens).hessian.cpu()
         codes[p.name] = gptq(model.tensor(units[p.unit]).detach().double().cpu(), hessian, form)
     with tempfile.TemporaryDirectory() as where:
         path = Path(where) / "stock"

@@ -45,7 +45,7 @@ def cases(draw):
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     lengths = draw(st.lists(st.integers(2, 9), min_size=1, max_size=6))
     windows = [Window(tuple(rng.integers(0, vocabulary, n).tolist()), n) for n in lengths]
-    return module, windows, draw(st.integers(1, 3)), draw(st.booleans())
+    return module, windows, draw(st.booleans())
 
 
 def dense(module, windows, tokens):
@@ -79,31 +79,29 @@ def dense(module, windows, tokens):
     return found, sums
 
 
-def check_map(use, seen, groups, guided):
+def check_map(use, seen, guided):
     x, g = (torch.cat(parts) for parts in zip(*seen, strict=True))
     near = {"rtol": 1e-3, "atol": 1e-6}
     torch.testing.assert_close(use.rows, g.square().sum(0), **near)
-    for i, part in enumerate(torch.tensor_split(g, groups, dim=1)):
-        w = part.square().mean(1) if guided else torch.ones(len(x), dtype=torch.float64)
-        torch.testing.assert_close(use.moment[i], torch.einsum("t,ti,tj->ij", w, x, x), **near)
-        assert float(use.weight[i]) == pytest.approx(float(w.sum()), rel=1e-3, abs=1e-9)
+    w = g.square().mean(1) if guided else torch.ones(len(x), dtype=torch.float64)
+    torch.testing.assert_close(use.moment, torch.einsum("t,ti,tj->ij", w, x, x), **near)
+    assert float(use.weight) == pytest.approx(float(w.sum()), rel=1e-3, abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_moments_of_maps_used_any_number_of_times_and_of_tied_heads(case):
-    module, windows, groups, guided = case
-    groups = min(groups, module.inner.weight.shape[0])
+    module, windows, guided = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probing, "fast_dtype", lambda _: torch.float32)
-        found = probe(module, find_units(module), windows, groups=groups, guided=guided)
+        found = probe(module, find_units(module), windows, guided=guided)
         seen, sums = dense(module, windows, 2048)
-    check_map(found.uses["inner.weight"][0], seen["inner"], groups, guided)
+    check_map(found.uses["inner.weight"][0], seen["inner"], guided)
     tied = module.head.weight is module.embed.weight
     uses = found.uses["embed.weight"]
     assert len(uses) == 1 + tied
-    check_map(uses[0] if tied else found.uses["head.weight"][0], seen["head"], groups, guided)
+    check_map(uses[0] if tied else found.uses["head.weight"][0], seen["head"], guided)
     rows = sum(t.square().sum(1) for t in sums)
     torch.testing.assert_close(uses[-1].rows, rows, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(uses[-1].moment[0], sum(t.T @ t for t in sums), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(uses[-1].moment, sum(t.T @ t for t in sums), rtol=1e-3, atol=1e-6)
     assert found.tokens == sum(w.predicted for w in windows)

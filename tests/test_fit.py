@@ -347,13 +347,21 @@ def test_options_switch_ingredients_off(model_directory, texts, fitted):
     assert plain.report["kl_nats"] > fitted("rotary")[0].report["kl_nats"]
 
 
-@pytest.mark.slow
-def test_row_groups_change_the_hessian_and_keep_the_cap(model_directory, texts):
-    grouped = bytecap.fit(
-        model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
-        options={"groups": 2}, **SMALL,
-    )  # fmt: skip
-    assert BUDGET - allowed_slack(BUDGET) <= len(grouped.data) <= BUDGET
+def test_a_withdrawn_option_is_named_and_has_no_effect(model_directory, texts, fitted):
+    with pytest.warns(bytecap.BytecapWarning, match="groups of method bytecap does nothing any more"):
+        found = bytecap.fit(
+            model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
+            options={"groups": 2}, **SMALL,
+        )  # fmt: skip
+    assert found.data == fitted("rotary")[0].data
+
+
+def test_an_unknown_option_is_refused(model_directory, texts):
+    with pytest.raises(bytecap.UsageError, match="no option 'grops'"):
+        bytecap.fit(
+            model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
+            options={"grops": 2}, **SMALL,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu0"])

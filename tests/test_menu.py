@@ -189,7 +189,7 @@ def matrix(options):
     x[:, list(LOUD)] *= 30
     weight = torch.randn(48, 32, generator=g)
     rows = torch.rand(48, generator=g, dtype=torch.float64) + 0.5
-    metric = Metric((x.T @ x / 256)[None], rows / rows.mean())
+    metric = Metric(x.T @ x / 256, rows / rows.mean())
     item = prepare(Unit("a", (48, 32), "F32"), weight, metric, options)
     return item, Planner.of([item], [], options), metric
 
@@ -224,7 +224,7 @@ def test_the_metric_is_whole_even_if_the_base_does_not_see_it():
     for options in (Options(), Options(**WEAK)):
         item, planner, metric = matrix(options)
         found = problem_of(item).hessian
-        damped = metric.hessian[0].clone()
+        damped = metric.hessian.clone()
         damped.diagonal().add_(options.damping * damped.diagonal().mean())
         torch.testing.assert_close(found, damped, rtol=1e-4, atol=1e-4 * float(damped.diagonal().max()))
         state = planner.settle({"a": 0.5}, initial_rules(options))

@@ -71,7 +71,7 @@ def test_on_the_demo_model_whose_columns_are_alike_the_same_bytes_buy_more_as_bi
     found = probe(demo.module, demo.units, windows, guided=False)
     ratios = []
     for name in [u.name for u in demo.units if u.linear][1:5]:
-        weight, hessian = demo.module.state_dict()[name].float(), found.uses[name][0].moment[0].cpu()
+        weight, hessian = demo.module.state_dict()[name].float(), found.uses[name][0].moment.cpu()
         ranks = torch.argsort(column_scores(weight, hessian, 3), descending=True).tolist()
         code = quantize(weight, hessian, 3, ranks[:2])
         plain = by_rows(weight, hessian, len(CODER.encode(code, coded=False)))

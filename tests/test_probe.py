@@ -90,30 +90,27 @@ def explicit(module, windows, seed=0):
 
 
 class TestLinear:
-    @pytest.mark.parametrize("groups", [1, 3])
     @pytest.mark.parametrize("guided", [True, False])
-    def test_moments_against_one_token_at_a_time(self, groups, guided):
+    def test_moments_against_one_token_at_a_time(self, guided):
         module, windows = Chain(tied=False), chain_windows()
-        found = probe(module, find_units(module), windows, groups=groups, guided=guided)
+        found = probe(module, find_units(module), windows, guided=guided)
         (use,) = found.uses["inner.weight"]
         gradient = explicit(module, windows)["inner.weight"]  # (tokens, rows, cols): g x^T of each token
         ids = torch.cat([ids[:, :-1][mask] for ids, mask in batches(windows, 2048)])
         x = module.embed.weight.detach()[ids].double()
         g = (gradient @ x[:, :, None])[:, :, 0] / x.square().sum(1, keepdim=True)
         torch.testing.assert_close(use.rows, g.square().sum(0), rtol=1e-5, atol=1e-9)
-        for i, part in enumerate(torch.tensor_split(g, groups, dim=1)):
-            w = part.square().mean(1) if guided else torch.ones(len(x), dtype=torch.float64)
-            torch.testing.assert_close(use.moment[i], torch.einsum("t,ti,tj->ij", w, x, x), rtol=1e-4, atol=1e-7)
-            assert float(use.weight[i]) == pytest.approx(float(w.sum()), rel=1e-5)
+        w = g.square().mean(1) if guided else torch.ones(len(x), dtype=torch.float64)
+        torch.testing.assert_close(use.moment, torch.einsum("t,ti,tj->ij", w, x, x), rtol=1e-4, atol=1e-7)
+        assert float(use.weight) == pytest.approx(float(w.sum()), rel=1e-5)
         assert found.tokens == len(x)
 
-    @pytest.mark.parametrize("groups", [1, 2])
     @pytest.mark.parametrize("guided", [True, False])
-    def test_predicted_distortion_against_explicit_gradients(self, guided, groups):
-        """One group, guided: exact but for the half token of smoothing and the 300 random perturbations' own noise."""
+    def test_predicted_distortion_against_explicit_gradients(self, guided):
+        """Guided: exact but for the half token of smoothing and the 300 random perturbations' own noise."""
         module, windows = Chain(tied=False), chain_windows(count=40)
         units = find_units(module)
-        found = probe(module, units, windows, guided=guided, groups=groups)
+        found = probe(module, units, windows, guided=guided)
         metric = sensitivity.join(found.uses["inner.weight"], found.tokens)
         assert float(metric.rows.mean()) == pytest.approx(1, rel=1e-6)
         gradient = explicit(module, windows)["inner.weight"]
@@ -142,7 +139,7 @@ class TestLinear:
                 rows, cols = u.matrix_shape
                 for use in found.uses[u.name]:
                     assert use.rows.shape == (rows,)
-                    assert use.moment.shape == (1, cols, cols)
+                    assert use.moment.shape == (cols, cols)
         linear = {u.name for u in units if u.linear}
         assert set(found.uses) == linear
         assert set(found.diagonal) == {u.name for u in units} - linear
@@ -155,7 +152,7 @@ class TestEmbedding:
         (use,) = found.uses["embed.weight"]
         total = explicit(module, windows)["embed.weight"].sum(0)  # a batch's gradients of one row arrive summed
         torch.testing.assert_close(use.rows, total.square().sum(1), rtol=1e-4, atol=1e-9)
-        torch.testing.assert_close(use.moment[0], total.T @ total, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(use.moment, total.T @ total, rtol=1e-4, atol=1e-7)
         assert float(use.weight) == pytest.approx(float(total.square().sum()), rel=1e-4)
 
     def test_a_tied_tensor_has_both_uses(self):
@@ -229,7 +226,7 @@ class TestSharing:
         moment = sum(
             torch.einsum("t,ti,tj->ij", g.square().mean(1), x, x) for x, g in zip(inputs, gradients, strict=True)
         )
-        torch.testing.assert_close(use.moment[0], moment, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(use.moment, moment, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(use.rows, sum(g.square().sum(0) for g in gradients), rtol=1e-4, atol=1e-9)
 
     def test_uses_are_joined_with_their_own_scales(self):

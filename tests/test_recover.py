@@ -136,8 +136,8 @@ class TestTunedParameters:
         options = Options(trellis=getattr(request, "param", True))
         items = []
         for name in "abc":
-            inputs = torch.randn(1, 400, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
-            metric = Metric(inputs.transpose(1, 2) @ inputs / 400, torch.rand(64, dtype=torch.float64) + 0.5)
+            inputs = torch.randn(400, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
+            metric = Metric(inputs.T @ inputs / 400, torch.rand(64, dtype=torch.float64) + 0.5)
             items.append(prepare(Unit(name, (64, 24), "F32"), torch.randn(64, 24), metric, options))
         values = torch.randn(40).numpy()
         planner = Planner.of(items, [VectorUnit(Unit("v", (40,), "F32"), values, np.ones(40))], options)

@@ -101,7 +101,7 @@ def test_settling_is_a_function_of_steps_and_rules():
     torch.manual_seed(0)
     options = Options()
     inputs = torch.randn(64, 12, dtype=torch.float64)
-    metric = Metric((inputs.T @ inputs / 64)[None], torch.ones(20, dtype=torch.float64))
+    metric = Metric(inputs.T @ inputs / 64, torch.ones(20, dtype=torch.float64))
     item = prepare(Unit("a", (20, 12), "F32"), torch.randn(20, 12), metric, options)
     planner, rules = Planner.of([item], [], options), initial_rules(options)
     first = planner.settle({"a": 0.4}, rules)

@@ -28,7 +28,7 @@ def code(weight, hessian, step, *, passes=3, **options):
     chosen = Options(**{"damping": 0.0, "row_class": 0, "row_power": 0.0, "trellis": False, **options})
     rows, cols = weight.shape
     unit = Unit("w", (rows, cols), "F32", linear=True)
-    metric = Metric(hessian[None], torch.ones(rows, dtype=torch.float64))
+    metric = Metric(hessian, torch.ones(rows, dtype=torch.float64))
     item = prepare(unit, weight, metric, chosen)
     rules = initial_rules(chosen)
     shared, shrink = rules.shared, rules.shrink
@@ -227,7 +227,7 @@ class TestRows:
     def test_rows_that_matter_more_get_finer_steps(self):
         rows, n = 256, 32
         energy = torch.logspace(-2, 2, rows, dtype=torch.float64)
-        metric = Metric(torch.eye(n, dtype=torch.float64)[None], energy / energy.mean())
+        metric = Metric(torch.eye(n, dtype=torch.float64), energy / energy.mean())
         item = prepare(Unit("w", (rows, n), "F32", linear=True), gaussian(rows, n), metric, Options())
         step = item.row_step.double() / 4
         slope = np.polyfit(energy.log2().numpy(), step.numpy(), 1)[0]

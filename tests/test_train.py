@@ -240,7 +240,7 @@ def coded(matrices, step):
     model, items = model_of(module), []
     for u in model.units:
         rows, cols = u.matrix_shape
-        metric = Metric(torch.eye(cols, dtype=torch.float64)[None], torch.ones(rows, dtype=torch.float64))
+        metric = Metric(torch.eye(cols, dtype=torch.float64), torch.ones(rows, dtype=torch.float64))
         items.append(prepare(u, model.tensor(u), metric, Options(damping=1e-12)))
     planner = Planner.of(items, [], Options())
     steps = dict.fromkeys(planner.names, step)

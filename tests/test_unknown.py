@@ -135,4 +135,4 @@ class TestNotFinite:
 
     def test_no_factor_is_looked_for(self):
         with pytest.raises(CheckpointError, match="not finite"):
-            factor(Metric(torch.full((1, 3, 3), torch.nan, dtype=torch.float64), torch.ones(2)), 1e-3)
+            factor(Metric(torch.full((3, 3), torch.nan, dtype=torch.float64), torch.ones(2)), 1e-3)

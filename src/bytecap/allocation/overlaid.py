@@ -29,7 +29,7 @@ def problem_of(item: Prepared) -> UnitProblem:
     if item.hessian is not None:
         hessian = item.hessian.double().cpu()
     else:
-        order, lower = item.order[0].cpu(), item.lower[0].double().cpu()
+        order, lower = item.order.cpu(), item.lower.whole().double().cpu()
         hessian = torch.empty_like(lower)
         hessian[order[:, None], order[None, :]] = lower @ lower.T
     return UnitProblem(item.unit, item.weight.cpu().contiguous(), hessian, item.rows.double().cpu())
@@ -95,7 +95,7 @@ def overlaid(plain: Prepared, problem: UnitProblem, path: Overlay, setting: Any,
     below = plain
     if changed is not problem:
         device = plain.weight.device
-        metric = Metric(changed.hessian[None].to(device), changed.rows.to(device))
+        metric = Metric(changed.hessian.to(device), changed.rows.to(device))
         # the problem's Hessian is damped already
         below = prepare(plain.unit, changed.weight.to(device), metric, replace(options, damping=0.0))
     held = {f.name: getattr(below, f.name) for f in fields(Prepared)}

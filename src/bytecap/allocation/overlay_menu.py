@@ -227,8 +227,8 @@ class _Bench:
 
 
 def _servable(item: Prepared) -> bool:
-    """Whether paths know the unit's metric: one Hessian, and not all zero."""
-    return item.groups == 1 and bool(item.rows.any()) and bool((item.lower.diagonal() > 1e-12).all())
+    """Whether the unit has a metric that overlays can work with: one that is not all zero."""
+    return bool(item.rows.any()) and bool((item.lower.diagonal() > 1e-12).all())
 
 
 def _distortion(problem: UnitProblem, coded: Coded, shared: Shared) -> float:

@@ -61,14 +61,9 @@ class VectorUnit:
 
 def finest_step(item: Prepared) -> float:
     """The step, above 0, below which symbols would exceed 16 bits: finer grids gain nothing and integers overflow."""
-    widest = 1e-20  # of a matrix of zeros
-    for weight, row_step, diagonal, order in zip(
-        torch.tensor_split(item.weight, item.groups), torch.tensor_split(item.row_step, item.groups),
-        item.lower.diagonal(), item.order, strict=True,
-    ):  # fmt: skip
-        largest = (weight.abs() / torch.exp2(row_step.float() / 4)[:, None]).amax(0)  # (cols,)
-        widest = max(widest, float((largest[order] * diagonal).max()))
-    return widest * 2.0**-15
+    largest = (item.weight.abs() / torch.exp2(item.row_step.float() / 4)[:, None]).amax(0)  # (cols,)
+    widest = float((largest[item.order] * item.lower.diagonal()).max())
+    return max(widest, 1e-20) * 2.0**-15  # of a matrix of zeros
 
 
 @dataclass(frozen=True)

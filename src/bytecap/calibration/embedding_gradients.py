@@ -70,7 +70,7 @@ def looked_up(modules: Mapping[str, nn.Module], ids: Tensor, loss: Callable[[], 
 
 
 class Lookup:
-    """The second moment, row energies (rows,) and their sum (1,) of one table, filled by a forward hook.
+    """The second moment, row energies (rows,) and their sum () of one table, filled by a forward hook.
 
     Args:
         moment, rows, weight: where the sums go, float64.
@@ -96,4 +96,4 @@ class Lookup:
         square = sums.square().sum(1, dtype=torch.float64)
         self._rows.index_add_(0, tokens % len(self._rows), square)
         self._moment.add(sums)
-        self._weight[0] += square.sum()
+        self._weight += square.sum()

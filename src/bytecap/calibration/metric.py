@@ -2,7 +2,7 @@
 
 Every unit gets `H` and `G` such that an error `E = W^ - W` of shape (rows, cols) costs::
 
-    D = 1/2 * sum_i G_i * E_i H E_i^T      with mean(G) = 1, and H per group of consecutive rows
+    D = 1/2 * sum_i G_i * E_i H E_i^T      with mean(G) = 1
 
 Several uses of one tensor (a tied embedding and head) are joined by a shared column metric and row factors
 from per-row traces. Rows that calibration never touched get the energy of half a token, not zero.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bytecap.calibration.probe import Statistics, Use
-from bytecap.calibration.triangle import Triangles
+from bytecap.calibration.triangle import Triangle
 from bytecap.errors import CheckpointError
 from bytecap.types import Unit
 
@@ -32,7 +32,7 @@ class Metric:
     """The quadratic form of a matrix unit.
 
     Attributes:
-        hessian: float64, shape (groups, cols, cols); already holds the gradient scale.
+        hessian: float64, shape (cols, cols); already holds the gradient scale.
         rows: float64, shape (rows,), mean 1.
     """
 
@@ -45,28 +45,16 @@ class Metric:
 
     def distortion(self, error: Tensor) -> float:
         """Return `1/2 sum_i G_i e_i H e_i^T` of an error (rows, cols), in nats per token."""
-        total = 0.0
-        for h, e, g in zip(self.hessian, _split(error, self.hessian), _split(self.rows, self.hessian), strict=True):
-            e64 = e.double()
-            total += float(((e64 @ h) * e64).sum(1) @ g)
-        return total / 2
-
-
-def _split(rows: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
-    return torch.tensor_split(rows, len(hessian))
+        e = error.double()
+        return float(((e @ self.hessian) * e).sum(1) @ self.rows) / 2
 
 
 def _normal_form(use: Use, tokens: int) -> tuple[Tensor, Tensor]:
     """Return (H, G) of one use with smoothed rows; H carries the scale and G has mean 1."""
-    groups = len(use.moment)
     rows = use.rows + _UNSEEN_TOKENS * float(use.rows.sum()) / max(1, tokens)
-    hessians, factors = [], []
-    for moment, weight, r in zip(use.moment, use.weight, torch.tensor_split(rows, groups), strict=True):
-        mean = float(r.mean())
-        scale = mean / max(float(weight), 1e-300) / tokens
-        hessians.append(moment * scale)
-        factors.append(r / max(mean, 1e-300))
-    return torch.stack(hessians), torch.cat(factors)
+    mean = float(rows.mean())
+    scale = mean / max(float(use.weight), 1e-300) / tokens
+    return use.moment * scale, rows / max(mean, 1e-300)
 
 
 def join(uses: Sequence[Use], tokens: int) -> Metric:
@@ -77,11 +65,8 @@ def join(uses: Sequence[Use], tokens: int) -> Metric:
         tokens: number of predicted tokens behind them.
     """
     forms = [_normal_form(u, tokens) for u in uses]
-    groups = min(len(h) for h, _ in forms)
-    if any(len(h) != groups for h, _ in forms):
-        forms = [(h.mean(0, keepdim=True), g) for h, g in forms]
-    hessian = torch.stack([h for h, _ in forms]).sum(0)
-    traces = [float(h.diagonal(dim1=1, dim2=2).mean()) for h, _ in forms]
+    hessian = forms[0][0] if len(forms) == 1 else torch.stack([h for h, _ in forms]).sum(0)
+    traces = [float(h.diagonal().mean()) for h, _ in forms]
     total = max(sum(traces), 1e-300)
     rows = torch.stack([g * (t / total) for (_, g), t in zip(forms, traces, strict=True)]).sum(0)
     return Metric(hessian, rows)
@@ -98,7 +83,7 @@ def diagonal(unit: Unit, statistics: Statistics) -> np.ndarray[tuple[int, ...], 
     return found if found is not None else np.zeros(unit.shape)
 
 
-def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangles, Tensor]:
+def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangle, Tensor]:
     """Factor the damped Hessian by Cholesky.
 
     Args:
@@ -107,27 +92,22 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangle
         order: put columns of large diagonal last, so that they are rounded first and the rest absorbs their error.
 
     Returns:
-        L, float32, (cols, cols) for each row group, of the permuted Hessian; and the permutation (groups, cols).
-        The decoder needs neither.
+        L, float32 (cols, cols), of the permuted Hessian; and the permutation (cols,). The decoder needs neither.
 
     Raises:
         CheckpointError: the Hessian is not finite.
     """
-    factors, orders = [], []
-    for h in metric.hessian:
-        diag = h.diagonal()
-        mean = float(diag.mean())
-        perm = torch.argsort(diag, stable=True) if order else torch.arange(len(h), device=h.device)
-        if not math.isfinite(mean):
-            raise CheckpointError("the statistics of a unit are not finite: there is no error to weigh")
-        ridge = max(damping * mean, 1e-30)
-        while True:
-            damped = h[perm][:, perm].clone()
-            damped.diagonal().add_(ridge)
-            lower, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0:
-                break
-            ridge *= 10  # numerically singular: more damping until it factors
-        factors.append(lower.float())
-        orders.append(perm)
-    return Triangles.of(torch.stack(factors)), torch.stack(orders)
+    h = metric.hessian
+    diag = h.diagonal()
+    mean = float(diag.mean())
+    perm = torch.argsort(diag, stable=True) if order else torch.arange(len(h), device=h.device)
+    if not math.isfinite(mean):
+        raise CheckpointError("the statistics of a unit are not finite: there is no error to weigh")
+    ridge = max(damping * mean, 1e-30)
+    while True:
+        damped = h[perm][:, perm].clone()
+        damped.diagonal().add_(ridge)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return Triangle.of(lower.float()), perm
+        ridge *= 10  # numerically singular: more damping until it factors

@@ -6,7 +6,7 @@ The distortion of a unit is the Fisher quadratic form of the model's own loss, i
 
 Labels are sampled from the model itself, so gradients are of the true Fisher and D predicts the KL divergence
 to the original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
-output gradient over a group of rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
+output gradient over all rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
 For an embedding `H` is the second moment of a sequence's gradient by rows (`bytecap.calibration.embedding_gradients`)
 and `G` the rows' gradient energy; the same for every matrix that hooks do not see through
 (`bytecap.model.hook_coverage`). A tensor with several uses keeps one `Use` for each; `bytecap.calibration.metric` joins
@@ -48,9 +48,9 @@ class Use:
     """The accumulated statistics of one use of a weight.
 
     Attributes:
-        moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (groups, cols, cols).
+        moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (cols, cols).
         rows: summed squared output gradient of each row, shape (rows,).
-        weight: what divides `moment * rows` (linear: summed token weights; embedding: summed energy), shape (groups,).
+        weight: what divides `moment * rows` (linear: summed token weights; embedding: summed energy), shape ().
     """
 
     moment: Tensor
@@ -79,7 +79,6 @@ def probe(
     windows: Sequence[Window],
     *,
     seed: int = 0,
-    groups: int = 1,
     guided: bool = True,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -93,7 +92,6 @@ def probe(
         units: its units.
         windows: calibration windows.
         seed: of the labels sampled from the model.
-        groups: row groups of the guided Hessian, 1 to 4.
         guided: weight tokens by output gradient energy; False gives plain input second moments, same scale.
         device: torch device of the passes.
         progress: called with the number of tokens finished.
@@ -113,7 +111,7 @@ def probe(
     def work(batch: int) -> Statistics:
         return in_order(
             target,
-            lambda: _one_pass(module_copy, chosen, windows, batch, seed, groups, guided, target, leaves, progress),
+            lambda: _one_pass(module_copy, chosen, windows, batch, seed, guided, target, leaves, progress),
         )
 
     return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
@@ -203,24 +201,23 @@ def _account(
 
 
 class _Collector:
-    """The second moments of one weight by row groups, filled by hooks where the module is linear."""
+    """The second moments of one weight, filled by hooks where the module is linear."""
 
-    def __init__(self, rows: int, cols: int, groups: int, guided: bool, device: torch.device) -> None:
-        self.moments = [Moment(cols, device) for _ in range(groups)]
+    def __init__(self, rows: int, cols: int, guided: bool, device: torch.device) -> None:
+        self.moment = Moment(cols, device)
         self.rows = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.weight = torch.zeros(groups, dtype=torch.float64, device=device)
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
         self.guided = guided
 
     def use(self) -> Use:
         """Return the statistics added so far and free them; to be called once."""
-        wholes = [m.whole() for m in self.moments]
-        return Use(wholes[0][None] if len(wholes) == 1 else torch.stack(wholes), self.rows, self.weight)
+        return Use(self.moment.whole(), self.rows, self.weight)
 
     def add_gradient(self, square: Tensor, g: Tensor) -> None:
         """Add a weight's own gradient: its rows' energy (rows,), and g (n, cols), the rows where it is not 0."""
         self.rows += square.double()
-        self.moments[0].add(g)
-        self.weight[0] += square.sum(dtype=torch.float64)
+        self.moment.add(g)
+        self.weight += square.sum(dtype=torch.float64)
 
     def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach()
@@ -232,10 +229,9 @@ class _Collector:
         x = x.reshape(-1, x.shape[-1]).float()
         square = g.reshape(-1, g.shape[-1]).float().square()  # out of place: float32 gradients still flow on
         self.rows += square.sum(0, dtype=torch.float64)
-        for i, part in enumerate(torch.tensor_split(square, len(self.moments), dim=1)):
-            w = part.mean(1) if self.guided else (part.amax(1) > 0).float()  # padding has no gradient
-            self.weight[i] += w.sum(dtype=torch.float64)
-            self.moments[i].add(x * w.sqrt_()[:, None])
+        w = square.mean(1) if self.guided else (square.amax(1) > 0).float()  # padding has no gradient
+        self.weight += w.sum(dtype=torch.float64)
+        self.moment.add(x * w.sqrt_()[:, None])
 
 
 def _one_pass(
@@ -244,7 +240,6 @@ def _one_pass(
     windows: Sequence[Window],
     batch: int,
     seed: int,
-    groups: int,
     guided: bool,
     device: torch.device,
     leaves: _Leaves,
@@ -255,15 +250,15 @@ def _one_pass(
     for name, m, kind in chosen:
         weight: Tensor = m.weight  # type: ignore[assignment]
         rows, cols = weight.shape[::-1] if kind == "conv1d" else weight.shape
-        collector = _Collector(rows, cols, groups, guided, device)
+        collector = _Collector(rows, cols, guided, device)
         collectors.setdefault(name, []).append(collector)
         handles.append(m.register_forward_hook(collector.forward_hook))
     diagonal = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.other.items()}
-    embedded = {n: _Collector(len(p), p.shape[1], 1, guided, device) for n, p in leaves.tables.items()}
+    embedded = {n: _Collector(len(p), p.shape[1], guided, device) for n, p in leaves.tables.items()}
     for n, m in leaves.lookup.items():
         found = embedded[n]
-        handles.append(m.register_forward_hook(Lookup(found.moments[0], found.rows, found.weight).forward_hook))
-    moments = {n: _Collector(*u.matrix_shape, 1, guided, device) for n, (u, _) in leaves.matrix.items()}
+        handles.append(m.register_forward_hook(Lookup(found.moment, found.rows, found.weight).forward_hook))
+    moments = {n: _Collector(*u.matrix_shape, guided, device) for n, (u, _) in leaves.matrix.items()}
     generator = torch.Generator(device).manual_seed(seed)
     tokens = passes = 0
     try:
@@ -283,7 +278,7 @@ def _one_pass(
         uses.setdefault(name, []).append(found.use())
     for name, found in moments.items():
         use = found.use()
-        use.moment[0] = shrunk_moment(use.moment[0], passes * len(use.rows))
+        use.moment = shrunk_moment(use.moment, passes * len(use.rows))
         uses.setdefault(name, []).append(use)
     return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
 

@@ -64,15 +64,15 @@ def job_key(job: Job) -> str:
     )  # fmt: skip
 
 
-def moments(job: Job, *, groups: int = 1, guided: bool = True) -> Statistics:
+def moments(job: Job, *, guided: bool = True) -> Statistics:
     """Probe the model on the statistics tokens, once; the caller may use the result up."""
 
     def make() -> dict[str, Array]:
-        return _flat(_probed(job, groups, guided))
+        return _flat(_probed(job, guided))
 
     if job.store.directory is None:
-        return _probed(job, groups, guided)
-    kept = _once(job, ["moments", groups, guided], make)
+        return _probed(job, guided)
+    kept = _once(job, ["moments", guided], make)
     uses: dict[str, list[Use]] = {}
     diagonal: dict[str, Any] = {}
     for name, array in kept.items():
@@ -109,11 +109,10 @@ def gradients(job: Job, kind: str) -> Gradients:
     return Gradients(parts["square"], parts["inputs"], int(kept["tokens"]))
 
 
-def _probed(job: Job, groups: int, guided: bool) -> Statistics:
+def _probed(job: Job, guided: bool) -> Statistics:
     def of(windows: Sequence[Window], **told: Any) -> Statistics:
         return probe(
-            job.model.module, job.model.units, windows, seed=job.seed, groups=groups, guided=guided, device=job.device,
-            **told,
+            job.model.module, job.model.units, windows, seed=job.seed, guided=guided, device=job.device, **told
         )  # fmt: skip
 
     with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:

@@ -1,16 +1,15 @@
-"""Keep lower triangular factors without their zeros, in half the memory while they are not in use.
+"""Keep a lower triangular factor without its zeros, in half the memory while it is not in use.
 
->>> whole = torch.tensor([[[2.0, 0.0], [1.0, 3.0]]])
->>> packed = Triangles.of(whole)
+>>> whole = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
+>>> packed = Triangle.of(whole)
 >>> packed.size, packed.values.tolist(), packed.diagonal().tolist()
-(2, [[2.0, 1.0, 3.0]], [[2.0, 3.0]])
->>> bool((packed[0] == whole[0]).all())
+(2, [2.0, 1.0, 3.0], [2.0, 3.0])
+>>> bool((packed.whole() == whole).all())
 True
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,40 +17,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Triangles:
-    """Lower triangular matrices of one size, one for each row group.
+class Triangle:
+    """A lower triangular matrix.
 
     Attributes:
-        values: (groups, size * (size + 1) / 2), row by row.
-        size: rows and columns of each.
+        values: (size * (size + 1) / 2,), row by row.
+        size: rows and columns.
     """
 
     values: Tensor
     size: int
 
     @staticmethod
-    def of(whole: Tensor) -> Triangles:
-        """Pack matrices (groups, size, size); entries above the diagonal are ignored."""
-        mask = _below(whole.shape[-1], whole.device)
-        return Triangles(torch.stack([w.masked_select(mask) for w in whole]), whole.shape[-1])
+    def of(whole: Tensor) -> Triangle:
+        """Pack a matrix (size, size); entries above the diagonal are ignored."""
+        return Triangle(whole.masked_select(_below(len(whole), whole.device)), len(whole))
 
-    def __len__(self) -> int:
-        """Number of matrices."""
-        return len(self.values)
-
-    def __getitem__(self, group: int) -> Tensor:
-        """One matrix (size, size)."""
-        whole = self.values.new_zeros(self.size, self.size)
-        return whole.masked_scatter_(_below(self.size, whole.device), self.values[group])
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield one matrix after the other."""
-        return (self[g] for g in range(len(self)))
+    def whole(self) -> Tensor:
+        """The matrix (size, size)."""
+        zeros = self.values.new_zeros(self.size, self.size)
+        return zeros.masked_scatter_(_below(self.size, zeros.device), self.values)
 
     def diagonal(self) -> Tensor:
-        """The diagonals (groups, size)."""
+        """The diagonal (size,)."""
         rows = torch.arange(self.size, device=self.values.device)
-        return self.values[:, rows * (rows + 3) // 2]
+        return self.values[rows * (rows + 3) // 2]
 
 
 def _below(size: int, device: torch.device) -> Tensor:

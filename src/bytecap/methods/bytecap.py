@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
+from bytecap.progress import warn
 from bytecap.quantization.quantizer import Options, Prepared
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.tuning import tune
@@ -48,7 +50,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
-    options = Options(**job.options)
+    options = Options.of(job.options, partial(warn, job.reporter))
     prepared = prepare(job, options, calibrate(job, options))
     if 8 * prepared.capacity > _FINE_BITS * prepared.planner.parameters:
         prepared, finest = prepared.measure_finest()
@@ -69,7 +71,7 @@ def run(job: Job) -> Outcome:
 
 def calibrate(job: Job, options: Options) -> Statistics:
     """What one pass over the statistics tokens finds."""
-    return moments(job, groups=options.groups, guided=options.guided)
+    return moments(job, guided=options.guided)
 
 
 def prepare(job: Job, options: Options, found: Statistics) -> PreparedModel:

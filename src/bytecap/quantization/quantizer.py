@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from bytecap.calibration.metric import Metric, factor
-from bytecap.calibration.triangle import Triangles
+from bytecap.calibration.triangle import Triangle
+from bytecap.errors import UsageError
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE, GridCode, side_bits
@@ -37,6 +38,8 @@ FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain n
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
 
+_WITHDRAWN = {"groups": "row groups of the Hessian cost more quality than they gain at equal bytes"}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -53,7 +56,6 @@ class Options:
         shrink: reconstruct at centroids.
         damping: of the Hessian, in fractions of its mean diagonal.
         guided: weight tokens by output gradient energy.
-        groups: row groups of the guided Hessian.
         correct: measure correction factors with the real loss.
         allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
         drift: strength of drift targets, 0 off.
@@ -70,39 +72,52 @@ class Options:
     shrink: bool = True
     damping: float = 1e-3
     guided: bool = True
-    groups: int = 1
     correct: bool = True
     allocate: bool = True
     drift: float = 0.4
     drift_tokens: int = 16_384
 
+    @staticmethod
+    def of(given: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None) -> Options:
+        """Read the options of a job.
+
+        Args:
+            given: options by name.
+            warn: told about options that no longer do anything.
+
+        Raises:
+            UsageError: an unknown option.
+        """
+        known = [f.name for f in fields(Options)]
+        unknown = sorted(set(given) - set(known) - set(_WITHDRAWN))
+        if unknown:
+            raise UsageError(f"method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
+        for name in sorted(set(given) & set(_WITHDRAWN)):
+            warn(f"the option {name} of method bytecap does nothing any more: {_WITHDRAWN[name]}")
+        return Options(**{n: v for n, v in given.items() if n in known})
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A matrix unit ready for rounding: one `RoundingProblem` row per row group.
+    """A matrix unit ready for rounding: one row of a `RoundingProblem`.
 
     Attributes:
         unit: the unit.
         weight: (rows, cols) float32, what to approximate.
         rows: (rows,), weight of each row's error.
         row_step: (rows,), quarter octaves.
-        lower: Cholesky factors, (cols, cols) for each row group.
-        order: column orders (groups, cols).
-        hessian: (cols, cols), damped, where `lower` says less than that (no error feedback, one row group).
+        lower: Cholesky factor (cols, cols), columns in rounding order.
+        order: (cols,), stored index of each column.
+        hessian: (cols, cols), damped, where `lower` says less than that (no error feedback).
     """
 
     unit: Unit
     weight: Tensor
     rows: Tensor
     row_step: Tensor
-    lower: Triangles
+    lower: Triangle
     order: Tensor
     hessian: Tensor | None = None
-
-    @property
-    def groups(self) -> int:
-        """Row groups."""
-        return len(self.lower)
 
     @property
     def target(self) -> Tensor:
@@ -121,7 +136,7 @@ class Prepared:
     def emptied(self) -> Prepared:
         """Without all that only rounding needs."""
         none = torch.zeros(0, device=self.order.device)  # which still says where the unit is
-        return replace(self, weight=none, rows=none, lower=Triangles(none, 0), order=none, hessian=None)
+        return replace(self, weight=none, rows=none, lower=Triangle(none, 0), order=none, hessian=None)
 
 
 @dataclass(frozen=True)
@@ -143,11 +158,9 @@ def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Pre
     """Factor the Hessian and fix the row steps of a unit."""
     whole = None
     if not options.feedback:
-        if len(metric.hessian) == 1:
-            whole = metric.hessian[0].clone()
-            whole.diagonal().add_(max(options.damping * float(whole.diagonal().mean()), 1e-30))
-        diagonals = torch.stack([torch.diag(h.diagonal()) for h in metric.hessian])
-        metric = replace(metric, hessian=diagonals)
+        whole = metric.hessian.clone()
+        whole.diagonal().add_(max(options.damping * float(whole.diagonal().mean()), 1e-30))
+        metric = replace(metric, hessian=torch.diag(metric.hessian.diagonal()))
     lower, order = factor(metric, options.damping, options.order)
     energy = metric.rows.clamp(min=1e-9)
     exponent = -2 * options.row_power * torch.log2(energy)
@@ -168,31 +181,26 @@ def round_units(
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
     """
-    groups: dict[tuple[int, int], list[tuple[Prepared, int]]] = {}
+    alike: dict[tuple[int, int], list[Prepared]] = {}
     for item in items:
-        rows, cols = item.weight.shape
-        for g, part in enumerate(np.array_split(np.arange(rows), item.groups)):
-            groups.setdefault((len(part), cols), []).append((item, g))
-    rounded: dict[str, dict[int, tuple[Rounded, int]]] = {item.unit.name: {} for item in items}
+        alike.setdefault((item.weight.shape[0], item.weight.shape[1]), []).append(item)
     coded: dict[str, Coded] = {}
-
-    def collect(item: Prepared) -> Coded:
-        return _collect(item, steps, rounded.pop(item.unit.name), trellis=options.trellis)
-
     centres = np.zeros((2, 64, 17))
-    for (rows, cols), members in groups.items():
-        size = max(1, _together(members[0][0].weight.device) // max(1, rows * cols + cols * cols))
+    for (rows, cols), members in alike.items():
+        size = max(1, _together(members[0].weight.device) // max(1, rows * cols + cols * cols))
         for at in range(0, len(members), size):
-            chunk = members[at : at + size]
-            result = _round_members(chunk, steps, shrink, options)
-            centres += result.centres
-            for i, (item, g) in enumerate(chunk):
-                rounded[item.unit.name][g] = (result, i)
-            ready = list({m.unit.name: m for m, _ in chunk if len(rounded[m.unit.name]) == m.groups}.values())
-            found = [collect(m) for m in ready] if result.on_device else in_threads(collect, ready)
-            coded |= {m.unit.name: x for m, x in zip(ready, found, strict=True)}
+            batch = members[at : at + size]
+            rounded = _round_batch(batch, steps, shrink, options)
+            centres += rounded.centres
+
+            def collect(i: int, batch: list[Prepared] = batch, rounded: Rounded = rounded) -> Coded:
+                return _collect(batch[i], i, steps, rounded, trellis=options.trellis)
+
+            numbers = range(len(batch))
+            found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
+            coded |= {p.unit.name: x for p, x in zip(batch, found, strict=True)}
             if progress is not None:
-                progress(rows * cols * len(chunk))
+                progress(rows * cols * len(batch))
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
 
 
@@ -213,21 +221,18 @@ def _trellis(device: str) -> Callable[..., Rounded]:
     return round_trellis
 
 
-def _round_members(
-    members: Sequence[tuple[Prepared, int]], steps: Mapping[str, float], shrink: Shrink, options: Options
-) -> Rounded:
-    first, g = members[0]
-    shape = first.lower.size, len(torch.tensor_split(first.row_step, first.groups)[g])
-    weight = torch.empty(len(members), *shape, device=first.weight.device)
+def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options) -> Rounded:
+    """Round equally shaped units together."""
+    first = items[0]
+    weight = torch.empty(len(items), first.lower.size, len(first.row_step), device=first.weight.device)
     rows = []
-    for i, (item, g) in enumerate(members):
-        row_step = torch.exp2(torch.tensor_split(item.row_step, item.groups)[g].float() / 4)
-        part = torch.tensor_split(item.weight, item.groups)[g]
-        weight[i] = (part / row_step[:, None]).T[item.order[g]]
-        rows.append(torch.tensor_split(item.rows, item.groups)[g].float() * row_step.square())
-    lower = torch.stack([item.lower[g] for item, g in members])
-    order = torch.stack([item.order[g] for item, g in members])
-    step = torch.tensor([steps[item.unit.name] for item, _ in members], dtype=torch.float32, device=weight.device)
+    for i, item in enumerate(items):
+        row_step = torch.exp2(item.row_step.float() / 4)
+        weight[i] = (item.weight / row_step[:, None]).T[item.order]
+        rows.append(item.rows.float() * row_step.square())
+    lower = torch.stack([item.lower.whole() for item in items])
+    order = torch.stack([item.order for item in items])
+    step = torch.tensor([steps[item.unit.name] for item in items], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
     problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
     if options.trellis:
@@ -235,23 +240,17 @@ def _round_members(
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
 
 
-def _collect(
-    item: Prepared, steps: Mapping[str, float], rounded: Mapping[int, tuple[Rounded, int]], *, trellis: bool
-) -> Coded:
-    parts = [rounded[g] for g in range(item.groups)]
-
-    def each(name: str) -> list[Any]:
-        return [getattr(r, name)[i] for r, i in parts]
-
-    columns, rows = np.stack(each("column_class")), np.concatenate(each("row_class"))
+def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounded, *, trellis: bool) -> Coded:
+    """Return unit `i` of a rounded batch as it would be stored."""
+    column, row = rounded.column_class[i], rounded.row_class[i]
     first = FIRST_DEPENDENT if trellis else CLASSES
-    store_on = _stored_there if parts[0][0].on_device else _stored
-    symbols, counts = store_on(each("symbols"), columns, rows, first)
+    symbols: Any = rounded.symbols[i]
+    symbols, counts = (_stored_there if rounded.on_device else _stored)(symbols, column, row, first)
     code = GridCode(
-        step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=np.stack(each("column_step")),
-        column_class=columns, row_step=item.row_step.cpu().numpy(), row_class=rows, first=first,
+        step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=rounded.column_step[i][None],
+        column_class=column[None], row_step=item.row_step.cpu().numpy(), row_class=row, first=first,
     )  # fmt: skip
-    return Coded(code, float(sum(float(r.distortion[i]) for r, i in parts)), counts)
+    return Coded(code, float(rounded.distortion[i]), counts)
 
 
 def _width(peak: int) -> str:
@@ -260,45 +259,39 @@ def _width(peak: int) -> str:
 
 
 def _stored(
-    symbols: Sequence[npt.NDArray[Any]], columns: npt.NDArray[Any], rows: npt.NDArray[Any], first: int
+    symbols: npt.NDArray[Any], column: npt.NDArray[Any], row: npt.NDArray[Any], first: int
 ) -> tuple[npt.NDArray[Any], Counts]:
-    """Symbols (rows, cols), a byte each where they fit, and their counts.
+    """Return symbols (rows, cols), a byte each where they fit, and their counts.
 
     Args:
-        symbols: (cols, rows) of every row group.
-        columns: (groups, cols) classes.
-        rows: (rows,) classes.
+        symbols: (cols, rows).
+        column: (cols,) classes.
+        row: (rows,) classes.
         first: class of dependent columns.
     """
-    peak = max((max(int(s.max()), -int(s.min())) for s in symbols if s.size), default=0)
-    out = np.empty((len(rows), columns.shape[1]), _width(peak))
+    peak = max(int(symbols.max()), -int(symbols.min())) if symbols.size else 0
+    out = np.empty((len(row), len(column)), _width(peak))
     counts = np.zeros((2, CLASSES, min(peak, MAX_HALF + 1) + 1))
-    fine = columns >= first
-    groups = (symbols, columns, fine, np.array_split(rows, len(columns)), np.array_split(out, len(columns)))
-    for s, column, dependent, row, part in zip(*groups, strict=True):
-        store(
-            s, column.astype(np.int64), dependent * OCTAVE, dependent.astype(np.int64), row.astype(np.int64), part,
-            counts,
-        )  # fmt: skip
+    fine = column >= first
+    store(
+        symbols, column.astype(np.int64), fine * OCTAVE, fine.astype(np.int64), row.astype(np.int64), out, counts
+    )  # fmt: skip
     return out, counts
 
 
 def _stored_there(
-    symbols: Sequence[Tensor], columns: npt.NDArray[Any], rows: npt.NDArray[Any], first: int
+    symbols: Tensor, column: npt.NDArray[Any], row: npt.NDArray[Any], first: int
 ) -> tuple[npt.NDArray[Any], Counts]:
-    """What `_stored` does, on the device that holds the symbols."""
-    device = symbols[0].device
-    peak = max((int(s.abs().max()) for s in symbols if s.numel()), default=0)
-    kind = getattr(torch, _width(peak))
+    """Return what `_stored` returns, computed on the device that holds the symbols."""
+    device = symbols.device
+    peak = int(symbols.abs().max()) if symbols.numel() else 0
     last = min(peak, MAX_HALF + 1)
-    counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
-    for s, column, row in zip(symbols, columns, np.array_split(rows, len(columns)), strict=True):
-        own = torch.from_numpy(column).to(device, torch.int64)[:, None]
-        fine = (own >= first).long()
-        cls = classes_there(own, torch.from_numpy(row).to(device, torch.int64), fine)
-        at = (fine * CLASSES + cls) * (last + 1) + s.abs().clamp(max=last)
-        counts += torch.bincount(at.reshape(-1), minlength=len(counts))
-    out = torch.cat([s.T.to(kind) for s in symbols]).cpu().numpy()
+    own = torch.from_numpy(column).to(device, torch.int64)[:, None]
+    fine = (own >= first).long()
+    cls = classes_there(own, torch.from_numpy(row).to(device, torch.int64), fine)
+    at = (fine * CLASSES + cls) * (last + 1) + symbols.abs().clamp(max=last)
+    counts = torch.bincount(at.reshape(-1), minlength=2 * CLASSES * (last + 1))
+    out = symbols.T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
 
 

@@ -28,7 +28,7 @@ def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.
     """Decode float32 values (rows, cols).
 
     Args:
-        code: what would be stored.
+        code: what would be stored, its rows in one group.
         offset: reconstruction offsets by class and |z|, (64, 17).
         device: where to.
     """
@@ -38,21 +38,20 @@ def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.
 
     symbols, flat = torch.from_numpy(code.symbols), sent(offset).reshape(-1)
     out = torch.empty(symbols.shape, device=device)
-    scale = sent(np.float32(code.step) * quarter(code.column_step))
+    scale = sent(np.float32(code.step) * quarter(code.column_step))  # (1, cols), as all that belongs to columns
     fine = sent(code.fine).int()
     half = torch.where(fine > 0, 0.5, 1.0)
     column_class, row_class = sent(code.column_class.astype(np.int32)), sent(code.row_class.astype(np.int32))
     row_step = sent(quarter(code.row_step))
     high = max(1, _TOGETHER // max(1, symbols.shape[1]))
-    for group, rows in enumerate(np.array_split(np.arange(len(symbols)), len(scale))):
-        for at in range(0, len(rows), high):
-            part = slice(int(rows[at]), int(rows[min(at + high, len(rows)) - 1]) + 1)
-            cls = classes_there(column_class[group], row_class[part, None], fine[group])
-            points = symbols[part].to(device, non_blocking=True).int()
-            size = points.abs()
-            cls.mul_(CENTRES).add_(size.clamp(max=CENTRES - 1))
-            value = out[part]
-            value.copy_(size).mul_(half[group]).sub_(flat[cls])
-            torch.where(points < 0, -value, value, out=value)
-            value.mul_(row_step[part, None]).mul_(scale[group])
+    for at in range(0, len(symbols), high):
+        part = slice(at, at + high)
+        cls = classes_there(column_class, row_class[part, None], fine)
+        points = symbols[part].to(device, non_blocking=True).int()
+        size = points.abs()
+        cls.mul_(CENTRES).add_(size.clamp(max=CENTRES - 1))
+        value = out[part]
+        value.copy_(size).mul_(half).sub_(flat[cls])
+        torch.where(points < 0, -value, value, out=value)
+        value.mul_(row_step[part, None]).mul_(scale)
     return out

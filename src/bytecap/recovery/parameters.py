@@ -40,13 +40,13 @@ _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a
 
 @dataclass(frozen=True)
 class _Grid:
-    """What stays of a matrix while it moves: (rows, 1), (1 or rows, cols), and its classes.
+    """What stays of a matrix while it moves: (rows, 1), (1, cols), and its classes.
 
     Attributes:
         row, column: steps of the grid are their product; the column's hold the unit's own step and halves.
-        coarse: (1 or rows, cols), 2 where the grid is fine: offsets are in steps of the column.
+        coarse: (1, cols), 2 where the grid is fine: offsets are in steps of the column.
         classes: (rows, cols), uint8.
-        kind: (1 or rows, cols), 64 where the grid is fine, else 0.
+        kind: (1, cols), 64 where the grid is fine, else 0.
     """
 
     unit: Unit
@@ -61,12 +61,9 @@ class _Grid:
         """Of a matrix and its code."""
         code, device = coded.code, item.weight.device
         half = np.where(code.fine, np.float32(0.5), np.float32(1))
-        column = np.float32(code.step) * np.exp2(code.column_step.astype(np.float32) / 4) * half  # (groups, cols)
+        column = np.float32(code.step) * np.exp2(code.column_step.astype(np.float32) / 4) * half  # (1, cols)
 
         def whole(array: npt.NDArray[Any]) -> Tensor:
-            if len(array) > 1:
-                counts = [len(p) for p in np.array_split(np.arange(len(code.row_step)), len(array))]
-                array = np.repeat(array, counts, axis=0)
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         row = torch.from_numpy(np.exp2(code.row_step.astype(np.float32) / 4))[:, None].to(device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,10 @@ def _literal(value: str) -> Any:
 def _check_ingredients(options: dict[str, Any], text: str) -> None:
     from bytecap.quantization.quantizer import Options
 
-    known = [f.name for f in fields(Options)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise UsageError(f"cannot read {text!r}: method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
+    try:
+        Options.of(options)
+    except UsageError as exc:
+        raise UsageError(f"cannot read {text!r}: {exc}") from None
 
 
 def read_external(text: str, models: Sequence[str]) -> External:

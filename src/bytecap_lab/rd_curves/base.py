@@ -145,7 +145,7 @@ def _grid_round(planner: Planner, rules: Rules, items: Sequence[Prepared], steps
 
 
 def _metric(problem: UnitProblem, device: torch.device) -> Metric:
-    return Metric(problem.hessian[None].to(device), problem.rows.to(device))
+    return Metric(problem.hessian.to(device), problem.rows.to(device))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def second_moments(job: Job) -> tuple[dict[str, Tensor], set[str]]:
     found = moments(job, guided=False)
     embeddings = job.model.embeddings()
     hessians = {
-        n: torch.stack([u.moment[0].cpu() for u in us]).sum(0) for n, us in found.uses.items() if n not in embeddings
+        n: torch.stack([u.moment.cpu() for u in us]).sum(0) for n, us in found.uses.items() if n not in embeddings
     }
     return hessians, embeddings
 

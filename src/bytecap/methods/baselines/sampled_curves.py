@@ -107,7 +107,7 @@ def prepare(job: Job) -> tuple[list[Material], dict[str, Section]]:
         price, columns, energy = 1e-9, torch.ones(cols), torch.ones(rows)  # of no known use
         if u.name in found.uses:
             metric = sensitivity.join(found.uses[u.name], found.tokens)
-            diagonal = metric.hessian.mean(0).diagonal().cpu()
+            diagonal = metric.hessian.diagonal().cpu()
             price, columns = float(diagonal.mean()) / 2, (diagonal / diagonal.mean().clamp(min=1e-30)).float()
             energy = metric.rows.cpu().float()
         device = torch.device(job.device)

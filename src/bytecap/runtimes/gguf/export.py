@@ -75,7 +75,7 @@ def importance(model: Model, layout: Layout, found: Statistics) -> dict[str, npt
     """
     del model
     return {
-        p.name: join(found.uses[p.unit], found.tokens).hessian[0].diagonal().float().cpu().numpy()
+        p.name: join(found.uses[p.unit], found.tokens).hessian.diagonal().float().cpu().numpy()
         for p in layout.places
         if p.matrix and p.unit in found.uses
     }

@@ -65,7 +65,7 @@ class Item:
 
     def form(self, shrinkage: float | None = None) -> Form:
         """The Hessian as rounding wants it."""
-        return prepare(shrunk(self.metric.hessian[0], self.shrinkage if shrinkage is None else shrinkage))
+        return prepare(shrunk(self.metric.hessian, self.shrinkage if shrinkage is None else shrinkage))
 
     def sampled(self, weights: int = _SAMPLE) -> tuple[Item, float]:
         """The same with an even sample of its rows, and the factor from the sample's distortion to the whole's."""
@@ -140,7 +140,7 @@ def _metric(unit: Unit, found: Statistics, place: Place) -> Metric:
     if unit.name in found.uses:
         whole = join(found.uses[unit.name], found.tokens)
     else:
-        whole = Metric(torch.eye(cols, dtype=torch.float64)[None], torch.zeros(rows, dtype=torch.float64))
+        whole = Metric(torch.eye(cols, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
     whole = Metric(whole.hessian.cpu(), whole.rows.cpu())
     return whole if place.rows is None else replace(whole, rows=whole.rows[torch.from_numpy(place.rows)])
 

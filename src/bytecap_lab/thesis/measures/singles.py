@@ -59,7 +59,7 @@ def problems(bench: Bench, sets: TokenSets, seed: int) -> dict[str, UnitProblem]
     found = calibrate(job, Options())
     known = bench.operating_point.base.problems
     return {
-        n: UnitProblem(known[n].unit, known[n].weight, m.hessian[0].cpu(), m.rows.cpu())
+        n: UnitProblem(known[n].unit, known[n].weight, m.hessian.cpu(), m.rows.cpu())
         for n, m in metrics([p.unit for p in known.values()], found).items()
     }
 
