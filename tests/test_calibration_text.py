@@ -6,9 +6,11 @@ import pytest
 
 import bytecap
 from bytecap.errors import UsageError
+from bytecap.model import sources
 from bytecap.model.calibration_text import GENERAL, SELF, Source, general, general_documents, parse
 from bytecap.model.checkpoint import load_model
-from bytecap.model.sources import default_sources, load_sets
+from bytecap.model.defaults import SAMPLED_TOKENS, TOKENS
+from bytecap.model.sources import default_sources, default_tokens, load_sets
 from bytecap.model.texts import Text, Window, split_sets
 from bytecap.progress import Silent
 from conftest import BUDGET, SMALL
@@ -87,6 +89,17 @@ class TestSets:
         assert asked == [1875]
         assert names[SELF] > 0.3 * sum(names.values())
         assert [t.name for t in sets.evaluation] == [GENERAL]
+
+    def test_more_samples_where_they_are_cheap(self, model_directory, texts, monkeypatch):
+        model = load_model(model_directory("rotary"))
+        assert default_tokens(model, [], "cuda") == SAMPLED_TOKENS
+        assert default_tokens(model, [], "cpu") == TOKENS
+        assert default_tokens(model, [texts["calib"]], "cuda") == TOKENS
+        size = sum(p.numel() for p in model.module.parameters())
+        monkeypatch.setattr(sources, "SAMPLED_WORK", 200_000.5 * size)
+        assert default_tokens(model, [], "cuda") == 200_000
+        monkeypatch.setattr(sources, "SAMPLED_WORK", 1000 * size)
+        assert default_tokens(model, [], "cuda") == TOKENS
 
     def test_samples_repeat_by_seed(self, model_directory):
         model = load_model(model_directory("rotary"))

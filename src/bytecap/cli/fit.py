@@ -25,7 +25,7 @@ from bytecap.cli.common import (
 from bytecap.cli.options import with_config
 from bytecap.errors import UsageError
 from bytecap.job.config import FitConfig
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS
+from bytecap.model.defaults import EVALUATION_TOKENS, SAMPLED_TOKENS, TOKENS
 
 
 @with_config
@@ -35,7 +35,8 @@ def fit(
     tokens: Annotated[
         list[str] | None,
         typer.Option(
-            help="Most calibration tokens; with --factory also shards (repeatable).", show_default=str(TOKENS)
+            help="Most calibration tokens; with --factory also shards (repeatable).",
+            show_default=f"{TOKENS}; on a GPU without --calib up to {SAMPLED_TOKENS}",
         ),
     ] = None,
     evaluation_tokens: Annotated[
@@ -103,7 +104,7 @@ def fit(
         source = None
         most = limit_only(tokens, "--tokens")
         most_evaluation = limit_only(evaluation_tokens, "--eval-tokens")
-    config = replace(config, tokens=most or TOKENS, evaluation_tokens=most_evaluation or EVALUATION_TOKENS)
+    config = replace(config, tokens=most, evaluation_tokens=most_evaluation or EVALUATION_TOKENS)
     results = fit_shards(source, config) if source is not None else fit_config(needed(model), config)
     _show(results, pages, config.dry_run, as_json)
 

@@ -78,7 +78,7 @@ def _lines(
     planned = None
     if budget is not None:
         config = FitConfig(
-            budget, calibration=shards if source is not None else calibration, tokens=most or TOKENS, device=device,
+            budget, calibration=shards if source is not None else calibration, tokens=most, device=device,
             reporter=reporter,
         )  # fmt: skip
         loaded.module.to(choose_device(device))

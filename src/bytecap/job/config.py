@@ -25,7 +25,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
+from bytecap.model.defaults import EVALUATION_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from bytecap.format.codefiles import Code
@@ -50,7 +50,8 @@ class FitConfig:
         seed: seed of every random choice.
         output: file to write.
         dry_run: print floor and predicted quality; write and evaluate nothing.
-        tokens: most calibration tokens (predictions of a torch module).
+        tokens: most calibration tokens (predictions of a torch module); 131,072 by default, up to four times as many on
+            a GPU where no text is given, since samples of the model are cheap there.
         evaluation_tokens: most evaluation tokens, over all texts.
         window: predicted tokens in a window of text, at most what the model's positions allow.
         tokenizer: keep tokenizer files inside the file.
@@ -91,7 +92,7 @@ class FitConfig:
     seed: int = 0
     output: str | Path | None = None
     dry_run: bool = False
-    tokens: int = TOKENS
+    tokens: int | None = None
     evaluation_tokens: int = EVALUATION_TOKENS
     window: int = WINDOW
     tokenizer: bool = True

@@ -27,7 +27,7 @@ from bytecap.model.calibration_text import (
     texts_of,
 )
 from bytecap.model.checkpoint import Model, demo_directory
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS, WINDOW
+from bytecap.model.defaults import EVALUATION_TOKENS, SAMPLED_TOKENS, SAMPLED_WORK, TOKENS, WINDOW
 from bytecap.model.inputs import check_causal, facts, vocabulary_of
 from bytecap.model.linears import of_transformers
 from bytecap.model.texts import (
@@ -129,7 +129,7 @@ def load_sets(
     evaluation: Paths,
     *,
     window: int = WINDOW,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     evaluation_tokens: int = EVALUATION_TOKENS,
     correction_tokens: int = CORRECTION_TOKENS,
     seed: int = 0,
@@ -144,7 +144,7 @@ def load_sets(
         calibration: text files for statistics and correction factors, or words, see `bytecap.model.calibration_text`.
         evaluation: text files nothing is fitted on.
         window: predicted tokens in a window.
-        tokens: most tokens for statistics.
+        tokens: most tokens for statistics; `default_tokens` by default.
         evaluation_tokens: most tokens for evaluation, over all texts.
         correction_tokens: most tokens for correction factors and other measurements besides.
         seed: order in which calibration windows are drawn.
@@ -154,8 +154,9 @@ def load_sets(
     """
     check_model(model)
     encode, known = encoder(model.files), vocabulary_of(model.module)
-    window, wanted = window_limit(model, window), tokens + correction_tokens
-    calib, held = as_paths(calibration), as_paths(evaluation)
+    window, calib, held = window_limit(model, window), as_paths(calibration), as_paths(evaluation)
+    tokens = tokens or default_tokens(model, calib, device)
+    wanted = tokens + correction_tokens
     if missing := embedded(calib, held, own=model.name == DEMO):
         warn(reporter, f"{missing}; quality on your text depends on it")
     if model.name == DEMO:
@@ -173,6 +174,20 @@ def load_sets(
     )  # fmt: skip
     report_sets(sets, reporter)
     return sets
+
+
+def default_tokens(model: Model, calibration: Sequence[Path], device: str) -> int:
+    """Most tokens for statistics: more where they are samples made on a GPU, which cost little and overfit less.
+
+    Args:
+        model: larger models get fewer, since every token is a pass through all parameters.
+        calibration: texts that are given.
+        device: torch device.
+    """
+    if calibration or model.name == DEMO or device != "cuda" or not of_transformers(model.module):
+        return TOKENS
+    affordable = int(SAMPLED_WORK / sum(p.numel() for p in model.module.parameters()))
+    return max(TOKENS, min(SAMPLED_TOKENS, affordable))
 
 
 def default_sources(model: Model, wanted: int, device: str) -> tuple[Source, ...]:

@@ -29,6 +29,7 @@ from bytecap.job.config import FitConfig
 from bytecap.methods import METHODS
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
+from bytecap.model.defaults import TOKENS
 from bytecap.model.forward import logits_of
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
 from bytecap.model.quantized_copy import copy_of, load_values
@@ -94,7 +95,7 @@ def _scores(model: Model, result: Artifact, evaluate: Evaluate) -> dict[str, flo
 def _sets(model: Model, config: FitConfig, calibration: Iterable[Any], evaluation: Iterable[Any] | None) -> TokenSets:
     """Split batches into the three sets."""
     loss, predictions = config.loss, config.predictions or _predictions
-    tokens, evaluation_tokens, seed = config.tokens, config.evaluation_tokens, config.seed
+    tokens, evaluation_tokens, seed = config.tokens or TOKENS, config.evaluation_tokens, config.seed
     wanted = tokens + CORRECTION_TOKENS + (evaluation_tokens if evaluation is None else 0)
     pool = _take(calibration, predictions, wanted)
     held = None if evaluation is None else _take(evaluation, predictions, evaluation_tokens)

@@ -16,7 +16,7 @@ from bytecap.errors import TextError, UsageError
 from bytecap.job.config import FitConfig
 from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
-from bytecap.model.defaults import WINDOW
+from bytecap.model.defaults import TOKENS, WINDOW
 from bytecap.model.factory import load_callable, load_factory
 from bytecap.model.module import device_of, next_token, speech, vocabulary
 from bytecap.model.shards import ByteCounts, byte_counts, check_ids, expand, read_shard, shard_sets, windows
@@ -93,7 +93,7 @@ def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Rep
         raise UsageError("say what to calibrate on with --tokens SHARD (repeatable, patterns are expanded)")
     loss = source.user_loss()
     found = shard_sets(
-        expand(shards), expand(as_paths(config.evaluation)), window=source.window, tokens=config.tokens,
+        expand(shards), expand(as_paths(config.evaluation)), window=source.window, tokens=config.tokens or TOKENS,
         evaluation_tokens=config.evaluation_tokens, seed=config.seed,
         vocabulary=source.size(model.module, loss),
         counts=source.counts(),
