@@ -273,7 +273,7 @@ class _Sums:
                 continue
             weight: Tensor = m.weight  # type: ignore[assignment]
             rows, cols = weight.shape[::-1] if kind == "conv1d" else weight.shape
-            collector = _Collector(rows, cols, 1, guided, device)
+            collector = _Collector(rows, cols, guided, device)
             if kind == "embedding":
                 self._table[names[n].name] = n, m, collector
             else:
@@ -284,7 +284,7 @@ class _Sums:
             if n in names and inside(n) and not names[n].linear and p.is_floating_point()
         }  # fmt: skip
         self._matrix = {
-            n: (u, _Collector(*u.matrix_shape, 1, guided, device)) for n, u in chosen.items() if is_matrix(u)
+            n: (u, _Collector(*u.matrix_shape, guided, device)) for n, u in chosen.items() if is_matrix(u)
         }
         self._other = {n: u.name for n, u in chosen.items() if not is_matrix(u)}
         streamed.trained |= {n for name, (n, _, _) in self._table.items() if name not in looked} | chosen.keys()
@@ -295,7 +295,7 @@ class _Sums:
         handles = [m.register_forward_hook(c.forward_hook) for _, m, c in self._linear]
         for name in self._lookup:
             _, m, c = self._table[name]
-            handles.append(m.register_forward_hook(Lookup(c.moments[0], c.rows, c.weight).forward_hook))
+            handles.append(m.register_forward_hook(Lookup(c.moment, c.rows, c.weight).forward_hook))
         try:
             yield
         finally:
@@ -342,6 +342,6 @@ class _Sums:
             yield name, [c.use() for c in found.pop(name)]
         for unit, c in self._matrix.values():
             use = c.use()
-            use.moment[0] = shrunk_moment(use.moment[0], passes * len(use.rows))
+            use.moment = shrunk_moment(use.moment, passes * len(use.rows))
             yield unit.name, [use]
         self._matrix.clear()

@@ -93,7 +93,9 @@ def head_pieces(streamed: Streamed, tokens: int) -> Iterator[Pieces]:
     at, _, leaf = path.rpartition(".")
     owner = streamed.module.get_submodule(at)
     setattr(owner, leaf, nn.Identity())
+    streamed.aside[path] = head
     try:
         yield Pieces(head, max(1, rows))
     finally:
+        del streamed.aside[path]
         setattr(owner, leaf, head)

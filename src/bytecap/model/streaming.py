@@ -45,6 +45,7 @@ class Streamed:
         replaced: values that stand in for those of the files, by unit name; read when they are needed.
         trained: names of parameters that ask for a gradient while they are loaded.
         head: path of the linear map whose output is the pass's logits; None where something follows it.
+        aside: modules taken out of the module for a while, by path.
     """
 
     module: nn.Module
@@ -56,6 +57,7 @@ class Streamed:
     replaced: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     head: str | None = None
+    aside: dict[str, nn.Module] = field(default_factory=dict)
 
     def copy(self, dtype: torch.dtype | None = None) -> Streamed:
         """Return a module of its own with the same values, in another dtype if one is given."""
@@ -130,7 +132,7 @@ class Streamed:
 
                 return hook
 
-            for path, m in self.module.named_modules():
+            for path, m in [*self.module.named_modules(), *self.aside.items()]:
                 if not self.chain.holds(path) and any(True for _ in m.parameters(recurse=False)):
                     undo.callback(m.register_forward_pre_hook(fill(path)).remove)
             yield

@@ -1,0 +1,159 @@
+"""Hold prepared and rounded units in work files, and read what is asked for.
+
+For models larger than memory. A unit's factor, weights and symbols are read when they are used, so that a planner over
+thousands of matrices holds a few numbers of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytecap.calibration.triangle import Triangle
+from bytecap.format.coders.grid import GridCode
+from bytecap.format.entropy.shared_tables import Counts
+from bytecap.quantization.quantizer import Coded, Prepared
+from bytecap.system.scratch import KeptTensor, Scratch
+from bytecap.types import Unit
+
+_ARRAYS = ("symbols", "column_step", "column_class", "row_step", "row_class")
+
+
+class StoredPrepared(Prepared):
+    """A prepared unit whose tensors are read from work files.
+
+    Args:
+        prepared: the unit, in memory.
+        scratch: for what is kept.
+        weight: gives the weights (rows, cols) float32 again where they need not be kept.
+    """
+
+    def __init__(self, prepared: Prepared, scratch: Scratch, weight: Callable[[], Tensor] | None = None) -> None:
+        kept = {n: scratch.put(getattr(prepared, n)) for n in ("rows", "row_step", "order")}
+        kept["lower"] = scratch.put(prepared.lower.values)
+        if prepared.hessian is not None:
+            kept["hessian"] = scratch.put(prepared.hessian)
+        if weight is None:
+            weight = partial(scratch.put(prepared.weight).load, prepared.device)
+        self._set(prepared.unit, prepared.shape, prepared.device, scratch, kept, weight)
+
+    def _set(self, *values: Any) -> None:
+        names = ("unit", "_shape", "_device", "_scratch", "_kept", "_weight")
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    unit: Unit
+    _shape: tuple[int, int]
+    _device: torch.device
+    _scratch: Scratch
+    _kept: dict[str, KeptTensor]
+    _weight: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of what is rounded."""
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is rounded."""
+        return self._device
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(rows, cols) float32."""
+        return self._weight()
+
+    @property
+    def rows(self) -> Tensor:  # type: ignore[override]
+        """(rows,), weight of each row's error."""
+        return self._kept["rows"].load(self._device)
+
+    @property
+    def row_step(self) -> Tensor:  # type: ignore[override]
+        """(rows,), quarter octaves."""
+        return self._kept["row_step"].load(self._device)
+
+    @property
+    def order(self) -> Tensor:  # type: ignore[override]
+        """(cols,), stored index of each column."""
+        return self._kept["order"].load(self._device)
+
+    @property
+    def lower(self) -> Triangle:  # type: ignore[override]
+        """Cholesky factor."""
+        return Triangle(self._kept["lower"].load(self._device), self._shape[1])
+
+    @property
+    def hessian(self) -> Tensor | None:  # type: ignore[override]
+        """(cols, cols) without error feedback."""
+        return self._kept["hessian"].load(self._device) if "hessian" in self._kept else None
+
+    def moved(self, change: Tensor) -> Prepared:
+        """The unit with `change` (rows, cols) added to its target."""
+        weight = partial(self._scratch.put(self.weight + change).load, self._device)
+        found = StoredPrepared.__new__(StoredPrepared)
+        found._set(self.unit, self._shape, self._device, self._scratch, self._kept, weight)  # noqa: SLF001 (its own)
+        return found
+
+    def emptied(self) -> Prepared:
+        """Itself: it holds nothing."""
+        return self
+
+
+class StoredGridCode(GridCode):
+    """A grid code whose arrays are read from work files."""
+
+    def __init__(self, code: GridCode, scratch: Scratch) -> None:
+        kept = {}
+        for name in _ARRAYS:
+            array = np.ascontiguousarray(getattr(code, name))
+            kept[name] = scratch.put(torch.from_numpy(array))
+        for name, value in (("step", code.step), ("first", code.first), ("_kept", kept)):
+            object.__setattr__(self, name, value)
+
+    _kept: dict[str, KeptTensor]
+
+
+def _array(name: str) -> Any:
+    def read(self: StoredGridCode) -> Any:
+        return self._kept[name].load().numpy()  # noqa: SLF001 (its own)
+
+    return property(read)
+
+
+for _name in _ARRAYS:
+    setattr(StoredGridCode, _name, _array(_name))
+
+
+class StoredCoded(Coded):
+    """A rounded unit whose arrays are read from work files."""
+
+    def __init__(self, coded: Coded, scratch: Scratch) -> None:
+        for name, value in (
+            ("code", StoredGridCode(coded.code, scratch)), ("distortion", coded.distortion),
+            ("overlay", coded.overlay), ("_counts", scratch.put(torch.from_numpy(coded.counts))),
+        ):  # fmt: skip
+            object.__setattr__(self, name, value)
+
+    _counts: KeptTensor
+
+    @property
+    def counts(self) -> Counts:  # type: ignore[override]
+        """Histogram of |z| by class."""
+        found: Counts = self._counts.load().numpy()
+        return found
+
+
+def keeper(scratch: Scratch) -> Callable[[Coded], Coded]:
+    """Return what puts rounded units into work files."""
+    return lambda coded: StoredCoded(coded, scratch)
+
+
+assert {f.name for f in fields(GridCode)} == {*_ARRAYS, "step", "first"}  # noqa: S101 (two lists of ours)
