@@ -10,8 +10,9 @@ from. `bytecap.methods.rate_control` then meets the cap on real bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +107,10 @@ class State:
         return sum(self.distortions.values())
 
 
+def _whole(coded: Coded) -> Coded:
+    return coded
+
+
 @dataclass(frozen=True)
 class Planner:
     """Prepared units, ready to be settled at any steps under any rules.
@@ -115,17 +120,24 @@ class Planner:
         vectors: units without.
         options: of the coder.
         finest: by matrix, the step below which nothing is gained; kept where targets move.
+        keep: given every rounded unit, returns what states hold of it (`bytecap.quantization.stored`).
     """
 
     matrices: Sequence[Prepared]
     vectors: Sequence[VectorUnit]
     options: Options
     finest: Mapping[str, float]
+    keep: Callable[[Coded], Coded] = _whole
 
     @staticmethod
-    def of(matrices: Sequence[Prepared], vectors: Sequence[VectorUnit], options: Options) -> Planner:
-        """A planner over prepared units."""
-        return Planner(matrices, vectors, options, {p.unit.name: finest_step(p) for p in matrices})
+    def of(
+        matrices: Sequence[Prepared],
+        vectors: Sequence[VectorUnit],
+        options: Options,
+        finest: Mapping[str, float] | None = None,
+    ) -> Planner:
+        """A planner over prepared units, whose finest steps may be known already."""
+        return Planner(matrices, vectors, options, finest or {p.unit.name: finest_step(p) for p in matrices})
 
     @property
     def names(self) -> list[str]:
@@ -150,11 +162,12 @@ class Planner:
             refit: False keeps tables and offsets.
         """
         steps = {n: max(s, self.finest.get(n, 0.0)) for n, s in steps.items()}
-        coded, centres = round_units(self.matrices, steps, rules.shrink, self.options)
+        coded, centres = round_units(self.matrices, steps, rules.shrink, self.options, keep=self.keep)
         found = rules
         if refit:
             old, shrinking = rules.shared, self.options.shrink
-            counts = sum_counts([self._side_counts(coded, steps, old), *(c.counts.sum(0) for c in coded.values())])
+            sides = self._side_counts(coded, steps, old)
+            counts = sum_counts(chain([sides], (c.counts.sum(0) for c in coded.values())))
             shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
         return replace(self.price(coded, steps, found), origin=rules)
@@ -165,7 +178,7 @@ class Planner:
 
     def round(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> dict[str, Coded]:
         """Units rounded at their steps and completed."""
-        coded, _ = round_units(items, steps, rules.shrink, self.options)
+        coded, _ = round_units(items, steps, rules.shrink, self.options, keep=self.keep)
         return {p.unit.name: p.complete(coded[p.unit.name], rules.shared) for p in items}
 
     def price(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
@@ -269,7 +282,7 @@ class Planner:
         coded = state.coded.get(name)
         if coded is None or coded.overlay is not None:
             return None
-        device = next(p.order.device for p in self.matrices if p.unit.name == name)
+        device = next(p.device for p in self.matrices if p.unit.name == name)
         return values_there(coded.code, state.shared.offset, device) if _elsewhere(device) else None
 
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:

@@ -283,9 +283,7 @@ class _Sums:
             n: names[n] for n, p in module.named_parameters()
             if n in names and inside(n) and not names[n].linear and p.is_floating_point()
         }  # fmt: skip
-        self._matrix = {
-            n: (u, _Collector(*u.matrix_shape, guided, device)) for n, u in chosen.items() if is_matrix(u)
-        }
+        self._matrix = {n: (u, _Collector(*u.matrix_shape, guided, device)) for n, u in chosen.items() if is_matrix(u)}
         self._other = {n: u.name for n, u in chosen.items() if not is_matrix(u)}
         streamed.trained |= {n for name, (n, _, _) in self._table.items() if name not in looked} | chosen.keys()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from bytecap.model.inputs import refuse_encoder_decoder
 from bytecap.model.streaming import Streamed
 from bytecap.model.tensor_files import Tensors
 from bytecap.model.tokenization import conversion_note
+from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 _TRIAL = 4  # tokens of the pass that finds the chain
@@ -44,29 +45,39 @@ class StreamedModel(Model):
     """A model whose tensors are read when they are asked for.
 
     Attributes:
-        streamed: its module, and where values are.
+        scratch: for what a job keeps of it.
     """
 
-    streamed: Streamed | None = None
+    scratch: Scratch = field(default_factory=Scratch)
 
     def tensor(self, unit: Unit) -> Tensor:
         """A unit's value, read from its file; a buffer as it is."""
-        streamed = self.source
-        if unit.name in streamed.tensors:
-            return streamed.value(unit.name, torch.float32)
+        if unit.name in self.streamed.tensors:
+            return self.streamed.value(unit.name, torch.float32)
         return self.module.get_buffer(unit.name)
 
     @property
-    def source(self) -> Streamed:
-        """Where values are."""
-        assert self.streamed is not None  # noqa: S101 (a default only because the class before has some)
-        return self.streamed
+    def streamed(self) -> Streamed:
+        """The module with its source."""
+        found = streaming.of(self.module)
+        assert found is not None  # noqa: S101 (`open_streamed` attaches one)
+        return found
 
 
 def open_streamed(
-    model: Path | str, *, begin: Callable[[dict[str, bytes]], None] | None = None, allow_unused: Sequence[str] = ()
+    model: Path | str,
+    scratch: Scratch,
+    *,
+    begin: Callable[[dict[str, bytes]], None] | None = None,
+    allow_unused: Sequence[str] = (),
 ) -> StreamedModel:
     """Open a checkpoint to be streamed; see `bytecap.model.checkpoint.load_model`.
+
+    Args:
+        model: Hugging Face directory or hub id.
+        scratch: for what a job keeps.
+        begin: given the side files before the model is built.
+        allow_unused: names or patterns of what is meant to be left out.
 
     Raises:
         Unstreamable: its values cannot be read tensor by tensor, or it has no chain.
@@ -95,10 +106,10 @@ def open_streamed(
     chain, head = _observe(trial, units)
     if chain is None:
         raise Unstreamable("it has no chain of blocks that are called one after the other")
-    streamed = streaming.attach(Streamed(module, chain, tensors, first, head=head))
+    streaming.attach(Streamed(module, chain, tensors, first, head=head))
     return StreamedModel(
         module, units, files | found.files, str(model), notes=(*notes, *found.notes), rounded=found.rounded,
-        rebuilt=True, streamed=streamed,
+        rebuilt=True, scratch=scratch,
     )  # fmt: skip
 
 

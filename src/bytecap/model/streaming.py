@@ -170,15 +170,20 @@ class Pass:
     Args:
         streamed: what to run.
         run: the pass, given the module.
+        stops: other modules to stop in front of.
+
+    Attributes:
+        at: the module that it waits in front of, or behind.
     """
 
-    def __init__(self, streamed: Streamed, run: Run) -> None:
-        self._streamed, self._run = streamed, run
+    def __init__(self, streamed: Streamed, run: Run, stops: Sequence[nn.Module] = ()) -> None:
+        self._streamed, self._run, self._stops = streamed, run, stops
+        self.at: nn.Module | None = None
         self._greenlet = greenlet(self._work)
 
     def _work(self, _first: None) -> Any:
         blocks = self._streamed.blocks
-        handles = [b.register_forward_pre_hook(self._before, with_kwargs=True) for b in blocks]
+        handles = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in [*blocks, *self._stops]]
         handles.append(blocks[-1].register_forward_hook(self._behind))
         try:
             return self._run(self._streamed.module)
@@ -191,13 +196,15 @@ class Pass:
         assert parent is not None  # noqa: S101 (a pass is only ever switched to)
         return parent.switch(*found)
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getcurrent() is self._greenlet:
+            self.at = module
             self._switch((args, kwargs))
 
-    def _behind(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    def _behind(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if getcurrent() is not self._greenlet:
             return None
+        self.at = module
         instead = self._switch(first_of(output))
         return None if instead is None else with_first(output, instead)
 
@@ -216,6 +223,12 @@ class Pass:
         """Leave the pass; only its hooks are tidied up."""
         if self._greenlet:
             self._greenlet.throw()
+
+
+def run(module: nn.Module, work: Run) -> Any:
+    """Return what one pass over a module returns, streamed if it is."""
+    streamed = of(module)
+    return work(module) if streamed is None else next(sweep([streamed], [work]))[0]
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort, effort_of
 from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
+from bytecap.model import streaming
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
@@ -208,7 +209,8 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
 def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
     """Return the finished bytes and their report, before quality is measured."""
     stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
-    job.model.module.to(job.device)
+    streamed = streaming.of(job.model.module)
+    (job.model.module if streamed is None else streamed).to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run_rest(run, job)

@@ -123,7 +123,7 @@ class StoredGridCode(GridCode):
 
 def _array(name: str) -> Any:
     def read(self: StoredGridCode) -> Any:
-        return self._kept[name].load().numpy()  # noqa: SLF001 (its own)
+        return self._kept[name].load().numpy()
 
     return property(read)
 
