@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,18 @@ from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.coders.trellis import Trellis
 from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
+from bytecap.job import Section
 from bytecap.quantization import Shrink
 from bytecap.quantization.quantizer import Coded, Options, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
+from bytecap.sizes import in_groups
 from bytecap.system.threads import in_threads
 from bytecap.types import Curve, Point, Unit
 
 FloatArray = npt.NDArray[np.float32]
+_Found = TypeVar("_Found")
+_TOGETHER = 2**25  # weights coded together
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ class State:
         return sum(self.distortions.values())
 
 
-def _whole(coded: Coded) -> Coded:
-    return coded
+def _whole(found: _Found) -> _Found:
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class Planner:
         options: of the coder.
         finest: by matrix, the step below which nothing is gained; kept where targets move.
         keep: given every rounded unit, returns what states hold of it (`bytecap.quantization.stored`).
+        keep_section: given every coded section, returns what is held of it.
     """
 
     matrices: Sequence[Prepared]
@@ -128,6 +134,7 @@ class Planner:
     options: Options
     finest: Mapping[str, float]
     keep: Callable[[Coded], Coded] = _whole
+    keep_section: Callable[[Section], Section] = _whole
 
     @staticmethod
     def of(
@@ -299,6 +306,14 @@ class Planner:
 
         wanted = list(self.names if names is None else names)
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
+
+    def sections(self, state: State) -> dict[str, Section]:
+        """All units as they are stored; some are coded at a time."""
+        sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
+        found: dict[str, Section] = {}
+        for names in in_groups(self.names, lambda n: sizes.get(n, 0), _TOGETHER):
+            found |= {n: self.keep_section(Section(*coded)) for n, coded in self.encode(state, names).items()}
+        return found
 
 
 def _elsewhere(device: torch.device) -> bool:

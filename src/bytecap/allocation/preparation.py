@@ -20,6 +20,7 @@ from bytecap.calibration.probe import Statistics, Use
 from bytecap.calibration.streamed import probe_streamed
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
+from bytecap.job.section import StoredSection
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.progress import Advance, warn
@@ -27,6 +28,7 @@ from bytecap.quantization.quantizer import Options, Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
 from bytecap.quantization.stored import StoredPrepared, keeper
 from bytecap.system import allocator
+from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
@@ -108,7 +110,14 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
         )  # fmt: skip
     allocator.release()
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
-    return replace(ready, planner=replace(ready.planner, keep=keeper(model.scratch)))
+    return replace(
+        ready, planner=replace(ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch))
+    )
+
+
+def _kept(scratch: Scratch, section: Section) -> Section:
+    found = scratch.put_bytes(section.data)
+    return StoredSection(section.tag, found.length, found.read)
 
 
 def _weight(model: Model, unit: Unit) -> Tensor:

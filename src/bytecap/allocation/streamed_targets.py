@@ -157,11 +157,14 @@ class _Walk:
         self._found = []
 
     def put(self, values: Values) -> None:
-        """Let the second model's loaded block hold these values."""
+        """Let the second model hold these values."""
         lane = self._lanes[1]
         for name in values:
-            found = torch.as_tensor(values[name])
-            lane.module.get_parameter(name).data = found.to(lane.device, lane.dtype)
+            found, place = torch.as_tensor(values[name]).to(lane.device, lane.dtype), lane.module.get_parameter(name)
+            if place.is_meta:  # outside the chain, and not called yet
+                lane.load({name: found})
+            else:
+                place.data = found
 
     def cancel(self) -> None:
         """Leave the passes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +128,42 @@ def load(path: Path | str) -> dict[str, Array]:
     Raises:
         ArtifactError: the file cannot be trusted.
     """
-    return decode_units(container.read(path))
+    return decode_units(container.open_file(path))
+
+
+class Decoded(Mapping[str, Array]):
+    """The values of an artifact's units in stored layout, each decoded whenever it is asked for.
+
+    Args:
+        contents: of the artifact.
+        observe: shown the entropy-coded streams of every unit, once.
+    """
+
+    def __init__(self, contents: Contents, observe: Observer | None = None) -> None:
+        self._shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+        self._units, self._observe = {u.unit.name: u for u in contents.units}, observe
+        self._seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Array:
+        """Decode one unit.
+
+        Raises:
+            CorruptError: its section cannot be decoded.
+        """
+        u = self._units[name]
+        watch = None if name in self._seen else self._observe
+        self._seen.add(name)
+        try:
+            found = run([coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, self._shared)], watch)
+        except CorruptError as exc:
+            raise CorruptError(f"unit {name}: {exc}") from exc
+        return from_matrix(u.unit, found[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
 
 
 class Ideal:

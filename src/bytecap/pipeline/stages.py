@@ -13,35 +13,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bytecap import methods
 from bytecap.allocation.unused import check_choice
-from bytecap.errors import BudgetError, CorruptError, UsageError
+from bytecap.errors import BudgetError, UsageError
 from bytecap.format import container
 from bytecap.format.codefiles import Code
-from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.format.coders.exact import WIDTH
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.container import Contents, FileSection, UnitSection
-from bytecap.format.decoder import Ideal, decode_each
+from bytecap.format.container import Contents, FileSection, StoredUnit, UnitSection
+from bytecap.format.decoder import Ideal
 from bytecap.format.ledger import by_overlay, by_unit
 from bytecap.format.wire.shared_objects import share_lists
 from bytecap.job import Job, Method, Outcome, Section
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort, effort_of
+from bytecap.job.section import StoredSection
 from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model import streaming
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import Model
 from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
 from bytecap.model.rebuilt import written
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code
-from bytecap.pipeline.artifact import Artifact
-from bytecap.progress import Recorder, Reporter, reporter_for
+from bytecap.pipeline.artifact import Artifact, FiledArtifact
+from bytecap.pipeline.lossless import lossless
+from bytecap.progress import Recorder, reporter_for
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system import allocator
@@ -192,11 +192,12 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     """Write the file and measure what was written."""
     if output is not None:
         result.save(output)
-        job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-    parts, ideal = _measure(result.data, job)
+        job.reporter.note(f"wrote {output}: {format_size(result.length)}")
+    parts, ideal = _measure(result.read(), result.length, job)
     result.report |= {"ideal_bytes": ideal} | quality(parts)
     if job.recover is not None:
-        plain = _measure(result.before, job)[0] if result.before is not None else parts
+        before_it = result.before
+        plain = parts if before_it is None else _measure(container.parse(before_it), len(before_it), job)[0]
         before = quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
         kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
@@ -208,7 +209,7 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
 
 def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
     """Return the finished bytes and their report, before quality is measured."""
-    stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
+    stored = None if job.given else lossless(job.model, files, about, job.budget, job.reporter)
     streamed = streaming.of(job.model.module)
     (job.model.module if streamed is None else streamed).to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
@@ -223,10 +224,19 @@ def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[st
     if outcome.before is not None:
         plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
         before = container.serialize(_contents(job.model, files, about, plain, job.budget, about["method"]))
-    result = Artifact(stored, container.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
+    result = _artifact(job.model, stored)
     result.before = before
     result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
     return result
+
+
+def _artifact(model: Model, contents: Contents | None) -> Artifact:
+    """The finished file; in a work file where the model is streamed."""
+    if contents is None:
+        return Artifact(Contents((), b"", (), {}), b"")
+    if isinstance(model, StreamedModel):
+        return FiledArtifact(model.scratch.write(container.pieces(contents)), model.scratch)
+    return Artifact(contents, container.serialize(contents))
 
 
 def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
@@ -242,7 +252,7 @@ def _with_lists(outcome: Outcome, model: Model) -> Outcome:
     shapes = {u.name: u.matrix_shape for u in model.units}
     stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
     changed, objects = share_lists(stacks, outcome.objects)
-    sections = {n: Section(s.tag, changed.get(n, s.data)) for n, s in outcome.sections.items()}
+    sections = {n: Section(s.tag, changed[n]) if n in changed else s for n, s in outcome.sections.items()}
     return replace(outcome, sections=sections, objects=objects)
 
 
@@ -269,54 +279,28 @@ def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -
     """Return a function from sections, tables and shared objects to the file size."""
 
     def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
-        units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
-        return len(container.serialize(Contents(units, tables, files, about, objects=objects)))
+        return container.size(Contents(_units(model, sections), tables, files, about, objects=objects))
 
     return size
+
+
+def _units(model: Model, sections: Mapping[str, Section]) -> tuple[UnitSection, ...]:
+    """All units with their sections."""
+    return tuple(
+        StoredUnit(u, s.tag, s.length, s.read) if isinstance(s := sections[u.name], StoredSection)
+        else UnitSection(u, s.tag, s.data)
+        for u in model.units
+    )  # fmt: skip
 
 
 def _contents(
     model: Model, files: tuple[FileSection, ...], about: dict[str, Any], outcome: Outcome, budget: int, method: str
 ) -> Contents:
-    units = tuple(UnitSection(u, outcome.sections[u.name].tag, outcome.sections[u.name].data) for u in model.units)
-    contents = Contents(units, outcome.tables, files, about, objects=outcome.objects)
-    total = len(container.serialize(contents))
+    contents = Contents(_units(model, outcome.sections), outcome.tables, files, about, objects=outcome.objects)
+    total = container.size(contents)
     if total > budget:
         raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)
     return contents
-
-
-def _lossless(
-    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], budget: int, reporter: Reporter
-) -> Contents | None:
-    """Code the model without loss, if that fits the budget."""
-    raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in model.units)
-    if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
-        return None
-    units = []
-    with reporter.step("lossless size", len(model.units)) as advance:
-        for u in model.units:
-            values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
-            narrowed = u.dtype not in WIDTH or (u.dtype == "F64" and values.dtype != np.float64)
-            dtype = "F32" if narrowed else u.dtype
-            units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
-            advance(1)
-    contents = Contents(tuple(units), b"", files, {**about, "lossless": not model.rounded})
-    total = len(container.serialize(contents))
-    if total > budget:
-        return None
-    _check_lossless(model, contents)
-    said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
-    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
-    return contents
-
-
-def _check_lossless(model: Model, contents: Contents) -> None:
-    """Decode what is about to be called lossless and compare it."""
-    for unit, values in decode_each(contents):
-        held = model.tensor(unit).detach().cpu().numpy()
-        if not np.array_equal(values, held, equal_nan=held.dtype.kind == "f"):
-            raise CorruptError(f"unit {unit.name} does not come back as it was stored: nothing is written")
 
 
 def check_floor(
@@ -337,9 +321,9 @@ def check_floor(
     return floor
 
 
-def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
+def _measure(contents: Contents, size: int, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
-    model, contents, ideal = job.model, container.parse(data), Ideal()
+    model, ideal = job.model, Ideal()
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
     quantized_copy = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
@@ -347,7 +331,7 @@ def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
         parts = [
             compare(model.module, quantized_copy, t, device=job.device, progress=advance) for t in job.sets.evaluation
         ]
-    return parts, ideal.bytes(len(data))
+    return parts, ideal.bytes(size)
 
 
 def _report(
@@ -356,9 +340,9 @@ def _report(
     entries = result.ledger()
     return {
         "model": model.name, "method": method, "plan": outcome.plan, "seed": seed,
-        "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
+        "budget_bytes": budget, "file_bytes": result.length, "slack_bytes": budget - result.length,
         "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
-        "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
+        "parameters": model.parameters, "bits_per_parameter": 8 * result.length / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),

@@ -66,32 +66,32 @@ class StoredPrepared(Prepared):
         return self._device
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """(rows, cols) float32."""
         return self._weight()
 
     @property
-    def rows(self) -> Tensor:  # type: ignore[override]
+    def rows(self) -> Tensor:
         """(rows,), weight of each row's error."""
         return self._kept["rows"].load(self._device)
 
     @property
-    def row_step(self) -> Tensor:  # type: ignore[override]
+    def row_step(self) -> Tensor:
         """(rows,), quarter octaves."""
         return self._kept["row_step"].load(self._device)
 
     @property
-    def order(self) -> Tensor:  # type: ignore[override]
+    def order(self) -> Tensor:
         """(cols,), stored index of each column."""
         return self._kept["order"].load(self._device)
 
     @property
-    def lower(self) -> Triangle:  # type: ignore[override]
+    def lower(self) -> Triangle:
         """Cholesky factor."""
         return Triangle(self._kept["lower"].load(self._device), self._shape[1])
 
     @property
-    def hessian(self) -> Tensor | None:  # type: ignore[override]
+    def hessian(self) -> Tensor | None:
         """(cols, cols) without error feedback."""
         return self._kept["hessian"].load(self._device) if "hessian" in self._kept else None
 
@@ -145,7 +145,7 @@ class StoredCoded(Coded):
     _counts: KeptTensor
 
     @property
-    def counts(self) -> Counts:  # type: ignore[override]
+    def counts(self) -> Counts:
         """Histogram of |z| by class."""
         found: Counts = self._counts.load().numpy()
         return found

@@ -17,6 +17,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -115,13 +116,23 @@ class Scratch:
         weakref.finalize(kept, path.unlink, missing_ok=True)
         return kept
 
+    def write(self, pieces: Iterable[bytes]) -> Path:
+        """Write a file that stays as long as the directory; returns its path.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        path = self._path()
+        self._write(path, pieces)
+        return path
+
     def _path(self) -> Path:
         return self.directory / str(next(self._numbers))
 
     def _give_back(self, size: int) -> None:
         self._left += size
 
-    def _write(self, path: Path, parts: Any) -> None:
+    def _write(self, path: Path, parts: Iterable[Any]) -> None:
         try:
             with path.open("wb") as f:
                 for part in parts:
