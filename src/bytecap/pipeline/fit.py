@@ -21,10 +21,10 @@ from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
 from bytecap.job.config import FitConfig, configured
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model
 from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
 from bytecap.model.texts import TokenSets, Window
-from bytecap.pipeline import background
+from bytecap.pipeline import background, memory
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.formats import FORMATS, format_of
@@ -118,7 +118,7 @@ def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) 
 def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
     """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
-    loaded = model if isinstance(model, Model) else _load(model, configs[0])
+    loaded = model if isinstance(model, Model) else _load(model, asked[0])
     opened = [open_model(a, loaded) for a in asked]
     with allocator.stated(loaded.parameters):
         sets = text_sets(loaded, asked[0])
@@ -202,9 +202,11 @@ def each_budget(config: FitConfig) -> list[FitConfig]:
     ]  # fmt: skip
 
 
-def _load(model: Path | str, config: FitConfig) -> Model:
-    """Read a checkpoint."""
-    return load_model(model, begin=_pack if config.tokenizer else None, allow_unused=config.allow_unused or ())
+def _load(model: Path | str, asked: Asked) -> Model:
+    """Read a checkpoint, or open it to be streamed."""
+    return memory.open_model(
+        model, asked.config, asked.device, asked.reporter, _pack if asked.config.tokenizer else None
+    )  # fmt: skip
 
 
 def _pack(files: dict[str, Any]) -> None:

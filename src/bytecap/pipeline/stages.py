@@ -43,7 +43,7 @@ from bytecap.pipeline.artifact import Artifact, FiledArtifact
 from bytecap.pipeline.lossless import lossless
 from bytecap.progress import Recorder, reporter_for
 from bytecap.recovery.sections import tune_sections
-from bytecap.sizes import check_budget, format_size, parse_budget
+from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
 from bytecap.system import allocator
 from bytecap.system.cache import Store
 
@@ -122,6 +122,8 @@ def check(config: FitConfig) -> Asked:
     """
     check_budget(config.budget)
     check_choice(config.unused)
+    if config.memory is not None:
+        parse_size(config.memory)
     if config.recover_text and config.recover is None:
         raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")
     run, device = methods.find(config.method), choose_device(config.device)

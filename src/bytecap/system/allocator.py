@@ -14,6 +14,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from bytecap.errors import ShortageError
@@ -66,6 +67,23 @@ def release() -> None:
     """Hand free memory back to the system, unless a job runs on a GPU."""
     if _sparing and _library() is not None:
         _library().malloc_trim(0)
+
+
+def available(root: Path = Path("/")) -> int | None:
+    """Return the bytes that a process could have, by what Linux and its control groups say; None elsewhere."""
+    found = []
+    try:
+        lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    try:
+        most, now = ((root / f"sys/fs/cgroup/memory.{n}").read_text().strip() for n in ("max", "current"))
+        if most != "max":
+            found.append(max(0, int(most) - int(now)))
+    except (OSError, ValueError):
+        pass  # no limit that could be read
+    return min(found)
 
 
 def bound(parameters: int) -> int:

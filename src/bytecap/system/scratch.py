@@ -72,16 +72,17 @@ class Scratch:
 
     Args:
         directory: where it is made; by default where the system keeps temporary files.
-        memory: bytes of tensors that may stay in memory instead.
+        memory: bytes of tensors that may stay in the machine's memory instead.
+        device_memory: bytes of tensors that may stay on the device they are on.
     """
 
-    def __init__(self, directory: Path | str | None = None, memory: int = 0) -> None:
+    def __init__(self, directory: Path | str | None = None, memory: int = 0, device_memory: int = 0) -> None:
         try:
             self.directory = Path(tempfile.mkdtemp(prefix="bytecap-", dir=directory))
         except OSError as exc:
             raise OutputError(f"no work files can be made in {directory or tempfile.gettempdir()}: {exc}") from exc
         self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
-        self._numbers, self._left = count(), memory
+        self._numbers, self._left = count(), {"cpu": memory, "device": device_memory}
 
     def put(self, tensor: Tensor) -> KeptTensor:
         """Keep a tensor.
@@ -92,11 +93,12 @@ class Scratch:
         tensor = tensor.detach().contiguous()
         shape, size = tuple(tensor.shape), tensor.numel() * tensor.element_size()
         path = self._path()
-        if size <= self._left:
-            self._left -= size
-            kept = KeptTensor(path, shape, tensor.dtype, tensor.cpu())
-            weakref.finalize(kept, self._give_back, size)
-            return kept
+        for place in ("device", "cpu") if tensor.device.type != "cpu" else ("cpu",):
+            if size <= self._left[place]:
+                self._left[place] -= size
+                kept = KeptTensor(path, shape, tensor.dtype, tensor if place == "device" else tensor.cpu())
+                weakref.finalize(kept, self._give_back, place, size)
+                return kept
         flat = tensor.reshape(-1)
         step = max(1, _CHUNK // max(1, tensor.element_size()))
         self._write(path, (flat[i : i + step].cpu().view(torch.uint8).numpy() for i in range(0, len(flat), step)))
@@ -129,8 +131,8 @@ class Scratch:
     def _path(self) -> Path:
         return self.directory / str(next(self._numbers))
 
-    def _give_back(self, size: int) -> None:
-        self._left += size
+    def _give_back(self, place: str, size: int) -> None:
+        self._left[place] += size
 
     def _write(self, path: Path, parts: Iterable[Any]) -> None:
         try:
