@@ -9,13 +9,14 @@ directory with the embedded general text; `--memory` is passed on, and `--gpus N
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ from device import Steps
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden": 64, "inner": 160, "blocks": 4, "heads": 4, "groups": 2, "vocabulary": 8192},
+    "h256-12": {"hidden": 256, "inner": 704, "blocks": 12, "heads": 4, "groups": 2, "vocabulary": 4096},
+    "h256-24": {"hidden": 256, "inner": 704, "blocks": 24, "heads": 4, "groups": 2, "vocabulary": 4096},
+    "h256-48": {"hidden": 256, "inner": 704, "blocks": 48, "heads": 4, "groups": 2, "vocabulary": 4096},
+    "h512-12": {"hidden": 512, "inner": 1408, "blocks": 12, "heads": 8, "groups": 4, "vocabulary": 8192},
+    "h512-24": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 8192},
+    "h512-48": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h1024-6": {"hidden": 1024, "inner": 2816, "blocks": 6, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-12": {"hidden": 1024, "inner": 2816, "blocks": 12, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-24": {"hidden": 1024, "inner": 2816, "blocks": 24, "heads": 16, "groups": 4, "vocabulary": 8192},
@@ -37,12 +44,33 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
+def _restart_peak() -> float:
+    """The largest resident memory since the last call, in GB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        found = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, StopIteration):
+        return float("nan")
+    return round(found / 1e6, 3)
+
+
 class Noted(Steps):
     """Steps, and what a job says."""
 
     def __init__(self) -> None:
         super().__init__()
         self.notes: list[str] = []
+        self.peaks: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, label: str, total: float) -> Iterator[Callable[[int], None]]:
+        """Time one step, and note the largest resident memory in it (GB, where Linux says it)."""
+        before = _restart_peak()
+        with super().step(label, total) as advance:
+            yield advance
+        self.peaks[label] = _restart_peak()
+        self.peaks["before"] = max(self.peaks.get("before", 0.0), before)
 
     def note(self, message: str, *_: Any) -> None:
         """Keep it, and show it on standard error."""
@@ -114,10 +142,11 @@ def child(args: argparse.Namespace) -> None:
     )  # fmt: skip
     cuda = torch.cuda.is_available() and args.device != "cpu"
     print(json.dumps({
-        "seconds": round(time.perf_counter() - began, 1), "steps": steps.found, "file_bytes": result.length,
+        "seconds": round(time.perf_counter() - began, 1), "steps": steps.found, "peaks_gb": steps.peaks,
+        "file_bytes": result.length,
         "slack_bytes": result.report["slack_bytes"], "parameters": result.report["parameters"],
         "kl_nats": result.report["kl_nats"], "streamed": any("is streamed" in n for n in steps.notes),
-        "host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
+        "host_gb": max(*steps.peaks.values(), _restart_peak()),
         "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
     }))  # fmt: skip
 

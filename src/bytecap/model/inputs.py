@@ -165,7 +165,7 @@ def _logits(module: nn.Module, inputs: Sequence[Tensor], name: str) -> Iterator[
     else:
         device = streamed.device
         runs = [partial(_run, ids.to(device)) for ids in inputs]
-        outputs = (found for (found,) in streaming.sweep([streamed], runs))
+        outputs = (end() for (end,) in streaming.sweep([streamed], runs))
     for found in outputs:
         logits = found if isinstance(found, torch.Tensor) else found.logits
         if not isinstance(logits, torch.Tensor) or not bool(torch.isfinite(logits).all()):

@@ -83,10 +83,16 @@ def _side_by_side(lanes: Sequence[Streamed], data: Batches) -> Iterator[Iterator
     with ExitStack() as stack:
         pieces = [stack.enter_context(head_pieces(lane, most)) for lane in lanes]
         found = streaming.sweep(lanes, [partial(_run, ids, device) for ids, _ in data])
-        for outputs, (_, mask) in zip(found, data, strict=True):
+        for ends, (_, mask) in zip(found, data, strict=True):
             flat = mask.to(device)
-            yield _pieces([predictions(output, flat) for output in outputs], pieces)
-            del outputs
+            if pieces[0].head is None:  # one model's logits after the other
+                yield iter([[partial(_last, end, flat) for end in ends]])
+            else:
+                yield _pieces([_last(end, flat) for end in ends], pieces)
+
+
+def _last(end: Callable[[], Any], mask: Tensor) -> Tensor:
+    return predictions(end(), mask)
 
 
 def _pieces(hidden: Sequence[Tensor], pieces: Sequence[Pieces]) -> Iterator[list[Logits]]:

@@ -228,16 +228,25 @@ class Pass:
 def run(module: nn.Module, work: Run) -> Any:
     """Return what one pass over a module returns, streamed if it is."""
     streamed = of(module)
-    return work(module) if streamed is None else next(sweep([streamed], [work]))[0]
+    if streamed is None:
+        return work(module)
+    found = None
+    for (end,) in sweep([streamed], [work]):
+        found = end()
+    return found
 
 
 @torch.no_grad()
-def sweep(lanes: Sequence[Streamed], runs: Sequence[Run]) -> Iterator[tuple[Any, ...]]:
-    """Yield what every pass returns, for several models side by side; each block of each is loaded once for all passes.
+def sweep(lanes: Sequence[Streamed], runs: Sequence[Run]) -> Iterator[tuple[Callable[[], Any], ...]]:
+    """Yield the ends of every pass, for several models side by side; each block of each is loaded once for all passes.
 
     Args:
         lanes: models with chains of one length, each with a module of its own.
-        runs: passes; what one returns is dropped before the next one goes on.
+        runs: passes.
+
+    Yields:
+        For every pass and model, a function that goes from behind the last block to the end of the pass and returns
+        what it returns; to be called once, and before the next pass is asked for.
     """
     passes = [[Pass(lane, run) for run in runs] for lane in lanes]
     try:
@@ -257,10 +266,7 @@ def sweep(lanes: Sequence[Streamed], runs: Sequence[Run]) -> Iterator[tuple[Any,
             for lane in lanes:
                 stack.enter_context(lane.outside(cache))
             for together in zip(*passes, strict=True):
-                with torch.no_grad():
-                    found = tuple(p.advance() for p in together)
-                yield found
-                del found
+                yield tuple(p.advance for p in together)
     finally:
         for p in (p for group in passes for p in group):
             p.cancel()
