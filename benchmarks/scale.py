@@ -115,7 +115,7 @@ def write_checkpoint(directory: Path, shape: dict[str, int], dtype: torch.dtype)
         _write(directory / file, wanted, generator, dtype)
         places |= dict.fromkeys(wanted, file)
         sizes += [torch.Size(s).numel() for s in wanted.values()]
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return sum(sizes)
 
 

@@ -100,7 +100,7 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
         ready = _matrix(job, units[name], uses, tokens, options)
         if ready is not None:
             finest[name] = finest_step(ready)
-            weight = partial(_weight, model, units[name])
+            weight = None if model.scratch.stays(ready.weight) else partial(_weight, model, units[name])
             stored[name] = StoredPrepared(ready, model.scratch, weight)
 
     with allocator.no_holes(), job.reporter.step("statistics and factorisation", tokens) as advance:

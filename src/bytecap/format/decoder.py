@@ -30,6 +30,7 @@ from bytecap.types import Unit
 
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
+_AHEAD = 2**28  # values decoded before they are asked for
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
 
 Array = npt.NDArray[Any]
@@ -137,12 +138,16 @@ class Decoded(Mapping[str, Array]):
     Args:
         contents: of the artifact.
         observe: shown the entropy-coded streams of every unit, once.
+        threads: that decode; with several, the units behind the one that is asked for are decoded meanwhile.
     """
 
-    def __init__(self, contents: Contents, observe: Observer | None = None) -> None:
+    def __init__(self, contents: Contents, observe: Observer | None = None, threads: int = 1) -> None:
         self._shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
         self._units, self._observe = {u.unit.name: u for u in contents.units}, observe
+        self._order = {n: i for i, n in enumerate(self._units)}
         self._seen: set[str] = set()
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._ahead: dict[str, Future[Array]] = {}
 
     def __getitem__(self, name: str) -> Array:
         """Decode one unit.
@@ -150,7 +155,19 @@ class Decoded(Mapping[str, Array]):
         Raises:
             CorruptError: its section cannot be decoded.
         """
-        u = self._units[name]
+        if self._pool is None:
+            return self._decoded(name, self._units[name])
+        self._ahead = {n: f for n, f in self._ahead.items() if self._order[n] >= self._order[name]}
+        room = _AHEAD
+        for n in list(self._units)[self._order[name] :]:
+            room -= self._units[n].unit.parameters
+            if n not in self._ahead and (n == name or room > 0):
+                self._ahead[n] = self._pool.submit(self._decoded, n, self._units[n])
+            if room <= 0:
+                break
+        return self._ahead.pop(name).result()
+
+    def _decoded(self, name: str, u: UnitSection) -> Array:
         watch = None if name in self._seen else self._observe
         self._seen.add(name)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from bytecap.errors import CorruptError
@@ -21,6 +22,7 @@ class FileBytes:
 
     def __init__(self, path: Path) -> None:
         self._file, self._name = open_regular(path, os.O_RDONLY, follow=True), str(path)
+        self._lock = threading.Lock()
         self._length = os.fstat(self._file.fileno()).st_size
 
     def __len__(self) -> int:
@@ -33,8 +35,9 @@ class FileBytes:
             CorruptError: the file has become shorter.
         """
         start, stop, _ = part.indices(self._length)
-        self._file.seek(start)
-        found = self._file.read(max(0, stop - start))
+        with self._lock:  # several threads read
+            self._file.seek(start)
+            found = self._file.read(max(0, stop - start))
         if len(found) < stop - start:
             raise CorruptError(f"{self._name} has become shorter while it was read")
         return found

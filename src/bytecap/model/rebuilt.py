@@ -128,7 +128,7 @@ def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> 
     streamed = streaming.of(model.module)
     if streamed is not None:
         found = streamed.copy()
-        found.load(Decoded(contents, observe))
+        found.load(Decoded(contents, observe, threads))
         return found.module
     if model.rebuilt:
         module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **side_files(contents)},

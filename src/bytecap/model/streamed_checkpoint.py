@@ -68,6 +68,7 @@ def open_streamed(
     model: Path | str,
     scratch: Scratch,
     *,
+    device: str = "cpu",
     begin: Callable[[dict[str, bytes]], None] | None = None,
     allow_unused: Sequence[str] = (),
 ) -> StreamedModel:
@@ -76,6 +77,7 @@ def open_streamed(
     Args:
         model: Hugging Face directory or hub id.
         scratch: for what a job keeps.
+        device: torch device that passes run on.
         begin: given the side files before the model is built.
         allow_unused: names or patterns of what is meant to be left out.
 
@@ -103,10 +105,11 @@ def open_streamed(
     _check_shapes(module, headers, conversion, directory)
     _fill_buffers(module, tensors)
     trial = Streamed(module, Chain("", 0, 0), tensors, first)
+    trial.to(device)
     chain, head = _observe(trial, units)
     if chain is None:
         raise Unstreamable("it has no chain of blocks that are called one after the other")
-    streaming.attach(Streamed(module, chain, tensors, first, head=head))
+    streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head))
     return StreamedModel(
         module, units, files | found.files, str(model), notes=(*notes, *found.notes), rounded=found.rounded,
         rebuilt=True, scratch=scratch,
@@ -161,7 +164,7 @@ def _fill_buffers(module: nn.Module, tensors: Tensors) -> None:
 def _observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
     """Find the chain and the head on a few tokens, and refuse weights that are not finite."""
     module, seen = streamed.module, set[str]()
-    ids, heads = torch.zeros(1, _TRIAL, dtype=torch.long), list[str | None]()
+    ids, heads = torch.zeros(1, _TRIAL, dtype=torch.long, device=streamed.device), list[str | None]()
     with _one_by_one(streamed, seen):
         chain = find_chain(module, lambda: heads.append(head_of(module, lambda: module(ids))))
     buffers = dict(module.named_buffers(remove_duplicate=False))

@@ -21,6 +21,7 @@ from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
 from bytecap.job.config import FitConfig, configured
+from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
 from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
 from bytecap.model.texts import TokenSets, Window
@@ -120,7 +121,7 @@ def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     asked = [check(config) for config in configs]
     loaded = model if isinstance(model, Model) else _load(model, asked[0])
     opened = [open_model(a, loaded) for a in asked]
-    with allocator.stated(loaded.parameters):
+    with allocator.stated(loaded.parameters, streamed=streaming.of(loaded.module) is not None):
         sets = text_sets(loaded, asked[0])
     return finish_all(opened, sets, started)
 

@@ -65,7 +65,7 @@ def open_model(
         if wanted and reason is None:
             kept = Scratch(_beside(config), *_room(headers, device, limit))
             try:
-                opened = open_streamed(model, kept, begin=begin, allow_unused=allow)
+                opened = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
             except Unstreamable as exc:
                 reason = str(exc)
             else:
@@ -107,7 +107,7 @@ def _room(headers: dict[Path, Header], device: str, limit: int) -> tuple[int, in
     need = _BASE[device] + 4 * _BLOCKS * largest
     if device == "cpu":
         return max(0, (limit - need) // 2), 0
-    return (free("cpu") or 0) // 2, max(0, (limit - need) // 2)
+    return (free("cpu") or 0) // 2, max(0, (limit - need) * 4 // 5)
 
 
 def free(device: str) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def open_model(asked: Asked, model: Model) -> Opened:
         asked.reporter.note(note)
     files = side_files(model, tokenizer=config.tokenizer, config=config.config) + asked.code.sections
     size = sizer(model, files, _about(asked, budget))
-    with asked.code.floor(budget), allocator.stated(model.parameters):
+    with asked.code.floor(budget), _stated(model):
         floor = check_floor(model, size, budget - asked.code.reserve, config.given)
     return Opened(asked, model, budget, files, size, floor)
 
@@ -163,11 +164,11 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
     Raises:
         BytecapError: nothing is written then.
     """
-    asked, job, parameters = opened.asked, opened.job(sets), opened.model.parameters
-    with asked.code.floor(opened.budget), allocator.stated(parameters):
+    asked, job = opened.asked, opened.job(sets)
+    with asked.code.floor(opened.budget), _stated(opened.model):
         result = _solve(job, asked.method, opened.files, opened.about)
     if not asked.config.dry_run:
-        with allocator.stated(parameters):
+        with _stated(opened.model):
             _deliver(result, job, asked.config.output)
     seconds = round(time.perf_counter() - started, 3)
     result.report |= asked.code.report(opened.budget)
@@ -184,6 +185,11 @@ def fit_sets(model: Model, sets: TokenSets, config: FitConfig) -> Artifact:
 def make_job(model: Model, sets: TokenSets, config: FitConfig) -> Job:
     """Make the job that `fit` would work on, for inspection."""
     return open_model(check(config), model).job(sets)
+
+
+def _stated(model: Model) -> AbstractContextManager[None]:
+    """Say what memory a job needs where it ends."""
+    return allocator.stated(model.parameters, streamed=isinstance(model, StreamedModel))
 
 
 def _about(asked: Asked, budget: int) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class StoredPrepared(Prepared):
 
     def moved(self, change: Tensor) -> Prepared:
         """The unit with `change` (rows, cols) added to its target."""
-        weight = partial(self._scratch.put(self.weight + change).load, self._device)
+        weight = partial(_sum, self._weight, self._scratch.put(change), self._device)
         found = StoredPrepared.__new__(StoredPrepared)
         found._set(self.unit, self._shape, self._device, self._scratch, self._kept, weight)  # noqa: SLF001 (its own)
         return found
@@ -105,6 +105,10 @@ class StoredPrepared(Prepared):
     def emptied(self) -> Prepared:
         """Itself: it holds nothing."""
         return self
+
+
+def _sum(weight: Callable[[], Tensor], change: KeptTensor, device: torch.device) -> Tensor:
+    return weight() + change.load(device)
 
 
 class StoredGridCode(GridCode):

@@ -104,8 +104,12 @@ def is_shortage(exc: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def stated(parameters: int) -> Iterator[None]:
+def stated(parameters: int, *, streamed: bool = False) -> Iterator[None]:
     """Turn an out-of-memory error into one line that says how much a job needs.
+
+    Args:
+        parameters: of the model.
+        streamed: only a block of it is in memory at once.
 
     Raises:
         ShortageError: memory ran out.
@@ -115,9 +119,14 @@ def stated(parameters: int) -> Iterator[None]:
     except Exception as exc:
         if not is_shortage(exc):
             raise
+        if streamed:
+            raise ShortageError(
+                "out of memory with one block of the model in memory: fewer work files stay there with a smaller "
+                f"--memory, and shorter passes take less with a smaller --window{_limits()}"
+            ) from exc
         raise ShortageError(
             f"out of memory: a fit of {parameters:,} parameters needs {bound(parameters) / 1e6:,.0f} MB "
-            f"(4 x the float32 model + 700 MB, see docs/trust.md){_limits()}"
+            f"(4 x the float32 model + 700 MB, see docs/trust.md); with less, --memory SIZE streams it{_limits()}"
         ) from exc
 
 

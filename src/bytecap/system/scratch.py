@@ -106,6 +106,10 @@ class Scratch:
         weakref.finalize(kept, path.unlink, missing_ok=True)
         return kept
 
+    def stays(self, tensor: Tensor) -> bool:
+        """Return whether a tensor would stay on the device that it is on, so that it need not be moved."""
+        return tensor.device.type != "cpu" and tensor.numel() * tensor.element_size() <= self._left["device"]
+
     def put_bytes(self, data: bytes) -> KeptBytes:
         """Keep bytes.
 
