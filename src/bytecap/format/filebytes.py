@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from pathlib import Path
 
 from bytecap.errors import CorruptError
@@ -23,6 +24,7 @@ class FileBytes:
     def __init__(self, path: Path) -> None:
         self._file, self._name = open_regular(path, os.O_RDONLY, follow=True), str(path)
         self._lock = threading.Lock()
+        weakref.finalize(self, self._file.close)
         self._length = os.fstat(self._file.fileno()).st_size
 
     def __len__(self) -> int:
