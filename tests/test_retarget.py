@@ -14,6 +14,7 @@ def test_the_correction_tokens_decide(pays, model_directory, texts, monkeypatch)
     monkeypatch.setattr(default, "_cost", lambda *_: next(costs))
     files = {"calibration": texts["calib"], "evaluation": texts["val"]}
     found = bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
+    assert found.report["targets"] == {"kept": pays, "cost_with": 0.5 if pays else 1.5, "cost_without": 1.0}
     monkeypatch.undo()
     plain = bytecap.fit(model_directory("rotary"), BUDGET, **files, options={"drift": 0.0}, **SMALL)
     assert (found.data == plain.data) == (not pays)

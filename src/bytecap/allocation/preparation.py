@@ -44,6 +44,7 @@ class PreparedModel:
         capacity: bytes that the planned units may use.
         rules: tables and offsets that the first settling starts from.
         unused: bytes of fixed units that no gradient reaches, by name.
+        targets: whether targets that follow the coded prefix were kept, and KL and bytes' worth with and without them.
     """
 
     planner: Planner
@@ -51,6 +52,7 @@ class PreparedModel:
     capacity: float
     rules: Rules
     unused: Mapping[str, int] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
 
     def emptied(self) -> PreparedModel:
         """The model without what only rounding needs."""

@@ -92,6 +92,8 @@ class Outcome:
             planned.
         recovery: what recovery did, stage by stage; empty without.
         before: sections and tables without recovery, where it was of use.
+        targets: whether targets that follow the coded prefix were kept (`kept`), and the cost in nats per token with
+            and without them: KL on the correction tokens and bytes at the slope; empty where none were tried.
     """
 
     sections: dict[str, Section]
@@ -104,6 +106,7 @@ class Outcome:
     margin: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     before: tuple[dict[str, Section], bytes] | None = None
+    targets: dict[str, Any] = field(default_factory=dict)
 
 
 Method = Callable[[Job], Outcome]

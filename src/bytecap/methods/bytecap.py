@@ -162,8 +162,8 @@ def retarget(
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
     change = None if isinstance(job.model, StreamedModel) else checkpoints.tensors("drift")
-    pays, without = checkpoints.get("drift pays"), 0.0
-    if pays is None:  # measured before targets take memory
+    targets, without = checkpoints.get("targets"), 0.0
+    if targets is None:  # measured before targets take memory
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             without = _cost(job, planner, best, quantized_copy)
         allocator.release()
@@ -188,14 +188,15 @@ def retarget(
             job.reporter.note("the order in which modules are called depends on the data: no drift targets")
             return prepared
     moved = replace(planner, matrices=matrices)
-    if pays is None:
+    if targets is None:
         allocator.release()
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            pays = _cost(job, moved, best, quantized_copy) < without
-        checkpoints.put("drift pays", pays)
-    if not pays:
+            with_them = _cost(job, moved, best, quantized_copy)
+        targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
+        checkpoints.put("targets", targets)
+    if not targets["kept"]:
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
-    return replace(prepared, planner=moved if pays else planner)
+    return replace(prepared, planner=moved if targets["kept"] else planner, targets=targets)
 
 
 def _moved(item: Prepared, change: KeptTensor | None) -> Prepared:
@@ -237,7 +238,8 @@ def predict(
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(
-        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin)
+        sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin),
+        targets=dict(prepared.targets),
     )  # fmt: skip
 
 

@@ -354,6 +354,7 @@ def _report(
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
+        **({"targets": outcome.targets} if outcome.targets else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_overlay(entries), "margin": outcome.margin or None,
         "calibration_texts": [{"name": n, "tokens": t} for n, t in sets.drawn],
