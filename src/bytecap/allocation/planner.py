@@ -40,6 +40,7 @@ from bytecap.types import Curve, Point, Unit
 FloatArray = npt.NDArray[np.float32]
 _Found = TypeVar("_Found")
 _TOGETHER = 2**25  # weights coded together
+_OFF = 5e-3  # of the bytes: where a plan found on a sample is near enough to be measured
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Planner:
         finest: by matrix, the step below which nothing is gained; kept where targets move.
         keep: given every rounded unit, returns what states hold of it (`bytecap.quantization.stored`).
         keep_section: given every coded section, returns what is held of it.
+        sample: over a sample of rows, where that is what searches and curves are made on.
     """
 
     matrices: Sequence[Prepared]
@@ -135,6 +137,7 @@ class Planner:
     finest: Mapping[str, float]
     keep: Callable[[Coded], Coded] = _whole
     keep_section: Callable[[Section], Section] = _whole
+    sample: Planner | None = None
 
     @staticmethod
     def of(
@@ -170,6 +173,7 @@ class Planner:
         """
         steps = {n: max(s, self.finest.get(n, 0.0)) for n, s in steps.items()}
         coded, centres = round_units(self.matrices, steps, rules.shrink, self.options, keep=self.keep)
+        coded = {p.unit.name: p.scaled(coded[p.unit.name]) for p in self.matrices}
         found = rules
         if refit:
             old, shrinking = rules.shared, self.options.shrink
@@ -236,12 +240,30 @@ class Planner:
         start: float,
         rounds: int = 8,
         tolerance: float = 5e-4,
+        exact: bool = False,
     ) -> tuple[float, State]:
         """The `c0` whose estimated bytes meet `capacity`; tables are refitted on the way, from `rules` on.
+
+        Args:
+            multipliers: of every unit's step.
+            capacity: bytes.
+            rules: to start from.
+            start: a guess of `c0`.
+            rounds: of rounding, at most, where one fits.
+            tolerance: of the bytes.
+            exact: round everything even where there is a sample, which may be half a percent off.
 
         Returns:
             c0 and the settled state.
         """
+        if self.sample is not None and not exact:
+            c, state = self.sample.search(
+                multipliers, capacity, rules, start=start, rounds=rounds, tolerance=tolerance
+            )  # fmt: skip
+            state = self.settle({n: c * multipliers[n] for n in self.names}, state.rules)
+            if abs(state.rate - capacity) <= _OFF * capacity:
+                return c, state
+            start, rules, rounds = c * math.exp((state.rate / capacity - 1) / 1.2), state.rules, 2
         c, seen = start, []
         widest = 2.0**20 * max(self.finest.values(), default=1.0)  # nothing is left of any weight
         state = State({}, {}, rules, {}, {})
@@ -270,10 +292,16 @@ class Planner:
             offsets: octaves, 0 excluded.
         """
         points = {n: [Point(centre.rates[n], centre.distortions[n], 0.0)] for n in self.names}
+        on = self.sample or self
+        base = centre if on is self else on.settle(centre.steps, centre.rules, refit=False)
         for offset in offsets:
-            state = self.settle({n: s * 2**offset for n, s in centre.steps.items()}, centre.rules, refit=False)
+            state = on.settle({n: s * 2**offset for n, s in centre.steps.items()}, centre.rules, refit=False)
             for n in self.names:
-                points[n].append(Point(state.rates[n], state.distortions[n], offset))
+                rate_of, cost_of = (
+                    _ratio(centre.rates[n], base.rates[n]),
+                    _ratio(centre.distortions[n], base.distortions[n]),
+                )
+                points[n].append(Point(state.rates[n] * rate_of, state.distortions[n] * cost_of, offset))
         return [Curve(n, tuple(sorted(p, key=lambda q: q.rate))) for n, p in points.items()]
 
     def decode(self, state: State, name: str) -> FloatArray:
@@ -342,6 +370,11 @@ def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
     tag, data = coded.overlay
     overlaid: FloatArray = run([overlay_coder(tag).apply(data, np.array(values, np.float32, order="C"), shared)])[0]
     return overlaid
+
+
+def _ratio(whole: float, sampled: float) -> float:
+    """What a sample has to be multiplied with to say what the whole does."""
+    return whole / sampled if sampled > 0 else 1.0
 
 
 def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:

@@ -26,7 +26,7 @@ from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.progress import Advance, warn
 from bytecap.quantization.quantizer import Options, Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
-from bytecap.quantization.stored import StoredPrepared, keeper
+from bytecap.quantization.stored import Sample, StoredPrepared, keeper
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
@@ -112,9 +112,12 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
         )  # fmt: skip
     allocator.release()
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
-    return replace(
-        ready, planner=replace(ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch))
-    )
+    few = [Sample.of(p) if isinstance(p, StoredPrepared) else p for p in ready.planner.matrices]
+    sample = replace(ready.planner, matrices=few) if any(isinstance(p, Sample) for p in few) else None
+    planner = replace(
+        ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch), sample=sample
+    )  # fmt: skip
+    return replace(ready, planner=planner)
 
 
 def _kept(scratch: Scratch, section: Section) -> Section:

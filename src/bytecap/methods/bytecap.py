@@ -217,7 +217,7 @@ def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
     allocator.release()
     with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
         _, state = planner.search(
-            best.multipliers, prepared.capacity, best.state.rules, start=best.c, rounds=3, tolerance=3e-4
+            best.multipliers, prepared.capacity, best.state.rules, start=best.c, rounds=3, tolerance=3e-4, exact=True
         )  # fmt: skip
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, state.rules, refit=False)

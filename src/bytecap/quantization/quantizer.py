@@ -138,6 +138,10 @@ class Prepared:
         """The unit with `change` (rows, cols) added to its target."""
         return replace(self, weight=self.weight + change)
 
+    def scaled(self, coded: Coded) -> Coded:
+        """What was rounded as it counts for the whole unit, where it is a sample of its rows."""
+        return coded
+
     def complete(self, coded: Coded, shared: Shared) -> Coded:
         """What was rounded, with a layer over it where the unit has one (`bytecap.allocation.overlaid`)."""
         del shared

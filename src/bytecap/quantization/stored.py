@@ -7,7 +7,7 @@ thousands of matrices holds a few numbers of each.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from bytecap.quantization.quantizer import Coded, Prepared
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.types import Unit
 
+_EVERY, _LEAST_ROWS = 8, 512  # a sample holds an eighth of a unit's rows, but at least 512
 _ARRAYS = ("symbols", "column_step", "column_class", "row_step", "row_class")
 
 
@@ -105,6 +106,33 @@ class StoredPrepared(Prepared):
     def emptied(self) -> Prepared:
         """Itself: it holds nothing."""
         return self
+
+
+class Sample(StoredPrepared):
+    """Every so many rows of a unit, which say what all of them cost: rows are independent, given the factor."""
+
+    _every: float
+
+    @staticmethod
+    def of(item: StoredPrepared) -> StoredPrepared:
+        """Return a sample of a unit; the unit itself where it has few rows."""
+        rows, cols = item.shape
+        every = min(_EVERY, rows // _LEAST_ROWS)
+        if every < 2:
+            return item
+        weight, scratch, device = item.weight[::every], item._scratch, item.device  # noqa: SLF001 (its own class's)
+        kept = dict(item._kept)  # noqa: SLF001
+        kept |= {n: scratch.put(getattr(item, n)[::every]) for n in ("rows", "row_step")}
+        found = Sample.__new__(Sample)
+        read = partial(scratch.put(weight).load, device)
+        found._set(item.unit, (len(weight), cols), device, scratch, kept, read)  # noqa: SLF001
+        object.__setattr__(found, "_every", rows / len(weight))
+        return found
+
+    def scaled(self, coded: Coded) -> Coded:
+        """Costs and counts of all rows, without symbols, which nobody asks a sample for."""
+        code = replace(coded.code, symbols=coded.code.symbols[:0])
+        return Coded(code, coded.distortion * self._every, coded.counts * self._every)
 
 
 def _sum(weight: Callable[[], Tensor], change: KeptTensor, device: torch.device) -> Tensor:
