@@ -17,7 +17,7 @@ BENCHDIR ?= build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo fast test nightly numeric coverage lint lock format directories bench clean distclean
+.PHONY: help setup demo fast test suite nightly numeric avx2 sse coverage lint style types lock format directories bench clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -35,24 +35,32 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/bytecap demo
 
-lint: $(INSTALLED)
+lint: style types
+
+style: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+types: $(INSTALLED)
+	$(BIN)/mypy
 
 # Two workers with one thread each: more threads than cores only wait for one another. Each starts with one half of the
 # tests, in order, so that what the tests of a file share is made once.
-fast test nightly numeric coverage: export OMP_NUM_THREADS = 1
+fast suite nightly avx2 sse coverage: export OMP_NUM_THREADS = 1
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 TIER := not nightly
 
 fast: $(INSTALLED)
 	$(PYTEST) -m 'not slow and not nightly and not browser' --hypothesis-profile=fast
 
-test: lint
-	$(PYTEST) -m 'not nightly' --durations=15
+# mypy takes one core for a minute, so the suite runs beside it.
+test: style
+	$(MAKE) --no-print-directory -j2 types suite
 	$(MAKE) --no-print-directory numeric
+
+suite: $(INSTALLED)
+	$(PYTEST) -m 'not nightly' --durations=15
 
 nightly: test coverage
 	$(PYTEST) -m nightly --durations=15
@@ -60,12 +68,19 @@ nightly: test coverage
 	$(BIN)/python tests/mutants.py
 
 # What a test says of floating point holds on any processor, so tests of that run again on capped instruction sets, with
-# the sums of other kernels. Where the variables mean nothing they simply run again.
+# the sums of other kernels. Where the variables mean nothing they simply run again. The two passes run beside one another,
+# a process each: what a process imports, compiles and fits once would be done twice by two workers.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_CBWR=AVX2
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE
+NUMERIC = $(BIN)/pytest -p no:xdist -m 'numeric and $(TIER)' $$(grep -l 'mark\.numeric' tests/test_*.py)
 numeric: $(INSTALLED)
-	$(AVX2) $(PYTEST) -m 'numeric and $(TIER)' tests
-	$(SSE) $(PYTEST) -m 'numeric and $(TIER)' tests
+	$(MAKE) --no-print-directory -j2 avx2 sse
+
+avx2: $(INSTALLED)
+	$(AVX2) $(NUMERIC)
+
+sse: $(INSTALLED)
+	$(SSE) $(NUMERIC)
 
 # Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which folders), by the tests marked for it.
 coverage: $(INSTALLED)

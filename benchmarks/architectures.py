@@ -20,6 +20,7 @@ to `docs/architectures.md`. Nothing here says how well a family compresses: weig
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -93,9 +94,13 @@ def build(kind: str, name: str, directory: Path) -> tuple[Any, int]:
 
 
 def logits(module: Any) -> Any:
-    """Logits of a module on fixed tokens; an encoder-decoder is given them on both sides."""
+    """Logits of a module on fixed tokens; an encoder-decoder is given them on both sides.
+
+    They are a copy's: weights mapped from a file lie at other addresses, where some kernels add in another order.
+    """
     import torch
 
+    module = copy.deepcopy(module)
     ids = torch.randint(2, 250, (2, 40), generator=torch.Generator().manual_seed(1))
     more = {"decoder_input_ids": ids} if getattr(module.config, "is_encoder_decoder", False) else {}
     with torch.no_grad():
@@ -130,7 +135,7 @@ def try_family(kind: str, name: str, work: Path) -> Row:
         for label, budgets in every.items():
             artifact, budget = first_fit(work / "source", budgets, shared)
             size = artifact.save(work / f"{label}.bcap")
-            unpack(work / f"{label}.bcap", work / label)
+            unpack(work / f"{label}.bcap", work / label, dtype="auto")
             loaded = cls.from_pretrained(work / label, dtype=torch.float32)
             if size > budget:
                 wrong.append(f"{label}: {size} bytes for a budget of {budget}")
@@ -252,8 +257,8 @@ bytecap reads a model as a causal language model. It has no input for the other 
 tokens, images or sound, so it can neither calibrate nor score with them:
 
 - **Encoder-decoders** (T5, BART) are refused by name.
-- **Encoders** (BERT) are refused: predictions that change with later tokens are no language model's. Where transformers
-  has no causal model of a type at all, its own message is shown.
+- **Encoders** (BERT) are refused: predictions that change with later tokens are no language model's. A type that
+  transformers has no causal class for is refused by the name of what it is.
 - **Multimodal models** work where transformers reads them as a causal language model. Units that text does not reach,
   such as a vision tower, are kept at a rate that is safe without knowledge, or exactly, and a note says so.
 

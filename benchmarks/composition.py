@@ -41,7 +41,7 @@ from bytecap.format.decoder import decode_units
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, demo_directory, load_model
-from bytecap.model.evaluation import compare, mean_comparison
+from bytecap.model.evaluation import compare_models, mean_comparison
 from bytecap.model.forward import longest_first
 from bytecap.model.quantized_copy import load_values
 from bytecap.model.sources import load_sets
@@ -251,7 +251,7 @@ def one(args: argparse.Namespace, size: str, arm: str, seed: int, directory: str
     result = fit_sets(model, replace(sets, evaluation=brief), config)
     load_values(model.module, decode_units(result.contents, aliases=False))
     first.module.to(args.device)
-    found = [compare(first.module, model.module, t, device=args.device) for t in sets.evaluation]
+    found = [compare_models(first.module, model.module, t, device=args.device) for t in sets.evaluation]
     mean = mean_comparison(found)
     return {
         "benchmark": "composition", "model": first.name, "arm": arm, "size": size, "budget_bytes": budget,

@@ -27,16 +27,17 @@ from bytecap.calibration.statistics import moments
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import compare
+from bytecap.model.evaluation import compare_models
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit_directory import HELD_TOKENS, fit_directory, measure, write_directory
+from bytecap.pipeline.fit_directory import fit_directory, write_directory
+from bytecap.pipeline.runtime_model import HELD_TOKENS, measure
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Silent
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import family
-from bytecap.runtimes.directory.contents import contents_of
+from bytecap.runtimes.directory.contents import contents_of, read_units
 from bytecap.runtimes.directory.menu import plain_values
 from bytecap.system.cache import Store
 from common import parser, record, texts
@@ -121,7 +122,7 @@ def scores(model: Model, values: dict[str, np.ndarray], sets: TokenSets, device:
     """Quality of values of units."""
     quantized_copy = copy_of(model.module)
     load_values(quantized_copy, values)
-    return quality([compare(model.module, quantized_copy, t, device=device) for t in sets.evaluation])
+    return quality([compare_models(model.module, quantized_copy, t, device=device) for t in sets.evaluation])
 
 
 def mlx_arm(args: Any, job: Job, source: Path, **told: Any) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def gptq_arm(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as where:
         path = Path(where) / "stock"
         size, _ = write_directory(contents, schemes, codes, path)
-        parts = measure(model, kind, path, job.sets, job.device, job.reporter)
+        parts = measure(model, read_units(kind, path, model.units), job.sets, job.device, job.reporter)
     return {"file_bytes": size, "bits_per_parameter": 8 * size / model.parameters, "types": schemes} | quality(parts)
 
 
@@ -197,7 +198,7 @@ def llm_compressor_arm(job: Job, directory: Path) -> dict[str, Any]:
         target = Path(where)
         (target / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
         (target / "config.json").write_text(json.dumps(kind.config({}, schemes, [])))
-        parts = measure(model, kind, target, job.sets, job.device, job.reporter)
+        parts = measure(model, read_units(kind, target, model.units), job.sets, job.device, job.reporter)
     return {"file_bytes": size, "bits_per_parameter": 8 * size / model.parameters, "types": schemes} | quality(parts)
 
 

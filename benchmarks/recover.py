@@ -15,7 +15,7 @@ import torch
 
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import compare, mean_comparison
+from bytecap.model.evaluation import compare_models, mean_comparison
 from bytecap.model.forward import batches
 from bytecap.model.quantized_copy import copy_of
 from bytecap.model.sources import load_sets, with_recovery
@@ -98,7 +98,7 @@ def tuned(args: Any, model: Model, sets: TokenSets, steps: int) -> None:
         model.module.to(args.device)
         quantized_copy.to(args.device)
         _train(quantized_copy, list(sets.recovery or sets.statistics), steps, rate, args)
-        parts = [compare(model.module, quantized_copy, t, device=args.device) for t in sets.evaluation]
+        parts = [compare_models(model.module, quantized_copy, t, device=args.device) for t in sets.evaluation]
         mean = mean_comparison(parts)
         record(args, {
             "benchmark": "recover-fine-tuning", "model": model.name, "rate": rate, "steps": steps,

@@ -63,6 +63,7 @@ _HYBRID = {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidde
 CHANGES: dict[str, dict[str, Any]] = {
     "axk1": _MLA, "deepseek_v3": _MLA, "longcat_flash": _MLA, "youtu": _MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "deepseek_v4": {"o_groups": 2, "o_lora_rank": 16},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "zamba": _HYBRID,
     "zamba2": {**_HYBRID, "n_mamba_heads": 8, "mamba_headdim": 16, "adapter_rank": 8},

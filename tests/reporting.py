@@ -1,9 +1,13 @@
-"""A failure is named when it happens, on a line of its own, however many workers run.
+"""A failure is named when it happens, on a line of its own, with the instruction set it ran under, if that is capped.
 
 pytest prints an `F` and keeps the name for the end, which on a slow machine is minutes away.
 """
 
+import os
+
 import pytest
+
+CAPPED = os.environ.get("ATEN_CPU_CAPABILITY", "")  # two such runs may write to one terminal
 
 
 class Naming:
@@ -15,7 +19,7 @@ class Naming:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            self.say(f"FAILED {report.nodeid} [{report.when}] {reason(report)}".rstrip())
+            self.say(f"FAILED {report.nodeid} [{report.when}] {CAPPED} {reason(report)}".rstrip())
 
     @pytest.hookimpl(trylast=True)
     def pytest_collectreport(self, report):

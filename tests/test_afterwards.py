@@ -26,6 +26,7 @@ from bytecap.format.overlays.order import CODER as ORDER
 from bytecap.format.overlays.outliers import CODER as OUTLIERS
 from bytecap.format.overlays.rows import CODER as ROWS
 from bytecap.format.wire.shared_objects import load_objects, write_codebook, write_shared_decoder
+from bytecap.methods.baselines import shared_codewords
 from bytecap.progress import Silent
 from conftest import SMALL
 
@@ -169,7 +170,9 @@ class TestStack:
 class TestWholeFits:
     @pytest.mark.slow
     @pytest.mark.parametrize("method", ["cluscomp", pytest.param("reallm", marks=pytest.mark.nightly)])
-    def test_other_methods_are_tuned_within_the_cap(self, model_directory, texts, method):
+    def test_other_methods_are_tuned_within_the_cap(self, model_directory, texts, method, monkeypatch):
+        monkeypatch.setattr(shared_codewords, "_EPOCHS", 10)
+        monkeypatch.setattr(shared_codewords, "_MOST", 128)
         said = Silent()
         found = bytecap.fit(
             model_directory("rotary"), 14_000, calibration=texts["calib"], evaluation=texts["val"], method=method,

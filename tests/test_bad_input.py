@@ -57,7 +57,28 @@ class TestBadModels:
 
     def test_config_of_an_unknown_kind_of_model(self, refused, job, copied, edited_config):
         edited_config(copied, model_type="no-such-kind", architectures=[])
-        assert str(copied) in refused(*job(copied))
+        said = refused(*job(copied))
+        assert f"{copied}/config.json: transformers" in said
+        assert "does not know the model type 'no-such-kind'; update transformers" in said
+
+    def test_config_without_a_kind_of_model(self, refused, job, copied, edited_config):
+        edited_config(copied, model_type=None)
+        assert f"{copied}/config.json has no model_type: name one" in refused(*job(copied))
+
+    @pytest.mark.parametrize(
+        ("kind", "what"),
+        [
+            ("modernbert", "an encoder"),
+            ("smolvlm", "a multimodal model"),
+            ("vit", "a model of images"),
+            ("clap", "none of a causal language model"),
+        ],
+    )
+    def test_config_of_a_kind_without_causal_language_model(self, refused, job, copied, edited_config, kind, what):
+        edited_config(copied, model_type=kind, architectures=[])
+        said = refused(*job(copied))
+        assert f"{copied}/config.json: model_type {kind!r} is {what}, AutoModelForCausalLM has no class" in said
+        assert "fit it as a module with a loss of your own" in said
 
     def test_directory_without_weights(self, refused, job, copied):
         (copied / "model.safetensors").unlink()

@@ -17,7 +17,7 @@ from bytecap.format.filebytes import FileBytes
 from bytecap.model import head, streaming
 from bytecap.model.chain import Chain, find_chain
 from bytecap.model.checkpoint import load_model
-from bytecap.model.evaluation import by_window, compare
+from bytecap.model.evaluation import by_window, compare_models
 from bytecap.model.inputs import check_causal
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
@@ -97,7 +97,7 @@ def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, m
     for m in models:
         coded = copy_of(m.module)
         load_values(coded, values)
-        scores.append(compare(m.module, coded, Text("text", tuple(WINDOWS))))
+        scores.append(compare_models(m.module, coded, Text("text", tuple(WINDOWS))))
     assert scores[1].kl_nats == pytest.approx(scores[0].kl_nats, rel=1e-3)
     assert scores[1].nats_original == pytest.approx(scores[0].nats_original, rel=1e-5)
     assert all(p.is_meta for p in models[1].module.parameters())

@@ -193,7 +193,7 @@ def test_pictures_at_every_width(browser, written, kind):
             opened(browser, written(kind), width, dark=dark)
             shape = shapes[width] = browser.run(SHAPE)
             assert (shape["inner"], shape["wide"], shape["cut"], shape["crossed"]) == (width, width, [], [])
-            picture = np.asarray(Image.open(io.BytesIO(browser.picture())).convert("RGB")).astype(int)
+            picture = np.asarray(Image.open(io.BytesIO(browser.picture())).convert("RGB")).astype(np.int16)
             assert picture.shape == (shape["high"], width, 3)
             means[width, dark] = picture.mean()
             paper = picture[0, 0]

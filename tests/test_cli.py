@@ -98,7 +98,10 @@ class TestJson:
         _, path = fitted("rotary")
         code, out, _ = run("unpack", path, "-o", tmp_path / "out", "--json")
         assert code == 0
-        assert json.loads(out)["dtype"] == "float32"
+        assert json.loads(out)["dtype"] == "bfloat16"
+        assert json.loads(out)["rounded"] > 0
+        code, out, _ = run("unpack", path, "-o", tmp_path / "exact", "--dtype", "float32")
+        assert out.strip().endswith("exact: written as float32")
         code, out, _ = run("generate", path, "--prompt", "The table", "--tokens", 5, "--temperature", 0, "--json")
         assert code == 0
         assert json.loads(out)["prompt"] == "The table"

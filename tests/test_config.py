@@ -19,6 +19,7 @@ from bytecap.cli.options import OPTIONS
 from bytecap.job.config import FitConfig, documentation
 from bytecap.pipeline import stages
 from bytecap.progress import Bars, Silent, TextBars, reporter_for
+from bytecap.quantization.quantizer import Options
 from conftest import BUDGET, SMALL
 
 SOURCE = Path(bytecap.__file__).parent
@@ -312,3 +313,22 @@ def test_lab_fits_take_the_same_config(model_directory, texts, fitted):
     sets = load_sets(model, texts["calib"], texts["val"], reporter=Silent(), **SMALL)
     found = stages.fit_sets(model, sets, FitConfig(BUDGET, method="uniform"))
     assert found.data == fitted("rotary", "uniform")[0].data
+
+
+class TestOptionsOfTheMethod:
+    def test_a_withdrawn_one_is_named_and_has_no_effect(self):
+        told = []
+        assert Options.of({"groups": 2, "drift": 0.0}, told.append) == Options(drift=0.0)
+        assert len(told) == 1
+        assert "the option groups of method bytecap does nothing any more: row groups" in told[0]
+
+    def test_the_warning_reaches_the_user(self, model_directory, texts):
+        with pytest.warns(bytecap.BytecapWarning, match="groups of method bytecap does nothing any more"):
+            bytecap.fit(
+                model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], dry_run=True,
+                options={"groups": 2}, **SMALL,
+            )  # fmt: skip
+
+    def test_an_unknown_one_is_refused(self):
+        with pytest.raises(bytecap.UsageError, match="no option 'grops'"):
+            Options.of({"grops": 2})

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bytecap.calibration import probe as probing
 from bytecap.calibration.probe import probe, sampled_loss
 from bytecap.model.checkpoint import find_units
 from bytecap.model.forward import batches
@@ -93,7 +92,7 @@ def check_map(use, seen, guided):
 def test_moments_of_maps_used_any_number_of_times_and_of_tied_heads(case):
     module, windows, guided = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "fast_dtype", lambda _: torch.float32)
+        patch.setattr("bytecap.model.forward.fast_dtype", lambda _: torch.float32)
         found = probe(module, find_units(module), windows, guided=guided)
         seen, sums = dense(module, windows, 2048)
     check_map(found.uses["inner.weight"][0], seen["inner"], guided)

@@ -44,7 +44,7 @@ def in_fresh_process(code, **environment):
 
 class TestSameBytes:
     @pytest.mark.slow
-    @pytest.mark.parametrize("threads", [2, 4])
+    @pytest.mark.parametrize("threads", [2, pytest.param(4, marks=pytest.mark.nightly)])
     def test_whatever_the_number_of_threads(self, fitted, model_directory, texts, tmp_path, threads):
         def work():
             torch.set_num_threads(threads)

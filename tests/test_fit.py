@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import bytecap
@@ -72,10 +73,25 @@ class TestEveryFamily:
         from bytecap.pipeline.export import unpack
 
         _, path = fitted(kind, method)
-        assert unpack(path, tmp_path / "out") == "float32"
+        assert unpack(path, tmp_path / "out", dtype="float32") == "float32"
         module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
         assert torch.equal(logits(module), logits(bytecap.load_model(path)))
         assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+    def test_unpacked_directories_have_the_names_shapes_and_dtypes_of_the_source(
+        self, fitted, model_directory, kind, method, tmp_path
+    ):
+        from bytecap.pipeline.export import unpack
+
+        _, path = fitted(kind, method)
+        assert unpack(path, tmp_path / "out") == "bfloat16"
+        before = safetensors.torch.load_file(model_directory(kind) / "model.safetensors")
+        after = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+        assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+        for name, values in bytecap.load(path).items():
+            if name in after:
+                assert torch.equal(torch.from_numpy(values).to(torch.bfloat16), after[name]), name
+        assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["dtype"] == "bfloat16"
 
     def test_the_report_is_complete_and_consistent(self, fitted, kind, method):
         result, path = fitted(kind, method)
@@ -345,23 +361,6 @@ def test_options_switch_ingredients_off(model_directory, texts, fitted):
     )  # fmt: skip
     assert BUDGET - allowed_slack(BUDGET) <= len(plain.data) <= BUDGET
     assert plain.report["kl_nats"] > fitted("rotary")[0].report["kl_nats"]
-
-
-def test_a_withdrawn_option_is_named_and_has_no_effect(model_directory, texts, fitted):
-    with pytest.warns(bytecap.BytecapWarning, match="groups of method bytecap does nothing any more"):
-        found = bytecap.fit(
-            model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
-            options={"groups": 2}, **SMALL,
-        )  # fmt: skip
-    assert found.data == fitted("rotary")[0].data
-
-
-def test_an_unknown_option_is_refused(model_directory, texts):
-    with pytest.raises(bytecap.UsageError, match="no option 'grops'"):
-        bytecap.fit(
-            model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"],
-            options={"grops": 2}, **SMALL,
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu0"])

@@ -253,20 +253,21 @@ def test_tokens_twice():
 
 
 @pytest.mark.slow
-def test_flipped_bits_of_a_real_artifact(fitted):
-    """10,000 of them, anywhere in the file; every section is hit."""
-    check_flips(fitted("rotary")[1].read_bytes())
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.nightly)])
+def test_flipped_bits_of_a_real_artifact(fitted, count):
+    """Anywhere in the file; every section is hit."""
+    check_flips(fitted("rotary")[1].read_bytes(), count)
 
 
 @pytest.mark.nightly
 def test_flipped_bits_of_the_demo_artifact():
-    check_flips(demo())
+    check_flips(demo(), 10_000)
 
 
-def check_flips(whole):
+def check_flips(whole, count):
     data = bytearray(whole)
     rng = random.Random(5)  # noqa: S311 (no secret)
-    for place in rng.sample(range(8 * len(data)), 10_000):
+    for place in rng.sample(range(8 * len(data)), count):
         data[place // 8] ^= 1 << place % 8
         with pytest.raises(errors.ArtifactError):
             container.parse(bytes(data))
@@ -335,11 +336,12 @@ def run_fuzzer(tmp_path, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("runs", [1500, pytest.param(5000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_fuzzing_thousands_of_mutations(tmp_path, seed):
+def test_fuzzing_thousands_of_mutations(tmp_path, seed, runs):
     flags = ["--compiled"] if seed == 2 and importlib.util.find_spec("numba") else []
-    line = run_fuzzer(tmp_path, "--runs", "5000", "--seconds", "inf", "--seed", str(seed), *flags)
-    assert line["executions"] == 5000
+    line = run_fuzzer(tmp_path, "--runs", str(runs), "--seconds", "inf", "--seed", str(seed), *flags)
+    assert line["executions"] == runs
     assert line["parsed"] > line["executions"] / 10  # checksums were repaired
 
 

@@ -55,9 +55,38 @@ class TestTokenizerState:
         found = {"config.json": model.files["config.json"], "tokenizer.json": tokenizer_json.encode()}
         assert tokens_of(model.files) == tokens_of(found)
 
-    def test_files_that_cannot_be_converted(self):
+    def test_files_that_cannot_be_converted(self, monkeypatch):
+        monkeypatch.setattr("bytecap.model.tokenization._installed", lambda _: True)
         with pytest.raises(CheckpointError, match=r"cannot convert tokenizer\.model"):
             read_tokenizer({**files(model_type="llama"), "tokenizer.model": b"rubbish"})
+
+    def test_packages_that_read_a_lone_tokenizer_model_are_named(self, monkeypatch):
+        monkeypatch.setattr("bytecap.model.tokenization._installed", lambda m: m != "google.protobuf")
+        with pytest.raises(
+            CheckpointError, match=r"^tokenizer\.model cannot be read without protobuf: pip install proto"
+        ):
+            read_tokenizer({**files(model_type="llama"), "tokenizer.model": b"rubbish"})
+
+    @pytest.mark.parametrize("kind", ["bpe", "unigram"])
+    def test_a_lone_tokenizer_model_is_read_as_transformers_reads_it(self, tmp_path, kind):
+        sentencepiece = pytest.importorskip("sentencepiece")
+        pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf")
+        from transformers import AutoTokenizer
+
+        text = ["the quick brown fox jumps over the lazy dog", "a naïve façade: déjà vu", "the dog and the fox"] * 30
+        (tmp_path / "text.txt").write_text("\n".join(text), "utf-8")
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=290, minloglevel=2,
+            byte_fallback=True, model_type=kind, hard_vocab_limit=False, character_coverage=0.98,
+        )  # fmt: skip
+        (tmp_path / "text.txt").unlink()
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}', "utf-8")
+        found = {n: (tmp_path / n).read_bytes() for n in ("config.json", "tokenizer.model")}
+        ours, theirs = read_tokenizer(found), AutoTokenizer.from_pretrained(tmp_path)
+        for line in ("the dog and a fox", "déjà  vu", "xyz \u65e5\u672c"):
+            ids = ours.encode(line, add_special_tokens=False).ids
+            assert ids == theirs(line, add_special_tokens=False)["input_ids"]
+            assert ours.decode(ids).split() == line.split()
 
     def test_a_tokenizer_json_makes_the_rest_needless(self, model_directory, tmp_path):
         source = shutil.copytree(model_directory("rotary"), tmp_path / "source")

@@ -1,6 +1,7 @@
 """Disks that are full or read-only and memory that does not suffice: one line, exit code 2, nothing left behind."""
 
 import ctypes
+import json
 import os
 import resource
 import shutil
@@ -10,12 +11,17 @@ import sys
 
 import pytest
 
-import bytecap
 from bytecap.cli import app
+from bytecap.errors import OutputError
 from bytecap.format.decoder import load
+from bytecap.pipeline import fit_directory
+from bytecap.report.lines import append, read_lines
+from bytecap.runtimes.gguf import file as gguf_file
 from bytecap.system import allocator
-from conftest import BUDGET, FAST, SMALL
+from conftest import BUDGET, FAST
 from forks import child
+from synthetic import comparison_lines
+from test_thesis import lines as thesis_lines
 
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
@@ -98,10 +104,9 @@ def file_size(most):
 
 
 @pytest.fixture(scope="module")
-def compiled(model_directory, texts):
-    """Compiled loops are kept before disks are full."""
-    files = {"calibration": texts["calib"], "evaluation": texts["val"]}
-    bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
+def compiled(fitted):
+    """Compiled loops are kept before disks are full: any fit, of whatever worker, has left them on this one."""
+    fitted("rotary")
 
 
 @pytest.mark.slow
@@ -163,6 +168,114 @@ class TestDisk:
         (tmp_path / "m.py").write_text("def make(): raise SystemExit", "utf-8")
         arguments = ("fit", "--factory", f"{tmp_path / 'm.py'}:make", "--budget", "1MB", "-o", tmp_path / "out.bcap")
         assert "--store" in refused(*arguments, "--store", tmp_path / "store")
+
+
+def late(module, name, most):
+    """Function: nothing larger than `most` bytes can be written once a function of a module is called."""
+    real = getattr(module, name)
+
+    def limited_then(*args, **options):
+        file_size(most)()
+        return real(*args, **options)
+
+    return lambda: setattr(module, name, limited_then)
+
+
+def left(directory):
+    """Contents of all files in a directory."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+class TestWriters:
+    """Whatever is written, a full disk is one line that names it, and leaves what was there and nothing else."""
+
+    @pytest.fixture
+    def full(self, limited, tmp_path):
+        """Function: checks a command whose output, at `place`, meets a full disk after so many bytes."""
+
+        def call(most, place, *arguments, kept=()):
+            before = left(tmp_path)
+            code, text = limited(file_size(most) if isinstance(most, int) else most, arguments)
+            lines = [line for line in text.splitlines() if line.startswith("error: ")]
+            assert code == 2, text
+            assert len(lines) == 1, text
+            assert str(place) in lines[0]
+            assert "File too large" in lines[0]
+            after = left(tmp_path)
+            assert {n: v for n, v in after.items() if n not in kept} == before
+            return lines[0]
+
+        return call
+
+    @pytest.mark.parametrize("old", [False, True])
+    def test_unpack(self, full, fitted, tmp_path, old):
+        if old:
+            (tmp_path / "out").mkdir()
+            for name in ("model.safetensors", "config.json", "mine"):
+                (tmp_path / "out" / name).write_bytes(b"old")
+        line = full(4096, tmp_path / "out", "unpack", fitted("rotary")[1], "-o", tmp_path / "out")
+        assert "model.safetensors" in line
+        assert (tmp_path / "out").exists() == old
+
+    def test_a_page(self, full, job, tmp_path):
+        kept = {"out.bcap"}
+        full(2 * BUDGET, tmp_path / "r.html", *job(), "--report", tmp_path / "r.html", kept=kept)
+
+    @pytest.mark.parametrize("form", ["mlx", "compressed-tensors"])
+    def test_directories(self, full, other, tmp_path, form):
+        out = tmp_path / "out"
+        full(late(fit_directory, "write_directory", 1 << 14), out, *other, "-o", out, "--format", form)
+
+    def test_gguf(self, full, other, tmp_path):
+        pytest.importorskip("gguf")
+        full(late(gguf_file, "write", 1 << 15), "out.gguf", *other, "-o", tmp_path / "out.gguf")
+
+    @pytest.fixture
+    def other(self, model_directory, texts):
+        """Arguments of a fit for another program."""
+        given = ("--calib", texts["calib"], "--eval", texts["val"], "--tokens", 512, "--eval-tokens", 256)
+        return ("fit", model_directory("rotary"), "--budget", "14bpp", *given)
+
+    def test_an_importance_matrix(self, full, model_directory, texts, tmp_path):
+        pytest.importorskip("gguf")
+        words = ("imatrix", model_directory("rotary"), "-o", tmp_path / "i.gguf", "--calib", texts["calib"])
+        full(1024, ".gguf", *words, "--tokens", 256)
+
+    def test_a_submission(self, full, fitted, tmp_path):
+        script = tmp_path / "in.py"
+        script.write_text("from bytecap import load\nprint(load('model.bcap'))\n", "utf-8")
+        full(4096, tmp_path / "out", "golf", "export", fitted("rotary")[1], "--script", script, "-o", tmp_path / "out")
+
+    @pytest.mark.parametrize("kind", ["thesis", "compare"])
+    def test_figures(self, full, tmp_path, kind):
+        lines = tmp_path / "lines.jsonl"
+        if kind == "compare":
+            comparison_lines(lines)
+        else:
+            lines.write_text("".join(json.dumps(r) + "\n" for r in thesis_lines()), "utf-8")
+        full(1024, tmp_path / "out", kind, "--from", lines, "-o", tmp_path / "out")
+
+    def test_lines_that_are_appended(self, tmp_path):
+        """What was there is whole, and what is torn counts as absent."""
+        path = tmp_path / "lines.jsonl"
+        append(path, [{"record": "a", "x": "y" * 1000}])
+        whole = path.read_bytes()
+
+        def work():
+            file_size(len(whole) + 40)()
+            try:
+                append(path, [{"record": "b", "x": "y" * 100}])
+            except OutputError as exc:
+                sys.stdout.write(str(exc))
+                raise SystemExit(3) from exc
+
+        assert child(work, tmp_path / "printed") == 3
+        assert f"cannot write {path}: File too large" in (tmp_path / "printed").read_text("utf-8")
+        assert [r["record"] for r in read_lines(path)] == ["a"]
+        append(path, [{"record": "c"}])
+        assert [r["record"] for r in read_lines(path)] == ["a", "c"]
 
 
 def data(megabytes):

@@ -27,7 +27,7 @@ def fixed(module, ids, mask, _generator):
 
 @pytest.fixture
 def plain(monkeypatch):
-    monkeypatch.setattr(probing, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("bytecap.model.forward.fast_dtype", lambda _: torch.float32)
     monkeypatch.setattr(probing, "sampled_loss", fixed)
 
 

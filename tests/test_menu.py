@@ -112,7 +112,7 @@ class TestWeakBase:
         )
         files = {"calibration": texts["calib"], "evaluation": texts["val"]}
         bytecap.fit(loud, BUDGET, **files, paths=["rows"], options=WEAK, dry_run=True, reporter=reporter, **SMALL)
-        assert [n for n in reporter.notes if "cannot apply" in n] == ["path rows cannot apply to 5 of 15 matrices"]
+        assert [n for n in reporter.notes if "cannot apply" in n] == ["overlay rows cannot apply to 5 of 15 matrices"]
 
 
 @pytest.mark.slow

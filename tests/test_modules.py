@@ -52,7 +52,8 @@ class Odd(nn.Module):
         x = x + torch.tanh(a) * b * self.scale
         x = x + self.conv(F.pad(x.mT, (2, 0))).mT
         x = x + F.linear(x, self.raw.weight, self.raw.bias) + self.once(x)
-        x = x + self.attention(x, x, x, need_weights=False)[0]
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        x = x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
         return 0.1 * F.linear(x, self.embedding.weight)
 
 
@@ -398,3 +399,36 @@ class TestBadInput:
         with pytest.warns(bytecap.BytecapWarning, match=r"no gradient reaches idle\.weight"):
             found = bytecap.fit(module, 6700, calibration=[ids()])
         assert any("idle.weight" in said for said in found.report["warnings"])
+
+
+class Peeking(nn.Module):
+    """A prediction sees the token after the next, a little."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head(x + 0.1 * torch.roll(x, -1, 1))
+
+
+def predicted(module, batch):
+    return F.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+class TestCausality:
+    def test_a_module_that_sees_later_tokens_is_no_language_model(self):
+        with pytest.raises(bytecap.CheckpointError, match=r"\(Peeking\) is no causal language model: its predictions"):
+            bytecap.fit(Peeking(), budget=4000, calibration=[ids()])
+
+    def test_it_is_stored_by_a_loss_of_its_own(self, monkeypatch):
+        kinds = []
+        monkeypatch.setattr(
+            "bytecap.pipeline.fit_module.finish",
+            lambda opened, sets, _: kinds.append(type(sets.statistics[0])) or opened,
+        )
+        bytecap.fit(Peeking(), budget=4000, calibration=ids().split(8), loss=predicted)
+        bytecap.fit(Looped(1), budget=4000, calibration=ids().split(8), loss=predicted)
+        assert kinds == [Batch, Window]  # logits of the second say everything

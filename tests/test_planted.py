@@ -4,16 +4,23 @@ that look like its own; and directories that are written whole or not at all."""
 import errno
 import io
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 
-from bytecap.errors import OutputError
-from bytecap.system import atomic
-from bytecap.system.atomic import write_atomically, write_directory
+from bytecap.errors import CheckpointError, OutputError
+from bytecap.model.fileset import weight_files
+from bytecap.system import atomic, directories
+from bytecap.system.atomic import write_atomically
 from bytecap.system.cache import Store, _start, digest
+from bytecap.system.directories import interrupted, recover, replacing_directory, write_directory
 
+fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and locks")
 KEY = digest("a")
 
@@ -231,6 +238,122 @@ def test_renames_are_taken_back(tmp_path, number, monkeypatch):
     else:
         assert number > 5
         assert state(target) == OLD | new
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bytecap.system import directories
+calls, at, kept = 0, int(sys.argv[2]), {}
+
+def dying(name):
+    real = getattr(Path, name)
+    def step(self, *more, **options):
+        global calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *more, **options)
+    setattr(Path, name, step)
+
+for name in ("rename", "replace", "unlink"):
+    dying(name)
+if sys.argv[3] == "undone":  # the last rename fails, and the process is killed as all return
+    last = Path.rename
+    def refuse(self, to):
+        if Path(to).name == "a" and "new" in str(self):
+            raise OSError(28, "full")
+        return last(self, to)
+    Path.rename = refuse
+directories.write_directory(Path(sys.argv[1]), {"a": b"1", "b": b"2", "c": b"3"})
+"""
+NEW = {"a": b"1", "b": b"2", "c": b"3"}
+
+
+@pytest.mark.parametrize("how", ["done", "undone"])
+def test_a_kill_between_two_renames(tmp_path, how):
+    """No moment leaves old and new files that pass for a whole; the next writer puts back what a dead one moved."""
+    finished, mixed = 0, 0
+    for number in range(1, 20):
+        target = tmp_path / str(number)
+        target.mkdir()
+        for name, content in OLD.items():
+            (target / name).write_bytes(content)
+        done = subprocess.run([sys.executable, "-c", KILLED, str(target), str(number), how], check=False)  # noqa: S603
+        left = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
+        if done.returncode != -signal.SIGKILL:
+            assert left == (OLD | NEW if how == "done" else OLD)
+            assert len(list(target.iterdir())) == len(left)
+            finished += 1
+            continue
+        if left not in (OLD, OLD | NEW):
+            assert "a" not in left  # without which nobody reads the directory
+            assert interrupted(target)
+            mixed += 1
+        again = tmp_path / f"{number} again"
+        shutil.copytree(target, again)
+        recover(again)
+        assert state(again) == OLD
+        write_directory(target, {"a": b"4"})
+        assert state(target) == OLD | {"a": b"4"}
+    assert finished
+    assert mixed >= 3
+
+
+def test_what_a_living_writer_has_moved_stays(tmp_path):
+    """A second writer takes nothing from one that is at work, nor from a journal that is no journal."""
+    living, strange = tmp_path / ".out.aaaaaaaa.bytecap.tmp", tmp_path / ".out.bbbbbbbb.bytecap.tmp"
+    for place in (living, strange):
+        (place / "old").mkdir(parents=True)
+        (place / "old" / "a").write_bytes(b"mine")
+    with (living / "journal").open("wb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        write_directory(tmp_path, {"b": b"1"})
+        assert (living / "old" / "a").read_bytes() == b"mine"
+    assert (strange / "old" / "a").read_bytes() == b"mine"  # it has no journal at all
+    (tmp_path / "victim").write_bytes(b"precious")
+    for content in (
+        b'{"names": ["../victim"], "there": []}',
+        b'{"names": [3], "there": []}',
+        b"[",
+        b"{}",
+        b"[" * 10**5,
+    ):
+        inner, place = tmp_path / "d", tmp_path / "d" / ".out.cccccccc.bytecap.tmp"
+        (place / "new").mkdir(parents=True)
+        (place / "journal").write_bytes(content)
+        recover(inner)
+        assert (tmp_path / "victim").read_bytes() == b"precious"
+        assert list(inner.iterdir()) == []
+        inner.rmdir()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / ".out.dddddddd.bytecap.tmp").symlink_to(strange)
+    (strange / "journal").write_bytes(b'{"names": ["a"], "there": ["a"]}')
+    recover(tmp_path / "d")
+    assert (strange / "old" / "a").read_bytes() == b"mine"
+
+
+def test_a_model_whose_writer_was_killed_says_so(tmp_path):
+    place = tmp_path / ".out.aaaaaaaa.bytecap.tmp"
+    place.mkdir()
+    (place / "journal").write_bytes(b'{"names": ["model.safetensors"], "there": []}')
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="was being written when its writer was killed"):
+        weight_files(tmp_path)
+
+
+def test_directories_are_exchanged_in_one_step(tmp_path, monkeypatch):
+    """Where the system can, there is no moment with neither the old directory nor the new one."""
+    target = tmp_path / "out"
+    for exchange in (True, False):
+        if not exchange:
+            monkeypatch.setattr(directories, "_swapped", lambda *_: False)
+        with replacing_directory(target) as made:
+            (made / "config.json").write_text(str(exchange))
+        with replacing_directory(target) as made:
+            (made / "config.json").write_text(f"{exchange} again")
+        assert (target / "config.json").read_text() == f"{exchange} again"
+        assert list(tmp_path.iterdir()) == [target]
 
 
 def test_what_is_in_the_way(tmp_path):

@@ -121,7 +121,7 @@ WINDOWS = [Window(tuple(np.random.default_rng(i).integers(0, 24, 65).tolist()), 
 @pytest.mark.numeric
 class TestComponents:
     def found(self, kind, monkeypatch, module=None):
-        monkeypatch.setattr("bytecap.calibration.weight_gradients.fast_dtype", lambda _: torch.float32)
+        monkeypatch.setattr("bytecap.model.forward.fast_dtype", lambda _: torch.float32)
         monkeypatch.setattr("bytecap.calibration.weight_gradients._SAMPLED", 1)
         module = (module or Tower()).eval()
         return mean_squared_gradients(module, find_units(module), WINDOWS, kind=kind)

@@ -58,7 +58,7 @@ class TestWholeFits:
     def test_recovery_lowers_the_kl_of_a_trained_model(self, fit, monkeypatch):
         monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)
         found, notes = fit("demo", 430_000, recover="16", evaluation_tokens=300)
-        line = next(n for n in notes if re.search("before, .* after$", n) and "moves" not in n)
+        line = next(n for n in notes if re.search("before, .* after$", n) and "iterations" not in n)
         before, after = (float(x) for x in re.findall(r"[0-9]\.[0-9]+", line))
         assert found.report["predicted_delta_nats"] == pytest.approx(after, abs=1e-4)
         assert after < before
@@ -128,7 +128,7 @@ class TestWholeFits:
 
 @pytest.mark.numeric
 class TestTunedParameters:
-    """A planner over random matrices, and what moves of it."""
+    """A planner over random matrices, and its tuned tensors."""
 
     @pytest.fixture
     def planned(self, request):

@@ -1,9 +1,12 @@
 """Targets that follow the coded prefix: taken where they pay on the model at hand, and only there."""
 
+import numpy as np
 import pytest
+import torch
 
 import bytecap
 from bytecap.methods import bytecap as default
+from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from conftest import BUDGET, SMALL
 
 
@@ -26,3 +29,16 @@ def test_the_decision_is_kept(model_directory, texts, tmp_path, monkeypatch):
     found = bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
     monkeypatch.setattr(default, "_cost", None)  # nothing is measured again
     assert bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL).data == found.data
+
+
+@pytest.mark.parametrize("names", [None, ["0.weight"]])
+def test_a_copy_gives_the_memory_of_its_values_back(names):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    quantized_copy = copy_of(module)
+    load_values(quantized_copy, {n: np.full(t.shape, 7.0, np.float32) for n, t in before.items() if t.ndim})
+    share_storage(quantized_copy, module, names)
+    for name, tensor in quantized_copy.state_dict().items():
+        again = names is None or name in names or not tensor.ndim
+        assert (tensor.data_ptr() == module.state_dict()[name].data_ptr()) == again
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())

@@ -88,3 +88,33 @@ def test_pages_are_left_out_and_calibration_is_not():
     kept = measuring_sources(SOURCE)
     assert "bytecap/calibration/probe.py" in kept
     assert not any(n.startswith(("bytecap/report/", "bytecap/cli/")) for n in kept)
+
+
+PYTHON = sorted(
+    p
+    for folder in ("src", "tests", "benchmarks", "examples")
+    for p in Path(__file__).parents[1].glob(f"{folder}/**/*.py")
+)
+
+
+def too_long(path):
+    """Files and functions beyond the bounds of CONTRIBUTING.md."""
+    text = path.read_text("utf-8")
+    if (count := text.count("\n")) > 400:
+        yield f"{path} has {count} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            count = (node.end_lineno or 0) - node.lineno + 1
+            if count > 60:
+                yield f"{node.name} in {path} has {count} lines"
+
+
+def test_no_file_is_over_400_lines_and_no_function_over_60():
+    assert len(PYTHON) > 400
+    assert not [line for p in PYTHON for line in too_long(p)]
+
+
+@pytest.mark.parametrize(("lines", "found"), [(59, 0), (60, 1), (401, 2)])
+def test_what_is_too_long_is_seen(tmp_path, lines, found):
+    (tmp_path / "a.py").write_text("def f():\n" + "    x = 1\n" * lines)
+    assert len(list(too_long(tmp_path / "a.py"))) == found

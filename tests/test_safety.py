@@ -1,6 +1,7 @@
 """Hostile files at the command line: what they say is shown as text, and what a user names as input stays as it is."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -185,6 +186,28 @@ def test_an_output_that_is_an_input(run, copied, texts, tmp_path, option, what):
     assert "it would be replaced" in err
     assert named.read_bytes() == before
     assert not (tmp_path / "out.bcap").exists()
+
+
+@pytest.mark.parametrize(("option", "template", "said"), [
+    ("--report", "r-{budget}.html", "--report .30kB. names"), ("-o", "o-{budget}.bcap", "-o .30kB. names"),
+    ("--report", "{budget}/../r.html", "--report .25kB. and --report .30kB. both name"),
+    ("-o", "{budget}/../o.bcap", "-o .25kB. and -o .30kB. both name"),
+    ("--emit", "t-{budget}.txt", "--emit .30kB. names"), ("--emit", "t.txt", "2 budgets need names of their own"),
+    ("--report", "r.html", "2 budgets need names of their own"),
+])  # fmt: skip
+def test_outputs_of_several_budgets(refused, copied, texts, tmp_path, option, template, said):
+    """Those of the second budget count as those of the first do."""
+    for budget in ("25kB", "30kB"):
+        (tmp_path / budget).mkdir()
+    victim = tmp_path / template.replace("{budget}", "30kB")
+    victim.write_bytes(texts["calib"].read_bytes())
+    words = {"-o": tmp_path / "out-{budget}.gguf", option: tmp_path / template}
+    line = refused(
+        "fit", copied, "--budget", "25kB,30kB", "--calib", victim, "--eval", texts["val"],
+        *[w for pair in words.items() for w in pair],
+    )  # fmt: skip
+    assert re.search(said, line)
+    assert victim.read_bytes() == texts["calib"].read_bytes()
 
 
 @POSIX

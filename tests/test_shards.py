@@ -34,6 +34,11 @@ class Loss(Net):
     def forward(self, ids, targets):
         return F.cross_entropy(super().forward(ids).flatten(0, 1), targets.flatten())
 
+class Peeking(Net):
+    def forward(self, ids):
+        x = self.tok_emb(ids)
+        return 0.1 * F.linear(x + 0.1 * torch.roll(x, -1, 1), self.tok_emb.weight)
+
 def number():
     return 3
 
@@ -297,6 +302,9 @@ class TestCommands:
         shard(place / "wrong.bin", np.zeros(3000), magic=7)
         shard(place / "beyond.bin", [*range(5), 96, *range(90)] * 20)
         assert message in refused(*command(factory, **changes))
+
+    def test_modules_that_see_later_tokens(self, command, refused):
+        assert "(Peeking) is no causal language model: its predictions change with the" in refused(*command("Peeking"))
 
     @pytest.mark.parametrize(("loss", "message"), [("nan", "returned nan"), ("vector", "one number, not a tensor")])
     def test_losses(self, place, command, refused, loss, message):

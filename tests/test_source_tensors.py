@@ -9,12 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import golden_parts
 from bytecap import ArtifactError
-from bytecap.errors import CorruptError
+from bytecap.errors import CorruptError, UsageError
+from bytecap.format import container
+from bytecap.format.container import FileSection
 from bytecap.format.sidefiles import source_tensors
 from bytecap.model.checkpoint import load_model
 from bytecap.model.conversion import describe
-from bytecap.pipeline.export import directory_files
+from bytecap.pipeline.export import directory_files, open_directory
 from stored import contents_of
 
 pytestmark = pytest.mark.coverage
@@ -95,3 +98,59 @@ class TestDescription:
         assert torch.equal(found["renamed"].float(), model.module.state_dict()[first])
         assert found["half"].dtype == torch.float16
         assert {first, second}.isdisjoint(found)
+
+
+class TestDtypes:
+    """Values that the source's dtype does not hold."""
+
+    def described(self, values, kind):
+        unit = golden_parts.unit("u", values.shape, 3, golden_parts.exact(values, "F32"), "F32")
+        layout = source_tensors.dump({"t": ["u", None, None, None, kind]})
+        return container.parse(golden_parts.pack(unit, files=[FileSection(source_tensors.FILE, b"\0" + layout)]))
+
+    def written(self, values, kind, **options):
+        files, dtype = directory_files(self.described(values, kind), **options)
+        return safetensors.torch.load(files["model.safetensors"])["t"], dtype
+
+    @pytest.mark.parametrize(("kind", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
+    def test_values_are_rounded_to_the_nearest(self, kind, dtype):
+        values = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+        found, said = self.written(values, kind)
+        assert torch.equal(found, torch.from_numpy(values).to(dtype))
+        assert said == str(dtype).removeprefix("torch.")
+
+    def test_what_needs_more_bits_is_named(self):
+        values = np.array([[1.0, 1.0 + 2**-20]], np.float32)
+        assert open_directory(self.described(values, "BF16")).rounded == ("t",)
+        assert open_directory(self.described(values, "BF16"), "float32").rounded == ()
+        assert open_directory(self.described(values[:, :1], "BF16")).rounded == ()
+
+    @pytest.mark.parametrize(("kind", "value"), [("F16", 65520.0), ("F16", -1e30), ("BF16", 3.4e38)])
+    def test_a_value_beyond_the_dtype_keeps_float32(self, kind, value):
+        values = np.array([[1.0, value]], np.float32)
+        found, said = self.written(values, kind)
+        assert found.dtype == torch.float32
+        assert found.tolist() == values.tolist()
+        assert said == "float32"
+        with pytest.raises(UsageError, match="tensor t holds values beyond"):
+            self.written(values, "F32", dtype={"F16": "float16", "BF16": "bfloat16"}[kind])
+
+    @pytest.mark.parametrize("kind", ["I8", "BOOL", "U8", "I64", "F8_E4M3", "x"])
+    def test_no_float_is_written_as_something_else(self, kind):
+        values = np.array([[1.5, 300.0]], np.float32)
+        found, _ = self.written(values, kind)
+        assert found.tolist() == values.tolist()
+
+    def test_what_is_not_a_number_stays_so(self):
+        bits = np.array([[0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000]], np.uint32)
+        found, _ = self.written(bits.view(np.float32), "BF16")
+        assert found.dtype == torch.bfloat16
+        assert found.isnan().tolist() == [[True, True, True, False, False]]
+        assert found[0, 3:].tolist() == [np.inf, -np.inf]
+
+    def test_all_bits_on_request(self):
+        values = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+        for dtype in ("auto", "float32"):
+            found, said = self.written(values, "BF16", dtype=dtype)
+            assert said == "float32"
+            assert found.tolist() == values.tolist()

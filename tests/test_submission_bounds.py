@@ -185,7 +185,8 @@ def test_grandchildren_end_with_the_evaluation(submission, tmp_path, then, said)
 def test_the_evaluation_ends_with_who_asked_for_it(tmp_path, how):
     path, supervisor = tmp_path / "child", Path(running.__file__).with_name("supervisor.py")
     source = f"import os,time;open({str(path)!r},'w').write(str(os.getpid()));time.sleep(600)"
-    words = [sys.executable, "-I", str(supervisor), "600", str(tmp_path / "status"), sys.executable, "-c", source]
+    bounds = ["600", str(tmp_path / "status"), str(1 << 34), str(1 << 34), "4096", str(tmp_path)]
+    words = [sys.executable, "-I", str(supervisor), *bounds, sys.executable, "-c", source]
     between = [sys.executable, "-c", f"import subprocess;subprocess.run({words!r})"]
     start = words if how == signal.SIGTERM else between
     parent = subprocess.Popen(start)  # noqa: S603 (our own text)
@@ -208,3 +209,65 @@ def test_the_evaluation_ends_with_who_asked_for_it(tmp_path, how):
 def test_commands_that_fail(submission, command, said):
     with pytest.raises(CodeError, match=said):
         running.evaluate(submission(), command)
+
+
+WAIT = "\nimport time; time.sleep(600)\n"
+GREEDY = {
+    "one process": ("memory", 200_000_000, "held = bytearray(1) * 400_000_000"),
+    "many processes": (
+        "memory", 200_000_000,
+        "import os\nfor i in range(8):\n    if os.fork() == 0:\n        held = b'x' * 60_000_000\n        break",
+    ),
+    "one file": ("disk", 1_000_000, "open('f', 'wb').write(b'x' * 3_000_000)"),
+    "many files": (
+        "disk", 10_000_000,
+        "import os\nfor i in range(40):\n    open(f'{os.environ[\"TMPDIR\"]}/{i}', 'wb').write(b'x' * 900_000)",
+    ),
+    "processes": ("processes", 24, "import os\nfor i in range(40):\n    if os.fork() == 0:\n        break"),
+    "threads": (
+        "processes", 24,
+        "import threading, time\nfor i in range(40):\n    threading.Thread(target=time.sleep, args=(600,)).start()",
+    ),
+}  # fmt: skip
+
+
+@LINUX
+@pytest.mark.parametrize("kind", GREEDY)
+def test_what_an_evaluation_may_take(submission, kind):
+    """It is ended by the watch over all it has started, or fails by the system's limit on one process."""
+    bound, most, source = GREEDY[kind]
+    root = submission(source + WAIT)
+    with pytest.raises(CodeError) as caught:
+        running.evaluate(root, "python train_gpt.py", seconds=120, **{bound: most})
+    said = str(caught.value)
+    ended = f"it took more than {most:,} " in said and f"(--{bound})" in said
+    assert (
+        ended or "MemoryError" in said or "File too large" in said or "start new thread" in said or "Errno 11" in said
+    )
+    assert ended or kind not in {"many processes", "many files"}
+    root = submission(source.replace("600", "0") + "\nprint('bpb 1')\n")
+    if not kind.startswith(("many p", "proc")):  # within the bounds nothing happens
+        assert running.evaluate(root, "python train_gpt.py", seconds=120, **{bound: 50 * most})["bpb"] == 1
+
+
+@POSIX
+def test_the_systems_limits_are_set(submission):
+    source = (
+        "import resource as r\n"
+        "found = [r.getrlimit(k)[0] for k in (r.RLIMIT_CORE, r.RLIMIT_FSIZE, r.RLIMIT_DATA)]\n"
+        "print('bpb 1', found, r.getrlimit(r.RLIMIT_CPU))"
+    )
+    line = running.evaluate(submission(source), "python train_gpt.py", seconds=50, memory=1 << 32, disk=1 << 30)["line"]
+    assert line.startswith(f"bpb 1 [0, {1 << 30}, {1 << 32}]")
+    most = 50 * (os.cpu_count() or 1) + 60
+    assert line.endswith(f"({most}, {most})")
+
+
+def test_bounds_are_options(submission, run):
+    code, out, err = run("golf", "check", submission(), "--eval", "python train_gpt.py", "--memory", "3.5")
+    assert code == 2
+    assert "cannot read the size '3.5'" in err + out
+    assert run(
+        "golf", "check", submission(), "--eval", "python train_gpt.py", "--memory", "2GB", "--disk", "1GB",
+        "--processes", "64",
+    )[0] == 0  # fmt: skip

@@ -56,7 +56,7 @@ class TestBadInput:
         (tmp_path / "short.txt").write_text("SELECT a FROM b;", "utf-8")
         line = refused("tie", four, "--blocks", 2, "--train", tmp_path / "short.txt", "-o", tmp_path / "t")
         assert "short.txt" in line
-        assert "tokens are too few to train on: one move takes 2,048" in line
+        assert "tokens are too few to train on: an iteration takes 2,048" in line
 
     @pytest.mark.parametrize(
         ("option", "value", "said"),

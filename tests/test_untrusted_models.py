@@ -1,15 +1,22 @@
 """Models and tokenizers from hostile files: compared before they are built, tried before they are used."""
 
+import contextlib
 import json
+import math
 import os
+import shutil
 import struct
+import subprocess
+import sys
+import time
 
 import pytest
 
 import bytecap
 from bytecap.errors import ArtifactError, CheckpointError
 from bytecap.format import container
-from bytecap.model import building, tokenizer
+from bytecap.model import bounds, building, tokenizer
+from bytecap.model.checkpoint import load_model
 from bytecap.model.fileset import check_safetensors, weight_files
 from test_safety import artifact
 
@@ -105,6 +112,78 @@ def test_modules_that_register_nothing_but_modules():
     assert len(torch.nn.Sequential(*[torch.nn.Identity() for _ in range(5000)])) == 5000  # no longer watched
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"vocab_size": 2**36}, r"asks for [\d,]+ values, and [\d,]+ are stored"),
+    ({"intermediate_size": 2**36}, "values, and"), ({"hidden_size": 2**30}, "values, and|cannot build"),
+    ({"num_hidden_layers": 60_000}, "asks for more tensors than belong to"),
+    ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
+    ({"num_codebooks": 2**40}, "num_codebooks is 1099511627776"), ({"n_iters": [3, 2**40]}, "n_iters is 1099511627776"),
+    ({"max_position_embeddings": 2**46}, ""),  # tables of positions are computed from it, if they are
+])  # fmt: skip
+@pytest.mark.parametrize("end", ["", "tying.json"])
+def test_a_directory_is_compared_before_it_is_built(model_directory, tmp_path, changes, said, end, monkeypatch):
+    """A config that asks for gigabytes beside tiny weights; what is built for it holds no values."""
+    source, directory = model_directory("rotary"), tmp_path / "model"
+    shutil.copytree(source, directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+    if end:
+        (directory / end).write_text("{}", "utf-8")
+
+    class Built(BaseException):
+        pass
+
+    def watched(*_, **__):
+        raise Built
+
+    monkeypatch.setattr("bytecap.model.checkpoint.pretrained", watched)
+    monkeypatch.setattr("bytecap.model.checkpoint.module_from_config", watched)
+    if said:
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_model(directory)
+        assert str(directory) in str(caught.value)
+    else:
+        with pytest.raises(Built):
+            load_model(directory)
+
+
+def test_numbers_that_are_no_counts():
+    """Sizes, lengths, ids and statistics of a training may be large."""
+    large = dict.fromkeys(("n_positions", "n_words", "num_trained_tokens", "head_dim", "block_size", "n_params"), 2**40)
+    building.check_config(large | {"eos_token_id": [128_001, 128_009], "num_hidden_layers": 61}, "config.json")
+
+
+def test_one_stored_tensor_under_many_names():
+    """A unit of zeros, 100 bytes, that a thousand layers are said to share would be built a thousand times."""
+    import transformers
+
+    width, layers = 512, 40
+    config = LLAMA | {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers, "head_dim": width}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    square = [n for n, s in shapes.items() if s == (width, width)]
+    assert len(square) == 7 * layers
+    with pytest.raises(ArtifactError, match=r"asks for 73,\d{3},\d{3} values, and 262,144 are stored"):
+        building.check_fits(model.config, shapes, "a.bcap", held=width * width)
+    building.check_fits(model.config, shapes, "a.bcap")
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread's own")
+def test_a_constructor_that_loops_is_ended(monkeypatch):
+    monkeypatch.setattr(bounds, "_SECONDS", 0.3)
+
+    def construct():
+        while True:
+            with contextlib.suppress(Exception):  # a constructor may catch what it likes
+                math.sqrt(2)
+
+    said = r"a.bcap: a model is not built from its config.json within 0.3 seconds"
+    with pytest.raises(ArtifactError, match=said), bounds.bounded(1, "a.bcap"):
+        construct()
+    with bounds.bounded(1, "a.bcap"):  # what is done in time is not ended
+        pass
+
+
 # ------------------------------------------------------------------------------------------------------- tokenizers
 
 
@@ -134,6 +213,49 @@ def test_padding_and_truncation_are_nobodys_business(tokenizer_json):
 def test_tokenizers_that_are_none(content):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         tokenizer.load_tokenizer(content)
+
+
+HANGS = """
+import sys
+from bytecap.model import tokenizer
+tokenizer._SPARE, tokenizer._PER_CHARACTER = 1.0, 0.0
+found = tokenizer.load_tokenizer(open(sys.argv[1], "rb").read())
+try:
+    tokenizer.encode(found, ["hello", sys.argv[2]])
+except Exception as exc:
+    sys.exit(f"{type(exc).__name__}: {exc}")
+"""
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("x" * 60, "the library that reads it failed on a text: "),
+    (("x" * 21 + " ") * 5000, "characters or tokens were not done in 1 seconds; an expression in its pre_tokenizer"),
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["pre_tokenizer", "normalizer"])
+def test_expressions_that_take_exponential_time(tokenizer_json, tmp_path, place, text, said):
+    """They are given up, and the process ends; the trial's sample has nothing that they take long for."""
+    content, regex = json.loads(tokenizer_json), {"Regex": "(x+x+)+y"}
+    split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    content[place] = split if place == "pre_tokenizer" else {"type": "Replace", "pattern": regex, "content": "z"}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), "utf-8")
+    done = subprocess.run(  # noqa: S603 (our own text)
+        [sys.executable, "-c", HANGS, str(path), text], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("CheckpointError: tokenizer.json: ")
+    assert said in done.stderr
+
+
+def test_tokens_are_the_same_through_the_door(tokenizer_json):
+    found = tokenizer.load_tokenizer(tokenizer_json.encode())
+    texts = ["hello world", "", "caf\u00e9 \u4e2d"]
+    assert [e.ids for e in tokenizer.encode(found, texts)] == [found.encode(t).ids for t in texts]
+    ids = found.encode(texts[0]).ids
+    assert tokenizer.decode(found, ids) == found.decode(ids)
+    with pytest.raises(OverflowError):
+        tokenizer.decode(found, [-1])
 
 
 @POSIX

@@ -1,11 +1,11 @@
-"""Drift targets: aim at the original outputs from the inputs the coded prefix really delivers.
+"""Compute asymmetric targets: aim at the original outputs from the inputs that the coded prefix delivers.
 
 Layers behind coded ones see other inputs `x^` than the original `x`. The best stand-in for `W` is then::
 
     W' = W + strength * W (E[(x - x^) x^T]) (E[x^ x^T] + ridge)^-1
 
 Units are taken in the order the model calls them; modules fed by the same tensor form a stage, a stage is coded
-before the next one is looked at. Units with several uses (tied, looped, or read by more than their module) keep their
+before the next one is treated. Units with several uses (tied, looped, or read by more than their module) keep their
 weights: one target cannot serve several inputs. They are coded before all others, so that the rest aims from what they
 deliver. Where the order of calls depends on the data there are no targets at all.
 
@@ -28,8 +28,8 @@ from bytecap.allocation.planner import Planner, State
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
 from bytecap.model.forward import batch_tokens, batches
-from bytecap.model.linears import linear_weights, of_transformers
-from bytecap.model.quantized_copy import Values, load_values
+from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
+from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
@@ -69,7 +69,11 @@ class _Walk:
             self._pass.parent.switch((module, args[0]))
 
     def advance(self) -> Tensor:
-        """Input of the next stage; raises `LostError` where the pass is somewhere else."""
+        """Return the input of the next stage.
+
+        Raises:
+            LostError: the pass is somewhere else.
+        """
         arguments, self._arguments = self._arguments or (), None
         found = self._pass.switch(*arguments)
         if not found or found[0] is not next(self._stops):
@@ -78,18 +82,19 @@ class _Walk:
         return x
 
     def cancel(self) -> None:
-        """Leave the pass; only its hooks are tidied up."""
+        """Abandon the pass and remove its hooks."""
         self._pass.throw()
 
 
 def stages(model: nn.Module, run: Run) -> list[list[str]]:
-    """Names of linear modules used once, in calling order, grouped where they are fed by the same tensor."""
+    """Return the names of linear modules used once, in calling order, grouped where one tensor feeds them."""
+    own = of_transformers(model)  # its code reads weights through their modules alone
     order: list[tuple[str, tuple[int, Any]]] = []
     keep: list[Tensor] = []  # inputs stay alive, or their addresses would be used again
     handles = []
     for name, (module, kind) in linear_weights(model).items():
-        if kind == "embedding":
-            continue
+        if kind == "embedding" or (own and maps_otherwise(module)):
+            continue  # nothing to aim at where outputs are not those of a plain map
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             if not args:  # called by keyword: nowhere to stop
@@ -103,7 +108,7 @@ def stages(model: nn.Module, run: Run) -> list[list[str]]:
     for handle in handles:
         handle.remove()
     called = [name for name, _ in order]
-    if not of_transformers(model):  # whose own code may read a weight besides
+    if not own:
         called += [name for name, n in count_uses(model, run).items() for _ in range(n - 1)]
     grouped: list[list[str]] = []
     last = None
@@ -131,7 +136,7 @@ def drift_targets(
     device: str,
     advance: Advance,
 ) -> dict[str, Tensor]:
-    """What to add to units' targets, (rows, cols) by unit name.
+    """Return the changes of units' targets, float32 (rows, cols) by unit name.
 
     The windows are walked in rounds, which bounds memory; targets are means over the rounds so far.
 
@@ -177,7 +182,7 @@ def drift_targets(
 
 
 def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
-    """Passes over batches, each with its mask (batch, length) of real tokens; None where all are."""
+    """Start passes over batches, each with its mask (batch, length) of real tokens; None where all are real."""
     if isinstance(windows[0], Batch):
         for batch in windows:
             assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
@@ -192,14 +197,14 @@ def _forward(ids: Tensor, model: nn.Module) -> Any:
 
 
 def call_order(planner: Planner, model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
-    """Units that can be given targets, stage by stage in the order of calls; none if batches disagree about it."""
+    """Return the units that can be given targets, stage by stage in calling order; none if batches disagree on it."""
     units = {p.unit.name: p.unit for p in planner.matrices}
     order = [[n for n in names if n in units and not units[n].aliases] for names in _stages_of(model, windows, device)]
     return [names for names in order if names]
 
 
 def _stages_of(model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
-    """Stages of a model; none if some batches disagree about them."""
+    """Return the stages of a model; none if some batches disagree on them."""
     if of_transformers(model):
         first = next(batches(windows, 1))[0][:1, :8].to(device)
         return stages(model, partial(_forward, first))
@@ -209,7 +214,7 @@ def _stages_of(model: nn.Module, windows: Sequence[Window], device: str) -> list
 
 
 def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
-    """The windows in groups of about so many predicted tokens.
+    """Cut the windows into groups of about so many predicted tokens.
 
     >>> [len(r) for r in rounds([Window(tuple(range(4097)), 1)] * 5, 8192)]
     [2, 2, 1]
@@ -228,10 +233,8 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
 
 
 def _only(quantized_copy: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
-    """Let the copy hold these values, and the original's storage for other staged units: no pass needs those again."""
-    source, parameters = (dict(m.named_parameters()) for m in (original, quantized_copy))
-    for name in staged:
-        parameters[name].data = source[name].data
+    """Load values into the copy; other staged units share the original's storage, since no pass needs them again."""
+    share_storage(quantized_copy, original, staged)
     load_values(quantized_copy, values)
 
 
@@ -241,7 +244,7 @@ def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], order: Seque
 
 
 def fix_of(inputs: Iterable[tuple[Tensor, Tensor]], masks: Sequence[Tensor | None]) -> Tensor:
-    """E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, solved in float64.
+    """Solve for E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, in float64; float32 (cols, cols).
 
     Args:
         inputs: x and x^ of every batch.

@@ -1,4 +1,4 @@
-"""Describe a plan's margin: plans at neighbouring budgets, and the units that a kilobyte more or less moves.
+"""Describe a plan's margin: plans at neighbouring budgets, and the units that a kilobyte more or less changes.
 
 Solved on the curves the plan was made from, so it costs next to nothing and says what the allocator believes.
 """

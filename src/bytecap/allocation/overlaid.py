@@ -1,11 +1,11 @@
 """Wrap units under an overlay in the shape in which the planner rounds all units.
 
 A `OverlaidUnit` unit holds the base's problem where a plain unit holds its own (protected weights are zero, the Hessian
-knows what they will absorb), so rounding, search and trimming need not know of it. After every rounding the layer is
-made anew over the values a reader decodes: `Coded.overlay` and `Coded.distortion` are those of base and layer together.
+knows what they will absorb), so rounding, search and trimming need not know of it. After every rounding the overlay is
+made anew over the values a reader decodes: `Coded.overlay` is the overlay, `Coded.distortion` that of both.
 
-Drift targets move the unit's own weights; the base's problem and the layer follow from the moved ones, with the same
-positions protected.
+Asymmetric targets change the unit's own weights; the base's problem and the overlay follow from the changed ones, with
+the same positions protected.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def problem_of(item: Prepared) -> UnitProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class OverlaidUnit(Prepared):
-    """A unit under a path; its inherited fields are the base's problem.
+    """A unit under an overlay; its inherited fields are the base's problem.
 
     Attributes:
-        plain: the unit without a path.
-        problem: what base and layer together approximate.
+        plain: the unit without an overlay.
+        problem: what base and overlay together approximate.
         path, setting: the path and its amount.
         options: with which the base is prepared.
     """
@@ -54,7 +54,7 @@ class OverlaidUnit(Prepared):
 
     @property
     def same_base(self) -> bool:
-        """Return whether the base codes the unit as it would without the path."""
+        """Return whether the base codes the unit as it would without the overlay."""
         return self.lower is self.plain.lower
 
     @property
@@ -69,7 +69,7 @@ class OverlaidUnit(Prepared):
         return overlaid(plain, problem, self.path, self.setting, self.options)
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
-        """Fit the layer to the decoded base; returns it with the remaining distortion."""
+        """Fit the overlay to the decoded base; returns it with the remaining distortion."""
         base = torch.from_numpy(np.array(decode_grid(coded.code, shared), np.float32, order="C"))
         applied = self.path.after(self.problem, base, self.setting)
         return replace(
@@ -82,13 +82,13 @@ class OverlaidUnit(Prepared):
 
 
 def overlaid(plain: Prepared, problem: UnitProblem, path: Overlay, setting: Any, options: Options) -> OverlaidUnit:
-    """Put a unit under a path.
+    """Put a unit under an overlay.
 
     Args:
         plain: the unit without it.
         problem: the unit's, see `problem_of`.
         path: the path.
-        setting: one of the path's.
+        setting: one of the overlay's.
         options: of the planner.
     """
     changed = path.before(problem, setting)

@@ -1,14 +1,14 @@
-"""The menu of overlays: for every unit one curve over base step, path and amount, and one slope over all.
+"""Let overlays compete: measure one curve a unit over base step, overlay and amount, and allocate at one slope.
 
-Around a settled plan every unit is measured as it is and under each path of the menu, at several base steps: what a
-path is worth depends on the base below it. First all amounts of a path at the plan's own step (ranked by the values
+Around a settled plan every unit is measured as it is and under each overlay of the menu, at several base steps: its
+worth depends on the base below it. First all amounts of an overlay at the plan's own step (ranked by the values
 that the base decodes there); the few that come closest to the plan's slope then at coarser and finer steps. Bytes are
-estimated code lengths plus the layer's real bytes and what `stack` adds; distortions are those of base and layer
+estimated code lengths plus the overlay's real bytes and what `stack` adds; distortions are those of base and overlay
 together, decoded, in the unit's metric, times the unit's correction factor. `bytecap.allocation.allocate` chooses among
 all.
 
-A path that keeps something once for the whole file is charged for it once: the plan is solved with and without it.
-None of today's paths does (`charge` is 0).
+An overlay that keeps something once for the whole file is charged for it once: the plan is solved with and without it.
+None of today's overlays does (`charge` is 0).
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ DEFAULT: tuple[str, ...] = ()  # what measured best: nothing, see LOG.md
 ALL = "all"
 CHANNELS = CHANNELS_OVERLAY.id  # whose amounts are chosen for all matrices of a stream, so none is dropped early
 LABEL = "paths"  # of the plan over a menu
-PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without a path
-UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under a path
-_MOST_SETTINGS = 8  # amounts of a path tried on a unit
+PLAIN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves of the step without an overlay
+UNDER = (-0.5, 0.0, 0.5, 1.0)  # and under an overlay
+_MOST_SETTINGS = 8  # amounts of an overlay tried on a unit
 _KEPT = 2  # of them tried at other steps
 _VALUES = 2**22  # weights measured together
 
 
 def known(names: Iterable[str] | None) -> tuple[str, ...]:
-    """The menu of these names; the default menu if None, every path if one of them is `all`.
+    """Return the overlays of these names; the default menu if None, every overlay if one of them is `all`.
 
     Raises:
         UsageError: unknown; the message suggests the nearest one.
@@ -66,7 +66,7 @@ def known(names: Iterable[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Choice(Point):
-    """A point that knows the path it is on; `setting` is the base's step in octaves off the plan's."""
+    """A point that knows its overlay; `setting` is the base's step in octaves off the plan's."""
 
     path: str = ""
     amount: Any = None
@@ -74,17 +74,17 @@ class Choice(Point):
 
 @dataclass
 class Menu:
-    """What there is to choose around a settled plan.
+    """The choices around a settled plan.
 
     Attributes:
         planner: the units.
         start: the settled plan.
         kappa: correction factor of every unit.
         capacity: bytes for all units.
-        names: paths.
-        streams: of the model, for paths that serve several matrices at once.
+        names: of overlays.
+        streams: of the model, for overlays that serve several matrices at once.
         curves: one for each unit, once measured.
-        skipped: how many matrices a path cannot serve.
+        skipped: how many matrices an overlay cannot serve.
     """
 
     planner: Planner
@@ -129,14 +129,14 @@ class Menu:
         ]  # fmt: skip
 
     def _rankings(self, kappa: Mapping[str, float]) -> dict[str, tuple[Ranking, ...]]:
-        """Channels of every stream, ranked over all its matrices at the plan."""
+        """Rank the channels of every stream over all its matrices at the plan."""
         coded, shared = self.start.coded, self.start.shared
         known = ((problem_of(p), torch.from_numpy(decode_coded(coded[p.unit.name], shared)))
                  for p in self.planner.matrices if _servable(p))  # fmt: skip
         return rank(self.streams, known, kappa) if CHANNELS in self.names else {}
 
     def _scaled(self, true: Mapping[str, float]) -> dict[str, float]:
-        """Factors for distortions in the units' own metric, which a base without error feedback does not see."""
+        """Return factors for distortions in the whole metric, which a base without error feedback ignores."""
         found = dict(self.kappa)
         for names in correction.roles(self.planner).values():
             seen, real = (sum(d[n] for n in names) for d in (self.start.distortions, true))
@@ -144,14 +144,14 @@ class Menu:
         return found
 
     def solve(self) -> Plan:
-        """The plan over all choices, one list for each stream; every path with a charge solved with and without."""
+        """Solve for the plan over all choices, one list a stream; overlays with a charge are also left out."""
         charges = {n: overlays()[n].charge for n in self.names}
         plan = solve(self.curves, self.capacity, charges)
         joint = one_list(self.curves, plan.slope)
         return plan if joint == self.curves else solve(joint, self.capacity, charges)
 
     def planned(self, plan: Plan) -> tuple[Planner, dict[str, float]]:
-        """A planner whose units are under their chosen paths, and every unit's step."""
+        """Return a planner whose units are under their chosen overlays, and every unit's step."""
         planner = self.planner
         amounts = {n: p for n, p in plan.choice.items() if isinstance(p, Choice) and p.path}
         matrices = [
@@ -164,7 +164,7 @@ class Menu:
 
 @dataclass
 class _Bench:
-    """Some matrices and what is needed to try paths on them."""
+    """Some matrices, with all that trying overlays on them needs."""
 
     planner: Planner
     start: State
@@ -181,7 +181,7 @@ class _Bench:
         }
 
     def candidates(self, name: str) -> dict[str, list[Curve]]:
-        """Refined curves of the best amounts of a path, by unit; units that it cannot serve are left out."""
+        """Return refined curves of the best amounts of an overlay by unit, without the units it cannot serve."""
         path, settings_of = overlays()[name], {}
         for unit, problem in self.problems.items():
             base = torch.from_numpy(decode_coded(self.start.coded[unit], self.start.shared))
@@ -209,7 +209,7 @@ class _Bench:
         return overlaid(self.items[unit], self.problems[unit], overlays()[name], amount, self.planner.options)
 
     def _at(self, items: Sequence[OverlaidUnit], offset: float, name: str) -> dict[str, Choice]:
-        """Units under a path at a step."""
+        """Measure units under an overlay at the plan's step times `2^offset`."""
         shared, below = self.start.shared, self.states[offset]
         fresh = [p for p in items if not p.same_base]
         steps = {
@@ -227,7 +227,7 @@ class _Bench:
 
 
 def _servable(item: Prepared) -> bool:
-    """Whether the unit has a metric that overlays can work with: one that is not all zero."""
+    """Return whether the unit's metric is not all zero, so that overlays can work with it."""
     return bool(item.rows.any()) and bool((item.lower.diagonal() > 1e-12).all())
 
 
@@ -236,7 +236,7 @@ def _distortion(problem: UnitProblem, coded: Coded, shared: Shared) -> float:
 
 
 def _front(points: Iterable[Point]) -> tuple[Point, ...]:
-    """Points that no other point dominates, by rising rate."""
+    """Return the points that no other point dominates, by rising rate."""
     kept: list[Point] = []
     for p in sorted(points, key=lambda p: (p.rate, p.distortion)):
         if not kept or p.distortion < kept[-1].distortion:
@@ -245,12 +245,12 @@ def _front(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def solve(curves: Sequence[Curve], capacity: float, charges: Mapping[str, int]) -> Plan:
-    """The plan of least distortion, fixed charges paid by whoever uses them.
+    """Return the plan of least distortion in which overlays that are used pay their fixed charges.
 
     Args:
-        curves: of every unit; points on paths are `Choice`s.
+        curves: of every unit; points of overlays are `Choice`s.
         capacity: bytes for all units and charges.
-        charges: bytes that a path needs once for the whole file.
+        charges: bytes that an overlay needs once for the whole file.
 
     >>> one = Curve("u", (Point(8, 9.0, 0), Point(12, 8.0, 1), Choice(9, 1.0, 0, "p", 1)))
     >>> [solve([one], 12, {"p": charge}).distortion for charge in (0, 3, 4)]
@@ -268,7 +268,7 @@ def solve(curves: Sequence[Curve], capacity: float, charges: Mapping[str, int]) 
         plan = allocate(allowed, max(room, floor_rate(allowed)))
         if best is None or plan.distortion < best.distortion:
             best = plan
-    assert best is not None  # noqa: S101 (leaving all charged paths out is always tried)
+    assert best is not None  # noqa: S101 (leaving all charged overlays out is always tried)
     return best
 
 
@@ -277,12 +277,12 @@ def _path(point: Point) -> str:
 
 
 def charges(taken: Iterable[str]) -> int:
-    """Bytes that these paths need once for the whole file."""
+    """Return the bytes that these overlays need once for the whole file."""
     return sum(overlays()[n].charge for n in taken)
 
 
 def outcome(planner: Planner, with_paths: float, without: float) -> str:
-    """One line about the comparison of a plan over paths with the best one without, in nats per token."""
+    """Describe in one line how a plan over overlays compares with the best one without, in nats per token."""
     taken = sorted(Counter(p.path.id for p in planner.matrices if isinstance(p, OverlaidUnit)).items())
     words = ", ".join(f"{n} on {k}" for n, k in taken)
     better = with_paths < without
@@ -294,5 +294,5 @@ def outcome(planner: Planner, with_paths: float, without: float) -> str:
 
 
 def chosen(plan: Plan) -> dict[str, int]:
-    """How many units are on each path."""
+    """Count the units under each overlay."""
     return dict(sorted(Counter(_path(p) for p in plan.choice.values() if _path(p)).items()))

@@ -52,7 +52,7 @@ class VectorUnit:
     fisher: npt.NDArray[np.float64]
 
     def step(self, c: float) -> float:
-        """The uniform step that has the slope of a grid at `c`; at most half the values' spread, above 0."""
+        """Return the uniform step whose slope is that of a grid at `c`: above 0, at most half the values' spread."""
         energy = float(self.fisher.mean()) if self.fisher.size else 0.0
         spread = float(self.values.std()) / 2 if self.values.size else 0.0
         widest = max(spread, float(np.abs(self.values).max(initial=0.0)) * 2**-8, 1e-30)
@@ -60,14 +60,14 @@ class VectorUnit:
         return max(wanted, float(np.ptp(self.values)) * 2**-15 if self.values.size else 0.0, 1e-30)
 
     def distortion(self, c: float) -> float:
-        """Nats per token at step `c`."""
+        """Return the distortion at step `c`, in nats per token."""
         centre, symbols = VECTOR.quantize(self.values, self.step(c))
         error = VECTOR.dequantize(centre, self.step(c), symbols).astype(np.float64) - self.values.reshape(-1)
         return float(0.5 * (self.fisher.reshape(-1) * error**2).sum())
 
 
 def finest_step(item: Prepared) -> float:
-    """The step, above 0, below which symbols would exceed 16 bits: finer grids gain nothing and integers overflow."""
+    """Return the step, above 0, below which symbols would exceed 16 bits; finer grids gain nothing."""
     largest = (item.weight.abs() / torch.exp2(item.row_step.float() / 4)[:, None]).amax(0)  # (cols,)
     widest = float((largest[item.order] * item.lower.diagonal()).max())
     return max(widest, 1e-20) * 2.0**-15  # of a matrix of zeros
@@ -94,22 +94,22 @@ class State:
     origin: Rules | None = None
 
     def holding(self, names: Collection[str]) -> State:
-        """The state with the integers of these matrices only; the others' memory goes with the last whole state."""
+        """Return the state with the integers of these matrices only, so that the memory of the others can be freed."""
         return replace(self, coded={n: c for n, c in self.coded.items() if n in names})
 
     @property
     def shared(self) -> Shared:
-        """Tables and offsets that it is stored and decoded with."""
+        """Return the tables and offsets that the plan is stored and decoded with."""
         return self.rules.shared
 
     @property
     def rate(self) -> float:
-        """Estimated bytes of all units."""
+        """Return the estimated bytes of all units."""
         return sum(self.rates.values())
 
     @property
     def distortion(self) -> float:
-        """Predicted nats per token."""
+        """Return the predicted distortion of all units, in nats per token."""
         return sum(self.distortions.values())
 
 
@@ -125,7 +125,7 @@ class Planner:
         matrices: units with input statistics.
         vectors: units without.
         options: of the coder.
-        finest: by matrix, the step below which nothing is gained; kept where targets move.
+        finest: by matrix, the step below which nothing is gained; kept where targets change.
         keep: given every rounded unit, returns what states hold of it (`bytecap.quantization.stored`).
         keep_section: given every coded section, returns what is held of it.
         sample: over a sample of rows, where that is what searches and curves are made on.
@@ -146,25 +146,25 @@ class Planner:
         options: Options,
         finest: Mapping[str, float] | None = None,
     ) -> Planner:
-        """A planner over prepared units, whose finest steps may be known already."""
+        """Make a planner over prepared units, whose finest steps may be known already."""
         return Planner(matrices, vectors, options, finest or {p.unit.name: finest_step(p) for p in matrices})
 
     @property
     def names(self) -> list[str]:
-        """All units, matrices first."""
+        """Return the names of all units, matrices first."""
         return [p.unit.name for p in self.matrices] + [v.unit.name for v in self.vectors]
 
     @property
     def parameters(self) -> int:
-        """Values in matrices."""
+        """Return the number of values in matrices."""
         return sum(p.unit.parameters for p in self.matrices)
 
     def emptied(self) -> Planner:
-        """The planner without what only rounding needs; decoding still works."""
+        """Return the planner without the arrays that only rounding needs; decoding still works."""
         return replace(self, matrices=[p.emptied() for p in self.matrices])
 
     def settle(self, steps: Mapping[str, float], rules: Rules, *, refit: bool = True) -> State:
-        """Everything rounded at its step; with `refit` under tables and offsets fitted to what came out.
+        """Round every unit at its step; with `refit`, then fit tables and offsets to the integers and price by them.
 
         Args:
             steps: of every unit.
@@ -184,16 +184,16 @@ class Planner:
         return replace(self.price(coded, steps, found), origin=rules)
 
     def finest_state(self, rules: Rules) -> State:
-        """All units at the finest steps whose integers still fit 16 bits."""
+        """Settle all units at the finest steps whose integers still fit 16 bits."""
         return self.settle(dict.fromkeys(self.names, 0.0), rules)
 
     def round(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> dict[str, Coded]:
-        """Units rounded at their steps and completed."""
+        """Round units at their steps, with overlays where they have one; returns them by name."""
         coded, _ = round_units(items, steps, rules.shrink, self.options, keep=self.keep)
         return {p.unit.name: p.complete(coded[p.unit.name], rules.shared) for p in items}
 
     def price(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
-        """Rates and distortions of rounded units; layers are put over them first."""
+        """Price rounded units in bytes and nats per token; overlays are fitted to them first."""
         shared = rules.shared
         coded = {p.unit.name: p.complete(coded[p.unit.name], shared) for p in self.matrices}
         rates = {n: rate(c, shared) for n, c in coded.items()}
@@ -204,7 +204,7 @@ class Planner:
         return State(dict(steps), coded, rules, rates, distortions)
 
     def _side_counts(self, coded: Mapping[str, Coded], steps: Mapping[str, float], shared: Shared) -> Counts:
-        """Histogram of side information and vectors by the class they would use now."""
+        """Return the histogram of side information and vectors by the class they would use now, (64, 1025)."""
         counts = sum_counts([])
         for c in coded.values():
             for array in c.code.side_arrays():
@@ -221,7 +221,7 @@ class Planner:
         return counts
 
     def first_step(self, capacity: float) -> float:
-        """A guess of `c0` from Gaussian high-rate theory."""
+        """Return a first guess of `c0` from Gaussian high-rate theory; `capacity` is in bytes."""
         bits = 8 * capacity / max(1, self.parameters)
         logs = []
         for p in self.matrices:
@@ -242,7 +242,7 @@ class Planner:
         tolerance: float = 5e-4,
         exact: bool = False,
     ) -> tuple[float, State]:
-        """The `c0` whose estimated bytes meet `capacity`; tables are refitted on the way, from `rules` on.
+        """Search the `c0` whose estimated bytes meet `capacity`; tables are refitted on the way, starting from `rules`.
 
         Args:
             multipliers: of every unit's step.
@@ -285,7 +285,7 @@ class Planner:
         return c, state
 
     def ladder(self, centre: State, offsets: Sequence[float]) -> list[Curve]:
-        """Measured curve of every unit at its step times `2^offset`, under the rules of the state.
+        """Measure the curve of every unit at its step times `2^offset`, under the rules of the state.
 
         Args:
             centre: where the curves are measured.
@@ -305,7 +305,7 @@ class Planner:
         return [Curve(n, tuple(sorted(p, key=lambda q: q.rate))) for n, p in points.items()]
 
     def decode(self, state: State, name: str) -> FloatArray:
-        """Decoded (rows, cols) values of one unit, exactly as a reader would give them."""
+        """Decode one unit to float32 values (rows, cols), exactly as a reader does."""
         if name in state.coded:
             return decode_coded(state.coded[name], state.shared)
         v = next(v for v in self.vectors if v.unit.name == name)
@@ -313,7 +313,7 @@ class Planner:
         return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
 
     def decode_there(self, state: State, name: str) -> torch.Tensor | None:
-        """What `decode` gives, as a tensor on the GPU that holds the unit; None for a unit that is elsewhere."""
+        """Decode one unit on the GPU that holds it; None for a unit that is on the processor."""
         coded = state.coded.get(name)
         if coded is None or coded.overlay is not None:
             return None
@@ -321,7 +321,7 @@ class Planner:
         return values_there(coded.code, state.shared.offset, device) if _elsewhere(device) else None
 
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
-        """(tag, section) of units by name, all by default."""
+        """Encode units, all by default; returns (tag, section) by name."""
         vectors = {v.unit.name: v for v in self.vectors}
 
         def one(name: str) -> tuple[int, bytes]:
@@ -345,17 +345,17 @@ class Planner:
 
 
 def _elsewhere(device: torch.device) -> bool:
-    """Whether values would have to travel there from the processor."""
+    """Return whether a device is another one than the processor."""
     return device.type != "cpu"
 
 
 def coder_of(code: GridCode) -> Grid | Trellis:
-    """The coder that writes a code."""
+    """Return the coder that writes a code."""
     return TRELLIS if code.first < CLASSES else GRID
 
 
 def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
-    """(rows, cols) values of a grid code."""
+    """Decode a grid code to float32 values (rows, cols)."""
     return dequantize(
         code.symbols.astype(np.int32), code.classes(), np.float32(code.step),
         code.column_step, code.row_step, shared.offset, code.fine,
@@ -363,7 +363,7 @@ def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
 
 
 def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
-    """(rows, cols) values of a unit, its layer included."""
+    """Decode a unit to float32 values (rows, cols), its overlay included."""
     values = decode_grid(coded.code, shared)
     if coded.overlay is None:
         return values
@@ -378,7 +378,7 @@ def _ratio(whole: float, sampled: float) -> float:
 
 
 def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:
-    """Secant step towards the capacity; bytes fall by about n/8 * log2(e) per unit of log c."""
+    """Return the next log c of a secant search; bytes fall by about n/8 * log2(e) per unit of log c."""
     x, r = seen[-1]
     slope = steepest = -parameters / 8 * 1.2
     below = [s for s in seen if s[1] <= capacity]

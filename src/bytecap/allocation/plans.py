@@ -1,8 +1,8 @@
-"""The plans of a job at one capacity, and which of them is shipped.
+"""Make the plans of a job at one capacity and choose the one that is shipped.
 
 The plan is made twice: once plain (one step for all units in the Fisher metric) and once allocated with measured
 correction factors and rate-distortion points. With a menu of overlays (`bytecap.allocation.overlay_menu`) there
-is a third one, over base steps, paths and amounts, made around the allocated one. All are measured on the correction
+is a third one, over base steps, overlays and amounts, made around the allocated one. All are measured on the correction
 tokens, and what one spends beyond another is charged at the plan's slope, so they are compared at equal bytes.
 """
 
@@ -39,7 +39,7 @@ class PlanCandidate:
     """A settled plan that could be shipped: every unit's step is `c` times its multiplier.
 
     Attributes:
-        planner: holds the units, under their paths if it has any; emptied once it is chosen.
+        planner: holds the units, under their overlays if it has any; emptied once it is chosen.
         slope, gap: of the plan it was made from, in nats per byte and nats per token.
         label, predicted, margin: once it is chosen, its name, its KL on the correction tokens, and what more or fewer
             bytes would do.
@@ -59,7 +59,7 @@ class PlanCandidate:
 
 
 def plain_plan(job: Job, prepared: PreparedModel) -> tuple[float, State]:
-    """The plan of one step for all units, and that step.
+    """Return the common step of the plan with one step for all units, and the plan.
 
     Raises:
         BudgetError: no step is wide enough.
@@ -86,7 +86,7 @@ def _raise_floor(job: Job, prepared: PreparedModel, state: State) -> None:
 
 
 def factors(job: Job, planner: Planner, state: State, quantized_copy: nn.Module) -> dict[str, float]:
-    """Correction factor of every unit."""
+    """Measure the correction factor of every unit."""
     with job.reporter.step("correction factors", len(correction.roles(planner))) as advance:
         windows = leading(job.sets.correction, correction.TOKENS)
         found = correction.measure(
@@ -98,7 +98,7 @@ def factors(job: Job, planner: Planner, state: State, quantized_copy: nn.Module)
 def step_multipliers(
     planner: Planner, plain: State, kappa: Mapping[str, float], capacity: float
 ) -> tuple[Plan, dict[str, float], dict[str, Any]]:
-    """One slope over measured, corrected curves; returns the plan, each unit's step multiplier, and the margin."""
+    """Allocate bytes at one slope over measured, corrected curves; returns plan, step multipliers and margin."""
     curves = planner.ladder(plain, _LADDER)
     fine = [refine(c, kappa[c.name]) for c in curves]
     room = max(capacity, floor_rate(fine))
@@ -109,10 +109,10 @@ def step_multipliers(
 def choose(
     job: Job, prepared: PreparedModel, c: float, plain: State, kappa: Mapping[str, float], quantized_copy: nn.Module
 ) -> PlanCandidate:
-    """The best of all plans.
+    """Return the plan with the lowest KL on the correction tokens, at equal bytes.
 
     Args:
-        job: names the paths, and the tokens to compare on.
+        job: names the overlays, and the tokens to compare on.
         prepared: the units.
         c: step of the plain plan.
         plain: its state.
@@ -145,7 +145,7 @@ def choose(
 def _with_overlays(
     job: Job, start: PlanCandidate, kappa: Mapping[str, float], capacity: float
 ) -> dict[str, PlanCandidate]:
-    """The plan over overlays, settled; nothing if no unit takes one."""
+    """Return the settled plan over overlays by its label; empty if no unit takes one."""
     streams = (
         streams_of(job.model.module, job.model.units, job.sets.statistics) if overlay_menu.CHANNELS in job.paths else ()
     )
@@ -154,7 +154,7 @@ def _with_overlays(
         found.measure(advance)
         for name, count in found.skipped.items():
             if count:
-                job.reporter.note(f"path {name} cannot apply to {count} of {len(start.planner.matrices)} matrices")
+                job.reporter.note(f"overlay {name} cannot apply to {count} of {len(start.planner.matrices)} matrices")
         plan = found.solve()
         taken = overlay_menu.chosen(plan)
         if not taken:
@@ -170,7 +170,7 @@ def _with_overlays(
 def best_of(
     job: Job, found: Mapping[str, PlanCandidate], capacity: float, quantized_copy: nn.Module
 ) -> tuple[str, float]:
-    """Name of the candidate with the smallest KL on the correction tokens, and that KL.
+    """Return the name of the candidate with the smallest KL on the correction tokens, and that KL.
 
     Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
     """
@@ -189,7 +189,7 @@ def best_of(
 
 
 def to_json(best: PlanCandidate) -> dict[str, Any]:
-    """A chosen plan as JSON can hold it: its numbers, and the rules that its state was settled under."""
+    """Return a chosen plan as JSON can hold it: its numbers, and the rules that its state was settled under."""
     assert best.state.origin is not None  # noqa: S101 (every settled state has them)
     return {
         "label": best.label, "predicted": best.predicted, "slope": best.slope, "gap": best.gap, "c": best.c,
@@ -199,7 +199,7 @@ def to_json(best: PlanCandidate) -> dict[str, Any]:
 
 
 def from_json(planner: Planner, kept: Mapping[str, Any]) -> PlanCandidate:
-    """The plan that `to_json` was given, settled once more."""
+    """Read the plan that `to_json` wrote, and settle it once more."""
     state = planner.settle(kept["steps"], rules_from_json(kept["rules"]))
     state = replace(state, rules=Rules(state.shared, rules_from_json(kept["last"]).shrink))
     numbers = {k: kept[k] for k in ("multipliers", "c", "slope", "gap", "label", "predicted", "margin")}
@@ -209,7 +209,7 @@ def from_json(planner: Planner, kept: Mapping[str, Any]) -> PlanCandidate:
 def allocated_plan(
     job: Job, prepared: PreparedModel, known: Mapping[str, float] | None = None
 ) -> tuple[State, dict[str, float]]:
-    """The allocated plan before drift targets, trimming and overlays.
+    """Return the allocated plan, without drift targets, trimming and overlays.
 
     Args:
         job: what to plan.

@@ -1,4 +1,4 @@
-"""From statistics to a planner: Hessians factored, vectors with their gradients, and what is stored as it is.
+"""Prepare a model for planning: factor Hessians, pair vectors with gradients, and code the rest exactly.
 
 Units that a budget is spread over are the planner's; all others (integers, buffers, empty tensors) are coded exactly
 here, and their bytes are taken off before anything is planned.
@@ -55,17 +55,17 @@ class PreparedModel:
     targets: Mapping[str, float] = field(default_factory=dict)
 
     def emptied(self) -> PreparedModel:
-        """The model without what only rounding needs."""
+        """Return the model without the arrays that only rounding needs."""
         return replace(self, planner=self.planner.emptied())
 
     def measure_finest(self) -> tuple[PreparedModel, State]:
-        """The finest grids, and the model with the rules that they leave, which a plan for many bytes starts from."""
+        """Settle the finest grids; returns them and the model with their rules, for plans of large budgets."""
         state = self.planner.finest_state(self.rules)
         return replace(self, rules=state.rules), state.holding(())
 
 
 def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedModel:
-    """Factors of the Hessians, vectors, and units that are stored exactly.
+    """Factor the Hessians of matrices, collect vectors, and code the other units exactly.
 
     Args:
         job: model and budget.
@@ -180,7 +180,7 @@ def _assembled(
 
 
 def _capacity(job: Job, planner: Planner, fixed: Mapping[str, Section]) -> float:
-    """Bytes left for planned units."""
+    """Return the bytes left for planned units."""
     blank = {n: Section(1, b"") for n in planner.names} | dict(fixed)
     lengths = 2 * len(planner.names)  # longer lengths in the directory
     lanes = 2.2 * sum(p.unit.parameters for p in planner.matrices) / 8192  # a lane's state beyond its content

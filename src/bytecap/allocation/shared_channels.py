@@ -19,12 +19,12 @@ from bytecap.types import Curve, Point
 
 
 def list_size(amount: Amount) -> int:
-    """Return the bytes of an amount's positions inside a layer."""
+    """Return the bytes of an amount's positions inside an overlay."""
     return len(write_positions(amount.index, len(amount.order)))
 
 
 def saved(amount: Amount, users: int) -> int:
-    """Return the bytes that several layers save if an amount's list is stored once.
+    """Return the bytes that several overlays save if an amount's list is stored once.
 
     >>> wide = Amount(64, 8, 1, np.arange(512) * 5 % 512, 0)
     >>> list_size(wide), saved(wide, 1), saved(wide, 10)

@@ -70,7 +70,7 @@ def keep_unused(job: Job, matrices: Sequence[Prepared], vectors: Sequence[Vector
 
 
 def advice(kept: Mapping[str, int]) -> str:
-    """What to add to the refusal of a budget."""
+    """Return the advice to add to the refusal of a budget."""
     if not kept:
         return ""
     return (

@@ -18,7 +18,7 @@ from bytecap.model.texts import Window
 
 
 def first_bad(found: Statistics) -> str | None:
-    """Name of a unit whose statistics hold an infinity or no number; None if there is none."""
+    """Return the name of a unit whose statistics hold an infinity or a NaN; None if there is none."""
     for name, uses in found.uses.items():
         if not all(bool(torch.isfinite(t).all()) for u in uses for t in (u.moment, u.rows, u.weight)):
             return name
@@ -82,7 +82,7 @@ def check_arrays(square: Mapping[str, torch.Tensor], model: Model) -> None:
 
 
 def largest(model: Model) -> str:
-    """What to look at: the model's largest weight."""
+    """Describe the model's largest weight, the first thing to look at."""
     sizes = {u.name: float(model.tensor(u).detach().abs().max()) for u in model.units if u.parameters}
     name = max(sizes, key=lambda n: sizes[n])
     return f"the largest weight of the model is {sizes[name]:.3g} in {name}"

@@ -32,9 +32,9 @@ from bytecap.calibration.moments import Moment
 from bytecap.model.batches import Batch
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
-from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_dtype, predictions
+from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_copy, predictions
 from bytecap.model.hook_coverage import Account, is_matrix, shrunk_moment
-from bytecap.model.linears import linear_weights, of_transformers
+from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window
 from bytecap.system.allocator import release
@@ -98,10 +98,9 @@ def probe(
         note: told where the device's memory asks for smaller batches.
     """
     target = torch.device(device)
-    module_copy = copy.deepcopy(module).to(target, fast_dtype(target) if of_transformers(module) else None)
+    module_copy = fast_copy(module, target) if of_transformers(module) else copy.deepcopy(module).to(target)
     leaves = _leaves(module_copy, units, windows, target)
-    if not of_transformers(module):
-        _account(module_copy, units, leaves, windows, seed, target)
+    _account(module_copy, units, leaves, windows, seed, target)
     names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
     chosen = [
         (names[n], m, kind) for n, (m, kind) in linear_weights(module_copy).items()
@@ -181,9 +180,19 @@ def _account(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Let weights that hooks do not explain collect their gradients themselves."""
+    """Let weights that hooks do not explain collect their gradients themselves.
+
+    In a model of transformers only linear maps of classes of its own, such as routers, are asked about: its code reads
+    weights through their modules.
+    """
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
-    modules = {n: found for n, found in linear_weights(module_copy).items() if n in names}
+    own = of_transformers(module_copy)
+    modules = {
+        n: (m, kind) for n, (m, kind) in linear_weights(module_copy).items()
+        if n in names and (not own or maps_otherwise(m))
+    }  # fmt: skip
+    if not modules:
+        return
     first = [min(windows, key=lambda w: w.predicted)]
 
     def run() -> Tensor:

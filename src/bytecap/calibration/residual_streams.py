@@ -28,15 +28,15 @@ from torch import Tensor, nn
 
 from bytecap.format.overlays.channels import COLUMNS, ROWS
 from bytecap.model.batches import Batch
-from bytecap.model.linears import linear_weights
+from bytecap.model.linears import linear_weights, maps_tokens
 from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 
-_PROBED = 5  # channels looked at in every map
+_PROBED = 5  # channels tried in every map
 _DIRECT = 0.5  # share of a gradient on its own channel; mixing leaves about one in the width
 _LEAST = 8  # channels below which shares say nothing
-_BACK = 12  # earlier calls looked at
+_BACK = 12  # earlier calls tried
 _TOKENS = 64
 
 
@@ -115,9 +115,12 @@ def _calls(module_copy: nn.Module, names: Mapping[str, str], batch: Any) -> list
             inputs.append(args[0])
             return (args[0].detach(), *args[1:])  # gradients go around maps, not through them
 
-        def after(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            reader = None if kind == "embedding" else (name, COLUMNS)
-            found.append(_Call(reader, (name, COLUMNS if kind == "embedding" else ROWS), inputs.pop(), output))
+        def after(module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            given, table = inputs.pop(), kind == "embedding"
+            if table or maps_tokens(module, given, output):
+                found.append(
+                    _Call(None if table else (name, COLUMNS), (name, COLUMNS if table else ROWS), given, output)
+                )
 
         m.register_forward_pre_hook(before)
         m.register_forward_hook(after)

@@ -124,15 +124,7 @@ def _probed(job: Job, guided: bool) -> Statistics:
 
 def _once(job: Job, kind: list[Any], make: Callable[[], dict[str, Array]]) -> Mapping[str, Array]:
     """Return the arrays of a kind from the cache, or make and keep them."""
-    if job.store.directory is None:
-        return make()
-    key = digest(job_key(job), *kind)
-    with job.store.lock(key):
-        kept = job.store.arrays(key)
-        if kept is None:
-            kept = make()
-            job.store.put_arrays(key, kept)
-    return kept
+    return job.store.once(lambda: digest(job_key(job), *kind), make)
 
 
 def _flat(found: Statistics) -> dict[str, Array]:

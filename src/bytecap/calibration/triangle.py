@@ -34,12 +34,12 @@ class Triangle:
         return Triangle(whole.masked_select(_below(len(whole), whole.device)), len(whole))
 
     def whole(self) -> Tensor:
-        """The matrix (size, size)."""
+        """Return the matrix (size, size)."""
         zeros = self.values.new_zeros(self.size, self.size)
         return zeros.masked_scatter_(_below(self.size, zeros.device), self.values)
 
     def diagonal(self) -> Tensor:
-        """The diagonal (size,)."""
+        """Return the diagonal (size,)."""
         rows = torch.arange(self.size, device=self.values.device)
         return self.values[rows * (rows + 3) // 2]
 

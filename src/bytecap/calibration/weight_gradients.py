@@ -23,7 +23,6 @@ that squaring whole sequences has. Omitted: correlations between weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.probe import sampled_loss
-from bytecap.model.forward import batch_tokens, batches, fast_dtype
-from bytecap.model.linears import linear_weights
+from bytecap.model.forward import batch_tokens, batches, fast_copy
+from bytecap.model.linears import linear_weights, maps_tokens
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 
@@ -77,7 +76,9 @@ def _hooks(module_copy: nn.Module, names: dict[str, str], shapes: dict[str, tupl
     """Collect squared gradients in `found` whenever a backward pass goes through the copy."""
 
     def linear(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not maps_tokens(module, args[0], output):
+                return
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
 
             def add(g: Tensor) -> None:
@@ -204,12 +205,11 @@ def mean_squared_gradients(
         progress: called with the number of tokens finished.
     """
     target = torch.device(device)
-    dtype = fast_dtype(target)
     size = batch_tokens(max((u.matrix_shape[0] for u in units if u.linear), default=4096)) // 2
-    sums = _pass(copy.deepcopy(module).to(target, dtype), units, windows, size, seed, sampled_loss, progress)
+    sums = _pass(fast_copy(module, target), units, windows, size, seed, sampled_loss, progress)
     square = sums.square
     if kind == "components":
-        module_copy = copy.deepcopy(module).to(target, dtype)
+        module_copy = fast_copy(module, target)
         hidden = _Hidden(module_copy)
         loss = _along(hidden, hidden.components(module_copy, windows, size))
         square = _in_nats(_pass(module_copy, units, windows, size, seed, loss, None).square, square)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ Evaluation = Annotated[
 EvaluationTokens = Annotated[
     int, typer.Option("--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens, over all texts.", min=1)
 ]
+Tokens = Annotated[int, typer.Option(help="Most calibration tokens.", min=1)]
 Factory = Annotated[
     str | None,
     typer.Option(
@@ -85,6 +86,23 @@ def progress(quiet: bool) -> Reporter:
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on standard output; NaN and infinity become null."""
     sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
+
+
+def show(found: dict[str, Any], as_json: bool, printed: Callable[[dict[str, Any]], None]) -> None:
+    """Show figures: as JSON, or by a printer for the terminal."""
+    (print_json if as_json else printed)(found)
+
+
+def check_study(models: list[str] | None, lines: Any, what: str) -> None:
+    """Refuse a study of no models, and one of both models and finished lines.
+
+    Args:
+        models: the MODEL arguments.
+        lines: files of finished lines, from --from.
+        what: the study's purpose and file, for the message.
+    """
+    if bool(models) == bool(lines):
+        raise UsageError(f"give a MODEL (demo is the embedded one) to {what}")
 
 
 def names(paths: list[str] | None) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,12 +13,13 @@ from bytecap.cli.common import (
     Evaluation,
     EvaluationTokens,
     Json,
+    Tokens,
     check_output,
+    check_study,
     names,
-    print_json,
     progress,
+    show,
 )
-from bytecap.errors import UsageError
 
 _DEFAULT_METHODS = "bytecap,golf,owq,radio,uniform"
 _DEFAULT_BUDGETS = "3bpp,3.5bpp,4bpp,5bpp"
@@ -42,7 +43,7 @@ def compare(
     ] = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
-    tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
+    tokens: Tokens = 16_384,
     eval_tokens: EvaluationTokens = 16_384,
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
@@ -61,10 +62,8 @@ def compare(
     from bytecap_lab import compare as comparison
 
     reporter = progress(as_json)
-    if (from_ is None) == (not models):
-        raise UsageError("give a MODEL (demo is the embedded one) to compare methods on, or --from runs.jsonl")
+    check_study(models, from_, "compare methods on, or --from runs.jsonl")
     check_output(report, output)
-    found: dict[str, Any]
     if from_ is not None:
         found = comparison.render(from_, output, report=report, reporter=reporter)
     else:
@@ -76,7 +75,4 @@ def compare(
             evaluation=evaluation, tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store,
             report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip
-    if as_json:
-        print_json(found)
-    else:
-        print_comparison(found)
+    show(found, as_json, print_comparison)

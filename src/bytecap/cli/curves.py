@@ -13,12 +13,12 @@ from bytecap.cli.common import (
     Evaluation,
     EvaluationTokens,
     Json,
+    Tokens,
     check_output,
     names,
-    print_json,
     progress,
+    show,
 )
-from bytecap.system.cache import blamed
 
 
 def curves(
@@ -33,7 +33,7 @@ def curves(
     evaluation: Evaluation = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Device = "auto",
-    tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 32_768,
+    tokens: Tokens = 32_768,
     eval_tokens: EvaluationTokens = 8_192,
     points: Annotated[int, typer.Option(help="Single-unit points to measure.", min=1)] = 64,
     point_tokens: Annotated[int, typer.Option(help="Most tokens each of them is measured on.", min=1)] = 4_096,
@@ -48,14 +48,10 @@ def curves(
     from bytecap_lab.rd_curves import byte_returns
 
     check_output(report, output)
-    with blamed(store if store is not None else output / "store"):
-        found = byte_returns(
+    found = byte_returns(
         model, budget, output, base=base, paths=names(paths), calibration=calibration, evaluation=evaluation,
         device=device, seed=seed, tokens=tokens, evaluation_tokens=eval_tokens,
         points=points, point_tokens=point_tokens, store=store, report=report,
         reporter=progress(as_json),
     )  # fmt: skip
-    if as_json:
-        print_json(found)
-    else:
-        print_curves(found)
+    show(found, as_json, print_curves)

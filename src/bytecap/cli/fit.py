@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,47 +66,75 @@ def fit(
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
     from bytecap.pipeline import pack_code
-    from bytecap.pipeline.fit import each_budget, fit_config
-    from bytecap.pipeline.fit_shards import fit_shards, limit_only, numbers_and_shards
-    from bytecap.pipeline.formats import is_directory
+    from bytecap.pipeline.fit import fit_config
+    from bytecap.pipeline.fit_shards import fit_shards
 
-    if config.output is None and not config.dry_run:
-        raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
-    if config.recover_text and (config.recover is None or factory is not None):
-        raise UsageError("--recover-text is read by --recover, without --factory")
-    for each in () if is_directory(config) else each_budget(config):  # directories are checked by their job
-        check_output(Path(each.output) if each.output is not None else None)
-    pages = [Path(c.output) for c in each_budget(replace(config, output=report)) if c.output is not None]
-    for page in pages:
-        check_output(page)
-    check_inputs(
-        {f"-o ({c.budget})" if "," in str(config.budget) else "-o": c.output for c in each_budget(config)}
-        | {
-            "--report": pages[0] if pages else None,
-            "--store": config.store if isinstance(config.store, str | Path) else None,
-        },
-        {
-            "MODEL": model, "--calib": config.calibration, "--eval": config.evaluation, "--code": code,
-            "--recover-text": config.recover_text, "--state": state, "--bytes-per-token": bytes_per_token,
-            "--factory": source_file(factory), "--loss": source_file(loss), "--method": source_file(config.method),
-            "--tokens": tokens, "--eval-tokens": evaluation_tokens,
-        },
-    )  # fmt: skip
+    given = _Given(model, tokens, evaluation_tokens, factory, state, loss, bytes_per_token, code)
+    pages = given.checked(config, report)
     config = replace(config, code=pack_code.pack(code or (), code_accounting), reporter=progress(as_json))
-    if factory is not None:
-        if config.store is not None:
-            raise UsageError("--store is for checkpoints: what a factory's code computes has no name to be kept under")
-        source = replace(source_of(factory, model, state, loss, bytes_per_token), window=config.window)
-        most, shards = numbers_and_shards(tokens, "--tokens")
-        most_evaluation, held = numbers_and_shards(evaluation_tokens, "--eval-tokens")
-        config = replace(config, calibration=shards, evaluation=held)
-    else:
-        source = None
-        most = limit_only(tokens, "--tokens")
-        most_evaluation = limit_only(evaluation_tokens, "--eval-tokens")
-    config = replace(config, tokens=most, evaluation_tokens=most_evaluation or EVALUATION_TOKENS)
+    source, config = given.source(config)
     results = fit_shards(source, config) if source is not None else fit_config(needed(model), config)
     _show(results, pages, config.dry_run, as_json)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The inputs of `fit` that are no fields of its config."""
+
+    model: str | None
+    tokens: list[str] | None
+    evaluation_tokens: list[str] | None
+    factory: str | None
+    state: Path | None
+    loss: str | None
+    bytes_per_token: Path | None
+    code: list[Path] | None
+
+    def checked(self, config: FitConfig, report: Path | None) -> list[Path]:
+        """Refuse outputs that cannot be written or are inputs; returns the pages to write, one for each budget."""
+        from bytecap.pipeline.fit import each_budget, outputs_of
+        from bytecap.pipeline.formats import is_directory
+
+        if config.output is None and not config.dry_run:
+            raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
+        if config.recover_text and (config.recover is None or self.factory is not None):
+            raise UsageError("--recover-text is read by --recover, without --factory")
+        for each in () if is_directory(config) else each_budget(config):  # directories are checked by their job
+            check_output(Path(each.output) if each.output is not None else None)
+        each_page = each_budget(replace(config, output=report, emit=None))
+        pages = [Path(c.output) for c in each_page if c.output is not None]
+        for page in pages:
+            check_output(page)
+        check_inputs(
+            outputs_of(each_budget(config), pages),
+            {
+                "MODEL": self.model, "--calib": config.calibration, "--eval": config.evaluation, "--code": self.code,
+                "--template": config.template, "--recover-text": config.recover_text, "--state": self.state,
+                "--bytes-per-token": self.bytes_per_token, "--factory": source_file(self.factory),
+                "--loss": source_file(self.loss), "--method": source_file(config.method),
+                "--tokens": self.tokens, "--eval-tokens": self.evaluation_tokens,
+            },
+        )  # fmt: skip
+        return pages
+
+    def source(self, config: FitConfig) -> tuple[Any, FitConfig]:
+        """The source of a factory's module, or None for a checkpoint; and the config with its tokens."""
+        from bytecap.pipeline.fit_shards import limit_only, numbers_and_shards
+
+        if self.factory is None:
+            source, most = None, limit_only(self.tokens, "--tokens")
+            most_evaluation = limit_only(self.evaluation_tokens, "--eval-tokens")
+        else:
+            if config.store is not None:
+                raise UsageError(
+                    "--store is for checkpoints: what a factory's code computes has no name to be kept under"
+                )
+            found = source_of(self.factory, self.model, self.state, self.loss, self.bytes_per_token)
+            source = replace(found, window=config.window)
+            most, shards = numbers_and_shards(self.tokens, "--tokens")
+            most_evaluation, held = numbers_and_shards(self.evaluation_tokens, "--eval-tokens")
+            config = replace(config, calibration=shards, evaluation=held)
+        return source, replace(config, tokens=most, evaluation_tokens=most_evaluation or EVALUATION_TOKENS)
 
 
 def _show(results: list[Any], pages: list[Path], dry_run: bool, as_json: bool) -> None:

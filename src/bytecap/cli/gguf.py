@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import EMBEDDED, Json, check_output, print_json, progress
+from bytecap.cli.common import EMBEDDED, Json, check_inputs, check_output, print_json, progress
 from bytecap.cli.options import with_config
+from bytecap.escape import shown
 from bytecap.job.config import FitConfig
 from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS
 
@@ -34,7 +35,7 @@ def recode(
 ) -> None:
     """Put the model in a GGUF file into another one of at most --budget bytes."""
     from bytecap.model.checkpoint import load_model
-    from bytecap.pipeline.fit import each_budget
+    from bytecap.pipeline.fit import each_budget, outputs_of
     from bytecap.pipeline.fit_gguf import fit_gguf_configs
     from bytecap.pipeline.formats import format_of
     from bytecap.progress import warn
@@ -51,6 +52,13 @@ def recode(
     configs = each_budget(config)
     for each in configs:
         check_output(Path(each.output) if each.output is not None else None)
+    check_inputs(
+        outputs_of(configs),
+        {
+            "GGUF": path, "--calib": config.calibration, "--eval": config.evaluation,
+            "--recover-text": config.recover_text,
+        },
+    )  # fmt: skip
     said = check_source(path, allow_quantized=allow_quantized)
     if said is not None and config.reporter is not None:
         warn(config.reporter, said)
@@ -81,6 +89,7 @@ def imatrix(
     from bytecap.pipeline.fit_gguf import imatrix_of
 
     check_output(output)
+    check_inputs({"-o": output}, {"MODEL": model, "--calib": calibration})
     size, tensors = imatrix_of(
         model, output, calibration=calibration, tokens=tokens, guided=not plain, device=device, seed=seed,
         reporter=progress(as_json),
@@ -88,4 +97,4 @@ def imatrix(
     if as_json:
         print_json({"file": str(output), "file_bytes": size, "tensors": tensors})
     else:
-        typer.echo(f"{output}: {tensors} tensors, {size:,} bytes")
+        typer.echo(shown(f"{output}: {tensors} tensors, {size:,} bytes"))

@@ -77,15 +77,23 @@ def check(
         typer.Option("--library", help="Public library that is not installed here (repeatable).", show_default="none"),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Most seconds of the evaluation.", min=0.1)] = 600.0,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Most memory of the evaluation.", show_default="three quarters of the machine's"),
+    ] = None,
+    disk: Annotated[str, typer.Option(help="Most bytes that the evaluation writes to its directories.")] = "16GB",
+    processes: Annotated[int, typer.Option(help="Most processes and threads of the evaluation.", min=1)] = 4096,
     as_json: Json = False,
 ) -> None:
     """Recount a submission from outside: every file counts, and every name. Runs nothing but the command of --eval."""
     from bytecap_lab.submission.check import check as run
     from bytecap_lab.submission.check import evaluate
 
+    bounds: dict[str, Any] = {"seconds": seconds, "disk": parse_size(disk), "processes": processes}
+    bounds["memory"] = None if memory is None else parse_size(memory)
     found = run(directory, cap=parse_size(cap), data=data or (), libraries=library or ())
     if eval_ is not None:
-        found |= evaluate(directory, eval_, data=data or (), seconds=seconds)
+        found |= evaluate(directory, eval_, data=data or (), **bounds)
     if as_json:
         print_json(found)
         return

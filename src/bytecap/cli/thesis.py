@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,12 +13,13 @@ from bytecap.cli.common import (
     Evaluation,
     EvaluationTokens,
     Json,
+    Tokens,
     check_output,
+    check_study,
     names,
-    print_json,
     progress,
+    show,
 )
-from bytecap.errors import UsageError
 
 
 def thesis(
@@ -39,7 +40,7 @@ def thesis(
     budget: Annotated[str, typer.Option(help="Size, or bits per parameter. The registered one is 3bpp.")] = "3bpp",
     calibration: Calibration = None,
     evaluation: Evaluation = None,
-    tokens: Annotated[int, typer.Option(help="Most calibration tokens.", min=1)] = 16_384,
+    tokens: Tokens = 16_384,
     eval_tokens: EvaluationTokens = 8_192,
     seeds: Annotated[int, typer.Option(help="Calibration seeds of rankings, from 0.", min=1)] = 3,
     rungs: Annotated[int, typer.Option(help="Most settings that a path is tried with on a matrix.", min=2)] = 4,
@@ -64,10 +65,8 @@ def thesis(
     from bytecap_lab import thesis as tests
 
     reporter = progress(as_json)
-    if (not from_) == (not models):
-        raise UsageError("give a MODEL (demo is the embedded one) to test the thesis on, or --from thesis.jsonl")
+    check_study(models, from_, "test the thesis on, or --from thesis.jsonl")
     check_output(report, output)
-    found: dict[str, Any]
     if from_:
         found = tests.render(from_, output, only=names(only), report=report, reporter=reporter)
     else:
@@ -79,7 +78,4 @@ def thesis(
             evaluation_tokens=eval_tokens, seeds=seeds, rungs=rungs, device=device, jobs=jobs, store=store,
             report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip
-    if as_json:
-        print_json(found)
-    else:
-        print_thesis(found)
+    show(found, as_json, print_thesis)

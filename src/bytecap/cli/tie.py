@@ -21,12 +21,12 @@ def tie(
     train: Annotated[
         list[Path] | None, typer.Option("--train", help="Text to uptrain on (repeatable).", show_default=EMBEDDED)
     ] = None,
-    steps: Annotated[str, typer.Option(help="Uptraining: so many moves (600) or so long (45s, 10m).")] = "600",
+    steps: Annotated[str, typer.Option(help="Uptraining: so many iterations (600) or so long (45s, 10m).")] = "600",
     search: Annotated[
         str | None, typer.Option(help="Find which layers share: greedy or dlt.", show_default="none: a loop")
     ] = None,
     search_steps: Annotated[
-        str | None, typer.Option(help="Moves or time of the search.", show_default="as --steps")
+        str | None, typer.Option(help="Iterations or time of the search.", show_default="as --steps")
     ] = None,
     labels: Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss.")] = 0.0,
     rate: Annotated[float, typer.Option(help="First learning rate.")] = 1e-3,
@@ -34,7 +34,7 @@ def tie(
     device: Device = "auto",
     store: Annotated[
         Path | None,
-        typer.Option(help="Directory of kept moves: a killed run, started again, goes on.", show_default="none"),
+        typer.Option(help="Directory of kept progress: a killed run, started again, goes on.", show_default="none"),
     ] = None,
     as_json: Json = False,
 ) -> None:

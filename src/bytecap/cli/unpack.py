@@ -10,18 +10,21 @@ import typer
 from bytecap.cli.common import Artifact, Json, print_json
 from bytecap.escape import shown
 
+DTYPE = "source (as the source was), float32 (exact), auto (as the source if exact), float16 or bfloat16."
+
 
 def unpack(
     path: Artifact,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE)] = "source",
     as_json: Json = False,
 ) -> None:
-    """Write an ordinary Hugging Face directory; exactly the values that `eval` scores."""
-    from bytecap.pipeline.export import unpack as run
+    """Write an ordinary Hugging Face directory, with the names, shapes and dtypes that the source had."""
+    from bytecap.pipeline.export import unpack_directory
 
-    written = run(path, output, dtype=dtype)
+    written = unpack_directory(path, output, dtype=dtype)
     if as_json:
-        print_json({"directory": str(output), "dtype": written})
-    else:
-        typer.echo(shown(f"{output}: written as {written}"))
+        print_json({"directory": str(output), "dtype": written.dtype, "rounded": len(written.rounded)})
+        return
+    note = f" ({len(written.rounded)} tensors rounded; --dtype float32 keeps all bits)" if written.rounded else ""
+    typer.echo(shown(f"{output}: written as {written.dtype}{note}"))

@@ -319,7 +319,7 @@ def write(contents: Contents, path: Path | str) -> int:
 
 
 def is_tokenizer(name: str) -> bool:
-    """Whether a side file belongs to the tokenizer."""
+    """Return whether a side file belongs to the tokenizer."""
     return "token" in name or name in _TOKENIZER_FILES
 
 

@@ -67,7 +67,7 @@ class Job:
 
     @property
     def dry_run(self) -> bool:
-        """Whether to predict only; sections may be left out then."""
+        """Return whether only to predict; sections may be left out then."""
         return self.config.dry_run
 
     @property

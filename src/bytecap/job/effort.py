@@ -15,7 +15,7 @@ from bytecap.errors import UsageError
 
 @dataclass(frozen=True)
 class Effort:
-    """An effort: `steps` moves, or moves for `seconds`.
+    """An effort: `steps` iterations, or iterations for `seconds`.
 
     >>> Effort.parse("600"), Effort.parse("10m")
     (Effort(steps=600, seconds=None), Effort(steps=None, seconds=600.0))

@@ -125,7 +125,7 @@ def menu_of(names: Sequence[str] | None, method: str) -> tuple[str, ...]:
     """Return the overlays that a method may choose from.
 
     Raises:
-        UsageError: an unknown path, or a method that chooses none.
+        UsageError: an unknown overlay, or a method that chooses none.
     """
     from bytecap.allocation import overlay_menu
 

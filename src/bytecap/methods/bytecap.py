@@ -4,8 +4,8 @@
 2. *prepare*: Hessians are factored, and the bytes are counted that matrices and vectors may share.
 3. *plan*: a step for every unit, the best of up to three plans (`bytecap.allocation.plans`).
 4. *retarget*: units aim at the original's outputs from the inputs that the coded prefix delivers
-   (`bytecap.allocation.asymmetric_targets`). This comes after the choice of paths: aiming first would correct for
-   errors of a prefix without paths, which is not shipped.
+   (`bytecap.allocation.asymmetric_targets`). This comes after the choice of overlays: aiming first would correct
+   for errors of a prefix without overlays, which is not shipped.
 5. *pack*: the cap is met on real bytes (`bytecap.methods.rate_control`).
 6. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for.
 
@@ -37,7 +37,7 @@ from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.progress import warn
@@ -76,12 +76,12 @@ def run(job: Job) -> Outcome:
 
 
 def calibrate(job: Job, options: Options) -> Statistics:
-    """What one pass over the statistics tokens finds."""
+    """Collect statistics in one pass over the statistics tokens."""
     return moments(job, guided=options.guided)
 
 
 def prepare(job: Job, options: Options, found: Statistics) -> PreparedModel:
-    """Factored units and the bytes they may use; uses up the statistics."""
+    """Factor the units and count the bytes they may use; uses up the statistics."""
     return prepare_model(job, options, found)
 
 
@@ -101,13 +101,15 @@ def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
 def plan(
     job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> tuple[PreparedModel, PlanCandidate]:
-    """The plan that is shipped, and the units under their paths; integers that are made anew are left out.
+    """Choose the plan that is shipped; returns the units under their overlays, and the plan.
+
+    Its integers that are made anew later are left out.
 
     Args:
-        job: tokens to compare plans on, and paths to choose from.
+        job: tokens to compare plans on, and overlays to choose from.
         prepared: the units.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: where correction factors and the plan are looked for, and put.
+        checkpoints: source and place of correction factors and plan.
     """
     known = checkpoints.get("plan")
     if known is None:
@@ -118,7 +120,7 @@ def plan(
     if planner.options.drift and not job.dry_run:
         windows = leading(job.sets.statistics, planner.options.drift_tokens)
         order = call_order(planner, job.model.module, windows, job.device)
-    prefix = set(planner.names).difference(*order) if order else ()  # of other units only steps are looked at again
+    prefix = set(planner.names).difference(*order) if order else ()  # of other units only steps are used again
     # the units go on in what is returned first: nobody else keeps their memory
     best = replace(best, planner=planner.emptied(), state=best.state.holding(prefix), order=order)
     allocator.release()
@@ -128,7 +130,7 @@ def plan(
 def _best_plan(
     job: Job, prepared: PreparedModel, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PlanCandidate:
-    """The best of all plans, kept if no unit is under a path."""
+    """Return the best of all plans, and keep it in the store if no unit is under an overlay."""
     planner = prepared.planner
     c, plain = plans.plain_plan(job, prepared)
     kappa = checkpoints.get("factors") if planner.options.correct else dict.fromkeys(planner.names, 1.0)
@@ -145,7 +147,7 @@ def _best_plan(
 def retarget(
     job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, checkpoints: StageCheckpoints
 ) -> PreparedModel:
-    """The units with targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
+    """Give units targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
 
     Whether it does depends on the model: it gains some percent on small models and costs 6% on SmolLM2-135M. Units
     stay as they are where the order of calls is not fixed.
@@ -155,7 +157,7 @@ def retarget(
         prepared: the units.
         best: the plan, which codes the prefix.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: where targets are looked for, and put.
+        checkpoints: source and place of targets.
     """
     planner = prepared.planner
     if not planner.options.drift:
@@ -204,11 +206,17 @@ def _moved(item: Prepared, change: KeptTensor | None) -> Prepared:
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
-    """KL of a plan's units on the correction tokens, with the bytes they take at the plan's slope."""
+    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope.
+
+    The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
+    """
     state = planner.settle(best.state.steps, best.state.rules, refit=False)
+    rate = state.rate
     load_values(quantized_copy, correction.unit_values(planner, state))
+    del state  # whose integers the passes do not need
     kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
-    return kl + best.slope * state.rate
+    share_storage(quantized_copy, job.model.module)
+    return kl + best.slope * rate
 
 
 def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
@@ -225,14 +233,14 @@ def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
 
 
 def _size_beside(job: Job, prepared: PreparedModel) -> Callable[[Mapping[str, Section], bytes], int]:
-    """Size of the file that holds sections and a tables section, those of fixed units beside them."""
+    """Return a function that sizes the file of given sections and tables, fixed units included."""
     return lambda sections, tables: job.size({**sections, **prepared.fixed}, tables)
 
 
 def predict(
     job: Job, prepared: PreparedModel, best: PlanCandidate, packed: Packed, quantized_copy: nn.Module
 ) -> Outcome:
-    """The packed plan with its KL on the correction tokens."""
+    """Return the outcome of a packed plan, with its KL on the correction tokens."""
     allocator.release()
     with job.reporter.step("prediction", 1):
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
@@ -244,13 +252,13 @@ def predict(
 
 
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
-    """KL on the correction tokens."""
+    """Return the KL of a packed plan on the correction tokens."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
     return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
 
 
 def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:
-    """What recovery makes of a packed plan, trimmed to the same cap; the plan itself where that measures better.
+    """Tune a packed plan and trim it to the same cap; returns the plan itself where that measures better.
 
     Args:
         job: tokens and effort.
@@ -275,7 +283,7 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
 def _tuned(
     job: Job, prepared: PreparedModel, packed: Packed, slope: float, quantized_copy: nn.Module
 ) -> tuple[tuple[Packed, float] | None, dict[str, Any]]:
-    """Tuned sections under the cap with their KL, None if there are none, and a record of what was done."""
+    """Return tuned sections under the cap with their KL, None if there are none, and a record of the tuning."""
     found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
     if found is None:
         return None, record

@@ -1,4 +1,4 @@
-"""Meeting the cap on real bytes: estimates end here, every number is the length of a serialised section.
+"""Meet the cap on real bytes: every number here is the length of a serialised section, none an estimate.
 
 Tables are frozen, so the file's size is a constant plus the sections' lengths and one unit's bytes can be moved
 without touching the others. First the common step is nudged until the whole file is close; then single units'
@@ -26,7 +26,7 @@ _ENOUGH = 16  # bytes left over that are not worth another rounding
 
 
 def allowed_slack(budget: int) -> int:
-    """Most bytes of a budget that may stay unused.
+    """Return the most bytes of a budget that may stay unused.
 
     >>> allowed_slack(100_000), allowed_slack(3_000_000)
     (64, 1500)
@@ -49,7 +49,7 @@ def _pack(planner: Planner, state: State, tables: bytes) -> Packed:
 
 
 def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget: int) -> Packed:
-    """Real sections whose file is at most `budget` bytes and leaves almost nothing unused.
+    """Return real sections whose file is at most `budget` bytes and leaves almost nothing unused.
 
     Args:
         planner: the units.
@@ -85,9 +85,9 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
 def fit_units(
     planner: Planner, state: State, tables: bytes, size: Size, budget: int, names: Sequence[str]
 ) -> Packed | None:
-    """Like `fit_to_cap`, but only the named matrices are rounded anew, the first of them first; None if over the cap.
+    """Meet the cap like `fit_to_cap` by rounding only the named matrices anew; None if that is not enough.
 
-    For states whose integers answer to one another: the named ones are those that no others answer to.
+    It serves states whose later integers make up for the errors of earlier ones: only the last may still change.
     """
     packed, found = _pack(planner, state, tables), {p.unit.name: p for p in planner.matrices}
     items = [found[n] for n in names]
@@ -129,12 +129,12 @@ def _move_units(
 
 
 def _bytes_per_e(item: Prepared) -> float:
-    """Bytes by which a unit grows when its step shrinks by a factor of e, at most."""
+    """Return the most bytes by which a unit grows when its step shrinks by a factor of e."""
     return item.unit.parameters / 8 * math.log2(math.e) + 1
 
 
 def _requantize(planner: Planner, state: State, name: str, change: float) -> tuple[Section, State]:
-    """One unit at `exp(change)` times its step, everything else as it is."""
+    """Round one unit at `exp(change)` times its step; everything else stays as it is."""
     step = state.steps[name] * math.exp(change)
     item = next(p for p in planner.matrices if p.unit.name == name)
     coded = planner.round([item], {name: step}, state.rules)

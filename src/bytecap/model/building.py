@@ -9,34 +9,39 @@ Nothing else in the library calls `from_pretrained` or `from_config` (`tests/tes
   terabytes, or for a million layers. The module is built on torch's `meta` device, which holds no values, and its
   construction is ended when it registers more tensors than the artifact has.
 
-What it omits: a bound on the time that a constructor spends before it registers anything. Counts that constructors turn
-into lists are limited instead (`_COUNTS`).
+`bytecap.model.bounds` has the limits. What it omits: a bound on the time of a single call of compiled code.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import ArtifactError, CheckpointError
+from bytecap.model.bounds import Shapes, bounded, check_counts, check_values, hurried
 
 if TYPE_CHECKING:
     from torch import nn
 
-Shapes = Mapping[str, tuple[int, ...]]
-
+_READERS = 16  # names of one stored tensor, on the average over all values
+_SPLIT = 4  # tensors that the library makes of one of a checkpoint's
 _OWN = {None, "eager", "sdpa", "grouped_mm", "batched_mm"}  # implementations that transformers itself contains
 _IMPLEMENTATION = re.compile(
     r"_?(?:attn|attention|experts|moe|mlp|kernel)s?_implementation(?:_internal)?|use_kernels|kernel_config"
 )
-_COUNTS = re.compile(r"layer|block|head|expert|depth|stage")
-_MOST_COUNT, _MOST_NUMBER = 1 << 16, 1 << 48
-_SPARE_TENSORS, _SPARE_MODULES, _MODULES_PER_TENSOR = 256, 4096, 64
-_SPARE_HIDDEN = 1 << 26  # values of buffers that no file stores, beside as many as the artifact holds
+_OTHER_KINDS = {  # transformers' tables of the models that it has no causal class for, the most telling first
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "an encoder-decoder",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "a multimodal model",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "a multimodal model",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "an encoder",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "an encoder-decoder for speech",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "a model of images",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES": "a model of sound",
+}
 
 
 def parse_object(content: bytes, name: str) -> dict[str, Any]:
@@ -69,10 +74,7 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
             )
         if key in {"use_kernels", "use_pretrained_backbone"} and value:
             raise CheckpointError(f"{name}: {key} asks for what has to be fetched; set it to false")
-        if isinstance(value, int) and not isinstance(value, bool):
-            most = _MOST_COUNT if _COUNTS.search(key) and not key.endswith(("_id", "_dim", "_size")) else _MOST_NUMBER
-            if abs(value) > most:
-                raise CheckpointError(f"{name}: {key} is {str(value)[:40]}, more than {most:,}; no model is that large")
+    check_counts(_entries(config), name)
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
@@ -99,7 +101,8 @@ def read_config(directory: Path, name: str = "") -> Any:
         name: of what it belongs to, for messages; the directory by default.
 
     Raises:
-        CheckpointError: it asks for code of others. Whatever transformers raises for configs it cannot read.
+        CheckpointError: it asks for code of others, or is of no causal language model. Whatever transformers raises
+            for configs it cannot read.
     """
     import transformers
 
@@ -113,7 +116,9 @@ def read_config(directory: Path, name: str = "") -> Any:
             "never run; build the module yourself and use --factory"
         )
     transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    _check_type(parsed.get("model_type"), said)
+    with hurried(CheckpointError(f"{said} takes minutes to be read")):
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     for kind in ("_attn_implementation", "_experts_implementation"):  # `flash_attention_2` may mean a hub's kernel
         if getattr(config, kind, None) not in _OWN:
             setattr(config, kind, None)
@@ -121,10 +126,41 @@ def read_config(directory: Path, name: str = "") -> Any:
 
 
 def _known(kind: Any) -> bool:
-    """Whether transformers itself has a type of model."""
+    """Return whether transformers itself has a type of model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return isinstance(kind, str) and kind in CONFIG_MAPPING
+
+
+def _check_type(kind: Any, said: str) -> None:
+    """Refuse a `model_type` of which transformers has no causal language model, and say what it is and what to do.
+
+    Args:
+        kind: the type, or whatever stands in its place.
+        said: the file, for messages.
+
+    Raises:
+        CheckpointError: it is missing, unknown, or of another kind.
+    """
+    import transformers
+
+    if not isinstance(kind, str) or not kind:
+        raise CheckpointError(f"{said} has no model_type: name one that transformers knows, or fit a module instead")
+    if not _known(kind):
+        raise CheckpointError(
+            f"{said}: transformers {transformers.__version__} does not know the model type {kind!r}; update "
+            "transformers, or build the module yourself and use --factory"
+        )
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    if configuration_auto.CONFIG_MAPPING[kind] in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    what = next((w for table, w in _OTHER_KINDS.items() if kind in getattr(modeling_auto, table, ())), "")
+    found = f"model_type {kind!r} is {what}" if what else f"model_type {kind!r} is none of a causal language model"
+    raise CheckpointError(
+        f"{said}: {found}, AutoModelForCausalLM has no class for it, so it scores no text; fit it as a module with a "
+        "loss of your own"
+    )
 
 
 def causal_lm(config: Any) -> nn.Module:
@@ -139,7 +175,7 @@ def causal_lm(config: Any) -> nn.Module:
 
 
 def pretrained(directory: Path, **options: Any) -> Any:
-    """What `AutoModelForCausalLM.from_pretrained` gives for a directory, without its code."""
+    """Build a directory's model by `AutoModelForCausalLM.from_pretrained`, without running its code."""
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(
@@ -148,13 +184,14 @@ def pretrained(directory: Path, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def check_fits(config: Any, shapes: Shapes, name: str, *, prepare: Any = None) -> None:
+def check_fits(config: Any, shapes: Shapes, name: str, *, held: int | None = None, prepare: Any = None) -> None:
     """Compare the module of a config with an artifact's tensors, before anything is allocated.
 
     Args:
         config: of transformers.
         shapes: of all tensors of the artifact, by every name they have.
         name: of the artifact, for messages.
+        held: number of values that are stored; by default no tensor has a second name.
         prepare: called with the module built on `meta`, to change it as it is changed after it is built.
 
     Raises:
@@ -164,6 +201,7 @@ def check_fits(config: Any, shapes: Shapes, name: str, *, prepare: Any = None) -
 
     with bounded(len(shapes), name), torch.device("meta"):
         module = causal_lm(config)
+        full = module.state_dict(keep_vars=True)
         if prepare is not None:
             prepare(module)
     tensors = dict(module.state_dict(keep_vars=True))
@@ -178,45 +216,30 @@ def check_fits(config: Any, shapes: Shapes, name: str, *, prepare: Any = None) -
     if wrong:
         more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ArtifactError(f"{name} does not hold the model of its config.json: {wrong[0]}{more}")
-    hidden = sum(b.numel() for n, b in module.named_buffers() if n not in tensors)
-    most = _SPARE_HIDDEN + sum(t.numel() for t in tensors.values())
-    if hidden > most:
-        raise ArtifactError(
-            f"{name}: its config.json asks for {hidden:,} values besides the weights, at most {most:,} fit"
-        )
+    if held is None:
+        held = sum(math.prod(s) for s in shapes.values())
+    check_values(module, full, held, name, ArtifactError, _READERS)
 
 
-@contextlib.contextmanager
-def bounded(tensors: int, name: str) -> Iterator[None]:
-    """End the construction of modules that register far more tensors or modules than an artifact has tensors.
+def check_holds(config: Any, shapes: Shapes, name: str, *, tied: bool = False) -> None:
+    """Compare the module of a config with a checkpoint's weight files, before anything is allocated.
+
+    Names are not compared one by one: the library may know a checkpoint's tensors by other ones. So numbers of tensors
+    and values are compared here; every tensor is accounted for after it was read.
+
+    Args:
+        config: of transformers.
+        shapes: of all tensors of the files.
+        name: of the checkpoint, for messages.
+        tied: several of the module's tensors may be read from one of the files'.
 
     Raises:
-        ArtifactError: within the block, out of the constructor.
+        CheckpointError: the module would be far larger than the files.
     """
-    from torch.nn.modules import module as hooks
+    import torch
 
-    left = {"tensors": tensors + _SPARE_TENSORS, "modules": _SPARE_MODULES + _MODULES_PER_TENSOR * tensors}
-
-    def count(kind: str) -> None:
-        left[kind] -= 1
-        if left[kind] < 0:
-            raise ArtifactError(
-                f"{name}: its config.json asks for more {kind} than belong to {tensors:,} stored tensors"
-            )
-
-    def tensor(*_: Any) -> None:
-        count("tensors")
-
-    def module(*_: Any) -> None:
-        count("modules")
-
-    handles = [
-        hooks.register_module_parameter_registration_hook(tensor),
-        hooks.register_module_buffer_registration_hook(tensor),
-        hooks.register_module_module_registration_hook(module),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    each = _READERS if tied else _SPLIT
+    with bounded(each * len(shapes), name, CheckpointError), torch.device("meta"):
+        module = causal_lm(config)
+    held = sum(math.prod(s) for s in shapes.values())
+    check_values(module, module.state_dict(keep_vars=True), held, name, CheckpointError, each)

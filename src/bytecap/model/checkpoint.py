@@ -1,4 +1,4 @@
-"""A checkpoint on disk, read strictly: Hugging Face directories with safetensors, single or sharded.
+"""Read a checkpoint strictly: a Hugging Face directory with safetensors, single or sharded, or a GGUF file.
 
 Pickle checkpoints are refused, damaged files and non-finite weights are reported with the tensor's name.
 Tied tensors are found by shared storage in the built model and become one `Unit`.
@@ -21,7 +21,8 @@ import numpy as np
 
 from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model import gguf_file
-from bytecap.model.building import Shapes, causal_lm, check_fits, pretrained, read_config
+from bytecap.model.bounds import Shapes
+from bytecap.model.building import causal_lm, check_fits, check_holds, pretrained, read_config
 from bytecap.model.fileset import (
     HUB_FILES,
     PICKLES,
@@ -73,30 +74,30 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Unique parameters: tied tensors count once."""
+        """Return the number of parameters; tied tensors count once."""
         return sum(u.parameters for u in self.units)
 
     def tensor(self, unit: Unit) -> torch.Tensor:
-        """The live parameter or buffer of a unit."""
+        """Return the live parameter or buffer of a unit."""
         return tensors_of(self.module)[unit.name]
 
     def embeddings(self) -> set[str]:
-        """Names of the units that are embedding tables."""
+        """Return the names of the units that are embedding tables."""
         names = {alias: u.name for u in self.units for alias in (u.name, *u.aliases)}
         return {names[n] for n, (_, kind) in linear_weights(self.module).items() if kind == "embedding"}
 
     def config(self) -> dict[str, Any]:
-        """The parsed `config.json`, or an empty dictionary."""
+        """Return the parsed `config.json`, or an empty dictionary."""
         return dict(json.loads(self.files["config.json"])) if "config.json" in self.files else {}
 
 
 def demo_directory() -> Path:
-    """The embedded model's directory."""
+    """Return the embedded model's directory."""
     return Path(str(resources.files("bytecap") / "data" / "demo"))
 
 
 def resolve(model: Path | str) -> Path:
-    """A directory or `.gguf` file for a path, the word `demo`, or a hub id.
+    """Find the directory or `.gguf` file of a path, the word `demo`, or a hub id.
 
     Raises:
         CheckpointError: nothing is there.
@@ -170,7 +171,7 @@ def load_model(
     notes += conversion_note(files)
     if begin is not None:
         begin(files)
-    module = build_module(directory)
+    module = build_module(directory, {n: tuple(e["shape"]) for h in headers.values() for n, e in h.items()})
     found = account(module, headers, allow_unused)
     units = find_units(module, found.dtypes)
     check_finite(units, module)
@@ -186,22 +187,23 @@ def load_model(
 
 
 def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Model:
-    """The model of a GGUF file, dequantized."""
+    """Read the model of a GGUF file, dequantized."""
     tensors, files, notes = gguf_file.read(path)
     if begin is not None:
         begin(files)
-    module = _filled(files, tensors)
+    module = _filled(files, tensors, path)
     units = find_units(module, gguf_file.dtypes(tensors))
     check_finite(units, module)
     return Model(module, units, files, str(path), notes=notes, rebuilt=True)
 
 
-def _filled(files: dict[str, bytes], tensors: dict[str, Any]) -> torch.nn.Module:
-    """A plain float32 module of a config, with these tensors in it."""
+def _filled(files: dict[str, bytes], tensors: dict[str, Any], path: Path) -> torch.nn.Module:
+    """Build a plain float32 module of a config and put tensors into it."""
     import torch
 
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_bytes(files["config.json"])
+        check_holds(read_config(Path(directory)), {n: tuple(t.shape) for n, t in tensors.items()}, str(path))
         module = module_from_config(Path(directory))
     stored = module.state_dict(keep_vars=True)
     with torch.no_grad():
@@ -210,8 +212,13 @@ def _filled(files: dict[str, bytes], tensors: dict[str, Any]) -> torch.nn.Module
     return freeze(module)
 
 
-def build_module(directory: Path) -> torch.nn.Module:
-    """The float32 module of a model directory, built by transformers."""
+def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
+    """Build the float32 module of a model directory by transformers.
+
+    Args:
+        directory: of the model.
+        shapes: of all tensors of its weight files; a config that asks for far more is refused before it is built.
+    """
     try:
         import torch
         import transformers
@@ -219,7 +226,9 @@ def build_module(directory: Path) -> torch.nn.Module:
         from bytecap.model import tying
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
-    if (directory / tying.FILE).is_file():
+    tied = (directory / tying.FILE).is_file()
+    _check_size(directory, shapes, tied)
+    if tied:
         module = module_from_config(directory)
         tying.fill(module, weight_files(directory))
         return freeze(module)
@@ -246,8 +255,18 @@ def build_module(directory: Path) -> torch.nn.Module:
     return freeze(module)
 
 
+def _check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
+    """Compare what a config asks for with what the weight files hold, before anything is allocated."""
+    try:
+        check_holds(read_config(directory), shapes, str(directory), tied=tied)
+    except Exception as exc:
+        if isinstance(exc, BytecapError):
+            raise
+        raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
+
+
 def freeze(module: torch.nn.Module, *, cache: bool = False) -> torch.nn.Module:
-    """Evaluation mode, no gradients; without the cache that keeps keys and values unless it is asked for."""
+    """Set evaluation mode without gradients, and without the cache of keys and values unless it is asked for."""
     module.eval()
     if hasattr(module, "config") and not cache:  # windows scored once would only fill it
         module.config.use_cache = False  # type: ignore[union-attr]
@@ -261,26 +280,26 @@ def _first_line(exc: BaseException) -> str:
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every name in the state dict with its live tensor, tied names included; without what is extra state."""
+    """Return every name of the state dict with its live tensor, tied names included, extra state left out."""
     return {n: t for n, t in module.state_dict(keep_vars=True).items() if not n.endswith("_extra_state")}
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether a parameter has no shape before the first pass."""
+    """Return whether a parameter has no shape before the first pass."""
     from torch.nn.parameter import is_lazy as lazy
 
     return bool(lazy(tensor))
 
 
 def unready(tensor: torch.Tensor) -> str:
-    """Why a tensor holds no values; nothing if it does."""
+    """Say why a tensor holds no values; an empty text if it does."""
     if is_lazy(tensor):
         return "lazy: run one batch through the module first"
     return "on the meta device: load its weights first" if tensor.is_meta else ""
 
 
 def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) -> tuple[Unit, ...]:
-    """Units of a module in state-dict order; tensors that share storage become one.
+    """Find the units of a module in state-dict order; tensors that share storage become one.
 
     Args:
         module: any module.
@@ -311,24 +330,27 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
 
 
 def _is_stack(tensor: torch.Tensor) -> bool:
-    """Whether a tensor that no linear module owns is a stack of matrices: kernels of convolutions are smaller."""
+    """Return whether a tensor outside linear modules is a stack of matrices; kernels of convolutions are smaller."""
     return tensor.ndim == 3 and min(tensor.shape[1:]) >= _STACKED
 
 
 def as_matrix(unit: Unit, values: _Values) -> _Values:
-    """Stored tensor -> (rows, cols) as coders see it, an array or a torch tensor."""
+    """Return a stored array or tensor as coders see it, (rows, cols)."""
     rows, cols = unit.matrix_shape
     turned = unit.transposed and len(unit.shape) >= 2
     return values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
 
 
-def module_from_config(directory: Path, shapes: Shapes | None = None, name: str = "") -> torch.nn.Module:
-    """An untrained float32 module of a config, for decoded values to be put into.
+def module_from_config(
+    directory: Path, shapes: Shapes | None = None, name: str = "", held: int | None = None
+) -> torch.nn.Module:
+    """Build an untrained float32 module of a config, for decoded values to be put into.
 
     Args:
         directory: with `config.json`, and perhaps `tying.json`.
         shapes: of the tensors that will be put in, by every name; they are compared before anything is allocated.
         name: of what they come from, for messages.
+        held: number of values that are stored, where several names mean one tensor.
     """
     try:
         import transformers  # noqa: F401 (said here if it is missing)
@@ -339,7 +361,7 @@ def module_from_config(directory: Path, shapes: Shapes | None = None, name: str 
     try:
         config = read_config(directory, name)
         if shapes is not None:
-            check_fits(config, shapes, name, prepare=lambda m: tying.tie_as_described(m, directory))
+            check_fits(config, shapes, name, held=held, prepare=lambda m: tying.tie_as_described(m, directory))
         module = causal_lm(config)
     except Exception as exc:
         if isinstance(exc, BytecapError) or (allocator.is_shortage(exc) and shapes is None):

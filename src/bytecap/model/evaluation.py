@@ -142,7 +142,7 @@ def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def compare(
+def compare_models(
     original: nn.Module,
     coded: nn.Module,
     text: Text,

@@ -17,6 +17,7 @@ from typing import Any
 
 from bytecap.errors import CheckpointError
 from bytecap.model.building import parse_object
+from bytecap.system.directories import interrupted
 
 Header = dict[str, dict[str, Any]]
 DEQUANTIZE = "load it with the tool that made it and save it dequantized, in bfloat16 or float32"
@@ -90,6 +91,10 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         return _shards(directory / INDEX)
+    if interrupted(directory):
+        raise CheckpointError(
+            f"{directory} was being written when its writer was killed; write it again: its old files return first"
+        )
     others = sorted(directory.glob("*.safetensors"))
     if others:
         raise CheckpointError(f"{directory} holds {others[0].name}, but weights are read from {WEIGHTS}: rename it")
@@ -152,7 +157,7 @@ def read_headers(directory: Path, allow: Sequence[str] = ()) -> tuple[dict[Path,
 
 
 def allowed(name: str, allow: Sequence[str]) -> bool:
-    """Whether a tensor or file is meant to be left out."""
+    """Return whether a tensor or file is meant to be left out."""
     return any(name == a or fnmatch.fnmatchcase(name, a) for a in allow)
 
 

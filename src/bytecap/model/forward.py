@@ -9,6 +9,8 @@ Every pass goes through here: calibration, gradients, recovery, evaluation.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -59,6 +61,23 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if supported else torch.float32
+
+
+def fast_copy(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return a copy of a model on a device, in `fast_dtype` but for what its class asks to keep in float32.
+
+    transformers names such tensors in `_keep_in_fp32_modules_strict`, by parts of their names: their own code computes
+    with them in float32 and fails, or routes tokens elsewhere, if they are rounded.
+    """
+    found = copy.deepcopy(module).to(device, fast_dtype(device))
+    kept = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
+    if kept:
+        pattern = re.compile("|".join(rf"(?:^|\.){part}(?:$|\.)" for part in sorted(kept)))
+        tensors = dict(module.state_dict(keep_vars=True))
+        for name, tensor in found.state_dict(keep_vars=True).items():
+            if pattern.search(name) and tensor.is_floating_point():
+                tensor.data = tensors[name].data.to(device, torch.float32)
+    return found
 
 
 def batch_tokens(vocabulary: int) -> int:

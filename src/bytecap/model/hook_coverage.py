@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bytecap.model.linears import maps_tokens
 from bytecap.types import Unit
 
 _EXPLAINED = 0.05  # relative difference that rounding may make
@@ -77,8 +78,8 @@ class Account:
             w.requires_grad_(False)
 
     def _hook(self, name: str, weight: Tensor) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not args or not isinstance(output, Tensor) or not isinstance(args[0], Tensor):
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not args or not maps_tokens(module, args[0], output):
                 return
             if not self._recording:
                 if not output.requires_grad:

@@ -121,7 +121,9 @@ def vocabulary_of(module: nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
-def check_causal(module: nn.Module, name: str, size: int | None, positions: int | None = None) -> None:
+def check_causal(
+    module: nn.Module, name: str, size: int | None, positions: int | None = None, *, ids: Tensor | None = None
+) -> None:
     """Refuse a module whose predictions change with later tokens.
 
     Args:
@@ -129,27 +131,47 @@ def check_causal(module: nn.Module, name: str, size: int | None, positions: int 
         name: for messages.
         size: ids it knows.
         positions: most tokens of a pass.
+        ids: (1, length), to try in place of random ones: a module may take one length only.
 
     Raises:
         CheckpointError: it sees the next token. UsageError: its logits are not finite.
     """
     import torch
 
-    length = max(2, min(_TRIAL, positions or _TRIAL))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(max(2, size or 2), (1, length), generator=generator)
-    other = ids.clone()
-    half = length // 2
-    other[0, half:] = (ids[0, half:] + 1 + torch.arange(length - half) % max(1, (size or 2) - 1)) % max(2, size or 2)
-    with torch.no_grad():
-        one, two = (x[0, :half].float() for x in _logits(module, (ids, other), name))
-    spread = float(one.std()) or 1.0
-    leak = float((one - two).abs().max())
-    if leak > _LEAK * spread:
+    if ids is None:
+        length = max(2, min(_TRIAL, positions or _TRIAL))
+        ids = torch.randint(max(2, size or 2), (1, length), generator=torch.Generator().manual_seed(0))
+    if sees_later(module, ids, size, name):
         raise CheckpointError(
             f"{name} ({type(module).__name__}) is no causal language model: its predictions change with the tokens "
             "that come after, so bits per byte would mean nothing; fit it as a module with a loss of your own"
         )
+
+
+def sees_later(module: nn.Module, ids: Tensor, size: int | None, name: str = "the module") -> bool:
+    """Return whether predictions for the first half of ids (1, length) change with those of the second.
+
+    Args:
+        module: `module(ids)` gives logits (batch, length, vocabulary).
+        ids: tokens; fewer than two tell nothing.
+        size: ids it knows.
+        name: for messages.
+
+    Raises:
+        UsageError: its logits are not finite.
+    """
+    import torch
+
+    length = ids.shape[1]
+    half, other = length // 2, ids.clone()
+    if half == 0:
+        return False
+    step = 1 + torch.arange(length - half, device=ids.device) % max(1, (size or 2) - 1)
+    other[0, half:] = (ids[0, half:] + step) % max(2, size or 2)
+    with torch.no_grad():
+        one, two = (x[0, :half].float() for x in _logits(module, (ids, other), name))
+    spread = float(one.std()) or 1.0
+    return float((one - two).abs().max()) > _LEAK * spread
 
 
 def _logits(module: nn.Module, inputs: Sequence[Tensor], name: str) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,30 @@ def linear_weights(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, 
         if kind is not None:
             found[f"{name}.weight" if name else "weight"] = (m, kind)
     return found
+
+
+def maps_otherwise(module: nn.Module) -> bool:
+    """Return whether a linear map's class has a forward of its own, as routers and maps of groups of rows have.
+
+    Its output need not be `x @ weight.T`, so hooks at its ends need not explain the weight's gradient.
+    """
+    from torch import nn
+
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
+def maps_tokens(module: nn.Module, given: Any, output: Any) -> bool:
+    """Return whether a call of a linear map gave every token of its input a channel for every row of the weight."""
+    import torch
+    from torch import nn
+
+    if not (isinstance(given, torch.Tensor) and isinstance(output, torch.Tensor)):
+        return False
+    if output.shape[:-1] != given.shape[:-1]:
+        return False
+    if not isinstance(module, nn.Linear):
+        return True
+    return (output.shape[-1], given.shape[-1]) == (module.out_features, module.in_features)
 
 
 def of_transformers(module: torch.nn.Module) -> bool:

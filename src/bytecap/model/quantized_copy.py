@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,26 @@ def copy_of(module: nn.Module) -> nn.Module:
         shared = t.detach()
         memo[id(t)] = nn.Parameter(shared, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else shared
     return copy.deepcopy(module, memo)
+
+
+@torch.no_grad()
+def share_storage(quantized_copy: nn.Module, original: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Let a copy share the original's storage again, which frees the values that were loaded into it.
+
+    Args:
+        quantized_copy: a copy of the original.
+        original: untouched model.
+        names: of parameters and buffers; all by default.
+    """
+    streamed = streaming.of(quantized_copy)
+    if streamed is not None:
+        for name in list(streamed.replaced) if names is None else names:
+            streamed.replaced.pop(name, None)
+        return
+    source, tensors = (dict(m.state_dict(keep_vars=True)) for m in (original, quantized_copy))
+    for name in tensors if names is None else names:
+        if isinstance(source[name], torch.Tensor):  # not extra state
+            tensors[name].data = source[name].data
 
 
 @torch.no_grad()

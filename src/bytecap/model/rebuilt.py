@@ -13,6 +13,7 @@ True
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Mo
         for each in set(DESCRIBING) & files.keys():
             (Path(directory) / each).write_bytes(files[each])
         shapes = {n: u.shape for u in units for n in (u.name, *u.aliases)}
-        module = module_from_config(Path(directory), shapes, name)
+        module = module_from_config(Path(directory), shapes, name, sum(math.prod(u.shape) for u in units))
     config: Any = module.config
     config.name_or_path = str(json.loads(files["config.json"]).get("_name_or_path", ""))
     if "generation_config.json" in files:

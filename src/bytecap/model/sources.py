@@ -1,4 +1,4 @@
-"""Model and texts of a job: tokenizer, windows, and the embedded texts as a stand-in.
+"""Load the texts of a job as token windows, with samples and embedded texts where none are given.
 
 Without `--calib` the model's own samples and the embedded general text are used, without `--eval` documents of the
 general text that calibration never reads; the embedded model has texts of its own. The job says so.
@@ -53,7 +53,7 @@ _BEGINNING = 8  # tokens by which windows are told apart
 
 
 def encoder(files: dict[str, bytes]) -> Encoder:
-    """Encoder of documents from a model's side files.
+    """Return the encoder of documents from a model's side files.
 
     Raises:
         CheckpointError: there is no readable tokenizer.
@@ -62,12 +62,12 @@ def encoder(files: dict[str, bytes]) -> Encoder:
 
 
 def first_token(files: dict[str, bytes]) -> int | None:
-    """Token put in front of every document: the config's `bos_token_id`, if it names one."""
+    """Return the token put in front of every document: the config's `bos_token_id`, if it names one."""
     return facts(files).first
 
 
 def window_limit(model: Model, window: int) -> int:
-    """Window length the model's positions allow."""
+    """Return the window length that the model's positions allow."""
     return min(window, facts(model.files).positions or window)
 
 
@@ -81,7 +81,7 @@ def check_model(model: Model) -> None:
 
 
 def as_paths(paths: Paths) -> list[Path]:
-    """One path or several, as a list.
+    """Return one path or several as a list.
 
     Raises:
         UsageError: something else than a path is among them.
@@ -117,7 +117,7 @@ def embedded(calibration: Sequence[Path], evaluation: Sequence[Path], *, own: bo
 def named(
     calibration: Paths, evaluation: Paths, reporter: Reporter, models: Iterable[Any] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of calibration and evaluation texts, for settings; says where embedded ones stand in for these models."""
+    """Return the names of calibration and evaluation texts, and warn where embedded ones stand in."""
     calib, held = as_paths(calibration), as_paths(evaluation)
     if missing := embedded(calib, held, own={str(m) for m in models} == {DEMO}):
         warn(reporter, missing)
@@ -138,7 +138,7 @@ def load_sets(
     sampler: Sampler | None = None,
     reporter: Reporter,
 ) -> TokenSets:
-    """The three disjoint token sets of a job.
+    """Load the three disjoint token sets of a job.
 
     Args:
         model: whose tokenizer is used.
@@ -212,7 +212,7 @@ def sampled(
     reporter: Reporter,
     firsts: Sequence[int] | None = None,
 ) -> tuple[Window, ...]:
-    """Windows that the model makes up, each from a first token drawn evenly.
+    """Sample windows from the model, each from a first token drawn evenly.
 
     Args:
         model: of transformers.
@@ -239,7 +239,7 @@ def sampled(
 
 
 def recovery_texts(model: Model, calibration: Sequence[Path]) -> list[Path]:
-    """Texts to recover on where none are named: the calibration's files, or what stands in for them."""
+    """Return the texts to recover on where none are named: the calibration's files, or their stand-ins."""
     given = [Path(s.name) for s in parse(calibration) if s.name not in WORDS]
     return given or [demo_directory() / "calib.txt" if model.name == DEMO else Path(SELF)]
 
@@ -254,7 +254,7 @@ def with_recovery(
     device: str = "cpu",
     reporter: Reporter,
 ) -> TokenSets:
-    """The sets with windows of texts to recover on; what evaluation and correction hold is left out.
+    """Add windows of texts to recover on to the sets, without those that evaluation and correction hold.
 
     Windows are told apart by how they begin: of a text that was read in part only, the last one may be cut short.
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from bytecap.errors import TextError
+from bytecap.model import tokenizer as door
 
 Encoder = Callable[[Iterable[str]], Iterator[tuple[list[int], list[int]]]]
 _TOGETHER = 64  # documents turned into tokens side by side
@@ -120,7 +121,7 @@ def tokenizer_encoder(tokenizer: Any, first: int | None) -> Encoder:
     def encode(documents: Iterable[str]) -> Iterator[tuple[list[int], list[int]]]:
         left = iter(documents)
         while batch := list(itertools.islice(left, _TOGETHER)):
-            for document, found in zip(batch, tokenizer.encode_batch(batch, add_special_tokens=False), strict=True):
+            for document, found in zip(batch, door.encode(tokenizer, batch), strict=True):
                 ids, sizes = found.ids, _sizes(document, [end for _, end in found.offsets])
                 yield (ids, sizes) if first is None else ([first, *ids], [0, *sizes])
 

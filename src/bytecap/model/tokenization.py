@@ -7,6 +7,7 @@ with `merges.txt`), transformers converts it.
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,16 @@ from typing import Any
 from bytecap.errors import CheckpointError
 from bytecap.model.fileset import SLOW_TOKENIZER_FILES, TOKENIZER
 from bytecap.model.tokenizer import load_tokenizer
+
+_SENTENCEPIECE = "tokenizer.model"
+_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages and their modules
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package it would be in
+        return False
 
 
 def read_tokenizer(files: Mapping[str, bytes]) -> Any:
@@ -68,6 +79,11 @@ def _converted(files: Mapping[str, bytes]) -> Any:
             ).backend_tokenizer
         except Exception as exc:
             names = ", ".join(n for n in SLOW_TOKENIZER_FILES if n in files)
+            if _SENTENCEPIECE in files and (missing := [p for p, m in _READERS.items() if not _installed(m)]):
+                raise CheckpointError(
+                    f"{_SENTENCEPIECE} cannot be read without {' and '.join(missing)}: pip install "
+                    f"{' '.join(missing)}, or save {TOKENIZER} with the tokenizer's own library"
+                ) from exc
             raise CheckpointError(
                 f"transformers cannot convert {names} to a {TOKENIZER} ({str(exc).strip().split(chr(10), 1)[0][:160]}"
                 "): save the tokenizer with its own library first"

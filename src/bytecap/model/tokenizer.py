@@ -5,8 +5,12 @@ some contradictions are panics. So what a file says about padding and truncation
 taken out, and a tokenizer is first tried in a process of its own, with limits on memory and time. Code and templates
 are not read here; no tokenizer class is ever taken from a checkpoint.
 
-What it omits: regular expressions that take exponential time on some texts only. The trial ends those that do so on its
-own sample.
+A regular expression may take exponential time on some texts only (the library ends a single match, with a panic, but
+not many that are nearly as long). So all texts are read and written through `encode`
+and `decode`, which give up when the processor's time for a text is spent.
+
+What it omits: ending what was given up. A library of compiled code cannot be interrupted within its process, so it
+works on until the process ends; the command line ends with the error.
 """
 
 from __future__ import annotations
@@ -14,13 +18,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from bytecap.errors import CheckpointError
 from bytecap.model.building import parse_object
 
+T = TypeVar("T")
+
 _SECONDS = 120  # of the trial, on a busy machine
+_SPARE, _PER_CHARACTER = 60.0, 1e-4  # seconds of the processor for a text; common tokenizers need a hundredth of it
+_POLL = 0.2
 _ABSENT = 3  # exit code of a trial that cannot be made
 _TRIAL = """
 import sys
@@ -74,9 +85,64 @@ def load_tokenizer(content: bytes, name: str = "tokenizer.json") -> Any:
         raise CheckpointError(f"{name} cannot be read: {exc}") from exc
 
 
+def encode(tokenizer: Any, documents: Sequence[str]) -> list[Any]:
+    """Return the encodings of documents, without special tokens.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+        documents: texts.
+
+    Raises:
+        CheckpointError: it takes far longer than any tokenizer needs.
+    """
+    found: list[Any] = _in_time(
+        lambda: tokenizer.encode_batch(list(documents), add_special_tokens=False), sum(map(len, documents))
+    )
+    return found
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens, without special ones.
+
+    Raises:
+        CheckpointError: it takes far longer than any tokenizer needs.
+    """
+    found: str = _in_time(lambda: tokenizer.decode_batch([list(ids)])[0], len(ids))
+    return found
+
+
+def _in_time(work: Callable[[], T], size: int) -> T:
+    """Do work of compiled code that may never end; what is given up works on in its thread until the process ends."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as exc:  # noqa: BLE001 (a panic of the library is no Exception)
+            failed.append(exc)
+
+    worker = threading.Thread(target=run, daemon=True)
+    until = time.process_time() + _SPARE + _PER_CHARACTER * size
+    worker.start()
+    worker.join(_POLL)
+    while worker.is_alive():
+        if time.process_time() > until:
+            raise CheckpointError(
+                f"tokenizer.json: {size:,} characters or tokens were not done in {_SPARE + _PER_CHARACTER * size:.0f} "
+                "seconds; an expression in its pre_tokenizer, normalizer or decoder takes exponential time on this text"
+            )
+        worker.join(_POLL)
+    if failed and type(failed[0]).__name__ == "PanicException":
+        raise CheckpointError(f"tokenizer.json: the library that reads it failed on a text: {failed[0]}")
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
 @lru_cache(maxsize=16)
 def _trial(content: bytes) -> str:
-    """Why a tokenizer cannot be used, from a process that tried; nothing if it can."""
+    """Say why a tokenizer cannot be used, from a process that tried; an empty text if it can."""
     try:
         done = subprocess.run(  # noqa: S603 (our own text)
             [sys.executable, "-I", "-c", _TRIAL], input=content, capture_output=True, timeout=_SECONDS, check=False,

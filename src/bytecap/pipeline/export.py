@@ -1,6 +1,8 @@
 """Turn an artifact back into an ordinary Hugging Face directory.
 
-`unpack` writes exactly the values `eval` scores: in the source dtype where that holds them all, else float32.
+`unpack` writes the source's names, shapes and dtypes, so that other tools take the directory for the original. A coded
+value is a float32, and rounding it to a source of 16 bits changes it a little: far less than coding it did
+(docs/cli.md has figures). `float32`, or `auto`, writes exactly the values that `eval` scores.
 No network, no code from the file: config and tokenizer come out of the artifact's own sections.
 """
 
@@ -18,15 +20,16 @@ import numpy.typing as npt
 
 from bytecap.errors import ArtifactError, CorruptError, UsageError
 from bytecap.format import codefiles, container
-from bytecap.format.coders.exact import WIDTH, is_lossless, to_bytes
+from bytecap.format.coders.exact import WIDTH, from_bytes, is_lossless, to_bytes
 from bytecap.format.container import CODE, FILE, Contents
 from bytecap.format.decoder import decode_units
 from bytecap.format.sidefiles import names, source_tensors
 from bytecap.format.sidefiles.names import WEIGHTS
-from bytecap.system.atomic import write_directory
 from bytecap.system.collisions import refuse_collisions
+from bytecap.system.directories import write_directory
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+RULES = ("source", "auto")  # that choose a dtype for every tensor
 _CONFIG_NAMES = {v: k for k, v in DTYPES.items()}
 _METADATA = "__metadata__"  # a name that a safetensors header keeps for itself
 _PIECE = 1 << 20  # values converted at a time: a copy of them all is never made
@@ -41,12 +44,14 @@ class Directory:
         dtypes: that each is written in.
         files: config, tokenizer and code by name.
         dtype: of the floating-point tensors, for the config.
+        rounded: names of the tensors whose dtype does not hold their decoded values exactly.
     """
 
     values: dict[str, npt.NDArray[Any]]
     dtypes: dict[str, str]
     files: dict[str, bytes]
     dtype: str
+    rounded: tuple[str, ...] = ()
 
     def write_weights(self, into: BinaryIO) -> None:
         """Write `model.safetensors`, some values at a time."""
@@ -61,14 +66,15 @@ class Directory:
         text += b" " * (-len(text) % 8)
         into.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(self.values):
-            into.writelines(_rounded_bytes(piece, self.dtypes[name]) for piece in _pieces(self.values[name]))
+            into.writelines(_rounded_bytes(piece, self.dtypes[name]).data for piece in _pieces(self.values[name]))
 
 
-def open_directory(contents: Contents, dtype: str = "auto") -> Directory:
-    """What `unpack` would write; every section is decoded and every name checked.
+def open_directory(contents: Contents, dtype: str = "source") -> Directory:
+    """Return the files that `unpack` would write; every section is decoded and every name checked.
 
     Raises:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
+        UsageError: `dtype` is too narrow for a value.
     """
     names.check(f.name for f in contents.files)
     unpacked = codefiles.files(contents, (FILE, CODE))
@@ -77,17 +83,17 @@ def open_directory(contents: Contents, dtype: str = "auto") -> Directory:
     found |= unpacked
     if _METADATA in values:
         raise CorruptError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
-    chosen = _choose_dtypes(values, source, dtype)
+    chosen, rounded = _choose_dtypes(values, source, dtype)
     float_dtypes = {d for d in chosen.values() if d in _CONFIG_NAMES}
     written = _CONFIG_NAMES[float_dtypes.pop()] if len(float_dtypes) == 1 else "float32"
     if "config.json" in found:
         content = _with_dtype(found["config.json"], written)  # which also refuses what is no config
         if chosen != source or len(set(chosen.values())) == 1:
             found["config.json"] = content
-    return Directory(values, chosen, found, written)
+    return Directory(values, chosen, found, written, rounded)
 
 
-def directory_files(contents: Contents, dtype: str = "auto") -> tuple[dict[str, bytes], str]:
+def directory_files(contents: Contents, dtype: str = "source") -> tuple[dict[str, bytes], str]:
     """Return every file that `unpack` writes, by name, and the dtype; nothing is written here.
 
     Raises:
@@ -120,37 +126,59 @@ def _with_dtype(content: bytes, written: str) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def unpack(path: Path | str, directory: Path | str, *, dtype: str = "auto") -> str:
+def unpack(path: Path | str, directory: Path | str, *, dtype: str = "source") -> str:
     """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer, code): all files or none.
 
     Args:
         path: `.bcap` file.
         directory: created if missing; existing files of these names are replaced.
-        dtype: `auto` (the source dtype if it holds every value exactly, else float32), `float32`, `float16`
-            or `bfloat16` (rounded).
+        dtype: `source` (the source's own dtypes; values are rounded to them, but where one is beyond such a dtype),
+            `float32` (the decoded values exactly), `auto` (the source's dtypes if they hold every value exactly, else
+            float32), `float16` or `bfloat16` (rounded).
 
     Returns:
-        The dtype written.
+        The dtype written; `float32` where there are several.
 
     Raises:
         ArtifactError: the file cannot be trusted. OutputError: the directory cannot be written, or a file to be written
-            is the artifact itself.
+            is the artifact itself. UsageError: the dtype is unknown, or too narrow for a value.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    return unpack_directory(path, directory, dtype=dtype).dtype
+
+
+def unpack_directory(path: Path | str, directory: Path | str, *, dtype: str = "source") -> Directory:
+    """Do what `unpack` does; returns what was written."""
+    if dtype not in (*RULES, *DTYPES):
+        raise UsageError(f"unknown dtype {dtype!r}: use {', '.join((*RULES, *DTYPES))}")
     opened, target = open_directory(container.read(path), dtype), Path(directory)
     refuse_collisions({name: target / name for name in (WEIGHTS, *opened.files)}, {"the artifact": path})
     write_directory(target, {WEIGHTS: opened.write_weights, **opened.files})
-    return opened.dtype
+    return opened
 
 
-def _choose_dtypes(values: dict[str, npt.NDArray[Any]], source: dict[str, str], dtype: str) -> dict[str, str]:
-    """Choose the dtype of every tensor; with `auto`, one float dtype for all unless every value fits its source's."""
+def _choose_dtypes(
+    values: dict[str, npt.NDArray[Any]], source: dict[str, str], dtype: str
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Choose the dtype of every tensor, and name those that are rounded by it."""
     floats = [n for n in values if values[n].dtype.kind == "f"]
-    if dtype != "auto":
-        return {n: DTYPES[dtype] if n in floats else source[n] for n in values}
-    exact = all(is_lossless(piece, source[n]) for n in floats for piece in _pieces(values[n]))
-    return {n: source[n] if exact or n not in floats else "F32" for n in values}
+    wanted = dict(source) if dtype in RULES else {n: DTYPES[dtype] if n in floats else source[n] for n in values}
+    rounded = [n for n in floats if not all(is_lossless(piece, wanted[n]) for piece in _pieces(values[n]))]
+    if dtype == "auto" and rounded:
+        return wanted | dict.fromkeys(floats, "F32"), ()
+    beyond = [n for n in rounded if not _in_range(values[n], wanted[n])]
+    if beyond and dtype != "source":
+        raise UsageError(f"tensor {beyond[0]} holds values beyond {dtype}: use float32, or bfloat16")
+    return wanted | dict.fromkeys(beyond, "F32"), tuple(n for n in rounded if n not in beyond)
+
+
+def _in_range(values: npt.NDArray[Any], dtype: str) -> bool:
+    """Return whether rounding to a dtype makes no value infinite; other dtypes than floats hold none."""
+    if dtype not in DTYPES.values():
+        return False
+    return all(
+        np.array_equal(np.isfinite(from_bytes(_rounded_bytes(piece, dtype), dtype)), np.isfinite(piece))
+        for piece in _pieces(values)
+    )
 
 
 def _pieces(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
@@ -159,9 +187,14 @@ def _pieces(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     return (flat[i : i + _PIECE] for i in range(0, max(1, len(flat)), _PIECE))
 
 
-def _rounded_bytes(values: npt.NDArray[Any], dtype: str) -> bytes:
-    if dtype == "BF16":  # round to nearest even, as torch does
-        bits = np.ascontiguousarray(values, "<f4").view("<u4").astype(np.uint64)
+def _rounded_bytes(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
+    """Return the bytes (n, width) of values, rounded to the nearest, ties to even, as torch does."""
+    if dtype == "BF16":
+        single = np.ascontiguousarray(values, "<f4")
+        bits = single.view("<u4").astype(np.uint64)
         bits += 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
-        return (bits >> np.uint64(16)).astype("<u2").tobytes()
-    return to_bytes(values, dtype).tobytes()
+        short = (bits >> np.uint64(16)).astype("<u2")
+        short[np.isnan(single)] = 0x7FC0  # whose last bits the sum above would carry into the exponent
+        return short.view(np.uint8).reshape(-1, 2)
+    with np.errstate(over="ignore"):
+        return to_bytes(values, dtype)

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from bytecap.calibration.statistics import model_key
@@ -89,6 +91,7 @@ def fit_config(model: Model | Path | str, config: FitConfig) -> list[Any]:
 def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     """Fit a checkpoint under configs that differ in their budgets."""
     started = time.perf_counter()
+    _refuse_collisions(model, configs)
     kind = format_of(configs[0])
     if kind in FORMATS:
         return _jobs()[kind](model, configs)
@@ -96,7 +99,6 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
-    _refuse_collisions(model, configs)
     with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
         return _fit_all(model, configs, started)
 
@@ -105,15 +107,26 @@ def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) 
     """Refuse outputs that are an input, or one another."""
     first = configs[0]
     refuse_collisions(
-        {**{f"-o ({c.budget})" if len(configs) > 1 else "-o": c.output for c in configs}, "--store": first.store
-         if isinstance(first.store, Path | str) else None},
+        outputs_of(configs),
         {
+            "the template": first.template,
             "the model": model if isinstance(model, Path | str) else None,
             "a calibration text": as_paths(first.calibration), "an evaluation text": as_paths(first.evaluation),
             "a text of recovery": as_paths(first.recover_text),
             "code": () if isinstance(first.code, Code) else first.code,
         },
     )  # fmt: skip
+
+
+def outputs_of(configs: Sequence[FitConfig], pages: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return the paths that fits write, by the options that name them, with the budget where there are several."""
+    found: dict[str, Any] = {}
+    for i, config in enumerate(configs):
+        behind = f" ({config.budget})" if len(configs) > 1 else ""
+        found |= {f"-o{behind}": config.output, f"--emit{behind}": config.emit}
+        found |= {f"--report{behind}": pages[i]} if pages else {}
+    store = configs[0].store
+    return found | {"--store": store if isinstance(store, Path | str) else None}
 
 
 def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
@@ -144,21 +157,14 @@ def text_sets(model: Model, asked: Asked) -> TokenSets:
 
 def _sampled_once(model: Model, asked: Asked, tokens: int) -> tuple[Window, ...]:
     """Windows sampled from the model, kept in the job's store."""
-    config, store = asked.config, asked.store
-    window = window_limit(model, config.window)
-    key = (
-        ""
-        if store.directory is None
-        else digest("samples", model_key(model), tokens, window, config.seed, asked.device)
-    )
-    if key and (kept := store.get(key)) is not None:
-        return tuple(Window(tuple(ids), 0) for ids in kept)
-    found = sampled(
-        model, tokens, window=window, seed=config.seed, device=asked.device, reporter=asked.reporter
-    )  # fmt: skip
-    if key:
-        store.put(key, [list(w.tokens) for w in found])
-    return found
+    window, seed, device = window_limit(model, asked.config.window), asked.config.seed, asked.device
+
+    def make() -> dict[str, npt.NDArray[np.int64]]:
+        found = sampled(model, tokens, window=window, seed=seed, device=device, reporter=asked.reporter)
+        return {str(i): np.array(w.tokens, np.int64) for i, w in enumerate(found)}
+
+    kept = asked.store.once(lambda: digest("samples", model_key(model), tokens, window, seed, device), make)
+    return tuple(Window(tuple(kept[str(i)].tolist()), 0) for i in range(len(kept)))
 
 
 def finish_all(opened: Sequence[Opened], sets: TokenSets, started: float) -> list[Artifact]:
@@ -194,13 +200,14 @@ def each_budget(config: FitConfig) -> list[FitConfig]:
     budgets = [str(config.budget)] if isinstance(config.budget, int) else split_budgets(config.budget)
     if not budgets or len(set(budgets)) < len(budgets):
         raise UsageError(f"give every budget once, not {config.budget!r}")
-    output = config.output
-    if len(budgets) > 1 and output is not None and "{budget}" not in str(output):
-        raise UsageError(f"{len(budgets)} budgets need names of their own: write {{budget}} into the name {output}")
-    return [
-        replace(config, budget=b, output=None if output is None else str(output).replace("{budget}", b))
-        for b in budgets
-    ]  # fmt: skip
+    for path in (config.output, config.emit):
+        if len(budgets) > 1 and path is not None and "{budget}" not in str(path):
+            raise UsageError(f"{len(budgets)} budgets need names of their own: write {{budget}} into the name {path}")
+    return [replace(config, budget=b, output=_named(config.output, b), emit=_named(config.emit, b)) for b in budgets]
+
+
+def _named(path: Path | str | None, budget: str) -> str | None:
+    return None if path is None else str(path).replace("{budget}", budget)
 
 
 def _load(model: Path | str, asked: Asked) -> Model:

@@ -9,65 +9,35 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from bytecap.allocation.allocate import allocate, floor_rate
-from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
-from bytecap.format.ledger import Entry, by_unit
+from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import Comparison, compare
-from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.sources import as_paths, load_sets
-from bytecap.model.texts import TokenSets
-from bytecap.pipeline.fit_gguf import held_tokens
 from bytecap.pipeline.formats import format_of
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, measure, token_sets
 from bytecap.pipeline.stages import choose_device, quality
-from bytecap.progress import Reporter, reporter_for
+from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.directory import Family, family
+from bytecap.runtimes.directory import family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
 from bytecap.runtimes.directory.menu import Rounded, curve, round_to
 from bytecap.runtimes.directory.tensors import write
-from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
+from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, figures, solve
 from bytecap.sizes import check_budget, format_size, parse_budget
-from bytecap.system.atomic import check_directory, replacing_directory
 from bytecap.system.cache import Store
+from bytecap.system.directories import check_directory, replacing_directory
 from bytecap.types import Curve, Plan
 
 _ATTEMPTS = 8  # at allocations whose own plan decides how long names and offsets are
 
 
-@dataclass
-class DirectoryFit:
-    """A finished directory.
-
-    Attributes:
-        report: every figure of the job, as `--json` prints it.
-        types: scheme of every matrix by name.
-        path: where it was written; None after a dry run or without an output.
-        entries: owner and kind of every byte.
-        windows: evaluation by window, one for each text.
-    """
-
-    report: dict[str, Any]
-    types: dict[str, str]
-    path: Path | None = None
-    entries: list[Entry] = field(default_factory=list)
-    windows: tuple[Any, ...] = ()
-
-    def ledger(self) -> list[Entry]:
-        """Owner and kind of every byte."""
-        return self.entries
-
-
-def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[DirectoryFit]:
+def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[RuntimeModel]:
     """Fit a checkpoint to a directory for each config; they differ in their budgets."""
     for c in configs:
         check_budget(c.budget)
@@ -76,7 +46,7 @@ def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig
 
 
 @configured
-def fit_directory(model: Model | Path | str, config: FitConfig) -> DirectoryFit:
+def fit_directory(model: Model | Path | str, config: FitConfig) -> RuntimeModel:
     """Put a model into a directory of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
 
     `options` may hold `held_tokens`, the most tokens for the Hessian that judges.
@@ -88,7 +58,7 @@ def fit_directory(model: Model | Path | str, config: FitConfig) -> DirectoryFit:
     return fit_directory_configs(model, [config])[0]
 
 
-def _fit_one(loaded: Model, config: FitConfig) -> DirectoryFit:
+def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     """Fit one directory."""
     format_of(config)
     started = time.perf_counter()
@@ -101,15 +71,11 @@ def _fit_one(loaded: Model, config: FitConfig) -> DirectoryFit:
     for note in notes:
         reporter.note(note)
     floor = _check_floor(contents, cap)
-    sets = load_sets(
-        loaded, as_paths(config.calibration), as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
-        device=target, reporter=reporter,
-    )  # fmt: skip
+    sets = token_sets(loaded, config, target, reporter)
     kept = config.store if isinstance(config.store, Store) else Store(config.store)
     job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, store=kept)
     loaded.module.to(target)
-    items = _calibrated(job, contents)
+    items = calibrated(job, Layout("", contents.places), contents.types)
     found = solve(
         job, items, curve=lambda i: curve(contents, i), round_to=lambda i, s: round_to(contents, i, s),
         allocate=lambda curves: _allocate(contents, curves, cap), groups=contents.groups,
@@ -174,20 +140,9 @@ def _allocate(contents: Contents, curves: Sequence[Curve], cap: int) -> tuple[Pl
     return best, room
 
 
-def _calibrated(job: Job, contents: Contents) -> list[Item]:
-    """Matrices with their metrics, and how far these are shrunk."""
-    seen = moments(job)
-    held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
-    items = items_of(job.model, Layout("", contents.places), seen, held, contents.types)
-    seen.uses.clear()
-    held.uses.clear()
-    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
-        return choose_shrinkage(items, advance)
-
-
 def _finish(
     job: Job, contents: Contents, items: Sequence[Item], found: Found[Rounded], output: Path | None
-) -> DirectoryFit:
+) -> RuntimeModel:
     """Write the directory, read it back, measure it."""
     schemes = _schemes(contents, found.plan)
     size = contents.size(schemes)
@@ -196,7 +151,7 @@ def _finish(
         "format": contents.family.name, "types": schemes,
         "plan": ", ".join(f"{counts[n]} {n}" for n in contents.settings() if n in counts),
     } | figures(job, items, found, size)  # fmt: skip
-    result = DirectoryFit(report, schemes)
+    result = RuntimeModel(report, schemes)
     if job.dry_run:
         return result
     with tempfile.TemporaryDirectory() as name:
@@ -208,7 +163,8 @@ def _finish(
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}; {report['checked']}")
         result.entries = ledger(contents.family, path)
-        parts = measure(job.model, contents.family, path, job.sets, job.device, job.reporter)
+        values = read_units(contents.family, path, job.model.units)
+        parts = measure(job.model, values, job.sets, job.device, job.reporter)
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
@@ -230,13 +186,3 @@ def write_directory(
             (made / name).write_bytes(data)
         said = contents.family.check(made)
     return sum(f.stat().st_size for f in path.iterdir()), said
-
-
-def measure(
-    model: Model, kind: Family, path: Path, sets: TokenSets, device: str, reporter: Reporter
-) -> list[Comparison]:
-    """Scores of a directory read back from disk against the original."""
-    quantized_copy = copy_of(model.module)
-    load_values(quantized_copy, read_units(kind, path, model.units))
-    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [compare(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation]

@@ -11,36 +11,29 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
-from bytecap.format.ledger import Entry, by_unit
+from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import TOKENS
-from bytecap.model.evaluation import Comparison, compare, paired_stderr
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.evaluation import Comparison, paired_stderr
 from bytecap.model.sources import Paths, as_paths, load_sets, recovery_texts, with_recovery
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.formats import format_of
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, measure, token_sets
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, importance, type_lines, write_imatrix
 from bytecap.runtimes.gguf.export import plain as exact
-from bytecap.runtimes.gguf.menu import (
-    WHOLE,
-    Item,
-    allowed,
-    choose_shrinkage,
-    items_of,
-    parse_types,
-)
+from bytecap.runtimes.gguf.menu import WHOLE, Item, allowed, parse_types
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
 from bytecap.runtimes.gguf.plan import Found, solve
 from bytecap.runtimes.gguf.solve import figures
@@ -50,35 +43,10 @@ from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.atomic import write_atomically
 from bytecap.system.cache import Store
 
-HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
-
-
-@dataclass
-class GgufFile:
-    """A finished file.
-
-    Attributes:
-        report: every figure of the job, as `--json` prints it.
-        types: type of every tensor by name.
-        path: where it was written; None after a dry run or without an output.
-        entries: owner and kind of every byte.
-        windows: evaluation by window, one for each text.
-    """
-
-    report: dict[str, Any]
-    types: dict[str, str]
-    path: Path | None = None
-    entries: list[Entry] = field(default_factory=list)
-    windows: tuple[Any, ...] = ()
-
-    def ledger(self) -> list[Entry]:
-        """Owner and kind of every byte."""
-        return self.entries
-
 
 @dataclass(frozen=True)
 class _Frame:
-    """What is fixed before calibration: tensors, metadata, sizes."""
+    """The parts of a file that are fixed before calibration: tensors, metadata, sizes."""
 
     layout: Layout
     describe: file.Describe
@@ -92,14 +60,9 @@ class _Frame:
         return self.head + self.rest
 
 
-def held_tokens(config: FitConfig) -> int:
-    """Most tokens for the Hessian that judges: `held_tokens` of the config's options."""
-    return int((config.options or {}).get("held_tokens", HELD_TOKENS))
-
-
 def fit_gguf_configs(
     model: Model | Path | str, configs: Sequence[FitConfig], *, quantized: bool = False
-) -> list[GgufFile]:
+) -> list[RuntimeModel]:
     """Fit a checkpoint to a GGUF file for each config; they differ in their budgets.
 
     `quantized`: the template is the file that the model was read from, whatever its types.
@@ -120,7 +83,7 @@ def fit_gguf_configs(
 
 
 @configured
-def fit_gguf(model: Model | Path | str, config: FitConfig) -> GgufFile:
+def fit_gguf(model: Model | Path | str, config: FitConfig) -> RuntimeModel:
     """Put a model into a GGUF file of at most `budget` bytes; raises a `BytecapError`, and writes nothing then.
 
     `options` may hold `held_tokens`, the most tokens for the Hessian that judges.
@@ -133,7 +96,7 @@ def fit_gguf(model: Model | Path | str, config: FitConfig) -> GgufFile:
     return fit_gguf_configs(model, [config])[0]
 
 
-def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> GgufFile:
+def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> RuntimeModel:
     """One fit of a loaded model, from its texts to the measured file."""
     started, reporter = time.perf_counter(), reporter_for(config.reporter, config.progress)
     cap = parse_budget(config.budget, model.parameters)
@@ -142,7 +105,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Ggu
     sets = _sets(model, config, device, reporter)
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     model.module.to(device)
-    items = _calibrated(job, frame)
+    items = calibrated(job, frame.layout, frame.types)
     plain = solve(job, cap - frame.fixed, items)
     tuned = job.recover is not None and not config.dry_run
     found, record = tune_blocks(job, frame.layout, items, plain) if tuned else (plain, {})
@@ -156,16 +119,11 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Ggu
 
 
 def _sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
-    """The token sets, the second of which is held out from every Hessian that weights are rounded by."""
-    calibration = as_paths(config.calibration)
-    sets = load_sets(
-        model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
-        device=choose_device(config.device), reporter=reporter,
-    )  # fmt: skip
+    """The token sets, with those of recovery where it is asked for."""
+    sets = token_sets(model, config, device, reporter)
     if config.recover is None:
         return sets
-    texts = as_paths(config.recover_text) or recovery_texts(model, calibration)
+    texts = as_paths(config.recover_text) or recovery_texts(model, as_paths(config.calibration))
     return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 
@@ -224,26 +182,15 @@ def _check_floor(frame: _Frame, cap: int) -> int:
     return floor
 
 
-def _calibrated(job: Job, frame: _Frame) -> list[Item]:
-    """Tensors with their metrics, and how far these are trusted."""
-    seen = moments(job)
-    held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
-    items = items_of(job.model, frame.layout, seen, held, frame.types)
-    seen.uses.clear()
-    held.uses.clear()
-    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
-        return choose_shrinkage(items, advance)
-
-
 def _finish(
     job: Job, frame: _Frame, items: Sequence[Item], found: tuple[Found, Found], output: Path | None
-) -> GgufFile:
+) -> RuntimeModel:
     """Write the file, read it back, measure it; the second plan is what would have been written without recovery."""
     best, plain = found
     types = {n: WHOLE[int(p.setting)] for n, p in best.plan.choice.items()}
     size = frame.fixed + int(best.plan.rate)
     report = _report(job, frame, items, best, types, size)
-    result = GgufFile(report, types)
+    result = RuntimeModel(report, types)
     if job.dry_run:
         return result
     with tempfile.TemporaryDirectory() as name:
@@ -254,11 +201,11 @@ def _finish(
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}")
         result.entries = file.ledger(path)
-        parts = measure(job.model, path, frame.layout, job.sets, job.device, job.reporter)
+        parts = _measured(job, frame, path)
         if best is not plain:
             other = Path(name) / "plain.gguf"
             file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
-            before = measure(job.model, other, frame.layout, job.sets, job.device, job.reporter)
+            before = _measured(job, frame, other)
             report["without_recovery"] = quality(before) | {
                 "kl_difference_stderr": paired_stderr(parts, before, "kl"),
                 "delta_difference_stderr": paired_stderr(parts, before, "nats"),
@@ -281,14 +228,10 @@ def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found
     return stored
 
 
-def measure(
-    model: Model, path: Path, layout: Layout, sets: TokenSets, device: str, reporter: Reporter
-) -> list[Comparison]:
-    """Scores of a file read back from disk against the original."""
-    quantized_copy = copy_of(model.module)
-    load_values(quantized_copy, file.read_units(path, layout, model.units))
-    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [compare(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation]
+def _measured(job: Job, frame: _Frame, path: Path) -> list[Comparison]:
+    """Scores of a file on disk."""
+    values = file.read_units(path, frame.layout, job.model.units)
+    return measure(job.model, values, job.sets, job.device, job.reporter)
 
 
 def _report(

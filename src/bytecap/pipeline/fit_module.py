@@ -31,6 +31,7 @@ from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
 from bytecap.model.defaults import TOKENS
 from bytecap.model.forward import logits_of
+from bytecap.model.inputs import check_causal, sees_later
 from bytecap.model.module import device_of, model_of, next_token, speech, vocabulary
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import CORRECTION_TOKENS, report_sets
@@ -101,7 +102,10 @@ def _sets(model: Model, config: FitConfig, calibration: Iterable[Any], evaluatio
     held = None if evaluation is None else _take(evaluation, predictions, evaluation_tokens)
     every = [*pool, *(held or [])]
     if all(_is_ids(data) for data in every) and _is_next_token(model.module, every[0], loss):
-        check_ids(every, vocabulary(model.module, speech(model.module)))
+        size = vocabulary(model.module, speech(model.module))
+        check_ids(every, size)
+        if speech(model.module) == "logits":
+            check_causal(model.module, model.name, size, ids=every[0][:1, :-1])
         texts = [
             Text(name, tuple(Window(tuple(row), 0) for data in part for row in data.tolist()))
             for name, part in (("calibration", pool), ("evaluation", held or []))
@@ -158,7 +162,10 @@ def _is_ids(data: Any) -> bool:
 
 
 def _is_next_token(module: nn.Module, ids: Tensor, loss: Loss | None) -> bool:
-    """Return whether the loss only predicts the next token, so that logits say everything."""
+    """Return whether the loss only predicts the next token, so that logits say everything.
+
+    A loss of the user's own on a module that sees later tokens is another one, whatever it comes to.
+    """
     if loss is None:
         return True
     try:
@@ -173,7 +180,8 @@ def _is_next_token(module: nn.Module, ids: Tensor, loss: Loss | None) -> bool:
         return False  # the loss knows how to call it
     with torch.no_grad():
         given = float(Batch((), 0, ids, loss, 1).value(module, device_of(module)))
-    return abs(given - float(usual)) <= 1e-3 * abs(float(usual))
+    same = abs(given - float(usual)) <= 1e-3 * abs(float(usual))
+    return same and not sees_later(module, ids[:1, :-1], logits.shape[-1])
 
 
 def check_ids(ids: Sequence[Tensor], size: int | None) -> None:

@@ -18,6 +18,7 @@ from bytecap.model.batches import Batch, Loss
 from bytecap.model.checkpoint import Model
 from bytecap.model.defaults import TOKENS, WINDOW
 from bytecap.model.factory import load_callable, load_factory
+from bytecap.model.inputs import check_causal
 from bytecap.model.module import device_of, next_token, speech, vocabulary
 from bytecap.model.shards import ByteCounts, byte_counts, check_ids, expand, read_shard, shard_sets, windows
 from bytecap.model.sources import as_paths, report_sets
@@ -102,6 +103,9 @@ def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Rep
     if scoring is not None:
         check_method(config.method)
         found = with_loss(found, scoring)
+    elif found.statistics:
+        ids = torch.tensor([found.statistics[0].tokens[:-1]])
+        check_causal(model.module, model.name, source.size(model.module, loss), ids=ids)
     report_sets(found, reporter)
     return found
 

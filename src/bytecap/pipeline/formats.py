@@ -1,4 +1,4 @@
-"""What `fit` can write: a format of ours and those of other programs, by name.
+"""Find the formats that `fit` can write by name: our own and those of other programs.
 
 A family of other programs' formats is one entry here, a job in `bytecap.pipeline.fit`, and one file or folder in
 `bytecap.runtimes`.
@@ -38,7 +38,7 @@ FORMATS = {"gguf": Format(".gguf"), "mlx": _DIRECTORY, "compressed-tensors": _DI
 
 
 def is_directory(config: FitConfig) -> bool:
-    """Whether a config asks for a directory, not for a file."""
+    """Return whether a config asks for a directory, not for a file."""
     kind = format_of(config)
     return kind in FORMATS and not FORMATS[kind].suffix
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import ArtifactError, UsageError
+from bytecap.model import tokenizer as door
+from bytecap.model.bounds import hurried
 from bytecap.model.checkpoint import Model
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import encoder, window_limit
@@ -116,7 +118,7 @@ def generate(
     if chat:
         said = [{"role": "system", "content": system}] if system is not None else []
         text = conversation(opened.files, opened.name, [*said, {"role": "user", "content": prompt}])
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = door.encode(tokenizer, [text])[0].ids
     else:
         ids, _ = next(encode([prompt]))
     check_known(ids, vocabulary_of(opened.module), "the prompt")
@@ -169,8 +171,7 @@ def pieces(tokenizer: Any, ids: Iterator[int], before: Sequence[int] = ()) -> It
 
 def _behind(tokenizer: Any, shown: list[int], waiting: list[int]) -> str:
     """Return the text that the waiting tokens add to that of the shown ones."""
-    text: str = tokenizer.decode([*shown, *waiting])
-    return text[len(tokenizer.decode(shown)) :]
+    return door.decode(tokenizer, [*shown, *waiting])[len(door.decode(tokenizer, shown)) :]
 
 
 def ends_of(files: Mapping[str, bytes]) -> frozenset[int]:
@@ -216,9 +217,12 @@ def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str,
         tokenizer_object=read_tokenizer(files), **special_tokens(files)
     )  # fmt: skip
     try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )  # fmt: skip
+        with hurried(ArtifactError(f"the chat template of {name} takes minutes for a few words")):
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )  # fmt: skip
+    except ArtifactError:
+        raise
     except Exception as exc:
         raise ArtifactError(f"the chat template of {name} cannot be rendered: {type(exc).__name__}: {exc}") from exc
     return str(text)

@@ -35,7 +35,7 @@ from bytecap.methods.rate_control import allowed_slack
 from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
 from bytecap.model.determinism import ask_for_order
-from bytecap.model.evaluation import Comparison, compare, mean_comparison, paired_stderr
+from bytecap.model.evaluation import Comparison, compare_models, mean_comparison, paired_stderr
 from bytecap.model.rebuilt import written
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
@@ -337,7 +337,8 @@ def _measure(contents: Contents, size: int, job: Job) -> tuple[list[Comparison],
     allocator.release()
     with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
         parts = [
-            compare(model.module, quantized_copy, t, device=job.device, progress=advance) for t in job.sets.evaluation
+            compare_models(model.module, quantized_copy, t, device=job.device, progress=advance)
+            for t in job.sets.evaluation
         ]
     return parts, ideal.bytes(size)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
 
 BLOCK = 64
-SAMPLE = 8  # every so many columns are looked at for centroids
+SAMPLE = 8  # one in so many columns is sampled for centroids
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Prepared matrix units and their measured points: step in, integers, bytes and distortion out.
+"""Round prepared matrices at given steps to integers, and measure their bytes and distortion.
 
 Equally shaped units are rounded together. Rates here are code lengths under the shared tables plus every byte
 of side information; the allocator works with them, the writer serialises for real.
@@ -103,7 +103,7 @@ class Prepared:
 
     Attributes:
         unit: the unit.
-        weight: (rows, cols) float32, what to approximate.
+        weight: (rows, cols) float32, to be approximated.
         rows: (rows,), weight of each row's error.
         row_step: (rows,), quarter octaves.
         lower: Cholesky factor (cols, cols), columns in rounding order.
@@ -131,11 +131,11 @@ class Prepared:
 
     @property
     def target(self) -> Tensor:
-        """(rows, cols), what the decoded unit is to approximate."""
+        """Return the values (rows, cols) that the decoded unit is to approximate."""
         return self.weight
 
     def moved(self, change: Tensor) -> Prepared:
-        """The unit with `change` (rows, cols) added to its target."""
+        """Return the unit with `change` (rows, cols) added to its target."""
         return replace(self, weight=self.weight + change)
 
     def scaled(self, coded: Coded) -> Coded:
@@ -143,21 +143,23 @@ class Prepared:
         return coded
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
-        """What was rounded, with a layer over it where the unit has one (`bytecap.allocation.overlaid`)."""
+        """Return the rounded unit, with an overlay where it has one (`bytecap.allocation.overlaid`)."""
         del shared
         return coded
 
     def emptied(self) -> Prepared:
-        """Without all that only rounding needs."""
+        """Return the unit without the arrays that only rounding needs."""
         none = torch.zeros(0, device=self.order.device)  # which still says where the unit is
         return replace(self, weight=none, rows=none, lower=Triangle(none, 0), order=none, hessian=None)
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A matrix unit at one step: what would be stored, its predicted distortion in nats per token, and its symbols.
+    """A matrix unit rounded at one step.
 
     Attributes:
+        code: integers and side information as they would be stored.
+        distortion: predicted, in nats per token.
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
         overlay: tag and bytes of an overlay over it, or None.
     """
@@ -228,7 +230,7 @@ def round_units(
 
 
 def _together(device: torch.device) -> int:
-    """Values rounded together."""
+    """Return the number of weights and Hessian entries that are rounded together."""
     if device.type != "cuda":
         return _BATCH_VALUES
     return min(2**28, torch.cuda.get_device_properties(device).total_memory // _BYTES_A_VALUE)
@@ -236,7 +238,7 @@ def _together(device: torch.device) -> int:
 
 @cache
 def _trellis(device: str) -> Callable[..., Rounded]:
-    """What rounds along the trellis for problems on a kind of device."""
+    """Return the function that rounds along the trellis on a kind of device."""
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
         from bytecap.quantization import cuda as there
 
@@ -277,7 +279,7 @@ def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounde
 
 
 def _width(peak: int) -> str:
-    """Type of symbols up to a size."""
+    """Return the smallest integer type of symbols up to a size."""
     return "int8" if peak < 2**7 else "int16" if peak < 2**15 else "int32"
 
 
@@ -319,7 +321,7 @@ def _stored_there(
 
 
 def rate(coded: Coded, shared: Shared) -> float:
-    """Estimated bytes of a unit's section: payload code length, side information, header, layer."""
+    """Estimate the bytes of a unit's section: payload code length, side information, header and overlay."""
     bits = side_bits(coded.code, shared.tables)
     for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
         seen = counts > 0

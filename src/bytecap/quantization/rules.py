@@ -1,4 +1,4 @@
-"""Rules: under which tables and offsets units are rounded, priced and decoded at one moment of a search.
+"""Hold the tables and offsets under which units are rounded, priced and decoded at one point of a search.
 
 A search settles a model again and again, and each time refits tables and reconstruction offsets to the integers that
 came out. The rules of one settling are the start of the next, so they are a value that is handed on, and that JSON can
@@ -41,12 +41,12 @@ class Rules:
     shrink: Shrink
 
     def with_offsets(self, offset: npt.NDArray[np.float32]) -> Rules:
-        """The same tables, with offsets (64, CENTRES) to round for and to decode with."""
+        """Return the rules with the same tables and other offsets (64, CENTRES), for rounding and decoding."""
         return Rules(replace(self.shared, offset=offset), Shrink(offset))
 
 
 def initial_rules(options: Options) -> Rules:
-    """Gaussian tables and offsets for every class: where fitting starts."""
+    """Return Gaussian tables and offsets for every class, from which fitting starts."""
     shrink = gaussian_shrink()
     if not options.shrink:
         shrink = Shrink(np.zeros_like(shrink.offset))
@@ -62,7 +62,7 @@ def initial_rules(options: Options) -> Rules:
 
 
 def rules_to_json(rules: Rules) -> dict[str, Any]:
-    """Rules as JSON can hold them; classes that share a table go on sharing it."""
+    """Return rules as JSON can hold them; classes that share a table keep sharing it."""
     shared, shrink = rules.shared, rules.shrink
     distinct = shared.tables.distinct()
     place = {id(t): i for i, (_, t) in enumerate(distinct)}
@@ -74,7 +74,7 @@ def rules_to_json(rules: Rules) -> dict[str, Any]:
 
 
 def rules_from_json(value: Mapping[str, Any]) -> Rules:
-    """The rules that `rules_to_json` was given."""
+    """Read the rules that `rules_to_json` wrote."""
     tables = [Table(low, np.array(freq)) for low, freq in value["tables"]]
     offset, shrink = (np.array(value[k], np.float32) for k in ("offset", "shrink"))
     return Rules(Shared(Tables({c: tables[i] for c, i in value["classes"]}), offset), Shrink(shrink))

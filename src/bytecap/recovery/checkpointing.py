@@ -1,7 +1,7 @@
 """Keep a job's stages in the cache, so that a run that was killed goes on from where it was.
 
 Kept are, each as soon as it is known: the statistics, the correction factors, the chosen plan, the drift targets; and
-at most once a minute the course of long runs of moves (recovery, uptraining, a search for layers to share).
+at most once a minute the progress of long runs of iterations (recovery, uptraining, a search for layers to share).
 Arrays are kept bit by bit and numbers as text that reads back exactly, so a run that goes on gives the same bytes as
 one that was never disturbed. Names are hashes of all that a value depends on: tensors, tokens, options, budget, seed,
 device, thread count, and the versions of this library, of its source and of those that do the arithmetic.
@@ -68,10 +68,10 @@ class StageCheckpoints:
 
 
 class ProgressCheckpoint:
-    """A run of moves whose state is kept from time to time under one key, replacing the one before."""
+    """A run of iterations whose state is kept from time to time under one key, replacing the one before."""
 
     def __init__(self, store: Store, *parts: Any) -> None:
-        """`parts` are all that the moves depend on, see `bytecap.system.cache.digest`."""
+        """`parts` are all that the iterations depend on, see `bytecap.system.cache.digest`."""
         self._store, self._parts = store, parts
         self._last = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Run the passes of tuning: windows of one move after the other, the KL on them with its gradient, and checks.
+"""Run the passes of tuning: the windows of every iteration, the KL on them with its gradient, and validations.
 
 Tokens that are tuned on are the recovery text, else the statistics tokens; the correction tokens are for checks only.
 """
@@ -19,12 +19,12 @@ from bytecap.model.forward import pass_tokens
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import iteration_windows, leading
 
-_TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one move
+_TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one iteration
 _CHECK_TOKENS = 8192
 
 
 def tokens_of_iteration(device: str) -> int:
-    """Return the number of tokens of one move.
+    """Return the number of tokens of one iteration.
 
     >>> tokens_of_iteration("cpu"), tokens_of_iteration("cuda:0")
     (2048, 16384)
@@ -58,9 +58,9 @@ class Passes:
         self._source = iteration_windows(self._pool, tokens_of_iteration(job.device), job.seed)
         self.read = 0
 
-    def skip(self, moves: int) -> None:
-        """Skip the windows of moves that were made before."""
-        for _ in range(moves):
+    def skip(self, iterations: int) -> None:
+        """Skip the windows of iterations that were made before."""
+        for _ in range(iterations):
             self.read += sum(w.predicted for w in next(self._source))
 
     @torch.no_grad()

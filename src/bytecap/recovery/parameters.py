@@ -1,9 +1,9 @@
-"""Coded units that move: what a file stores of them as tensors, and the model's values as a function of those.
+"""Hold the stored values of coded units as tunable tensors, and the model's values as a function of them.
 
-Of a matrix that is coded two things can move, and take the same bytes wherever they move: the logarithm of its step,
-and the reconstruction offsets of its classes, which all matrices share. Vectors move as a whole and are rounded on
-their own grid; their gradient passes through that rounding unchanged. Of a matrix that is not coded yet the target
-moves, weight by weight; what the integer it is nearest to costs under the file's tables adds its own slope.
+Of a coded matrix two things are tuned, which take the same bytes whatever their values: the logarithm of its step, and
+the reconstruction offsets of its classes, which all matrices share. Vectors are tuned as a whole and rounded on their
+own grid; their gradient passes through that rounding unchanged (straight through). Of a matrix that is not coded yet
+the target is tuned, weight by weight; the price of its nearest integer under the file's tables is part of the loss.
 
 Sources: LSQ (arXiv:1902.08153) for steps learned with codes; reverse water-filling for one slope between nats and
 bytes.
@@ -40,7 +40,7 @@ _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a
 
 @dataclass(frozen=True)
 class _Grid:
-    """What stays of a matrix while it moves: (rows, 1), (1, cols), and its classes.
+    """The parts of a matrix's code that tuning leaves alone: its grid (rows, 1) and (1, cols), and its classes.
 
     Attributes:
         row, column: steps of the grid are their product; the column's hold the unit's own step and halves.
@@ -58,7 +58,7 @@ class _Grid:
 
     @staticmethod
     def of(item: Prepared, coded: Coded) -> _Grid:
-        """Of a matrix and its code."""
+        """Read the grid from a matrix and its code."""
         code, device = coded.code, item.weight.device
         half = np.where(code.fine, np.float32(0.5), np.float32(1))
         column = np.float32(code.step) * np.exp2(code.column_step.astype(np.float32) / 4) * half  # (1, cols)
@@ -74,7 +74,7 @@ class _Grid:
 
 
 class Prices:
-    """Bits of an integer under a file's tables, and by how much they rise from one to the next."""
+    """The bits of an integer under a file's tables, and their slope from one integer to the next."""
 
     def __init__(self, tables: Tables, device: torch.device) -> None:
         def table(cost: npt.NDArray[Any], far: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -88,7 +88,7 @@ class Prices:
         )
 
     def places(self, grid: _Grid, points: Tensor) -> Tensor:
-        """Where a matrix's integers stand in both tables."""
+        """Return the places of a matrix's integers in both tables, int64 (rows, cols)."""
         return (grid.kind + grid.classes) * _SIZES + points.abs().clamp_(max=_SIZES - 1).long()
 
 
@@ -109,13 +109,13 @@ class _Offsets:
         self.values = torch.tensor(values, dtype=torch.float32, device=device)
 
     def stored(self, values: Tensor) -> Tensor:
-        """As a file holds them, in 256ths; entry 0 is 0."""
+        """Return the offsets as a file holds them, in 256ths; entry 0 is 0."""
         found = values.mul(256).round_().clamp_(-128, 127).div_(256)
         found[0] = 0
         return found
 
     def table(self, values: Tensor) -> npt.NDArray[Any]:
-        """By class and |z|, (64, 17); classes without a table keep theirs."""
+        """Return the offsets by class and |z|, (64, 17); classes without a table keep theirs."""
         has = np.zeros((CLASSES, 1), bool)
         has[list(self._shared.tables.table)] = True
         moved = self.stored(values).cpu().numpy()[self._place]
@@ -124,7 +124,7 @@ class _Offsets:
 
 @dataclass
 class _Matrix:
-    """A matrix on its way.
+    """The state of one matrix during recovery.
 
     Attributes:
         item: with the target it was coded from.
@@ -146,12 +146,12 @@ class _Matrix:
 
     @property
     def weight(self) -> Tensor:
-        """The target, (rows, cols)."""
+        """Return the target, float32 (rows, cols)."""
         return self.target * self.plan.row * self.plan.column
 
 
 class TunedParameters:
-    """The units of a settled plan, moving.
+    """The tunable tensors of a settled plan.
 
     Attributes:
         logs: (matrices,), logarithms of what steps are multiplied by once a matrix is coded.
@@ -160,9 +160,9 @@ class TunedParameters:
     """
 
     def __init__(self, planner: Planner, state: State, device: str) -> None:
-        """Everything as `state` has it: coded."""
+        """Start from `state`, in which every unit is coded."""
         self._planner, self._state, self._device = planner, state, torch.device(device)
-        self._rules = state.rules  # of now: offsets move
+        self._rules = state.rules  # with the current offsets
         self._matrices: dict[str, _Matrix] = {}
         for item in planner.matrices:
             name = item.unit.name
@@ -182,16 +182,16 @@ class TunedParameters:
 
     @property
     def matrices(self) -> list[str]:
-        """Matrices that move."""
+        """Return the names of tuned matrices."""
         return list(self._matrices)
 
     @property
     def names(self) -> list[str]:
-        """Units that move."""
+        """Return the names of tuned units."""
         return [*self._matrices, *self.vectors]
 
     def groups(self, most: int) -> list[list[str]]:
-        """Matrices in the order of the model, in at most so many groups of about as many weights."""
+        """Split the matrices, in the model's order, into at most so many groups of about equally many weights."""
         total, found, held = sum(m.target.numel() for m in self._matrices.values()), [[]], 0  # type: ignore[var-annotated]
         for n, m in self._matrices.items():
             if found[-1] and held + m.target.numel() / 2 > total * len(found) / most:
@@ -201,20 +201,20 @@ class TunedParameters:
         return found if found[-1] else []
 
     def unfreeze(self) -> None:
-        """Take all matrices for not coded yet, at the targets they were coded from."""
+        """Mark all matrices as not coded yet, at the targets they were coded from."""
         for m in self._matrices.values():
             m.coded = m.points = None
 
     def values_only(self) -> dict[str, Tensor]:
-        """What moves while codes are frozen, by what it is."""
+        """Return the tensors that are tuned while codes are frozen, by name."""
         return {"logs": self.logs, "offsets": self.offsets, **{f"vector {n}": t for n, t in self.vectors.items()}}
 
     def targets(self) -> dict[str, Tensor]:
-        """Targets of what is not coded yet."""
+        """Return the targets of matrices that are not coded yet."""
         return {f"target {n}": m.target for n, m in self._matrices.items() if m.coded is None}
 
     def code(self, names: list[str], change: float) -> float:
-        """Round and freeze matrices at `exp(change)` times their steps; bytes beyond those that were planned."""
+        """Round and freeze matrices at `exp(change)` times their steps; returns the bytes beyond those planned."""
         self._set_offsets()
         items, steps = [], {}
         for n in names:
@@ -232,11 +232,11 @@ class TunedParameters:
         m.points = torch.from_numpy(coded.code.symbols.astype(np.float32)).to(item.weight.device)
 
     def planned(self, names: list[str]) -> tuple[float, int]:
-        """Bytes that were planned for matrices, and their weights."""
+        """Return the bytes planned for matrices, and the number of their weights."""
         return sum(self._state.rates[n] for n in names), sum(self._matrices[n].target.numel() for n in names)
 
     def _decoded(self, m: _Matrix, at: int, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, what of them a unit of offset takes away, and the offsets' places."""
+        """Return the values, their change by a unit of offset, and the places of the offsets."""
         g, z = m.grid, m.points
         assert z is not None  # noqa: S101 (callers ask first)
         place = self._offsets.place[g.classes.long() * CENTRES + z.abs().clamp_(max=CENTRES - 1).long()]
@@ -245,7 +245,7 @@ class TunedParameters:
         return (z - lever * offsets[place]) * step, lever.mul_(step), place
 
     def values(self) -> dict[str, Tensor]:
-        """Values of all that moves, decoded where it is coded, in stored layout."""
+        """Return the values of all tuned units in stored layout, decoded where they are coded."""
         offsets = self._offsets.stored(self.offsets)
         found = {}
         for at, (n, m) in enumerate(self._matrices.items()):
@@ -263,7 +263,7 @@ class TunedParameters:
         return found
 
     def gradients(self, found: Mapping[str, Tensor], nats_per_bit: float) -> dict[str, Tensor]:
-        """Gradients of all that moves from those of the values; targets bear the price of what they round to."""
+        """Return gradients of all tuned tensors from those of the values; targets add their integers' price."""
         offsets = self._offsets.stored(self.offsets)
         logs = [torch.zeros((), device=self._device)] * len(self.logs)
         bins = torch.zeros(_SPREAD * len(offsets), device=self._device)
@@ -284,11 +284,11 @@ class TunedParameters:
         return out | {f"vector {n}": found[n].reshape(t.shape) for n, t in self.vectors.items()}
 
     def _set_offsets(self) -> None:
-        """Round and decode with the offsets as they are now."""
+        """Round and decode with the current offsets from now on."""
         self._rules = self._state.rules.with_offsets(self._offsets.table(self.offsets))
 
     def settle(self) -> tuple[Planner, State]:
-        """A planner of the targets of now, for what is rounded anew, and its state: everything as it is coded."""
+        """Return a planner with the current targets, for rounding anew, and the state of all coded units."""
         planner, steps, coded = self._planner, dict(self._state.steps), dict(self._state.coded)
         moved = {}
         for at, (n, m) in enumerate(self._matrices.items()):
@@ -306,16 +306,16 @@ class TunedParameters:
         return planner, planner.price(coded, steps, self._rules)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """What moves while codes are frozen, as it is now."""
+        """Return a copy of the tensors that are tuned while codes are frozen."""
         return {n: t.clone() for n, t in self.values_only().items()}
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
-        """Go back to a snapshot."""
+        """Restore the tensors of a snapshot."""
         for n, t in self.values_only().items():
             t.copy_(kept[n])
 
     def state(self) -> dict[str, Tensor]:
-        """All that moves, and all that is coded, as tensors by name; `resume` takes it back."""
+        """Return all tuned tensors and all codes as tensors by name, for `resume`."""
         found = self.snapshot() | {f"target {n}": m.target.clone() for n, m in self._matrices.items()}
         for n, m in self._matrices.items():
             if m.coded is not None:
@@ -325,7 +325,7 @@ class TunedParameters:
         return found
 
     def resume(self, kept: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from the tensors that `state` returned."""
         self.restore(kept)
         for n, m in self._matrices.items():
             m.target.copy_(kept[f"target {n}"])

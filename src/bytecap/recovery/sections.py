@@ -1,7 +1,7 @@
 """Tune the continuous values of finished sections of any coder, with frozen codes.
 
-A coder or layer that has some says so (`Continuous` in `bytecap.format.coders`): codewords, decoders, low-rank parts,
-scales, protected columns, rows, channels and outliers, vectors. Adam moves them end to end by the KL to the original.
+A coder or overlay that has some says so (`Continuous` in `bytecap.format.coders`): codewords, decoders, low-rank parts,
+scales, protected columns, rows, channels and outliers, vectors. Adam tunes them end to end by the KL to the original.
 From time to time they are written as a file holds them and measured on the correction tokens; what is shipped is the
 best of that, if it is better than the sections were and its file keeps the cap.
 
@@ -30,8 +30,8 @@ from bytecap.recovery.tuning import Clock
 from bytecap.types import Unit
 
 RATE = 0.002  # first learning rate, in mean sizes of an array
-_WARMING = 10  # moves until the full rate
-_CHECKS, _APART = 8, 5  # looks at the correction tokens, and moves between two of them at least
+_WARMING = 10  # iterations until the full rate
+_CHECKS, _APART = 8, 5  # validations on the correction tokens, and iterations between two of them at least
 _LOST = 4.0  # times the first KL, beyond which tuning is stopped
 
 
@@ -103,7 +103,7 @@ class _Tuning:
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
 
     def iterate(self, rate: float) -> None:
-        """Make one move at a share of the first rates."""
+        """Make one iteration at a share of the first rates."""
         assert self.optimizer is not None  # noqa: S101 (callers have parts)
         self.optimizer.zero_grad()
         values = {n: p.values() for n, p in self.parts.items()}
@@ -124,7 +124,7 @@ class _Tuning:
 def tune_sections(job: Job, outcome: Outcome) -> Outcome:
     """Return the outcome with tuned sections, where that measured better and keeps the cap.
 
-    A number of moves is spent as it is; of a time, what a method itself has used is not taken off.
+    A number of iterations is spent as it is; of a time, what a method itself has used is not taken off.
     """
     effort = job.recover
     assert effort is not None  # noqa: S101 (callers ask first)
@@ -149,12 +149,14 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
             if kl < best and job.size(sections, outcome.tables, outcome.objects) <= job.budget:
                 best, kept = kl, sections
             if not kl < _LOST * start:
-                job.reporter.note(f"recovery diverges after {clock.iterations} moves of values (KL {kl:.4f}): stopped")
+                job.reporter.note(
+                    f"recovery diverges after {clock.iterations} iterations of values (KL {kl:.4f}): stopped"
+                )
                 break
     names = ", ".join(sorted({coder(p.section.tag).id for p in tuning.parts.values()}))
     job.reporter.note(
-        f"recovery: {clock.iterations} moves of the continuous values of {len(tuning.parts)} units ({names}), KL on "
-        f"the correction tokens {start:.4f} before, {best:.4f} after"
+        f"recovery: {clock.iterations} iterations of the continuous values of {len(tuning.parts)} units ({names}), KL "
+        f"on the correction tokens {start:.4f} before, {best:.4f} after"
     )
     tuning.passes.say_short()
     stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}

@@ -1,15 +1,15 @@
-"""Recovery: after coding, move what is stored so that the coded model as a whole is closer to the original.
+"""Tune stored values after coding, end to end, so that the coded model comes closer to the original.
 
 Rounding minimises one unit's quadratic form at a time. What is left are the errors of all units together, and those
-one backward pass sees: the gradient of the KL to the original at the coded weights. Adam moves along it in two stages
-(`bytecap.recovery.parameters` has what moves):
+one backward pass sees: the gradient of the KL to the original at the coded weights. Adam follows it in two stages
+(`bytecap.recovery.parameters` holds the tuned tensors):
 
 1. *integers*: the matrices are coded anew, some at a time and in the order of the model, with error feedback as
-   before. In between the targets of all that is not coded yet move, so that what comes later mends what the integers so
-   far have done to the whole model. The price of an integer under the file's tables is part of the loss, and the steps
-   of what is left are steered so that the bytes stay those of the plan.
+   before. In between the targets of all that is not coded yet are tuned, so that later matrices make up for what
+   earlier ones have done to the whole model. The price of an integer under the file's tables is part of the loss, and
+   the steps of the rest are steered so that the bytes stay those of the plan.
 2. *values*: codes are frozen; vectors (norms, biases), the step of every matrix and the reconstruction offsets of the
-   classes move. The file keeps its integers and its size. In the first stage they move too.
+   classes are tuned. The file keeps its integers and its size. In the first stage they are tuned too.
 
 Each stage is kept only if it measures better on the correction tokens, which are never tuned on, and the second goes
 back to the best that was seen. What is shipped is trimmed to the cap on real bytes, measured once more, and is better
@@ -18,7 +18,7 @@ than the file without recovery, or is that file: recovery never makes it worse t
 Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block, then what quantization leaves
 continuous; ClusComp (ACL 2025) and OWQ (arXiv:2306.02272) for the latter alone. Tried and worse: moving integers
 straight through their rounding (LOG.md).
-Omitted: units under an overlay keep their integers; their layers are tuned in `bytecap.recovery.sections`.
+Omitted: units under an overlay keep their integers; overlays are tuned in `bytecap.recovery.sections`.
 """
 
 from __future__ import annotations
@@ -47,48 +47,48 @@ from bytecap.system import allocator
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
 VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
 _BETAS = (0.9, 0.95)
-_WARMING = 10  # moves until the full rate
+_WARMING = 10  # iterations until the full rate
 _LAST = 0.15  # share of the effort that is left for values alone
 _GROUPS = 24  # times that matrices are coded
 _TRIES = 3  # more at the last of them
 _BELOW = 4e-4  # share of the bytes that is left for trimming
 _MOST_STEERING = 0.1  # natural logarithms of a step
-_CHECKS = 12  # times a stage looks at the correction tokens
-_APART = 5  # moves between two looks, at least
+_CHECKS = 12  # validations of a stage on the correction tokens
+_APART = 5  # iterations between two validations, at least
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _PATIENCE = 3  # checks that may be worse
 
 
 class Clock:
-    """How much of an effort is done, and when it is time for a look at held-out tokens.
+    """Measure how much of an effort is done, and say when a validation on held-out tokens is due.
 
     Attributes:
         iterations: made so far.
         done: share of the effort, 1 when it is spent.
-        validated: `done` and `iterations` at the last look.
+        validated: `done` and `iterations` at the last validation.
     """
 
     def __init__(self, effort: Effort, advance: Advance, share: float = 1.0) -> None:
-        """`advance` is told about progress, `share` of it in all."""
+        """Start the clock; `advance` is told about progress, which adds up to `share`."""
         self._effort, self._share, self._advance = effort, share, advance
         self._started = time.monotonic()
         self.iterations, self.done, self.validated = 0, effort.share(0, 0.0), (0.0, 0)
 
     def resume(self, iterations: int, seconds: float, validated: tuple[float, int] = (0.0, 0)) -> None:
-        """Go on from so many moves in so many seconds, and from the last look."""
+        """Continue after so many iterations in so many seconds, and from the last validation."""
         self._started -= seconds
         self.validated = validated
         self.tick(iterations)
 
     def tick(self, iterations: int = 1) -> None:
-        """So many more moves are made."""
+        """Count iterations that were made."""
         self.iterations += iterations
         before = self.done
         self.done = min(1.0, self._effort.share(self.iterations, self.seconds))
         self._advance((self.done - before) * self._share)
 
     def due(self, validations: int, apart: int = 1) -> bool:
-        """Whether to look now: so many times in all, at least so many moves apart, and when all is done."""
+        """Return whether a validation is due: so many in all, at least so many iterations apart, and one at the end."""
         done, iterations = self.validated
         if self.done < 1 and (self.done - done < 1 / validations or self.iterations - iterations < apart):
             return False
@@ -97,12 +97,12 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Since the moves began; time between two runs is left out."""
+        """Return the seconds since the first iteration, without the time between two runs."""
         return time.monotonic() - self._started
 
 
 class _TuningRun:
-    """The moves of one job."""
+    """The iterations of one job."""
 
     def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
         self.job, self.quantized_copy = job, quantized_copy
@@ -113,12 +113,12 @@ class _TuningRun:
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
             VALUES_RATE, asdict(planner.options), state.steps, "recovery",
         )  # fmt: skip
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that do not move
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that are not tuned
             values = correction.unit_values(planner, state)
             load_values(quantized_copy, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
 
     def optimizer(self) -> torch.optim.Adam:
-        """Adam over all that moves now."""
+        """Return Adam over all tensors that are tuned now."""
         groups = []
         for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             rate = RATE if name.startswith("target ") else VALUES_RATE
@@ -127,7 +127,7 @@ class _TuningRun:
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
     def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:
-        """One move at a share of the first rates; the mean KL before it."""
+        """Make one iteration at a share of the first rates; returns the mean KL before it."""
         self.passes.load(self.parameters.values())
         kl, found = self.passes.gradients(self.parameters.names)
         tensors = {**self.parameters.values_only(), **self.parameters.targets()}
@@ -140,7 +140,7 @@ class _TuningRun:
         return kl
 
     def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
-        """Put the course into the store, after a group was coded and the rest was moved."""
+        """Keep the progress in the store, after a group was coded and the rest was tuned."""
 
         def state() -> tuple[dict[str, Tensor], Any]:
             found = {f"live {n}": t for n, t in self.parameters.state().items()}
@@ -151,7 +151,7 @@ class _TuningRun:
         self._checkpoint.put(state)
 
     def resume(self, optimizer: torch.optim.Adam, clock: Clock, beyond: float) -> tuple[int, float]:
-        """Number of the group to go on with, from the store, and bytes beyond the plan; 0 and what was given."""
+        """Return the group to continue with and the bytes beyond the plan, from the store; else 0 and `beyond`."""
         found = self._checkpoint.get()
         if found is None:
             return 0, beyond
@@ -166,13 +166,13 @@ class _TuningRun:
         return group, beyond
 
     def check(self) -> float:
-        """KL on the correction tokens."""
+        """Return the KL on the correction tokens."""
         self.passes.load(self.parameters.values())
         return self.passes.check()
 
 
 def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
-    """Code everything anew, group after group, and move what is left in between."""
+    """Code everything anew, group after group, and tune the rest in between."""
     parameters = tuning_run.parameters
     parameters.unfreeze()
     groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
@@ -197,7 +197,7 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
             seen.append((clock.iterations, now))
         if not seen[-1][1] < _LOST * kl:
             tuning_run.job.reporter.note(
-                f"recovery diverges after {clock.iterations} moves of integers (KL {seen[-1][1]:.4f}): stopped"
+                f"recovery diverges after {clock.iterations} iterations of integers (KL {seen[-1][1]:.4f}): stopped"
             )
             parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
@@ -206,7 +206,7 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
 
 
 def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
-    """Move what frozen codes leave; goes back to the best that was seen."""
+    """Tune the values that frozen codes leave free; ends at the best that was validated."""
     job, optimizer = tuning_run.job, tuning_run.optimizer()
     best, kept, worse = kl, tuning_run.parameters.snapshot(), 0
     seen = [(0, kl)]
@@ -221,7 +221,9 @@ def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
         if now < best:
             best, kept = now, tuning_run.parameters.snapshot()
         if not now < _LOST * kl or worse >= _PATIENCE:
-            job.reporter.note(f"recovery diverges after {clock.iterations} moves of values (KL {now:.4f}): stopped")
+            job.reporter.note(
+                f"recovery diverges after {clock.iterations} iterations of values (KL {now:.4f}): stopped"
+            )
             break
     tuning_run.parameters.restore(kept)
     return {"stage": "values", "kl": best, "checks": seen}
@@ -230,9 +232,7 @@ def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
 def tune(
     job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float
 ) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
-    """What recovery made of a plan, settled at about the same bytes; None if nothing measured better.
-
-    With it comes a record of what was done.
+    """Tune a plan; returns it settled at about the same bytes, None if nothing measured better, and a record.
 
     Args:
         job: names the model, the tokens and the effort.
@@ -256,9 +256,9 @@ def tune(
             done = stage(tuning_run, clock, kl)
             stages.append({**done, "moves": clock.iterations, "seconds": round(clock.seconds, 1)})
             job.reporter.note(
-                f"recovery: {clock.iterations} moves of {done['stage']} on about {tokens_of_iteration(job.device):,} "
-                f"tokens each in {clock.seconds:.0f} s, KL on the correction tokens {kl:.4f} before, "
-                f"{done['kl']:.4f} after"
+                f"recovery: {clock.iterations} iterations of {done['stage']} on about "
+                f"{tokens_of_iteration(job.device):,} tokens each in {clock.seconds:.0f} s, KL on the correction "
+                f"tokens {kl:.4f} before, {done['kl']:.4f} after"
             )
             if done["kl"] < kl:
                 kl = done["kl"]

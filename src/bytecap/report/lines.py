@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bytecap.errors import OutputError
+from bytecap.errors import BytecapError, OutputError
 from bytecap.report.plain import finite
 
 Record = dict[str, Any]
@@ -28,11 +29,30 @@ def read_lines(path: Path) -> list[Record]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and "record" in record:
             found.append(record)
     return found
+
+
+@contextlib.contextmanager
+def blamed_lines(*paths: Path | None) -> Iterator[None]:
+    """Turn failures of work on records of files into one line that names the files: anybody may have written them.
+
+    Raises:
+        OutputError: in place of errors that a record of another form leads to.
+    """
+    try:
+        yield
+    except Exception as exc:
+        read = [str(p) for p in paths if p is not None and p.exists()]
+        if not read or isinstance(exc, BytecapError | OSError):
+            raise
+        raise OutputError(
+            f"{', '.join(read)} {'holds' if len(read) == 1 else 'hold'} a line that no run has written "
+            f"({type(exc).__name__}: {exc}): remove that line"
+        ) from exc
 
 
 def append(path: Path | None, records: Sequence[Record]) -> None:

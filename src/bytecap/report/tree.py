@@ -22,7 +22,7 @@ _LONGEST = 400  # characters of a name that are shown
 
 @dataclass
 class _Sum:
-    """Of the units in a branch."""
+    """Return the figures of the units in a branch."""
 
     units: int = 0
     parameters: int = 0

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +41,9 @@ except ImportError:  # not a POSIX system
 Arrays = Mapping[str, npt.NDArray[Any]]
 _HASH = 16  # bytes
 _CHUNK = 2**20
+# errors that values of another form than expected lead to
+FAULTS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, AssertionError)
+_read_last: dict[str, str] = {}  # the entry that was read last, by directory
 _NAME = rf"[0-9a-f]{{{2 * _HASH}}}\.(?:json|npz)"
 
 
@@ -137,7 +140,7 @@ def library() -> str:
 
 @contextlib.contextmanager
 def blamed(directory: Path | str | None) -> Iterator[None]:
-    """Turn the failures of work on a store that holds entries already into one line that names it.
+    """Turn the failures of work that has read entries of a store into one line that names the last of them.
 
     A checksum is no signature: an entry may be sound and yet hold what no run has written. What its value runs into
     is whatever uses it, so the store is named as the likely cause, and the failure itself with it.
@@ -148,15 +151,16 @@ def blamed(directory: Path | str | None) -> Iterator[None]:
     Raises:
         OutputError: in place of errors that a value of another form leads to.
     """
-    used = directory is not None and any(p.suffix in {".json", ".npz"} for p in Path(directory).glob("*"))
+    _read_last.pop(str(directory), None)
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as exc:
-        if not used or is_shortage(exc):
+    except FAULTS as exc:
+        last = _read_last.get(str(directory))
+        if last is None or is_shortage(exc):
             raise
         raise OutputError(
-            f"the store {directory} seems to hold an entry that no run has written ({type(exc).__name__}: {exc}); "
-            "remove the directory and start again"
+            f"the store {directory} seems to hold an entry that no run has written, the last one read was {last} "
+            f"({type(exc).__name__}: {exc}); remove that file, or the directory, and start again"
         ) from exc
 
 
@@ -192,6 +196,7 @@ class Store:
                 f.seek(_HASH)
                 stack.pop_all()
                 self.found += 1
+                _read_last[str(self.directory)] = name
                 return f
         return None
 
@@ -262,6 +267,24 @@ class Store:
             except Exception:  # noqa: BLE001 (a checksum that fits says nothing about who wrote it)
                 self.found -= 1
                 return None
+
+    def once(self, key: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
+        """Return the arrays of a key; they are made and kept where they are missing, and by one process at a time.
+
+        Args:
+            key: makes the key, which is only asked for where there is a directory.
+            make: makes the arrays.
+        """
+        if self.directory is None:
+            return make()
+        name = key()
+        with self.lock(name):
+            kept = self.arrays(name)
+            if kept is not None:
+                return kept
+            made = make()
+            self.put_arrays(name, made)
+            return made
 
     def put_arrays(self, key: str, values: Arrays) -> None:
         """Keep arrays by name; they are written one after the other and never copied."""

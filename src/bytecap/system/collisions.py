@@ -1,4 +1,4 @@
-"""Outputs that would take the place of an input, or of one another, are refused before any work.
+"""Refuse outputs that would take the place of an input or of one another, before any work.
 
 Files are compared as the system sees them: through links, under other spellings, and by the file itself, so that a hard
 link to the weights counts as the weights.
@@ -27,7 +27,7 @@ def refuse_collisions(outputs: Mapping[str, Path | str | None], inputs: Mapping[
     """Refuse outputs that name an input or one another.
 
     Args:
-        outputs: what is written, by what the user calls it; None is not written.
+        outputs: paths that are written, by the user's word for them; None is not written.
         inputs: what is read, likewise: files, or directories, whose files all count (but not those of directories
             inside, nor `.bcap` files, which a model directory may well hold).
 
@@ -52,7 +52,7 @@ def refuse_pages(
     directory: Path | str | None, name: str, report: Path | str | None, store: Path | str | None,
     inputs: Mapping[str, Paths],
 ) -> None:  # fmt: skip
-    """The same for commands that write `NAME.jsonl`, `NAME.json` and a page into a directory.
+    """Refuse collisions of commands that write `NAME.jsonl`, `NAME.json` and a page into a directory.
 
     Args:
         directory: for the figures.
@@ -78,7 +78,7 @@ def _files(given: Paths) -> Iterator[Path]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two names mean one file, or would once it is there."""
+    """Return whether two names mean one file, or would once it is there."""
     try:
         return one.samefile(other)
     except (OSError, ValueError):  # one of them is not there yet

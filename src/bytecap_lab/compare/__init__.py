@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import UsageError
-from bytecap.model.sources import Paths, named
+from bytecap.model.sources import Paths
 from bytecap.progress import Reporter, reporter_for
+from bytecap.report.lines import blamed_lines
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.compare.figures import summarize
 from bytecap_lab.compare.specs import ComparisonSetting, External, RunSpec, grid, read_external, read_method
+from bytecap_lab.study import Study
 
 SHOWS_ONLY = "module"
 
@@ -74,31 +76,37 @@ def compare(
         BytecapError: an unknown name, or a run that failed; finished runs are kept.
     """
     from bytecap.pipeline.stages import choose_device
-    from bytecap_lab.compare.runs import model_of, run_all
+    from bytecap_lab.compare.runs import run_all
 
     reporter = reporter_for(reporter, progress)
-    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
-    refuse_pages(
-        output, "compare", report, store,
-        {"a model": names, "a calibration text": calibration, "an evaluation text": evaluation},
-    )  # fmt: skip
-    if not names or not methods or not budgets:
-        raise UsageError("there is nothing to compare: give at least one model, one method and one budget")
+    study = Study.of("compare", models, output, report=report, store=store, calibration=calibration,
+                     evaluation=evaluation, reporter=reporter)  # fmt: skip
+    specs = _specs(study.models, methods, budgets, seeds, externals)
+    setting = ComparisonSetting(
+        study.calibration, study.evaluation, tokens, evaluation_tokens, window, choose_device(device)
+    )
+    directory = study.directory()
+    lines = directory and directory / "runs.jsonl"
+    records = run_all(specs, setting, path=lines, store=study.store, jobs=jobs, command=command, reporter=reporter)
+    with blamed_lines(lines):
+        return _write(summarize(records), directory, report, reporter)
+
+
+def _specs(
+    models: Sequence[str], methods: Sequence[str], budgets: Sequence[str | int], seeds: int | Sequence[int],
+    externals: Sequence[str | External],
+) -> list[RunSpec]:  # fmt: skip
+    """Return all runs of a comparison; refuses what cannot be read before any model is loaded."""
+    from bytecap_lab.compare.runs import model_of
+
+    if not methods or not budgets:
+        raise UsageError("there is nothing to compare: give at least one method and one budget")
     for method in methods:
         read_method(method)
-    others = [e if isinstance(e, External) else read_external(e, names) for e in externals]
-    calib, held = named(calibration, evaluation, reporter, names)
-    setting = ComparisonSetting(calib, held, tokens, evaluation_tokens, window, choose_device(device))
-    directory = make_directory(output) if output is not None else None
+    others = [e if isinstance(e, External) else read_external(e, models) for e in externals]
     drawn = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    specs = grid(names, list(methods), list(budgets), drawn, [model_of(n).parameters for n in names])
-    specs += [RunSpec(e.model, e.name, e.bytes, directory=e.directory) for e in others]
-    kept = Path(store) if store is not None else directory and directory / "store"
-    records = run_all(
-        specs, setting, path=directory and directory / "runs.jsonl", store=kept, jobs=jobs, command=command,
-        reporter=reporter,
-    )  # fmt: skip
-    return _write(summarize(records), directory, report, reporter)
+    specs = grid(models, list(methods), list(budgets), drawn, [model_of(n).parameters for n in models])
+    return specs + [RunSpec(e.model, e.name, e.bytes, directory=e.directory) for e in others]
 
 
 def render(
@@ -116,9 +124,9 @@ def render(
     records = read_lines(Path(runs))
     if not any(r["record"] == "run" for r in records):
         raise UsageError(f"{runs} holds no runs")
-    return _write(
-        summarize(records), (make_directory(output) if output is not None else None), report, reporter_for(reporter)
-    )
+    directory = make_directory(output) if output is not None else None
+    with blamed_lines(Path(runs)):
+        return _write(summarize(records), directory, report, reporter_for(reporter))
 
 
 def _write(

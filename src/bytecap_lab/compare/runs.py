@@ -26,14 +26,14 @@ from bytecap.calibration.statistics import model_key, windows_key
 from bytecap.errors import BudgetError, CheckpointError
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import ByWindow, compare
+from bytecap.model.evaluation import ByWindow, compare_models
 from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Reporter, Silent
-from bytecap.report.lines import Record, append, read_lines
-from bytecap.system.cache import digest, library
+from bytecap.report.lines import Record, append, blamed_lines, read_lines
+from bytecap.system.cache import blamed, digest, library
 from bytecap_lab.compare.specs import ComparisonSetting, RunSpec, read_method
 
 
@@ -119,7 +119,7 @@ def run_all(
         BytecapError: a cell failed for another reason than its budget; what is finished is in the file.
     """
     reporter = reporter or Silent()
-    known = {r["key"]: r for r in (read_lines(path) if path is not None else [])}
+    known = {r["key"]: r for r in (read_lines(path) if path is not None else []) if isinstance(r.get("key"), str)}
     wanted = list(tasks(specs, setting, store, command))
     missing = [t for t in wanted if t.key not in known]
     if len(missing) < len(wanted):
@@ -132,8 +132,9 @@ def run_all(
             advance(1)
     model_of.cache_clear()
     _sets.cache_clear()
-    runs = [known[t.key] | {"order": t.order} for t in wanted]
-    return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
+    with blamed_lines(path):
+        runs = [known[t.key] | {"order": t.order} for t in wanted]
+        return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
 
 
 def _results(missing: Sequence[Task], jobs: int) -> Iterator[list[Record]]:
@@ -165,7 +166,8 @@ def run(task: Task) -> list[Record]:
         "host": host(task.setting.device), "versions": versions(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     try:
-        found, windows = _external(task, model, sets) if spec.directory else _fitted(task, model, sets)
+        with blamed(task.store):
+            found, windows = _external(task, model, sets) if spec.directory else _fitted(task, model, sets)
     except BudgetError as exc:
         return [record | {"refused": str(exc), "floor_bytes": exc.floor}]
     texts = _texts(model, sets, windows)
@@ -202,7 +204,7 @@ def _external(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequen
         raise CheckpointError(f"{spec.directory} has a vocabulary of {theirs} tokens, {spec.model} one of {ours}")
     model.module.to(device)
     other.module.to(device)
-    parts = [compare(model.module, other.module, t, device=device) for t in sets.evaluation]
+    parts = [compare_models(model.module, other.module, t, device=device) for t in sets.evaluation]
     found = {
         "external": spec.directory, "file_bytes": spec.budget, "parameters": model.parameters,
         "bits_per_parameter": 8 * spec.budget / max(1, model.parameters),

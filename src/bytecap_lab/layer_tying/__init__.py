@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -118,9 +118,9 @@ def tie(
         init: `stepwise`, `average` or `lower`, see `bytecap_lab.layer_tying.start`.
         rank: of every layer's own low-rank parts, 0 for none.
         train: text files to uptrain on; the embedded text if None.
-        steps: moves (`600`) or time (`10m`) of uptraining.
+        steps: iterations (`600`) or time (`10m`) of uptraining.
         search: `greedy`, `dlt`, or None for a loop.
-        search_steps: moves or time of the search; as `steps` if None.
+        search_steps: iterations or time of the search; as `steps` if None.
         labels: share of the text's own next tokens in the loss, the rest is the KL to the original.
         rate: first learning rate.
         window: predicted tokens in a window.
@@ -134,33 +134,66 @@ def tie(
     Raises:
         BytecapError: an option does not fit the model, the model cannot be tied, the text is too short.
     """
-    refuse_collisions(
-        {"-o": output, "--store": store},
-        {"the model": None if isinstance(model, Model) else model, "a training text": train},
-    )
-    reporter = reporter_for(reporter, progress)
-    target, effort = choose_device(device), _effort(steps, "--steps")
-    looking = _effort(search_steps or steps, "--search-steps")
+    path = None if isinstance(model, Model) else model
+    refuse_collisions({"-o": output, "--store": store}, {"the model": path, "a training text": train})
+    reporter, target = reporter_for(reporter, progress), choose_device(device)
+    efforts = _effort(steps, "--steps"), _effort(search_steps or steps, "--search-steps")
     _check(rate, labels)
     loaded = model if isinstance(model, Model) else load_model(model)
     plan = TyingPlan.of(loaded, blocks, init, rank, search)
     directory, kept = make_directory(output), Store(store)
     pool = read(loaded, train, window=window, seed=seed, reporter=reporter)
-    what = str(as_paths(train)[0]) if as_paths(train) else "the embedded text"
-    windows, held, measured = split(pool, 2, target, what)
+    sets = split(pool, 2, target, str(next(iter(as_paths(train)), "the embedded text")))
     loaded.module.to(target)
-    checkpoint = ProgressCheckpoint(kept) if store is None else ProgressCheckpoint(
-        kept, environment(target), torch.get_num_threads(), model_key(loaded), windows_key(pool), seed, rate, init, rank
-    )  # fmt: skip
-    tying, trace = decide(plan, loaded, windows, measured, looking, target, seed, rate, reporter, checkpoint)
-    student = tied(loaded.module, tying, init)
-    found = uptrain(
-        loaded.module, student, windows, held, effort, device=target, seed=seed, rate=rate, labels=labels,
-        reporter=reporter, checkpoint=checkpoint.under("uptraining", tying.sources, astuple(effort), labels),
-    )  # fmt: skip
-    _say(found, windows, reporter)
-    write(student, {**loaded.files, FILE: tying.dump()}, loaded, directory)
-    return report(loaded, tying, found, directory, held, target) | trace | {"seed": seed, "init": init, "rank": rank}
+    checkpoint = _checkpoint(kept, loaded, target, windows_key(pool), seed, rate, init, rank)
+    run = _Run(loaded, plan, target, seed, rate, labels, reporter, checkpoint)
+    return run.converted(sets, efforts, directory) | {"seed": seed, "init": init, "rank": rank}
+
+
+def _checkpoint(store: Store, model: Model, device: str, *named_by: Any) -> ProgressCheckpoint:
+    """Return where progress is kept, under the name of all that it depends on."""
+    if store.directory is None:  # nothing is kept, and hashing the model would take time
+        return ProgressCheckpoint(store)
+    return ProgressCheckpoint(store, environment(device), torch.get_num_threads(), model_key(model), *named_by)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One conversion: the model, its plan of sharing, and how it is trained."""
+
+    model: Model
+    plan: TyingPlan
+    device: str
+    seed: int
+    rate: float
+    labels: float
+    reporter: Reporter
+    checkpoint: ProgressCheckpoint
+
+    def converted(
+        self, sets: Iterable[Sequence[Window]], efforts: tuple[Effort, Effort], directory: Path
+    ) -> dict[str, Any]:
+        """Decide, uptrain, write and report.
+
+        Args:
+            sets: windows to train on, to watch the uptraining by, and to measure on.
+            efforts: of the uptraining and of the search.
+            directory: to write.
+        """
+        (windows, held, measured), (effort, searching) = sets, efforts
+        tying, trace = decide(
+            self.plan, self.model, windows, measured, searching, self.device, self.seed, self.rate, self.reporter,
+            self.checkpoint,
+        )  # fmt: skip
+        student = tied(self.model.module, tying, self.plan.init)
+        found = uptrain(
+            self.model.module, student, windows, held, effort, device=self.device, seed=self.seed, rate=self.rate,
+            labels=self.labels, reporter=self.reporter,
+            checkpoint=self.checkpoint.under("uptraining", tying.sources, astuple(effort), self.labels),
+        )  # fmt: skip
+        _say(found, windows, self.reporter)
+        write(student, {**self.model.files, FILE: tying.dump()}, self.model, directory)
+        return report(self.model, tying, found, directory, held, self.device) | trace
 
 
 def _check(rate: float, labels: float) -> None:
@@ -235,8 +268,8 @@ def _say(found: Uptraining, train: Sequence[Window], reporter: Reporter) -> None
     times = found.tokens / sum(w.predicted for w in train)
     again = f", the text {times:.1f} times" if times > 1 else ""
     reporter.note(
-        f"uptraining: {found.moves} moves over {found.tokens:,} tokens{again} in {found.seconds:.0f} s, KL on held-out "
-        f"tokens {found.kl_start:.4f} before, {found.kl:.4f} after"
+        f"uptraining: {found.moves} iterations over {found.tokens:,} tokens{again} in {found.seconds:.0f} s, KL on "
+        f"held-out tokens {found.kl_start:.4f} before, {found.kl:.4f} after"
     )
 
 

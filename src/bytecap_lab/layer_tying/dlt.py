@@ -39,7 +39,7 @@ from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import loop, tied
 from bytecap_lab.layer_tying.uptrain import RATE, Trainer
 
-_BATCHES = 2  # moves after an action
+_BATCHES = 2  # iterations after an action
 _HIDDEN = 64
 _DISCOUNT = 0.5  # an action shows in the loss at once
 _EPSILON = (1.0, 0.05)  # at the start, and from three quarters of the search on
@@ -160,7 +160,7 @@ class Search:
     visited: dict[tuple[int, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, blocks: int, effort: Effort, advance: Advance) -> Tying:
-        """Search the tying with at most so many blocks that trains best; `effort` counts moves or seconds."""
+        """Search the tying with at most so many blocks that trains best; `effort` counts iterations or seconds."""
         depth = len(self.start.sources)
         student = tied(self.original, Tying(self.start.blocks, self.start.sources))
         modules = layers(student, self.start.blocks)

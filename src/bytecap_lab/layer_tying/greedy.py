@@ -1,8 +1,8 @@
 """Choose blocks to share one merge at a time, always the one with the least measured loss per freed byte.
 
 From the original on, every pair of groups of layers is tried: they are tied, started as `bytecap_lab.layer_tying.start`
-says, trained for a few moves where the effort allows any, and the KL to the original is measured on tokens of their
-own. The pair with the smallest rise of the KL per freed parameter is merged, until the wanted number of blocks is left.
+says, trained for a few iterations where the effort allows any, and the KL to the original is measured on other tokens.
+The pair with the smallest rise of the KL per freed parameter is merged, until the wanted number of blocks is left.
 
 What is chosen from is (K + 1 .. L choose 2) candidates in all, so a time is cut into equal parts beforehand. Omitted:
 looking ahead by more than one merge.
@@ -77,7 +77,7 @@ class Search:
         held: windows to measure them on.
         device: torch device.
         seed: order of the windows.
-        rate: learning rate of the few moves.
+        rate: learning rate of these iterations.
         checkpoint: where measured candidates are kept, and taken from.
     """
 
@@ -130,7 +130,7 @@ class Search:
         return tying, taken
 
     def _measure(self, tying: Tying, effort: Effort) -> tuple[float, int]:
-        """Measure a candidate's KL after its moves, and its parameters."""
+        """Measure a candidate's KL after its iterations, and its parameters."""
         began = time.monotonic()
         student = tied(self.original, tying, self.init, self._parts)
         trainer = Trainer(self.original, student, device=self.device, rate=self.rate)
@@ -139,7 +139,7 @@ class Search:
             for _ in range(effort.steps):
                 trainer.iterate(next(source))
         else:
-            one = 0.0  # seconds of a move
+            one = 0.0  # seconds of an iteration
             while (now := time.monotonic()) - began + one < (effort.seconds or 0.0):
                 trainer.iterate(next(source))
                 one = time.monotonic() - now

@@ -34,9 +34,9 @@ from bytecap.system.cache import Store
 
 RATE = 1e-3  # first learning rate
 _BETAS = (0.9, 0.95)
-_WARMING = 20  # moves until the full rate
+_WARMING = 20  # iterations until the full rate
 _LAST = 0.05  # share of the rate that is left at the end
-_CHECKS = 8  # looks at the held-out tokens
+_CHECKS = 8  # validations on the held-out tokens
 _CLIP = 1.0  # norm of the gradient
 _WORSE = 4.0  # times the smallest loss seen: training diverges
 _NOTHING = 1e-2  # nats that a loss may always have
@@ -50,9 +50,9 @@ class Uptraining:
     Attributes:
         kl_start: KL to the original on the held-out tokens before, nats per token.
         kl: of the best model seen, which is what is left.
-        moves: number of moves made.
-        tokens: predicted tokens they looked at.
-        seconds: wall time of the moves, looks included.
+        moves: number of iterations made.
+        tokens: predicted tokens they read.
+        seconds: wall time of the iterations, validations included.
         diverged: stopped because the held-out KL grew without bounds.
     """
 
@@ -84,9 +84,9 @@ class Trainer:
         self.number = self.tokens = 0
 
     def iterate(self, windows: Sequence[Window], share: float = 1.0) -> float:
-        """Make one move at a share of the rate; returns the mean loss before it.
+        """Make one iteration at a share of the rate; returns the mean loss before it.
 
-        A loss that is not a number is returned without a move.
+        A loss that is not a number is returned without an iteration.
         """
         loss, gradients = self._gradients(windows)
         self.number += 1
@@ -123,7 +123,7 @@ class Trainer:
         return {n: p for n, p in self.student.named_parameters() if p.is_floating_point()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return everything that moves, read by the student now or not, and the progress; `resume` takes it back."""
+        """Return every trained tensor, read by the student now or not, and the progress; `resume` takes it back."""
         found: dict[str, Tensor] = {}
         for i, p in enumerate(self._parameters()):
             found |= {f"parameter {i}": p, **{f"adam {k} {i}": v for k, v in self.optimizer.state[p].items()}}
@@ -168,8 +168,8 @@ def uptrain(
         original: untouched model on the device.
         student: tied model on the device.
         train: windows to learn from.
-        held: windows of the looks.
-        effort: moves, or seconds of them.
+        held: windows of the validations.
+        effort: iterations, or seconds of them.
         device: torch device.
         seed: order of the windows.
         rate: first learning rate.
@@ -198,8 +198,8 @@ def uptrain(
                 checkpoint.put(lambda: so.state(trainer, clock), now=clock.done >= 1)
     if diverged:
         reporter.note(
-            f"uptraining diverges after {trainer.number} moves (held-out KL {now.kl:.4f}): stopped, the best is kept "
-            f"(a smaller --rate than {rate:g} may help)"
+            f"uptraining diverges after {trainer.number} iterations (held-out KL {now.kl:.4f}): stopped, the best is "
+            f"kept (a smaller --rate than {rate:g} may help)"
         )
     _restore(student, so.kept)
     return Uptraining(so.start.kl, so.best.kl, trainer.number, trainer.tokens, clock.seconds, diverged)
@@ -210,7 +210,7 @@ class _SoFar:
     """The state of an uptraining besides its trainer and its clock.
 
     Attributes:
-        start, best: the first look, and the best.
+        start, best: the first validation, and the best.
         kept: parameters at the best.
     """
 
@@ -256,11 +256,11 @@ def split(pool: Sequence[Window], parts: int, device: str, what: str) -> Iterato
     Args:
         pool: windows in a random order.
         parts: number of sets.
-        device: whose moves the text has to hold one of.
+        device: that decides the tokens of an iteration, of which the text must hold one.
         what: the text, for messages.
 
     Raises:
-        TextError: too little is left for one move.
+        TextError: too little is left for one iteration.
     """
     left = list(pool)
     total = sum(w.predicted for w in left)
@@ -271,7 +271,7 @@ def split(pool: Sequence[Window], parts: int, device: str, what: str) -> Iterato
     need = tokens_of_iteration(device)
     if sum(w.predicted for w in left) < need or not all(held):
         raise TextError(
-            f"{what}: {total:,} tokens are too few to train on: one move takes {need:,}, and a sixteenth is held out"
+            f"{what}: {total:,} tokens are too few to train on: an iteration takes {need:,}, a sixteenth is held out"
         )
     yield left
     yield from held

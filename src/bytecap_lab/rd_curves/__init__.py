@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecap.allocation.correction import role_name
+from bytecap.job import Job
 from bytecap.model.evaluation import ByWindow
 from bytecap.model.texts import Window, leading
 from bytecap.progress import Reporter, reporter_for
 from bytecap.system.atomic import make_directory
-from bytecap.system.cache import Store
+from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
@@ -83,42 +84,69 @@ def byte_returns(
     Raises:
         BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
     """
-    from bytecap.model.checkpoint import Model, load_model
-    from bytecap.model.sources import CORRECTION_TOKENS, load_sets
     from bytecap.pipeline.stages import choose_device
-    from bytecap.sizes import check_budget, parse_budget
+    from bytecap.sizes import check_budget
 
-    refuse_pages(output, "curves", report, store, {
-        "the model": None if isinstance(model, Model) else model, "a calibration text": calibration,
-        "an evaluation text": evaluation,
-    })  # fmt: skip
-    reporter = reporter_for(reporter, progress)
+    read = {"a calibration text": calibration, "an evaluation text": evaluation}
+    refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **read})
     check_budget(budget)
     base, names, target = check_base(base), known(paths), choose_device(device)
     directory = make_directory(output) if output is not None else None
-    loaded = model if isinstance(model, Model) else load_model(model)
-    limit = parse_budget(budget, loaded.parameters)
-    sets = load_sets(loaded, calibration, evaluation, window=window, tokens=tokens,
-                     evaluation_tokens=evaluation_tokens, correction_tokens=max(point_tokens, CORRECTION_TOKENS),
-                     seed=seed, device=target, reporter=reporter)  # fmt: skip
-    loaded.module.to(target)
+    amounts: dict[str, Any] = {"tokens": tokens, "evaluation_tokens": evaluation_tokens, "window": window}
+    reporter = reporter_for(reporter, progress)
+    job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
     cache = Store(store if store is not None else directory and directory / "store")
-    operating_point = build(make_job(loaded, sets, limit, target, seed, reporter), base, cache)
-    found = _curves(operating_point, names, leading(sets.correction, point_tokens), points, cache)
-    found = {"schema": SCHEMA, "model": loaded.name, "budget_bytes": limit, "seed": seed, **found}
+    with blamed(cache.directory):
+        found = _measured(job, base, names, point_tokens, points, cache)
+    return _written(found, directory, report, reporter)
+
+
+def _path_of(model: Model | Path | str) -> Path | str | None:
+    """Return where a model is read from; None if it is loaded already."""
+    return model if isinstance(model, Path | str) else None
+
+
+def _job(
+    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: Mapping[str, Any],
+    point_tokens: int, device: str, seed: int, reporter: Reporter,
+) -> Job:  # fmt: skip
+    """Read model and token sets and return the job whose operating point is the base."""
+    from bytecap.model.checkpoint import load_model
+    from bytecap.model.sources import CORRECTION_TOKENS, load_sets
+    from bytecap.sizes import parse_budget
+
+    loaded = load_model(model) if isinstance(model, Path | str) else model
+    limit = parse_budget(budget, loaded.parameters)
+    sets = load_sets(
+        loaded, calibration, evaluation, correction_tokens=max(point_tokens, CORRECTION_TOKENS), seed=seed,
+        device=device, reporter=reporter, **amounts,
+    )  # fmt: skip
+    loaded.module.to(device)
+    return make_job(loaded, sets, limit, device, seed, reporter)
+
+
+def _measured(
+    job: Job, base: str, names: Sequence[str], point_tokens: int, points: int, cache: Store
+) -> dict[str, Any]:
+    """Return the figures of all paths at the operating point of a job."""
+    operating_point = build(job, base, cache)
+    found = _curves(operating_point, names, leading(job.sets.correction, point_tokens), points, cache)
+    found = {"schema": SCHEMA, "model": job.model.name, "budget_bytes": job.budget, "seed": job.seed, **found}
     found["base"] = {"name": base, "bytes": operating_point.bytes, "hash": operating_point.key, **found["base"]}
-    _write(found, directory, Path(report) if report is not None else None, reporter)
     return found
 
 
-def _write(found: dict[str, Any], directory: Path | None, report: Path | None, reporter: Reporter) -> None:
-    """Write the figures, and the page beside them or at a given path."""
+def _written(
+    found: dict[str, Any], directory: Path | None, report: Path | str | None, reporter: Reporter
+) -> dict[str, Any]:  # fmt: skip
+    """Write the figures, and the page beside them or at a given path; returns the figures."""
     from bytecap.report.curves import page
     from bytecap.report.plain import finite, write_figures
 
     files = write_figures(finite(found), page, directory, "curves", report)
     if files:
         reporter.note(f"wrote {' and '.join(map(str, files))}")
+    return found
 
 
 def _curves(
@@ -134,7 +162,7 @@ def _curves(
     skipped = {n: sum(not o for o in promised[n].values()) for n in names}
     for name, count in skipped.items():
         if count:
-            reporter.note(f"path {name} cannot apply to {count} of {len(operating_point.base.problems)} matrices")
+            reporter.note(f"overlay {name} cannot apply to {count} of {len(operating_point.base.problems)} matrices")
     plans = {n: _plans(operating_point, bundled(promised[n])) for n in names}
     flat = [(n, p) for n in names for p in plans[n]]
     on_texts, on_held = at_base(operating_point, texts, store), at_base(operating_point, held, store)

@@ -45,7 +45,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Where every path starts.
+    """The base from which every overlay starts.
 
     Attributes:
         job: model, texts, budget.

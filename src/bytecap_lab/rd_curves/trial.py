@@ -115,7 +115,7 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
 def candidates(
     operating_point: OperatingPoint, path: str, store: Store, advance: Advance
 ) -> dict[str, list[OverlayCandidate]]:
-    """Predict one path on every unit; returns candidates by unit name, none where the path cannot apply.
+    """Predict one overlay on every unit; returns candidates by unit name, none where it cannot apply.
 
     Args:
         operating_point: where the paths start.

@@ -1,4 +1,4 @@
-"""A submission's evaluation, run in a copy of its directory and bounded in time and output.
+"""A submission's evaluation, run in a copy of its directory and bounded in time, memory, disk, processes and output.
 
 This runs code that the user has named, as the user: it is no sandbox (SECURITY.md says exactly what it is). The copy
 holds contents alone: times, attributes and rights of the files, in which bytes could be hidden, are made alike. The
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from typing import IO, Any
 from bytecap.errors import CodeError
 
 SECONDS = 600.0  # what the challenge allows an evaluation
+DISK, PROCESSES = 16_000_000_000, 4096
 _FIGURE = re.compile(
     r"(?:bpb|bits[ _]per[ _]byte)\W{0,4}([0-9]{1,9}\.?[0-9]{0,40}(?:e[-+]?[0-9]{1,3})?)", re.IGNORECASE
 )
@@ -36,9 +37,18 @@ _PASSED = (
 )  # fmt: skip  # names of the environment that an evaluation sees, and those that begin with LC_
 
 
+def most_memory() -> int:
+    """Return three quarters of the machine's memory, in bytes; 64 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+    except (AttributeError, ValueError, OSError):  # pragma: no cover (Windows)
+        return 1 << 36
+
+
 def evaluate(
-    directory: Path | str, command: str, *, data: Collection[str] = (), seconds: float = SECONDS
-) -> dict[str, Any]:
+    directory: Path | str, command: str, *, data: Collection[str] = (), seconds: float = SECONDS,
+    memory: int | None = None, disk: int = DISK, processes: int = PROCESSES,
+) -> dict[str, Any]:  # fmt: skip
     """Run a submission's evaluation in a copy of its directory, and read the figure it prints.
 
     Args:
@@ -46,22 +56,29 @@ def evaluate(
         command: as on a command line; `python` is the interpreter of this process.
         data: public data files, linked instead of copied.
         seconds: after which it is ended, with everything it has started.
+        memory: bytes that it may take; three quarters of the machine's by default.
+        disk: bytes that it may write to its own directories.
+        processes: most of them at once, threads included.
 
     Returns:
         `bpb`, the last figure behind "bpb" or "bits per byte" in its output, and `line`, where it stands.
 
     Raises:
-        CodeError: it fails, takes too long, or prints no figure.
+        CodeError: it fails, takes too long or too much, or prints no figure.
     """
     words = _words(command)
+    most = {"memory": most_memory() if memory is None else memory, "disk": disk, "processes": processes}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         place = Path(temporary)
         for name in ("home", "tmp"):
             (place / name).mkdir()
         copy_contents(Path(directory), place / "submission", set(data))
-        code, out, err = _supervised(words, place, seconds)
+        code, out, err = _supervised(words, place, seconds, most)
     if code == "timeout":
         raise CodeError(f"the evaluation was ended after {seconds:g} seconds: {command}")
+    if code in most:
+        unit = "processes and threads" if code == "processes" else f"bytes of {code}"
+        raise CodeError(f"the evaluation was ended: it took more than {most[code]:,} {unit} (--{code}): {command}")
     if code.startswith("cannot run"):
         raise CodeError(f"cannot run {words[0]}{code.removeprefix('cannot run')}")
     if code != "0":
@@ -131,17 +148,18 @@ class _Tail(threading.Thread):
                     del self._kept[:-_KEPT]
 
     def text(self) -> str:
-        """What was kept, as far as it was read in time."""
+        """Return the output that was kept, as far as it was read in time."""
         self.join(10)
         return bytes(self._kept[-_KEPT:]).decode("utf-8", "replace")
 
 
-def _supervised(words: list[str], place: Path, seconds: float) -> tuple[str, str, str]:
+def _supervised(words: list[str], place: Path, seconds: float, most: Mapping[str, int]) -> tuple[str, str, str]:
     """(exit code or what happened instead, end of the output, end of the errors) of a command."""
     supervisor, status = Path(__file__).with_name("supervisor.py"), place / "status"
+    script = [sys.executable, "-I", str(supervisor), str(seconds), str(status), *map(str, most.values()), str(place)]
     process = subprocess.Popen(  # noqa: S603 (the user's own command)
-        [sys.executable, "-I", str(supervisor), str(seconds), str(status), *words], cwd=place / "submission",
-        env=environment(place), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*script, *words], cwd=place / "submission", env=environment(place), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True, bufsize=0,
     )  # fmt: skip
     if process.stdout is None or process.stderr is None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import UsageError
-from bytecap.model.sources import Paths, as_paths, named
+from bytecap.model.sources import Paths, as_paths
 from bytecap.progress import Reporter, reporter_for
 from bytecap.report.plain import finite, write_figures
 from bytecap.system.atomic import make_directory
 from bytecap.system.collisions import refuse_pages
+from bytecap_lab.study import Study
+
+if TYPE_CHECKING:
+    from bytecap_lab.thesis.bench import BenchSetting
+    from bytecap_lab.thesis.runner import Task
 
 SHOWS_ONLY = "module"
 
@@ -72,25 +77,30 @@ def thesis(
         BytecapError: an unknown name, or a measurement that failed; finished ones are kept.
     """
     from bytecap.pipeline.stages import choose_device
-    from bytecap_lab.rd_curves.operating_point import check_base
     from bytecap_lab.thesis.bench import BenchSetting
-    from bytecap_lab.thesis.runner import file_of, measure_all, tasks
+    from bytecap_lab.thesis.runner import file_of, measure_all
 
     reporter = reporter_for(reporter, progress)
-    names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
-    if not names or not bases:
-        raise UsageError("there is nothing to test: give at least one model (demo is the embedded one) and one base")
-    refuse_pages(
-        output, "thesis", report, store,
-        {"a model": names, "a calibration text": calibration, "an evaluation text": evaluation},
-    )  # fmt: skip
-    needs, (calib, held) = _needs(only), named(calibration, evaluation, reporter, names)
-    target = choose_device(device)
-    setting = BenchSetting(calib, held, budget, tokens, evaluation_tokens, window, seeds, rungs, target)
-    directory = make_directory(output) if output is not None else None
-    kept = Path(store) if store is not None else directory and directory / "store"
-    wanted = list(tasks(names, [check_base(b) for b in bases], needs, setting, file_of(directory), kept, command))
-    return _write(measure_all(wanted, jobs=jobs, reporter=reporter), only, directory, report, reporter)
+    study = Study.of("thesis", models, output, report=report, store=store, calibration=calibration,
+                     evaluation=evaluation, reporter=reporter)  # fmt: skip
+    setting = BenchSetting(study.calibration, study.evaluation, budget, tokens, evaluation_tokens, window, seeds, rungs,
+                           choose_device(device))  # fmt: skip
+    records = measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
+    directory = study.directory()
+    return _write(records, only, directory, report, reporter, [file_of(directory)])
+
+
+def _tasks(
+    study: Study, bases: Sequence[str], only: Sequence[str] | None, setting: BenchSetting, command: str
+) -> list[Task]:
+    """Return what is to be measured, and make the directory of its lines."""
+    from bytecap_lab.rd_curves.operating_point import check_base
+    from bytecap_lab.thesis.runner import file_of, tasks
+
+    if not bases:
+        raise UsageError("there is nothing to test: give at least one base")
+    needs, based = _needs(only), [check_base(b) for b in bases]
+    return list(tasks(study.models, based, needs, setting, file_of(study.directory()), study.store, command))
 
 
 def _needs(only: Sequence[str] | None) -> list[str]:
@@ -117,18 +127,20 @@ def render(
     if not any(r["record"] == "measure" for r in records):
         raise UsageError(f"{', '.join(map(str, paths))} holds no measurement of the thesis")
     directory = make_directory(output) if output is not None else None
-    return _write(records, only, directory, report, reporter_for(reporter))
+    return _write(records, only, directory, report, reporter_for(reporter), paths)
 
 
 def _write(
     records: Sequence[Any], only: Sequence[str] | None, directory: Path | None, report: Path | str | None,
-    reporter: Reporter,
+    reporter: Reporter, lines: Sequence[Path | None],
 ) -> dict[str, Any]:  # fmt: skip
     """Judge, write `thesis.json` and the page; returns the verdicts as JSON can hold them."""
+    from bytecap.report.lines import blamed_lines
     from bytecap.report.thesis import page
     from bytecap_lab.thesis.verdicts import judge
 
-    found: dict[str, Any] = finite(judge(records, only))
-    for path in write_figures(found, page, directory, "thesis", report):
-        reporter.note(f"wrote {path}")
+    with blamed_lines(*lines):
+        found: dict[str, Any] = finite(judge(records, only))
+        for path in write_figures(found, page, directory, "thesis", report):
+            reporter.note(f"wrote {path}")
     return found

@@ -18,7 +18,7 @@ from bytecap.model.fileset import read_side_files
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model was trained, from the `training.json` in its directory.
+    """The training of a model, from the `training.json` in its directory.
 
     Attributes:
         recipe: name, empty where nothing is known.
@@ -32,7 +32,7 @@ class Origin:
 
 
 def directory_of(spec: str) -> Path:
-    """Where a model lies.
+    """The place of a model.
 
     Raises:
         CheckpointError: nowhere.

@@ -21,8 +21,8 @@ import torch
 from bytecap.errors import BudgetError
 from bytecap.model.checkpoint import Model
 from bytecap.progress import Reporter, Silent
-from bytecap.report.lines import append, read_lines
-from bytecap.system.cache import Store, digest, library
+from bytecap.report.lines import append, blamed_lines, read_lines
+from bytecap.system.cache import Store, blamed, digest, library
 from bytecap_lab.compare.pairs import clusters, fold
 from bytecap_lab.compare.runs import directory_key, file_key, host, versions
 from bytecap_lab.thesis.bench import Bench, BenchSetting
@@ -99,7 +99,7 @@ def measure_all(wanted: Sequence[Task], *, jobs: int = 1, reporter: Reporter | N
     """
     reporter = reporter or Silent()
     path = wanted[0].path if wanted else None
-    known = {r["key"]: r for r in (read_lines(path) if path is not None else []) if "key" in r}
+    known = {r["key"]: r for r in (read_lines(path) if path is not None else []) if isinstance(r.get("key"), str)}
     total = sum(len(t.wanted) for t in wanted)
     there = sum(k in known for t in wanted for k in t.wanted.values())
     if there:
@@ -112,8 +112,9 @@ def measure_all(wanted: Sequence[Task], *, jobs: int = 1, reporter: Reporter | N
     for records in _results(missing, jobs, reporter):
         known |= {r["key"]: r for r in records}
     _model.cache_clear()
-    runs = [known[k] for t in wanted for k in t.wanted.values() if k in known]
-    return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
+    with blamed_lines(path):
+        runs = [known[k] for t in wanted for k in t.wanted.values() if k in known]
+        return [known[k] for k in dict.fromkeys(r["texts_key"] for r in runs if "texts_key" in r)] + runs
 
 
 def _results(missing: Sequence[Task], jobs: int, reporter: Reporter) -> Iterator[list[Record]]:
@@ -145,8 +146,9 @@ def run(task: Task, reporter: Reporter) -> Iterator[Record]:
         started = time.process_time()
         record = _head(task, name, key)
         try:
-            texts = texts or _texts(bench)
-            record |= {"texts_key": texts["key"], **measures()[name](bench)}
+            with blamed(task.store):
+                texts = texts or _texts(bench)
+                record |= {"texts_key": texts["key"], **measures()[name](bench)}
         except BudgetError as exc:
             record |= {"refused": str(exc), "floor_bytes": exc.floor}
         record["cpu_seconds"] = round(time.process_time() - started, 2)
@@ -178,5 +180,5 @@ def _texts(bench: Bench) -> Record:
 
 
 def file_of(directory: Path | None) -> Path | None:
-    """Where a directory's lines are."""
+    """Return the file of a directory's lines."""
     return directory and directory / "thesis.jsonl"

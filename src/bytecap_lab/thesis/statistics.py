@@ -110,7 +110,7 @@ class Draw:
     def means(
         self, rows: Sequence[Sequence[float]], halves: Sequence[npt.NDArray[np.bool_]] | None = None
     ) -> FloatArray:
-        """The same of several things at once: (1 + RESAMPLES, rows).
+        """Draw for several rows at once, (1 + RESAMPLES, rows).
 
         Args:
             rows: sums over the clusters of all texts, one text after the other.

@@ -62,7 +62,7 @@ def _settings(lines: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def counts(one: Evidence) -> bool:
-    """Whether a verdict on this model counts: it was trained under the registration."""
+    """Return whether a verdict on this model counts: it was trained under the registration."""
     return one.registration == REGISTRATION
 
 

@@ -127,7 +127,7 @@ class PQuantLinear(nn.Linear):
         device, dtype: as of `nn.Linear`.
 
     Attributes:
-        weight: latent weights (out, in), what the optimizer moves.
+        weight: latent weights (out, in), updated by the optimizer.
         alpha, beta: learnable scales of the branches; constants where nothing is added up.
 
     Raises:

@@ -29,12 +29,12 @@ _REDIRECT = {"adapter_config.json"}  # loads another model's weights
 
 
 def same(name: str) -> str:
-    """What file systems that ignore case, or how letters are composed, take a name for."""
+    """Fold a name as file systems do that ignore case, or the composition of letters."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def fault(name: str) -> str | None:
-    """Why a name must not be written under, or None."""
+    """Say why no file may be written under a name, or None."""
     plain = same(name)
     if not name or name[0] == "." or set(name) & set('/\\:<>"|?*') or name[-1] in ". ":
         return "is no plain name of a file on every system"

@@ -52,7 +52,7 @@ _DAMAGE = (ValueError, IndexError, RecursionError, zlib.error, brotli.error)
 
 @dataclass
 class Allowance:
-    """What unpacking the side and code files of ONE artifact may still take, however many files they are.
+    """The work that unpacking the side and code files of one artifact may still take, however many they are.
 
     Attributes:
         content: bytes of unpacked content.

@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,8 +44,6 @@ from bytecap.methods.baselines import kmeans, shared_codewords
 from bytecap.methods.baselines.sampled_curves import (
     Coded,
     Material,
-    capacity,
-    choose,
     entropy_bits,
     finish,
     option,
@@ -60,7 +57,7 @@ OPTIONS: dict[str, Any] = {
     "accounting": "coded", "g": None, "n": None, "recover": 40, "weighted": False, "shared": True,
 }  # fmt: skip
 DIMENSIONS = (1, 2, 3, 4, 6, 8)
-_AROUND = 1.6  # bits per weight on both sides of the mean rate that are looked at
+_AROUND = 1.6  # bits per weight on both sides of the mean rate that are tried
 _FINE = 4  # settings an octave of n, between measured ones
 _MOST_SAMPLED = 128  # codewords that are tried out on samples
 _SAMPLE = 24  # vectors a codeword that estimates are made from
@@ -210,7 +207,7 @@ class ClusComp:
 
     @property
     def coded(self) -> bool:
-        """Whether the accounting is `coded`."""
+        """Return whether the accounting is `coded`."""
         return bool(self.options["accounting"] == "coded")
 
     def encode(self, material: Material, setting: float) -> Coded[Codebook | Common]:
@@ -243,6 +240,21 @@ class ClusComp:
     def kind(self, setting: float) -> int:
         """The dimension."""
         return shared_codewords.BASE if setting >= shared_codewords.BASE else CodebookSetting.of(setting).g
+
+    def curve(self, material: Material, rate: float) -> Curve:
+        """Estimate points of a matrix with a codebook of its own."""
+        return curve(material, rate, self.options, self.seed)
+
+    def systems(self, materials: Sequence[Material], rate: float) -> list[shared_codewords.System]:
+        """Return the candidates of shared codewords."""
+        return [
+            shared_codewords.book(materials, n, d, byte=self.coded, seed=self.seed)
+            for n, d in shared_codewords.sizes(rate)
+        ]
+
+    def sharing(self, system: shared_codewords.System) -> ClusComp:
+        """Return the family whose matrices may use a system."""
+        return replace(self, system=system)
 
     def common(self, materials: Sequence[Material], system: shared_codewords.System) -> list[Curve]:
         """Return points of every matrix in the system's codewords, without the cost of shared objects."""
@@ -283,31 +295,13 @@ def run(job: Job) -> Outcome:
     if options["n"] and options["g"]:
         for m in materials:
             check(m, options["n"], options["g"])
-    values = max(1, sum(m.unit.parameters for m in materials))
-    rate = 8 * job.budget / values
-    with job.reporter.step("curves", len(materials)) as advance:
-        curves = []
-        for m in materials:
-            curves.append(curve(m, rate, options, job.seed))
-            advance(1)
-    family, objects = ClusComp(options, job.seed), tuple[bytes, ...]()
-    if shared_codewords.wanted(options):
-        with job.reporter.step("shared codewords", 1):
-            systems = [
-                shared_codewords.book(materials, n, d, byte=family.coded, seed=job.seed)
-                for n, d in shared_codewords.sizes(rate)
-            ]
-            room = capacity(job, materials, stored)
-            system, curves, predicted = shared_codewords.solve(curves, systems, partial(family.common, materials), room)
-            job.reporter.note(shared_codewords.outcome(systems, predicted))
-        if system is not None:
-            family, objects = replace(family, system=system), system.objects()
-    choice = choose(shared_codewords.charged(job, objects), materials, stored, curves, family)
+    family = ClusComp(options, job.seed)
+    choice, system = shared_codewords.choose_shared(job, family, materials, stored)
     commons = [n for n, k in choice.kept.items() if isinstance(k, Common)]
-    objects = objects if commons else ()
+    objects = system.objects() if system is not None and commons else ()
     sections = {**stored, **choice.sections}
     if options["recover"] and not job.dry_run:
-        base = family.system.words.clone().requires_grad_() if family.system is not None and commons else None
+        base = system.words.clone().requires_grad_() if system is not None and commons else None
         parts = {m.unit.name: part(m, choice.kept[m.unit.name], base) for m in materials}
         tuned = recover(job, parts, steps=options["recover"])
         if base is not None and whole(job, parts, [base], steps=options["recover"]):

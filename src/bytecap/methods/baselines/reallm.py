@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ from bytecap.format.coders.latent import CODER, Decoder, Latent, Link, decode_pa
 from bytecap.format.wire.indices import by_use, indices_size, numbers_size
 from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines import cluscomp, kmeans, shared_codewords
-from bytecap.methods.baselines.sampled_curves import Coded, Material, capacity, choose, finish, option, prepare
+from bytecap.methods.baselines.sampled_curves import Coded, Material, finish, option, prepare
 from bytecap.recovery.blocks import Part, recover
 from bytecap.types import Curve, Point
 
@@ -101,7 +100,7 @@ class ReALLM:
 
     @property
     def coded(self) -> bool:
-        """Whether the accounting is `coded`."""
+        """Return whether the accounting is `coded`."""
         return bool(self.options["accounting"] == "coded")
 
     def encode(self, material: Material, setting: float) -> Coded[Kept]:
@@ -188,6 +187,10 @@ class ReALLM:
             if wanted is not False and shared_codewords.PATCH % d == 0:
                 found.append(shared_codewords.autoencoder(materials, n, d, byte=self.coded, seed=self.seed))
         return found
+
+    def sharing(self, system: shared_codewords.System) -> ReALLM:
+        """Return the family whose matrices may use a system."""
+        return replace(self, system=system)
 
     def _side(self, shape: tuple[int, int], s: cluscomp.CodebookSetting, rank: int, *, decoder: bool) -> int:
         """Return the bytes of codewords, decoder and factors."""
@@ -309,24 +312,9 @@ def run(job: Job) -> Outcome:
         if options["n"] and options["g"]:
             cluscomp.check(m, options["n"], options["g"])
     family = ReALLM(options, job.seed)
-    rate = 8 * job.budget / max(1, sum(m.unit.parameters for m in materials))
-    with job.reporter.step("curves", len(materials)) as advance:
-        curves = []
-        for m in materials:
-            curves.append(family.curve(m, rate))
-            advance(1)
-    objects = tuple[bytes, ...]()
-    if shared_codewords.wanted(options):
-        with job.reporter.step("shared latents", 1):
-            systems = family.systems(materials, rate)
-            room = capacity(job, materials, stored)
-            system, curves, predicted = shared_codewords.solve(curves, systems, partial(family.common, materials), room)
-            job.reporter.note(shared_codewords.outcome(systems, predicted))
-        if system is not None:
-            family, objects = replace(family, system=system), system.objects()
-    choice = choose(shared_codewords.charged(job, objects), materials, stored, curves, family)
+    choice, system = shared_codewords.choose_shared(job, family, materials, stored)
     commons = [k for k in choice.kept.values() if k.scale is not None]
-    objects = objects if commons else ()
+    objects = system.objects() if system is not None and commons else ()
     sections = {**stored, **choice.sections}
     if options["recover"] and not job.dry_run:
         parts = {m.unit.name: part(m, choice.kept[m.unit.name]) for m in materials}

@@ -14,9 +14,10 @@ the codes as they are. The paper leaves training and sizes open. Omitted: weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +30,9 @@ from bytecap.format.coders import FloatArray
 from bytecap.format.coders.latent import Decoder, decode_patches
 from bytecap.format.wire.indices import read_numbers, write_numbers
 from bytecap.format.wire.shared_objects import write_codebook, write_shared_decoder
-from bytecap.job import Job
+from bytecap.job import Job, Section
 from bytecap.methods.baselines import kmeans
-from bytecap.methods.baselines.sampled_curves import Material, sampled
+from bytecap.methods.baselines.sampled_curves import Choice, Family, Material, capacity, choose, sampled
 from bytecap.types import Curve
 
 STEPS = tuple(2 ** (i / 4) for i in range(-1, 13))  # scales, in standard deviations of a matrix
@@ -46,6 +47,7 @@ _SPARE = 0.3  # that it must be able to take at least
 _EPOCHS, _BATCH = 150, 2048  # steps of joint training, and of the decoder's alone
 ENTRY = 7  # bytes of an object in the directory
 
+S = TypeVar("S")
 Seen = tuple[float, float]  # squared error of a matrix, bits of an index
 
 
@@ -237,6 +239,63 @@ def solve(
             chosen = (system, both)
         predicted.append(distortion)
     return *chosen, predicted
+
+
+class SharingFamily(Family[S], Protocol[S]):
+    """A frozen dataclass that codes matrices alone or by what they share, which is its field `system`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the method."""
+        ...
+
+    def curve(self, material: Material, rate: float) -> Curve:
+        """Estimate the points of a matrix near a mean rate in bits a weight, nothing shared."""
+        ...
+
+    def systems(self, materials: Sequence[Material], rate: float) -> list[System]:
+        """Return candidates of what the matrices may share."""
+        ...
+
+    def common(self, materials: Sequence[Material], system: System) -> list[Curve]:
+        """Return points of every matrix in a system's codewords, without the cost of shared objects."""
+        ...
+
+    def sharing(self, system: System) -> SharingFamily[S]:
+        """Return the family whose matrices may use a system."""
+        ...
+
+
+def choose_shared(
+    job: Job, family: SharingFamily[S], materials: Sequence[Material], stored: Mapping[str, Section]
+) -> tuple[Choice[S], System | None]:
+    """Choose settings under the cap, with the shared system that pays, if one does.
+
+    Args:
+        job: names the budget.
+        family: codes matrices.
+        materials: the matrices.
+        stored: sections of everything else.
+
+    Raises:
+        BudgetError: the cheapest settings do not fit.
+    """
+    rate, curves = 8 * job.budget / max(1, sum(m.unit.parameters for m in materials)), list[Curve]()
+    with job.reporter.step("curves", len(materials)) as advance:
+        for m in materials:
+            curves.append(family.curve(m, rate))
+            advance(1)
+    system = None
+    if wanted(family.options):
+        with job.reporter.step("shared codewords", 1):
+            systems = family.systems(materials, rate)
+            room = capacity(job, materials, stored)
+            system, curves, predicted = solve(curves, systems, partial(family.common, materials), room)
+            job.reporter.note(outcome(systems, predicted))
+    if system is not None:
+        family = family.sharing(system)
+    objects = () if system is None else system.objects()
+    return choose(charged(job, objects), materials, stored, curves, family), system
 
 
 def outcome(systems: Sequence[System], predicted: Sequence[float]) -> str:

@@ -1,8 +1,8 @@
-"""`--method uniform`: round to nearest, int8 container, zlib-9, at the bit width that fits. The plain baseline.
+"""`--method uniform` rounds to nearest and zips, at the bit width that fits, as the plain baseline.
 
-What most people do to make a model smaller: every row is divided by `max|row| / L` and rounded, `L` levels a side,
+It is the usual way to make a model smaller: every row is divided by `max|row| / L` and rounded, `L` levels a side,
 and the bytes go through zlib. `L = 2^(b-1) - 1` is the b-bit format; every `L` from 1 to 127 is allowed here, so
-that the baseline is not short-changed by whole bits. What the largest `L` that fits leaves over buys `L + 1`
+that the baseline is not short-changed by whole bits. The bytes that the largest fitting `L` leaves over buy `L + 1`
 levels for leading tensors and the leading rows of one more: scales are per row, so the format does not change.
 
 `measure` and `fill` also serve `golf`: both methods end with two codings of every tensor, one that fits the budget
@@ -43,7 +43,7 @@ _PROBES = 24  # compressions spent on one tensor to use up the budget
 
 @dataclass(frozen=True)
 class Measured:
-    """A matrix and the section it really becomes."""
+    """A matrix and its real section."""
 
     matrix: Quantized
     data: bytes
@@ -54,12 +54,12 @@ Writer = Callable[[Quantized], Section]
 
 
 def zipped(matrix: Quantized) -> Section:
-    """A `packed` section under zlib-9."""
+    """Return a `packed` section under zlib-9."""
     return Section(CODER.tag, CODER.encode(matrix, ZLIB))
 
 
 def is_exact(unit: Unit) -> bool:
-    """Whether the baselines keep a unit exact: vectors, integers, and small tensors that are no stack of matrices."""
+    """Return whether baselines keep a unit exact: vectors, integers, small tensors that are no stack of matrices."""
     return (
         len(unit.shape) < 2
         or unit.dtype not in _FLOATS
@@ -68,7 +68,7 @@ def is_exact(unit: Unit) -> bool:
 
 
 def exact_sections(units: Sequence[Unit], weights: Mapping[str, Tensor]) -> dict[str, Section]:
-    """Sections of the units that are kept exact, in their source dtype."""
+    """Return sections of the units that are kept exact, in their source dtype."""
     from bytecap.format.coders.exact import CODER as EXACT
 
     return {
@@ -79,12 +79,12 @@ def exact_sections(units: Sequence[Unit], weights: Mapping[str, Tensor]) -> dict
 
 
 def tolerance(capacity: int) -> int:
-    """Bytes a method may leave unused."""
+    """Return the bytes that a method may leave unused."""
     return max(32, int(0.0003 * capacity))
 
 
 def total(parts: Mapping[str, Measured]) -> int:
-    """Bytes of all sections."""
+    """Return the bytes of all sections."""
     return sum(len(p.data) for p in parts.values())
 
 
@@ -96,7 +96,7 @@ def measure(matrices: Mapping[str, Quantized], write: Writer) -> dict[str, Measu
 
 
 def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
-    """The first `rows` rows from `high`, the others from `low`."""
+    """Take the first `rows` rows from `high`, the others from `low`."""
     return Quantized(
         np.concatenate([high.codes[:rows], low.codes[rows:]]),
         np.concatenate([high.scales[:rows], low.scales[rows:]]),
@@ -104,7 +104,7 @@ def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
 
 
 def _split_rows(low: Measured, high: Measured, room: int, enough: int, write: Writer) -> Measured:
-    """As many leading rows of `high` as `room` more bytes pay for, found on real sizes.
+    """Return the number of leading rows of `high` that `room` more bytes pay for, found on real sizes.
 
     Sizes grow almost linearly with the number of rows, so guesses are interpolated; every second one halves the
     bracket in case they do not. Stops once at most `enough` bytes would stay unused.
@@ -161,7 +161,7 @@ def fill(
 
 
 def round_rows(weight: npt.NDArray[np.float32], levels: int) -> Quantized:
-    """Nearest of `levels` levels a side, `scale = max|row| / levels` in fp16.
+    """Round every row to the nearest of `levels` levels a side, `scale = max|row| / levels` in fp16.
 
     Args:
         weight: (rows, cols).
@@ -177,7 +177,7 @@ def round_rows(weight: npt.NDArray[np.float32], levels: int) -> Quantized:
 def uniform(
     units: Sequence[Unit], weights: Mapping[str, Tensor], capacity: int, progress: Progress | None = None
 ) -> dict[str, Section]:
-    """Sections of all units by round to nearest, in at most `capacity` bytes.
+    """Return sections of all units by round to nearest, in at most `capacity` bytes.
 
     Args:
         units: of the model.

@@ -1,11 +1,11 @@
-"""Encode overlays: change the problem that the base codes, then fit a layer to the decoded base.
+"""Encode overlays: change the problem that the base codes, then fit an overlay to the decoded base.
 
-A path never knows which base it stands on. Before the base codes a unit, the path may take something off its
-shoulders (`before`: protected columns become zeros that cost next to nothing, and the Hessian forgets them). After the
-base is coded, the path is given the decoded values and writes its layer (`after`). Reading is `bytecap.format.coders`'
-job: every path's layer is one file there, under the same name.
+An overlay does not depend on the base below it. Before the base codes a unit, an overlay may change the base's problem
+(`before`: protected columns become zeros that cost next to nothing, and the Hessian leaves out the errors that they
+will absorb). After the base is coded, it is fitted to the decoded values and encoded (`after`). Reading is the work of
+`bytecap.format.coders`, with one file for each overlay under the same name.
 
-One file each; a path is found by its module-level `OVERLAY`.
+One file each; an overlay is found by its module-level `OVERLAY`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class UnitProblem:
         weight: (rows, cols) float32.
         hessian: (cols, cols) float64, damped, positive definite.
         rows: (rows,) float64, mean 1.
-        rankings: of the streams it is on; None if nobody looked.
+        rankings: of the streams it is on; None if streams were not searched for.
     """
 
     unit: Unit
@@ -70,13 +70,13 @@ class UnitProblem:
 
 @dataclass(frozen=True)
 class Applied:
-    """The layer that a path stored over a base.
+    """An overlay as stored over a base.
 
     Attributes:
-        tag, data: the layer, for `bytecap.format.coders.stack`.
-        values: (rows, cols) float32, base and layer decoded, exactly as a reader gives them.
+        tag, data: as stored, for `bytecap.format.coders.stack`.
+        values: (rows, cols) float32, base and overlay decoded, exactly as a reader gives them.
         side: bytes of side information (positions, scales) within `data`.
-        share: share of the unit's weights that the path protects.
+        share: share of the unit's weights that it protects.
     """
 
     tag: int
@@ -90,10 +90,10 @@ class Overlay(Protocol):
     """One kind of overlay."""
 
     id: ClassVar[str]
-    charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its layers
+    charge: ClassVar[int]  # bytes it needs once for the whole file, beyond its overlays
 
     def settings(self, problem: UnitProblem, base: Tensor | None = None) -> Sequence[Any]:
-        """Return the possible settings, cheapest first; empty where the path cannot apply.
+        """Return the possible settings, cheapest first; empty where the overlay cannot apply.
 
         `base` (rows, cols) are the base's decoded values, to rank by, if they are known.
         """
@@ -104,13 +104,13 @@ class Overlay(Protocol):
         ...
 
     def after(self, problem: UnitProblem, base: Tensor, setting: Any) -> Applied:
-        """Fit the layer to a base's decoded values (rows, cols)."""
+        """Fit the overlay to a base's decoded values (rows, cols)."""
         ...
 
 
 @cache
 def overlays() -> dict[str, Overlay]:
-    """Return all paths by name."""
+    """Return all overlays by name."""
     found: dict[str, Overlay] = {}
     for info in pkgutil.iter_modules(__path__):
         path = getattr(importlib.import_module(f"{__name__}.{info.name}"), "OVERLAY", None)
@@ -120,7 +120,7 @@ def overlays() -> dict[str, Overlay]:
 
 
 def check_names(names: Sequence[str], every: Sequence[str]) -> None:
-    """Refuse names of no path.
+    """Refuse names of no overlay.
 
     Raises:
         UsageError: unknown; the message suggests the nearest one.
@@ -128,7 +128,7 @@ def check_names(names: Sequence[str], every: Sequence[str]) -> None:
     for name in names:
         if name not in every:
             near = difflib.get_close_matches(name, every, 1, 0.0)
-            raise UsageError(f"unknown path {name!r}, did you mean {near[0]}? (there are {', '.join(every)})")
+            raise UsageError(f"unknown overlay {name!r}, did you mean {near[0]}? (there are {', '.join(every)})")
 
 
 def thinned(ladder: Sequence[Any], most: int) -> Sequence[Any]:

@@ -8,7 +8,7 @@ return per byte. All matrices protect the first k of ONE order, so the file stor
 (`bytecap.allocation.shared_channels`, `bytecap_lab.rd_curves.choose`).
 
 Rows are stored as they are; columns absorb the errors of the others, as in `columns`. A matrix on two streams offers
-both, and takes one. The layer is `bytecap.format.overlays.channels`. Where nobody looked for streams, a square matrix
+both, and takes one. Its reader is `bytecap.format.overlays.channels`. Where streams are not known, a square matrix
 is taken for one that lies between two residual streams of the same channels, and others have no settings.
 """
 
@@ -82,7 +82,7 @@ def rank(
 
 
 class Channels:
-    """The path; a setting is an `Amount` with its mode."""
+    """The overlay; a setting is an `Amount` with its mode."""
 
     id: ClassVar[str] = "channels"
     charge: ClassVar[int] = 0

@@ -3,7 +3,7 @@
 Which ones: the columns of the highest score, in nats per token; all cost the same bytes, so the order is that of
 worth per byte. Their weights become 0 for the base, whose Hessian becomes the Schur complement: the protected columns
 absorb the others' errors afterwards, E_S = -E_R H_RS H_SS^-1, so the base may make those errors freely. See
-`bytecap.quantization.overlays.protect` for both; the layer is `bytecap.format.overlays.columns`.
+`bytecap.quantization.overlays.protect` for both; its reader is `bytecap.format.overlays.columns`.
 
 Source: OWQ (arXiv:2306.02272), which keeps f16 columns by its score and lets them absorb errors. Here the score may be
 measured, the values may be i8, and the base knows beforehand what will be absorbed.
@@ -29,13 +29,22 @@ from torch import Tensor
 
 from bytecap.format.overlays.columns import CODER
 from bytecap.quantization.overlays import Applied, UnitProblem
-from bytecap.quantization.overlays.protect import Amount, Score, absorbed, apply, ladder, scores, store, without_columns
+from bytecap.quantization.overlays.protect import (
+    Amount,
+    Score,
+    absorbed,
+    ladder,
+    protected,
+    scores,
+    store,
+    without_columns,
+)
 
 _MOST = 8  # one in so many columns at most
 
 
 class Columns:
-    """The path; a setting is an `Amount`."""
+    """The overlay; a setting is an `Amount`."""
 
     id: ClassVar[str] = "columns"
     charge: ClassVar[int] = 0
@@ -55,8 +64,7 @@ class Columns:
         chosen = torch.from_numpy(index)
         metric = problem.hessian[chosen][:, chosen]
         stored = store(absorbed(problem, base, index), setting.bits, metric)
-        cols = problem.weight.shape[1]
-        return apply(CODER, CODER.encode(index, stored.values, cols, stored.scales), base, len(index) / cols)
+        return protected(CODER, index, stored, problem.weight.shape[1], base)
 
 
 OVERLAY = Columns()

@@ -8,7 +8,7 @@ rounded by coordinate descent from that fit, every group given the others' scale
 quotient then costs `rows_i s_ij s_ik H_jk`, which differs from row to row, while a base has one Hessian and a factor a
 row. It is given the nearest of that form: `H_jk` times the roots of the columns' mean squared scales (rows weighted),
 and for every row the mean of its squared scales in units of those. Exact where scales are a product of a row's and a
-column group's; the product of all factors is kept, so distortions still count nats. The layer is
+column group's; the product of all factors is kept, so distortions still count nats. Its reader is
 `bytecap.format.overlays.groups`.
 
 Sources: GPTQ's groups (arXiv:2210.17323); Radio (arXiv:2505.03031).
@@ -122,7 +122,7 @@ def _descend(matrix: Tensor, target: Tensor, bits: int) -> Tensor:
 
 
 class Groups:
-    """The path; a setting is a `Grouping`."""
+    """The overlay; a setting is a `Grouping`."""
 
     id: ClassVar[str] = "groups"
     charge: ClassVar[int] = 0

@@ -4,7 +4,7 @@ The error `R = W - base` costs `1/2 |diag(sqrt(rows)) R L|^2` with `H = L L^T`, 
 truncated singular value decomposition of that matrix, with both factors divided by their metric again. Factors are
 rounded rank by rank, alternating: given the rounded right factor `b` the best left one is `R H b / b^T H b`, given the
 rounded left factor `a` the best right one is `a^T D R / a^T D a` (D the rows' weights); then one exact scale. The next
-rank sees what was stored, as decoded. The layer is `bytecap.format.overlays.lowrank`.
+rank sees what was stored, as decoded. Its reader is `bytecap.format.overlays.lowrank`.
 
 Sources: LQER (arXiv:2402.02446), which scales by activations' magnitudes; CALDERA (arXiv:2405.18886) for the
 Hessian. Omitted: a second round in which the base codes `W` less the residual (CALDERA). A base is coded once for all
@@ -98,7 +98,7 @@ def _codes(vector: Tensor, weights: Tensor, setting: Rank) -> Tensor:
 
 
 class LowRank:
-    """The path; a setting is a `Rank`."""
+    """The overlay; a setting is a `Rank`."""
 
     id: ClassVar[str] = "lowrank"
     charge: ClassVar[int] = 0

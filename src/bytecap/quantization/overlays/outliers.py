@@ -3,7 +3,7 @@
 The score is that of a weight alone. For the base protected weights are 0; the Hessian stays as it is, because which
 weights are free differs from row to row and a base has one Hessian for all rows. Afterwards the protected weights of a
 row absorb the errors of its others, E_S = -E_R H_RS H_SS^-1 with S of its own for every row, and are then rounded
-(without feedback among them). The layer is `bytecap.format.overlays.outliers`.
+(without feedback among them). Its reader is `bytecap.format.overlays.outliers`.
 
 Sources: SpQR (arXiv:2306.03078) for the score under the Hessian, SqueezeLLM (arXiv:2306.07629).
 """
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from bytecap.format.overlays.outliers import CODER
 from bytecap.quantization.overlays import Applied, UnitProblem
-from bytecap.quantization.overlays.protect import Amount, Score, apply, round_vector, scores
+from bytecap.quantization.overlays.protect import Amount, Score, Stored, protected, round_vector, scores
 
 _SHARES = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # one weight in so many
 
 
 class Outliers:
-    """The path; a setting is an `Amount`."""
+    """The overlay; a setting is an `Amount`."""
 
     id: ClassVar[str] = "outliers"
     charge: ClassVar[int] = 0
@@ -51,9 +51,8 @@ class Outliers:
         """Fit the protected weights to the decoded base."""
         index = setting.index
         values, scale, _ = round_vector(self._best(problem, base, index), setting.bits)
-        size = problem.weight.numel()
-        data = CODER.encode(index, values, size, None if setting.bits == 16 else np.array([scale], np.float16))
-        return apply(CODER, data, base, len(index) / size)
+        stored = Stored(values, None if setting.bits == 16 else np.array([scale], np.float16))
+        return protected(CODER, index, stored, problem.weight.numel(), base)
 
     @staticmethod
     def _best(problem: UnitProblem, base: Tensor, index: npt.NDArray[np.int64]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Choose protected weights, compute their values and store them, for all paths that protect weights.
+"""Choose protected weights, compute their values and store them, for all overlays that protect weights.
 
 Which: scores in nats per token, from the error of a base. `owq` is the column score of OWQ (arXiv:2306.02272), which
 takes columns as independent; `measured` is the exact fall of the distortion when a column (row, weight) alone is set
 to its best. A base may not be known yet; then plain rounding to seven levels per row stands for it, as the coarse
-bases are that such paths are made for.
+bases are that such overlays are made for.
 
 What they become: the values that absorb the others' errors, in closed form, then rounded one after the other so that
 later ones absorb what the earlier lost. What is fed back are values as decoded.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ _TINY = 1e-4  # what is left of the metric where weights are protected, in units
 
 @dataclass(frozen=True)
 class Amount:
-    """The amount that a path protects, and its precision.
+    """The amount that an overlay protects, and its precision.
 
     Attributes:
         count: of columns, rows, channels or weights.
@@ -136,7 +136,7 @@ def absorbed(problem: UnitProblem, base: Tensor, index: npt.NDArray[np.int64]) -
 
 @dataclass(frozen=True)
 class Stored:
-    """Vectors in the form in which a layer stores them.
+    """Vectors in the form in which an overlay stores them.
 
     Attributes:
         values: float16 or int8 (k, n).
@@ -181,8 +181,31 @@ def store(vectors: Tensor, bits: int, metric: Tensor | None = None) -> Stored:
     return Stored(stacked, None if bits == 16 else np.array([s for _, s in kept], np.float16))
 
 
+class _Encoder(OverlayCoder, Protocol):
+    """An overlay's coder that writes places, values and their scales."""
+
+    def encode(
+        self, index: npt.NDArray[np.int64], values: npt.NDArray[Any], size: int,
+        scales: npt.NDArray[np.float16] | None, /,
+    ) -> bytes: ...  # fmt: skip
+
+
+def protected(overlay: _Encoder, index: npt.NDArray[np.int64], stored: Stored, places: int, base: Tensor) -> Applied:
+    """Encode protected vectors or weights and apply them to a base.
+
+    Args:
+        overlay: reader and writer of the overlay.
+        index: protected places, rising (k,).
+        stored: their values.
+        places: how many there are to choose from.
+        base: (rows, cols) as decoded.
+    """
+    data = overlay.encode(index, stored.values, places, stored.scales)
+    return apply(overlay, data, base, len(index) / places)
+
+
 def apply(overlay: OverlayCoder, data: bytes, base: Tensor, share: float) -> Applied:
-    """Apply a layer to a base by the layer's own decoder."""
+    """Apply an overlay to a base by the overlay's own decoder."""
     matrix = np.array(base.numpy(), np.float32, order="C")
     shape = (matrix.shape[0], matrix.shape[1])
     side = sum(n for kind, n in overlay.kinds(data, shape, "F32") if kind in {"index", "side"})

@@ -2,7 +2,7 @@
 
 Rows do not touch each other in the metric, so the best value of a protected row is the row itself, and its worth is
 exactly the distortion that the base leaves in it. For the base its weights are 0 and its importance is next to none.
-The layer is `bytecap.format.overlays.rows`.
+Its reader is `bytecap.format.overlays.rows`.
 
 Omitted: error feedback along a row of i8 values. Its error is 2^-16 of the row's energy before any feedback.
 
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from bytecap.format.overlays.rows import CODER
 from bytecap.quantization.overlays import Applied, UnitProblem
-from bytecap.quantization.overlays.protect import Amount, Score, apply, ladder, row_scores, store, without_rows
+from bytecap.quantization.overlays.protect import Amount, Score, ladder, protected, row_scores, store, without_rows
 
 _MOST = 8  # one in so many rows at most
 
 
 class Rows:
-    """The path; a setting is an `Amount`."""
+    """The overlay; a setting is an `Amount`."""
 
     id: ClassVar[str] = "rows"
     charge: ClassVar[int] = 0
@@ -47,8 +47,7 @@ class Rows:
         """Store the protected rows."""
         index = setting.index
         stored = store(problem.weight[torch.from_numpy(index)], setting.bits)
-        rows = problem.weight.shape[0]
-        return apply(CODER, CODER.encode(index, stored.values, rows, stored.scales), base, len(index) / rows)
+        return protected(CODER, index, stored, len(problem.weight), base)
 
 
 OVERLAY = Rows()

@@ -93,16 +93,16 @@ class BlockFormat:
 
     @property
     def two_level(self) -> bool:
-        """Whether sub-blocks have integer scales of their own."""
+        """Return whether sub-blocks have integer scales of their own."""
         return self.scales != (1, 1)
 
     @property
     def negated(self) -> bool:
-        """Whether the stored minimum is added, not subtracted."""
+        """Return whether the stored minimum is added, not subtracted."""
         return self.minimums > 0 and not self.two_level
 
     def fits(self, cols: int) -> bool:
-        """Whether rows of so many columns are whole blocks."""
+        """Return whether rows of so many columns are whole blocks."""
         return cols > 0 and cols % self.block == 0
 
     def row_bytes(self, cols: int) -> int:

@@ -57,7 +57,7 @@ class Spec:
 
 
 class Family(Protocol):
-    """What runtimes of a family read.
+    """The schemes and file layout that runtimes of a family read.
 
     Attributes:
         name: of the family.

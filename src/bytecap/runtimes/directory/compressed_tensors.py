@@ -156,7 +156,7 @@ class CompressedTensors:
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
-    """How the configuration describes a scheme."""
+    """Return the configuration's description of a scheme."""
     strategy: dict[str, Any] = {"strategy": "group", "group_size": scheme.group} if scheme.group else {
         "strategy": "channel"
     }  # fmt: skip

@@ -122,7 +122,7 @@ class Contents:
 
 
 def contents_of(model: Model, kind: Family, menu: Sequence[str] | None, *, pure: bool) -> tuple[Contents, list[str]]:
-    """What may compete in a directory, and a line for every kind of matrix that cannot.
+    """Return what may compete in a directory, and a line for every kind of matrix that cannot.
 
     Args:
         model: on any device.
@@ -187,7 +187,7 @@ def _parse(menu: Sequence[str] | None, kind: Family, plain: str) -> tuple[str, .
 
 
 def _unfit(unit: Unit, model: Model, kind: Family) -> str:
-    """Why a matrix cannot be stored in any scheme; empty if it can."""
+    """Say why a matrix cannot be stored in any scheme; an empty text if it can."""
     module, sort = linear_weights(model.module).get(unit.name, (None, ""))
     if sort not in {"linear", "embedding"} or not unit.name.endswith("weight"):
         return f"{kind.name} quantizes weights of linear maps{' and embeddings' if kind.tables else ''} only"

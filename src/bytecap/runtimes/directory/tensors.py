@@ -1,4 +1,4 @@
-"""safetensors as runtimes want it: planned to the byte, written tensor by tensor, read back strictly.
+"""Write safetensors planned to the byte, tensor by tensor, and read them back strictly.
 
 The library's own writer knows no bfloat16 without torch and does not say how long a header will be.
 """
@@ -39,7 +39,7 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Of the contents."""
+        """Return the bytes of the contents."""
         return _WIDTHS[self.dtype] * math.prod(self.shape)
 
     def data(self) -> bytes:
@@ -60,7 +60,7 @@ def ordered(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def header(tensors: Sequence[Tensor], mark: str) -> bytes:
-    """What stands in front of the contents of tensors in file order."""
+    """Return the bytes in front of the contents of tensors in file order."""
     found: dict[str, Any] = {"__metadata__": {"format": mark}}
     at = 0
     for t in tensors:

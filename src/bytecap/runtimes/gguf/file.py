@@ -133,10 +133,13 @@ def _write_head(path: Path, architecture: str, describe: Describe, tensors: Sequ
     for t in tensors:
         kind = getattr(gguf.GGMLQuantizationType, t.type)
         writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.bytes, raw_dtype=kind)
-    with contextlib.closing(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+    try:
+        with contextlib.closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
 
 
 def open_file(path: Path) -> Any:

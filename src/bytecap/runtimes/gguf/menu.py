@@ -68,7 +68,7 @@ class Item:
         return prepare(shrunk(self.metric.hessian, self.shrinkage if shrinkage is None else shrinkage))
 
     def sampled(self, weights: int = _SAMPLE) -> tuple[Item, float]:
-        """The same with an even sample of its rows, and the factor from the sample's distortion to the whole's."""
+        """Return the item with an even sample of its rows, and the factor from its distortion to the whole's."""
         rows, cols = self.weight.shape
         count = max(LANES, weights // cols)
         if rows <= count:

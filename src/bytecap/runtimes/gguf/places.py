@@ -59,7 +59,7 @@ class Place:
 
     @property
     def matrix(self) -> bool:
-        """Whether block formats may hold it."""
+        """Return whether block formats may hold the tensor."""
         return len(self.shape) >= 2 and not EXACT.search(self.name)
 
     def to_file(self, matrix: Array) -> Array:
@@ -168,7 +168,7 @@ def file_name(unit: Unit, names: Any) -> str | None:
 
 
 def _processor(architecture: str, config: Any) -> Any:
-    """What transformers does to an architecture's tensors when it reads them, or None."""
+    """Return the changes that transformers makes to an architecture's tensors when it reads them, or None."""
     module = library("transformers.modeling_gguf_pytorch_utils")
     kind = module.TENSOR_PROCESSORS.get(architecture)
     keys = ("num_attention_heads", "num_key_value_heads", "hidden_size", "n_head")
@@ -191,5 +191,5 @@ def _moved(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[npt.NDArr
 
 
 def _inverse(order: Array, plain: Array) -> npt.NDArray[np.intp] | None:
-    """Where rows come from, if they move at all."""
+    """Return the order that rows are stored in, if it is another one."""
     return None if np.array_equal(order, plain) else np.argsort(order).astype(np.intp)

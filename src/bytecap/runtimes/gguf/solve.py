@@ -195,7 +195,7 @@ def _factors(
 
 
 def figures(job: Job, items: Sequence[Item], found: Found[R], size: int) -> dict[str, Any]:
-    """What a report says of every format; `size` is that of the file or directory in bytes."""
+    """Return the figures that a report has for every format; `size` is that of the file or directory in bytes."""
     seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
     return {
         "model": job.model.name, "method": "bytecap", "seed": job.seed, "budget_bytes": job.budget, "file_bytes": size,

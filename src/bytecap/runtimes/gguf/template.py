@@ -28,7 +28,7 @@ _SHAPED = ("general.file_type", "general.quantization_version", "general.archite
 
 @dataclass(frozen=True)
 class GgufTemplate:
-    """What a file of the same model says.
+    """The names, keys and tokenizer that a GGUF file of the same model gives.
 
     Attributes:
         layout: its tensors.
@@ -101,7 +101,7 @@ class _Index:
         return self._rows[kind]
 
     def place(self, name: str, shape: tuple[int, ...], values: Array, kind: str) -> Place:
-        """Where a tensor comes from; a copy of its values where no unit has all of its rows."""
+        """Find the unit of a tensor; a copy of its values where no unit has all of its rows."""
         copied = Place(name, "", shape, values=values)
         if not copied.matrix:
             return copied

@@ -1,7 +1,7 @@
-"""Tuning what a GGUF file holds of continuous numbers, at frozen codes and so at the same bytes.
+"""Tune the continuous numbers of a GGUF file at frozen codes, and so at the same bytes.
 
-Float16 scales and minimums of blocks, and float32 vectors, move by Adam on the KL to the original; scales are rounded
-to float16 in every pass, with the gradient going straight through. From time to time the result is measured on the
+Float16 scales and minimums of blocks, and float32 vectors, follow Adam on the KL to the original; scales are rounded to
+float16 in every pass, with the gradient going straight through. From time to time the result is measured on the
 correction tokens, and the best of these is written. Integer sub-scales stay as they are: they are shared with codes.
 """
 
@@ -29,8 +29,8 @@ from bytecap.runtimes.gguf.solve import unit_values
 from bytecap.types import Unit
 
 RATE = 1.5e-3  # first learning rate, relative to each number
-_WARMING = 10  # moves until the full rate
-_CHECKS, _APART = 8, 5  # looks at the correction tokens, and moves between two of them at least
+_WARMING = 10  # iterations until the full rate
+_CHECKS, _APART = 8, 5  # validations on the correction tokens, and iterations between two of them at least
 _LOST = 4.0  # times the first KL, beyond which tuning is stopped
 
 
@@ -94,7 +94,7 @@ class _Vector:
 
 @dataclass(frozen=True)
 class _Owner:
-    """A unit, what the file holds of it that moves, and its rows' places in that order."""
+    """A unit, the values of it that are tuned, and its rows' places in that order."""
 
     unit: Unit
     parts: tuple[_Scales | _Vector, ...]
@@ -110,7 +110,7 @@ class _Owner:
 
 
 def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found) -> list[_Owner]:
-    """Every unit of which all that the file holds can move."""
+    """Every unit all of whose stored values can be tuned."""
     by_name = {i.place.name: i for i in items}
     owners = []
     for unit in job.model.units:
@@ -172,11 +172,11 @@ def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -
             if kl < best:
                 best, kept = kl, _written(items, found, owners)
             if not kl < _LOST * start:
-                job.reporter.note(f"recovery diverges after {clock.iterations} moves (KL {kl:.4f}): stopped")
+                job.reporter.note(f"recovery diverges after {clock.iterations} iterations (KL {kl:.4f}): stopped")
                 break
     job.reporter.note(
-        f"recovery: {clock.iterations} moves of scales and vectors, KL on the correction tokens {start:.4f} before, "
-        f"{best:.4f} after"
+        f"recovery: {clock.iterations} iterations of scales and vectors, KL on the correction tokens {start:.4f} "
+        f"before, {best:.4f} after"
     )
     passes.say_short()
     stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
@@ -186,7 +186,7 @@ def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -
 
 
 def _move(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> None:
-    """One move at a learning rate."""
+    """Make one iteration at a learning rate."""
     optimizer.zero_grad()
     values = {o.unit.name: o.values() for o in owners}
     passes.load({n: v.detach() for n, v in values.items()})

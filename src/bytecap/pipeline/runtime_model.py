@@ -1,0 +1,95 @@
+"""Hold a model in another program's format, and the steps that `fit_gguf` and `fit_directory` share.
+
+Both round tensors by one Hessian and judge them by a second one from held-out windows, and both read what they wrote
+back from disk before they measure it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from bytecap.calibration.statistics import moments
+from bytecap.format.ledger import Entry
+from bytecap.job import Job
+from bytecap.job.config import FitConfig
+from bytecap.model.checkpoint import Model
+from bytecap.model.evaluation import Comparison, compare_models
+from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.sources import as_paths, load_sets
+from bytecap.model.texts import TokenSets
+from bytecap.progress import Reporter
+from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
+from bytecap.runtimes.gguf.places import Layout
+
+HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
+
+
+@dataclass
+class RuntimeModel:
+    """A finished GGUF file or directory.
+
+    Attributes:
+        report: every figure of the job, as `--json` prints it.
+        types: type of every tensor by name.
+        path: where it was written; None after a dry run or without an output.
+        entries: owner and kind of every byte.
+        windows: evaluation by window, one for each text.
+    """
+
+    report: dict[str, Any]
+    types: dict[str, str]
+    path: Path | None = None
+    entries: list[Entry] = field(default_factory=list)
+    windows: tuple[Any, ...] = ()
+
+    def ledger(self) -> list[Entry]:
+        """Owner and kind of every byte."""
+        return self.entries
+
+
+def held_tokens(config: FitConfig) -> int:
+    """Most tokens for the Hessian that judges: `held_tokens` of the config's options."""
+    return int((config.options or {}).get("held_tokens", HELD_TOKENS))
+
+
+def token_sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
+    """The token sets, the second of which is held out from every Hessian that weights are rounded by."""
+    return load_sets(
+        model, as_paths(config.calibration), as_paths(config.evaluation), window=config.window, tokens=config.tokens,
+        evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
+        device=device, reporter=reporter,
+    )  # fmt: skip
+
+
+def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -> list[Item]:
+    """Tensors with their metrics, and how far these are shrunk.
+
+    Args:
+        job: tokens to calibrate on, and those held out.
+        layout: every tensor's place.
+        types: what each may be stored as.
+    """
+    seen = moments(job)
+    held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
+    items = items_of(job.model, layout, seen, held, types)
+    seen.uses.clear()
+    held.uses.clear()
+    with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
+        return choose_shrinkage(items, advance)
+
+
+def measure(
+    model: Model, values: Mapping[str, npt.NDArray[Any]], sets: TokenSets, device: str, reporter: Reporter
+) -> list[Comparison]:
+    """Scores of values read back from disk against the original, one for each text."""
+    quantized_copy = copy_of(model.module)
+    load_values(quantized_copy, values)
+    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
+        return [
+            compare_models(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation
+        ]
