@@ -227,7 +227,7 @@ def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
     tied = (directory / tying.FILE).is_file()
-    _check_size(directory, shapes, tied)
+    check_size(directory, shapes, tied)
     if tied:
         module = module_from_config(directory)
         tying.fill(module, weight_files(directory))
@@ -255,7 +255,7 @@ def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
     return freeze(module)
 
 
-def _check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
+def check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
     """Compare what a config asks for with what the weight files hold, before anything is allocated."""
     try:
         check_holds(read_config(directory), shapes, str(directory), tied=tied)

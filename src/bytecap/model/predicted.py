@@ -44,8 +44,9 @@ def predicted(
     """
     streamed = streaming.of(original)
     if streamed is not None:
-        copies = [_variant(quantized_copy, values) for values in variants.values()]
-        yield from _side_by_side([streamed, *copies], data)
+        source = streaming.of(quantized_copy)
+        assert source is not None  # noqa: S101 (a copy of a streamed model is streamed)
+        yield from _side_by_side([streamed, source], [streamed, *map(source.variant, variants.values())], data)
         return
     for ids, mask in data:
         inputs, flat = ids[:, :-1].to(device), mask.to(device)
@@ -64,38 +65,44 @@ def _swapped(module: nn.Module, values: Values, inputs: Tensor, mask: Tensor) ->
         return _of(module, inputs, mask)
 
 
-def _variant(quantized_copy: nn.Module, values: Values) -> Streamed:
-    source = streaming.of(quantized_copy)
-    assert source is not None  # noqa: S101 (a copy of a streamed model is streamed)
-    found = source.copy()
-    found.load(values)
-    return found
-
-
 def _run(ids: Tensor, device: torch.device, module: nn.Module) -> Any:
     return module(ids[:, :-1].to(device))
 
 
-def _side_by_side(lanes: Sequence[Streamed], data: Batches) -> Iterator[Iterator[list[Logits]]]:
-    """The pieces of streamed models."""
+def _side_by_side(
+    models: Sequence[Streamed], lanes: Sequence[Streamed], data: Batches
+) -> Iterator[Iterator[list[Logits]]]:
+    """Yield the pieces of streamed models; all lanes but the first are variants of the second model."""
     device = lanes[0].device
     most = max((int(mask.sum()) for _, mask in data), default=0)
+    cache: dict[Any, Tensor] = {}
     with ExitStack() as stack:
-        pieces = [stack.enter_context(head_pieces(lane, most)) for lane in lanes]
-        found = streaming.sweep(lanes, [partial(_run, ids, device) for ids, _ in data])
+        first, second = (stack.enter_context(head_pieces(x, most)) for x in models)
+        pieces = [first, *[second] * (len(lanes) - 1)]
+        found = streaming.sweep(lanes, [partial(_run, ids, device) for ids, _ in data], cache)
         for ends, (_, mask) in zip(found, data, strict=True):
             flat = mask.to(device)
             if pieces[0].head is None:  # one model's logits after the other
                 yield iter([[partial(_last, end, flat) for end in ends]])
             else:
-                yield _pieces([_last(end, flat) for end in ends], pieces)
+                yield _pieces([_last(end, flat) for end in ends], pieces, lanes, cache)
 
 
 def _last(end: Callable[[], Any], mask: Tensor) -> Tensor:
     return predictions(end(), mask)
 
 
-def _pieces(hidden: Sequence[Tensor], pieces: Sequence[Pieces]) -> Iterator[list[Logits]]:
+def _pieces(
+    hidden: Sequence[Tensor], pieces: Sequence[Pieces], lanes: Sequence[Streamed], cache: dict[Any, Tensor]
+) -> Iterator[list[Logits]]:
     rows = max(1, pieces[0].rows)
     for at in range(0, len(hidden[0]), rows):
-        yield [partial(p.logits, h[at : at + rows]) for h, p in zip(hidden, pieces, strict=True)]
+        yield [
+            partial(_headed, p, h[at : at + rows], lane, cache)
+            for h, p, lane in zip(hidden, pieces, lanes, strict=True)
+        ]
+
+
+def _headed(pieces: Pieces, hidden: Tensor, lane: Streamed, cache: dict[Any, Tensor]) -> Tensor:
+    with lane.outside(cache):
+        return pieces.logits(hidden)

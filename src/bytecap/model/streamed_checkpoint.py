@@ -22,7 +22,7 @@ from bytecap.model import streaming, tying
 from bytecap.model.accounting import account
 from bytecap.model.building import causal_lm, read_config
 from bytecap.model.chain import Chain, find_chain
-from bytecap.model.checkpoint import Model, find_units, freeze, resolve
+from bytecap.model.checkpoint import Model, check_size, find_units, freeze, resolve
 from bytecap.model.conversion import Conversion, convert
 from bytecap.model.fileset import Header, read_headers, read_side_files, refuse_quantized
 from bytecap.model.head import head_of
@@ -95,6 +95,8 @@ def open_streamed(
     notes += conversion_note(files)
     if begin is not None:
         begin(files)
+    shapes = {n: tuple(e["shape"]) for header in headers.values() for n, e in header.items()}
+    check_size(directory, shapes, tied=False)
     module = _skeleton(directory)
     conversion = _plain(module, headers)
     found = account(module, headers, allow_unused, conversion)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,12 @@ class Streamed:
                 if buffer.is_floating_point():
                     buffer.data = buffer.data.to(dtype)
         return attach(found)
+
+    def variant(self, values: Mapping[str, Any]) -> Streamed:
+        """Return the same module with other values in place of some; only one of them may be loaded at a time."""
+        found = replace(self, replaced=dict(self.replaced))
+        found.load(values)
+        return found
 
     def to(self, device: torch.device | str) -> None:
         """Let passes run on a device from now on."""
@@ -237,12 +244,15 @@ def run(module: nn.Module, work: Run) -> Any:
 
 
 @torch.no_grad()
-def sweep(lanes: Sequence[Streamed], runs: Sequence[Run]) -> Iterator[tuple[Callable[[], Any], ...]]:
+def sweep(
+    lanes: Sequence[Streamed], runs: Sequence[Run], cache: dict[Any, Tensor] | None = None
+) -> Iterator[tuple[Callable[[], Any], ...]]:
     """Yield the ends of every pass, for several models side by side; each block of each is loaded once for all passes.
 
     Args:
-        lanes: models with chains of one length, each with a module of its own.
+        lanes: models with chains of one length; variants of one model may share its module.
         runs: passes.
+        cache: filled with what the passes' ends load.
 
     Yields:
         For every pass and model, a function that goes from behind the last block to the end of the pass and returns
@@ -255,21 +265,24 @@ def sweep(lanes: Sequence[Streamed], runs: Sequence[Run]) -> Iterator[tuple[Call
             with lane.outside(first):
                 _advance(group)
         del first
-        cache: dict[Any, Tensor] = {}
+        held: dict[Any, Tensor] = {}
         for number in range(lanes[0].chain.count):
             for lane, group in zip(lanes, passes, strict=True):
-                with lane.block(number, cache):
+                with lane.block(number, held):
                     _advance(group)
-            cache.clear()
+            held.clear()
             release()
-        with ExitStack() as stack:
-            for lane in lanes:
-                stack.enter_context(lane.outside(cache))
-            for together in zip(*passes, strict=True):
-                yield tuple(p.advance for p in together)
+        last: dict[Any, Tensor] = {} if cache is None else cache
+        for together in zip(*passes, strict=True):
+            yield tuple(partial(_ended, p, lane, last) for p, lane in zip(together, lanes, strict=True))
     finally:
         for p in (p for group in passes for p in group):
             p.cancel()
+
+
+def _ended(p: Pass, lane: Streamed, cache: dict[Any, Tensor]) -> Any:
+    with lane.outside(cache):
+        return p.advance()
 
 
 def _advance(group: Sequence[Pass]) -> None:
