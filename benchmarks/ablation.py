@@ -11,6 +11,9 @@ from common import parser, record, texts
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no trellis (scalar grid)": {"trellis": False},
+    "8 states": {"states": 8},
+    "32 states": {"states": 32},
+    "256 states": {"states": 256},
     "no error feedback": {"feedback": False},
     "one step per row (no waterfilling)": {"waterfill": False},
     "columns in stored order": {"order": False},

@@ -19,6 +19,7 @@ from bytecap.format.coders.fixed import CODER as FIXED
 from bytecap.format.coders.fixed import FixedCode
 from bytecap.format.coders.grid import CODER as GRID
 from bytecap.format.coders.grid import GridCode, weight_classes
+from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.coders.trellis import dependent, subsets
 from bytecap.format.coders.vector import CODER as VECTOR
@@ -89,8 +90,8 @@ def grid(shape, *, seed=1, groups=1, wide=(), varied=True, base=18):
     return GRID.encode(GridCode(0.0625, symbols, column_step, column_class, row_step, row_class), SHARED).data
 
 
-def trellis(shape, *, seed=1, groups=1, first=18):
-    """A trellis section of arbitrary paths."""
+def trellis(shape, *, seed=1, groups=1, first=18, memory=3):
+    """A section of arbitrary paths: `trellis`, or `long_trellis` where the memory is longer."""
     rows, cols = shape
     r = Numbers(seed)
     column_step, column_class = r.around(3, groups, cols), 18 + r.around(8, groups, cols)
@@ -99,9 +100,9 @@ def trellis(shape, *, seed=1, groups=1, first=18):
     bits = r.below(2, rows, cols).astype(np.uint8) * mask
     symbols = r.around(6, rows, cols)
     symbols.reshape(-1)[:3] = [0, 70_000, -70_000]
-    points = np.where(mask, 4 * symbols + subsets(bits, groups), symbols)
-    code = GridCode(0.0625, points, column_step, column_class, row_step, row_class, first)
-    return TRELLIS.encode(code, SHARED).data
+    points = np.where(mask, 4 * symbols + subsets(bits, groups, memory), symbols)
+    code = GridCode(0.0625, points, column_step, column_class, row_step, row_class, first, memory)
+    return (TRELLIS if memory == 3 else LONG_TRELLIS).encode(code, SHARED).data
 
 
 def vector(values, step=0.125):

@@ -25,6 +25,8 @@ import golden_code
 import golden_codebooks
 import golden_overlays
 import golden_shared
+import golden_trellis
+import golden_updates
 from bytecap.format import container
 from bytecap.format.coders import leb
 from bytecap.format.coders.packed import BROTLI, Quantized
@@ -171,7 +173,7 @@ def _bare() -> Iterator[tuple[str, bytes]]:
 
 def valid() -> dict[str, bytes]:
     """Small artifacts by name."""
-    others = (golden_overlays, golden_codebooks, golden_bands, golden_code, golden_shared)
+    others = (golden_overlays, golden_codebooks, golden_bands, golden_code, golden_shared, golden_trellis)
     return dict([*_grids(), *_others(), *_bare(), *(one for module in others for one in module.valid())])
 
 
@@ -357,7 +359,7 @@ def invalid() -> dict[str, tuple[bytes, str]]:
     )  # fmt: skip
     for part in parts:
         found |= {name: (data, "CorruptError") for name, data in part()}
-    for module in (golden_codebooks, golden_bands, golden_shared):
+    for module in (golden_codebooks, golden_bands, golden_shared, golden_trellis):
         found |= {name: (data, "CorruptError") for name, data in module.invalid()}
     return found
 
@@ -386,9 +388,10 @@ def files() -> dict[str, bytes]:
 
 
 def main(directory: Path) -> None:
-    directory.mkdir(exist_ok=True)
-    for name, data in files().items():
-        (directory / name).write_bytes(data)
+    for place, made in ((directory, files()), (directory / "updates", golden_updates.files(digest))):
+        place.mkdir(exist_ok=True)
+        for name, data in made.items():
+            (place / name).write_bytes(data)
 
 
 if __name__ == "__main__":

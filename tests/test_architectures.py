@@ -39,6 +39,7 @@ def test_every_family_has_a_line(script):
     assert set(rows) == set(script.families())
 
 
+@pytest.mark.slow
 def test_a_family_works(script, tmp_path):
     row = script.try_family("decoder", "qwen3", tmp_path)
     assert (row["outcome"], row["reason"]) == ("works", "")
@@ -46,6 +47,7 @@ def test_a_family_works(script, tmp_path):
     assert row["bits"] < 8
 
 
+@pytest.mark.slow
 def test_values_that_are_not_those_of_the_file_are_noticed(script, tmp_path, monkeypatch):
     import bytecap
 

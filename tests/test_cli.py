@@ -23,6 +23,7 @@ FIT_FIELDS = {
 
 
 class TestJson:
+    @pytest.mark.slow
     def test_fit(self, run, job, tmp_path):
         arguments = [a for a in job() if a not in FAST[:2]]
         code, out, err = run(*arguments, "--json")
@@ -45,6 +46,7 @@ class TestJson:
         assert report["predicted_delta_nats"] is None
         assert report["method"] == method
 
+    @pytest.mark.slow
     def test_dry_run(self, run, model_directory, texts):
         code, out, err = run(
             "fit", model_directory("rotary"), "--budget", "21kB", "--dry-run", "--calib", texts["calib"], "--eval",

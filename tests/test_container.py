@@ -97,14 +97,18 @@ class TestWriting:
         assert '"ü"'.encode() in serialize(Contents((UnitSection(Unit("ü", (1,), "F32"), 2, VECTOR),), b"", (), {}))
 
     @pytest.mark.parametrize(("changes", "minor"), [
-        ({}, 0), ({"tag": 4}, 0), ({"tag": 6}, 1), ({"tag": 15}, 1),
+        ({}, 0), ({"tag": 4}, 0), ({"tag": 6}, 1), ({"tag": 14}, 1), ({"tag": 15}, 3),
         ({"files": (FileSection("a", b"\0"),)}, 0), ({"files": (FileSection("a", b"\0", CODE),)}, 2),
         ({"objects": (b"x",)}, 2), ({"padding": 1}, 0), ({"stack": (32, b"")}, 1), ({"stack": (35, b"\0\0\2")}, 2),
+        ({"stack": (32, b""), "base": 15}, 3),
     ])  # fmt: skip
     def test_the_lowest_minor_version(self, changes, minor):
         tag, data = changes.get("tag", 2), VECTOR
         if "stack" in changes:
-            tag, data = container.STACK.tag, container.STACK.encode((2, VECTOR), [changes["stack"]])
+            tag, data = (
+                container.STACK.tag,
+                container.STACK.encode((changes.get("base", 2), VECTOR), [changes["stack"]]),
+            )
         units = (UnitSection(Unit("w", (1,), "F32"), tag, data),)
         more = {k: v for k, v in changes.items() if k in {"files", "objects", "padding"}}
         made = serialize(Contents(units, b"", **{"files": (), "about": {}, **more}))
@@ -134,10 +138,10 @@ class TestHeader:
         refused(file((1, index()))[:28], "the header says [0-9]+ bytes, the file has 28")
 
     def test_versions(self):
-        assert container.VERSION == (1, 2)
+        assert container.VERSION == (1, 3)
         for minor in (0, 2, 3, 255):
             assert parse(file((1, index()), minor=minor)).units == ()
-        refused(file((1, index()), major=2, minor=7), r"format version 2\.7, this reader knows 1\.2", VersionError)
+        refused(file((1, index()), major=2, minor=7), r"format version 2\.7, this reader knows 1\.3", VersionError)
         refused(file((1, index()), major=0), r"reserved header bits or version 0\.0")
 
     def test_reserved_bits(self):

@@ -2,17 +2,15 @@
 
 import json
 import lzma
-import struct
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import bytecap
 import golden_codebooks
 import golden_parts
-from bytecap.errors import ArtifactError, BudgetError, CorruptError, OutputError, UsageError
+from bytecap.errors import BudgetError, CorruptError
 from bytecap.format import coders, container
 from bytecap.format import decoder as decode
 from bytecap.format.codefiles import Code
@@ -20,6 +18,7 @@ from bytecap.format.coders import Objects, Shared, leb, run
 from bytecap.format.coders.codebook import CODER as CODEBOOK
 from bytecap.format.coders.grid import GridCode, choose_class
 from bytecap.format.coders.latent import read_decoder
+from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.entropy import jit, kernels, shared_tables
@@ -34,7 +33,6 @@ from bytecap.format.wire.indices import read_indices
 from bytecap.format.wire.integers import Integers, write_halves
 from bytecap.format.wire.positions import count_positions, read_positions, write_positions
 from bytecap.format.wire.shared_objects import load_objects, share_lists, write_codebook, write_list
-from bytecap.pipeline import export
 from bytecap.types import Score
 
 pytestmark = pytest.mark.coverage
@@ -117,6 +115,16 @@ def test_trellis_symbols_values_and_paths():
     for wrong in (0, 65):
         with pytest.raises(CorruptError, match=f"declares {wrong} as its first dependent class"):
             coder.kinds(good.replace(bytes([18]), bytes([wrong])), (3, 2), "F32")
+
+
+def test_memories_of_a_long_trellis():
+    row, points = np.zeros(3, int), np.array([[1], [2], [-3]])
+    code = GridCode(0.5, points, np.zeros((1, 1), int), np.array([[20]]), row, row, 18, memory=5)
+    data = LONG_TRELLIS.encode(code, golden_parts.SHARED).data
+    assert data[13:15] == bytes([18, 5])
+    for wrong in (0, 3, 9, 255):
+        with pytest.raises(CorruptError, match=f"declares states of {wrong} bits"):
+            LONG_TRELLIS.kinds(data[:14] + bytes([wrong]) + data[15:], (3, 1), "F32")
 
 
 def test_tables_that_do_not_end():
@@ -362,39 +370,3 @@ def test_a_unit_that_is_damaged_stops_all_threads():
     broken = tuple(replace(u, data=u.data[:5]) if u is unit else u for u in contents.units)
     with pytest.raises(CorruptError, match=unit.unit.name):
         list(decode.decode_each(replace(contents, units=broken), values=1, threads=3))
-
-
-def test_unpacking(tmp_path):
-    path = golden_parts.DIRECTORY / "files.bcap"
-    assert export.unpack(path, tmp_path / "out") in export.DTYPES
-    assert export.unpack(path, tmp_path / "out", dtype="float16") == "float16"
-    assert export.unpack(path, tmp_path / "out", dtype="bfloat16") == "bfloat16"
-    content = (tmp_path / "out" / "model.safetensors").read_bytes()
-    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
-    assert {v["dtype"] for k, v in header.items() if k != "__metadata__"} <= {"BF16", "I64", "I32", "U8", "BOOL"}
-    with pytest.raises(UsageError, match="unknown dtype 'float8'"):
-        export.unpack(path, tmp_path / "out", dtype="float8")
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OutputError, match="cannot create"):
-        export.unpack(path, tmp_path / "file" / "out")
-
-
-def test_into_a_module(tmp_path):
-    values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    section = golden_parts.unit("weight", (2, 3), 3, golden_parts.exact(values, "F32"), "F32")
-    path = tmp_path / "a.bcap"
-    path.write_bytes(golden_parts.pack(section))
-    module = torch.nn.Linear(3, 2, bias=False)
-    bytecap.load_into(path, module)
-    assert module.weight.tolist() == values.tolist()
-    with pytest.raises(ArtifactError, match="the artifact lacks bias"):
-        bytecap.load_into(path, torch.nn.Linear(3, 2))
-    with pytest.raises(ArtifactError, match=r"weight is \[2, 4\] in the module and \[2, 3\]"):
-        bytecap.load_into(path, torch.nn.Linear(4, 2, bias=False))
-    two = [golden_parts.unit(n, (2, 3), 3, golden_parts.exact(values + i, "F32"), "F32")
-           for i, n in enumerate(("0.weight", "1.weight"))]  # fmt: skip
-    path.write_bytes(golden_parts.pack(*two))
-    with pytest.raises(ArtifactError, match="one tensor in the module and two in the artifact"):
-        bytecap.load_into(path, torch.nn.Sequential(module, module))
-    with pytest.raises(ArtifactError, match=r"holds no config\.json"):
-        bytecap.load_model(path)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bytecap.allocation import planner as waterfill
 from bytecap.allocation.correction import unit_values
-from bytecap.allocation.planner import Planner, VectorUnit, decode_grid
+from bytecap.allocation.decoded import decode_grid
+from bytecap.allocation.planner import Planner, VectorUnit
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
@@ -96,19 +97,30 @@ def problem(batch, cols, rows, step):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("batch", "cols", "rows", "step"), [(2, 9, 5, 0.3), (1, 7, 70, 0.2), (1, 9, 20, 3.0)])
-def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, step):
+@pytest.mark.parametrize(
+    ("batch", "cols", "rows", "step", "memory"),
+    [
+        (2, 9, 5, 0.3, 3),
+        (1, 7, 70, 0.2, 3),
+        (1, 9, 20, 3.0, 3),
+        (2, 3, 5, 0.3, 4),
+        (1, 2, 190, 0.2, 5),
+        (1, 2, 70, 0.2, 8),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of triton's interpreter
+def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, step, memory):
     if DEVICE == "cpu":
         monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     from bytecap.quantization import cuda as device
 
     steps = torch.full((batch,), step)
     given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink()
-    one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT)
+    one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT, memory)
     there = RoundingProblem(
         *(getattr(given_problem, n).to(DEVICE) for n in ("weight", "lower", "order", "rows", "row_class"))
     )
-    two = device.round_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT)
+    two = device.round_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT, memory)
     assert (one.symbols == two.symbols.cpu().numpy()).mean() > 0.999  # sums in another order may round otherwise
     assert (one.column_class == two.column_class).all()
     assert (one.column_step == two.column_step).all()

@@ -41,6 +41,7 @@ class TestTokenizerState:
             assert '"dropout":0.9' in text
         assert tokens_of({"tokenizer.json": text.encode()}) == tokens_of(plain)
 
+    @pytest.mark.slow
     def test_only_a_vocabulary_and_merges(self, tmp_path, tokenizer_json):
         """transformers converts them; the files are kept byte for byte, and it is said."""
         parsed = json.loads(tokenizer_json)["model"]

@@ -183,6 +183,7 @@ def wrapped(module):
 
 
 class TestWrappers:
+    @pytest.mark.slow
     def test_a_wrapped_module_gives_a_file_for_the_plain_one_and_back(self, tmp_path):
         fit(wrapped(seeded(Plain)), tmp_path / "wrapped.bcap")
         plain = seeded(Plain, 1)

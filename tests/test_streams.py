@@ -265,14 +265,15 @@ def test_symbols_are_turned_and_counted(rows, cols, plain):
     assert (counts == wanted).all()
 
 
+@pytest.mark.parametrize("memory", list(trellis.MASKS))
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_bits_of_a_path_lead_to_its_subsets(groups, monkeypatch):
+def test_the_bits_of_a_path_lead_to_its_subsets(groups, memory, monkeypatch):
     wanted = np.random.default_rng(groups).integers(0, 2, (50, 7), np.uint8)
-    points = subsets(wanted, groups)
+    points = subsets(wanted, groups, memory)
     for worth, name in ((False, "path"), (True, "path"), (True, "_path")):
         monkeypatch.setattr(jit, "worth", lambda _, worth=worth: worth)
         monkeypatch.setattr(jit, "kernel", lambda _, name=name: getattr(kernels, name))
-        assert (trellis._bits(points, groups) == wanted).all()
+        assert (trellis._bits(points, groups, memory) == wanted).all()
 
 
 def test_symbols_far_beyond_any_table_are_escaped():

@@ -9,15 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap.allocation.planner import decode_grid
+from bytecap.allocation.decoded import coder_of, decode_grid
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
-from bytecap.format.coders.grid import CODER as GRID
-from bytecap.format.coders.trellis import CODER as TRELLIS
-from bytecap.format.coders.trellis import dependent
+from bytecap.format.coders.trellis import _bits, dependent, subsets
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.rans import Stream, encode, escape_bytes, lanes
 from bytecap.format.entropy.shared_tables import fit_shared
+from bytecap.quantization import viterbi
 from bytecap.quantization.quantizer import Options, prepare, round_units
 from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
@@ -39,7 +38,7 @@ def code(weight, hessian, step, *, passes=3, **options):
             shrink = type(shrink)(shared.offset)
     coded, _ = round_units([item], {"w": step}, shrink, chosen)
     one = coded["w"].code
-    _, payload = (TRELLIS if chosen.trellis else GRID).sources(one, shared)
+    _, payload = coder_of(one).sources(one, shared)
     path = int(dependent(one.column_class, one.first, rows).sum())
     bits = (payload.tables.bits(payload.symbols, payload.classes) + path) / weight.numel()
     offset = shrink.offset if chosen.shrink else np.zeros_like(shrink.offset)
@@ -114,9 +113,12 @@ class TestPlainGaussian:
         assert bits + 0.5 * np.log2(distortion) == pytest.approx(expected, abs=0.012)
 
 
+GAPS = {8: 0.0741, 16: 0.0621, 32: 0.0518, 64: 0.0437, 128: 0.0372, 256: 0.0319}  # bits, benchmarks/trellises.py
+
+
 @pytest.mark.numeric
 class TestTrellis:
-    """Dependent quantization of eight states, columns coded as a whole."""
+    """Dependent quantization, columns coded as a whole."""
 
     @pytest.mark.parametrize(("rate", "above"), [(1.75, 0.11), (2.0, 0.095), (3.0, 0.09), (4.0, 0.09)])
     def test_saves_most_of_the_quarter_bit(self, rate, above):
@@ -130,6 +132,33 @@ class TestTrellis:
 
         bits, distortion = at_rate(rate, attempt, 0.0, 0.01)
         assert 0.03 < bits + 0.5 * np.log2(distortion) < above
+
+    @pytest.mark.parametrize(("states", "above"), list(GAPS.items()))
+    def test_more_states_come_as_near_to_the_bound_as_they_must(self, states, above):
+        """At high rate, where only the squared error of the nearest path counts: E e^2 = 2^(2 above) * 4 / (2 pi e)."""
+        rows, columns = 4096, 16
+        memory = states.bit_length() - 1
+        u = np.random.default_rng(states).uniform(0, 64, (columns, rows)).astype(np.float32)
+        points, error = np.empty(rows, np.int32), 0.0
+        for column in u:
+            viterbi.search(
+                column, np.ones(rows, np.float32), viterbi.masks_of(memory), viterbi.decisions(rows, memory), points
+            )
+            walked = subsets(_bits((points & 3).astype(np.uint8)[:, None], 1, memory), 1, memory)[:, 0]
+            assert (walked == points & 3).all()  # it is a path
+            error += float(np.square(column - points).sum()) / u.size
+        assert np.log2(error * 2 * np.pi * np.e / 4) / 2 == pytest.approx(above, abs=0.008)
+
+    def test_more_states_take_fewer_bits_at_equal_distortion(self):
+        """All of it: tables, classes, centroids, a path bit a weight."""
+        weight, eye = gaussian(2048, 64), torch.eye(64, dtype=torch.float64)
+        above = []
+        for states in (8, 32, 256):
+            bits, decoded, _ = code(weight, eye, 0.35, trellis=True, states=states, passes=3)
+            distortion = (decoded - weight).double().square().mean() / weight.double().square().mean()
+            above.append(bits + 0.5 * np.log2(float(distortion)))
+        assert above[0] - above[1] > 0.012  # 0.022 at high rate
+        assert above[1] - above[2] > 0.01  # 0.02
 
     def test_saves_as_much_under_error_feedback(self):
         eigenvalues = np.geomspace(1, 1e-2, 64)

@@ -14,8 +14,8 @@ import pytest
 
 import bytecap
 from bytecap.errors import ArtifactError, CheckpointError
-from bytecap.format import container
-from bytecap.model import bounds, building, tokenizer
+from bytecap.format import container, decoder
+from bytecap.model import bounds, building, gguf_file, tokenizer
 from bytecap.model.checkpoint import load_model
 from bytecap.model.fileset import check_safetensors, weight_files
 from test_safety import artifact
@@ -321,3 +321,59 @@ def test_an_index_that_redirects(copied, shard):
     (copied.parent / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"not a valid shard index|missing"):
         weight_files(copied)
+
+
+# ---------------------------------------------------------------------------------------------------------- GGUF files
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value
+
+
+def gguf_head(tensors, keys):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys)
+
+
+def key(name, kind, value):
+    return text(name) + struct.pack("<I", kind) + value
+
+
+LLAMA_KEY = key(b"general.architecture", 8, text(b"llama"))
+GGUFS = {
+    "nothing": b"", "magic alone": b"GGUF", "keys": gguf_head(0, 1 << 60), "tensors": gguf_head(1 << 60, 0),
+    "name": gguf_head(0, 1) + struct.pack("<Q", 1 << 62), "negative": gguf_head(0, 1) + struct.pack("<Q", 2**64 - 8),
+    "array": gguf_head(0, 1) + key(b"a", 9, struct.pack("<IQ", 4, 1 << 40)),
+    "strings": gguf_head(0, 1) + key(b"a", 9, struct.pack("<IQ", 8, 1 << 40)),
+    "arrays": gguf_head(0, 1) + key(b"a", 9, struct.pack("<IQ", 9, 1 << 40)),
+    "nested": gguf_head(0, 1) + key(b"a", 9, struct.pack("<IQ", 9, 1) * 50_000),
+    "type": gguf_head(0, 1) + key(b"a", 99, b""),
+    "dimensions": gguf_head(1, 1) + LLAMA_KEY + text(b"t") + struct.pack("<I", 1 << 30),
+    "size": gguf_head(1, 1) + LLAMA_KEY + text(b"t") + struct.pack("<IQQIQ", 2, 1 << 40, 1 << 40, 0, 0),
+    "other order": b"GGUF" + struct.pack(">IQQ", 3, 1 << 60, 0),
+    "layers": gguf_head(0, 2) + LLAMA_KEY + key(b"llama.block_count", 4, struct.pack("<I", 2**32 - 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GGUFS)
+def test_gguf_files_that_claim_what_they_do_not_hold(tmp_path, kind):
+    """gguf-py goes through 2^40 members that a file of 60 bytes claims."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(GGUFS[kind])
+    if kind not in {"layers", "nothing"}:
+        with pytest.raises(CheckpointError, match=r"a\.gguf is no sound GGUF file"):
+            gguf_file.check_header(path)
+    pytest.importorskip("gguf")
+    with pytest.raises(CheckpointError, match=r"a\.gguf"):
+        load_model(path)
+
+
+def test_templates_without_end(fitted, monkeypatch):
+    """A chat template is a program: the sandbox keeps it from doing harm, not from going on."""
+    from bytecap.pipeline import generation
+
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    contents = container.read(fitted("rotary")[1])
+    files = decoder.side_files(contents) | {"chat_template.jinja": loop.encode()}
+    monkeypatch.setattr(bounds, "_SECONDS", 0.5)
+    with pytest.raises(ArtifactError, match=r"the chat template of a\.bcap takes minutes"):
+        generation.conversation(files, "a.bcap", [{"role": "user", "content": "x"}])

@@ -1,4 +1,4 @@
-"""Coders without layers: grid, trellis, vector, exact, packed, bands and binary (6.1 to 6.4, 6.15, 6.18, 6.19)."""
+"""Coders without layers: grids, vector, exact, packed, bands, binary (6.1 to 6.4, 6.15, 6.18, 6.19, 6.21)."""
 
 import numpy as np
 
@@ -9,7 +9,8 @@ TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U8": "u1", "BOOL": "u1",
 }  # fmt: skip
-LEADS_TO = ((0, 1, 2, 3, 2, 3, 0, 1), (2, 3, 0, 1, 0, 1, 2, 3))  # subset by bit and state
+LEADS_TO = ((0, 1, 2, 3, 2, 3, 0, 1), (2, 3, 0, 1, 0, 1, 2, 3))  # subset by bit and state, of 6.15
+LOW, HIGH = {4: 2, 5: 10, 6: 34, 7: 94, 8: 222}, {4: 25, 5: 49, 6: 87, 7: 243, 8: 493}  # 6.21
 
 
 def power(k):
@@ -17,22 +18,23 @@ def power(k):
     return np.ldexp(ROOTS[k % 4], k // 4).astype(np.float32)
 
 
-def read_head(source, rows, *, trellis):
-    """Groups, c, (base, class) of the four side arrays, first, and the side stream (6.1, 6.15)."""
+def read_head(source, rows, trellis):
+    """Groups, c, (base, class) of the four side arrays, first, memory, and the side stream (6.1, 6.15, 6.21)."""
     groups = source.u8(1, min(4, max(1, rows)))
     c = source.f32()
     need(c > 0, f"c is {c}")
     pairs = [(source.i8(), source.u8(0, 63)) for _ in range(4)]
     first = source.u8(1, 64) if trellis else 64
+    memory = source.u8(4, 8) if trellis == "long" else 3
     side = source.part().data
-    return groups, c, pairs, first, side
+    return groups, c, pairs, first, memory, side
 
 
-def grid(data, shape, dtype, shared, *, trellis=False):
+def grid(data, shape, dtype, shared, *, trellis=""):
     del dtype
     rows, cols = shape
     source = Bytes(data)
-    groups, c, pairs, first, side = read_head(source, rows, trellis=trellis)
+    groups, c, pairs, first, memory, side = read_head(source, rows, trellis)
     sizes = (groups * cols, groups * cols, rows, rows)
     classes = [k for size, (_, k) in zip(sizes, pairs, strict=True) for _ in range(size if k else 0)]
     symbols = iter(stream(side, classes, shared.tables))
@@ -45,8 +47,8 @@ def grid(data, shape, dtype, shared, *, trellis=False):
     run = np.repeat(np.arange(groups), [rows // groups + (g < more) for g in range(groups)])  # of every row
     own = column_spread - column_step + 20
     k = np.clip(own[run] + (row_spread - row_step)[:, None], 1, 63)
-    dependent = (own >= first)[run] & trellis
-    subset = paths(source.part(), dependent, run) if trellis else np.zeros((rows, cols), np.int64)
+    dependent = (own >= first)[run] & bool(trellis)
+    subset = paths(source.part(), dependent, run, memory) if trellis else np.zeros((rows, cols), np.int64)
     k = np.where(dependent, np.minimum(k + 4, 63), k)
     tables, named = dict(shared.tables), k.copy()
     for kind in sorted(set(k[dependent].tolist())):
@@ -76,8 +78,15 @@ def points(z, k, dependent, shared, c, row_step, column_step):
     return w
 
 
-def paths(source, dependent, run):
-    """Subset of every dependent weight (6.15)."""
+def leads_to(state, bit, memory):
+    if memory == 3:
+        return LEADS_TO[bit][state]
+    low, high = (f"{(2 * state + bit) & mask[memory]:b}".count("1") % 2 for mask in (LOW, HIGH))
+    return low + 2 * high
+
+
+def paths(source, dependent, run, memory):
+    """Subset of every dependent weight (6.15, 6.21)."""
     bits = iter(source.bits(1, int(dependent.sum())).tolist())
     source.end()
     rows, cols = dependent.shape
@@ -87,8 +96,8 @@ def paths(source, dependent, run):
             state = [0] * cols
         for j in np.flatnonzero(dependent[i]):
             bit = next(bits)
-            subset[i, j] = LEADS_TO[bit][state[j]]
-            state[j] = (2 * state[j] + bit) % 8
+            subset[i, j] = leads_to(state[j], bit, memory)
+            state[j] = (2 * state[j] + bit) % 2**memory
     return subset
 
 
@@ -102,7 +111,11 @@ def restricted(table, e):
 
 
 def trellis(data, shape, dtype, shared):
-    return grid(data, shape, dtype, shared, trellis=True)
+    return grid(data, shape, dtype, shared, trellis="short")
+
+
+def long_trellis(data, shape, dtype, shared):
+    return grid(data, shape, dtype, shared, trellis="long")
 
 
 def vector(data, shape, dtype, shared):

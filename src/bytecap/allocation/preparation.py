@@ -10,14 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from bytecap.allocation.planner import Planner, State, VectorUnit, finest_step
+from bytecap.allocation.differences import over
+from bytecap.allocation.planner import FloatArray, Planner, State, VectorUnit, finest_step
 from bytecap.allocation.unused import even_experts, keep_unused
 from bytecap.calibration import finite
 from bytecap.calibration import metric as sensitivity
+from bytecap.calibration.metric import Metric
 from bytecap.calibration.probe import Statistics, Use
 from bytecap.calibration.streamed import probe_streamed
+from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
 from bytecap.job.section import StoredSection
@@ -75,7 +81,7 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
 
     def matrix(u: Unit) -> Prepared | None:
         uses = found.uses.pop(u.name, None)
-        return None if uses is None else _matrix(job, u, uses, found.tokens, options)
+        return None if uses is None else _factored(job, u, uses, found.tokens, options)
 
     with allocator.no_holes(), job.reporter.step("factorisation", len(job.model.units)) as advance:
         ready = _assembled(job, options, found, matrix, advance)
@@ -99,7 +105,7 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
 
     def factored(name: str, uses: list[Use]) -> None:
         finite.check_uses(name, uses)
-        ready = _matrix(job, units[name], uses, tokens, options)
+        ready = _factored(job, units[name], uses, tokens, options)
         if ready is not None:
             finest[name] = finest_step(ready)
             weight = None if model.scratch.stays(ready.weight) else partial(_weight, model, units[name])
@@ -129,7 +135,7 @@ def _weight(model: Model, unit: Unit) -> Tensor:
     return as_matrix(unit, model.tensor(unit)).float()
 
 
-def _matrix(job: Job, unit: Unit, uses: list[Use], tokens: int, options: Options) -> Prepared | None:
+def _factored(job: Job, unit: Unit, uses: list[Use], tokens: int, options: Options) -> Prepared | None:
     """A matrix with its factor; None for a unit that is no matrix."""
     if min(unit.matrix_shape) <= 1:
         return None
@@ -137,7 +143,7 @@ def _matrix(job: Job, unit: Unit, uses: list[Use], tokens: int, options: Options
     uses.clear()
     if unseen:
         warn(job.reporter, f"no token reaches {unseen} experts of {unit.name}: weighed like the others")
-    return prepare(unit, as_matrix(unit, job.model.tensor(unit).detach()), metric, options)
+    return _matrix(job, unit, as_matrix(unit, job.model.tensor(unit).detach()), metric, options)
 
 
 def _assembled(
@@ -161,13 +167,15 @@ def _assembled(
     matrices, vectors, fixed = [], [], {}
     buffers = dict(job.model.module.named_buffers(remove_duplicate=False))
     for u in job.model.units:
-        ready = matrix(u)
-        if ready is not None:
+        if job.base is not None and job.base.has(u, as_matrix(u, job.model.tensor(u).detach().cpu().numpy())):
+            found.uses.pop(u.name, None)
+            fixed[u.name] = Section(BASE.tag, b"")
+        elif (ready := matrix(u)) is not None:
             matrices.append(ready)
         else:
             values = job.model.tensor(u).detach()
             if values.is_floating_point() and values.numel() and u.name not in buffers:
-                vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
+                vectors.append(_vector(job, u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
         advance(1)
@@ -179,8 +187,28 @@ def _assembled(
     return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
 
 
+def _matrix(job: Job, unit: Unit, values: Tensor, metric: Metric, options: Options) -> Prepared:
+    """A matrix (rows, cols) as it is, or its difference to the base."""
+    if job.base is None:
+        return prepare(unit, values, metric, options)
+    below = np.ascontiguousarray(job.base.matrix(unit), np.float32)
+    gained = values.float() - torch.from_numpy(below).to(values.device)
+    return over(prepare(unit, gained, metric, options), below)
+
+
+def _vector(job: Job, unit: Unit, values: FloatArray, fisher: npt.NDArray[np.float64]) -> VectorUnit:
+    """A unit without input statistics as it is, or its difference to the base."""
+    if job.base is None:
+        return VectorUnit(unit, values, fisher)
+    below = np.ascontiguousarray(job.base.matrix(unit), np.float32)
+    return VectorUnit(unit, as_matrix(unit, values) - below, as_matrix(unit, fisher), below)
+
+
 def _capacity(job: Job, planner: Planner, fixed: Mapping[str, Section]) -> float:
-    """Return the bytes left for planned units."""
+    """Bytes left for planned units."""
+    if job.base is not None:  # planned units may cost nothing, and those that do not count their place in the index
+        blank = dict.fromkeys(planner.names, Section(BASE.tag, b"")) | dict(fixed)
+        return job.budget - job.size(blank, bytes(min(TABLES_GUESS, job.budget // 20)))
     blank = {n: Section(1, b"") for n in planner.names} | dict(fixed)
     lengths = 2 * len(planner.names)  # longer lengths in the directory
     lanes = 2.2 * sum(p.unit.parameters for p in planner.matrices) / 8192  # a lane's state beyond its content

@@ -58,6 +58,7 @@ OPTIONS = {
     "calibration": _Option(("--calibration", "--calib"), _Texts, EMBEDDED, behind="Repeatable."),
     "evaluation": _Option(("--evaluation", "--eval"), _Texts, EMBEDDED, behind="Repeatable."),
     "method": _Option(("--method",), behind=f"There are {', '.join(METHODS)}."),
+    "effort": _Option(("--effort",), int, least=0),
     "device": _Option(("--device",)),
     "seed": _Option(("--seed",), int),
     "window": _Option(("--window",), int, least=1),
@@ -76,6 +77,7 @@ OPTIONS = {
     "template": _Option(("--template",), Path | None, _NONE),
     "emit": _Option(("--emit",), Path | None, _NONE),
     "store": _Option(("--store",), Path | None, _NONE),
+    "base": _Option(("--base",), _Texts, _NONE, behind="Repeatable."),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,10 @@ import msgspec
 
 from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 from bytecap.format.coders import coder, leb, read_leb
+from bytecap.format.coders.base import CODER as BASE
+from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.contents import FILE, Contents, FileSection, StoredUnit, UnitSection
+from bytecap.format.contents import FILE, Base, Contents, FileSection, StoredUnit, UnitSection
 from bytecap.format.filebytes import FileBytes
 from bytecap.format.ledger import Entry
 from bytecap.format.wire.shared_objects import describe
@@ -32,10 +35,10 @@ from bytecap.format.work import Meter
 from bytecap.system.atomic import write_atomically
 from bytecap.types import Unit
 
-__all__ = ["FILE", "Contents", "FileSection", "StoredUnit", "UnitSection"]  # defined beside, used from here
+__all__ = ["FILE", "Base", "Contents", "FileSection", "StoredUnit", "UnitSection"]  # defined beside, used from here
 
 MAGIC = b"\x89BCAP\r\n\x1a"
-VERSION = (1, 2)  # newest this reader knows; files say the lowest that describes them
+VERSION = (1, 3)  # newest this reader knows; files say the lowest that describes them
 _FIRST_CODERS = 4  # tags up to this one came with 1.0
 _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
 HEADER_SIZE = _HEAD.size + 4
@@ -43,6 +46,7 @@ INDEX, TABLES, UNIT, CODE, PADDING, SHARED = 1, 2, 3, 5, 6, 7
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
 _MAX_INDEX, _SPARE_INDEX, _INDEX_PER_BYTE = 1 << 26, 1 << 20, 64  # bytes of text: at most, for nothing, by file length
 _MAX_DIMENSIONS = 32
+_HASH = re.compile("[0-9a-f]{64}")
 _TOKENIZER_FILES = {
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model",
     "spiece.model", "spm.model", "tekken.json", "source.spm", "target.spm",
@@ -57,6 +61,7 @@ class _Index(msgspec.Struct, forbid_unknown_fields=True):
     files: list[str]
     about: dict[str, Any]
     code: list[str] | msgspec.UnsetType = msgspec.UNSET
+    base: tuple[str, list[str]] | msgspec.UnsetType = msgspec.UNSET
 
 
 def _pack_index(contents: Contents) -> bytes:
@@ -77,6 +82,8 @@ def _pack_index(contents: Contents) -> bytes:
     }
     if code := [f.name for f in contents.files if f.kind == CODE]:
         index["code"] = code
+    if contents.base is not None:
+        index["base"] = [contents.base.sha256, list(contents.base.dropped)]
     raw = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
     packed = lzma.compress(raw, lzma.FORMAT_RAW, filters=_LZMA)
     return b"\x01" + packed if len(packed) < len(raw) else b"\x00" + raw
@@ -120,10 +127,13 @@ def size(contents: Contents) -> int:
 
 def _minor(contents: Contents) -> int:
     """Lowest minor version that describes the contents."""
-    stacks = (u.data for u in contents.units if u.tag == STACK.tag)
-    if contents.objects or any(f.kind == CODE for f in contents.files) or any(STACK.minor(d) > 1 for d in stacks):
-        return 2
-    return int(any(u.tag > _FIRST_CODERS for u in contents.units))
+    if contents.base is not None:
+        return 3
+    found = [STACK.minor(u.data) for u in contents.units if u.tag == STACK.tag]
+    found += [3 if u.tag in {LONG_TRELLIS.tag, BASE.tag} else int(u.tag > _FIRST_CODERS) for u in contents.units]
+    if contents.objects or any(f.kind == CODE for f in contents.files):
+        found.append(2)
+    return max(found, default=0)
 
 
 def serialize(contents: Contents) -> bytes:
@@ -217,10 +227,16 @@ def _read_index(data: bytes, size: int, name: str) -> _Index:
     files = index.files + _code(index)
     if len(set(names)) != len(names) or len(set(files)) != len(files) or index.code == []:
         raise CorruptError(f"{name} names a unit or file twice, or lists no code")
+    if isinstance(index.base, tuple) and not (_HASH.fullmatch(index.base[0]) and _distinct(index.base[1])):
+        raise CorruptError(f"{name} names its base by no SHA-256, or leaves a file out twice")
     for file in files:
         if not file or "/" in file or "\\" in file or file.startswith(".") or "\0" in file:
             raise CorruptError(f"{name} holds a file with the unsafe name {file!r}")
     return index
+
+
+def _distinct(names: list[str]) -> bool:
+    return len(set(names)) == len(names)
 
 
 def _code(index: _Index) -> list[str]:
@@ -274,7 +290,8 @@ def parse(data: bytes | FileBytes, name: str = "the artifact") -> Contents:
     padding = b"".join(body(PADDING))
     if any(padding):
         raise CorruptError(f"{name} holds something in its padding")
-    return Contents(tuple(units), tables, tuple(files), index.about, len(padding), body(SHARED))
+    base = Base(index.base[0], tuple(index.base[1])) if isinstance(index.base, tuple) else None
+    return Contents(tuple(units), tables, tuple(files), index.about, len(padding), body(SHARED), base)
 
 
 def _expected_kinds(data: bytes | FileBytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:
@@ -291,10 +308,14 @@ def _expected_kinds(data: bytes | FileBytes, spans: list[_Span], name: str) -> t
     return index, expected
 
 
+def read_bytes(path: Path | str) -> bytes:
+    """Read the bytes of an artifact file, unchecked."""
+    return _opened(Path(path))[:]
+
+
 def read(path: Path | str) -> Contents:
-    """Read and check an artifact file."""
-    found = _opened(Path(path))
-    return parse(found[:], str(path))
+    """Read and check an artifact file by itself; `bytecap.format.updates.read` also finds the base of an update."""
+    return parse(read_bytes(path), str(path))
 
 
 def open_file(path: Path | str) -> Contents:

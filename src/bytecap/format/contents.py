@@ -67,16 +67,32 @@ class FileSection:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The file that an update stands on.
+
+    Attributes:
+        sha256: of that file's bytes, 64 hexadecimal digits.
+        dropped: its side and code files that the update leaves out.
+        contents: what is in it, once it was found (`bytecap.format.updates`).
+    """
+
+    sha256: str
+    dropped: tuple[str, ...] = ()
+    contents: Contents | None = None
+
+
+@dataclass(frozen=True)
 class Contents:
     """Everything in an artifact, still encoded.
 
     Attributes:
-        units: in state-dict order.
+        units: in state-dict order; of an update those that are not as in the base.
         tables: the shared tables section, may be empty.
         files: packed side files, and code files behind them.
         about: method, budget and other remarks; small and optional.
         padding: number of zero bytes at the end.
         objects: shared objects, which sections refer to by their place.
+        base: the file that this one is an update of, or None.
     """
 
     units: tuple[UnitSection, ...]
@@ -85,3 +101,4 @@ class Contents:
     about: dict[str, Any]
     padding: int = 0
     objects: tuple[bytes, ...] = ()
+    base: Base | None = None

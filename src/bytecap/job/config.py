@@ -29,6 +29,7 @@ from bytecap.model.defaults import EVALUATION_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from bytecap.format.codefiles import Code
+    from bytecap.job.base import Installed
     from bytecap.job.section import Section
     from bytecap.progress import Reporter
     from bytecap.system.cache import Store
@@ -46,6 +47,8 @@ class FitConfig:
         evaluation: what quality is measured on, and nothing is fitted to: text files, embedded general text by default;
             for a torch module batches, by default a fifth of those for calibration.
         method: the method: `bytecap`, a baseline such as `golf` or `uniform`, or FILE.py:CALLABLE, which is run.
+        effort: how hard to search for integers, 0 to 3: along a trellis of 8, 32, 128 or 256 states; for the method
+            `bytecap` only. Files of effort 0 can be read by readers of format 1.1, others need 1.3.
         device: torch device: `auto`, `cpu` or `cuda`.
         seed: seed of every random choice.
         output: file to write.
@@ -75,6 +78,8 @@ class FitConfig:
         template: the same model as a GGUF file converted by llama.cpp, for names, metadata and tokenizer.
         emit: GGUF: file to write the types to, as `llama-quantize --tensor-type-file` reads them.
         store: directory of finished steps: a killed run, started again, goes on from there.
+        base: a file that the receiver has already: what is written is an update of it, which is read with it
+            (docs/updates.md); several files where that one is an update itself.
         loss: of a torch module: `loss(module, batch)`, mean nats of a batch as a scalar tensor. May be left out where
             batches are integer tensors (batch, length) of token ids and forward gives logits, or takes (ids, targets)
             and gives a loss.
@@ -91,6 +96,7 @@ class FitConfig:
     calibration: str | Path | Iterable[Any] | None = None
     evaluation: str | Path | Iterable[Any] | None = None
     method: str = "bytecap"
+    effort: int = 2
     device: str = "auto"
     seed: int = 0
     output: str | Path | None = None
@@ -114,6 +120,7 @@ class FitConfig:
     template: Path | str | None = None
     emit: Path | str | None = None
     store: Store | Path | str | None = None
+    base: Installed | Path | str | Sequence[Path | str] | None = None
     loss: Callable[..., Any] | None = None
     evaluate: Callable[[Any], float] | None = None
     predictions: Callable[[Any], int] | None = None

@@ -43,6 +43,7 @@ from bytecap.model.texts import leading
 from bytecap.progress import warn
 from bytecap.quantization.quantizer import Options, Prepared
 from bytecap.recovery.checkpointing import StageCheckpoints
+from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor
@@ -53,7 +54,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
-    options = Options.of(job.options, partial(warn, job.reporter))
+    options = Options.of(job.options, partial(warn, job.reporter), job.config.effort)
     if isinstance(job.model, StreamedModel):
         prepared = prepare_streamed(job, job.model, options)
     else:
@@ -288,7 +289,7 @@ def _tuned(
     if found is None:
         return None, record
     planner, state = found
-    last = [p.unit.name for p in planner.matrices if type(p) is Prepared][: -_LAST - 1 : -1]
+    last = [p.unit.name for p in planner.matrices if moves(p)][: -_LAST - 1 : -1]
     again = fit_units(
         planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget, last
     )  # fmt: skip

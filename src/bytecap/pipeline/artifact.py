@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,10 @@ class Artifact:
 
         if not self.length:
             raise UsageError("a dry run writes no file: there is no model to load")
-        return module_of(self.read(), str(self.report.get("model", "the artifact")))
+        contents = self.read()
+        if contents.base is not None:  # its own bases were read for the job
+            contents = replace(contents, base=self.contents.base)
+        return module_of(contents, str(self.report.get("model", "the artifact")))
 
 
 class FiledArtifact(Artifact):

@@ -22,6 +22,7 @@ from torch import nn
 from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
+from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig, configured
 from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
@@ -93,12 +94,16 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     started = time.perf_counter()
     _refuse_collisions(model, configs)
     kind = format_of(configs[0])
+    if kind in FORMATS and configs[0].base:
+        raise UsageError(f"the option base is for .bcap files: there are no updates in the format {kind}")
     if kind in FORMATS:
         return _jobs()[kind](model, configs)
     for option in _FOR_MODULES:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
+    base = Installed.read(configs[0].base)
+    configs = [replace(c, base=base) for c in configs]  # read once for all of them
     with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
         return _fit_all(model, configs, started)
 
@@ -114,6 +119,7 @@ def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) 
             "a calibration text": as_paths(first.calibration), "an evaluation text": as_paths(first.evaluation),
             "a text of recovery": as_paths(first.recover_text),
             "code": () if isinstance(first.code, Code) else first.code,
+            "the base": None if isinstance(first.base, Installed) else as_paths(first.base),
         },
     )  # fmt: skip
 
@@ -212,9 +218,8 @@ def _named(path: Path | str | None, budget: str) -> str | None:
 
 def _load(model: Path | str, asked: Asked) -> Model:
     """Read a checkpoint, or open it to be streamed."""
-    return memory.open_model(
-        model, asked.config, asked.device, asked.reporter, _pack if asked.config.tokenizer else None
-    )  # fmt: skip
+    begin = _pack if asked.config.tokenizer and not asked.config.base else None
+    return memory.open_model(model, asked.config, asked.device, asked.reporter, begin)
 
 
 def _pack(files: dict[str, Any]) -> None:

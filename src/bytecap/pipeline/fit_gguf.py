@@ -11,9 +11,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
@@ -23,11 +26,10 @@ from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import TOKENS
-from bytecap.model.evaluation import Comparison, paired_stderr
-from bytecap.model.sources import Paths, as_paths, load_sets, recovery_texts, with_recovery
-from bytecap.model.texts import TokenSets
+from bytecap.model.evaluation import Comparison
+from bytecap.model.sources import Paths, as_paths, load_sets
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, measure, token_sets
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.gguf import file, library
@@ -35,8 +37,8 @@ from bytecap.runtimes.gguf.export import describer, importance, type_lines, writ
 from bytecap.runtimes.gguf.export import plain as exact
 from bytecap.runtimes.gguf.menu import WHOLE, Item, allowed, parse_types
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
-from bytecap.runtimes.gguf.plan import Found, solve
-from bytecap.runtimes.gguf.solve import figures
+from bytecap.runtimes.gguf.plan import data_of, solve
+from bytecap.runtimes.gguf.solve import Found, figures
 from bytecap.runtimes.gguf.template import GgufTemplate, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
@@ -102,7 +104,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     cap = parse_budget(config.budget, model.parameters)
     floor = _check_floor(frame, cap)
     store = config.store if isinstance(config.store, Store) else Store(config.store)
-    sets = _sets(model, config, device, reporter)
+    sets = token_sets(model, config, device, reporter)
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     model.module.to(device)
     items = calibrated(job, frame.layout, frame.types)
@@ -116,15 +118,6 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     if config.emit is not None:
         write_atomically(type_lines(result.types).encode(), Path(config.emit))
     return result
-
-
-def _sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
-    """The token sets, with those of recovery where it is asked for."""
-    sets = token_sets(model, config, device, reporter)
-    if config.recover is None:
-        return sets
-    texts = as_paths(config.recover_text) or recovery_texts(model, as_paths(config.calibration))
-    return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 
 def _frame(
@@ -205,11 +198,7 @@ def _finish(
         if best is not plain:
             other = Path(name) / "plain.gguf"
             file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
-            before = _measured(job, frame, other)
-            report["without_recovery"] = quality(before) | {
-                "kl_difference_stderr": paired_stderr(parts, before, "kl"),
-                "delta_difference_stderr": paired_stderr(parts, before, "nats"),
-            }
+            report["without_recovery"] = gain(parts, _measured(job, frame, other))
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
@@ -217,15 +206,16 @@ def _finish(
 
 def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found) -> list[file.Stored]:
     """All tensors with their bytes."""
-    stored = []
-    for p in frame.layout.places:
+
+    def one(p: Place) -> file.Stored:
         if p.name in types:
-            stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
-        elif p.name in found.vectors:
-            stored.append(_stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name])))
-        else:
-            stored.append(exact(model, p))
-    return stored
+            return _stored(p, types[p.name], frame.types, data_of(types[p.name], found.rounded[p.name]))
+        if p.name in found.vectors:
+            return _stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name]))
+        return exact(model, p)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(one, frame.layout.places))
 
 
 def _measured(job: Job, frame: _Frame, path: Path) -> list[Comparison]:

@@ -82,7 +82,7 @@ def _reason(config: FitConfig) -> str | None:
         return f"method {config.method} needs it in memory"
     if config.recover is not None or config.paths or config.given:
         return "recovery, overlays and given sections need it in memory"
-    return None
+    return "an update of a base needs it in memory" if config.base else None
 
 
 def _headers(directory: Path, allow: object) -> dict[Path, Header]:

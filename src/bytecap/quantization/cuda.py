@@ -7,14 +7,17 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE
+from bytecap.format.coders.trellis import SHORT
 from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
 from bytecap.quantization.triton_programs import round_columns
+from bytecap.quantization.viterbi import masks_of
 
+_WARM = 64  # rows by which a segment's search begins early: paths merge within five or six times the memory
 _FIXED = 2**16  # parts of a step in sums for centroids
 
 
 def round_trellis(
-    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, *, waterfill: bool = True
+    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, memory: int = SHORT, *, waterfill: bool = True
 ) -> Rounded:
     """See `bytecap.quantization.trellis.round_trellis`; the symbols stay on the device, int32 (B, cols, rows)."""
     weight, lower = problem.weight, problem.lower
@@ -22,7 +25,10 @@ def round_trellis(
     device = weight.device
     diag = lower.diagonal(dim1=1, dim2=2)
     exponent, scale = column_steps(problem, step, waterfill=waterfill)
-    segments, length = _cut(rows)
+    segments, length = _cut(rows, memory)
+    states = 1 << memory
+    pairs, traced = (segments, segments * length) if memory == SHORT else (1, rows * states)
+    low, high = torch.from_numpy(masks_of(memory)).to(device, torch.int32)
     error, symbols = torch.empty_like(weight), torch.empty(batch, cols, rows, dtype=torch.int32, device=device)
     column_class = torch.empty(batch, cols, dtype=torch.int32, device=device)
     cost = torch.empty(batch, cols, device=device)
@@ -31,11 +37,11 @@ def round_trellis(
     whiten = torch.exp2(-row_class.float() / 4)
     offset = torch.from_numpy(shrink.offset).to(device)
     scratch = (
-        torch.empty(batch, rows, device=device), torch.empty(batch, segments, 8, 8, device=device),
-        torch.empty(batch, segments, 8, dtype=torch.int32, device=device),
+        torch.empty(batch, rows, device=device), torch.empty(batch, pairs, 8, 8, device=device),
+        torch.empty(batch, pairs, 8, dtype=torch.int32, device=device),
         torch.empty(batch, segments + 1, dtype=torch.int32, device=device),
-        torch.empty(batch, segments * length, dtype=torch.uint8, device=device),
-        torch.empty(batch, rows, dtype=torch.int32, device=device),
+        torch.empty(batch, traced, dtype=torch.uint8, device=device),
+        torch.empty(batch, rows, dtype=torch.int32, device=device), low + 2 * high,
     )  # fmt: skip
     order, row_weight = problem.order.to(torch.int64).contiguous(), problem.rows.float().contiguous()
     for hi in range(cols, 0, -BLOCK):
@@ -49,7 +55,8 @@ def round_trellis(
         inner[:, : hi - lo, : hi - lo] = unit_lower[:, : hi - lo]
         round_columns[(batch,)](
             inner, fed, weight, error, scale, row_class, whiten, row_weight, offset, symbols, order, column_class,
-            cost, centres, *scratch, lo, hi, cols, rows, first, length, SEGMENTS=segments, **_SIZES,
+            cost, centres, *scratch, lo, hi, cols, rows, first, length, SEGMENTS=segments, STATES=states,
+            WARM=_WARM, **_SIZES,
         )  # fmt: skip
     distortion = (cost.double() * diag.double().square()).sum(1)
     found = centres.sum(0).double()
@@ -60,12 +67,16 @@ def round_trellis(
     )  # fmt: skip
 
 
-def _cut(rows: int) -> tuple[int, int]:
+def _cut(rows: int, memory: int) -> tuple[int, int]:
     """Cut a column; returns (segments, rows of each).
 
-    A column takes 2 steps a segment and 3 a row. Few numbers of segments are used, since each one is compiled.
+    With eight states a column takes 2 steps a segment and 3 a row, with more `_WARM` steps and 3 a row, but as many
+    values for every segment as there are states. Few numbers of segments are used, since each one is compiled.
     """
-    segments = 32 if rows <= 1024 else 128 if rows <= 16384 else 256
+    if memory > SHORT:
+        segments = 16 if rows <= 1024 else 32 if rows <= 16384 else 64
+    else:
+        segments = 32 if rows <= 1024 else 128 if rows <= 16384 else 256
     return segments, -(-rows // segments)
 
 

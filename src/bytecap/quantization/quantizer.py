@@ -24,6 +24,7 @@ from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE, GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.coders.trellis import MASKS
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
@@ -35,6 +36,9 @@ from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
+ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
+STATES = tuple(1 << memory for memory in MASKS)
+EFFORTS = (8, 32, 128, 256)  # states of the trellis by effort
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
 
@@ -53,6 +57,7 @@ class Options:
         row_quantum: quarter octaves a row step is rounded to.
         row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
         trellis: walk columns of some spread along a trellis.
+        states: of the trellis, see `STATES`; more take longer and distort less.
         shrink: reconstruct at centroids.
         damping: of the Hessian, in fractions of its mean diagonal.
         guided: weight tokens by output gradient energy.
@@ -69,6 +74,7 @@ class Options:
     row_quantum: int = 2
     row_class: int = 1
     trellis: bool = True
+    states: int = 8
     shrink: bool = True
     damping: float = 1e-3
     guided: bool = True
@@ -77,16 +83,22 @@ class Options:
     drift: float = 0.4
     drift_tokens: int = 16_384
 
+    @property
+    def memory(self) -> int:
+        """Bits of a trellis' state."""
+        return self.states.bit_length() - 1
+
     @staticmethod
-    def of(given: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None) -> Options:
+    def of(given: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None, effort: int = 0) -> Options:
         """Read the options of a job.
 
         Args:
             given: options by name.
             warn: told about options that no longer do anything.
+            effort: 0 to 3, says how many states the trellis has where the options do not.
 
         Raises:
-            UsageError: an unknown option.
+            UsageError: an unknown option, or a number of states that there is no trellis of.
         """
         known = [f.name for f in fields(Options)]
         unknown = sorted(set(given) - set(known) - set(_WITHDRAWN))
@@ -94,7 +106,10 @@ class Options:
             raise UsageError(f"method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
         for name in sorted(set(given) & set(_WITHDRAWN)):
             warn(f"the option {name} of method bytecap does nothing any more: {_WITHDRAWN[name]}")
-        return Options(**{n: v for n, v in given.items() if n in known})
+        options = Options(**{"states": EFFORTS[effort], **{n: v for n, v in given.items() if n in known}})
+        if options.states not in STATES:
+            raise UsageError(f"there is no trellis of {options.states} states ({', '.join(map(str, STATES))})")
+        return options
 
 
 @dataclass(frozen=True)
@@ -162,12 +177,19 @@ class Coded:
         distortion: predicted, in nats per token.
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
         overlay: tag and bytes of an overlay over it, or None.
+        below: (rows, cols), values of the base of an update, to which these are a difference; None without.
     """
 
     code: GridCode
     distortion: float
     counts: Counts
     overlay: tuple[int, bytes] | None = None
+    below: npt.NDArray[np.float32] | None = None
+
+    @property
+    def as_in_base(self) -> bool:
+        """Whether nothing is added to the base, so that nothing is stored."""
+        return self.below is not None and self.overlay is None and not self.code.symbols.any()
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
@@ -219,7 +241,7 @@ def round_units(
             centres += rounded.centres
 
             def collect(i: int, batch: list[Prepared] = batch, rounded: Rounded = rounded) -> Coded:
-                return _collect(batch[i], i, steps, rounded, trellis=options.trellis)
+                return _collect(batch[i], i, steps, rounded, options)
 
             numbers = range(len(batch))
             found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
@@ -261,19 +283,22 @@ def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: 
     classes = row_classes(weight, lower, step, options.row_class)
     problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
     if options.trellis:
-        return _trellis(weight.device.type)(problem, step, shrink, FIRST_DEPENDENT, waterfill=options.waterfill)
+        return _trellis(weight.device.type)(
+            problem, step, shrink, FIRST_DEPENDENT, options.memory, waterfill=options.waterfill
+        )
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
 
 
-def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounded, *, trellis: bool) -> Coded:
+def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounded, options: Options) -> Coded:
     """Return unit `i` of a rounded batch as it would be stored."""
     column, row = rounded.column_class[i], rounded.row_class[i]
-    first = FIRST_DEPENDENT if trellis else CLASSES
+    first = FIRST_DEPENDENT if options.trellis else CLASSES
     symbols: Any = rounded.symbols[i]
     symbols, counts = (_stored_there if rounded.on_device else _stored)(symbols, column, row, first)
     code = GridCode(
         step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=rounded.column_step[i][None],
         column_class=column[None], row_step=item.row_step.cpu().numpy(), row_class=row, first=first,
+        memory=options.memory,
     )  # fmt: skip
     return Coded(code, float(rounded.distortion[i]), counts)
 
@@ -322,8 +347,12 @@ def _stored_there(
 
 def rate(coded: Coded, shared: Shared) -> float:
     """Estimate the bytes of a unit's section: payload code length, side information, header and overlay."""
+    if coded.as_in_base:
+        return 0.0
     bits = side_bits(coded.code, shared.tables)
     for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
         seen = counts > 0
         bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
+    if coded.below is not None:
+        bits += 8 * ON_BASE
     return bits / 8 + (STACK.growth(bits / 8, coded.overlay[1]) if coded.overlay else 0)

@@ -147,7 +147,7 @@ class StoredGridCode(GridCode):
         for name in _ARRAYS:
             array = np.ascontiguousarray(getattr(code, name))
             kept[name] = scratch.put(torch.from_numpy(array))
-        for name, value in (("step", code.step), ("first", code.first), ("_kept", kept)):
+        for name, value in (("step", code.step), ("first", code.first), ("memory", code.memory), ("_kept", kept)):
             object.__setattr__(self, name, value)
 
     _kept: dict[str, KeptTensor]
@@ -170,7 +170,8 @@ class StoredCoded(Coded):
     def __init__(self, coded: Coded, scratch: Scratch) -> None:
         for name, value in (
             ("code", StoredGridCode(coded.code, scratch)), ("distortion", coded.distortion),
-            ("overlay", coded.overlay), ("_counts", scratch.put(torch.from_numpy(coded.counts))),
+            ("overlay", coded.overlay), ("below", coded.below),
+            ("_counts", scratch.put(torch.from_numpy(coded.counts))),
         ):  # fmt: skip
             object.__setattr__(self, name, value)
 
@@ -188,4 +189,4 @@ def keeper(scratch: Scratch) -> Callable[[Coded], Coded]:
     return lambda coded: StoredCoded(coded, scratch)
 
 
-assert {f.name for f in fields(GridCode)} == {*_ARRAYS, "step", "first"}  # noqa: S101 (two lists of ours)
+assert {f.name for f in fields(GridCode)} == {*_ARRAYS, "step", "first", "memory"}  # noqa: S101 (two lists of ours)

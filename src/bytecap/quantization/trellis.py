@@ -1,14 +1,15 @@
-"""Round a column as a whole, by dependent quantization along an eight-state trellis down its rows.
+"""Round a column as a whole, by dependent quantization along a trellis down its rows.
 
 The fine grid has half a column's step. Its points fall into four subsets by their value modulo 4; in every state only
 two subsets may follow, so a path says one bit a weight and the points it may use are twice as far apart as the
-grid's. The Viterbi algorithm finds the path of least squared error. At high rate that is worth 0.18 bit a weight
-against a scalar grid at equal distortion, of the 0.25 bit that separate a scalar grid from the rate-distortion bound,
-and 0.16 bit at 1.5 bits. Columns of lower spread are rounded point by point: a path costs a bit even where nothing is
-to say.
+grid's. `bytecap.quantization.viterbi` finds the path of least squared error. At high rate eight states are worth 0.18
+bit a weight against a scalar grid at equal distortion, and 256 states 0.22, of the 0.25 bit that separate a scalar grid
+from the rate-distortion bound. Columns of lower spread are rounded point by point: a path costs a bit even where
+nothing is to say.
 
 Sources: Marcellin & Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", 1990; the trellis
-and the union of subsets are those of JPEG 2000 part 2. Feedback between columns is that of `bytecap.quantization`.
+of eight states and the union of subsets are those of JPEG 2000 part 2. Feedback between columns is that of
+`bytecap.quantization`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import OCTAVE
-from bytecap.format.coders.trellis import SUBSET
+from bytecap.format.coders.trellis import SHORT
 from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
+from bytecap.quantization.viterbi import decisions, masks_of, search
 
 _Array = npt.NDArray[Any]
 
 
 def round_trellis(
-    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, *, waterfill: bool = True
+    problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, memory: int = SHORT, *, waterfill: bool = True
 ) -> Rounded:
     """Round a batch at steps `c` of shape (B,); columns of class `first` and above along the trellis.
+
+    States have `memory` bits, 3 to 8.
 
     Runs on the processor's cores, one matrix each, whatever device the problem is on.
     """
@@ -50,7 +54,7 @@ def round_trellis(
     distortion = np.zeros(batch)
     centres = np.zeros((batch, 2, CLASSES * CENTRES))
     whiten = torch.exp2(-p.row_class.float() / 4).numpy()
-    fixed = shrink.offset.reshape(-1), first
+    fixed = shrink.offset.reshape(-1), first, masks_of(memory)
     arrays = weight.numpy(), error.numpy(), scale.numpy(), p.row_class.numpy(), whiten, p.rows.float().numpy()
     weights2, order = diag.square().numpy(), p.order.numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -63,9 +67,10 @@ def round_trellis(
             inner, fed = unit_lower[:, : hi - lo].contiguous().numpy(), pending.numpy()
 
             def one(b: int, lo: int = lo, hi: int = hi, inner: _Array = inner, fed: _Array = fed) -> None:
+                room = decisions(rows, memory)
                 _block(
-                    lo, hi, inner[b], fed[b], *(a[b] for a in arrays), weights2[b], *fixed, symbols[b],
-                    order[b], column_class[b], distortion[b : b + 1], centres[b],
+                    lo, hi, inner[b], fed[b], *(a[b] for a in arrays), weights2[b], *fixed, room, symbols[b], order[b],
+                    column_class[b], distortion[b : b + 1], centres[b],
                 )  # fmt: skip
 
             list(pool.map(one, range(batch)))
@@ -75,50 +80,10 @@ def round_trellis(
     )  # fmt: skip
 
 
-def _viterbi(u: _Array, row_weight: _Array, v: _Array) -> None:
-    """Search the path of least squared error over the rows by Viterbi's algorithm; writes the points into `v`.
-
-    Distances are to the points, not to the centroids: centroids would pull the grid together at every refit.
-    """
-    rows = len(u)
-    cost = np.full(8, np.float32(1e30))
-    cost[0] = 0
-    new = np.empty(8, np.float32)
-    branch = np.empty(4, np.float32)
-    came = np.empty(rows, np.uint8)
-    for r in range(rows):
-        for d in range(4):
-            z = d + 4 * int(np.floor((u[r] - d) * np.float32(0.25) + np.float32(0.5)))
-            e = u[r] - z
-            branch[d] = e * e * row_weight[r]
-        bits = 0
-        for t in range(8):
-            s, b = t >> 1, t & 1
-            one, two = cost[s] + branch[SUBSET[s, b]], cost[s + 4] + branch[SUBSET[s + 4, b]]
-            if one <= two:
-                new[t] = one
-            else:
-                new[t] = two
-                bits |= 1 << t
-        came[r] = bits
-        low = new.min()
-        for t in range(8):
-            cost[t] = new[t] - low
-    t = int(np.argmin(cost))
-    for r in range(rows - 1, -1, -1):
-        s, b = (t >> 1) + 4 * ((came[r] >> t) & 1), t & 1
-        d = SUBSET[s, b]
-        v[r] = d + 4 * int(np.floor((u[r] - d) * np.float32(0.25) + np.float32(0.5)))
-        t = s
-
-
-_path: Any = numba.njit(nogil=True, cache=True)(_viterbi)
-
-
 def _round_columns(
     lo: int, hi: int, inner: _Array, fed: _Array, weight: _Array, error: _Array, scale: _Array, row_class: _Array,
-    whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, first: int, symbols: _Array,
-    order: _Array, column_class: _Array, distortion: _Array, centres: _Array,
+    whiten: _Array, row_weight: _Array, diag2: _Array, offset: _Array, first: int, masks: _Array, came: _Array,
+    symbols: _Array, order: _Array, column_class: _Array, distortion: _Array, centres: _Array,
 ) -> None:  # fmt: skip
     """Round columns lo..hi-1 of one matrix, last first; arrays are (cols, rows), (cols,) or (rows,).
 
@@ -149,7 +114,7 @@ def _round_columns(
             c = min(max(column + row_class[r], 1), CLASSES - 1)
             cls[r] = min(c + OCTAVE, CLASSES - 1) if fine else c
         if fine:
-            _path(u, row_weight, v)
+            search(u, row_weight, masks, came, v)
         else:
             for r in range(rows):
                 z = int(np.floor(abs(u[r]) + np.float32(0.5)))

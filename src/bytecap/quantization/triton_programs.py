@@ -6,6 +6,10 @@ every state is found, all side by side; combining segments one after the other t
 and every segment's path is searched and traced back by itself. That is exact: minima over paths are taken in another
 order, nothing is left out. What differs from the processor's result are sums of float32 in another order.
 
+All pairs of 16 states and more would be too many. Then every segment's search begins `WARM` rows early with all states
+alike, by when paths from all of them have merged, and segments are traced back from where the next one begins until
+all borders agree, which takes two rounds: always one path, and the best one as far as paths do merge.
+
 Sums over weights are of integers (fixed point) where threads add in any order, so that the same device gives the same
 bytes. Source of the segments: Fettweis & Meyr, "Parallel Viterbi algorithm implementation: breaking the
 ACS-bottleneck", IEEE Trans. Communications 37(8), 1989.
@@ -120,6 +124,62 @@ def _paths(U, W, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
+def _forward(
+    U, W, LEADS, CAME, BORDER, s, rows, length, SEGMENTS: tl.constexpr, STATES: tl.constexpr, WARM: tl.constexpr
+):
+    """Find predecessors CAME (rows, STATES) in every segment, and in BORDER the best state at its end.
+
+    LEADS (STATES / 2,) is the subset that bit 0 leads to; the upper half of the states has the other one of its pair.
+    """
+    HALF: tl.constexpr = STATES // 2
+    seg, state = tl.arange(0, SEGMENTS), tl.arange(0, STATES)[None, :]
+    first, leads = seg * length - WARM, tl.load(LEADS + tl.arange(0, HALF))[None, :]
+    c = tl.where((first <= 0)[:, None] & (state > 0), _FAR, 0.0)
+    for i in range(length + WARM):
+        at = first + i
+        inside = (at >= 0) & (at < rows)
+        u = (tl.load(U + at, inside, 0.0) / s)[:, None]
+        w = tl.load(W + at, inside, 0.0)[:, None]
+        even = tl.where(leads % 2 == 1, _nearest(u, 1) * w, _nearest(u, 0) * w)
+        odd = tl.where(leads % 2 == 1, _nearest(u, 3) * w, _nearest(u, 2) * w)
+        zero, one = tl.where(leads > 1, odd, even), tl.where(leads > 1, even, odd)
+        x, y = tl.split(tl.permute(tl.reshape(c, [SEGMENTS, 2, HALF]), (0, 2, 1)))
+        e, f, g, h = x + zero, y + one, x + one, y + zero
+        upper = tl.reshape(tl.join((f < e).to(tl.int8), (h < g).to(tl.int8)), [SEGMENTS, STATES])
+        tl.store(CAME + at[:, None] * STATES + state, upper, (inside & (i >= WARM))[:, None])
+        best = tl.reshape(tl.join(tl.minimum(e, f), tl.minimum(g, h)), [SEGMENTS, STATES])
+        c = tl.where(inside[:, None], best, c)
+        if i % 16 == 0:
+            c -= tl.min(c, 1)[:, None]
+    tl.store(BORDER + seg, tl.argmin(c, 1))
+
+
+@triton.jit
+def _backward(U, LEADS, CAME, BORDER, V, s, rows, length, SEGMENTS: tl.constexpr, STATES: tl.constexpr):
+    """Trace every segment back to the points V (rows,), from where the next segment begins in the end."""
+    seg = tl.arange(0, SEGMENTS)
+    last = (rows - 1) // length
+    end, changes = tl.load(BORDER + seg), 1
+    while changes > 0:
+        t = end
+        for i in range(length):
+            at = seg * length + (length - 1 - i)
+            inside = at < rows
+            upper = tl.load(CAME + at * STATES + t, inside, 0).to(tl.int32)
+            d = tl.load(LEADS + (t >> 1)) ^ (2 * ((t & 1) ^ upper))
+            u = tl.load(U + at, inside, 0.0) / s
+            tl.store(V + at, d + 4 * tl.floor((u - d) * 0.25 + 0.5).to(tl.int32), inside)
+            t = tl.where(inside, (t >> 1) + (STATES // 2) * upper, t)
+        tl.debug_barrier()
+        tl.store(BORDER + seg, t)
+        tl.debug_barrier()
+        begun = tl.where(seg < last, tl.load(BORDER + seg + 1, seg < last, 0), end)
+        changes = tl.sum((begun != end).to(tl.int32), 0)
+        end = begun
+        tl.debug_barrier()
+
+
+@triton.jit
 def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Write column k with fed-back errors to Y (rows,); returns its mean square in whitened steps."""
     j, within = tl.arange(0, BLOCK), k - lo
@@ -174,16 +234,20 @@ def _settle(
 @triton.jit(do_not_specialize=["lo", "hi", "cols", "rows", "first", "length"])
 def round_columns(
     INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
-    CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
+    CENTRE, Y, T, BACK, BORDER, CAME, V, LEADS, lo, hi, cols, rows, first, length,
+    SEGMENTS: tl.constexpr, STATES: tl.constexpr, WARM: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """Round columns lo..hi-1 of matrix `program`, last first; see `bytecap.quantization.trellis._round_columns`."""
     b = tl.program_id(0).to(tl.int64)
     whole, lead, one = b * cols * rows, b * cols, b * rows
     Y, V, row_weight = Y + one, V + one, ROW_WEIGHT + one
-    T, BACK = T + b * SEGMENTS * 64, BACK + b * SEGMENTS * 8
-    BORDER, CAME = BORDER + b * (SEGMENTS + 1), CAME + b * SEGMENTS * length
+    BORDER = BORDER + b * (SEGMENTS + 1)
+    if STATES == 8:
+        T, BACK, CAME = T + b * SEGMENTS * 64, BACK + b * SEGMENTS * 8, CAME + b * SEGMENTS * length
+    else:
+        CAME = CAME + b * rows * STATES
     for back in range(hi - lo):
         k = hi - 1 - back
         scale = tl.load(SCALE + lead + k)
@@ -199,11 +263,16 @@ def round_columns(
         s = tl.where(fine, scale * 0.5, scale)
         tl.debug_barrier()
         if fine:
-            _ends(Y, row_weight, T, s, rows, length, SEGMENTS)
-            tl.debug_barrier()
-            _borders(T, BACK, BORDER, SEGMENTS)
-            tl.debug_barrier()
-            _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
+            if STATES == 8:
+                _ends(Y, row_weight, T, s, rows, length, SEGMENTS)
+                tl.debug_barrier()
+                _borders(T, BACK, BORDER, SEGMENTS)
+                tl.debug_barrier()
+                _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
+            else:
+                _forward(Y, row_weight, LEADS, CAME, BORDER, s, rows, length, SEGMENTS, STATES, WARM)
+                tl.debug_barrier()
+                _backward(Y, LEADS, CAME, BORDER, V, s, rows, length, SEGMENTS, STATES)
             tl.debug_barrier()
         cost = _settle(
             Y, V, ROW_CLASS + one, row_weight, OFFSET, WEIGHT + whole, ERROR + whole, SYMBOLS + whole,

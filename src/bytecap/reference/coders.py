@@ -39,14 +39,14 @@ class Sides(NamedTuple):
     column: Array
     row_step: Array
     row: Array
-    first: int
+    own: tuple[int, ...]
 
 
 def read_sides(unit: Unit, reader: Reader, shared: Shared, own: str = "") -> Generator[Any, list[Array], Sides]:
-    """6.1 and 6.15: header and side arrays; `own` is the layout of a field of the coder's own."""
+    """6.1 and 6.15: header and side arrays; `own` is the layout of fields of the coder's own."""
     (rows, cols), tables = unit.matrix(), shared[0]
     groups, c, *pairs = reader.fields("<Bf" + 4 * "bB")
-    first = reader.fields("<" + own)[0] if own else 64
+    fields = reader.fields("<" + own)
     require(1 <= groups <= min(4, max(1, rows)), f"{groups} groups of {rows} rows")
     require(np.isfinite(c) and c > 0 and max(pairs[1::2]) <= 63, "the step or a class is out of range")
     sides = list(zip((groups * cols, groups * cols, rows, rows), pairs[::2], pairs[1::2], strict=True))
@@ -61,7 +61,7 @@ def read_sides(unit: Unit, reader: Reader, shared: Shared, own: str = "") -> Gen
     row_step, row_spread = arrays[2:]
     run = np.repeat(np.arange(groups), [rows // groups + (g < rows % groups) for g in range(groups)])
     column, row = (column_spread - column_step + 20).astype(np.int16), (row_spread - row_step).astype(np.int16)
-    return Sides(run, c, column_step, column, row_step, row, first)
+    return Sides(run, c, column_step, column, row_step, row, fields)
 
 
 def grid(unit: Unit, reader: Reader, shared: Shared) -> Coder:

@@ -10,14 +10,26 @@ from bytecap.reference.coders import Coder, read_sides, scaled
 from bytecap.reference.container import Reader, Unit, require
 from bytecap.reference.streams import TOTAL, Array, Shared, Stream, Table
 
-_SUBSETS = np.array([0, 2, 1, 3, 2, 0, 3, 1, 2, 0, 3, 1, 0, 2, 1, 3], np.uint8)  # by 2 * state + bit
+_MASKS = {3: (2, 13), 4: (2, 25), 5: (10, 49), 6: (34, 87), 7: (94, 243), 8: (222, 493)}
 
 
 def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     """6.15: `trellis`; dependent columns have a path bit per weight and symbols within a subset of half steps."""
-    side = yield from read_sides(unit, reader, shared, "B")
-    require(1 <= side.first <= 64, f"{side.first} is no class")
-    dependent = (side.column >= side.first)[side.run]
+    return _trellis(unit, reader, shared, "B")
+
+
+def long_trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
+    """6.21: `long_trellis`; as `trellis`, with the bits of a state behind the first dependent class."""
+    return _trellis(unit, reader, shared, "BB")
+
+
+def _trellis(unit: Unit, reader: Reader, shared: Shared, own: str) -> Coder:
+    side = yield from read_sides(unit, reader, shared, own)
+    first, *more = side.own
+    memory = more[0] if more else 3
+    require(1 <= first <= 64, f"{first} is no class")
+    require(3 + len(more) <= memory <= 8, f"states have {memory} bits")
+    dependent = (side.column >= first)[side.run]
     path = np.frombuffer(reader.take(reader.leb()), np.uint8)
     count = int(dependent.sum())
     bits = np.unpackbits(path, bitorder="little")
@@ -25,12 +37,13 @@ def trellis(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     bit = np.zeros(unit.matrix(), np.uint8)
     bit[dependent] = bits[:count]
     subset = np.zeros_like(bit)
-    state = np.zeros(bit.shape[1], np.uint8)
+    subsets = np.array([sum((w & m).bit_count() % 2 << i for i, m in enumerate(_MASKS[memory])) for w in range(512)])
+    window = np.zeros(bit.shape[1], np.int32)
     for i, row in enumerate(bit):
         if i and side.run[i] != side.run[i - 1]:
-            state[:] = 0
-        subset[i] = _SUBSETS[2 * state + row]
-        state = 2 * state % 8 + row
+            window[:] = 0
+        window = 2 * window % (2 << memory) + row
+        subset[i] = subsets[window]
     weight_class = np.clip(side.column[side.run].astype(np.int32) + side.row[:, None], 1, 63)
     weight_class[dependent] = np.minimum(weight_class[dependent] + 4, 63)
     part = np.where(dependent, np.array([64, 128, 192, 128], np.int32)[subset], 0)

@@ -85,7 +85,7 @@ def plan(job: Any) -> dict[str, float]:
     from bytecap.methods.bytecap import calibrate, prepare
     from bytecap.quantization.quantizer import Options
 
-    options = Options.of(job.options)
+    options = Options.of(job.options, effort=job.config.effort)
     prepared = prepare(job, options, calibrate(job, options))
     state, _ = allocated_plan(job, prepared)
     fixed = {u.name: float(_stored(u)) for u in job.model.units if u.name not in prepared.planner.names}

@@ -82,9 +82,8 @@ def compare(
     study = Study.of("compare", models, output, report=report, store=store, calibration=calibration,
                      evaluation=evaluation, reporter=reporter)  # fmt: skip
     specs = _specs(study.models, methods, budgets, seeds, externals)
-    setting = ComparisonSetting(
-        study.calibration, study.evaluation, tokens, evaluation_tokens, window, choose_device(device)
-    )
+    target = choose_device(device)
+    setting = ComparisonSetting(study.calibration, study.evaluation, tokens, evaluation_tokens, window, target)
     directory = study.directory()
     lines = directory and directory / "runs.jsonl"
     records = run_all(specs, setting, path=lines, store=study.store, jobs=jobs, command=command, reporter=reporter)

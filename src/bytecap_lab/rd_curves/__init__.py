@@ -97,8 +97,7 @@ def byte_returns(
     job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
     cache = Store(store if store is not None else directory and directory / "store")
     with blamed(cache.directory):
-        found = _measured(job, base, names, point_tokens, points, cache)
-    return _written(found, directory, report, reporter)
+        return _written(_measured(job, base, names, point_tokens, points, cache), directory, report, reporter)
 
 
 def _path_of(model: Model | Path | str) -> Path | str | None:

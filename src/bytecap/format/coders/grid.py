@@ -53,6 +53,7 @@ class GridCode:
         row_step: (rows,), quarter octaves.
         row_class: (rows,), added to the column's class.
         first: columns of this class and above are dependent (`bytecap.format.coders.trellis`); CLASSES if none is.
+        memory: bits of a trellis' state, 3 to 8.
     """
 
     step: float
@@ -62,6 +63,7 @@ class GridCode:
     row_step: IntArray
     row_class: IntArray
     first: int = CLASSES
+    memory: int = 3
 
     @property
     def fine(self) -> npt.NDArray[np.bool_]:

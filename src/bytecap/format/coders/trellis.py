@@ -3,21 +3,24 @@
 Columns whose spread class is at least `first` are *dependent*: their grid has half the step, and its points fall into
 four subsets by their value modulo 4, of which only two may follow on any three points. A weight then takes one bit,
 kept as it is because it cannot be predicted, that says which of the two, and an integer that says which point of the
-subset, coded with the class's table restricted to that subset. The state is made of the last three bits, so a
-reader finds all subsets at once. All other columns are coded as in `grid`.
+subset, coded with the class's table restricted to that subset. The state is made of the last `memory` bits, three here
+and four to eight in `bytecap.format.coders.long_trellis`, so a reader finds all subsets at once: the two bits of a
+subset are parities of the path bits under `MASKS`. All other columns are coded as in `grid`.
 
 Section (format.md, 6.15): as `grid`, with `first` u8 behind the side arrays' pairs, and LEB128 length and bits of the
 path in front of the payload.
 Bytes: (weights in dependent columns) / 8 more than `grid`, payload symbols two bits smaller there, and the grid may be
-0.18 bit coarser at the same distortion.
+0.18 bit coarser at the same distortion, with 256 states 0.22 bit.
 
 Source: Marcellin & Fischer 1990 (trellis coded quantization); JPEG 2000 part 2 for the eight-state trellis and its
-subsets. The encoder's search is in `bytecap.quantization.trellis`.
+subsets; the masks of more states were searched for least squared error (`benchmarks/trellises.py`). The encoder's
+search for paths is in `bytecap.quantization.trellis`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -41,8 +44,12 @@ from bytecap.format.entropy import jit
 from bytecap.format.entropy.rans import Source, Stream, encode_all
 from bytecap.format.wire.bits import read_bits
 
-SUBSET = np.array([[0, 2], [1, 3], [2, 0], [3, 1], [2, 0], [3, 1], [0, 2], [1, 3]], np.int64)  # by state and bit
-_BIT = np.array([[1 if SUBSET[s, 1] == d else 0 for d in range(4)] for s in range(8)], np.uint8)  # by state, subset
+SHORT = 3  # memory of eight states
+MASKS = {
+    3: (0b10, 0b1101), 4: (0b10, 0b11001), 5: (0b1010, 0b110001), 6: (0b100010, 0b1010111),
+    7: (0b1011110, 0b11110011), 8: (0b11011110, 0b111101101),
+}  # fmt: skip
+"""By memory: which of the last `memory + 1` path bits, the newest in bit 0, make up the two bits of a subset."""
 _TABLE = np.array([1, 2, 3, 2], np.uint8) * np.uint8(CLASSES)  # which restriction of a class's table a subset uses
 _LARGEST = 2**24
 
@@ -60,27 +67,33 @@ def dependent(column_class: IntArray, first: int, rows: int) -> Mask:
     return mask
 
 
-def subsets(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+def subsets(bits: npt.NDArray[np.uint8], groups: int, memory: int = SHORT) -> npt.NDArray[np.uint8]:
     """Turn path bits (rows, cols) into the subset of every weight; each group's path begins in state 0."""
-    found: npt.NDArray[np.uint8] = SUBSET.reshape(-1).astype(np.uint8).take(_branches(bits, groups))
+    low, high = MASKS[memory]
+    found = np.zeros_like(bits)
+    for part, out in zip(np.array_split(bits, groups), np.array_split(found, groups), strict=True):
+        for back in range(memory + 1):
+            place = (low >> back & 1) + 2 * (high >> back & 1)
+            if place:
+                out[back:] ^= part[: max(len(part) - back, 0)] * np.uint8(place)
     return found
 
 
-def _branches(bits: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
-    """Compute `2 * state + bit` of every weight, which is its last four path bits with the oldest first."""
-    index = bits.copy()
-    for part, out in zip(np.array_split(bits, groups), np.array_split(index, groups), strict=True):
-        for back in (1, 2, 3):
-            out[back:] += part[:-back] << np.uint8(back)
-    return index
+@cache
+def bit_by_state(memory: int) -> npt.NDArray[np.uint8]:
+    """Return the path bit (states, 4) that leads from a state to a subset."""
+    state, subset = np.ogrid[: 1 << memory, :4]
+    past = np.array([(2 * s & MASKS[memory][1]).bit_count() & 1 for s in range(1 << memory)])
+    bit: npt.NDArray[np.uint8] = (past[state] ^ subset >> 1).astype(np.uint8)
+    return bit
 
 
-def _bits(subsets: npt.NDArray[np.uint8], groups: int) -> npt.NDArray[np.uint8]:
+def _bits(subsets: npt.NDArray[np.uint8], groups: int, memory: int = SHORT) -> npt.NDArray[np.uint8]:
     """Recover the path bits (rows, cols) from the subsets of the points."""
     loop = jit.kernel("path") if jit.worth(subsets.size) else _path
     bits = np.empty_like(subsets)
     for part, out in zip(np.array_split(subsets, groups), np.array_split(bits, groups), strict=True):
-        loop(part, _BIT, out)
+        loop(part, bit_by_state(memory), out)
     return bits
 
 
@@ -89,7 +102,7 @@ def _path(subsets: npt.NDArray[np.uint8], bit: npt.NDArray[np.uint8], bits: npt.
     state = np.zeros(subsets.shape[1], np.uint8)
     for r in range(len(subsets)):
         bits[r] = bit[state, subsets[r]]
-        state = (state << 1 | bits[r]) & 7
+        state = (state << 1 | bits[r]) & np.uint8(len(bit) - 1)
 
 
 class Trellis:
@@ -97,6 +110,7 @@ class Trellis:
 
     id: ClassVar[str] = "trellis"
     tag: ClassVar[int] = 9
+    own: ClassVar[int] = 1  # bytes behind the side arrays' pairs
 
     def sources(self, code: GridCode, shared: Shared) -> list[Source]:
         """Side and payload streams of a section."""
@@ -112,9 +126,9 @@ class Trellis:
         """Assemble a section from its coded streams."""
         side, payload = streams
         mask = dependent(code.column_class, code.first, len(code.row_class))
-        bits = _bits((code.symbols.astype(np.int32) & 3).astype(np.uint8), len(code.column_class))
+        bits = _bits((code.symbols.astype(np.int32) & 3).astype(np.uint8), len(code.column_class), code.memory)
         path = np.packbits(bits[mask], bitorder="little").tobytes()
-        head = write_head(code, shared.tables, bytes([code.first]), side)
+        head = write_head(code, shared.tables, self._extra(code), side)
         data = head + side + leb(len(path)) + path + payload
         return Encoded(data, self.kinds(data, code.symbols.shape, ""))
 
@@ -122,11 +136,21 @@ class Trellis:
         """Encode a section with the file's shared tables."""
         return self.assemble(code, shared, encode_all(self.sources(code, shared)))
 
+    def _extra(self, code: GridCode) -> bytes:
+        """Serialise what stands behind the side arrays' pairs."""
+        return bytes([code.first])
+
+    def _memory(self, head: Head) -> int:
+        """Read the bits of a state."""
+        del head
+        return SHORT
+
     def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[Head, bytes, bytes]:
         """Split a section into head, path and payload."""
-        head = read_head(data, shape, 1)
+        head = read_head(data, shape, self.own)
         if not 1 <= head.extra[0] <= CLASSES:
             raise CorruptError(f"a trellis section declares {head.extra[0]} as its first dependent class")
+        self._memory(head)
         length, at = read_leb(head.rest, 0)
         if length > len(head.rest) - at:
             raise CorruptError(f"a trellis section declares a path of {length} bytes, {len(head.rest) - at} are left")
@@ -152,15 +176,15 @@ class Trellis:
         fine = column_class >= first
         bits = _read_path(path, fine[_rows_of(head.groups, shape[0])])
         classes = weight_classes(column_class, row_class, fine)
-        branch = _branches(bits, head.groups)
-        used = _TABLE[SUBSET].reshape(-1).take(branch)
+        subset = subsets(bits, head.groups, self._memory(head))
+        used = _TABLE.take(subset)
         for part, dependent_column in zip(np.array_split(used, head.groups), fine, strict=True):
             np.multiply(part, dependent_column, out=part)
         used += classes
         (symbols,) = yield [Stream(payload, used.reshape(-1), tables)]
         if len(symbols) and max(int(symbols.max()), -int(symbols.min())) > _LARGEST:
             raise CorruptError("a trellis section holds a symbol out of range")
-        points = _points(symbols.reshape(shape), branch, fine)
+        points = _points(symbols.reshape(shape), subset, fine)
         with np.errstate(over="ignore", invalid="ignore"):
             values = dequantize(points, classes, np.float32(head.step), column_step, row_step, shared.offset, fine)
         if not np.isfinite(values).all():
@@ -179,12 +203,12 @@ def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
     return spread
 
 
-def _points(symbols: npt.NDArray[np.int32], branch: npt.NDArray[np.uint8], fine: Mask) -> npt.NDArray[np.int32]:
+def _points(symbols: npt.NDArray[np.int32], subset: npt.NDArray[np.uint8], fine: Mask) -> npt.NDArray[np.int32]:
     """Turn symbols into points of the grid, in place."""
-    base = _base(SUBSET.reshape(-1).astype(np.uint8))
-    sign = np.where(SUBSET.reshape(-1) == 3, -1, 1).astype(np.int32)
+    base = _base(np.arange(4, dtype=np.uint8))
+    sign = np.array([1, 1, 1, -1], np.int32)
     loop = jit.kernel("points") if jit.worth(symbols.size) else None
-    for part, own, at in zip(np.array_split(symbols, len(fine)), fine, np.array_split(branch, len(fine)), strict=True):
+    for part, own, at in zip(np.array_split(symbols, len(fine)), fine, np.array_split(subset, len(fine)), strict=True):
         if loop is not None:
             loop(part, at, own, base, sign)
         elif own.all():

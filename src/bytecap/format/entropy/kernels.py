@@ -61,12 +61,12 @@ def _encode(states: _Array, entries: _Array, freq: _Array, cum: _Array, words: _
     return at
 
 
-def _points(symbols: _Array, branch: _Array, fine: _Array, base: _Array, sign: _Array) -> None:
+def _points(symbols: _Array, subset: _Array, fine: _Array, base: _Array, sign: _Array) -> None:
     """Turn the symbols (rows, cols) of dependent columns into points of the grid."""
     for r in range(len(symbols)):
         for c in range(symbols.shape[1]):
             if fine[c]:
-                at = branch[r, c]
+                at = subset[r, c]
                 symbols[r, c] = (symbols[r, c] * np.int32(4) + base[at]) * sign[at]
 
 
@@ -85,13 +85,14 @@ def _values(
 
 
 def _path(subsets: _Array, bit: _Array, bits: _Array) -> None:
-    """Turn subsets (rows, cols) into path bits (rows, cols), from `bit` (8, 4) by state and subset."""
+    """Turn subsets (rows, cols) into path bits (rows, cols), from `bit` (states, 4) by state and subset."""
+    last = len(bit) - 1
     state = np.zeros(subsets.shape[1], np.uint8)
     for r in range(len(subsets)):
         for c in range(subsets.shape[1]):
             b = bit[state[c], subsets[r, c]]
             bits[r, c] = b
-            state[c] = (state[c] << 1 | b) & 7
+            state[c] = (state[c] << 1 | b) & last
 
 
 def _store(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,16 @@ def read_units(path: Path, layout: Layout, units: Sequence[Unit]) -> Mapping[str
     by_name = {u.name: u for u in units}
     matrices: dict[str, Array] = {}
     places = {p.name: p for p in layout.places}
-    for name, _, _, values in read_tensors(path):
-        place = places[name]
-        if place.unit:
-            unit = by_name[place.unit]
-            matrix = matrices.setdefault(place.unit, np.zeros(unit.matrix_shape, np.float32))
-            place.to_unit(values, matrix)
+    tensors = [t for t in open_file(path).tensors if places[t.name].unit]
+    for name in dict.fromkeys(places[t.name].unit for t in tensors):
+        matrices[name] = np.zeros(by_name[name].matrix_shape, np.float32)
+
+    def one(tensor: Any) -> None:
+        place = places[tensor.name]
+        place.to_unit(decode(tensor.tensor_type.name, tensor.data, int(tensor.shape[0])), matrices[place.unit])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, tensors))
     return {n: from_matrix(by_name[n], m) for n, m in matrices.items()}
 
 
