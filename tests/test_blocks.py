@@ -59,7 +59,11 @@ def test_any_bytes_decode_as_gguf_does_and_come_back(name: str) -> None:
     codes = unpack(form, data)
     with np.errstate(all="ignore"):
         assert same_bits(codes.values(), there(name, data))
-    assert np.array_equal(pack(codes), data)
+    again = pack(codes)
+    if name not in {"TQ1_0", "MXFP4"}:  # several bytes say the same there
+        assert np.array_equal(again, data)
+    with np.errstate(all="ignore"):
+        assert same_bits(unpack(form, again).values(), codes.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,10 +73,12 @@ def test_a_rounded_matrix_decodes_as_gguf_does(name: str) -> None:
     assert same_bits(fed.values(), there(name, pack(fed)))
     found = encode(weight, prepare(torch.eye(512)), FORMATS[name])
     error = np.abs(found.values() - weight).mean()
-    assert error < 2.0 ** (2 - FORMATS[name].bits), error
+    assert error < (0.55 if name[:2] == "TQ" else 2.0 ** (2 - FORMATS[name].bits)), error
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize(
+    "name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_1", "Q8_0", "IQ1_S", "IQ2_S", "IQ3_XXS", "MXFP4"]
+)
 def test_threads_and_company_change_nothing(name: str) -> None:
     form, weight = prepare(hessian(256)), weights(75, 256)
     one, many = (encode(weight, form, FORMATS[name], threads=n) for n in (1, 3))
@@ -194,10 +200,11 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_hessians_that_do_not_factor() -> None:
-    weight = weights(4, 64)
-    x = torch.randn(3, 64, dtype=torch.float64)
-    for h in (torch.zeros(64, 64), x.T @ x):
-        assert np.isfinite(encode(weight, prepare(h), FORMATS["Q5_0"]).values()).all()
+    weight = weights(4, 256)
+    x = torch.randn(3, 256, dtype=torch.float64)
+    for h in (torch.zeros(256, 256), x.T @ x):
+        for name in ("Q5_0", "IQ2_XS", "IQ3_S", "MXFP4"):
+            assert np.isfinite(encode(weight, prepare(h), FORMATS[name]).values()).all()
 
 
 def test_shrinking_keeps_the_diagonal() -> None:

@@ -32,6 +32,7 @@ from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Reporter, reporter_for
+from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, importance, type_lines, write_imatrix
 from bytecap.runtimes.gguf.export import plain as exact
@@ -44,6 +45,8 @@ from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.atomic import write_atomically
 from bytecap.system.cache import Store
+
+WIDE = 256  # columns of a block of the finer types
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,12 @@ def _frame(
             f"{len(other)} tensors such as {other[0].name} have rows of {other[0].cols} columns, which the chosen "
             f"types cannot hold: they take one of {', '.join(types[other[0].name]).lower()}"
         )
-    narrow = [p for p in layout.places if p.name in types and p.cols % 256]
+    narrow = [p for p in layout.places if p.name in types and p.cols % WIDE]
     if narrow:
         reporter.note(
-            f"{len(narrow)} of {len(types)} matrices have rows that are no multiple of 256 columns ({narrow[0].name}: "
-            f"{narrow[0].cols}): only types with blocks of 32 can hold them, none below 4.5 bits"
+            f"{len(narrow)} of {len(types)} matrices have rows that are no multiple of {WIDE} columns "
+            f"({narrow[0].name}: {narrow[0].cols}): only types with blocks of 32 can hold them, none below "
+            f"{_narrowest():g} bits"
         )
 
     describe = describer(model, layout, None if template is None else template.write_keys)
@@ -156,23 +160,39 @@ def _stored(place: Place, type_: str | None, types: Mapping[str, tuple[str, ...]
 
 
 def _check_floor(frame: _Frame, cap: int) -> int:
-    """The smallest reachable file; refuses a cap below it, naming who holds the floor."""
-    least = {}
-    for p in frame.layout.places:
-        if p.name in frame.types:
-            rows = p.parameters // p.cols
-            least[p.name] = min((file.padded(file.type_bytes(t, rows, p.cols)), t) for t in frame.types[p.name])
+    """The smallest reachable file; refuses a cap below it, naming who holds the floor and what goes lower."""
+    matrices = [p for p in frame.layout.places if p.name in frame.types]
+    least = {p.name: _least(p, frame.types[p.name]) for p in matrices}
     floor = frame.fixed + sum(n for n, _ in least.values())
-    if floor > cap:
-        top = sorted(least, key=lambda n: -least[n][0])[:3]
-        raise BudgetError(
-            f"a budget of {cap:,} bytes is below the floor of {floor:,} of this format: metadata and tokenizer hold "
-            f"{frame.head:,}, tensors in float32 {frame.rest:,}, the largest others "
-            f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; --types may allow smaller "
-            "ones, and a .bcap file goes lower",
-            floor,
-        )
-    return floor
+    if floor <= cap:
+        return floor
+    top = sorted(least, key=lambda n: -least[n][0])[:3]
+    free = {p.name: _least(p, allowed(p, parse_types(None), pure=False)[0]) for p in matrices}
+    lowest = frame.fixed + sum(n for n, _ in free.values())
+    kinds = sorted({free[n][1].lower() for n in free if free[n][0] < least[n][0]})
+    lower = (
+        f"--types {','.join(kinds)} would go down to {lowest:,}" if kinds else "no GGUF type is smaller for any of them"
+    )
+    narrow = [p.name for p in matrices if p.cols % WIDE]
+    if narrow:
+        lower += f", {len(narrow)} have rows that are no multiple of {WIDE} and stop at {_narrowest():g} bits"
+    raise BudgetError(
+        f"a budget of {cap:,} bytes is below the floor of {floor:,} of this format: metadata and tokenizer hold "
+        f"{frame.head:,}, tensors in float32 {frame.rest:,}, the largest others "
+        f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; {lower}; a .bcap file goes lower",
+        floor,
+    )
+
+
+def _least(place: Place, types: Sequence[str]) -> tuple[int, str]:
+    """Bytes of the smallest of some types, and which it is."""
+    rows = place.parameters // place.cols
+    return min((file.padded(file.type_bytes(t, rows, place.cols)), t) for t in types)
+
+
+def _narrowest() -> float:
+    """Bits of the smallest type for rows of 32 columns."""
+    return min(f.bits for f in FORMATS.values() if f.block < WIDE)
 
 
 def _finish(

@@ -23,12 +23,18 @@ from torch import Tensor
 
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
+from bytecap.runtimes.blocks.powers import made_positive
 
 SWEEPS = 2
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
-_FLOATS = {"F16": (65504.0, 11, -13), "BF16": (3.3895e38, 8, -125)}  # largest, digits, least exponent
+_FLOATS = {
+    "F16": (65504.0, 11, -13),
+    "BF16": (3.3895e38, 8, -125),
+    "E8M0": (2.0**127, 1, -127),
+}  # largest, digits, least exponent
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
 
@@ -117,7 +123,15 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
     elif form.levels:
         first, width = 1.08, 0.5
     else:
-        first, width = (1.08, 0.62) if form.low >= -8 else (1.06, 0.36) if form.low >= -32 else (1.04, 0.1)
+        first, width = (
+            (1.0, 0.75)
+            if form.low == -1
+            else (1.08, 0.62)
+            if form.low >= -8
+            else (1.06, 0.36)
+            if form.low >= -32
+            else (1.04, 0.1)
+        )
     factors = np.linspace(first, first - width, _STEPS, dtype=np.float32)
     tries = np.array(_COARSE if form.scales[1] <= 31 else _FINE, np.float32)
     return table, factors, tries
@@ -147,6 +161,8 @@ def encode(
     peak = float(np.abs(weight).max(initial=0.0))
     if not np.isfinite(peak):
         raise UsageError("a weight is not finite")
+    if layout.vector:
+        return _vectors(weight, peak, form, found, sweeps, threads)
     unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
     table, factors, tries = _tables(layout)
     size = layout.block
@@ -172,6 +188,38 @@ def encode(
             out[:] = array[:, :count].T.astype(out.dtype)
         part.scale[:] = (d[:, :count].T.astype(np.float64) * unit).astype(part.scale.dtype)
         part.minimum[:] = (dm[:, :count].T.astype(np.float64) * unit).astype(part.scale.dtype)
+
+    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+        list(pool.map(one, range(0, rows, LANES)))
+    if layout.float_type == "E8M0":
+        made_positive(found)
+    return found
+
+
+def _vectors(
+    weight: FloatArray, peak: float, form: Form, found: Codes, sweeps: int, threads: int | None
+) -> Codes:  # fmt: skip
+    """`encode` for codes that are vectors of a table."""
+    from bytecap.runtimes.blocks.lattice_kernel import encode_vectors
+    from bytecap.runtimes.blocks.search import LANES
+
+    layout, (rows, cols) = found.format, weight.shape
+    fixed = tables(layout)
+    blocks = factors_of(form.hessian, form.fed, form.weight, layout)
+    unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
+    stored = unit / layout.unit  # of a scale
+    grid = (float(stored), *_FLOATS[layout.float_type])
+
+    def one(at: int) -> None:
+        part = found.part(slice(at, at + LANES))
+        count = len(part.codes)
+        w = np.zeros((cols, LANES), np.float32)
+        w[:, :count] = (weight[at : at + LANES] / unit).T
+        q, ls, d = (np.zeros((cols // n, LANES), np.float32) for n in (1, layout.sub, layout.block))
+        encode_vectors(w, form.fed, form.weight, form.hessian, *blocks, *fixed[:5], grid, *fixed[5:], sweeps, q, ls, d)
+        part.codes[:] = q[:, :count].T.astype(np.int8)
+        part.sub_scales[:] = ls[:, :count].T.astype(np.int8)
+        part.scale[:] = (d[:, :count].T.astype(np.float64) * stored).astype(part.scale.dtype)
 
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
         list(pool.map(one, range(0, rows, LANES)))

@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
+from bytecap.runtimes.blocks.powers import plain
 from bytecap.runtimes.blocks.search import (
     LANES,
     Grid,
     affine,
     compiled,
     float_of,
-    half,
     inverse,
     near,
     small,
@@ -203,9 +203,9 @@ def _encode(
             zero_point(z, rest, high, table, unit, a[0], c[0], s, d[at], m[base], work)
             dm[at], ls[base] = d[at], np.float32(1)
         else:
-            for r in range(LANES):
-                d[at, r], dm[at, r] = half(a[0, r], unit), half(c[0, r], unit)
-                ls[base, r], m[base, r] = 1, min(minimums, 1)
+            plain(
+                z, rest, low, high, table, minimums, unit, a[0], c[0], d[at], dm[at], ls[base], m[base], work
+            )  # fmt: skip
         for b in range(per):
             for r in range(LANES):
                 a[b, r], c[b, r] = d[at, r] * ls[base + b, r], dm[at, r] * m[base + b, r]
@@ -245,10 +245,10 @@ def _entry(stamp: int) -> Any:
     return compiled(encode_lanes, cache=True)
 
 
-def _stamp() -> int:
+def sources_hash() -> int:
     """Hash of the sources of the machine code."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return int.from_bytes(hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=7).digest(), "little")
 
 
-encode_lanes: Any = _entry(_stamp())
+encode_lanes: Any = _entry(sources_hash())

@@ -105,7 +105,7 @@ def write(path: Path, architecture: str, describe: Describe, tensors: Sequence[S
     """Write a file that appears whole or not at all; returns its bytes.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or the disk is full.
     """
     with replacing(path) as f, tempfile.TemporaryDirectory() as name:
         head = Path(name) / "head.gguf"
@@ -158,6 +158,21 @@ def open_file(path: Path) -> Any:
         raise NotAnArtifact(f"{path} is no sound GGUF file: {exc}") from exc
 
 
+def open_model(path: Path) -> Any:
+    """gguf-py's reader of a file that holds a model.
+
+    Raises:
+        NotAnArtifact: it holds something else, such as an importance matrix.
+    """
+    reader = open_file(path)
+    kind = reader.fields.get("general.type")
+    if kind is not None and kind.contents() != "model":
+        raise NotAnArtifact(f"{path} holds no model but is of type {kind.contents()!r}: give the model's own GGUF file")
+    if not reader.fields.get("general.architecture"):
+        raise NotAnArtifact(f"{path} names no architecture: it holds no model")
+    return reader
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], npt.NDArray[np.float32]]]:
     """Name, type, shape and values (rows, cols) of every tensor, one after the other."""
     for t in open_file(path).tensors:
@@ -197,16 +212,9 @@ def ledger(path: Path) -> list[Entry]:
     entries.append(Entry("(tokenizer)", "tokenizer", tokens))
     for t in reader.tensors:
         form = FORMATS.get(t.tensor_type.name)
-        side = int(t.n_elements) // form.block * _side_bytes(t.tensor_type.name) if form else 0
+        side = int(t.n_elements) // form.block * form.side if form else 0
         entries.append(Entry(f"{t.name} ({t.tensor_type.name})", "payload", int(t.n_bytes) - side, int(t.n_elements)))
         if side:
             entries.append(Entry(f"{t.name} ({t.tensor_type.name})", "side", side, int(t.n_elements)))
     entries.append(Entry("(file)", "padding", rest))
     return [e for e in entries if e.bytes]
-
-
-def _side_bytes(name: str) -> int:
-    """Bytes of a block that are scales."""
-    form = FORMATS[name]
-    codes = sum(p.bits for p in form.parts if p.kind == "codes") * form.block // 8
-    return form.size - codes

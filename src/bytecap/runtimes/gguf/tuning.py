@@ -57,7 +57,7 @@ class _Scales:
             np.int16
         )
         less = np.repeat(codes.sub_minimums.reshape(rows, blocks, per), form.sub, 2)
-        self.level = there(level).reshape(rows, blocks, -1) * getattr(form, "unit", 1.0)
+        self.level = there(level).reshape(rows, blocks, -1) * form.unit
         self.less = None
         if self.joined:
             self.level -= there(less)
