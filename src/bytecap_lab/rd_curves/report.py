@@ -13,7 +13,7 @@ from bytecap.model.evaluation import ByWindow
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap_lab.rd_curves.points import Measured
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
-from bytecap_lab.rd_curves.trial import STEP, OverlayCandidate
+from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate
 
 FloatArray = npt.NDArray[np.float64]
 _SURE = 2.0  # standard errors
@@ -65,10 +65,12 @@ def yardstick(steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
 
 
 def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
-    """KL per window that finer steps recover for as many bytes: (windows,), linear between measured points."""
-    known = [(0.0, np.zeros(len(base.kl)))]
-    known += sorted(((float(m.bytes), base.kl - m.kl) for m in steps), key=lambda k: k[0])
-    known = [k for i, k in enumerate(known) if i == 0 or k[0] > known[i - 1][0]]
+    """KL per window that other steps recover for as many bytes: (windows,), linear between measured points.
+
+    `spent` may be negative if coarser steps were measured.
+    """
+    points = {0.0: np.zeros(len(base.kl))} | {float(m.bytes): base.kl - m.kl for m in steps if m.bytes}
+    known = sorted(points.items(), key=lambda k: k[0])
     if len(known) == 1:
         return known[0][1]
     i = int(np.clip(np.searchsorted([k[0] for k in known], spent), 1, len(known) - 1))
@@ -85,7 +87,7 @@ def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], bas
         finer steps at the same bytes, its paired standard error, and the bytes it was found at: the clearest lead
         if it earns, else the clearest lag.
     """
-    if path == STEP:
+    if path in (STEP, COARSER):
         return {"verdict": "yardstick"}
     found = []
     for m in whole:

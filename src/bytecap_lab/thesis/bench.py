@@ -20,13 +20,14 @@ from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets, Window
 from bytecap.progress import Reporter
+from bytecap.quantization.overlays import overlays
 from bytecap.sizes import parse_budget
 from bytecap.system.cache import Store
 from bytecap_lab.compare.pairs import clusters
 from bytecap_lab.rd_curves.choose import spend
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, make_job
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
-from bytecap_lab.rd_curves.trial import STEP, STEPS, OverlayCandidate, candidates, known, ladder
+from bytecap_lab.rd_curves.trial import STEP, STEPS, OverlayCandidate, candidates, ladder
 from bytecap_lab.thesis.amounts import AMOUNTS, GLOBAL
 
 STRUCTURED = ("columns", "rows", "channels")
@@ -125,7 +126,7 @@ class Bench:
     @cached_property
     def candidates(self) -> dict[str, dict[str, list[OverlayCandidate]]]:
         """Promises by path and unit."""
-        names = known(None)
+        names = [STEP, *sorted(overlays())]
         found = {}
         with self.reporter.step(
             f"promises on {self.base}", len(names) * len(self.operating_point.base.problems)
