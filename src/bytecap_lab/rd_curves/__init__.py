@@ -23,7 +23,7 @@ from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_b
 from bytecap_lab.rd_curves.paths import recodings
 from bytecap_lab.rd_curves.plans import BRIEF, FULL, Effort, OverlayCandidates, Plan, plans, sample, tried_units
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
-from bytecap_lab.rd_curves.report import agreement, base_figures, ninety, point, verdict, yardstick
+from bytecap_lab.rd_curves.report import agreement, base_figures, lead, ninety, point, verdict, yardstick
 from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate, candidates, known
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _curves(
     return {
         "base": base_figures(on_texts) | {"kl_held_out": base_figures(on_held)["kl_nats"]},
         "lambda": yardstick([m for _, m in whole[STEP]], on_texts),
-        "units": {"tried": len(units), "of": len(operating_point.base.problems)},
+        "units_tried": list(units),
         "paths": {
             n: _path(n, operating_point, promised[n], whole[n], steps, on_texts)
             | ({"reason": refused[n]} if refused[n] else {})
@@ -225,7 +225,11 @@ def _path(
 ) -> dict[str, Any]:
     """Return a path's whole-model points, its verdict, and its predicted curve on every unit's hull."""
     count = len(operating_point.base.problems)
-    points = [point(m, base, sum(o.gain for o in p.values()), count) for p, m in whole]
+    points = [
+        point(m, base, sum(o.gain for o in p.values()), count)
+        | dict(zip(("lead_nats", "lead_stderr"), lead(m, steps, base), strict=True))
+        for p, m in whole
+    ]
     return {
         **verdict(path, [m for _, m in whole], steps, base), "kind": _kind(path),
         "skipped_units": sum(not o for o in promised.values()),

@@ -79,6 +79,11 @@ class Base(Protocol):
         ...
 
     @property
+    def device(self) -> str:
+        """Where codewords and networks are computed."""
+        ...
+
+    @property
     def memo(self) -> dict[Any, Any]:
         """Results that recodings keep, so that none is computed twice: codewords, networks, sections."""
         ...
@@ -103,6 +108,7 @@ class GridBase:
     problems: Mapping[str, UnitProblem]
     units: Mapping[str, Rounded]
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    device: str = "cpu"
 
     @staticmethod
     def of(planner: Planner, rules: Rules, steps: Mapping[str, float], kappa: Mapping[str, float]) -> GridBase:
@@ -174,6 +180,7 @@ class GolfBase:
     factors: Mapping[str, Factor]
     shared: Shared = field(default_factory=Shared)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    device: str = "cpu"
 
     @staticmethod
     def of(

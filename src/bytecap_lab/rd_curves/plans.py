@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bytecap.allocation.correction import role_name
-from bytecap.quantization.overlays import thinned
+from bytecap.quantization.overlays import UnitProblem, thinned
 from bytecap_lab.rd_curves.choose import bundled, hull, members, most, recode, spend
 from bytecap_lab.rd_curves.operating_point import OperatingPoint
 from bytecap_lab.rd_curves.paths import recodings, roles
@@ -38,15 +38,34 @@ BRIEF, FULL = Effort((1 / 4, 1.0), 2), Effort(AMOUNTS, None)
 
 
 def tried_units(operating_point: OperatingPoint, most_units: int | None) -> list[str]:
-    """Return the units that paths act on: all, or at most so many of a role, evenly spread over the model."""
+    """Return the units that paths act on, in the order of the model: all, or at most so many of a role.
+
+    Half of them (rounded up) are spread evenly over the blocks, the others are those in which a single weight carries
+    the largest share of the output's energy: there a super-weight would be, and there exceptions should pay.
+    """
     base = operating_point.base
     if most_units is None:
         return list(base.problems)
-    if most_units == 1:
-        kept = {names[len(names) // 2] for names in roles(base).values()}
-    else:
-        kept = {n for names in roles(base).values() for n in thinned(names, most_units)}
+    kept: set[str] = set()
+    for names in roles(base).values():
+        even = -(-most_units // 2)
+        spread = thinned(names, even) if even > 1 else [names[len(names) // 2]]
+        rest = sorted(set(names) - set(spread), key=lambda n: (-peak(base.problems[n]), n))
+        kept |= {*spread, *rest[: most_units - len(spread)]}
     return [n for n in base.problems if n in kept]
+
+
+def peak(problem: UnitProblem) -> float:
+    """Return the share of a unit's output energy that its strongest weight carries.
+
+    >>> import torch
+    >>> from bytecap.types import Unit
+    >>> one = torch.ones(1).double()
+    >>> peak(UnitProblem(Unit("a", (1, 2), "F32"), torch.tensor([[3.0, 1.0]]), torch.eye(2).double(), one))
+    0.9
+    """
+    energy = problem.weight.double().square() * problem.hessian.diagonal() * problem.rows[:, None]
+    return float(energy.max() / energy.sum().clamp_min(1e-300))
 
 
 def plans(operating_point: OperatingPoint, promised: OverlayCandidates, path: str, effort: Effort) -> list[Plan]:

@@ -79,6 +79,12 @@ def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
     return found
 
 
+def lead(measured: Measured, steps: Sequence[Measured], base: ByWindow) -> tuple[float, float]:
+    """Return the nats per token by which a point is ahead of other steps for the same bytes, and their error."""
+    ahead = base.kl - measured.kl - _at(measured.bytes, steps, base)
+    return float(ahead.sum() / base.tokens.sum()), ratio_stderr(ahead, base.tokens)
+
+
 def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
     """Decide whether a path recovers more than finer steps do for the same bytes, at any amount.
 
@@ -91,8 +97,7 @@ def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], bas
         return {"verdict": "yardstick"}
     found = []
     for m in whole:
-        ahead = base.kl - m.kl - _at(m.bytes, steps, base)
-        gain, error = float(ahead.sum() / base.tokens.sum()), ratio_stderr(ahead, base.tokens)
+        gain, error = lead(m, steps, base)
         found.append((gain / error if error > 0 else math.copysign(_SURE, gain), gain, error, m.bytes))
     if not found:
         return {"verdict": "not applicable"}

@@ -25,7 +25,6 @@ from bytecap.format.coders import coder, run
 from bytecap.format.wire.shared_objects import load_objects
 from bytecap.job import Section
 from bytecap.methods.baselines.sampled_curves import Material
-from bytecap.quantization.overlays import UnitProblem
 from bytecap_lab.rd_curves.base import Base
 
 SEED = 0  # of codewords and networks
@@ -122,8 +121,10 @@ def rate(base: Base, names: Sequence[str]) -> float:
     return 8 * size / max(1, sum(base.problems[n].unit.parameters for n in names))
 
 
-def material(problem: UnitProblem) -> Material:
-    """Return a unit as the baselines' codebooks take it."""
+def material(base: Base, name: str) -> Material:
+    """Return a unit as the baselines' codebooks take it, on the base's device."""
+    problem = base.problems[name]
     diagonal = problem.hessian.diagonal()
     columns = (diagonal / diagonal.mean().clamp(min=1e-30)).float()
-    return Material(problem.unit, problem.weight, float(diagonal.mean()) / 2, columns, problem.rows.float())
+    weight, columns, rows = (t.to(base.device) for t in (problem.weight, columns, problem.rows.float()))
+    return Material(problem.unit, weight, float(diagonal.mean()) / 2, columns, rows)

@@ -54,7 +54,7 @@ class OwnCodebook:
         family = ClusComp({**OPTIONS, "weighted": True}, SEED)
         found = {}
         for name, setting in wanted.items():
-            mine = material(base.problems[name])
+            mine = material(base, name)
             section = family.section(mine, family.encode(mine, setting.number).kept)
             found[name] = Recoded(section, side=setting.n * setting.g)
         return found
@@ -108,7 +108,7 @@ class SharedCodebook:
         """Fit the codewords of a scope once."""
         key = (self.id, words.shared)
         if key not in base.memo:
-            materials = [material(base.problems[n]) for n in names]
+            materials = [material(base, n) for n in names]
             base.memo[key] = shared_codewords.book(materials, words.n, words.g, byte=True, seed=SEED)
         found: System = base.memo[key]
         return found
@@ -118,7 +118,7 @@ class SharedCodebook:
         found, order = {}, list(roles(base))
         for name, words in wanted.items():
             _, names = self._scope(base, name)
-            system, weight = self._system(base, names, words), base.problems[name].weight
+            system, weight = self._system(base, names, words), base.problems[name].weight.to(base.device)
             number = self._sizes(base, names).index((words.n, words.g))
             number = number * len(order) + order.index(role_name(name)) if self.by_role else number
             scale = shared_codewords.stored_scale(weight, words.step)

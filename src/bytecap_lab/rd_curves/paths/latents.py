@@ -7,7 +7,6 @@ cannot pay for, and tuning.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -57,9 +56,9 @@ class Latents:
     def _system(self, base: Base) -> System:
         """Train the networks once."""
         if self.id not in base.memo:
-            fitting = [p for p in base.problems.values() if p.unit.matrix_shape[1] >= shared_codewords.PATCH]
+            fitting = [n for n, p in base.problems.items() if p.unit.matrix_shape[1] >= shared_codewords.PATCH]
             base.memo[self.id] = shared_codewords.autoencoder(
-                [material(p) for p in fitting], 1 << self._power(base), _DIMENSION, byte=True, seed=SEED
+                [material(base, n) for n in fitting], 1 << self._power(base), _DIMENSION, byte=True, seed=SEED
             )
         found: System = base.memo[self.id]
         return found
@@ -70,10 +69,10 @@ class Latents:
         family = reallm.ReALLM(reallm.OPTIONS, SEED).sharing(system)
         objects = dict(enumerate(system.objects()))
         for name, s in wanted.items():
-            mine = material(base.problems[name])
+            mine = material(base, name)
             setting = reallm.pack_setting(float(shared_codewords.BASE + s.step), s.rank, decoder=False)
             section = family.section(mine, family.encode(mine, setting).kept)
-            side = 4 + s.rank * math.floor(sum(mine.unit.matrix_shape))
+            side = 4 + s.rank * sum(mine.unit.matrix_shape)
             found[name] = Recoded(section, side=side, objects=objects, users=len(base.problems))
         return found
 
