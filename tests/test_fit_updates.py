@@ -148,7 +148,7 @@ def test_the_commands_take_the_base(updated, base, run, refused, tmp_path, texts
     code, out, _ = run("ledger", path, "--json")
     assert (code, json.loads(out)["file_bytes"]) == (0, path.stat().st_size)
     assert run("ledger", path, "--base", base)[0] == 0
-    assert run("unpack", path, "--base", base, "-o", tmp_path / "out")[0] == 0
+    assert run("unpack", path, "--base", base, "-o", tmp_path / "out", "--dtype", "float32")[0] == 0
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
     code, out, _ = run("eval", path, "--base", base, "--text", texts["val"], "--window", 64, "--json")
     again = json.loads(run("eval", tmp_path / "out", "--text", texts["val"], "--window", 64, "--json")[1])
