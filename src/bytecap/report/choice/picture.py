@@ -24,7 +24,7 @@ def section(found: Mapping[str, Any]) -> str:
         + chart(
             [*guide, *drawn], "Bits per byte of every model at every size", "megabytes of the file", "bits per byte"
         )
-    )
+    )  # fmt: skip
 
 
 def _curve(found: Mapping[str, Any], name: str, style: int) -> Series:
