@@ -21,7 +21,6 @@ from bytecap.format.coders.long_trellis import CODER
 from bytecap.format.coders.trellis import subsets
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import Tables
-from bytecap.format.wire.bits import read_bits
 from common import record
 
 
@@ -43,8 +42,7 @@ def section(rows: int, cols: int, sigma: float, seed: int) -> tuple[bytes, Share
     memory = 7
     code = GridCode(0.01, np.zeros((rows, cols), np.int32), column_class * 0, column_class, row_class * 0, row_class,
                     1, memory)  # fmt: skip
-    bits = read_bits(rng.bytes(-(-rows * cols // 8)), rows * cols) if rows * cols % 8 == 0 else None
-    assert bits is not None, "rows times cols must be a multiple of 8"
+    bits = np.unpackbits(np.frombuffer(rng.bytes(-(-rows * cols // 8)), np.uint8), count=rows * cols)
     subset = subsets(bits.reshape(rows, cols), 1, memory).astype(np.int32)
     spread = np.float32(2) ** ((code.classes().astype(np.float32) - 20) / 4)
     base = np.array([0, 1, 2, 1], np.int32)[subset]

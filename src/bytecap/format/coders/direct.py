@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format.coders.classes import CENTRES, CLASSES
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
 from bytecap.format.entropy.rans import MAX_SYMBOL, check_end, read_zigzag, split
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from bytecap.format.coders import Shared
 
 Array = npt.NDArray[Any]
-OCTAVE = 4  # quarter octaves between the grid and the fine grid of dependent columns
 NONE = 2**16 - 1
 _SLOTS, _ENTRIES = 3 * TOTAL, 4 * 264  # of a group; 264 rather than 256 keeps its parts apart in a cache
 _BLOCK = 2**20  # weights whose path is unpacked at a time
@@ -79,9 +78,8 @@ def _entries(table: Table, fine: int, subset: int, offset: npt.NDArray[np.float3
     """Return the entries of a table; the value of its escape is not a number."""
     cum = np.cumsum(table.freq) - table.freq
     symbols = np.arange(len(cum)) + table.low
-    value = in_steps(
-        symbols, np.full(len(cum), fine), np.full(len(cum), subset), np.broadcast_to(offset, (len(cum), CENTRES))
-    )
+    same = [np.full(len(cum), x) for x in (fine, subset)]
+    value = in_steps(symbols, *same, np.broadcast_to(offset, (len(cum), CENTRES)))
     value[-1] = np.nan
     found: npt.NDArray[np.uint64] = (table.freq << 48 | cum << 32).astype(np.uint64) | value.view(np.uint32)
     return found
@@ -92,7 +90,8 @@ def in_steps(symbols: Array, fine: Array, subset: Array, offset: npt.NDArray[np.
 
     Args:
         symbols: (n,) as coded.
-        fine, subset: of each; subset 3 is the mirror image of subset 1.
+        fine: 1 where the column is dependent, else 0.
+        subset: of each; 3 is the mirror image of 1.
         offset: (n, 17) of each symbol's class.
     """
     mirrored = np.where(subset == 3, -1, 1)
@@ -141,7 +140,8 @@ class Direct:
     def _classes(self, group: int, rows: Array) -> Array:
         """Class of every column under classes of rows (n,), (n, cols)."""
         more = OCTAVE * self.fine[group].astype(np.int64)
-        return np.clip(rows[:, None] + (self.column_class[group] + more)[None, :], 1 + more, CLASSES - 1)
+        found: Array = np.clip(rows[:, None] + (self.column_class[group] + more)[None, :], 1 + more, CLASSES - 1)
+        return found
 
     @cached_property
     def _kinds(self) -> tuple[Array, Array]:
@@ -194,7 +194,7 @@ class Direct:
         return value
 
     def _blocks(self) -> Iterator[tuple[slice, int, npt.NDArray[np.uint8]]]:
-        """Yield some rows at a time, their row group, and path bits with those of some rows above, (more rows, cols)."""
+        """Yield some rows, their row group, and path bits (8 + rows, cols) with those of the rows above."""
         cols, at = self.shape[1], 0
         packed = np.frombuffer(self.path, np.uint8)
         for group, run in enumerate(self._runs):

@@ -28,8 +28,8 @@ import numpy.typing as npt
 
 from bytecap.errors import CorruptError
 from bytecap.format.coders import Decoding, Encoded, Shared, leb, read_leb
-from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
-from bytecap.format.coders.direct import OCTAVE, Direct
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS, quarter
+from bytecap.format.coders.direct import Direct
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.rans import Source, Stream, check_room, encode_all
@@ -238,7 +238,7 @@ class Grid:
             head.rest, shape, shared, column_class, np.zeros(column_class.shape, bool), row_class,
             np.float32(head.step) * quarter(column_step), quarter(row_step),
         )  # fmt: skip
-        if values is not None:
+        if isinstance(values, np.ndarray):
             return values
         weight_class = weight_classes(column_class, row_class)
         (symbols,) = yield [Stream(head.rest, weight_class.reshape(-1), shared.tables)]

@@ -181,7 +181,7 @@ class Trellis:
             payload, shape, shared, column_class, fine, row_class,
             np.float32(head.step) * quarter(column_step), quarter(row_step), path, MASKS[memory], _LARGEST,
         )  # fmt: skip
-        if values is not None:
+        if isinstance(values, np.ndarray):
             return values
         bits = _read_path(path, fine[_rows_of(head.groups, shape[0])])
         classes = weight_classes(column_class, row_class, fine)

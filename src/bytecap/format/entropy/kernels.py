@@ -136,7 +136,8 @@ def _subsets(bits: _Array, row: int, low: int, high: int, found: _Array) -> None
     Args:
         bits: (rows, cols) of the path, 0 or 1.
         row: in `bits`, with as many above it as the masks reach.
-        low, high: masks; bit 0 is the row's own.
+        low: mask of the subset's lower bit; bit 0 is the row's own.
+        high: mask of the other one.
         found: (cols,) gets the subsets.
     """
     for c in range(len(found)):
@@ -191,7 +192,7 @@ def _renormalise(states: _Array, words: _Array, used: int) -> int:
         longer = np.uint32(x << np.uint32(16)) | np.uint32(words[at])
         at += np.uint64(need)
         states[j] = longer if need else x
-    return np.int64(at)
+    return int(at)
 
 
 def _escapes(values: _Array) -> int:
