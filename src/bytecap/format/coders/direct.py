@@ -78,8 +78,8 @@ def _entries(table: Table, fine: int, subset: int, offset: npt.NDArray[np.float3
     """Return the entries of a table; the value of its escape is not a number."""
     cum = np.cumsum(table.freq) - table.freq
     symbols = np.arange(len(cum)) + table.low
-    same = [np.full(len(cum), x) for x in (fine, subset)]
-    value = in_steps(symbols, *same, np.broadcast_to(offset, (len(cum), CENTRES)))
+    fines, subsets = np.full(len(cum), fine), np.full(len(cum), subset)
+    value = in_steps(symbols, fines, subsets, np.broadcast_to(offset, (len(cum), CENTRES)))
     value[-1] = np.nan
     found: npt.NDArray[np.uint64] = (table.freq << 48 | cum << 32).astype(np.uint64) | value.view(np.uint32)
     return found

@@ -176,7 +176,7 @@ class Trellis:
         column_step, column_class, row_step, row_class = yield from read_sides(head, shape, shared.tables)
         fine = column_class >= first
         memory = self._memory(head)
-        check_bits(path, int(fine[_rows_of(head.groups, shape[0])].sum()))
+        check_bits(path, int(fine.sum(1) @ np.bincount(_rows_of(head.groups, shape[0]), minlength=head.groups)))
         values = yield Direct(
             payload, shape, shared, column_class, fine, row_class,
             np.float32(head.step) * quarter(column_step), quarter(row_step), path, MASKS[memory], _LARGEST,

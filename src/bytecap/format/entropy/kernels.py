@@ -8,6 +8,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from bytecap.format.entropy import simd
+
 _Array = npt.NDArray[Any]
 
 
@@ -275,7 +277,7 @@ subsets: Any = numba.njit(nogil=True, cache=True)(_subsets)
 slots: Any = numba.njit(nogil=True, cache=True)(_slots)
 entries: Any = numba.njit(nogil=True, cache=True)(_entries)
 advance: Any = numba.njit(nogil=True, cache=True)(_advance)
-renormalise: Any = numba.njit(nogil=True, cache=True)(_renormalise)
+renormalise: Any = simd.renormalise if simd.available() else numba.njit(nogil=True, cache=True)(_renormalise)
 escapes: Any = numba.njit(nogil=True, cache=True)(_escapes)
 scale: Any = numba.njit(nogil=True, cache=True)(_scale)
 weights: Any = numba.njit(nogil=True, cache=True)(_weights)
