@@ -15,6 +15,7 @@ from bytecap.cli.common import (
     Factory,
     Json,
     Loss,
+    Resident,
     State,
     names,
     needed,
@@ -23,6 +24,7 @@ from bytecap.cli.common import (
     source_of,
 )
 from bytecap.cli.options import described
+from bytecap.errors import UsageError
 from bytecap.model.defaults import WINDOW
 
 
@@ -41,6 +43,7 @@ def evaluate(
     loss: Loss = None,
     bytes_per_token: BytesPerToken = None,
     device: Device = "auto",
+    resident: Resident = "decoded",
     allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +54,8 @@ def evaluate(
 
     reporter = progress(as_json)
     if factory is not None:
+        if resident != "decoded":
+            raise UsageError("--resident coded is for artifacts, and --factory names none")
         source = replace(source_of(factory, model, state, loss, bytes_per_token), window=window)
         most, shards = numbers_and_shards(tokens, "--tokens")
         scores = score_shards(source, shards, tokens=most, device=device, reporter=reporter)
@@ -58,8 +63,9 @@ def evaluate(
         most = limit_only(tokens, "--tokens")
         allow = names(allow_unused) or ()
         scores = score(
-            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, reporter=reporter
-        )
+            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, resident=resident,
+            reporter=reporter,
+        )  # fmt: skip
     if as_json:
         print_json(_score_json(scores))
     else:

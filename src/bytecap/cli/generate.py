@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import Device, Json, print_json
+from bytecap.cli.common import Device, Json, Resident, print_json
 from bytecap.errors import UsageError
 
 _BREAKS = "\n\t"
@@ -36,6 +36,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest tokens; 0 for all.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Device = "auto",
+    resident: Resident = "decoded",
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the model in an artifact, until the model ends the text."""
@@ -48,7 +49,9 @@ def generate(
     if asked == "-":
         asked = sys.stdin.read()
     sampling = Sampling(temperature, top_k, top_p, seed)
-    made = run(model, asked, chat=chat, system=system, tokens=tokens, sampling=sampling, device=device)
+    made = run(model, asked, chat=chat, system=system, tokens=tokens, sampling=sampling, device=device,
+        resident=resident,
+    )  # fmt: skip
     if as_json:
         print_json({"prompt": asked, "text": "".join(made)})
         return

@@ -77,8 +77,11 @@ class Artifact:
         """Decode the values, by name and with aliases."""
         return decode_units(self.contents)
 
-    def load_model(self) -> nn.Module:
+    def load_model(self, **options: Any) -> nn.Module:
         """Return the decoded model as a torch module in evaluation mode, as `bytecap.load_model` reads it from a file.
+
+        Args:
+            **options: those of `bytecap.load_model`: device, dtype, resident.
 
         Raises:
             UsageError: a dry run made no file. ArtifactError: the file holds no config.
@@ -87,4 +90,4 @@ class Artifact:
 
         if not self.data:
             raise UsageError("a dry run writes no file: there is no model to load")
-        return module_of(container.parse(self.data), str(self.report.get("model", "the artifact")))
+        return module_of(container.parse(self.data), str(self.report.get("model", "the artifact")), **options)

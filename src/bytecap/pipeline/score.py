@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bytecap.errors import UsageError
 from bytecap.format import container
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model
-from bytecap.model.from_artifact import load_model as load_artifact
+from bytecap.model.checkpoint import Model, demo_directory, freeze, load_model
+from bytecap.model.from_artifact import module_of
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
 from bytecap.model.texts import load_text
@@ -16,14 +17,30 @@ from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.types import Score
 
 
-def open_model(model: Path | str, allow_unused: Sequence[str] = ()) -> Model:
-    """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file."""
+def open_model(
+    model: Path | str, allow_unused: Sequence[str] = (), *, device: str = "cpu", resident: str = "decoded"
+) -> Model:
+    """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file.
+
+    Args:
+        model: which.
+        allow_unused: tensors and files of a checkpoint that are meant to be left out.
+        device: torch device.
+        resident: see `bytecap.load_model`; artifacts alone can stay coded.
+
+    Raises:
+        UsageError: a model that is no artifact is to stay coded.
+    """
     path = Path(model)
     if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
-        return load_model(model, allow_unused=allow_unused)
+        if resident != "decoded":
+            raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
+        opened = load_model(model, allow_unused=allow_unused)
+        opened.module.to(device)
+        return opened
     contents = container.read(path)
-    module = freeze(load_artifact(path))
-    return Model(module, find_units(module), side_files(contents), str(model))
+    module = freeze(module_of(contents, str(path), device=device, resident=resident))
+    return Model(module, tuple(u.unit for u in contents.units), side_files(contents), str(model))
 
 
 def score(
@@ -34,6 +51,7 @@ def score(
     tokens: int | None = None,
     device: str = "auto",
     allow_unused: Sequence[str] = (),
+    resident: str = "decoded",
     reporter: Reporter | None = None,
 ) -> list[Score]:
     """Score a model on every text.
@@ -45,6 +63,7 @@ def score(
         tokens: most tokens per text.
         device: `auto`, `cpu` or `cuda`.
         allow_unused: tensors and files of a checkpoint that are meant to be left out.
+        resident: `decoded`, or `coded`: an artifact's blocks are decoded whenever they run.
         reporter: told about progress.
     """
     from bytecap.model.evaluation import evaluate
@@ -52,8 +71,7 @@ def score(
 
     reporter = reporter_for(reporter)
     target = choose_device(device)
-    opened = open_model(model, allow_unused)
-    opened.module.to(target)
+    opened = open_model(model, allow_unused, device=target, resident=resident)
     encode = encoder(opened.files)
     paths = as_paths(texts)
     if not paths:
