@@ -17,6 +17,7 @@ from bytecap import _moved
 from bytecap._version import __version__
 from bytecap.errors import (
     ArtifactError,
+    BaseError,
     BudgetError,
     BytecapError,
     BytecapWarning,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bytecap.job.config import FitConfig
     from bytecap.model.from_artifact import load_into, load_model
     from bytecap.pipeline.artifact import Artifact
+    from bytecap.pipeline.choose import Choice, choose
     from bytecap.pipeline.fit import fit, fit_budgets
     from bytecap_lab.compare import compare
     from bytecap_lab.layer_tying import tie
@@ -45,10 +47,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "BaseError",
     "BudgetError",
     "BytecapError",
     "BytecapWarning",
     "CheckpointError",
+    "Choice",
     "CodeError",
     "CorruptError",
     "FitConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "VersionError",
     "__version__",
     "byte_returns",
+    "choose",
     "compare",
     "fit",
     "fit_budgets",
@@ -74,8 +79,10 @@ __all__ = [
 
 _LAZY = {  # what needs more than numpy, and the module that has it
     "Artifact": "bytecap.pipeline.artifact",
+    "Choice": "bytecap.pipeline.choose",
     "FitConfig": "bytecap.job.config",
     "byte_returns": "bytecap_lab.rd_curves",
+    "choose": "bytecap.pipeline.choose",
     "compare": "bytecap_lab.compare",
     "fit": "bytecap.pipeline.fit",
     "fit_budgets": "bytecap.pipeline.fit",

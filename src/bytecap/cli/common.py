@@ -24,6 +24,12 @@ Resident = Annotated[
     str, typer.Option(help="decoded, or coded: in the memory of the file, each block decoded just before it runs.")
 ]
 Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
+Bases = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--base", help="The file that ARTIFACT is an update of (repeatable, for bases of bases).", show_default="none"
+    ),
+]  # fmt: skip
 Calibration = Annotated[
     list[Path] | None,
     typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default=EMBEDDED),

@@ -10,6 +10,7 @@ import typer
 
 from bytecap.cli.common import (
     EMBEDDED,
+    Bases,
     BytesPerToken,
     Device,
     Factory,
@@ -42,6 +43,7 @@ def evaluate(
     state: State = None,
     loss: Loss = None,
     bytes_per_token: BytesPerToken = None,
+    base: Bases = None,
     device: Device = "auto",
     resident: Resident = "decoded",
     allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
@@ -56,6 +58,8 @@ def evaluate(
     if factory is not None:
         if resident != "decoded":
             raise UsageError("--resident coded is for artifacts, and --factory names none")
+        if base:
+            raise UsageError("--base is for a .bcap file without --factory")
         source = replace(source_of(factory, model, state, loss, bytes_per_token), window=window)
         most, shards = numbers_and_shards(tokens, "--tokens")
         scores = score_shards(source, shards, tokens=most, device=device, reporter=reporter)
@@ -63,7 +67,8 @@ def evaluate(
         most = limit_only(tokens, "--tokens")
         allow = names(allow_unused) or ()
         scores = score(
-            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, resident=resident,
+            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, base=base,
+            resident=resident,
             reporter=reporter,
         )  # fmt: skip
     if as_json:

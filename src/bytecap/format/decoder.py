@@ -8,7 +8,7 @@ Units are decoded in groups of a few million values, so that memory stays near t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format import codefiles, container
-from bytecap.format.coders import Observer, coder, run
+from bytecap.format import codefiles, container, updates
+from bytecap.format.coders import Observer, Shared, coder, run
 from bytecap.format.container import FILE, Contents, UnitSection
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.rans import Stream, escape_bytes
@@ -30,7 +30,9 @@ from bytecap.types import Unit
 
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
+_AHEAD = 2**28  # values decoded before they are asked for
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
+_NOTHING: Mapping[str, Any] = {}
 
 Array = npt.NDArray[Any]
 
@@ -40,8 +42,14 @@ def from_matrix(unit: Unit, matrix: Array) -> Array:
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
 
+def to_matrix(unit: Unit, array: Array) -> Array:
+    """Turn a unit's stored layout into the matrix (rows, cols) that coders see."""
+    rows, cols = unit.matrix_shape
+    return array.reshape(cols, rows).T if unit.transposed else array.reshape(rows, cols)
+
+
 def side_files(contents: Contents) -> dict[str, bytes]:
-    """Config and tokenizer files of an artifact."""
+    """Config and tokenizer files of an artifact, those of its base among them."""
     return codefiles.files(contents, (FILE,))
 
 
@@ -62,6 +70,7 @@ def decode_units(
 
     Raises:
         CorruptError: a section cannot be decoded; the message names the unit.
+        BaseError: the contents are an update, and were read without its base.
     """
     values: dict[str, Array] = {}
     compiled = observe is None and jit.worth(sum(u.unit.parameters for u in contents.units))
@@ -94,28 +103,28 @@ def decode_each(
         CorruptError: a section cannot be decoded; the message names the unit.
     """
     decoded = Units(contents, observe)
-    groups = list(in_groups(contents.units, _weight, values))
+    groups = list(in_groups(decoded.sections, _weight, values))
     for found in _ahead(decoded, groups, threads, ahead):
         yield from found
-    decoded.shared.objects.check_used()
+    decoded.check_used()
 
 
 class Units:
     """Decode units of an artifact, some at a time, in any order and on any thread.
 
+    Of an update units of the first base are decoded, and then what each file above changes of them.
+
     Args:
         contents: of the artifact.
-        observe: shown every entropy-coded stream with its symbols.
+        observe: shown every entropy-coded stream of this file with its symbols.
 
     Attributes:
-        shared: what the units share.
+        sections: what can be asked for.
     """
 
     def __init__(self, contents: Contents, observe: Observer | None = None) -> None:
-        self.shared, self._observe = (
-            replace(load_shared(contents.tables), objects=load_objects(contents.objects)),
-            observe,
-        )
+        self._first, *self._updated = [_File(c, observe if c is contents else None) for c in updates.chain(contents)]
+        self.sections = self._first.contents.units
 
     def __call__(self, group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
         """Return units and their values in stored layout.
@@ -123,13 +132,48 @@ class Units:
         Raises:
             CorruptError: a section cannot be decoded; the message names the unit.
         """
+        found = self._first.decode(group, _NOTHING)
+        for file in self._updated:
+            found = file.over(found)
+        return found
+
+    def check_used(self) -> None:
+        """Refuse files with shared objects that no unit uses, once all units are decoded."""
+        for file in (self._first, *self._updated):
+            file.shared.objects.check_used()
+
+
+class _File:
+    """One file of a chain of updates, or the only one, while its units are decoded."""
+
+    def __init__(self, contents: Contents, observe: Observer | None) -> None:
+        self.contents, self.observe = contents, observe
+        self.listed = {u.unit.name: u for u in contents.units}
+        self.shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+
+    def decode(self, group: Sequence[UnitSection], below: Mapping[str, Array]) -> list[tuple[Unit, Array]]:
+        """Decode some units together, given the values of theirs in the base, in stored layout."""
+
+        def shared(unit: Unit) -> Shared:
+            held = below.get(unit.name)
+            return self.shared if held is None else replace(self.shared, below=to_matrix(unit, held))
+
         try:
-            decodings = [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, self.shared) for u in group]
-            matrices = run(decodings, self._observe)
+            matrices = run(
+                [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared(u.unit)) for u in group],
+                self.observe,
+            )
         except CorruptError as exc:
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc
         return [(u.unit, from_matrix(u.unit, matrix)) for u, matrix in zip(group, matrices, strict=True)]
+
+    def over(self, found: list[tuple[Unit, Array]]) -> list[tuple[Unit, Array]]:
+        """Change what this update lists of some decoded units of its base."""
+        below = {unit.name: array for unit, array in found if unit.name in self.listed}
+        changed = self.decode([self.listed[n] for n in below], below) if below else []
+        own = {unit.name: (unit, array) for unit, array in changed}
+        return [own.get(unit.name, (unit, array)) for unit, array in found]
 
 
 def _weight(section: UnitSection) -> int:
@@ -165,19 +209,72 @@ def _ahead(
                 future.cancel()
 
 
-def load(path: Path | str) -> dict[str, Array]:
+def load(path: Path | str, base: updates.Bases = None) -> dict[str, Array]:
     """Decode an artifact file; returns values by name, and tied names share one array.
 
     Args:
         path: `.bcap` file.
+        base: the file that it is an update of; several where that is an update as well.
 
     Returns:
         float32 arrays in stored layout (integer and float64 tensors keep their dtype).
 
     Raises:
-        ArtifactError: the file cannot be trusted.
+        ArtifactError: the file cannot be trusted, or its base is missing or another.
     """
-    return decode_units(container.read(path))
+    below = updates.found(updates.paths_of(base))
+    return decode_units(updates.attached(container.open_file(path), below, str(path)))
+
+
+class Decoded(Mapping[str, Array]):
+    """The values of an artifact's units in stored layout, each decoded whenever it is asked for.
+
+    Args:
+        contents: of the artifact.
+        observe: shown the entropy-coded streams of every unit, once.
+        threads: that decode; with several, the units behind the one that is asked for are decoded meanwhile.
+    """
+
+    def __init__(self, contents: Contents, observe: Observer | None = None, threads: int = 1) -> None:
+        self._shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+        self._units, self._observe = {u.unit.name: u for u in contents.units}, observe
+        self._order = {n: i for i, n in enumerate(self._units)}
+        self._seen: set[str] = set()
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._ahead: dict[str, Future[Array]] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        """Decode one unit.
+
+        Raises:
+            CorruptError: its section cannot be decoded.
+        """
+        if self._pool is None:
+            return self._decoded(name, self._units[name])
+        self._ahead = {n: f for n, f in self._ahead.items() if self._order[n] >= self._order[name]}
+        room = _AHEAD
+        for n in list(self._units)[self._order[name] :]:
+            room -= self._units[n].unit.parameters
+            if n not in self._ahead and (n == name or room > 0):
+                self._ahead[n] = self._pool.submit(self._decoded, n, self._units[n])
+            if room <= 0:
+                break
+        return self._ahead.pop(name).result()
+
+    def _decoded(self, name: str, u: UnitSection) -> Array:
+        watch = None if name in self._seen else self._observe
+        self._seen.add(name)
+        try:
+            found = run([coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, self._shared)], watch)
+        except CorruptError as exc:
+            raise CorruptError(f"unit {name}: {exc}") from exc
+        return from_matrix(u.unit, found[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
 
 
 class Ideal:

@@ -29,6 +29,7 @@ from bytecap.model.defaults import EVALUATION_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from bytecap.format.codefiles import Code
+    from bytecap.job.base import Installed
     from bytecap.job.section import Section
     from bytecap.progress import Reporter
     from bytecap.system.cache import Store
@@ -64,6 +65,9 @@ class FitConfig:
         recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.
         allow_unused: tensors and files of a checkpoint that are meant to be left out, as names or patterns
             (`model.layers.61.*`); any other that has no place in the model is refused.
+        memory: most memory that a fit may use (`24GB`): of the GPU where it runs on one, else of the machine; by
+            default what is free. A model that needs more is streamed: one block in memory, the rest in work files
+            (docs/scale.md).
         unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
             some nine bits a weight, `drop` as coarsely as it likes.
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
@@ -74,6 +78,8 @@ class FitConfig:
         template: the same model as a GGUF file converted by llama.cpp, for names, metadata and tokenizer.
         emit: GGUF: file to write the types to, as `llama-quantize --tensor-type-file` reads them.
         store: directory of finished steps: a killed run, started again, goes on from there.
+        base: a file that the receiver has already: what is written is an update of it, which is read with it
+            (docs/updates.md); several files where that one is an update itself.
         loss: of a torch module: `loss(module, batch)`, mean nats of a batch as a scalar tensor. May be left out where
             batches are integer tensors (batch, length) of token ids and forward gives logits, or takes (ids, targets)
             and gives a loss.
@@ -105,6 +111,7 @@ class FitConfig:
     recover: str | None = None
     recover_text: str | Path | Sequence[str | Path] | None = None
     allow_unused: Sequence[str] | None = None
+    memory: int | str | None = None
     unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None
@@ -113,6 +120,7 @@ class FitConfig:
     template: Path | str | None = None
     emit: Path | str | None = None
     store: Store | Path | str | None = None
+    base: Installed | Path | str | Sequence[Path | str] | None = None
     loss: Callable[..., Any] | None = None
     evaluate: Callable[[Any], float] | None = None
     predictions: Callable[[Any], int] | None = None

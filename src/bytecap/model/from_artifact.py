@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bytecap.errors import ArtifactError, UsageError
-from bytecap.format import container
+from bytecap.format import updates
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_each, decode_units, side_files
 from bytecap.format.entropy import jit
@@ -25,6 +25,7 @@ RESIDENT = ("decoded", "coded")
 
 def load_model(
     path: Path | str,
+    base: updates.Bases = None,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
@@ -42,11 +43,15 @@ def load_model(
         dtype: of floating-point weights, `float32`, `bfloat16`, `float16`, or a torch dtype.
         resident: `decoded`, or `coded`.
 
+    Args:
+        path: `.bcap` file.
+        base: the file that it is an update of; several where that is an update as well.
+
     Raises:
-        ArtifactError: the file cannot be trusted or holds no config. UsageError: an option is none of these, or the
-            model cannot be kept coded.
+        ArtifactError: the file cannot be trusted or holds no config, or its base is missing or another. UsageError:
+            an option is none of these, or the model cannot be kept coded.
     """
-    return module_of(container.read(path), str(path), device=device, dtype=dtype, resident=resident)
+    return module_of(updates.read(path, base), str(path), device=device, dtype=dtype, resident=resident)
 
 
 def module_of(
@@ -72,7 +77,7 @@ def module_of(
     files = side_files(contents)
     if "config.json" not in files:
         raise ArtifactError(f"{name} holds no config.json (written with --no-config), so no module can be built")
-    module = build(files, [u.unit for u in contents.units], name, empty=True)
+    module = build(files, updates.units_of(contents), name, empty=True)
     if resident == "coded":
         keep_coded(module, contents, device=target, dtype=kind, name=name)
     else:
@@ -80,17 +85,18 @@ def module_of(
     return module
 
 
-def load_into(path: Path | str, module: nn.Module) -> None:
+def load_into(path: Path | str, module: nn.Module, base: updates.Bases = None) -> None:
     """Put an artifact's decoded values into a module, in place, in the module's own dtypes.
 
     Args:
         path: `.bcap` file.
         module: whose state dict has the artifact's names and shapes, with or without prefixes of wrappers
             (`torch.compile`, FSDP). Nothing is changed where it has not.
+        base: the file that it is an update of; several where that is an update as well.
 
     Raises:
         ArtifactError: the file cannot be trusted, or does not fit; every name at fault is listed.
     """
     from bytecap.model.rebuilt import put_into
 
-    put_into(module, decode_units(container.read(path)), str(path))
+    put_into(module, decode_units(updates.read(path, base)), str(path))

@@ -88,8 +88,8 @@ def keep_coded(module: nn.Module, contents: Contents, *, device: torch.device, d
             that owns it.
     """
     decoder = _Decoder(Units(contents), device, dtype)
-    sections = {n: s for s in contents.units for n in (s.unit.name, *s.unit.aliases)}
-    small = {s.unit.name: decoder.tensor(s) for s in contents.units if s.unit.parameters <= _SMALL}
+    sections = {n: s for s in decoder.units.sections for n in (s.unit.name, *s.unit.aliases)}
+    small = {s.unit.name: decoder.tensor(s) for s in decoder.units.sections if s.unit.parameters <= _SMALL}
     parts: dict[nn.Module, _Part] = {}
     chain = _longest_list(module)
     kept: dict[str, nn.Parameter] = {}

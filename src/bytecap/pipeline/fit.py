@@ -22,11 +22,13 @@ from torch import nn
 from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
+from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig, configured
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model import streaming
+from bytecap.model.checkpoint import Model
 from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
 from bytecap.model.texts import TokenSets, Window
-from bytecap.pipeline import background
+from bytecap.pipeline import background, memory
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.formats import FORMATS, format_of
@@ -92,12 +94,16 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     started = time.perf_counter()
     _refuse_collisions(model, configs)
     kind = format_of(configs[0])
+    if kind in FORMATS and configs[0].base:
+        raise UsageError(f"the option base is for .bcap files: there are no updates in the format {kind}")
     if kind in FORMATS:
         return _jobs()[kind](model, configs)
     for option in _FOR_MODULES:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
+    base = Installed.read(configs[0].base)
+    configs = [replace(c, base=base) for c in configs]  # read once for all of them
     with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
         return _fit_all(model, configs, started)
 
@@ -113,6 +119,7 @@ def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) 
             "a calibration text": as_paths(first.calibration), "an evaluation text": as_paths(first.evaluation),
             "a text of recovery": as_paths(first.recover_text),
             "code": () if isinstance(first.code, Code) else first.code,
+            "the base": None if isinstance(first.base, Installed) else as_paths(first.base),
         },
     )  # fmt: skip
 
@@ -131,9 +138,9 @@ def outputs_of(configs: Sequence[FitConfig], pages: Sequence[Path] = ()) -> dict
 def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
     """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
-    loaded = model if isinstance(model, Model) else _load(model, configs[0])
+    loaded = model if isinstance(model, Model) else _load(model, asked[0])
     opened = [open_model(a, loaded) for a in asked]
-    with allocator.stated(loaded.parameters):
+    with allocator.stated(loaded.parameters, streamed=streaming.of(loaded.module) is not None):
         sets = text_sets(loaded, asked[0])
     return finish_all(opened, sets, started)
 
@@ -209,9 +216,10 @@ def _named(path: Path | str | None, budget: str) -> str | None:
     return None if path is None else str(path).replace("{budget}", budget)
 
 
-def _load(model: Path | str, config: FitConfig) -> Model:
-    """Read a checkpoint."""
-    return load_model(model, begin=_pack if config.tokenizer else None, allow_unused=config.allow_unused or ())
+def _load(model: Path | str, asked: Asked) -> Model:
+    """Read a checkpoint, or open it to be streamed."""
+    begin = _pack if asked.config.tokenizer and not asked.config.base else None
+    return memory.open_model(model, asked.config, asked.device, asked.reporter, begin)
 
 
 def _pack(files: dict[str, Any]) -> None:

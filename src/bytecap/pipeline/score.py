@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bytecap.errors import UsageError
-from bytecap.format import container
+from bytecap.format import updates
 from bytecap.format.decoder import side_files
 from bytecap.model.checkpoint import Model, demo_directory, freeze, load_model
 from bytecap.model.from_artifact import module_of
@@ -18,29 +18,37 @@ from bytecap.types import Score
 
 
 def open_model(
-    model: Path | str, allow_unused: Sequence[str] = (), *, device: str = "cpu", resident: str = "decoded"
+    model: Path | str,
+    allow_unused: Sequence[str] = (),
+    base: updates.Bases = None,
+    *,
+    device: str = "cpu",
+    resident: str = "decoded",
 ) -> Model:
     """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file.
 
     Args:
         model: which.
         allow_unused: tensors and files of a checkpoint that are meant to be left out.
+        base: the file that an artifact is an update of.
         device: torch device.
         resident: see `bytecap.load_model`; artifacts alone can stay coded.
 
     Raises:
-        UsageError: a model that is no artifact is to stay coded.
+        UsageError: a model that is no artifact has a base or is to stay coded.
     """
     path = Path(model)
     if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
+        if base:
+            raise UsageError(f"{model} is no .bcap file: it has no base")
         if resident != "decoded":
             raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
         opened = load_model(model, allow_unused=allow_unused)
         opened.module.to(device)
         return opened
-    contents = container.read(path)
+    contents = updates.read(path, base)
     module = freeze(module_of(contents, str(path), device=device, resident=resident))
-    return Model(module, tuple(u.unit for u in contents.units), side_files(contents), str(model))
+    return Model(module, tuple(updates.units_of(contents)), side_files(contents), str(model))
 
 
 def score(
@@ -51,6 +59,7 @@ def score(
     tokens: int | None = None,
     device: str = "auto",
     allow_unused: Sequence[str] = (),
+    base: updates.Bases = None,
     resident: str = "decoded",
     reporter: Reporter | None = None,
 ) -> list[Score]:
@@ -63,6 +72,7 @@ def score(
         tokens: most tokens per text.
         device: `auto`, `cpu` or `cuda`.
         allow_unused: tensors and files of a checkpoint that are meant to be left out.
+        base: the file that an artifact is an update of.
         resident: `decoded`, or `coded`: an artifact's blocks are decoded whenever they run.
         reporter: told about progress.
     """
@@ -71,7 +81,7 @@ def score(
 
     reporter = reporter_for(reporter)
     target = choose_device(device)
-    opened = open_model(model, allow_unused, device=target, resident=resident)
+    opened = open_model(model, allow_unused, base, device=target, resident=resident)
     encode = encoder(opened.files)
     paths = as_paths(texts)
     if not paths:

@@ -9,41 +9,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bytecap import methods
 from bytecap.allocation.unused import check_choice
-from bytecap.errors import BudgetError, CorruptError, UsageError
+from bytecap.errors import BudgetError, UsageError
 from bytecap.format import container
 from bytecap.format.codefiles import Code
-from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.format.coders.exact import WIDTH
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
-from bytecap.format.decoder import Ideal, decode_each
+from bytecap.format.decoder import Ideal
 from bytecap.format.ledger import by_overlay, by_unit
 from bytecap.format.wire.shared_objects import share_lists
 from bytecap.job import Job, Method, Outcome, Section
+from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort, effort_of
 from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model import streaming
+from bytecap.model.checkpoint import Model
 from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare_models, mean_comparison, paired_stderr
 from bytecap.model.rebuilt import written
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline import background, pack_code
-from bytecap.pipeline.artifact import Artifact
-from bytecap.progress import Recorder, Reporter, reporter_for
+from bytecap.pipeline import background, pack_code, update
+from bytecap.pipeline.artifact import Artifact, FiledArtifact
+from bytecap.pipeline.lossless import lossless
+from bytecap.pipeline.update import Frame
+from bytecap.progress import Recorder, reporter_for
 from bytecap.quantization.quantizer import EFFORTS
 from bytecap.recovery.sections import tune_sections
-from bytecap.sizes import check_budget, format_size, parse_budget
+from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
 from bytecap.system import allocator
 from bytecap.system.cache import Store
 
@@ -62,6 +66,7 @@ class Asked:
         recover: how long to tune what was coded, or None.
         store: where finished steps are kept.
         code: source files, packed.
+        base: the file that an update stands on, or None.
         reporter: told about progress; keeps the warnings.
     """
 
@@ -72,6 +77,7 @@ class Asked:
     recover: Effort | None
     store: Store
     code: Code
+    base: Installed | None
     reporter: Recorder
 
     @property
@@ -88,7 +94,7 @@ class Opened:
         asked: the options.
         model: the model.
         budget: cap on the file in bytes.
-        files: config, tokenizer and code as they are stored.
+        frame: what the file holds beside units.
         size: file size for given sections, tables section, and shared objects if there are any.
         floor: the smallest reachable file in bytes.
     """
@@ -96,21 +102,16 @@ class Opened:
     asked: Asked
     model: Model
     budget: int
-    files: tuple[FileSection, ...]
+    frame: Frame
     size: Callable[..., int]
     floor: int
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Remarks on its making that the file holds."""
-        return _about(self.asked, self.budget)
 
     def job(self, sets: TokenSets) -> Job:
         """The job that the method works on."""
         asked, limit = self.asked, self.budget - self.asked.code.reserve
         return Job(
             self.model, sets, limit, self.size, asked.device, asked.reporter, asked.config, asked.paths, asked.recover,
-            asked.store,
+            asked.store, asked.base,
         )  # fmt: skip
 
 
@@ -122,6 +123,8 @@ def check(config: FitConfig) -> Asked:
     """
     check_budget(config.budget)
     check_choice(config.unused)
+    if config.memory is not None:
+        parse_size(config.memory)
     if config.effort not in range(len(EFFORTS)):
         raise UsageError(f"there is no effort {config.effort}: it goes from 0 (fast) to {len(EFFORTS) - 1} (best)")
     if config.recover_text and config.recover is None:
@@ -132,7 +135,7 @@ def check(config: FitConfig) -> Asked:
     store = config.store if isinstance(config.store, Store) else Store(config.store)
     reporter = Recorder(reporter_for(config.reporter, config.progress))
     allocator.spare(device)
-    return Asked(config, run, device, paths, effort, store, code, reporter)
+    return Asked(config, run, device, paths, effort, store, code, update.base_of(config), reporter)
 
 
 def open_model(asked: Asked, model: Model) -> Opened:
@@ -145,11 +148,15 @@ def open_model(asked: Asked, model: Model) -> Opened:
     asked.reporter.note(f"budget: {format_size(budget)}")
     for note in model.notes:
         asked.reporter.note(note)
-    files = side_files(model, tokenizer=config.tokenizer, config=config.config) + asked.code.sections
-    size = sizer(model, files, _about(asked, budget))
-    with asked.code.floor(budget), allocator.stated(model.parameters):
-        floor = check_floor(model, size, budget - asked.code.reserve, config.given)
-    return Opened(asked, model, budget, files, size, floor)
+    about = {"budget": budget, "method": asked.method_name}
+    if asked.base is not None:
+        asked.base.check(model.units, model.name)
+    files = side_files(model, tokenizer=config.tokenizer, config=config.config, base=asked.base)
+    frame = update.frame((*files, *asked.code.sections), about, asked.base)
+    size = partial(_size, model, frame)
+    with asked.code.floor(budget), _stated(model):
+        floor = check_floor(model, size, budget - asked.code.reserve, config.given, on_base=asked.base is not None)
+    return Opened(asked, model, budget, frame, size, floor)
 
 
 def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
@@ -163,11 +170,11 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
     Raises:
         BytecapError: nothing is written then.
     """
-    asked, job, parameters = opened.asked, opened.job(sets), opened.model.parameters
-    with asked.code.floor(opened.budget), allocator.stated(parameters):
-        result = _solve(job, asked.method, opened.files, opened.about)
+    asked, job = opened.asked, opened.job(sets)
+    with asked.code.floor(opened.budget), _stated(opened.model):
+        result = _solve(job, asked.method, opened.frame)
     if not asked.config.dry_run:
-        with allocator.stated(parameters):
+        with _stated(opened.model):
             _deliver(result, job, asked.config.output)
     seconds = round(time.perf_counter() - started, 3)
     result.report |= asked.code.report(opened.budget)
@@ -186,19 +193,21 @@ def make_job(model: Model, sets: TokenSets, config: FitConfig) -> Job:
     return open_model(check(config), model).job(sets)
 
 
-def _about(asked: Asked, budget: int) -> dict[str, Any]:
-    return {"budget": budget, "method": asked.method_name}
+def _stated(model: Model) -> AbstractContextManager[None]:
+    """Say what memory a job needs where it ends."""
+    return allocator.stated(model.parameters, streamed=isinstance(model, StreamedModel))
 
 
 def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     """Write the file and measure what was written."""
     if output is not None:
         result.save(output)
-        job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-    parts, ideal = _measure(result.data, job)
+        job.reporter.note(f"wrote {output}: {format_size(result.length)}")
+    parts, ideal = _measure(result.read(), result.length, job)
     result.report |= {"ideal_bytes": ideal} | quality(parts)
     if job.recover is not None:
-        plain = _measure(result.before, job)[0] if result.before is not None else parts
+        before_it = result.before
+        plain = parts if before_it is None else _measure(container.parse(before_it), len(before_it), job)[0]
         before = quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
         kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
@@ -208,26 +217,36 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
 
 
-def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
+def _solve(job: Job, run: Method, frame: Frame) -> Artifact:
     """Return the finished bytes and their report, before quality is measured."""
-    stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
-    job.model.module.to(job.device)
+    stored, method = None if job.given else lossless(job.model, frame, job), str(frame.about["method"])
+    streamed = streaming.of(job.model.module)
+    (job.model.module if streamed is None else streamed).to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run_rest(run, job)
-        if outcome.sections and job.recover is not None and _untuned(job, outcome, about["method"]):
+        if outcome.sections and job.recover is not None and _untuned(job, outcome, method):
             outcome = tune_sections(job, outcome)
         if outcome.sections:
             outcome = _with_lists(outcome, job.model)
-            stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
+            stored = _contents(job.model, frame, outcome, job.budget)
     before = None
     if outcome.before is not None:
         plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
-        before = container.serialize(_contents(job.model, files, about, plain, job.budget, about["method"]))
-    result = Artifact(stored, container.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
+        before = container.serialize(_contents(job.model, frame, plain, job.budget))
+    result = _artifact(job.model, stored)
     result.before = before
-    result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
+    result.report = _report(result, job, outcome, method)
     return result
+
+
+def _artifact(model: Model, contents: Contents | None) -> Artifact:
+    """The finished file; in a work file where the model is streamed."""
+    if contents is None:
+        return Artifact(Contents((), b"", (), {}), b"")
+    if isinstance(model, StreamedModel):
+        return FiledArtifact(model.scratch.write(container.pieces(contents)), model.scratch)
+    return Artifact(contents, container.serialize(contents))
 
 
 def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
@@ -235,7 +254,11 @@ def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
 
     Where sections are given nothing is tuned: they are stored as they are.
     """
-    return not job.given and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
+    return (
+        not job.given
+        and job.base is None
+        and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
+    )
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:
@@ -243,7 +266,7 @@ def _with_lists(outcome: Outcome, model: Model) -> Outcome:
     shapes = {u.name: u.matrix_shape for u in model.units}
     stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
     changed, objects = share_lists(stacks, outcome.objects)
-    sections = {n: Section(s.tag, changed.get(n, s.data)) for n, s in outcome.sections.items()}
+    sections = {n: Section(s.tag, changed[n]) if n in changed else s for n, s in outcome.sections.items()}
     return replace(outcome, sections=sections, objects=objects)
 
 
@@ -260,71 +283,44 @@ def choose_device(device: str) -> str:
     return device
 
 
-def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> tuple[FileSection, ...]:
-    """Return config and tokenizer as they are stored."""
+def side_files(
+    model: Model, *, tokenizer: bool = True, config: bool = True, base: Installed | None = None
+) -> tuple[FileSection, ...]:
+    """Return config and tokenizer as they are stored; without bytes where the base holds the same."""
     kept = {n: d for n, d in model.files.items() if (tokenizer if container.is_tokenizer(n) else config)}
-    return tuple(FileSection(n, background.packed(n, d)) for n, d in kept.items())
+    held = base.files if base is not None else {}
+    return tuple(FileSection(n, b"" if held.get(n) == d else background.packed(n, d)) for n, d in kept.items())
 
 
-def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:
-    """Return a function from sections, tables and shared objects to the file size."""
-
-    def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
-        units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
-        return len(container.serialize(Contents(units, tables, files, about, objects=objects)))
-
-    return size
+def _size(
+    model: Model, frame: Frame, sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()
+) -> int:
+    """Return the file size of sections, tables and shared objects."""
+    return container.size(frame.contents(model.units, sections, tables, objects))
 
 
-def _contents(
-    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], outcome: Outcome, budget: int, method: str
-) -> Contents:
-    units = tuple(UnitSection(u, outcome.sections[u.name].tag, outcome.sections[u.name].data) for u in model.units)
-    contents = Contents(units, outcome.tables, files, about, objects=outcome.objects)
-    total = len(container.serialize(contents))
+def _contents(model: Model, frame: Frame, outcome: Outcome, budget: int) -> Contents:
+    contents = frame.contents(model.units, outcome.sections, outcome.tables, outcome.objects)
+    total = container.size(contents)
     if total > budget:
+        method = frame.about["method"]
         raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)
     return contents
 
 
-def _lossless(
-    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], budget: int, reporter: Reporter
-) -> Contents | None:
-    """Code the model without loss, if that fits the budget."""
-    raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in model.units)
-    if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
-        return None
-    units = []
-    with reporter.step("lossless size", len(model.units)) as advance:
-        for u in model.units:
-            values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
-            narrowed = u.dtype not in WIDTH or (u.dtype == "F64" and values.dtype != np.float64)
-            dtype = "F32" if narrowed else u.dtype
-            units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
-            advance(1)
-    contents = Contents(tuple(units), b"", files, {**about, "lossless": not model.rounded})
-    total = len(container.serialize(contents))
-    if total > budget:
-        return None
-    _check_lossless(model, contents)
-    said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
-    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
-    return contents
-
-
-def _check_lossless(model: Model, contents: Contents) -> None:
-    """Decode what is about to be called lossless and compare it."""
-    for unit, values in decode_each(contents):
-        held = model.tensor(unit).detach().cpu().numpy()
-        if not np.array_equal(values, held, equal_nan=held.dtype.kind == "f"):
-            raise CorruptError(f"unit {unit.name} does not come back as it was stored: nothing is written")
-
-
 def check_floor(
-    model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int, given: Mapping[str, Section] = _NONE
+    model: Model,
+    size: Callable[[dict[str, Section], bytes], int],
+    budget: int,
+    given: Mapping[str, Section] = _NONE,
+    *,
+    on_base: bool = False,
 ) -> int:
     """Return the smallest reachable file size; a budget below it is refused, naming the largest units."""
-    sections = {u.name: given.get(u.name) or Section(*methods.smallest_section(u)) for u in model.units}
+    sections = {
+        u.name: given.get(u.name) or (update.AS_IN_BASE if on_base else Section(*methods.smallest_section(u)))
+        for u in model.units
+    }
     floor = size(sections, b"")
     if floor > budget:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
@@ -338,9 +334,11 @@ def check_floor(
     return floor
 
 
-def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
+def _measure(contents: Contents, size: int, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
-    model, contents, ideal = job.model, container.parse(data), Ideal()
+    model, ideal = job.model, Ideal()
+    if job.base is not None:
+        contents = job.base.on(contents)
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
     quantized_copy = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
@@ -349,21 +347,20 @@ def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
             compare_models(model.module, quantized_copy, t, device=job.device, progress=advance)
             for t in job.sets.evaluation
         ]
-    return parts, ideal.bytes(len(data))
+    return parts, ideal.bytes(size)
 
 
-def _report(
-    result: Artifact, model: Model, outcome: Outcome, budget: int, method: str, sets: Any, seed: int
-) -> dict[str, Any]:
-    entries = result.ledger()
+def _report(result: Artifact, job: Job, outcome: Outcome, method: str) -> dict[str, Any]:
+    entries, model, budget, sets = result.ledger(), job.model, job.budget, job.sets
     return {
-        "model": model.name, "method": method, "plan": outcome.plan, "seed": seed,
-        "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
+        "model": model.name, "method": method, "plan": outcome.plan, "seed": job.seed,
+        "budget_bytes": budget, "file_bytes": result.length, "slack_bytes": budget - result.length,
         "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
-        "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
+        "parameters": model.parameters, "bits_per_parameter": 8 * result.length / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
+        **(update.report(job.base, result) if job.base is not None else {}),
         **({"targets": outcome.targets} if outcome.targets else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_overlay(entries), "margin": outcome.margin or None,

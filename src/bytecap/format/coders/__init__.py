@@ -16,7 +16,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -74,16 +74,18 @@ class Shared:
         tables: frequency tables by class.
         offset: reconstruction offsets (64, 17) in steps, see `bytecap.quantization`.
         objects: shared objects.
+        below: (rows, cols), values that the unit has in the base of an update; None where there is no base.
     """
 
     tables: Tables = field(default_factory=lambda: Tables({}))
     offset: FloatArray = field(default_factory=lambda: np.zeros((64, 17), np.float32))
     objects: Objects = field(default_factory=Objects)
+    below: npt.NDArray[Any] | None = None
 
-    @cached_property
+    @property
     def model(self) -> Model:
-        """Tables and offsets as machine code takes them."""
-        return Model.of(self.tables, self.offset)
+        """Tables and offsets as machine code takes them, made once for the tables."""
+        return self.tables.kept(self.offset.tobytes(), lambda: Model.of(self.tables, self.offset))
 
 
 @dataclass(frozen=True)

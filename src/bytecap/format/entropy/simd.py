@@ -21,12 +21,11 @@ _NAME = "llvm.x86.avx512.mask.expand.v16i32"
 
 def available() -> bool:
     """Return whether this processor has the instruction, and numba is not told to do without it."""
-    told = config.CPU_NAME or config.CPU_FEATURES or config.DISABLE_JIT
+    told = any(getattr(config, name) for name in ("CPU_NAME", "CPU_FEATURES", "DISABLE_JIT"))
     return not told and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def sixteen(typing: Any, states: Any, words: Any) -> Any:
+def _sixteen(typing: Any, states: Any, words: Any) -> Any:
     """Renormalise sixteen states from the words at an address; returns how many words were used.
 
     Args:
@@ -36,6 +35,9 @@ def sixteen(typing: Any, states: Any, words: Any) -> Any:
     """
     del typing, states, words
     return types.uint64(types.uint64, types.uint64), _code
+
+
+sixteen: Any = intrinsic(_sixteen)
 
 
 def _code(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
