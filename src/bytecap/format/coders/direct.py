@@ -70,36 +70,37 @@ class Model:
             for k, table in enumerate(own):
                 symbols[i, k * TOTAL : (k + 1) * TOTAL] = np.repeat(np.arange(len(table.freq)), table.freq)
             for k, table in enumerate([*own, own[1]] if fine else own):
-                entries[i, k * 264 : k * 264 + len(table.freq)] = _entries(table, fine, k, offset[cls])
+                entries[i, k * 264 : k * 264 + len(table.freq)] = _entries(table, fine, k, offset, cls)
         return Model(group, symbols.reshape(-1), entries.reshape(-1))
 
 
-def _entries(table: Table, fine: int, subset: int, offset: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
+def _entries(table: Table, fine: int, subset: int, offset: npt.NDArray[np.float32], cls: int) -> npt.NDArray[np.uint64]:
     """Return the entries of a table; the value of its escape is not a number."""
     cum = np.cumsum(table.freq) - table.freq
-    symbols = np.arange(len(cum)) + table.low
-    fines, subsets = np.full(len(cum), fine), np.full(len(cum), subset)
-    value = in_steps(symbols, fines, subsets, np.broadcast_to(offset, (len(cum), CENTRES)))
+    value = in_steps(np.arange(len(cum)) + table.low, fine, subset, offset, cls)
     value[-1] = np.nan
     found: npt.NDArray[np.uint64] = (table.freq << 48 | cum << 32).astype(np.uint64) | value.view(np.uint32)
     return found
 
 
-def in_steps(symbols: Array, fine: Array, subset: Array, offset: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def in_steps(
+    symbols: Array, fine: Array | int, subset: Array | int, offset: npt.NDArray[np.float32], cls: Array | int
+) -> npt.NDArray[np.float32]:
     """Turn symbols into values in steps, with the operations of `grid.dequantize` in their order.
 
     Args:
         symbols: (n,) as coded.
         fine: 1 where the column is dependent, else 0.
         subset: of each; 3 is the mirror image of 1.
-        offset: (n, 17) of each symbol's class.
+        offset: (64, 17) of the file.
+        cls: class of each.
     """
-    mirrored = np.where(subset == 3, -1, 1)
-    points = np.where(fine == 1, mirrored * (4 * symbols + np.array([0, 1, 2, 1]).take(subset)), symbols)
+    mirrored = np.where(np.equal(subset, 3), -1, 1)
+    points = np.where(np.equal(fine, 1), mirrored * (4 * symbols + np.array([0, 1, 2, 1]).take(subset)), symbols)
     size = np.abs(points)
     value = size.astype(np.float32)
-    value *= np.where(fine == 1, np.float32(0.5), np.float32(1))
-    value -= np.take_along_axis(offset, np.minimum(size, CENTRES - 1)[:, None], 1)[:, 0]
+    value *= np.where(np.equal(fine, 1), np.float32(0.5), np.float32(1))
+    value -= offset[cls, np.minimum(size, CENTRES - 1)]
     np.negative(value, out=value, where=points < 0)
     return value
 
@@ -225,7 +226,7 @@ class Direct:
         fine = self.fine[group, columns].astype(np.int64)
         more = OCTAVE * fine
         cls = np.clip(self.row_class[rows] + self.column_class[group, columns] + more, 1 + more, CLASSES - 1)
-        steps = in_steps(symbols, fine, subset, self.shared.offset[cls])
+        steps = in_steps(symbols, fine, subset, self.shared.offset, cls)
         with np.errstate(over="ignore", invalid="ignore"):
             value[rows, columns] = steps * self.row_scale[rows] * self.scale[group, columns]
         return max(_IN_TABLES, float(np.abs(steps).max(initial=0)))
