@@ -1,13 +1,13 @@
-"""How fast sections are decoded: weights a second of one core and of all, beside the numpy decoder that is the law.
+"""How fast matrices are decoded: straight to values, by their symbols, and by numpy, which is the law.
 
 A section of random normal weights is coded as a fit would (trellis of 128 states, spreads of rows and columns that
-vary by an octave), and decoded by every engine in turn; processor time counts, so that other jobs disturb little.
+vary by an octave) and decoded by every engine in turn. Processor time of one core counts, so that other jobs disturb
+little. `--units N` decodes a file of N such matrices on all cores as well, where wall time counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 
 from bytecap.format.coders import Shared, run
+from bytecap.format.coders.direct import Direct
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.long_trellis import CODER
 from bytecap.format.coders.trellis import subsets
+from bytecap.format.contents import Contents, UnitSection
+from bytecap.format.decoder import decode_units
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import Tables
+from bytecap.format.entropy.shared_tables import dump_shared
+from bytecap.types import Unit
 from common import record
 
 
@@ -69,6 +74,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=2048)
     p.add_argument("--cols", type=int, default=2048)
     p.add_argument("--sigma", type=float, nargs="*", default=[2.5], help="spread over the fine grid's step")
+    p.add_argument("--units", type=int, default=0, help="matrices of the file that all cores decode")
     p.add_argument("--times", type=int, default=5)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", type=Path, help="JSON lines are appended here")
@@ -77,21 +83,45 @@ def main() -> None:
     shape = (args.rows, args.cols)
     for sigma in args.sigma:
         data, shared = section(*shape, sigma, args.seed)
-        row: dict[str, Any] = {"benchmark": "decode", "rows": args.rows, "cols": args.cols, "seed": args.seed,
-                               "bits": 8 * len(data) / args.rows / args.cols}  # fmt: skip
-        results = {}
-        for name, engine in ENGINES.items():
-            jit.worth = engine  # type: ignore[assignment]
-            work = lambda: run([CODER.decode(data, shape, "F32", shared)])[0]  # noqa: E731, B023
-            results[name] = work()
-            seconds = best(work, args.times if engine(0) else 1)
-            row[name] = round(args.rows * args.cols / seconds / 1e6, 1)
-        row["equal"] = all(np.array_equal(r, results["numpy"]) for r in results.values())
-        print({**row, "cpu": os.uname().machine})
-        record(args, row)
+        row: dict[str, Any] = {"benchmark": "decode", "rows": args.rows, "cols": args.cols,
+                               "bits": round(8 * len(data) / args.rows / args.cols, 3)}  # fmt: skip
+        row |= engines(data, shape, shared, args.times)
+        if args.units:
+            row |= all_cores(data, shape, shared, args.units)
+        print(record(args, row))
 
 
-ENGINES: dict[str, Callable[[int], bool]] = {"numba": lambda _: True, "numpy": lambda _: False}
+def engines(data: bytes, shape: tuple[int, int], shared: Shared, times: int) -> dict[str, Any]:
+    """Millions of weights a second of one core's processor time, and whether all engines give the same bits."""
+    served, worth, results, found = Direct.served, jit.worth, {}, {}
+    work = lambda: run([CODER.decode(data, shape, "F32", shared)])[0]  # noqa: E731
+    for name in ("direct", "symbols", "numpy"):
+        jit.worth = lambda _, name=name: name != "numpy"  # type: ignore[misc]
+        Direct.served = served if name == "direct" else lambda _: False  # type: ignore[method-assign, assignment]
+        results[name] = work()
+        found[name] = round(shape[0] * shape[1] / best(work, times if name != "numpy" else 1) / 1e6, 1)
+    Direct.served, jit.worth = served, worth  # type: ignore[method-assign]
+    return {**found, "equal": all(r.tobytes() == results["numpy"].tobytes() for r in results.values())}
+
+
+def all_cores(data: bytes, shape: tuple[int, int], shared: Shared, count: int) -> dict[str, Any]:
+    """Millions of weights a second of wall time, from a file's contents, and processor time against one core's."""
+    units = tuple(UnitSection(Unit(f"m{i}", shape, "F32"), CODER.tag, data) for i in range(count))
+    contents = Contents(units, dump_shared(shared), (), {})
+    cores, seconds = jit.cores, {}
+    for number in (1, cores()):
+        jit.cores = lambda number=number: number
+        decode_units(contents)
+        begun = time.perf_counter(), time.process_time()
+        decode_units(contents)
+        seconds[number] = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    jit.cores = cores
+    return {
+        "units": count, "cores": cores(),
+        "file": {n: round(count * shape[0] * shape[1] / wall / 1e6, 1) for n, (wall, _) in seconds.items()},
+        "processor_seconds": {n: round(used, 3) for n, (_, used) in seconds.items()},
+    }  # fmt: skip
+
 
 if __name__ == "__main__":
     main()

@@ -35,7 +35,7 @@ def load_model(
 
     Units are decoded on all cores and go to the device one by one, so the processor's memory holds one unit beside what
     stays there. With `resident="coded"` weights stay coded in memory and every block is decoded just before it runs:
-    the same logits in the memory of the file, two blocks and activations, and slower (`docs/decoding.md`).
+    the same logits in the memory of the file, two blocks and activations, and slower (`docs/scale.md`).
 
     Args:
         path: `.bcap` file.
