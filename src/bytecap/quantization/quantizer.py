@@ -21,8 +21,8 @@ from bytecap.calibration.metric import Metric, factor
 from bytecap.calibration.triangle import Triangle
 from bytecap.errors import UsageError
 from bytecap.format.coders import Shared
-from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
-from bytecap.format.coders.grid import OCTAVE, GridCode, side_bits
+from bytecap.format.coders.classes import CLASSES, OCTAVE, UNIT_CLASS
+from bytecap.format.coders.grid import GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.coders.trellis import MASKS
 from bytecap.format.entropy.frequencies import MAX_HALF
