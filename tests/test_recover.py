@@ -1,6 +1,7 @@
 """Recovery: what is coded stays what it is, the file never grows, nothing is tuned on what is measured."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +14,23 @@ from bytecap.calibration.metric import Metric
 from bytecap.errors import TextError, UsageError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Section
+from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
-from bytecap.model.calibration_text import SELF_MOST
+from bytecap.model.calibration_text import GENERAL, SELF, SELF_MOST
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sampling import sample
-from bytecap.model.sources import load_sets, with_recovery
+from bytecap.model.sources import load_sets, recovery_texts, with_recovery
+from bytecap.model.texts import Window
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import TunedParameters
+from bytecap.system.cache import Store
 from bytecap.types import Unit
 from conftest import SMALL
 
@@ -304,7 +309,64 @@ class TestTexts:
             with_recovery(model, sets, path, window=128, reporter=Silent())
 
 
+class TestStandIns:
+    """Recovery reads text by the rules of calibration."""
+
+    def test_nothing_given_is_samples_and_general_text(self, model_directory, texts):
+        model = load_model(model_directory("rotary"))
+        assert recovery_texts(model, []) == [Path(SELF), Path(GENERAL)]
+        assert recovery_texts(model, [Path("general:2"), texts["calib"]]) == [Path(GENERAL), texts["calib"]]
+        assert [p.name for p in recovery_texts(load_model("demo"), [])] == ["calib.txt"]
+
+    def test_a_model_that_cannot_be_sampled_reads_general_text(self, model_directory, monkeypatch):
+        monkeypatch.setattr("bytecap.model.sources.of_transformers", lambda _: False)
+        assert recovery_texts(load_model(model_directory("rotary")), []) == [Path(GENERAL)]
+
+    def test_both_are_read_and_the_sampler_is_asked_once(self, model_directory, texts, monkeypatch):
+        monkeypatch.setitem(SELF_MOST, "cpu", 640)
+        monkeypatch.setattr("bytecap.model.sources.RECOVERY_TOKENS", 4000)
+        model, asked = load_model(model_directory("rotary")), []
+        sets = TestTexts().sets(model, texts)
+
+        def sampler(tokens, *, firsts):
+            asked.append((tokens, firsts))
+            return tuple(Window((firsts[0], *range(i, i + 32)), 0) for i in range(20))
+
+        found = with_recovery(
+            model, sets, recovery_texts(model, []), window=32, sampler=sampler, reporter=Silent()
+        ).recovery
+        assert asked == [(640, sorted({w.tokens[0] for w in sets.statistics}))]
+        own = {(asked[0][1][0], *range(i, i + 32)) for i in range(20)}
+        assert {w.tokens for w in found} & own
+        assert {w.tokens for w in found} - own
+        held = {w.tokens for w in sets.evaluation[0].windows}
+        assert not held & {w.tokens for w in found}
+
+
 class TestOwnSamples:
+    def test_they_are_kept_in_the_store(self, model_directory, texts, tmp_path, monkeypatch):
+        monkeypatch.setitem(SELF_MOST, "cpu", 640)
+        model, calls = load_model(model_directory("rotary")), []
+
+        def counted(*args, **kwargs):
+            calls.append(kwargs["seed"])
+            return sample(*args, **kwargs)
+
+        monkeypatch.setattr("bytecap.model.sampling.sample", counted)
+
+        def recovery(seed, store):
+            config = FitConfig(
+                BUDGET, calibration=["self", texts["calib"]], evaluation=texts["val"], recover="1", recover_text="self",
+                seed=seed, tokens=600, evaluation_tokens=300, window=32,
+            )  # fmt: skip
+            return token_sets(model, config, "cpu", store, Silent())
+
+        first, again = recovery(0, Store(tmp_path)), recovery(0, Store(tmp_path))
+        assert calls == [0, 0]  # for calibration and for recovery
+        assert first == again
+        assert recovery(0, Store(None)) == first
+        assert recovery(1, Store(tmp_path)).recovery != first.recovery
+
     def test_windows_come_from_the_model_alone_and_again(self, model_directory, texts, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 4096)
         model = load_model(model_directory("rotary"))

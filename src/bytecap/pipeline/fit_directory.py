@@ -21,8 +21,9 @@ from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.quality import Measured, quality
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
 from bytecap.pipeline.stages import choose_device
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.directory import family
@@ -75,8 +76,8 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     for note in notes:
         reporter.note(note)
     floor = _check_floor(contents, cap)
-    sets = token_sets(loaded, config, target, reporter)
     kept = config.store if isinstance(config.store, Store) else Store(config.store)
+    sets = token_sets(loaded, config, target, kept, reporter, correction_tokens=held_tokens(config))
     job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort_of(config.recover), store=kept)
     loaded.module.to(target)
     items = calibrated(job, Layout("", contents.places), contents.types)

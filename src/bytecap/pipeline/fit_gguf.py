@@ -29,8 +29,9 @@ from bytecap.model.defaults import TOKENS
 from bytecap.model.sources import Paths, as_paths, load_sets
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.quality import Measured, quality
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
 from bytecap.pipeline.stages import choose_device
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.gguf import file, library
@@ -107,7 +108,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     cap = parse_budget(config.budget, model.parameters)
     floor = _check_floor(frame, cap)
     store = config.store if isinstance(config.store, Store) else Store(config.store)
-    sets = token_sets(model, config, device, reporter)
+    sets = token_sets(model, config, device, store, reporter, correction_tokens=held_tokens(config))
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     model.module.to(device)
     items = calibrated(job, frame.layout, frame.types)

@@ -20,7 +20,6 @@ from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluation import Comparison, paired_stderr
 from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.sources import as_paths, load_sets, recovery_texts, with_recovery
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.quality import Measured, compare, quality
 from bytecap.progress import Reporter
@@ -56,19 +55,6 @@ class RuntimeModel:
 def held_tokens(config: FitConfig) -> int:
     """Most tokens for the Hessian that judges: `held_tokens` of the config's options."""
     return int((config.options or {}).get("held_tokens", HELD_TOKENS))
-
-
-def token_sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
-    """The token sets, with those of recovery where it is asked for; no Hessian to round by sees the second."""
-    sets = load_sets(
-        model, as_paths(config.calibration), as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
-        device=device, reporter=reporter,
-    )  # fmt: skip
-    if config.recover is None:
-        return sets
-    texts = as_paths(config.recover_text) or recovery_texts(model, as_paths(config.calibration))
-    return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 
 def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -> list[Item]:
