@@ -13,7 +13,7 @@ from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import TextError, UsageError
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.job import Section
+from bytecap.job import Job, Section
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
@@ -30,6 +30,8 @@ from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import TunedParameters
+from bytecap.recovery.sections import _joined
+from bytecap.report.fit import page
 from bytecap.system.cache import Store
 from bytecap.types import Unit
 from conftest import SMALL
@@ -79,6 +81,16 @@ class TestWholeFits:
         assert len(found.data) <= BUDGET
         assert found.report["predicted_delta_nats"] <= plain.report["predicted_delta_nats"]
         assert found.report["without_recovery"]["kl_nats"] == pytest.approx(plain.report["kl_nats"])
+        record = found.report["recovery"]
+        assert [i for _, i, _ in record["curve"]] == [0, 6, 8]
+        assert record["curve"][0][2] == record["kl_before"]
+        assert record["curve"][1][2] == pytest.approx(record["stages"][0]["kl"])
+        seconds = [s for s, _, _ in record["curve"]]
+        assert seconds == sorted(seconds)
+        drawn = page(found.report, found.ledger())
+        assert "<h2>Recovery</h2>" in drawn
+        assert all(f"{i} iterations: KL {kl:.4f}" in drawn for _, i, kl in record["curve"])
+        assert "<h2>Recovery</h2>" not in page(plain.report, plain.ledger())
 
     @pytest.mark.numeric
     def test_diverging_ships_what_was_best_and_says_so(self, fit, plain, monkeypatch):
@@ -343,7 +355,44 @@ class TestStandIns:
         assert not held & {w.tokens for w in found}
 
 
+class TestCurve:
+    def test_a_second_recovery_goes_on_where_the_first_ended(self):
+        own = {"tokens": 10, "stages": [1], "kl_before": 0.5, "curve": [(0.0, 0, 0.5), (4.0, 3, 0.4)]}
+        later = {"tokens": 5, "stages": [2], "kl_before": 0.4, "curve": [(0.5, 0, 0.4), (2.0, 7, 0.3)]}
+        assert _joined(own, later) == {
+            "tokens": 15, "stages": [1, 2], "kl_before": 0.5,
+            "curve": [(0.0, 0, 0.5), (4.0, 3, 0.4), (4.5, 3, 0.4), (6.0, 10, 0.3)],
+        }  # fmt: skip
+
+    def test_skipped_iterations_count(self, model_directory, texts):
+        model = load_model(model_directory("rotary"))
+        job = Job(model, TestTexts().sets(model, texts), 0, lambda *_: 0, "cpu", Silent(), FitConfig(0))
+        passes = kl_passes.Passes(job, copy_of(model.module))
+        passes.skip(3, seconds=100.0)
+        passes.check()
+        [(seconds, iterations, kl)] = passes.curve
+        assert seconds >= 100
+        assert iterations == 3
+        assert kl == pytest.approx(0, abs=1e-9)
+
+
 class TestOwnSamples:
+    def test_windows_are_sampled_side_by_side(self, model_directory, monkeypatch):
+        module, sizes = load_model(model_directory("rotary")).module, []
+        forward = module.forward
+
+        def seen(ids, **kwargs):
+            if ids.shape[1] == 1:
+                sizes.append(len(ids))
+            if len(ids) > 16:
+                raise torch.OutOfMemoryError
+            return forward(ids, **kwargs)
+
+        monkeypatch.setattr(module, "forward", seen)
+        found = sample(module, [5, 6], 40 * 4, window=4, seed=0, device="cpu")
+        assert sizes == [32, *[16] * 8, *[8] * 4]  # halved once, where memory ends
+        assert [w.predicted for w in found] == [4] * 40
+
     def test_they_are_kept_in_the_store(self, model_directory, texts, tmp_path, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 640)
         model, calls = load_model(model_directory("rotary")), []

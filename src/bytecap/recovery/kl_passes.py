@@ -6,6 +6,7 @@ Tokens that are tuned on are the recovery text, else the statistics tokens; the 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -49,6 +50,8 @@ class Passes:
 
     Attributes:
         read: tokens that were tuned on so far.
+        iterations: gradients that were taken so far.
+        curve: (seconds, iterations, KL on the correction tokens) of every check, the progress of a recovery.
     """
 
     def __init__(self, job: Job, quantized_copy: nn.Module) -> None:
@@ -56,10 +59,19 @@ class Passes:
         self._batch = pass_tokens(job.model.module, torch.device(job.device))
         self._pool = list(job.sets.recovery or job.sets.statistics)
         self._source = iteration_windows(self._pool, tokens_of_iteration(job.device), job.seed)
-        self.read = 0
+        self.read, self.iterations = 0, 0
+        self.curve: list[tuple[float, int, float]] = []
+        self._started = time.monotonic()
 
-    def skip(self, iterations: int) -> None:
-        """Skip the windows of iterations that were made before."""
+    @property
+    def seconds(self) -> float:
+        """Seconds since the passes were made, with those of a run that was killed."""
+        return time.monotonic() - self._started
+
+    def skip(self, iterations: int, seconds: float = 0.0) -> None:
+        """Skip the windows of iterations that were made before, in so many seconds."""
+        self._started -= seconds
+        self.iterations += iterations
         for _ in range(iterations):
             self.read += sum(w.predicted for w in next(self._source))
 
@@ -74,6 +86,7 @@ class Passes:
         """Return KL and gradients on the next windows; batches are halved where the device's memory ends."""
         windows = next(self._source)
         self.read += sum(w.predicted for w in windows)
+        self.iterations += 1
         model, device = self._job.model.module, self._job.device
         found, self._batch = halving(
             lambda batch: gradient(model, self._quantized_copy, names, windows, device=device, batch=batch), windows,
@@ -84,7 +97,9 @@ class Passes:
     def check(self) -> float:
         """Return the KL of the quantized copy on the correction tokens."""
         windows = leading(self._job.sets.correction, _CHECK_TOKENS)
-        return kl_to(self._job.model.module, self._quantized_copy, windows, device=self._job.device)[0]
+        kl = kl_to(self._job.model.module, self._quantized_copy, windows, device=self._job.device)[0]
+        self.curve.append((round(self.seconds, 2), self.iterations, kl))
+        return kl
 
     def say_short(self) -> None:
         """Note that the text was shorter than the effort."""
