@@ -8,6 +8,8 @@ import pytest
 
 import bytecap
 from bytecap.errors import UsageError
+from bytecap.job import Job
+from bytecap.job.config import FitConfig
 from bytecap.model import sources
 from bytecap.model.calibration_text import GENERAL, SELF, Source, general, general_documents, parse
 from bytecap.model.checkpoint import load_model
@@ -15,7 +17,7 @@ from bytecap.model.defaults import SAMPLED_TOKENS, TOKENS
 from bytecap.model.evaluation import Comparison, evaluate
 from bytecap.model.sources import default_sources, default_tokens, load_sets
 from bytecap.model.texts import Text, TokenSets, Window, split_sets
-from bytecap.pipeline.quality import quality
+from bytecap.pipeline.quality import quality, say_narrow
 from bytecap.progress import Silent
 from bytecap.report.fit import page
 from bytecap.report.fit.predicted import distance
@@ -119,6 +121,32 @@ class TestDistance:
     def test_without_predictions_only_the_loss_is_said(self):
         found = quality([comparison("x", 10, 3.0, math.nan)], [comparison("c", 10, 2.0, math.nan)])
         assert distance(finite(found)) == "calibration 2.00 nats, evaluation 3.00"
+
+
+class TestNarrowText:
+    @pytest.mark.parametrize(
+        ("calibration", "sources", "kl", "said"),
+        [
+            (["a.txt"], ("a.txt",), 0.13, True),
+            ("a.txt", ("a.txt",), 0.13, True),
+            (["a.txt"], ("a.txt",), 0.12, False),
+            (["a.txt", "self"], ("a.txt", SELF), 0.13, False),
+            (None, (GENERAL,), 0.13, False),
+            ([{"ids": 1}], ("calibration",), 0.13, False),
+            (["a.txt"], ("a.txt",), math.nan, False),
+        ],
+    )
+    def test_it_is_said_where_samples_may_help(self, calibration, sources, kl, said):
+        reporter = Silent()
+        sets = TokenSets((), windows(0, len(sources)), (), 0, sources=sources)
+        job = Job(None, sets, 0, lambda *_: 0, "cpu", reporter, FitConfig(0, calibration=calibration))
+        say_narrow(job, {"text_distance": {"calibration_kl": 0.1, "evaluation_kl": kl}})
+        assert [("--calib self" in n) for n in reporter.notes] == [True] * said
+
+    def test_without_figures_nothing_is_said(self):
+        reporter = Silent()
+        say_narrow(Job(None, TokenSets((), (), (), 0), 0, lambda *_: 0, "cpu", reporter, FitConfig(0)), {})
+        assert not reporter.notes
 
 
 class TestSets:

@@ -20,7 +20,7 @@ from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.quality import Measured, quality
+from bytecap.pipeline.quality import Measured, quality, say_narrow
 from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
 from bytecap.pipeline.stages import choose_device
 from bytecap.pipeline.token_sets import token_sets
@@ -179,6 +179,7 @@ def _finish(
             report["without_recovery"] = gain(measured.parts, _measured(job, contents, other).parts)
     report |= quality(measured.parts, measured.held)
     report["largest_units"] = [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]
+    say_narrow(job, report)
     result.windows = measured.windows
     return result
 

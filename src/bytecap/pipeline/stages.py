@@ -42,7 +42,7 @@ from bytecap.model.rebuilt import written
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code, update
 from bytecap.pipeline.artifact import Artifact
-from bytecap.pipeline.quality import Measured, compare, quality
+from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
 from bytecap.progress import Recorder, reporter_for
 from bytecap.quantization.quantizer import EFFORTS
@@ -198,6 +198,7 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
         job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
     found, ideal = _measure(result.data, job)
     result.report |= {"ideal_bytes": ideal} | quality(found.parts, found.held)
+    say_narrow(job, result.report)
     if job.recover is not None:
         plain = (_measure(result.before, job)[0] if result.before is not None else found).parts
         before = quality(plain)
