@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import TextError, UsageError
+from bytecap.model import streaming
 from bytecap.model.calibration_text import (
     GENERAL,
     SELF,
@@ -195,7 +196,7 @@ def default_sources(model: Model, wanted: int, device: str) -> tuple[Source, ...
 
     Sampling is slow on a processor, so samples are fewer there; weights follow, and nothing is read twice.
     """
-    if not of_transformers(model.module):
+    if not _can_be_sampled(model):
         return (Source(GENERAL),)
     own = min(SELF_SHARE * wanted, SELF_MOST[device])
     return (Source(SELF, own / wanted), Source(GENERAL, 1 - own / wanted))
@@ -227,6 +228,8 @@ def sampled(
     """
     from bytecap.model.sampling import sample
 
+    if streaming.of(model.module) is not None:
+        raise UsageError(f"{SELF} samples token by token, which takes a model that is in memory; give a text instead")
     rows = vocabulary_of(model.module)
     if not of_transformers(model.module) or (firsts is None and rows is None):
         raise UsageError(f"{SELF} samples from a language model of transformers, and this is none; give a text instead")
@@ -244,7 +247,12 @@ def recovery_texts(model: Model, calibration: Sequence[Path]) -> list[Path]:
         return [Path(s.name) for s in parse(calibration)]
     if model.name == DEMO:
         return [demo_directory() / "calib.txt"]
-    return [Path(word) for word in WORDS if word == GENERAL or of_transformers(model.module)]
+    return [Path(word) for word in WORDS if word == GENERAL or _can_be_sampled(model)]
+
+
+def _can_be_sampled(model: Model) -> bool:
+    """Whether a model writes text of its own: one that is streamed would be read anew for every token."""
+    return of_transformers(model.module) and streaming.of(model.module) is None
 
 
 def with_recovery(

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytecap.allocation.decoded import coder_of, decode_grid
 from bytecap.allocation.overlaid import problem_of
-from bytecap.allocation.planner import Planner, coder_of, decode_grid, finest_step
+from bytecap.allocation.planner import Planner, finest_step
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.format.coders.packed import BROTLI, dequantize
@@ -78,6 +79,16 @@ class Base(Protocol):
         """Every unit at the operating point."""
         ...
 
+    @property
+    def device(self) -> str:
+        """Where codewords and networks are computed."""
+        ...
+
+    @property
+    def memo(self) -> dict[Any, Any]:
+        """Results that recodings keep, so that none is computed twice: codewords, networks, sections."""
+        ...
+
     def round(self, problems: Sequence[UnitProblem], finer: float) -> list[Rounded]:
         """Code problems at `2^-finer` times their units' steps."""
         ...
@@ -97,6 +108,8 @@ class GridBase:
     kappa: Mapping[str, float]
     problems: Mapping[str, UnitProblem]
     units: Mapping[str, Rounded]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    device: str = "cpu"
 
     @staticmethod
     def of(planner: Planner, rules: Rules, steps: Mapping[str, float], kappa: Mapping[str, float]) -> GridBase:
@@ -109,6 +122,10 @@ class GridBase:
     def shared(self) -> Shared:
         """Its tables and offsets."""
         return self.rules.shared
+
+    def with_states(self, states: int) -> GridBase:
+        """Return the base with a trellis of so many states for what is coded from now on."""
+        return replace(self, planner=replace(self.planner, options=replace(self.planner.options, states=states)))
 
     def round(self, problems: Sequence[UnitProblem], finer: float) -> list[Rounded]:
         """See `Base`; a unit's own problem at its own step is not coded again."""
@@ -163,6 +180,8 @@ class GolfBase:
     units: Mapping[str, Rounded]
     factors: Mapping[str, Factor]
     shared: Shared = field(default_factory=Shared)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    device: str = "cpu"
 
     @staticmethod
     def of(
