@@ -377,6 +377,30 @@ class TestCurve:
         assert kl == pytest.approx(0, abs=1e-9)
 
 
+class TestChecks:
+    @pytest.mark.parametrize(("most", "passes_of_original"), [(2**27, 1), (0, 3)])
+    def test_the_original_reads_the_correction_tokens_once(
+        self, model_directory, texts, monkeypatch, most, passes_of_original
+    ):
+        monkeypatch.setitem(kl_passes._REMEMBERED, "cpu", most)
+        model = load_model(model_directory("rotary"))
+        sets = TestTexts().sets(model, texts)
+        other = copy_of(model.module)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.data = p.data + 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        calls = []
+        model.module.register_forward_hook(lambda *_: calls.append(1))
+        kl_to(model.module, other, sets.correction)
+        one = len(calls)
+        job = Job(model, sets, 0, lambda *_: 0, "cpu", Silent(), FitConfig(0))
+        passes = kl_passes.Passes(job, other)
+        found = [passes.check() for _ in range(3)]
+        assert len(calls) == one + one * passes_of_original
+        assert found == [kl_to(model.module, other, sets.correction)[0]] * 3
+        assert found[0] > 0
+
+
 class TestOwnSamples:
     def test_windows_are_sampled_side_by_side(self, model_directory, monkeypatch):
         module, sizes = load_model(model_directory("rotary")).module, []
