@@ -1,6 +1,7 @@
 """Recovery: what is coded stays what it is, the file never grows, nothing is tuned on what is measured."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +13,26 @@ from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import TextError, UsageError
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.job import Section
+from bytecap.job import Job, Section
+from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
-from bytecap.model.calibration_text import SELF_MOST
+from bytecap.model.calibration_text import GENERAL, SELF, SELF_MOST
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sampling import sample
-from bytecap.model.sources import load_sets, with_recovery
+from bytecap.model.sources import load_sets, recovery_texts, with_recovery
+from bytecap.model.texts import Window
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import TunedParameters
+from bytecap.recovery.sections import _joined
+from bytecap.report.fit import page
+from bytecap.system.cache import Store
 from bytecap.types import Unit
 from conftest import SMALL
 
@@ -74,6 +81,17 @@ class TestWholeFits:
         assert len(found.data) <= BUDGET
         assert found.report["predicted_delta_nats"] <= plain.report["predicted_delta_nats"]
         assert found.report["without_recovery"]["kl_nats"] == pytest.approx(plain.report["kl_nats"])
+        record = found.report["recovery"]
+        integers, values = (s["moves"] for s in record["stages"])
+        assert [i for _, i, _ in record["curve"]] == [0, integers, integers + values] == [0, integers, 8]
+        assert record["curve"][0][2] == record["kl_before"]
+        assert record["curve"][1][2] == pytest.approx(record["stages"][0]["kl"])
+        seconds = [s for s, _, _ in record["curve"]]
+        assert seconds == sorted(seconds)
+        drawn = page(found.report, found.ledger())
+        assert "<h2>Recovery</h2>" in drawn
+        assert all(f"{i} iterations: KL {kl:.4f}" in drawn for _, i, kl in record["curve"])
+        assert "<h2>Recovery</h2>" not in page(plain.report, plain.ledger())
 
     @pytest.mark.numeric
     def test_diverging_ships_what_was_best_and_says_so(self, fit, plain, monkeypatch):
@@ -304,7 +322,125 @@ class TestTexts:
             with_recovery(model, sets, path, window=128, reporter=Silent())
 
 
+class TestStandIns:
+    """Recovery reads text by the rules of calibration."""
+
+    def test_nothing_given_is_samples_and_general_text(self, model_directory, texts):
+        model = load_model(model_directory("rotary"))
+        assert recovery_texts(model, []) == [Path(SELF), Path(GENERAL)]
+        assert recovery_texts(model, [Path("general:2"), texts["calib"]]) == [Path(GENERAL), texts["calib"]]
+        assert [p.name for p in recovery_texts(load_model("demo"), [])] == ["calib.txt"]
+
+    def test_a_model_that_cannot_be_sampled_reads_general_text(self, model_directory, monkeypatch):
+        monkeypatch.setattr("bytecap.model.sources.of_transformers", lambda _: False)
+        assert recovery_texts(load_model(model_directory("rotary")), []) == [Path(GENERAL)]
+
+    def test_both_are_read_and_the_sampler_is_asked_once(self, model_directory, texts, monkeypatch):
+        monkeypatch.setitem(SELF_MOST, "cpu", 640)
+        monkeypatch.setattr("bytecap.model.sources.RECOVERY_TOKENS", 4000)
+        model, asked = load_model(model_directory("rotary")), []
+        sets = TestTexts().sets(model, texts)
+
+        def sampler(tokens, *, firsts):
+            asked.append((tokens, firsts))
+            return tuple(Window((firsts[0], *range(i, i + 32)), 0) for i in range(20))
+
+        found = with_recovery(
+            model, sets, recovery_texts(model, []), window=32, sampler=sampler, reporter=Silent()
+        ).recovery
+        assert asked == [(640, sorted({w.tokens[0] for w in sets.statistics}))]
+        own = {(asked[0][1][0], *range(i, i + 32)) for i in range(20)}
+        assert {w.tokens for w in found} & own
+        assert {w.tokens for w in found} - own
+        held = {w.tokens for w in sets.evaluation[0].windows}
+        assert not held & {w.tokens for w in found}
+
+
+class TestCurve:
+    def test_a_second_recovery_goes_on_where_the_first_ended(self):
+        own = {"tokens": 10, "stages": [1], "kl_before": 0.5, "curve": [(0.0, 0, 0.5), (4.0, 3, 0.4)]}
+        later = {"tokens": 5, "stages": [2], "kl_before": 0.4, "curve": [(0.5, 0, 0.4), (2.0, 7, 0.3)]}
+        assert _joined(own, later) == {
+            "tokens": 15, "stages": [1, 2], "kl_before": 0.5,
+            "curve": [(0.0, 0, 0.5), (4.0, 3, 0.4), (4.5, 3, 0.4), (6.0, 10, 0.3)],
+        }  # fmt: skip
+
+    def test_skipped_iterations_count(self, model_directory, texts):
+        model = load_model(model_directory("rotary"))
+        job = Job(model, TestTexts().sets(model, texts), 0, lambda *_: 0, "cpu", Silent(), FitConfig(0))
+        passes = kl_passes.Passes(job, copy_of(model.module))
+        passes.skip(3, seconds=100.0)
+        passes.check()
+        [(seconds, iterations, kl)] = passes.curve
+        assert seconds >= 100
+        assert iterations == 3
+        assert kl == pytest.approx(0, abs=1e-9)
+
+
+class TestChecks:
+    @pytest.mark.parametrize(("most", "passes_of_original"), [(2**27, 1), (0, 3)])
+    def test_the_original_reads_the_correction_tokens_once(
+        self, model_directory, texts, monkeypatch, most, passes_of_original
+    ):
+        monkeypatch.setitem(kl_passes._REMEMBERED, "cpu", most)
+        model = load_model(model_directory("rotary"))
+        sets = TestTexts().sets(model, texts)
+        other = copy_of(model.module)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.data = p.data + 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        calls = []
+        model.module.register_forward_hook(lambda *_: calls.append(1))
+        kl_to(model.module, other, sets.correction)
+        one = len(calls)
+        job = Job(model, sets, 0, lambda *_: 0, "cpu", Silent(), FitConfig(0))
+        passes = kl_passes.Passes(job, other)
+        found = [passes.check() for _ in range(3)]
+        assert len(calls) == one + one * passes_of_original
+        assert found == [kl_to(model.module, other, sets.correction)[0]] * 3
+        assert found[0] > 0
+
+
 class TestOwnSamples:
+    def test_windows_are_sampled_side_by_side(self, model_directory, monkeypatch):
+        module, sizes = load_model(model_directory("rotary")).module, []
+        forward = module.forward
+
+        def seen(ids, **kwargs):
+            if ids.shape[1] == 1:
+                sizes.append(len(ids))
+            if len(ids) > 16:
+                raise torch.OutOfMemoryError
+            return forward(ids, **kwargs)
+
+        monkeypatch.setattr(module, "forward", seen)
+        found = sample(module, [5, 6], 40 * 4, window=4, seed=0, device="cpu")
+        assert sizes == [32, *[16] * 8, *[8] * 4]  # halved once, where memory ends
+        assert [w.predicted for w in found] == [4] * 40
+
+    def test_they_are_kept_in_the_store(self, model_directory, texts, tmp_path, monkeypatch):
+        monkeypatch.setitem(SELF_MOST, "cpu", 640)
+        model, calls = load_model(model_directory("rotary")), []
+
+        def counted(*args, **kwargs):
+            calls.append(kwargs["seed"])
+            return sample(*args, **kwargs)
+
+        monkeypatch.setattr("bytecap.model.sampling.sample", counted)
+
+        def recovery(seed, store):
+            config = FitConfig(
+                BUDGET, calibration=["self", texts["calib"]], evaluation=texts["val"], recover="1", recover_text="self",
+                seed=seed, tokens=600, evaluation_tokens=300, window=32,
+            )  # fmt: skip
+            return token_sets(model, config, "cpu", store, Silent())
+
+        first, again = recovery(0, Store(tmp_path)), recovery(0, Store(tmp_path))
+        assert calls == [0, 0]  # for calibration and for recovery
+        assert first == again
+        assert recovery(0, Store(None)) == first
+        assert recovery(1, Store(tmp_path)).recovery != first.recovery
+
     def test_windows_come_from_the_model_alone_and_again(self, model_directory, texts, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 4096)
         model = load_model(model_directory("rotary"))

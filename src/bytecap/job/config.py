@@ -63,7 +63,8 @@ class FitConfig:
         code: source files to keep inside, counted packed, or what `bytecap.pipeline.pack_code.pack` made of them.
         paths: overlays that the allocator may choose from, or `all`; for the method `bytecap` only.
         recover: tune what was coded for so many steps (`600`) or so long (`45s`, `10m`).
-        recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.
+        recover_text: what to tune on: text files, or the words `self` and `general`; the calibration texts by default,
+            and where none are given samples of the model itself and the general text.
         allow_unused: tensors and files of a checkpoint that are meant to be left out, as names or patterns
             (`model.layers.61.*`); any other that has no place in the model is refused.
         memory: most memory that a fit may use (`24GB`): of the GPU where it runs on one, else of the machine; by

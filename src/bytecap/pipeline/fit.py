@@ -11,31 +11,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
-from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig, configured
 from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
-from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
-from bytecap.model.texts import TokenSets, Window
+from bytecap.model.sources import as_paths
+from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, memory
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.formats import FORMATS, format_of
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
-from bytecap.system.cache import Store, blamed, digest
+from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_collisions
 
 _FOR_MODULES = ("loss", "evaluate", "predictions", "given")
@@ -147,30 +144,7 @@ def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: f
 
 def text_sets(model: Model, asked: Asked) -> TokenSets:
     """Load the token sets of a checkpoint, from text files or the embedded texts."""
-    config, calibration = asked.config, as_paths(asked.config.calibration)
-    sets = load_sets(
-        model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, seed=config.seed, device=asked.device,
-        sampler=partial(_sampled_once, model, asked), reporter=asked.reporter,
-    )  # fmt: skip
-    if asked.recover is None:
-        return sets
-    texts = as_paths(config.recover_text) or recovery_texts(model, calibration)
-    return with_recovery(
-        model, sets, texts, window=config.window, seed=config.seed, device=asked.device, reporter=asked.reporter
-    )
-
-
-def _sampled_once(model: Model, asked: Asked, tokens: int) -> tuple[Window, ...]:
-    """Windows sampled from the model, kept in the job's store."""
-    window, seed, device = window_limit(model, asked.config.window), asked.config.seed, asked.device
-
-    def make() -> dict[str, npt.NDArray[np.int64]]:
-        found = sampled(model, tokens, window=window, seed=seed, device=device, reporter=asked.reporter)
-        return {str(i): np.array(w.tokens, np.int64) for i, w in enumerate(found)}
-
-    kept = asked.store.once(lambda: digest("samples", model_key(model), tokens, window, seed, device), make)
-    return tuple(Window(tuple(kept[str(i)].tolist()), 0) for i in range(len(kept)))
+    return token_sets(model, asked.config, asked.device, asked.store, asked.reporter)
 
 
 def finish_all(opened: Sequence[Opened], sets: TokenSets, started: float) -> list[Artifact]:
