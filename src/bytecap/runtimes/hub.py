@@ -1,0 +1,168 @@
+"""Lay a model out as a directory that transformers and a hub know: `model.bcap`, plain side files, a card.
+
+Config and tokenizer lie beside the weights, where programs look for them, and are therefore not inside `model.bcap`. The
+weights have no name that transformers reads by itself: its config's `transformers_weights` is a sentence that says what
+to install, and transformers shows it in the error with which it refuses the directory; the plug-in
+(`bytecap.runtimes.transformers`) puts the name of an index there, as sharded checkpoints have one, by which transformers
+finds `model.bcap` locally and on a hub. numpy alone is needed here.
+
+>>> config = json.loads(with_quantization(b'{"model_type": "llama"}', "1.3", "bfloat16"))
+>>> config["quantization_config"]["quant_method"], config["transformers_weights"].partition(",")[0]
+('bytecap', 'model.bcap')
+>>> json.loads(without_quantization(json.dumps(config).encode(), "config.json"))
+{'model_type': 'llama', 'dtype': 'bfloat16'}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bytecap.errors import ArtifactError, CheckpointError, VersionError
+from bytecap.format import container
+from bytecap.format.container import FILE as FILE_KIND
+from bytecap.format.container import VERSION, Contents
+from bytecap.format.decoder import side_files
+from bytecap.format.sidefiles import source_tensors
+from bytecap.model.building import parse_object
+from bytecap.model.fileset import INDEX, SIDE_FILES, SLOW_TOKENIZER_FILES, WEIGHTS
+
+METHOD = "bytecap"  # the `quant_method` of a config
+FILE = "model.bcap"
+CONFIG, CARD = "config.json", "README.md"
+SHARDS = "model.bcap.safetensors.index.json"  # transformers reads indices by this ending alone
+INSTALL = "pip install 'bytecap[hf]' and import bytecap.runtimes.transformers"
+_SENTENCE = f"{FILE}, which is read after: {INSTALL}"
+_OTHERS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # that transformers would read
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def is_hub(path: Path) -> bool:
+    """Return whether a directory holds a model in this layout."""
+    return path.is_dir() and (path / FILE).is_file()
+
+
+def check_alone(directory: Path) -> None:
+    """Refuse a directory that holds the weights twice.
+
+    Raises:
+        CheckpointError: there is another file of weights, which may be another model.
+    """
+    for name in _OTHERS:
+        if (directory / name).is_file():
+            raise CheckpointError(f"{directory} holds both {FILE} and {name}: remove the one that is not meant")
+
+
+def check_format(config: Mapping[str, Any], name: str) -> None:
+    """Refuse a directory that was written by a newer version, before its weights are fetched.
+
+    Raises:
+        VersionError: the config names a format that this reader does not know.
+    """
+    said = str(config.get("format", ""))
+    numbers = said.split(".")
+    if not (len(numbers) == 2 and all(n.isascii() and n.isdigit() and len(n) < 4 for n in numbers)):
+        raise VersionError(f"{name} names no format of bytecap ({said[:40]!r}): it was written by something else")
+    if tuple(map(int, numbers)) > VERSION:
+        own = ".".join(map(str, VERSION))
+        raise VersionError(f"{name} has format {said}, this version of bytecap reads {own}: pip install -U bytecap")
+
+
+def read(directory: Path) -> tuple[Contents, dict[str, bytes]]:
+    """Read a directory in this layout: contents of the weights, and the side files as a plain file has them.
+
+    Raises:
+        ArtifactError: the file cannot be trusted. CheckpointError: there are two files of weights, or no config.
+    """
+    check_alone(directory)
+    content = _content(directory, CONFIG)
+    check_format(_quantization(content, f"{directory}/{CONFIG}"), f"{directory}/{CONFIG}")
+    contents = container.read(directory / FILE)
+    files = {n: _content(directory, n) for n in (*SIDE_FILES, *SLOW_TOKENIZER_FILES) if (directory / n).is_file()}
+    files |= side_files(contents)
+    files[CONFIG] = without_quantization(content, f"{directory}/{CONFIG}")
+    return contents, files
+
+
+def split(contents: Contents, files: Mapping[str, bytes]) -> tuple[Contents, dict[str, bytes]]:
+    """Take the side files out of contents; a description of the source's tensors stays inside.
+
+    Args:
+        contents: of an artifact, with side files or without.
+        files: the side files, unpacked.
+    """
+    kept = tuple(f for f in contents.files if f.kind != FILE_KIND or f.name == source_tensors.FILE)
+    return replace(contents, files=kept), {n: d for n, d in files.items() if n != source_tensors.FILE}
+
+
+def layout(contents: Contents, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return every file of a directory but the card, by name.
+
+    Args:
+        contents: of the artifact.
+        files: config and tokenizer, unpacked.
+
+    Raises:
+        ArtifactError: there is no config.
+    """
+    inside, beside = split(contents, files)
+    if CONFIG not in beside:
+        raise ArtifactError(f"there is no {CONFIG} (written with --no-config), so no directory can be made")
+    data = container.serialize(inside)
+    found = beside_weights(beside, format_of(data), dtype_of(contents))
+    return {FILE: data, **found}
+
+
+def beside_weights(files: Mapping[str, bytes], version: str, dtype: str) -> dict[str, bytes]:
+    """Return the files beside the weights, without the card."""
+    return {
+        **files,
+        CONFIG: with_quantization(files[CONFIG], version, dtype),
+        SHARDS: json.dumps({"metadata": {}, "weight_map": {METHOD: FILE}}, separators=(",", ":")).encode(),
+    }
+
+
+def format_of(data: bytes) -> str:
+    """Return the format version of an artifact's bytes, `major.minor`."""
+    return f"{data[8]}.{data[9]}"
+
+
+def dtype_of(contents: Contents) -> str:
+    """Return the dtype in which the source was, in transformers' words; float32 where there are several."""
+    found = {u.unit.dtype for u in contents.units} & _DTYPES.keys()
+    return _DTYPES[found.pop()] if len(found) == 1 else "float32"
+
+
+def with_quantization(content: bytes, version: str, dtype: str) -> bytes:
+    """Return a `config.json` that names the plug-in."""
+    config = parse_object(content, CONFIG)
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = dtype
+    config["transformers_weights"] = _SENTENCE
+    config["quantization_config"] = {"quant_method": METHOD, "format": version, "install": INSTALL}
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def without_quantization(content: bytes, name: str) -> bytes:
+    """Return the `config.json` as it was before `with_quantization`."""
+    config = parse_object(content, name)
+    for key in ("transformers_weights", "quantization_config"):
+        config.pop(key, None)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _quantization(content: bytes, name: str) -> Mapping[str, Any]:
+    found = parse_object(content, name).get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        raise CheckpointError(f"{name} does not say that {FILE} beside it is its model (quant_method {METHOD!r})")
+    return found
+
+
+def _content(directory: Path, name: str) -> bytes:
+    try:
+        return (directory / name).read_bytes()
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {directory / name}: {exc.strerror}") from exc
