@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import bytecap.runtimes.transformers  # noqa: F401 (registers itself)
 from bytecap.errors import ArtifactError, BytecapError, CheckpointError, VersionError
 from bytecap.format import container
 from bytecap.format.decoder import side_files
@@ -29,13 +30,6 @@ def written(directory, made, change=None):
     return directory
 
 
-@pytest.fixture
-def plugin():
-    import bytecap.runtimes.transformers
-
-    return bytecap.runtimes.transformers
-
-
 def loaded(directory, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
 
@@ -43,7 +37,7 @@ def loaded(directory, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary", "biased", "transposed", "offset"])
 @pytest.mark.parametrize("dtype", ["auto", torch.float32])
-def test_a_directory_is_the_unpacked_one(plugin, model_directory, tmp_path, kind, dtype):
+def test_a_directory_is_the_unpacked_one(model_directory, tmp_path, kind, dtype):
     directory = written(tmp_path / "hub", model_directory(kind))
     unpack(tmp_path / "hub.bcap", tmp_path / "plain")
     ours, theirs = loaded(directory, dtype=dtype), loaded(tmp_path / "plain", dtype=dtype)
@@ -55,7 +49,7 @@ def test_a_directory_is_the_unpacked_one(plugin, model_directory, tmp_path, kind
         assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
 
 
-def test_device_maps_and_saving(plugin, model_directory, tmp_path):
+def test_device_maps_and_saving(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     model = loaded(directory, device_map="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -70,7 +64,7 @@ def test_device_maps_and_saving(plugin, model_directory, tmp_path):
         loaded(directory, device_map={"model": "cpu", "lm_head": "disk"})
 
 
-def test_a_pipeline_generates(plugin, model_directory, tmp_path):
+def test_a_pipeline_generates(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     unpack(tmp_path / "hub.bcap", tmp_path / "plain")
     texts = []
@@ -101,14 +95,15 @@ def test_without_the_plugin_nothing_is_loaded(model_directory, tmp_path, removed
         return json.dumps({k: v for k, v in config.items() if k not in removed}).encode() if config else data
 
     directory = written(tmp_path / "hub", model_directory(), change)
-    done = subprocess.run([sys.executable, "-c", WITHOUT, str(directory)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", WITHOUT, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 (our own script)
     assert "refused" in done.stdout
     if not removed:
         assert "pip install 'bytecap[hf]' and import bytecap.runtimes.transformers" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
-def test_two_files_of_weights_are_refused(plugin, model_directory, tmp_path, name):
+def test_two_files_of_weights_are_refused(model_directory, tmp_path, name):
     directory = written(tmp_path / "hub", model_directory())
     (directory / name).write_bytes(b"{}")
     with pytest.raises(CheckpointError, match=f"both model.bcap and {name}"):
@@ -118,7 +113,7 @@ def test_two_files_of_weights_are_refused(plugin, model_directory, tmp_path, nam
 
 
 @pytest.mark.parametrize(("version", "said"), [("1.99", "pip install -U bytecap"), ("2.0", "-U"), ("x", "no format")])
-def test_a_plugin_older_than_the_file(plugin, model_directory, tmp_path, version, said):
+def test_a_plugin_older_than_the_file(model_directory, tmp_path, version, said):
     def change(name, data):
         if name != "config.json":
             return data
@@ -133,7 +128,7 @@ def test_a_plugin_older_than_the_file(plugin, model_directory, tmp_path, version
         hub.read(directory)
 
 
-def test_a_truncated_file(plugin, model_directory, tmp_path):
+def test_a_truncated_file(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     data = (directory / "model.bcap").read_bytes()
     (directory / "model.bcap").write_bytes(data[: len(data) // 2])
@@ -145,7 +140,7 @@ def test_a_truncated_file(plugin, model_directory, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"hidden_size": 64}, {"num_hidden_layers": 3}])
-def test_a_config_of_another_model(plugin, model_directory, tmp_path, changed):
+def test_a_config_of_another_model(model_directory, tmp_path, changed):
     def change(name, data):
         return json.dumps(json.loads(data) | changed).encode() if name == "config.json" else data
 
@@ -154,7 +149,7 @@ def test_a_config_of_another_model(plugin, model_directory, tmp_path, changed):
         loaded(directory)
 
 
-def test_another_head_is_refused(plugin, model_directory, tmp_path):
+def test_another_head_is_refused(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     with pytest.raises(ArtifactError, match=r"holds no tensor score\.weight"):
         transformers.AutoModelForSequenceClassification.from_pretrained(directory)

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from bytecap.cli.card import card
 from bytecap.cli.check import check
 from bytecap.cli.compare import compare
 from bytecap.cli.curves import curves
@@ -38,7 +39,22 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Put a trained language model into ONE file under a hard byte cap.",
 )  # fmt: skip
-for _command in (fit, inspect, compare, curves, tie, thesis, ledger, check, unpack, generate, demo, recode, imatrix):
+for _command in (
+    fit,
+    inspect,
+    compare,
+    curves,
+    tie,
+    thesis,
+    ledger,
+    check,
+    card,
+    unpack,
+    generate,
+    demo,
+    recode,
+    imatrix,
+):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(golf_app, name="golf")

@@ -10,8 +10,11 @@ def ledger(path: Artifact, as_json: Json = False) -> None:
     from bytecap.format import container
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger
+    from bytecap.runtimes import hub
 
-    if path.is_dir():
+    if hub.is_hub(path):
+        entries = hub.ledger_of(path)
+    elif path.is_dir():
         from bytecap.runtimes.directory.contents import ledger_of
 
         entries = ledger_of(path)

@@ -15,7 +15,9 @@ from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_units
 from bytecap.format.ledger import Entry
 from bytecap.model.evaluation import ByWindow
+from bytecap.runtimes import hub
 from bytecap.system.atomic import write_atomically
+from bytecap.system.directories import replacing_directory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +33,7 @@ class Artifact:
         report: every figure of the job, as `--json` prints it, and under `warnings` every warning.
         windows: scores of every evaluation text by window; none after a dry run.
         before: what would have been written without recovery, where that is something else.
+        beside: files beside `model.bcap`, by name, where a directory was asked for (`layout="hub"`).
     """
 
     contents: Contents
@@ -38,6 +41,7 @@ class Artifact:
     report: dict[str, Any] = field(default_factory=dict)
     windows: tuple[ByWindow, ...] = ()
     before: bytes | None = None
+    beside: dict[str, bytes] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Artifact({self._summary()})"
@@ -66,12 +70,18 @@ class Artifact:
         return escape(line) if html else line
 
     def save(self, path: Path | str) -> int:
-        """Write atomically; returns the size in bytes."""
-        return write_atomically(self.data, Path(path))
+        """Write the file, or the directory if one was asked for, whole or not at all; returns the size in bytes."""
+        if not self.beside:
+            return write_atomically(self.data, Path(path))
+        files = {hub.FILE: self.data, **self.beside}
+        with replacing_directory(Path(path)) as made:
+            for name, data in files.items():
+                (made / name).write_bytes(data)
+        return sum(map(len, files.values()))
 
     def ledger(self) -> list[Entry]:
         """Return the owner and the kind of every byte."""
-        return container.ledger(self.contents)
+        return hub.ledger(self.contents, self.beside) if self.beside else container.ledger(self.contents)
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """Decode the values, by name and with aliases."""
@@ -87,4 +97,7 @@ class Artifact:
 
         if not self.data:
             raise UsageError("a dry run writes no file: there is no model to load")
+        if self.beside:
+            files = hub.plain_files(self.beside)
+            return hub.module_of(container.parse(self.data), files, str(self.report.get("model", "the artifact")))
         return module_of(container.parse(self.data), str(self.report.get("model", "the artifact")))

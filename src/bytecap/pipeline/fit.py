@@ -26,15 +26,16 @@ from bytecap.job.config import FitConfig, configured
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
 from bytecap.model.texts import TokenSets, Window
-from bytecap.pipeline import background
+from bytecap.pipeline import background, hub_directory
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
-from bytecap.pipeline.formats import FORMATS, format_of
+from bytecap.pipeline.formats import FILE, FORMATS, HUB, format_of
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
 from bytecap.system.cache import Store, blamed, digest
 from bytecap.system.collisions import refuse_collisions
+from bytecap.system.directories import check_directory
 
 _FOR_MODULES = ("loss", "evaluate", "predictions", "given")
 
@@ -99,7 +100,7 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
     with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
-        return _fit_all(model, configs, started)
+        return (_fit_hub if configs[0].layout == HUB else _fit_all)(model, configs, started)
 
 
 def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) -> None:
@@ -136,6 +137,20 @@ def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     with allocator.stated(loaded.parameters):
         sets = text_sets(loaded, asked[0])
     return finish_all(opened, sets, started)
+
+
+def _fit_hub(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
+    """Fit the weights of one directory for each config to what its other files leave of the budget."""
+    for config in configs:
+        check(replace(config, layout=FILE))
+        hub_directory.check_options(config)
+        if config.output is not None:
+            check_directory(Path(config.output))
+    loaded = model if isinstance(model, Model) else _load(model, replace(configs[0], tokenizer=False))
+    plans = [hub_directory.plan(loaded, config) for config in configs]
+    with plans[0].floor():
+        found = _fit_all(loaded, [p.config for p in plans], started)
+    return [p.finished(a) for p, a in zip(plans, found, strict=True)]
 
 
 def text_sets(model: Model, asked: Asked) -> TokenSets:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bytecap.format import container
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model
+from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model, resolve
 from bytecap.model.from_artifact import load_model as load_artifact
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
 from bytecap.model.texts import load_text
 from bytecap.progress import Reporter, reporter_for, warn
+from bytecap.runtimes import hub
 from bytecap.types import Score
 
 
 def open_model(model: Path | str, allow_unused: Sequence[str] = ()) -> Model:
     """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file."""
     path = Path(model)
-    if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
+    if not path.is_file():
+        directory = resolve(model)
+        if hub.is_hub(directory):
+            inside, files = hub.read(directory)
+            module = freeze(hub.module_of(inside, files, str(model)))
+            return Model(module, find_units(module), files, str(model))
+        return replace(load_model(directory, allow_unused=allow_unused), name=str(model))
+    if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
         return load_model(model, allow_unused=allow_unused)
     contents = container.read(path)
     module = freeze(load_artifact(path))

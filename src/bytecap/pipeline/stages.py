@@ -40,6 +40,7 @@ from bytecap.model.rebuilt import written
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code
 from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.formats import FILE
 from bytecap.progress import Recorder, Reporter, reporter_for
 from bytecap.quantization.quantizer import EFFORTS
 from bytecap.recovery.sections import tune_sections
@@ -122,6 +123,8 @@ def check(config: FitConfig) -> Asked:
     """
     check_budget(config.budget)
     check_choice(config.unused)
+    if config.layout != FILE:
+        raise UsageError(f"the layout {config.layout} is for checkpoints: a module has no config beside it")
     if config.effort not in range(len(EFFORTS)):
         raise UsageError(f"there is no effort {config.effort}: it goes from 0 (fast) to {len(EFFORTS) - 1} (best)")
     if config.recover_text and config.recover is None:

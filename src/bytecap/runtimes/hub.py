@@ -1,10 +1,10 @@
 """Lay a model out as a directory that transformers and a hub know: `model.bcap`, plain side files, a card.
 
-Config and tokenizer lie beside the weights, where programs look for them, and are therefore not inside `model.bcap`. The
-weights have no name that transformers reads by itself: its config's `transformers_weights` is a sentence that says what
-to install, and transformers shows it in the error with which it refuses the directory; the plug-in
-(`bytecap.runtimes.transformers`) puts the name of an index there, as sharded checkpoints have one, by which transformers
-finds `model.bcap` locally and on a hub. numpy alone is needed here.
+Config and tokenizer lie beside the weights, where programs look for them, and are therefore not inside `model.bcap`.
+The weights have no name that transformers reads by itself: its config's `transformers_weights` is a sentence that says
+what to install, and transformers shows it in the error with which it refuses the directory; the plug-in
+(`bytecap.runtimes.transformers`) puts the name of an index there, as sharded checkpoints have one, by which
+transformers finds `model.bcap` locally and on a hub. numpy alone is needed to read and write the layout.
 
 >>> config = json.loads(with_quantization(b'{"model_type": "llama"}', "1.3", "bfloat16"))
 >>> config["quantization_config"]["quant_method"], config["transformers_weights"].partition(",")[0]
@@ -16,19 +16,23 @@ finds `model.bcap` locally and on a hub. numpy alone is needed here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import ArtifactError, CheckpointError, VersionError
 from bytecap.format import container
 from bytecap.format.container import FILE as FILE_KIND
 from bytecap.format.container import VERSION, Contents
-from bytecap.format.decoder import side_files
+from bytecap.format.decoder import decode_units, side_files
+from bytecap.format.ledger import Entry
 from bytecap.format.sidefiles import source_tensors
 from bytecap.model.building import parse_object
 from bytecap.model.fileset import INDEX, SIDE_FILES, SLOW_TOKENIZER_FILES, WEIGHTS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 METHOD = "bytecap"  # the `quant_method` of a config
 FILE = "model.bcap"
@@ -81,10 +85,16 @@ def read(directory: Path) -> tuple[Contents, dict[str, bytes]]:
     content = _content(directory, CONFIG)
     check_format(_quantization(content, f"{directory}/{CONFIG}"), f"{directory}/{CONFIG}")
     contents = container.read(directory / FILE)
-    files = {n: _content(directory, n) for n in (*SIDE_FILES, *SLOW_TOKENIZER_FILES) if (directory / n).is_file()}
-    files |= side_files(contents)
-    files[CONFIG] = without_quantization(content, f"{directory}/{CONFIG}")
-    return contents, files
+    beside = {n: _content(directory, n) for n in (*SIDE_FILES, *SLOW_TOKENIZER_FILES) if (directory / n).is_file()}
+    return contents, plain_files(beside, f"{directory}/") | side_files(contents)
+
+
+def plain_files(beside: Mapping[str, bytes], where: str = "") -> dict[str, bytes]:
+    """Return config and tokenizer of a directory as an artifact holds them."""
+    known = {*SIDE_FILES, *SLOW_TOKENIZER_FILES}
+    return {
+        n: without_quantization(d, f"{where}{n}") if n == CONFIG else d for n, d in beside.items() if n in known
+    }  # fmt: skip
 
 
 def split(contents: Contents, files: Mapping[str, bytes]) -> tuple[Contents, dict[str, bytes]]:
@@ -112,7 +122,7 @@ def layout(contents: Contents, files: Mapping[str, bytes]) -> dict[str, bytes]:
     if CONFIG not in beside:
         raise ArtifactError(f"there is no {CONFIG} (written with --no-config), so no directory can be made")
     data = container.serialize(inside)
-    found = beside_weights(beside, format_of(data), dtype_of(contents))
+    found = beside_weights(beside, format_of(data), dtype_named(u.unit.dtype for u in contents.units))
     return {FILE: data, **found}
 
 
@@ -130,9 +140,9 @@ def format_of(data: bytes) -> str:
     return f"{data[8]}.{data[9]}"
 
 
-def dtype_of(contents: Contents) -> str:
+def dtype_named(stored: Iterable[str]) -> str:
     """Return the dtype in which the source was, in transformers' words; float32 where there are several."""
-    found = {u.unit.dtype for u in contents.units} & _DTYPES.keys()
+    found = set(stored) & _DTYPES.keys()
     return _DTYPES[found.pop()] if len(found) == 1 else "float32"
 
 
@@ -152,6 +162,35 @@ def without_quantization(content: bytes, name: str) -> bytes:
     for key in ("transformers_weights", "quantization_config"):
         config.pop(key, None)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def module_of(contents: Contents, files: Mapping[str, bytes], name: str) -> nn.Module:
+    """Build the decoded float32 module of weights and side files that lie beside them.
+
+    Raises:
+        ArtifactError: the contents cannot be trusted, or there is no config.
+    """
+    from bytecap.model.quantized_copy import load_values
+    from bytecap.model.rebuilt import build
+
+    if CONFIG not in files:
+        raise ArtifactError(f"{name} holds no {CONFIG}, so no module can be built")
+    module = build(files, [u.unit for u in contents.units], name)
+    load_values(module, decode_units(contents, aliases=False))
+    return module
+
+
+def ledger(contents: Contents, beside: Mapping[str, bytes]) -> list[Entry]:
+    """Return owner and kind of every byte of a directory."""
+    entries = [e for e in container.ledger(contents) if e.bytes]
+    return entries + [Entry(n, "tokenizer" if container.is_tokenizer(n) else "config", len(d))
+                      for n, d in beside.items() if n != FILE]  # fmt: skip
+
+
+def ledger_of(directory: Path) -> list[Entry]:
+    """Return owner and kind of every byte of a directory on disk."""
+    contents, _ = read(directory)
+    return ledger(contents, {p.name: _content(directory, p.name) for p in sorted(directory.iterdir()) if p.is_file()})
 
 
 def _quantization(content: bytes, name: str) -> Mapping[str, Any]:

@@ -41,7 +41,7 @@ if not hasattr(HfQuantizer, "update_attn_implementation"):
 
 
 @register_quantization_config(hub.METHOD)
-class BytecapConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BytecapConfig(QuantizationConfigMixin):
     """The `quantization_config` of a directory.
 
     Attributes:
@@ -52,13 +52,13 @@ class BytecapConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **given: Any) -> None:
         hub.check_format(given, "quantization_config of config.json")
-        self.quant_method = hub.METHOD
+        self.quant_method: Any = hub.METHOD
         self.format = str(given["format"])
         self.dequantize = True
 
 
 @register_quantizer(hub.METHOD)
-class BytecapQuantizer(HfQuantizer):  # type: ignore[misc]
+class BytecapQuantizer(HfQuantizer):
     """The steps of loading that differ from those of an ordinary checkpoint."""
 
     def __init__(self, quantization_config: BytecapConfig, **given: Any) -> None:
