@@ -29,7 +29,7 @@ def card(
     ] = None,
 ) -> None:
     """Write a model card: where the bytes are, quality with errors, how to load it, the licence of the source."""
-    from bytecap.pipeline.hub_directory import card_of
+    from bytecap.pipeline.cards import card_of
 
     check_output(output)
     check_inputs({"-o": output}, {"the artifact": path, "--report": report})

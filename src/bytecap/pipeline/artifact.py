@@ -79,6 +79,25 @@ class Artifact:
                 (made / name).write_bytes(data)
         return sum(map(len, files.values()))
 
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Send the model to a hub as a directory that transformers loads; returns the address of the commit.
+
+        Args:
+            repository: `name` or `organisation/name`, made if there is none.
+            private: whether a new repository is seen by its owner alone; by default as the hub does it.
+            token: of the hub; by default that of `hf auth login`.
+
+        Raises:
+            OutputError: the hub cannot be reached, or refuses. ArtifactError: the file holds no config.
+            UsageError: a dry run made no file, or huggingface_hub is missing.
+        """
+        from bytecap.pipeline.publishing import directory_of, push
+
+        if not self.data:
+            raise UsageError("a dry run writes no file: there is nothing to send")
+        files = {hub.FILE: self.data, **self.beside} if self.beside else directory_of(self.contents, self.report)
+        return push(files, repository, private=private, token=token)
+
     def ledger(self) -> list[Entry]:
         """Return the owner and the kind of every byte."""
         return hub.ledger(self.contents, self.beside) if self.beside else container.ledger(self.contents)

@@ -19,17 +19,17 @@ from bytecap.format.container import FileSection
 from bytecap.format.ledger import KINDS, Entry, total
 from bytecap.format.sidefiles import packing, source_tensors
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, resolve
+from bytecap.model.checkpoint import Model
 from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.cards import source_of
 from bytecap.pipeline.formats import HUB
-from bytecap.report.card import Source, card, licence_of
+from bytecap.report.card import Source, card
 from bytecap.runtimes import hub
 from bytecap.sizes import format_size, parse_budget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "COPYING")
 _INDEX_ENTRY = 64  # most bytes that one more file takes in the index, beside its content
 _WIDEST = 99.9999  # figure of a card, in nats or bits
 
@@ -124,7 +124,7 @@ def plan(model: Model, config: FitConfig) -> Plan:
     dtypes = {u.dtype for u in model.units}
     newest = ".".join(map(str, container.VERSION))
     beside = hub.beside_weights(files, newest, hub.dtype_named(dtypes))
-    source, licence = source_of(model)
+    source, licence = source_of(model.name)
     beside |= licence
     reserve = len(_widest_card(model, config, beside, source, cap).encode())
     taken = reserve + sum(map(len, beside.values())) + sum(len(s.data) + _INDEX_ENTRY for s in sections)
@@ -132,52 +132,6 @@ def plan(model: Model, config: FitConfig) -> Plan:
         raise BudgetError(f"{_taken(taken, cap)}: nothing is left for {hub.FILE}", taken)
     inner = replace(config, layout="file", budget=cap - taken, tokenizer=False, config=False, output=None)
     return Plan(config, cap, inner, sections, beside, source, reserve)
-
-
-def source_of(model: Model) -> tuple[Source, dict[str, bytes]]:
-    """Return what is known of a model's origin, and the text of its licence by file name."""
-    try:
-        directory = resolve(model.name)
-    except CheckpointError:
-        directory = Path()
-    return read_source(directory, _short(model.name))
-
-
-def read_source(directory: Path, name: str) -> tuple[Source, dict[str, bytes]]:
-    """Return the licence that a directory's card names, and the text of its licence by file name."""
-    if not directory.is_dir() or directory == Path():
-        return Source(name), {}
-    readme = directory / hub.CARD
-    licence = licence_of(readme.read_text("utf-8", "replace")) if readme.is_file() else {}
-    texts = [n for n in _LICENCES if (directory / n).is_file()][:1]
-    return Source(name, licence, texts[0] if texts else ""), {n: (directory / n).read_bytes() for n in texts}
-
-
-def card_of(path: Path, report: Mapping[str, Any], source: str | None) -> str:
-    """Return the card of a file, or of a directory in the hub's layout.
-
-    Args:
-        path: `.bcap` file or directory.
-        report: figures of its fit; empty if they are not known.
-        source: directory or hub id of the model that it was made of.
-
-    Raises:
-        ArtifactError: the file cannot be trusted. CheckpointError: there is no such source.
-    """
-    whole = hub.is_hub(path)
-    contents = container.read(path / hub.FILE if whole else path)
-    entries = [e for e in (hub.ledger_of(path) if whole else container.ledger(contents)) if e.unit != hub.CARD]
-    named = source if source is not None else str(report.get("model", ""))
-    origin, _ = read_source(resolve(source) if source is not None else Path(), _short(named))
-    if source is None and whole:
-        origin = read_source(path, origin.name)[0]
-    known = {k: v for k in ("budget_bytes",) if isinstance(v := contents.about.get("budget"), int) and not whole}
-    return card(entries, {**known, **report}, origin, whole=whole)
-
-
-def _short(name: str) -> str:
-    """Return a model's name: a hub id whole, of a directory the last part."""
-    return Path(name).resolve().name if name and Path(name).exists() else name
 
 
 def _taken(taken: int, cap: int) -> str:
