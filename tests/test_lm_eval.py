@@ -85,7 +85,9 @@ def made(model_directory, tmp_path_factory):
 
 
 def test_a_file_scores_as_its_directory(made):
-    ours = harness("bytecap.runtimes.lm_eval", "bytecap", f"pretrained={made / 'model.bcap'},prefix_token_id=0", made, "ours")
+    ours = harness(
+        "bytecap.runtimes.lm_eval", "bytecap", f"pretrained={made / 'model.bcap'},prefix_token_id=0", made, "ours"
+    )
     theirs = harness("lm_eval", "hf", f"pretrained={made / 'plain'},prefix_token_id=0", made, "theirs")
     assert not isinstance(ours, subprocess.CompletedProcess), ours.stderr
     assert not isinstance(theirs, subprocess.CompletedProcess), theirs.stderr

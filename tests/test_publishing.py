@@ -96,7 +96,7 @@ class Hub(BaseHTTPRequestHandler):
         tag = hashlib.sha1(files[name]).hexdigest()  # noqa: S324
         return self.answer(files[name], ETag=f'"{tag}"', X_Repo_Commit=self.sha(repo))
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 (the name that http.server looks up)
 
 
 @pytest.fixture
@@ -152,7 +152,8 @@ def outside(script, *arguments, port, home):
 
 
 @pytest.mark.slow
-def test_sent_and_read_back(server, artifact, tmp_path):
+@pytest.mark.usefixtures("artifact")
+def test_sent_and_read_back(server, tmp_path):
     sent = outside(PUSH, tmp_path / "model.bcap", "hf_right", port=server.server_port, home=tmp_path / "a")
     assert "sent http://127.0.0.1" in sent.stdout, sent.stderr
     files = server.repos["org/tiny"]
@@ -165,7 +166,8 @@ def test_sent_and_read_back(server, artifact, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wrong_token_is_one_line(server, artifact, tmp_path):
+@pytest.mark.usefixtures("artifact")
+def test_a_wrong_token_is_one_line(server, tmp_path):
     sent = outside(PUSH, tmp_path / "model.bcap", "hf_wrong", port=server.server_port, home=tmp_path / "a")
     assert "bytecap.errors.OutputError: cannot send model.bcap to 'org/tiny' (" in sent.stderr
     assert "log in with `hf auth login`" in sent.stderr.splitlines()[-1]

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-import bytecap.runtimes.transformers  # noqa: F401 (registers itself)
+import bytecap
+import bytecap.runtimes.transformers
 from bytecap.errors import ArtifactError, BytecapError, CheckpointError, VersionError
 from bytecap.format import container
 from bytecap.format.decoder import side_files
@@ -153,3 +154,42 @@ def test_another_head_is_refused(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     with pytest.raises(ArtifactError, match=r"holds no tensor score\.weight"):
         transformers.AutoModelForSequenceClassification.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_file_says_what_is_tied(model_directory, tmp_path, tied):
+    """A config that says otherwise than the file changes nothing: every name gets the file's values."""
+
+    def change(name, data):
+        if name != "config.json":
+            return data
+        return json.dumps(json.loads(data) | {"tie_word_embeddings": not tied}).encode()
+
+    directory = written(tmp_path / "hub", model_directory(tie_word_embeddings=tied), change)
+    wanted = bytecap.load(tmp_path / "hub.bcap")
+    found = loaded(directory, dtype=torch.float32).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], torch.from_numpy(v)) for n, v in wanted.items())
+
+
+def test_a_model_without_its_head(model_directory, tmp_path):
+    directory = written(tmp_path / "hub", model_directory())
+    whole = loaded(directory).model.state_dict()
+    base = transformers.AutoModel.from_pretrained(directory).state_dict()
+    assert base.keys() == whole.keys()
+    assert all(torch.equal(base[n], whole[n]) for n in whole)
+
+
+def test_more_tensors_than_the_model_has(model_directory, tmp_path):
+    def change(name, data):
+        return json.dumps(json.loads(data) | {"num_hidden_layers": 1}).encode() if name == "config.json" else data
+
+    directory = written(tmp_path / "hub", model_directory(), change)
+    with pytest.raises(ArtifactError, match=r"holds tensor .*, which LlamaForCausalLM lacks"):
+        loaded(directory)
+
+
+def test_shared_blocks_are_not_laid_out(model_directory):
+    contents = contents_of(load_model(model_directory()))
+    with pytest.raises(ArtifactError, match="layers share blocks"):
+        hub.layout(contents, side_files(contents) | {"tying.json": b"{}"})

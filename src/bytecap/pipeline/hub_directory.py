@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecap.errors import BudgetError, CheckpointError, UsageError
+from bytecap.errors import BudgetError, UsageError
 from bytecap.format import container
 from bytecap.format.container import FileSection
 from bytecap.format.ledger import KINDS, Entry, total
@@ -113,14 +113,13 @@ def plan(model: Model, config: FitConfig) -> Plan:
     """Divide a budget among the weights and the other files.
 
     Raises:
-        BudgetError: the other files alone take it.
+        BudgetError: the other files alone take it. ArtifactError: transformers could not make the model of them.
     """
     cap = parse_budget(config.budget, model.parameters)
     inside = {n: d for n, d in model.files.items() if n == source_tensors.FILE}
     sections = tuple(FileSection(n, packing.pack(n, d)) for n, d in inside.items())
     files = {n: d for n, d in model.files.items() if n not in inside}
-    if hub.CONFIG not in files:
-        raise CheckpointError(f"{model.name} has no {hub.CONFIG}: a directory for transformers needs one")
+    hub.check_files(files)
     dtypes = {u.dtype for u in model.units}
     newest = ".".join(map(str, container.VERSION))
     beside = hub.beside_weights(files, newest, hub.dtype_named(dtypes))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 METHOD = "bytecap"  # the `quant_method` of a config
 FILE = "model.bcap"
-CONFIG, CARD = "config.json", "README.md"
+CONFIG, CARD, TYING = "config.json", "README.md", "tying.json"
 SHARDS = "model.bcap.safetensors.index.json"  # transformers reads indices by this ending alone
 INSTALL = "pip install 'bytecap[hf]' and import bytecap.runtimes.transformers"
 _SENTENCE = f"{FILE}, which is read after: {INSTALL}"
@@ -119,11 +119,22 @@ def layout(contents: Contents, files: Mapping[str, bytes]) -> dict[str, bytes]:
         ArtifactError: there is no config.
     """
     inside, beside = split(contents, files)
-    if CONFIG not in beside:
-        raise ArtifactError(f"there is no {CONFIG} (written with --no-config), so no directory can be made")
+    check_files(beside)
     data = container.serialize(inside)
     found = beside_weights(beside, format_of(data), dtype_named(u.unit.dtype for u in contents.units))
     return {FILE: data, **found}
+
+
+def check_files(files: Mapping[str, bytes]) -> None:
+    """Refuse side files of which transformers cannot make the model.
+
+    Raises:
+        ArtifactError: there is no config, or layers share blocks, which transformers knows nothing of.
+    """
+    if CONFIG not in files:
+        raise ArtifactError(f"there is no {CONFIG} (written with --no-config), so no directory can be made")
+    if TYING in files:
+        raise ArtifactError(f"layers share blocks ({TYING}), which transformers does not know: keep the single file")
 
 
 def beside_weights(files: Mapping[str, bytes], version: str, dtype: str) -> dict[str, bytes]:

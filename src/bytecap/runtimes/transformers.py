@@ -140,6 +140,10 @@ def _tensors(contents: Contents, model: Any, name: str) -> list[Tensor]:
             raise ArtifactError(f"{name} holds no tensor {key} of {type(model).__name__}, which would be random")
         if held != shape:
             raise ArtifactError(f"{name} holds {key} as {list(held)}, and config.json asks for {list(shape)}")
+    if not any(prefix + key in shapes for key in wanted):  # of a model without its head the rest has no place
+        for unit in contents.units:
+            if unit.unit.name not in wanted:
+                raise ArtifactError(f"{name} holds tensor {unit.unit.name}, which {type(model).__name__} lacks")
     values = decode_units(contents, aliases=False)
     units = {u.unit.name: u.unit for u in contents.units}
     files = side_files(contents)
@@ -148,7 +152,7 @@ def _tensors(contents: Contents, model: Any, name: str) -> list[Tensor]:
     else:
         found = {n: (v, n, None) for n, v in values.items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for unit in units.values():  # several layers may read one block, of which transformers knows nothing
+    for unit in units.values():  # tied in the file and not by the config
         found |= {a: (values[unit.name], unit.name, None) for a in unit.aliases if a in wanted and a not in tied}
     return [Tensor(n, _dtype(v, units[u].dtype), v.shape, v) for n, (v, u, _) in found.items()]
 
