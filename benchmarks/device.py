@@ -1,6 +1,7 @@
 """Seconds and GPU memory of `fit`, step by step: a model directory, or a random Llama shape of 24M or 1.1B parameters.
 
-The first fit of a process compiles kernels and starts the device; `--fits 2` shows one without that.
+The first fit of a process compiles kernels and starts the device; `--fits 2` shows one without that. `--format gguf`
+fits a random shape from its directory to the measured file.
 `same_bytes` says whether all fits of the process gave the same file.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,14 +77,53 @@ def random_llama(name: str, tokens: int, device: str) -> tuple[torch.nn.Module, 
     return module, {"calibration": list(ids[:-2]), "evaluation": list(ids[-2:]), "tokens": tokens}
 
 
+def saved_llama(name: str, where: Path, device: str) -> Path:
+    """A random model as a directory with the tokenizer of the embedded one, for formats that hold a tokenizer."""
+    module, _ = random_llama(name, 0, device)
+    module.to(torch.bfloat16).save_pretrained(where)  # type: ignore[operator]
+    for path in resolve("demo").glob("token*"):
+        shutil.copy(path, where / path.name)
+    return where
+
+
+def gguf(args: Any, name: str, device: str) -> None:
+    """Fit a random shape to a GGUF file, from its directory to the measured file."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = saved_llama(name, Path(temporary) / "model", device)
+        parameters = stored(directory)
+        steps, began = Steps(), time.perf_counter()
+        found = bytecap.fit(
+            str(directory), budget=int(args.bits * parameters / 8), device=device, seed=args.seed, reporter=steps,
+            tokens=args.tokens, evaluation_tokens=args.eval_tokens, calibration=texts(args.texts, "calib"),
+            evaluation=texts(args.texts, "val"), format="gguf", output=Path(temporary) / "model.gguf",
+            types=args.types,
+        )  # fmt: skip
+        finish()
+        row = {
+            "benchmark": "device", "model": name, "format": "gguf", "parameters": parameters, "tokens": args.tokens,
+            "seconds": round(time.perf_counter() - began, 1), "steps": steps.found,
+            "file_bytes": found.report["file_bytes"], "slack_bytes": found.report["slack_bytes"],
+            "plan": found.report["plan"], "kl_nats": found.report["kl_nats"],
+            "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device == "cuda" else None,
+            "threads": torch.get_num_threads(), "weights": "random",
+        }  # fmt: skip
+        print({k: row[k] for k in ("model", "seconds", "gpu_gb")}, flush=True)
+        record(args, row)
+
+
 def main() -> None:
     """Some fits of every model."""
     p = parser(__doc__ or "", required=False)
     p.add_argument("--bits", type=float, default=3.5)
     p.add_argument("--fits", type=int, default=1)
+    p.add_argument("--format", default="bcap", help="gguf: random shapes only")
+    p.add_argument("--types", nargs="*", help="types of gguf")
     args = p.parse_args()
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
     for name in args.model:
+        if args.format == "gguf":
+            gguf(args, name, device)
+            continue
         if name in SHAPES:
             model, options = random_llama(name, args.tokens, device)
             parameters = sum(q.numel() for q in model.parameters())

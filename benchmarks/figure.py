@@ -57,6 +57,7 @@ def formats(rows: Rows) -> Any:
         for benchmark, method, colour, marker, label in kinds:
             key = (benchmark, model, method)
             mine = [r for r in rows if tuple(r.get(k) for k in ("benchmark", "model", "method")) == key]
+            mine = list({r.get("recipe", r["file_bytes"]): r for r in mine}.values())  # of a recipe the latest
             mine.sort(key=lambda r: r["file_bytes"])
             x, y = [r["file_bytes"] / 1e6 for r in mine], [r["kl_nats"] for r in mine]
             line = "" if method == "stock" else "-"

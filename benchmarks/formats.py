@@ -27,6 +27,7 @@ from bytecap.pipeline.fit_gguf import fit_gguf
 from bytecap.pipeline.runtime_model import HELD_TOKENS, measure
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Silent
+from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, importance, plain, values_of
 from bytecap.runtimes.gguf.places import Layout, layout_of
@@ -36,10 +37,13 @@ from common import parser, record, texts
 # what a type becomes where rows are no multiple of 256
 NARROW = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 NARROW |= dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"), "IQ4_NL")
+# types that the menu had before, for `--menu scalar`
+SCALAR = (*(f.name for f in FORMATS.values() if not f.vector and f.high > 1 and not f.order), "F16", "BF16")
 BASE = {
-    "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S", "IQ4_XS": "IQ4_XS",
-    "IQ4_NL": "IQ4_NL", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K",
-    "Q8_0": "Q8_0",
+    "IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XXS": "IQ3_XXS",
+    "IQ3_XS": "IQ3_S", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S",
+    "IQ4_XS": "IQ4_XS", "IQ4_NL": "IQ4_NL", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K",
+    "Q6_K": "Q6_K", "Q8_0": "Q8_0",
 }  # fmt: skip
 
 
@@ -60,10 +64,17 @@ def one_type(name: str, tensor: str, i: int, layers: int, share: int) -> str:
     base = BASE[name]
     more = i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2
     if tensor.startswith(("token_embd", "output.")):
-        return base if base == "Q8_0" else "Q6_K"
+        return base if base == "Q8_0" else "Q5_K" if name[:3] == "IQ2" or name == "IQ3_XXS" else "Q6_K"
+    if name[:3] == "IQ2":
+        better = "Q2_K" if name[-1] == "S" and name != "IQ2_S" else "IQ3_S"
+        two = {"attn_v": "Q4_K" if share >= 4 else better, "ffn_down": better if i < layers // 8 else base}
+        two |= {"attn_output": better} if better == "IQ3_S" else {}
+        return two.get(tensor.split(".")[2], base)
+    middle = "IQ3_XXS" if layers // 8 <= i < 7 * layers // 8 else base
     rules: dict[str, dict[str, str]] = {
         "attn_v": {
             "Q2_K": "Q4_K" if share >= 4 else "Q3_K", "IQ3_M": "Q4_K", "Q3_K_M": "Q5_K" if i < 2 else "Q4_K",
+            "IQ3_XXS": "Q4_K" if share >= 4 else base, "IQ3_XS": "Q4_K" if share >= 4 else base,
             "IQ4_XS": "Q5_K" if share >= 4 else base, "IQ4_NL": "Q5_K" if share >= 4 else base,
             "Q4_K_M": "Q6_K" if more else base, "Q5_K_M": "Q6_K" if more else base,
             "Q4_K_S": "Q5_K" if i < 4 else base,
@@ -73,7 +84,9 @@ def one_type(name: str, tensor: str, i: int, layers: int, share: int) -> str:
             "Q3_K_M": "Q5_K" if i < layers // 16 else "Q4_K", "Q4_K_M": "Q6_K" if more else base,
             "Q5_K_M": "Q6_K" if more else base, "Q4_K_S": "Q5_K" if i < layers // 8 else base,
         },
-        "attn_output": {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "IQ3_M": "Q4_K"},
+        "attn_output": {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "IQ3_M": "Q4_K", "IQ3_XXS": "IQ3_S"},
+        "attn_q": {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}, "attn_k": {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"},
+        "ffn_gate": {"IQ3_XS": middle}, "ffn_up": {"IQ3_XS": middle},
     }  # fmt: skip
     part = tensor.split(".")[2] if tensor.startswith("blk.") else tensor
     return rules.get(part, {}).get(name, base)
@@ -98,6 +111,7 @@ def main() -> None:
     """Every model and recipe that the output does not hold yet."""
     p = parser(__doc__ or "")
     p.add_argument("--recipes", nargs="*", default=["Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M"])
+    p.add_argument("--menu", choices=("all", "scalar"), default="all", help="types of ours: all, or one code a column")
     p.add_argument("--stock-only", action="store_true", help="recipes for the lower hull")
     p.add_argument("--held-tokens", type=int, default=HELD_TOKENS, help="tokens of the Hessian that judges")
     p.add_argument("--work", type=Path, help="directory for statistics kept between runs")
@@ -105,7 +119,8 @@ def main() -> None:
     lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
     rows = {(r["model"], r["recipe"], r["method"]): r for r in map(json.loads, lines)}
     for name in args.model:
-        left = [(r, m) for r in args.recipes for m in ("stock", "bytecap") if (name, r, m) not in rows]
+        ours = "bytecap" if args.menu == "all" else "bytecap scalar"
+        left = [(r, m) for r in args.recipes for m in ("stock", ours) if (name, r, m) not in rows]
         left = [x for x in left if x[1] == "stock" or not args.stock_only]
         if left:
             run(args, name, left, rows)
@@ -117,6 +132,7 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
     model, quiet = load_model(args.models / name), Silent()
     model.name = name
     layout, device = layout_of(model), choose_device(args.device)
+    model.module.to(device)
     calib, held = texts(args.texts, "calib"), texts(args.texts, "val")
     sets = load_sets(
         model, calib, held, tokens=args.tokens, evaluation_tokens=args.eval_tokens, correction_tokens=args.held_tokens,
@@ -138,7 +154,7 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
             budget = rows[name, r, "stock"]["file_bytes"]
             found = fit_gguf(
                 model, budget, calibration=calib, evaluation=held, device=device, seed=args.seed, tokens=args.tokens,
-                evaluation_tokens=args.eval_tokens,
+                evaluation_tokens=args.eval_tokens, types=SCALAR if args.menu == "scalar" else None,
                 options={"held_tokens": args.held_tokens}, store=args.work, reporter=quiet,
             )  # fmt: skip
             row = {k: v for k, v in found.report.items() if k != "margin"}
@@ -153,7 +169,7 @@ def table(rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
         f"{'model':10s} {'recipe':8s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s} {'hull':>6s}"
     )
     for (name, r, method), ours in rows.items():
-        if method != "bytecap" or (name, r, "stock") not in rows:
+        if method == "stock" or (name, r, "stock") not in rows:
             continue
         theirs = rows[name, r, "stock"]
         ratio = ours["kl_nats"] / theirs["kl_nats"]

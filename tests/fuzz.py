@@ -148,7 +148,7 @@ def mutate_coder(content, rng):
         unit = rng.choice(index["units"])
         place = rng.randrange(3)
         if place == 0:
-            unit[3] = rng.randint(1, 15)
+            unit[3] = rng.randint(1, 17)
         elif place == 1:
             unit[1] = [rng.choice((0, 1, 1, 2, 2, 3, 4, 5, 8, 16, 33)) for _ in range(rng.choice((0, 1, 2, 2, 2, 3)))]
         else:
@@ -200,16 +200,18 @@ class Target:
         from bytecap.errors import ArtifactError
         from bytecap.format import codefiles, container, decoder
         from bytecap.pipeline import export
+        from golden_updates import on_known
 
         self.parse, self.ledger, self.refusal = container.parse, container.ledger, ArtifactError
         self.decode, self.unpack, self.codefiles = decoder.decode_units, export, codefiles
         self.side_files = decoder.side_files
+        self.on_known = on_known
         self.findings, self.places = findings, {}
         self.executed = self.accepted = self.parsed = 0
         self.slowest = 0.0
 
     def steps(self, data):
-        contents = self.parse(data)
+        contents = self.on_known(self.parse(data))
         self.parsed += 1
         refused = None
         for step in (
@@ -272,12 +274,13 @@ def files_of_all_packings():
 
 
 def seeds():
-    return [p.read_bytes() for p in sorted(GOLDENS.glob("*.bcap"))] + files_of_all_packings()
+    return [p.read_bytes() for p in sorted(GOLDENS.rglob("*.bcap"))] + files_of_all_packings()
 
 
 def sound():
     """The seeds that are valid."""
-    return [p.read_bytes() for p in sorted(GOLDENS.glob("*.bcap")) if p.name[:4] != "bad_"] + files_of_all_packings()
+    files = [p for p in sorted(GOLDENS.rglob("*.bcap")) if p.name[:4] != "bad_" and p.name != "cut.bcap"]
+    return [p.read_bytes() for p in files] + files_of_all_packings()
 
 
 # --------------------------------------------------------------------------------------------------------- engines

@@ -26,6 +26,7 @@ import golden_codebooks
 import golden_overlays
 import golden_shared
 import golden_trellis
+import golden_updates
 from bytecap.format import container
 from bytecap.format.coders import leb
 from bytecap.format.coders.packed import BROTLI, Quantized
@@ -387,9 +388,10 @@ def files() -> dict[str, bytes]:
 
 
 def main(directory: Path) -> None:
-    directory.mkdir(exist_ok=True)
-    for name, data in files().items():
-        (directory / name).write_bytes(data)
+    for place, made in ((directory, files()), (directory / "updates", golden_updates.files(digest))):
+        place.mkdir(exist_ok=True)
+        for name, data in made.items():
+            (place / name).write_bytes(data)
 
 
 if __name__ == "__main__":

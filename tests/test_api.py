@@ -41,7 +41,8 @@ def run_blocked(code, *arguments):
     )  # fmt: skip
 
 
-NEEDING_TRITON = () if importlib.util.find_spec("triton") else ("quantization.cuda", "quantization.triton_programs")
+_PROGRAMS = tuple(f"{room}.{n}" for room in ("quantization", "runtimes.blocks") for n in ("cuda", "triton_programs"))
+NEEDING_TRITON = () if importlib.util.find_spec("triton") else _PROGRAMS
 
 
 class TestNames:

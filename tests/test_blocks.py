@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.encode import encode, prepare, shrunk
+from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.layout import pack, unpack
 
@@ -57,7 +59,11 @@ def test_any_bytes_decode_as_gguf_does_and_come_back(name: str) -> None:
     codes = unpack(form, data)
     with np.errstate(all="ignore"):
         assert same_bits(codes.values(), there(name, data))
-    assert np.array_equal(pack(codes), data)
+    again = pack(codes)
+    if name not in {"TQ1_0", "MXFP4"}:  # several bytes say the same there
+        assert np.array_equal(again, data)
+    with np.errstate(all="ignore"):
+        assert same_bits(unpack(form, again).values(), codes.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,10 +73,12 @@ def test_a_rounded_matrix_decodes_as_gguf_does(name: str) -> None:
     assert same_bits(fed.values(), there(name, pack(fed)))
     found = encode(weight, prepare(torch.eye(512)), FORMATS[name])
     error = np.abs(found.values() - weight).mean()
-    assert error < 2.0 ** (2 - FORMATS[name].bits), error
+    assert error < (0.55 if name[:2] == "TQ" else 2.0 ** (2 - FORMATS[name].bits)), error
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize(
+    "name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "Q4_1", "Q8_0", "IQ1_S", "IQ2_S", "IQ3_XXS", "MXFP4"]
+)
 def test_threads_and_company_change_nothing(name: str) -> None:
     form, weight = prepare(hessian(256)), weights(75, 256)
     one, many = (encode(weight, form, FORMATS[name], threads=n) for n in (1, 3))
@@ -79,6 +87,43 @@ def test_threads_and_company_change_nothing(name: str) -> None:
     scaled = np.abs(weight[:9]).max(), np.abs(weight).max()
     if np.ceil(np.log2(scaled[0])) == np.ceil(np.log2(scaled[1])):
         assert np.array_equal(pack(one)[:9], pack(part))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q4_0"])
+def test_several_matrices_are_coded_as_each_by_itself(name: str) -> None:
+    matrices, factors = [weights(20, 256, i) for i in range(2)], [factor(hessian(256, i)) for i in range(2)]
+    found = encode_all(matrices, factors, FORMATS[name])
+    for weight, f, (codes, values) in zip(matrices, factors, found, strict=True):
+        assert np.array_equal(pack(codes), pack(encode(weight, f.form(), FORMATS[name])))
+        assert same_bits(values.numpy(), codes.values())
+
+
+NEEDS = "a CUDA device with triton, or triton's interpreter, which cannot read scalars of numpy 2.4 and later"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or np.__version__ < "2.4"),
+    reason=NEEDS,
+)
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q8_0"])
+def test_a_device_rounds_as_well_as_the_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from bytecap.runtimes.blocks.cuda import encode_on_device
+
+    form, cols = FORMATS[name], 2 * FORMATS[name].block
+    matrices, hessians = [weights(30, cols, i) for i in range(2)], [hessian(cols, i) for i in range(2)]
+    factors = [factor(h) for h in hessians]
+    parts = [torch.stack([getattr(f, k) for f in factors]).to(device) for k in ("hessian", "fed", "weight")]
+    stacked = torch.from_numpy(np.stack(matrices)).to(device)
+    one, two = (encode_on_device(stacked, parts, form, _tables(form), 2) for _ in range(2))
+    for weight, h, f, (codes, values), (again, _) in zip(matrices, hessians, factors, one, two, strict=True):
+        assert same_bits(values.cpu().numpy(), codes.values())
+        assert np.array_equal(pack(codes), pack(again))
+        own = encode(weight, f.form(), form)
+        assert loss(codes, weight, h) < 1.02 * loss(own, weight, h)
+        assert (codes.codes == own.codes).mean() > 0.9  # sums in another order may round otherwise
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,14 +200,19 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_hessians_that_do_not_factor() -> None:
-    weight = weights(4, 64)
-    x = torch.randn(3, 64, dtype=torch.float64)
-    for h in (torch.zeros(64, 64), x.T @ x):
-        assert np.isfinite(encode(weight, prepare(h), FORMATS["Q5_0"]).values()).all()
+    weight = weights(4, 256)
+    x = torch.randn(3, 256, dtype=torch.float64)
+    for h in (torch.zeros(256, 256), x.T @ x):
+        for name in ("Q5_0", "IQ2_XS", "IQ3_S", "MXFP4"):
+            assert np.isfinite(encode(weight, prepare(h), FORMATS[name]).values()).all()
 
 
 def test_shrinking_keeps_the_diagonal() -> None:
     h = hessian(8)
-    found = shrunk(h, 1.0)
-    assert torch.equal(found.diagonal(), h.diagonal())
-    assert torch.allclose(found - torch.diag(found.diagonal()), (h - torch.diag(h.diagonal())) / 2)
+    off = h - torch.diag(h.diagonal())
+    for by in (Shrinkage(diagonal=1.0), Shrinkage(mean=1.0)):
+        found = shrunk(h, by)
+        assert torch.allclose(found - torch.diag(found.diagonal()), off / 2)
+        assert found.trace() == pytest.approx(float(h.trace()))
+    assert torch.equal(shrunk(h, Shrinkage(diagonal=1.0)).diagonal(), h.diagonal())
+    assert found.diagonal().std() == pytest.approx(float(h.diagonal().std()) / 2)

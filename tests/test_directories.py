@@ -24,7 +24,7 @@ from bytecap.runtimes.blocks.stream import pack_words, unpack_words
 from bytecap.runtimes.directory import FAMILIES, family
 from bytecap.runtimes.directory.contents import contents_of, ledger, ledger_of, read_units, shared_inputs
 from bytecap.runtimes.directory.tensors import read
-from bytecap.system.atomic import replacing_directory
+from bytecap.system.directories import replacing_directory
 from conftest import SMALL
 
 MLX, CT = family("mlx"), family("compressed-tensors")
@@ -48,6 +48,18 @@ def made(model_directory, texts, tmp_path_factory):
         return known[name]
 
     return get
+
+
+@pytest.mark.parametrize(("name", "types"), [("mlx", None), ("compressed-tensors", ["w4g32a", "w4c"])])
+def test_recovery_keeps_bytes_and_codes_and_lowers_the_kl(name, types, model_directory, texts, tmp_path):
+    report = fit_directory(
+        model_directory("rotary"), BUDGETS[name], format=name, calibration=texts["calib"], evaluation=texts["val"],
+        output=tmp_path / "model", types=types, recover="30", **SMALL,
+    ).report  # fmt: skip
+    before = report["without_recovery"]
+    assert sum(f.stat().st_size for f in (tmp_path / "model").iterdir()) == report["file_bytes"] <= BUDGETS[name]
+    assert report["recovery"]["stages"][0]["kl"] < report["recovery"]["kl_before"]
+    assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from bytecap.methods import METHODS
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import load_model
 from bytecap.model.sources import load_sets
+from bytecap.pipeline.export import unpack
 from conftest import BUDGET, KINDS, SMALL, build, save
 
 METHOD_NAMES = ("bytecap", "golf", "uniform")
@@ -70,8 +71,6 @@ class TestEveryFamily:
     def test_unpacked_directories_give_the_same_logits(self, fitted, kind, method, tmp_path):
         import transformers
 
-        from bytecap.pipeline.export import unpack
-
         _, path = fitted(kind, method)
         assert unpack(path, tmp_path / "out", dtype="float32") == "float32"
         module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -81,8 +80,6 @@ class TestEveryFamily:
     def test_unpacked_directories_have_the_names_shapes_and_dtypes_of_the_source(
         self, fitted, model_directory, kind, method, tmp_path
     ):
-        from bytecap.pipeline.export import unpack
-
         _, path = fitted(kind, method)
         assert unpack(path, tmp_path / "out") == "bfloat16"
         before = safetensors.torch.load_file(model_directory(kind) / "model.safetensors")
@@ -199,8 +196,6 @@ def test_more_bytes_mean_less_damage(fitted):
 )
 def test_a_large_budget_stores_the_model_losslessly(model_directory, texts, tmp_path, kind, dtype):
     import transformers
-
-    from bytecap.pipeline.export import unpack
 
     directory = model_directory(kind, dtype=dtype)
     path = tmp_path / "whole.bcap"

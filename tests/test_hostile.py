@@ -16,6 +16,7 @@ import pytest
 
 import fuzz
 import golden_parts
+import golden_updates
 from bytecap import errors
 from bytecap.format import codefiles, container
 from bytecap.format.coders import leb
@@ -24,6 +25,7 @@ from bytecap.format.sidefiles import bpe_merges
 from bytecap.format.sidefiles import packing as sidefiles
 from bytecap.pipeline import export
 from stranger.basics import FormatError
+from stranger.reader import parts
 from stranger.reader import read as strange
 from test_determinism import demo
 
@@ -282,15 +284,27 @@ def check_flips(whole, count):
 
 def stranger_outcome(data):
     try:
-        found = strange(data)
+        found = strange(data, bases_of(data))
     except FormatError as error:
         return type(error).__name__
     return found.tensors, found.files | found.code
 
 
+def bases_of(data):
+    """The golden files that an update among the goldens stands on."""
+    found, known = [], golden_updates.known()
+    try:
+        while (base := parts(data)[0].get("base")) and base[0] in known:
+            data = known[base[0]].data
+            found.append(data)
+    except FormatError:
+        pass
+    return found
+
+
 def our_outcome(data):
     try:
-        contents = container.parse(data)
+        contents = golden_updates.on_known(container.parse(data))
         return decode_units(contents), side_files(contents) | codefiles.files(contents)
     except errors.ArtifactError as error:
         return type(error).__name__
@@ -299,7 +313,7 @@ def our_outcome(data):
 def assert_agree(data):
     ours, theirs = our_outcome(data), stranger_outcome(data)
     if isinstance(ours, str) or isinstance(theirs, str):
-        assert ours == theirs
+        assert ours == theirs or {ours, theirs} == {"BaseError", "CorruptError"}  # 4.1 leaves open which comes first
         return False
     assert ours[1] == theirs[1]
     assert list(ours[0]) == list(theirs[0])

@@ -124,6 +124,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "said"),
         [({"layout": "hubb"}, "unknown layout"), ({"layout": "hub", "tokenizer": False}, "--no-tokenizer is not for"),
+         ({"layout": "hub", "base": "x.bcap"}, "base is for single files"),
          ({"layout": "hub", "format": "mlx"}, "layout is not for the format mlx")],
     )  # fmt: skip
     def test_options(self, options, said):

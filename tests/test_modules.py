@@ -10,7 +10,6 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 import bytecap
 from bytecap.allocation import asymmetric_targets
-from bytecap.allocation.asymmetric_targets import stages
 from bytecap.calibration.probe import probe
 from bytecap.format.ledger import by_unit
 from bytecap.model.batches import Batch, Look
@@ -292,8 +291,11 @@ class TestShared:
 
     def test_drift_leaves_shared_and_raw_weights_alone(self, odd):
         looped = Looped(2)
-        assert [n for group in stages(looped, lambda m: m(ids(1))) for n in group] == ["once.weight", "head.weight"]
-        assert [n for group in stages(odd, lambda m: m(ids(1))) for n in group] == ["once.weight"]
+        assert [n for group in asymmetric_targets.stages(looped, lambda m: m(ids(1))) for n in group] == [
+            "once.weight",
+            "head.weight",
+        ]
+        assert [n for group in asymmetric_targets.stages(odd, lambda m: m(ids(1))) for n in group] == ["once.weight"]
 
     @pytest.mark.parametrize("rare", [True, False])
     def test_an_order_that_depends_on_the_data_has_no_drift_targets(self, rare):
@@ -316,38 +318,6 @@ class TestShared:
         assert found.report["kl_nats"] < 0.05
         if rare:  # seen by no sample of batches, so noticed on the way
             assert any("no drift targets" in note for note in reporter.notes)
-
-
-class TestLoadInto:
-    @pytest.fixture
-    def path(self, tmp_path):
-        path = tmp_path / "looped.bcap"
-        bytecap.fit(Looped(2), 6600, calibration=[ids()], output=path)
-        return path
-
-    def test_values(self, path):
-        module = Looped(2)
-        bytecap.load_into(path, module)
-        values = bytecap.load(path)
-        assert all(np.array_equal(t.numpy(), values[n]) for n, t in module.state_dict().items())
-
-    def test_every_misfit_is_named_and_nothing_changes(self, path):
-        module = Looped(2)
-        module.head = nn.Linear(63, VOCABULARY, bias=False)
-        module.extra, module.shared = nn.Linear(2, 2), None
-        before = module.once.weight.clone()
-        with pytest.raises(bytecap.ArtifactError) as caught:
-            bytecap.load_into(path, module)
-        for part in ("lacks extra.weight", "lacks extra.bias", "module lacks shared.weight",
-                     "head.weight is [64, 63] in the module and [64, 64]"):  # fmt: skip
-            assert part in str(caught.value)
-        assert torch.equal(module.once.weight, before)
-
-    def test_tied_where_the_artifact_is_not(self, path):
-        module = Looped(2)
-        module.once.weight = module.shared.weight
-        with pytest.raises(bytecap.ArtifactError, match=r"once\.weight and shared\.weight are one tensor"):
-            bytecap.load_into(path, module)
 
 
 class TestBadInput:
@@ -399,36 +369,3 @@ class TestBadInput:
         with pytest.warns(bytecap.BytecapWarning, match=r"no gradient reaches idle\.weight"):
             found = bytecap.fit(module, 6700, calibration=[ids()])
         assert any("idle.weight" in said for said in found.report["warnings"])
-
-
-class Peeking(nn.Module):
-    """A prediction sees the token after the next, a little."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        return self.head(x + 0.1 * torch.roll(x, -1, 1))
-
-
-def predicted(module, batch):
-    return F.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-
-class TestCausality:
-    def test_a_module_that_sees_later_tokens_is_no_language_model(self):
-        with pytest.raises(bytecap.CheckpointError, match=r"\(Peeking\) is no causal language model: its predictions"):
-            bytecap.fit(Peeking(), budget=4000, calibration=[ids()])
-
-    def test_it_is_stored_by_a_loss_of_its_own(self, monkeypatch):
-        kinds = []
-        monkeypatch.setattr(
-            "bytecap.pipeline.fit_module.finish",
-            lambda opened, sets, _: kinds.append(type(sets.statistics[0])) or opened,
-        )
-        bytecap.fit(Peeking(), budget=4000, calibration=ids().split(8), loss=predicted)
-        bytecap.fit(Looped(1), budget=4000, calibration=ids().split(8), loss=predicted)
-        assert kinds == [Batch, Window]  # logits of the second say everything

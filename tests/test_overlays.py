@@ -82,9 +82,16 @@ def random_order(rng, shape, overlay):
     return overlay.encode(rng.permutation(shape[0]))
 
 
+def random_difference(rng, shape, overlay):
+    if rng.integers(2):
+        return overlay.encode((1, golden_parts.grid(shape, seed=int(rng.integers(100)))))
+    return overlay.encode((2, golden_parts.vector(rng.standard_normal(shape))))
+
+
 RANDOM = {
     "columns": random_lines, "rows": random_lines, "outliers": random_outliers, "lowrank": random_lowrank,
     "groups": random_groups, "channels": random_channels, "order": random_order,
+    "difference": random_difference,
 }  # fmt: skip
 
 
@@ -110,7 +117,7 @@ def file(shape, base, *stacked):
 
 
 def test_every_layer_is_tried_here_and_has_a_path():
-    assert set(RANDOM) == set(OVERLAYS) == set(overlays()) | {"order"}  # which is no exception to anything
+    assert set(RANDOM) == set(OVERLAYS) == set(overlays()) | {"order", "difference"}  # which are no exceptions
     assert all(tag == found.tag >= 32 for tag, found in overlay_coders().items())
 
 
@@ -121,7 +128,7 @@ def test_both_decoders_agree_and_every_byte_is_owned(seed, rows, cols, names):
     rng, shape = np.random.default_rng(seed), (rows, cols)
     stacked = [(OVERLAYS[n].tag, RANDOM[n](rng, shape, OVERLAYS[n])) for n in names or ["columns"]]
     data = file(shape, random_base(rng, shape), *stacked)
-    assert data[9] == 1, "minor version"
+    assert data[9] == (3 if "difference" in names else 1), "minor version"
     try:
         ours = decode_units(container.parse(data))["a"]
     except CorruptError:  # scales may take a random stack out of range

@@ -83,9 +83,11 @@ def test_both_decoders_refuse_an_invalid_golden(name, decoder):
 
 def test_the_generator_writes_these_very_goldens(tmp_path):
     make_goldens.main(tmp_path)
-    made = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert made == {p.name: p.read_bytes() for p in DIRECTORY.iterdir()}
+    made = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    assert made == {p.name: p.read_bytes() for p in DIRECTORY.iterdir() if p.is_file()}
     assert {f for kind in EXPECTED.values() for f in kind} == set(made) - {"expected.json"}
+    updates = {p.name: p.read_bytes() for p in (tmp_path / "updates").iterdir()}
+    assert updates == {p.name: p.read_bytes() for p in (DIRECTORY / "updates").iterdir()}
 
 
 @pytest.mark.parametrize("decoder", [main_decoder, reference.decode_file])

@@ -137,6 +137,8 @@ class TestDecoder:
             return vendor.tags(container.read(DIRECTORY / f"{name}.bcap"))
 
         assert used("trellis") == {9}
+        assert used("long_trellis") == {9, 15}
+        assert used("long_trellis_stack") == {5, 15, 34}
         assert used("tied") == {1, 2}
         assert used("layer_lowrank") >= {5, 35}
 

@@ -17,6 +17,7 @@ from bytecap import _moved
 from bytecap._version import __version__
 from bytecap.errors import (
     ArtifactError,
+    BaseError,
     BudgetError,
     BytecapError,
     BytecapWarning,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "BaseError",
     "BudgetError",
     "BytecapError",
     "BytecapWarning",

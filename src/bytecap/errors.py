@@ -13,6 +13,7 @@ The tree (all derive from `BytecapError`, so one `except` catches them all)::
     └── ArtifactError       a `.bcap` file cannot be trusted
         ├── NotAnArtifact   it is some other kind of file
         ├── VersionError    it was written by a newer, incompatible version of the format
+        ├── BaseError       it is an update, and its base is missing or another file
         └── CorruptError    it is truncated, or a checksum, count or offset is wrong
 
 Beside the errors there is `BytecapWarning`, the category of every warning.
@@ -80,6 +81,10 @@ class NotAnArtifact(ArtifactError):  # noqa: N818 (reads as a statement, like th
 
 class VersionError(ArtifactError):
     """The file needs a newer reader."""
+
+
+class BaseError(ArtifactError):
+    """The file is an update whose base is missing, or is another file."""
 
 
 class CorruptError(ArtifactError):

@@ -23,6 +23,10 @@ class VersionError(FormatError):
     pass
 
 
+class BaseError(FormatError):
+    pass
+
+
 class CorruptError(FormatError):
     pass
 

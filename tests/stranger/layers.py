@@ -1,4 +1,4 @@
-"""`stack` and its layers (6.5 to 6.12, 6.20), and the table of coders."""
+"""`stack` and its layers (6.5 to 6.12, 6.20, 6.23), what they find in a base (6.22), and the table of coders."""
 
 import numpy as np
 
@@ -6,10 +6,16 @@ from stranger import books, plain
 from stranger.basics import Bytes, need, packed, planes
 from stranger.shared import positions
 
+
+def base(data, _shape, _dtype, shared):
+    need(shared.below is not None and not data, "values of a base where there is none, or more than that")
+    return shared.below
+
+
 CODERS = {
     1: plain.grid, 2: plain.vector, 3: plain.exact, 4: plain.packed, 6: books.codebook, 7: books.latent,
     8: plain.binary, 9: plain.trellis, 10: books.fixed, 11: books.companded, 14: plain.bands,
-    15: plain.long_trellis,
+    15: plain.long_trellis, 16: base,
 }  # fmt: skip
 FRACTIONS = np.array(
     [0x3F800000, 0x3F85AAC3, 0x3F8B95C2, 0x3F91C3D3, 0x3F9837F0, 0x3F9EF532, 0x3FA5FED7, 0x3FAD583F,
@@ -23,7 +29,7 @@ def decode(coder, data, shape, dtype, shared):
         return stack(data, shape, dtype, shared)
     need(coder in CODERS, f"there is no coder {coder}")
     w = CODERS[coder](data, shape, dtype, shared)
-    need(coder == 3 or np.isfinite(w).all(), "a decoded value is not finite")
+    need(coder in {3, 16} or np.isfinite(w).all(), "a decoded value is not finite")
     return w
 
 
@@ -51,8 +57,13 @@ def stack(data, shape, dtype, shared):
     w = decode(base, source.part().data, shape, dtype, shared).astype(np.float32)
     for _ in range(count):
         overlay = source.u8()
-        need(overlay in OVERLAYS, f"there is no layer {overlay}")
+        need(overlay in OVERLAYS or overlay == 41, f"there is no layer {overlay}")
         part = source.part()
+        if overlay == 41:
+            added = part.u8()
+            need(added in {1, 2, 9, 15}, f"a difference by coder {added}")
+            w = w + decode(added, part.rest(), shape, dtype, shared)
+            continue
         w = OVERLAYS[overlay](part, w.copy(), shared)
         part.end()
     source.end()

@@ -1,16 +1,18 @@
 """Sections 2, 3, 4 and 7.4 of docs/format.md: the file as a whole.
 
-`read(data)` decodes everything: `Content(tensors, files, code)`, or raises a `FormatError`.
+`read(data, bases)` decodes everything: `Content(tensors, files, code, units)`, or raises a `FormatError`.
 """
 
+import hashlib
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from math import isfinite, prod
 
 import numpy as np
 
-from stranger.basics import Bytes, CorruptError, NotAnArtifact, VersionError, need, raw_lzma, unbrotli
+from stranger.basics import BaseError, Bytes, CorruptError, NotAnArtifact, VersionError, need, raw_lzma, unbrotli
 from stranger.layers import decode, steps
 from stranger.shared import Shared
 from stranger.sidefiles import content_of
@@ -28,9 +30,26 @@ class Content:
     tensors: dict
     files: dict
     code: dict
+    units: dict
 
 
-def read(data):
+def read(data, bases=()):
+    """Section 4.1: a file on its base, that on its own, and so on down to one that is whole."""
+    chain, left = [parts(data)], {hashlib.sha256(b).hexdigest(): b for b in bases}
+    while wanted := chain[-1][0].get("base"):
+        if wanted[0] not in left:
+            raise BaseError(f"no file of SHA-256 {wanted[0]}")
+        chain.append(parts(left.pop(wanted[0])))
+    if left:
+        raise BaseError("a base that nobody needs")
+    found = None
+    for index, of, length in reversed(chain):
+        found = decoded(index, of, length, found)
+    return found
+
+
+def parts(data):
+    """The index of a file, its sections by kind, and its length, all of it checked but for what sections hold."""
     data = bytes(data)
     sections = container(data)
     kinds = [kind for kind, _ in sections]
@@ -45,17 +64,44 @@ def read(data):
         need(len(listed) == len(of[kind]), f"{len(of[kind])} sections of kind {kind} for {len(listed)} names")
     check_sizes(index["units"], len(data))
     check_work(index["units"], of[3], len(data))
+    return index, of, len(data)
+
+
+def decoded(index, of, _length, below):
+    """What a file holds, given what its base holds if it is an update."""
     shared = Shared(of[2][0] if of[2] else b"", of[7])
-    tensors = {}
+    tensors, units = ({}, {}) if below is None else (dict(below.tensors), dict(below.units))
+    left_out = index["base"][1] if below is not None else []
+    if below is not None:
+        need(not set(left_out) - set(below.files) - set(below.code), "a file is left out that is not there")
+        for name, shape, _, _, flags, aliases in index["units"]:
+            need(units.get(name) == (shape, flags, aliases), f"the unit {name} is not that of the base")
     with np.errstate(all="ignore"):
         for unit, section in zip(index["units"], of[3], strict=True):
             name, shape, dtype, coder, flags, aliases = unit
+            shared.below = None if below is None else matrix_of(tensors[name], flags)
             values = tensor(section, shape, dtype, coder, flags, shared)
             tensors |= dict.fromkeys([name, *aliases], values)
+            units[name] = shape, flags, aliases
     need(shared.used == set(range(len(of[7]))), "a shared object that no unit refers to")
     work = Work(sum(map(len, of[4] + of[5])))
-    files = {name: content_of(section, work) for name, section in zip(names[1], of[4], strict=True)}
-    return Content(tensors, files, dict(zip(names[2], map(code_of, of[5]), strict=True)))
+    files = {name: content_of(section, work) for name, section in zip(index["files"], of[4], strict=True)}
+    code = dict(zip(index.get("code", []), map(code_of, of[5]), strict=True))
+    gone = {*left_out, *files, *code}
+    if below is not None:
+        files = {n: c for n, c in below.files.items() if n not in gone} | files
+        code = {n: c for n, c in below.code.items() if n not in gone} | code
+    return Content(tensors, files, code, units)
+
+
+def matrix_of(values, flags):
+    """The matrix view (section 4) of a tensor in its stored shape."""
+    if values.ndim < 2:
+        return values.reshape(1, -1)
+    one = values.shape[-1 if flags & 4 else 0]
+    other = values.size // one if one else 0
+    a, b = (other, one) if flags & 4 else (one, other)
+    return values.reshape(a, b).T if flags & 1 else values.reshape(a, b)
 
 
 def container(data):
@@ -133,12 +179,16 @@ def read_index(section):
     text = raw_lzma(source.rest(), 4, 1 << 20, 1 << 26) if packing else source.rest()
     need(len(text) <= 1 << 26, "an index of more than 2^26 bytes")
     index = parse_json(text)
-    need(type(index) is dict and set(index) - {"code"} == {"about", "files", "units"}, "members of the index")
+    need(type(index) is dict and set(index) - {"code", "base"} == {"about", "files", "units"}, "members of the index")
     need(type(index["about"]) is dict and type(index["units"]) is list, "members of the index")
     listed = strings(index["files"]) + (strings(index["code"], 1) if "code" in index else [])
     need(len(set(listed)) == len(listed), "two files of one name")
     for name in listed:
         need(name and name[0] != "." and not set(name) & set("/\\\0"), f"the file name {name!r}")
+    if "base" in index:
+        base = index["base"]
+        need(type(base) is list and len(base) == 2 and type(base[0]) is str, "a base is two things")
+        need(re.fullmatch("[0-9a-f]{64}", base[0]) and len(set(strings(base[1]))) == len(base[1]), "a base")
     names = []
     for unit in index["units"]:
         need(type(unit) is list and len(unit) == 6, "a unit is six things")

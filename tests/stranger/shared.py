@@ -16,6 +16,7 @@ class Shared:
             self._read_tables(Bytes(tables_section))
         self.objects = [read_object(section) for section in objects]
         self.used = set()
+        self.below = None  # the matrix of the unit at hand in the base of an update
 
     def _read_tables(self, source):
         packing = source.u8(0, 1)

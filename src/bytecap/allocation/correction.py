@@ -53,7 +53,7 @@ def unit_values(planner: Planner, state: State, names: Sequence[str] | None = No
             return from_matrix(units[name], planner.decode(state, name))
         return (found.T if units[name].transposed else found).contiguous().reshape(units[name].shape)
 
-    return Lazy(names or planner.names, make)
+    return Lazy(planner.names if names is None else names, make)
 
 
 def measure(

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from bytecap.format.coders import Shared, overlay_coder, run
+from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import CODER as GRID
 from bytecap.format.coders.grid import Grid, GridCode, choose_class, dequantize
@@ -27,8 +28,9 @@ from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.coders.trellis import SHORT, Trellis
 from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
+from bytecap.format.overlays.difference import CODER as DIFFERENCE
 from bytecap.quantization import Shrink
-from bytecap.quantization.quantizer import Coded, Options, Prepared, rate, round_units
+from bytecap.quantization.quantizer import ON_BASE, Coded, Options, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
 from bytecap.system.threads import in_threads
@@ -39,11 +41,35 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class VectorUnit:
-    """A unit without input statistics: its values and mean squared gradient per token."""
+    """A unit without input statistics: its values and mean squared gradient per token.
+
+    Attributes:
+        below: (rows, cols), values of the base of an update, to which `values` are the difference; None without.
+    """
 
     unit: Unit
     values: FloatArray
     fisher: npt.NDArray[np.float64]
+    below: FloatArray | None = None
+
+    def rate(self, c: float, shared: Shared) -> float:
+        """Estimated bytes at step `c`."""
+        if self.as_in_base(c):
+            return 0.0
+        return VECTOR.rate(self.values, self.step(c), shared) + (0 if self.below is None else ON_BASE)
+
+    def decode(self, c: float) -> FloatArray:
+        """Decoded (rows, cols) values at step `c`."""
+        centre, symbols = VECTOR.quantize(self.values, self.step(c))
+        found: FloatArray = VECTOR.dequantize(centre, self.step(c), symbols)[None, :]
+        return found if self.below is None else self.below + found.reshape(self.below.shape)
+
+    def as_in_base(self, c: float) -> bool:
+        """Whether nothing is added to the base at step `c`, so that nothing is stored."""
+        if self.below is None:
+            return False
+        centre, symbols = VECTOR.quantize(self.values, self.step(c))
+        return not centre and not symbols.any()
 
     def step(self, c: float) -> float:
         """Return the uniform step whose slope is that of a grid at `c`: above 0, at most half the values' spread."""
@@ -176,7 +202,7 @@ class Planner:
         rates = {n: rate(c, shared) for n, c in coded.items()}
         distortions = {n: c.distortion for n, c in coded.items()}
         for v in self.vectors:
-            rates[v.unit.name] = VECTOR.rate(v.values, v.step(steps[v.unit.name]), shared)
+            rates[v.unit.name] = v.rate(steps[v.unit.name], shared)
             distortions[v.unit.name] = v.distortion(steps[v.unit.name])
         return State(dict(steps), coded, rules, rates, distortions)
 
@@ -261,14 +287,12 @@ class Planner:
         """Decode one unit to float32 values (rows, cols), exactly as a reader does."""
         if name in state.coded:
             return decode_coded(state.coded[name], state.shared)
-        v = next(v for v in self.vectors if v.unit.name == name)
-        centre, symbols = VECTOR.quantize(v.values, v.step(state.steps[name]))
-        return VECTOR.dequantize(centre, v.step(state.steps[name]), symbols)[None, :]
+        return next(v for v in self.vectors if v.unit.name == name).decode(state.steps[name])
 
     def decode_there(self, state: State, name: str) -> torch.Tensor | None:
         """Decode one unit on the GPU that holds it; None for a unit that is on the processor."""
         coded = state.coded.get(name)
-        if coded is None or coded.overlay is not None:
+        if coded is None or coded.overlay is not None or coded.below is not None:
             return None
         device = next(p.order.device for p in self.matrices if p.unit.name == name)
         return values_there(coded.code, state.shared.offset, device) if _elsewhere(device) else None
@@ -279,14 +303,27 @@ class Planner:
 
         def one(name: str) -> tuple[int, bytes]:
             if name not in state.coded:
-                v = vectors[name]
-                return VECTOR.tag, VECTOR.encode(v.values, v.step(state.steps[name]), state.shared).data
-            code, overlay = state.coded[name].code, state.coded[name].overlay
-            base = coder_of(code).tag, coder_of(code).encode(code, state.shared).data
-            return (STACK.tag, STACK.encode(base, [overlay])) if overlay else base
+                v, c = vectors[name], state.steps[name]
+                if v.as_in_base(c):
+                    return BASE.tag, b""
+                plain = VECTOR.tag, VECTOR.encode(v.values, v.step(c), state.shared).data
+                return plain if v.below is None else on_base(plain)
+            coded = state.coded[name]
+            if coded.as_in_base:
+                return BASE.tag, b""
+            base = coder_of(coded.code).tag, coder_of(coded.code).encode(coded.code, state.shared).data
+            overlays = [coded.overlay] if coded.overlay else []
+            if coded.below is not None:
+                return on_base(base, *overlays)
+            return (STACK.tag, STACK.encode(base, overlays)) if overlays else base
 
         wanted = list(self.names if names is None else names)
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
+
+
+def on_base(section: tuple[int, bytes], *overlays: tuple[int, bytes]) -> tuple[int, bytes]:
+    """The stack that adds the values of a section to those of the base of an update, and overlays to the sum."""
+    return STACK.tag, STACK.encode((BASE.tag, b""), [(DIFFERENCE.tag, DIFFERENCE.encode(section)), *overlays])
 
 
 def _elsewhere(device: torch.device) -> bool:
@@ -312,6 +349,8 @@ def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
 def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
     """Decode a unit to float32 values (rows, cols), its overlay included."""
     values = decode_grid(coded.code, shared)
+    if coded.below is not None:
+        values = coded.below + values
     if coded.overlay is None:
         return values
     tag, data = coded.overlay

@@ -31,6 +31,7 @@ from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
 from bytecap.system import allocator
 from bytecap.types import Plan
 
+_WIDENING = 24  # times that the step of an update's differences is doubled where no search has made them small enough
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
 
 
@@ -69,6 +70,11 @@ def plain_plan(job: Job, prepared: PreparedModel) -> tuple[float, State]:
         ones = dict.fromkeys(planner.names, 1.0)
         start = planner.first_step(capacity)
         c, state = planner.search(ones, capacity, prepared.rules, start=start, tolerance=2e-3)
+        for _ in range(_WIDENING if job.base is not None else 0):  # nothing is left of any difference in the end
+            if state.rate <= 1.02 * capacity:
+                break
+            c *= 2
+            state = planner.settle(dict.fromkeys(planner.names, c), state.rules)
         if state.rate > 1.02 * capacity:
             _raise_floor(job, prepared, state)
     allocator.release()

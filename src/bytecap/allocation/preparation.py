@@ -9,17 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from bytecap.allocation.planner import Planner, State, VectorUnit
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bytecap.allocation.differences import over
+from bytecap.allocation.planner import FloatArray, Planner, State, VectorUnit
 from bytecap.allocation.unused import even_experts, keep_unused
 from bytecap.calibration import metric as sensitivity
+from bytecap.calibration.metric import Metric
 from bytecap.calibration.probe import Statistics
+from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
 from bytecap.model.checkpoint import as_matrix
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.quantizer import Options, Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
 from bytecap.system import allocator
+from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
 
@@ -68,14 +77,17 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
     with allocator.no_holes(), job.reporter.step("factorisation", len(model.units)) as advance:
         for u in model.units:
             values = model.tensor(u).detach()
-            if u.name in found.uses and min(u.matrix_shape) > 1:
+            if job.base is not None and job.base.has(u, as_matrix(u, values.cpu().numpy())):
+                found.uses.pop(u.name, None)
+                fixed[u.name] = Section(BASE.tag, b"")
+            elif u.name in found.uses and min(u.matrix_shape) > 1:
                 uses = found.uses.pop(u.name)
                 metric, unseen = even_experts(u, uses, sensitivity.join(uses, found.tokens))
                 if unseen:
                     warn(job.reporter, f"no token reaches {unseen} experts of {u.name}: weighed like the others")
-                matrices.append(prepare(u, as_matrix(u, values), metric, options))
+                matrices.append(_matrix(job, u, as_matrix(u, values), metric, options))
             elif values.is_floating_point() and values.numel() and u.name not in buffers:
-                vectors.append(VectorUnit(u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
+                vectors.append(_vector(job, u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
             advance(1)
@@ -89,8 +101,28 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
     return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
 
 
+def _matrix(job: Job, unit: Unit, values: Tensor, metric: Metric, options: Options) -> Prepared:
+    """A matrix (rows, cols) as it is, or its difference to the base."""
+    if job.base is None:
+        return prepare(unit, values, metric, options)
+    below = np.ascontiguousarray(job.base.matrix(unit), np.float32)
+    gained = values.float() - torch.from_numpy(below).to(values.device)
+    return over(prepare(unit, gained, metric, options), below)
+
+
+def _vector(job: Job, unit: Unit, values: FloatArray, fisher: npt.NDArray[np.float64]) -> VectorUnit:
+    """A unit without input statistics as it is, or its difference to the base."""
+    if job.base is None:
+        return VectorUnit(unit, values, fisher)
+    below = np.ascontiguousarray(job.base.matrix(unit), np.float32)
+    return VectorUnit(unit, as_matrix(unit, values) - below, as_matrix(unit, fisher), below)
+
+
 def _capacity(job: Job, planner: Planner, fixed: Mapping[str, Section]) -> float:
-    """Return the bytes left for planned units."""
+    """Bytes left for planned units."""
+    if job.base is not None:  # planned units may cost nothing, and those that do not count their place in the index
+        blank = dict.fromkeys(planner.names, Section(BASE.tag, b"")) | dict(fixed)
+        return job.budget - job.size(blank, bytes(min(TABLES_GUESS, job.budget // 20)))
     blank = {n: Section(1, b"") for n in planner.names} | dict(fixed)
     lengths = 2 * len(planner.names)  # longer lengths in the directory
     lanes = 2.2 * sum(p.unit.parameters for p in planner.matrices) / 8192  # a lane's state beyond its content

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bytecap.allocation.planner import VectorUnit
 from bytecap.calibration.metric import Metric
 from bytecap.calibration.probe import Use
 from bytecap.errors import UsageError
+from bytecap.format.coders import Shared, coder, run
+from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
 from bytecap.model.checkpoint import as_matrix
@@ -62,11 +66,17 @@ def keep_unused(job: Job, matrices: Sequence[Prepared], vectors: Sequence[Vector
             if exact
             else section(values, u.dtype, _MANTISSA_BITS)
         )
+        if job.base is not None and job.base.has(u, _decoded(u, found[u.name])):
+            found[u.name] = Section(BASE.tag, b"")
     size = sum(len(s.data) for s in found.values())
     warn(
         job.reporter, f"{head} at about nine bits a weight, {size:,} bytes in all (--unused drop stores them coarsely)"
     )
     return found
+
+
+def _decoded(unit: Unit, section: Section) -> npt.NDArray[Any]:
+    return run([coder(section.tag).decode(section.data, unit.matrix_shape, unit.dtype, Shared())])[0]
 
 
 def advice(kept: Mapping[str, int]) -> str:

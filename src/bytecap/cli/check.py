@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from bytecap.cli.common import Artifact, Json, print_json
+from bytecap.cli.common import Artifact, Bases, Json, print_json
 from bytecap.escape import shown
 
 
-def check(path: Artifact, as_json: Json = False) -> None:
+def check(path: Artifact, base: Bases = None, as_json: Json = False) -> None:
     """Check a file strictly: every checksum, count, stream and file. Sound is what `unpack` writes. Needs no torch."""
-    from bytecap.format import container
+    from bytecap.format import updates
     from bytecap.pipeline.export import open_directory
 
-    contents = container.read(path)
+    contents = updates.read(path, base)
     open_directory(contents)
-    units = [u.unit for u in contents.units]
+    units = updates.units_of(contents)
     parameters = sum(u.parameters for u in units)
     size = path.stat().st_size
     if as_json:

@@ -21,6 +21,12 @@ EMBEDDED = "embedded text (--calib: and samples of the model), with a warning"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
+Bases = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--base", help="The file that ARTIFACT is an update of (repeatable, for bases of bases).", show_default="none"
+    ),
+]  # fmt: skip
 Calibration = Annotated[
     list[Path] | None,
     typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default=EMBEDDED),

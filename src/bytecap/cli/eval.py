@@ -10,6 +10,7 @@ import typer
 
 from bytecap.cli.common import (
     EMBEDDED,
+    Bases,
     BytesPerToken,
     Device,
     Factory,
@@ -23,6 +24,7 @@ from bytecap.cli.common import (
     source_of,
 )
 from bytecap.cli.options import described
+from bytecap.errors import UsageError
 from bytecap.model.defaults import WINDOW
 
 
@@ -40,6 +42,7 @@ def evaluate(
     state: State = None,
     loss: Loss = None,
     bytes_per_token: BytesPerToken = None,
+    base: Bases = None,
     device: Device = "auto",
     allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
     as_json: Json = False,
@@ -51,6 +54,8 @@ def evaluate(
 
     reporter = progress(as_json)
     if factory is not None:
+        if base:
+            raise UsageError("--base is for a .bcap file without --factory")
         source = replace(source_of(factory, model, state, loss, bytes_per_token), window=window)
         most, shards = numbers_and_shards(tokens, "--tokens")
         scores = score_shards(source, shards, tokens=most, device=device, reporter=reporter)
@@ -58,8 +63,9 @@ def evaluate(
         most = limit_only(tokens, "--tokens")
         allow = names(allow_unused) or ()
         scores = score(
-            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, reporter=reporter
-        )
+            needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, base=base,
+            reporter=reporter,
+        )  # fmt: skip
     if as_json:
         print_json(_score_json(scores))
     else:

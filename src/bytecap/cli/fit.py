@@ -113,6 +113,7 @@ class _Given:
                 "--bytes-per-token": self.bytes_per_token, "--factory": source_file(self.factory),
                 "--loss": source_file(self.loss), "--method": source_file(config.method),
                 "--tokens": self.tokens, "--eval-tokens": self.evaluation_tokens,
+                "--base": config.base if isinstance(config.base, list) else None,
             },
         )  # fmt: skip
         return pages

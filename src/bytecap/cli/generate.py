@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import Device, Json, print_json
+from bytecap.cli.common import Bases, Device, Json, print_json
 from bytecap.errors import UsageError
 
 _BREAKS = "\n\t"
@@ -35,6 +35,7 @@ def generate(
     ] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest tokens; 0 for all.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    base: Bases = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def generate(
     if asked == "-":
         asked = sys.stdin.read()
     sampling = Sampling(temperature, top_k, top_p, seed)
-    made = run(model, asked, chat=chat, system=system, tokens=tokens, sampling=sampling, device=device)
+    made = run(model, asked, chat=chat, system=system, tokens=tokens, sampling=sampling, device=device, base=base)
     if as_json:
         print_json({"prompt": asked, "text": "".join(made)})
         return

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from bytecap.cli.common import Artifact, Json, print_json
+from bytecap.cli.common import Artifact, Bases, Json, print_json
 
 
-def ledger(path: Artifact, as_json: Json = False) -> None:
-    """Show where every byte went, rebuilt from the file alone."""
-    from bytecap.format import container
+def ledger(path: Artifact, base: Bases = None, as_json: Json = False) -> None:
+    """Show where every byte went, rebuilt from the file alone; a base that is given is checked to be the one."""
+    from bytecap.errors import UsageError
+    from bytecap.format import container, updates
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger
     from bytecap.runtimes import hub
 
+    if base and (path.is_dir() or path.suffix == ".gguf"):
+        raise UsageError(f"{path} is no .bcap file: it has no base")
     if hub.is_hub(path):
         entries = hub.ledger_of(path)
     elif path.is_dir():
@@ -23,7 +26,7 @@ def ledger(path: Artifact, as_json: Json = False) -> None:
 
         entries = entries_of(path)
     else:
-        entries = container.ledger(container.read(path))
+        entries = container.ledger(updates.read(path, base) if base else container.read(path))
     if as_json:
         print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
     else:

@@ -77,6 +77,7 @@ OPTIONS = {
     "template": _Option(("--template",), Path | None, _NONE),
     "emit": _Option(("--emit",), Path | None, _NONE),
     "store": _Option(("--store",), Path | None, _NONE),
+    "base": _Option(("--base",), _Texts, _NONE, behind="Repeatable."),
 }  # fmt: skip
 
 

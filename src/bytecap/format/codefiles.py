@@ -19,6 +19,7 @@ from typing import Any
 import brotli
 
 from bytecap.errors import BudgetError, CorruptError
+from bytecap.format import updates
 from bytecap.format.container import CODE, Contents, FileSection
 from bytecap.format.sidefiles import packing
 
@@ -113,9 +114,14 @@ def unpack(name: str, data: bytes, allowance: packing.Allowance | None = None) -
 
 
 def files(contents: Contents, kinds: Collection[int] = (CODE,)) -> dict[str, bytes]:
-    """Code files of an artifact, or files of other kinds, unpacked within one allowance for all of them."""
+    """Code files of an artifact, or files of other kinds, unpacked within one allowance for all of them.
+
+    Those of the base of an update come first, unpacked within the base's own allowance.
+    """
+    base, gone = updates.below(contents), updates.replaced(contents)
+    found = {n: data for n, data in files(base, kinds).items() if n not in gone} if base is not None else {}
     allowance = packing.Allowance.of(f.data for f in contents.files)
-    return {
+    return found | {
         f.name: unpack(f.name, f.data, allowance)
         if f.kind == CODE
         else packing.unpack(f.name, f.data, allowance=allowance)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import msgspec
 
 from bytecap.errors import CorruptError, NotAnArtifact, VersionError
 from bytecap.format.coders import coder, leb, read_leb
+from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import Entry
@@ -39,6 +41,7 @@ INDEX, TABLES, UNIT, FILE, CODE, PADDING, SHARED = 1, 2, 3, 4, 5, 6, 7
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
 _MAX_INDEX, _SPARE_INDEX, _INDEX_PER_BYTE = 1 << 26, 1 << 20, 64  # bytes of text: at most, for nothing, by file length
 _MAX_DIMENSIONS = 32
+_HASH = re.compile("[0-9a-f]{64}")
 _TOKENIZER_FILES = {
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model",
     "spiece.model", "spm.model", "tekken.json", "source.spm", "target.spm",
@@ -53,6 +56,7 @@ class _Index(msgspec.Struct, forbid_unknown_fields=True):
     files: list[str]
     about: dict[str, Any]
     code: list[str] | msgspec.UnsetType = msgspec.UNSET
+    base: tuple[str, list[str]] | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,32 @@ class FileSection:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The file that an update stands on.
+
+    Attributes:
+        sha256: of that file's bytes, 64 hexadecimal digits.
+        dropped: its side and code files that the update leaves out.
+        contents: what is in it, once it was found (`bytecap.format.updates`).
+    """
+
+    sha256: str
+    dropped: tuple[str, ...] = ()
+    contents: Contents | None = None
+
+
+@dataclass(frozen=True)
 class Contents:
     """Everything in an artifact, still encoded.
 
     Attributes:
-        units: in state-dict order.
+        units: in state-dict order; of an update those that are not as in the base.
         tables: the shared tables section, may be empty.
         files: packed side files, and code files behind them.
         about: method, budget and other remarks; small and optional.
         padding: number of zero bytes at the end.
         objects: shared objects, which sections refer to by their place.
+        base: the file that this one is an update of, or None.
     """
 
     units: tuple[UnitSection, ...]
@@ -92,6 +112,7 @@ class Contents:
     about: dict[str, Any]
     padding: int = 0
     objects: tuple[bytes, ...] = ()
+    base: Base | None = None
 
 
 def _pack_index(contents: Contents) -> bytes:
@@ -112,6 +133,8 @@ def _pack_index(contents: Contents) -> bytes:
     }
     if code := [f.name for f in contents.files if f.kind == CODE]:
         index["code"] = code
+    if contents.base is not None:
+        index["base"] = [contents.base.sha256, list(contents.base.dropped)]
     raw = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
     packed = lzma.compress(raw, lzma.FORMAT_RAW, filters=_LZMA)
     return b"\x01" + packed if len(packed) < len(raw) else b"\x00" + raw
@@ -131,12 +154,13 @@ def _sections(contents: Contents) -> list[tuple[int, bytes]]:
 
 def _minor(contents: Contents) -> int:
     """Lowest minor version that describes the contents."""
-    stacks = [u.data for u in contents.units if u.tag == STACK.tag]
-    if any(u.tag == LONG_TRELLIS.tag for u in contents.units) or any(STACK.minor(d) > 2 for d in stacks):
+    if contents.base is not None:
         return 3
-    if contents.objects or any(f.kind == CODE for f in contents.files) or any(STACK.minor(d) > 1 for d in stacks):
-        return 2
-    return int(any(u.tag > _FIRST_CODERS for u in contents.units))
+    found = [STACK.minor(u.data) for u in contents.units if u.tag == STACK.tag]
+    found += [3 if u.tag in {LONG_TRELLIS.tag, BASE.tag} else int(u.tag > _FIRST_CODERS) for u in contents.units]
+    if contents.objects or any(f.kind == CODE for f in contents.files):
+        found.append(2)
+    return max(found, default=0)
 
 
 def serialize(contents: Contents) -> bytes:
@@ -224,10 +248,16 @@ def _read_index(data: bytes, size: int, name: str) -> _Index:
     files = index.files + _code(index)
     if len(set(names)) != len(names) or len(set(files)) != len(files) or index.code == []:
         raise CorruptError(f"{name} names a unit or file twice, or lists no code")
+    if isinstance(index.base, tuple) and not (_HASH.fullmatch(index.base[0]) and _distinct(index.base[1])):
+        raise CorruptError(f"{name} names its base by no SHA-256, or leaves a file out twice")
     for file in files:
         if not file or "/" in file or "\\" in file or file.startswith(".") or "\0" in file:
             raise CorruptError(f"{name} holds a file with the unsafe name {file!r}")
     return index
+
+
+def _distinct(names: list[str]) -> bool:
+    return len(set(names)) == len(names)
 
 
 def _code(index: _Index) -> list[str]:
@@ -279,7 +309,8 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     padding = spans[-1].length if expected[-1] == PADDING else 0
     if padding and any(body[-1]):
         raise CorruptError(f"{name} holds something in its padding")
-    return Contents(tuple(units), tables, files, index.about, padding, objects)
+    base = Base(index.base[0], tuple(index.base[1])) if isinstance(index.base, tuple) else None
+    return Contents(tuple(units), tables, files, index.about, padding, objects, base)
 
 
 def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:
@@ -296,15 +327,19 @@ def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index,
     return index, expected
 
 
-def read(path: Path | str) -> Contents:
-    """Read and check an artifact file."""
+def read_bytes(path: Path | str) -> bytes:
+    """Read the bytes of an artifact file, unchecked."""
     path = Path(path)
     try:
         with open_regular(path, os.O_RDONLY, follow=True) as f:
-            data = f.read()
+            return bytes(f.read())
     except (OSError, ValueError) as exc:
         raise NotAnArtifact(f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc
-    return parse(data, str(path))
+
+
+def read(path: Path | str) -> Contents:
+    """Read and check an artifact file by itself; `bytecap.format.updates.read` also finds the base of an update."""
+    return parse(read_bytes(path), str(path))
 
 
 def write(contents: Contents, path: Path | str) -> int:

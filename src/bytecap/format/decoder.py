@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format import codefiles, container
-from bytecap.format.coders import Observer, coder, run
+from bytecap.format import codefiles, updates
+from bytecap.format.coders import Observer, Shared, coder, run
 from bytecap.format.container import FILE, Contents, UnitSection
 from bytecap.format.entropy.rans import Stream, escape_bytes
 from bytecap.format.entropy.shared_tables import load_shared
@@ -31,6 +31,7 @@ from bytecap.types import Unit
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
+_NOTHING: Mapping[str, Any] = {}
 
 Array = npt.NDArray[Any]
 
@@ -40,8 +41,14 @@ def from_matrix(unit: Unit, matrix: Array) -> Array:
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
 
+def to_matrix(unit: Unit, array: Array) -> Array:
+    """Turn a unit's stored layout into the matrix (rows, cols) that coders see."""
+    rows, cols = unit.matrix_shape
+    return array.reshape(cols, rows).T if unit.transposed else array.reshape(rows, cols)
+
+
 def side_files(contents: Contents) -> dict[str, bytes]:
-    """Config and tokenizer files of an artifact."""
+    """Config and tokenizer files of an artifact, those of its base among them."""
     return codefiles.files(contents, (FILE,))
 
 
@@ -62,6 +69,7 @@ def decode_units(
 
     Raises:
         CorruptError: a section cannot be decoded; the message names the unit.
+        BaseError: the contents are an update, and were read without its base.
     """
     values: dict[str, Array] = {}
     for unit, array in decode_each(contents, observe, values=_GROUP_VALUES):
@@ -74,23 +82,56 @@ def decode_units(
 def decode_each(
     contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP, threads: int = 1
 ) -> Iterator[tuple[Unit, Array]]:
-    """Yield units and their values in stored layout, decoding about `values` at a time in each thread."""
-    shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+    """Yield units and their values in stored layout, decoding about `values` at a time in each thread.
+
+    Of an update units of the first base are decoded, some at a time, and then what each file above changes of them.
+    """
+    first, *updated = [_File(c, observe if c is contents else None) for c in updates.chain(contents)]
 
     def decoded(group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
+        found = first.decode(group, _NOTHING)
+        for file in updated:
+            found = file.over(found)
+        return found
+
+    groups = in_groups(first.contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values)
+    for found in _ahead(decoded, groups, threads):
+        yield from found
+    for file in (first, *updated):
+        file.shared.objects.check_used()
+
+
+class _File:
+    """One file of a chain of updates, or the only one, while its units are decoded."""
+
+    def __init__(self, contents: Contents, observe: Observer | None) -> None:
+        self.contents, self.observe = contents, observe
+        self.listed = {u.unit.name: u for u in contents.units}
+        self.shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+
+    def decode(self, group: Sequence[UnitSection], below: Mapping[str, Array]) -> list[tuple[Unit, Array]]:
+        """Decode some units together, given the values of theirs in the base, in stored layout."""
+
+        def shared(unit: Unit) -> Shared:
+            held = below.get(unit.name)
+            return self.shared if held is None else replace(self.shared, below=to_matrix(unit, held))
+
         try:
             matrices = run(
-                [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared) for u in group], observe
+                [coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, shared(u.unit)) for u in group],
+                self.observe,
             )
         except CorruptError as exc:
             names = f"{group[0].unit.name} .. {group[-1].unit.name}" if len(group) > 1 else group[0].unit.name
             raise CorruptError(f"units {names}: {exc}") from exc
         return [(u.unit, from_matrix(u.unit, matrix)) for u, matrix in zip(group, matrices, strict=True)]
 
-    groups = in_groups(contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values)
-    for found in _ahead(decoded, groups, threads):
-        yield from found
-    shared.objects.check_used()
+    def over(self, found: list[tuple[Unit, Array]]) -> list[tuple[Unit, Array]]:
+        """Change what this update lists of some decoded units of its base."""
+        below = {unit.name: array for unit, array in found if unit.name in self.listed}
+        changed = self.decode([self.listed[n] for n in below], below) if below else []
+        own = {unit.name: (unit, array) for unit, array in changed}
+        return [own.get(unit.name, (unit, array)) for unit, array in found]
 
 
 def _ahead(
@@ -116,19 +157,20 @@ def _ahead(
                 future.cancel()
 
 
-def load(path: Path | str) -> dict[str, Array]:
+def load(path: Path | str, base: updates.Bases = None) -> dict[str, Array]:
     """Decode an artifact file; returns values by name, and tied names share one array.
 
     Args:
         path: `.bcap` file.
+        base: the file that it is an update of; several where that is an update as well.
 
     Returns:
         float32 arrays in stored layout (integer and float64 tensors keep their dtype).
 
     Raises:
-        ArtifactError: the file cannot be trusted.
+        ArtifactError: the file cannot be trusted, or its base is missing or another.
     """
-    return decode_units(container.read(path))
+    return decode_units(updates.read(path, base))
 
 
 class Ideal:

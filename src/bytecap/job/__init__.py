@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bytecap.job.base import Installed
 from bytecap.job.effort import Effort
 from bytecap.job.section import Section
 from bytecap.system.cache import Store
@@ -42,6 +43,7 @@ class Job:
         recover: how long to tune what was coded, or None.
         store: where statistics and finished steps are kept: for other jobs on the same tokens, and for a killed run's
             successor, see `bytecap.recovery.checkpointing`.
+        base: the file that an update stands on, or None.
     """
 
     model: Model
@@ -54,6 +56,7 @@ class Job:
     paths: tuple[str, ...] = ()
     recover: Effort | None = None
     store: Store = field(default_factory=Store)
+    base: Installed | None = None
 
     @property
     def seed(self) -> int:

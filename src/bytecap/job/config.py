@@ -29,6 +29,7 @@ from bytecap.model.defaults import EVALUATION_TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from bytecap.format.codefiles import Code
+    from bytecap.job.base import Installed
     from bytecap.job.section import Section
     from bytecap.progress import Reporter
     from bytecap.system.cache import Store
@@ -76,6 +77,8 @@ class FitConfig:
         template: the same model as a GGUF file converted by llama.cpp, for names, metadata and tokenizer.
         emit: GGUF: file to write the types to, as `llama-quantize --tensor-type-file` reads them.
         store: directory of finished steps: a killed run, started again, goes on from there.
+        base: a file that the receiver has already: what is written is an update of it, which is read with it
+            (docs/updates.md); several files where that one is an update itself.
         loss: of a torch module: `loss(module, batch)`, mean nats of a batch as a scalar tensor. May be left out where
             batches are integer tensors (batch, length) of token ids and forward gives logits, or takes (ids, targets)
             and gives a loss.
@@ -116,6 +119,7 @@ class FitConfig:
     template: Path | str | None = None
     emit: Path | str | None = None
     store: Store | Path | str | None = None
+    base: Installed | Path | str | Sequence[Path | str] | None = None
     loss: Callable[..., Any] | None = None
     evaluate: Callable[[Any], float] | None = None
     predictions: Callable[[Any], int] | None = None

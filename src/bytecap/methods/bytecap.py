@@ -39,8 +39,9 @@ from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.texts import leading
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options, Prepared
+from bytecap.quantization.quantizer import Options
 from bytecap.recovery.checkpointing import StageCheckpoints
+from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
 
@@ -269,7 +270,7 @@ def _tuned(
     if found is None:
         return None, record
     planner, state = found
-    last = [p.unit.name for p in planner.matrices if type(p) is Prepared][: -_LAST - 1 : -1]
+    last = [p.unit.name for p in planner.matrices if moves(p)][: -_LAST - 1 : -1]
     again = fit_units(
         planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget, last
     )  # fmt: skip

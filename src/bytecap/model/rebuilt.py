@@ -26,6 +26,7 @@ from torch import nn
 from bytecap.errors import ArtifactError
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_each, side_files
+from bytecap.format.updates import units_of
 from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.wrappers import plain_names
@@ -127,7 +128,7 @@ def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> 
     """
     if model.rebuilt:
         module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **side_files(contents)},
-                       [u.unit for u in contents.units], "the written file")  # fmt: skip
+                       units_of(contents), "the written file")  # fmt: skip
         freeze(module)
         check_computed(module, model.module)
         module.to(next(model.module.parameters()).device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,4 +119,7 @@ class Artifact:
         if self.beside:
             files = hub.plain_files(self.beside)
             return hub.module_of(container.parse(self.data), files, str(self.report.get("model", "the artifact")))
-        return module_of(container.parse(self.data), str(self.report.get("model", "the artifact")))
+        contents = container.parse(self.data)
+        if contents.base is not None:  # its own bases were read for the job
+            contents = replace(contents, base=self.contents.base)
+        return module_of(contents, str(self.report.get("model", "the artifact")))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError
-from bytecap.format import container
+from bytecap.format import container, updates
 from bytecap.model.checkpoint import resolve
 from bytecap.report.card import Source, card, licence_of
 from bytecap.runtimes import hub
@@ -44,7 +44,7 @@ def card_of(path: Path, report: Mapping[str, Any], source: str | None) -> str:
         ArtifactError: the file cannot be trusted. CheckpointError: there is no such source.
     """
     whole = hub.is_hub(path)
-    contents = container.read(path / hub.FILE if whole else path)
+    contents = updates.read(path / hub.FILE if whole else path)
     entries = [e for e in (hub.ledger_of(path) if whole else container.ledger(contents)) if e.unit != hub.CARD]
     name = short(str(report.get("model", "")))
     if source is not None:

@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import ArtifactError, CorruptError, UsageError
-from bytecap.format import codefiles, container
+from bytecap.format import codefiles, updates
 from bytecap.format.coders.exact import WIDTH, from_bytes, is_lossless, to_bytes
 from bytecap.format.container import CODE, FILE, Contents
 from bytecap.format.decoder import decode_units
 from bytecap.format.sidefiles import names, source_tensors
 from bytecap.format.sidefiles.names import WEIGHTS
-from bytecap.system.collisions import refuse_collisions
+from bytecap.system.collisions import Paths, refuse_collisions
 from bytecap.system.directories import write_directory
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -76,9 +76,9 @@ def open_directory(contents: Contents, dtype: str = "source") -> Directory:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
         UsageError: `dtype` is too narrow for a value.
     """
-    names.check(f.name for f in contents.files)
+    names.check(updates.names_of(contents))
     unpacked = codefiles.files(contents, (FILE, CODE))
-    found = {f.name: unpacked.pop(f.name) for f in contents.files if f.kind == FILE}
+    found = {n: unpacked.pop(n) for n in updates.names_of(contents, (FILE,))}
     values, source = _tensors(contents, found)
     found |= unpacked
     if _METADATA in values:
@@ -107,7 +107,7 @@ def directory_files(contents: Contents, dtype: str = "source") -> tuple[dict[str
 def _tensors(contents: Contents, files: dict[str, bytes]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     """Tensors of the checkpoint by its own names, and their dtypes there; takes out the side file that says which."""
     values = decode_units(contents, aliases=False)
-    dtypes = {u.unit.name: u.unit.dtype for u in contents.units}
+    dtypes = {u.name: u.dtype for u in updates.units_of(contents)}
     layout = files.pop(source_tensors.FILE, None)
     if layout is None:
         return values, dtypes
@@ -126,7 +126,7 @@ def _with_dtype(content: bytes, written: str) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def unpack(path: Path | str, directory: Path | str, *, dtype: str = "source") -> str:
+def unpack(path: Path | str, directory: Path | str, *, dtype: str = "source", base: updates.Bases = None) -> str:
     """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer, code): all files or none.
 
     Args:
@@ -135,6 +135,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "source") ->
         dtype: `source` (the source's own dtypes; values are rounded to them, but where one is beyond such a dtype),
             `float32` (the decoded values exactly), `auto` (the source's dtypes if they hold every value exactly, else
             float32), `float16` or `bfloat16` (rounded).
+        base: the file that it is an update of; several where that is an update as well.
 
     Returns:
         The dtype written; `float32` where there are several.
@@ -143,15 +144,18 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "source") ->
         ArtifactError: the file cannot be trusted. OutputError: the directory cannot be written, or a file to be written
             is the artifact itself. UsageError: the dtype is unknown, or too narrow for a value.
     """
-    return unpack_directory(path, directory, dtype=dtype).dtype
+    return unpack_directory(path, directory, dtype=dtype, base=base).dtype
 
 
-def unpack_directory(path: Path | str, directory: Path | str, *, dtype: str = "source") -> Directory:
+def unpack_directory(
+    path: Path | str, directory: Path | str, *, dtype: str = "source", base: updates.Bases = None
+) -> Directory:
     """Do what `unpack` does; returns what was written."""
     if dtype not in (*RULES, *DTYPES):
         raise UsageError(f"unknown dtype {dtype!r}: use {', '.join((*RULES, *DTYPES))}")
-    opened, target = open_directory(container.read(path), dtype), Path(directory)
-    refuse_collisions({name: target / name for name in (WEIGHTS, *opened.files)}, {"the artifact": path})
+    opened, target = open_directory(updates.read(path, base), dtype), Path(directory)
+    inputs: dict[str, Paths] = {"the artifact": path, "its base": updates.paths_of(base)}
+    refuse_collisions({name: target / name for name in (WEIGHTS, *opened.files)}, inputs)
     write_directory(target, {WEIGHTS: opened.write_weights, **opened.files})
     return opened
 

@@ -22,6 +22,7 @@ from torch import nn
 from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
+from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig, configured
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
@@ -93,12 +94,18 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     started = time.perf_counter()
     _refuse_collisions(model, configs)
     kind = format_of(configs[0])
+    if kind in FORMATS and configs[0].base:
+        raise UsageError(f"the option base is for .bcap files: there are no updates in the format {kind}")
     if kind in FORMATS:
         return _jobs()[kind](model, configs)
     for option in _FOR_MODULES:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
+    if configs[0].layout == HUB:
+        hub_directory.check_options(configs[0])
+    base = Installed.read(configs[0].base)
+    configs = [replace(c, base=base) for c in configs]  # read once for all of them
     with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
         return (_fit_hub if configs[0].layout == HUB else _fit_all)(model, configs, started)
 
@@ -114,6 +121,7 @@ def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) 
             "a calibration text": as_paths(first.calibration), "an evaluation text": as_paths(first.evaluation),
             "a text of recovery": as_paths(first.recover_text),
             "code": () if isinstance(first.code, Code) else first.code,
+            "the base": None if isinstance(first.base, Installed) else as_paths(first.base),
         },
     )  # fmt: skip
 
@@ -143,7 +151,6 @@ def _fit_hub(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     """Fit the weights of one directory for each config to what its other files leave of the budget."""
     for config in configs:
         check(replace(config, layout=FILE))
-        hub_directory.check_options(config)
         if config.output is not None:
             check_directory(Path(config.output))
     loaded = model if isinstance(model, Model) else _load(model, replace(configs[0], tokenizer=False))
@@ -226,7 +233,9 @@ def _named(path: Path | str | None, budget: str) -> str | None:
 
 def _load(model: Path | str, config: FitConfig) -> Model:
     """Read a checkpoint."""
-    return load_model(model, begin=_pack if config.tokenizer else None, allow_unused=config.allow_unused or ())
+    return load_model(
+        model, begin=_pack if config.tokenizer and not config.base else None, allow_unused=config.allow_unused or ()
+    )
 
 
 def _pack(files: dict[str, Any]) -> None:

@@ -10,25 +10,29 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bytecap.allocation.allocate import allocate, floor_rate
 from bytecap.errors import BudgetError
 from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
+from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.evaluation import Comparison
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, measure, token_sets
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.directory import family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
-from bytecap.runtimes.directory.menu import Rounded, curve, round_to
+from bytecap.runtimes.directory.menu import coding_of
 from bytecap.runtimes.directory.tensors import write
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, figures, solve
+from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.cache import Store
 from bytecap.system.directories import check_directory, replacing_directory
@@ -73,14 +77,18 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     floor = _check_floor(contents, cap)
     sets = token_sets(loaded, config, target, reporter)
     kept = config.store if isinstance(config.store, Store) else Store(config.store)
-    job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, store=kept)
+    job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort_of(config.recover), store=kept)
     loaded.module.to(target)
     items = calibrated(job, Layout("", contents.places), contents.types)
-    found = solve(
-        job, items, curve=lambda i: curve(contents, i), round_to=lambda i, s: round_to(contents, i, s),
-        allocate=lambda curves: _allocate(contents, curves, cap), groups=contents.groups,
+    plain = solve(
+        job, items, coding_of(contents), lambda curves: _allocate(contents, curves, cap), contents.groups
     )  # fmt: skip
-    result = _finish(job, contents, items, found, None if output is None or config.dry_run else Path(output))
+    tuned = job.recover is not None and not config.dry_run
+    found, record = tune_blocks(job, contents.tuned(), items, plain, contents.float_type) if tuned else (plain, {})
+    result = _finish(
+        job, contents, items, (found, plain), None if output is None or config.dry_run else Path(output)
+    )  # fmt: skip
+    result.report |= {"recovery": record} if record else {}
     result.report |= {"floor_bytes": floor, "kept_plain": notes, "seconds": round(time.perf_counter() - started, 3)}
     return result
 
@@ -141,46 +149,58 @@ def _allocate(contents: Contents, curves: Sequence[Curve], cap: int) -> tuple[Pl
 
 
 def _finish(
-    job: Job, contents: Contents, items: Sequence[Item], found: Found[Rounded], output: Path | None
+    job: Job, contents: Contents, items: Sequence[Item], found: tuple[Found, Found], output: Path | None
 ) -> RuntimeModel:
-    """Write the directory, read it back, measure it."""
-    schemes = _schemes(contents, found.plan)
+    """Write the directory, read it back, measure it; the second plan is the one without recovery."""
+    best, plain = found
+    schemes = _schemes(contents, best.plan)
     size = contents.size(schemes)
     counts = Counter(schemes.values())
     report = {
         "format": contents.family.name, "types": schemes,
         "plan": ", ".join(f"{counts[n]} {n}" for n in contents.settings() if n in counts),
-    } | figures(job, items, found, size)  # fmt: skip
+    } | figures(job, items, best, size)  # fmt: skip
     result = RuntimeModel(report, schemes)
     if job.dry_run:
         return result
     with tempfile.TemporaryDirectory() as name:
         path = output or Path(name) / "model"
-        codes = {n: r.codes for n, r in found.rounded.items()}
-        written, report["checked"] = write_directory(contents, schemes, codes, path)
+        written, report["checked"] = write_directory(contents, schemes, best.codes(), path, best.vectors)
         assert written == size <= job.budget  # noqa: S101 (planned to the byte)
         if output is not None:
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}; {report['checked']}")
         result.entries = ledger(contents.family, path)
-        values = read_units(contents.family, path, job.model.units)
-        parts = measure(job.model, values, job.sets, job.device, job.reporter)
+        parts = _measured(job, contents, path)
+        if best is not plain:
+            other = Path(name) / "plain"
+            write_directory(contents, schemes, plain.codes(), other)
+            report["without_recovery"] = gain(parts, _measured(job, contents, other))
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
 
 
+def _measured(job: Job, contents: Contents, path: Path) -> list[Comparison]:
+    """Scores of a directory on disk."""
+    values = read_units(contents.family, path, job.model.units)
+    return measure(job.model, values, job.sets, job.device, job.reporter)
+
+
 def write_directory(
-    contents: Contents, schemes: Mapping[str, str], codes: Mapping[str, Codes | None], path: Path
-) -> tuple[int, str]:
+    contents: Contents, schemes: Mapping[str, str], codes: Mapping[str, Codes | None], path: Path,
+    vectors: Mapping[str, Any] | None = None,
+) -> tuple[int, str]:  # fmt: skip
     """Write a directory that appears whole or not at all; returns its bytes, and what its own program says of it.
+
+    `vectors` take the place of the model's own, by name.
 
     Raises:
         OutputError: it cannot be written. CheckpointError: the family's own program cannot load it.
     """
     with replacing_directory(path) as made:
         with (made / WEIGHTS).open("wb") as f:
-            write(f, contents.tensors(schemes, codes), contents.family.mark)
+            write(f, contents.tensors(schemes, codes, vectors), contents.family.mark)
         (made / CONFIG).write_bytes(contents.config(schemes))
         for name, data in contents.side_files().items():
             (made / name).write_bytes(data)

@@ -11,9 +11,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
@@ -23,25 +26,27 @@ from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import TOKENS
-from bytecap.model.evaluation import Comparison, paired_stderr
-from bytecap.model.sources import Paths, as_paths, load_sets, recovery_texts, with_recovery
-from bytecap.model.texts import TokenSets
+from bytecap.model.evaluation import Comparison
+from bytecap.model.sources import Paths, as_paths, load_sets
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, measure, token_sets
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
 from bytecap.pipeline.stages import choose_device, quality
 from bytecap.progress import Reporter, reporter_for
+from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.export import describer, importance, type_lines, write_imatrix
 from bytecap.runtimes.gguf.export import plain as exact
 from bytecap.runtimes.gguf.menu import WHOLE, Item, allowed, parse_types
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
-from bytecap.runtimes.gguf.plan import Found, solve
-from bytecap.runtimes.gguf.solve import figures
+from bytecap.runtimes.gguf.plan import data_of, solve
+from bytecap.runtimes.gguf.solve import Found, figures
 from bytecap.runtimes.gguf.template import GgufTemplate, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.atomic import write_atomically
 from bytecap.system.cache import Store
+
+WIDE = 256  # columns of a block of the finer types
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     cap = parse_budget(config.budget, model.parameters)
     floor = _check_floor(frame, cap)
     store = config.store if isinstance(config.store, Store) else Store(config.store)
-    sets = _sets(model, config, device, reporter)
+    sets = token_sets(model, config, device, reporter)
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     model.module.to(device)
     items = calibrated(job, frame.layout, frame.types)
@@ -116,15 +121,6 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     if config.emit is not None:
         write_atomically(type_lines(result.types).encode(), Path(config.emit))
     return result
-
-
-def _sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
-    """The token sets, with those of recovery where it is asked for."""
-    sets = token_sets(model, config, device, reporter)
-    if config.recover is None:
-        return sets
-    texts = as_paths(config.recover_text) or recovery_texts(model, as_paths(config.calibration))
-    return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 
 def _frame(
@@ -142,11 +138,12 @@ def _frame(
             f"{len(other)} tensors such as {other[0].name} have rows of {other[0].cols} columns, which the chosen "
             f"types cannot hold: they take one of {', '.join(types[other[0].name]).lower()}"
         )
-    narrow = [p for p in layout.places if p.name in types and p.cols % 256]
+    narrow = [p for p in layout.places if p.name in types and p.cols % WIDE]
     if narrow:
         reporter.note(
-            f"{len(narrow)} of {len(types)} matrices have rows that are no multiple of 256 columns ({narrow[0].name}: "
-            f"{narrow[0].cols}): only types with blocks of 32 can hold them, none below 4.5 bits"
+            f"{len(narrow)} of {len(types)} matrices have rows that are no multiple of {WIDE} columns "
+            f"({narrow[0].name}: {narrow[0].cols}): only types with blocks of 32 can hold them, none below "
+            f"{_narrowest():g} bits"
         )
 
     describe = describer(model, layout, None if template is None else template.write_keys)
@@ -163,23 +160,39 @@ def _stored(place: Place, type_: str | None, types: Mapping[str, tuple[str, ...]
 
 
 def _check_floor(frame: _Frame, cap: int) -> int:
-    """The smallest reachable file; refuses a cap below it, naming who holds the floor."""
-    least = {}
-    for p in frame.layout.places:
-        if p.name in frame.types:
-            rows = p.parameters // p.cols
-            least[p.name] = min((file.padded(file.type_bytes(t, rows, p.cols)), t) for t in frame.types[p.name])
+    """The smallest reachable file; refuses a cap below it, naming who holds the floor and what goes lower."""
+    matrices = [p for p in frame.layout.places if p.name in frame.types]
+    least = {p.name: _least(p, frame.types[p.name]) for p in matrices}
     floor = frame.fixed + sum(n for n, _ in least.values())
-    if floor > cap:
-        top = sorted(least, key=lambda n: -least[n][0])[:3]
-        raise BudgetError(
-            f"a budget of {cap:,} bytes is below the floor of {floor:,} of this format: metadata and tokenizer hold "
-            f"{frame.head:,}, tensors in float32 {frame.rest:,}, the largest others "
-            f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; --types may allow smaller "
-            "ones, and a .bcap file goes lower",
-            floor,
-        )
-    return floor
+    if floor <= cap:
+        return floor
+    top = sorted(least, key=lambda n: -least[n][0])[:3]
+    free = {p.name: _least(p, allowed(p, parse_types(None), pure=False)[0]) for p in matrices}
+    lowest = frame.fixed + sum(n for n, _ in free.values())
+    kinds = sorted({free[n][1].lower() for n in free if free[n][0] < least[n][0]})
+    lower = (
+        f"--types {','.join(kinds)} would go down to {lowest:,}" if kinds else "no GGUF type is smaller for any of them"
+    )
+    narrow = [p.name for p in matrices if p.cols % WIDE]
+    if narrow:
+        lower += f", {len(narrow)} have rows that are no multiple of {WIDE} and stop at {_narrowest():g} bits"
+    raise BudgetError(
+        f"a budget of {cap:,} bytes is below the floor of {floor:,} of this format: metadata and tokenizer hold "
+        f"{frame.head:,}, tensors in float32 {frame.rest:,}, the largest others "
+        f"{', '.join(f'{n} {least[n][0]:,} as {least[n][1].lower()}' for n in top)}; {lower}; a .bcap file goes lower",
+        floor,
+    )
+
+
+def _least(place: Place, types: Sequence[str]) -> tuple[int, str]:
+    """Bytes of the smallest of some types, and which it is."""
+    rows = place.parameters // place.cols
+    return min((file.padded(file.type_bytes(t, rows, place.cols)), t) for t in types)
+
+
+def _narrowest() -> float:
+    """Bits of the smallest type for rows of 32 columns."""
+    return min(f.bits for f in FORMATS.values() if f.block < WIDE)
 
 
 def _finish(
@@ -205,11 +218,7 @@ def _finish(
         if best is not plain:
             other = Path(name) / "plain.gguf"
             file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
-            before = _measured(job, frame, other)
-            report["without_recovery"] = quality(before) | {
-                "kl_difference_stderr": paired_stderr(parts, before, "kl"),
-                "delta_difference_stderr": paired_stderr(parts, before, "nats"),
-            }
+            report["without_recovery"] = gain(parts, _measured(job, frame, other))
     report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
     return result
@@ -217,15 +226,16 @@ def _finish(
 
 def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found) -> list[file.Stored]:
     """All tensors with their bytes."""
-    stored = []
-    for p in frame.layout.places:
+
+    def one(p: Place) -> file.Stored:
         if p.name in types:
-            stored.append(_stored(p, types[p.name], frame.types, found.rounded[p.name].data))
-        elif p.name in found.vectors:
-            stored.append(_stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name])))
-        else:
-            stored.append(exact(model, p))
-    return stored
+            return _stored(p, types[p.name], frame.types, data_of(types[p.name], found.rounded[p.name]))
+        if p.name in found.vectors:
+            return _stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name]))
+        return exact(model, p)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(one, frame.layout.places))
 
 
 def _measured(job: Job, frame: _Frame, path: Path) -> list[Comparison]:

@@ -34,7 +34,7 @@ class Format:
     lacks: tuple[str, ...] = ()
 
 
-_DIRECTORY = Format(lacks=("template", "emit", "recover", "recover_text"))
+_DIRECTORY = Format(lacks=("template", "emit"))
 FORMATS = {"gguf": Format(".gguf"), "mlx": _DIRECTORY, "compressed-tensors": _DIRECTORY}
 
 

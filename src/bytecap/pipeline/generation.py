@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import ArtifactError, UsageError
+from bytecap.format.updates import Bases
 from bytecap.model import tokenizer as door
 from bytecap.model.bounds import hurried
 from bytecap.model.checkpoint import Model
@@ -89,6 +90,7 @@ def generate(
     tokens: int = 64,
     sampling: Sampling | None = None,
     device: str = "auto",
+    base: Bases = None,
 ) -> Iterator[str]:
     """Yield pieces of text that continue a prompt, until the model ends it or `tokens` are made.
 
@@ -100,6 +102,7 @@ def generate(
         tokens: most tokens to add.
         sampling: how they are drawn.
         device: `auto`, `cpu` or `cuda`.
+        base: the file that an artifact is an update of.
 
     Raises:
         ArtifactError: there is no tokenizer, no chat template, or the template cannot be rendered.
@@ -110,7 +113,7 @@ def generate(
     target = choose_device(device)
     if system is not None and not chat:
         raise UsageError("a system text is part of a conversation: give it with --chat")
-    opened = model if isinstance(model, Model) else open_model(model)
+    opened = model if isinstance(model, Model) else open_model(model, base=base)
     if not is_there(opened.files):
         raise ArtifactError(f"{opened.name} holds no tokenizer (written with --no-tokenizer): it cannot read a prompt")
     encode = encoder(opened.files)

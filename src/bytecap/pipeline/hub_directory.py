@@ -102,8 +102,10 @@ def check_options(config: FitConfig) -> None:
     """Refuse options that a directory cannot have.
 
     Raises:
-        UsageError: config or tokenizer are to be left out, without which nobody loads it.
+        UsageError: config or tokenizer are to be left out, without which nobody loads it, or it is an update.
     """
+    if config.base:
+        raise UsageError(f"the option base is for single files: --layout {HUB} holds a whole model")
     for name in ("tokenizer", "config"):
         if not getattr(config, name):
             raise UsageError(f"--no-{name} is not for --layout {HUB}: transformers needs the file")

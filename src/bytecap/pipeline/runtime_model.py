@@ -18,10 +18,11 @@ from bytecap.format.ledger import Entry
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
-from bytecap.model.evaluation import Comparison, compare_models
+from bytecap.model.evaluation import Comparison, compare_models, paired_stderr
 from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.sources import as_paths, load_sets
+from bytecap.model.sources import as_paths, load_sets, recovery_texts, with_recovery
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline.stages import quality
 from bytecap.progress import Reporter
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
@@ -58,12 +59,16 @@ def held_tokens(config: FitConfig) -> int:
 
 
 def token_sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
-    """The token sets, the second of which is held out from every Hessian that weights are rounded by."""
-    return load_sets(
+    """The token sets, with those of recovery where it is asked for; no Hessian to round by sees the second."""
+    sets = load_sets(
         model, as_paths(config.calibration), as_paths(config.evaluation), window=config.window, tokens=config.tokens,
         evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
         device=device, reporter=reporter,
     )  # fmt: skip
+    if config.recover is None:
+        return sets
+    texts = as_paths(config.recover_text) or recovery_texts(model, as_paths(config.calibration))
+    return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
 
 
 def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -> list[Item]:
@@ -76,9 +81,7 @@ def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -
     """
     seen = moments(job)
     held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
-    items = items_of(job.model, layout, seen, held, types)
-    seen.uses.clear()
-    held.uses.clear()
+    items = items_of(job.model, layout, seen, held, types, job.device)
     with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
         return choose_shrinkage(items, advance)
 
@@ -93,3 +96,11 @@ def measure(
         return [
             compare_models(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation
         ]
+
+
+def gain(parts: list[Comparison], before: list[Comparison]) -> dict[str, Any]:
+    """Quality without recovery, and standard errors of the differences to what it became."""
+    return quality(before) | {
+        "kl_difference_stderr": paired_stderr(parts, before, "kl"),
+        "delta_difference_stderr": paired_stderr(parts, before, "nats"),
+    }

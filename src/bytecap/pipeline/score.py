@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bytecap.format import container
+from bytecap.errors import UsageError
+from bytecap.format import updates
 from bytecap.format.decoder import side_files
 from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model, resolve
-from bytecap.model.from_artifact import load_model as load_artifact
+from bytecap.model.from_artifact import module_of
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
 from bytecap.model.texts import load_text
@@ -18,20 +19,20 @@ from bytecap.runtimes import hub
 from bytecap.types import Score
 
 
-def open_model(model: Path | str, allow_unused: Sequence[str] = ()) -> Model:
+def open_model(model: Path | str, allow_unused: Sequence[str] = (), base: updates.Bases = None) -> Model:
     """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file."""
     path = Path(model)
-    if not path.is_file():
-        directory = resolve(model)
-        if hub.is_hub(directory):
-            inside, files = hub.read(directory)
+    if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
+        if base:
+            raise UsageError(f"{model} is no .bcap file: it has no base")
+        found = resolve(model)
+        if hub.is_hub(found):
+            inside, files = hub.read(found)
             module = freeze(hub.module_of(inside, files, str(model)))
             return Model(module, find_units(module), files, str(model))
-        return replace(load_model(directory, allow_unused=allow_unused), name=str(model))
-    if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
-        return load_model(model, allow_unused=allow_unused)
-    contents = container.read(path)
-    module = freeze(load_artifact(path))
+        return replace(load_model(found, allow_unused=allow_unused), name=str(model))
+    contents = updates.read(path, base)
+    module = freeze(module_of(contents, str(path)))
     return Model(module, find_units(module), side_files(contents), str(model))
 
 
@@ -43,6 +44,7 @@ def score(
     tokens: int | None = None,
     device: str = "auto",
     allow_unused: Sequence[str] = (),
+    base: updates.Bases = None,
     reporter: Reporter | None = None,
 ) -> list[Score]:
     """Score a model on every text.
@@ -54,6 +56,7 @@ def score(
         tokens: most tokens per text.
         device: `auto`, `cpu` or `cuda`.
         allow_unused: tensors and files of a checkpoint that are meant to be left out.
+        base: the file that an artifact is an update of.
         reporter: told about progress.
     """
     from bytecap.model.evaluation import evaluate
@@ -61,7 +64,7 @@ def score(
 
     reporter = reporter_for(reporter)
     target = choose_device(device)
-    opened = open_model(model, allow_unused)
+    opened = open_model(model, allow_unused, base)
     opened.module.to(target)
     encode = encoder(opened.files)
     paths = as_paths(texts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bytecap.format.decoder import Ideal, decode_each
 from bytecap.format.ledger import by_overlay, by_unit
 from bytecap.format.wire.shared_objects import share_lists
 from bytecap.job import Job, Method, Outcome, Section
+from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort, effort_of
 from bytecap.methods.preencoded import run_rest
@@ -38,10 +40,11 @@ from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare_models, mean_comparison, paired_stderr
 from bytecap.model.rebuilt import written
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline import background, pack_code
+from bytecap.pipeline import background, pack_code, update
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.formats import FILE
-from bytecap.progress import Recorder, Reporter, reporter_for
+from bytecap.pipeline.update import Frame
+from bytecap.progress import Recorder, reporter_for
 from bytecap.quantization.quantizer import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget
@@ -63,6 +66,7 @@ class Asked:
         recover: how long to tune what was coded, or None.
         store: where finished steps are kept.
         code: source files, packed.
+        base: the file that an update stands on, or None.
         reporter: told about progress; keeps the warnings.
     """
 
@@ -73,6 +77,7 @@ class Asked:
     recover: Effort | None
     store: Store
     code: Code
+    base: Installed | None
     reporter: Recorder
 
     @property
@@ -89,7 +94,7 @@ class Opened:
         asked: the options.
         model: the model.
         budget: cap on the file in bytes.
-        files: config, tokenizer and code as they are stored.
+        frame: what the file holds beside units.
         size: file size for given sections, tables section, and shared objects if there are any.
         floor: the smallest reachable file in bytes.
     """
@@ -97,21 +102,16 @@ class Opened:
     asked: Asked
     model: Model
     budget: int
-    files: tuple[FileSection, ...]
+    frame: Frame
     size: Callable[..., int]
     floor: int
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Remarks on its making that the file holds."""
-        return _about(self.asked, self.budget)
 
     def job(self, sets: TokenSets) -> Job:
         """The job that the method works on."""
         asked, limit = self.asked, self.budget - self.asked.code.reserve
         return Job(
             self.model, sets, limit, self.size, asked.device, asked.reporter, asked.config, asked.paths, asked.recover,
-            asked.store,
+            asked.store, asked.base,
         )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def check(config: FitConfig) -> Asked:
     store = config.store if isinstance(config.store, Store) else Store(config.store)
     reporter = Recorder(reporter_for(config.reporter, config.progress))
     allocator.spare(device)
-    return Asked(config, run, device, paths, effort, store, code, reporter)
+    return Asked(config, run, device, paths, effort, store, code, update.base_of(config), reporter)
 
 
 def open_model(asked: Asked, model: Model) -> Opened:
@@ -148,11 +148,15 @@ def open_model(asked: Asked, model: Model) -> Opened:
     asked.reporter.note(f"budget: {format_size(budget)}")
     for note in model.notes:
         asked.reporter.note(note)
-    files = side_files(model, tokenizer=config.tokenizer, config=config.config) + asked.code.sections
-    size = sizer(model, files, _about(asked, budget))
+    about = {"budget": budget, "method": asked.method_name}
+    if asked.base is not None:
+        asked.base.check(model.units, model.name)
+    files = side_files(model, tokenizer=config.tokenizer, config=config.config, base=asked.base)
+    frame = update.frame((*files, *asked.code.sections), about, asked.base)
+    size = partial(_size, model, frame)
     with asked.code.floor(budget), allocator.stated(model.parameters):
-        floor = check_floor(model, size, budget - asked.code.reserve, config.given)
-    return Opened(asked, model, budget, files, size, floor)
+        floor = check_floor(model, size, budget - asked.code.reserve, config.given, on_base=asked.base is not None)
+    return Opened(asked, model, budget, frame, size, floor)
 
 
 def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
@@ -168,7 +172,7 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
     """
     asked, job, parameters = opened.asked, opened.job(sets), opened.model.parameters
     with asked.code.floor(opened.budget), allocator.stated(parameters):
-        result = _solve(job, asked.method, opened.files, opened.about)
+        result = _solve(job, asked.method, opened.frame)
     if not asked.config.dry_run:
         with allocator.stated(parameters):
             _deliver(result, job, asked.config.output)
@@ -189,10 +193,6 @@ def make_job(model: Model, sets: TokenSets, config: FitConfig) -> Job:
     return open_model(check(config), model).job(sets)
 
 
-def _about(asked: Asked, budget: int) -> dict[str, Any]:
-    return {"budget": budget, "method": asked.method_name}
-
-
 def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     """Write the file and measure what was written."""
     if output is not None:
@@ -211,25 +211,25 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     result.windows = tuple(p.windows for p in parts if p.windows is not None)
 
 
-def _solve(job: Job, run: Method, files: tuple[FileSection, ...], about: dict[str, Any]) -> Artifact:
+def _solve(job: Job, run: Method, frame: Frame) -> Artifact:
     """Return the finished bytes and their report, before quality is measured."""
-    stored = None if job.given else _lossless(job.model, files, about, job.budget, job.reporter)
+    stored, method = None if job.given else _lossless(job.model, frame, job), str(frame.about["method"])
     job.model.module.to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run_rest(run, job)
-        if outcome.sections and job.recover is not None and _untuned(job, outcome, about["method"]):
+        if outcome.sections and job.recover is not None and _untuned(job, outcome, method):
             outcome = tune_sections(job, outcome)
         if outcome.sections:
             outcome = _with_lists(outcome, job.model)
-            stored = _contents(job.model, files, about, outcome, job.budget, about["method"])
+            stored = _contents(job.model, frame, outcome, job.budget)
     before = None
     if outcome.before is not None:
         plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
-        before = container.serialize(_contents(job.model, files, about, plain, job.budget, about["method"]))
+        before = container.serialize(_contents(job.model, frame, plain, job.budget))
     result = Artifact(stored, container.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
     result.before = before
-    result.report = _report(result, job.model, outcome, job.budget, about["method"], job.sets, job.seed)
+    result.report = _report(result, job, outcome, method)
     return result
 
 
@@ -238,7 +238,11 @@ def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
 
     Where sections are given nothing is tuned: they are stored as they are.
     """
-    return not job.given and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
+    return (
+        not job.given
+        and job.base is None
+        and (method != "bytecap" or any(s.tag == STACK.tag for s in outcome.sections.values()))
+    )
 
 
 def _with_lists(outcome: Outcome, model: Model) -> Outcome:
@@ -263,55 +267,56 @@ def choose_device(device: str) -> str:
     return device
 
 
-def side_files(model: Model, *, tokenizer: bool = True, config: bool = True) -> tuple[FileSection, ...]:
-    """Return config and tokenizer as they are stored."""
+def side_files(
+    model: Model, *, tokenizer: bool = True, config: bool = True, base: Installed | None = None
+) -> tuple[FileSection, ...]:
+    """Return config and tokenizer as they are stored; without bytes where the base holds the same."""
     kept = {n: d for n, d in model.files.items() if (tokenizer if container.is_tokenizer(n) else config)}
-    return tuple(FileSection(n, background.packed(n, d)) for n, d in kept.items())
+    held = base.files if base is not None else {}
+    return tuple(FileSection(n, b"" if held.get(n) == d else background.packed(n, d)) for n, d in kept.items())
 
 
-def sizer(model: Model, files: tuple[FileSection, ...], about: dict[str, Any]) -> Callable[..., int]:
-    """Return a function from sections, tables and shared objects to the file size."""
-
-    def size(sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()) -> int:
-        units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
-        return len(container.serialize(Contents(units, tables, files, about, objects=objects)))
-
-    return size
+def _size(
+    model: Model, frame: Frame, sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()
+) -> int:
+    """Return the file size of sections, tables and shared objects."""
+    return len(container.serialize(frame.contents(model.units, sections, tables, objects)))
 
 
-def _contents(
-    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], outcome: Outcome, budget: int, method: str
-) -> Contents:
-    units = tuple(UnitSection(u, outcome.sections[u.name].tag, outcome.sections[u.name].data) for u in model.units)
-    contents = Contents(units, outcome.tables, files, about, objects=outcome.objects)
+def _contents(model: Model, frame: Frame, outcome: Outcome, budget: int) -> Contents:
+    contents = frame.contents(model.units, outcome.sections, outcome.tables, outcome.objects)
     total = len(container.serialize(contents))
     if total > budget:
+        method = frame.about["method"]
         raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)
     return contents
 
 
-def _lossless(
-    model: Model, files: tuple[FileSection, ...], about: dict[str, Any], budget: int, reporter: Reporter
-) -> Contents | None:
-    """Code the model without loss, if that fits the budget."""
-    raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in model.units)
+def _lossless(model: Model, frame: Frame, job: Job) -> Contents | None:
+    """Code the model without loss, if that fits the budget; of an update all that is not the base's bit for bit."""
+    budget, sections = job.budget, {}
+    as_held = {u.name: as_matrix(u, model.tensor(u).detach().cpu().numpy()) for u in model.units} if job.base else {}
+    changed = [u for u in model.units if not (job.base and job.base.has(u, as_held[u.name]))]
+    raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in changed)
     if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
         return None
-    units = []
-    with reporter.step("lossless size", len(model.units)) as advance:
-        for u in model.units:
+    units = {u.name: u for u in model.units}
+    with job.reporter.step("lossless size", len(changed)) as advance:
+        for u in changed:
             values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
             narrowed = u.dtype not in WIDTH or (u.dtype == "F64" and values.dtype != np.float64)
-            dtype = "F32" if narrowed else u.dtype
-            units.append(UnitSection(replace(u, dtype=dtype), EXACT.tag, EXACT.encode(values, dtype)))
+            units[u.name] = replace(u, dtype="F32" if narrowed else u.dtype)
+            sections[u.name] = Section(EXACT.tag, EXACT.encode(values, units[u.name].dtype))
             advance(1)
-    contents = Contents(tuple(units), b"", files, {**about, "lossless": not model.rounded})
+    kept = {n: update.AS_IN_BASE for n in units if n not in sections}
+    lossless = replace(frame, about={**frame.about, "lossless": not model.rounded})
+    contents = lossless.contents(tuple(units.values()), {**sections, **kept}, b"")
     total = len(container.serialize(contents))
     if total > budget:
         return None
     _check_lossless(model, contents)
     said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
-    reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
+    job.reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
     return contents
 
 
@@ -324,10 +329,18 @@ def _check_lossless(model: Model, contents: Contents) -> None:
 
 
 def check_floor(
-    model: Model, size: Callable[[dict[str, Section], bytes], int], budget: int, given: Mapping[str, Section] = _NONE
+    model: Model,
+    size: Callable[[dict[str, Section], bytes], int],
+    budget: int,
+    given: Mapping[str, Section] = _NONE,
+    *,
+    on_base: bool = False,
 ) -> int:
     """Return the smallest reachable file size; a budget below it is refused, naming the largest units."""
-    sections = {u.name: given.get(u.name) or Section(*methods.smallest_section(u)) for u in model.units}
+    sections = {
+        u.name: given.get(u.name) or (update.AS_IN_BASE if on_base else Section(*methods.smallest_section(u)))
+        for u in model.units
+    }
     floor = size(sections, b"")
     if floor > budget:
         units = tuple(UnitSection(u, sections[u.name].tag, sections[u.name].data) for u in model.units)
@@ -344,6 +357,8 @@ def check_floor(
 def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, contents, ideal = job.model, container.parse(data), Ideal()
+    if job.base is not None:
+        contents = job.base.on(contents)
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
     quantized_copy = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
@@ -355,18 +370,17 @@ def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
     return parts, ideal.bytes(len(data))
 
 
-def _report(
-    result: Artifact, model: Model, outcome: Outcome, budget: int, method: str, sets: Any, seed: int
-) -> dict[str, Any]:
-    entries = result.ledger()
+def _report(result: Artifact, job: Job, outcome: Outcome, method: str) -> dict[str, Any]:
+    entries, model, budget, sets = result.ledger(), job.model, job.budget, job.sets
     return {
-        "model": model.name, "method": method, "plan": outcome.plan, "seed": seed,
+        "model": model.name, "method": method, "plan": outcome.plan, "seed": job.seed,
         "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
         "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
         "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
+        **(update.report(job.base, result) if job.base is not None else {}),
         **({"targets": outcome.targets} if outcome.targets else {}),
         "largest_units": [(line.unit, line.bytes) for line in by_unit(entries)[:5]],
         "paths": by_overlay(entries), "margin": outcome.margin or None,

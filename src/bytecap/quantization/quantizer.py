@@ -36,6 +36,7 @@ from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
+ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
 STATES = tuple(1 << memory for memory in MASKS)
 EFFORTS = (8, 32, 128, 256)  # states of the trellis by effort
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
@@ -162,12 +163,19 @@ class Coded:
         distortion: predicted, in nats per token.
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
         overlay: tag and bytes of an overlay over it, or None.
+        below: (rows, cols), values of the base of an update, to which these are a difference; None without.
     """
 
     code: GridCode
     distortion: float
     counts: Counts
     overlay: tuple[int, bytes] | None = None
+    below: npt.NDArray[np.float32] | None = None
+
+    @property
+    def as_in_base(self) -> bool:
+        """Whether nothing is added to the base, so that nothing is stored."""
+        return self.below is not None and self.overlay is None and not self.code.symbols.any()
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
@@ -316,8 +324,12 @@ def _stored_there(
 
 def rate(coded: Coded, shared: Shared) -> float:
     """Estimate the bytes of a unit's section: payload code length, side information, header and overlay."""
+    if coded.as_in_base:
+        return 0.0
     bits = side_bits(coded.code, shared.tables)
     for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
         seen = counts > 0
         bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
+    if coded.below is not None:
+        bits += 8 * ON_BASE
     return bits / 8 + (STACK.growth(bits / 8, coded.overlay[1]) if coded.overlay else 0)

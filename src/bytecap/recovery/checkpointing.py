@@ -41,7 +41,7 @@ class StageCheckpoints:
         self._job = job
         self._key = "" if job.store.directory is None else digest(
             job_key(job), asdict(options), capacity, job.budget, list(job.paths),
-            windows_key(job.sets.correction),
+            windows_key(job.sets.correction), job.base.sha256 if job.base else "",
         )  # fmt: skip
 
     def get(self, stage: str) -> Any:

@@ -21,12 +21,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bytecap.allocation.differences import DifferenceUnit
 from bytecap.allocation.planner import Planner, State
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import dependent
-from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.shared_tables import count_symbols
 from bytecap.model.checkpoint import as_matrix
@@ -150,6 +150,11 @@ class _Matrix:
         return self.target * self.plan.row * self.plan.column
 
 
+def moves(item: Prepared) -> bool:
+    """Whether a matrix is coded anew: those under an overlay keep their integers."""
+    return type(item) is Prepared or isinstance(item, DifferenceUnit)
+
+
 class TunedParameters:
     """The tunable tensors of a settled plan.
 
@@ -166,7 +171,7 @@ class TunedParameters:
         self._matrices: dict[str, _Matrix] = {}
         for item in planner.matrices:
             name = item.unit.name
-            if type(item) is Prepared:
+            if moves(item):
                 grid = _Grid.of(item, state.coded[name])
                 target = item.weight / (grid.row * grid.column)
                 self._matrices[name] = _Matrix(item, grid, grid, target, state.steps[name])
@@ -189,6 +194,13 @@ class TunedParameters:
     def names(self) -> list[str]:
         """Return the names of tuned units."""
         return [*self._matrices, *self.vectors]
+
+    def vector_size(self, name: str) -> float:
+        """Mean size of a vector's values, those of the base among them."""
+        held, below = self.vectors[name], self._vectors[name].below
+        if below is not None:
+            held = held.reshape(below.shape) + torch.from_numpy(below).to(held.device)
+        return float(held.abs().mean())
 
     def groups(self, most: int) -> list[list[str]]:
         """Split the matrices, in the model's order, into at most so many groups of about equally many weights."""
@@ -251,14 +263,13 @@ class TunedParameters:
         for at, (n, m) in enumerate(self._matrices.items()):
             g = m.grid
             matrix = m.weight if m.points is None else self._decoded(m, at, offsets)[0]
+            if isinstance(m.item, DifferenceUnit):
+                matrix = matrix + torch.from_numpy(m.item.below).to(matrix.device)
             found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
         for n, t in self.vectors.items():
             v = replace(self._vectors[n], values=t.cpu().numpy())
-            stored = v.values
-            if np.isfinite(stored).all():  # else the KL says so
-                step = v.step(self._state.steps[n])
-                centre, symbols = VECTOR.quantize(stored, step)
-                stored = VECTOR.dequantize(centre, step, symbols)
+            finite = np.isfinite(v.values).all()  # else the KL says so
+            stored = v.decode(self._state.steps[n]) if finite else v.values
             found[n] = torch.from_numpy(stored.reshape(v.unit.shape)).to(self._device)
         return found
 

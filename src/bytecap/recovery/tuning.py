@@ -111,7 +111,7 @@ class _TuningRun:
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._checkpoint = ProgressCheckpoint(job.store) if job.store.directory is None else ProgressCheckpoint(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
-            VALUES_RATE, asdict(planner.options), state.steps, "recovery",
+            VALUES_RATE, job.base.sha256 if job.base else "", asdict(planner.options), state.steps, "recovery",
         )  # fmt: skip
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # also those that are not tuned
             values = correction.unit_values(planner, state)
@@ -122,7 +122,7 @@ class _TuningRun:
         groups = []
         for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             rate = RATE if name.startswith("target ") else VALUES_RATE
-            rate *= float(t.abs().mean()) if name.startswith("vector ") else 1.0
+            rate *= self.parameters.vector_size(name[7:]) if name.startswith("vector ") else 1.0
             groups.append({"params": [t], "lr": rate, "first": rate})
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 

@@ -128,18 +128,34 @@ def _matches(value: Any, schema: Any) -> bool:
     return type(value) is list and len(value) == len(wanted) and all(map(_matches, value, wanted))
 
 
-def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes], list[bytes]]:
-    """Units, tables section, shared objects, and the units' sections."""
+class Contents(NamedTuple):
+    """The parts of one file; `base` is empty or (SHA-256, names left out), `files` are those of side and code files."""
+
+    units: list[Unit]
+    tables: bytes
+    objects: list[bytes]
+    bodies: list[bytes]
+    base: list[Any]
+    files: list[str]
+
+
+def contents(data: bytes) -> Contents:
+    """Check a file's frame; returns its parts."""
     sections = _sections(data)
     kinds = [kind for kind, _ in sections]
     require(kinds[:1] == [1], "the first section is no index")
     with damage(ValueError, RecursionError):
         index = json.loads(unpack_lzma(sections[0][1], 4, 2**20, 2**26).decode())
         json.dumps(index, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, infinities, lone surrogates
-    known = type(index) is dict and set(index) - {"code"} == {"about", "files", "units"}
+    known = type(index) is dict and set(index) - {"code", "base"} == {"about", "files", "units"}
     schema = (dict, [str], [(str, [int], str, int, int, [str])], [str])
     listed = [index.get(key, []) for key in ("about", "files", "units", "code")] if known else []
     require(_matches(listed, schema) and index.get("code") != [], "the index is of wrong types")
+    base = index.get("base", [])
+    require("base" not in index or _matches(base, (str, [str])), "the base is of a wrong type")
+    if base:
+        require(len(base[0]) == 64 and set(base[0]) <= set("0123456789abcdef"), "the base's hash is none")
+        require(len(set(base[1])) == len(base[1]), "a file is left out twice")
     units, code = [Unit(*entry) for entry in index["units"]], listed[3]
     files = index["files"] + code
     for u in units:
@@ -154,4 +170,4 @@ def contents(data: bytes) -> tuple[list[Unit], bytes, list[bytes], list[bytes]]:
     expected += [5] * len(code) + [6] * padding
     require(kinds == expected and not (padding and any(sections[-1][1])), "unexpected sections, or used padding")
     shared, bodies = ([section for kind, section in sections if kind == k] for k in (7, 3))
-    return units, sections[1][1] if tables else b"", shared, bodies
+    return Contents(units, sections[1][1] if tables else b"", shared, bodies, base, files)

@@ -1,4 +1,4 @@
-"""Section 6.5: a base coder and layers over it."""
+"""Section 6.5: a base coder and layers over it; 6.22 and 6.23: the values of a base, and what is added to them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,44 @@ CODERS: dict[int, Callable[[Unit, Reader, Shared], Coder]] = {1: grid, 2: vector
 CODERS |= {6: codebook, 7: latent, 8: binary, 9: trellis, 10: fixed, 11: companded, 14: bands, 15: long_trellis}
 
 
+def base(unit: Unit, reader: Reader, shared: Shared) -> Coder:
+    """6.22: `base`, the unit as the base of an update has it."""
+    yield from ()
+    require(not reader.rest() and unit.name in shared[2].below, "a section without bytes refers to a base")
+    return shared[2].below[unit.name]
+
+
+def difference(unit: Unit, reader: Reader, shared: Shared, values: Array) -> Coder:
+    """6.23: `difference`, a layer that adds what another coder decodes."""
+    inner = reader.take(1)[0]
+    require(inner in {1, 2, 9, 15}, f"a difference of coder {inner}")
+    added = yield from CODERS[inner](unit, reader, shared)
+    return np.asarray(values + added)
+
+
 def stack(unit: Unit, reader: Reader, shared: Shared) -> Coder:
     """6.5: `stack`, a base's matrix changed by one layer after the other."""
-    base, count = reader.fields("<BB")
+    below, count = reader.fields("<BB")
     require(1 <= count <= 16, f"a stack has {count} layers")
     parts: list[tuple[int, Reader]] = []
     for _ in range(count + 1):
-        tag = base if not parts else reader.fields("<B")[0]
+        tag = below if not parts else reader.fields("<B")[0]
         parts.append((tag, Reader(reader.take(reader.leb()))))
     require(not reader.rest(), "a stack has bytes behind the last layer")
-    require(base in CODERS and base != 5, f"coder {base} is no base of a stack")
-    require(all(tag in OVERLAYS for tag, _ in parts[1:]), "there is no such layer")
-    matrix = yield from CODERS[base](unit, parts[0][1], shared)
+    require(below in CODERS and below != 5, f"coder {below} is no base of a stack")
+    require(all(tag in OVERLAYS or tag == 41 for tag, _ in parts[1:]), "there is no such layer")
+    matrix = yield from CODERS[below](unit, parts[0][1], shared)
     with np.errstate(over="ignore", invalid="ignore"):
         values: Array = np.array(matrix, np.float32, order="C")
         for tag, part in parts[1:]:
-            values = yield from OVERLAYS[tag](part, values, shared[2])
+            if tag == 41:
+                values = yield from difference(unit, part, shared, values)
+            else:
+                values = yield from OVERLAYS[tag](part, values, shared[2])
     return finite(values)
 
 
-CODERS[5] = stack
+CODERS |= {5: stack, 16: base}
 
 
 def check_work(units: list[Unit], bodies: list[bytes], size: int) -> None:

@@ -14,10 +14,11 @@ Array = npt.NDArray[Any]
 
 
 class Objects:
-    """Section 5.3: shared objects as (kind, value), and the numbers of those that are used."""
+    """Section 5.3: shared objects as (kind, value), the numbers of those that are used, and units of a base (4.1)."""
 
     def __init__(self, items: Sequence[tuple[int, Any]] = ()) -> None:
         self.items, self.used = items, set[int]()
+        self.below: dict[str, Array] = {}
 
     def get(self, number: int, kind: int) -> Any:
         """Return the object of a number, which must be of this kind."""

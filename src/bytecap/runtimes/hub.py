@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import ArtifactError, CheckpointError, VersionError
-from bytecap.format import container
+from bytecap.format import container, updates
 from bytecap.format.container import FILE as FILE_KIND
 from bytecap.format.container import VERSION, Contents
 from bytecap.format.decoder import decode_units, side_files
@@ -84,7 +84,7 @@ def read(directory: Path) -> tuple[Contents, dict[str, bytes]]:
     check_alone(directory)
     content = _content(directory, CONFIG)
     check_format(_quantization(content, f"{directory}/{CONFIG}"), f"{directory}/{CONFIG}")
-    contents = container.read(directory / FILE)
+    contents = updates.read(directory / FILE)
     beside = {n: _content(directory, n) for n in (*SIDE_FILES, *SLOW_TOKENIZER_FILES) if (directory / n).is_file()}
     return contents, plain_files(beside, f"{directory}/") | side_files(contents)
 
@@ -116,8 +116,10 @@ def layout(contents: Contents, files: Mapping[str, bytes]) -> dict[str, bytes]:
         files: config and tokenizer, unpacked.
 
     Raises:
-        ArtifactError: there is no config.
+        ArtifactError: there is no config, or it is an update.
     """
+    if contents.base is not None:
+        raise ArtifactError("an update has a base of its own, which nobody else has: lay out a whole file instead")
     inside, beside = split(contents, files)
     check_files(beside)
     data = container.serialize(inside)

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 import bytecap.runtimes.transformers  # noqa: F401 (registers itself)
 from bytecap.errors import BytecapError, UsageError
 from bytecap.escape import shown
-from bytecap.format import container
+from bytecap.format import updates
 from bytecap.format.decoder import side_files
 from bytecap.runtimes import hub
 
@@ -40,7 +40,7 @@ class BytecapLM(HFLM):  # type: ignore[misc]
             super().__init__(pretrained=str(pretrained), **options)
             return
         with tempfile.TemporaryDirectory(prefix="bytecap-") as directory:
-            contents = container.read(path)
+            contents = updates.read(path)
             for name, data in hub.layout(contents, side_files(contents)).items():
                 (Path(directory) / name).write_bytes(data)
             super().__init__(pretrained=directory, **options)

@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bytecap.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from bytecap.format import container
+from bytecap.format import updates
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_units, side_files
 from bytecap.format.sidefiles import source_tensors
@@ -91,7 +91,7 @@ class BytecapQuantizer(HfQuantizer):
         if not path.is_file():
             raise CheckpointError(f"{path.parent} holds no {hub.FILE}, which its config.json names")
         hub.check_alone(path.parent)
-        tensors = _tensors(container.read(path), model, str(path))
+        tensors = _tensors(updates.read(path), model, str(path))
         try:
             self._values = tempfile.TemporaryDirectory(prefix="bytecap-", ignore_cleanup_errors=True)
             target = Path(self._values.name) / _VALUES
@@ -141,9 +141,9 @@ def _tensors(contents: Contents, model: Any, name: str) -> list[Tensor]:
         if held != shape:
             raise ArtifactError(f"{name} holds {key} as {list(held)}, and config.json asks for {list(shape)}")
     if not any(prefix + key in shapes for key in wanted):  # of a model without its head the rest has no place
-        for unit in contents.units:
-            if unit.unit.name not in wanted:
-                raise ArtifactError(f"{name} holds tensor {unit.unit.name}, which {type(model).__name__} lacks")
+        for held_name in (u.unit.name for u in contents.units):
+            if held_name not in wanted:
+                raise ArtifactError(f"{name} holds tensor {held_name}, which {type(model).__name__} lacks")
     values = decode_units(contents, aliases=False)
     units = {u.unit.name: u.unit for u in contents.units}
     files = side_files(contents)

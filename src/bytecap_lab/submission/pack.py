@@ -25,7 +25,7 @@ from bytecap.pipeline import pack_code
 from bytecap.pipeline.minify import minified, parse
 from bytecap_lab.submission import vendor
 
-TYPICAL = frozenset({2, 3, 9})  # coders of what the default method makes: vector, trellis, and exact for buffers
+TYPICAL = frozenset({2, 3, 9, 15})  # coders of what the default method makes: vector, exact for buffers, both trellises
 DECODER = "bcap_decoder"
 _MOST = 1 << 26  # characters that a packed script may unpack to
 _RUN = """import linecache

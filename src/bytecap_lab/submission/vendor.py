@@ -21,7 +21,7 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents
 from bytecap.pipeline.minify import crushed
 
-DEFAULT = frozenset({1, 2, 3, 9})  # grid, vector, exact, trellis
+DEFAULT = frozenset({1, 2, 3, 9, 15})  # grid, vector, exact, trellis, long_trellis
 OBJECTS = -1  # stands among the coders for shared objects, which only some of them can refer to
 _PACKAGE = "bytecap.reference"
 _ERRORS = {"CorruptError", "NotAnArtifact", "VersionError"}

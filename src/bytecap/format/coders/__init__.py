@@ -72,11 +72,13 @@ class Shared:
         tables: frequency tables by class.
         offset: reconstruction offsets (64, 17) in steps, see `bytecap.quantization`.
         objects: shared objects.
+        below: (rows, cols), values that the unit has in the base of an update; None where there is no base.
     """
 
     tables: Tables = field(default_factory=lambda: Tables({}))
     offset: FloatArray = field(default_factory=lambda: np.zeros((64, 17), np.float32))
     objects: Objects = field(default_factory=Objects)
+    below: npt.NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)

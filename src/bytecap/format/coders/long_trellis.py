@@ -1,7 +1,7 @@
 """`long_trellis` is `trellis` with more states, 16 to 256: less distortion at equal bytes, and a longer search.
 
 Section (format.md, 6.21): as `trellis`, with memory u8, the bits of a state, behind `first`.
-Bytes: one more than `trellis`. Gaps to the rate-distortion bound at high rate are in `docs/adr/0013-more-states.md`.
+Bytes: one more than `trellis`. Gaps to the rate-distortion bound at high rate are in `docs/adr/0014-more-states.md`.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ from bytecap.format.coders import (
     read_leb,
     run,
 )
-from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.overlays.lowrank import CODED
 from bytecap.format.overlays.lowrank import CODER as LOW_RANK
 
+_SINCE_3 = {15, 16, 41}  # long_trellis, base, difference
 MAX_OVERLAYS = 16  # a few bytes of layer may ask for long work
 
 
@@ -80,10 +80,10 @@ class Stack:
 
     def minor(self, data: bytes) -> int:
         """Return the lowest minor version of the format that knows the base and the overlays of a section."""
-        base, *rest = self.parts(data)
-        if base[0] == LONG_TRELLIS.tag:
+        (base, _, _), *layers = self.parts(data)
+        if base in _SINCE_3 or any(tag in _SINCE_3 for tag, _, _ in layers):
             return 3
-        return 2 if any(tag == LOW_RANK.tag and part[2:3] == bytes([CODED]) for tag, _, part in rest) else 1
+        return 2 if any(tag == LOW_RANK.tag and part[2:3] == bytes([CODED]) for tag, _, part in layers) else 1
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Return the kinds of the base, then those of every overlay with its id in front."""

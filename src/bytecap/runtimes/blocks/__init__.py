@@ -8,7 +8,7 @@ in a table of levels. A weight is::
 
 in float32, multiplied in this order, so two programs agree in every bit. `BlockFormat` describes a layout, `Codes` is a
 matrix in it, `encode` searches for codes, `layout` turns them into bytes and back, `ggml` lists llama.cpp's types.
-Omitted: formats whose codes are vectors of a lattice (IQ1 to IQ3).
+Formats whose codes are vectors of a table (`lattice`) decode the same way, but are searched and stored differently.
 
 >>> from bytecap.runtimes.blocks.ggml import FORMATS
 >>> FORMATS["Q4_K"].block, FORMATS["Q4_K"].row_bytes(512), FORMATS["Q4_K"].bits
@@ -34,7 +34,8 @@ class Part:
 
     Attributes:
         kind: `scale` and `minimum` are float16; `codes`, `sub_scales` and `sub_minimums` are integers; `pairs` are
-            sub-scales followed by sub-minimums; `six` are such pairs of 6 bits in ggml's order.
+            sub-scales followed by sub-minimums; `six` are such pairs of 6 bits in ggml's order; `power` is the exponent
+            of a scale in a byte, `trits` are codes to base 3.
         shift: lowest bit of the integers that is stored here.
         bits: how many bits of each; 8 stores a byte each.
         width: so many consecutive integers go to consecutive bytes before the next bits of the same bytes are filled.
@@ -64,7 +65,12 @@ class BlockFormat:
         code_zero: added to codes before they are stored.
         scale_zero: added to sub-scales before they are stored.
         levels: values of the codes 0, 1, ... in rising order, or nothing where a code is its own value.
-        float_type: F16 or BF16, of scales and minimums.
+        float_type: F16 or BF16, of scales and minimums; E8M0 is a positive power of two in a byte.
+        order: place in `levels` of every stored code, where stored codes are not places.
+        vector: columns whose codes are one entry of a table; 0 where codes are free.
+        signs: of vectors: `free`, `even` (an even number of minus signs in eight), or empty: the table has them.
+        offsets: columns of a vector format that share an offset of +-1; 0 where there is none.
+        unit: power of two by which scales are multiplied.
     """
 
     name: str
@@ -80,6 +86,11 @@ class BlockFormat:
     scale_zero: int = 0
     levels: tuple[int, ...] = ()
     float_type: str = "F16"
+    order: tuple[int, ...] = ()
+    vector: int = 0
+    signs: str = ""
+    offsets: int = 0
+    unit: float = 1.0
 
     @property
     def integer(self) -> type[np.signedinteger[Any] | np.unsignedinteger[Any]]:
@@ -100,6 +111,15 @@ class BlockFormat:
     def negated(self) -> bool:
         """Return whether the stored minimum is added, not subtracted."""
         return self.minimums > 0 and not self.two_level
+
+    @property
+    def side(self) -> int:
+        """Bytes of a block that are scales and minimums, rounded up."""
+        if self.vector:
+            return 2 + (len(bin(self.scales[1])) - 3) * (self.block // self.sub) // 8
+        if any(p.kind == "trits" for p in self.parts):
+            return 2
+        return self.size - sum(p.bits * self.block for p in self.parts if p.kind == "codes") // 8
 
     def fits(self, cols: int) -> bool:
         """Return whether rows of so many columns are whole blocks."""
@@ -161,7 +181,7 @@ class Codes:
         """Decoded weights, float32 (rows, cols), equal in every bit to what a reader of the bytes gets."""
         form, rows = self.format, len(self.codes)
         per = form.block // form.sub
-        scale = np.repeat(self.scale.astype(np.float32), per, 1)
+        scale = np.repeat(self.scale.astype(np.float32) * np.float32(form.unit), per, 1)
         if form.two_level:
             scale = scale * self.sub_scales.astype(np.float32)
         level = self.codes.reshape(rows, -1, form.sub).astype(np.float32)

@@ -9,9 +9,12 @@ True
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +23,18 @@ from torch import Tensor
 
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
+from bytecap.runtimes.blocks.powers import made_positive
 
 SWEEPS = 2
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
-_FLOATS = {"F16": (65504.0, 11, -13), "BF16": (3.3895e38, 8, -125)}  # largest, digits, least exponent
+_FLOATS = {
+    "F16": (65504.0, 11, -13),
+    "BF16": (3.3895e38, 8, -125),
+    "E8M0": (2.0**127, 1, -127),
+}  # largest, digits, least exponent
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
 
@@ -44,18 +53,40 @@ class Form:
     weight: FloatArray
 
 
-def shrunk(hessian: Tensor, damping: float) -> Tensor:
-    """A Hessian (cols, cols) whose off-diagonal part is trusted less: `(1 - t) H + t diag(H)`, `t = s / (1 + s)`.
+class Shrinkage(NamedTuple):
+    """How far a Hessian is drawn to what few tokens know well: its diagonal, and the mean of that.
 
-    Few tokens overstate how far columns can make up for each other; the diagonal is known well. `damping` is `s`.
+    Few tokens overstate how far columns can make up for each other. The mean (a multiple of the identity) helps more
+    where columns are alike, the diagonal where a few are much larger.
     """
-    t = damping / (1 + damping)
-    found = hessian * (1 - t)
-    found.diagonal().copy_(hessian.diagonal())
+
+    diagonal: float = 0.0
+    mean: float = 0.0
+
+
+def shrunk(hessian: Tensor, by: Shrinkage) -> Tensor:
+    """`(1 - d - m) H + d diag(H) + m mean(diag(H)) I` of a Hessian (cols, cols); `d`, `m`: `s / (1 + s)` of `by`."""
+    d, m = (s / (1 + s) for s in by)
+    diagonal = hessian.diagonal()
+    found = hessian * (1 - d - m)
+    found.diagonal().copy_((1 - m) * diagonal + m * diagonal.mean())
     return found
 
 
-def prepare(hessian: Tensor) -> Form:
+@dataclass(frozen=True)
+class Factors:
+    """What a `Form` holds, as tensors on the device of the Hessian."""
+
+    hessian: Tensor
+    fed: Tensor
+    weight: Tensor
+
+    def form(self) -> Form:
+        """As arrays."""
+        return Form(*(t.cpu().contiguous().numpy() for t in (self.hessian, self.fed, self.weight)))
+
+
+def factor(hessian: Tensor) -> Factors:
     """Factor a Hessian (cols, cols), symmetric and not negative; zeros are taken as the identity."""
     h = hessian.double()
     mean = float(h.diagonal().mean())
@@ -70,8 +101,12 @@ def prepare(hessian: Tensor) -> Form:
         ridge *= 10
     diagonal = lower.diagonal()
     fed = (lower / diagonal).T.contiguous()
-    arrays = (damped, fed, diagonal.square())
-    return Form(*(a.float().cpu().contiguous().numpy() for a in arrays))
+    return Factors(damped.float(), fed.float(), diagonal.square().float())
+
+
+def prepare(hessian: Tensor) -> Form:
+    """A Hessian (cols, cols), symmetric and not negative, as rounding wants it; zeros are taken as the identity."""
+    return factor(hessian).form()
 
 
 @cache
@@ -88,7 +123,15 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
     elif form.levels:
         first, width = 1.08, 0.5
     else:
-        first, width = (1.08, 0.62) if form.low >= -8 else (1.06, 0.36) if form.low >= -32 else (1.04, 0.1)
+        first, width = (
+            (1.0, 0.75)
+            if form.low == -1
+            else (1.08, 0.62)
+            if form.low >= -8
+            else (1.06, 0.36)
+            if form.low >= -32
+            else (1.04, 0.1)
+        )
     factors = np.linspace(first, first - width, _STEPS, dtype=np.float32)
     tries = np.array(_COARSE if form.scales[1] <= 31 else _FINE, np.float32)
     return table, factors, tries
@@ -118,6 +161,8 @@ def encode(
     peak = float(np.abs(weight).max(initial=0.0))
     if not np.isfinite(peak):
         raise UsageError("a weight is not finite")
+    if layout.vector:
+        return _vectors(weight, peak, form, found, sweeps, threads)
     unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
     table, factors, tries = _tables(layout)
     size = layout.block
@@ -146,7 +191,66 @@ def encode(
 
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
         list(pool.map(one, range(0, rows, LANES)))
+    if layout.float_type == "E8M0":
+        made_positive(found)
     return found
+
+
+def _vectors(
+    weight: FloatArray, peak: float, form: Form, found: Codes, sweeps: int, threads: int | None
+) -> Codes:  # fmt: skip
+    """`encode` for codes that are vectors of a table."""
+    from bytecap.runtimes.blocks.lattice_kernel import encode_vectors
+    from bytecap.runtimes.blocks.search import LANES
+
+    layout, (rows, cols) = found.format, weight.shape
+    fixed = tables(layout)
+    blocks = factors_of(form.hessian, form.fed, form.weight, layout)
+    unit = 2.0 ** np.ceil(np.log2(peak)) if peak > 0 else 1.0
+    stored = unit / layout.unit  # of a scale
+    grid = (float(stored), *_FLOATS[layout.float_type])
+
+    def one(at: int) -> None:
+        part = found.part(slice(at, at + LANES))
+        count = len(part.codes)
+        w = np.zeros((cols, LANES), np.float32)
+        w[:, :count] = (weight[at : at + LANES] / unit).T
+        q, ls, d = (np.zeros((cols // n, LANES), np.float32) for n in (1, layout.sub, layout.block))
+        encode_vectors(w, form.fed, form.weight, form.hessian, *blocks, *fixed[:5], grid, *fixed[5:], sweeps, q, ls, d)
+        part.codes[:] = q[:, :count].T.astype(np.int8)
+        part.sub_scales[:] = ls[:, :count].T.astype(np.int8)
+        part.scale[:] = (d[:, :count].T.astype(np.float64) * stored).astype(part.scale.dtype)
+
+    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+        list(pool.map(one, range(0, rows, LANES)))
+    return found
+
+
+def encode_all(
+    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, *, sweeps: int = SWEEPS
+) -> list[tuple[Codes, Tensor]]:
+    """Codes and decoded values (rows, cols) of matrices of one shape, on the device that their factors are on.
+
+    On a CUDA device with triton the matrices go side by side, and the values stay there. The processor does what the
+    device has no programs for.
+    """
+    device, cols = factors[0].fed.device, weights[0].shape[1]
+    if device.type != "cuda" or not _has_programs(layout, cols):
+        found = [encode(w, f.form(), layout, sweeps=sweeps) for w, f in zip(weights, factors, strict=True)]
+        return [(c, torch.from_numpy(c.values()).to(device)) for c in found]
+    from bytecap.runtimes.blocks.cuda import encode_on_device
+
+    there = torch.from_numpy(np.stack(weights)).to(device)
+    if not bool(torch.isfinite(there).all()):
+        raise UsageError("a weight is not finite")
+    parts = [torch.stack([getattr(f, k) for f in factors]) for k in ("hessian", "fed", "weight")]
+    return encode_on_device(there, parts, layout, _tables(layout), sweeps)
+
+
+def _has_programs(layout: BlockFormat, cols: int) -> bool:
+    """Whether a CUDA device can round to a layout: free codes, scales of 16 bits, columns in tiles of 32."""
+    scalar = layout.float_type in {"F16", "BF16"} and not getattr(layout, "vector", 0)
+    return scalar and cols % 32 == 0 and layout.block % 32 == 0 and importlib.util.find_spec("triton") is not None
 
 
 def _lengths(layout: BlockFormat, cols: int) -> tuple[int, ...]:

@@ -10,19 +10,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import UsageError
-from bytecap.runtimes.blocks import BlockFormat, Codes, Part
+from bytecap.runtimes.blocks import BlockFormat, Codes, Part, lattice
 
 _Bytes = npt.NDArray[np.uint8]
 _PAIR = ("sub_scales", "sub_minimums")
+_SPECIAL = ("six", "power", "trits")
+_LEAST = -128  # exponent of E8M0 when its byte is 0
+_TRIPLES = ((32, 5), (16, 5), (4, 4))  # so many bytes of base-3 digits, a byte's digits so many bytes apart
 
 
 def pack(codes: Codes) -> _Bytes:
     """Bytes of every row, uint8 (rows, row bytes)."""
     form, rows = codes.format, len(codes.codes)
+    if form.vector:
+        return lattice.pack(codes)
     blocks = codes.codes.shape[1] // form.block
     stored = _stored(codes, (rows, blocks))
     minimum = -codes.minimum if form.negated else codes.minimum
@@ -30,8 +37,8 @@ def pack(codes: Codes) -> _Bytes:
     parts = [
         np.ascontiguousarray(halves[p.kind].astype("<f2")).view(np.uint8).reshape(rows, blocks, 2)
         if p.kind in halves
-        else _six(stored)
-        if p.kind == "six"
+        else _special(codes, stored, p.kind)
+        if p.kind in _SPECIAL
         else _fold(_of(stored, p.kind), p)
         for p in form.parts
     ]
@@ -47,11 +54,13 @@ def unpack(form: BlockFormat, data: _Bytes) -> Codes:
     rows = len(data)
     if data.shape[1] % form.size:
         raise UsageError(f"{data.shape[1]} bytes are no whole blocks of {form.name}, which have {form.size} each")
+    if form.vector:
+        return lattice.unpack(form, data)
     blocks = data.shape[1] // form.size
     cells, subs = data.reshape(rows, blocks, form.size), form.block // form.sub
     counts = {"codes": form.block, "sub_scales": subs, "sub_minimums": subs, "pairs": 2 * subs}
     stored = {k: np.zeros((rows, blocks, n), np.uint8) for k, n in counts.items()}
-    halves = {k: np.zeros((rows, blocks), np.float16) for k in ("scale", "minimum")}
+    halves: dict[str, npt.NDArray[Any]] = {k: np.zeros((rows, blocks), np.float16) for k in ("scale", "minimum")}
     at = 0
     for part in form.parts:
         if part.kind in halves:
@@ -60,6 +69,12 @@ def unpack(form: BlockFormat, data: _Bytes) -> Codes:
         elif part.kind == "six":
             stored |= _unsix(cells[..., at : at + 12])
             at += 12
+        elif part.kind == "power":
+            halves["scale"] = np.ldexp(np.float32(1), cells[..., at].astype(np.int32) + _LEAST)
+            at += 1
+        elif part.kind == "trits":
+            stored["codes"] = _untrits(cells[..., at : at + 52])
+            at += 52
         else:
             width = counts[part.kind] * part.bits // 8
             stored[part.kind] |= _unfold(cells[..., at : at + width], part)
@@ -69,12 +84,13 @@ def unpack(form: BlockFormat, data: _Bytes) -> Codes:
     return _codes(form, stored, halves)
 
 
-def _codes(form: BlockFormat, stored: dict[str, _Bytes], halves: dict[str, npt.NDArray[np.float16]]) -> Codes:
+def _codes(form: BlockFormat, stored: dict[str, _Bytes], halves: dict[str, npt.NDArray[Any]]) -> Codes:
     """Codes from what is stored, offsets taken off."""
     rows = len(stored["codes"])
     whole = stored["codes"].reshape(rows, -1)
     plain = (whole - np.uint8(form.code_zero)).view(np.int8)
-    codes = np.array(form.levels, np.int8)[whole] if form.levels else plain
+    levels = np.array(form.levels, np.int8)[list(form.order) if form.order else slice(None)]
+    codes = levels[whole] if form.levels else plain
     one = np.ones((rows, whole.shape[1] // form.sub), np.int8)
     scales = (stored["sub_scales"] - np.uint8(form.scale_zero)).view(np.int8).reshape(rows, -1)
     minimums = stored["sub_minimums"].view(np.int8).reshape(rows, -1)
@@ -89,6 +105,8 @@ def _stored(codes: Codes, shape: tuple[int, int]) -> dict[str, _Bytes]:
     form = codes.format
     if form.levels:
         whole = np.searchsorted(np.array(form.levels), codes.codes).astype(np.uint8)
+        if form.order:  # the first stored code of a level
+            whole = np.array([form.order.index(i) for i in range(len(form.levels))], np.uint8)[whole]
     else:
         whole = codes.codes.view(np.uint8) + np.uint8(form.code_zero)
     found = {
@@ -120,6 +138,37 @@ def _unfold(data: _Bytes, part: Part) -> _Bytes:
     cells = data.reshape(*data.shape[:-1], -1, 1, part.width)
     found = (cells >> (np.arange(per, dtype=np.uint8) * np.uint8(part.bits))[:, None]) & mask
     return (found << np.uint8(part.shift)).reshape(*data.shape[:-1], -1)
+
+
+def _special(codes: Codes, stored: dict[str, _Bytes], kind: str) -> _Bytes:
+    """Parts that are no bits side by side."""
+    if kind == "six":
+        return _six(stored)
+    if kind == "trits":
+        return _trits(stored["codes"])
+    exponent = np.frexp(codes.scale)[1] - 1 - _LEAST
+    found: _Bytes = exponent.astype(np.uint8)[..., None]
+    return found
+
+
+def _trits(values: _Bytes) -> _Bytes:
+    """256 codes to base 3 in 52 bytes, as fractions of 243 rounded up to 256ths: digits come by multiplying."""
+    found, at = [], 0
+    for count, digits in _TRIPLES:
+        cut = values[..., at : at + count * digits].reshape(*values.shape[:-1], digits, count)
+        whole = (cut * 3 ** np.arange(4, 4 - digits, -1, dtype=np.uint16)[:, None]).sum(-2)
+        found.append((whole * 256 + 242) // 243)
+        at += count * digits
+    return np.concatenate(found, -1).astype(np.uint8)
+
+
+def _untrits(data: _Bytes) -> _Bytes:
+    found, at = [], 0
+    for count, digits in _TRIPLES:
+        cut = data[..., None, at : at + count] * 3 ** np.arange(digits, dtype=np.uint8)[:, None]  # modulo 256
+        found.append((cut.astype(np.uint16) * 3 >> 8).reshape(*data.shape[:-1], -1))
+        at += count
+    return np.concatenate(found, -1).astype(np.uint8)
 
 
 def _six(stored: dict[str, _Bytes]) -> _Bytes:

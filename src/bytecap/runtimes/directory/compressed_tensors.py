@@ -62,7 +62,7 @@ class CompressedTensors:
         """Block format of a scheme."""
         s = self._schemes[name]
         block = s.width(cols)
-        if cols <= 0 or cols % block or cols * s.bits % 32:
+        if cols <= 0 or cols % block or block % 8 or cols * s.bits % 32:  # rounding takes columns in eights
             return None
         size = block * s.bits // 8 + 2
         top = 2 ** (s.bits - 1)

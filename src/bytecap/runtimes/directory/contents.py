@@ -26,7 +26,7 @@ from bytecap.model.linears import linear_weights
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import Family, family
 from bytecap.runtimes.directory.tensors import Tensor, header, ordered, read
-from bytecap.runtimes.gguf.places import Place
+from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.types import Unit
 
 WEIGHTS = "model.safetensors"
@@ -34,6 +34,7 @@ CONFIG = "config.json"
 PLAIN = ("bf16", "f16")  # schemes' names of what is not quantized
 _TYPES = {"BF16": "bfloat16", "F16": "float16"}
 _NO_TABLES, _NO_HEADS = "this format quantizes no embeddings", "this format quantizes no output heads"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _PROBE = 8  # tokens of the pass that shows which modules share an input
 
 
@@ -91,8 +92,16 @@ class Contents:
         whole = self.family.config(found, stored, [n for n in left if n not in stored])
         return json.dumps(whole, separators=(",", ":")).encode()
 
-    def tensors(self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None) -> list[Tensor]:
-        """All tensors of the file; with contents if there are `codes`."""
+    def tuned(self) -> Layout:
+        """Everything that tuning may move: matrices, and vectors of floating-point numbers."""
+        vectors = [u for u in self.model.units if len(u.shape) == 1 and u.dtype in _FLOATS]
+        return Layout("", (*self.places, *(Place(u.name, u.name, u.shape) for u in vectors)))
+
+    def tensors(
+        self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None,
+        vectors: Mapping[str, Any] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """All tensors of the file; with contents if there are `codes`; `vectors` are tuned ones, by name."""
         shapes = {p.name: (p.shape[0], p.shape[1]) for p in self.places}
         found = []
         for unit in self.model.units:
@@ -100,13 +109,16 @@ class Contents:
             if scheme not in PLAIN:
                 found += self.matrix(unit.name, scheme, shapes[unit.name], codes[unit.name] if codes else None)
             else:
-                found.append(self._plain(unit, with_values=codes is not None))
+                own = (vectors or {}).get(unit.name)
+                found.append(self._plain(unit, own, with_values=codes is not None))
         return found
 
-    def _plain(self, unit: Unit, *, with_values: bool) -> Tensor:
-        kind = self.float_type if unit.dtype in {"F64", "F32", "F16", "BF16"} else unit.dtype
+    def _plain(self, unit: Unit, own: Any, *, with_values: bool) -> Tensor:
+        kind = self.float_type if unit.dtype in _FLOATS else unit.dtype
         if not with_values:
             return Tensor(unit.name, kind, unit.shape)
+        if own is not None:
+            return Tensor(unit.name, kind, unit.shape, own.reshape(unit.shape))
         values = self.model.tensor(unit).detach().cpu()
         return Tensor(unit.name, kind, unit.shape, (values.float() if values.is_floating_point() else values).numpy())
 

@@ -8,19 +8,6 @@ and transformers.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from bytecap.runtimes.libraries import library
 
-from bytecap.errors import UsageError
-
-
-def library(name: str = "gguf") -> Any:
-    """The package gguf, or a module of it.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as exc:
-        raise UsageError("GGUF files need one more package: pip install 'bytecap[gguf]'") from exc
+__all__ = ["library"]

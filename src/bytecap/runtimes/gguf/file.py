@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def write(path: Path, architecture: str, describe: Describe, tensors: Sequence[S
     """Write a file that appears whole or not at all; returns its bytes.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or the disk is full.
     """
     with replacing(path) as f, tempfile.TemporaryDirectory() as name:
         head = Path(name) / "head.gguf"
@@ -157,6 +158,21 @@ def open_file(path: Path) -> Any:
         raise NotAnArtifact(f"{path} is no sound GGUF file: {exc}") from exc
 
 
+def open_model(path: Path) -> Any:
+    """gguf-py's reader of a file that holds a model.
+
+    Raises:
+        NotAnArtifact: it holds something else, such as an importance matrix.
+    """
+    reader = open_file(path)
+    kind = reader.fields.get("general.type")
+    if kind is not None and kind.contents() != "model":
+        raise NotAnArtifact(f"{path} holds no model but is of type {kind.contents()!r}: give the model's own GGUF file")
+    if not reader.fields.get("general.architecture"):
+        raise NotAnArtifact(f"{path} names no architecture: it holds no model")
+    return reader
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], npt.NDArray[np.float32]]]:
     """Name, type, shape and values (rows, cols) of every tensor, one after the other."""
     for t in open_file(path).tensors:
@@ -169,12 +185,16 @@ def read_units(path: Path, layout: Layout, units: Sequence[Unit]) -> Mapping[str
     by_name = {u.name: u for u in units}
     matrices: dict[str, Array] = {}
     places = {p.name: p for p in layout.places}
-    for name, _, _, values in read_tensors(path):
-        place = places[name]
-        if place.unit:
-            unit = by_name[place.unit]
-            matrix = matrices.setdefault(place.unit, np.zeros(unit.matrix_shape, np.float32))
-            place.to_unit(values, matrix)
+    tensors = [t for t in open_file(path).tensors if places[t.name].unit]
+    for name in dict.fromkeys(places[t.name].unit for t in tensors):
+        matrices[name] = np.zeros(by_name[name].matrix_shape, np.float32)
+
+    def one(tensor: Any) -> None:
+        place = places[tensor.name]
+        place.to_unit(decode(tensor.tensor_type.name, tensor.data, int(tensor.shape[0])), matrices[place.unit])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, tensors))
     return {n: from_matrix(by_name[n], m) for n, m in matrices.items()}
 
 
@@ -192,16 +212,9 @@ def ledger(path: Path) -> list[Entry]:
     entries.append(Entry("(tokenizer)", "tokenizer", tokens))
     for t in reader.tensors:
         form = FORMATS.get(t.tensor_type.name)
-        side = int(t.n_elements) // form.block * _side_bytes(t.tensor_type.name) if form else 0
+        side = int(t.n_elements) // form.block * form.side if form else 0
         entries.append(Entry(f"{t.name} ({t.tensor_type.name})", "payload", int(t.n_bytes) - side, int(t.n_elements)))
         if side:
             entries.append(Entry(f"{t.name} ({t.tensor_type.name})", "side", side, int(t.n_elements)))
     entries.append(Entry("(file)", "padding", rest))
     return [e for e in entries if e.bytes]
-
-
-def _side_bytes(name: str) -> int:
-    """Bytes of a block that are scales."""
-    form = FORMATS[name]
-    codes = sum(p.bits for p in form.parts if p.kind == "codes") * form.block // 8
-    return form.size - codes

@@ -8,7 +8,6 @@ Large matrices are judged by an even sample of their rows. Every matrix is round
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,17 +22,22 @@ from bytecap.calibration.probe import Statistics
 from bytecap.errors import UsageError
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.progress import Advance
-from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.encode import Form, encode, prepare, shrunk
+from bytecap.runtimes.blocks import BlockFormat
+from bytecap.runtimes.blocks.encode import Factors, Shrinkage, encode_all, factor, shrunk
 from bytecap.runtimes.blocks.ggml import FORMATS
-from bytecap.runtimes.blocks.layout import pack
 from bytecap.runtimes.blocks.search import LANES
-from bytecap.runtimes.gguf.file import PLAIN, decode, encode_plain, padded, type_bytes
+from bytecap.runtimes.gguf.file import PLAIN
 from bytecap.runtimes.gguf.places import Layout, Place
-from bytecap.types import Curve, Point, Unit
+from bytecap.types import Unit
 
-SHRINKAGES = (0.0, 0.03, 0.1, 0.3, 1.0)  # how much of a Hessian is given up, see `shrunk`
-_SAMPLE = 2**17  # weights by which a matrix is judged
+_NONE = Shrinkage()
+SHRINKAGES = (
+    _NONE, *(Shrinkage(diagonal=s) for s in (0.03, 0.1, 0.3, 1.0)),
+    *(Shrinkage(mean=s) for s in (0.01, 0.03, 0.1, 0.3, 1.0)),
+)  # fmt: skip
+_TIE = 1.005  # times the least distortion: of candidates up to here the one that was fitted least is taken
+SAMPLE = 2**17  # weights by which a matrix is judged
+_HESSIANS = 0.7  # of a device's memory, beyond which Hessians are kept elsewhere
 _TRIAL = ("Q4_K", "Q4_0")  # types by which Hessians are judged: the first that fits
 WHOLE = (*FORMATS, "F16", "BF16", "F32")
 
@@ -48,7 +52,8 @@ class Item:
         metric: to round by.
         held: of windows held out, to judge by.
         types: that may hold it.
-        shrinkage: how much of the Hessian's off-diagonal part is given up.
+        shrinkage: how far the Hessian is drawn to its diagonal and the mean of that.
+        device: where it is rounded; metrics may be kept elsewhere.
     """
 
     place: Place
@@ -56,18 +61,26 @@ class Item:
     metric: Metric
     held: Metric
     types: tuple[str, ...]
-    shrinkage: float = 0.0
+    shrinkage: Shrinkage = _NONE
+    device: str = "cpu"
 
     @property
     def role(self) -> str:
         """Name without numbers, and shape."""
         return f"{role_name(self.place.name)} {self.weight.shape}"
 
-    def form(self, shrinkage: float | None = None) -> Form:
+    def factors(self, shrinkage: Shrinkage | None = None) -> Factors:
         """The Hessian as rounding wants it."""
-        return prepare(shrunk(self.metric.hessian, self.shrinkage if shrinkage is None else shrinkage))
+        hessian = self.metric.hessian.to(self.device)
+        return factor(shrunk(hessian, self.shrinkage if shrinkage is None else shrinkage))
 
-    def sampled(self, weights: int = _SAMPLE) -> tuple[Item, float]:
+    def lost(self, values: Tensor) -> tuple[float, float]:
+        """Distortion of decoded values (rows, cols), nats per token: as rounding sees it, and on windows held out."""
+        error = values - torch.from_numpy(self.weight).to(values.device)
+        seen, held = (Metric(m.hessian.to(error.device), m.rows.to(error.device)) for m in (self.metric, self.held))
+        return seen.distortion(error), held.distortion(error)
+
+    def sampled(self, weights: int = SAMPLE) -> tuple[Item, float]:
         """Return the item with an even sample of its rows, and the factor from its distortion to the whole's."""
         rows, cols = self.weight.shape
         count = max(LANES, weights // cols)
@@ -119,30 +132,44 @@ def allowed(place: Place, types: Sequence[str], *, pure: bool) -> tuple[tuple[st
 
 
 def items_of(
-    model: Model, layout: Layout, seen: Statistics, held: Statistics, types: Mapping[str, tuple[str, ...]]
-) -> list[Item]:
-    """Everything that types compete for; a matrix that calibration does not reach costs nothing and gets little."""
+    model: Model, layout: Layout, seen: Statistics, held: Statistics, types: Mapping[str, tuple[str, ...]],
+    device: str = "cpu",
+) -> list[Item]:  # fmt: skip
+    """Everything that types compete for, to be rounded on a device; uses the statistics up.
+
+    A matrix that calibration does not reach costs nothing and gets little.
+    """
     units = {u.name: u for u in model.units}
-    found = []
+    places: dict[str, list[Place]] = {}
     for place in layout.places:
-        if place.name not in types:
-            continue
-        unit = units[place.unit]
+        if place.name in types:
+            places.setdefault(place.unit, []).append(place)
+    kept, found = _kept_on(device, seen, held), {}
+    for name, members in places.items():
+        unit = units[name]
         matrix = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy()
-        weight = np.ascontiguousarray(place.to_file(matrix), np.float32)
-        metrics = [_metric(unit, s, place) for s in (seen, held)]
-        found.append(Item(place, weight, metrics[0], metrics[1], types[place.name]))
-    return found
+        metrics = [_metric(unit, s, kept) for s in (seen, held)]
+        for place in members:
+            weight = np.ascontiguousarray(place.to_file(matrix), np.float32)
+            own = [m if place.rows is None else replace(m, rows=m.rows[place.rows]) for m in metrics]
+            found[place.name] = Item(place, weight, own[0], own[1], types[place.name], device=device)
+    return [found[p.name] for p in layout.places if p.name in found]
 
 
-def _metric(unit: Unit, found: Statistics, place: Place) -> Metric:
+def _kept_on(device: str, seen: Statistics, held: Statistics) -> str:
+    """Where Hessians stay: on the device if they leave room there."""
+    if torch.device(device).type != "cuda":
+        return "cpu"
+    total = sum(u.moment.nbytes for s in (seen, held) for uses in s.uses.values() for u in uses)
+    return device if 2 * total < _HESSIANS * torch.cuda.get_device_properties(device).total_memory else "cpu"
+
+
+def _metric(unit: Unit, found: Statistics, device: str) -> Metric:
     rows, cols = unit.matrix_shape
-    if unit.name in found.uses:
-        whole = join(found.uses[unit.name], found.tokens)
-    else:
-        whole = Metric(torch.eye(cols, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
-    whole = Metric(whole.hessian.cpu(), whole.rows.cpu())
-    return whole if place.rows is None else replace(whole, rows=whole.rows[torch.from_numpy(place.rows)])
+    if unit.name not in found.uses:
+        return Metric(torch.eye(cols, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
+    whole = join(found.uses.pop(unit.name), found.tokens)
+    return Metric(whole.hessian.to(device), whole.rows.cpu())
 
 
 def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:
@@ -150,68 +177,28 @@ def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:
     roles: dict[str, list[Item]] = {}
     for item in items:
         roles.setdefault(item.role, []).append(item)
-    best: dict[str, float] = {}
+    best: dict[str, Shrinkage] = {}
     for role, members in roles.items():
-        totals = dict.fromkeys(SHRINKAGES, 0.0)
+        best[role] = _NONE
         name = next((t for t in _TRIAL if FORMATS[t].fits(members[0].place.cols)), None)
         if name is not None:
-            for item in _spread(members):
-                for shrinkage in SHRINKAGES:
-                    codes = encode(item.weight, item.form(shrinkage), FORMATS[name])
-                    totals[shrinkage] += item.held.distortion(_error(codes.values(), item.weight))
-        best[role] = min(totals, key=totals.__getitem__)
+            few = _spread(members)
+            lost = {s: _lost(few, s, FORMATS[name]) for s in SHRINKAGES}
+            least = min(held for _, held in lost.values())
+            near = {s: held / max(seen, 1e-300) for s, (seen, held) in lost.items() if held <= _TIE * least}
+            best[role] = min(near, key=near.__getitem__, default=_NONE)
         advance(1)
     return [replace(i, shrinkage=best[i.role]) for i in items]
+
+
+def _lost(items: Sequence[Item], shrinkage: Shrinkage, layout: BlockFormat) -> tuple[float, float]:
+    """Distortion of items rounded under a shrinkage: as their own Hessians see it, and on windows held out."""
+    coded = encode_all([i.weight for i in items], [i.factors(shrinkage) for i in items], layout)
+    found = [i.lost(values) for i, (_, values) in zip(items, coded, strict=True)]
+    return sum(seen for seen, _ in found), sum(held for _, held in found)
 
 
 def _spread(members: Sequence[Item]) -> list[Item]:
     """Samples of a few members of a role: first, middle and last."""
     picked = sorted({0, len(members) // 2, len(members) - 1})
     return [members[i].sampled()[0] for i in picked]
-
-
-def _error(values: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> Tensor:
-    return torch.from_numpy(values - weight)
-
-
-def curve(item: Item) -> Curve:
-    """Measured points of a tensor: a point's setting is its type's place in `WHOLE`."""
-    part, factor = item.sampled()
-    form, points = item.form(), []
-    for name in item.types:
-        if name in FORMATS:
-            values = encode(part.weight, form, FORMATS[name]).values()
-        else:
-            values = decode(name, encode_plain(name, part.weight), part.weight.shape[1])
-        lost = factor * part.held.distortion(_error(values, part.weight))
-        size = padded(type_bytes(name, *item.weight.shape))
-        points.append(Point(size, lost if math.isfinite(lost) else 0.0, WHOLE.index(name)))
-    return Curve(item.place.name, tuple(sorted(points, key=lambda p: p.rate)))
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A tensor in its type.
-
-    Attributes:
-        data: uint8 (rows, row bytes).
-        values: float32 (rows, cols), decoded.
-        codes: None for floating-point types.
-        seen: distortion in the metric it was rounded by, nats per token.
-        held: in that of the windows held out.
-    """
-
-    data: npt.NDArray[np.uint8]
-    values: npt.NDArray[np.float32]
-    codes: Codes | None
-    seen: float
-    held: float
-
-
-def round_to(item: Item, name: str) -> Rounded:
-    """A tensor in a type."""
-    codes = encode(item.weight, item.form(), FORMATS[name]) if name in FORMATS else None
-    data = pack(codes) if codes is not None else encode_plain(name, item.weight)
-    values = codes.values() if codes is not None else decode(name, data, item.weight.shape[1])
-    error = _error(values, item.weight)
-    return Rounded(data, values, codes, item.metric.distortion(error), item.held.distortion(error))

@@ -1,25 +1,25 @@
 """Keys of a GGUF file: what llama.cpp must know about an architecture besides its tensors.
 
 Keys and the config values they stand for come from transformers' table of GGUF files, and are written with gguf-py.
-A few that the table leaves out are written where the config has a value for them. Omitted: scaled rotary embeddings,
-which come with tensors of their own; they need a template.
+A few that the table leaves out are written where the config has a value for them. Scaled rotary embeddings are in
+`rope`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from bytecap.errors import CheckpointError
 from bytecap.model.checkpoint import Model
 from bytecap.runtimes.gguf import library
-from bytecap.runtimes.gguf.places import Layout
+from bytecap.runtimes.gguf.places import Layout, read_like
+from bytecap.runtimes.gguf.rope import write_scaling
 
 # config value -> key, for what the table leaves out
 _MORE = {
     "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
     "sliding_window": "attention.sliding_window", "head_dim": "attention.key_length",
+    "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
 }  # fmt: skip
-_PLAIN = {"default", None}
 # names that every config of transformers answers to, for keys whose own name it does not have
 _COMMON = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
@@ -31,19 +31,15 @@ def write_keys(writer: Any, model: Model, layout: Layout) -> None:
     """Write the architecture's keys.
 
     Raises:
-        CheckpointError: the model has something that only a converter can write.
+        CheckpointError: llama.cpp has no counterpart of its rotary embedding.
     """
     config: Any = model.module.config
     architecture = layout.architecture
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [r for r in rope.values() if isinstance(r, dict)] or [rope]
-    if any(k.get("rope_type", k.get("type")) not in _PLAIN for k in kinds):
-        raise CheckpointError(
-            f"{model.name} scales its rotary embedding ({rope}), which needs tensors that llama.cpp's converter "
-            "computes: give its file with --template"
-        )
+    write_scaling(writer, config, model.name)
     table = library("transformers.integrations.ggml").GGUF_CONFIG_MAPPING
-    kind = str(config.model_type).removesuffix("_text")
+    kind = read_like(str(config.model_type).removesuffix("_text"))
     pairs = {key: name for key, name in table[kind].items() if name is not None}
     pairs |= {key: name for name, key in _MORE.items() if name not in pairs.values()}
     if "attention.key_length" in pairs and "attention.value_length" not in pairs:

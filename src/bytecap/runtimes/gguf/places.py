@@ -3,7 +3,8 @@
 Names come from gguf-py's tensor map. Row orders and offsets come from transformers, which reads GGUF files: its
 processor of an architecture is shown numbered rows, and where they end up says how llama.cpp orders them (rotary
 rotary layout of queries and keys). An architecture that transformers does not read needs a template.
-Omitted: tensors that a conversion computes (rotary factors of long contexts); they need a template too.
+Experts that a checkpoint keeps in one tensor are split as llama.cpp wants them. Omitted: tensors that a conversion
+computes, other than rotary factors; they need a template too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from bytecap.errors import CheckpointError
 from bytecap.model.checkpoint import Model
 from bytecap.runtimes.gguf import library
+from bytecap.runtimes.gguf.rope import factors_of
 from bytecap.types import Unit
 
 Array = npt.NDArray[Any]
@@ -95,6 +97,15 @@ class Layout:
         return [p for p in self.places if p.unit == unit]
 
 
+# models that transformers reads under another name than its own: llama.cpp's architecture, and whose keys it takes
+_LIKE = {"mixtral": ("llama", "mistral"), "gemma": ("gemma", "gemma2")}
+
+
+def read_like(kind: str) -> str:
+    """Kind of model whose keys in transformers' table a kind has."""
+    return _LIKE[kind][1] if kind in _LIKE else kind
+
+
 def architecture_of(model: Model) -> str:
     """llama.cpp's name of a model's architecture.
 
@@ -105,6 +116,8 @@ def architecture_of(model: Model) -> str:
     names = set(library().MODEL_ARCH_NAMES.values())
     kind = str(model.config().get("model_type", ""))
     base = kind.removesuffix("_text")
+    if base in _LIKE:
+        return _LIKE[base][0]
     if base in known:
         for name in (base, base.replace("_", ""), base.replace("_", "-")):
             if name in names:
@@ -134,9 +147,13 @@ def layout_of(model: Model) -> Layout:
     arch = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     config = model.module.config
     names = gguf.get_tensor_name_map(arch, blocks_of(config))
-    processor = _processor(architecture, config)
+    processor = _processor("gemma2" if architecture == "gemma" else architecture, config)
     found, missing = [], []
     for unit in model.units:
+        stacked = _experts(unit, names)
+        found += stacked
+        if stacked:
+            continue
         name = file_name(unit, names)
         if name is None:
             missing.append(unit.name)
@@ -149,7 +166,25 @@ def layout_of(model: Model) -> Layout:
             f"gguf-py has no name for {_some(missing)} of the architecture {architecture}; give a file converted by "
             "llama.cpp with --template"
         )
+    factors = factors_of(config, architecture, model.name)
+    found += [Place(n, "", v.shape, values=v) for n, v in factors.items()]
     return Layout(architecture, tuple(found))
+
+
+def _experts(unit: Unit, names: Any) -> list[Place]:
+    """Tensors of all experts of a layer, if the unit is such: gate and up are one tensor in a checkpoint."""
+    base, _, part = unit.name.rpartition(".")
+    if len(unit.shape) != 3 or not base.endswith(".experts") or unit.transposed:
+        return []
+    count, rows, cols = unit.shape
+    halves = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+    mapped = [names.get_name(f"{base}.{h}") for h in halves]
+    if None in mapped:
+        return []
+    each = rows // len(halves)
+    numbers = np.arange(count * rows).reshape(count, len(halves), each)
+    order = [None] if len(halves) == 1 else [np.ascontiguousarray(numbers[:, i].reshape(-1)) for i in range(2)]
+    return [Place(f"{m}.weight", unit.name, (count, each, cols), o) for m, o in zip(mapped, order, strict=True)]
 
 
 def _some(names: Sequence[str]) -> str:

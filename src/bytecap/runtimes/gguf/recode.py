@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from bytecap.errors import UsageError
-from bytecap.runtimes.gguf.file import PLAIN, open_file
+from bytecap.runtimes.gguf.file import PLAIN, open_model
 
 _GOOD = (*PLAIN, "Q8_0")
 
@@ -17,7 +17,7 @@ def check_source(path: Path, *, allow_quantized: bool) -> str | None:
     Raises:
         UsageError: it holds matrices below Q8_0, and `allow_quantized` is not given.
     """
-    kinds = Counter(t.tensor_type.name for t in open_file(path).tensors)
+    kinds = Counter(t.tensor_type.name for t in open_model(path).tensors)
     coarse = sorted(k for k in kinds if k not in _GOOD)
     if coarse and not allow_quantized:
         raise UsageError(

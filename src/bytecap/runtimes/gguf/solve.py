@@ -1,18 +1,19 @@
 """One slope for the tensors of a runtime's file, and every tensor rounded by it.
 
 Measured curves are allocated, the tensors rounded, and the real loss of every role measured; its factor over the
-predicted loss corrects the curves, which are allocated again. Formats differ in what they put in: curves, rounding, and
-an allocation that knows how many bytes are theirs.
+predicted loss corrects the curves, which are allocated again. Formats differ in what they put in: a coding, and an
+allocation that knows how many bytes are theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from torch import nn
 
 from bytecap.allocation import correction
@@ -24,34 +25,14 @@ from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each, kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
+from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.gguf.menu import Item
+from bytecap.runtimes.gguf.rounding import Coding, Rounded, curves, round_all
 from bytecap.types import Curve, Plan, Point
 
 
-class Decoded(Protocol):
-    """A tensor in some format: its values (rows, cols), and what it loses, nats per token."""
-
-    @property
-    def values(self) -> npt.NDArray[np.float32]:
-        """Decoded."""
-        ...
-
-    @property
-    def seen(self) -> float:
-        """Distortion on the windows it was rounded by."""
-        ...
-
-    @property
-    def held(self) -> float:
-        """Distortion on windows held out."""
-        ...
-
-
-R = TypeVar("R", bound=Decoded)
-
-
 @dataclass(frozen=True)
-class Found(Generic[R]):
+class Found:
     """A plan and what was rounded by it.
 
     Attributes:
@@ -67,43 +48,43 @@ class Found(Generic[R]):
     plan: Plan
     settings: Mapping[str, float]
     around: dict[str, Any]
-    rounded: dict[str, R]
+    rounded: dict[str, Rounded]
     predicted: float
     step: int
     vectors: dict[str, Any] = field(default_factory=dict)
 
+    def codes(self) -> dict[str, Codes | None]:
+        """Of every tensor; None where its numbers are plain."""
+        return {n: r.codes for n, r in self.rounded.items()}
+
 
 def solve(
-    job: Job, items: Sequence[Item], *, curve: Callable[[Item], Curve], round_to: Callable[[Item, float], R],
-    allocate: Callable[[Sequence[Curve]], tuple[Plan, float]], groups: Mapping[str, str] | None = None,
-) -> Found[R]:  # fmt: skip
+    job: Job, items: Sequence[Item], coding: Coding, allocate: Callable[[Sequence[Curve]], tuple[Plan, float]],
+    groups: Mapping[str, str] | None = None,
+) -> Found:  # fmt: skip
     """The plan and every tensor rounded by it.
 
     Args:
         job: model, tokens, device.
         items: tensors that compete.
-        curve: measures an item.
-        round_to: rounds an item to a point's setting.
+        coding: the family of formats.
         allocate: a plan for curves, and the bytes that were theirs.
         groups: group of a tensor that must take the same setting as others.
     """
     bound = {i.place.name: (groups or {}).get(i.place.name, i.place.name) for i in items}
     with job.reporter.step("types", len(items)) as advance:
-        curves = []
-        for item in items:
-            curves.append(curve(item))
-            advance(1)
-    first = _settings(allocate(_joined(curves, bound))[0], bound)
+        measured = curves(coding, items, advance)
+    first = _settings(allocate(_joined(measured, bound))[0], bound)
     quantized_copy = copy_of(job.model.module)
-    rounded = _round(job, items, round_to, first, {}, {})
+    rounded = _round(job, items, coding, first, {}, {})
     kappa = _factors(job, items, rounded, quantized_copy)
-    curves = _joined([_scaled(c, kappa[c.name]) for c in curves], bound)
-    plan, room = allocate(curves)
+    scaled = _joined([_scaled(c, kappa[c.name]) for c in measured], bound)
+    plan, room = allocate(scaled)
     settings = _settings(plan, bound)
-    rounded = _round(job, items, round_to, settings, first, rounded)
+    rounded = _round(job, items, coding, settings, first, rounded)
     load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
     predicted = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
-    return Found(plan, settings, margin(curves, plan, room), rounded, predicted, smallest_step(curves, plan))
+    return Found(plan, settings, margin(scaled, plan, room), rounded, predicted, smallest_step(scaled, plan))
 
 
 def _settings(plan: Plan, bound: Mapping[str, str]) -> dict[str, float]:
@@ -146,35 +127,36 @@ def _scaled(found: Curve, factor: float) -> Curve:
 
 
 def _round(
-    job: Job, items: Sequence[Item], round_to: Callable[[Item, float], R], settings: Mapping[str, float],
-    before: Mapping[str, float], known: Mapping[str, R],
-) -> dict[str, R]:  # fmt: skip
+    job: Job, items: Sequence[Item], coding: Coding, settings: Mapping[str, float], before: Mapping[str, float],
+    known: Mapping[str, Rounded],
+) -> dict[str, Rounded]:  # fmt: skip
     """Every tensor in its setting; those that keep the setting they had `before` are known."""
-    found: dict[str, R] = {}
-    with job.reporter.step("rounding", len(items)) as advance:
-        for item in items:
-            name = item.place.name
-            same = name in known and before[name] == settings[name]
-            found[name] = known[name] if same else round_to(item, settings[name])
-            advance(1)
-    return found
+    left = [i for i in items if before.get(i.place.name) != settings[i.place.name]]
+    with job.reporter.step("rounding", len(left)) as advance:
+        return {**known, **round_all(coding, left, settings, advance)}
 
 
 def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> dict[str, Any]:
     """Decoded tensors of a file as units in stored layout; what other tensors hold of a unit stays original."""
     units = {u.name: u for u in model.units}
-    matrices: dict[str, Any] = {}
+    members: dict[str, list[Item]] = {}
     for item in items:
         if item.place.name in values:
-            unit = units[item.place.unit]
-            if unit.name not in matrices:
-                matrices[unit.name] = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().copy()
-            item.place.to_unit(values[item.place.name], matrices[unit.name])
-    return {n: from_matrix(units[n], np.ascontiguousarray(m)) for n, m in matrices.items()}
+            members.setdefault(item.place.unit, []).append(item)
+
+    def one(name: str) -> Any:
+        unit = units[name]
+        matrix = as_matrix(unit, model.tensor(unit).detach()).float().cpu().numpy().copy()
+        for item in members[name]:
+            item.place.to_unit(values[item.place.name], matrix)
+        return np.ascontiguousarray(from_matrix(unit, matrix))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(members, pool.map(one, members), strict=True))
 
 
 def _factors(
-    job: Job, items: Sequence[Item], rounded: Mapping[str, Decoded], quantized_copy: nn.Module
+    job: Job, items: Sequence[Item], rounded: Mapping[str, Rounded], quantized_copy: nn.Module
 ) -> dict[str, float]:
     """Measured over predicted loss of every role, at the first plan."""
     roles: dict[str, list[Item]] = {}
@@ -194,7 +176,7 @@ def _factors(
     return shrunk(found)
 
 
-def figures(job: Job, items: Sequence[Item], found: Found[R], size: int) -> dict[str, Any]:
+def figures(job: Job, items: Sequence[Item], found: Found, size: int) -> dict[str, Any]:
     """Return the figures that a report has for every format; `size` is that of the file or directory in bytes."""
     seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
     return {
@@ -204,7 +186,7 @@ def figures(job: Job, items: Sequence[Item], found: Found[R], size: int) -> dict
         "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
         "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
         "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
-        "shrinkage": {i.role: i.shrinkage for i in items},
+        "shrinkage": {i.role: i.shrinkage._asdict() for i in items},
         "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
         "correction_tokens": sum(w.predicted for w in job.sets.correction),
     }  # fmt: skip

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from bytecap.errors import CheckpointError
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.runtimes.gguf import library
-from bytecap.runtimes.gguf.file import PLAIN, decode, encode_plain, open_file
+from bytecap.runtimes.gguf.file import PLAIN, decode, encode_plain, open_model
 from bytecap.runtimes.gguf.places import Layout, Place
 
 Array = npt.NDArray[Any]
@@ -55,7 +55,7 @@ def read_template(path: Path, model: Model, *, quantized: bool = False) -> GgufT
         CheckpointError: it is of another model, or quantized.
         NotAnArtifact: it is no GGUF file.
     """
-    reader = open_file(path)
+    reader = open_model(path)
     index = _Index(model)
     places = []
     for t in reader.tensors:

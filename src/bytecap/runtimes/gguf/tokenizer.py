@@ -3,7 +3,7 @@
 llama.cpp splits text before byte-level BPE by one of its built-in rules, found by name. The name follows from the rule
 in `tokenizer.json`; one that is not in the list below cannot be named and needs a template. BPE over SentencePiece
 pieces with byte fallback becomes llama.cpp's `llama` tokenizer, whose scores are the order of the merges.
-Omitted: unigram models.
+Unigram models are its `t5` tokenizer (`unigram`). Omitted: WordPiece and words, which no causal model uses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from bytecap.errors import CheckpointError
 from bytecap.model.checkpoint import Model
 from bytecap.runtimes.gguf import library
+from bytecap.runtimes.gguf.unigram import rules_of, write_rules
 
 _TYPES = ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE", "UNKNOWN")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -36,22 +37,59 @@ def write_tokenizer(writer: Any, model: Model) -> None:
         raise CheckpointError(f"{model.name} has no tokenizer.json, and a GGUF file must hold a tokenizer")
     found = json.loads(model.files["tokenizer.json"])
     kind = found["model"].get("type")
+    if kind == "Unigram":
+        _write_unigram(writer, model, found)
+        return
     if kind != "BPE":
-        raise CheckpointError(f"llama.cpp's tokenizer for a {kind} model is not written here: {_ADVICE}")
+        raise CheckpointError(f"llama.cpp has no tokenizer for the {kind} model of {model.name}: {_ADVICE}")
     pieces = bool(found["model"].get("byte_fallback"))
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre("default" if pieces else pre_tokenizer(found, model.name))
-    names, types = _tokens(found, int(model.module.config.vocab_size), pieces)  # type: ignore[union-attr, arg-type]
+    names, types = _tokens(found, _size(model), pieces)
     writer.add_token_list(names)
     writer.add_token_types(types)
     if pieces:
         writer.add_token_scores(_scores(found, names))
         writer.add_add_space_prefix("Prepend" in json.dumps(found.get("normalizer")) or _prepends(found))
+    _write_special(writer, model, len(names), merges=not pieces)
+
+
+def _write_unigram(writer: Any, model: Model, found: dict[str, Any]) -> None:
+    rules = rules_of(found)
+    if isinstance(rules, str):
+        raise CheckpointError(f"llama.cpp has no tokenizer like the Unigram one of {model.name} ({rules}): {_ADVICE}")
+    writer.add_tokenizer_model("t5")
+    writer.add_tokenizer_pre("default")
+    pieces = found["model"]["vocab"]
+    named = {**found, "model": {"vocab": {p: i for i, (p, _) in enumerate(pieces)}}}
+    unknown = found["model"].get("unk_id")
+    if unknown is not None:
+        named["model"]["unk_token"] = pieces[unknown][0]
+    names, types = _tokens(named, _size(model), False)
+    if unknown is not None:
+        types[unknown] = int(library().TokenType.UNKNOWN)
+        writer.add_unk_token_id(unknown)
+    writer.add_token_list(names)
+    writer.add_token_types(types)
+    writer.add_token_scores([float(s) for _, s in pieces] + [0.0] * (len(names) - len(pieces)))
+    write_rules(writer, rules)
+    _write_special(writer, model, len(names), merges=False, left=("unk",))
+
+
+def _size(model: Model) -> int:
+    return int(model.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+
+
+def _write_special(writer: Any, model: Model, size: int, *, merges: bool, left: tuple[str, ...] = ()) -> None:
+    """Write merges, special tokens (but those `left` out) and whether texts begin or end with them."""
     with tempfile.TemporaryDirectory() as name:
         for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
             if file in model.files:
                 (Path(name) / file).write_bytes(model.files[file])
-        special = library().SpecialVocab(name, load_merges=not pieces, n_vocab=len(names))
+        special = library().SpecialVocab(name, load_merges=merges, n_vocab=size)
+    for kind in left:
+        special.special_token_ids.pop(kind, None)
+        special.add_special_token.setdefault("eos", False)  # llama.cpp's own default differs by tokenizer
     special.add_to_gguf(writer, quiet=True)
 
 

@@ -1,8 +1,9 @@
-"""Tune the continuous numbers of a GGUF file at frozen codes, and so at the same bytes.
+"""Tune the continuous numbers of a file of blocks at frozen codes, and so at the same bytes.
 
-Float16 scales and minimums of blocks, and float32 vectors, follow Adam on the KL to the original; scales are rounded to
-float16 in every pass, with the gradient going straight through. From time to time the result is measured on the
-correction tokens, and the best of these is written. Integer sub-scales stay as they are: they are shared with codes.
+Scales and minimums of blocks, and vectors, follow Adam on the KL to the original; they are rounded to the type that the
+file has for them in every pass, with the gradient going straight through. From time to time the result is measured on
+the correction tokens, and the best of these is written. Integer sub-scales stay as they are: they are shared with
+codes.
 """
 
 from __future__ import annotations
@@ -20,27 +21,34 @@ from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.tuning import Clock
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.layout import pack
 from bytecap.runtimes.gguf.export import values_of
-from bytecap.runtimes.gguf.menu import Item, Rounded
+from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout, Place
-from bytecap.runtimes.gguf.plan import Found
-from bytecap.runtimes.gguf.solve import unit_values
+from bytecap.runtimes.gguf.rounding import Rounded
+from bytecap.runtimes.gguf.solve import Found, unit_values
 from bytecap.types import Unit
 
 RATE = 1.5e-3  # first learning rate, relative to each number
 _WARMING = 10  # iterations until the full rate
 _CHECKS, _APART = 8, 5  # validations on the correction tokens, and iterations between two of them at least
 _LOST = 4.0  # times the first KL, beyond which tuning is stopped
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def _stored(now: Tensor, kind: torch.dtype) -> Tensor:
+    """Numbers as the file holds them, with the gradient going straight through."""
+    return now + (now.to(kind).float() - now).detach()
 
 
 class _Scales:
-    """A tensor in a block format as a function of its float16 numbers."""
+    """A tensor in a block format as a function of its floating-point numbers."""
 
     def __init__(self, place: Place, codes: Codes, device: str) -> None:
-        self.place, self.codes = place, codes
-        rows, per = len(codes.codes), codes.format.block // codes.format.sub
+        self.place, self.codes, form = place, codes, codes.format
+        self.kind = _FLOATS[form.float_type]
+        rows, per = len(codes.codes), form.block // form.sub
         blocks = codes.scale.shape[1]
+        self.joined = form.minimums > 1 and not form.two_level  # the minimum is a multiple of the scale
 
         def there(array: Any) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device)
@@ -48,20 +56,22 @@ class _Scales:
         level = codes.codes.reshape(rows, blocks, per, -1) * codes.sub_scales.reshape(rows, blocks, per, 1).astype(
             np.int16
         )
-        self.level = there(level).reshape(rows, blocks, -1)
-        less = np.repeat(codes.sub_minimums.reshape(rows, blocks, per), codes.format.sub, 2)
-        self.less = there(less) if codes.format.minimums else None
+        less = np.repeat(codes.sub_minimums.reshape(rows, blocks, per), form.sub, 2)
+        self.level = there(level).reshape(rows, blocks, -1) * form.unit
+        self.less = None
+        if self.joined:
+            self.level -= there(less)
+        elif form.minimums:
+            self.less = there(less)
         self.start = there(codes.scale), there(codes.minimum)
-        count = 2 if codes.format.minimums else 1
+        count = 1 if self.less is None else 2
         self.leaves = [torch.zeros_like(s, requires_grad=True) for s in self.start[:count]]
 
     def numbers(self) -> list[Tensor]:
         """Scale and minimum as the file holds them, with gradient."""
-        found = []
-        for start, change in zip(self.start, self.leaves, strict=False):
-            now = start * (1 + change)
-            found.append(now + (now.half().float() - now).detach())
-        return found
+        return [
+            _stored(start * (1 + change), self.kind) for start, change in zip(self.start, self.leaves, strict=False)
+        ]
 
     def values(self) -> Tensor:
         """(rows, cols) in the file's order, with gradient."""
@@ -73,23 +83,24 @@ class _Scales:
 
     def written(self) -> Codes:
         """As the file would hold it now."""
-        numbers = [n.detach().half().cpu().numpy() for n in self.numbers()]
-        changed = dict(zip(("scale", "minimum"), numbers, strict=False))
-        return replace(self.codes, scale=changed["scale"], minimum=changed.get("minimum", self.codes.minimum))
+        numbers = [n.detach().cpu().numpy().astype(self.codes.scale.dtype) for n in self.numbers()]
+        scale = numbers[0]
+        minimum = scale if self.joined else numbers[1] if len(numbers) > 1 else self.codes.minimum
+        return replace(self.codes, scale=scale, minimum=minimum)
 
 
 class _Vector:
-    """A float32 vector."""
+    """A vector, which the file holds in a floating-point type."""
 
-    def __init__(self, place: Place, values: Any, device: str) -> None:
-        self.place = place
+    def __init__(self, place: Place, values: Any, float_type: str, device: str) -> None:
+        self.place, self.kind = place, _FLOATS[float_type]
         self.start = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device)
         self.size = max(float(self.start.abs().mean()), 1e-8)
         self.leaves = [torch.zeros_like(self.start, requires_grad=True)]
 
     def values(self) -> Tensor:
         """(1, cols), with gradient."""
-        return self.start + self.size * self.leaves[0]
+        return _stored(self.start + self.size * self.leaves[0], self.kind)
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,8 @@ class _Owner:
         return (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
 
 
-def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found) -> list[_Owner]:
-    """Every unit all of whose stored values can be tuned."""
+def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str) -> list[_Owner]:
+    """Every unit all of whose stored values can be tuned; `vectors` is the type that vectors have in the file."""
     by_name = {i.place.name: i for i in items}
     owners = []
     for unit in job.model.units:
@@ -118,10 +129,10 @@ def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found) -> 
         places = layout.of(unit.name)
         for p in places:
             codes = found.rounded[p.name].codes if p.name in by_name else None
-            if codes is not None:
+            if codes is not None and codes.format.float_type in _FLOATS:
                 parts.append(_Scales(p, codes, job.device))
             elif p.name not in by_name and len(p.shape) == 1 and p.rows is None:
-                parts.append(_Vector(p, values_of(job.model, p), job.device))
+                parts.append(_Vector(p, values_of(job.model, p), vectors, job.device))
         if not parts or len(parts) != len(places):
             continue
         rows = [np.arange(p.parameters // p.cols) if p.rows is None else p.rows for p in places]
@@ -134,30 +145,39 @@ def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found) -> 
 
 def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> Found:
     """The plan with numbers as they are now."""
-    metrics = {i.place.name: i for i in items}
+    by_name = {i.place.name: i for i in items}
     rounded, vectors = dict(found.rounded), dict(found.vectors)
     for part in (p for o in owners for p in o.parts):
         name = part.place.name
         if isinstance(part, _Vector):
             vectors[name] = part.values().detach().cpu().numpy().reshape(1, -1)
             continue
-        codes, item = part.written(), metrics[name]
+        codes, item = part.written(), by_name[name]
         values = codes.values()
-        error = torch.from_numpy(values - item.weight)
-        rounded[name] = Rounded(pack(codes), values, codes, item.metric.distortion(error), item.held.distortion(error))
+        rounded[name] = Rounded(codes, values, *item.lost(torch.from_numpy(values).to(item.device)))
     return replace(found, rounded=rounded, vectors=vectors)
 
 
-def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -> tuple[Found, dict[str, Any]]:
-    """The plan with tuned numbers where that measures better on the correction tokens, and a record."""
+def tune_blocks(
+    job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str = "F32"
+) -> tuple[Found, dict[str, Any]]:
+    """The plan with tuned numbers where that measures better on the correction tokens, and a record.
+
+    Args:
+        job: with an effort of recovery.
+        layout: all tensors of the file that may move.
+        items: those in block formats.
+        found: the plan.
+        vectors: the file's type of vectors: F32, F16 or BF16.
+    """
     assert job.recover is not None  # noqa: S101 (callers ask first)
     quantized_copy = copy_of(job.model.module)
     load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in found.rounded.items()}))
-    owners, passes = owners_of(job, layout, items, found), Passes(job, quantized_copy)
+    owners, passes = owners_of(job, layout, items, found, vectors), Passes(job, quantized_copy)
     leaves = [t for o in owners for p in o.parts for t in p.leaves]
     optimizer = torch.optim.Adam(leaves, lr=RATE, betas=(0.9, 0.98), eps=1e-12)
     start = best = passes.check()
-    kept = found
+    kept: list[Tensor] = []
     with same_again(job.device), job.reporter.step("recovery of scales and vectors", 1) as advance:
         clock = Clock(job.recover, advance)
         while clock.done < 1:
@@ -170,7 +190,7 @@ def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -
                 passes.load({o.unit.name: o.values() for o in owners})
             kl = passes.check()
             if kl < best:
-                best, kept = kl, _written(items, found, owners)
+                best, kept = kl, [t.detach().clone() for t in leaves]
             if not kl < _LOST * start:
                 job.reporter.note(f"recovery diverges after {clock.iterations} iterations (KL {kl:.4f}): stopped")
                 break
@@ -180,9 +200,13 @@ def tune_blocks(job: Job, layout: Layout, items: Sequence[Item], found: Found) -
     )
     passes.say_short()
     stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
-    return replace(kept, predicted=best) if kept is not found else found, {
-        "tokens": passes.read, "kl_before": start, "stages": [stage],
-    }  # fmt: skip
+    record = {"tokens": passes.read, "kl_before": start, "stages": [stage]}
+    if not kept:
+        return found, record
+    with torch.no_grad():
+        for leaf, value in zip(leaves, kept, strict=True):
+            leaf.copy_(value)
+    return replace(_written(items, found, owners), predicted=best), record
 
 
 def _move(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> None:

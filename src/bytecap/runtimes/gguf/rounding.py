@@ -1,0 +1,124 @@
+"""Matrices into the layouts of a family of formats: measured curves, and rounding.
+
+Matrices of one shape go together where a device takes many at a time; on the processor they go one by one. A matrix is
+judged by an even sample of its rows, and by windows held out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bytecap.progress import Advance
+from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+from bytecap.runtimes.blocks.encode import Factors, encode_all
+from bytecap.runtimes.gguf.menu import Item
+from bytecap.types import Curve, Point
+
+_A_COLUMN = 24  # bytes of device memory for each pair of columns of a matrix
+_A_VALUE = 48  # and for each value
+_SHARE = 16  # part of the device's memory that is used: a fixed part, since sums depend on what goes together
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a family of formats stores matrices.
+
+    Attributes:
+        names: of all settings; a point's setting is a place here.
+        layout: block format of a setting for rows of so many columns, or None if it stores plain numbers.
+        plain: values as plain numbers of a setting.
+        rate: bytes of a matrix in a setting.
+        sample: weights by which a matrix is judged.
+    """
+
+    names: Sequence[str]
+    layout: Callable[[str, int], BlockFormat | None]
+    plain: Callable[[str, FloatArray], FloatArray]
+    rate: Callable[[Item, str], int]
+    sample: int
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix in its setting.
+
+    Attributes:
+        codes: None where numbers are plain.
+        values: float32 (rows, cols), decoded.
+        seen: distortion in the metric it was rounded by, nats per token.
+        held: in that of the windows held out.
+    """
+
+    codes: Codes | None
+    values: FloatArray
+    seen: float
+    held: float
+
+
+def curves(coding: Coding, items: Sequence[Item], advance: Advance) -> list[Curve]:
+    """Measured points of matrices."""
+    found: dict[str, Curve] = {}
+    for group in together(items):
+        samples = [i.sampled(coding.sample) for i in group]
+        factors, points = [i.factors() for i in group], [list[Point]() for _ in group]
+        for name in group[0].types:
+            for at, (_, values) in enumerate(_coded(coding, [s for s, _ in samples], factors, name)):
+                item, scale = samples[at]
+                lost = scale * item.lost(values)[1]
+                size = coding.rate(group[at], name)
+                points[at].append(Point(size, lost if math.isfinite(lost) else 0.0, coding.names.index(name)))
+        for item, measured in zip(group, points, strict=True):
+            found[item.place.name] = Curve(item.place.name, tuple(sorted(measured, key=lambda p: p.rate)))
+            advance(1)
+    return [found[i.place.name] for i in items]
+
+
+def round_all(
+    coding: Coding, items: Sequence[Item], settings: Mapping[str, float], advance: Advance
+) -> dict[str, Rounded]:
+    """Matrices in their settings, by name."""
+    found = {}
+    chosen = {i.place.name: coding.names[int(settings[i.place.name])] for i in items}
+    for group in together(items, lambda i: chosen[i.place.name]):
+        factors = [i.factors() for i in group]
+        for item, (codes, values) in zip(
+            group, _coded(coding, group, factors, chosen[group[0].place.name]), strict=True
+        ):  # fmt: skip
+            found[item.place.name] = Rounded(codes, values.cpu().numpy(), *item.lost(values))
+            advance(1)
+    return found
+
+
+def _coded(
+    coding: Coding, items: Sequence[Item], factors: Sequence[Factors], name: str
+) -> Sequence[tuple[Codes | None, Tensor]]:
+    """Matrices of one shape in a setting: codes, and decoded values on the device of the factors."""
+    layout = coding.layout(name, items[0].weight.shape[1])
+    if layout is None:
+        device = factors[0].fed.device
+        return [(None, torch.from_numpy(coding.plain(name, i.weight)).to(device)) for i in items]
+    return encode_all([i.weight for i in items], factors, layout)
+
+
+def together(items: Sequence[Item], kind: Callable[[Item], str] = lambda _: "") -> Iterator[list[Item]]:
+    """Items of one shape, menu and kind that a device takes at a time; on the processor each by itself."""
+    groups: dict[tuple[object, ...], list[Item]] = {}
+    for i in items:
+        groups.setdefault((i.weight.shape, i.types, kind(i), i.device), []).append(i)
+    for members in groups.values():
+        count = _at_a_time(members[0])
+        for at in range(0, len(members), count):
+            yield members[at : at + count]
+
+
+def _at_a_time(item: Item) -> int:
+    if torch.device(item.device).type != "cuda":
+        return 1
+    rows, cols = item.weight.shape
+    room = int(torch.cuda.get_device_properties(item.device).total_memory) // _SHARE
+    return max(1, room // int(_A_COLUMN * cols * cols + _A_VALUE * rows * cols))
