@@ -7,9 +7,10 @@ import torch
 import bytecap
 from bytecap import reference
 from bytecap.allocation import overlay_menu
+from bytecap.allocation.decoded import decode_coded
 from bytecap.allocation.overlaid import overlaid, problem_of
 from bytecap.allocation.overlay_menu import Choice, solve
-from bytecap.allocation.planner import Planner, decode_coded
+from bytecap.allocation.planner import Planner
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
 from bytecap.format import container

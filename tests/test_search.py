@@ -22,7 +22,7 @@ pytestmark = pytest.mark.numeric
 class Uneven:
     """A planner that holds one unit back: its bytes only fall from a step on that is far from the others'."""
 
-    parameters, names, finest = 1000, ("a",), {"a": 1e9}
+    parameters, names, finest, sample = 1000, ("a",), {"a": 1e9}, None
 
     def settle(self, steps, _rules):
         return State(dict(steps), {}, None, {"a": 1000 - 150 * max(0.0, math.log(steps["a"]) - 25)}, {})
@@ -37,7 +37,7 @@ def test_the_search_goes_as_far_as_it_must():
 class Restless:
     """A planner whose bytes fall with its step, and are far more at every second look."""
 
-    parameters, names, finest = 1000, ("a",), {"a": 1e9}
+    parameters, names, finest, sample = 1000, ("a",), {"a": 1e9}, None
 
     def __init__(self):
         self.looks = 0

@@ -115,6 +115,7 @@ WRITING = {
     "pipeline/__init__.py",
     "system/__init__.py",
     "system/atomic.py",
+    "system/directories.py",
     "system/collisions.py",
 }  # names, and files written: no part of decoding
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecap.allocation.planner import coder_of, decode_grid
+from bytecap.allocation.decoded import coder_of, decode_grid
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.format.coders.trellis import _bits, dependent, subsets

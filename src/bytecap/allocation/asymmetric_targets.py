@@ -14,7 +14,7 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.model import streaming
 from bytecap.model.batches import Batch
 from bytecap.model.forward import batch_tokens, batches
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
@@ -36,7 +37,7 @@ from bytecap.system import allocator
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 _NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros delivers, which still has to be inverted
-_ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
+ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
 
 
 class LostError(Exception):
@@ -103,7 +104,7 @@ def stages(model: nn.Module, run: Run) -> list[list[str]]:
 
         handles.append(module.register_forward_pre_hook(hook))
     with torch.no_grad():
-        run(model)
+        streaming.run(model, run)
     for handle in handles:
         handle.remove()
     called = [name for name, _ in order]
@@ -157,13 +158,14 @@ def drift_targets(
     staged = {n for names in order for n in names}
     load_values(quantized_copy, unit_values(planner, state, [n for n in planner.names if n not in staged]))
     change: dict[str, Tensor] = {}
-    groups = rounds(windows, _ROUND_TOKENS[torch.device(device).type])
+    groups = rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
-        data = list(_runs(chosen, batch_tokens(vocabulary), device))
+        data = list(passes_of(chosen, batch_tokens(vocabulary), device))
         walks = [_walks(model, data, order) for model in (original, quantized_copy)]
         try:
             for names in order:
-                fix = _fix(walks, [mask for _, mask in data]) * strength
+                inputs = ((a.advance(), b.advance()) for a, b in zip(*walks, strict=True))
+                fix = fix_of(inputs, [mask for _, mask in data]) * strength
                 for n in names:
                     fresh = units[n].target @ fix
                     change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
@@ -179,7 +181,7 @@ def drift_targets(
     return change
 
 
-def _runs(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
+def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
     """Start passes over batches, each with its mask (batch, length) of real tokens; None where all are real."""
     if isinstance(windows[0], Batch):
         for batch in windows:
@@ -207,7 +209,7 @@ def _stages_of(model: nn.Module, windows: Sequence[Window], device: str) -> list
         first = next(batches(windows, 1))[0][:1, :8].to(device)
         return stages(model, partial(_forward, first))
     spread = windows[:: max(1, len(windows) // 4)]
-    found = [stages(model, run) for run, _ in _runs(spread, 1, device)]
+    found = [stages(model, run) for run, _ in passes_of(spread, 1, device)]
     return found[0] if all(f == found[0] for f in found) else []
 
 
@@ -241,13 +243,18 @@ def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], order: Seque
     return [_Walk(model, run, [modules[names[0]][0] for names in order]) for run, _ in data]
 
 
-def _fix(walks: list[list[_Walk]], masks: list[Tensor | None]) -> Tensor:
-    """Solve for E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, in float64; float32 (cols, cols)."""
+def fix_of(inputs: Iterable[tuple[Tensor, Tensor]], masks: Sequence[Tensor | None]) -> Tensor:
+    """Solve for E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, in float64; float32 (cols, cols).
+
+    Args:
+        inputs: x and x^ of every batch.
+        masks: of real tokens (batch, length), None where all are.
+    """
     a: Tensor | float = 0.0
     c: Tensor | float = 0.0
-    for original, quantized_copy, mask in zip(*walks, masks, strict=True):
+    for (one, other), mask in zip(inputs, masks, strict=True):
         keep = slice(None) if mask is None else mask.reshape(-1)  # some models flatten (batch, length) before a layer
-        x, seen = (walk.advance().flatten(0, -2)[keep].float() for walk in (original, quantized_copy))
+        x, seen = (t.flatten(0, -2)[keep].float() for t in (one, other))
         a = a + (seen.T @ seen).double()
         c = c + ((x - seen).T @ seen).double()
     assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)

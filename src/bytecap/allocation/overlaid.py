@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytecap.allocation.planner import decode_grid
+from bytecap.allocation.decoded import decode_grid
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.quantization.overlays import Overlay, UnitProblem

@@ -23,8 +23,9 @@ import torch
 
 from bytecap.allocation import correction
 from bytecap.allocation.allocate import allocate, floor_rate, refine
+from bytecap.allocation.decoded import decode_coded
 from bytecap.allocation.overlaid import OverlaidUnit, overlaid, problem_of
-from bytecap.allocation.planner import Planner, State, decode_coded, finest_step
+from bytecap.allocation.planner import Planner, State, finest_step
 from bytecap.allocation.shared_channels import one_list
 from bytecap.calibration.residual_streams import ResidualStream
 from bytecap.format.coders import Shared

@@ -10,33 +10,36 @@ from. `bytecap.methods.rate_control` then meets the cap on real bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from bytecap.format.coders import Shared, overlay_coder, run
+from bytecap.allocation.decoded import coder_of, decode_coded, on_base
+from bytecap.format.coders import Shared
 from bytecap.format.coders.base import CODER as BASE
-from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
-from bytecap.format.coders.grid import CODER as GRID
-from bytecap.format.coders.grid import Grid, GridCode, choose_class, dequantize
-from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
+from bytecap.format.coders.classes import UNIT_CLASS
+from bytecap.format.coders.grid import choose_class
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.coders.trellis import CODER as TRELLIS
-from bytecap.format.coders.trellis import SHORT, Trellis
 from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
-from bytecap.format.overlays.difference import CODER as DIFFERENCE
+from bytecap.job import Section
 from bytecap.quantization import Shrink
 from bytecap.quantization.quantizer import ON_BASE, Coded, Options, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
+from bytecap.sizes import in_groups
 from bytecap.system.threads import in_threads
 from bytecap.types import Curve, Point, Unit
 
 FloatArray = npt.NDArray[np.float32]
+_Found = TypeVar("_Found")
+_TOGETHER = 2**25  # weights coded together
+_OFF = 5e-3  # of the bytes: where a plan found on a sample is near enough to be measured
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,10 @@ class State:
         return sum(self.distortions.values())
 
 
+def _whole(found: _Found) -> _Found:
+    return found
+
+
 @dataclass(frozen=True)
 class Planner:
     """Prepared units, ready to be settled at any steps under any rules.
@@ -142,17 +149,28 @@ class Planner:
         vectors: units without.
         options: of the coder.
         finest: by matrix, the step below which nothing is gained; kept where targets change.
+        keep: given every rounded unit, returns what states hold of it (`bytecap.quantization.stored`).
+        keep_section: given every coded section, returns what is held of it.
+        sample: over a sample of rows, where that is what searches and curves are made on.
     """
 
     matrices: Sequence[Prepared]
     vectors: Sequence[VectorUnit]
     options: Options
     finest: Mapping[str, float]
+    keep: Callable[[Coded], Coded] = _whole
+    keep_section: Callable[[Section], Section] = _whole
+    sample: Planner | None = None
 
     @staticmethod
-    def of(matrices: Sequence[Prepared], vectors: Sequence[VectorUnit], options: Options) -> Planner:
-        """Make a planner over prepared units."""
-        return Planner(matrices, vectors, options, {p.unit.name: finest_step(p) for p in matrices})
+    def of(
+        matrices: Sequence[Prepared],
+        vectors: Sequence[VectorUnit],
+        options: Options,
+        finest: Mapping[str, float] | None = None,
+    ) -> Planner:
+        """Make a planner over prepared units, whose finest steps may be known already."""
+        return Planner(matrices, vectors, options, finest or {p.unit.name: finest_step(p) for p in matrices})
 
     @property
     def names(self) -> list[str]:
@@ -177,11 +195,13 @@ class Planner:
             refit: False keeps tables and offsets.
         """
         steps = {n: max(s, self.finest.get(n, 0.0)) for n, s in steps.items()}
-        coded, centres = round_units(self.matrices, steps, rules.shrink, self.options)
+        coded, centres = round_units(self.matrices, steps, rules.shrink, self.options, keep=self.keep)
+        coded = {p.unit.name: p.scaled(coded[p.unit.name]) for p in self.matrices}
         found = rules
         if refit:
             old, shrinking = rules.shared, self.options.shrink
-            counts = sum_counts([self._side_counts(coded, steps, old), *(c.counts.sum(0) for c in coded.values())])
+            sides = self._side_counts(coded, steps, old)
+            counts = sum_counts(chain([sides], (c.counts.sum(0) for c in coded.values())))
             shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
         return replace(self.price(coded, steps, found), origin=rules)
@@ -192,7 +212,7 @@ class Planner:
 
     def round(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> dict[str, Coded]:
         """Round units at their steps, with overlays where they have one; returns them by name."""
-        coded, _ = round_units(items, steps, rules.shrink, self.options)
+        coded, _ = round_units(items, steps, rules.shrink, self.options, keep=self.keep)
         return {p.unit.name: p.complete(coded[p.unit.name], rules.shared) for p in items}
 
     def price(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
@@ -243,12 +263,30 @@ class Planner:
         start: float,
         rounds: int = 8,
         tolerance: float = 5e-4,
+        exact: bool = False,
     ) -> tuple[float, State]:
         """Search the `c0` whose estimated bytes meet `capacity`; tables are refitted on the way, starting from `rules`.
+
+        Args:
+            multipliers: of every unit's step.
+            capacity: bytes.
+            rules: to start from.
+            start: a guess of `c0`.
+            rounds: of rounding, at most, where one fits.
+            tolerance: of the bytes.
+            exact: round everything even where there is a sample, which may be half a percent off.
 
         Returns:
             c0 and the settled state.
         """
+        if self.sample is not None and not exact:
+            c, state = self.sample.search(
+                multipliers, capacity, rules, start=start, rounds=rounds, tolerance=tolerance
+            )  # fmt: skip
+            state = self.settle({n: c * multipliers[n] for n in self.names}, state.rules)
+            if abs(state.rate - capacity) <= _OFF * capacity:
+                return c, state
+            start, rules, rounds = c * math.exp((state.rate / capacity - 1) / 1.2), state.rules, 2
         c, seen = start, []
         widest = 2.0**20 * max(self.finest.values(), default=1.0)  # nothing is left of any weight
         state = State({}, {}, rules, {}, {})
@@ -277,10 +315,16 @@ class Planner:
             offsets: octaves, 0 excluded.
         """
         points = {n: [Point(centre.rates[n], centre.distortions[n], 0.0)] for n in self.names}
+        on = self.sample or self
+        base = centre if on is self else on.settle(centre.steps, centre.rules, refit=False)
         for offset in offsets:
-            state = self.settle({n: s * 2**offset for n, s in centre.steps.items()}, centre.rules, refit=False)
+            state = on.settle({n: s * 2**offset for n, s in centre.steps.items()}, centre.rules, refit=False)
             for n in self.names:
-                points[n].append(Point(state.rates[n], state.distortions[n], offset))
+                rate_of, cost_of = (
+                    _ratio(centre.rates[n], base.rates[n]),
+                    _ratio(centre.distortions[n], base.distortions[n]),
+                )
+                points[n].append(Point(state.rates[n] * rate_of, state.distortions[n] * cost_of, offset))
         return [Curve(n, tuple(sorted(p, key=lambda q: q.rate))) for n, p in points.items()]
 
     def decode(self, state: State, name: str) -> FloatArray:
@@ -294,7 +338,7 @@ class Planner:
         coded = state.coded.get(name)
         if coded is None or coded.overlay is not None or coded.below is not None:
             return None
-        device = next(p.order.device for p in self.matrices if p.unit.name == name)
+        device = next(p.device for p in self.matrices if p.unit.name == name)
         return values_there(coded.code, state.shared.offset, device) if _elsewhere(device) else None
 
     def encode(self, state: State, names: Sequence[str] | None = None) -> dict[str, tuple[int, bytes]]:
@@ -320,10 +364,13 @@ class Planner:
         wanted = list(self.names if names is None else names)
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
 
-
-def on_base(section: tuple[int, bytes], *overlays: tuple[int, bytes]) -> tuple[int, bytes]:
-    """The stack that adds the values of a section to those of the base of an update, and overlays to the sum."""
-    return STACK.tag, STACK.encode((BASE.tag, b""), [(DIFFERENCE.tag, DIFFERENCE.encode(section)), *overlays])
+    def sections(self, state: State) -> dict[str, Section]:
+        """All units as they are stored; some are coded at a time."""
+        sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
+        found: dict[str, Section] = {}
+        for names in in_groups(self.names, lambda n: sizes.get(n, 0), _TOGETHER):
+            found |= {n: self.keep_section(Section(*coded)) for n, coded in self.encode(state, names).items()}
+        return found
 
 
 def _elsewhere(device: torch.device) -> bool:
@@ -331,31 +378,9 @@ def _elsewhere(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def coder_of(code: GridCode) -> Grid | Trellis:
-    """Return the coder that writes a code."""
-    if code.first == CLASSES:
-        return GRID
-    return TRELLIS if code.memory == SHORT else LONG_TRELLIS
-
-
-def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
-    """Decode a grid code to float32 values (rows, cols)."""
-    return dequantize(
-        code.symbols.astype(np.int32), code.classes(), np.float32(code.step),
-        code.column_step, code.row_step, shared.offset, code.fine,
-    )  # fmt: skip
-
-
-def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
-    """Decode a unit to float32 values (rows, cols), its overlay included."""
-    values = decode_grid(coded.code, shared)
-    if coded.below is not None:
-        values = coded.below + values
-    if coded.overlay is None:
-        return values
-    tag, data = coded.overlay
-    overlaid: FloatArray = run([overlay_coder(tag).apply(data, np.array(values, np.float32, order="C"), shared)])[0]
-    return overlaid
+def _ratio(whole: float, sampled: float) -> float:
+    """What a sample has to be multiplied with to say what the whole does."""
+    return whole / sampled if sampled > 0 else 1.0
 
 
 def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:

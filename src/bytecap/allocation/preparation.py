@@ -6,8 +6,9 @@ here, and their bytes are taken off before anything is planned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +16,25 @@ import torch
 from torch import Tensor
 
 from bytecap.allocation.differences import over
-from bytecap.allocation.planner import FloatArray, Planner, State, VectorUnit
+from bytecap.allocation.planner import FloatArray, Planner, State, VectorUnit, finest_step
 from bytecap.allocation.unused import even_experts, keep_unused
+from bytecap.calibration import finite
 from bytecap.calibration import metric as sensitivity
 from bytecap.calibration.metric import Metric
-from bytecap.calibration.probe import Statistics
+from bytecap.calibration.probe import Statistics, Use
+from bytecap.calibration.streamed import probe_streamed
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
-from bytecap.model.checkpoint import as_matrix
-from bytecap.progress import warn
+from bytecap.job.section import StoredSection
+from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.streamed_checkpoint import StreamedModel
+from bytecap.progress import Advance, warn
 from bytecap.quantization.quantizer import Options, Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
+from bytecap.quantization.stored import Sample, StoredPrepared, keeper
 from bytecap.system import allocator
+from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
@@ -71,32 +78,112 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
         options: ingredients.
         found: statistics of the job's tokens; used up, entry by entry, as factors take their place in memory.
     """
-    model = job.model
+
+    def matrix(u: Unit) -> Prepared | None:
+        uses = found.uses.pop(u.name, None)
+        return None if uses is None else _factored(job, u, uses, found.tokens, options)
+
+    with allocator.no_holes(), job.reporter.step("factorisation", len(job.model.units)) as advance:
+        ready = _assembled(job, options, found, matrix, advance)
+    found.uses.clear()
+    allocator.release()
+    return ready
+
+
+def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> PreparedModel:
+    """What `prepare_model` gives for a streamed model: its units are factored as their statistics are completed.
+
+    Args:
+        job: budget and tokens.
+        model: the job's model.
+        options: ingredients.
+    """
+    units, windows = {u.name: u for u in model.units}, job.sets.statistics
+    tokens = sum(w.predicted for w in windows)
+    stored: dict[str, Prepared] = {}
+    finest: dict[str, float] = {}
+
+    def factored(name: str, uses: list[Use]) -> None:
+        finite.check_uses(name, uses)
+        ready = _factored(job, units[name], uses, tokens, options)
+        if ready is not None:
+            finest[name] = finest_step(ready)
+            weight = None if model.scratch.stays(ready.weight) else partial(_weight, model, units[name])
+            stored[name] = StoredPrepared(ready, model.scratch, weight)
+
+    with allocator.no_holes(), job.reporter.step("statistics and factorisation", tokens) as advance:
+        found = probe_streamed(
+            model.streamed, model.units, windows, sink=factored, scratch=model.scratch, seed=job.seed,
+            guided=options.guided, progress=advance, note=job.reporter.note,
+        )  # fmt: skip
+    allocator.release()
+    ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
+    inside = model.streamed.chain.holds  # rows of tables differ too much for samples
+    few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in ready.planner.matrices]
+    sample = replace(ready.planner, matrices=few) if any(isinstance(p, Sample) for p in few) else None
+    planner = replace(
+        ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch), sample=sample
+    )  # fmt: skip
+    return replace(ready, planner=planner)
+
+
+def _kept(scratch: Scratch, section: Section) -> Section:
+    found = scratch.put_bytes(section.data)
+    return StoredSection(section.tag, found.length, found.read)
+
+
+def _weight(model: Model, unit: Unit) -> Tensor:
+    return as_matrix(unit, model.tensor(unit)).float()
+
+
+def _factored(job: Job, unit: Unit, uses: list[Use], tokens: int, options: Options) -> Prepared | None:
+    """A matrix with its factor; None for a unit that is no matrix."""
+    if min(unit.matrix_shape) <= 1:
+        return None
+    metric, unseen = even_experts(unit, uses, sensitivity.join(uses, tokens))
+    uses.clear()
+    if unseen:
+        warn(job.reporter, f"no token reaches {unseen} experts of {unit.name}: weighed like the others")
+    return _matrix(job, unit, as_matrix(unit, job.model.tensor(unit).detach()), metric, options)
+
+
+def _assembled(
+    job: Job,
+    options: Options,
+    found: Statistics,
+    matrix: Callable[[Unit], Prepared | None],
+    advance: Advance,
+    finest: Mapping[str, float] | None = None,
+) -> PreparedModel:
+    """All units in the roles they have in planning.
+
+    Args:
+        job: model and budget.
+        options: ingredients.
+        found: for vectors.
+        matrix: gives a unit's factor, or None if it has none.
+        advance: called for every unit.
+        finest: finest steps of matrices, where they are known.
+    """
     matrices, vectors, fixed = [], [], {}
-    buffers = dict(model.module.named_buffers(remove_duplicate=False))
-    with allocator.no_holes(), job.reporter.step("factorisation", len(model.units)) as advance:
-        for u in model.units:
-            values = model.tensor(u).detach()
-            if job.base is not None and job.base.has(u, as_matrix(u, values.cpu().numpy())):
-                found.uses.pop(u.name, None)
-                fixed[u.name] = Section(BASE.tag, b"")
-            elif u.name in found.uses and min(u.matrix_shape) > 1:
-                uses = found.uses.pop(u.name)
-                metric, unseen = even_experts(u, uses, sensitivity.join(uses, found.tokens))
-                if unseen:
-                    warn(job.reporter, f"no token reaches {unseen} experts of {u.name}: weighed like the others")
-                matrices.append(_matrix(job, u, as_matrix(u, values), metric, options))
-            elif values.is_floating_point() and values.numel() and u.name not in buffers:
+    buffers = dict(job.model.module.named_buffers(remove_duplicate=False))
+    for u in job.model.units:
+        if job.base is not None and job.base.has(u, as_matrix(u, job.model.tensor(u).detach().cpu().numpy())):
+            found.uses.pop(u.name, None)
+            fixed[u.name] = Section(BASE.tag, b"")
+        elif (ready := matrix(u)) is not None:
+            matrices.append(ready)
+        else:
+            values = job.model.tensor(u).detach()
+            if values.is_floating_point() and values.numel() and u.name not in buffers:
                 vectors.append(_vector(job, u, values.float().cpu().numpy(), sensitivity.diagonal(u, found)))
             else:
                 fixed[u.name] = Section(EXACT.tag, EXACT.encode(as_matrix(u, values.cpu().numpy()), u.dtype))
-            advance(1)
+        advance(1)
     kept = keep_unused(job, matrices, vectors)
     matrices = [p for p in matrices if p.unit.name not in kept]
     vectors = [v for v in vectors if v.unit.name not in kept]
-    found.uses.clear()
-    allocator.release()
-    planner, fixed = Planner.of(matrices, vectors, options), fixed | kept
+    planner, fixed = Planner.of(matrices, vectors, options, finest), fixed | kept
     unused = {n: len(s.data) for n, s in kept.items()}
     return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from bytecap.calibration.probe import Statistics
+from bytecap.calibration.probe import Statistics, Use
 from bytecap.errors import CheckpointError
 from bytecap.model.checkpoint import Model
 from bytecap.model.texts import Window
@@ -58,6 +58,16 @@ def check(
         f"the gradients of {name} are not finite on {where} of the calibration{tokens}, though the loss is; "
         f"{largest(model)}"
     )
+
+
+def check_uses(name: str, uses: Sequence[Use]) -> None:
+    """Refuse a unit's statistics that are not finite, where finding the token window would take more passes.
+
+    Raises:
+        CheckpointError: the unit is named.
+    """
+    if not all(bool(torch.isfinite(t).all()) for u in uses for t in (u.moment, u.rows, u.weight)):
+        raise CheckpointError(f"the gradients of {name} are not finite on the calibration")
 
 
 def check_arrays(square: Mapping[str, torch.Tensor], model: Model) -> None:

@@ -315,7 +315,12 @@ def _losses(
 
 def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Return the summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
-    logp = torch.log_softmax(predictions(module(ids[:, :-1]), mask).float(), -1)
+    return sampled_loss_of(predictions(module(ids[:, :-1]), mask), generator)
+
+
+def sampled_loss_of(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the summed loss of logits (n, vocabulary) against labels drawn from them."""
+    logp = torch.log_softmax(logits.float(), -1)
     with torch.no_grad():
         noise = torch.empty_like(logp).exponential_(generator=generator).log_()
         labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax

@@ -69,6 +69,7 @@ OPTIONS = {
     "recover": _Option(("--recover",), str | None, _NONE),
     "recover_text": _Option(("--recover-text",), _Texts, "the calibration texts", behind="Repeatable."),
     "allow_unused": _Option(("--allow-unused",), list[str] | None, _NONE, names, behind="By comma or repeated."),
+    "memory": _Option(("--memory",), str | None, "what is free"),
     "unused": _Option(("--unused",)),
     "format": _Option(("--format",), str | None, _NONE),
     "layout": _Option(("--layout",)),

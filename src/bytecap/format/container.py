@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 import re
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,22 @@ from bytecap.format.coders import coder, leb, read_leb
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.contents import FILE, Base, Contents, FileSection, StoredUnit, UnitSection
+from bytecap.format.filebytes import FileBytes
 from bytecap.format.ledger import Entry
 from bytecap.format.wire.shared_objects import describe
 from bytecap.format.work import Meter
-from bytecap.system.atomic import open_regular, write_atomically
+from bytecap.system.atomic import write_atomically
 from bytecap.types import Unit
+
+__all__ = ["FILE", "Base", "Contents", "FileSection", "StoredUnit", "UnitSection"]  # defined beside, used from here
 
 MAGIC = b"\x89BCAP\r\n\x1a"
 VERSION = (1, 3)  # newest this reader knows; files say the lowest that describes them
 _FIRST_CODERS = 4  # tags up to this one came with 1.0
 _HEAD = struct.Struct("<8sBBHIQ")  # magic, major, minor, reserved, directory length, file length
 HEADER_SIZE = _HEAD.size + 4
-INDEX, TABLES, UNIT, FILE, CODE, PADDING, SHARED = 1, 2, 3, 4, 5, 6, 7
+INDEX, TABLES, UNIT, CODE, PADDING, SHARED = 1, 2, 3, 5, 6, 7
 _LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 20, "lc": 4, "lp": 0, "pb": 0}]
 _MAX_INDEX, _SPARE_INDEX, _INDEX_PER_BYTE = 1 << 26, 1 << 20, 64  # bytes of text: at most, for nothing, by file length
 _MAX_DIMENSIONS = 32
@@ -57,62 +62,6 @@ class _Index(msgspec.Struct, forbid_unknown_fields=True):
     about: dict[str, Any]
     code: list[str] | msgspec.UnsetType = msgspec.UNSET
     base: tuple[str, list[str]] | msgspec.UnsetType = msgspec.UNSET
-
-
-@dataclass(frozen=True)
-class UnitSection:
-    """A unit as stored."""
-
-    unit: Unit
-    tag: int
-    data: bytes
-
-
-@dataclass(frozen=True)
-class FileSection:
-    """A side file or code file as stored; `data` is packed, see `sidefiles.packing` and `codefiles`."""
-
-    name: str
-    data: bytes
-    kind: int = FILE
-
-
-@dataclass(frozen=True)
-class Base:
-    """The file that an update stands on.
-
-    Attributes:
-        sha256: of that file's bytes, 64 hexadecimal digits.
-        dropped: its side and code files that the update leaves out.
-        contents: what is in it, once it was found (`bytecap.format.updates`).
-    """
-
-    sha256: str
-    dropped: tuple[str, ...] = ()
-    contents: Contents | None = None
-
-
-@dataclass(frozen=True)
-class Contents:
-    """Everything in an artifact, still encoded.
-
-    Attributes:
-        units: in state-dict order; of an update those that are not as in the base.
-        tables: the shared tables section, may be empty.
-        files: packed side files, and code files behind them.
-        about: method, budget and other remarks; small and optional.
-        padding: number of zero bytes at the end.
-        objects: shared objects, which sections refer to by their place.
-        base: the file that this one is an update of, or None.
-    """
-
-    units: tuple[UnitSection, ...]
-    tables: bytes
-    files: tuple[FileSection, ...]
-    about: dict[str, Any]
-    padding: int = 0
-    objects: tuple[bytes, ...] = ()
-    base: Base | None = None
 
 
 def _pack_index(contents: Contents) -> bytes:
@@ -140,16 +89,40 @@ def _pack_index(contents: Contents) -> bytes:
     return b"\x01" + packed if len(packed) < len(raw) else b"\x00" + raw
 
 
-def _sections(contents: Contents) -> list[tuple[int, bytes]]:
-    found = [(INDEX, _pack_index(contents))]
+@dataclass(frozen=True)
+class _Part:
+    """A section: its kind, and its bytes or the unit that holds them."""
+
+    kind: int
+    content: bytes | UnitSection
+
+    def __len__(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.length
+
+    def read(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else self.content.data
+
+
+def _sections(contents: Contents) -> list[_Part]:
+    found = [_Part(INDEX, _pack_index(contents))]
     if contents.tables:
-        found.append((TABLES, contents.tables))
-    found += [(SHARED, o) for o in contents.objects]
-    found += [(UNIT, u.data) for u in contents.units]
-    found += [(f.kind, f.data) for f in sorted(contents.files, key=lambda f: f.kind)]
+        found.append(_Part(TABLES, contents.tables))
+    found += [_Part(SHARED, o) for o in contents.objects]
+    found += [_Part(UNIT, u) for u in contents.units]
+    found += [_Part(f.kind, f.data) for f in sorted(contents.files, key=lambda f: f.kind)]
     if contents.padding:
-        found.append((PADDING, bytes(contents.padding)))
+        found.append(_Part(PADDING, bytes(contents.padding)))
     return found
+
+
+def _directory_size(sections: Sequence[_Part]) -> int:
+    return sum(5 + len(leb(len(p))) for p in sections) + len(leb(len(sections)))
+
+
+def size(contents: Contents) -> int:
+    """Number of bytes of an artifact, without making them."""
+    sections = _sections(contents)
+    return HEADER_SIZE + _directory_size(sections) + sum(map(len, sections))
 
 
 def _minor(contents: Contents) -> int:
@@ -165,14 +138,20 @@ def _minor(contents: Contents) -> int:
 
 def serialize(contents: Contents) -> bytes:
     """The bytes of an artifact; a pure function of its contents."""
+    return b"".join(pieces(contents))
+
+
+def pieces(contents: Contents) -> Iterator[bytes]:
+    """Yield the bytes of an artifact section by section; units that are stored elsewhere are read twice."""
     sections = _sections(contents)
     directory = leb(len(sections)) + b"".join(
-        bytes([kind]) + leb(len(data)) + struct.pack("<I", zlib.crc32(data)) for kind, data in sections
+        bytes([p.kind]) + leb(len(p)) + struct.pack("<I", zlib.crc32(p.read())) for p in sections
     )
-    body = b"".join(data for _, data in sections)
-    size = HEADER_SIZE + len(directory) + len(body)
-    head = _HEAD.pack(MAGIC, 1, _minor(contents), 0, len(directory), size)
-    return head + struct.pack("<I", zlib.crc32(head + directory)) + directory + body
+    total = HEADER_SIZE + len(directory) + sum(map(len, sections))
+    head = _HEAD.pack(MAGIC, 1, _minor(contents), 0, len(directory), total)
+    yield head + struct.pack("<I", zlib.crc32(head + directory)) + directory
+    for p in sections:
+        yield p.read()
 
 
 @dataclass(frozen=True)
@@ -182,20 +161,20 @@ class _Span:
     length: int
 
 
-def _check_header(data: bytes, name: str) -> int:
+def _check_header(data: bytes | FileBytes, name: str) -> int:
     """Check the header and its checksum; returns the directory's length."""
     if len(data) < 8 or data[:8] != MAGIC:
         raise NotAnArtifact(f"{name} is not a bytecap artifact")
     if len(data) < HEADER_SIZE:
         raise CorruptError(f"{name} is truncated: {len(data)} bytes, the header alone has {HEADER_SIZE}")
-    _, major, minor, reserved, length, size = _HEAD.unpack_from(data)
+    _, major, minor, reserved, length, size = _HEAD.unpack(data[: _HEAD.size])
     if major > VERSION[0]:
         raise VersionError(f"{name} has format version {major}.{minor}, this reader knows {VERSION[0]}.{VERSION[1]}")
     if size != len(data):
         raise CorruptError(f"{name} is damaged: the header says {size} bytes, the file has {len(data)}")
     if HEADER_SIZE + length > len(data):
         raise CorruptError(f"{name} is damaged: a directory of {length} bytes does not fit the file")
-    (checksum,) = struct.unpack_from("<I", data, _HEAD.size)
+    (checksum,) = struct.unpack("<I", data[_HEAD.size : HEADER_SIZE])
     if checksum != zlib.crc32(data[: _HEAD.size] + data[HEADER_SIZE : HEADER_SIZE + length]):
         raise CorruptError(f"{name} is damaged: the checksum of header and directory does not match")
     if reserved or major < 1:
@@ -203,7 +182,7 @@ def _check_header(data: bytes, name: str) -> int:
     return int(length)
 
 
-def _directory(data: bytes, name: str) -> list[_Span]:
+def _directory(data: bytes | FileBytes, name: str) -> list[_Span]:
     """Check header, directory and every checksum; return the sections' places."""
     length = _check_header(data, name)
     directory = data[HEADER_SIZE : HEADER_SIZE + length]
@@ -278,7 +257,7 @@ def _check_shapes(index: _Index, size: int, name: str) -> list[int]:
     return sizes
 
 
-def parse(data: bytes, name: str = "the artifact") -> Contents:
+def parse(data: bytes | FileBytes, name: str = "the artifact") -> Contents:
     """Contents of an artifact's bytes, after checking every checksum and count.
 
     Raises:
@@ -289,31 +268,33 @@ def parse(data: bytes, name: str = "the artifact") -> Contents:
     sizes, meter = _check_shapes(index, len(data), name), Meter(len(data))
     if [s.kind for s in spans] != expected:
         raise CorruptError(f"{name} holds sections of unexpected kinds or in an unexpected order")
-    body = [data[s.start : s.start + s.length] for s in spans]
-    at = 1
-    tables = b""
-    if TABLES in expected:
-        tables, at = body[1], 2
-    objects = tuple(body[at : at + expected.count(SHARED)])
-    at += len(objects)
-    units = []
-    for (unit, shape, dtype, tag, flags, aliases), size, section in zip(index.units, sizes, body[at:], strict=False):
+
+    def body(kind: int) -> tuple[bytes, ...]:
+        return tuple(data[s.start : s.start + s.length] for s in spans if s.kind == kind)
+
+    tables = b"".join(body(TABLES))
+    places = [s for s in spans if s.kind == UNIT]
+    units: list[UnitSection] = []
+    for (unit, shape, dtype, tag, flags, aliases), size, at in zip(index.units, sizes, places, strict=True):
         if flags > 7 or flags < 0:
             raise CorruptError(f"{name} uses reserved flags for {unit}")
         described = Unit(unit, tuple(shape), dtype, tuple(aliases), bool(flags & 1), bool(flags & 2), bool(flags & 4))
+        section = data[at.start : at.start + at.length]
         meter.take(unit, size, tag, section, described.matrix_shape)
-        units.append(UnitSection(described, tag, section))
-    at += len(units)
-    names = [(n, FILE) for n in index.files] + [(n, CODE) for n in _code(index)]
-    files = tuple(FileSection(n, d, kind) for (n, kind), d in zip(names, body[at:], strict=False))
-    padding = spans[-1].length if expected[-1] == PADDING else 0
-    if padding and any(body[-1]):
+        units.append(
+            UnitSection(described, tag, section) if isinstance(data, bytes)
+            else StoredUnit(described, tag, at.length, partial(data.__getitem__, slice(at.start, at.start + at.length)))
+        )  # fmt: skip
+    files = [FileSection(n, d) for n, d in zip(index.files, body(FILE), strict=True)]
+    files += [FileSection(n, d, CODE) for n, d in zip(_code(index), body(CODE), strict=True)]
+    padding = b"".join(body(PADDING))
+    if any(padding):
         raise CorruptError(f"{name} holds something in its padding")
     base = Base(index.base[0], tuple(index.base[1])) if isinstance(index.base, tuple) else None
-    return Contents(tuple(units), tables, files, index.about, padding, objects, base)
+    return Contents(tuple(units), tables, tuple(files), index.about, len(padding), body(SHARED), base)
 
 
-def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:
+def _expected_kinds(data: bytes | FileBytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:
     if not spans or spans[0].kind != INDEX:
         raise CorruptError(f"{name} does not begin with an index")
     index = _read_index(data[spans[0].start : spans[0].start + spans[0].length], len(data), name)
@@ -329,17 +310,24 @@ def _expected_kinds(data: bytes, spans: list[_Span], name: str) -> tuple[_Index,
 
 def read_bytes(path: Path | str) -> bytes:
     """Read the bytes of an artifact file, unchecked."""
-    path = Path(path)
-    try:
-        with open_regular(path, os.O_RDONLY, follow=True) as f:
-            return bytes(f.read())
-    except (OSError, ValueError) as exc:
-        raise NotAnArtifact(f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc
+    return _opened(Path(path))[:]
 
 
 def read(path: Path | str) -> Contents:
     """Read and check an artifact file by itself; `bytecap.format.updates.read` also finds the base of an update."""
     return parse(read_bytes(path), str(path))
+
+
+def open_file(path: Path | str) -> Contents:
+    """Check an artifact file like `read`; units' bytes stay in the file and are read when they are asked for."""
+    return parse(_opened(Path(path)), str(path))
+
+
+def _opened(path: Path) -> FileBytes:
+    try:
+        return FileBytes(path)
+    except (OSError, ValueError) as exc:
+        raise NotAnArtifact(f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def write(contents: Contents, path: Path | str) -> int:
@@ -359,10 +347,9 @@ def is_tokenizer(name: str) -> bool:
 def ledger(contents: Contents) -> list[Entry]:
     """An owner and a kind for every byte; the sum is the file size."""
     sections = _sections(contents)
-    directory = sum(5 + len(leb(len(d))) for _, d in sections) + len(leb(len(sections)))
     entries = [
         Entry("(file)", "header", HEADER_SIZE),
-        Entry("(file)", "index", directory + len(sections[0][1])),
+        Entry("(file)", "index", _directory_size(sections) + len(sections[0])),
     ]
     if contents.tables:
         entries.append(Entry("(shared)", "table", len(contents.tables)))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format import codefiles, updates
+from bytecap.format import codefiles, container, updates
 from bytecap.format.coders import Observer, Shared, coder, run
 from bytecap.format.container import FILE, Contents, UnitSection
 from bytecap.format.entropy.rans import Stream, escape_bytes
@@ -30,6 +30,7 @@ from bytecap.types import Unit
 
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
+_AHEAD = 2**28  # values decoded before they are asked for
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
 _NOTHING: Mapping[str, Any] = {}
 
@@ -170,7 +171,59 @@ def load(path: Path | str, base: updates.Bases = None) -> dict[str, Array]:
     Raises:
         ArtifactError: the file cannot be trusted, or its base is missing or another.
     """
-    return decode_units(updates.read(path, base))
+    below = updates.found(updates.paths_of(base))
+    return decode_units(updates.attached(container.open_file(path), below, str(path)))
+
+
+class Decoded(Mapping[str, Array]):
+    """The values of an artifact's units in stored layout, each decoded whenever it is asked for.
+
+    Args:
+        contents: of the artifact.
+        observe: shown the entropy-coded streams of every unit, once.
+        threads: that decode; with several, the units behind the one that is asked for are decoded meanwhile.
+    """
+
+    def __init__(self, contents: Contents, observe: Observer | None = None, threads: int = 1) -> None:
+        self._shared = replace(load_shared(contents.tables), objects=load_objects(contents.objects))
+        self._units, self._observe = {u.unit.name: u for u in contents.units}, observe
+        self._order = {n: i for i, n in enumerate(self._units)}
+        self._seen: set[str] = set()
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._ahead: dict[str, Future[Array]] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        """Decode one unit.
+
+        Raises:
+            CorruptError: its section cannot be decoded.
+        """
+        if self._pool is None:
+            return self._decoded(name, self._units[name])
+        self._ahead = {n: f for n, f in self._ahead.items() if self._order[n] >= self._order[name]}
+        room = _AHEAD
+        for n in list(self._units)[self._order[name] :]:
+            room -= self._units[n].unit.parameters
+            if n not in self._ahead and (n == name or room > 0):
+                self._ahead[n] = self._pool.submit(self._decoded, n, self._units[n])
+            if room <= 0:
+                break
+        return self._ahead.pop(name).result()
+
+    def _decoded(self, name: str, u: UnitSection) -> Array:
+        watch = None if name in self._seen else self._observe
+        self._seen.add(name)
+        try:
+            found = run([coder(u.tag).decode(u.data, u.unit.matrix_shape, u.unit.dtype, self._shared)], watch)
+        except CorruptError as exc:
+            raise CorruptError(f"unit {name}: {exc}") from exc
+        return from_matrix(u.unit, found[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
 
 
 class Ideal:

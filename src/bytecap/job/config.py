@@ -65,6 +65,9 @@ class FitConfig:
         recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.
         allow_unused: tensors and files of a checkpoint that are meant to be left out, as names or patterns
             (`model.layers.61.*`); any other that has no place in the model is refused.
+        memory: most memory that a fit may use (`24GB`): of the GPU where it runs on one, else of the machine; by
+            default what is free. A model that needs more is streamed: one block in memory, the rest in work files
+            (docs/scale.md).
         unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
             some nine bits a weight, `drop` as coarsely as it likes.
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
@@ -110,6 +113,7 @@ class FitConfig:
     recover: str | None = None
     recover_text: str | Path | Sequence[str | Path] | None = None
     allow_unused: Sequence[str] | None = None
+    memory: int | str | None = None
     unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None

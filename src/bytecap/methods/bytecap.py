@@ -26,7 +26,8 @@ from bytecap.allocation import correction, plans
 from bytecap.allocation.asymmetric_targets import LostError, call_order, drift_targets
 from bytecap.allocation.planner import Planner
 from bytecap.allocation.plans import PlanCandidate
-from bytecap.allocation.preparation import PreparedModel, prepare_model
+from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
+from bytecap.allocation.streamed_targets import streamed_targets
 from bytecap.calibration.probe import Statistics
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError
@@ -37,13 +38,15 @@ from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options
+from bytecap.quantization.quantizer import Options, Prepared
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
+from bytecap.system.scratch import KeptTensor
 
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
 _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after recovery
@@ -52,7 +55,10 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
     options = Options.of(job.options, partial(warn, job.reporter), job.config.effort)
-    prepared = prepare(job, options, calibrate(job, options))
+    if isinstance(job.model, StreamedModel):
+        prepared = prepare_streamed(job, job.model, options)
+    else:
+        prepared = prepare(job, options, calibrate(job, options))
     if 8 * prepared.capacity > _FINE_BITS * prepared.planner.parameters:
         prepared, finest = prepared.measure_finest()
         if finest.rate < prepared.capacity:
@@ -158,23 +164,32 @@ def retarget(
     if not planner.options.drift:
         return prepared
     windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change, targets, without = checkpoints.tensors("drift"), checkpoints.get("targets"), 0.0
+    change = None if isinstance(job.model, StreamedModel) else checkpoints.tensors("drift")
+    targets, without = checkpoints.get("targets"), 0.0
     if targets is None:  # measured before targets take memory
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             without = _cost(job, planner, best, quantized_copy)
         allocator.release()
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
         try:
-            if change is None:
-                change = drift_targets(
-                    planner, best.order, best.state, job.model.module, quantized_copy, windows,
-                    strength=planner.options.drift, device=job.device, advance=advance,
+            if isinstance(job.model, StreamedModel):
+                streamed = job.model.streamed
+                kept = streamed_targets(
+                    planner, best.order, best.state, streamed, streamed.copy(), windows,
+                    strength=planner.options.drift, scratch=job.model.scratch, advance=advance,
                 )  # fmt: skip
-                checkpoints.put_tensors("drift", change)
+                matrices = [_moved(p, kept.pop(p.unit.name, None)) for p in planner.matrices]
+            else:
+                if change is None:
+                    change = drift_targets(
+                        planner, best.order, best.state, job.model.module, quantized_copy, windows,
+                        strength=planner.options.drift, device=job.device, advance=advance,
+                    )  # fmt: skip
+                    checkpoints.put_tensors("drift", change)
+                matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
         except LostError:
             job.reporter.note("the order in which modules are called depends on the data: no drift targets")
             return prepared
-        matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
     moved = replace(planner, matrices=matrices)
     if targets is None:
         allocator.release()
@@ -185,6 +200,10 @@ def retarget(
     if not targets["kept"]:
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
     return replace(prepared, planner=moved if targets["kept"] else planner, targets=targets)
+
+
+def _moved(item: Prepared, change: KeptTensor | None) -> Prepared:
+    return item if change is None else item.moved(change.load(item.device))
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
@@ -207,7 +226,7 @@ def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
     allocator.release()
     with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
         _, state = planner.search(
-            best.multipliers, prepared.capacity, best.state.rules, start=best.c, rounds=3, tolerance=3e-4
+            best.multipliers, prepared.capacity, best.state.rules, start=best.c, rounds=3, tolerance=3e-4, exact=True
         )  # fmt: skip
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, state.rules, refit=False)

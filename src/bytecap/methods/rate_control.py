@@ -45,7 +45,7 @@ class Packed:
 
 def _pack(planner: Planner, state: State, tables: bytes) -> Packed:
     """Serialise every unit of a state."""
-    return Packed(state, {n: Section(*coded) for n, coded in planner.encode(state).items()}, tables)
+    return Packed(state, planner.sections(state), tables)
 
 
 def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget: int) -> Packed:
@@ -120,7 +120,7 @@ def _move_units(
         name = item.unit.name
         change = min(_UNIT_CHANGE, 0.8**failures * (left - _ENOUGH / 2) / _bytes_per_e(item))
         section, moved = _requantize(planner, packed.state, name, -change)
-        length = total - len(packed.sections[name].data) + len(section.data)
+        length = total - packed.sections[name].length + section.length
         if total < length <= budget:
             packed = Packed(moved, {**packed.sections, name: section}, packed.tables)
             total = length
@@ -142,4 +142,4 @@ def _requantize(planner: Planner, state: State, name: str, change: float) -> tup
         state, steps={**state.steps, name: step}, coded={**state.coded, name: coded[name]},
         distortions={**state.distortions, name: coded[name].distortion},
     )  # fmt: skip
-    return Section(*planner.encode(moved, [name])[name]), moved
+    return planner.keep_section(Section(*planner.encode(moved, [name])[name])), moved

@@ -26,6 +26,7 @@ from bytecap.errors import CheckpointError
 from bytecap.format.sidefiles import source_tensors
 from bytecap.model.conversion import Conversion, convert, ignored
 from bytecap.model.fileset import DEQUANTIZE, Header, allowed
+from bytecap.model.linears import place_of
 
 FLOATS = ("F64", "F32", "BF16", "F16")  # what a weight may be stored as
 _SCALES = re.compile(
@@ -53,25 +54,32 @@ class Account:
     rounded: frozenset[str] = frozenset()
 
 
-def account(module: nn.Module, headers: Mapping[Path, Header], allow: Sequence[str] = ()) -> Account:
+def account(
+    module: nn.Module, headers: Mapping[Path, Header], allow: Sequence[str] = (), found: Conversion | None = None
+) -> Account:
     """Account for every tensor of the files that a model was built from.
 
     Args:
         module: as the library built it, float32.
         headers: of every file that was read.
         allow: names or patterns (`model.layers.61.*`) of tensors that are meant to be left out.
+        found: where the tensors went, of a module that holds no values yet and will be given those of the files.
 
     Raises:
         CheckpointError: a tensor has no place in the model, was not read, or became something else.
     """
     entries = {n: e for header in headers.values() for n, e in header.items()}
-    found = convert(module, {n: tuple(e["shape"]) for n, e in entries.items()})
+    filled = found is None
+    found = found or convert(module, {n: tuple(e["shape"]) for n, e in entries.items()})
     notes = _left_out(module, headers, found, allow)
     _check_filled(module, found)
     dtypes = _dtypes(module, entries, found)
     units = _first_names(module)
     tensors = module.state_dict(keep_vars=True)
-    wide = {name for name, value in _values(headers, found.entries) if not _same(tensors, name, value, found)}
+    if filled:
+        wide = {name for name, value in _values(headers, found.entries) if not _same(tensors, name, value, found)}
+    else:
+        wide = {name for name in found.entries if entries[name]["dtype"] == "F64"}
     rounded = {units[t] for t, sources in found.sources.items() if sources & wide}
     layout = _layout(module, entries, found, dtypes)
     if any(e is None for e in layout.values()):
@@ -184,18 +192,17 @@ def _alike(name: str, other: str) -> bool:
 def _check_filled(module: nn.Module, found: Conversion) -> None:
     """Refuse a model some of whose tensors came from no file."""
     tensors = module.state_dict(keep_vars=True)
-    filled = {tensors[n].data_ptr() for n in found.sources if tensors[n].numel()}
+    filled = {place_of(tensors[n])[0] for n in found.sources if tensors[n].numel()}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
-        if name in parameters and name not in found.sources and tensor.numel() and tensor.data_ptr() not in filled:
+        if name in parameters and name not in found.sources and tensor.numel() and place_of(tensor)[0] not in filled:
             raise CheckpointError(f"the checkpoint lacks tensor {name}, which the model of config.json has")
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
     """Return, for every name in the state dict, the first name of the same tensor."""
     first: dict[Any, str] = {}
-    tensors = module.state_dict(keep_vars=True)
-    return {n: first.setdefault((t.data_ptr(), tuple(t.shape)) if t.numel() else id(t), n) for n, t in tensors.items()}
+    return {n: first.setdefault(place_of(t), n) for n, t in module.state_dict(keep_vars=True).items()}
 
 
 def _dtypes(module: nn.Module, entries: Header, found: Conversion) -> dict[str, str]:

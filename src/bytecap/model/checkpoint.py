@@ -33,7 +33,7 @@ from bytecap.model.fileset import (
     weight_files,
 )
 from bytecap.model.inputs import refuse_encoder_decoder
-from bytecap.model.linears import linear_weights
+from bytecap.model.linears import linear_weights, place_of
 from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
 from bytecap.types import Unit
@@ -228,7 +228,7 @@ def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
     tied = (directory / tying.FILE).is_file()
-    _check_size(directory, shapes, tied)
+    check_size(directory, shapes, tied)
     if tied:
         module = module_from_config(directory)
         tying.fill(module, weight_files(directory))
@@ -256,7 +256,7 @@ def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
     return freeze(module)
 
 
-def _check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
+def check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
     """Compare what a config asks for with what the weight files hold, before anything is allocated."""
     try:
         check_holds(read_config(directory), shapes, str(directory), tied=tied)
@@ -310,8 +310,7 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
     tensors = tensors_of(module)
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(tensor), tuple(tensor.shape))
-        groups.setdefault(key, []).append(name)
+        groups.setdefault(place_of(tensor), []).append(name)
     linears = linear_weights(module)
     units = []
     for names in groups.values():

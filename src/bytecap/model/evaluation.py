@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.model.batches import Batch, Look, is_batches, variants_of
-from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens, predictions
-from bytecap.model.quantized_copy import Values, swapped
+from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
+from bytecap.model.predicted import device_of, predicted
+from bytecap.model.quantized_copy import Values
 from bytecap.model.texts import Text, Window
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap.progress import Advance
@@ -135,7 +136,7 @@ def _batches(windows: Sequence[Window], module: nn.Module) -> Any:
     """Yield batches with the windows they hold, in the order in which `batches` sorts them."""
     order = longest_first(windows)
     at = 0
-    for ids, mask in batches(windows, pass_tokens(module, next(module.parameters()).device)):
+    for ids, mask in batches(windows, pass_tokens(module, device_of(module))):
         yield ids, mask, order[at : at + len(ids)]
         at += len(ids)
 
@@ -155,17 +156,23 @@ def compare_models(
     sums: list[list[float]] = []
     temperature = np.zeros(len(_TEMPERATURES))
     same = 0
-    for ids, mask, windows in _batches(text.windows, original):
-        inputs, flat = ids[:, :-1].to(device), mask.to(device)
+    data = list(_batches(text.windows, original))
+    found = predicted(original, coded, {"": {}}, [(ids, mask) for ids, mask, _ in data], device)
+    for (ids, mask, windows), pieces in zip(data, found, strict=True):
+        flat = mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
-        p = predictions(original(inputs), flat).float()
-        q = torch.log_softmax(predictions(coded(inputs), flat).float(), -1)
-        for i, t in enumerate(_TEMPERATURES):
-            temperature[i] += float(nn.functional.cross_entropy(p / t, labels, reduction="sum"))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        p = torch.log_softmax(p, -1)
-        kl = (p - q).mul_(p.exp()).sum(-1)
-        grouped = [_by_window(flat, c) for c in (_token_losses(p, labels), _token_losses(q, labels), kl)]
+        parts: list[tuple[Tensor, ...]] = []
+        for one, other in pieces:
+            p, q = one().float(), torch.log_softmax(other().float(), -1)
+            own, labels = labels[: len(p)], labels[len(p) :]
+            for i, t in enumerate(_TEMPERATURES):
+                temperature[i] += float(nn.functional.cross_entropy(p / t, own, reduction="sum"))
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            p = torch.log_softmax(p, -1)
+            kl = (p - q).mul_(p.exp()).sum(-1)
+            parts.append((_token_losses(p, own), _token_losses(q, own), kl))
+            del p, q
+        grouped = [_by_window(flat, torch.cat(c)) for c in zip(*parts, strict=True)]
         for i, w in enumerate(windows):
             sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
         if progress is not None:
@@ -307,21 +314,30 @@ def by_window(
     losses: dict[str, list[float]] = {label: [] for label in variants}
     first, tokens, sizes = [], [], []
     total = sum(w.predicted for w in windows)
-    for ids, mask, members in _batches(windows, original):
-        inputs, flat = ids[:, :-1].to(device), mask.to(device)
+    data = list(_batches(windows, original))
+    found = predicted(original, quantized_copy, variants, [(ids, mask) for ids, mask, _ in data], device)
+    for (ids, mask, members), pieces in zip(data, found, strict=True):
+        flat = mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
-        p = torch.log_softmax(predictions(original(inputs), flat).float(), -1)
-        first += _by_window(flat, _token_losses(p, labels)).tolist()
+        parts: list[list[Tensor]] = []
+        for one, *others in pieces:
+            p = torch.log_softmax(one().float(), -1)
+            own, labels = labels[: len(p)], labels[len(p) :]
+            part = [_token_losses(p, own)]
+            for other in others:
+                q = torch.log_softmax(other().float(), -1)
+                part += [_token_losses(q, own), q.sub_(p).neg_().mul_(p.exp()).sum(-1)]
+                if advance is not None:
+                    advance(len(p) / total)
+            parts.append(part)
+            del p
+        whole = [_by_window(flat, torch.cat(c)).tolist() for c in zip(*parts, strict=True)]
+        first += whole[0]
         tokens += mask.sum(1).tolist()
         sizes += [w.bytes for w in members]
-        for label, values in variants.items():
-            with swapped(quantized_copy, values):
-                q = torch.log_softmax(predictions(quantized_copy(inputs), flat).float(), -1)
-            losses[label] += _by_window(flat, _token_losses(q, labels)).tolist()
-            kl = q.sub_(p).neg_().mul_(p.exp()).sum(-1)
-            kls[label] += _by_window(flat, kl).tolist()
-            if advance is not None:
-                advance(float(mask.sum()) / total)
+        for label, nats, kl in zip(variants, whole[1::2], whole[2::2], strict=True):
+            losses[label] += nats
+            kls[label] += kl
     common = [np.array(x, dtype=float) for x in (first, tokens, sizes)]
     return {label: ByWindow(np.array(kls[label]), np.array(losses[label]), *common) for label in variants}
 

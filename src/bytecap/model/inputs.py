@@ -11,8 +11,9 @@ models that see both ways can be built as language models, and what they score m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import CheckpointError, UsageError
@@ -167,18 +168,32 @@ def sees_later(module: nn.Module, ids: Tensor, size: int | None, name: str = "th
         return False
     step = 1 + torch.arange(length - half, device=ids.device) % max(1, (size or 2) - 1)
     other[0, half:] = (ids[0, half:] + step) % max(2, size or 2)
-    device = next(module.parameters()).device
     with torch.no_grad():
-        one, two = (_logits(module, x.to(device), name)[0, :half].float() for x in (ids, other))
+        one, two = (x[0, :half].float() for x in _logits(module, (ids, other), name))
     spread = float(one.std()) or 1.0
     return float((one - two).abs().max()) > _LEAK * spread
 
 
-def _logits(module: nn.Module, ids: Tensor, name: str) -> Tensor:
+def _logits(module: nn.Module, inputs: Sequence[Tensor], name: str) -> Iterator[Tensor]:
+    """Yield the logits of several passes."""
     import torch
 
-    found: Any = module(ids)
-    logits = found if isinstance(found, torch.Tensor) else found.logits
-    if not isinstance(logits, torch.Tensor) or not bool(torch.isfinite(logits).all()):
-        raise UsageError(f"{name} gives logits that are not finite, before anything was changed")
-    return logits
+    from bytecap.model import streaming
+
+    streamed = streaming.of(module)
+    if streamed is None:
+        device = next(module.parameters()).device
+        outputs: Iterator[Any] = (module(ids.to(device)) for ids in inputs)
+    else:
+        device = streamed.device
+        runs = [partial(_run, ids.to(device)) for ids in inputs]
+        outputs = (end() for (end,) in streaming.sweep([streamed], runs))
+    for found in outputs:
+        logits = found if isinstance(found, torch.Tensor) else found.logits
+        if not isinstance(logits, torch.Tensor) or not bool(torch.isfinite(logits).all()):
+            raise UsageError(f"{name} gives logits that are not finite, before anything was changed")
+        yield logits
+
+
+def _run(ids: Tensor, module: nn.Module) -> Any:
+    return module(ids)

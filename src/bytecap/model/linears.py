@@ -59,3 +59,9 @@ def maps_tokens(module: nn.Module, given: Any, output: Any) -> bool:
 def of_transformers(module: torch.nn.Module) -> bool:
     """Return whether transformers wrote the module's class, whose passes may run in bfloat16."""
     return any(c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__)
+
+
+def place_of(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """What tells a tensor of a module from others: its memory and shape; the object itself where it holds no values."""
+    own = tensor.numel() and not tensor.is_meta
+    return tensor.data_ptr() if own else id(tensor), tuple(tensor.shape)

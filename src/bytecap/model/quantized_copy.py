@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from bytecap.errors import ArtifactError
+from bytecap.model import streaming
 
 Values = Mapping[str, npt.NDArray[Any] | torch.Tensor]  # a tensor becomes the module's own
 
@@ -48,7 +49,10 @@ class Lazy(Values):
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """Return a copy that shares the original's storage until values are loaded into it."""
+    """Return a copy that shares the original's storage, or its source, until values are loaded into it."""
+    streamed = streaming.of(module)
+    if streamed is not None:
+        return streamed.copy().module
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {}
     for t in tensors:
@@ -66,6 +70,11 @@ def share_storage(quantized_copy: nn.Module, original: nn.Module, names: Iterabl
         original: untouched model.
         names: of parameters and buffers; all by default.
     """
+    streamed = streaming.of(quantized_copy)
+    if streamed is not None:
+        for name in list(streamed.replaced) if names is None else names:
+            streamed.replaced.pop(name, None)
+        return
     source, tensors = (dict(m.state_dict(keep_vars=True)) for m in (original, quantized_copy))
     for name in tensors if names is None else names:
         if isinstance(source[name], torch.Tensor):  # not extra state
@@ -79,6 +88,10 @@ def load_values(module: nn.Module, values: Values) -> None:
     Raises:
         ArtifactError: a name or shape does not fit the module.
     """
+    streamed = streaming.of(module)
+    if streamed is not None:
+        streamed.load(values)
+        return
     tensors = dict(module.state_dict(keep_vars=True))
     for name, array in values.items():
         if name not in tensors:

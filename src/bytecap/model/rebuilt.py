@@ -25,8 +25,9 @@ from torch import nn
 
 from bytecap.errors import ArtifactError
 from bytecap.format.container import Contents
-from bytecap.format.decoder import decode_each, side_files
+from bytecap.format.decoder import Decoded, decode_each, side_files
 from bytecap.format.updates import units_of
+from bytecap.model import streaming
 from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.wrappers import plain_names
@@ -126,6 +127,11 @@ def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> 
     Raises:
         ArtifactError: the file does not give back the model.
     """
+    streamed = streaming.of(model.module)
+    if streamed is not None:
+        found = streamed.copy()
+        found.load(Decoded(contents, observe, threads))
+        return found.module
     if model.rebuilt:
         module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **side_files(contents)},
                        units_of(contents), "the written file")  # fmt: skip

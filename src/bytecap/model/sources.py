@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import TextError, UsageError
+from bytecap.model import streaming
 from bytecap.model.calibration_text import (
     GENERAL,
     SELF,
@@ -195,7 +196,7 @@ def default_sources(model: Model, wanted: int, device: str) -> tuple[Source, ...
 
     Sampling is slow on a processor, so samples are fewer there; weights follow, and nothing is read twice.
     """
-    if not of_transformers(model.module):
+    if not of_transformers(model.module) or streaming.of(model.module) is not None:
         return (Source(GENERAL),)
     own = min(SELF_SHARE * wanted, SELF_MOST[device])
     return (Source(SELF, own / wanted), Source(GENERAL, 1 - own / wanted))
@@ -227,6 +228,8 @@ def sampled(
     """
     from bytecap.model.sampling import sample
 
+    if streaming.of(model.module) is not None:
+        raise UsageError(f"{SELF} samples token by token, which takes a model that is in memory; give a text instead")
     rows = vocabulary_of(model.module)
     if not of_transformers(model.module) or (firsts is None and rows is None):
         raise UsageError(f"{SELF} samples from a language model of transformers, and this is none; give a text instead")

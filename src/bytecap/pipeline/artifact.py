@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from bytecap.format.decoder import decode_units
 from bytecap.format.ledger import Entry
 from bytecap.model.evaluation import ByWindow
 from bytecap.runtimes import hub
-from bytecap.system.atomic import write_atomically
+from bytecap.system.atomic import replacing, write_atomically
 from bytecap.system.directories import replacing_directory
+from bytecap.system.scratch import Scratch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +52,7 @@ class Artifact:
         """Draw the ledger for notebooks."""
         from bytecap.report.notebook import ledger
 
-        return ledger(self.ledger(), self._summary()) if self.data else f"<p>{self._summary(html=True)}</p>"
+        return ledger(self.ledger(), self._summary()) if self.length else f"<p>{self._summary(html=True)}</p>"
 
     def _summary(self, *, html: bool = False) -> str:
         """Return model, size and quality in one line."""
@@ -58,16 +60,25 @@ class Artifact:
 
         name = "".join(c if c.isprintable() else "?" for c in str(self.report.get("model", "")))
         parts = [name[:60]] if name else []
-        if self.data:
-            parts.append(f"{len(self.data):,} bytes")
+        if self.length:
+            parts.append(f"{self.length:,} bytes")
         if (budget := self.report.get("budget_bytes")) is not None:
-            parts.append(f"budget {budget:,}" if self.data else f"dry run under {budget:,} bytes")
+            parts.append(f"budget {budget:,}" if self.length else f"dry run under {budget:,} bytes")
         for key, words in (("bpb_artifact", "bits per byte"), ("kl_nats", "nats per token from the original")):
             value = self.report.get(key)
             if isinstance(value, float) and math.isfinite(value):
                 parts.append(f"{value:.4f} {words}")
         line = ", ".join(parts)
         return escape(line) if html else line
+
+    @property
+    def length(self) -> int:
+        """Number of bytes; none after a dry run."""
+        return len(self.data)
+
+    def read(self) -> Contents:
+        """Read the bytes back, with every check."""
+        return container.parse(self.data)
 
     def save(self, path: Path | str) -> int:
         """Write the file, or the directory if one was asked for, whole or not at all; returns the size in bytes."""
@@ -114,12 +125,48 @@ class Artifact:
         """
         from bytecap.model.from_artifact import module_of
 
-        if not self.data:
+        if not self.length:
             raise UsageError("a dry run writes no file: there is no model to load")
+        contents = self.read()
         if self.beside:
-            files = hub.plain_files(self.beside)
-            return hub.module_of(container.parse(self.data), files, str(self.report.get("model", "the artifact")))
-        contents = container.parse(self.data)
+            return hub.module_of(contents, hub.plain_files(self.beside), str(self.report.get("model", "the artifact")))
         if contents.base is not None:  # its own bases were read for the job
             contents = replace(contents, base=self.contents.base)
         return module_of(contents, str(self.report.get("model", "the artifact")))
+
+
+class FiledArtifact(Artifact):
+    """A finished file that was never in memory whole.
+
+    Args:
+        path: where it is.
+        scratch: the work files that it is one of, which are there as long as it is.
+    """
+
+    def __init__(self, path: Path, scratch: Scratch) -> None:
+        super().__init__(container.open_file(path), b"")
+        self._path, self._scratch = path, scratch
+
+    @property
+    def data(self) -> bytes:
+        """The bytes, read from the file."""
+        return self._path.read_bytes()
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        """Take nothing: the bytes are the file's."""
+
+    @property
+    def length(self) -> int:
+        """Number of bytes."""
+        return self._path.stat().st_size
+
+    def read(self) -> Contents:
+        """Check the file once more; units stay in it."""
+        return container.open_file(self._path)
+
+    def save(self, path: Path | str) -> int:
+        """Copy atomically; returns the size in bytes."""
+        with self._path.open("rb") as source, replacing(Path(path)) as f:
+            shutil.copyfileobj(source, f)
+        return self.length

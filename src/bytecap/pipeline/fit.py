@@ -24,10 +24,11 @@ from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig, configured
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model import streaming
+from bytecap.model.checkpoint import Model
 from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
 from bytecap.model.texts import TokenSets, Window
-from bytecap.pipeline import background, hub_directory
+from bytecap.pipeline import background, hub_directory, memory
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.formats import FILE, FORMATS, HUB, format_of
@@ -140,20 +141,20 @@ def outputs_of(configs: Sequence[FitConfig], pages: Sequence[Path] = ()) -> dict
 def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
     """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
-    loaded = model if isinstance(model, Model) else _load(model, configs[0])
+    loaded = model if isinstance(model, Model) else _load(model, asked[0])
     opened = [open_model(a, loaded) for a in asked]
-    with allocator.stated(loaded.parameters):
+    with allocator.stated(loaded.parameters, streamed=streaming.of(loaded.module) is not None):
         sets = text_sets(loaded, asked[0])
     return finish_all(opened, sets, started)
 
 
 def _fit_hub(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
     """Fit the weights of one directory for each config to what its other files leave of the budget."""
+    asked = check(replace(configs[0], layout=FILE, tokenizer=False))
     for config in configs:
-        check(replace(config, layout=FILE))
         if config.output is not None:
             check_directory(Path(config.output))
-    loaded = model if isinstance(model, Model) else _load(model, replace(configs[0], tokenizer=False))
+    loaded = model if isinstance(model, Model) else _load(model, asked)
     plans = [hub_directory.plan(loaded, config) for config in configs]
     with plans[0].floor():
         found = _fit_all(loaded, [p.config for p in plans], started)
@@ -231,11 +232,10 @@ def _named(path: Path | str | None, budget: str) -> str | None:
     return None if path is None else str(path).replace("{budget}", budget)
 
 
-def _load(model: Path | str, config: FitConfig) -> Model:
-    """Read a checkpoint."""
-    return load_model(
-        model, begin=_pack if config.tokenizer and not config.base else None, allow_unused=config.allow_unused or ()
-    )
+def _load(model: Path | str, asked: Asked) -> Model:
+    """Read a checkpoint, or open it to be streamed."""
+    begin = _pack if asked.config.tokenizer and not asked.config.base else None
+    return memory.open_model(model, asked.config, asked.device, asked.reporter, begin)
 
 
 def _pack(files: dict[str, Any]) -> None:

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bytecap import methods
 from bytecap.allocation.unused import check_choice
-from bytecap.errors import BudgetError, CorruptError, UsageError
+from bytecap.errors import BudgetError, UsageError
 from bytecap.format import container
 from bytecap.format.codefiles import Code
-from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.format.coders.exact import WIDTH
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.container import Contents, FileSection, UnitSection
-from bytecap.format.decoder import Ideal, decode_each
+from bytecap.format.decoder import Ideal
 from bytecap.format.ledger import by_overlay, by_unit
 from bytecap.format.wire.shared_objects import share_lists
 from bytecap.job import Job, Method, Outcome, Section
@@ -35,19 +33,22 @@ from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort, effort_of
 from bytecap.methods.preencoded import run_rest
 from bytecap.methods.rate_control import allowed_slack
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model import streaming
+from bytecap.model.checkpoint import Model
 from bytecap.model.determinism import ask_for_order
 from bytecap.model.evaluation import Comparison, compare_models, mean_comparison, paired_stderr
 from bytecap.model.rebuilt import written
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code, update
-from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.artifact import Artifact, FiledArtifact
 from bytecap.pipeline.formats import FILE
+from bytecap.pipeline.lossless import lossless
 from bytecap.pipeline.update import Frame
 from bytecap.progress import Recorder, reporter_for
 from bytecap.quantization.quantizer import EFFORTS
 from bytecap.recovery.sections import tune_sections
-from bytecap.sizes import check_budget, format_size, parse_budget
+from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
 from bytecap.system import allocator
 from bytecap.system.cache import Store
 
@@ -125,6 +126,8 @@ def check(config: FitConfig) -> Asked:
     check_choice(config.unused)
     if config.layout != FILE:
         raise UsageError(f"the layout {config.layout} is for checkpoints: a module has no config beside it")
+    if config.memory is not None:
+        parse_size(config.memory)
     if config.effort not in range(len(EFFORTS)):
         raise UsageError(f"there is no effort {config.effort}: it goes from 0 (fast) to {len(EFFORTS) - 1} (best)")
     if config.recover_text and config.recover is None:
@@ -154,7 +157,7 @@ def open_model(asked: Asked, model: Model) -> Opened:
     files = side_files(model, tokenizer=config.tokenizer, config=config.config, base=asked.base)
     frame = update.frame((*files, *asked.code.sections), about, asked.base)
     size = partial(_size, model, frame)
-    with asked.code.floor(budget), allocator.stated(model.parameters):
+    with asked.code.floor(budget), _stated(model):
         floor = check_floor(model, size, budget - asked.code.reserve, config.given, on_base=asked.base is not None)
     return Opened(asked, model, budget, frame, size, floor)
 
@@ -170,11 +173,11 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
     Raises:
         BytecapError: nothing is written then.
     """
-    asked, job, parameters = opened.asked, opened.job(sets), opened.model.parameters
-    with asked.code.floor(opened.budget), allocator.stated(parameters):
+    asked, job = opened.asked, opened.job(sets)
+    with asked.code.floor(opened.budget), _stated(opened.model):
         result = _solve(job, asked.method, opened.frame)
     if not asked.config.dry_run:
-        with allocator.stated(parameters):
+        with _stated(opened.model):
             _deliver(result, job, asked.config.output)
     seconds = round(time.perf_counter() - started, 3)
     result.report |= asked.code.report(opened.budget)
@@ -193,15 +196,21 @@ def make_job(model: Model, sets: TokenSets, config: FitConfig) -> Job:
     return open_model(check(config), model).job(sets)
 
 
+def _stated(model: Model) -> AbstractContextManager[None]:
+    """Say what memory a job needs where it ends."""
+    return allocator.stated(model.parameters, streamed=isinstance(model, StreamedModel))
+
+
 def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     """Write the file and measure what was written."""
     if output is not None:
         result.save(output)
-        job.reporter.note(f"wrote {output}: {format_size(len(result.data))}")
-    parts, ideal = _measure(result.data, job)
+        job.reporter.note(f"wrote {output}: {format_size(result.length)}")
+    parts, ideal = _measure(result.read(), result.length, job)
     result.report |= {"ideal_bytes": ideal} | quality(parts)
     if job.recover is not None:
-        plain = _measure(result.before, job)[0] if result.before is not None else parts
+        before_it = result.before
+        plain = parts if before_it is None else _measure(container.parse(before_it), len(before_it), job)[0]
         before = quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
         kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
@@ -213,8 +222,9 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
 
 def _solve(job: Job, run: Method, frame: Frame) -> Artifact:
     """Return the finished bytes and their report, before quality is measured."""
-    stored, method = None if job.given else _lossless(job.model, frame, job), str(frame.about["method"])
-    job.model.module.to(job.device)
+    stored, method = None if job.given else lossless(job.model, frame, job), str(frame.about["method"])
+    streamed = streaming.of(job.model.module)
+    (job.model.module if streamed is None else streamed).to(job.device)
     outcome = Outcome({}, b"", 0.0, 0.0, 0.0, "lossless")
     if stored is None:
         outcome = run_rest(run, job)
@@ -227,10 +237,19 @@ def _solve(job: Job, run: Method, frame: Frame) -> Artifact:
     if outcome.before is not None:
         plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
         before = container.serialize(_contents(job.model, frame, plain, job.budget))
-    result = Artifact(stored, container.serialize(stored)) if stored else Artifact(Contents((), b"", (), {}), b"")
+    result = _artifact(job.model, stored)
     result.before = before
     result.report = _report(result, job, outcome, method)
     return result
+
+
+def _artifact(model: Model, contents: Contents | None) -> Artifact:
+    """The finished file; in a work file where the model is streamed."""
+    if contents is None:
+        return Artifact(Contents((), b"", (), {}), b"")
+    if isinstance(model, StreamedModel):
+        return FiledArtifact(model.scratch.write(container.pieces(contents)), model.scratch)
+    return Artifact(contents, container.serialize(contents))
 
 
 def _untuned(job: Job, outcome: Outcome, method: str) -> bool:
@@ -250,7 +269,7 @@ def _with_lists(outcome: Outcome, model: Model) -> Outcome:
     shapes = {u.name: u.matrix_shape for u in model.units}
     stacks = {n: (shapes[n], s.data) for n, s in outcome.sections.items() if s.tag == STACK.tag}
     changed, objects = share_lists(stacks, outcome.objects)
-    sections = {n: Section(s.tag, changed.get(n, s.data)) for n, s in outcome.sections.items()}
+    sections = {n: Section(s.tag, changed[n]) if n in changed else s for n, s in outcome.sections.items()}
     return replace(outcome, sections=sections, objects=objects)
 
 
@@ -280,52 +299,16 @@ def _size(
     model: Model, frame: Frame, sections: dict[str, Section], tables: bytes, objects: tuple[bytes, ...] = ()
 ) -> int:
     """Return the file size of sections, tables and shared objects."""
-    return len(container.serialize(frame.contents(model.units, sections, tables, objects)))
+    return container.size(frame.contents(model.units, sections, tables, objects))
 
 
 def _contents(model: Model, frame: Frame, outcome: Outcome, budget: int) -> Contents:
     contents = frame.contents(model.units, outcome.sections, outcome.tables, outcome.objects)
-    total = len(container.serialize(contents))
+    total = container.size(contents)
     if total > budget:
         method = frame.about["method"]
         raise BudgetError(f"method {method} cannot get below {total} bytes; the budget is {budget}", total)
     return contents
-
-
-def _lossless(model: Model, frame: Frame, job: Job) -> Contents | None:
-    """Code the model without loss, if that fits the budget; of an update all that is not the base's bit for bit."""
-    budget, sections = job.budget, {}
-    as_held = {u.name: as_matrix(u, model.tensor(u).detach().cpu().numpy()) for u in model.units} if job.base else {}
-    changed = [u for u in model.units if not (job.base and job.base.has(u, as_held[u.name]))]
-    raw = sum(u.parameters * {"F64": 8, "F32": 4}.get(u.dtype, 2) for u in changed)
-    if budget < 0.4 * raw:  # entropy coding takes a third off bfloat16 weights, never more than half off any
-        return None
-    units = {u.name: u for u in model.units}
-    with job.reporter.step("lossless size", len(changed)) as advance:
-        for u in changed:
-            values = as_matrix(u, model.tensor(u).detach().cpu().numpy())
-            narrowed = u.dtype not in WIDTH or (u.dtype == "F64" and values.dtype != np.float64)
-            units[u.name] = replace(u, dtype="F32" if narrowed else u.dtype)
-            sections[u.name] = Section(EXACT.tag, EXACT.encode(values, units[u.name].dtype))
-            advance(1)
-    kept = {n: update.AS_IN_BASE for n in units if n not in sections}
-    lossless = replace(frame, about={**frame.about, "lossless": not model.rounded})
-    contents = lossless.contents(tuple(units.values()), {**sections, **kept}, b"")
-    total = len(container.serialize(contents))
-    if total > budget:
-        return None
-    _check_lossless(model, contents)
-    said = f"float64 rounded to float32, {min(model.rounded)} and others" if model.rounded else "without any loss"
-    job.reporter.note(f"the budget holds the model losslessly ({total:,} bytes): stored {said}")
-    return contents
-
-
-def _check_lossless(model: Model, contents: Contents) -> None:
-    """Decode what is about to be called lossless and compare it."""
-    for unit, values in decode_each(contents):
-        held = model.tensor(unit).detach().cpu().numpy()
-        if not np.array_equal(values, held, equal_nan=held.dtype.kind == "f"):
-            raise CorruptError(f"unit {unit.name} does not come back as it was stored: nothing is written")
 
 
 def check_floor(
@@ -354,9 +337,9 @@ def check_floor(
     return floor
 
 
-def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
+def _measure(contents: Contents, size: int, job: Job) -> tuple[list[Comparison], int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
-    model, contents, ideal = job.model, container.parse(data), Ideal()
+    model, ideal = job.model, Ideal()
     if job.base is not None:
         contents = job.base.on(contents)
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
@@ -367,16 +350,16 @@ def _measure(data: bytes, job: Job) -> tuple[list[Comparison], int]:
             compare_models(model.module, quantized_copy, t, device=job.device, progress=advance)
             for t in job.sets.evaluation
         ]
-    return parts, ideal.bytes(len(data))
+    return parts, ideal.bytes(size)
 
 
 def _report(result: Artifact, job: Job, outcome: Outcome, method: str) -> dict[str, Any]:
     entries, model, budget, sets = result.ledger(), job.model, job.budget, job.sets
     return {
         "model": model.name, "method": method, "plan": outcome.plan, "seed": job.seed,
-        "budget_bytes": budget, "file_bytes": len(result.data), "slack_bytes": budget - len(result.data),
+        "budget_bytes": budget, "file_bytes": result.length, "slack_bytes": budget - result.length,
         "allowed_slack_bytes": allowed_slack(budget), "ideal_bytes": None,
-        "parameters": model.parameters, "bits_per_parameter": 8 * len(result.data) / max(1, model.parameters),
+        "parameters": model.parameters, "bits_per_parameter": 8 * result.length / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
         **({"recovery": outcome.recovery} if outcome.recovery else {}),

@@ -12,10 +12,11 @@ from typing import Any
 from bytecap.errors import UsageError
 from bytecap.format import codefiles
 from bytecap.format.coders.base import CODER as BASE
-from bytecap.format.container import CODE, Base, Contents, FileSection, UnitSection
+from bytecap.format.container import CODE, Base, Contents, FileSection, StoredUnit, UnitSection
 from bytecap.job import Section
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig
+from bytecap.job.section import StoredSection
 from bytecap.pipeline.artifact import Artifact
 from bytecap.types import Unit
 
@@ -41,8 +42,14 @@ class Frame:
     ) -> Contents:
         """Put a file together."""
         listed = ((u, sections[u.name]) for u in units)
-        stored = tuple(UnitSection(u, s.tag, s.data) for u, s in listed if s != AS_IN_BASE)
+        stored = tuple(_unit(u, s) for u, s in listed if s != AS_IN_BASE)
         return Contents(stored, tables, self.files, self.about, objects=objects, base=self.base)
+
+
+def _unit(unit: Unit, section: Section) -> UnitSection:
+    if isinstance(section, StoredSection):
+        return StoredUnit(unit, section.tag, section.length, section.read)
+    return UnitSection(unit, section.tag, section.data)
 
 
 def frame(files: Sequence[FileSection], about: dict[str, Any], base: Installed | None) -> Frame:

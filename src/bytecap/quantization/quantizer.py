@@ -135,6 +135,16 @@ class Prepared:
     hessian: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of what is rounded."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is rounded."""
+        return self.order.device
+
+    @property
     def target(self) -> Tensor:
         """Return the values (rows, cols) that the decoded unit is to approximate."""
         return self.weight
@@ -142,6 +152,10 @@ class Prepared:
     def moved(self, change: Tensor) -> Prepared:
         """Return the unit with `change` (rows, cols) added to its target."""
         return replace(self, weight=self.weight + change)
+
+    def scaled(self, coded: Coded) -> Coded:
+        """What was rounded as it counts for the whole unit, where it is a sample of its rows."""
+        return coded
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
         """Return the rounded unit, with an overlay where it has one (`bytecap.allocation.overlaid`)."""
@@ -199,19 +213,28 @@ def round_units(
     shrink: Shrink,
     options: Options,
     progress: Callable[[int], None] | None = None,
+    keep: Callable[[Coded], Coded] = lambda coded: coded,
 ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
     """Round units at their steps.
+
+    Args:
+        items: the units.
+        steps: of every unit.
+        shrink: reconstruction rules.
+        options: ingredients.
+        progress: called with the number of weights rounded.
+        keep: given every unit as soon as it is rounded, returns what is held of it.
 
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
     """
     alike: dict[tuple[int, int], list[Prepared]] = {}
     for item in items:
-        alike.setdefault((item.weight.shape[0], item.weight.shape[1]), []).append(item)
+        alike.setdefault(item.shape, []).append(item)
     coded: dict[str, Coded] = {}
     centres = np.zeros((2, 64, 17))
     for (rows, cols), members in alike.items():
-        size = max(1, _together(members[0].weight.device) // max(1, rows * cols + cols * cols))
+        size = max(1, _together(members[0].device) // max(1, rows * cols + cols * cols))
         for at in range(0, len(members), size):
             batch = members[at : at + size]
             rounded = _round_batch(batch, steps, shrink, options)
@@ -222,7 +245,7 @@ def round_units(
 
             numbers = range(len(batch))
             found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
-            coded |= {p.unit.name: x for p, x in zip(batch, found, strict=True)}
+            coded |= {p.unit.name: keep(x) for p, x in zip(batch, found, strict=True)}
             if progress is not None:
                 progress(rows * cols * len(batch))
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
@@ -248,7 +271,7 @@ def _trellis(device: str) -> Callable[..., Rounded]:
 def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options) -> Rounded:
     """Round equally shaped units together."""
     first = items[0]
-    weight = torch.empty(len(items), first.lower.size, len(first.row_step), device=first.weight.device)
+    weight = torch.empty(len(items), *reversed(first.shape), device=first.device)
     rows = []
     for i, item in enumerate(items):
         row_step = torch.exp2(item.row_step.float() / 4)

@@ -14,6 +14,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from bytecap.errors import ShortageError
@@ -68,6 +69,23 @@ def release() -> None:
         _library().malloc_trim(0)
 
 
+def available(root: Path = Path("/")) -> int | None:
+    """Return the bytes that a process could have, by what Linux and its control groups say; None elsewhere."""
+    found = []
+    try:
+        lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    try:
+        most, now = ((root / f"sys/fs/cgroup/memory.{n}").read_text().strip() for n in ("max", "current"))
+        if most != "max":
+            found.append(max(0, int(most) - int(now)))
+    except (OSError, ValueError):
+        pass  # no limit that could be read
+    return min(found)
+
+
 def bound(parameters: int) -> int:
     """Return the memory bound of `fit` in bytes: four times the float32 model, and 700 MB.
 
@@ -86,8 +104,12 @@ def is_shortage(exc: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def stated(parameters: int) -> Iterator[None]:
+def stated(parameters: int, *, streamed: bool = False) -> Iterator[None]:
     """Turn an out-of-memory error into one line that says how much a job needs.
+
+    Args:
+        parameters: of the model.
+        streamed: only a block of it is in memory at once.
 
     Raises:
         ShortageError: memory ran out.
@@ -97,9 +119,14 @@ def stated(parameters: int) -> Iterator[None]:
     except Exception as exc:
         if not is_shortage(exc):
             raise
+        if streamed:
+            raise ShortageError(
+                "out of memory with one block of the model in memory: fewer work files stay there with a smaller "
+                f"--memory, and shorter passes take less with a smaller --window{_limits()}"
+            ) from exc
         raise ShortageError(
             f"out of memory: a fit of {parameters:,} parameters needs {bound(parameters) / 1e6:,.0f} MB "
-            f"(4 x the float32 model + 700 MB, see docs/trust.md){_limits()}"
+            f"(4 x the float32 model + 700 MB, see docs/trust.md); with less, --memory SIZE streams it{_limits()}"
         ) from exc
 
 

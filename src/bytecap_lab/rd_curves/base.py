@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytecap.allocation.decoded import coder_of, decode_grid
 from bytecap.allocation.overlaid import problem_of
-from bytecap.allocation.planner import Planner, coder_of, decode_grid, finest_step
+from bytecap.allocation.planner import Planner, finest_step
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.format.coders.packed import BROTLI, dequantize

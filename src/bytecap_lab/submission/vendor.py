@@ -32,6 +32,8 @@ _WITHOUT_OBJECTS = {
     "all_used": "def all_used(objects): return True",
 }
 _REPEATING = frozenset({5, 7})  # stack and latent, without which no file breaks the bound of work
+_UPDATES = frozenset({16, 41})  # base, difference
+_WITHOUT_BASE = "def decode_file(data): return _decode_part(_checked(data), {})"
 _WITHOUT_WORK = "def check_work(units, bodies, size): require(all(u.coder in CODERS for u in units))"
 _LOAD = """
 def load(path):
@@ -137,6 +139,11 @@ class _Strip(ast.NodeTransformer):
         """Drop annotations, and the message that `require` takes."""
         if node.name == "require":
             return ast.parse("def require(condition):\n    if not condition: raise ValueError").body[0]
+        if not _UPDATES & self.used:
+            if node.name == "decode_file":
+                return ast.parse(_WITHOUT_BASE).body[0]
+            if node.name == "contents":
+                _refuse_bases(node)
         if node.name in _WITHOUT_OBJECTS and OBJECTS not in self.used:
             return ast.parse(_WITHOUT_OBJECTS[node.name]).body[0]
         if node.name == "check_work" and not _REPEATING & self.used:
@@ -184,6 +191,12 @@ class _Strip(ast.NodeTransformer):
         value.keys, value.values = [k for k, _ in pairs], [v for _, v in pairs]
         return bool(pairs)
 
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        """Drop what is done for a base, where no unit refers to one."""
+        if not _UPDATES & self.used and ast.unparse(node.test) in {"base", "part.base"}:
+            return None
+        return self.generic_visit(node)
+
     def visit_With(self, node: ast.With) -> ast.AST | list[ast.stmt]:
         """Drop `damage`, which only gives errors another class."""
         self.generic_visit(node)
@@ -203,6 +216,22 @@ class _Strip(ast.NodeTransformer):
         if isinstance(node.func, ast.Subscript) and _name(node.func.value) in {"list", "dict", "set"}:
             node.func = node.func.value
         return node
+
+
+def _refuse_bases(node: ast.FunctionDef) -> None:
+    """Let the function that reads an index know no base, so that it refuses the index of an update."""
+
+    def speaks(statement: ast.stmt) -> bool:
+        return isinstance(statement, ast.Assign | ast.Expr) and ast.unparse(statement).startswith(
+            ("base = ", "require('base'")
+        )
+
+    node.body = [s for s in node.body if not speaks(s)]
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Set):
+            inner.elts = [e for e in inner.elts if not (isinstance(e, ast.Constant) and e.value == "base")]
+        elif isinstance(inner, ast.Call):
+            inner.args = [ast.List([], ast.Load()) if _name(a) == "base" else a for a in inner.args]
 
 
 def _name(node: ast.AST) -> str | None:

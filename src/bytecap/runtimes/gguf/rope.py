@@ -1,7 +1,7 @@
 """Scaled rotary embeddings as llama.cpp knows them: keys, and tensors of factors.
 
-Linear scaling and YaRN are keys; Llama 3's rule and LongRoPE are tensors by which frequencies are divided. Frequencies
-and attention factors come from transformers' own functions, so whatever defaults a config leaves out are theirs.
+Linear scaling and YaRN are keys; `llama3` and LongRoPE are tensors by which frequencies are divided. Frequencies and
+attention factors come from transformers' own functions, so whatever defaults a config leaves out are theirs.
 Omitted: rules without a counterpart in llama.cpp (dynamic NTK, proportional), which not even its converter can write.
 """
 

@@ -1,0 +1,219 @@
+"""Open a checkpoint of which one block at a time will be in memory.
+
+The files are held to the same account as those of a model that is read whole (`bytecap.model.accounting`), from what
+their headers say. One forward pass of a few tokens then finds the chain of blocks and looks at every weight, which are
+read and dropped module by module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bytecap.errors import CheckpointError
+from bytecap.model import streaming, tying
+from bytecap.model.accounting import account
+from bytecap.model.building import causal_lm, read_config
+from bytecap.model.chain import Chain, find_chain
+from bytecap.model.checkpoint import Model, check_size, find_units, freeze, resolve
+from bytecap.model.conversion import Conversion, convert
+from bytecap.model.fileset import Header, read_headers, read_side_files, refuse_quantized
+from bytecap.model.head import head_of
+from bytecap.model.inputs import refuse_encoder_decoder
+from bytecap.model.streaming import Streamed
+from bytecap.model.tensor_files import Tensors
+from bytecap.model.tokenization import conversion_note
+from bytecap.system.scratch import Scratch
+from bytecap.types import Unit
+
+_TRIAL = 4  # tokens of the pass that finds the chain
+
+
+class Unstreamable(Exception):  # noqa: N818 (a reason, which is told and not raised to users)
+    """Why a model has to be in memory whole."""
+
+
+@dataclass
+class StreamedModel(Model):
+    """A model whose tensors are read when they are asked for.
+
+    Attributes:
+        scratch: for what a job keeps of it.
+    """
+
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def tensor(self, unit: Unit) -> Tensor:
+        """A unit's value, read from its file; a buffer as it is."""
+        if unit.name in self.streamed.tensors:
+            return self.streamed.value(unit.name, torch.float32)
+        return self.module.get_buffer(unit.name)
+
+    @property
+    def streamed(self) -> Streamed:
+        """The module with its source."""
+        found = streaming.of(self.module)
+        assert found is not None  # noqa: S101 (`open_streamed` attaches one)
+        return found
+
+
+def open_streamed(
+    model: Path | str,
+    scratch: Scratch,
+    *,
+    device: str = "cpu",
+    begin: Callable[[dict[str, bytes]], None] | None = None,
+    allow_unused: Sequence[str] = (),
+) -> StreamedModel:
+    """Open a checkpoint to be streamed; see `bytecap.model.checkpoint.load_model`.
+
+    Args:
+        model: Hugging Face directory or hub id.
+        scratch: for what a job keeps.
+        device: torch device that passes run on.
+        begin: given the side files before the model is built.
+        allow_unused: names or patterns of what is meant to be left out.
+
+    Raises:
+        Unstreamable: its values cannot be read tensor by tensor, or it has no chain.
+        CheckpointError: as for any checkpoint.
+    """
+    directory = resolve(model)
+    if not directory.is_dir() or (directory / tying.FILE).is_file():
+        raise Unstreamable("its tensors are not those of a module one by one")
+    files = read_side_files(directory)
+    refuse_quantized(json.loads(files["config.json"]), directory)
+    refuse_encoder_decoder(files, str(model))
+    headers, notes = read_headers(directory, allow_unused)
+    notes += conversion_note(files)
+    if begin is not None:
+        begin(files)
+    shapes = {n: tuple(e["shape"]) for header in headers.values() for n, e in header.items()}
+    check_size(directory, shapes, tied=False)
+    module = _skeleton(directory)
+    conversion = _plain(module, headers)
+    found = account(module, headers, allow_unused, conversion)
+    units = find_units(module, found.dtypes)
+    names = {target: name for name, target in conversion.entries.items()}
+    first = {n: u.name for u in units for n in (u.name, *u.aliases)}
+    tensors = Tensors(headers, {first[n]: s for n, s in names.items()} | names)
+    _check_shapes(module, headers, conversion, directory)
+    _fill_buffers(module, tensors)
+    trial = Streamed(module, Chain("", 0, 0), tensors, first)
+    trial.to(device)
+    chain, head = _observe(trial, units)
+    if chain is None:
+        raise Unstreamable("it has no chain of blocks that are called one after the other")
+    streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head))
+    return StreamedModel(
+        module, units, files | found.files, str(model), notes=(*notes, *found.notes), rounded=found.rounded,
+        rebuilt=True, scratch=scratch,
+    )  # fmt: skip
+
+
+def _skeleton(directory: Path) -> nn.Module:
+    """The module of a directory's config, its parameters without values and its buffers with them."""
+    from torch.nn.modules import module as hooks
+
+    def empty(_module: nn.Module, _name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    config = read_config(directory)
+    handle = hooks.register_module_parameter_registration_hook(empty)
+    try:
+        module = causal_lm(config)
+    finally:
+        handle.remove()
+    return freeze(module)
+
+
+def _plain(module: nn.Module, headers: dict[Path, Header]) -> Conversion:
+    """Where the files' tensors go, each of which is one of the model's."""
+    found = convert(module, {n: tuple(e["shape"]) for header in headers.values() for n, e in header.items()})
+    odd = next((n for n, entry in found.entries.items() if not isinstance(entry, str)), None)
+    if odd is not None:
+        raise Unstreamable(f"the library makes something else of tensor {odd} as it reads it")
+    return found
+
+
+def _check_shapes(module: nn.Module, headers: dict[Path, Header], found: Conversion, directory: Path) -> None:
+    """Refuse tensors of other shapes than the config's."""
+    tensors = module.state_dict(keep_vars=True)
+    entries = {n: e for header in headers.values() for n, e in header.items()}
+    for name, target in sorted(found.entries.items()):
+        stored, wanted = list(entries[name]["shape"]), list(tensors[target].shape)
+        if stored != wanted:
+            raise CheckpointError(
+                f"{directory}: tensor {target} has shape {stored}, the model of config.json wants {wanted}"
+            )
+
+
+def _fill_buffers(module: nn.Module, tensors: Tensors) -> None:
+    for name, buffer in module.named_buffers():
+        if name in tensors:
+            buffer.copy_(tensors.read(name))
+
+
+def _observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
+    """Find the chain and the head on a few tokens, and refuse weights that are not finite."""
+    module, seen = streamed.module, set[str]()
+    ids, heads = torch.zeros(1, _TRIAL, dtype=torch.long, device=streamed.device), list[str | None]()
+    with _one_by_one(streamed, seen):
+        chain = find_chain(module, lambda: heads.append(head_of(module, lambda: module(ids))))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    for unit in units:
+        if unit.name not in buffers and not seen.intersection((unit.name, *unit.aliases)):
+            check(unit.name, streamed.value(unit.name))
+    return chain, heads[0]
+
+
+@contextmanager
+def _one_by_one(streamed: Streamed, seen: set[str]) -> Iterator[None]:
+    """Load every module's own weights in front of each call, and drop them behind it."""
+    module = streamed.module
+    stacks: dict[str, ExitStack] = {}
+
+    def before(path: str) -> Callable[..., None]:
+        def hook(m: nn.Module, *_: Any) -> None:
+            stacks[path] = ExitStack()
+            streamed.fill(m, path, stacks[path], {}, deep=False)
+            for leaf, value in m.named_parameters(recurse=False):
+                name = f"{path}.{leaf}" if path else leaf
+                check(name, value)
+                seen.add(name)
+
+        return hook
+
+    def behind(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            stacks.pop(path).close()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path, m in module.named_modules():
+            if any(True for _ in m.parameters(recurse=False)):
+                hooks.callback(m.register_forward_pre_hook(before(path)).remove)
+                hooks.callback(m.register_forward_hook(behind(path)).remove)
+        yield
+
+
+def check(name: str, values: Tensor) -> None:
+    """Refuse infinities and NaN.
+
+    Raises:
+        CheckpointError: tensor and index are named.
+    """
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise CheckpointError(f"tensor {name} holds {float(values[index])} at index {list(index)}")

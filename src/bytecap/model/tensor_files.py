@@ -1,0 +1,88 @@
+"""Read single tensors of safetensors files, piece by piece, into any dtype on any device.
+
+A whole file is never mapped or held: pages of a mapped file count as memory of the process as long as it is mapped.
+Files are checked before work begins (`bytecap.model.fileset`), so that reading can only fail where one changes
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytecap.errors import CheckpointError
+
+_PIECE = 2**22  # values read at once
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Tensors:
+    """The tensors of a checkpoint, by the names that the model has for them.
+
+    Args:
+        headers: of its files, checked.
+        names: name in the files of every tensor of the model.
+    """
+
+    def __init__(self, headers: Mapping[Path, Mapping[str, Mapping[str, Any]]], names: Mapping[str, str]) -> None:
+        places: dict[str, _Place] = {}
+        for path, header in headers.items():
+            with path.open("rb") as f:
+                base = 8 + struct.unpack("<Q", f.read(8))[0]
+            for name, entry in header.items():
+                if entry["dtype"] in _DTYPES:
+                    start = base + int(entry["data_offsets"][0])
+                    places[name] = _Place(path, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        self._places = {target: places[name] for target, name in names.items() if name in places}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """Read a tensor.
+
+        Args:
+            name: in the model.
+            device: where it goes.
+            dtype: of floating-point tensors; others keep theirs.
+
+        Raises:
+            CheckpointError: its file is not what it was.
+        """
+        place = self._places[name]
+        wanted = dtype if dtype is not None and place.dtype.is_floating_point else place.dtype
+        out = torch.empty(place.shape, dtype=wanted, device=device)
+        flat, width = out.reshape(-1), torch.empty(0, dtype=place.dtype).element_size()
+        try:
+            with place.path.open("rb") as f:
+                f.seek(place.start)
+                for at in range(0, len(flat), _PIECE):
+                    count = min(_PIECE, len(flat) - at)
+                    raw = np.empty(count * width, np.uint8)
+                    if f.readinto(raw.data) != len(raw):
+                        raise CheckpointError(f"{place.path} has become shorter: tensor {name} cannot be read")
+                    piece = torch.from_numpy(raw).view(place.dtype)
+                    if place.dtype == torch.float64 and wanted != torch.float64:
+                        piece = piece.float()
+                    flat[at : at + count].copy_(piece)
+        except OSError as exc:
+            raise CheckpointError(f"{place.path} cannot be read: {exc.strerror or exc}") from exc
+        return out

@@ -1,0 +1,117 @@
+"""Decide whether a checkpoint is read whole or streamed, and what a streamed one may keep in memory.
+
+The need of a fit is known before anything is loaded: it grows with the number of parameters, which the files' headers
+say. `--memory` limits it; by default it is what is free on the device.
+
+>>> needs_streaming(8_000_000_000, "cpu", 24_000_000_000), needs_streaming(8_000_000, "cpu", 24_000_000_000)
+(True, False)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bytecap.errors import BytecapError
+from bytecap.job.config import FitConfig
+from bytecap.model import gguf_file
+from bytecap.model.checkpoint import Model, load_model, resolve
+from bytecap.model.fileset import Header, read_headers
+from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
+from bytecap.progress import Reporter
+from bytecap.sizes import parse_size
+from bytecap.system import allocator
+from bytecap.system.scratch import Scratch
+
+_A_PARAMETER = {"cpu": 16, "cuda": 20}  # bytes that a fit in memory takes of the device, measured
+_HOST = 8  # bytes a parameter that a fit on a GPU takes of the machine besides
+_BASE = {"cpu": 700_000_000, "cuda": 3_000_000_000}
+_BLOCKS = 8  # times the largest block and what is outside the chain, in float32, that a streamed fit takes
+
+
+def needs_streaming(parameters: int, device: str, memory: int) -> bool:
+    """Return whether a fit in memory would need more than `memory` bytes of the device."""
+    return _A_PARAMETER[device] * parameters + _BASE[device] > memory
+
+
+def open_model(
+    model: Path | str,
+    config: FitConfig,
+    device: str,
+    reporter: Reporter,
+    begin: Callable[[dict[str, bytes]], None] | None,
+) -> Model:
+    """Open a checkpoint, streamed where a fit of it would not fit into memory.
+
+    Args:
+        model: directory, file or hub id.
+        config: options.
+        device: torch device of the fit.
+        reporter: told why a model that should be streamed is not.
+        begin: given the side files before the model is built.
+    """
+    allow = config.allow_unused or ()
+    limit = free(device) if config.memory is None else parse_size(config.memory)
+    directory = resolve(model)
+    if limit is not None and directory.suffix != gguf_file.SUFFIX:
+        headers = _headers(directory, allow)
+        wanted = needs_streaming(_parameters(headers), device, limit) or (
+            config.memory is None and device == "cuda" and _HOST * _parameters(headers) > (free("cpu") or math.inf)
+        )
+        reason = _reason(config) if wanted else None
+        if wanted and reason is None:
+            kept = Scratch(_beside(config), *_room(headers, device, limit))
+            try:
+                opened = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
+            except Unstreamable as exc:
+                reason = str(exc)
+            else:
+                reporter.note(f"a fit in memory would need more than {limit / 1e9:.1f} GB: the model is streamed")
+                return opened
+        if reason is not None:
+            reporter.note(f"{model} is not streamed: {reason}")
+    return load_model(model, begin=begin, allow_unused=allow)
+
+
+def _reason(config: FitConfig) -> str | None:
+    """Why options ask for a model in memory."""
+    if config.method != "bytecap":
+        return f"method {config.method} needs it in memory"
+    if config.recover is not None or config.paths or config.given:
+        return "recovery, overlays and given sections need it in memory"
+    return "an update of a base needs it in memory" if config.base else None
+
+
+def _headers(directory: Path, allow: object) -> dict[Path, Header]:
+    try:
+        return read_headers(directory, allow)[0]  # type: ignore[arg-type]
+    except (BytecapError, OSError):
+        return {}  # which opening it says again, in its own order
+
+
+def _parameters(headers: dict[Path, Header]) -> int:
+    return sum(math.prod(e["shape"]) for header in headers.values() for e in header.values())
+
+
+def _beside(config: FitConfig) -> Path | None:
+    """Where work files go: beside the output, whose disk has to have room anyway, else where the system says."""
+    return None if config.output is None else Path(config.output).absolute().parent
+
+
+def _room(headers: dict[Path, Header], device: str, limit: int) -> tuple[int, int]:
+    """Bytes of the machine and of the device that may hold work files' tensors."""
+    largest = max((math.prod(e["shape"]) for header in headers.values() for e in header.values()), default=0)
+    need = _BASE[device] + 4 * _BLOCKS * largest
+    if device == "cpu":
+        return max(0, (limit - need) // 2), 0
+    return (free("cpu") or 0) // 2, max(0, (limit - need) * 4 // 5)
+
+
+def free(device: str) -> int | None:
+    """Bytes that are free on a device; None where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return allocator.available()

@@ -1,0 +1,151 @@
+"""Keep tensors of a job that is larger than memory in files of its own, which vanish with it.
+
+What a streamed fit needs again later (hidden states, factors, rounded integers, finished sections) is written once and
+read when it is used. Files go as soon as nothing refers to them; the directory goes with the job, or with the process.
+
+>>> scratch = Scratch()
+>>> kept = scratch.put(torch.arange(6.0).reshape(2, 3))
+>>> kept.load().tolist(), kept.shape
+([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], (2, 3))
+>>> scratch.put_bytes(b"section").read()
+b'section'
+>>> scratch.close()
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytecap.errors import OutputError
+
+_CHUNK = 2**24  # bytes moved at once from a device
+
+
+@dataclass(frozen=True, eq=False)
+class KeptBytes:
+    """Bytes in a file of their own, which is removed with this object."""
+
+    path: Path
+    length: int
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        return self.path.read_bytes()
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTensor:
+    """A tensor in a file of its own, which is removed with this object.
+
+    Attributes:
+        path: raw values, row by row.
+        shape, dtype: of the tensor.
+        memory: the tensor itself, where it was small enough to stay.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    memory: Tensor | None = None
+
+    def load(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the tensor on a device; to be left as it is."""
+        if self.memory is not None:
+            return self.memory.to(device)
+        raw = torch.from_numpy(np.fromfile(self.path, np.uint8))
+        return raw.view(self.dtype).reshape(self.shape).to(device)
+
+
+class Scratch:
+    """A directory of work files.
+
+    Args:
+        directory: where it is made; by default where the system keeps temporary files.
+        memory: bytes of tensors that may stay in the machine's memory instead.
+        device_memory: bytes of tensors that may stay on the device they are on.
+    """
+
+    def __init__(self, directory: Path | str | None = None, memory: int = 0, device_memory: int = 0) -> None:
+        try:
+            self.directory = Path(tempfile.mkdtemp(prefix="bytecap-", dir=directory))
+        except OSError as exc:
+            raise OutputError(f"no work files can be made in {directory or tempfile.gettempdir()}: {exc}") from exc
+        self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        self._numbers, self._left = count(), {"cpu": memory, "device": device_memory}
+
+    def put(self, tensor: Tensor) -> KeptTensor:
+        """Keep a tensor.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        tensor = tensor.detach().contiguous()
+        shape, size = tuple(tensor.shape), tensor.numel() * tensor.element_size()
+        path = self._path()
+        for place in ("device", "cpu") if tensor.device.type != "cpu" else ("cpu",):
+            if size <= self._left[place]:
+                self._left[place] -= size
+                kept = KeptTensor(path, shape, tensor.dtype, tensor if place == "device" else tensor.cpu())
+                weakref.finalize(kept, self._give_back, place, size)
+                return kept
+        flat = tensor.reshape(-1)
+        step = max(1, _CHUNK // max(1, tensor.element_size()))
+        self._write(path, (flat[i : i + step].cpu().view(torch.uint8).numpy() for i in range(0, len(flat), step)))
+        kept = KeptTensor(path, shape, tensor.dtype)
+        weakref.finalize(kept, path.unlink, missing_ok=True)
+        return kept
+
+    def stays(self, tensor: Tensor) -> bool:
+        """Return whether a tensor would stay on the device that it is on, so that it need not be moved."""
+        return tensor.device.type != "cpu" and tensor.numel() * tensor.element_size() <= self._left["device"]
+
+    def put_bytes(self, data: bytes) -> KeptBytes:
+        """Keep bytes.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        path = self._path()
+        self._write(path, [data])
+        kept = KeptBytes(path, len(data))
+        weakref.finalize(kept, path.unlink, missing_ok=True)
+        return kept
+
+    def write(self, pieces: Iterable[bytes]) -> Path:
+        """Write a file that stays as long as the directory; returns its path.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        path = self._path()
+        self._write(path, pieces)
+        return path
+
+    def _path(self) -> Path:
+        return self.directory / str(next(self._numbers))
+
+    def _give_back(self, place: str, size: int) -> None:
+        self._left[place] += size
+
+    def _write(self, path: Path, parts: Iterable[Any]) -> None:
+        try:
+            with path.open("wb") as f:
+                for part in parts:
+                    f.write(part)
+        except OSError as exc:
+            path.unlink(missing_ok=True)
+            raise OutputError(
+                f"work files in {self.directory.parent} cannot be written ({exc.strerror or exc}): free some space, "
+                "set TMPDIR to another disk, or raise --memory so that fewer are needed"
+            ) from exc

@@ -1,0 +1,332 @@
+"""Streamed models give what models in memory give: statistics to the last bit, KL, comparisons, files."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bytecap
+from bytecap.calibration.probe import probe
+from bytecap.calibration.streamed import probe_streamed
+from bytecap.errors import CheckpointError, CorruptError, NotAnArtifact, OutputError, ShortageError, UsageError
+from bytecap.format import container
+from bytecap.format.decoder import Decoded, Ideal
+from bytecap.format.filebytes import FileBytes
+from bytecap.model import head, streaming
+from bytecap.model.chain import Chain, find_chain
+from bytecap.model.checkpoint import load_model
+from bytecap.model.evaluation import by_window, compare_models
+from bytecap.model.inputs import check_causal
+from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
+from bytecap.model.texts import Text
+from bytecap.pipeline import memory
+from bytecap.system import allocator
+from bytecap.system.scratch import Scratch
+from conftest import BUDGET, KINDS, SMALL, VOCABULARY
+from test_probe import windows_of
+
+WINDOWS = windows_of(5) + windows_of(2, 65, seed=1) + windows_of(1, 13, seed=2)
+
+
+@pytest.fixture
+def pair(model_directory):
+    """Function: a model of a family in memory, and streamed."""
+
+    def get(kind="rotary", **changes):
+        directory = model_directory(kind, **{"dtype": torch.float32, **changes})
+        return load_model(directory), open_streamed(directory, Scratch())
+
+    return get
+
+
+def collected(streamed, **told):
+    found = {}
+    rest = probe_streamed(
+        streamed.streamed, streamed.units, WINDOWS, sink=found.__setitem__, scratch=Scratch(), seed=3, **told
+    )
+    return found, rest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_are_those_of_a_model_in_memory(pair, kind):
+    whole, streamed = pair(kind)
+    assert (streamed.units, streamed.files) == (whole.units, whole.files)
+    expected = probe(whole.module, whole.units, WINDOWS, seed=3)
+    found, rest = collected(streamed)
+    assert rest.tokens == expected.tokens
+    assert found.keys() == expected.uses.keys()
+    for name, uses in expected.uses.items():
+        for one, other in zip(uses, found[name], strict=True):
+            assert all(torch.equal(getattr(one, k), getattr(other, k)) for k in ("moment", "rows", "weight")), name
+    assert rest.diagonal.keys() == expected.diagonal.keys()
+    assert all(np.array_equal(rest.diagonal[n], d) for n, d in expected.diagonal.items())
+
+
+def test_logits_in_pieces_give_the_same_statistics_but_for_what_is_sampled(pair, monkeypatch):
+    _, streamed = pair(tie_word_embeddings=False)
+    whole, _ = collected(streamed)
+    monkeypatch.setitem(head._MOST, "cpu", 7 * VOCABULARY)
+    with head.head_pieces(streamed.streamed, 8) as parts:
+        assert parts.rows == 7
+    pieces, _ = collected(streamed)
+    for name, (use,) in pieces.items():
+        assert 0.8 < float(use.rows.sum() / whole[name][0].rows.sum()) < 1.25, name
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, monkeypatch):
+    if pieces:
+        monkeypatch.setitem(head._MOST, "cpu", 7 * VOCABULARY)
+    models = pair(kind)
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        u.name: (models[0].tensor(u) + 0.01 * torch.randn(u.shape, generator=generator)).numpy()
+        for u in models[0].units
+    }
+    some = dict(list(values.items())[::2])
+    found = [by_window(m.module, copy_of(m.module), {"all": values, "some": some}, WINDOWS) for m in models]
+    for label in ("all", "some"):
+        np.testing.assert_allclose(found[1][label].kl, found[0][label].kl, rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(found[1][label].nats, found[0][label].nats, rtol=1e-5)
+    assert not np.allclose(found[1]["all"].kl, found[1]["some"].kl, rtol=1e-2)
+    scores = []
+    for m in models:
+        coded = copy_of(m.module)
+        load_values(coded, values)
+        scores.append(compare_models(m.module, coded, Text("text", tuple(WINDOWS))))
+    assert scores[1].kl_nats == pytest.approx(scores[0].kl_nats, rel=1e-3)
+    assert scores[1].nats_original == pytest.approx(scores[0].nats_original, rel=1e-5)
+    assert all(p.is_meta for p in models[1].module.parameters())
+
+
+def test_causality_is_checked_and_one_pass_runs_streamed(pair):
+    whole, streamed = pair()
+    check_causal(streamed.module, "a model", VOCABULARY)
+    ids = torch.tensor([[1, 2, 3]])
+    found = streaming.run(streamed.module, lambda m: m(ids).logits)
+    torch.testing.assert_close(found, whole.module(ids).logits)
+    assert streaming.run(whole.module, lambda m: m(ids).logits).shape == found.shape
+
+
+class Layers(nn.Module):
+    """Two lists: one chained, a longer one that is not."""
+
+    def __init__(self, between=False, again=False):
+        super().__init__()
+        self.chained = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.apart = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+        self.between, self.again = between, again
+
+    def forward(self, x):
+        for layer in [*self.chained, *(self.chained if self.again else ())]:
+            x = layer(x)
+            x = x + 1 if self.between else x
+        return x + sum(layer(x) for layer in self.apart)
+
+
+def test_the_chain_is_where_each_module_is_fed_by_the_one_before():
+    assert find_chain(m := Layers(), lambda: m(torch.ones(1, 4))) == Chain("chained", 3, 0)
+    assert find_chain(m := Layers(between=True), lambda: m(torch.ones(1, 4))) is None
+    assert find_chain(m := Layers(again=True), lambda: m(torch.ones(1, 4))) is None
+
+
+def test_blocks_that_share_a_tensor_are_no_chain():
+    module = Layers()
+    module.chained[1].weight = module.chained[0].weight
+    assert find_chain(module, lambda: module(torch.ones(1, 4))) is None
+
+
+def test_a_model_of_one_block_is_not_streamed(model_directory):
+    with pytest.raises(Unstreamable, match="no chain"):
+        open_streamed(model_directory("rotary", num_hidden_layers=1), Scratch())
+
+
+@pytest.mark.slow
+@pytest.mark.numeric
+def test_a_streamed_fit_is_as_good_as_one_in_memory(model_directory, texts, tmp_path):
+    files = {"calibration": texts["calib"], "evaluation": texts["val"]}
+    directory = model_directory("rotary", num_hidden_layers=4)
+    said = bytecap.fit(directory, BUDGET, output=tmp_path / "a.bcap", **files, **SMALL)
+    limited = bytecap.fit(directory, BUDGET, output=tmp_path / "b.bcap", memory="1MB", **files, **SMALL)
+    assert limited.length == len(limited.data) == (tmp_path / "b.bcap").stat().st_size <= BUDGET
+    assert limited.report["kl_nats"] <= 1.01 * said.report["kl_nats"]
+    assert sum(e.bytes for e in limited.ledger()) == limited.length
+    values = bytecap.load(tmp_path / "b.bcap")
+    assert values.keys() == limited.tensors().keys()
+    assert limited.load_model() is not None
+    assert limited.save(tmp_path / "c.bcap") == limited.length
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["a.bcap", "b.bcap", "c.bcap"]
+
+
+def test_models_that_fit_are_read_whole():
+    assert not memory.needs_streaming(1_000_000_000, "cpu", 17_000_000_000)
+    assert memory.needs_streaming(1_100_000_000, "cpu", 17_000_000_000)
+    assert memory.needs_streaming(8_000_000_000, "cuda", 141_000_000_000)
+
+
+def test_free_memory_is_what_linux_and_its_groups_leave(tmp_path):
+    assert allocator.available(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 5 kB\n")
+    assert allocator.available(tmp_path) == 5120
+    groups = tmp_path / "sys/fs/cgroup"
+    groups.mkdir(parents=True)
+    for most, expected in (("max", 5120), ("3000", 2000)):
+        (groups / "memory.max").write_text(f"{most}\n")
+        (groups / "memory.current").write_text("1000\n")
+        assert allocator.available(tmp_path) == expected
+
+
+def test_a_size_that_is_none_is_refused_before_anything_is_read(refused, job):
+    assert "cannot read the size 'much'" in refused(*job(), "--memory", "much")
+
+
+def test_a_method_that_is_not_streamed_says_so(run, job):
+    code, _, err = run(*job(), "--memory", "1MB")
+    assert code == 0, err
+    assert "is not streamed: method uniform needs it in memory" in " ".join(err.split())
+
+
+def test_samples_need_a_model_in_memory(pair):
+    from bytecap.model.sources import sampled
+    from bytecap.progress import Silent
+
+    _, streamed = pair()
+    with pytest.raises(UsageError, match="in memory"):
+        sampled(streamed, 10, window=8, seed=0, device="cpu", reporter=Silent())
+
+
+@pytest.fixture
+def shards(model_directory, tmp_path):
+    """A private copy of a model in several files."""
+    directory = tmp_path / "shards"
+    module = load_model(model_directory("rotary", num_hidden_layers=4)).module
+    module.save_pretrained(directory, max_shard_size="30KB")
+    shutil.copy(model_directory("rotary") / "tokenizer.json", directory)
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def test_a_missing_or_cut_shard_is_named_before_work_begins(refused, job, shards):
+    last = max(shards.glob("*.safetensors"))
+    content = last.read_bytes()
+    last.write_bytes(content[:-8])
+    assert f"{last} is truncated" in refused(*job(shards), "--memory", "1MB", "--method", "bytecap")
+    last.unlink()
+    assert f"names {last.name}, which is missing" in refused(*job(shards), "--memory", "1MB", "--method", "bytecap")
+
+
+def test_a_shard_that_shrinks_meanwhile_is_named(shards):
+    streamed = open_streamed(shards, Scratch())
+    for shard in shards.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="has become shorter"):
+        _ = [streamed.tensor(unit) for unit in streamed.units]
+    for shard in shards.glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        streamed.tensor(streamed.units[0])
+
+
+def test_weights_that_are_not_finite_are_named(shards):
+    from safetensors.torch import load_file, save_file
+
+    shard = min(shards.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = min(tensors)
+    tensors[name].reshape(-1)[3] = torch.inf
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"tensor {name} holds inf"):
+        open_streamed(shards, Scratch())
+
+
+def test_a_full_disk_is_one_line(monkeypatch):
+    scratch = Scratch()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.open", full)
+    with pytest.raises(OutputError, match=r"No space left on device.*TMPDIR") as caught:
+        scratch.put(torch.ones(3))
+    assert "\n" not in str(caught.value)
+    assert not list(scratch.directory.iterdir())
+
+
+def test_work_files_go_with_what_they_hold(tmp_path):
+    scratch = Scratch(tmp_path)
+    kept = scratch.put(torch.ones(3, dtype=torch.bfloat16))
+    assert kept.load().dtype == torch.bfloat16
+    assert len(list(scratch.directory.iterdir())) == 1
+    del kept
+    assert not list(scratch.directory.iterdir())
+    scratch.close()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match="no work files can be made"):
+        Scratch(tmp_path / "nowhere")
+
+
+def test_small_tensors_may_stay_in_memory(tmp_path):
+    scratch = Scratch(tmp_path, memory=16)
+    first, second = scratch.put(torch.ones(3)), scratch.put(torch.ones(2))
+    assert first.memory is not None
+    assert second.memory is None
+    del first
+    assert scratch.put(torch.ones(4)).memory is not None
+
+
+def test_memory_that_ends_names_the_option():
+    with pytest.raises(ShortageError, match="--memory"), allocator.stated(5, streamed=True):
+        raise MemoryError
+    with pytest.raises(ShortageError, match="--memory SIZE streams it"), allocator.stated(5):
+        raise MemoryError
+
+
+@pytest.mark.coverage
+def test_units_of_an_open_file_are_read_when_they_are_asked_for(fitted, tmp_path):
+    artifact, path = fitted()
+    opened, read = container.open_file(path), container.read(path)
+    assert [(u.unit, u.tag, u.length, u.data) for u in opened.units] == [
+        (u.unit, u.tag, u.length, u.data) for u in read.units
+    ]
+    assert container.serialize(opened) == artifact.data
+    assert container.size(opened) == len(artifact.data)
+    shorter = tmp_path / "shorter.bcap"
+    shutil.copy(path, shorter)
+    found = FileBytes(shorter)
+    shorter.write_bytes(b"")
+    with pytest.raises(CorruptError, match="has become shorter"):
+        found[:4]
+    with pytest.raises(NotAnArtifact):
+        container.open_file(tmp_path / "none.bcap")
+
+
+@pytest.mark.coverage
+@pytest.mark.parametrize("threads", [1, 3])
+def test_values_are_decoded_one_unit_at_a_time(fitted, threads, monkeypatch):
+    artifact, path = fitted()
+    ideal, together = Ideal(), Ideal()
+    found = Decoded(container.open_file(path), ideal, threads)
+    expected = bytecap.load(path)
+    assert len(found) == len(list(found)) == len(artifact.contents.units)
+    for name in [*found, *found]:
+        assert np.array_equal(found[name], expected[name])
+    from bytecap.format.decoder import decode_units
+
+    decode_units(artifact.contents, observe=together)
+    assert ideal.bytes(1000) == together.bytes(1000)
+    monkeypatch.setattr("bytecap.format.decoder._AHEAD", 1)
+    assert np.array_equal(found[next(iter(found))], expected[next(iter(found))])
+
+
+@pytest.mark.coverage
+def test_a_unit_that_cannot_be_decoded_is_named(fitted):
+    artifact, _ = fitted()
+    units = [container.UnitSection(u.unit, u.tag, b"") for u in artifact.contents.units]
+    broken = Decoded(container.Contents(tuple(units), artifact.contents.tables, (), {}))
+    with pytest.raises(CorruptError, match=r"unit model\.embed_tokens\.weight"):
+        broken["model.embed_tokens.weight"]
