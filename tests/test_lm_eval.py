@@ -114,3 +114,28 @@ def test_the_module_registers_the_name():
 
     assert get_model("bytecap") is ours.BytecapLM
     assert Path(ours.__file__).name == "lm_eval.py"
+
+
+def test_scores_stand_beside_kl(made, model_directory, texts, run):
+    paths = [x for name in ("cloze", "choice") for x in ("--tasks", made / "tasks" / f"{name}.yaml")]
+    code, out, err = run(
+        "compare", model_directory(), "--budgets", "21000", "--methods", "uniform", "--calib", texts["calib"], "--eval",
+        texts["val"], "--tokens", "500", "--eval-tokens", "500", "-o", made / "out", *paths, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    (cell,) = json.loads(out)["models"][0]["cells"]
+    assert cell["scores"]["mean"]["kl"]["mean"] > 0
+    assert {"local_cloze perplexity", "local_cloze acc", "local_choice acc"} == cell["tasks"].keys()
+    found = cell["tasks"]["local_cloze perplexity"]
+    assert found["questions"] == len(CLOZE)
+    assert found["mean"] < 0 < found["stderr"]
+    assert found["difference"]["mean"] == pytest.approx(found["mean"] - found["original"])
+    assert cell["tasks"]["local_choice acc"]["questions"] == len(CHOICES)
+    code, out, err = run("compare", "--from", made / "out" / "runs.jsonl", "-o", made / "again")
+    assert code == 0, err
+    assert "minus original" in out
+    assert "local_choice acc" in out
+    (made / "no.yaml").write_text("output_type: loglikelihood\n")
+    code, _, err = run("compare", model_directory(), "-o", made / "o2", "--tasks", made / "no.yaml")
+    assert code == 2
+    assert "defines no task" in err
