@@ -82,16 +82,20 @@ class Chromium:
 
     def load(self, path, width, *, height=900, dark=False, medium="screen"):
         """Open a file at a width, light or dark, and wait until it is there; returns what went wrong."""
+        self.visit(path.as_uri(), width, height=height, dark=dark, medium=medium)
+        return self.faults(path)
+
+    def visit(self, url, width, *, height=900, dark=False, medium="screen"):
+        """Open an address at a width, light or dark, and wait until it is there."""
         phone = width < 600
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media=medium, features=[scheme])
         self.events.clear()
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=url)
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
             self.events.append(self._receive())
         self.run("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => r(true))))")
-        return self.faults(path)
 
     def faults(self, path):
         """Errors, warnings, and requests for anything but the page itself, since it was loaded."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bytecap.job.config import FitConfig
     from bytecap.model.from_artifact import load_into, load_model
     from bytecap.pipeline.artifact import Artifact
+    from bytecap.pipeline.choose import Choice, choose
     from bytecap.pipeline.fit import fit, fit_budgets
     from bytecap_lab.compare import compare
     from bytecap_lab.layer_tying import tie
@@ -51,6 +52,7 @@ __all__ = [
     "BytecapError",
     "BytecapWarning",
     "CheckpointError",
+    "Choice",
     "CodeError",
     "CorruptError",
     "FitConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "VersionError",
     "__version__",
     "byte_returns",
+    "choose",
     "compare",
     "fit",
     "fit_budgets",
@@ -76,8 +79,10 @@ __all__ = [
 
 _LAZY = {  # what needs more than numpy, and the module that has it
     "Artifact": "bytecap.pipeline.artifact",
+    "Choice": "bytecap.pipeline.choose",
     "FitConfig": "bytecap.job.config",
     "byte_returns": "bytecap_lab.rd_curves",
+    "choose": "bytecap.pipeline.choose",
     "compare": "bytecap_lab.compare",
     "fit": "bytecap.pipeline.fit",
     "fit_budgets": "bytecap.pipeline.fit",

@@ -16,10 +16,12 @@ import typer
 
 from bytecap.cli.card import card
 from bytecap.cli.check import check
+from bytecap.cli.choose import choose
 from bytecap.cli.compare import compare
 from bytecap.cli.curves import curves
 from bytecap.cli.demo import demo
 from bytecap.cli.eval import evaluate
+from bytecap.cli.export import app as export_app
 from bytecap.cli.fit import fit
 from bytecap.cli.generate import generate
 from bytecap.cli.gguf import imatrix, recode
@@ -40,24 +42,13 @@ app = typer.Typer(
     help="Put a trained language model into ONE file under a hard byte cap.",
 )  # fmt: skip
 for _command in (
-    fit,
-    inspect,
-    compare,
-    curves,
-    tie,
-    thesis,
-    ledger,
-    check,
-    card,
-    unpack,
-    generate,
-    demo,
-    recode,
+    fit, inspect, compare, choose, curves, tie, thesis, ledger, check, card, unpack, generate, demo, recode,
     imatrix,
-):
+):  # fmt: skip
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(golf_app, name="golf")
+app.add_typer(export_app, name="export")
 
 
 def _version(wanted: bool) -> None:

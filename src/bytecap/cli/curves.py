@@ -27,7 +27,8 @@ def curves(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     base: Annotated[str, typer.Option(help="grid or golf.")] = "grid",
     paths: Annotated[
-        list[str] | None, typer.Option("--paths", help="Paths, by comma or repeated.", show_default="all")
+        list[str] | None,
+        typer.Option("--paths", help="Paths, by comma or repeated, or `all`.", show_default="all, recodings briefly"),
     ] = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
@@ -37,6 +38,9 @@ def curves(
     eval_tokens: EvaluationTokens = 8_192,
     points: Annotated[int, typer.Option(help="Single-unit points to measure.", min=1)] = 64,
     point_tokens: Annotated[int, typer.Option(help="Most tokens each of them is measured on.", min=1)] = 4_096,
+    units: Annotated[
+        int | None, typer.Option(help="Most matrices of a role that paths act on.", min=1, show_default="all")
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Directory of measured points.", show_default="DIR/store")] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Page to write.", show_default="DIR/curves.html")
@@ -51,7 +55,7 @@ def curves(
     found = byte_returns(
         model, budget, output, base=base, paths=names(paths), calibration=calibration, evaluation=evaluation,
         device=device, seed=seed, tokens=tokens, evaluation_tokens=eval_tokens,
-        points=points, point_tokens=point_tokens, store=store, report=report,
+        points=points, point_tokens=point_tokens, units=units, store=store, report=report,
         reporter=progress(as_json),
     )  # fmt: skip
     show(found, as_json, print_curves)

@@ -44,6 +44,9 @@ def thesis(
     eval_tokens: EvaluationTokens = 8_192,
     seeds: Annotated[int, typer.Option(help="Calibration seeds of rankings, from 0.", min=1)] = 3,
     rungs: Annotated[int, typer.Option(help="Most settings that a path is tried with on a matrix.", min=2)] = 4,
+    units: Annotated[
+        int | None, typer.Option(help="Most matrices of a role that arms act on.", min=1, show_default="all")
+    ] = None,
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Models and bases at a time.", min=1)] = 1,
     store: Annotated[
@@ -75,7 +78,7 @@ def thesis(
         found = tests.thesis(
             models or [], output if output is not None else Path("thesis"), only=names(only),
             bases=names([bases]) or (), budget=budget, calibration=calibration, evaluation=evaluation, tokens=tokens,
-            evaluation_tokens=eval_tokens, seeds=seeds, rungs=rungs, device=device, jobs=jobs, store=store,
+            evaluation_tokens=eval_tokens, seeds=seeds, rungs=rungs, units=units, device=device, jobs=jobs, store=store,
             report=report, command=command_line(), reporter=reporter,
         )  # fmt: skip
     show(found, as_json, print_thesis)

@@ -36,17 +36,17 @@ _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
 Content = bytes | Callable[[BinaryIO], None]
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: Path, ours: Sequence[str] = ("config.json",)) -> None:
     """Refuse a place where a directory cannot be put, or must not take another one's place.
 
-    A directory may be replaced if it is empty or holds a model (`config.json`).
+    A directory may be replaced if it is empty or holds all the files `ours`, by default those of a model.
 
     Raises:
         OutputError: there is a file, a directory of something else, or no writable directory around it.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"cannot write {path}: there is a file; give the name of a directory")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+    if path.is_dir() and any(path.iterdir()) and not all((path / n).is_file() for n in ours):
         raise OutputError(f"cannot write {path}: the directory holds other files; give a new or empty one")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"cannot write {path}: the directory {path.parent} does not exist")
@@ -55,7 +55,7 @@ def check_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
+def replacing_directory(path: Path, ours: Sequence[str] = ("config.json",)) -> Iterator[Path]:
     """A directory that takes the place of `path` when the block ends without an error.
 
     Files are written beside it, synced, and the directory is renamed; an old one is moved away first and removed last,
@@ -64,7 +64,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: see `check_directory`; or the disk is full; the old directory stays intact.
     """
-    check_directory(path)
+    check_directory(path, ours)
     target = path.absolute()
     made = None
     try:

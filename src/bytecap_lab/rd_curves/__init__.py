@@ -1,18 +1,16 @@
 """Measure byte-return curves: the gain of the next byte on each overlay at one budget's operating point.
 
 Every path starts from the same base (`bytecap_lab.rd_curves.base`), promises bytes and nats for every unit
-(`curves.trial`), is given amounts of bytes to spend over the whole model (`curves.choose`), and is measured on real
-sections that were decoded again (`curves.points`). Finer steps of whole tensors are the yardstick.
+(`rd_curves.trial`), is given amounts of bytes to spend over the whole model (`rd_curves.plans`), and is measured on
+real sections that were decoded again (`rd_curves.points`). Finer steps of whole tensors are the yardstick.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecap.allocation.correction import role_name
 from bytecap.job import Job
 from bytecap.model.evaluation import ByWindow
 from bytecap.model.texts import Window, leading
@@ -20,22 +18,21 @@ from bytecap.progress import Reporter, reporter_for
 from bytecap.system.atomic import make_directory
 from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_pages
-from bytecap_lab.rd_curves.choose import bundled, hull, members, most, spend
+from bytecap_lab.rd_curves.choose import hull
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
+from bytecap_lab.rd_curves.paths import recodings
+from bytecap_lab.rd_curves.plans import BRIEF, FULL, Effort, OverlayCandidates, Plan, plans, sample, tried_units
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
-from bytecap_lab.rd_curves.report import agreement, base_figures, ninety, point, verdict, yardstick
-from bytecap_lab.rd_curves.trial import STEP, OverlayCandidate, candidates, known
+from bytecap_lab.rd_curves.report import agreement, base_figures, lead, ninety, point, verdict, yardstick
+from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate, candidates, known
 
 if TYPE_CHECKING:
     from bytecap.model.checkpoint import Model
     from bytecap.model.sources import Paths
 
 SCHEMA = 1
-AMOUNTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-TOP = 0.1  # most bytes a path is given, as a share of the base
 TOKENS, EVALUATION_TOKENS, POINT_TOKENS, POINTS = 32_768, 8_192, 4_096, 64
-
-OverlayCandidates = dict[str, dict[str, list[OverlayCandidate]]]
+ALL = "all"
 
 
 def byte_returns(
@@ -53,6 +50,7 @@ def byte_returns(
     evaluation_tokens: int = EVALUATION_TOKENS,
     point_tokens: int = POINT_TOKENS,
     points: int = POINTS,
+    units: int | None = None,
     window: int = 512,
     store: Path | str | None = None,
     report: Path | str | None = None,
@@ -66,7 +64,8 @@ def byte_returns(
         budget: bytes, or text such as `3MB` or `3.5bpp` (bits per parameter).
         output: directory for `curves.json` and `curves.html`, or None.
         base: `grid` (the default method's plan) or `golf`.
-        paths: their names; all by default. `step`, the yardstick, is always measured.
+        paths: their names, or `all`. `step`, the yardstick, is always measured. By default all, with few settings and
+            points of those that recode units.
         calibration: text files for statistics and single-unit points; the embedded text if None.
         evaluation: text files for whole-model points; the embedded text if None.
         device: `auto`, `cpu` or `cuda`.
@@ -75,6 +74,7 @@ def byte_returns(
         evaluation_tokens: most tokens of whole-model points.
         point_tokens: most tokens of single-unit points.
         points: single-unit points to measure.
+        units: matrices of a role that paths act on, evenly spread over the blocks; all by default.
         window: predicted tokens in one.
         store: directory of measured points; `output`/store by default.
         report: page to write; `output`/curves.html by default.
@@ -90,14 +90,16 @@ def byte_returns(
     read = {"a calibration text": calibration, "an evaluation text": evaluation}
     refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **read})
     check_budget(budget)
-    base, names, target = check_base(base), known(paths), choose_device(device)
+    names = known(None if paths is None or ALL in paths else paths)
+    base, effort, target = check_base(base), BRIEF if paths is None else FULL, choose_device(device)
     directory = make_directory(output) if output is not None else None
     amounts: dict[str, Any] = {"tokens": tokens, "evaluation_tokens": evaluation_tokens, "window": window}
     reporter = reporter_for(reporter, progress)
     job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
     cache = Store(store if store is not None else directory and directory / "store")
     with blamed(cache.directory):
-        return _written(_measured(job, base, names, point_tokens, points, cache), directory, report, reporter)
+        found = _measured(job, base, names, effort, units, leading(job.sets.correction, point_tokens), points, cache)
+        return _written(found, directory, report, reporter)
 
 
 def _path_of(model: Model | Path | str) -> Path | str | None:
@@ -125,11 +127,12 @@ def _job(
 
 
 def _measured(
-    job: Job, base: str, names: Sequence[str], point_tokens: int, points: int, cache: Store
-) -> dict[str, Any]:
+    job: Job, base: str, names: Sequence[str], effort: Effort, units: int | None, held: Sequence[Window], points: int,
+    cache: Store,
+) -> dict[str, Any]:  # fmt: skip
     """Return the figures of all paths at the operating point of a job."""
     operating_point = build(job, base, cache)
-    found = _curves(operating_point, names, leading(job.sets.correction, point_tokens), points, cache)
+    found = _curves(operating_point, names, effort, tried_units(operating_point, units), held, points, cache)
     found = {"schema": SCHEMA, "model": job.model.name, "budget_bytes": job.budget, "seed": job.seed, **found}
     found["base"] = {"name": base, "bytes": operating_point.bytes, "hash": operating_point.key, **found["base"]}
     return found
@@ -149,79 +152,67 @@ def _written(
 
 
 def _curves(
-    operating_point: OperatingPoint, names: Sequence[str], held: Sequence[Window], points: int, store: Store
-) -> dict[str, Any]:
+    operating_point: OperatingPoint, names: Sequence[str], effort: Effort, units: Sequence[str],
+    held: Sequence[Window], points: int, store: Store,
+) -> dict[str, Any]:  # fmt: skip
     """Return everything measured, as plain dictionaries."""
     reporter, seed = operating_point.job.reporter, operating_point.job.seed
     texts = [w for t in operating_point.job.sets.evaluation for w in t.windows]
-    promised: OverlayCandidates = {}
-    with reporter.step("predicted curves", len(names) * len(operating_point.base.problems)) as advance:
-        for name in names:
-            promised[name] = candidates(operating_point, name, store, advance)
-    skipped = {n: sum(not o for o in promised[n].values()) for n in names}
-    for name, count in skipped.items():
-        if count:
-            reporter.note(f"overlay {name} cannot apply to {count} of {len(operating_point.base.problems)} matrices")
-    plans = {n: _plans(operating_point, bundled(promised[n])) for n in names}
-    flat = [(n, p) for n in names for p in plans[n]]
+    refused = {n: _refusal(operating_point, n) for n in names}
+    promised = _promised(operating_point, refused, effort, units, store)
+    flat = [(n, p) for n in names for p in plans(operating_point, promised, n, effort)]
     on_texts, on_held = at_base(operating_point, texts, store), at_base(operating_point, held, store)
     with reporter.step("whole model", max(1, len(flat))) as advance:
-        measured = measure(operating_point, [_pick(n, list(p.values())) for n, p in flat], texts, store, advance)
-    whole: dict[str, list[tuple[dict[str, OverlayCandidate], Measured]]] = {n: [] for n in names}
+        measured = measure(operating_point, [_pick(p.values()) for _, p in flat], texts, store, advance)
+    whole: dict[str, list[tuple[Plan, Measured]]] = {n: [] for n in names}
     for (n, p), m in zip(flat, measured, strict=True):
         whole[n].append((p, m))
-    sample = _sample(promised, points, seed)
-    with reporter.step("single units", max(1, len(sample))) as advance:
-        singles = measure(operating_point, [_pick(o.path, [o]) for o in sample], held, store, advance)
-    steps = [m for _, m in whole[STEP]]
+    drawn = sample(promised, points, seed)
+    with reporter.step("single units", max(1, len(drawn))) as advance:
+        singles = measure(operating_point, [_pick([o]) for o in drawn], held, store, advance)
+    steps = [m for n in (STEP, COARSER) for _, m in whole.get(n, ())]
     return {
         "base": base_figures(on_texts) | {"kl_held_out": base_figures(on_held)["kl_nats"]},
-        "lambda": yardstick(steps, on_texts),
+        "lambda": yardstick([m for _, m in whole[STEP]], on_texts),
+        "units_tried": list(units),
         "paths": {
-            n: _path(n, operating_point, promised[n], whole[n], steps, on_texts, skipped[n])
-            | _singles(n, sample, singles, on_held, len(operating_point.base.problems), seed)
+            n: _path(n, operating_point, promised[n], whole[n], steps, on_texts)
+            | ({"reason": refused[n]} if refused[n] else {})
+            | _singles(n, drawn, singles, on_held, len(operating_point.base.problems), seed)
             for n in names
         },
-        "agreement": agreement(sample, singles, on_held, seed),
+        "agreement": agreement(drawn, singles, on_held, seed),
         "held_out_tokens": int(on_held.tokens.sum()),
     }  # fmt: skip
 
 
-def _plans(
-    operating_point: OperatingPoint, promised: Mapping[str, Sequence[OverlayCandidate]]
-) -> list[dict[str, OverlayCandidate]]:
-    """Choose units at each amount of bytes, up to a share of the base or to all that the path can use."""
-    top = min(TOP * operating_point.bytes, most(promised))
-    plans = [members(spend(promised, a * top)) for a in AMOUNTS]
-    return [p for p in plans if p]
+def _refusal(operating_point: OperatingPoint, path: str) -> str:
+    """Return why a path cannot act on the base, empty if it can."""
+    return recodings()[path].refusal(operating_point.base) if path in recodings() else ""
 
 
-def _pick(path: str, chosen: Sequence[OverlayCandidate]) -> Pick:
-    return Pick({o.unit: (path, o.index) for o in chosen})
+def _promised(
+    operating_point: OperatingPoint, refused: Mapping[str, str], effort: Effort, units: Sequence[str], store: Store
+) -> OverlayCandidates:
+    """Predict every path on every unit, and say where one cannot apply."""
+    reporter, found = operating_point.job.reporter, OverlayCandidates()
+    with reporter.step("predicted curves", len(refused) * len(units)) as advance:
+        for name, reason in refused.items():
+            most_settings = effort.most_settings if name in recodings() else None
+            tried = [] if reason else units
+            found[name] = candidates(operating_point, name, store, advance, tried, most_settings)
+            found[name] |= {n: [] for n in units if reason}
+    for name, reason in refused.items():
+        skipped = sum(not o for o in found[name].values())
+        if reason:
+            reporter.note(f"path {name} cannot act on this base: {reason}")
+        elif skipped:
+            reporter.note(f"overlay {name} cannot apply to {skipped} of {len(units)} matrices")
+    return found
 
 
-def _sample(promised: OverlayCandidates, points: int, seed: int) -> list[OverlayCandidate]:
-    """Draw candidates to measure unit by unit, equally many for every path and role if there are enough.
-
-    Offers on their unit's hull come first: no other one would ever be taken, and most others are so small that what
-    they recover is lost in the noise.
-    """
-    rng = random.Random(f"sample {seed}")  # noqa: S311
-    cells: dict[tuple[str, str], list[tuple[bool, OverlayCandidate]]] = {}
-    for name, units in promised.items():
-        for unit, mine in units.items():
-            corners = hull(mine)
-            for o in mine:
-                cells.setdefault((role_name(unit), name), []).append((o in corners, o))
-    for cell in cells.values():
-        rng.shuffle(cell)
-        cell.sort(key=lambda x: x[0])  # taken from the end
-    taken: list[OverlayCandidate] = []
-    order = sorted(cells)
-    while len(taken) < points and any(cells.values()):
-        rng.shuffle(order)
-        taken += [cells[key].pop()[1] for key in order if cells[key]]
-    return taken[: max(points, len(cells))]
+def _pick(chosen: Iterable[OverlayCandidate]) -> Pick:
+    return Pick({o.unit: (o.path, o.index) for o in chosen})
 
 
 def _path(
@@ -231,13 +222,17 @@ def _path(
     whole: Sequence[tuple[Mapping[str, OverlayCandidate], Measured]],
     steps: Sequence[Measured],
     base: ByWindow,
-    skipped: int,
 ) -> dict[str, Any]:
     """Return a path's whole-model points, its verdict, and its predicted curve on every unit's hull."""
     count = len(operating_point.base.problems)
-    points = [point(m, base, sum(o.gain for o in p.values()), count) for p, m in whole]
+    points = [
+        point(m, base, sum(o.gain for o in p.values()), count)
+        | dict(zip(("lead_nats", "lead_stderr"), lead(m, steps, base), strict=True))
+        for p, m in whole
+    ]
     return {
-        **verdict(path, [m for _, m in whole], steps, base), "skipped_units": skipped,
+        **verdict(path, [m for _, m in whole], steps, base), "kind": _kind(path),
+        "skipped_units": sum(not o for o in promised.values()),
         "ninety_percent_bytes": ninety(points), "whole": points,
         "units": [
             {
@@ -250,6 +245,11 @@ def _path(
             for n, mine in promised.items() if mine for corner in [hull(mine)]
         ],
     }  # fmt: skip
+
+
+def _kind(path: str) -> str:
+    """Return `step`, `recoding` or `overlay`."""
+    return "step" if path in (STEP, COARSER) else "recoding" if path in recodings() else "overlay"
 
 
 def _singles(

@@ -79,6 +79,16 @@ class Base(Protocol):
         """Every unit at the operating point."""
         ...
 
+    @property
+    def device(self) -> str:
+        """Where codewords and networks are computed."""
+        ...
+
+    @property
+    def memo(self) -> dict[Any, Any]:
+        """Results that recodings keep, so that none is computed twice: codewords, networks, sections."""
+        ...
+
     def round(self, problems: Sequence[UnitProblem], finer: float) -> list[Rounded]:
         """Code problems at `2^-finer` times their units' steps."""
         ...
@@ -98,6 +108,8 @@ class GridBase:
     kappa: Mapping[str, float]
     problems: Mapping[str, UnitProblem]
     units: Mapping[str, Rounded]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    device: str = "cpu"
 
     @staticmethod
     def of(planner: Planner, rules: Rules, steps: Mapping[str, float], kappa: Mapping[str, float]) -> GridBase:
@@ -110,6 +122,10 @@ class GridBase:
     def shared(self) -> Shared:
         """Its tables and offsets."""
         return self.rules.shared
+
+    def with_states(self, states: int) -> GridBase:
+        """Return the base with a trellis of so many states for what is coded from now on."""
+        return replace(self, planner=replace(self.planner, options=replace(self.planner.options, states=states)))
 
     def round(self, problems: Sequence[UnitProblem], finer: float) -> list[Rounded]:
         """See `Base`; a unit's own problem at its own step is not coded again."""
@@ -164,6 +180,8 @@ class GolfBase:
     units: Mapping[str, Rounded]
     factors: Mapping[str, Factor]
     shared: Shared = field(default_factory=Shared)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    device: str = "cpu"
 
     @staticmethod
     def of(

@@ -4,6 +4,9 @@ Every unit's candidates are reduced to their upper hull; hull segments of all un
 slopes until the bytes are spent. A segment that does not fit ends its unit, so that no unit jumps over one.
 
 Offers of one list for all matrices of a stream (`channels`) are summed before: the stream takes the place of a unit.
+
+Recodings may give bytes back, and most lose at any size, so they are not given an amount of bytes but a share of the
+matrices: those that lose least of what finer steps would make of the bytes (`recode`).
 """
 
 from __future__ import annotations
@@ -114,3 +117,51 @@ def spend(candidates: Mapping[str, Sequence[OverlayCandidate]], room: float) -> 
         chosen[name] = o
         room -= size
     return chosen
+
+
+def recode(
+    candidates: Mapping[str, Sequence[OverlayCandidate]], sizes: Mapping[str, int], slope: float, share: float
+) -> dict[str, OverlayCandidate]:
+    """Choose what is recoded: each unit's best setting, of those units that gain most or lose least.
+
+    Units of a scope use one object, the one that serves them best on average.
+
+    Args:
+        candidates: by unit name.
+        sizes: bytes of the units' sections at the base.
+        slope: nats per byte that a finer step buys.
+        share: of the bytes of all sections that have a candidate.
+
+    >>> def at(unit, size, gain, shared=""):
+    ...     return OverlayCandidate("p", unit, 0, "", size, gain, 0, gain, 0, 1.0, -1, shared)
+    >>> units = {"a": [at("a", -10, -0.5), at("a", 0, -2.0)], "b": [at("b", 0, -0.1)], "c": []}
+    >>> [(n, o.bytes) for n, o in recode(units, {"a": 100, "b": 100, "c": 9}, 0.1, 1.0).items()]
+    [('a', -10), ('b', 0)]
+    >>> list(recode(units, {"a": 100, "b": 100, "c": 9}, 0.1, 0.25))
+    ['a']
+    """
+
+    def worth(o: OverlayCandidate) -> float:
+        return o.gain - slope * o.bytes
+
+    best: dict[str, dict[str, OverlayCandidate]] = {}  # of a unit by object, "" where it needs none
+    for name, mine in candidates.items():
+        for o in mine:
+            kept = best.setdefault(name, {})
+            if o.list not in kept or worth(o) > worth(kept[o.list]):
+                kept[o.list] = o
+    objects = {o.list for units in best.values() for o in units.values()}
+    scopes: dict[str, list[tuple[float, str]]] = {}
+    for shared in objects:
+        worths = [worth(units[shared]) for units in best.values() if shared in units]
+        scopes.setdefault(shared.partition(": ")[0], []).append((sum(worths) / len(worths), shared))
+    serving = {max(found)[1] for found in scopes.values()}
+    chosen = {
+        n: max((o for shared, o in units.items() if shared in serving), key=worth)
+        for n, units in best.items() if serving & set(units)
+    }  # fmt: skip
+    room, taken = share * sum(sizes[n] for n in chosen), dict[str, OverlayCandidate]()
+    for name in sorted(chosen, key=lambda n: -worth(chosen[n]) / max(1, sizes[n])):
+        if not taken or sum(sizes[n] for n in taken) + sizes[name] <= room + 1e-6:
+            taken[name] = chosen[name]
+    return taken

@@ -103,7 +103,7 @@ def build(job: Job, base: str, store: Store, most_settings: int = MOST_SETTINGS)
     key, found = job_key(job), calibrate(job, options)
     key = digest(key, base, job.budget, windows_key(job.sets.correction))
     made, rest = (_grid if base == "grid" else _golf)(job, options, found, store, key)
-    made = _with_rankings(job, made)
+    made = replace(_with_rankings(job, made), device=job.device)
     sections = dict(zip(made.units, made.sections(list(made.units.values())), strict=True))
     quantized_copy = copy_of(job.model.module)
     units = {u.name: u for u in job.model.units}

@@ -50,7 +50,7 @@ class Measured:
 
     Attributes:
         growth: bytes by which each chosen unit's section grew.
-        lists: bytes of lists of positions that the units share.
+        lists: bytes of what the units share: lists of positions, codebooks, decoders.
         side: bytes of side information within the growth.
         share: share of all matrices' weights that is protected.
         kl: KL to the original summed over each window's tokens, (windows,) in nats.
@@ -148,6 +148,7 @@ def _entry(
     shapes = {n: operating_point.base.problems[n].unit.matrix_shape for n in real}
     stacks = {n: (shapes[n], r.section.data) for n, r in real.items() if r.section.tag == STACK.tag}
     stored, lists = share_lists(stacks)
+    lists += tuple({i: o for r in real.values() for i, o in r.objects.items()}.values())
     return {
         "growth": {
             n: len(stored.get(n, r.section.data)) - len(operating_point.sections[n].data) for n, r in real.items()

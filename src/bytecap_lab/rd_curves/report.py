@@ -13,7 +13,7 @@ from bytecap.model.evaluation import ByWindow
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap_lab.rd_curves.points import Measured
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
-from bytecap_lab.rd_curves.trial import STEP, OverlayCandidate
+from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate
 
 FloatArray = npt.NDArray[np.float64]
 _SURE = 2.0  # standard errors
@@ -65,16 +65,24 @@ def yardstick(steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
 
 
 def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
-    """KL per window that finer steps recover for as many bytes: (windows,), linear between measured points."""
-    known = [(0.0, np.zeros(len(base.kl)))]
-    known += sorted(((float(m.bytes), base.kl - m.kl) for m in steps), key=lambda k: k[0])
-    known = [k for i, k in enumerate(known) if i == 0 or k[0] > known[i - 1][0]]
+    """KL per window that other steps recover for as many bytes: (windows,), linear between measured points.
+
+    `spent` may be negative if coarser steps were measured.
+    """
+    points = {0.0: np.zeros(len(base.kl))} | {float(m.bytes): base.kl - m.kl for m in steps if m.bytes}
+    known = sorted(points.items(), key=lambda k: k[0])
     if len(known) == 1:
         return known[0][1]
     i = int(np.clip(np.searchsorted([k[0] for k in known], spent), 1, len(known) - 1))
     (low, a), (high, b) = known[i - 1], known[i]
     found: FloatArray = a + (b - a) * ((spent - low) / (high - low))
     return found
+
+
+def lead(measured: Measured, steps: Sequence[Measured], base: ByWindow) -> tuple[float, float]:
+    """Return the nats per token by which a point is ahead of other steps for the same bytes, and their error."""
+    ahead = base.kl - measured.kl - _at(measured.bytes, steps, base)
+    return float(ahead.sum() / base.tokens.sum()), ratio_stderr(ahead, base.tokens)
 
 
 def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
@@ -85,12 +93,11 @@ def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], bas
         finer steps at the same bytes, its paired standard error, and the bytes it was found at: the clearest lead
         if it earns, else the clearest lag.
     """
-    if path == STEP:
+    if path in (STEP, COARSER):
         return {"verdict": "yardstick"}
     found = []
     for m in whole:
-        ahead = base.kl - m.kl - _at(m.bytes, steps, base)
-        gain, error = float(ahead.sum() / base.tokens.sum()), ratio_stderr(ahead, base.tokens)
+        gain, error = lead(m, steps, base)
         found.append((gain / error if error > 0 else math.copysign(_SURE, gain), gain, error, m.bytes))
     if not found:
         return {"verdict": "not applicable"}

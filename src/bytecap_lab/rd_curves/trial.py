@@ -1,12 +1,14 @@
 """Try a path on a unit at an amount: predict its cost and gain, and code the section it becomes.
 
-`step` is not a layer: it is the base itself at a finer step of the whole tensor, and the yardstick of every path.
+Three kinds of path. `step` is the base itself at a finer step of the whole tensor, and the yardstick of every path;
+`coarser` is the same in the other direction, the yardstick of what gives bytes back. Overlays are layers over the base
+(`bytecap.quantization.overlays`), recodings take its place (`bytecap_lab.rd_curves.paths`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,21 @@ from torch import Tensor
 
 from bytecap.format.coders import coder, run
 from bytecap.format.coders.stack import CODER as STACK
+from bytecap.format.wire.shared_objects import LIST_ENTRY
 from bytecap.job import Section
 from bytecap.progress import Advance
 from bytecap.quantization.overlays import Applied, Overlay, UnitProblem, check_names, overlays, thinned
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, Rounded
 from bytecap_lab.rd_curves.operating_point import MOST_SETTINGS, OperatingPoint
+from bytecap_lab.rd_curves.paths import Recoded, coded, recodings, values_of
 
 EXPANSION = (
     0.2  # weight of the expansion in `OverlayCandidate.alone`; the metric's forecast has the rest (LOG.md, 2026-11-22)
 )
-STEP = "step"
+STEP, COARSER = "step", "coarser"
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
+COARSE = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 3.0)  # octaves coarser
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class OverlayCandidate:
         side: bytes of side information within the growth.
         share: share of the unit's weights that is protected.
         stream: number of the stream whose channels it protects, else -1.
-        list: stream, amount and precision, which all units on the stream take together.
+        list: stream, amount and precision, which all units on the stream take together; of a recoding, the scope and
+            the object that its units share.
     """
 
     path: str
@@ -72,37 +78,86 @@ class Real:
         values: float32 (rows, cols), decoded from the section by the reader's coders.
         side: bytes of side information within the section's growth.
         share: share of the unit's weights that is protected.
+        objects: shared objects it refers to, by number.
     """
 
     section: Section
     values: npt.NDArray[np.float32]
     side: int
     share: float
+    objects: Mapping[int, bytes] = field(default_factory=dict)
 
 
 def known(names: Sequence[str] | None) -> list[str]:
-    """Paths of these names in this order, `step` always first; all by default.
+    """Paths of these names in this order, `step` always first and `coarser` before recodings; all by default.
 
     Raises:
         UsageError: unknown; the message suggests the nearest one.
     """
-    every = [STEP, *sorted(overlays())]
-    check_names(names or (), every)
-    return [STEP, *dict.fromkeys(n for n in names if n != STEP)] if names else every
+    every = [*sorted(overlays()), *sorted(recodings())]
+    check_names(names or (), [STEP, COARSER, *every])
+    wanted = list(dict.fromkeys(n for n in names if n not in (STEP, COARSER))) if names else every
+    coarser = COARSER in (names or ()) or any(n in recodings() for n in wanted)
+    return [STEP, *([COARSER] if coarser else []), *wanted]
 
 
 def ladder(path: str, base: Base, name: str, most_settings: int = MOST_SETTINGS) -> Sequence[Any]:
-    """Return the settings of a path on a unit, cheapest first; long ladders are thinned evenly, keeping both ends."""
-    if path == STEP:
-        return STEPS
+    """Return the settings of a path on a unit, cheapest first; long ladders are thinned evenly, keeping both ends.
+
+    Those of recodings are short, and whole.
+    """
+    if path in (STEP, COARSER):
+        return STEPS if path == STEP else COARSE
+    if path in recodings():
+        return recodings()[path].settings(base, name)
     return thinned(overlays()[path].settings(base.problems[name], base.units[name].values), most_settings)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A unit under a path, as far as a prediction needs it.
+
+    Attributes:
+        growth: estimated growth of the section, with its part of what units share.
+        values: float32 (rows, cols), as a reader gives them.
+        side, share: see `Real`.
+    """
+
+    growth: float
+    values: Tensor
+    side: int
+    share: float
+
+
+def attempt(operating_point: OperatingPoint, path: str, wanted: Mapping[str, tuple[int, Any]]) -> dict[str, Tried]:
+    """Code units by a path, each at (index, setting)."""
+    base = operating_point.base
+    if path in recodings():
+        recoded = coded(base, path, wanted)
+        values = values_of(base, recoded)
+        return {n: _recoded(operating_point, n, r, values[n]) for n, r in recoded.items()}
+    found = {}
+    for name, (rounded, applied) in _try(base, path, {n: s for n, (_, s) in wanted.items()}).items():
+        growth = rounded.estimate - base.units[name].estimate
+        found[name] = Tried(growth, rounded.values, 0, 1.0)
+        if applied is not None:
+            growth += STACK.growth(rounded.estimate, applied.data)
+            found[name] = Tried(growth, applied.values, applied.side, applied.share)
+    return found
+
+
+def _recoded(operating_point: OperatingPoint, name: str, recoded: Recoded, values: Tensor) -> Tried:
+    """Return what a prediction needs of a recoded unit."""
+    common = sum(len(o) + LIST_ENTRY for o in recoded.objects.values()) / recoded.users
+    growth = len(recoded.section.data) - len(operating_point.sections[name].data) + common
+    return Tried(growth, values, recoded.side, recoded.share)
 
 
 def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Rounded, Applied | None]]:
     """Base coding and layer of units at one setting each."""
-    if path == STEP:
-        (finer,) = set(wanted.values())
-        found = base.round([base.problems[n] for n in wanted], finer)
+    if path in (STEP, COARSER):
+        (octaves,) = set(wanted.values())
+        found = base.round([base.problems[n] for n in wanted], octaves if path == STEP else -octaves)
         return {n: (r, None) for n, r in zip(wanted, found, strict=True)}
     method: Overlay = overlays()[path]
     below = base.round([method.before(base.problems[n], s) for n, s in wanted.items()], 0.0)
@@ -113,18 +168,25 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
 
 
 def candidates(
-    operating_point: OperatingPoint, path: str, store: Store, advance: Advance
+    operating_point: OperatingPoint,
+    path: str,
+    store: Store,
+    advance: Advance,
+    units: Sequence[str] | None = None,
+    most_settings: int | None = None,
 ) -> dict[str, list[OverlayCandidate]]:
-    """Predict one overlay on every unit; returns candidates by unit name, none where it cannot apply.
+    """Predict one path on every unit; returns candidates by unit name, none where it cannot apply.
 
     Args:
         operating_point: where the paths start.
         path: its id.
         store: looked into first.
         advance: called with the number of units done.
+        units: to be tried; all by default.
+        most_settings: of a unit, evenly spread over its ladder; all by default.
     """
-    base = operating_point.base
-    keys = {n: digest(operating_point.key, "offers", path, n) for n in base.problems}
+    names = list(operating_point.base.problems) if units is None else list(units)
+    keys = {n: digest(operating_point.key, "offers", path, n, most_settings or 0) for n in names}
     found: dict[str, list[OverlayCandidate]] = {}
     missing = []
     for name, key in keys.items():
@@ -134,71 +196,51 @@ def candidates(
         else:
             found[name] = [OverlayCandidate(**o) for o in kept]
             advance(1)
-    found |= _promises(operating_point, path, missing, advance)
+    found |= _promises(operating_point, path, missing, advance, most_settings)
     for name in missing:
         store.put(keys[name], [asdict(o) for o in found[name]])
-    return {n: found[n] for n in base.problems}
+    return {n: found[n] for n in names}
 
 
 def _promises(
-    operating_point: OperatingPoint, path: str, names: Sequence[str], advance: Advance
+    operating_point: OperatingPoint, path: str, names: Sequence[str], advance: Advance, most_settings: int | None
 ) -> dict[str, list[OverlayCandidate]]:
     """Offers of units, one amount after the other: equally shaped units are coded together."""
     base = operating_point.base
-    most_settings = {n: ladder(path, base, n, operating_point.most_settings) for n in names}
+    ladders = {n: list(enumerate(ladder(path, base, n, operating_point.most_settings))) for n in names}
+    tried = {n: thinned(r, most_settings) if most_settings else r for n, r in ladders.items()}
     found: dict[str, list[OverlayCandidate]] = {n: [] for n in names}
-    longest = max((len(r) for r in most_settings.values()), default=0)
-    for index in range(longest):
-        wanted = {n: r[index] for n, r in most_settings.items() if index < len(r)}
-        for name, (rounded, applied) in _try(base, path, wanted).items():
-            found[name].append(_candidate(operating_point, path, name, index, wanted[name], rounded, applied))
+    longest = max((len(r) for r in tried.values()), default=0)
+    for at in range(longest):
+        wanted = {n: r[at] for n, r in tried.items() if at < len(r)}
+        for name, unit in attempt(operating_point, path, wanted).items():
+            index, setting = wanted[name]
+            found[name].append(_candidate(operating_point, path, name, index, setting, unit))
         advance(len(names) / longest)
     return found
 
 
 def _candidate(
-    operating_point: OperatingPoint,
-    path: str,
-    name: str,
-    index: int,
-    setting: Any,
-    rounded: Rounded,
-    applied: Applied | None,
+    operating_point: OperatingPoint, path: str, name: str, index: int, setting: Any, tried: Tried
 ) -> OverlayCandidate:
-    base = operating_point.base
-    growth = rounded.estimate - base.units[name].estimate
-    values, side, share = rounded.values, 0, 1.0
-    if applied is not None:
-        growth += STACK.growth(rounded.estimate, applied.data)
-        values, side, share = applied.values, applied.side, applied.share
+    base, values = operating_point.base, tried.values
     problem, before, kappa = base.problems[name], base.units[name].values, base.kappa.get(name, 1.0)
     gain = kappa * (problem.distortion(before) - problem.distortion(values))
     slope, curved = recovered(
         problem, before, values, operating_point.slopes.gradients[name], operating_point.slopes.factors[name]
     )
+    alone = EXPANSION * (slope - curved) + (1 - EXPANSION) * gain
     stream = getattr(setting, "stream", -1)
-    listed = f"{stream} {setting.count} {setting.bits}" if stream >= 0 else ""
-    return OverlayCandidate(
-        path,
-        name,
-        index,
-        _words(path, setting),
-        float(growth),
-        gain,
-        slope,
-        EXPANSION * (slope - curved) + (1 - EXPANSION) * gain,
-        side,
-        float(share),
-        stream,
-        listed,
-    )
+    listed = f"{stream} {setting.count} {setting.bits}" if stream >= 0 else getattr(setting, "shared", "")
+    return OverlayCandidate(path, name, index, _words(path, setting), float(tried.growth), gain, slope, alone,
+                            tried.side, float(tried.share), stream, listed)  # fmt: skip
 
 
 def promise(operating_point: OperatingPoint, path: str, name: str, index: int) -> OverlayCandidate:
     """Predict one unit at one setting of a path, by its index in the ladder; nothing is cached."""
     setting = ladder(path, operating_point.base, name, operating_point.most_settings)[index]
-    rounded, applied = _try(operating_point.base, path, {name: setting})[name]
-    return _candidate(operating_point, path, name, index, setting, rounded, applied)
+    tried = attempt(operating_point, path, {name: (index, setting)})[name]
+    return _candidate(operating_point, path, name, index, setting, tried)
 
 
 def recovered(problem: UnitProblem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
@@ -219,7 +261,9 @@ def recovered(problem: UnitProblem, before: Tensor, after: Tensor, slope: Tensor
 
 
 def _words(path: str, setting: Any) -> str:
-    return f"{setting:g} octaves finer" if path == STEP else str(setting)
+    if path in (STEP, COARSER):
+        return f"{setting:g} octaves {'finer' if path == STEP else 'coarser'}"
+    return f"{setting} states" if isinstance(setting, int) else str(setting)
 
 
 def realise(operating_point: OperatingPoint, path: str, chosen: Mapping[str, int]) -> dict[str, Real]:
@@ -231,6 +275,11 @@ def realise(operating_point: OperatingPoint, path: str, chosen: Mapping[str, int
         chosen: index of the setting by unit name.
     """
     base = operating_point.base
+    if path in recodings():
+        wanted = {n: (i, ladder(path, base, n)[i]) for n, i in chosen.items()}
+        recoded = {n: coded(base, path, {n: w})[n] for n, w in wanted.items()}
+        arrays = {n: v.numpy() for n, v in values_of(base, recoded).items()}
+        return {n: Real(r.section, arrays[n], r.side, r.share, r.objects) for n, r in recoded.items()}
     tried: dict[str, tuple[Rounded, Applied | None]] = {}
     for index in sorted(set(chosen.values())):
         mine = {n: ladder(path, base, n, operating_point.most_settings)[index] for n, i in chosen.items() if i == index}

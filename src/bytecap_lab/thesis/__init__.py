@@ -42,6 +42,7 @@ def thesis(
     window: int = 512,
     seeds: int = SEEDS,
     rungs: int = MOST_SETTINGS,
+    units: int | None = None,
     device: str = "auto",
     jobs: int = 1,
     store: Path | str | None = None,
@@ -65,6 +66,7 @@ def thesis(
         window: predicted tokens in a window.
         seeds: calibration seeds that rankings are made with.
         rungs: most settings that an overlay is tried with on a unit.
+        units: matrices of a role that all arms act on, evenly spread over the blocks; all by default.
         device: `auto`, `cpu` or `cuda`.
         jobs: processes.
         store: directory of statistics and points; `output`/store by default.
@@ -84,7 +86,7 @@ def thesis(
     study = Study.of("thesis", models, output, report=report, store=store, calibration=calibration,
                      evaluation=evaluation, reporter=reporter)  # fmt: skip
     setting = BenchSetting(study.calibration, study.evaluation, budget, tokens, evaluation_tokens, window, seeds, rungs,
-                           choose_device(device))  # fmt: skip
+                           choose_device(device), units)  # fmt: skip
     records = measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
     directory = study.directory()
     return _write(records, only, directory, report, reporter, [file_of(directory)])

@@ -20,13 +20,15 @@ from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets, Window
 from bytecap.progress import Reporter
+from bytecap.quantization.overlays import overlays
 from bytecap.sizes import parse_budget
 from bytecap.system.cache import Store
 from bytecap_lab.compare.pairs import clusters
 from bytecap_lab.rd_curves.choose import spend
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, make_job
+from bytecap_lab.rd_curves.plans import tried_units
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
-from bytecap_lab.rd_curves.trial import STEP, STEPS, OverlayCandidate, candidates, known, ladder
+from bytecap_lab.rd_curves.trial import STEP, STEPS, OverlayCandidate, candidates, ladder
 from bytecap_lab.thesis.amounts import AMOUNTS, GLOBAL
 
 STRUCTURED = ("columns", "rows", "channels")
@@ -49,6 +51,7 @@ class BenchSetting:
         seeds: calibration seeds that rankings are made with.
         rungs: most settings that an overlay is tried with on a unit.
         device: `cpu` or `cuda`.
+        units: matrices of a role that all arms act on, see `bytecap_lab.rd_curves.plans`; None for all.
     """
 
     calibration: tuple[str, ...]
@@ -60,6 +63,7 @@ class BenchSetting:
     seeds: int
     rungs: int
     device: str
+    units: int | None = None
 
 
 class Bench:
@@ -97,6 +101,16 @@ class Bench:
         return build(job, self.base, self.store, self.setting.rungs)
 
     @cached_property
+    def units(self) -> list[str]:
+        """Names of the matrices that arms act on; all others stay at the base."""
+        return tried_units(self.operating_point, self.setting.units)
+
+    @cached_property
+    def acted_bytes(self) -> int:
+        """Bytes of their sections at the base, of which amounts are shares."""
+        return sum(len(self.operating_point.sections[n].data) for n in self.units)
+
+    @cached_property
     def windows(self) -> list[Window]:
         """All evaluation windows."""
         return [w for t in self.operating_point.job.sets.evaluation for w in t.windows]
@@ -125,13 +139,11 @@ class Bench:
     @cached_property
     def candidates(self) -> dict[str, dict[str, list[OverlayCandidate]]]:
         """Promises by path and unit."""
-        names = known(None)
+        names = [STEP, *sorted(overlays())]
         found = {}
-        with self.reporter.step(
-            f"promises on {self.base}", len(names) * len(self.operating_point.base.problems)
-        ) as advance:
+        with self.reporter.step(f"promises on {self.base}", len(names) * len(self.units)) as advance:
             for name in names:
-                found[name] = candidates(self.operating_point, name, self.store, advance)
+                found[name] = candidates(self.operating_point, name, self.store, advance, self.units)
         return found
 
     @property
@@ -141,7 +153,7 @@ class Bench:
 
     def choose(self, paths: Sequence[str], room: float) -> dict[str, OverlayCandidate]:
         """Choose what these paths together buy for so many bytes, unit by unit, by falling promise."""
-        merged = {n: [o for p in paths for o in self.candidates[p][n]] for n in self.operating_point.base.problems}
+        merged = {n: [o for p in paths for o in self.candidates[p][n]] for n in self.units}
         return spend(merged, room)
 
     def measure(self, picks: Sequence[Pick], name: str) -> list[Measured]:
@@ -157,7 +169,7 @@ class Bench:
             chosen: list[Chosen] = []
             picks = [self.everywhere(octave) for octave in GLOBAL]
         else:
-            plans = [self.choose(everything[name], a * self.operating_point.bytes) for a in AMOUNTS]
+            plans = [self.choose(everything[name], a * self.acted_bytes) for a in AMOUNTS]
             chosen = [p for i, p in enumerate(plans) if p and p not in plans[:i]]
             picks = [pick(c) for c in chosen]
         found = self.measure(picks, name)
@@ -170,7 +182,7 @@ class Bench:
 
     def everywhere(self, octave: float) -> Pick:
         """Every matrix at the same fraction of an octave finer."""
-        return Pick(dict.fromkeys(self.operating_point.base.problems, (STEP, STEPS.index(octave))))
+        return Pick(dict.fromkeys(self.units, (STEP, STEPS.index(octave))))
 
     def recovered(self, measured: Measured) -> list[float]:
         """KL taken away, summed over each cluster's tokens."""

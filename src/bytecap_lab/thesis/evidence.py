@@ -66,9 +66,14 @@ class Evidence:
         return float(self.line("base")["bytes"])
 
     @property
+    def acted(self) -> float:
+        """Those of the matrices that arms act on; the same where they act on all."""
+        return float(self.line("base").get("acted_bytes", self.bytes))
+
+    @property
     def primary(self) -> float:
         """The primary amount in bytes."""
-        return PRIMARY * self.bytes
+        return PRIMARY * self.acted
 
     def points(self, arm: str) -> Sequence[Record]:
         """An arm's points that cost something, by rising bytes."""

@@ -21,6 +21,8 @@ SENTENCES = {
 def sentence(path: Mapping[str, Any]) -> str:
     """Put the verdict on a path in words."""
     text = SENTENCES[path["verdict"]]
+    if path.get("reason"):
+        text = f"cannot act here: {path['reason']}"
     if path.get("advantage_nats") is not None:
         text += (
             f" ({path['advantage_nats']:+.2e} ± {path['advantage_stderr'] or 0:.1e} nats against finer steps "

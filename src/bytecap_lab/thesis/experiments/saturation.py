@@ -23,7 +23,7 @@ def effects(one: Evidence, others: Sequence[Evidence]) -> dict[str, FloatArray]:
     one.reach("exceptions")
     size, values = one.curve("exceptions")
     best = values.max(0)
-    file = float(one.line("base")["budget_bytes"])
+    file = float(one.line("base")["budget_bytes"]) * one.acted / one.bytes  # what of it the arms act on
     return {"share": saturated(size, values) / file, "recovered": best}
 
 

@@ -14,8 +14,8 @@ ARMS = ("global", "ranked", "exceptions", "structured", "irregular")
 def base(bench: Bench) -> dict[str, Any]:
     """Sizes and KL of the operating point."""
     operating_point, at = bench.operating_point, bench.at_base
-    return {"bytes": operating_point.bytes, "budget_bytes": bench.budget, "units": len(operating_point.base.problems),
-            "parameters": bench.model.parameters, "kl": bench.fold(at.kl)}  # fmt: skip
+    figures = {"bytes": operating_point.bytes, "acted_bytes": bench.acted_bytes, "budget_bytes": bench.budget}
+    return figures | {"units": len(bench.units), "parameters": bench.model.parameters, "kl": bench.fold(at.kl)}
 
 
 def arm(name: str) -> Callable[[Bench], dict[str, Any]]:
@@ -29,7 +29,7 @@ def arm(name: str) -> Callable[[Bench], dict[str, Any]]:
 
 def paths(bench: Bench) -> dict[str, Any]:
     """Every overlay by itself at the primary amount."""
-    plans = {n: bench.choose([n], PRIMARY * bench.operating_point.bytes) for n in bench.exceptions}
+    plans = {n: bench.choose([n], PRIMARY * bench.acted_bytes) for n in bench.exceptions}
     plans = {n: p for n, p in plans.items() if p}
     found = bench.measure([pick(p) for p in plans.values()], "paths")
     return {"paths": {n: {"bytes": m.bytes, "kl": bench.recovered(m)} for n, m in zip(plans, found, strict=True)}}

@@ -28,7 +28,7 @@ _FINER = 1 / 16  # octaves
 def chosen(bench: Bench) -> dict[str, OverlayCandidate]:
     """The exception of every matrix that has one."""
     found: dict[str, OverlayCandidate] = {}
-    for name in bench.operating_point.base.problems:
+    for name in bench.units:
         size = len(bench.operating_point.sections[name].data)
         near = [o for p in bench.exceptions for o in bench.candidates[p][name]
                 if _NEAR[0] * size <= o.bytes <= _NEAR[1] * size]  # fmt: skip
@@ -41,10 +41,10 @@ def singles(bench: Bench) -> dict[str, Any]:
     """Both changes of every matrix, measured alone."""
     picked = chosen(bench)
     step = (STEP, STEPS.index(_FINER))
-    picks = [pick({n: o}) for n, o in picked.items()] + [Pick({n: step}) for n in bench.operating_point.base.problems]
+    picks = [pick({n: o}) for n, o in picked.items()] + [Pick({n: step}) for n in bench.units]
     found = bench.measure(picks, "single units")
     pairs = zip(picked.items(), found, strict=False)
-    finer = zip(bench.operating_point.base.problems, found[len(picked) :], strict=True)
+    finer = zip(bench.units, found[len(picked) :], strict=True)
     return {
         "exceptions": [{"unit": n, "path": o.path, "setting": o.setting, "bytes": m.bytes, "promised_bytes": o.bytes,
                         "promised_nats": o.gain, "kl": bench.recovered(m)} for (n, o), m in pairs],

@@ -29,12 +29,12 @@ Product = Callable[[Array], Array]
 def timing(bench: Bench) -> dict[str, Any]:
     """Seconds of every repetition by format."""
     operating_point = bench.operating_point
-    plan = bench.choose(bench.exceptions, PRIMARY * operating_point.bytes)
+    plan = bench.choose(bench.exceptions, PRIMARY * bench.acted_bytes)
     with_exceptions, uniform = pick(plan).real(operating_point), bench.everywhere(GLOBAL[3]).real(operating_point)
     formats = {
         "global": {n: r.section for n, r in uniform.items()},
         "exceptions": {
-            n: with_exceptions[n].section if n in with_exceptions else s for n, s in operating_point.sections.items()
+            n: with_exceptions[n].section if n in with_exceptions else operating_point.sections[n] for n in bench.units
         },
     }
     settings = {n: (o.path, bench.setting_of(o)) for n, o in plan.items()}
@@ -42,7 +42,7 @@ def timing(bench: Bench) -> dict[str, Any]:
                 for k, mine in formats.items()}  # fmt: skip
     rng = np.random.default_rng(0)
     vectors = [
-        rng.standard_normal(p.weight.shape[1]).astype(np.float32) for p in operating_point.base.problems.values()
+        rng.standard_normal(operating_point.base.problems[n].weight.shape[1]).astype(np.float32) for n in bench.units
     ]
     decode: dict[str, list[float]] = {k: [] for k in formats}
     multiply: dict[str, list[float]] = {k: [] for k in formats}

@@ -1,0 +1,369 @@
+"""Choose the model that is best at a size: several models under one cap, by bits per byte on the same bytes.
+
+Bits per byte do not depend on a tokenizer, so a large model at few bits and a small one at many can be compared. Work
+is saved in three steps. A model whose floor is above a cap is out before any text is read; short fits, on few
+calibration tokens and without a long search, rank the others at every cap; only the best of them are fitted whole, and
+not even those whose original scores worse than a file that is there already.
+
+Every model is scored on the same bytes: the texts are cut into the same pieces before any tokenizer sees them. A model
+without a leading token gives no probability to the first token of a piece; it pays for that token as if all of its
+vocabulary were equally likely, so that each figure is the length of a code for the whole text.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bytecap.errors import BudgetError, BytecapError, TextError, UsageError
+from bytecap.job.config import FitConfig
+from bytecap.model.calibration_text import general
+from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.defaults import WINDOW
+from bytecap.model.inputs import vocabulary_of
+from bytecap.model.sources import Paths, as_paths, encoder, first_token
+from bytecap.model.texts import read_documents
+from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.fit import fit_config
+from bytecap.pipeline.stages import check, open_model
+from bytecap.progress import Reporter, reporter_for, warn
+from bytecap.sizes import format_size, parse_size
+from bytecap.system.cache import Store
+from bytecap.system.collisions import refuse_collisions
+
+EVALUATION_BYTES = 65_536
+SHORT_TOKENS = 8_192
+FINALISTS = 2
+_ALL = 2**40  # evaluation tokens: the pieces are scored whole
+
+
+@dataclass(repr=False)
+class Choice:
+    """The best file at a cap, and how all models did.
+
+    Attributes:
+        report: every figure, as `--json` prints it: `rows` has one entry for each model and budget.
+        best: the file.
+        name: its model, as it was given.
+    """
+
+    report: dict[str, Any]
+    best: Artifact
+    name: str
+
+    def __repr__(self) -> str:
+        return f"Choice({self.name}: {self.best!r})"
+
+
+@dataclass
+class _Entry:
+    """One model on its way through the steps.
+
+    Attributes:
+        given: the model, as it was given.
+        name: for tables.
+        rows: figures by budget in bytes.
+        whole: whole fits by budget in bytes.
+    """
+
+    given: str
+    name: str
+    rows: dict[int, dict[str, Any]]
+    whole: dict[int, Artifact] = field(default_factory=dict)
+
+    def out(self, reason: str, budgets: Iterable[int] | None = None) -> None:
+        """Leave the model out, at some budgets or at all that nothing else has been said about."""
+        for budget in self.rows if budgets is None else budgets:
+            self.rows[budget].setdefault("out", reason)
+
+    def left(self) -> list[int]:
+        """Budgets that the model is still in for."""
+        return [b for b, row in self.rows.items() if "out" not in row]
+
+
+@dataclass(frozen=True)
+class _Toll:
+    """The part of a text that a model gives no probability to: first tokens where there is no leading one.
+
+    Attributes:
+        bytes: of the whole text.
+        unscored: bytes of those tokens.
+        bits: paid for them.
+    """
+
+    bytes: int
+    unscored: int
+    bits: float
+
+
+def choose(
+    models: Sequence[Path | str],
+    budget: int | str,
+    *,
+    evaluation: Paths = None,
+    output: Path | str | None = None,
+    budgets: Sequence[int | str] = (),
+    calibration: Paths = None,
+    tokens: int | None = None,
+    evaluation_bytes: int = EVALUATION_BYTES,
+    short_tokens: int = SHORT_TOKENS,
+    finalists: int = FINALISTS,
+    window: int = WINDOW,
+    method: str = "bytecap",
+    effort: int = 2,
+    device: str = "auto",
+    seed: int = 0,
+    store: Store | Path | str | None = None,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+) -> Choice:
+    """Fit several models under one cap and keep the file with the fewest bits per byte.
+
+    Args:
+        models: Hugging Face directories, hub ids, `.gguf` files or `demo`.
+        budget: cap on the file: bytes, `3MB` or `3MiB`.
+        evaluation: text files to compare on, documents separated by form feed; embedded general text by default.
+        output: file to write the best to.
+        budgets: further caps to compare at, for the curves; nothing is written for them.
+        calibration: as of `fit`; each model's own default by default.
+        tokens: most calibration tokens of whole fits.
+        evaluation_bytes: most bytes to compare on, over all texts.
+        short_tokens: calibration tokens of short fits.
+        finalists: models that are fitted whole at each budget.
+        window: predicted tokens in a window.
+        method: of all fits.
+        effort: of whole fits; short ones have 0.
+        device: `auto`, `cpu` or `cuda`.
+        seed: of every random choice.
+        store: directory of finished steps.
+        progress: show bars.
+        reporter: told about progress in place of the bars.
+
+    Raises:
+        UsageError: no model, a model twice, or an option that cannot be understood.
+        BudgetError: no model fits the cap.
+        BytecapError: of the models that fit, none could be fitted; the first one's reason.
+    """
+    cap, said = parse_size(budget), reporter_for(reporter, progress)
+    caps = sorted({cap, *map(parse_size, budgets)})
+    entries = _entries(models, caps)
+    if min(evaluation_bytes, short_tokens, finalists) < 1:
+        raise UsageError("evaluation_bytes, short_tokens and finalists are at least 1")
+    inputs = {"an evaluation text": as_paths(evaluation), "a calibration text": as_paths(calibration)}
+    refuse_collisions({"-o": output}, {**inputs, **{f"the model {e.given}": e.given for e in entries}})
+    with tempfile.TemporaryDirectory(prefix="bytecap-") as place:
+        texts = _pieces(as_paths(evaluation), evaluation_bytes, Path(place), said)
+        whole = FitConfig(
+            cap, calibration=calibration, evaluation=texts, tokens=tokens, evaluation_tokens=_ALL, window=window,
+            method=method, effort=effort, device=device, seed=seed, store=store or Path(place) / "store", reporter=said,
+        )  # fmt: skip
+        check(whole)
+        short = replace(whole, tokens=short_tokens, effort=0 if method == "bytecap" else effort)
+        for entry in entries:
+            _shortened(entry, short, said)
+        _check_any(entries, cap)
+        _select(entries, caps, finalists)
+        for entry in sorted(entries, key=lambda e: _order(e, cap)):
+            _finished(entry, entries, whole, said)
+    best = _best(entries, cap)
+    if output is not None:
+        best.whole[cap].save(output)
+        said.note(f"wrote {output}: {format_size(len(best.whole[cap].data))} ({best.name})")
+    return Choice(
+        _report(entries, caps, cap, best, whole, [str(p) for p in as_paths(evaluation)]), best.whole[cap], best.given
+    )
+
+
+def _entries(models: Sequence[Path | str], caps: Sequence[int]) -> list[_Entry]:
+    """Return the models with their names."""
+    given = [models] if isinstance(models, str | Path) else list(models)
+    if not given:
+        raise UsageError("give at least one MODEL (demo is the embedded one) to choose from")
+    seen: dict[str, str] = {}
+    for model in map(str, given):
+        place = str(Path(model).resolve()) if Path(model).exists() else model
+        if place in seen:
+            raise UsageError(
+                f"the model {model} is named twice" + (f" (as {seen[place]})" if seen[place] != model else "")
+            )
+        seen[place] = model
+    short = [Path(m).name or str(m) for m in given]
+    names = [s if short.count(s) == 1 else str(m) for s, m in zip(short, given, strict=True)]
+    return [
+        _Entry(str(m), n, {b: {"model": n, "budget_bytes": b} for b in caps}) for m, n in zip(given, names, strict=True)
+    ]
+
+
+def _pieces(paths: Sequence[Path], most: int, place: Path, reporter: Reporter) -> list[Path]:
+    """Write the bytes that every model is scored on: an even part of the front of every document."""
+    if not paths:
+        warn(reporter, "no --eval given: documents of the embedded general text stand in; the best depends on the text")
+    read = [(p.name, read_documents(p)) for p in paths] or [("general.txt", general(held=True))]
+    found = []
+    for number, (name, documents) in enumerate(read):
+        share = min(1.0, most / len(read) / sum(len(d.encode()) for d in documents))
+        cut = [d.encode()[: max(1, int(len(d.encode()) * share))].decode(errors="ignore") for d in documents]
+        if not any(d.strip() for d in cut):
+            raise TextError(f"{most} bytes of {name} hold no text: compare on more")
+        folder = place / str(number)
+        folder.mkdir()
+        (folder / name).write_bytes("\f".join(d for d in cut if d.strip()).encode())
+        found.append(folder / name)
+    return found
+
+
+def _toll(model: Model, path: Path) -> _Toll:
+    """Return what a model leaves unscored of a text."""
+    documents = read_documents(path)
+    whole, first, unscored = sum(len(d.encode()) for d in documents), first_token(model.files), 0
+    for ids, sizes in encoder(model.files)(documents):
+        if not ids[first is not None :]:
+            raise TextError(f"the tokenizer of {model.name} gives no token for a document of {path.name}")
+        unscored += sizes[0]
+    missing = len(documents) if first is None else 0
+    return _Toll(whole, unscored, missing * math.log2(vocabulary_of(model.module) or 1))
+
+
+def _bits(artifact: Artifact, tolls: Sequence[_Toll]) -> dict[str, Any]:
+    """Return bits per byte of a file and its original on the whole of every text, as unweighted means."""
+    file: list[float] = []
+    original: list[float] = []
+    errors: list[float] = []
+    for text, toll in zip(artifact.report["texts"], tolls, strict=True):
+        if text["bytes"] + toll.unscored != toll.bytes:
+            raise TextError(
+                f"{artifact.report['model']}: {text['bytes']} bytes of {text['name']} were scored, not "
+                f"{toll.bytes - toll.unscored}: its figures cannot be compared"
+            )
+        for kind, into in (("artifact", file), ("original", original)):
+            into.append((text[f"nats_{kind}"] * text["tokens"] / math.log(2) + toll.bits) / toll.bytes)
+        errors.append(text["bpb_stderr"] * text["bytes"] / toll.bytes)
+    n = len(file)
+    return {
+        "file_bytes": len(artifact.data), "bpb": sum(file) / n, "bpb_original": sum(original) / n,
+        "bpb_stderr": math.sqrt(sum(e * e for e in errors)) / n, "kl_nats": artifact.report["kl_nats"],
+        "evaluation_bytes": sum(t.bytes for t in tolls), "seconds": artifact.report["seconds"],
+    }  # fmt: skip
+
+
+def _shortened(entry: _Entry, config: FitConfig, reporter: Reporter) -> None:
+    """Read a model, leave it out where its floor is above the cap, and give it a short fit at the other caps."""
+    reporter.note(f"{entry.name}: reading")
+    try:
+        model = load_model(entry.given)
+        _check_floors(entry, model, config)
+        _fit(entry, model, config, "short", entry.left())
+    except BytecapError as exc:
+        entry.out(str(exc))
+        warn(reporter, f"{entry.name} is left out: {exc}")
+    for budget, row in entry.rows.items():
+        if row.get("below_floor"):
+            reporter.note(f"{entry.name} is out at {budget:,} bytes: {row['out']}")
+
+
+def _check_floors(entry: _Entry, model: Model, config: FitConfig) -> None:
+    """Leave a model out at caps below its smallest file."""
+    asked = check(config)
+    for budget, row in entry.rows.items():
+        row["parameters"] = model.parameters
+        try:
+            row["floor_bytes"] = open_model(replace(asked, config=replace(config, budget=budget)), model).floor
+        except BudgetError as exc:
+            row |= {"floor_bytes": exc.floor, "below_floor": True}
+            entry.out(f"its smallest file has {exc.floor:,} bytes", [budget])
+
+
+def _fit(entry: _Entry, model: Model, config: FitConfig, kind: str, budgets: Sequence[int]) -> None:
+    """Fit a model at some budgets, whose statistics the store shares; keeps whole fits' files."""
+    tolls = [_toll(model, path) for path in as_paths(config.evaluation)] if budgets else []
+    for budget in budgets:
+        try:
+            artifact: Artifact = fit_config(model, replace(config, budget=budget))[0]
+        except BudgetError as exc:
+            entry.rows[budget] |= {"floor_bytes": exc.floor, "below_floor": True}
+            entry.out(str(exc), [budget])
+            continue
+        entry.rows[budget][kind] = _bits(artifact, tolls)
+        if kind == "whole":
+            entry.whole[budget] = artifact
+
+
+def _check_any(entries: Sequence[_Entry], cap: int) -> None:
+    """Refuse a cap that no model fits."""
+    if any(cap in e.left() for e in entries):
+        return
+    reasons = "; ".join(f"{e.name}: {e.rows[cap]['out']}" for e in entries)
+    floors = [int(e.rows[cap]["floor_bytes"]) for e in entries if e.rows[cap].get("below_floor")]
+    if floors:
+        raise BudgetError(f"no model fits {cap:,} bytes. {reasons}", min(floors))
+    raise UsageError(f"no model can be fitted. {reasons}")
+
+
+def _select(entries: Sequence[_Entry], caps: Sequence[int], finalists: int) -> None:
+    """Leave out all but the best short fits at every budget."""
+    for budget in caps:
+        ranked = sorted((e for e in entries if budget in e.left()), key=lambda e: _short(e, budget))
+        for e in ranked[finalists:]:
+            e.out(f"its short fit is not among the best {finalists}", [budget])
+
+
+def _short(entry: _Entry, budget: int) -> float:
+    return float(entry.rows[budget]["short"]["bpb"])
+
+
+def _order(entry: _Entry, cap: int) -> float:
+    """Return a key by which the most promising model comes first, so that others may be left out because of it."""
+    return _short(entry, cap) if cap in entry.left() else math.inf
+
+
+def _finished(entry: _Entry, entries: Sequence[_Entry], config: FitConfig, reporter: Reporter) -> None:
+    """Fit a model whole where it may still be the best."""
+    for budget in entry.left():
+        there = [e.rows[budget]["whole"]["bpb"] for e in entries if budget in e.whole]
+        original = entry.rows[budget]["short"]["bpb_original"]
+        if there and original >= min(there):
+            entry.out(f"its original has {original:.4f} bits per byte, more than the best file here", [budget])
+    if not entry.left():
+        return
+    try:
+        _fit(entry, load_model(entry.given), config, "whole", entry.left())
+    except BytecapError as exc:
+        entry.out(str(exc))
+        warn(reporter, f"{entry.name} is left out: {exc}")
+
+
+def _best(entries: Sequence[_Entry], budget: int) -> _Entry:
+    """Return the model with the fewest bits per byte at a budget."""
+    there = [e for e in entries if budget in e.whole]
+    if not there:
+        raise UsageError(
+            "no model could be fitted. " + "; ".join(f"{e.name}: {e.rows[budget]['out']}" for e in entries)
+        )
+    return min(there, key=lambda e: float(e.rows[budget]["whole"]["bpb"]))
+
+
+def _report(
+    entries: Sequence[_Entry], caps: Sequence[int], cap: int, best: _Entry, config: FitConfig, texts: list[str]
+) -> dict[str, Any]:
+    """Return every figure of a choice."""
+    envelope = []
+    for budget in caps:
+        if any(budget in e.whole for e in entries):
+            winner = _best(entries, budget)
+            winner.rows[budget]["best"] = True
+            envelope.append({"budget_bytes": budget, "model": winner.name, **_figures(winner.rows[budget]["whole"])})
+    return {
+        "budget_bytes": cap, "budgets": list(caps), "best": best.name, "model": best.given,
+        **_figures(best.rows[cap]["whole"]), "envelope": envelope,
+        "rows": [r for e in entries for r in e.rows.values()],
+        "evaluation": texts, "evaluation_bytes": best.rows[cap]["whole"]["evaluation_bytes"],
+        "method": config.method, "effort": config.effort, "seed": config.seed, "fit": best.whole[cap].report,
+    }  # fmt: skip
+
+
+def _figures(scored: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: scored[k] for k in ("file_bytes", "bpb", "bpb_stderr")}

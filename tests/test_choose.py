@@ -1,0 +1,153 @@
+"""The best model for so many bytes: who is left out and why, the same bytes for all, and the file that is kept."""
+
+import json
+import math
+
+import pytest
+
+import bytecap
+from bytecap.errors import BudgetError, UsageError
+from bytecap.format.container import parse
+from bytecap.model.checkpoint import load_model
+from bytecap.pipeline import choose as module
+from bytecap.pipeline.choose import choose
+from bytecap.progress import Silent
+
+SMALL = {"method": "uniform", "tokens": 2000, "short_tokens": 1000, "evaluation_bytes": 3000, "window": 128}
+FAST = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+
+
+@pytest.fixture(scope="module")
+def two(model_directory):
+    """A small model and a larger one with another vocabulary's file, both of random weights."""
+    return model_directory("rotary"), model_directory("biased", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def choice(two, texts, tmp_path_factory):
+    target = tmp_path_factory.mktemp("choice") / "best.bcap"
+    said = Silent()
+    found = choose(two, 40_000, evaluation=texts["val"], calibration=texts["calib"], output=target,
+                   budgets=["25kB", "800"], reporter=said, **SMALL)  # fmt: skip
+    return found, target, said
+
+
+def row(found, model, budget):
+    return next(r for r in found.report["rows"] if r["model"] == model.name and r["budget_bytes"] == budget)
+
+
+@pytest.mark.slow
+class TestChoice:
+    def test_the_file_is_the_best_at_the_cap(self, choice, two):
+        found, target, _ = choice
+        assert target.read_bytes() == found.best.data
+        assert parse(found.best.data).units
+        whole = {m.name: row(found, m, 40_000)["whole"]["bpb"] for m in two if "whole" in row(found, m, 40_000)}
+        assert min(whole.values()) == found.report["bpb"] == whole[found.report["best"]]
+        assert len(target.read_bytes()) == found.report["file_bytes"] <= 40_000
+
+    def test_a_floor_above_a_cap_is_out_without_a_fit(self, choice, two):
+        found, _, said = choice
+        for model in two:
+            out = row(found, model, 800)
+            assert out["floor_bytes"] > 800
+            assert "short" not in out
+            assert "smallest file" in out["out"]
+            assert any(model.name in n and "800 bytes" in n for n in said.notes)
+
+    def test_every_model_is_scored_on_the_same_bytes(self, choice):
+        found = choice[0]
+        sizes = {r[k]["evaluation_bytes"] for r in found.report["rows"] for k in ("short", "whole") if k in r}
+        assert sizes == {found.report["evaluation_bytes"]}
+        assert 0 < sizes.pop() <= 3000
+
+    def test_the_envelope_is_the_lowest_whole_fit_of_each_cap(self, choice):
+        report = choice[0].report
+        assert [e["budget_bytes"] for e in report["envelope"]] == [25_000, 40_000]
+        for e in report["envelope"]:
+            whole = [
+                r["whole"]["bpb"] for r in report["rows"] if "whole" in r and r["budget_bytes"] == e["budget_bytes"]
+            ]
+            assert e["bpb"] == min(whole)
+
+
+class TestBytes:
+    def test_a_model_without_a_leading_token_pays_for_the_first_of_every_piece(self, two, texts, tmp_path):
+        path = module._pieces([texts["val"]], 2000, tmp_path, Silent())[0]
+        documents = path.read_text("utf-8").split("\f")
+        model = load_model(two[0])
+        led = module._toll(model, path)
+        assert (led.bytes, led.unscored, led.bits) == (sum(len(d.encode()) for d in documents), 0, 0.0)
+        model.files = {**model.files, "config.json": json.dumps({"model_type": "llama", "bos_token_id": None}).encode()}
+        bare = module._toll(model, path)
+        assert bare.bytes == led.bytes
+        assert bare.unscored >= len(documents)
+        assert bare.bits == pytest.approx(len(documents) * math.log2(288))
+
+    def test_pieces_are_cut_by_bytes_and_keep_whole_characters(self, tmp_path):
+        text = tmp_path / "text.txt"
+        text.write_text("äöü" * 100 + "\f" + "x" * 100, "utf-8")
+        path = module._pieces([text], 350, tmp_path, Silent())[0]
+        one, other = path.read_text("utf-8").split("\f")
+        assert set(one) <= set("äöü")
+        assert len(one.encode()) + len(other) in range(345, 351)
+
+    def test_figures_on_other_bytes_are_refused(self):
+        text = {
+            "name": "a.txt",
+            "bytes": 90,
+            "tokens": 30,
+            "nats_artifact": 1.0,
+            "nats_original": 1.0,
+            "bpb_stderr": 0.0,
+        }
+        artifact = bytecap.Artifact(None, b"", {"texts": [text], "model": "m", "kl_nats": 0.0, "seconds": 1.0})
+        with pytest.raises(bytecap.TextError, match="cannot be compared"):
+            module._bits(artifact, [module._Toll(100, 9, 0.0)])
+        found = module._bits(artifact, [module._Toll(100, 10, 20.0)])
+        assert found["bpb"] == pytest.approx((30 / math.log(2) + 20) / 100)
+
+
+class TestBadInput:
+    def test_no_model_fits(self, two, texts):
+        with pytest.raises(BudgetError, match=r"no model fits 500 bytes.*rotary.*biased") as caught:
+            choose(two, 500, evaluation=texts["val"], calibration=texts["calib"], **SMALL)
+        assert caught.value.floor > 500
+
+    def test_a_model_twice(self, two, refused, texts):
+        again = two[0] / ".." / two[0].name
+        with pytest.raises(UsageError, match="named twice"):
+            choose([two[0], again], "40kB", **SMALL)
+        assert "named twice" in refused("choose", "demo", "demo", "--budget", "40kB", "--eval", texts["val"])
+
+    def test_none_can_be_read(self, refused, texts, tmp_path):
+        (tmp_path / "empty").mkdir()
+        said = refused("choose", tmp_path / "empty", "--budget", "40kB", "--eval", texts["val"])
+        assert "no model can be fitted" in said or "empty" in said
+
+    def test_bits_per_parameter_are_no_common_cap(self, refused, texts):
+        assert "3bpp" in refused("choose", "demo", "--budget", "3bpp", "--eval", texts["val"])
+
+    def test_the_output_is_an_input(self, refused, texts):
+        assert "--eval" in refused("choose", "demo", "--budget", "1MB", "--eval", texts["val"], "-o", texts["val"])
+
+
+@pytest.mark.slow
+def test_one_that_cannot_be_read_is_named_and_the_others_go_on(run, two, texts, tmp_path):
+    broken, page, target = tmp_path / "broken", tmp_path / "page.html", tmp_path / "best.bcap"
+    broken.mkdir()
+    (broken / "config.json").write_text("{", "utf-8")
+    code, out, err = run(
+        "choose", broken, two[0], "--budget", "30kB", "--eval", texts["val"], "--calib", texts["calib"], *FAST,
+        "-o", target, "--report", page, "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["best"] == two[0].name
+    assert "out" in found["rows"][0]
+    assert "whole" not in found["rows"][0]
+    assert target.stat().st_size == found["file_bytes"]
+    shown = page.read_text("utf-8")
+    assert "broken" in shown
+    assert "<svg" in shown
+    assert two[0].name in shown
