@@ -62,7 +62,7 @@ def card(
         whole: the card lies in a directory that transformers loads, not beside a single file.
         brief: leave out what names tensors and texts.
     """
-    parts = [_front_matter(source), _about(entries, report, source), _commands(whole), _bytes(entries, brief)]
+    parts = [_front_matter(source), _about(entries, report, source, whole), _commands(whole), _bytes(entries, brief)]
     parts += [_quality(report, brief), _calibration(report, brief), _licence(source)]
     return "\n".join(p for p in parts if p)
 
@@ -96,14 +96,15 @@ def _front_matter(source: Source) -> str:
     )
 
 
-def _about(entries: Sequence[Entry], report: Mapping[str, Any], source: Source) -> str:
+def _about(entries: Sequence[Entry], report: Mapping[str, Any], source: Source, whole: bool) -> str:
     """Return the title and its paragraph."""
     name = quoted(source.name) if source.name else "A language model"
     size, budget, parameters = total(entries), _number(report, "budget_bytes"), _number(report, "parameters")
     parameters = parameters or sum({e.unit: e.parameters for e in entries}.values())
-    cap = f" under a cap of {budget:,.0f} bytes" if budget else ""
+    beside = " beside this card" if whole else ""
+    cap = f"{', all' if whole else ''} under a cap of {budget:,.0f} bytes" if budget else ""
     rate = f", {8 * size / parameters:.3f} bits for each of {parameters:,.0f} parameters" if parameters else ""
-    return f"# {name} by bytecap\n\nThe model in {size:,} bytes{cap}{rate}.\n"
+    return f"# {name} by bytecap\n\nThe model in {size:,} bytes{beside}{cap}{rate}.\n"
 
 
 def _commands(whole: bool) -> str:
