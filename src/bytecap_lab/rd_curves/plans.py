@@ -68,7 +68,7 @@ def peak(problem: UnitProblem) -> float:
     return float(energy.max() / energy.sum().clamp_min(1e-300))
 
 
-def plans(operating_point: OperatingPoint, promised: OverlayCandidates, path: str, effort: Effort) -> list[Plan]:
+def planned(operating_point: OperatingPoint, promised: OverlayCandidates, path: str, effort: Effort) -> list[Plan]:
     """Choose units and settings for each amount of a path; empty plans are left out."""
     mine = promised[path]
     sizes = {n: len(operating_point.sections[n].data) for n in mine}

@@ -90,7 +90,7 @@ class SharedCodebook:
         """Return (codewords, dimension) for a scope, smallest first."""
         bits = rate(base, names)
         found = {(1 << min(_MOST, max(1, round(d * (bits + h)))), d) for d in (2, 3) for h in _HEADROOM}
-        return sorted(s for s in found if math.log2(s[0]) / s[1] > bits)
+        return sorted(s for s in found if math.log2(s[0]) / s[1] > bits) or sorted(found)[-1:]
 
     def settings(self, base: Base, name: str) -> Sequence[Words]:
         """Return codebooks of the scope, at scales near the base's rate and finer."""
