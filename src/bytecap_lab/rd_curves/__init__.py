@@ -240,7 +240,8 @@ def _path(
     return {
         **verdict(path, [m for _, m in whole], steps, base), "kind": _kind(path),
         "skipped_units": sum(not o for o in promised.values()),
-        "ninety_percent_bytes": ninety(points), "whole": points,
+        "ninety_percent_bytes": ninety(points) if path == STEP or _kind(path) == "overlay" else None,
+        "whole": points,
         "units": [
             {
                 "unit": n, "section_bytes": len(operating_point.sections[n].data),
