@@ -147,7 +147,7 @@ class TestCurves:
         assert sum(bool(p["whole"]) for p in found["paths"].values()) >= 10
         for name in recodings():
             assert len(found["paths"][name]["whole"]) <= len(plans.BRIEF.shares)
-            assert all(len(u["points"]) <= plans.BRIEF.most_settings for u in found["paths"][name]["units"])
+            assert all(len(u["points"]) <= recodings()[name].brief for u in found["paths"][name]["units"])
 
     def test_few_matrices_of_a_role(self, priced):
         found, _ = priced("golf", paths=("rows", "ternary"), units=1)

@@ -205,7 +205,7 @@ def _promised(
     reporter, found = operating_point.job.reporter, OverlayCandidates()
     with reporter.step("predicted curves", len(refused) * len(units)) as advance:
         for name, reason in refused.items():
-            most_settings = effort.most_settings if name in recodings() else None
+            most_settings = recodings()[name].brief if effort.brief and name in recodings() else None
             tried = [] if reason else units
             found[name] = candidates(operating_point, name, store, advance, tried, most_settings)
             found[name] |= {n: [] for n in units if reason}

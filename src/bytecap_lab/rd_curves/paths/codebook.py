@@ -32,6 +32,7 @@ class OwnCodebook:
     """Codewords of the tensor's own; a setting is a `CodebookSetting`."""
 
     id = "codebook"
+    brief = 2
 
     def refusal(self, base: Base) -> str:
         """Acts on every base."""
@@ -76,6 +77,7 @@ class SharedCodebook:
 
     id: str
     by_role: bool
+    brief: int = 2
 
     def refusal(self, base: Base) -> str:
         """Acts on every base."""
