@@ -152,7 +152,7 @@ def print_curves(found: dict[str, Any]) -> None:
             table.add_row(
                 "" if i else name, f"{p['bytes']:,}", f"{p['side_bytes']:,}", f"{100 * p['weights_share']:.2f}%",
                 f"{p['kl_recovered']:.5f}", f"{p['kl_stderr'] or math.nan:.5f}",
-                f"{p['nats_per_byte'] or math.nan:.1e}", f"{p['bpb_per_kb'] or math.nan:.1e}",
+                *("-" if p[k] is None else f"{p[k]:.1e}" for k in ("nats_per_byte", "bpb_per_kb")),
             )  # fmt: skip
     out.print(table, highlight=False)
     for name, path in found["paths"].items():

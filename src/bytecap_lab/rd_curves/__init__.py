@@ -21,7 +21,7 @@ from bytecap.system.collisions import refuse_pages
 from bytecap_lab.rd_curves.choose import hull
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
 from bytecap_lab.rd_curves.paths import recodings
-from bytecap_lab.rd_curves.plans import BRIEF, FULL, Effort, OverlayCandidates, Plan, plans, sample, tried_units
+from bytecap_lab.rd_curves.plans import BRIEF, FULL, Effort, OverlayCandidates, Plan, planned, sample, tried_units
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
 from bytecap_lab.rd_curves.report import agreement, base_figures, lead, ninety, point, verdict, yardstick
 from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate, candidates, known
@@ -160,7 +160,7 @@ def _curves(
     texts = [w for t in operating_point.job.sets.evaluation for w in t.windows]
     refused = {n: _refusal(operating_point, n) for n in names}
     promised = _promised(operating_point, refused, effort, units, store)
-    flat = [(n, p) for n in names for p in plans(operating_point, promised, n, effort)]
+    flat = [(n, p) for n in names for p in planned(operating_point, promised, n, effort)]
     on_texts, on_held = at_base(operating_point, texts, store), at_base(operating_point, held, store)
     with reporter.step("whole model", max(1, len(flat))) as advance:
         measured = measure(operating_point, [_pick(p.values()) for _, p in flat], texts, store, advance)
@@ -177,13 +177,20 @@ def _curves(
         "units_tried": list(units),
         "paths": {
             n: _path(n, operating_point, promised[n], whole[n], steps, on_texts)
-            | ({"reason": refused[n]} if refused[n] else {})
+            | ({} if whole[n] else {"reason": refused[n] or _nothing(promised[n])})
             | _singles(n, drawn, singles, on_held, len(operating_point.base.problems), seed)
             for n in names
         },
         "agreement": agreement(drawn, singles, on_held, seed),
         "held_out_tokens": int(on_held.tokens.sum()),
     }  # fmt: skip
+
+
+def _nothing(promised: Mapping[str, Sequence[OverlayCandidate]]) -> str:
+    """Return why a path that could act on the base was not measured."""
+    return (
+        "no setting promises a gain on any matrix" if any(promised.values()) else "no matrix of this model can hold it"
+    )
 
 
 def _refusal(operating_point: OperatingPoint, path: str) -> str:
@@ -198,7 +205,7 @@ def _promised(
     reporter, found = operating_point.job.reporter, OverlayCandidates()
     with reporter.step("predicted curves", len(refused) * len(units)) as advance:
         for name, reason in refused.items():
-            most_settings = effort.most_settings if name in recodings() else None
+            most_settings = recodings()[name].brief if effort.brief and name in recodings() else None
             tried = [] if reason else units
             found[name] = candidates(operating_point, name, store, advance, tried, most_settings)
             found[name] |= {n: [] for n in units if reason}
@@ -233,7 +240,8 @@ def _path(
     return {
         **verdict(path, [m for _, m in whole], steps, base), "kind": _kind(path),
         "skipped_units": sum(not o for o in promised.values()),
-        "ninety_percent_bytes": ninety(points), "whole": points,
+        "ninety_percent_bytes": ninety(points) if path == STEP or _kind(path) == "overlay" else None,
+        "whole": points,
         "units": [
             {
                 "unit": n, "section_bytes": len(operating_point.sections[n].data),
