@@ -205,8 +205,9 @@ def file_of(count, shape):
 def test_many_small_units_are_worth_the_import():
     """It is the file that counts, not the single unit; a file of few values is read without numba."""
     script = (
-        "import sys; from bytecap.format import container, decoder; from bytecap.format.entropy import jit; "
-        "jit._WORTH = int(sys.argv[2]); decoder.decode_units(container.read(sys.argv[1])); print('numba' in sys.modules)"
+        "import sys; from bytecap.format import container, decoder; from bytecap.format.entropy import jit\n"
+        "jit._WORTH = int(sys.argv[2]); decoder.decode_units(container.read(sys.argv[1]))\n"
+        "print('numba' in sys.modules)"
     )
     path = golden_parts.DIRECTORY / "long_trellis.bcap"
     values = sum(u.unit.parameters for u in container.read(path).units)
