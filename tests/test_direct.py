@@ -1,5 +1,7 @@
 """Matrices decoded straight to values: the bits of the numpy decoder, its refusals, and memory."""
 
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -197,6 +199,25 @@ def file_of(count, shape):
         symbols = np.rint(rng.normal(size=shape)).astype(int)
         made.append(golden_parts.unit(f"m{i}", shape, 1, GRID.encode(code_of(symbols), golden_parts.SHARED).data))
     return container.parse(golden_parts.pack(*made))
+
+
+@pytest.mark.slow
+def test_many_small_units_are_worth_the_import():
+    """It is the file that counts, not the single unit; a file of few values is read without numba."""
+    script = (
+        "import sys; from bytecap.format import container, decoder; from bytecap.format.entropy import jit\n"
+        "jit._WORTH = int(sys.argv[2]); decoder.decode_units(container.read(sys.argv[1]))\n"
+        "print('numba' in sys.modules)"
+    )
+    path = golden_parts.DIRECTORY / "long_trellis.bcap"
+    values = sum(u.unit.parameters for u in container.read(path).units)
+    said = [
+        subprocess.run(  # noqa: S603 (our own script)
+            [sys.executable, "-c", script, path, str(most)], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for most in (values, values + 1)
+    ]
+    assert said == ["True", "False"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

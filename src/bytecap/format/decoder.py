@@ -125,6 +125,8 @@ class Units:
     def __init__(self, contents: Contents, observe: Observer | None = None) -> None:
         self._first, *self._updated = [_File(c, observe if c is contents else None) for c in updates.chain(contents)]
         self.sections = self._first.contents.units
+        if jit.worth(sum(u.unit.parameters for u in self.sections)):
+            jit.kernel("weights")  # once it is imported it pays for the smallest unit, too
 
     def __call__(self, group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
         """Return units and their values in stored layout.
