@@ -365,7 +365,9 @@ def main():
     if arguments.engine == "atheris" and not arguments.replay:
         import atheris
 
-        with atheris.instrument_imports(include=["bytecap"], exclude=["bytecap.format.entropy.kernels"]):
+        with atheris.instrument_imports(
+            include=["bytecap"], exclude=["bytecap.format.entropy.kernels", "bytecap.format.entropy.simd"]
+        ):
             target = Target(arguments.findings)
             from bytecap.format.coders import overlay_coders
 

@@ -23,7 +23,7 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.entropy import jit, kernels, shared_tables
 from bytecap.format.entropy.frequencies import Table, Tables, integer_frequencies
-from bytecap.format.entropy.rans import Source, Stream, _split, encode, encode_all, zigzag_bytes
+from bytecap.format.entropy.rans import Source, Stream, encode, encode_all, split, zigzag_bytes
 from bytecap.format.entropy.rans import decode as entropy_decode
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.format.overlays.columns import CODER as COLUMNS
@@ -276,7 +276,7 @@ def test_the_compiled_loops_refuse_what_numpys_do(monkeypatch, engine):
     ones = np.ones(70, np.uint8)
     (data,) = encode_all([Source(symbols, ones, model)])
     assert entropy_decode([Stream(data, ones, model)])[0].tolist() == symbols.tolist()
-    states, words, tail = _split(Stream(data, ones, model))
+    states, words, tail = split(data, 70)
     fewer = zigzag_bytes([len(words) - 3]) + states.tobytes() + words[:-3].tobytes() + tail
     for damaged, classes in (
         (data[:-30], ones),

@@ -7,8 +7,8 @@ import pytest
 
 from bytecap.errors import CorruptError
 from bytecap.format.coders import trellis
-from bytecap.format.coders.classes import CLASSES
-from bytecap.format.coders.grid import OCTAVE, GridCode
+from bytecap.format.coders.classes import CLASSES, OCTAVE
+from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import dependent, subsets
 from bytecap.format.entropy import jit, kernels
 from bytecap.format.entropy.frequencies import TOTAL, Table, Tables

@@ -20,6 +20,9 @@ from bytecap.system.collisions import Paths, refuse_collisions
 EMBEDDED = "embedded text (--calib: and samples of the model), with a warning"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Resident = Annotated[
+    str, typer.Option(help="decoded, or coded: in the memory of the file, each block decoded just before it runs.")
+]
 Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
 Bases = Annotated[
     list[Path] | None,

@@ -16,6 +16,7 @@ from bytecap.cli.common import (
     Factory,
     Json,
     Loss,
+    Resident,
     State,
     names,
     needed,
@@ -44,6 +45,7 @@ def evaluate(
     bytes_per_token: BytesPerToken = None,
     base: Bases = None,
     device: Device = "auto",
+    resident: Resident = "decoded",
     allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
     as_json: Json = False,
 ) -> None:
@@ -54,6 +56,8 @@ def evaluate(
 
     reporter = progress(as_json)
     if factory is not None:
+        if resident != "decoded":
+            raise UsageError("--resident coded is for artifacts, and --factory names none")
         if base:
             raise UsageError("--base is for a .bcap file without --factory")
         source = replace(source_of(factory, model, state, loss, bytes_per_token), window=window)
@@ -64,6 +68,7 @@ def evaluate(
         allow = names(allow_unused) or ()
         scores = score(
             needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, base=base,
+            resident=resident,
             reporter=reporter,
         )  # fmt: skip
     if as_json:

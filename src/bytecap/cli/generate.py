@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import Bases, Device, Json, print_json
+from bytecap.cli.common import Bases, Device, Json, Resident, print_json
 from bytecap.errors import UsageError
 
 _BREAKS = "\n\t"
@@ -37,6 +37,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     base: Bases = None,
     device: Device = "auto",
+    resident: Resident = "decoded",
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the model in an artifact, until the model ends the text."""
@@ -49,7 +50,10 @@ def generate(
     if asked == "-":
         asked = sys.stdin.read()
     sampling = Sampling(temperature, top_k, top_p, seed)
-    made = run(model, asked, chat=chat, system=system, tokens=tokens, sampling=sampling, device=device, base=base)
+    made = run(
+        model, asked, chat=chat, system=system, tokens=tokens, sampling=sampling, device=device, resident=resident,
+        base=base,
+    )  # fmt: skip
     if as_json:
         print_json({"prompt": asked, "text": "".join(made)})
         return

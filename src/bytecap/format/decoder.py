@@ -8,8 +8,7 @@ Units are decoded in groups of a few million values, so that memory stays near t
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from bytecap.errors import CorruptError
 from bytecap.format import codefiles, container, updates
 from bytecap.format.coders import Observer, Shared, coder, run
 from bytecap.format.container import FILE, Contents, UnitSection
+from bytecap.format.entropy import jit
 from bytecap.format.entropy.rans import Stream, escape_bytes
 from bytecap.format.entropy.shared_tables import load_shared
 from bytecap.format.wire.shared_objects import load_objects
@@ -73,7 +73,9 @@ def decode_units(
         BaseError: the contents are an update, and were read without its base.
     """
     values: dict[str, Array] = {}
-    for unit, array in decode_each(contents, observe, values=_GROUP_VALUES):
+    compiled = observe is None and jit.worth(sum(u.unit.parameters for u in contents.units))
+    size, threads = (_SMALL_GROUP, jit.cores()) if compiled else (_GROUP_VALUES, 1)
+    for unit, array in decode_each(contents, observe, values=size, threads=threads, ahead=None):
         values.update(dict.fromkeys((unit.name, *(unit.aliases if aliases else ())), array))
         if progress is not None:
             progress(unit.parameters)
@@ -81,25 +83,64 @@ def decode_units(
 
 
 def decode_each(
-    contents: Contents, observe: Observer | None = None, *, values: int = _SMALL_GROUP, threads: int = 1
+    contents: Contents,
+    observe: Observer | None = None,
+    *,
+    values: int = _SMALL_GROUP,
+    threads: int = 1,
+    ahead: int | None = _SMALL_GROUP,
 ) -> Iterator[tuple[Unit, Array]]:
-    """Yield units and their values in stored layout, decoding about `values` at a time in each thread.
+    """Yield units and their values in stored layout.
 
-    Of an update units of the first base are decoded, some at a time, and then what each file above changes of them.
+    Args:
+        contents: of an artifact.
+        observe: shown every entropy-coded stream with its symbols.
+        values: to decode together, about.
+        threads: that decode; with several, units are decoded before they are asked for.
+        ahead: values that may wait to be asked for, or the largest group; None for all of them.
+
+    Raises:
+        CorruptError: a section cannot be decoded; the message names the unit.
     """
-    first, *updated = [_File(c, observe if c is contents else None) for c in updates.chain(contents)]
+    decoded = Units(contents, observe)
+    groups = list(in_groups(decoded.sections, _weight, values))
+    for found in _ahead(decoded, groups, threads, ahead):
+        yield from found
+    decoded.check_used()
 
-    def decoded(group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
-        found = first.decode(group, _NOTHING)
-        for file in updated:
+
+class Units:
+    """Decode units of an artifact, some at a time, in any order and on any thread.
+
+    Of an update units of the first base are decoded, and then what each file above changes of them.
+
+    Args:
+        contents: of the artifact.
+        observe: shown every entropy-coded stream of this file with its symbols.
+
+    Attributes:
+        sections: what can be asked for.
+    """
+
+    def __init__(self, contents: Contents, observe: Observer | None = None) -> None:
+        self._first, *self._updated = [_File(c, observe if c is contents else None) for c in updates.chain(contents)]
+        self.sections = self._first.contents.units
+
+    def __call__(self, group: Sequence[UnitSection]) -> list[tuple[Unit, Array]]:
+        """Return units and their values in stored layout.
+
+        Raises:
+            CorruptError: a section cannot be decoded; the message names the unit.
+        """
+        found = self._first.decode(group, _NOTHING)
+        for file in self._updated:
             found = file.over(found)
         return found
 
-    groups = in_groups(first.contents.units, lambda u: max(u.unit.parameters, _UNIT_VALUES), values)
-    for found in _ahead(decoded, groups, threads):
-        yield from found
-    for file in (first, *updated):
-        file.shared.objects.check_used()
+    def check_used(self) -> None:
+        """Refuse files with shared objects that no unit uses, once all units are decoded."""
+        for file in (self._first, *self._updated):
+            file.shared.objects.check_used()
 
 
 class _File:
@@ -135,26 +176,36 @@ class _File:
         return [own.get(unit.name, (unit, array)) for unit, array in found]
 
 
+def _weight(section: UnitSection) -> int:
+    """Values of a unit, those for tables and lanes included."""
+    return max(section.unit.parameters, _UNIT_VALUES)
+
+
 def _ahead(
-    work: Callable[[Sequence[UnitSection]], list[tuple[Unit, Array]]],
-    groups: Iterable[Sequence[UnitSection]],
-    threads: int,
+    work: Units, groups: Sequence[Sequence[UnitSection]], threads: int, most: int | None
 ) -> Iterator[list[tuple[Unit, Array]]]:
-    """Yield `work(group)` in order, computed by a few threads that run at most one group ahead each."""
-    if threads <= 1:
+    """Yield `work(group)` in order, computed by threads while not more than `most` values wait."""
+    if threads <= 1 or len(groups) <= 1:
         yield from map(work, groups)
         return
+    sizes = [sum(map(_weight, group)) for group in groups]
+    room = sum(sizes) if most is None else max(most, *sizes)
+    order = sorted(range(len(groups)), key=lambda i: -sizes[i]) if most is None else range(len(groups))
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[list[tuple[Unit, Array]]]] = deque()
+        waiting: dict[int, Future[list[tuple[Unit, Array]]]] = {}
+        begun, held = iter(order), 0
+        following = next(begun, None)
         try:
-            for group in groups:
-                waiting.append(pool.submit(work, group))
-                if len(waiting) >= threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for i in range(len(groups)):
+                while following is not None and (
+                    not waiting or sum(sizes[j] for j in waiting) + sizes[following] <= room
+                ):
+                    waiting[following] = pool.submit(work, groups[following])
+                    following = next(begun, None)
+                yield waiting.pop(i).result()
+                held -= sizes[i]
         finally:
-            for future in waiting:
+            for future in waiting.values():
                 future.cancel()
 
 

@@ -48,7 +48,8 @@ class FitConfig:
             for a torch module batches, by default a fifth of those for calibration.
         method: the method: `bytecap`, a baseline such as `golf` or `uniform`, or FILE.py:CALLABLE, which is run.
         effort: how hard to search for integers, 0 to 3: along a trellis of 8, 32, 128 or 256 states; for the method
-            `bytecap` only. Files of effort 0 can be read by readers of format 1.1, others need 1.3.
+            `bytecap` only. By default 2 on a processor and 1 on a GPU, where more states cost more time. Files of
+            effort 0 can be read by readers of format 1.1, others need 1.3.
         device: torch device: `auto`, `cpu` or `cuda`.
         seed: seed of every random choice.
         output: file to write.
@@ -97,7 +98,7 @@ class FitConfig:
     calibration: str | Path | Iterable[Any] | None = None
     evaluation: str | Path | Iterable[Any] | None = None
     method: str = "bytecap"
-    effort: int = 2
+    effort: int | None = None
     device: str = "auto"
     seed: int = 0
     output: str | Path | None = None

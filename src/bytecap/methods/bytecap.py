@@ -41,7 +41,7 @@ from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options, Prepared
+from bytecap.quantization.quantizer import Options, Prepared, effort_on
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
@@ -54,7 +54,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
-    options = Options.of(job.options, partial(warn, job.reporter), job.config.effort)
+    options = Options.of(job.options, partial(warn, job.reporter), effort_on(job.device, job.config.effort))
     if isinstance(job.model, StreamedModel):
         prepared = prepare_streamed(job, job.model, options)
     else:

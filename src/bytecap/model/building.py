@@ -18,6 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,24 @@ def _check_type(kind: Any, said: str) -> None:
         f"{said}: {found}, AutoModelForCausalLM has no class for it, so it scores no text; fit it as a module with a "
         "loss of your own"
     )
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Let modules that are built meanwhile have parameters on the `meta` device; buffers get their values."""
+    from torch import nn
+    from torch.nn.modules import module as hooks
+
+    def empty(_module: nn.Module, _name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = hooks.register_module_parameter_registration_hook(empty)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def causal_lm(config: Any) -> nn.Module:

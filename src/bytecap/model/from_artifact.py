@@ -9,42 +9,79 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bytecap.errors import ArtifactError
+from bytecap.errors import ArtifactError, UsageError
 from bytecap.format import updates
 from bytecap.format.container import Contents
-from bytecap.format.decoder import decode_units, side_files
+from bytecap.format.decoder import decode_each, decode_units, side_files
+from bytecap.format.entropy import jit
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
-def load_model(path: Path | str, base: updates.Bases = None) -> nn.Module:
-    """Return the decoded model as a float32 torch module in evaluation mode.
+RESIDENT = ("decoded", "coded")
+
+
+def load_model(
+    path: Path | str,
+    base: updates.Bases = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    resident: str = "decoded",
+) -> nn.Module:
+    """Return the decoded model as a torch module in evaluation mode.
+
+    Units are decoded on all cores and go to the device one by one, so the processor's memory holds one unit beside what
+    stays there. With `resident="coded"` weights stay coded in memory and every block is decoded just before it runs:
+    the same logits in the memory of the file, two blocks and activations, and slower (`docs/scale.md`).
+
+    Args:
+        path: `.bcap` file.
+        device: torch device for weights and buffers.
+        dtype: of floating-point weights, `float32`, `bfloat16`, `float16`, or a torch dtype.
+        resident: `decoded`, or `coded`.
 
     Args:
         path: `.bcap` file.
         base: the file that it is an update of; several where that is an update as well.
 
     Raises:
-        ArtifactError: the file cannot be trusted or holds no config, or its base is missing or another.
+        ArtifactError: the file cannot be trusted or holds no config, or its base is missing or another. UsageError:
+            an option is none of these, or the model cannot be kept coded.
     """
-    return module_of(updates.read(path, base), str(path))
+    return module_of(updates.read(path, base), str(path), device=device, dtype=dtype, resident=resident)
 
 
-def module_of(contents: Contents, name: str) -> nn.Module:
-    """Build the decoded model of an artifact's contents; `name` is for messages.
+def module_of(
+    contents: Contents,
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    resident: str = "decoded",
+) -> nn.Module:
+    """Build the decoded model of an artifact's contents; `name` is for messages. See `load_model`."""
+    import torch
 
-    Raises:
-        ArtifactError: the contents cannot be trusted or hold no config.
-    """
-    from bytecap.model.quantized_copy import load_values
-    from bytecap.model.rebuilt import build
+    from bytecap.model.rebuilt import build, fill
+    from bytecap.model.resident import keep_coded
 
+    if resident not in RESIDENT:
+        raise UsageError(f"resident={resident!r} is neither decoded nor coded")
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise UsageError(f"dtype={dtype!r} is no floating-point type of torch, such as float32 or bfloat16")
+    target = torch.device(device)
     files = side_files(contents)
     if "config.json" not in files:
         raise ArtifactError(f"{name} holds no config.json (written with --no-config), so no module can be built")
-    module = build(files, updates.units_of(contents), name)
-    load_values(module, decode_units(contents, aliases=False))
+    module = build(files, updates.units_of(contents), name, empty=True)
+    if resident == "coded":
+        keep_coded(module, contents, device=target, dtype=kind, name=name)
+    else:
+        fill(module, decode_each(contents, threads=jit.cores()), target, kind)
     return module
 
 

@@ -16,6 +16,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from bytecap.format.container import Contents
 from bytecap.format.decoder import Decoded, decode_each, side_files
 from bytecap.format.updates import units_of
 from bytecap.model import streaming
+from bytecap.model.building import without_values
 from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.wrappers import plain_names
@@ -36,13 +38,14 @@ from bytecap.types import Unit
 DESCRIBING = ("config.json", "tying.json")  # the side files that say what the module is
 
 
-def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Module:
+def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str, *, empty: bool = False) -> nn.Module:
     """Build a float32 module whose tensors are these units, without their values.
 
     Args:
         files: side files; `config.json` is needed.
         units: of the file.
         name: of the file, for messages.
+        empty: leave parameters on the `meta` device, which takes no memory.
 
     Raises:
         CheckpointError: transformers cannot build it. ArtifactError: its tensors are not the units.
@@ -51,7 +54,8 @@ def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Mo
         for each in set(DESCRIBING) & files.keys():
             (Path(directory) / each).write_bytes(files[each])
         shapes = {n: u.shape for u in units for n in (u.name, *u.aliases)}
-        module = module_from_config(Path(directory), shapes, name, sum(math.prod(u.shape) for u in units))
+        with without_values() if empty else nullcontext():
+            module = module_from_config(Path(directory), shapes, name, sum(math.prod(u.shape) for u in units))
     config: Any = module.config
     config.name_or_path = str(json.loads(files["config.json"]).get("_name_or_path", ""))
     if "generation_config.json" in files:
@@ -110,6 +114,29 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     if isinstance(owner._parameters.get(leaf), nn.Parameter) and not isinstance(tensor, nn.Parameter):  # noqa: SLF001
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(owner, leaf, tensor)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, values: Iterable[tuple[Unit, Any]], device: torch.device, dtype: torch.dtype) -> None:
+    """Put every unit's values into a module that was built empty, on a device, as they come.
+
+    Args:
+        module: from `build`.
+        values: units and arrays in stored layout.
+        device: where the module's tensors go.
+        dtype: of its floating-point units; buffers that are computed keep theirs.
+    """
+    before = module.state_dict(keep_vars=True)
+    for unit, array in values:
+        fresh = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        fresh = fresh.to(device, dtype if fresh.is_floating_point() else fresh.dtype)
+        if isinstance(before[unit.name], nn.Parameter):
+            fresh = nn.Parameter(fresh, requires_grad=False)
+        for name in (unit.name, *unit.aliases):
+            _put(module, name, fresh)
+    for owner in module.modules():
+        for leaf, buffer in list(owner.named_buffers(recurse=False)):
+            owner._buffers[leaf] = buffer.to(device)  # noqa: SLF001
 
 
 def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bytecap.errors import CheckpointError
 from bytecap.model import streaming, tying
 from bytecap.model.accounting import account
-from bytecap.model.building import causal_lm, read_config
+from bytecap.model.building import causal_lm, read_config, without_values
 from bytecap.model.chain import Chain, find_chain
 from bytecap.model.checkpoint import Model, check_size, find_units, freeze, resolve
 from bytecap.model.conversion import Conversion, convert
@@ -120,19 +120,9 @@ def open_streamed(
 
 def _skeleton(directory: Path) -> nn.Module:
     """The module of a directory's config, its parameters without values and its buffers with them."""
-    from torch.nn.modules import module as hooks
-
-    def empty(_module: nn.Module, _name: str, parameter: Any) -> Any:
-        if parameter is None or parameter.is_meta:
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
     config = read_config(directory)
-    handle = hooks.register_module_parameter_registration_hook(empty)
-    try:
+    with without_values():
         module = causal_lm(config)
-    finally:
-        handle.remove()
     return freeze(module)
 
 

@@ -88,8 +88,11 @@ class Artifact:
         """Decode the values, by name and with aliases."""
         return decode_units(self.contents)
 
-    def load_model(self) -> nn.Module:
+    def load_model(self, **options: Any) -> nn.Module:
         """Return the decoded model as a torch module in evaluation mode, as `bytecap.load_model` reads it from a file.
+
+        Args:
+            **options: those of `bytecap.load_model`: device, dtype, resident.
 
         Raises:
             UsageError: a dry run made no file. ArtifactError: the file holds no config.
@@ -101,7 +104,7 @@ class Artifact:
         contents = self.read()
         if contents.base is not None:  # its own bases were read for the job
             contents = replace(contents, base=self.contents.base)
-        return module_of(contents, str(self.report.get("model", "the artifact")))
+        return module_of(contents, str(self.report.get("model", "the artifact")), **options)
 
 
 class FiledArtifact(Artifact):

@@ -114,7 +114,7 @@ def choose(
     finalists: int = FINALISTS,
     window: int = WINDOW,
     method: str = "bytecap",
-    effort: int = 2,
+    effort: int | None = None,
     device: str = "auto",
     seed: int = 0,
     store: Store | Path | str | None = None,

@@ -91,6 +91,7 @@ def generate(
     sampling: Sampling | None = None,
     device: str = "auto",
     base: Bases = None,
+    resident: str = "decoded",
 ) -> Iterator[str]:
     """Yield pieces of text that continue a prompt, until the model ends it or `tokens` are made.
 
@@ -103,6 +104,7 @@ def generate(
         sampling: how they are drawn.
         device: `auto`, `cpu` or `cuda`.
         base: the file that an artifact is an update of.
+        resident: `decoded`, or `coded`: an artifact's blocks are decoded whenever they run.
 
     Raises:
         ArtifactError: there is no tokenizer, no chat template, or the template cannot be rendered.
@@ -113,7 +115,7 @@ def generate(
     target = choose_device(device)
     if system is not None and not chat:
         raise UsageError("a system text is part of a conversation: give it with --chat")
-    opened = model if isinstance(model, Model) else open_model(model, base=base)
+    opened = model if isinstance(model, Model) else open_model(model, base=base, device=target, resident=resident)
     if not is_there(opened.files):
         raise ArtifactError(f"{opened.name} holds no tokenizer (written with --no-tokenizer): it cannot read a prompt")
     encode = encoder(opened.files)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bytecap.errors import UsageError
 from bytecap.format import updates
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model
+from bytecap.model.checkpoint import Model, demo_directory, freeze, load_model
 from bytecap.model.from_artifact import module_of
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
@@ -17,16 +17,38 @@ from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.types import Score
 
 
-def open_model(model: Path | str, allow_unused: Sequence[str] = (), base: updates.Bases = None) -> Model:
-    """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file."""
+def open_model(
+    model: Path | str,
+    allow_unused: Sequence[str] = (),
+    base: updates.Bases = None,
+    *,
+    device: str = "cpu",
+    resident: str = "decoded",
+) -> Model:
+    """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file.
+
+    Args:
+        model: which.
+        allow_unused: tensors and files of a checkpoint that are meant to be left out.
+        base: the file that an artifact is an update of.
+        device: torch device.
+        resident: see `bytecap.load_model`; artifacts alone can stay coded.
+
+    Raises:
+        UsageError: a model that is no artifact has a base or is to stay coded.
+    """
     path = Path(model)
     if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
         if base:
             raise UsageError(f"{model} is no .bcap file: it has no base")
-        return load_model(model, allow_unused=allow_unused)
+        if resident != "decoded":
+            raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
+        opened = load_model(model, allow_unused=allow_unused)
+        opened.module.to(device)
+        return opened
     contents = updates.read(path, base)
-    module = freeze(module_of(contents, str(path)))
-    return Model(module, find_units(module), side_files(contents), str(model))
+    module = freeze(module_of(contents, str(path), device=device, resident=resident))
+    return Model(module, tuple(updates.units_of(contents)), side_files(contents), str(model))
 
 
 def score(
@@ -38,6 +60,7 @@ def score(
     device: str = "auto",
     allow_unused: Sequence[str] = (),
     base: updates.Bases = None,
+    resident: str = "decoded",
     reporter: Reporter | None = None,
 ) -> list[Score]:
     """Score a model on every text.
@@ -50,6 +73,7 @@ def score(
         device: `auto`, `cpu` or `cuda`.
         allow_unused: tensors and files of a checkpoint that are meant to be left out.
         base: the file that an artifact is an update of.
+        resident: `decoded`, or `coded`: an artifact's blocks are decoded whenever they run.
         reporter: told about progress.
     """
     from bytecap.model.evaluation import evaluate
@@ -57,8 +81,7 @@ def score(
 
     reporter = reporter_for(reporter)
     target = choose_device(device)
-    opened = open_model(model, allow_unused, base)
-    opened.module.to(target)
+    opened = open_model(model, allow_unused, base, device=target, resident=resident)
     encode = encoder(opened.files)
     paths = as_paths(texts)
     if not paths:

@@ -126,7 +126,7 @@ def check(config: FitConfig) -> Asked:
     check_choice(config.unused)
     if config.memory is not None:
         parse_size(config.memory)
-    if config.effort not in range(len(EFFORTS)):
+    if config.effort is not None and config.effort not in range(len(EFFORTS)):
         raise UsageError(f"there is no effort {config.effort}: it goes from 0 (fast) to {len(EFFORTS) - 1} (best)")
     if config.recover_text and config.recover is None:
         raise UsageError("the option recover_text is read by recover: say how long with recover='10m' or a number")

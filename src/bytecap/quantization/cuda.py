@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
-from bytecap.format.coders.grid import OCTAVE
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.trellis import SHORT
 from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
 from bytecap.quantization.triton_programs import round_columns

@@ -23,8 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
-from bytecap.format.coders.grid import OCTAVE
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.trellis import SHORT
 from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
 from bytecap.quantization.viterbi import decisions, masks_of, search

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bytecap.format.coders.classes import CENTRES, CLASSES, quarter
-from bytecap.format.coders.grid import OCTAVE, GridCode
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, quarter
+from bytecap.format.coders.grid import GridCode
 
 _TOGETHER = 2**24  # values at a time
 

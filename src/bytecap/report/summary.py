@@ -83,9 +83,9 @@ def plan(job: Any) -> dict[str, float]:
     """Estimate the bytes of every unit under the default method's allocated plan."""
     from bytecap.allocation.plans import allocated_plan
     from bytecap.methods.bytecap import calibrate, prepare
-    from bytecap.quantization.quantizer import Options
+    from bytecap.quantization.quantizer import Options, effort_on
 
-    options = Options.of(job.options, effort=job.config.effort)
+    options = Options.of(job.options, effort=effort_on(job.device, job.config.effort))
     prepared = prepare(job, options, calibrate(job, options))
     state, _ = allocated_plan(job, prepared)
     fixed = {u.name: float(_stored(u)) for u in job.model.units if u.name not in prepared.planner.names}

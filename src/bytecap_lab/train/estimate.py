@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.errors import UsageError
-from bytecap.format.coders.classes import CLASSES, UNIT_CLASS
-from bytecap.format.coders.grid import OCTAVE
+from bytecap.format.coders.classes import CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.quantization.quantizer import FIRST_DEPENDENT
 from bytecap_lab.train.pquant import PQuantLinear
 

@@ -24,11 +24,13 @@ import numpy.typing as npt
 
 from bytecap.errors import CorruptError
 from bytecap.format import overlays
+from bytecap.format.coders.direct import Direct, Model
 from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
 from bytecap.format.entropy.rans import Stream, decode
 
 FloatArray = npt.NDArray[np.float32]
-Decoding = Generator[list[Stream], list[npt.NDArray[np.int32]], npt.NDArray[Any]]
+Decoding = Generator[list[Stream] | Direct, Any, npt.NDArray[Any]]
+"""What a coder yields: streams, for which it is sent their symbols, or a `Direct`, for which values or None."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class Shared:
     offset: FloatArray = field(default_factory=lambda: np.zeros((64, 17), np.float32))
     objects: Objects = field(default_factory=Objects)
     below: npt.NDArray[Any] | None = None
+
+    @property
+    def model(self) -> Model:
+        """Tables and offsets as machine code takes them, made once for the tables."""
+        return self.tables.kept(self.offset.tobytes(), lambda: Model.of(self.tables, self.offset))
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,10 @@ def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[
 
     def advance(i: int, symbols: list[npt.NDArray[np.int32]] | None) -> None:
         try:
-            pending[i] = next(decodings[i]) if symbols is None else decodings[i].send(symbols)
+            asked = next(decodings[i]) if symbols is None else decodings[i].send(symbols)
+            while not isinstance(asked, list):
+                asked = decodings[i].send(asked.values() if observe is None and asked.served() else None)
+            pending[i] = asked
         except StopIteration as stop:
             results[i] = stop.value
 

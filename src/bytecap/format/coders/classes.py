@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 CLASSES = 64  # class 0 is the coder's padding
 UNIT_CLASS = 20  # the class of standard deviation 1
+OCTAVE = 4  # quarter octaves between a column's step and the fine grid of `bytecap.format.coders.trellis`
 CENTRES = 17  # reconstruction offsets of |z| = 0..15 and of all larger ones
 
 # 2^(0/4) .. 2^(3/4) as float32 literals: decoders multiply by these and by powers of two, nothing else

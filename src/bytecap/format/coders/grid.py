@@ -28,7 +28,8 @@ import numpy.typing as npt
 
 from bytecap.errors import CorruptError
 from bytecap.format.coders import Decoding, Encoded, Shared, leb, read_leb
-from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS, quarter
+from bytecap.format.coders.direct import Direct
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.rans import Source, Stream, check_room, encode_all
@@ -36,7 +37,6 @@ from bytecap.format.entropy.rans import Source, Stream, check_room, encode_all
 IntArray = npt.NDArray[np.integer[Any]]
 _HEAD = struct.Struct("<Bf8B")
 _MAX_GROUPS = 4
-OCTAVE = 4  # quarter octaves between a column's step and the fine grid of `bytecap.format.coders.trellis`
 _MAX_STEP, _MAX_SPREAD = 500, 1000  # quarter octaves
 _CACHED = 2**16  # values dequantized together
 
@@ -234,6 +234,12 @@ class Grid:
         del dtype
         head = read_head(data, shape, 0)
         column_step, column_class, row_step, row_class = yield from read_sides(head, shape, shared.tables)
+        values = yield Direct(
+            head.rest, shape, shared, column_class, np.zeros(column_class.shape, bool), row_class,
+            np.float32(head.step) * quarter(column_step), quarter(row_step),
+        )  # fmt: skip
+        if isinstance(values, np.ndarray):
+            return values
         weight_class = weight_classes(column_class, row_class)
         (symbols,) = yield [Stream(head.rest, weight_class.reshape(-1), shared.tables)]
         with np.errstate(over="ignore", invalid="ignore"):

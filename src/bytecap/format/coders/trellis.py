@@ -28,7 +28,8 @@ import numpy.typing as npt
 
 from bytecap.errors import CorruptError
 from bytecap.format.coders import Decoding, Encoded, Shared, leb, read_leb
-from bytecap.format.coders.classes import CLASSES
+from bytecap.format.coders.classes import CLASSES, quarter
+from bytecap.format.coders.direct import Direct
 from bytecap.format.coders.grid import (
     GridCode,
     Head,
@@ -42,7 +43,7 @@ from bytecap.format.coders.grid import (
 )
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.rans import Source, Stream, encode_all
-from bytecap.format.wire.bits import read_bits
+from bytecap.format.wire.bits import check_bits, read_bits
 
 SHORT = 3  # memory of eight states
 MASKS = {
@@ -174,9 +175,17 @@ class Trellis:
         tables = shared.tables.split
         column_step, column_class, row_step, row_class = yield from read_sides(head, shape, shared.tables)
         fine = column_class >= first
+        memory = self._memory(head)
+        check_bits(path, int(fine.sum(1) @ np.bincount(_rows_of(head.groups, shape[0]), minlength=head.groups)))
+        values = yield Direct(
+            payload, shape, shared, column_class, fine, row_class,
+            np.float32(head.step) * quarter(column_step), quarter(row_step), path, MASKS[memory], _LARGEST,
+        )  # fmt: skip
+        if isinstance(values, np.ndarray):
+            return values
         bits = _read_path(path, fine[_rows_of(head.groups, shape[0])])
         classes = weight_classes(column_class, row_class, fine)
-        subset = subsets(bits, head.groups, self._memory(head))
+        subset = subsets(bits, head.groups, memory)
         used = _TABLE.take(subset)
         for part, dependent_column in zip(np.array_split(used, head.groups), fine, strict=True):
             np.multiply(part, dependent_column, out=part)

@@ -11,16 +11,17 @@ tables a file shares.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
 
+T = TypeVar("T")
 IntArray = npt.NDArray[np.integer]
 
 PROB_BITS = 14
@@ -54,7 +55,7 @@ class Tables:
     """A set of tables, one for each class in use."""
 
     table: Mapping[int, Table]
-    _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[bytes, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def from_counts(counts: Mapping[int, Mapping[int, float]], *, symmetric: bool = True) -> Tables:
@@ -75,6 +76,13 @@ class Tables:
                 dense = (dense + dense[::-1]) / 2
             fitted[cls] = Table(low, integer_frequencies(np.append(dense, rest), symmetric=symmetric))
         return Tables(fitted)
+
+    def kept(self, key: bytes, make: Callable[[], T]) -> T:
+        """Return what was made of these tables under a key, making it if nothing was."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     def distinct(self) -> list[tuple[int, Table]]:
         """Every distinct table once, with the lowest class that uses it."""

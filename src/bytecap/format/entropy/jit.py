@@ -6,6 +6,7 @@ Numba costs half a second to import, so small files are decoded without it. Noth
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from typing import Any
 
@@ -27,6 +28,15 @@ def worth(count: int) -> bool:
     if "numba" in sys.modules:
         return True
     return count >= _WORTH and importlib.util.find_spec("numba") is not None
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use.
+
+    >>> cores() >= 1
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def kernel(name: str) -> Any:

@@ -8,6 +8,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from bytecap.format.entropy import simd
+
 _Array = npt.NDArray[Any]
 
 
@@ -121,9 +123,161 @@ def _store(
                     counts[fine[c], cls, min(abs(z), last)] += 1
 
 
+def _spread(packed: _Array, fine: _Array, bits: _Array) -> None:
+    """Put bits (n,) of dependent columns into their places in bits (rows, cols); the others become 0."""
+    at = np.uint64(0)
+    for r in range(len(bits)):
+        for c in range(bits.shape[1]):
+            bits[r, c] = packed[at] & fine[c]
+            at += np.uint64(fine[c])
+
+
+def _subsets(bits: _Array, row: int, low: int, high: int, found: _Array) -> None:
+    """Find the subset of every weight of a row: the parities, under two masks, of path bits from this row up.
+
+    Args:
+        bits: (rows, cols) of the path, 0 or 1.
+        row: in `bits`, with as many above it as the masks reach.
+        low: mask of the subset's lower bit; bit 0 is the row's own.
+        high: mask of the other one.
+        found: (cols,) gets the subsets.
+    """
+    for c in range(len(found)):
+        found[c] = 0
+    for back in range(9):
+        place = (low >> back & 1) + 2 * (high >> back & 1)
+        above = bits[row - back]
+        if place == 1:
+            for c in range(len(found)):
+                found[c] ^= above[c]
+        elif place == 2:
+            for c in range(len(found)):
+                found[c] ^= above[c] << 1
+        elif place == 3:
+            for c in range(len(found)):
+                found[c] ^= above[c] | above[c] << 1
+
+
+def _slots(states: _Array, groups: _Array, subsets: _Array, slot: _Array, start: _Array) -> None:
+    """Find the slot of every lane, and where the entries of its class and subset start.
+
+    Subset 3 shares the slots of subset 1, which is its mirror image.
+    """
+    for j in range(len(slot)):
+        group, subset = np.uint32(groups[j]), np.uint32(subsets[j])
+        table = np.uint32(3) * group + subset - (subset & (subset << np.uint32(1)) & np.uint32(2))
+        slot[j] = (table << np.uint32(14)) + (states[j] & np.uint32(0x3FFF))
+        start[j] = (np.uint32(4) * group + subset) * np.uint32(264)
+
+
+def _entries(slot: _Array, start: _Array, symbols: _Array, entries: _Array, found: _Array) -> None:
+    """Look up the entry of every lane's slot."""
+    for j in range(np.uint64(len(slot))):
+        found[j] = entries[np.uint32(symbols[slot[j]]) + start[j]]
+
+
+def _advance(states: _Array, entries: _Array, values: _Array) -> None:
+    """Take a symbol out of every lane's state; its value, as bits, goes to `values`."""
+    for j in range(len(values)):
+        x, model = states[j], np.uint32(entries[j] >> np.uint64(32))
+        rest = (x & np.uint32(0x3FFF)) - (model & np.uint32(0xFFFF))
+        states[j] = (x >> np.uint32(14)) * (model >> np.uint32(16)) + rest
+        values[j] = np.uint32(entries[j] & np.uint64(0xFFFFFFFF))
+
+
+def _renormalise(states: _Array, words: _Array, used: int) -> int:
+    """Give every lane that needs one a word; returns the number of words used."""
+    at = np.uint64(used)
+    for j in range(np.uint64(len(states))):
+        x = states[j]
+        need = x < np.uint32(0x10000)
+        longer = np.uint32(x << np.uint32(16)) | np.uint32(words[at])
+        at += np.uint64(need)
+        states[j] = longer if need else x
+    return int(at)
+
+
+def _escapes(values: _Array) -> int:
+    """Count the values that are not numbers, which stand for escapes."""
+    count = 0
+    for c in range(len(values)):
+        count += values[c] != values[c]
+    return count
+
+
+def _scale(values: _Array, row: float, columns: _Array) -> None:
+    """Multiply a row's values by the row's scale, then by the columns'."""
+    for c in range(len(values)):
+        values[c] = values[c] * np.float32(row) * columns[c]
+
+
+def _weights(
+    stream: tuple[_Array, _Array], at: tuple[int, int, int, int], model: tuple[_Array, _Array],
+    columns: tuple[_Array, _Array], rows: tuple[_Array, _Array], path: tuple[_Array, int, int, int],
+    where: tuple[_Array, _Array], values: _Array, raw: _Array,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Decode some rows of a matrix from its stream straight to values.
+
+    Rows are walked in pieces of at most 128 weights, whose lanes stand side by side, and every piece in short loops:
+    the compiler turns all but one or two of them into vector instructions.
+
+    Args:
+        stream: states (lanes,), which change, and words, with 128 more behind them.
+        at: words used so far, the lane of the first weight, escapes so far, weights so far.
+        model: symbol by slot, and entry by symbol: `frequency << 48 | cumulative frequency << 32 | bits of the value in
+            steps`. A group has the slots of three tables and 264 entries for each of four subsets.
+        columns: group of every column (kinds of rows, cols), and scale.
+        rows: kind and scale of every row.
+        path: bits (above + rows, cols), the rows above, and masks as in `subsets`.
+        where: gets place and subset of every escape, as far as there is room.
+        values: (rows, cols) gets the weights; those of escapes are to be put in.
+        raw: the same memory as integers.
+
+    Returns:
+        Words used, the next lane and escapes; -1 words if the stream has fewer.
+    """
+    states, words = stream
+    used, lane, count, begun = at
+    cols, width = values.shape[1], len(states)
+    subset = np.empty(cols, np.uint8)
+    slot, start, entry = np.empty(128, np.uint32), np.empty(128, np.uint32), np.empty(128, np.uint64)
+    for r in range(len(values)):
+        subsets(path[0], r + path[1], path[2], path[3], subset)
+        group = columns[0][rows[0][r]]
+        c = 0
+        while c < cols:
+            n = min(cols - c, width - lane, 128)
+            if used + n > len(words):
+                return -1, lane, count
+            part, found = states[lane : lane + n], entry[:n]
+            slots(part, group[c : c + n], subset[c : c + n], slot[:n], start[:n])
+            entries(slot[:n], start[:n], model[0], model[1], found)
+            advance(part, found, raw[r, c : c + n])
+            used = renormalise(part, words, used)
+            c += n
+            lane = 0 if lane + n == width else lane + n
+        if escapes(values[r]):
+            for c in range(cols):
+                if values[r, c] != values[r, c]:
+                    if count < len(where[0]):
+                        where[0][count], where[1][count] = begun + r * cols + c, subset[c]
+                    count += 1
+        scale(values[r], rows[1][r], columns[1])
+    return used, lane, count
+
+
 points: Any = numba.njit(nogil=True, cache=True)(_points)
 values: Any = numba.njit(nogil=True, cache=True, fastmath=False)(_values)
 encode: Any = numba.njit(nogil=True, cache=True)(_encode)
 lanes: Any = numba.njit(nogil=True, cache=True)(_lanes)
 path: Any = numba.njit(nogil=True, cache=True)(_path)
 store: Any = numba.njit(nogil=True, cache=True)(_store)
+spread: Any = numba.njit(nogil=True, cache=True)(_spread)
+subsets: Any = numba.njit(nogil=True, cache=True)(_subsets)
+slots: Any = numba.njit(nogil=True, cache=True)(_slots)
+entries: Any = numba.njit(nogil=True, cache=True)(_entries)
+advance: Any = numba.njit(nogil=True, cache=True)(_advance)
+renormalise: Any = simd.renormalise if simd.available() else numba.njit(nogil=True, cache=True)(_renormalise)
+escapes: Any = numba.njit(nogil=True, cache=True)(_escapes)
+scale: Any = numba.njit(nogil=True, cache=True)(_scale)
+weights: Any = numba.njit(nogil=True, cache=True)(_weights)

@@ -71,7 +71,8 @@ def zigzag_bytes(values: Iterable[int]) -> bytes:
     return bytes(out)
 
 
-def _read_zigzag(data: bytes, count: int) -> list[int]:
+def read_zigzag(data: bytes, count: int) -> list[int]:
+    """Read so many integers from exactly the bytes that `zigzag_bytes` made."""
     values = []
     at = 0
     for _ in range(count):
@@ -190,9 +191,9 @@ class Stream:
     tables: Tables
 
 
-def _split(stream: Stream) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16], bytes]:
-    """Split a stream into states, words and the escapes' bytes."""
-    data, at, count, shift = stream.data, 0, 0, 0
+def split(data: bytes, symbols: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16], bytes]:
+    """Split a stream of so many symbols into states, words and the escapes' bytes."""
+    at, count, shift = 0, 0, 0
     while True:
         if at >= len(data) or shift > 35:
             raise CorruptError("a stream ends inside its word count")
@@ -204,7 +205,7 @@ def _split(stream: Stream) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint1
     if count % 2:
         raise CorruptError("a stream declares a negative number of words")
     count >>= 1
-    k = lanes(len(stream.classes))
+    k = lanes(symbols)
     end = at + 4 * k + 2 * count
     if end > len(data):
         raise CorruptError(f"a stream of {len(data)} bytes declares {count} words and {k} lanes: truncated")
@@ -216,7 +217,7 @@ def _split(stream: Stream) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint1
 
 def escape_bytes(stream: Stream) -> int:
     """Return the bytes that a stream spends on escaped symbols."""
-    return len(_split(stream)[2]) if len(stream.classes) else 0
+    return len(split(stream.data, len(stream.classes))[2]) if len(stream.classes) else 0
 
 
 def decode(streams: list[Stream]) -> list[npt.NDArray[np.int32]]:
@@ -242,17 +243,18 @@ def decode(streams: list[Stream]) -> list[npt.NDArray[np.int32]]:
 
 def _decode_compiled(number: int, stream: Stream) -> npt.NDArray[np.int32]:
     """Decode one stream that is not empty, by machine code."""
-    states, words, tail = _split(stream)
+    states, words, tail = split(stream.data, len(stream.classes))
     states = states.copy()
     symbols, escaped, used = jit.run_lanes(states, words.astype(np.uint16), stream.classes, stream.tables, len(tail))
-    _check_end(number, states, used, len(words))
-    symbols[escaped] = _read_zigzag(tail, len(escaped))
+    check_end(f"stream {number}", states, used, len(words))
+    symbols[escaped] = read_zigzag(tail, len(escaped))
     return symbols
 
 
-def _check_end(number: int, states: npt.NDArray[np.uint32], used: int, count: int) -> None:
+def check_end(name: str, states: npt.NDArray[np.uint32], used: int, count: int) -> None:
+    """Refuse a stream whose lanes do not end where they began, or that has words left."""
     if (states != LOW).any() or used != count:
-        raise CorruptError(f"stream {number} does not end in its initial state: damaged")
+        raise CorruptError(f"{name} does not end in its initial state: damaged")
 
 
 def _steps(stream: Stream | Source) -> int:
@@ -262,7 +264,7 @@ def _steps(stream: Stream | Source) -> int:
 
 def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], list[bytes]]:
     """Return symbol indices of streams that are sorted by falling number of steps."""
-    parts = [_split(s) for s in streams]
+    parts = [split(s.data, len(s.classes)) for s in streams]
     width = np.array([len(p[0]) for p in parts])
     steps = np.array([_steps(s) for s in streams])
     first = np.concatenate([[0], np.cumsum(width)])
@@ -287,7 +289,7 @@ def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], lis
         )  # fmt: skip
         at = stop
     for i, (lo, hi) in enumerate(pairwise(first)):
-        _check_end(i, state[lo:hi], int(pointer[i] - start[i]), int(counts[i]))
+        check_end(f"stream {i}", state[lo:hi], int(pointer[i] - start[i]), int(counts[i]))
     spans = zip(streams, first, first[1:], steps, strict=False)
     return [out[:t, lo:hi].reshape(-1)[: len(s.classes)] for s, lo, hi, t in spans], [p[2] for p in parts]
 
@@ -353,5 +355,5 @@ def _symbols(stream: Stream, index: npt.NDArray[np.uint16], tail: bytes) -> npt.
     symbols = low.take(stream.classes)
     symbols += index
     escaped = np.flatnonzero(index == last.take(stream.classes))
-    symbols[escaped] = _read_zigzag(tail, len(escaped))
+    symbols[escaped] = read_zigzag(tail, len(escaped))
     return symbols

@@ -32,12 +32,16 @@ def read_bits(data: bytes, count: int) -> npt.NDArray[np.uint8]:
     Raises:
         CorruptError: another number of bytes, or bits behind the last one that are not 0.
     """
+    check_bits(data, count)
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=count, bitorder="little")
+
+
+def check_bits(data: bytes, count: int) -> None:
+    """Refuse what `read_bits` refuses, without reading the bits."""
     if len(data) != packed_size(count, 1):
         raise CorruptError(f"{count} bits are packed into {len(data)} bytes")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    if bits[count:].any():
+    if count % 8 and data[-1] >> count % 8:
         raise CorruptError(f"the last byte of {count} packed bits has bits that belong to none")
-    return bits[:count]
 
 
 def unpack_bits(data: bytes, count: int, width: int) -> npt.NDArray[np.int64]:

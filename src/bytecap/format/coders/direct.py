@@ -1,0 +1,232 @@
+"""Decode a matrix of the grid straight to values, without its symbols, where numba is installed.
+
+What takes part in a weight's value before scales is known for every class and symbol: the integer, its offset, the
+subset that it stands in. So it is looked up together with the symbol's frequency, and a weight costs two look-ups and a
+word now and then. Values are those of `grid.dequantize` in every bit: the same operations in the same order.
+
+What it leaves out: classes whose tables have more than 256 symbols, and readers that want to see symbols; `grid` and
+`trellis` serve both themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bytecap.errors import CorruptError
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE
+from bytecap.format.entropy import jit
+from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
+from bytecap.format.entropy.rans import MAX_SYMBOL, check_end, read_zigzag, split
+
+if TYPE_CHECKING:
+    from bytecap.format.coders import Shared
+
+Array = npt.NDArray[Any]
+NONE = 2**16 - 1
+_SLOTS, _ENTRIES = 3 * TOTAL, 4 * 264  # of a group; 264 rather than 256 keeps its parts apart in a cache
+_BLOCK = 2**20  # weights whose path is unpacked at a time
+_PIECE = 128  # as in `kernels.weights`
+_ABOVE = 8  # rows whose path bits still matter
+_IN_TABLES, _SAFE = 1100.0, 1e38  # no value of a table is larger in steps; float32 holds as much
+
+
+@dataclass(frozen=True)
+class Model:
+    """Tables and offsets of a file as `bytecap.format.entropy.kernels.weights` takes them.
+
+    Attributes:
+        group: of every class (2, 64), in independent and in dependent columns; `NONE` where it has none.
+        symbols: place of a symbol in its table, by slot.
+        entries: see `weights`.
+    """
+
+    group: npt.NDArray[np.uint16]
+    symbols: npt.NDArray[np.uint8]
+    entries: npt.NDArray[np.uint64]
+
+    @staticmethod
+    def of(tables: Tables, offset: npt.NDArray[np.float32]) -> Model:
+        """Make the model of all classes that it can serve; classes with one table and one offset share a group."""
+        group = np.full((2, CLASSES), NONE, np.uint16)
+        known: dict[tuple[int, int, bytes], int] = {}
+        made: list[tuple[int, int, list[Table]]] = []
+        for cls in sorted(tables.table):
+            parts = [tables.split.table[cls + k * CLASSES] for k in range(4)]
+            for fine, own in enumerate((parts[:1], parts[1:])):
+                if max(len(t.freq) for t in own) <= 256:
+                    key = (fine, id(tables.table[cls]), offset[cls].tobytes())
+                    group[fine, cls] = known.setdefault(key, len(made))
+                    if known[key] == len(made):
+                        made.append((fine, cls, own))
+        symbols, entries = np.zeros((len(made), _SLOTS), np.uint8), np.zeros((len(made), _ENTRIES), np.uint64)
+        for i, (fine, cls, own) in enumerate(made):
+            for k, table in enumerate(own):
+                symbols[i, k * TOTAL : (k + 1) * TOTAL] = np.repeat(np.arange(len(table.freq)), table.freq)
+            for k, table in enumerate([*own, own[1]] if fine else own):
+                entries[i, k * 264 : k * 264 + len(table.freq)] = _entries(table, fine, k, offset, cls)
+        return Model(group, symbols.reshape(-1), entries.reshape(-1))
+
+
+def _entries(table: Table, fine: int, subset: int, offset: npt.NDArray[np.float32], cls: int) -> npt.NDArray[np.uint64]:
+    """Return the entries of a table; the value of its escape is not a number."""
+    cum = np.cumsum(table.freq) - table.freq
+    value = in_steps(np.arange(len(cum)) + table.low, fine, subset, offset, cls)
+    value[-1] = np.nan
+    found: npt.NDArray[np.uint64] = (table.freq << 48 | cum << 32).astype(np.uint64) | value.view(np.uint32)
+    return found
+
+
+def in_steps(
+    symbols: Array, fine: Array | int, subset: Array | int, offset: npt.NDArray[np.float32], cls: Array | int
+) -> npt.NDArray[np.float32]:
+    """Turn symbols into values in steps, with the operations of `grid.dequantize` in their order.
+
+    Args:
+        symbols: (n,) as coded.
+        fine: 1 where the column is dependent, else 0.
+        subset: of each; 3 is the mirror image of 1.
+        offset: (64, 17) of the file.
+        cls: class of each.
+    """
+    mirrored = np.where(np.equal(subset, 3), -1, 1)
+    points = np.where(np.equal(fine, 1), mirrored * (4 * symbols + np.array([0, 1, 2, 1]).take(subset)), symbols)
+    size = np.abs(points)
+    value = size.astype(np.float32)
+    value *= np.where(np.equal(fine, 1), np.float32(0.5), np.float32(1))
+    value -= offset[cls, np.minimum(size, CENTRES - 1)]
+    np.negative(value, out=value, where=points < 0)
+    return value
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A matrix to decode straight to values, if its reader has no other use for its symbols.
+
+    Attributes:
+        payload: its stream.
+        shape: (rows, cols).
+        shared: what the file shares.
+        column_class, fine: class of columns and whether they are dependent, (groups, cols).
+        row_class: class of rows (rows,).
+        scale, row_scale: float32 scales of columns (groups, cols) and of rows (rows,).
+        path: packed bits of the dependent weights.
+        masks: of the trellis.
+        largest: size of an escaped symbol.
+    """
+
+    payload: bytes
+    shape: tuple[int, int]
+    shared: Shared
+    column_class: Array
+    fine: Array
+    row_class: Array
+    scale: npt.NDArray[np.float32]
+    row_scale: npt.NDArray[np.float32]
+    path: bytes = b""
+    masks: tuple[int, int] = (0, 0)
+    largest: int = MAX_SYMBOL
+
+    def served(self) -> bool:
+        """Return whether machine code pays, and has a group for every class that occurs."""
+        size = self.shape[0] * self.shape[1]
+        return size > 0 and jit.worth(size) and all((g < NONE).all() for g in self._column_groups)
+
+    def _classes(self, group: int, rows: Array) -> Array:
+        """Class of every column under classes of rows (n,), (n, cols)."""
+        more = OCTAVE * self.fine[group].astype(np.int64)
+        found: Array = np.clip(rows[:, None] + (self.column_class[group] + more)[None, :], 1 + more, CLASSES - 1)
+        return found
+
+    @cached_property
+    def _kinds(self) -> tuple[Array, Array]:
+        """Distinct classes of rows, and which of them every row has."""
+        kinds, of_row = np.unique(self.row_class, return_inverse=True)
+        return kinds, of_row.reshape(-1)
+
+    @cached_property
+    def _column_groups(self) -> list[npt.NDArray[np.uint16]]:
+        """For every row group, the model's group of every column by kind of row, (kinds, cols)."""
+        fine = self.fine.astype(np.int64)
+        return [
+            self.shared.model.group[fine[g][None, :], self._classes(g, self._kinds[0])] for g in range(len(fine))
+        ]  # fmt: skip
+
+    @property
+    def _runs(self) -> list[range]:
+        """Rows of every row group."""
+        sizes = [len(p) for p in np.array_split(np.arange(self.shape[0]), len(self.fine))]
+        return [range(a, b) for a, b in pairwise(np.cumsum([0, *sizes]).tolist())]
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """Decode to float32 (rows, cols).
+
+        Raises:
+            CorruptError: the stream is damaged, or a value is out of range.
+        """
+        states, words, tail = split(self.payload, self.shape[0] * self.shape[1])
+        lanes = states.copy()
+        stream = lanes, np.concatenate([words, np.zeros(_PIECE, np.uint16)]).astype(np.uint16, copy=False)
+        model = self.shared.model.symbols, self.shared.model.entries
+        where = np.empty(len(tail), np.int64), np.empty(len(tail), np.int64)
+        value = np.empty(self.shape, np.float32)
+        used, lane, found = 0, 0, 0
+        for rows, group, bits in self._blocks():
+            used, lane, found = jit.kernel("weights")(
+                stream, (used, lane, found, rows.start * self.shape[1]), model,
+                (self._column_groups[group], self.scale[group]), (self._kinds[1][rows], self.row_scale[rows]),
+                (bits, len(bits) - len(value[rows]), *self.masks), where, value[rows], value[rows].view(np.uint32),
+            )  # fmt: skip
+            if used < 0:
+                raise CorruptError("a stream runs past its words")
+        check_end("a stream", lanes, used, len(words))
+        if found > len(tail):
+            raise CorruptError("the escaped symbols of a stream are damaged")
+        largest = self._put_escapes(value, where[0][:found], where[1][:found], tail)
+        bound = largest * float(self.row_scale.max()) * max(1.0, float(self.scale.max()))
+        if not bound < _SAFE and not np.isfinite(value).all():
+            raise CorruptError("a section holds a value out of range")
+        return value
+
+    def _blocks(self) -> Iterator[tuple[slice, int, npt.NDArray[np.uint8]]]:
+        """Yield some rows, their row group, and path bits (8 + rows, cols) with those of the rows above."""
+        cols, at = self.shape[1], 0
+        packed = np.frombuffer(self.path, np.uint8)
+        for group, run in enumerate(self._runs):
+            fine = self.fine[group].astype(np.uint8)
+            width = int(fine.sum())
+            above = np.zeros((_ABOVE, cols), np.uint8)
+            for first in run[:: max(1, _BLOCK // cols)]:
+                rows = slice(first, min(first + max(1, _BLOCK // cols), run.stop))
+                count = width * (rows.stop - first)
+                own = np.unpackbits(packed[at >> 3 : (at + count + 7) >> 3], count=(at & 7) + count, bitorder="little")
+                bits = np.zeros((_ABOVE + rows.stop - first, cols), np.uint8)
+                bits[:_ABOVE] = above
+                if width == cols:
+                    bits[_ABOVE:] = own[at & 7 :].reshape(-1, cols)
+                elif width:
+                    jit.kernel("spread")(np.append(own[at & 7 :], np.uint8(0)), fine, bits[_ABOVE:])
+                at += count
+                above = bits[-_ABOVE:]
+                yield rows, group, bits
+
+    def _put_escapes(self, value: npt.NDArray[np.float32], at: Array, subset: Array, tail: bytes) -> float:
+        """Put in the values of escapes, given their places; returns the largest size in steps of any value."""
+        symbols = np.array(read_zigzag(tail, len(at)), np.int64)
+        if np.abs(symbols).max(initial=0) > self.largest:
+            raise CorruptError("a trellis section holds a symbol out of range")
+        rows, columns = np.divmod(at, self.shape[1])
+        group = np.searchsorted([run.start for run in self._runs], rows, "right") - 1
+        fine = self.fine[group, columns].astype(np.int64)
+        more = OCTAVE * fine
+        cls = np.clip(self.row_class[rows] + self.column_class[group, columns] + more, 1 + more, CLASSES - 1)
+        steps = in_steps(symbols, fine, subset, self.shared.offset, cls)
+        with np.errstate(over="ignore", invalid="ignore"):
+            value[rows, columns] = steps * self.row_scale[rows] * self.scale[group, columns]
+        return max(_IN_TABLES, float(np.abs(steps).max(initial=0)))
