@@ -75,6 +75,8 @@ class FitConfig:
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
         format: `bcap`, `gguf` for llama.cpp, or a directory: `mlx`, `compressed-tensors` (docs/runtimes.md); by the
             suffix of `output` if it is not given.
+        layout: `file`, or `hub`: a directory that transformers loads and hubs show, config, tokenizer, licence and card
+            beside the weights, all within the budget (docs/transformers.md).
         types: types of the format to choose from (GGUF: `q4_k,q6_k`; MLX: `w4g64`), all in its menu by default.
         pure: refuse a tensor that none of the types can hold, instead of another type or 16 bits.
         template: the same model as a GGUF file converted by llama.cpp, for names, metadata and tokenizer.
@@ -117,6 +119,7 @@ class FitConfig:
     unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None
+    layout: str = "file"
     types: Sequence[str] | None = None
     pure: bool = False
     template: Path | str | None = None

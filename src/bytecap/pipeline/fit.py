@@ -24,16 +24,17 @@ from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
 from bytecap.model.sources import as_paths
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline import background, memory
+from bytecap.pipeline import background, hub_directory, memory
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
-from bytecap.pipeline.formats import FORMATS, format_of
+from bytecap.pipeline.formats import FILE, FORMATS, HUB, format_of
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.pipeline.token_sets import token_sets
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
 from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_collisions
+from bytecap.system.directories import check_directory
 
 _FOR_MODULES = ("loss", "evaluate", "predictions", "given")
 
@@ -99,10 +100,12 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
+    if configs[0].layout == HUB:
+        hub_directory.check_options(configs[0])
     base = Installed.read(configs[0].base)
     configs = [replace(c, base=base) for c in configs]  # read once for all of them
     with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
-        return _fit_all(model, configs, started)
+        return (_fit_hub if configs[0].layout == HUB else _fit_all)(model, configs, started)
 
 
 def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) -> None:
@@ -140,6 +143,19 @@ def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     with allocator.stated(loaded.parameters, streamed=streaming.of(loaded.module) is not None):
         sets = text_sets(loaded, asked[0])
     return finish_all(opened, sets, started)
+
+
+def _fit_hub(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
+    """Fit the weights of one directory for each config to what its other files leave of the budget."""
+    asked = check(replace(configs[0], layout=FILE, tokenizer=False))
+    for config in configs:
+        if config.output is not None:
+            check_directory(Path(config.output))
+    loaded = model if isinstance(model, Model) else _load(model, asked)
+    plans = [hub_directory.plan(loaded, config) for config in configs]
+    with plans[0].floor():
+        found = _fit_all(loaded, [p.config for p in plans], started)
+    return [p.finished(a) for p, a in zip(plans, found, strict=True)]
 
 
 def text_sets(model: Model, asked: Asked) -> TokenSets:

@@ -42,6 +42,7 @@ from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code, update
 from bytecap.pipeline.artifact import Artifact, FiledArtifact
+from bytecap.pipeline.formats import FILE
 from bytecap.pipeline.lossless import lossless
 from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
@@ -124,6 +125,8 @@ def check(config: FitConfig) -> Asked:
     """
     check_budget(config.budget)
     check_choice(config.unused)
+    if config.layout != FILE:
+        raise UsageError(f"the layout {config.layout} is for checkpoints: a module has no config beside it")
     if config.memory is not None:
         parse_size(config.memory)
     if config.effort is not None and config.effort not in range(len(EFFORTS)):
