@@ -138,10 +138,18 @@ class TestNarrowText:
     )
     def test_it_is_said_where_samples_may_help(self, calibration, sources, kl, said):
         reporter = Silent()
-        sets = TokenSets((), windows(0, len(sources)), (), 0, sources=sources)
+        sets = TokenSets(windows(0, 10, 500), windows(0, len(sources)), (), 0, sources=sources)
         job = Job(None, sets, 0, lambda *_: 0, "cpu", reporter, FitConfig(0, calibration=calibration))
         say_narrow(job, {"text_distance": {"calibration_kl": 0.1, "evaluation_kl": kl}})
         assert [("--calib self" in n) for n in reporter.notes] == [True] * said
+
+    def test_little_text_is_said_first(self):
+        reporter = Silent()
+        sets = TokenSets(windows(0, 8, 500), windows(0, 1), (), 0, sources=("a.txt",))
+        job = Job(None, sets, 0, lambda *_: 0, "cpu", reporter, FitConfig(0, calibration=["a.txt"]))
+        say_narrow(job, {"text_distance": {"calibration_kl": 0.1, "evaluation_kl": 0.1}})
+        [note] = reporter.notes
+        assert note.startswith("a calibration text of 4,000 tokens is fitted too closely")
 
     def test_without_figures_nothing_is_said(self):
         reporter = Silent()
