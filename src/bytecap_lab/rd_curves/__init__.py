@@ -15,6 +15,7 @@ from bytecap.job import Job
 from bytecap.model.evaluation import ByWindow
 from bytecap.model.texts import Window, leading
 from bytecap.progress import Reporter, reporter_for
+from bytecap.sizes import check_budget, parse_budget
 from bytecap.system.atomic import make_directory
 from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_pages
@@ -85,7 +86,6 @@ def byte_returns(
         BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
     """
     from bytecap.pipeline.stages import choose_device
-    from bytecap.sizes import check_budget
 
     read = {"a calibration text": calibration, "an evaluation text": evaluation}
     refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **read})
@@ -93,11 +93,9 @@ def byte_returns(
     names = known(None if paths is None or ALL in paths else paths)
     base, effort, target = check_base(base), BRIEF if paths is None else FULL, choose_device(device)
     directory = make_directory(output) if output is not None else None
-    amounts: dict[str, Any] = {"tokens": tokens, "evaluation_tokens": evaluation_tokens, "window": window}
-    reporter = reporter_for(reporter, progress)
+    amounts, reporter = (tokens, evaluation_tokens, window), reporter_for(reporter, progress)
     job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
-    cache = Store(store if store is not None else directory and directory / "store")
-    with blamed(cache.directory):
+    with blamed((cache := Store(store if store is not None else directory and directory / "store")).directory):
         found = _measured(job, base, names, effort, units, leading(job.sets.correction, point_tokens), points, cache)
         return _written(found, directory, report, reporter)
 
@@ -108,19 +106,18 @@ def _path_of(model: Model | Path | str) -> Path | str | None:
 
 
 def _job(
-    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: Mapping[str, Any],
+    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: tuple[int, int, int],
     point_tokens: int, device: str, seed: int, reporter: Reporter,
 ) -> Job:  # fmt: skip
     """Read model and token sets and return the job whose operating point is the base."""
     from bytecap.model.checkpoint import load_model
     from bytecap.model.sources import CORRECTION_TOKENS, load_sets
-    from bytecap.sizes import parse_budget
 
     loaded = load_model(model) if isinstance(model, Path | str) else model
     limit = parse_budget(budget, loaded.parameters)
     sets = load_sets(
         loaded, calibration, evaluation, correction_tokens=max(point_tokens, CORRECTION_TOKENS), seed=seed,
-        device=device, reporter=reporter, **amounts,
+        device=device, reporter=reporter, tokens=amounts[0], evaluation_tokens=amounts[1], window=amounts[2],
     )  # fmt: skip
     loaded.module.to(device)
     return make_job(loaded, sets, limit, device, seed, reporter)
