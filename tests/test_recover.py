@@ -302,7 +302,10 @@ class TestCurve:
 
     def test_skipped_iterations_count(self, model_directory, texts):
         model = load_model(model_directory("rotary"))
-        job = Job(model, TestTexts().sets(model, texts), 0, lambda *_: 0, "cpu", Silent(), FitConfig(0))
+        sets = load_sets(
+            model, texts["calib"], texts["val"], tokens=600, evaluation_tokens=600, window=128, reporter=Silent()
+        )
+        job = Job(model, sets, 0, lambda *_: 0, "cpu", Silent(), FitConfig(0))
         passes = kl_passes.Passes(job, copy_of(model.module))
         passes.skip(3, seconds=100.0)
         passes.check()

@@ -63,10 +63,7 @@ def choose(
     from bytecap.sizes import split_budgets
     from bytecap.system.atomic import write_atomically
 
-    check_output(output)
-    check_output(report)
-    inputs = {"MODEL": models, "--eval": evaluation, "--calib": calibration}
-    check_inputs({"-o": output, "--report": report, "--store": store}, inputs)
+    _check(models, output, report, store, {"--eval": evaluation, "--calib": calibration})
     found = run(
         models, budget, evaluation=evaluation, output=output, budgets=split_budgets(budgets or ""),
         calibration=calibration, tokens=tokens, evaluation_bytes=evaluation_bytes, short_tokens=short_tokens,
@@ -76,3 +73,12 @@ def choose(
     if report is not None:
         write_atomically(page(found.report).encode(), report)
     show(found.report, as_json, print_choice)
+
+
+def _check(
+    models: list[str], output: Path | None, report: Path | None, store: Path | None, texts: dict[str, list[Path] | None]
+) -> None:
+    """Refuse outputs that cannot be written or are inputs."""
+    check_output(output)
+    check_output(report)
+    check_inputs({"-o": output, "--report": report, "--store": store}, {"MODEL": models, **texts})

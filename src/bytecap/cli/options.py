@@ -58,7 +58,7 @@ OPTIONS = {
     "calibration": _Option(("--calibration", "--calib"), _Texts, EMBEDDED, behind="Repeatable."),
     "evaluation": _Option(("--evaluation", "--eval"), _Texts, EMBEDDED, behind="Repeatable."),
     "method": _Option(("--method",), behind=f"There are {', '.join(METHODS)}."),
-    "effort": _Option(("--effort",), int, least=0),
+    "effort": _Option(("--effort",), int | None, "2, on a GPU 1", least=0),
     "device": _Option(("--device",)),
     "seed": _Option(("--seed",), int),
     "window": _Option(("--window",), int, least=1),

@@ -67,8 +67,7 @@ def byte_returns(
         base: `grid` (the default method's plan) or `golf`.
         paths: their names, or `all`. `step`, the yardstick, is always measured. By default all, with few settings and
             points of those that recode units.
-        calibration: text files for statistics and single-unit points; the embedded text if None.
-        evaluation: text files for whole-model points; the embedded text if None.
+        calibration, evaluation: text files, see `bytecap.fit`; single-unit points are measured on the former.
         device: `auto`, `cpu` or `cuda`.
         seed: of every random choice.
         tokens: most tokens for statistics.
@@ -87,13 +86,13 @@ def byte_returns(
     """
     from bytecap.pipeline.stages import choose_device
 
-    read = {"a calibration text": calibration, "an evaluation text": evaluation}
-    refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **read})
+    texts = {"a calibration text": calibration, "an evaluation text": evaluation}
+    refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **texts})
     check_budget(budget)
-    names = known(None if paths is None or ALL in paths else paths)
-    base, effort, target = check_base(base), BRIEF if paths is None else FULL, choose_device(device)
-    directory = make_directory(output) if output is not None else None
-    amounts, reporter = (tokens, evaluation_tokens, window), reporter_for(reporter, progress)
+    names, base = known(None if paths is None or ALL in paths else paths), check_base(base)
+    effort, target = BRIEF if paths is None else FULL, choose_device(device)
+    directory, reporter = make_directory(output) if output is not None else None, reporter_for(reporter, progress)
+    amounts = tokens, evaluation_tokens, window
     job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
     with blamed((cache := Store(store if store is not None else directory and directory / "store")).directory):
         found = _measured(job, base, names, effort, units, leading(job.sets.correction, point_tokens), points, cache)

@@ -59,8 +59,7 @@ def thesis(
         only: experiments by name or number; all by default.
         bases: `grid`, `golf`.
         budget: of the file: a size, or bits per parameter.
-        calibration: text files, one a workload; the embedded text if None.
-        evaluation: text files; the embedded text if None.
+        calibration, evaluation: text files, one a workload; the embedded texts if None.
         tokens: most tokens for statistics.
         evaluation_tokens: most tokens for evaluation, over all texts.
         window: predicted tokens in a window.
