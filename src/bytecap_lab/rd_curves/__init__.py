@@ -67,7 +67,8 @@ def byte_returns(
         base: `grid` (the default method's plan) or `golf`.
         paths: their names, or `all`. `step`, the yardstick, is always measured. By default all, with few settings and
             points of those that recode units.
-        calibration, evaluation: text files, see `bytecap.fit`; single-unit points are measured on the former.
+        calibration: text files for statistics and single-unit points; the embedded text if None.
+        evaluation: text files for whole-model points; the embedded text if None.
         device: `auto`, `cpu` or `cuda`.
         seed: of every random choice.
         tokens: most tokens for statistics.
@@ -86,17 +87,25 @@ def byte_returns(
     """
     from bytecap.pipeline.stages import choose_device
 
-    texts = {"a calibration text": calibration, "an evaluation text": evaluation}
-    refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **texts})
+    _refuse_inputs(output, report, store, model, calibration, evaluation)
     check_budget(budget)
     names, base = known(None if paths is None or ALL in paths else paths), check_base(base)
     effort, target = BRIEF if paths is None else FULL, choose_device(device)
     directory, reporter = make_directory(output) if output is not None else None, reporter_for(reporter, progress)
-    amounts = tokens, evaluation_tokens, window
-    job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
+    amounts = (tokens, evaluation_tokens, window, point_tokens)
+    job = _job(model, budget, calibration, evaluation, amounts, target, seed, reporter)
     with blamed((cache := Store(store if store is not None else directory and directory / "store")).directory):
         found = _measured(job, base, names, effort, units, leading(job.sets.correction, point_tokens), points, cache)
         return _written(found, directory, report, reporter)
+
+
+def _refuse_inputs(
+    output: Path | str | None, report: Path | str | None, store: Path | str | None, model: Model | Path | str,
+    calibration: Paths, evaluation: Paths,
+) -> None:  # fmt: skip
+    """Refuse pages and stores that are inputs."""
+    texts = {"a calibration text": calibration, "an evaluation text": evaluation}
+    refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **texts})
 
 
 def _path_of(model: Model | Path | str) -> Path | str | None:
@@ -105,8 +114,8 @@ def _path_of(model: Model | Path | str) -> Path | str | None:
 
 
 def _job(
-    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: tuple[int, int, int],
-    point_tokens: int, device: str, seed: int, reporter: Reporter,
+    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: tuple[int, int, int, int],
+    device: str, seed: int, reporter: Reporter,
 ) -> Job:  # fmt: skip
     """Read model and token sets and return the job whose operating point is the base."""
     from bytecap.model.checkpoint import load_model
@@ -115,7 +124,7 @@ def _job(
     loaded = load_model(model) if isinstance(model, Path | str) else model
     limit = parse_budget(budget, loaded.parameters)
     sets = load_sets(
-        loaded, calibration, evaluation, correction_tokens=max(point_tokens, CORRECTION_TOKENS), seed=seed,
+        loaded, calibration, evaluation, correction_tokens=max(amounts[3], CORRECTION_TOKENS), seed=seed,
         device=device, reporter=reporter, tokens=amounts[0], evaluation_tokens=amounts[1], window=amounts[2],
     )  # fmt: skip
     loaded.module.to(device)

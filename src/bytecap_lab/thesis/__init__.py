@@ -59,7 +59,8 @@ def thesis(
         only: experiments by name or number; all by default.
         bases: `grid`, `golf`.
         budget: of the file: a size, or bits per parameter.
-        calibration, evaluation: text files, one a workload; the embedded texts if None.
+        calibration: text files, one a workload; the embedded text if None.
+        evaluation: text files; the embedded text if None.
         tokens: most tokens for statistics.
         evaluation_tokens: most tokens for evaluation, over all texts.
         window: predicted tokens in a window.
@@ -84,8 +85,8 @@ def thesis(
     reporter = reporter_for(reporter, progress)
     study = Study.of("thesis", models, output, report=report, store=store, calibration=calibration,
                      evaluation=evaluation, reporter=reporter)  # fmt: skip
-    setting = BenchSetting(study.calibration, study.evaluation, budget, tokens, evaluation_tokens, window, seeds, rungs,
-                           choose_device(device), units)  # fmt: skip
+    amounts = tokens, evaluation_tokens, window, seeds, rungs
+    setting = BenchSetting(study.calibration, study.evaluation, budget, *amounts, choose_device(device), units)
     records = measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
     return _write(records, only, study.directory(), report, reporter, [file_of(study.directory())])
 
