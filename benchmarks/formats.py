@@ -24,8 +24,9 @@ from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.sources import load_sets
 from bytecap.pipeline.fit_gguf import fit_gguf
+from bytecap.pipeline.quality import quality
 from bytecap.pipeline.runtime_model import HELD_TOKENS, measure
-from bytecap.pipeline.stages import choose_device, quality
+from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.gguf import file, library
@@ -147,7 +148,7 @@ def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str,
             with tempfile.TemporaryDirectory() as where:
                 path = Path(where) / "stock.gguf"
                 size = stock(model, layout, types, weights, path)
-                parts = measure(model, file.read_units(path, layout, model.units), sets, device, quiet)
+                parts = measure(model, file.read_units(path, layout, model.units), sets, device, quiet).parts
             row = {"model": name, "file_bytes": size, "bits_per_parameter": 8 * size / model.parameters}
             row |= quality(parts) | {"types": types}
         else:

@@ -32,8 +32,9 @@ from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.fit_directory import fit_directory, write_directory
+from bytecap.pipeline.quality import quality
 from bytecap.pipeline.runtime_model import HELD_TOKENS, measure
-from bytecap.pipeline.stages import choose_device, quality
+from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import family
@@ -178,7 +179,7 @@ def gptq_arm(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as where:
         path = Path(where) / "stock"
         size, _ = write_directory(contents, schemes, codes, path)
-        parts = measure(model, read_units(kind, path, model.units), job.sets, job.device, job.reporter)
+        parts = measure(model, read_units(kind, path, model.units), job.sets, job.device, job.reporter).parts
     return {"file_bytes": size, "bits_per_parameter": 8 * size / model.parameters, "types": schemes} | quality(parts)
 
 
@@ -198,7 +199,7 @@ def llm_compressor_arm(job: Job, directory: Path) -> dict[str, Any]:
         target = Path(where)
         (target / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
         (target / "config.json").write_text(json.dumps(kind.config({}, schemes, [])))
-        parts = measure(model, read_units(kind, target, model.units), job.sets, job.device, job.reporter)
+        parts = measure(model, read_units(kind, target, model.units), job.sets, job.device, job.reporter).parts
     return {"file_bytes": size, "bits_per_parameter": 8 * size / model.parameters, "types": schemes} | quality(parts)
 
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 class Strict(HTMLParser):
     """Checks that tags close in order, and collects what a page refers to."""
 
-    void = frozenset({"meta", "input", "br", "wbr"})
+    void = frozenset({"meta", "input", "link", "br", "wbr"})
 
     def __init__(self):
         super().__init__()

@@ -1,18 +1,27 @@
 """Calibration text by words: samples of the model, the embedded general text, files, and their weights."""
 
+import math
 import re
+from dataclasses import fields
 
 import pytest
 
 import bytecap
 from bytecap.errors import UsageError
+from bytecap.job import Job
+from bytecap.job.config import FitConfig
 from bytecap.model import sources
 from bytecap.model.calibration_text import GENERAL, SELF, Source, general, general_documents, parse
 from bytecap.model.checkpoint import load_model
 from bytecap.model.defaults import SAMPLED_TOKENS, TOKENS
+from bytecap.model.evaluation import Comparison, evaluate
 from bytecap.model.sources import default_sources, default_tokens, load_sets
-from bytecap.model.texts import Text, Window, split_sets
+from bytecap.model.texts import Text, TokenSets, Window, split_sets
+from bytecap.pipeline.quality import quality, say_narrow
 from bytecap.progress import Silent
+from bytecap.report.fit import page
+from bytecap.report.fit.predicted import distance
+from bytecap.report.plain import finite
 from conftest import BUDGET, SMALL
 
 TINY = {"tokens": 2_000, "evaluation_tokens": 500, "window": 64}
@@ -73,6 +82,81 @@ class TestWeights:
         assert sum(w.predicted for w in sets.statistics) >= 1000
 
 
+class TestHeldOut:
+    def test_correction_windows_know_their_text(self):
+        pools = [Text("a", windows(1000, 90)), Text("b", windows(2000, 30))]
+        sets = split_sets(pools, [], tokens=800, correction_tokens=90, seed=0, weights=[2.0, 1.0])
+        found = {t.name: t.windows for t in sets.correction_texts()}
+        assert found.keys() == {"a", "b"}
+        assert all(w in pools[0].windows for w in found["a"])
+        assert all(w in pools[1].windows for w in found["b"])
+        assert sorted(w.tokens for ws in found.values() for w in ws) == sorted(w.tokens for w in sets.correction)
+
+    def test_where_nobody_kept_them_they_are_one_text(self):
+        sets = TokenSets(windows(0, 3), windows(10, 2), (), 0)
+        assert [(t.name, t.windows) for t in sets.correction_texts()] == [("calibration", windows(10, 2))]
+
+
+def comparison(name, tokens, nats, kl):
+    rest = dict.fromkeys((f.name for f in fields(Comparison)), 0.0)
+    return Comparison(**rest | {"name": name, "tokens": tokens, "nats_original": nats, "kl_nats": kl, "windows": None})
+
+
+class TestDistance:
+    def test_calibration_weighs_by_tokens_and_evaluation_by_text(self):
+        parts = [comparison("x", 10, 3.0, 0.2), comparison("y", 1000, 4.0, 0.3)]
+        held = [comparison(SELF, 300, 2.0, 0.1), comparison(GENERAL, 100, 6.0, 0.5)]
+        found = quality(parts, held)
+        assert found["text_distance"] == pytest.approx(
+            {"calibration_nats": 3.0, "evaluation_nats": 3.5, "calibration_kl": 0.2, "evaluation_kl": 0.25}
+        )
+        assert [t["name"] for t in found["calibration_held_out"]] == [SELF, GENERAL]
+        assert distance(found) == (
+            "calibration 3.00 nats, evaluation 3.50; KL 0.2 on calibration's held-out windows, 0.25 on evaluation"
+        )
+
+    def test_without_held_windows_nothing_is_said(self):
+        assert distance(quality([comparison("x", 10, 3.0, 0.2)])) == ""
+
+    def test_without_predictions_only_the_loss_is_said(self):
+        found = quality([comparison("x", 10, 3.0, math.nan)], [comparison("c", 10, 2.0, math.nan)])
+        assert distance(finite(found)) == "calibration 2.00 nats, evaluation 3.00"
+
+
+class TestNarrowText:
+    @pytest.mark.parametrize(
+        ("calibration", "sources", "kl", "said"),
+        [
+            (["a.txt"], ("a.txt",), 0.13, True),
+            ("a.txt", ("a.txt",), 0.13, True),
+            (["a.txt"], ("a.txt",), 0.12, False),
+            (["a.txt", "self"], ("a.txt", SELF), 0.13, False),
+            (None, (GENERAL,), 0.13, False),
+            ([{"ids": 1}], ("calibration",), 0.13, False),
+            (["a.txt"], ("a.txt",), math.nan, False),
+        ],
+    )
+    def test_it_is_said_where_samples_may_help(self, calibration, sources, kl, said):
+        reporter = Silent()
+        sets = TokenSets(windows(0, 10, 500), windows(0, len(sources)), (), 0, sources=sources)
+        job = Job(None, sets, 0, lambda *_: 0, "cpu", reporter, FitConfig(0, calibration=calibration))
+        say_narrow(job, {"text_distance": {"calibration_kl": 0.1, "evaluation_kl": kl}})
+        assert [("--calib self" in n) for n in reporter.notes] == [True] * said
+
+    def test_little_text_is_said_first(self):
+        reporter = Silent()
+        sets = TokenSets(windows(0, 8, 500), windows(0, 1), (), 0, sources=("a.txt",))
+        job = Job(None, sets, 0, lambda *_: 0, "cpu", reporter, FitConfig(0, calibration=["a.txt"]))
+        say_narrow(job, {"text_distance": {"calibration_kl": 0.1, "evaluation_kl": 0.1}})
+        [note] = reporter.notes
+        assert note.startswith("a calibration text of 4,000 tokens is fitted too closely")
+
+    def test_without_figures_nothing_is_said(self):
+        reporter = Silent()
+        say_narrow(Job(None, TokenSets((), (), (), 0), 0, lambda *_: 0, "cpu", reporter, FitConfig(0)), {})
+        assert not reporter.notes
+
+
 class TestSets:
     def test_default(self, model_directory):
         model = load_model(model_directory("rotary"))
@@ -131,3 +215,10 @@ def test_a_fit_without_texts(model_directory, tmp_path):
     with pytest.warns(bytecap.BytecapWarning):
         again = bytecap.fit(directory, BUDGET, store=tmp_path, **small)
     assert again.data == found.data
+    assert [t["name"] for t in found.report["calibration_held_out"]] == [SELF, GENERAL]
+    assert sum(t["tokens"] for t in found.report["calibration_held_out"]) == found.report["correction_tokens"]
+    model, shown = load_model(directory), found.report["calibration_held_out"][1]
+    sets = load_sets(model, None, None, sampler=None, reporter=Silent(), **TINY | SMALL)
+    text = next(t for t in sets.correction_texts() if t.name == GENERAL)
+    assert shown["nats_original"] == pytest.approx(evaluate(model.module, text).nats, rel=1e-4)
+    assert distance(found.report) in page(found.report, found.ledger()).replace("&#x27;", "'")

@@ -12,6 +12,9 @@ from bytecap.model.checkpoint import load_model
 from bytecap.pipeline import choose as module
 from bytecap.pipeline.choose import choose
 from bytecap.progress import Silent
+from bytecap.report.choice import page
+from bytecap.report.chosen import print_choice
+from pages import sound
 
 SMALL = {"method": "uniform", "tokens": 2000, "short_tokens": 1000, "evaluation_bytes": 3000, "window": 128}
 FAST = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
@@ -151,3 +154,54 @@ def test_one_that_cannot_be_read_is_named_and_the_others_go_on(run, two, texts, 
     assert "broken" in shown
     assert "<svg" in shown
     assert two[0].name in shown
+
+
+def scored(size, bpb):
+    return {
+        "file_bytes": size,
+        "bpb": bpb,
+        "bpb_stderr": 0.01,
+        "bpb_original": bpb - 0.1,
+        "kl_nats": 0.1,
+        "seconds": 1.0,
+    }
+
+
+def made_up(budgets):
+    """The report of two models, of which one is out at the first budget."""
+    rows = []
+    for model, low in (("small<b>", 1.5), ("large", 1.2)):
+        for i, budget in enumerate(budgets):
+            row = {"model": model, "budget_bytes": budget, "parameters": 1000, "floor_bytes": 400}
+            if model == "large" and i == 0:
+                rows.append(row | {"out": "its smallest file has 400 bytes"})
+                continue
+            row |= {"short": scored(budget, low + 0.1 / (i + 1))}
+            rows.append(
+                row | ({"whole": scored(budget, low), "best": True} if model == "large" or i == 0 else {"out": "x"})
+            )
+    best = next(r for r in rows if r.get("best") and r["budget_bytes"] == budgets[-1])
+    envelope = [{"budget_bytes": r["budget_bytes"], "model": r["model"], **r["whole"]} for r in rows if "whole" in r]
+    return {
+        "rows": rows, "best": best["model"], "budget_bytes": budgets[-1], "evaluation": ["a<i>.txt"],
+        "evaluation_bytes": 900, "envelope": sorted(envelope, key=lambda e: e["budget_bytes"]), **best["whole"],
+    }  # fmt: skip
+
+
+class TestPage:
+    @pytest.mark.parametrize("budgets", [[1000], [1000, 2000], [1000, 2000, 70_000_000]])
+    def test_it_is_sound_and_names_every_model_and_reason(self, budgets):
+        text = page(made_up(budgets))
+        found = sound(text)
+        assert "small<b>" not in text
+        assert "small&lt;b&gt;" in text
+        assert "a&lt;i&gt;.txt" in text
+        assert "out: its smallest file has 400 bytes" in text
+        assert len([t for t in found.tips if "fit:" in t]) == 2 * (2 * len(budgets) - 1)  # broad and slim
+
+    def test_the_table_on_the_terminal(self, capsys):
+        print_choice(made_up([1000, 2000]))
+        said = capsys.readouterr().out
+        assert "best: large, 1.2000 ± 0.0100 bits per byte on 900 bytes, 2,000 bytes" in said
+        assert "small<b>" in said
+        assert "its smallest file has 400 bytes" in said

@@ -142,7 +142,7 @@ class TestHelp:
     COMMANDS = (
         ["fit"], ["eval"], ["ledger"], ["check"], ["unpack"], ["generate"], ["demo"], ["compare"], ["curves"],
         ["inspect"], ["thesis"], ["tie"], ["golf", "budget"], ["golf", "export"], ["golf", "check"],
-        ["recode"], ["imatrix"],
+        ["recode"], ["imatrix"], ["card"],
     )  # fmt: skip
 
     def options(self):

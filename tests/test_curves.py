@@ -26,6 +26,7 @@ PATHS = ("columns", "lowrank")
 POINT = {
     "bytes", "side_bytes", "list_bytes", "units_share", "weights_share", "predicted_nats", "kl_recovered", "kl_stderr",
     "loss_recovered", "loss_stderr", "nats_per_byte", "bpb_recovered", "bpb_per_kb", "units",
+    "lead_nats", "lead_stderr",
 }  # fmt: skip
 
 
@@ -313,9 +314,9 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
         found = real(operating_point, path, chosen)
         for name, r in found.items():
             index = chosen[name]
-            wanted = {name: trial.ladder(path, operating_point.base, name, operating_point.most_settings)[index]}
-            rounded, applied = trial._try(operating_point.base, path, wanted)[name]
-            seen.append(np.array_equal(r.values, (applied or rounded).values.numpy()))
+            setting = trial.ladder(path, operating_point.base, name, operating_point.most_settings)[index]
+            tried = trial.attempt(operating_point, path, {name: (index, setting)})[name]
+            seen.append(np.array_equal(r.values, tried.values.numpy()))
         return found
 
     monkeypatch.setattr("bytecap_lab.rd_curves.points.realise", look)

@@ -10,22 +10,23 @@ import bytecap
 from bytecap.allocation.planner import Planner, VectorUnit
 from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
-from bytecap.errors import TextError, UsageError
+from bytecap.errors import UsageError
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.job import Section
+from bytecap.job import Job, Section
+from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
-from bytecap.model.calibration_text import SELF_MOST
 from bytecap.model.checkpoint import load_model
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.sampling import sample
-from bytecap.model.sources import load_sets, with_recovery
+from bytecap.model.sources import load_sets
 from bytecap.progress import Silent
 from bytecap.quantization.quantizer import Options, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import TunedParameters
+from bytecap.recovery.sections import _joined
+from bytecap.report.fit import page
 from bytecap.types import Unit
 from conftest import SMALL
 
@@ -74,6 +75,17 @@ class TestWholeFits:
         assert len(found.data) <= BUDGET
         assert found.report["predicted_delta_nats"] <= plain.report["predicted_delta_nats"]
         assert found.report["without_recovery"]["kl_nats"] == pytest.approx(plain.report["kl_nats"])
+        record = found.report["recovery"]
+        integers, values = (s["moves"] for s in record["stages"])
+        assert [i for _, i, _ in record["curve"]] == [0, integers, integers + values] == [0, integers, 8]
+        assert record["curve"][0][2] == record["kl_before"]
+        assert record["curve"][1][2] == pytest.approx(record["stages"][0]["kl"])
+        seconds = [s for s, _, _ in record["curve"]]
+        assert seconds == sorted(seconds)
+        drawn = page(found.report, found.ledger())
+        assert "<h2>Recovery</h2>" in drawn
+        assert all(f"{i} iterations: KL {kl:.4f}" in drawn for _, i, kl in record["curve"])
+        assert "<h2>Recovery</h2>" not in page(plain.report, plain.ledger())
 
     @pytest.mark.numeric
     def test_diverging_ships_what_was_best_and_says_so(self, fit, plain, monkeypatch):
@@ -279,49 +291,25 @@ class TestGradient:
         assert not any(p.requires_grad for p in quantized_copy.parameters())
 
 
-class TestTexts:
-    def sets(self, model, texts):
-        return load_sets(
-            model, texts["calib"], texts["val"], tokens=600, evaluation_tokens=600, window=128, reporter=Silent()
-        )
+class TestCurve:
+    def test_a_second_recovery_goes_on_where_the_first_ended(self):
+        own = {"tokens": 10, "stages": [1], "kl_before": 0.5, "curve": [(0.0, 0, 0.5), (4.0, 3, 0.4)]}
+        later = {"tokens": 5, "stages": [2], "kl_before": 0.4, "curve": [(0.5, 0, 0.4), (2.0, 7, 0.3)]}
+        assert _joined(own, later) == {
+            "tokens": 15, "stages": [1, 2], "kl_before": 0.5,
+            "curve": [(0.0, 0, 0.5), (4.0, 3, 0.4), (4.5, 3, 0.4), (6.0, 10, 0.3)],
+        }  # fmt: skip
 
-    def test_recovery_windows_are_in_no_other_set_that_measures(self, model_directory, texts):
+    def test_skipped_iterations_count(self, model_directory, texts):
         model = load_model(model_directory("rotary"))
-        sets = self.sets(model, texts)
-        found = with_recovery(model, sets, [texts["calib"], texts["val"]], window=128, reporter=Silent())
-        held = {w.tokens for group in (sets.correction, *(t.windows for t in sets.evaluation)) for w in group}
-        assert found.recovery
-        assert not held & {w.tokens for w in found.recovery}
-        assert held & {w.tokens for w in (*sets.correction, *sets.evaluation[0].windows)}
-        assert with_recovery(model, sets, None, reporter=Silent()) is sets
-
-    def test_a_text_that_evaluation_holds_is_refused(self, model_directory, texts, tmp_path):
-        model = load_model(model_directory("rotary"))
-        path = tmp_path / "same.txt"
-        path.write_text("The quick brown fox. " * 30, "utf-8")
-        sets = load_sets(model, texts["calib"], path, tokens=600, window=128, reporter=Silent())
-        with pytest.raises(TextError, match=r"same\.txt holds nothing"):
-            with_recovery(model, sets, path, window=128, reporter=Silent())
-
-
-class TestOwnSamples:
-    def test_windows_come_from_the_model_alone_and_again(self, model_directory, texts, monkeypatch):
-        monkeypatch.setitem(SELF_MOST, "cpu", 4096)
-        model = load_model(model_directory("rotary"))
-        sets = TestTexts().sets(model, texts)
-        found, again = (with_recovery(model, sets, "self", window=32, reporter=Silent()) for _ in range(2))
-        assert found.recovery == again.recovery
-        assert all(w.predicted == 32 for w in found.recovery)
-        assert sum(w.predicted for w in found.recovery) >= 4096 - 32 * 20
-        text = " ".join(str(t) for w in sets.statistics for t in w.tokens)
-        assert sum(" ".join(map(str, w.tokens[1:9])) in text for w in found.recovery) < len(found.recovery) / 10
-
-    def test_samples_follow_the_model(self, model_directory):
-        module = load_model(model_directory("rotary")).module
-        windows = sample(module, [5], 4000, window=1, seed=0, device="cpu")
-        chances = module(torch.tensor([[5]])).logits[0, -1].softmax(-1)
-        counts = torch.bincount(torch.tensor([w.tokens[1] for w in windows]), minlength=len(chances)) / len(windows)
-        assert float((counts - chances).abs().max()) < 0.03
+        job = Job(model, TestTexts().sets(model, texts), 0, lambda *_: 0, "cpu", Silent(), FitConfig(0))
+        passes = kl_passes.Passes(job, copy_of(model.module))
+        passes.skip(3, seconds=100.0)
+        passes.check()
+        [(seconds, iterations, kl)] = passes.curve
+        assert seconds >= 100
+        assert iterations == 3
+        assert kl == pytest.approx(0, abs=1e-9)
 
 
 class TestEffort:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from bytecap.cli.card import card
 from bytecap.cli.check import check
 from bytecap.cli.choose import choose
 from bytecap.cli.compare import compare
@@ -41,7 +42,8 @@ app = typer.Typer(
     help="Put a trained language model into ONE file under a hard byte cap.",
 )  # fmt: skip
 for _command in (
-    fit, inspect, compare, choose, curves, tie, thesis, ledger, check, unpack, generate, demo, recode, imatrix,
+    fit, inspect, compare, choose, curves, tie, thesis, ledger, check, card, unpack, generate, demo, recode,
+    imatrix,
 ):  # fmt: skip
     app.command()(_command)
 app.command("eval")(evaluate)

@@ -51,6 +51,10 @@ def compare(
     report: Annotated[
         Path | None, typer.Option("--report", help="Page to write.", show_default="DIR/compare.html")
     ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--tasks", help="Task file (YAML) of lm-evaluation-harness (repeatable).", show_default="none"),
+    ] = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", help="Show finished runs (runs.jsonl) again; nothing is run.", show_default="none"),
@@ -73,6 +77,6 @@ def compare(
             models or [], output if output is not None else Path("compare"), budgets=names([budgets]) or (),
             methods=names([methods]) or (), seeds=seeds, externals=external or (), calibration=calibration,
             evaluation=evaluation, tokens=tokens, evaluation_tokens=eval_tokens, device=device, jobs=jobs, store=store,
-            report=report, command=command_line(), reporter=reporter,
+            report=report, tasks=tasks or (), command=command_line(), reporter=reporter,
         )  # fmt: skip
     show(found, as_json, print_comparison)

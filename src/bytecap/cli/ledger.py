@@ -11,10 +11,13 @@ def ledger(path: Artifact, base: Bases = None, as_json: Json = False) -> None:
     from bytecap.format import container, updates
     from bytecap.format.ledger import total
     from bytecap.report.terminal import print_ledger
+    from bytecap.runtimes import hub
 
     if base and (path.is_dir() or path.suffix == ".gguf"):
         raise UsageError(f"{path} is no .bcap file: it has no base")
-    if path.is_dir():
+    if hub.is_hub(path):
+        entries = hub.ledger_of(path)
+    elif path.is_dir():
         from bytecap.runtimes.directory.contents import ledger_of
 
         entries = ledger_of(path)

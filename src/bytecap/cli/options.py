@@ -72,6 +72,7 @@ OPTIONS = {
     "memory": _Option(("--memory",), str | None, "what is free"),
     "unused": _Option(("--unused",)),
     "format": _Option(("--format",), str | None, _NONE),
+    "layout": _Option(("--layout",)),
     "types": _Option(("--types",), list[str] | None, _NONE, names, behind="By comma or repeated."),
     "pure": _Option(("--pure",), bool, flag=True),
     "template": _Option(("--template",), Path | None, _NONE),

@@ -48,8 +48,8 @@ class FitConfig:
             for a torch module batches, by default a fifth of those for calibration.
         method: the method: `bytecap`, a baseline such as `golf` or `uniform`, or FILE.py:CALLABLE, which is run.
         effort: how hard to search for integers, 0 to 3: along a trellis of 8, 32, 128 or 256 states; for the method
-            `bytecap` only. By default 2 on a processor and 1 on a GPU, where more states cost more time. Files of effort
-            0 can be read by readers of format 1.1, others need 1.3.
+            `bytecap` only. By default 2 on a processor and 1 on a GPU, where more states cost more time. Files of
+            effort 0 can be read by readers of format 1.1, others need 1.3.
         device: torch device: `auto`, `cpu` or `cuda`.
         seed: seed of every random choice.
         output: file to write.
@@ -63,7 +63,8 @@ class FitConfig:
         code: source files to keep inside, counted packed, or what `bytecap.pipeline.pack_code.pack` made of them.
         paths: overlays that the allocator may choose from, or `all`; for the method `bytecap` only.
         recover: tune what was coded for so many steps (`600`) or so long (`45s`, `10m`).
-        recover_text: text files to tune on, or `self` for samples of the model's own; the calibration texts by default.
+        recover_text: what to tune on: text files, or the words `self` and `general`; the calibration texts by default,
+            and where none are given samples of the model itself and the general text.
         allow_unused: tensors and files of a checkpoint that are meant to be left out, as names or patterns
             (`model.layers.61.*`); any other that has no place in the model is refused.
         memory: most memory that a fit may use (`24GB`): of the GPU where it runs on one, else of the machine; by
@@ -74,6 +75,8 @@ class FitConfig:
         options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
         format: `bcap`, `gguf` for llama.cpp, or a directory: `mlx`, `compressed-tensors` (docs/runtimes.md); by the
             suffix of `output` if it is not given.
+        layout: `file`, or `hub`: a directory that transformers loads and hubs show, config, tokenizer, licence and card
+            beside the weights, all within the budget (docs/transformers.md).
         types: types of the format to choose from (GGUF: `q4_k,q6_k`; MLX: `w4g64`), all in its menu by default.
         pure: refuse a tensor that none of the types can hold, instead of another type or 16 bits.
         template: the same model as a GGUF file converted by llama.cpp, for names, metadata and tokenizer.
@@ -116,6 +119,7 @@ class FitConfig:
     unused: str = "keep"
     options: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None
+    layout: str = "file"
     types: Sequence[str] | None = None
     pure: bool = False
     template: Path | str | None = None

@@ -125,7 +125,8 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as exc:
         raise CheckpointError(
-            f"no directory {name}, and no hub model of that name could be fetched ({type(exc).__name__})"
+            f"no directory {name}, and no hub model of that name could be fetched ({type(exc).__name__}): check the "
+            "name and the network, or fetch it first and give its directory"
         ) from exc
 
 

@@ -33,7 +33,10 @@ SLOW_TOKENIZER_FILES = (
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model", "spiece.model",
     "spm.model", "tekken.json", "source.spm", "target.spm",
 )  # fmt: skip
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja")  # all that a model needs from the hub
+HUB_FILES = (  # all that a model needs from the hub, its licence included
+    "*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja", "*.bcap", "README.md", "LICENSE*", "LICENCE*",
+    "COPYING",
+)  # fmt: skip
 _WIDTHS = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,

@@ -7,7 +7,7 @@ general text that calibration never reads; the embedded model has texts of its o
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -196,7 +196,7 @@ def default_sources(model: Model, wanted: int, device: str) -> tuple[Source, ...
 
     Sampling is slow on a processor, so samples are fewer there; weights follow, and nothing is read twice.
     """
-    if not of_transformers(model.module) or streaming.of(model.module) is not None:
+    if not _can_be_sampled(model):
         return (Source(GENERAL),)
     own = min(SELF_SHARE * wanted, SELF_MOST[device])
     return (Source(SELF, own / wanted), Source(GENERAL, 1 - own / wanted))
@@ -239,9 +239,20 @@ def sampled(
 
 
 def recovery_texts(model: Model, calibration: Sequence[Path]) -> list[Path]:
-    """Return the texts to recover on where none are named: the calibration's files, or their stand-ins."""
-    given = [Path(s.name) for s in parse(calibration) if s.name not in WORDS]
-    return given or [demo_directory() / "calib.txt" if model.name == DEMO else Path(SELF)]
+    """Return the texts to recover on where none are named: the calibration's, or what stands in for them.
+
+    Weights do not count: recovery reads far more than statistics, and every source has to give all it has.
+    """
+    if calibration:
+        return [Path(s.name) for s in parse(calibration)]
+    if model.name == DEMO:
+        return [demo_directory() / "calib.txt"]
+    return [Path(word) for word in WORDS if word == GENERAL or _can_be_sampled(model)]
+
+
+def _can_be_sampled(model: Model) -> bool:
+    """Whether a model writes text of its own: one that is streamed would be read anew for every token."""
+    return of_transformers(model.module) and streaming.of(model.module) is None
 
 
 def with_recovery(
@@ -252,6 +263,7 @@ def with_recovery(
     window: int = WINDOW,
     seed: int = 0,
     device: str = "cpu",
+    sampler: Callable[..., Sequence[Window]] | None = None,
     reporter: Reporter,
 ) -> TokenSets:
     """Add windows of texts to recover on to the sets, without those that evaluation and correction hold.
@@ -261,10 +273,12 @@ def with_recovery(
     Args:
         model: whose tokenizer is used.
         sets: the other sets.
-        texts: text files; none leaves the sets as they are; the word `self` samples windows from the model.
+        texts: text files, or the words `self` and `general`; none leaves the sets as they are.
         window: predicted tokens in a window.
         seed: order of the windows, and of the sampling.
         device: torch device to sample on.
+        sampler: gives windows with at least so many tokens, sampled from the model, that begin with any of `firsts`;
+            `sampled` by default.
         reporter: told how many tokens there are.
 
     Raises:
@@ -274,18 +288,17 @@ def with_recovery(
     paths = as_paths(texts)
     if not paths:
         return sets
-    length, found = window_limit(model, window), {}
-    if paths == [Path(SELF)]:
-        firsts = sorted({w.tokens[0] for w in sets.statistics})
-        drawn = sampled(
-            model, SELF_MOST[device], window=length, seed=seed, device=device, reporter=reporter, firsts=firsts
-        )
-        found = {w.tokens: w for w in drawn}
-    else:
-        encode, share = encoder(model.files), 2 * RECOVERY_TOKENS // len(paths)
-        known = vocabulary_of(model.module)
-        texts_read = (load_text(p, encode, window=length, limit=share, vocabulary=known) for p in paths)
-        found = {w.tokens: w for t in texts_read for w in t.windows}
+    length, sources = window_limit(model, window), parse(paths)
+    draw = sampler or partial(sampled, model, window=length, seed=seed, device=device, reporter=reporter)
+    firsts = sorted({w.tokens[0] for w in sets.statistics})
+    share = RECOVERY_TOKENS // len(sources)
+    read = texts_of(
+        sources, encoder(model.files),
+        lambda tokens: draw(tokens, firsts=firsts), window=length,
+        shares={s.name: SELF_MOST[device] if s.name == SELF else share for s in sources},
+        vocabulary=vocabulary_of(model.module),
+    )  # fmt: skip
+    found = {w.tokens: w for t in read for w in t.windows}
     taken = {w.tokens[:_BEGINNING] for held in (sets.correction, *(t.windows for t in sets.evaluation)) for w in held}
     left = [w for tokens, w in found.items() if tokens[:_BEGINNING] not in taken]
     if not left:

@@ -225,6 +225,7 @@ class TokenSets:
         dropped: windows taken out of the first two because the evaluation holds them too.
         recovery: a fourth set, for recovery; empty where the first serves.
         drawn: name of every calibration text, and its predicted tokens in the first two sets.
+        sources: name of the calibration text of every window for correction factors; empty where nobody kept it.
     """
 
     statistics: tuple[Window, ...]
@@ -233,6 +234,18 @@ class TokenSets:
     dropped: int
     recovery: tuple[Window, ...] = ()
     drawn: tuple[tuple[str, int], ...] = ()
+    sources: tuple[str, ...] = ()
+
+    def correction_texts(self) -> tuple[Text, ...]:
+        """Return the windows for correction factors by calibration text, as texts that can be evaluated.
+
+        No statistic has seen them, so they say what calibration itself is like.
+        """
+        names = self.sources or ("calibration",) * len(self.correction)
+        found: dict[str, list[Window]] = {}
+        for name, window in zip(names, self.correction, strict=True):
+            found.setdefault(name, []).append(window)
+        return tuple(Text(name, tuple(windows)) for name, windows in found.items())
 
 
 def split_sets(
@@ -281,11 +294,15 @@ def split_sets(
             f"holds ({dropped} windows); at least two windows are needed"
         )
     used = {id(w) for w in (*statistics, *correction)}
+    names = {id(w): text.name for text, pool in zip(calibration, pools, strict=True) for w in pool}
     counts = tuple(
         (text.name, sum(w.predicted for w in pool if id(w) in used))
         for text, pool in zip(calibration, pools, strict=True)
     )
-    return TokenSets(tuple(statistics), tuple(correction), tuple(evaluation), dropped, drawn=counts)
+    return TokenSets(
+        tuple(statistics), tuple(correction), tuple(evaluation), dropped, drawn=counts,
+        sources=tuple(names[id(w)] for w in correction),
+    )  # fmt: skip
 
 
 def _in_turn(pools: Sequence[Sequence[Window]], weights: Sequence[float]) -> Iterator[Window]:

@@ -16,7 +16,9 @@ from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_units
 from bytecap.format.ledger import Entry
 from bytecap.model.evaluation import ByWindow
+from bytecap.runtimes import hub
 from bytecap.system.atomic import replacing, write_atomically
+from bytecap.system.directories import replacing_directory
 from bytecap.system.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Artifact:
         report: every figure of the job, as `--json` prints it, and under `warnings` every warning.
         windows: scores of every evaluation text by window; none after a dry run.
         before: what would have been written without recovery, where that is something else.
+        beside: files beside `model.bcap`, by name, where a directory was asked for (`layout="hub"`).
     """
 
     contents: Contents
@@ -40,6 +43,7 @@ class Artifact:
     report: dict[str, Any] = field(default_factory=dict)
     windows: tuple[ByWindow, ...] = ()
     before: bytes | None = None
+    beside: dict[str, bytes] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Artifact({self._summary()})"
@@ -77,12 +81,37 @@ class Artifact:
         return container.parse(self.data)
 
     def save(self, path: Path | str) -> int:
-        """Write atomically; returns the size in bytes."""
-        return write_atomically(self.data, Path(path))
+        """Write the file, or the directory if one was asked for, whole or not at all; returns the size in bytes."""
+        if not self.beside:
+            return write_atomically(self.data, Path(path))
+        files = {hub.FILE: self.data, **self.beside}
+        with replacing_directory(Path(path)) as made:
+            for name, data in files.items():
+                (made / name).write_bytes(data)
+        return sum(map(len, files.values()))
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Send the model to a hub as a directory that transformers loads; returns the address of the commit.
+
+        Args:
+            repository: `name` or `organisation/name`, made if there is none.
+            private: whether a new repository is seen by its owner alone; by default as the hub does it.
+            token: of the hub; by default that of `hf auth login`.
+
+        Raises:
+            OutputError: the hub cannot be reached, or refuses. ArtifactError: the file holds no config.
+            UsageError: a dry run made no file, or huggingface_hub is missing.
+        """
+        from bytecap.pipeline.publishing import directory_of, push
+
+        if not self.data:
+            raise UsageError("a dry run writes no file: there is nothing to send")
+        files = {hub.FILE: self.data, **self.beside} if self.beside else directory_of(self.contents, self.report)
+        return push(files, repository, private=private, token=token)
 
     def ledger(self) -> list[Entry]:
         """Return the owner and the kind of every byte."""
-        return container.ledger(self.contents)
+        return hub.ledger(self.contents, self.beside) if self.beside else container.ledger(self.contents)
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """Decode the values, by name and with aliases."""
@@ -102,6 +131,8 @@ class Artifact:
         if not self.length:
             raise UsageError("a dry run writes no file: there is no model to load")
         contents = self.read()
+        if self.beside:
+            return hub.module_of(contents, hub.plain_files(self.beside), str(self.report.get("model", "the artifact")))
         if contents.base is not None:  # its own bases were read for the job
             contents = replace(contents, base=self.contents.base)
         return module_of(contents, str(self.report.get("model", "the artifact")), **options)

@@ -148,34 +148,53 @@ def choose(
         BudgetError: no model fits the cap.
         BytecapError: of the models that fit, none could be fitted; the first one's reason.
     """
-    cap, said = parse_size(budget), reporter_for(reporter, progress)
-    caps = sorted({cap, *map(parse_size, budgets)})
-    entries = _entries(models, caps)
-    if min(evaluation_bytes, short_tokens, finalists) < 1:
-        raise UsageError("evaluation_bytes, short_tokens and finalists are at least 1")
-    inputs = {"an evaluation text": as_paths(evaluation), "a calibration text": as_paths(calibration)}
-    refuse_collisions({"-o": output}, {**inputs, **{f"the model {e.given}": e.given for e in entries}})
     with tempfile.TemporaryDirectory(prefix="bytecap-") as place:
-        texts = _pieces(as_paths(evaluation), evaluation_bytes, Path(place), said)
         whole = FitConfig(
-            cap, calibration=calibration, evaluation=texts, tokens=tokens, evaluation_tokens=_ALL, window=window,
-            method=method, effort=effort, device=device, seed=seed, store=store or Path(place) / "store", reporter=said,
+            parse_size(budget), calibration=calibration, evaluation=as_paths(evaluation), output=output, tokens=tokens,
+            evaluation_tokens=_ALL, window=window, method=method, effort=effort, device=device, seed=seed,
+            store=store or Path(place) / "store", reporter=reporter_for(reporter, progress),
         )  # fmt: skip
-        check(whole)
-        short = replace(whole, tokens=short_tokens, effort=0 if method == "bytecap" else effort)
-        for entry in entries:
-            _shortened(entry, short, said)
-        _check_any(entries, cap)
-        _select(entries, caps, finalists)
-        for entry in sorted(entries, key=lambda e: _order(e, cap)):
-            _finished(entry, entries, whole, said)
+        limits = _Limits(evaluation_bytes, short_tokens, finalists)
+        return _chosen(models, sorted({parse_size(budget), *map(parse_size, budgets)}), whole, limits, Path(place))
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How much of the text is compared on, and how many models are fitted how well."""
+
+    evaluation_bytes: int
+    short_tokens: int
+    finalists: int
+
+    def __post_init__(self) -> None:
+        if min(self.evaluation_bytes, self.short_tokens, self.finalists) < 1:
+            raise UsageError("evaluation_bytes, short_tokens and finalists are at least 1")
+
+
+def _chosen(
+    models: Sequence[Path | str], caps: Sequence[int], config: FitConfig, limits: _Limits, place: Path
+) -> Choice:
+    """Return what `choose` returns: the config is that of whole fits at the cap, with the texts that are given."""
+    cap, said, given, output = parse_size(config.budget), config.reporter, as_paths(config.evaluation), config.output
+    assert said is not None  # noqa: S101 (`choose` gives one)
+    entries = _entries(models, caps)
+    inputs = {"an evaluation text": given, "a calibration text": as_paths(config.calibration)}
+    refuse_collisions({"-o": output}, {**inputs, **{f"the model {e.given}": e.given for e in entries}})
+    whole = replace(config, evaluation=_pieces(given, limits.evaluation_bytes, place, said), output=None)
+    check(whole)
+    short = replace(whole, tokens=limits.short_tokens, effort=0 if whole.method == "bytecap" else whole.effort)
+    for entry in entries:
+        _shortened(entry, short, said)
+    _check_any(entries, cap)
+    _select(entries, caps, limits.finalists)
+    for entry in sorted(entries, key=lambda e: _order(e, cap)):
+        _finished(entry, entries, whole, said)
     best = _best(entries, cap)
     if output is not None:
         best.whole[cap].save(output)
         said.note(f"wrote {output}: {format_size(len(best.whole[cap].data))} ({best.name})")
-    return Choice(
-        _report(entries, caps, cap, best, whole, [str(p) for p in as_paths(evaluation)]), best.whole[cap], best.given
-    )
+    report = _report(entries, caps, cap, best, whole, [str(p) for p in given])
+    return Choice(report, best.whole[cap], best.given)
 
 
 def _entries(models: Sequence[Path | str], caps: Sequence[int]) -> list[_Entry]:

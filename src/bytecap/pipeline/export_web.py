@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.inputs import facts
 from bytecap.pipeline.fit_gguf import fit_gguf_configs
 from bytecap.pipeline.formats import format_of
-from bytecap.progress import reporter_for
+from bytecap.progress import Advance, Reporter, reporter_for, warn
 from bytecap.runtimes.web.folder import LEDGER, MODEL, OWNERS, Site
 from bytecap.runtimes.web.runtime import read_runtime
 from bytecap.sizes import check_budget, format_size, parse_budget, split_budgets
@@ -88,6 +89,26 @@ def export_web(model: Model | Path | str, config: FitConfig, *, runtime: Path | 
     return WebExport(_report(report, path, site, sizes), path, [Entry(n, _owner(n), s) for n, s in sizes.items()])
 
 
+class _Inside:
+    """A reporter for a fit inside the job, whose file lies where nobody is to look for it."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def step(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        """Report a step."""
+        return self._reporter.step(name, total)
+
+    def note(self, text: str) -> None:
+        """Report a line, unless it says where the file is."""
+        if not text.startswith("wrote "):
+            self._reporter.note(text)
+
+    def warn(self, text: str) -> None:
+        """Pass a warning on."""
+        warn(self._reporter, text)
+
+
 def _checked(config: FitConfig) -> FitConfig:
     """Refuse options that are not for this before anything is read."""
     if isinstance(config.budget, str) and len(split_budgets(config.budget)) != 1:
@@ -108,9 +129,11 @@ def _fitted(model: Model, site: Site, config: FitConfig, path: Path | None) -> d
     said = f"page and runtime hold {site.fixed:,} of the {site.budget:,} bytes"
     if left < 1:
         raise BudgetError(f"{said}: nothing is left for a model", site.fixed + 1)
-    reporter_for(config.reporter, config.progress).note(f"{said}: {left:,} are left for the model")
+    reporter = reporter_for(config.reporter, config.progress)
+    reporter.note(f"{said}: {left:,} are left for the model")
+    inside = replace(config, budget=left, output=path, reporter=_Inside(reporter))
     try:
-        report: dict[str, Any] = fit_gguf_configs(model, [replace(config, budget=left, output=path)])[0].report
+        report: dict[str, Any] = fit_gguf_configs(model, [inside])[0].report
     except BudgetError as exc:
         raise BudgetError(f"{said}; {exc}", site.fixed + exc.floor) from exc
     return {"fit": report, "fixed_bytes": site.fixed, "budget_bytes": site.budget, "model_budget_bytes": left}

@@ -11,32 +11,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 
-from bytecap.calibration.statistics import model_key
 from bytecap.errors import UsageError
 from bytecap.format.codefiles import Code
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig, configured
 from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
-from bytecap.model.sources import as_paths, load_sets, recovery_texts, sampled, window_limit, with_recovery
-from bytecap.model.texts import TokenSets, Window
-from bytecap.pipeline import background, memory
+from bytecap.model.sources import as_paths
+from bytecap.model.texts import TokenSets
+from bytecap.pipeline import background, hub_directory, memory
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
-from bytecap.pipeline.formats import FORMATS, format_of
+from bytecap.pipeline.formats import FILE, FORMATS, HUB, format_of
 from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
-from bytecap.system.cache import Store, blamed, digest
+from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_collisions
+from bytecap.system.directories import check_directory
 
 _FOR_MODULES = ("loss", "evaluate", "predictions", "given")
 
@@ -102,10 +100,12 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
         if getattr(configs[0], option):
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
+    if configs[0].layout == HUB:
+        hub_directory.check_options(configs[0])
     base = Installed.read(configs[0].base)
     configs = [replace(c, base=base) for c in configs]  # read once for all of them
     with blamed(configs[0].store if isinstance(configs[0].store, Path | str) else None):
-        return _fit_all(model, configs, started)
+        return (_fit_hub if configs[0].layout == HUB else _fit_all)(model, configs, started)
 
 
 def _refuse_collisions(model: Model | Path | str, configs: Sequence[FitConfig]) -> None:
@@ -145,32 +145,22 @@ def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     return finish_all(opened, sets, started)
 
 
+def _fit_hub(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
+    """Fit the weights of one directory for each config to what its other files leave of the budget."""
+    asked = check(replace(configs[0], layout=FILE, tokenizer=False))
+    for config in configs:
+        if config.output is not None:
+            check_directory(Path(config.output))
+    loaded = model if isinstance(model, Model) else _load(model, asked)
+    plans = [hub_directory.plan(loaded, config) for config in configs]
+    with plans[0].floor():
+        found = _fit_all(loaded, [p.config for p in plans], started)
+    return [p.finished(a) for p, a in zip(plans, found, strict=True)]
+
+
 def text_sets(model: Model, asked: Asked) -> TokenSets:
     """Load the token sets of a checkpoint, from text files or the embedded texts."""
-    config, calibration = asked.config, as_paths(asked.config.calibration)
-    sets = load_sets(
-        model, calibration, as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, seed=config.seed, device=asked.device,
-        sampler=partial(_sampled_once, model, asked), reporter=asked.reporter,
-    )  # fmt: skip
-    if asked.recover is None:
-        return sets
-    texts = as_paths(config.recover_text) or recovery_texts(model, calibration)
-    return with_recovery(
-        model, sets, texts, window=config.window, seed=config.seed, device=asked.device, reporter=asked.reporter
-    )
-
-
-def _sampled_once(model: Model, asked: Asked, tokens: int) -> tuple[Window, ...]:
-    """Windows sampled from the model, kept in the job's store."""
-    window, seed, device = window_limit(model, asked.config.window), asked.config.seed, asked.device
-
-    def make() -> dict[str, npt.NDArray[np.int64]]:
-        found = sampled(model, tokens, window=window, seed=seed, device=device, reporter=asked.reporter)
-        return {str(i): np.array(w.tokens, np.int64) for i, w in enumerate(found)}
-
-    kept = asked.store.once(lambda: digest("samples", model_key(model), tokens, window, seed, device), make)
-    return tuple(Window(tuple(kept[str(i)].tolist()), 0) for i in range(len(kept)))
+    return token_sets(model, asked.config, asked.device, asked.store, asked.reporter)
 
 
 def finish_all(opened: Sequence[Opened], sets: TokenSets, started: float) -> list[Artifact]:

@@ -19,10 +19,11 @@ from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
-from bytecap.model.evaluation import Comparison
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
-from bytecap.pipeline.stages import choose_device, quality
+from bytecap.pipeline.quality import Measured, quality, say_narrow
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
+from bytecap.pipeline.stages import choose_device
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.directory import family
@@ -75,8 +76,8 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     for note in notes:
         reporter.note(note)
     floor = _check_floor(contents, cap)
-    sets = token_sets(loaded, config, target, reporter)
     kept = config.store if isinstance(config.store, Store) else Store(config.store)
+    sets = token_sets(loaded, config, target, kept, reporter, correction_tokens=held_tokens(config))
     job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort_of(config.recover), store=kept)
     loaded.module.to(target)
     items = calibrated(job, Layout("", contents.places), contents.types)
@@ -171,17 +172,19 @@ def _finish(
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}; {report['checked']}")
         result.entries = ledger(contents.family, path)
-        parts = _measured(job, contents, path)
+        measured = _measured(job, contents, path)
         if best is not plain:
             other = Path(name) / "plain"
             write_directory(contents, schemes, plain.codes(), other)
-            report["without_recovery"] = gain(parts, _measured(job, contents, other))
-    report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
-    result.windows = tuple(p.windows for p in parts if p.windows is not None)
+            report["without_recovery"] = gain(measured.parts, _measured(job, contents, other).parts)
+    report |= quality(measured.parts, measured.held)
+    report["largest_units"] = [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]
+    say_narrow(job, report)
+    result.windows = measured.windows
     return result
 
 
-def _measured(job: Job, contents: Contents, path: Path) -> list[Comparison]:
+def _measured(job: Job, contents: Contents, path: Path) -> Measured:
     """Scores of a directory on disk."""
     values = read_units(contents.family, path, job.model.units)
     return measure(job.model, values, job.sets, job.device, job.reporter)

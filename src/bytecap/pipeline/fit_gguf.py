@@ -26,11 +26,12 @@ from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import TOKENS
-from bytecap.model.evaluation import Comparison
 from bytecap.model.sources import Paths, as_paths, load_sets
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, measure, token_sets
-from bytecap.pipeline.stages import choose_device, quality
+from bytecap.pipeline.quality import Measured, quality, say_narrow
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
+from bytecap.pipeline.stages import choose_device
+from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.gguf import file, library
@@ -107,7 +108,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     cap = parse_budget(config.budget, model.parameters)
     floor = _check_floor(frame, cap)
     store = config.store if isinstance(config.store, Store) else Store(config.store)
-    sets = token_sets(model, config, device, reporter)
+    sets = token_sets(model, config, device, store, reporter, correction_tokens=held_tokens(config))
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     model.module.to(device)
     items = calibrated(job, frame.layout, frame.types)
@@ -214,13 +215,15 @@ def _finish(
             result.path = output
             job.reporter.note(f"wrote {output}: {format_size(size)}")
         result.entries = file.ledger(path)
-        parts = _measured(job, frame, path)
+        measured = _measured(job, frame, path)
         if best is not plain:
             other = Path(name) / "plain.gguf"
             file.write(other, frame.layout.architecture, frame.describe, _tensors(job.model, frame, types, plain))
-            report["without_recovery"] = gain(parts, _measured(job, frame, other))
-    report |= quality(parts) | {"largest_units": [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]}
-    result.windows = tuple(p.windows for p in parts if p.windows is not None)
+            report["without_recovery"] = gain(measured.parts, _measured(job, frame, other).parts)
+    report |= quality(measured.parts, measured.held)
+    report["largest_units"] = [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]
+    say_narrow(job, report)
+    result.windows = measured.windows
     return result
 
 
@@ -238,7 +241,7 @@ def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found
         return list(pool.map(one, frame.layout.places))
 
 
-def _measured(job: Job, frame: _Frame, path: Path) -> list[Comparison]:
+def _measured(job: Job, frame: _Frame, path: Path) -> Measured:
     """Scores of a file on disk."""
     values = file.read_units(path, frame.layout, job.model.units)
     return measure(job.model, values, job.sets, job.device, job.reporter)

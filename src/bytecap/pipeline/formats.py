@@ -16,6 +16,7 @@ from bytecap.errors import UsageError
 from bytecap.job.config import FitConfig
 
 OURS = "bcap"
+FILE, HUB = "file", "hub"  # layouts of ours
 _ONLY = ("types", "pure", "template", "emit")  # options of other programs' formats
 _NOT = ("paths", "code", "loss", "evaluate", "predictions", "given", "allow_unused")  # options of ours
 
@@ -40,7 +41,7 @@ FORMATS = {"gguf": Format(".gguf"), "mlx": _DIRECTORY, "compressed-tensors": _DI
 def is_directory(config: FitConfig) -> bool:
     """Return whether a config asks for a directory, not for a file."""
     kind = format_of(config)
-    return kind in FORMATS and not FORMATS[kind].suffix
+    return config.layout == HUB or (kind in FORMATS and not FORMATS[kind].suffix)
 
 
 def format_of(config: FitConfig) -> str:
@@ -53,6 +54,10 @@ def format_of(config: FitConfig) -> str:
     kind = config.format or next((n for n, f in FORMATS.items() if f.suffix and f.suffix == suffix), OURS)
     if kind != OURS and kind not in FORMATS:
         raise UsageError(f"unknown format {kind!r}: there are {', '.join((OURS, *FORMATS))}")
+    if config.layout not in {FILE, HUB}:
+        raise UsageError(f"unknown layout {config.layout!r}: there are {FILE} and {HUB}")
+    if config.layout != FILE and kind != OURS:
+        raise UsageError(f"the option layout is not for the format {kind}")
     given = {n: getattr(config, n) for n in (_ONLY if kind == OURS else (*_NOT, *FORMATS[kind].lacks))}
     wrong = [n for n, value in given.items() if getattr(value, "sections", value)]  # code, packed, may be none
     if kind in FORMATS:

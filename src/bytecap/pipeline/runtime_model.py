@@ -18,11 +18,10 @@ from bytecap.format.ledger import Entry
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
-from bytecap.model.evaluation import Comparison, compare_models, paired_stderr
+from bytecap.model.evaluation import Comparison, paired_stderr
 from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.model.sources import as_paths, load_sets, recovery_texts, with_recovery
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.stages import quality
+from bytecap.pipeline.quality import Measured, compare, quality
 from bytecap.progress import Reporter
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
@@ -58,19 +57,6 @@ def held_tokens(config: FitConfig) -> int:
     return int((config.options or {}).get("held_tokens", HELD_TOKENS))
 
 
-def token_sets(model: Model, config: FitConfig, device: str, reporter: Reporter) -> TokenSets:
-    """The token sets, with those of recovery where it is asked for; no Hessian to round by sees the second."""
-    sets = load_sets(
-        model, as_paths(config.calibration), as_paths(config.evaluation), window=config.window, tokens=config.tokens,
-        evaluation_tokens=config.evaluation_tokens, correction_tokens=held_tokens(config), seed=config.seed,
-        device=device, reporter=reporter,
-    )  # fmt: skip
-    if config.recover is None:
-        return sets
-    texts = as_paths(config.recover_text) or recovery_texts(model, as_paths(config.calibration))
-    return with_recovery(model, sets, texts, window=config.window, seed=config.seed, device=device, reporter=reporter)
-
-
 def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -> list[Item]:
     """Tensors with their metrics, and how far these are shrunk.
 
@@ -88,14 +74,11 @@ def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -
 
 def measure(
     model: Model, values: Mapping[str, npt.NDArray[Any]], sets: TokenSets, device: str, reporter: Reporter
-) -> list[Comparison]:
+) -> Measured:
     """Scores of values read back from disk against the original, one for each text."""
     quantized_copy = copy_of(model.module)
     load_values(quantized_copy, values)
-    with reporter.step("evaluation", sum(t.tokens for t in sets.evaluation)) as advance:
-        return [
-            compare_models(model.module, quantized_copy, t, device=device, progress=advance) for t in sets.evaluation
-        ]
+    return compare(model.module, quantized_copy, sets, device, reporter)
 
 
 def gain(parts: list[Comparison], before: list[Comparison]) -> dict[str, Any]:

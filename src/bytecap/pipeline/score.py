@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bytecap.errors import UsageError
 from bytecap.format import updates
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import Model, demo_directory, freeze, load_model
+from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model, resolve
 from bytecap.model.from_artifact import module_of
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
 from bytecap.model.texts import load_text
 from bytecap.progress import Reporter, reporter_for, warn
+from bytecap.runtimes import hub
 from bytecap.types import Score
 
 
@@ -43,7 +45,13 @@ def open_model(
             raise UsageError(f"{model} is no .bcap file: it has no base")
         if resident != "decoded":
             raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
-        opened = load_model(model, allow_unused=allow_unused)
+        found = resolve(model)
+        if hub.is_hub(found):
+            inside, files = hub.read(found)
+            module = freeze(hub.module_of(inside, files, str(model)))
+            opened = Model(module, find_units(module), files, str(model))
+        else:
+            opened = replace(load_model(found, allow_unused=allow_unused), name=str(model))
         opened.module.to(device)
         return opened
     contents = updates.read(path, base)

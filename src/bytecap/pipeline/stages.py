@@ -36,13 +36,15 @@ from bytecap.methods.rate_control import allowed_slack
 from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
 from bytecap.model.determinism import ask_for_order
-from bytecap.model.evaluation import Comparison, compare_models, mean_comparison, paired_stderr
+from bytecap.model.evaluation import paired_stderr
 from bytecap.model.rebuilt import written
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline import background, pack_code, update
 from bytecap.pipeline.artifact import Artifact, FiledArtifact
+from bytecap.pipeline.formats import FILE
 from bytecap.pipeline.lossless import lossless
+from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
 from bytecap.progress import Recorder, reporter_for
 from bytecap.quantization.quantizer import EFFORTS
@@ -123,6 +125,8 @@ def check(config: FitConfig) -> Asked:
     """
     check_budget(config.budget)
     check_choice(config.unused)
+    if config.layout != FILE:
+        raise UsageError(f"the layout {config.layout} is for checkpoints: a module has no config beside it")
     if config.memory is not None:
         parse_size(config.memory)
     if config.effort is not None and config.effort not in range(len(EFFORTS)):
@@ -203,18 +207,20 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     if output is not None:
         result.save(output)
         job.reporter.note(f"wrote {output}: {format_size(result.length)}")
-    parts, ideal = _measure(result.read(), result.length, job)
-    result.report |= {"ideal_bytes": ideal} | quality(parts)
+    found, ideal = _measure(result.read(), result.length, job)
+    result.report |= {"ideal_bytes": ideal} | quality(found.parts, found.held)
+    say_narrow(job, result.report)
     if job.recover is not None:
         before_it = result.before
-        plain = parts if before_it is None else _measure(container.parse(before_it), len(before_it), job)[0]
+        other = found if before_it is None else _measure(container.parse(before_it), len(before_it), job)[0]
+        plain = other.parts
         before = quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
-        kl, nats = (paired_stderr(parts, plain, what) for what in ("kl", "nats"))
+        kl, nats = (paired_stderr(found.parts, plain, what) for what in ("kl", "nats"))
         result.report["without_recovery"] = {
             **{k: before[k] for k in keys}, "kl_difference_stderr": kl, "delta_difference_stderr": nats,
         }  # fmt: skip
-    result.windows = tuple(p.windows for p in parts if p.windows is not None)
+    result.windows = found.windows
 
 
 def _solve(job: Job, run: Method, frame: Frame) -> Artifact:
@@ -334,7 +340,7 @@ def check_floor(
     return floor
 
 
-def _measure(contents: Contents, size: int, job: Job) -> tuple[list[Comparison], int]:
+def _measure(contents: Contents, size: int, job: Job) -> tuple[Measured, int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, ideal = job.model, Ideal()
     if job.base is not None:
@@ -342,12 +348,8 @@ def _measure(contents: Contents, size: int, job: Job) -> tuple[list[Comparison],
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
     quantized_copy = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
-    with job.reporter.step("evaluation", sum(t.tokens for t in job.sets.evaluation)) as advance:
-        parts = [
-            compare_models(model.module, quantized_copy, t, device=job.device, progress=advance)
-            for t in job.sets.evaluation
-        ]
-    return parts, ideal.bytes(size)
+    found = compare(model.module, quantized_copy, job.sets, job.device, job.reporter)
+    return found, ideal.bytes(size)
 
 
 def _report(result: Artifact, job: Job, outcome: Outcome, method: str) -> dict[str, Any]:
@@ -367,17 +369,4 @@ def _report(result: Artifact, job: Job, outcome: Outcome, method: str) -> dict[s
         "calibration_texts": [{"name": n, "tokens": t} for n, t in sets.drawn],
         "statistics_tokens": sum(w.predicted for w in sets.statistics),
         "correction_tokens": sum(w.predicted for w in sets.correction),
-    }  # fmt: skip
-
-
-def quality(parts: list[Comparison]) -> dict[str, Any]:
-    """Return measured figures as a report has them: means over the texts, and every text."""
-    mean = mean_comparison(parts)
-    keys = (
-        "bpb_original", "bpb_artifact", "bpb_stderr", "nats_original", "nats_artifact", "nats_temperature",
-        "temperature", "kl_nats", "kl_stderr", "same_top1",
-    )  # fmt: skip
-    return {k: getattr(mean, k) for k in keys} | {
-        "measured_delta_nats": mean.delta_nats, "measured_delta_stderr": mean.delta_stderr,
-        "evaluation_tokens": mean.tokens, "texts": [p.as_dict() for p in parts],
     }  # fmt: skip

@@ -6,6 +6,7 @@ Tokens that are tuned on are the recovery text, else the statistics tokens; the 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 
 from bytecap.calibration.kl_gradient import gradient
 from bytecap.job import Job
+from bytecap.model import streaming
 from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
-from bytecap.model.forward import pass_tokens
+from bytecap.model.forward import logits_of, pass_tokens
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import iteration_windows, leading
 
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one iteration
 _CHECK_TOKENS = 8192
+_REMEMBERED = {"cpu": 2**27, "cuda": 2**31}  # bytes of the original's logits on them
 
 
 def tokens_of_iteration(device: str) -> int:
@@ -44,11 +47,36 @@ def same_again(device: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+class _Remembered(nn.Module):
+    """The original as checks read it: logits of the same tokens are computed once, as far as memory allows."""
+
+    def __init__(self, module: nn.Module, most: int) -> None:
+        """Remember up to `most` bytes of logits."""
+        super().__init__()
+        self.module, self.config = module, getattr(module, "config", None)
+        self._kept: dict[bytes, Tensor] = {}
+        self._left = most
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits of a batch of tokens."""
+        key = ids.cpu().numpy().tobytes() + bytes(str(ids.shape), "ascii")
+        if key not in self._kept:
+            found = logits_of(self.module(ids))
+            size = found.numel() * found.element_size()
+            if size > self._left:
+                return found
+            self._left -= size
+            self._kept[key] = found
+        return self._kept[key]
+
+
 class Passes:
     """The passes over one job's tokens.
 
     Attributes:
         read: tokens that were tuned on so far.
+        iterations: gradients that were taken so far.
+        curve: (seconds, iterations, KL on the correction tokens) of every check, the progress of a recovery.
     """
 
     def __init__(self, job: Job, quantized_copy: nn.Module) -> None:
@@ -56,10 +84,23 @@ class Passes:
         self._batch = pass_tokens(job.model.module, torch.device(job.device))
         self._pool = list(job.sets.recovery or job.sets.statistics)
         self._source = iteration_windows(self._pool, tokens_of_iteration(job.device), job.seed)
-        self.read = 0
+        self.read, self.iterations = 0, 0
+        original = job.model.module
+        remembered = streaming.of(original) is None  # a streamed model gives no logits of a batch
+        most = _REMEMBERED[torch.device(job.device).type]
+        self._checked = _Remembered(original, most) if remembered else original
+        self.curve: list[tuple[float, int, float]] = []
+        self._started = time.monotonic()
 
-    def skip(self, iterations: int) -> None:
-        """Skip the windows of iterations that were made before."""
+    @property
+    def seconds(self) -> float:
+        """Seconds since the passes were made, with those of a run that was killed."""
+        return time.monotonic() - self._started
+
+    def skip(self, iterations: int, seconds: float = 0.0) -> None:
+        """Skip the windows of iterations that were made before, in so many seconds."""
+        self._started -= seconds
+        self.iterations += iterations
         for _ in range(iterations):
             self.read += sum(w.predicted for w in next(self._source))
 
@@ -74,6 +115,7 @@ class Passes:
         """Return KL and gradients on the next windows; batches are halved where the device's memory ends."""
         windows = next(self._source)
         self.read += sum(w.predicted for w in windows)
+        self.iterations += 1
         model, device = self._job.model.module, self._job.device
         found, self._batch = halving(
             lambda batch: gradient(model, self._quantized_copy, names, windows, device=device, batch=batch), windows,
@@ -84,7 +126,9 @@ class Passes:
     def check(self) -> float:
         """Return the KL of the quantized copy on the correction tokens."""
         windows = leading(self._job.sets.correction, _CHECK_TOKENS)
-        return kl_to(self._job.model.module, self._quantized_copy, windows, device=self._job.device)[0]
+        kl = kl_to(self._checked, self._quantized_copy, windows, device=self._job.device)[0]
+        self.curve.append((round(self.seconds, 2), self.iterations, kl))
+        return kl
 
     def say_short(self) -> None:
         """Note that the text was shorter than the effort."""

@@ -121,6 +121,16 @@ class _Tuning:
         return new, self.passes.check()
 
 
+def _joined(own: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Join the record of a method's own recovery and that of a later one."""
+    seconds, iterations, _ = own["curve"][-1] if own["curve"] else (0.0, 0, 0.0)
+    return own | {
+        "tokens": own["tokens"] + later["tokens"],
+        "stages": [*own["stages"], *later["stages"]],
+        "curve": [*own["curve"], *((seconds + s, iterations + i, kl) for s, i, kl in later["curve"])],
+    }
+
+
 def tune_sections(job: Job, outcome: Outcome) -> Outcome:
     """Return the outcome with tuned sections, where that measured better and keeps the cap.
 
@@ -160,10 +170,9 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
     )
     tuning.passes.say_short()
     stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
-    record = {"tokens": tuning.passes.read, "kl_before": start, "stages": [stage]}
+    record = {"tokens": tuning.passes.read, "kl_before": start, "stages": [stage], "curve": tuning.passes.curve}
     if outcome.recovery:  # the method's own
-        own = outcome.recovery
-        record = own | {"tokens": own["tokens"] + record["tokens"], "stages": [*own["stages"], stage]}
+        record = _joined(outcome.recovery, record)
     if kept is outcome.sections:
         return replace(outcome, recovery=record)
     plain = outcome.before or (outcome.sections, outcome.tables)

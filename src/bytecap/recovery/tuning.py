@@ -158,7 +158,7 @@ class _TuningRun:
         kept, (group, iterations, seconds, beyond) = found
         device = torch.device(self.job.device)
         self.parameters.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
-        self.passes.skip(iterations)
+        self.passes.skip(iterations, seconds)
         clock.resume(iterations, seconds)
         for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
@@ -177,7 +177,8 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
     parameters.unfreeze()
     groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
     total = parameters.planned(parameters.matrices)[0]
-    beyond, seen = _BELOW * total, [(0, kl)]
+    beyond, now = _BELOW * total, kl
+    seen: list[tuple[float, int, float]] = []
     first, beyond = tuning_run.resume(optimizer, clock, beyond)
     for number, group in enumerate(groups):
         if number < first:
@@ -194,29 +195,27 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
         while clock.done < (number + 1) / len(groups):
             now = tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
             clock.tick()
-            seen.append((clock.iterations, now))
-        if not seen[-1][1] < _LOST * kl:
+            seen.append((round(tuning_run.passes.seconds, 2), clock.iterations, now))
+        if not now < _LOST * kl:
             tuning_run.job.reporter.note(
-                f"recovery diverges after {clock.iterations} iterations of integers (KL {seen[-1][1]:.4f}): stopped"
+                f"recovery diverges after {clock.iterations} iterations of integers (KL {now:.4f}): stopped"
             )
             parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
         tuning_run.keep(optimizer, clock, number + 1, beyond)
-    return {"stage": "integers", "kl": tuning_run.check(), "checks": seen[:: max(1, len(seen) // 50)]}
+    return {"stage": "integers", "kl": tuning_run.check(), "on_tuned_tokens": seen[:: max(1, len(seen) // 50)]}
 
 
 def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Tune the values that frozen codes leave free; ends at the best that was validated."""
     job, optimizer = tuning_run.job, tuning_run.optimizer()
     best, kept, worse = kl, tuning_run.parameters.snapshot(), 0
-    seen = [(0, kl)]
     while clock.done < 1:
         tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
         clock.tick()
         if not clock.due(_CHECKS, _APART):
             continue
         now = tuning_run.check()
-        seen.append((clock.iterations, now))
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
             best, kept = now, tuning_run.parameters.snapshot()
@@ -226,7 +225,7 @@ def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
             )
             break
     tuning_run.parameters.restore(kept)
-    return {"stage": "values", "kl": best, "checks": seen}
+    return {"stage": "values", "kl": best}
 
 
 def tune(
@@ -270,4 +269,5 @@ def tune(
         "tokens": tuning_run.passes.read,
         "kl_before": start,
         "stages": stages,
+        "curve": tuning_run.passes.curve,
     }

@@ -54,6 +54,7 @@ def _print_model(model: Mapping[str, Any], out: Console) -> None:
     ]
     head = ["budget", "method", "file bytes", "KL", f"minus {first}", "loss increase", f"minus {first}"]
     out.print(_table(head, rows, words=(1,)), highlight=False)
+    _print_tasks(model["cells"], out)
     for method in model["methods"]:
         mine = sorted((c for c in model["cells"] if c["method"] == method), key=lambda c: c["file_bytes"])
         values = [c["scores"]["mean"]["kl"]["mean"] for c in mine]
@@ -67,6 +68,21 @@ def _print_model(model: Mapping[str, Any], out: Console) -> None:
         if x["metric"] == "kl" and x["method"] == first:
             out.print(f"{first} saves {100 * x['mean']:.1f}% ± {100 * (x['stderr'] or 0):.1f}% of the bytes of "
                           f"{x['against']} at equal KL ({len(x['points'])} points)", highlight=False)  # fmt: skip
+
+
+def _print_tasks(cells: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """Print scores on tasks beside KL, with the paired difference to the original."""
+    rows = [
+        [f"{c['budget_bytes']:,}", c["method"], plus_minus(kl["mean"], kl["stderr"]), name,
+         plus_minus(t["mean"], t["stderr"]), f"{t['original']:.4f}" if "original" in t else "",
+         plus_minus(t["difference"]["mean"], t["difference"]["stderr"]) if "difference" in t else ""]
+        for c in sorted(cells, key=lambda c: c["budget_bytes"])
+        for kl in [c["scores"]["mean"]["kl"]]
+        for name, t in c.get("tasks", {}).items()
+    ]  # fmt: skip
+    if rows:
+        head = ["budget", "method", "KL", "task", "score", "original", "minus original"]
+        out.print(_table(head, rows, words=(1, 3)), highlight=False)
 
 
 def _scores(scores: Mapping[str, Any]) -> list[str]:

@@ -139,24 +139,29 @@ def _written(lines: Sequence[str], x: float, y: float, anchor: str) -> list[str]
             for i, line in enumerate(lines)]  # fmt: skip
 
 
-def axes(series: Sequence[Series], *, log: bool, zero: bool, count: int = 6) -> tuple[Axis, Axis]:
-    """Return axes that hold all points and error bars, with about `count` ticks on the horizontal one."""
+def axes(
+    series: Sequence[Series], *, log: bool, zero: bool, count: int = 6, near: bool = False, wide: bool = False
+) -> tuple[Axis, Axis]:
+    """Return axes that hold all points and error bars, with about `count` ticks on the horizontal one; see `chart`."""
     points = [p for s in series for p in s.points]
     start = [0.0] if zero else []
     xs = start + [p[0] for p in points] or [0.0]
     across = Axis(ticks(min(xs), max([1e-9 if zero else min(xs) + 1e-9, *xs]), count))
+    if wide and min(xs) > 0:
+        across = Axis(log_ticks(min(xs), max(xs)), True)
     if log:
         values = [p[1] for p in points if p[1] > 0] or [1.0]
         tops = [p[1] + p[2] for p in points if p[1] > 0] or [1.0]
         return across, Axis(log_ticks(min(values), max(tops)), True)
-    wide = [(y, e * (1 + s.band)) for s in series for _, y, e in s.points]
-    lows, highs = [0.0, *(y - e for y, e in wide)], [1e-12, *(y + e for y, e in wide)]
+    reach = [(y, e * (1 + s.band)) for s in series for _, y, e in s.points]
+    start = [] if near and reach else [0.0]
+    lows, highs = [*start, *(y - e for y, e in reach)], [1e-12, *(y + e for y, e in reach)]
     return across, Axis(ticks(min(lows), max(highs)))
 
 
 def chart(
     series: Sequence[Series], title: str, across: str, up: str, *, height: int = 380, log: bool = False,
-    zero: bool = True, marks: Sequence[Mark] = (),
+    zero: bool = True, near: bool = False, wide: bool = False, marks: Sequence[Mark] = (),
 ) -> str:  # fmt: skip
     """Draw a chart with a title for screen readers, as figures of a page.
 
@@ -168,12 +173,14 @@ def chart(
         height: in pixels, without labels; at most 260 where it is narrow.
         log: logarithmic vertical axis; values that are not positive lie on its lower edge.
         zero: the horizontal axis begins at zero.
+        near: the vertical axis begins below the smallest value instead of at zero.
+        wide: logarithmic horizontal axis, for positive values; `zero` must be off.
         marks: places on the horizontal axis.
     """
 
     def draw(width: int) -> str:
         slim = width < BROAD
-        xs, ys = axes(series, log=log, zero=zero, count=3 if slim else 6)
+        xs, ys = axes(series, log=log, zero=zero, count=3 if slim else 6, near=near, wide=wide)
         above, below = _lines(up, width - 8), _lines(across, width - _LEFT)
         top = _TOP + _LINE * len(above)
         bottom = top + (min(height, 260) if slim else height) - 64
@@ -195,8 +202,8 @@ def chart(
             parts.append(f'<text x="{_LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>')
         parts += _written(above, 4, 14, "start") + _written(below, middle, bottom + 41, "middle")
         for s in series:
-            wide = 1 + s.band
-            parts += _draw(s, [(*at(x, y), at(x, y - wide * e)[1], at(x, y + wide * e)[1]) for x, y, e in s.points])
+            bars = 1 + s.band
+            parts += _draw(s, [(*at(x, y), at(x, y - bars * e)[1], at(x, y + bars * e)[1]) for x, y, e in s.points])
         parts += [_marked(m, at(m.x, 0.0)[0], top, i == 0) for i, m in enumerate(marks)]
         return "\n".join([*parts, "</svg>"])
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from bytecap.escape import console, shown, styled
 from bytecap.format.ledger import Entry, by_kind, by_overlay, by_unit, total
 from bytecap.report.curves import sentence
+from bytecap.report.fit.predicted import distance
 from bytecap.sizes import format_size
 from bytecap.types import Score
 
@@ -85,6 +86,8 @@ def print_fit(report: dict[str, Any]) -> None:
             table.add_row("KL to the original", f"{report['kl_nats']:.4f} ± {report['kl_stderr']:.4f} nats per token")
             table.add_row("same top-1 token", f"{100 * report['same_top1']:.1f}%")
         table.add_row("loss", _loss(report))
+        if apart := distance(report):
+            table.add_row("text", apart)
     else:
         table.add_row("dry run", f"nothing written; {format_size(report['budget_bytes'])} budget")
         table.add_row("floor", f"{format_size(report['floor_bytes'])} is the smallest reachable file")
@@ -149,7 +152,7 @@ def print_curves(found: dict[str, Any]) -> None:
             table.add_row(
                 "" if i else name, f"{p['bytes']:,}", f"{p['side_bytes']:,}", f"{100 * p['weights_share']:.2f}%",
                 f"{p['kl_recovered']:.5f}", f"{p['kl_stderr'] or math.nan:.5f}",
-                f"{p['nats_per_byte'] or math.nan:.1e}", f"{p['bpb_per_kb'] or math.nan:.1e}",
+                *("-" if p[k] is None else f"{p[k]:.1e}" for k in ("nats_per_byte", "bpb_per_kb")),
             )  # fmt: skip
     out.print(table, highlight=False)
     for name, path in found["paths"].items():

@@ -20,6 +20,7 @@ from bytecap.system.atomic import make_directory
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.compare.figures import summarize
 from bytecap_lab.compare.specs import ComparisonSetting, External, RunSpec, grid, read_external, read_method
+from bytecap_lab.compare.task_scores import names_of
 from bytecap_lab.study import Study
 
 SHOWS_ONLY = "module"
@@ -46,6 +47,7 @@ def compare(
     jobs: int = 1,
     store: Path | str | None = None,
     report: Path | str | None = None,
+    tasks: Sequence[Path | str] = (),
     command: str = "",
     progress: bool | None = None,
     reporter: Reporter | None = None,
@@ -68,6 +70,7 @@ def compare(
         jobs: processes.
         store: directory of statistics; `output`/store by default.
         report: page to write besides or instead of `output`/compare.html.
+        tasks: task files of lm-evaluation-harness, scored beside KL.
         command: for the record.
         progress: show progress bars; by default on a terminal and in a notebook.
         reporter: told about progress in place of the bars.
@@ -76,14 +79,33 @@ def compare(
         BytecapError: an unknown name, or a run that failed; finished runs are kept.
     """
     from bytecap.pipeline.stages import choose_device
-    from bytecap_lab.compare.runs import run_all
 
     reporter = reporter_for(reporter, progress)
     study = Study.of("compare", models, output, report=report, store=store, calibration=calibration,
                      evaluation=evaluation, reporter=reporter)  # fmt: skip
+    questions = _checked(tasks)
     specs = _specs(study.models, methods, budgets, seeds, externals)
     target = choose_device(device)
-    setting = ComparisonSetting(study.calibration, study.evaluation, tokens, evaluation_tokens, window, target)
+    setting = ComparisonSetting(study.calibration, study.evaluation, tokens, evaluation_tokens, window, target,
+                                questions)  # fmt: skip
+    return _run(study, specs, setting, jobs, report, command, reporter)
+
+
+def _checked(tasks: Sequence[Path | str]) -> tuple[str, ...]:
+    """Return paths of task files, each of which defines a task."""
+    paths = tuple(str(t) for t in tasks)
+    if paths:
+        names_of(paths)
+    return paths
+
+
+def _run(
+    study: Study, specs: Sequence[RunSpec], setting: ComparisonSetting, jobs: int, report: Path | str | None,
+    command: str, reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Run what is missing, and write the figures of all."""
+    from bytecap_lab.compare.runs import run_all
+
     directory = study.directory()
     lines = directory and directory / "runs.jsonl"
     records = run_all(specs, setting, path=lines, store=study.store, jobs=jobs, command=command, reporter=reporter)

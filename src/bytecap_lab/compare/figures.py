@@ -8,6 +8,7 @@ from typing import Any
 
 from bytecap_lab.compare.envelope import envelope, resampled, saved
 from bytecap_lab.compare.pairs import METRICS, Entry, clusters, difference, entry, figure
+from bytecap_lab.compare.task_scores import figures
 
 SHOWS_ONLY = "module"
 
@@ -80,6 +81,8 @@ def _cell(e: Entry, entries: Sequence[Entry], first: str, scopes: Mapping[str, S
         "predicted_delta_nats": _mean(e, "predicted_delta_nats"), "cpu_seconds": _mean(e, "cpu_seconds"),
         "external": kept.get("external"), "scores": {},
     }  # fmt: skip
+    if kept.get("tasks"):
+        found["tasks"] = figures(kept)
     for scope, over in scopes.items():
         scores: dict[str, Any] = {m: figure(e, m, over).as_dict() for m in METRICS}
         if partner is not None and partner is not e:

@@ -11,7 +11,7 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -35,6 +35,7 @@ from bytecap.progress import Reporter, Silent
 from bytecap.report.lines import Record, append, blamed_lines, read_lines
 from bytecap.system.cache import blamed, digest, library
 from bytecap_lab.compare.specs import ComparisonSetting, RunSpec, read_method
+from bytecap_lab.compare.task_scores import task_scores
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def tasks(specs: Sequence[RunSpec], setting: ComparisonSetting, store: Path | No
         sets = _sets(spec.model, spec.seed, setting)
         parts: list[Any] = [hashes[spec.model], spec.method, spec.budget, setting.device]
         parts += [windows_key([w for t in sets.evaluation for w in t.windows]), [t.name for t in sets.evaluation]]
+        parts += [file_key(Path(t)) for t in setting.tasks]
         if spec.directory:
             parts += [directory_key(spec.directory)]
         else:
@@ -186,7 +188,22 @@ def _fitted(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence
     )  # fmt: skip
     result = fit_sets(model, sets, config)
     kept = {k: v for k, v in result.report.items() if k in _KEPT}
-    return {**kept, "file_sha256": hashlib.sha256(result.data).hexdigest()}, result.windows
+    kept["file_sha256"] = hashlib.sha256(result.data).hexdigest()
+    return kept | _tasks(task, model, result.load_model), result.windows
+
+
+@lru_cache(maxsize=1)
+def _original_scores(path: str, tasks: tuple[str, ...], device: str) -> Mapping[str, Any]:
+    return task_scores(model_of(path).module, model_of(path), tasks, device)
+
+
+def _tasks(task: Task, model: Model, module: Callable[[], Any]) -> Record:
+    """Return scores on tasks, of the original and of a module, question by question; nothing where none are asked."""
+    paths, device = task.setting.tasks, task.setting.device
+    if not paths:
+        return {}
+    original = _original_scores(task.spec.model, paths, device)
+    return {"tasks": task_scores(module(), model, paths, device), "tasks_original": original}
 
 
 _KEPT = (
@@ -210,6 +227,7 @@ def _external(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequen
         "bits_per_parameter": 8 * spec.budget / max(1, model.parameters),
         "evaluation_tokens": sum(p.tokens for p in parts), "same_top1": sum(p.same_top1 for p in parts) / len(parts),
     }  # fmt: skip
+    found |= _tasks(task, model, lambda: other.module)
     return found, [p.windows for p in parts if p.windows is not None]
 
 

@@ -51,6 +51,7 @@ class ComparisonSetting:
         evaluation_tokens: most tokens for evaluation.
         window: predicted tokens in a window.
         device: `cpu` or `cuda`.
+        tasks: task files of lm-evaluation-harness.
     """
 
     calibration: tuple[str, ...]
@@ -59,6 +60,7 @@ class ComparisonSetting:
     evaluation_tokens: int
     window: int
     device: str
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from bytecap.job import Job
 from bytecap.model.evaluation import ByWindow
 from bytecap.model.texts import Window, leading
 from bytecap.progress import Reporter, reporter_for
+from bytecap.sizes import check_budget, parse_budget
 from bytecap.system.atomic import make_directory
 from bytecap.system.cache import Store, blamed
 from bytecap.system.collisions import refuse_pages
 from bytecap_lab.rd_curves.choose import hull
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
 from bytecap_lab.rd_curves.paths import recodings
-from bytecap_lab.rd_curves.plans import BRIEF, FULL, Effort, OverlayCandidates, Plan, plans, sample, tried_units
+from bytecap_lab.rd_curves.plans import BRIEF, FULL, Effort, OverlayCandidates, Plan, planned, sample, tried_units
 from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
 from bytecap_lab.rd_curves.report import agreement, base_figures, lead, ninety, point, verdict, yardstick
 from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate, candidates, known
@@ -85,7 +86,6 @@ def byte_returns(
         BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
     """
     from bytecap.pipeline.stages import choose_device
-    from bytecap.sizes import check_budget
 
     read = {"a calibration text": calibration, "an evaluation text": evaluation}
     refuse_pages(output, "curves", report, store, {"the model": _path_of(model), **read})
@@ -93,11 +93,9 @@ def byte_returns(
     names = known(None if paths is None or ALL in paths else paths)
     base, effort, target = check_base(base), BRIEF if paths is None else FULL, choose_device(device)
     directory = make_directory(output) if output is not None else None
-    amounts: dict[str, Any] = {"tokens": tokens, "evaluation_tokens": evaluation_tokens, "window": window}
-    reporter = reporter_for(reporter, progress)
+    amounts, reporter = (tokens, evaluation_tokens, window), reporter_for(reporter, progress)
     job = _job(model, budget, calibration, evaluation, amounts, point_tokens, target, seed, reporter)
-    cache = Store(store if store is not None else directory and directory / "store")
-    with blamed(cache.directory):
+    with blamed((cache := Store(store if store is not None else directory and directory / "store")).directory):
         found = _measured(job, base, names, effort, units, leading(job.sets.correction, point_tokens), points, cache)
         return _written(found, directory, report, reporter)
 
@@ -108,19 +106,18 @@ def _path_of(model: Model | Path | str) -> Path | str | None:
 
 
 def _job(
-    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: Mapping[str, Any],
+    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: tuple[int, int, int],
     point_tokens: int, device: str, seed: int, reporter: Reporter,
 ) -> Job:  # fmt: skip
     """Read model and token sets and return the job whose operating point is the base."""
     from bytecap.model.checkpoint import load_model
     from bytecap.model.sources import CORRECTION_TOKENS, load_sets
-    from bytecap.sizes import parse_budget
 
     loaded = load_model(model) if isinstance(model, Path | str) else model
     limit = parse_budget(budget, loaded.parameters)
     sets = load_sets(
         loaded, calibration, evaluation, correction_tokens=max(point_tokens, CORRECTION_TOKENS), seed=seed,
-        device=device, reporter=reporter, **amounts,
+        device=device, reporter=reporter, tokens=amounts[0], evaluation_tokens=amounts[1], window=amounts[2],
     )  # fmt: skip
     loaded.module.to(device)
     return make_job(loaded, sets, limit, device, seed, reporter)
@@ -160,7 +157,7 @@ def _curves(
     texts = [w for t in operating_point.job.sets.evaluation for w in t.windows]
     refused = {n: _refusal(operating_point, n) for n in names}
     promised = _promised(operating_point, refused, effort, units, store)
-    flat = [(n, p) for n in names for p in plans(operating_point, promised, n, effort)]
+    flat = [(n, p) for n in names for p in planned(operating_point, promised, n, effort)]
     on_texts, on_held = at_base(operating_point, texts, store), at_base(operating_point, held, store)
     with reporter.step("whole model", max(1, len(flat))) as advance:
         measured = measure(operating_point, [_pick(p.values()) for _, p in flat], texts, store, advance)
@@ -177,13 +174,20 @@ def _curves(
         "units_tried": list(units),
         "paths": {
             n: _path(n, operating_point, promised[n], whole[n], steps, on_texts)
-            | ({"reason": refused[n]} if refused[n] else {})
+            | ({} if whole[n] else {"reason": refused[n] or _nothing(promised[n])})
             | _singles(n, drawn, singles, on_held, len(operating_point.base.problems), seed)
             for n in names
         },
         "agreement": agreement(drawn, singles, on_held, seed),
         "held_out_tokens": int(on_held.tokens.sum()),
     }  # fmt: skip
+
+
+def _nothing(promised: Mapping[str, Sequence[OverlayCandidate]]) -> str:
+    """Return why a path that could act on the base was not measured."""
+    return (
+        "no setting promises a gain on any matrix" if any(promised.values()) else "no matrix of this model can hold it"
+    )
 
 
 def _refusal(operating_point: OperatingPoint, path: str) -> str:
@@ -198,7 +202,7 @@ def _promised(
     reporter, found = operating_point.job.reporter, OverlayCandidates()
     with reporter.step("predicted curves", len(refused) * len(units)) as advance:
         for name, reason in refused.items():
-            most_settings = effort.most_settings if name in recodings() else None
+            most_settings = recodings()[name].brief if effort.brief and name in recodings() else None
             tried = [] if reason else units
             found[name] = candidates(operating_point, name, store, advance, tried, most_settings)
             found[name] |= {n: [] for n in units if reason}
@@ -233,7 +237,8 @@ def _path(
     return {
         **verdict(path, [m for _, m in whole], steps, base), "kind": _kind(path),
         "skipped_units": sum(not o for o in promised.values()),
-        "ninety_percent_bytes": ninety(points), "whole": points,
+        "ninety_percent_bytes": ninety(points) if path == STEP or _kind(path) == "overlay" else None,
+        "whole": points,
         "units": [
             {
                 "unit": n, "section_bytes": len(operating_point.sections[n].data),

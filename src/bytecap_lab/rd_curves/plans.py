@@ -27,14 +27,14 @@ class Effort:
 
     Attributes:
         shares: of the matrices that are recoded, one whole-model point each.
-        most_settings: settings that a unit is tried with; None for all.
+        brief: a unit is tried with few settings only.
     """
 
     shares: tuple[float, ...]
-    most_settings: int | None
+    brief: bool
 
 
-BRIEF, FULL = Effort((1 / 4, 1.0), 2), Effort(AMOUNTS, None)
+BRIEF, FULL = Effort((1 / 4, 1.0), brief=True), Effort(AMOUNTS, brief=False)
 
 
 def tried_units(operating_point: OperatingPoint, most_units: int | None) -> list[str]:
@@ -68,7 +68,7 @@ def peak(problem: UnitProblem) -> float:
     return float(energy.max() / energy.sum().clamp_min(1e-300))
 
 
-def plans(operating_point: OperatingPoint, promised: OverlayCandidates, path: str, effort: Effort) -> list[Plan]:
+def planned(operating_point: OperatingPoint, promised: OverlayCandidates, path: str, effort: Effort) -> list[Plan]:
     """Choose units and settings for each amount of a path; empty plans are left out."""
     mine = promised[path]
     sizes = {n: len(operating_point.sections[n].data) for n in mine}

@@ -208,7 +208,7 @@ def _promises(
     """Offers of units, one amount after the other: equally shaped units are coded together."""
     base = operating_point.base
     ladders = {n: list(enumerate(ladder(path, base, n, operating_point.most_settings))) for n in names}
-    tried = {n: thinned(r, most_settings) if most_settings else r for n, r in ladders.items()}
+    tried = {n: _few(r, most_settings or len(r)) for n, r in ladders.items()}
     found: dict[str, list[OverlayCandidate]] = {n: [] for n in names}
     longest = max((len(r) for r in tried.values()), default=0)
     for at in range(longest):
@@ -218,6 +218,11 @@ def _promises(
             found[name].append(_candidate(operating_point, path, name, index, setting, unit))
         advance(len(names) / longest)
     return found
+
+
+def _few(ladder: Sequence[Any], most: int) -> Sequence[Any]:
+    """Return at most so many settings: both ends and between, or the cheapest alone."""
+    return thinned(ladder, most) if most > 1 else ladder[:1]
 
 
 def _candidate(

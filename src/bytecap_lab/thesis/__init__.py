@@ -88,8 +88,7 @@ def thesis(
     setting = BenchSetting(study.calibration, study.evaluation, budget, tokens, evaluation_tokens, window, seeds, rungs,
                            choose_device(device), units)  # fmt: skip
     records = measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
-    directory = study.directory()
-    return _write(records, only, directory, report, reporter, [file_of(directory)])
+    return _write(records, only, study.directory(), report, reporter, [file_of(study.directory())])
 
 
 def _tasks(

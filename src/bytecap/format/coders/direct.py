@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,6 @@ from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
 from bytecap.format.entropy.rans import MAX_SYMBOL, check_end, read_zigzag, split
-
-if TYPE_CHECKING:
-    from bytecap.format.coders import Shared
 
 Array = npt.NDArray[Any]
 NONE = 2**16 - 1
@@ -105,6 +102,18 @@ def in_steps(
     return value
 
 
+class SharedParts(Protocol):
+    """What is read here of `bytecap.format.coders.Shared`."""
+
+    @property
+    def model(self) -> Model:
+        """Tables and offsets as machine code takes them."""
+
+    @property
+    def offset(self) -> npt.NDArray[np.float32]:
+        """Reconstruction offsets (64, 17) in steps."""
+
+
 @dataclass(frozen=True)
 class Direct:
     """A matrix to decode straight to values, if its reader has no other use for its symbols.
@@ -123,7 +132,7 @@ class Direct:
 
     payload: bytes
     shape: tuple[int, int]
-    shared: Shared
+    shared: SharedParts
     column_class: Array
     fine: Array
     row_class: Array

@@ -22,9 +22,10 @@ def section(found: Mapping[str, Any]) -> str:
         "<h2>Bits per byte against bytes</h2><p>Whole fits where there are any, short fits elsewhere; less is better."
         f"</p><p>{legend}</p>"
         + chart(
-            [*guide, *drawn], "Bits per byte of every model at every size", "megabytes of the file", "bits per byte"
+            [*guide, *drawn], "Bits per byte of every model at every size", "megabytes of the file (logarithmic)",
+            "bits per byte", zero=False, near=True, wide=True,
         )
-    )
+    )  # fmt: skip
 
 
 def _curve(found: Mapping[str, Any], name: str, style: int) -> Series:

@@ -25,7 +25,8 @@ def sentence(path: Mapping[str, Any]) -> str:
         text = f"cannot act here: {path['reason']}"
     if path.get("advantage_nats") is not None:
         text += (
-            f" ({path['advantage_nats']:+.2e} ± {path['advantage_stderr'] or 0:.1e} nats against finer steps "
+            f" ({path['advantage_nats']:+.2e} ± {path['advantage_stderr'] or 0:.1e} nats against "
+            f"{'finer' if path['advantage_bytes'] >= 0 else 'coarser'} steps "
             f"for the same {path['advantage_bytes']:,} bytes)"
         )
     return text
@@ -50,14 +51,14 @@ def styles(found: Mapping[str, Any]) -> dict[str, int]:
 def curve(
     name: str, path: Mapping[str, Any], style: int, value: str = "kl_recovered", error: str = "kl_stderr"
 ) -> Series:
-    """Return a path's measured points on the whole model, from zero bytes on, with their confidence band."""
-    whole = path["whole"]
-    points = [(0.0, 0.0, 0.0)] + [(p["bytes"], p[value], p[error] or 0.0) for p in whole]
-    tips = [f"{name}: the base"] + [
-        f"{name}, {p['bytes']:,} bytes: {p[value]:.5f} ± {p[error] or 0:.5f} nats, {100 * p['units_share']:.0f}% of "
-        f"the matrices, {100 * p['weights_share']:.2f}% of the weights" for p in whole
+    """Return a path's measured points on the whole model, with the base among them, and their confidence band."""
+    places = [((0.0, 0.0, 0.0), f"{name}: the base")] + [
+        ((p["bytes"], p[value], p[error] or 0.0),
+         (f"{name}, {p['bytes']:,} bytes: {p[value]:.5f} ± {p[error] or 0:.5f} nats, {100 * p['units_share']:.0f}% of "
+          f"the matrices, {100 * p['weights_share']:.2f}% of the weights")) for p in path["whole"]
     ]  # fmt: skip
-    return Series(name, points, style, tips=tips, band=True)
+    places.sort(key=lambda place: place[0][0])
+    return Series(name, [at for at, _ in places], style, tips=[tip for _, tip in places], band=True)
 
 
 def line(found: Mapping[str, Any], reach: float) -> Series:

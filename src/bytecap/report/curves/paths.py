@@ -28,9 +28,10 @@ def _path(found: Mapping[str, Any], name: str, path: Mapping[str, Any], style: i
     if path["skipped_units"]:
         notes.append(f"it cannot apply to {path['skipped_units']} matrices")
     if path["whole"]:
-        predicted = [(0.0, 0.0, 0.0)] + [(p["bytes"], p["predicted_nats"], 0.0) for p in path["whole"]]
+        predicted = [(0.0, 0.0, 0.0), *((p["bytes"], p["predicted_nats"], 0.0) for p in path["whole"])]
+        reach = max(at for at, _, _ in predicted)
         series = [
-            line(found, path["whole"][-1]["bytes"]), Series(f"{name} predicted", predicted, style + 1),
+            line(found, reach), Series(f"{name} predicted", sorted(predicted), style + 1),
             curve(name, path, style),
         ]  # fmt: skip
         marks = [] if ninety is None else [Mark(ninety, f"90% of its gain after {ninety:,.0f} bytes", style)]

@@ -200,7 +200,7 @@ def tune_blocks(
     )
     passes.say_short()
     stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
-    record = {"tokens": passes.read, "kl_before": start, "stages": [stage]}
+    record = {"tokens": passes.read, "kl_before": start, "stages": [stage], "curve": passes.curve}
     if not kept:
         return found, record
     with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -56,8 +57,8 @@ class Site:
         downloads.append({"name": MODEL, "bytes": size, "sha256": digest})
         about = f"{NAME} {runtime.version}"
         made = {"title": self.title, "context": self.context, "runtime": about, "files": downloads}
-        page = page_file("index.html").decode()
-        page = page.replace("{{TITLE}}", escape(self.title)).replace("{{MADE}}", _inside(made))
+        parts = {"{{TITLE}}": escape(self.title), "{{MADE}}": _inside(made)}
+        page = re.sub("|".join(parts), lambda m: parts[m[0]], page_file("index.html").decode())
         found |= {"index.html": page.encode(), **{n: page_file(n) for n in PAGE[1:]}}
         return found | {LEDGER: self._ledger(found, size, digest)}
 

@@ -59,6 +59,11 @@ class Recoding(Protocol):
         """Its name."""
         ...
 
+    @property
+    def brief(self) -> int:
+        """Settings that a unit is tried with in a brief run."""
+        ...
+
     def refusal(self, base: Base) -> str:
         """Return why it cannot act on any unit of a base; empty if it can."""
         ...

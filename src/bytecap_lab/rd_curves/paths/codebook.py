@@ -32,6 +32,7 @@ class OwnCodebook:
     """Codewords of the tensor's own; a setting is a `CodebookSetting`."""
 
     id = "codebook"
+    brief = 2
 
     def refusal(self, base: Base) -> str:
         """Acts on every base."""
@@ -76,6 +77,7 @@ class SharedCodebook:
 
     id: str
     by_role: bool
+    brief: int = 2
 
     def refusal(self, base: Base) -> str:
         """Acts on every base."""
@@ -90,7 +92,7 @@ class SharedCodebook:
         """Return (codewords, dimension) for a scope, smallest first."""
         bits = rate(base, names)
         found = {(1 << min(_MOST, max(1, round(d * (bits + h)))), d) for d in (2, 3) for h in _HEADROOM}
-        return sorted(s for s in found if math.log2(s[0]) / s[1] > bits)
+        return sorted(s for s in found if math.log2(s[0]) / s[1] > bits) or sorted(found)[-1:]
 
     def settings(self, base: Base, name: str) -> Sequence[Words]:
         """Return codebooks of the scope, at scales near the base's rate and finer."""

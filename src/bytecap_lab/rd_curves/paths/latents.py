@@ -33,6 +33,7 @@ class Latents:
     """The recoding; a setting is `Patches`."""
 
     id = "latents"
+    brief = 2
 
     def refusal(self, base: Base) -> str:
         """Acts on every base."""

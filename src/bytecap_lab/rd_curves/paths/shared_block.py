@@ -35,6 +35,7 @@ class SharedBlock:
     """The recoding; a setting is `Borrowed`."""
 
     id = "shared_block"
+    brief = 2
 
     def refusal(self, base: Base) -> str:
         """Refuse a model without a repeated role."""

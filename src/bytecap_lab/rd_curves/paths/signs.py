@@ -48,6 +48,7 @@ class Signs:
 
     id: str
     levels: int
+    brief: int = 2
 
     def refusal(self, base: Base) -> str:
         """Acts on every base."""

@@ -19,6 +19,7 @@ class Trellis:
     """The recoding; a setting is a number of states."""
 
     id = "trellis"
+    brief = 1  # 128 and 256 states take 16 and 32 times as long as the base's
 
     def refusal(self, base: Base) -> str:
         """Refuse a base without a trellis."""

@@ -1,0 +1,46 @@
+"""Which model is best at which size: `bytecap choose` over several caps, one line a model and cap.
+
+python benchmarks/choose.py --models MODELS --texts TEXTS --model demo small-s0 base-s1 --other DIR
+    --budgets 600kB,1.2MB,2.5MB,5MB,10MB,20MB,40MB,60MB --output results/choose.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bytecap
+from bytecap.progress import Bars
+from bytecap.report.choice import page
+from bytecap.sizes import split_budgets
+from common import parser, record, texts
+
+
+def main() -> None:
+    """Choose at every cap and record all rows."""
+    p = parser(__doc__.split("\n")[0], models="demo,small-s0,base-s1")
+    p.add_argument("--other", type=Path, help="another model directory")
+    p.add_argument("--budgets", default="600kB,1.2MB,2.5MB,5MB,10MB,20MB,40MB,60MB")
+    p.add_argument("--eval-bytes", type=int, default=98_304)
+    p.add_argument("--short-tokens", type=int, default=8_192)
+    p.add_argument("--finalists", type=int, default=2)
+    p.add_argument("--page", type=Path, help="page to write")
+    p.add_argument("--store", type=Path, help="directory of finished steps")
+    args = p.parse_args()
+    models = [m if m == "demo" else args.models / m for m in args.model] + ([args.other] if args.other else [])
+    budgets = split_budgets(args.budgets)
+    found = bytecap.choose(
+        models, budgets[-1], budgets=budgets[:-1], evaluation=texts(args.texts, "val"),
+        calibration=texts(args.texts, "calib"), tokens=args.tokens, evaluation_bytes=args.eval_bytes,
+        short_tokens=args.short_tokens, finalists=args.finalists, device=args.device, seed=args.seed, store=args.store,
+        reporter=Bars(),
+    )  # fmt: skip
+    for row in found.report["rows"]:
+        record(args, {"benchmark": "choose", "evaluation_bytes": found.report["evaluation_bytes"], **row})
+    print(json.dumps(found.report["envelope"], indent=1))
+    if args.page:
+        args.page.write_text(page(found.report), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
