@@ -71,7 +71,7 @@ def test_stages_are_right_as_python_too(monkeypatch):
     monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
     with np.errstate(over="ignore"):  # numpy's scalars warn where machine code wraps
         assert both(15, data, shape)
-        assert both(15, golden_parts.trellis(shape, memory=5, first=1), shape)
+        assert both(15, golden_parts.trellis(shape, memory=8, first=1), shape)
 
 
 def test_large_tables_are_left_to_symbols():
@@ -137,9 +137,12 @@ def test_values_out_of_range():
     assert both(1, large, (2, 3))
 
 
-def test_streams_with_other_words(monkeypatch):
-    """Too few words, too many, and more escapes than bytes."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_streams_with_other_words(plain, monkeypatch):
+    """Too few words, and more escapes than bytes; `plain`: the loops as Python runs them."""
     monkeypatch.setattr(jit, "worth", lambda _: True)
+    if plain:
+        monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
     escaping = Shared(Tables({k: Table(0, np.array([1, TOTAL - 1])) for k in range(1, 64)}))
     code = code_of(np.full((9, 9), 70))
     data = GRID.encode(code, escaping).data
@@ -180,6 +183,15 @@ def test_the_code_for_sixteen_lanes_is_sound():
             other = one.copy()
             assert simd.renormalise(one, words, 3) == kernels._renormalise(other, words, 3)
             assert (one == other).all()
+
+
+def test_lanes_beyond_the_last_sixteen(monkeypatch):
+    """As Python runs it, with a stand-in for the instruction that takes two words for its sixteen lanes."""
+    monkeypatch.setattr(simd, "sixteen", lambda *_: np.uint64(2))
+    states = np.full(19, 2**20, np.uint32)
+    states[17] = 3
+    assert simd._renormalise(states, np.arange(40, dtype=np.uint16), 5) == 8
+    assert states[16:].tolist() == [2**20, 3 << 16 | 7, 2**20]
 
 
 def test_without_the_instruction(monkeypatch):
