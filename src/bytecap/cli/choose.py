@@ -44,7 +44,10 @@ def choose(
     finalists: Annotated[int, typer.Option(help="Models fitted whole at each budget.", min=1)] = 2,
     window: Annotated[int, typer.Option(help=described("window"), min=1)] = WINDOW,
     method: Annotated[str, typer.Option(help=described("method"))] = "bytecap",
-    effort: Annotated[int, typer.Option(help="How hard whole fits search for integers, 0 to 3.", min=0)] = 2,
+    effort: Annotated[
+        int | None,
+        typer.Option(help="How hard whole fits search for integers, 0 to 3.", min=0, show_default="as for fit"),
+    ] = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help=described("seed"))] = 0,
     store: Annotated[Path | None, typer.Option(help=described("store"), show_default="none")] = None,
