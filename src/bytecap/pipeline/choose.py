@@ -136,7 +136,7 @@ def choose(
         finalists: models that are fitted whole at each budget.
         window: predicted tokens in a window.
         method: of all fits.
-        effort: of whole fits; short ones have 0.
+        effort: of whole fits, by default as of `fit`; short ones have 0.
         device: `auto`, `cpu` or `cuda`.
         seed: of every random choice.
         store: directory of finished steps.
