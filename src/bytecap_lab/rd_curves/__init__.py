@@ -85,17 +85,17 @@ def byte_returns(
     Raises:
         BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
     """
-    from bytecap.pipeline.stages import choose_device
+    from bytecap.pipeline.stages import choose_device as there
 
     _refuse_inputs(output, report, store, model, calibration, evaluation)
     check_budget(budget)
     names, base = known(None if paths is None or ALL in paths else paths), check_base(base)
-    effort, target = BRIEF if paths is None else FULL, choose_device(device)
     directory, reporter = make_directory(output) if output is not None else None, reporter_for(reporter, progress)
-    amounts = (tokens, evaluation_tokens, window, point_tokens)
-    job = _job(model, budget, calibration, evaluation, amounts, target, seed, reporter)
+    job = _job(model, budget, calibration, evaluation, (tokens, evaluation_tokens, window, point_tokens), there(device),
+               seed, reporter)  # fmt: skip
     with blamed((cache := Store(store if store is not None else directory and directory / "store")).directory):
-        found = _measured(job, base, names, effort, units, leading(job.sets.correction, point_tokens), points, cache)
+        windows, effort = leading(job.sets.correction, point_tokens), BRIEF if paths is None else FULL
+        found = _measured(job, base, names, effort, units, windows, points, cache)
         return _written(found, directory, report, reporter)
 
 
@@ -114,8 +114,8 @@ def _path_of(model: Model | Path | str) -> Path | str | None:
 
 
 def _job(
-    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: tuple[int, int, int, int],
-    device: str, seed: int, reporter: Reporter,
+    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths,
+    amounts: tuple[int, int, int, int], device: str, seed: int, reporter: Reporter,
 ) -> Job:  # fmt: skip
     """Read model and token sets and return the job whose operating point is the base."""
     from bytecap.model.checkpoint import load_model

@@ -82,11 +82,10 @@ def thesis(
     from bytecap_lab.thesis.bench import BenchSetting
     from bytecap_lab.thesis.runner import file_of, measure_all
 
-    reporter = reporter_for(reporter, progress)
     study = Study.of("thesis", models, output, report=report, store=store, calibration=calibration,
-                     evaluation=evaluation, reporter=reporter)  # fmt: skip
-    amounts = tokens, evaluation_tokens, window, seeds, rungs
-    setting = BenchSetting(study.calibration, study.evaluation, budget, *amounts, choose_device(device), units)
+                     evaluation=evaluation, reporter=(reporter := reporter_for(reporter, progress)))  # fmt: skip
+    setting = BenchSetting(study.calibration, study.evaluation, budget, tokens, evaluation_tokens, window,
+                           seeds, rungs, choose_device(device), units)  # fmt: skip
     records = measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
     return _write(records, only, study.directory(), report, reporter, [file_of(study.directory())])
 
