@@ -65,8 +65,7 @@ def byte_returns(
         budget: bytes, or text such as `3MB` or `3.5bpp` (bits per parameter).
         output: directory for `curves.json` and `curves.html`, or None.
         base: `grid` (the default method's plan) or `golf`.
-        paths: their names, or `all`. `step`, the yardstick, is always measured. By default all, with few settings and
-            points of those that recode units.
+        paths: their names or `all`; by default all, with few points of those that recode units. `step` is always there.
         calibration: text files for statistics and single-unit points; the embedded text if None.
         evaluation: text files for whole-model points; the embedded text if None.
         device: `auto`, `cpu` or `cuda`.
@@ -95,8 +94,8 @@ def byte_returns(
                seed, reporter)  # fmt: skip
     with blamed((cache := Store(store if store is not None else directory and directory / "store")).directory):
         windows, effort = leading(job.sets.correction, point_tokens), BRIEF if paths is None else FULL
-        found = _measured(job, base, names, effort, units, windows, points, cache)
-        return _written(found, directory, report, reporter)
+        measured = _measured(job, base, names, effort, units, windows, points, cache)
+        return _written(measured, directory, report, reporter)
 
 
 def _refuse_inputs(
