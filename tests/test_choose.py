@@ -205,3 +205,22 @@ class TestPage:
         assert "best: large, 1.2000 ± 0.0100 bits per byte on 900 bytes, 2,000 bytes" in said
         assert "small<b>" in said
         assert "its smallest file has 400 bytes" in said
+
+
+@pytest.mark.slow
+def test_a_short_fit_stands_where_the_whole_one_fails(two, texts, monkeypatch):
+    real = module.fit_config
+
+    def failing(model, config):
+        if config.tokens == SMALL["tokens"]:
+            raise bytecap.CheckpointError("the weights are gone")
+        return real(model, config)
+
+    monkeypatch.setattr(module, "fit_config", failing)
+    with pytest.warns(bytecap.BytecapWarning, match="its short fits stand: the weights are gone"):
+        found = choose(two[:1], 40_000, evaluation=texts["val"], calibration=texts["calib"], **SMALL)
+    (only,) = found.report["rows"]
+    assert only["whole_failed"] == "the weights are gone"
+    assert only["whole"] == only["short"]
+    assert found.report["bpb"] == only["short"]["bpb"]
+    assert len(found.best.data) <= 40_000

@@ -68,12 +68,14 @@ class _Entry:
         name: for tables.
         rows: figures by budget in bytes.
         whole: whole fits by budget in bytes.
+        short: short fits by budget in bytes, which stand in for whole ones that fail.
     """
 
     given: str
     name: str
     rows: dict[int, dict[str, Any]]
     whole: dict[int, Artifact] = field(default_factory=dict)
+    short: dict[int, Artifact] = field(default_factory=dict)
 
     def out(self, reason: str, budgets: Iterable[int] | None = None) -> None:
         """Leave the model out, at some budgets or at all that nothing else has been said about."""
@@ -297,7 +299,7 @@ def _check_floors(entry: _Entry, model: Model, config: FitConfig) -> None:
 
 
 def _fit(entry: _Entry, model: Model, config: FitConfig, kind: str, budgets: Sequence[int]) -> None:
-    """Fit a model at some budgets, whose statistics the store shares; keeps whole fits' files."""
+    """Fit a model at some budgets, whose statistics the store shares; keeps the files."""
     tolls = [_toll(model, path) for path in as_paths(config.evaluation)] if budgets else []
     for budget in budgets:
         try:
@@ -307,8 +309,7 @@ def _fit(entry: _Entry, model: Model, config: FitConfig, kind: str, budgets: Seq
             entry.out(str(exc), [budget])
             continue
         entry.rows[budget][kind] = _bits(artifact, tolls)
-        if kind == "whole":
-            entry.whole[budget] = artifact
+        (entry.whole if kind == "whole" else entry.short)[budget] = artifact
 
 
 def _check_any(entries: Sequence[_Entry], cap: int) -> None:
@@ -351,8 +352,10 @@ def _finished(entry: _Entry, entries: Sequence[_Entry], config: FitConfig, repor
     try:
         _fit(entry, load_model(entry.given), config, "whole", entry.left())
     except BytecapError as exc:
-        entry.out(str(exc))
-        warn(reporter, f"{entry.name} is left out: {exc}")
+        warn(reporter, f"the whole fit of {entry.name} failed, so its short fits stand: {exc}")
+        for budget in set(entry.left()) - set(entry.whole):
+            entry.whole[budget] = entry.short[budget]
+            entry.rows[budget] |= {"whole": entry.rows[budget]["short"], "whole_failed": str(exc)}
 
 
 def _best(entries: Sequence[_Entry], budget: int) -> _Entry:

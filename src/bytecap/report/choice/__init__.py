@@ -22,6 +22,8 @@ def outcome(row: Mapping[str, Any]) -> str:
     """
     if row.get("best"):
         return "best"
+    if "whole_failed" in row:
+        return "fitted short, since the whole fit failed"
     return f"out: {row['out']}" if "out" in row else "fitted whole"
 
 
