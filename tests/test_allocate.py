@@ -12,6 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from bytecap.allocation.allocate import _pchip, allocate, floor_rate, lower_hull, refine
 from bytecap.allocation.planner import State
 from bytecap.errors import BudgetError
+from bytecap.job import Section
 from bytecap.methods.rate_control import allowed_slack, fit_to_cap
 from bytecap.types import Curve, Point
 
@@ -322,8 +323,8 @@ class Slow:
         assert not refit
         return State(dict(steps), {}, None, {}, {})
 
-    def encode(self, state):
-        return {"a": (1, bytes(round(20_000 - 3000 * math.log(state.steps["a"]))))}
+    def sections(self, state):
+        return {"a": Section(1, bytes(round(20_000 - 3000 * math.log(state.steps["a"]))))}
 
 
 def test_trimming_measures_how_fast_the_file_shrinks():

@@ -43,6 +43,7 @@ def run_blocked(code, *arguments):
 
 _PROGRAMS = tuple(f"{room}.{n}" for room in ("quantization", "runtimes.blocks") for n in ("cuda", "triton_programs"))
 NEEDING_TRITON = () if importlib.util.find_spec("triton") else _PROGRAMS
+NEEDING_LM_EVAL = () if importlib.util.find_spec("lm_eval") else ("runtimes.lm_eval",)
 
 
 class TestNames:
@@ -73,7 +74,7 @@ class TestNames:
         for info in pkgutil.walk_packages([str(SOURCE.parent)]):
             if not info.name.startswith("bytecap"):
                 continue
-            if not info.name.endswith(("__main__", *NEEDING_TRITON)):
+            if not info.name.endswith(("__main__", *NEEDING_TRITON, *NEEDING_LM_EVAL)):
                 assert __import__(info.name, fromlist=["x"]).__doc__, info.name
 
 

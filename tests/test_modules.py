@@ -224,12 +224,8 @@ def _sets_of(windows):
 
 
 def test_behind_a_prefix_of_zeros_nothing_drifts():
-    class Walk:
-        def __init__(self, x):
-            self.advance = lambda: x
-
-    walks = [[Walk(torch.randn(1, 5, 3))], [Walk(torch.zeros(1, 5, 3))]]
-    assert not asymmetric_targets._fix(walks, [None]).any()
+    inputs = [(torch.randn(1, 5, 3), torch.zeros(1, 5, 3))]
+    assert not asymmetric_targets.fix_of(inputs, [None]).any()
 
 
 def _fisher(module, tokens):

@@ -261,7 +261,7 @@ def check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
     try:
         check_holds(read_config(directory), shapes, str(directory), tied=tied)
     except Exception as exc:
-        if isinstance(exc, BytecapError):
+        if allocator.is_shortage(exc) or isinstance(exc, BytecapError):
             raise
         raise CheckpointError(f"cannot build the model in {directory}: {_first_line(exc)}") from exc
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import TextError, UsageError
-from bytecap.model import streaming
 from bytecap.model.calibration_text import (
     GENERAL,
     SELF,
@@ -177,6 +176,13 @@ def load_sets(
     return sets
 
 
+def _streams(model: Model) -> bool:
+    """Return whether a model's values stay on disk; torch is imported here, so that names of texts need none."""
+    from bytecap.model import streaming
+
+    return streaming.of(model.module) is not None
+
+
 def default_tokens(model: Model, calibration: Sequence[Path], device: str) -> int:
     """Most tokens for statistics: more where they are samples made on a GPU, which cost little and overfit less.
 
@@ -228,7 +234,7 @@ def sampled(
     """
     from bytecap.model.sampling import sample
 
-    if streaming.of(model.module) is not None:
+    if _streams(model):
         raise UsageError(f"{SELF} samples token by token, which takes a model that is in memory; give a text instead")
     rows = vocabulary_of(model.module)
     if not of_transformers(model.module) or (firsts is None and rows is None):
@@ -252,7 +258,7 @@ def recovery_texts(model: Model, calibration: Sequence[Path]) -> list[Path]:
 
 def _can_be_sampled(model: Model) -> bool:
     """Whether a model writes text of its own: one that is streamed would be read anew for every token."""
-    return of_transformers(model.module) and streaming.of(model.module) is None
+    return of_transformers(model.module) and not _streams(model)
 
 
 def with_recovery(

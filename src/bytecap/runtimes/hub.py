@@ -6,11 +6,11 @@ what to install, and transformers shows it in the error with which it refuses th
 (`bytecap.runtimes.transformers`) puts the name of an index there, as sharded checkpoints have one, by which
 transformers finds `model.bcap` locally and on a hub. numpy alone is needed to read and write the layout.
 
->>> config = json.loads(with_quantization(b'{"model_type": "llama"}', "1.3", "bfloat16"))
+>>> config = json.loads(with_quantization(b'{"model_type": "gpt_neo"}', "1.3", "bfloat16"))
 >>> config["quantization_config"]["quant_method"], config["transformers_weights"].partition(",")[0]
 ('bytecap', 'model.bcap')
 >>> json.loads(without_quantization(json.dumps(config).encode(), "config.json"))
-{'model_type': 'llama', 'dtype': 'bfloat16'}
+{'model_type': 'gpt_neo', 'dtype': 'bfloat16'}
 """
 
 from __future__ import annotations
