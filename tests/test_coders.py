@@ -17,20 +17,23 @@ pytestmark = pytest.mark.coverage
 
 DIRECTORY = Path(__file__).parent / "goldens"
 GOLDENS = [DIRECTORY / name for name in json.loads((DIRECTORY / "expected.json").read_text())["valid"]]
+UPDATES = [DIRECTORY / "updates" / f"{name}.bcap" for name in ("same", "long", "all")]
+BASE, DIFFERENCE = 16, 41
 
 
 def test_every_coder_has_a_golden() -> None:
-    used = {u.tag for path in GOLDENS for u in container.read(path).units}
+    used = {u.tag for path in (*GOLDENS, *UPDATES) for u in container.read(path).units}
     assert used == set(registry())
 
 
 def test_every_layer_has_goldens_over_two_bases() -> None:
     bases: dict[int, set[int]] = {tag: set() for tag in overlay_coders()}
-    for u in (u for path in GOLDENS for u in container.read(path).units if u.tag == STACK.tag):
+    for u in (u for path in (*GOLDENS, *UPDATES) for u in container.read(path).units if u.tag == STACK.tag):
         (base, _, _), *stacked = STACK.parts(u.data)
         for tag, _, _ in stacked:
             bases[tag].add(base)
-    assert all(len(over) >= 2 for over in bases.values())
+    assert BASE in bases.pop(DIFFERENCE)
+    assert all(len(over - {BASE}) >= 2 for over in bases.values())
 
 
 def test_ids_and_tags_are_unique() -> None:
