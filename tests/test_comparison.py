@@ -249,6 +249,7 @@ class TestCompare:
         assert after["models"][0]["wins"] == found["models"][0]["wins"]
         assert len([x for x in path.read_text().splitlines() if x.startswith("{") and x.endswith("}")]) == 13
 
+    @pytest.mark.nightly
     def test_several_processes_find_the_same(self, compared, tmp_path):
         found, _ = compared()
         both, _ = compared(tmp_path, jobs=2, methods=METHODS[:2], seeds=1, budgets=BUDGETS[:1])

@@ -25,7 +25,7 @@ class TestComposition:
         for name in ("common", "composition"):
             sys.modules.pop(name, None)
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_from_training_to_paired_differences(self, composition, four, texts, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)  # of a move
         for name in ("literature", "technical", "general"):

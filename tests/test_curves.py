@@ -304,7 +304,7 @@ class TestCurves:
         assert sum("cannot apply to 15" in n for n in reporter.notes) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypatch):
     """The section through the reader's coders gives exactly the values the path was predicted with."""
     seen = []

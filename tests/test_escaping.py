@@ -140,7 +140,7 @@ def spoiled(records):
                 yield [*records[:number], record | {key: value}, *records[number + 1 :]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["compare", "thesis"])
 def test_lines_that_no_run_has_written(kind, tmp_path):
     """A page and figures, or one line that names the file."""

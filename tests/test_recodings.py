@@ -141,6 +141,7 @@ class TestCurves:
         assert plain == 0
         assert path["whole"][-1]["bytes"] < 0
 
+    @pytest.mark.nightly
     def test_a_brief_run_has_every_path_and_few_points(self, priced):
         found, _ = priced("golf", paths=None)
         assert list(found["paths"]) == known(None)

@@ -190,7 +190,7 @@ def test_both_decoders_agree_on_mutated_updates():
     assert agreed > 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_decoders_agree_on_updates_of_mutated_bases():
     rng, agreed = random.Random(6), 0  # noqa: S311 (no secret)
     whole, update = golden("base"), golden("all")
