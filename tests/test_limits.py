@@ -105,8 +105,8 @@ def file_size(most):
 
 @pytest.fixture(scope="module")
 def compiled(fitted):
-    """Compiled loops are kept before disks are full: any fit, of whatever worker, has left them on this one."""
-    fitted("rotary")
+    """Compiled loops are kept before disks are full: any fit, of whatever worker, has left them, and a file read here."""
+    load(fitted("rotary")[1])
 
 
 @pytest.mark.slow
