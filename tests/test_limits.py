@@ -105,7 +105,7 @@ def file_size(most):
 
 @pytest.fixture(scope="module")
 def compiled(fitted):
-    """Compiled loops are kept before disks are full: any fit, of whatever worker, has left them, and a file read here."""
+    """Compiled loops are kept before disks are full: a fit, of whatever worker, has left them, and a file read here."""
     load(fitted("rotary")[1])
 
 

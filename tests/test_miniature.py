@@ -71,7 +71,7 @@ def check_quality(report, facts):
     assert report["slack_bytes"] <= 64
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_texts_to_a_checked_submission(run, tmp_path):
     """Few steps: a model that has hardly learnt, all the way to a submission that is scored from outside."""
     report, facts = whole(run, tmp_path, "--steps", "12", "--batch", "1024", tokens=4096, characters=60_000)
