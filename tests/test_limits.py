@@ -312,7 +312,7 @@ def fresh(arguments, kind, most, more="less"):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
 class TestMemory:
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_within_the_stated_bound(self, limited, slow, tmp_path):
         parameters = sum(v.size for v in _fitted(limited, slow, tmp_path).values())
         code, text = fresh(slow, "RLIMIT_DATA", allocator.bound(parameters))
