@@ -184,6 +184,15 @@ def test_a_constructor_that_loops_is_ended(monkeypatch):
         pass
 
 
+def test_what_is_done_in_time_is_not_interrupted(monkeypatch):
+    """One that is only cleared leaves the interpreter looking for it: loops are slower, and traced ones never end."""
+    asked = []
+    monkeypatch.setattr(bounds.ctypes.pythonapi, "PyThreadState_SetAsyncExc", lambda *found: asked.append(found))
+    with bounds.hurried(ArtifactError("too long")):
+        pass
+    assert asked == []
+
+
 # ------------------------------------------------------------------------------------------------------- tokenizers
 
 

@@ -137,10 +137,12 @@ def hurried(error: BytecapError) -> Iterator[None]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            for _ in range(2):  # one that comes late arrives here; cleared, it would leave the interpreter on the watch
+                pass
     except _TooLong:
         raise error from None
-    finally:
-        done.set()
-        watcher.join()
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)  # one that came too late
