@@ -179,10 +179,9 @@ class TestSets:
         assert default_tokens(model, [], "cuda") == SAMPLED_TOKENS
         assert default_tokens(model, [], "cpu") == TOKENS
         assert default_tokens(model, [texts["calib"]], "cuda") == TOKENS
-        size = sum(p.numel() for p in model.module.parameters())
-        monkeypatch.setattr(sources, "SAMPLED_WORK", 200_000.5 * size)
+        monkeypatch.setattr(sources, "SAMPLED_WORK", 200_000.5 * model.parameters)
         assert default_tokens(model, [], "cuda") == 200_000
-        monkeypatch.setattr(sources, "SAMPLED_WORK", 1000 * size)
+        monkeypatch.setattr(sources, "SAMPLED_WORK", 1000 * model.parameters)
         assert default_tokens(model, [], "cuda") == TOKENS
 
     def test_samples_repeat_by_seed(self, model_directory):

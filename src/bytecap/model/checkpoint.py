@@ -26,6 +26,7 @@ from bytecap.model.building import causal_lm, check_fits, check_holds, pretraine
 from bytecap.model.fileset import (
     HUB_FILES,
     PICKLES,
+    Header,
     pickle_message,
     read_headers,
     read_side_files,
@@ -165,14 +166,8 @@ def load_model(
     directory = resolve(model)
     if directory.suffix == gguf_file.SUFFIX and directory.is_file():
         return _of_gguf(directory, begin)
-    files = read_side_files(directory)
-    refuse_quantized(json.loads(files["config.json"]), directory)
-    refuse_encoder_decoder(files, str(model))
-    headers, notes = read_headers(directory, allow_unused)
-    notes += conversion_note(files)
-    if begin is not None:
-        begin(files)
-    module = build_module(directory, {n: tuple(e["shape"]) for h in headers.values() for n, e in h.items()})
+    files, headers, notes, shapes = opened(directory, str(model), begin, allow_unused)
+    module = build_module(directory, shapes)
     found = account(module, headers, allow_unused)
     units = find_units(module, found.dtypes)
     check_finite(units, module)
@@ -185,6 +180,30 @@ def load_model(
         rounded=found.rounded,
         rebuilt=True,
     )
+
+
+def opened(
+    directory: Path, name: str, begin: Callable[[dict[str, bytes]], None] | None, allow_unused: Sequence[str]
+) -> tuple[dict[str, bytes], dict[Path, Header], list[str], Shapes]:
+    """Read what a directory says of its model before any weight is read, and refuse kinds that are no language model.
+
+    Args:
+        directory: of the model.
+        name: for messages.
+        begin: see `load_model`.
+        allow_unused: likewise.
+
+    Returns:
+        side files, headers of the weight files, notes for the user, and shapes of all tensors.
+    """
+    files = read_side_files(directory)
+    refuse_quantized(json.loads(files["config.json"]), directory)
+    refuse_encoder_decoder(files, name)
+    headers, notes = read_headers(directory, allow_unused)
+    if begin is not None:
+        begin(files)
+    shapes = {n: tuple(e["shape"]) for header in headers.values() for n, e in header.items()}
+    return files, headers, notes + conversion_note(files), shapes
 
 
 def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Model:

@@ -193,7 +193,7 @@ def default_tokens(model: Model, calibration: Sequence[Path], device: str) -> in
     """
     if calibration or model.name == DEMO or device != "cuda" or not of_transformers(model.module):
         return TOKENS
-    affordable = int(SAMPLED_WORK / sum(p.numel() for p in model.module.parameters()))
+    affordable = int(SAMPLED_WORK / model.parameters)
     return max(TOKENS, min(SAMPLED_TOKENS, affordable))
 
 

@@ -7,7 +7,6 @@ read and dropped module by module.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,14 +21,12 @@ from bytecap.model import streaming, tying
 from bytecap.model.accounting import account
 from bytecap.model.building import causal_lm, read_config, without_values
 from bytecap.model.chain import Chain, find_chain
-from bytecap.model.checkpoint import Model, check_size, find_units, freeze, resolve
+from bytecap.model.checkpoint import Model, check_size, find_units, freeze, opened, resolve
 from bytecap.model.conversion import Conversion, convert
-from bytecap.model.fileset import Header, read_headers, read_side_files, refuse_quantized
+from bytecap.model.fileset import Header
 from bytecap.model.head import head_of
-from bytecap.model.inputs import refuse_encoder_decoder
 from bytecap.model.streaming import Streamed
 from bytecap.model.tensor_files import Tensors
-from bytecap.model.tokenization import conversion_note
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
@@ -88,14 +85,7 @@ def open_streamed(
     directory = resolve(model)
     if not directory.is_dir() or (directory / tying.FILE).is_file():
         raise Unstreamable("its tensors are not those of a module one by one")
-    files = read_side_files(directory)
-    refuse_quantized(json.loads(files["config.json"]), directory)
-    refuse_encoder_decoder(files, str(model))
-    headers, notes = read_headers(directory, allow_unused)
-    notes += conversion_note(files)
-    if begin is not None:
-        begin(files)
-    shapes = {n: tuple(e["shape"]) for header in headers.values() for n, e in header.items()}
+    files, headers, notes, shapes = opened(directory, str(model), begin, allow_unused)
     check_size(directory, shapes, tied=False)
     module = _skeleton(directory)
     conversion = _plain(module, headers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bytecap.job import Job
 from bytecap.model.evaluation import ByWindow
@@ -84,18 +84,27 @@ def byte_returns(
     Raises:
         BytecapError: an unknown name, or a budget that is too small or holds the model losslessly.
     """
-    from bytecap.pipeline.stages import choose_device as there
+    from bytecap.pipeline.stages import choose_device
 
     _refuse_inputs(output, report, store, model, calibration, evaluation)
     check_budget(budget)
     names, base = known(None if paths is None or ALL in paths else paths), check_base(base)
     directory, reporter = make_directory(output) if output is not None else None, reporter_for(reporter, progress)
-    job = _job(model, budget, calibration, evaluation, (tokens, evaluation_tokens, window, point_tokens), there(device),
-               seed, reporter)  # fmt: skip
-    with blamed((cache := Store(store if store is not None else directory and directory / "store")).directory):
-        windows, effort = leading(job.sets.correction, point_tokens), BRIEF if paths is None else FULL
-        measured = _measured(job, base, names, effort, units, windows, points, cache)
+    amounts = _Amounts(tokens, evaluation_tokens, point_tokens, window)
+    job = _job(model, budget, calibration, evaluation, amounts, choose_device(device), seed, reporter)
+    cache = Store(store if store is not None else directory and directory / "store")
+    with blamed(cache.directory):
+        measured = _measured(job, base, names, BRIEF if paths is None else FULL, units, point_tokens, points, cache)
         return _written(measured, directory, report, reporter)
+
+
+class _Amounts(NamedTuple):
+    """How many tokens there are of each kind, and in a window."""
+
+    tokens: int
+    evaluation_tokens: int
+    point_tokens: int
+    window: int
 
 
 def _refuse_inputs(
@@ -113,8 +122,8 @@ def _path_of(model: Model | Path | str) -> Path | str | None:
 
 
 def _job(
-    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths,
-    amounts: tuple[int, int, int, int], device: str, seed: int, reporter: Reporter,
+    model: Model | Path | str, budget: int | str, calibration: Paths, evaluation: Paths, amounts: _Amounts,
+    device: str, seed: int, reporter: Reporter,
 ) -> Job:  # fmt: skip
     """Read model and token sets and return the job whose operating point is the base."""
     from bytecap.model.checkpoint import load_model
@@ -123,19 +132,20 @@ def _job(
     loaded = load_model(model) if isinstance(model, Path | str) else model
     limit = parse_budget(budget, loaded.parameters)
     sets = load_sets(
-        loaded, calibration, evaluation, correction_tokens=max(amounts[3], CORRECTION_TOKENS), seed=seed,
-        device=device, reporter=reporter, tokens=amounts[0], evaluation_tokens=amounts[1], window=amounts[2],
+        loaded, calibration, evaluation, tokens=amounts.tokens, evaluation_tokens=amounts.evaluation_tokens,
+        correction_tokens=max(amounts.point_tokens, CORRECTION_TOKENS), window=amounts.window, seed=seed,
+        device=device, reporter=reporter,
     )  # fmt: skip
     loaded.module.to(device)
     return make_job(loaded, sets, limit, device, seed, reporter)
 
 
 def _measured(
-    job: Job, base: str, names: Sequence[str], effort: Effort, units: int | None, held: Sequence[Window], points: int,
+    job: Job, base: str, names: Sequence[str], effort: Effort, units: int | None, point_tokens: int, points: int,
     cache: Store,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the figures of all paths at the operating point of a job."""
-    operating_point = build(job, base, cache)
+    operating_point, held = build(job, base, cache), leading(job.sets.correction, point_tokens)
     found = _curves(operating_point, names, effort, tried_units(operating_point, units), held, points, cache)
     found = {"schema": SCHEMA, "model": job.model.name, "budget_bytes": job.budget, "seed": job.seed, **found}
     found["base"] = {"name": base, "bytes": operating_point.bytes, "hash": operating_point.key, **found["base"]}

@@ -79,15 +79,15 @@ def thesis(
         BytecapError: an unknown name, or a measurement that failed; finished ones are kept.
     """
     from bytecap.pipeline.stages import choose_device
-    from bytecap_lab.thesis.bench import BenchSetting
-    from bytecap_lab.thesis.runner import file_of, measure_all
+    from bytecap_lab.thesis import bench, runner
 
+    reporter = reporter_for(reporter, progress)
     study = Study.of("thesis", models, output, report=report, store=store, calibration=calibration,
-                     evaluation=evaluation, reporter=(reporter := reporter_for(reporter, progress)))  # fmt: skip
-    setting = BenchSetting(study.calibration, study.evaluation, budget, tokens, evaluation_tokens, window,
-                           seeds, rungs, choose_device(device), units)  # fmt: skip
-    records = measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
-    return _write(records, only, study.directory(), report, reporter, [file_of(study.directory())])
+                     evaluation=evaluation, reporter=reporter)  # fmt: skip
+    target, texts = choose_device(device), (study.calibration, study.evaluation)
+    setting = bench.BenchSetting(*texts, budget, tokens, evaluation_tokens, window, seeds, rungs, target, units)
+    records = runner.measure_all(_tasks(study, bases, only, setting, command), jobs=jobs, reporter=reporter)
+    return _write(records, only, study.directory(), report, reporter, [runner.file_of(study.directory())])
 
 
 def _tasks(
