@@ -29,7 +29,9 @@ def compiled(function: Any, *, cache: bool = False, inline: str = "never") -> An
     Only what is called from outside is kept on disk: see `kernel`. `inline="always"`: no machine code of its own, but a
     part of its one caller, which saves compiling it and all that it calls once more.
     """
-    return numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath={"contract", "nsz"}, inline=inline)(function)
+    return numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath={"contract", "nsz"}, inline=inline)(
+        function
+    )
 
 
 def _near(t: Any, low: Any, high: Any, table: _Array) -> Any:
