@@ -116,9 +116,9 @@ class TestWeakBase:
         assert [n for n in reporter.notes if "cannot apply" in n] == ["overlay rows cannot apply to 5 of 15 matrices"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestStrongBase:
-    @pytest.mark.parametrize("names", [("columns",), pytest.param(("all",), marks=pytest.mark.nightly)])
+    @pytest.mark.parametrize("names", [("columns",), ("all",)])
     def test_never_worse_beyond_noise(self, outcome, names):
         (without, _), (found, notes) = outcome("strong"), outcome("strong", *names)
         noise = (without.report["kl_stderr"] ** 2 + found.report["kl_stderr"] ** 2) ** 0.5
