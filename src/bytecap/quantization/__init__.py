@@ -26,6 +26,7 @@ from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
 from bytecap.system.slabs import slabs
 
 BLOCK = 64
+_LARGE = 2**23  # weights from which symbols are kept in 16 bits
 SAMPLE = 8  # one in so many columns is sampled for centroids
 
 
@@ -120,8 +121,7 @@ def step_fits(weight: Tensor, scale: Tensor) -> bool:
 
 def narrow(weight: Tensor, scale: Tensor) -> bool:
     """Return whether symbols of weights (B, cols, rows) are kept in 16 bits: of large matrices, where they fit."""
-    large = next(slabs(weight.shape[2], weight.shape[0] * weight.shape[1])).stop < weight.shape[2]
-    return large and step_fits(weight, scale)
+    return weight.numel() > _LARGE and step_fits(weight, scale)
 
 
 def quarter_class(mean_square: Tensor) -> Tensor:

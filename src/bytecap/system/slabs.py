@@ -1,7 +1,7 @@
 """Cut large matrices into slabs of rows, so that what is computed of them never takes their memory again.
 
 The embedding of a large vocabulary is the largest matrix of its model. Where an operation treats rows independently,
-it is done slab by slab; matrices of up to 2^22 values are one slab. Slabs are whole multiples of 64 rows, so that
+it is done slab by slab; matrices of up to 2^20 values are one slab. Slabs are whole multiples of 64 rows, so that
 vector instructions treat every row as they do in the whole matrix, and sums have the same bits.
 
 >>> list(slabs(100, 8)), [s.stop - s.start for s in slabs(70_000, 128)]
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-_VALUES = 2**22
+_VALUES = 2**20
 _ROWS = 64
 
 
