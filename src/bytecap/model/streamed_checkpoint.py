@@ -30,6 +30,7 @@ from bytecap.model.tensor_files import Tensors
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
+_PIECE = 2**22  # values looked at together
 _TRIAL = 4  # tokens of the pass that finds the chain
 
 
@@ -201,7 +202,8 @@ def check(name: str, values: Tensor) -> None:
     Raises:
         CheckpointError: tensor and index are named.
     """
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        index = tuple(int(i) for i in bad.nonzero()[0])
-        raise CheckpointError(f"tensor {name} holds {float(values[index])} at index {list(index)}")
+    for piece in values.reshape(-1).split(_PIECE):
+        if not bool(torch.isfinite(piece).all()):
+            bad = ~torch.isfinite(values)
+            index = tuple(int(i) for i in bad.nonzero()[0])
+            raise CheckpointError(f"tensor {name} holds {float(values[index])} at index {list(index)}")

@@ -259,6 +259,7 @@ def round_units(
             numbers = range(len(batch))
             found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
             coded |= {p.unit.name: keep(x) for p, x in zip(batch, found, strict=True)}
+            del rounded, collect, found  # before the next ones come
             if progress is not None:
                 progress(rows * cols * len(batch))
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
