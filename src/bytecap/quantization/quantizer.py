@@ -7,7 +7,7 @@ of side information; the allocator works with them, the writer serialises for re
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -162,6 +162,11 @@ class Prepared:
         for part in slabs(*self.shape):
             yield part, weight[part]
 
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the target times a matrix (cols, cols)."""
+        target = self.target
+        return product(self.shape, ((part, target[part]) for part in slabs(*self.shape)), matrix)
+
     def moved(self, change: Tensor) -> Prepared:
         """Return the unit with `change` (rows, cols) added to its target."""
         return replace(self, weight=self.weight + change)
@@ -179,6 +184,14 @@ class Prepared:
         """Return the unit without the arrays that only rounding needs."""
         none = torch.zeros(0, device=self.order.device)  # which still says where the unit is
         return replace(self, weight=none, rows=none, lower=Triangle(none, 0), order=none, hessian=None)
+
+
+def product(shape: tuple[int, int], parts: Iterable[tuple[slice, Tensor]], matrix: Tensor) -> Tensor:
+    """Return a matrix of a shape, given some rows at a time, times another one."""
+    out = torch.empty(shape, device=matrix.device)
+    for part, rows in parts:
+        torch.matmul(rows, matrix, out=out[part])
+    return out
 
 
 @dataclass(frozen=True)

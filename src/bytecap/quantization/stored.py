@@ -18,7 +18,7 @@ from torch import Tensor
 from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.shared_tables import Counts
-from bytecap.quantization.quantizer import Coded, Prepared
+from bytecap.quantization.quantizer import Coded, Prepared, product
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.system.slabs import slabs
 from bytecap.types import Unit
@@ -103,6 +103,10 @@ class StoredPrepared(Prepared):
     def hessian(self) -> Tensor | None:
         """(cols, cols) without error feedback."""
         return self._kept["hessian"].load(self._device) if "hessian" in self._kept else None
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the weights times a matrix (cols, cols)."""
+        return product(self.shape, self.slabs(), matrix)
 
     def moved(self, change: Tensor) -> Prepared:
         """The unit with `change` (rows, cols) added to its target."""
