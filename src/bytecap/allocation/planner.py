@@ -91,7 +91,9 @@ class VectorUnit:
 
 def finest_step(item: Prepared) -> float:
     """Return the step, above 0, below which symbols would exceed 16 bits; finer grids gain nothing."""
-    largest = (item.weight.abs() / torch.exp2(item.row_step.float() / 4)[:, None]).amax(0)  # (cols,)
+    row_step, largest = torch.exp2(item.row_step.float() / 4), torch.zeros(item.shape[1], device=item.device)
+    for part, weight in item.slabs():
+        torch.maximum(largest, (weight.abs() / row_step[part, None]).amax(0), out=largest)
     widest = float((largest[item.order] * item.lower.diagonal()).max())
     return max(widest, 1e-20) * 2.0**-15  # of a matrix of zeros
 
@@ -249,7 +251,9 @@ class Planner:
         logs = []
         for p in self.matrices:
             diag = p.lower.diagonal().double()
-            spread = float(p.weight.double().square().mean().clamp(min=1e-30).sqrt())
+            rows = p.shape[0]
+            square = torch.stack([w.double().square().mean() * (len(w) / rows) for _, w in p.slabs()]).sum()
+            spread = float(square.clamp(min=1e-30).sqrt())
             logs.append((p.unit.parameters, float(diag.log2().mean()) + math.log2(spread)))
         mean = sum(n * x for n, x in logs) / max(1, self.parameters)
         return float(2 ** (mean + 2.05 - bits))

@@ -7,7 +7,7 @@ of side information; the allocator works with them, the writer serialises for re
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -32,6 +32,7 @@ from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
+from bytecap.system.slabs import slabs
 from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
@@ -155,6 +156,17 @@ class Prepared:
         """Return the values (rows, cols) that the decoded unit is to approximate."""
         return self.weight
 
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the weights some rows at a time, with the slice of rows that they are."""
+        weight = self.weight
+        for part in slabs(*self.shape):
+            yield part, weight[part]
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the target times a matrix (cols, cols)."""
+        target = self.target
+        return product(self.shape, ((part, target[part]) for part in slabs(*self.shape)), matrix)
+
     def moved(self, change: Tensor) -> Prepared:
         """Return the unit with `change` (rows, cols) added to its target."""
         return replace(self, weight=self.weight + change)
@@ -172,6 +184,14 @@ class Prepared:
         """Return the unit without the arrays that only rounding needs."""
         none = torch.zeros(0, device=self.order.device)  # which still says where the unit is
         return replace(self, weight=none, rows=none, lower=Triangle(none, 0), order=none, hessian=None)
+
+
+def product(shape: tuple[int, int], parts: Iterable[tuple[slice, Tensor]], matrix: Tensor) -> Tensor:
+    """Return a matrix of a shape, given some rows at a time, times another one."""
+    out = torch.empty(shape, device=matrix.device)
+    for part, rows in parts:
+        torch.matmul(rows, matrix, out=out[part])
+    return out
 
 
 @dataclass(frozen=True)
@@ -199,7 +219,7 @@ class Coded:
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
-    """Factor the Hessian and fix the row steps of a unit."""
+    """Factor the Hessian and fix the row steps of a unit; the weights (rows, cols) are only held."""
     whole = None
     if not options.feedback:
         whole = metric.hessian.clone()
@@ -252,6 +272,7 @@ def round_units(
             numbers = range(len(batch))
             found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
             coded |= {p.unit.name: keep(x) for p, x in zip(batch, found, strict=True)}
+            del rounded, collect, found  # before the next ones come
             if progress is not None:
                 progress(rows * cols * len(batch))
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
@@ -280,16 +301,18 @@ def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: 
     weight = torch.empty(len(items), *reversed(first.shape), device=first.device)
     rows = []
     for i, item in enumerate(items):
-        row_step = torch.exp2(item.row_step.float() / 4)
-        weight[i] = (item.weight / row_step[:, None]).T[item.order]
+        row_step, order = torch.exp2(item.row_step.float() / 4), item.order
+        for part, values in item.slabs():
+            weight[i, :, part] = (values / row_step[part, None]).T[order]
         rows.append(item.rows.float() * row_step.square())
     lower = torch.stack([item.lower.whole() for item in items])
     order = torch.stack([item.order for item in items])
     step = torch.tensor([steps[item.unit.name] for item in items], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
     problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
+    del weight  # which becomes the errors
     if options.trellis:
-        return _trellis(weight.device.type)(
+        return _trellis(first.device.type)(
             problem, step, shrink, FIRST_DEPENDENT, options.memory, waterfill=options.waterfill
         )
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
@@ -340,14 +363,19 @@ def _stored_there(
 ) -> tuple[npt.NDArray[Any], Counts]:
     """Return what `_stored` returns, computed on the device that holds the symbols."""
     device = symbols.device
-    peak = int(symbols.abs().max()) if symbols.numel() else 0
+    peak = max(int(symbols.max()), -int(symbols.min())) if symbols.numel() else 0
     last = min(peak, MAX_HALF + 1)
     own = torch.from_numpy(column).to(device, torch.int64)[:, None]
     fine = (own >= first).long()
-    cls = classes_there(own, torch.from_numpy(row).to(device, torch.int64), fine)
-    at = (fine * CLASSES + cls) * (last + 1) + symbols.abs().clamp(max=last)
-    counts = torch.bincount(at.reshape(-1), minlength=2 * CLASSES * (last + 1))
-    out = symbols.T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
+    rows = torch.from_numpy(row).to(device, torch.int64)
+    counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
+    for part in slabs(*symbols.shape):
+        cls = classes_there(own[part], rows, fine[part])
+        cls.add_(fine[part] * CLASSES).mul_(last + 1).add_(symbols[part].abs().clamp_(max=last))
+        counts += torch.bincount(cls.reshape(-1), minlength=len(counts))
+    out = np.empty((len(row), len(column)), _width(peak))
+    for part in slabs(*out.shape):
+        out[part] = symbols[:, part].T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
 
 
