@@ -203,6 +203,26 @@ def pretrained(directory: Path, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def plain_config(directory: Path) -> Any:
+    """The transformers config of a directory without what it says of quantization: weights are read as dense ones."""
+    config = read_config(directory)
+    for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type"))):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return config
+
+
+def filled(config: Any, tensors: dict[str, Any], **options: Any) -> Any:
+    """Build the model of a config with the tensors of a checkpoint, as `from_pretrained` would from its files."""
+    import torch
+
+    with torch.device("meta"):
+        kind: Any = type(causal_lm(config))
+    return kind.from_pretrained(
+        None, config=config, state_dict=tensors, local_files_only=True, trust_remote_code=False, **options
+    )
+
+
 def check_fits(config: Any, shapes: Shapes, name: str, *, held: int | None = None, prepare: Any = None) -> None:
     """Compare the module of a config with an artifact's tensors, before anything is allocated.
 
