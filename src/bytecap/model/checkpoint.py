@@ -22,7 +22,16 @@ import numpy as np
 from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model import gguf_file
 from bytecap.model.bounds import Shapes
-from bytecap.model.building import causal_lm, check_fits, check_holds, filled, plain_config, pretrained, read_config
+from bytecap.model.building import (
+    causal_lm,
+    check_fits,
+    check_holds,
+    filled,
+    plain_config,
+    pretrained,
+    quiet,
+    read_config,
+)
 from bytecap.model.fileset import HUB_FILES, PICKLES, pickle_message, weight_files
 from bytecap.model.linears import linear_weights, place_of
 from bytecap.system import allocator
@@ -213,7 +222,7 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
     """
     try:
         import torch
-        import transformers
+        import transformers  # noqa: F401 (said here if it is missing)
 
         from bytecap.model import tying
     except ImportError as exc:
@@ -224,8 +233,7 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
         module = module_from_config(directory)
         tying.fill(module, weight_files(directory))
         return freeze(module)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
     try:
         built: Any = (

@@ -121,8 +121,8 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     if words.ndim != 2 or _WORD % bits or words.shape[1] != -(-count // each):
         raise Misfit(f"words of shape {list(words.shape)} for {count} codes of {bits} bits in a row")
     shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
-    codes = torch.bitwise_right_shift(words[..., None], shifts).bitwise_and(2**bits - 1)
-    return codes.flatten(-2)[:, :count] - 2 ** (bits - 1)
+    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(-2)[:, :count] - (1 << (bits - 1))
 
 
 def packed_integers(
