@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -31,7 +32,7 @@ from bytecap.cli.ledger import ledger
 from bytecap.cli.thesis import thesis
 from bytecap.cli.tie import tie
 from bytecap.cli.unpack import unpack
-from bytecap.errors import BytecapError
+from bytecap.errors import BytecapError, BytecapWarning
 from bytecap.escape import shown
 from bytecap.system.allocator import BOUND, is_shortage
 
@@ -75,6 +76,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _warning
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
@@ -91,6 +93,15 @@ def main() -> None:
         sys.stderr.write("\ninterrupted; no partial file is left behind\n")
     if isinstance(code, int) and code:
         raise SystemExit(code)
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as one line: its text may quote a file, and where in the source it was made helps nobody."""
+    del filename, lineno, line
+    kind = "" if issubclass(category, BytecapWarning) else f"{category.__name__}: "
+    return f"warning: {kind}{shown(' '.join(str(message).split()), most=_LONGEST)}\n"
 
 
 def _complain(exc: BaseException) -> int:

@@ -361,6 +361,7 @@ def _report(result: Artifact, job: Job, outcome: Outcome, method: str) -> dict[s
         "parameters": model.parameters, "bits_per_parameter": 8 * result.length / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
+        **({"source_quantization": model.dequantized} if model.dequantized else {}),
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
         **(update.report(job.base, result) if job.base is not None else {}),
         **({"targets": outcome.targets} if outcome.targets else {}),

@@ -10,7 +10,7 @@ Omitted: the exact minimum, which a sweep of `descent` comes closer to.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -23,7 +23,7 @@ TINY = np.float32(1e-30)  # a scale below it is none
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
-def compiled(function: Any, *, cache: bool = False, inline: str = "never") -> Any:
+def compiled(function: Any, *, cache: bool = False, inline: Literal["never", "always"] = "never") -> Any:
     """Machine code of a function, with sums in the order in which they are written.
 
     Only what is called from outside is kept on disk: see `kernel`. `inline="always"`: no machine code of its own, but a
