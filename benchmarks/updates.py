@@ -1,8 +1,8 @@
 """Updates of a fine-tuned model: bytes for a KL, against a whole file, binary patches, and a low-rank adapter.
 
-A model is fine-tuned for some steps (minutes on a processor) on the calibration text of one workload (AdamW, all weights), and the receiver
-has the original as a `.bcap` file. All figures are KL to the fine-tuned model on the workload's evaluation text, which
-nothing was trained on. Rows:
+A model is fine-tuned for some steps (minutes on a processor) on the calibration text of one workload (AdamW, all
+weights), and the receiver has the original as a `.bcap` file. All figures are KL to the fine-tuned model on the
+workload's evaluation text, which nothing was trained on. Rows:
 
 * `base`: what the receiver has, and nothing sent;
 * `full`: the fine-tuned model as a whole file at the base's bits;
