@@ -9,6 +9,7 @@ import typer
 
 from bytecap.cli.common import Device, Json, check_inputs, check_output, progress, show
 from bytecap.cli.options import described
+from bytecap.errors import UsageError
 from bytecap.model.defaults import TOKENS, WINDOW
 
 _TEXT = "embedded general text, with a warning"
@@ -54,16 +55,30 @@ def choose(
     report: Annotated[
         Path | None, typer.Option("--report", help="Page to write (HTML): table and picture.", show_default="none")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say which models fit and what would be fitted; fit and write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the best of several models under one cap, in bits per byte on the same text, and keep its file."""
     from bytecap.pipeline.choose import choose as run
+    from bytecap.pipeline.contenders import plan
     from bytecap.report.choice import page
-    from bytecap.report.chosen import print_choice
+    from bytecap.report.chosen import print_choice, print_plan
     from bytecap.sizes import split_budgets
     from bytecap.system.atomic import write_atomically
 
     _check(models, output, report, store, {"--eval": evaluation, "--calib": calibration})
+    if dry_run:
+        if report is not None:
+            raise UsageError("--report draws what was fitted: leave it out with --dry-run")
+        planned = plan(
+            models, budget, evaluation=evaluation, budgets=split_budgets(budgets or ""),
+            evaluation_bytes=evaluation_bytes, short_tokens=short_tokens, finalists=finalists, window=window,
+            method=method, device=device, reporter=progress(as_json),
+        )  # fmt: skip
+        show(planned, as_json, print_plan)
+        return
     found = run(
         models, budget, evaluation=evaluation, output=output, budgets=split_budgets(budgets or ""),
         calibration=calibration, tokens=tokens, evaluation_bytes=evaluation_bytes, short_tokens=short_tokens,
