@@ -173,8 +173,7 @@ def _encode(
     """
     cols, per, two = len(w), block // sub, scales != (1, 1)
     error = np.zeros((cols, LANES), np.float32)
-    y = np.empty((block, LANES), np.float32)
-    z = np.empty((block, LANES), np.float32)
+    y, z = np.empty((block, LANES), np.float32), np.empty((block, LANES), np.float32)
     a = np.zeros((per, LANES), np.float32)
     c = np.zeros((per, LANES), np.float32)
     s = np.zeros(LANES, np.float32)
