@@ -25,6 +25,7 @@ from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import Lazy, Values
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
+from bytecap.system.ranks import ALONE, Ranks
 
 TOKENS = 4096  # that factors are measured on
 
@@ -65,6 +66,7 @@ def measure(
     *,
     device: str,
     advance: Advance,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Factor]:
     """Measure the factor of every unit, one role at a time.
 
@@ -76,11 +78,12 @@ def measure(
         windows: tokens that neither statistics nor evaluation use.
         device: torch device.
         advance: called with the share of a role that is done.
+        ranks: processes that share the passes.
     """
     found: dict[str, Factor] = {}
     groups = roles(planner)
     values = {role: unit_values(planner, state, names) for role, names in groups.items()}
-    measured = kl_each(original, quantized_copy, values, windows, device=device, advance=advance)
+    measured = kl_each(original, quantized_copy, values, windows, device=device, advance=advance, ranks=ranks)
     for role, names in groups.items():
         found |= dict.fromkeys(names, Factor.of(measured[role], sum(state.distortions[n] for n in names)))
     return found

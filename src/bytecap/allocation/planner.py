@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from bytecap.allocation.decoded import coder_of, decode_coded, on_base
+from bytecap.allocation.secant import next_log_step
 from bytecap.format.coders import Shared
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.classes import UNIT_CLASS
@@ -33,6 +34,7 @@ from bytecap.quantization.quantizer import ON_BASE, Coded, Options, Prepared, ra
 from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
 from bytecap.sizes import in_groups
+from bytecap.system.ranks import ALONE, Ranks, owners
 from bytecap.system.threads import in_threads
 from bytecap.types import Curve, Point, Unit
 
@@ -152,6 +154,7 @@ class Planner:
         keep: given every rounded unit, returns what states hold of it (`bytecap.quantization.stored`).
         keep_section: given every coded section, returns what is held of it.
         sample: over a sample of rows, where that is what searches and curves are made on.
+        ranks: processes that share the rounding and coding.
     """
 
     matrices: Sequence[Prepared]
@@ -161,6 +164,7 @@ class Planner:
     keep: Callable[[Coded], Coded] = _whole
     keep_section: Callable[[Section], Section] = _whole
     sample: Planner | None = None
+    ranks: Ranks = ALONE
 
     @staticmethod
     def of(
@@ -168,9 +172,11 @@ class Planner:
         vectors: Sequence[VectorUnit],
         options: Options,
         finest: Mapping[str, float] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Planner:
         """Make a planner over prepared units, whose finest steps may be known already."""
-        return Planner(matrices, vectors, options, finest or {p.unit.name: finest_step(p) for p in matrices})
+        steps = finest or {p.unit.name: finest_step(p) for p in matrices}
+        return Planner(matrices, vectors, options, steps, ranks=ranks)
 
     @property
     def names(self) -> list[str]:
@@ -195,7 +201,7 @@ class Planner:
             refit: False keeps tables and offsets.
         """
         steps = {n: max(s, self.finest.get(n, 0.0)) for n, s in steps.items()}
-        coded, centres = round_units(self.matrices, steps, rules.shrink, self.options, keep=self.keep)
+        coded, centres = self._rounded(self.matrices, steps, rules)
         coded = {p.unit.name: p.scaled(coded[p.unit.name]) for p in self.matrices}
         found = rules
         if refit:
@@ -206,13 +212,18 @@ class Planner:
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
         return replace(self.price(coded, steps, found), origin=rules)
 
+    def _rounded(
+        self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules
+    ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
+        return round_units(items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks)
+
     def finest_state(self, rules: Rules) -> State:
         """Settle all units at the finest steps whose integers still fit 16 bits."""
         return self.settle(dict.fromkeys(self.names, 0.0), rules)
 
     def round(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> dict[str, Coded]:
         """Round units at their steps, with overlays where they have one; returns them by name."""
-        coded, _ = round_units(items, steps, rules.shrink, self.options, keep=self.keep)
+        coded, _ = self._rounded(items, steps, rules)
         return {p.unit.name: p.complete(coded[p.unit.name], rules.shared) for p in items}
 
     def price(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
@@ -301,7 +312,7 @@ class Planner:
             # some more rounds where nothing fits: beside a unit far more sensitive than all others rates hardly move
             if i % rounds == 0 and (fitting or c == widest or i == 4 * rounds):
                 break
-            c = min(math.exp(_next_log_step(seen, capacity, self.parameters)), widest)
+            c = min(math.exp(next_log_step(seen, capacity, self.parameters)), widest)
         if state.rate > 1.02 * capacity and fitting:  # not found in time: the finest that fitted
             c = math.exp(min(fitting))
             state = self.settle({n: c * multipliers[n] for n in self.names}, rules)
@@ -365,12 +376,18 @@ class Planner:
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
 
     def sections(self, state: State) -> dict[str, Section]:
-        """All units as they are stored; some are coded at a time."""
+        """All units as they are stored; some are coded at a time, and ranks share them."""
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
+        owner = dict(zip(self.names, owners([sizes.get(n, 1.0) for n in self.names], self.ranks.size), strict=True))
+        own = [n for n in self.names if owner[n] == self.ranks.rank]
         found: dict[str, Section] = {}
-        for names in in_groups(self.names, lambda n: sizes.get(n, 0), _TOGETHER):
+        for names in in_groups(own, lambda n: sizes.get(n, 0), _TOGETHER):
             found |= {n: self.keep_section(Section(*coded)) for n, coded in self.encode(state, names).items()}
-        return found
+        if self.ranks.size == 1:
+            return found
+        theirs = [t for part in self.ranks.all([[n, s.tag, s.data] for n, s in found.items()]) for t in part]
+        coded = {name: Section(tag, data) for name, tag, data in theirs}
+        return {n: coded[n] for n in self.names}
 
 
 def _elsewhere(device: torch.device) -> bool:
@@ -381,19 +398,3 @@ def _elsewhere(device: torch.device) -> bool:
 def _ratio(whole: float, sampled: float) -> float:
     """What a sample has to be multiplied with to say what the whole does."""
     return whole / sampled if sampled > 0 else 1.0
-
-
-def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:
-    """Return the next log c of a secant search; bytes fall by about n/8 * log2(e) per unit of log c."""
-    x, r = seen[-1]
-    slope = steepest = -parameters / 8 * 1.2
-    below = [s for s in seen if s[1] <= capacity]
-    above = [s for s in seen if s[1] > capacity]
-    one, two = seen[-1], seen[max(0, len(seen) - 2)]
-    if below and above:
-        one, two = min(below, key=lambda s: s[0]), max(above, key=lambda s: s[0])
-    apart = one[0] - two[0]
-    if abs(apart) > 0.01 and (one[1] - two[1]) * apart < 0:  # refitted tables can turn close points round
-        slope = float(np.clip((one[1] - two[1]) / apart, 2 * steepest, steepest / 20))
-    reach = 2.0 if below else 2.0 * min(max(1, len(above) - 4), 8)
-    return x + float(np.clip((capacity - r) / slope, -reach, reach))

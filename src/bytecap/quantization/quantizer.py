@@ -32,6 +32,7 @@ from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
@@ -42,6 +43,8 @@ EFFORTS = (8, 32, 128, 256)  # states of the trellis by effort
 _DEFAULT_EFFORT = {"cpu": 2, "cuda": 1}  # seconds over those of 8 states: 1.0 on a processor, 1.04 on an H200 (2: 1.23)
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
+
+_A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
 
 _WITHDRAWN = {"groups": "row groups of the Hessian cost more quality than they gain at equal bytes"}
 
@@ -198,6 +201,9 @@ class Coded:
         return self.below is not None and self.overlay is None and not self.code.symbols.any()
 
 
+_Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, and their centroids' sums
+
+
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
     """Factor the Hessian and fix the row steps of a unit."""
     whole = None
@@ -220,6 +226,7 @@ def round_units(
     options: Options,
     progress: Callable[[int], None] | None = None,
     keep: Callable[[Coded], Coded] = lambda coded: coded,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
     """Round units at their steps.
 
@@ -230,6 +237,7 @@ def round_units(
         options: ingredients.
         progress: called with the number of weights rounded.
         keep: given every unit as soon as it is rounded, returns what is held of it.
+        ranks: processes that share the work, whole batches each.
 
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
@@ -237,24 +245,45 @@ def round_units(
     alike: dict[tuple[int, int], list[Prepared]] = {}
     for item in items:
         alike.setdefault(item.shape, []).append(item)
-    coded: dict[str, Coded] = {}
-    centres = np.zeros((2, 64, 17))
+    batches: list[list[Prepared]] = []
     for (rows, cols), members in alike.items():
         size = max(1, _together(members[0].device) // max(1, rows * cols + cols * cols))
-        for at in range(0, len(members), size):
-            batch = members[at : at + size]
-            rounded = _round_batch(batch, steps, shrink, options)
-            centres += rounded.centres
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
 
-            def collect(i: int, batch: list[Prepared] = batch, rounded: Rounded = rounded) -> Coded:
-                return _collect(batch[i], i, steps, rounded, options)
+    def work(number: int) -> _Batch:
+        batch = batches[number]
+        rounded = _round_batch(batch, steps, shrink, options)
 
-            numbers = range(len(batch))
-            found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
-            coded |= {p.unit.name: keep(x) for p, x in zip(batch, found, strict=True)}
-            if progress is not None:
-                progress(rows * cols * len(batch))
+        def collect(i: int) -> Coded:
+            return _collect(batch[i], i, steps, rounded, options)
+
+        numbers = range(len(batch))
+        found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
+        kept = [keep(x) for x in found]
+        if progress is not None:
+            progress(sum(p.shape[0] * p.shape[1] for p in batch))
+        return kept, rounded.centres
+
+    costs = [float(len(b) * b[0].shape[0] * b[0].shape[1] * (b[0].shape[1] + _A_COLUMN)) for b in batches]
+    if len(batches) == 1:
+        ranks = ALONE  # sending takes longer than doing it everywhere
+    coded: dict[str, Coded] = {}
+    centres = np.zeros((2, 64, 17))
+    for batch, (found, own) in zip(batches, ranks.each(costs, work, sent=_sent, read=_read), strict=True):
+        coded |= {p.unit.name: x for p, x in zip(batch, found, strict=True)}
+        centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
+
+
+def _sent(found: _Batch) -> Any:
+    """Return a rounded batch as ranks send it."""
+    return [[[c.distortion, c.counts, {f.name: getattr(c.code, f.name) for f in fields(GridCode)}] for c in found[0]],
+            found[1]]  # fmt: skip
+
+
+def _read(value: Any) -> _Batch:
+    """Read what `_sent` returned."""
+    return [Coded(GridCode(**code), distortion, counts) for distortion, counts, code in value[0]], value[1]
 
 
 def _together(device: torch.device) -> int:
