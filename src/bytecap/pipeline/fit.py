@@ -92,7 +92,7 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     """Fit a checkpoint under configs that differ in their budgets."""
     started = time.perf_counter()
     _refuse_collisions(model, configs)
-    several.check_options(model.name if isinstance(model, Model) else model, configs)
+    several.check_options(model, configs)
     kind = format_of(configs[0])
     if kind in FORMATS:
         several.refuse(configs[0], f"the format {kind}")
@@ -144,9 +144,12 @@ def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
     loaded = model if isinstance(model, Model) else _load(model, asked[0])
+    ranks = several.ranks_of(configs[0])
+    several.check_model(loaded, ranks, asked[0].device)
     opened = [open_model(a, loaded) for a in asked]
     with allocator.stated(loaded.parameters, streamed=streaming.of(loaded.module) is not None):
         sets = text_sets(loaded, asked[0])
+    several.check_sets(sets, ranks)
     return finish_all(opened, sets, started)
 
 

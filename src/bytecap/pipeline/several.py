@@ -31,6 +31,11 @@ def ranks_of(config: FitConfig) -> Ranks:
     return config.ranks or ALONE
 
 
+def named(model: Any) -> str:
+    """Return what a model is called."""
+    return model.name if isinstance(model, Model) else str(model)
+
+
 def check_options(model: Any, configs: Sequence[FitConfig]) -> None:
     """Refuse what is not divided, and ranks that were given other options.
 
@@ -42,7 +47,7 @@ def check_options(model: Any, configs: Sequence[FitConfig]) -> None:
     if ranks.size == 1:
         return
     words = {f"the option {f.name}": repr(getattr(config, f.name)) for f in fields(config) if f.name not in _OWN}
-    ranks.agree({"the model": str(model), "the budgets": [str(c.budget) for c in configs], **words})
+    ranks.agree({"the model": named(model), "the budgets": [str(c.budget) for c in configs], **words})
     ours = config.method == "bytecap"
     for wrong, what in (
         (not ours, f"method {config.method}"), (config.recover is not None, "recovery"), (config.paths, "overlays"),

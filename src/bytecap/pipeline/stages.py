@@ -175,8 +175,6 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
         BytecapError: nothing is written then.
     """
     asked, job = opened.asked, opened.job(sets)
-    several.check_model(opened.model, job.ranks, job.device)
-    several.check_sets(sets, job.ranks)
     with asked.code.floor(opened.budget), _stated(opened.model):
         result = _solve(job, asked.method, opened.frame)
     if not asked.config.dry_run:

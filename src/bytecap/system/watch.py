@@ -88,6 +88,7 @@ class Watch:
         except KeyboardInterrupt:
             self._ending = True
             if not self._claimed():
+                self._go()
                 raise SystemExit(130) from None
             self._announce()
             raise
@@ -142,7 +143,8 @@ class Watch:
                     self._look(seen)
         except (RuntimeError, OSError) as exc:  # the store is gone, and with it the host that had it
             if not self._done.is_set():
-                self._quit(RankError(f"the store of torchrun does not answer ({' '.join(str(exc).split())[:200]})"))
+                silent = RankError(f"the store of torchrun does not answer ({' '.join(str(exc).split())[:200]})")
+                self._quit(self._lost() or silent)
 
     def _look(self, seen: dict[int, tuple[bytes, float]]) -> None:
         """Find ranks that have not been heard of for long."""
@@ -175,9 +177,18 @@ class Watch:
         return self.rank == 0  # the store is gone
 
     def _announce(self) -> None:
-        """Tell all other ranks to end."""
+        """Tell all other ranks to end, and wait a little for them: the store may end with this process."""
         with contextlib.suppress(RuntimeError):
             self._store.set("failed", str(self.rank))
+            others = [f"gone/{r}" for r in range(self.size) if r != self.rank]
+            end = time.monotonic() + _GRACE
+            while time.monotonic() < end and not self._store.check(others):
+                time.sleep(_LOOK / 10)
+
+    def _go(self) -> None:
+        """Say that this rank ends because another one has spoken."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"gone/{self.rank}", "")
 
     def _end(self, error: BaseException) -> int:
         """Tell an error if nobody has; returns the exit code."""
@@ -188,12 +199,16 @@ class Watch:
                 code = self._tell(error, where)
                 sys.stderr.flush()
                 self._announce()
+            else:
+                self._go()
             self._spoken.set()
             return code
 
     def _quit(self, error: BaseException | None) -> None:
         """End this process from the watching thread, after the main thread had time to end by itself."""
         code = _CODE if error is None else self._end(error)
+        if error is None:
+            self._go()
         if self._done.wait(_GRACE if error is not None else _LOOK):
             return
         os._exit(code)
