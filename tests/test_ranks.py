@@ -98,25 +98,27 @@ def _fails(rank):
         ranks.all(1)
 
 
-def lines(found):
-    """The lines that all ranks have printed together; all have failed."""
+def line_of(found):
+    """The one line that all ranks have printed together; all have failed."""
     assert all(code == 2 for code, _ in found), found
-    return "".join(text for _, text in found).splitlines()
+    lines = "".join(text for _, text in found).splitlines()
+    assert len(lines) == 1, found
+    return lines[0]
 
 
 def test_ranks_that_differ_are_both_named(tmp_path):
-    (line,) = lines(several.together(2, _differs, tmp_path))
+    line = line_of(several.together(2, _differs, tmp_path))
     assert "the sea differs: calm for rank 0 of 2" in line
     assert "rough for rank 1 of 2" in line
 
 
 def test_ranks_that_went_other_ways_end(tmp_path):
-    (line,) = lines(several.together(2, _diverges, tmp_path))
+    line = line_of(several.together(2, _diverges, tmp_path))
     assert "another way" in line
 
 
 def test_an_error_on_one_rank_ends_all_and_is_told_once(tmp_path):
-    (line,) = lines(several.together(2, _fails, tmp_path))
+    line = line_of(several.together(2, _fails, tmp_path))
     assert "rank 1 of 2" in line
     assert "no ink left" in line
 
@@ -131,7 +133,7 @@ def test_another_version_is_refused_and_both_are_named(tmp_path, monkeypatch, ot
         with distributed.joined("cpu"):
             raise AssertionError
 
-    (line,) = lines(several.together(2, work, tmp_path))
+    line = line_of(several.together(2, work, tmp_path))
     assert "01234567" in line
     assert line.count("of 2 on ") >= 2
 
@@ -270,12 +272,14 @@ class TestRefusals:
         """Function: the line that two ranks refuse a command with, of which rank 1 may get other words."""
 
         def call(*more, others=None, model=None, other=None):
+            first = model or model_directory("rotary")  # built here, where nobody listens
+
             def words(rank):
-                directory = (other if rank == 1 else None) or model or model_directory("rotary")
+                directory = (other if rank == 1 else None) or first
                 own = others if rank == 1 and others else more
                 return fit_words(directory, texts, tmp_path / "a.bcap", "--json", *own)
 
-            (line,) = lines(several.together(2, several.command(words), tmp_path))
+            line = line_of(several.together(2, several.command(words), tmp_path))
             assert line.startswith("error: ")
             assert not (tmp_path / "a.bcap").exists()
             return line
