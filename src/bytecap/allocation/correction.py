@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from bytecap.allocation.gathered import gathered
 from bytecap.allocation.planner import Planner, State
 from bytecap.format.decoder import from_matrix
 from bytecap.model.evaluation import kl_each
@@ -45,7 +46,11 @@ class Factor:
 
 
 def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
-    """Return decoded values in stored layout, each decoded when it is read, on a GPU where the unit is there."""
+    """Return decoded values in stored layout, each decoded when it is read, on a GPU where the unit is there.
+
+    All ranks have to ask for the same, since integers that one of them has are brought to all.
+    """
+    state = gathered(planner, state, planner.names if names is None else names)
     units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
 
     def make(name: str) -> npt.NDArray[Any] | Tensor:

@@ -40,6 +40,7 @@ from bytecap.types import Curve, Point, Unit
 
 FloatArray = npt.NDArray[np.float32]
 _Found = TypeVar("_Found")
+Rounding = tuple[dict[str, Coded], npt.NDArray[np.float64]]  # units by name, and centroid statistics
 _TOGETHER = 2**25  # weights coded together
 _OFF = 5e-3  # of the bytes: where a plan found on a sample is near enough to be measured
 
@@ -212,9 +213,7 @@ class Planner:
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
         return replace(self.price(coded, steps, found), origin=rules)
 
-    def _rounded(
-        self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules
-    ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
+    def _rounded(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> Rounding:
         return round_units(items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks)
 
     def finest_state(self, rules: Rules) -> State:
@@ -376,17 +375,18 @@ class Planner:
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
 
     def sections(self, state: State) -> dict[str, Section]:
-        """All units as they are stored; some are coded at a time, and ranks share them."""
+        """All units as they are stored; some are coded at a time, each where its integers are."""
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
-        owner = dict(zip(self.names, owners([sizes.get(n, 1.0) for n in self.names], self.ranks.size), strict=True))
-        own = [n for n in self.names if owner[n] == self.ranks.rank]
+        spread = owners([sizes.get(n, 1) for n in self.names], self.ranks.size)
+        apart = {n: c.owner for n, c in state.coded.items() if c.owner is not None}
+        own = [n for n, rank in zip(self.names, spread, strict=True) if apart.get(n, rank) == self.ranks.rank]
         found: dict[str, Section] = {}
         for names in in_groups(own, lambda n: sizes.get(n, 0), _TOGETHER):
             found |= {n: self.keep_section(Section(*coded)) for n, coded in self.encode(state, names).items()}
         if self.ranks.size == 1:
             return found
-        theirs = [t for part in self.ranks.all([[n, s.tag, s.data] for n, s in found.items()]) for t in part]
-        coded = {name: Section(tag, data) for name, tag, data in theirs}
+        everywhere = self.ranks.all([[n, s.tag, s.data] for n, s in found.items()])
+        coded = {name: Section(tag, data) for part in everywhere for name, tag, data in part}
         return {n: coded[n] for n in self.names}
 
 

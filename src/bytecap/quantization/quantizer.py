@@ -32,7 +32,7 @@ from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
-from bytecap.system.ranks import ALONE, Ranks
+from bytecap.system.ranks import ALONE, Ranks, owners
 from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
@@ -187,6 +187,7 @@ class Coded:
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
         overlay: tag and bytes of an overlay over it, or None.
         below: (rows, cols), values of the base of an update, to which these are a difference; None without.
+        owner: the rank that alone has the symbols, where ranks have shared the rounding; None where all have them.
     """
 
     code: GridCode
@@ -194,6 +195,7 @@ class Coded:
     counts: Counts
     overlay: tuple[int, bytes] | None = None
     below: npt.NDArray[np.float32] | None = None
+    owner: int | None = None
 
     @property
     def as_in_base(self) -> bool:
@@ -269,16 +271,21 @@ def round_units(
         ranks = ALONE  # sending takes longer than doing it everywhere
     coded: dict[str, Coded] = {}
     centres = np.zeros((2, 64, 17))
-    for batch, (found, own) in zip(batches, ranks.each(costs, work, sent=_sent, read=_read), strict=True):
-        coded |= {p.unit.name: x for p, x in zip(batch, found, strict=True)}
+    done = zip(batches, ranks.each(costs, work, sent=_sent, read=_read), owners(costs, ranks.size), strict=True)
+    for batch, (found, own), rank in done:
+        there = rank if ranks.size > 1 else None
+        coded |= {
+            p.unit.name: x if there is None else replace(x, owner=there) for p, x in zip(batch, found, strict=True)
+        }
         centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
 
 
 def _sent(found: _Batch) -> Any:
-    """Return a rounded batch as ranks send it."""
-    return [[[c.distortion, c.counts, {f.name: getattr(c.code, f.name) for f in fields(GridCode)}] for c in found[0]],
-            found[1]]  # fmt: skip
+    """Return a rounded batch as ranks send it: without symbols, which few steps ask for."""
+    codes = [replace(c.code, symbols=c.code.symbols[:0]) for c in found[0]]
+    arrays = [{f.name: getattr(code, f.name) for f in fields(GridCode)} for code in codes]
+    return [[[c.distortion, c.counts, a] for c, a in zip(found[0], arrays, strict=True)], found[1]]
 
 
 def _read(value: Any) -> _Batch:
