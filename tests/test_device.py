@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bytecap.allocation import planner as waterfill
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.decoded import decode_grid
-from bytecap.allocation.planner import Planner, VectorUnit
+from bytecap.allocation.planner import Planner
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.allocation.planner import Planner, VectorUnit
+from bytecap.allocation.planner import Planner
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError

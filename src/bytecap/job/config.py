@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bytecap.job.section import Section
     from bytecap.progress import Reporter
     from bytecap.system.cache import Store
+    from bytecap.system.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class FitConfig:
         given: sections of parameters that are coded already, see `bytecap_lab.train.export`.
         progress: show progress bars; by default on a terminal and in a notebook.
         reporter: told about progress in place of the bars.
+        ranks: processes that share the job, from `bytecap.system.distributed.joined` (docs/scale.md); alone by default.
     """
 
     budget: int | str
@@ -132,6 +134,7 @@ class FitConfig:
     given: Mapping[str, Section] = field(default_factory=dict)
     progress: bool | None = None
     reporter: Reporter | None = None
+    ranks: Ranks | None = None
 
 
 @cache

@@ -28,8 +28,8 @@ from bytecap.allocation.planner import Planner
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
 from bytecap.allocation.streamed_targets import streamed_targets
-from bytecap.calibration.probe import Statistics
 from bytecap.calibration.statistics import moments
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Job, Outcome, Section
@@ -215,7 +215,7 @@ def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Mo
     rate = state.rate
     load_values(quantized_copy, correction.unit_values(planner, state))
     del state  # whose integers the passes do not need
-    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
+    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)
     share_storage(quantized_copy, job.model.module)
     return kl + best.slope * rate
 
@@ -255,7 +255,7 @@ def predict(
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
     """Return the KL of a packed plan on the correction tokens."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
-    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
+    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
 
 
 def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:

@@ -16,9 +16,9 @@ from bytecap.allocation.correction import TOKENS, Factor, role_name, shrunk
 from bytecap.allocation.overlaid import problem_of
 from bytecap.allocation.planner import State
 from bytecap.allocation.plans import allocated_plan
-from bytecap.calibration.probe import Statistics
 from bytecap.calibration.residual_streams import streams_of
 from bytecap.calibration.statistics import job_key, windows_key
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
