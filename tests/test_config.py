@@ -19,7 +19,7 @@ from bytecap.cli.options import OPTIONS
 from bytecap.job.config import FitConfig, documentation
 from bytecap.pipeline import stages
 from bytecap.progress import Bars, Silent, TextBars, reporter_for
-from bytecap.quantization.quantizer import Options
+from bytecap.quantization.options import Options
 from conftest import BUDGET, SMALL
 
 SOURCE = Path(bytecap.__file__).parent

@@ -21,7 +21,8 @@ from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.model.quantized_copy import load_values
 from bytecap.quantization import RoundingProblem, gaussian_shrink, row_classes, trial_values
-from bytecap.quantization.quantizer import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import FIRST_DEPENDENT, _stored, _stored_there, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.trellis import round_trellis
 from bytecap.types import Unit

@@ -19,8 +19,9 @@ from bytecap.format.ledger import by_overlay
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import load_model
 from bytecap.progress import Silent
+from bytecap.quantization.options import Options
 from bytecap.quantization.overlays import overlays
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.report.terminal import print_fit, print_ledger
 from bytecap.types import Curve, Plan, Point, Unit

@@ -22,7 +22,8 @@ from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.progress import Silent
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import TunedParameters

@@ -31,7 +31,8 @@ from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
 from bytecap.job import Section
 from bytecap.quantization import Shrink
-from bytecap.quantization.quantizer import Coded, Options, Prepared, rate, round_units
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import Coded, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
 from bytecap.sizes import in_groups

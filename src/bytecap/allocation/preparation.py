@@ -33,7 +33,8 @@ from bytecap.job.section import StoredSection
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.progress import Advance, warn
-from bytecap.quantization.quantizer import Options, Prepared, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
 from bytecap.quantization.stored import Rows, Sample, StoredPrepared, keeper, kept_rows
 from bytecap.system import allocator

@@ -47,7 +47,7 @@ from bytecap.pipeline.lossless import lossless
 from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
 from bytecap.progress import Recorder, Silent, reporter_for
-from bytecap.quantization.quantizer import EFFORTS
+from bytecap.quantization.options import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
 from bytecap.system import allocator
