@@ -4,6 +4,9 @@ Weights that no block or module has at the moment are replaced by one value each
 the coded bytes, the part that runs, and the next part, which is decoded meanwhile on all cores. A part is a block of
 the outermost `ModuleList` with most modules, or a module outside it. Small tensors stay decoded.
 
+A GPU decodes matrices itself where triton is installed (`bytecap.model.device_decode`): coded bytes then lie on the
+device, and a part is decoded when it runs, not before.
+
 Every weight is what the decoder gives, so logits are those of the decoded model. Whether every weight is asked for by
 the module that owns it shows in one pass over one token, which also decodes the whole file once.
 
@@ -25,6 +28,7 @@ from bytecap.errors import BytecapError, UsageError
 from bytecap.format.container import Contents, UnitSection
 from bytecap.format.decoder import Units
 from bytecap.format.entropy import jit
+from bytecap.model.device_decode import Batch, DeviceUnits, usable
 
 _SMALL = 2**16  # values of a tensor that stays decoded
 
@@ -46,6 +50,8 @@ class _Decoder:
     device: torch.device
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(jit.cores()))
     waiting: dict[_Part, dict[str, Future[Tensor]]] = field(default_factory=dict)
+    there: DeviceUnits | None = None  # where the device decodes
+    batches: dict[_Part, Batch] = field(default_factory=dict)
     last: _Part | None = None
 
     def tensor(self, section: UnitSection, dtype: torch.dtype) -> Tensor:
@@ -62,6 +68,11 @@ class _Decoder:
 
     def take(self, part: _Part) -> dict[str, Tensor]:
         """Return a part's values by unit, and let the part be decoded that followed it the last time."""
+        if self.there is not None:
+            if part not in self.batches:
+                sections = {s.unit.name: s for _, _, s in part.places}
+                self.batches[part] = self.there.batch(list(sections.values()), part.dtypes)
+            return self.batches[part].decode()
         self.begin(part)
         self.waiting = {part: self.waiting[part]}  # nothing else is kept, however the order has changed
         found = {name: future.result() for name, future in self.waiting.pop(part).items()}
@@ -87,7 +98,7 @@ def keep_coded(
     Args:
         module: from `bytecap.model.rebuilt.build`, its parameters on the `meta` device.
         contents: of the artifact, whose bytes are kept.
-        device: where it runs; weights are decoded on the processor.
+        device: where it runs, and decodes if it can.
         dtype: of its floating-point weights; None keeps that of every parameter and buffer.
         name: of the file, for messages.
         prefix: what units' names have in front of the module's own, where it is a part of the file's model.
@@ -96,7 +107,8 @@ def keep_coded(
         CorruptError: a section cannot be decoded. UsageError: a weight is read otherwise than by a call of the module
             that owns it.
     """
-    decoder = _Decoder(Units(contents), device)
+    there = DeviceUnits(contents, device) if usable(device) else None
+    decoder = _Decoder(there.units if there else Units(contents), device, there=there)
     sections = {n.removeprefix(prefix): s for s in decoder.units.sections for n in (s.unit.name, *s.unit.aliases)}
     parts: dict[nn.Module, _Part] = {}
     chain = _longest_list(module)
