@@ -34,7 +34,6 @@ from bytecap.format.decoder import Units
 from bytecap.format.decoder import decode_each as decode_on_processor
 from bytecap.format.entropy import jit, rans
 from bytecap.format.entropy.frequencies import TOTAL
-from bytecap.format.entropy.shared_tables import load_shared
 from bytecap.sizes import in_groups
 from bytecap.types import Unit
 
@@ -95,8 +94,7 @@ class DeviceUnits:
     def __init__(self, contents: Contents, device: torch.device) -> None:
         self.units, self.device = Units(contents), device
         self._alone = len(updates.chain(contents)) == 1
-        self._shared = load_shared(contents.tables)
-        model = self._shared.model
+        model = self.units.shared.model
         self.model = (
             torch.from_numpy(model.symbols).to(device), torch.from_numpy(model.entries.view(np.int32)).to(device),
         )  # fmt: skip
@@ -108,23 +106,24 @@ class DeviceUnits:
         served = [(s, m) for s, m in zip(sections, found, strict=True) if m is not None]
         return Batch(self, [s for s, m in zip(sections, found, strict=True) if m is None], served, dtypes)
 
-    def on_processor(self, section: UnitSection, dtype: torch.dtype) -> Tensor:
-        """Return a unit's value on the device, decoded on the processor."""
-        array = self.units([section])[0][1]
-        found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        return found.to(self.device, dtype if found.is_floating_point() else found.dtype)
-
     def _matrix(self, section: UnitSection) -> _Matrix | None:
         """Parse a section and decode its side information; None where the processor has to decode it."""
         if section.tag not in _TAGS or not 0 < section.unit.parameters <= _LARGEST:
             return None
         try:
-            direct = _direct(section, self._shared)
-            if direct.known() and direct.safe(0):
+            direct = _direct(section, self.units.shared)
+            if direct.known():
                 return _Matrix(direct, *rans.split(direct.payload, section.unit.parameters))
         except CorruptError:
             pass
         return None
+
+
+def on_processor(units: Units, section: UnitSection, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a unit's value on a device, decoded on the processor, floating-point values in a dtype."""
+    array = units([section])[0][1]
+    found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return found.to(device, dtype if found.is_floating_point() else found.dtype)
 
 
 def _direct(section: UnitSection, shared: Shared) -> Direct:
@@ -231,14 +230,21 @@ class Batch:
         Raises:
             CorruptError: a section cannot be decoded; the message names the unit.
         """
-        found: dict[str, Tensor] = {}
-        for launch in self._launches:
-            found |= launch.decode()
-        others = [*self._others, *(s for launch in self._launches for s in launch.refused)]
+        found = self.on_device()
         with ThreadPoolExecutor(jit.cores()) as pool:
-            own = pool.map(lambda s: self._decoder.on_processor(s, self._dtypes[s.unit.name]), others)
-            found |= {s.unit.name: t for s, t in zip(others, own, strict=True)}
-        return {n: t.to(self._dtypes[n]) if t.is_floating_point() else t for n, t in found.items()}
+            units, device = self._decoder.units, self._decoder.device
+            own = pool.map(lambda s: on_processor(units, s, device, self._dtypes[s.unit.name]), self.others)
+            return found | {s.unit.name: t for s, t in zip(self.others, own, strict=True)}
+
+    def on_device(self) -> dict[str, Tensor]:
+        """Return the values of units that the device decodes; the first time it finds out which ones it cannot."""
+        found = {n: t for launch in self._launches for n, t in launch.decode().items()}
+        return {n: t.to(self._dtypes[n]) for n, t in found.items()}
+
+    @property
+    def others(self) -> list[UnitSection]:
+        """Units that the processor decodes."""
+        return [*self._others, *(s for launch in self._launches for s in launch.refused)]
 
     @property
     def served(self) -> int:

@@ -5,7 +5,7 @@ the coded bytes, the part that runs, and the next part, which is decoded meanwhi
 the outermost `ModuleList` with most modules, or a module outside it. Small tensors stay decoded.
 
 A GPU decodes matrices itself where triton is installed (`bytecap.model.device_decode`): coded bytes then lie on the
-device, and a part is decoded when it runs, not before.
+device, and what is left to the processor is still decoded ahead.
 
 Every weight is what the decoder gives, so logits are those of the decoded model. Whether every weight is asked for by
 the module that owns it shows in one pass over one token, which also decodes the whole file once.
@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from bytecap.errors import BytecapError, UsageError
 from bytecap.format.container import Contents, UnitSection
 from bytecap.format.decoder import Units
 from bytecap.format.entropy import jit
-from bytecap.model.device_decode import Batch, DeviceUnits, usable
+from bytecap.model.device_decode import Batch, DeviceUnits, on_processor, usable
 
 _SMALL = 2**16  # values of a tensor that stays decoded
 
@@ -56,26 +55,27 @@ class _Decoder:
 
     def tensor(self, section: UnitSection, dtype: torch.dtype) -> Tensor:
         """Return a unit's value on the device, floating-point values in a dtype."""
-        array = self.units([section])[0][1]
-        found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        return found.to(self.device, dtype if found.is_floating_point() else found.dtype)
+        return on_processor(self.units, section, self.device, dtype)
 
     def begin(self, part: _Part) -> None:
         """Let a part be decoded, if it is not."""
         if part not in self.waiting:
             sections = {s.unit.name: s for _, _, s in part.places}
+            if self.there is not None:
+                if part not in self.batches:
+                    self.batches[part] = self.there.batch(list(sections.values()), part.dtypes)
+                sections = {s.unit.name: s for s in self.batches[part].others}
             self.waiting[part] = {n: self.pool.submit(self.tensor, s, part.dtypes[n]) for n, s in sections.items()}
 
     def take(self, part: _Part) -> dict[str, Tensor]:
         """Return a part's values by unit, and let the part be decoded that followed it the last time."""
-        if self.there is not None:
-            if part not in self.batches:
-                sections = {s.unit.name: s for _, _, s in part.places}
-                self.batches[part] = self.there.batch(list(sections.values()), part.dtypes)
-            return self.batches[part].decode()
         self.begin(part)
         self.waiting = {part: self.waiting[part]}  # nothing else is kept, however the order has changed
         found = {name: future.result() for name, future in self.waiting.pop(part).items()}
+        if self.there is not None:
+            found |= self.batches[part].on_device()
+            late = [s for s in self.batches[part].others if s.unit.name not in found]
+            found |= {s.unit.name: self.tensor(s, part.dtypes[s.unit.name]) for s in late}
         if self.last is not None:
             self.last.following = part
         self.last = part
