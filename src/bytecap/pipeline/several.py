@@ -17,7 +17,7 @@ from bytecap.errors import UsageError
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
 from bytecap.model.texts import TokenSets
-from bytecap.progress import Recorder, Silent
+from bytecap.progress import Recorder, Reporter, Silent, reporter_for
 from bytecap.system.cache import Store, digest
 from bytecap.system.ranks import ALONE, Ranks
 from bytecap.system.shared_store import SharedStore
@@ -105,6 +105,11 @@ class Unheard(Silent):
 
     def warn(self, text: str) -> None:
         """Say nothing: rank 0 is told of it in the end."""
+
+
+def reporter_of(config: FitConfig) -> Reporter:
+    """Return the reporter of a job on this rank."""
+    return reporter_for(config.reporter, config.progress) if ranks_of(config).first else Unheard()
 
 
 def pass_on(ranks: Ranks, reporter: Recorder) -> None:

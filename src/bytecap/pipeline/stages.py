@@ -46,7 +46,7 @@ from bytecap.pipeline.formats import FILE
 from bytecap.pipeline.lossless import lossless
 from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
-from bytecap.progress import Recorder, reporter_for
+from bytecap.progress import Recorder
 from bytecap.quantization.quantizer import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
@@ -137,9 +137,7 @@ def check(config: FitConfig) -> Asked:
     paths, effort = methods.menu_of(config.paths, config.method), effort_of(config.recover)
     code = config.code if isinstance(config.code, Code) else pack_code.pack(config.code)
     store = several.store_of(config)
-    reporter = Recorder(
-        reporter_for(config.reporter, config.progress) if several.ranks_of(config).first else several.Unheard()
-    )
+    reporter = Recorder(several.reporter_of(config))
     allocator.spare(device)
     return Asked(config, run, device, paths, effort, store, code, update.base_of(config), reporter)
 
