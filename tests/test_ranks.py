@@ -224,7 +224,7 @@ class TestWholeFits:
     def test_started_by_torchrun(self, fitted, model_directory, texts, tmp_path, count):
         words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", "--json")
         start = ["-m", "torch.distributed.run", "--nproc-per-node", count, "-m", "bytecap"]
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 (our own code)
             [sys.executable, *map(str, [*start, *words])], env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
