@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "h256-12": {"hidden": 256, "inner": 704, "blocks": 12, "heads": 4, "groups": 2, "vocabulary": 4096},
     "h256-24": {"hidden": 256, "inner": 704, "blocks": 24, "heads": 4, "groups": 2, "vocabulary": 4096},
     "h256-48": {"hidden": 256, "inner": 704, "blocks": 48, "heads": 4, "groups": 2, "vocabulary": 4096},
+    "h256-64k": {"hidden": 256, "inner": 704, "blocks": 2, "heads": 4, "groups": 2, "vocabulary": 65536},
     "h512-12": {"hidden": 512, "inner": 1408, "blocks": 12, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-24": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-48": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 8192},

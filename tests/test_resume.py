@@ -260,7 +260,7 @@ class TestStore:
 
 class TestKilled:
     @pytest.mark.slow
-    @pytest.mark.parametrize(("command", "kills"), [("fit", 2), ("curves", 1)])
+    @pytest.mark.parametrize(("command", "kills"), [("fit", 2), pytest.param("curves", 1, marks=pytest.mark.nightly)])
     def test_at_random_moments(self, fit, model_directory, texts, tmp_path, command, kills):
         fit(store=None)  # what it imports and compiles the forks need not
         more = {"fit": (), "curves": ("--paths", "step,rows", "--points", 4, "--point-tokens", 500)}

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.allocation.planner import Planner, State, VectorUnit
+from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.secant import next_log_step
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders.vector import CODER as VECTOR
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
 from conftest import SMALL, build

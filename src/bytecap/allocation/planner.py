@@ -21,6 +21,7 @@ import torch
 
 from bytecap.allocation.decoded import coder_of, decode_coded, on_base
 from bytecap.allocation.secant import next_log_step
+from bytecap.allocation.vector_unit import FloatArray, VectorUnit
 from bytecap.format.coders import Shared
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.classes import UNIT_CLASS
@@ -30,71 +31,26 @@ from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
 from bytecap.job import Section
 from bytecap.quantization import Shrink
-from bytecap.quantization.quantizer import ON_BASE, Coded, Options, Prepared, rate, round_units
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import Coded, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
 from bytecap.sizes import in_groups
 from bytecap.system.ranks import ALONE, Ranks, owners
 from bytecap.system.threads import in_threads
-from bytecap.types import Curve, Point, Unit
+from bytecap.types import Curve, Point
 
-FloatArray = npt.NDArray[np.float32]
 _Found = TypeVar("_Found")
 Rounding = tuple[dict[str, Coded], npt.NDArray[np.float64]]  # units by name, and centroid statistics
 _TOGETHER = 2**25  # weights coded together
 _OFF = 5e-3  # of the bytes: where a plan found on a sample is near enough to be measured
 
 
-@dataclass(frozen=True)
-class VectorUnit:
-    """A unit without input statistics: its values and mean squared gradient per token.
-
-    Attributes:
-        below: (rows, cols), values of the base of an update, to which `values` are the difference; None without.
-    """
-
-    unit: Unit
-    values: FloatArray
-    fisher: npt.NDArray[np.float64]
-    below: FloatArray | None = None
-
-    def rate(self, c: float, shared: Shared) -> float:
-        """Estimated bytes at step `c`."""
-        if self.as_in_base(c):
-            return 0.0
-        return VECTOR.rate(self.values, self.step(c), shared) + (0 if self.below is None else ON_BASE)
-
-    def decode(self, c: float) -> FloatArray:
-        """Decoded (rows, cols) values at step `c`."""
-        centre, symbols = VECTOR.quantize(self.values, self.step(c))
-        found: FloatArray = VECTOR.dequantize(centre, self.step(c), symbols)[None, :]
-        return found if self.below is None else self.below + found.reshape(self.below.shape)
-
-    def as_in_base(self, c: float) -> bool:
-        """Whether nothing is added to the base at step `c`, so that nothing is stored."""
-        if self.below is None:
-            return False
-        centre, symbols = VECTOR.quantize(self.values, self.step(c))
-        return not centre and not symbols.any()
-
-    def step(self, c: float) -> float:
-        """Return the uniform step whose slope is that of a grid at `c`: above 0, at most half the values' spread."""
-        energy = float(self.fisher.mean()) if self.fisher.size else 0.0
-        spread = float(self.values.std()) / 2 if self.values.size else 0.0
-        widest = max(spread, float(np.abs(self.values).max(initial=0.0)) * 2**-8, 1e-30)
-        wanted = min(c / math.sqrt(energy), widest) if energy > 0 else widest
-        return max(wanted, float(np.ptp(self.values)) * 2**-15 if self.values.size else 0.0, 1e-30)
-
-    def distortion(self, c: float) -> float:
-        """Return the distortion at step `c`, in nats per token."""
-        centre, symbols = VECTOR.quantize(self.values, self.step(c))
-        error = VECTOR.dequantize(centre, self.step(c), symbols).astype(np.float64) - self.values.reshape(-1)
-        return float(0.5 * (self.fisher.reshape(-1) * error**2).sum())
-
-
 def finest_step(item: Prepared) -> float:
     """Return the step, above 0, below which symbols would exceed 16 bits; finer grids gain nothing."""
-    largest = (item.weight.abs() / torch.exp2(item.row_step.float() / 4)[:, None]).amax(0)  # (cols,)
+    row_step, largest = torch.exp2(item.row_step.float() / 4), torch.zeros(item.shape[1], device=item.device)
+    for part, weight in item.slabs():
+        torch.maximum(largest, (weight.abs() / row_step[part, None]).amax(0), out=largest)
     widest = float((largest[item.order] * item.lower.diagonal()).max())
     return max(widest, 1e-20) * 2.0**-15  # of a matrix of zeros
 
@@ -259,7 +215,9 @@ class Planner:
         logs = []
         for p in self.matrices:
             diag = p.lower.diagonal().double()
-            spread = float(p.weight.double().square().mean().clamp(min=1e-30).sqrt())
+            rows = p.shape[0]
+            square = torch.stack([w.double().square().mean() * (len(w) / rows) for _, w in p.slabs()]).sum()
+            spread = float(square.clamp(min=1e-30).sqrt())
             logs.append((p.unit.parameters, float(diag.log2().mean()) + math.log2(spread)))
         mean = sum(n * x for n, x in logs) / max(1, self.parameters)
         return float(2 ** (mean + 2.05 - bits))

@@ -26,6 +26,7 @@ from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor, Scratch
+from bytecap.system.slabs import slabs
 
 
 @torch.no_grad()
@@ -92,11 +93,14 @@ class _Targets:
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]
-            fresh = item.target @ fix
+            fresh = item.times(fix)
             if n in self.change:
-                fresh = self.change[n].load(fresh.device).clone().lerp_(fresh, 1 / (self.rounds + 1))
+                for part in slabs(*item.shape):
+                    before = self.change[n].load(fresh.device, part).clone()
+                    fresh[part] = before.lerp_(fresh[part], 1 / (self.rounds + 1))
             self.change[n] = self._scratch.put(fresh)
             members.append(item.moved(fresh))
+            del fresh
         coded = self._planner.round(members, self._state.steps, self._state.rules)
         walk.put(unit_values(self._planner, replace(self._state, coded=coded), names))
         allocator.release()

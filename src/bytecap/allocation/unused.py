@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bytecap.allocation.planner import VectorUnit
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.collectors import Use
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError

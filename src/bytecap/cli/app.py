@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from bytecap.cli.card import card
 from bytecap.cli.check import check
 from bytecap.cli.choose import choose
 from bytecap.cli.compare import compare
-from bytecap.cli.complaints import DEBUG, complain
+from bytecap.cli.complaints import DEBUG, complain, warning
 from bytecap.cli.curves import curves
 from bytecap.cli.demo import demo
 from bytecap.cli.eval import evaluate
@@ -69,6 +70,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = warning
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     DEBUG.set(debug)

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 import typer
 
-from bytecap.errors import BytecapError
+from bytecap.errors import BytecapError, BytecapWarning
 from bytecap.escape import shown
 from bytecap.system.allocator import BOUND, is_shortage
 
@@ -52,3 +52,12 @@ def complain(exc: BaseException, where: str = "") -> int:
         message = f"unexpected {type(exc).__name__}: {exc} (run with --debug for the traceback)"
     sys.stderr.write("error: " + where + shown(" ".join(message.split()), most=_LONGEST) + "\n")
     return 2
+
+
+def warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as one line: its text may quote a file, and where in the source it was made helps nobody."""
+    del filename, lineno, line
+    kind = "" if issubclass(category, BytecapWarning) else f"{category.__name__}: "
+    return f"warning: {kind}{shown(' '.join(str(message).split()), most=_LONGEST)}\n"

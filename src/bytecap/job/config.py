@@ -73,7 +73,7 @@ class FitConfig:
             (docs/scale.md).
         unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
             some nine bits a weight, `drop` as coarsely as it likes.
-        options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
+        options: options of the method: for `bytecap`, see `bytecap.quantization.options.Options`.
         format: `bcap`, `gguf` for llama.cpp, or a directory: `mlx`, `compressed-tensors` (docs/runtimes.md); by the
             suffix of `output` if it is not given.
         layout: `file`, or `hub`: a directory that transformers loads and hubs show, config, tokenizer, licence and card

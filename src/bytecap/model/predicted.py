@@ -19,6 +19,7 @@ from bytecap.model.forward import predictions
 from bytecap.model.head import Pieces, head_pieces
 from bytecap.model.quantized_copy import Values, swapped
 from bytecap.model.streaming import Streamed
+from bytecap.system.allocator import no_holes
 
 Logits = Callable[[], Tensor]  # (n, vocabulary), of the next n predictions in the batch's mask
 Batches = Sequence[tuple[Tensor, Tensor]]  # ids (batch, length + 1) and mask (batch, length)
@@ -77,6 +78,7 @@ def _side_by_side(
     most = max((int(mask.sum()) for _, mask in data), default=0)
     cache: dict[Any, Tensor] = {}
     with ExitStack() as stack:
+        stack.enter_context(no_holes())
         first, second = (stack.enter_context(head_pieces(x, most)) for x in models)
         pieces = [first, *[second] * (len(lanes) - 1)]
         found = streaming.sweep(lanes, [partial(_run, ids, device) for ids, _ in data], cache)

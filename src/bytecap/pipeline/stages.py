@@ -47,7 +47,7 @@ from bytecap.pipeline.lossless import lossless
 from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
 from bytecap.progress import Recorder
-from bytecap.quantization.quantizer import EFFORTS
+from bytecap.quantization.options import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
 from bytecap.system import allocator
@@ -362,6 +362,7 @@ def _report(result: Artifact, job: Job, outcome: Outcome, method: str) -> dict[s
         "parameters": model.parameters, "bits_per_parameter": 8 * result.length / max(1, model.parameters),
         "predicted_delta_nats": outcome.predicted, "slope_nats_per_byte": outcome.slope,
         "duality_gap_nats": outcome.gap, "lossless": outcome.plan == "lossless" and not model.rounded,
+        **({"source_quantization": model.dequantized} if model.dequantized else {}),
         **({"recovery": outcome.recovery} if outcome.recovery else {}),
         **(update.report(job.base, result) if job.base is not None else {}),
         **({"targets": outcome.targets} if outcome.targets else {}),

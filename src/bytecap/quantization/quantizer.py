@@ -7,7 +7,7 @@ of side information; the allocator works with them, the writer serialises for re
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -19,106 +19,29 @@ from torch import Tensor
 
 from bytecap.calibration.metric import Metric, factor
 from bytecap.calibration.triangle import Triangle
-from bytecap.errors import UsageError
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.grid import GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.coders.trellis import MASKS
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
+from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
 from bytecap.system.ranks import ALONE, Ranks, owners
+from bytecap.system.slabs import slabs
 from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
 ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
-STATES = tuple(1 << memory for memory in MASKS)
-EFFORTS = (8, 32, 128, 256)  # states of the trellis by effort
-_DEFAULT_EFFORT = {"cpu": 2, "cuda": 1}  # seconds over those of 8 states: 1.0 on a processor, 1.04 on an H200 (2: 1.23)
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
 
 _A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
-
-_WITHDRAWN = {"groups": "row groups of the Hessian cost more quality than they gain at equal bytes"}
-
-
-def effort_on(device: str, effort: int | None) -> int:
-    """Return the effort that is asked for, or the default of a torch device."""
-    return _DEFAULT_EFFORT[torch.device(device).type] if effort is None else effort
-
-
-@dataclass(frozen=True)
-class Options:
-    """Ingredients of the `grid` coder, each of which can be switched off.
-
-    Attributes:
-        feedback: error feedback and per-column steps from the Cholesky factor.
-        waterfill: per-column steps; False gives one step per row with feedback, as GPTQ.
-        order: round columns of large input energy first.
-        row_power: row steps proportional to `G^(-row_power / 2)`; 0 switches them off.
-        row_quantum: quarter octaves a row step is rounded to.
-        row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
-        trellis: walk columns of some spread along a trellis.
-        states: of the trellis, see `STATES`; more take longer and distort less.
-        shrink: reconstruct at centroids.
-        damping: of the Hessian, in fractions of its mean diagonal.
-        guided: weight tokens by output gradient energy.
-        correct: measure correction factors with the real loss.
-        allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
-        drift: strength of drift targets, 0 off.
-        drift_tokens: tokens they are computed from.
-    """
-
-    feedback: bool = True
-    waterfill: bool = True
-    order: bool = True
-    row_power: float = 1.0
-    row_quantum: int = 2
-    row_class: int = 1
-    trellis: bool = True
-    states: int = 8
-    shrink: bool = True
-    damping: float = 1e-3
-    guided: bool = True
-    correct: bool = True
-    allocate: bool = True
-    drift: float = 0.4
-    drift_tokens: int = 16_384
-
-    @property
-    def memory(self) -> int:
-        """Bits of a trellis' state."""
-        return self.states.bit_length() - 1
-
-    @staticmethod
-    def of(given: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None, effort: int = 0) -> Options:
-        """Read the options of a job.
-
-        Args:
-            given: options by name.
-            warn: told about options that no longer do anything.
-            effort: 0 to 3, says how many states the trellis has where the options do not.
-
-        Raises:
-            UsageError: an unknown option, or a number of states that there is no trellis of.
-        """
-        known = [f.name for f in fields(Options)]
-        unknown = sorted(set(given) - set(known) - set(_WITHDRAWN))
-        if unknown:
-            raise UsageError(f"method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
-        for name in sorted(set(given) & set(_WITHDRAWN)):
-            warn(f"the option {name} of method bytecap does nothing any more: {_WITHDRAWN[name]}")
-        options = Options(**{"states": EFFORTS[effort], **{n: v for n, v in given.items() if n in known}})
-        if options.states not in STATES:
-            raise UsageError(f"there is no trellis of {options.states} states ({', '.join(map(str, STATES))})")
-        return options
 
 
 @dataclass(frozen=True)
@@ -158,6 +81,17 @@ class Prepared:
         """Return the values (rows, cols) that the decoded unit is to approximate."""
         return self.weight
 
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the weights some rows at a time, with the slice of rows that they are."""
+        weight = self.weight
+        for part in slabs(*self.shape):
+            yield part, weight[part]
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the target times a matrix (cols, cols)."""
+        target = self.target
+        return product(self.shape, ((part, target[part]) for part in slabs(*self.shape)), matrix)
+
     def moved(self, change: Tensor) -> Prepared:
         """Return the unit with `change` (rows, cols) added to its target."""
         return replace(self, weight=self.weight + change)
@@ -175,6 +109,14 @@ class Prepared:
         """Return the unit without the arrays that only rounding needs."""
         none = torch.zeros(0, device=self.order.device)  # which still says where the unit is
         return replace(self, weight=none, rows=none, lower=Triangle(none, 0), order=none, hessian=None)
+
+
+def product(shape: tuple[int, int], parts: Iterable[tuple[slice, Tensor]], matrix: Tensor) -> Tensor:
+    """Return a matrix of a shape, given some rows at a time, times another one."""
+    out = torch.empty(shape, device=matrix.device)
+    for part, rows in parts:
+        torch.matmul(rows, matrix, out=out[part])
+    return out
 
 
 @dataclass(frozen=True)
@@ -207,7 +149,7 @@ _Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, 
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
-    """Factor the Hessian and fix the row steps of a unit."""
+    """Factor the Hessian and fix the row steps of a unit; the weights (rows, cols) are only held."""
     whole = None
     if not options.feedback:
         whole = metric.hessian.clone()
@@ -316,16 +258,18 @@ def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: 
     weight = torch.empty(len(items), *reversed(first.shape), device=first.device)
     rows = []
     for i, item in enumerate(items):
-        row_step = torch.exp2(item.row_step.float() / 4)
-        weight[i] = (item.weight / row_step[:, None]).T[item.order]
+        row_step, order = torch.exp2(item.row_step.float() / 4), item.order
+        for part, values in item.slabs():
+            weight[i, :, part] = (values / row_step[part, None]).T[order]
         rows.append(item.rows.float() * row_step.square())
     lower = torch.stack([item.lower.whole() for item in items])
     order = torch.stack([item.order for item in items])
     step = torch.tensor([steps[item.unit.name] for item in items], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
     problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
+    del weight  # which becomes the errors
     if options.trellis:
-        return _trellis(weight.device.type)(
+        return _trellis(first.device.type)(
             problem, step, shrink, FIRST_DEPENDENT, options.memory, waterfill=options.waterfill
         )
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
@@ -376,14 +320,19 @@ def _stored_there(
 ) -> tuple[npt.NDArray[Any], Counts]:
     """Return what `_stored` returns, computed on the device that holds the symbols."""
     device = symbols.device
-    peak = int(symbols.abs().max()) if symbols.numel() else 0
+    peak = max(int(symbols.max()), -int(symbols.min())) if symbols.numel() else 0
     last = min(peak, MAX_HALF + 1)
     own = torch.from_numpy(column).to(device, torch.int64)[:, None]
     fine = (own >= first).long()
-    cls = classes_there(own, torch.from_numpy(row).to(device, torch.int64), fine)
-    at = (fine * CLASSES + cls) * (last + 1) + symbols.abs().clamp(max=last)
-    counts = torch.bincount(at.reshape(-1), minlength=2 * CLASSES * (last + 1))
-    out = symbols.T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
+    rows = torch.from_numpy(row).to(device, torch.int64)
+    counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
+    for part in slabs(*symbols.shape):
+        cls = classes_there(own[part], rows, fine[part])
+        cls.add_(fine[part] * CLASSES).mul_(last + 1).add_(symbols[part].abs().clamp_(max=last))
+        counts += torch.bincount(cls.reshape(-1), minlength=len(counts))
+    out = np.empty((len(row), len(column)), _width(peak))
+    for part in slabs(*out.shape):
+        out[part] = symbols[:, part].T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
 
 

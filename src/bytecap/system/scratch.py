@@ -14,6 +14,7 @@ b'section'
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -59,12 +60,15 @@ class KeptTensor:
     dtype: torch.dtype
     memory: Tensor | None = None
 
-    def load(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return the tensor on a device; to be left as it is."""
+    def load(self, device: torch.device | str = "cpu", rows: slice | None = None) -> Tensor:
+        """Return the tensor, or consecutive entries along its first axis, on a device; to be left as it is."""
         if self.memory is not None:
-            return self.memory.to(device)
-        raw = torch.from_numpy(np.fromfile(self.path, np.uint8))
-        return raw.view(self.dtype).reshape(self.shape).to(device)
+            return (self.memory if rows is None else self.memory[rows]).to(device)
+        start, stop = (0, self.shape[0] if self.shape else 1) if rows is None else (rows.start, rows.stop)
+        one = math.prod(self.shape[1:]) * torch.empty(0, dtype=self.dtype).element_size()
+        raw = torch.from_numpy(np.fromfile(self.path, np.uint8, (stop - start) * one, offset=start * one))
+        shape = self.shape if rows is None else (stop - start, *self.shape[1:])
+        return raw.view(self.dtype).reshape(shape).to(device)
 
 
 class Scratch:
@@ -106,9 +110,9 @@ class Scratch:
         weakref.finalize(kept, path.unlink, missing_ok=True)
         return kept
 
-    def stays(self, tensor: Tensor) -> bool:
-        """Return whether a tensor would stay on the device that it is on, so that it need not be moved."""
-        return tensor.device.type != "cpu" and tensor.numel() * tensor.element_size() <= self._left["device"]
+    def stays(self, size: int, device: torch.device) -> bool:
+        """Return whether a tensor of so many bytes on a device would stay there, so that it need not be moved."""
+        return device.type != "cpu" and size <= self._left["device"]
 
     def put_bytes(self, data: bytes) -> KeptBytes:
         """Keep bytes.

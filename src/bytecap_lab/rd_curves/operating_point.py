@@ -31,8 +31,8 @@ from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import TokenSets, leading
 from bytecap.pipeline import stages
+from bytecap.quantization.options import Options
 from bytecap.quantization.overlays.channels import rank
-from bytecap.quantization.quantizer import Options
 from bytecap.system import allocator
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, GolfBase, GridBase, golf_k
