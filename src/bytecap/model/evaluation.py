@@ -29,7 +29,7 @@ from bytecap.model.temperature import TEMPERATURES, best_temperature
 from bytecap.model.texts import Text, Window
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap.progress import Advance
-from bytecap.system.ranks import ALONE, Ranks
+from bytecap.system.ranks import ALONE, Ranks, owners
 from bytecap.types import Score
 
 FloatArray = npt.NDArray[np.float64]
@@ -169,11 +169,12 @@ def compare_models(
 
 
 def _each(ranks: Ranks, data: Sequence[Any], work: Callable[[Sequence[Any]], Iterator[Any]]) -> Iterator[Any]:
-    """Yield what `work` yields for every batch, in order; batches are shared by ranks."""
+    """Yield what `work` yields for every batch, in order; each rank has its share of batches at once."""
     if ranks.size == 1:
-        return work(data)  # all at once: streamed models are read once for all batches
-    costs = [float(ids.numel()) for ids, _, _ in data]
-    return iter(ranks.each(costs, lambda i: next(work([data[i]]))))
+        return work(data)  # streamed models are read once for all batches
+    owner = owners([float(ids.numel()) for ids, _, _ in data], ranks.size)
+    found = [iter(f) for f in ranks.all(list(work([d for d, r in zip(data, owner, strict=True) if r == ranks.rank])))]
+    return iter([next(found[r]) for r in owner])
 
 
 def _compared(
@@ -334,8 +335,9 @@ def by_window(
     if len(data) >= ranks.size or len(variants) < 2:
         found = list(_each(ranks, data, scored))
     else:
-        apart = ranks.each([1.0] * len(variants), lambda i: list(scored(data, dict([list(variants.items())[i]]))))
-        found = [apart[0][b][:1] + [row for one in apart for row in one[b][1:]] for b in range(len(data))]
+        owner = dict(zip(variants, owners([1.0] * len(variants), ranks.size), strict=True))
+        own = {n: v for n, v in variants.items() if owner[n] == ranks.rank}
+        found = _joined(ranks.all(list(scored(data, own)) if own else [[]] * len(data)), list(owner.values()))
     columns = [np.array(list(chain(*c)), dtype=float) for c in zip(*found, strict=True)]
     tokens = np.array([n for _, mask, _ in data for n in mask.sum(1).tolist()], dtype=float)
     sizes = np.array([w.bytes for _, _, members in data for w in members], dtype=float)
@@ -343,6 +345,15 @@ def by_window(
         label: ByWindow(kl, nats, columns[0], tokens, sizes)
         for label, nats, kl in zip(variants, columns[1::2], columns[2::2], strict=True)
     }
+
+
+def _joined(apart: Sequence[Sequence[list[list[float]]]], owner: Sequence[int]) -> list[list[list[float]]]:
+    """Return, for every batch, rows of all variants, of which every rank has some; see `_scored`."""
+    found = []
+    for batch in zip(*apart, strict=True):
+        rows = [iter(own[1:]) for own in batch]
+        found.append([batch[0][0], *(next(rows[rank]) for rank in owner for _ in range(2))])
+    return found
 
 
 def _scored(
