@@ -11,7 +11,7 @@ bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from bytecap.model.apart import batches_apart, variants_apart
 from bytecap.model.batches import Batch, Look, is_batches, variants_of
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
 from bytecap.model.predicted import device_of, predicted
@@ -29,7 +30,7 @@ from bytecap.model.temperature import TEMPERATURES, best_temperature
 from bytecap.model.texts import Text, Window
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap.progress import Advance
-from bytecap.system.ranks import ALONE, Ranks, owners
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Score
 
 FloatArray = npt.NDArray[np.float64]
@@ -160,21 +161,14 @@ def compare_models(
     sums: list[list[float]] = []
     temperature = np.zeros(len(TEMPERATURES))
     same = 0
-    for rows, tempered, equal in _each(ranks, data, lambda some: _compared(original, coded, some, device, progress)):
+    for rows, tempered, equal in batches_apart(
+        ranks, data, lambda some: _compared(original, coded, some, device, progress)
+    ):
         sums += rows
         for losses in tempered:
             temperature += losses
         same += equal
     return _summary(text.name, np.array(sums), temperature, same)
-
-
-def _each(ranks: Ranks, data: Sequence[Any], work: Callable[[Sequence[Any]], Iterator[Any]]) -> Iterator[Any]:
-    """Yield what `work` yields for every batch, in order; each rank has its share of batches at once."""
-    if ranks.size == 1:
-        return work(data)  # streamed models are read once for all batches
-    owner = owners([float(ids.numel()) for ids, _, _ in data], ranks.size)
-    found = [iter(f) for f in ranks.all(list(work([d for d, r in zip(data, owner, strict=True) if r == ranks.rank])))]
-    return iter([next(found[r]) for r in owner])
 
 
 def _compared(
@@ -333,11 +327,9 @@ def by_window(
         return _scored(original, quantized_copy, labels, some, device, advance, sum(w.predicted for w in windows))
 
     if len(data) >= ranks.size or len(variants) < 2:
-        found = list(_each(ranks, data, scored))
+        found = list(batches_apart(ranks, data, scored))
     else:
-        owner = dict(zip(variants, owners([1.0] * len(variants), ranks.size), strict=True))
-        own = {n: v for n, v in variants.items() if owner[n] == ranks.rank}
-        found = _joined(ranks.all(list(scored(data, own)) if own else [[]] * len(data)), list(owner.values()))
+        found = variants_apart(ranks, variants, len(data), lambda own: list(scored(data, own)))
     columns = [np.array(list(chain(*c)), dtype=float) for c in zip(*found, strict=True)]
     tokens = np.array([n for _, mask, _ in data for n in mask.sum(1).tolist()], dtype=float)
     sizes = np.array([w.bytes for _, _, members in data for w in members], dtype=float)
@@ -345,15 +337,6 @@ def by_window(
         label: ByWindow(kl, nats, columns[0], tokens, sizes)
         for label, nats, kl in zip(variants, columns[1::2], columns[2::2], strict=True)
     }
-
-
-def _joined(apart: Sequence[Sequence[list[list[float]]]], owner: Sequence[int]) -> list[list[list[float]]]:
-    """Return, for every batch, rows of all variants, of which every rank has some; see `_scored`."""
-    found = []
-    for batch in zip(*apart, strict=True):
-        rows = [iter(own[1:]) for own in batch]
-        found.append([batch[0][0], *(next(rows[rank]) for rank in owner for _ in range(2))])
-    return found
 
 
 def _scored(

@@ -72,6 +72,7 @@ def open_model(
         reason = _reason(config) if wanted else None
         if wanted and reason is None:
             kept = Scratch(_beside(config), *_room(headers, device, limit, ranks.on_host))
+            ranks.at_end(kept.close)
             try:
                 opened = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
             except Unstreamable as exc:

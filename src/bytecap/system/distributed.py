@@ -67,7 +67,7 @@ def joined(device: str = "auto", tell: Tell = say) -> Iterator[Ranks]:
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=_WAIT
         )  # fmt: skip
         try:
-            found = _Joined(rank, size, watch.who, "cuda" if cuda else "cpu")
+            found = _Joined(watch, "cuda" if cuda else "cpu")
             with warnings.catch_warnings():
                 if rank:  # rank 0 is warned of the same
                     warnings.simplefilter("ignore")
@@ -106,14 +106,18 @@ class _Joined(Ranks):
     """One of several ranks.
 
     Args:
-        rank, size: of this one, and how many there are.
-        who: describes a rank.
+        watch: over this rank and the others.
         through: torch device that large values go through.
     """
 
-    def __init__(self, rank: int, size: int, who: Callable[[int], str], through: str) -> None:
-        self.rank, self.size, self._who, self._through = rank, size, who, through
+    def __init__(self, watch: Watch, through: str) -> None:
+        self.rank, self.size, self._who, self._through = watch.rank, watch.size, watch.who, through
+        self._last = watch.last
         self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def at_end(self, call: Callable[[], Any]) -> None:
+        """See `Ranks`."""
+        self._last.append(call)
 
     def each(
         self,
