@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -216,6 +218,30 @@ class TestWholeFits:
         report = json.loads(said)
         for key, value in alone.report.items():
             assert key == "seconds" or report[key] == json.loads(json.dumps(finite(value))), key
+
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_started_by_torchrun(self, fitted, model_directory, texts, tmp_path, count):
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", "--json")
+        start = ["-m", "torch.distributed.run", "--nproc-per-node", count, "-m", "bytecap"]
+        done = subprocess.run(  # noqa: S603 (our own code)
+            [sys.executable, *map(str, [*start, *words])], env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1
+        assert (tmp_path / "a.bcap").read_bytes() == fitted()[0].data
+
+    @pytest.mark.nightly
+    def test_several_budgets_and_a_dry_run(self, fitted, model_directory, texts, tmp_path):
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "{budget}.bcap", "--json")
+        words[words.index(BUDGET)] = f"{BUDGET},{BUDGET + 2000}"
+        found = several.together(2, several.command(words), tmp_path)
+        assert [code for code, _ in found] == [0, 0], found
+        assert [f["budget_bytes"] for f in json.loads(found[0][1])["fits"]] == [BUDGET, BUDGET + 2000]
+        assert (tmp_path / f"{BUDGET}.bcap").read_bytes() == fitted()[0].data
+        found = several.together(2, several.command([*words, "--dry-run"]), tmp_path)
+        assert [code for code, _ in found] == [0, 0], found
 
 
 def _wait_for(found):

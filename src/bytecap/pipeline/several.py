@@ -17,6 +17,7 @@ from bytecap.errors import UsageError
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
 from bytecap.model.texts import TokenSets
+from bytecap.progress import Recorder, Reporter, Silent, reporter_for
 from bytecap.system.cache import Store, digest
 from bytecap.system.ranks import ALONE, Ranks
 from bytecap.system.shared_store import SharedStore
@@ -97,6 +98,26 @@ def _some(model: Model, unit: Any) -> Any:
     flat = model.tensor(unit).detach().reshape(-1)
     some = flat[:: max(1, len(flat) // _SAMPLED)].cpu()
     return np.asarray(some.double() if some.is_floating_point() else some)
+
+
+class Unheard(Silent):
+    """A reporter of a rank that does not speak."""
+
+    def warn(self, text: str) -> None:
+        """Say nothing: rank 0 is told of it in the end."""
+
+
+def reporter_of(config: FitConfig) -> Reporter:
+    """Return the reporter of a job on this rank."""
+    return reporter_for(config.reporter, config.progress) if ranks_of(config).first else Unheard()
+
+
+def pass_on(ranks: Ranks, reporter: Recorder) -> None:
+    """Warn of what only other ranks have met."""
+    for theirs in ranks.all(list(reporter.warnings)):
+        for text in theirs:
+            if text not in reporter.warnings:
+                reporter.warn(text)
 
 
 def check_sets(sets: TokenSets, ranks: Ranks) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -67,8 +68,11 @@ def joined(device: str = "auto", tell: Tell = say) -> Iterator[Ranks]:
         )  # fmt: skip
         try:
             found = _Joined(rank, size, watch.who, "cuda" if cuda else "cpu")
-            yield found
-            found.all("the end")
+            with warnings.catch_warnings():
+                if rank:  # rank 0 is warned of the same
+                    warnings.simplefilter("ignore")
+                yield found
+                found.all("the end")
         finally:
             watch.over()
         dist.destroy_process_group()
