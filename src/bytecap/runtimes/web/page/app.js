@@ -196,7 +196,7 @@ function asked() {
       at("prompt").value = words;
     }
   };
-  return [conversation([...before, message]), (text) => { answer.textContent = text; }, keep];
+  return [conversation([...before, message]), (text) => { answer.textContent = text.trim(); }, keep];
 }
 
 async function generate(event) {
