@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from bytecap.model import streaming
 from bytecap.model.apart import batches_apart, variants_apart
 from bytecap.model.batches import Batch, Look, is_batches, variants_of
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
@@ -98,6 +99,8 @@ def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Pr
     """Score one model on one text."""
     if is_batches(text.windows):
         return _score_batches(module, text, device, progress)
+    if streaming.of(module) is not None:
+        return _score_streamed(module, text, device, progress)
     losses, counts, sizes = [], [], []
     for ids, mask, windows in _batches(text.windows, module):
         logits = logits_of(module(ids[:, :-1].to(device))).float()
@@ -122,6 +125,26 @@ def _score(name: str, total: FloatArray, tokens: FloatArray, size: FloatArray) -
 def _bpb(nats: FloatArray, size: FloatArray) -> float:
     """Return bits per byte; NaN if bytes were not counted."""
     return float(nats.sum() / math.log(2) / size.sum()) if size.any() else math.nan
+
+
+def _score_streamed(module: nn.Module, text: Text, device: str, progress: Progress | None) -> Score:
+    """Score a streamed model, each block of which is read once for some thousands of tokens."""
+    losses, counts, sizes = [], [], []
+    data = list(_batches(text.windows, module))
+    found = predicted(module, module, {}, [(ids, mask) for ids, mask, _ in data], device)
+    for (ids, mask, windows), pieces in zip(data, found, strict=True):
+        flat = mask.to(device)
+        labels, parts = ids[:, 1:].to(device)[flat], list[Tensor]()
+        for (one,) in pieces:
+            logp = torch.log_softmax(one().float(), -1)
+            own, labels = labels[: len(logp)], labels[len(logp) :]
+            parts.append(_token_losses(logp, own))
+        losses += _by_window(flat, torch.cat(parts)).tolist()
+        counts += mask.sum(1).tolist()
+        sizes += [w.bytes for w in windows]
+        if progress is not None:
+            progress(int(mask.sum()))
+    return _score(text.name, *(np.array(x, dtype=float) for x in (losses, counts, sizes)))
 
 
 def _score_batches(module: nn.Module, text: Text, device: str, progress: Progress | None) -> Score:
