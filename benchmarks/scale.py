@@ -34,6 +34,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "h512-12": {"hidden": 512, "inner": 1408, "blocks": 12, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-24": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-48": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 8192},
+    "h512-24-32k": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 32000},
+    "h512-48-32k": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 32000},
     "h1024-6": {"hidden": 1024, "inner": 2816, "blocks": 6, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-12": {"hidden": 1024, "inner": 2816, "blocks": 12, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-24": {"hidden": 1024, "inner": 2816, "blocks": 24, "heads": 16, "groups": 4, "vocabulary": 8192},
@@ -139,7 +141,8 @@ def child(args: argparse.Namespace) -> None:
     text: dict[str, Any] = {"calibration": "general"} if args.calib is None else {"calibration": args.calib}
     result = bytecap.fit(
         str(args.child), f"{args.bits}bpp", output=args.child / "out.bcap", device=args.device, tokens=args.tokens,
-        evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, reporter=steps, **text,
+        evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, effort=args.effort, reporter=steps,
+        **text,
     )  # fmt: skip
     cuda = torch.cuda.is_available() and args.device != "cpu"
     print(json.dumps({
@@ -169,7 +172,7 @@ def one(name: str, args: argparse.Namespace) -> dict[str, Any]:
             start += ["-m", "torch.distributed.run", "--nproc-per-node", str(args.gpus)]
         options = [f"--{n}={getattr(args, n)}" for n in ("bits", "tokens", "device", "seed")]
         options += [f"--eval-tokens={args.eval_tokens}"]
-        options += [f"--{n}={v}" for n in ("memory", "calib") if (v := getattr(args, n)) is not None]
+        options += [f"--{n}={v}" for n in ("memory", "calib", "effort") if (v := getattr(args, n)) is not None]
         began = time.perf_counter()
         done = subprocess.run(
             [*start, __file__, f"--child={directory}", *options], stdout=subprocess.PIPE, text=True, check=False
@@ -179,8 +182,8 @@ def one(name: str, args: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return {"benchmark": "scale", "model": name, "gpus": args.gpus, "process_seconds": round(
             time.perf_counter() - began, 1), **found, "bits": args.bits, "tokens": args.tokens, "seed": args.seed,
-            "memory": args.memory, "dtype": args.dtype, "host": host(), "date": time.strftime("%Y-%m-%d"),
-            "command": _command(args)}  # fmt: skip
+            "memory": args.memory, "effort": args.effort, "dtype": args.dtype, "host": host(),
+            "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
 
 
 def main() -> None:
@@ -193,6 +196,7 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--memory")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--effort", type=int, help="of the fit")
     p.add_argument("--gpus", type=int, default=1)
     p.add_argument("--dtype", default="bfloat16", help="of the checkpoint on disk")
     p.add_argument("--calib", help="calibration text instead of the embedded general one")

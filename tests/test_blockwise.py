@@ -1,6 +1,9 @@
 """Streamed models give what models in memory give: statistics to the last bit, KL, comparisons, files."""
 
+import gc
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from bytecap.pipeline import memory
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
 from conftest import BUDGET, KINDS, SMALL, VOCABULARY
+from forks import child
 from test_probe import windows_of
 
 WINDOWS = windows_of(5) + windows_of(2, 65, seed=1) + windows_of(1, 13, seed=2)
@@ -191,6 +195,44 @@ def test_a_method_that_is_not_streamed_says_so(run, job):
     assert "is not streamed: method uniform needs it in memory" in " ".join(err.split())
 
 
+@pytest.mark.slow
+def test_a_chain_that_cannot_be_found_is_said_and_nothing_else_changes(run, job, model_directory, tmp_path):
+    directory, files = model_directory("rotary", num_hidden_layers=1), []
+    for more in ((), ("--memory", "1MB")):
+        files.append(tmp_path / f"{len(more)}.bcap")
+        code, _, err = run(*job(directory, output=files[-1]), *more, "--method", "bytecap")
+        assert code == 0, err
+        assert ("is not streamed: it has no chain of blocks" in " ".join(err.split())) == bool(more)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [3, 60, 250])
+def test_a_disk_that_is_full_half_way_is_one_line_and_leaves_nothing(refused, job, tmp_path, monkeypatch, number):
+    output, left, write = tmp_path / "out" / "a.bcap", [number], Scratch._write
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+
+    def full(self, path, parts):
+        def some():
+            for part in parts:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(28, "No space left on device")
+                yield part
+
+        write(self, path, some())
+
+    monkeypatch.setattr(Scratch, "_write", full)
+    monkeypatch.setattr(memory, "_room", lambda *_: (0, 0))
+    said = refused(*job(output=output), "--memory", "1MB", "--method", "bytecap")
+    assert "cannot be written (No space left on device)" in said
+    assert left == [-1]
+    gc.collect()
+    assert [p.name for p in output.parent.iterdir()] == ["a.bcap"]
+    assert output.read_bytes() == b"old"
+
+
 def test_samples_need_a_model_in_memory(pair):
     from bytecap.model.sources import sampled
     from bytecap.progress import Silent
@@ -254,20 +296,38 @@ def test_a_full_disk_is_one_line(monkeypatch):
     with pytest.raises(OutputError, match=r"No space left on device.*TMPDIR") as caught:
         scratch.put(torch.ones(3))
     assert "\n" not in str(caught.value)
-    assert not list(scratch.directory.iterdir())
+    assert [p.name for p in scratch.directory.iterdir()] == ["lock"]
 
 
 def test_work_files_go_with_what_they_hold(tmp_path):
     scratch = Scratch(tmp_path)
     kept = scratch.put(torch.ones(3, dtype=torch.bfloat16))
     assert kept.load().dtype == torch.bfloat16
-    assert len(list(scratch.directory.iterdir())) == 1
+    assert len(list(scratch.directory.iterdir())) == 2
     del kept
-    assert not list(scratch.directory.iterdir())
+    assert [p.name for p in scratch.directory.iterdir()] == ["lock"]
     scratch.close()
     assert not list(tmp_path.iterdir())
     with pytest.raises(OutputError, match="no work files can be made"):
         Scratch(tmp_path / "nowhere")
+
+
+def test_work_files_of_a_killed_job_are_removed_by_the_next(tmp_path):
+    def work():
+        dying = Scratch(tmp_path)
+        dying.put(torch.ones(3))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (tmp_path / "bytecap-work-of-mine").mkdir()  # holds no lock: not ours
+    living = Scratch(tmp_path)
+    kept = living.put(torch.ones(3))
+    assert child(work) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    other = Scratch(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "bytecap-work-of-mine", living.directory.name, other.directory.name,
+    }  # fmt: skip
+    assert kept.load().tolist() == [1, 1, 1]
 
 
 def test_small_tensors_may_stay_in_memory(tmp_path):

@@ -154,23 +154,28 @@ class _Job:
         """Forward, then backward from the end."""
         self.diagonal = {}
         chain = self.streamed.chain
-        passes = self._forward()
-        outside = self._sums(lambda name: not chain.holds(name))
-        with outside.watching():
-            gradients = self._suffix(passes, outside, generator)
-            for number in reversed(range(chain.count)):
-                self._block(number, gradients, sink)
-            self._prefix(gradients, outside)
+        passes = [Pass(self.streamed, partial(self._run, ids)) for ids, _ in self.data]
+        try:
+            self._forward(passes)
+            outside = self._sums(lambda name: not chain.holds(name))
+            with outside.watching():
+                gradients = self._suffix(passes, outside, generator)
+                for number in reversed(range(chain.count)):
+                    self._block(number, gradients, sink)
+                self._prefix(gradients, outside)
+        finally:
+            for p in passes:  # where memory or the disk has ended, nothing may hold what waits
+                p.cancel()
+            self.frames, self.ends = [], []
         self._finish(outside, sink)
         return Statistics({}, {n: (d / self.tokens).cpu().numpy() for n, d in self.diagonal.items()}, self.tokens)
 
     def _run(self, ids: Tensor, module: nn.Module) -> Any:
         return module(ids[:, :-1].to(self.streamed.device))
 
-    def _forward(self) -> list[Pass]:
+    def _forward(self, passes: list[Pass]) -> None:
         """Every batch up to the end of the last block; what goes into each block is kept."""
         streamed = self.streamed
-        passes = [Pass(streamed, partial(self._run, ids)) for ids, _ in self.data]
         self.frames = []
         with torch.no_grad():
             with streamed.outside():
@@ -182,7 +187,6 @@ class _Job:
                         stops[i] = p.advance()
                 release()
         self.ends = stops
-        return passes
 
     def _frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Frame:
         chain = self.streamed.chain
@@ -192,21 +196,17 @@ class _Job:
     def _suffix(self, passes: list[Pass], sums: _Sums, generator: torch.Generator) -> list[Tensor]:
         """From the last block's output to the loss and back; returns that output's gradient for every batch."""
         gradients = []
-        try:
-            with self.streamed.outside(), torch.enable_grad():
-                for i, p in enumerate(passes):
-                    leaf = self.ends[i].detach().requires_grad_()
-                    self.ends[i] = None
-                    mask = self.data[i][1].to(self.streamed.device)
-                    with head_pieces(self.streamed, int(mask.sum())) as pieces:
-                        found = predictions(p.advance(leaf), mask)
-                    pieces.backward(found, lambda logits: sampled_loss_of(logits, generator))
-                    gradients.append(_gradient(leaf))
-                    del found, leaf
-                    sums.harvest(self.diagonal)
-        finally:
-            for p in passes:
-                p.cancel()
+        with self.streamed.outside(), torch.enable_grad():
+            for i, p in enumerate(passes):
+                leaf = self.ends[i].detach().requires_grad_()
+                self.ends[i] = None
+                mask = self.data[i][1].to(self.streamed.device)
+                with head_pieces(self.streamed, int(mask.sum())) as pieces:
+                    found = predictions(p.advance(leaf), mask)
+                pieces.backward(found, lambda logits: sampled_loss_of(logits, generator))
+                gradients.append(_gradient(leaf))
+                del found, leaf
+                sums.harvest(self.diagonal)
         return gradients
 
     def _block(self, number: int, gradients: list[Tensor], sink: Sink) -> None:
