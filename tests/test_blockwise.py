@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import bytecap
 from bytecap.calibration.probe import probe
-from bytecap.calibration.streamed import probe_streamed
+from bytecap.calibration.streamed import _Job, probe_streamed
 from bytecap.errors import CheckpointError, CorruptError, NotAnArtifact, OutputError, ShortageError, UsageError
 from bytecap.format import container
 from bytecap.format.decoder import Decoded, Ideal
@@ -80,6 +81,33 @@ def test_logits_in_pieces_give_the_same_statistics_but_for_what_is_sampled(pair,
         assert 0.8 < float(use.rows.sum() / whole[name][0].rows.sum()) < 1.25, name
 
 
+def test_batches_are_halved_where_the_device_has_no_room_and_nothing_stays(pair, monkeypatch):
+    _, streamed = pair("rotary", num_hidden_layers=3)
+    monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 128)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    few, rest = collected(streamed)
+    monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 256)
+    block, waiting, said = _Job._block, [], []
+
+    def full(self, number, gradients, sink):
+        if len(self.data) < 6 and number == 1:
+            waiting.extend(map(weakref.ref, gradients))
+            raise torch.OutOfMemoryError
+        gc.collect()
+        assert not any(ref() is not None for ref in waiting)
+        block(self, number, gradients, sink)
+
+    monkeypatch.setattr(_Job, "_block", full)
+    again, other = collected(streamed, note=said.append)
+    assert waiting
+    assert said == ["statistics: out of device memory, 128 tokens a batch from now on"]
+    assert other.tokens == rest.tokens
+    for name, uses in few.items():
+        for one, two in zip(uses, again[name], strict=True):
+            assert torch.equal(one.moment, two.moment), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in streamed.module.modules())
+
+
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, monkeypatch):
@@ -105,6 +133,20 @@ def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, m
     assert scores[1].kl_nats == pytest.approx(scores[0].kl_nats, rel=1e-3)
     assert scores[1].nats_original == pytest.approx(scores[0].nats_original, rel=1e-5)
     assert all(p.is_meta for p in models[1].module.parameters())
+
+
+def test_tensors_that_a_class_keeps_in_float32_stay_so(pair):
+    _, streamed = pair()
+    streamed.module._keep_in_fp32_modules_strict = ["norm"]
+    copied = streamed.streamed.copy(torch.bfloat16)
+    with copied.outside(), copied.block(0) as loaded:
+        found = {n: p.dtype for n, p in loaded.named_parameters()}
+    assert found["input_layernorm.weight"] == torch.bfloat16  # another name
+    assert found["self_attn.q_proj.weight"] == torch.bfloat16
+    seen = {}
+    copied.module.model.norm.register_forward_hook(lambda m, *_: seen.update(norm=m.weight.dtype))
+    streaming.run(copied.module, lambda m: m(torch.tensor([[1, 2]])).logits)
+    assert seen == {"norm": torch.float32}
 
 
 def test_causality_is_checked_and_one_pass_runs_streamed(pair):
