@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bytecap.allocation import planner as waterfill
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.decoded import decode_grid
-from bytecap.allocation.planner import Planner, VectorUnit
+from bytecap.allocation.planner import Planner
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
@@ -20,7 +21,8 @@ from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.model.quantized_copy import load_values
 from bytecap.quantization import RoundingProblem, gaussian_shrink, row_classes, trial_values
-from bytecap.quantization.quantizer import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import FIRST_DEPENDENT, _stored, _stored_there, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.trellis import round_trellis
 from bytecap.types import Unit

@@ -264,7 +264,9 @@ class TestKilled:
         ("command", "kills", "more"),
         [
             ("fit", 2, ()), ("fit", 3, ("--memory", "1MB")),
-            ("curves", 1, ("--paths", "step,rows", "--points", 4, "--point-tokens", 500)),
+            pytest.param(
+                "curves", 1, ("--paths", "step,rows", "--points", 4, "--point-tokens", 500), marks=pytest.mark.nightly
+            ),
         ],
         ids=["fit", "streamed", "curves"],
     )  # fmt: skip

@@ -14,7 +14,8 @@ from bytecap.allocation.planner import Planner, finest_step
 from bytecap.calibration.metric import Metric
 from bytecap.format.entropy import jit, rans
 from bytecap.quantization import quantizer
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.stored import StoredPrepared, keeper, kept_rows
 from bytecap.system import slabs

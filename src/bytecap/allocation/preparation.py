@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from bytecap.allocation.differences import over
-from bytecap.allocation.planner import FloatArray, Planner, State, VectorUnit, finest_step
+from bytecap.allocation.planner import Planner, State, finest_step
+from bytecap.allocation.shared_matrices import shared_matrices
 from bytecap.allocation.unused import even_experts, keep_unused
+from bytecap.allocation.vector_unit import FloatArray, VectorUnit
 from bytecap.calibration import finite
 from bytecap.calibration import metric as sensitivity
+from bytecap.calibration.collectors import Use
 from bytecap.calibration.metric import Metric
-from bytecap.calibration.probe import Statistics, Use
 from bytecap.calibration.streamed import probe_streamed
+from bytecap.calibration.sums import Statistics
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
@@ -30,7 +33,8 @@ from bytecap.job.section import StoredSection
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.progress import Advance, warn
-from bytecap.quantization.quantizer import Options, Prepared, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
 from bytecap.quantization.stored import Rows, Sample, StoredPrepared, keeper, kept_rows
 from bytecap.system import allocator
@@ -84,7 +88,11 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
         return None if uses is None else _factored(job, u, uses, found.tokens, options)
 
     with allocator.no_holes(), job.reporter.step("factorisation", len(job.model.units)) as advance:
-        ready = _assembled(job, options, found, matrix, advance)
+        if found.owner:
+            kept = shared_matrices(job, found.owner, matrix)
+            ready = _assembled(job, options, found, lambda u: kept.pop(u.name, None), advance)
+        else:
+            ready = _assembled(job, options, found, matrix, advance)
     found.uses.clear()
     allocator.release()
     return ready
@@ -195,7 +203,7 @@ def _assembled(
     kept = keep_unused(job, matrices, vectors)
     matrices = [p for p in matrices if p.unit.name not in kept]
     vectors = [v for v in vectors if v.unit.name not in kept]
-    planner, fixed = Planner.of(matrices, vectors, options, finest), fixed | kept
+    planner, fixed = Planner.of(matrices, vectors, options, finest, job.ranks), fixed | kept
     unused = {n: len(s.data) for n, s in kept.items()}
     return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
 

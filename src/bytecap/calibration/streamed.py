@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bytecap.calibration.collectors import Collector, Use
 from bytecap.calibration.embedding_gradients import Lookup
-from bytecap.calibration.probe import Statistics, Use, _Collector, sampled_loss_of
+from bytecap.calibration.probe import sampled_loss_of
+from bytecap.calibration.sums import Statistics
 from bytecap.model.chain import first_of
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
@@ -266,14 +268,14 @@ class _Sums:
         names = {n: u for u in units for n in (u.name, *u.aliases)}
         module, device = streamed.module, streamed.device
         self._module, self._device = module, device
-        self._linear: list[tuple[str, nn.Module, _Collector]] = []
-        self._table: dict[str, tuple[str, nn.Module, _Collector]] = {}
+        self._linear: list[tuple[str, nn.Module, Collector]] = []
+        self._table: dict[str, tuple[str, nn.Module, Collector]] = {}
         for n, (m, kind) in linear_weights(module).items():
             if n not in names or not inside(n):
                 continue
             weight: Tensor = m.weight  # type: ignore[assignment]
             rows, cols = weight.shape[::-1] if kind == "conv1d" else weight.shape
-            collector = _Collector(rows, cols, guided, device)
+            collector = Collector(rows, cols, guided, device)
             if kind == "embedding":
                 self._table[names[n].name] = n, m, collector
             else:
@@ -283,7 +285,7 @@ class _Sums:
             n: names[n] for n, p in module.named_parameters()
             if n in names and inside(n) and not names[n].linear and p.is_floating_point()
         }  # fmt: skip
-        self._matrix = {n: (u, _Collector(*u.matrix_shape, guided, device)) for n, u in chosen.items() if is_matrix(u)}
+        self._matrix = {n: (u, Collector(*u.matrix_shape, guided, device)) for n, u in chosen.items() if is_matrix(u)}
         self._other = {n: u.name for n, u in chosen.items() if not is_matrix(u)}
         streamed.trained |= {n for name, (n, _, _) in self._table.items() if name not in looked} | chosen.keys()
 
@@ -329,7 +331,7 @@ class _Sums:
         Args:
             passes: batches that were gone through.
         """
-        found: dict[str, list[_Collector]] = {}
+        found: dict[str, list[Collector]] = {}
         for name, _, c in self._linear:
             found.setdefault(name, []).append(c)
         for name, (_, _, c) in self._table.items():

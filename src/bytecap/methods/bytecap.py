@@ -28,8 +28,8 @@ from bytecap.allocation.planner import Planner
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
 from bytecap.allocation.streamed_targets import moved, streamed_targets
-from bytecap.calibration.probe import Statistics
 from bytecap.calibration.statistics import moments
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Job, Outcome, Section
@@ -41,7 +41,7 @@ from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options, effort_on
+from bytecap.quantization.options import Options, effort_on
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
@@ -210,7 +210,7 @@ def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Mo
     rate = state.rate
     load_values(quantized_copy, correction.unit_values(planner, state))
     del state  # whose integers the passes do not need
-    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
+    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)
     share_storage(quantized_copy, job.model.module)
     return kl + best.slope * rate
 
@@ -250,7 +250,7 @@ def predict(
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
     """Return the KL of a packed plan on the correction tokens."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
-    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
+    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
 
 
 def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:

@@ -11,8 +11,9 @@ bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the or
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,14 @@ from bytecap.model.batches import Batch, Look, is_batches, variants_of
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
 from bytecap.model.predicted import device_of, predicted
 from bytecap.model.quantized_copy import Values
+from bytecap.model.temperature import TEMPERATURES, best_temperature
 from bytecap.model.texts import Text, Window
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap.progress import Advance
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Score
 
 FloatArray = npt.NDArray[np.float64]
-_TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
 
 @dataclass(frozen=True)
@@ -172,48 +174,73 @@ def compare_models(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
-    """Score a coded model against its original on the same tokens."""
+    """Score a coded model against its original on the same tokens, which `ranks` share."""
     if is_batches(text.windows):
         return _compare_batches(original, coded, text, device, progress)
-    sums: list[list[float]] = []
-    temperature = np.zeros(len(_TEMPERATURES))
-    same = 0
     data = list(_batches(text.windows, original))
+    sums: list[list[float]] = []
+    temperature = np.zeros(len(TEMPERATURES))
+    same = 0
+    for rows, tempered, equal in _each(ranks, data, lambda some: _compared(original, coded, some, device, progress)):
+        sums += rows
+        for losses in tempered:
+            temperature += losses
+        same += equal
+    return _summary(text.name, np.array(sums), temperature, same)
+
+
+def _each(ranks: Ranks, data: Sequence[Any], work: Callable[[Sequence[Any]], Iterator[Any]]) -> Iterator[Any]:
+    """Yield what `work` yields for every batch, in order; batches are shared by ranks."""
+    if ranks.size == 1:
+        return work(data)  # all at once: streamed models are read once for all batches
+    costs = [float(ids.numel()) for ids, _, _ in data]
+    return iter(ranks.each(costs, lambda i: next(work([data[i]]))))
+
+
+def _compared(
+    original: nn.Module, coded: nn.Module, data: Sequence[Any], device: str, progress: Progress | None
+) -> Iterator[tuple[list[list[float]], list[list[float]], int]]:
+    """Yield, for every batch: sums by window, losses at every temperature by piece, and equal predictions."""
     found = predicted(original, coded, {"": {}}, [(ids, mask) for ids, mask, _ in data], device)
     for (ids, mask, windows), pieces in zip(data, found, strict=True):
         flat = mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
         parts: list[tuple[Tensor, ...]] = []
+        tempered: list[list[float]] = []
+        same = 0
         for one, other in pieces:
             p, q = one().float(), torch.log_softmax(other().float(), -1)
             own, labels = labels[: len(p)], labels[len(p) :]
-            for i, t in enumerate(_TEMPERATURES):
-                temperature[i] += float(nn.functional.cross_entropy(p / t, own, reduction="sum"))
+            tempered.append([
+                float(nn.functional.cross_entropy(p / t, own, reduction="sum")) for t in TEMPERATURES
+            ])  # fmt: skip
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
             p = torch.log_softmax(p, -1)
             kl = (p - q).mul_(p.exp()).sum(-1)
             parts.append((_token_losses(p, own), _token_losses(q, own), kl))
             del p, q
         grouped = [_by_window(flat, torch.cat(c)) for c in zip(*parts, strict=True)]
-        for i, w in enumerate(windows):
-            sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
+        rows = [
+            [float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)] for i, w in enumerate(windows)
+        ]  # fmt: skip
         if progress is not None:
             progress(int(mask.sum()))
-    return _summary(text.name, np.array(sums), temperature, same)
+        yield rows, tempered, same
 
 
 def _compare_batches(
     original: nn.Module, coded: nn.Module, text: Text, device: str, progress: Progress | None
 ) -> Comparison:
     """Compare by each batch's own loss; figures that need predictions are NaN where the loss holds none."""
-    sums, temperature, same = [], np.zeros(len(_TEMPERATURES)), 0.0
+    sums, temperature, same = [], np.zeros(len(TEMPERATURES)), 0.0
     for batch in text.windows:
         assert isinstance(batch, Batch)  # noqa: S101 (a text holds one kind)
         p, q, n = Look.at(original, batch, device), Look.at(coded, batch, device), batch.count
         kl = p.kl(q) if p.seen else math.nan
         sums.append([p.loss * n, q.loss * n, kl * n, n, batch.bytes])
-        temperature += [p.tempered(t) * n for t in _TEMPERATURES]
+        temperature += [p.tempered(t) * n for t in TEMPERATURES]
         same += p.same(q) * n
         if progress is not None:
             progress(n)
@@ -223,7 +250,7 @@ def _compare_batches(
 def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: float) -> Comparison:
     nats_p, nats_q, kl, tokens, size = sums.T
     n = tokens.sum()
-    best, nats_best = _best_temperature(temperature / n)
+    best, nats_best = best_temperature(temperature / n)
     return Comparison(
         name=name, tokens=int(n), bytes=int(size.sum()),
         nats_original=float(nats_p.sum() / n), nats_artifact=float(nats_q.sum() / n),
@@ -234,20 +261,6 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
         kl_nats=float(kl.sum() / n), kl_stderr=ratio_stderr(kl, tokens), same_top1=same / float(n),
         windows=ByWindow(kl, nats_q, nats_p, tokens, size),
     )  # fmt: skip
-
-
-def _best_temperature(nats: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return the minimum of a parabola through the three best sampled temperatures."""
-    if not np.isfinite(nats).all():
-        return math.nan, math.nan
-    i = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
-    x, y = np.array(_TEMPERATURES[i - 1 : i + 2]), nats[i - 1 : i + 2]
-    a, b, c = np.polyfit(x, y, 2)
-    if a <= 0:
-        j = int(np.argmin(nats))
-        return float(_TEMPERATURES[j]), float(nats[j])
-    best = float(np.clip(-b / (2 * a), x[0], x[2]))
-    return best, float(a * best**2 + b * best + c)
 
 
 def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
@@ -270,10 +283,10 @@ def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
 
 
 def kl_to(
-    original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu"
+    original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu", ranks: Ranks = ALONE
 ) -> tuple[float, float]:
     """Return the KL to the original in nats per token and its standard error, on plain windows."""
-    return kl_each(original, coded, {"": {}}, windows, device=device)[""]
+    return kl_each(original, coded, {"": {}}, windows, device=device, ranks=ranks)[""]
 
 
 def kl_each(
@@ -284,9 +297,10 @@ def kl_each(
     *,
     device: str = "cpu",
     advance: Advance | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, tuple[float, float]]:
     """Return KL to the original in nats per token, and its standard error, for several variants; see `by_window`."""
-    found = by_window(original, quantized_copy, variants, windows, device=device, advance=advance)
+    found = by_window(original, quantized_copy, variants, windows, device=device, advance=advance, ranks=ranks)
     return {k: (float(v.kl.sum() / v.tokens.sum()), ratio_stderr(v.kl, v.tokens)) for k, v in found.items()}
 
 
@@ -318,6 +332,7 @@ def by_window(
     *,
     device: str = "cpu",
     advance: Advance | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, ByWindow]:
     """Score several variants of one model window by window, for paired comparisons.
 
@@ -330,16 +345,41 @@ def by_window(
         windows: plain windows.
         device: torch device.
         advance: called with the share of a variant that is done.
+        ranks: processes that share the batches, or the variants where there are fewer batches than processes.
     """
     if is_batches(windows):
         return _by_batch(original, quantized_copy, variants, windows, device, advance)
-    kls: dict[str, list[float]] = {label: [] for label in variants}
-    losses: dict[str, list[float]] = {label: [] for label in variants}
-    first, tokens, sizes = [], [], []
-    total = sum(w.predicted for w in windows)
     data = list(_batches(windows, original))
+
+    def scored(some: Sequence[Any], labels: Mapping[str, Values] = variants) -> Iterator[list[list[float]]]:
+        return _scored(original, quantized_copy, labels, some, device, advance, sum(w.predicted for w in windows))
+
+    if len(data) >= ranks.size or len(variants) < 2:
+        found = list(_each(ranks, data, scored))
+    else:
+        apart = ranks.each([1.0] * len(variants), lambda i: list(scored(data, dict([list(variants.items())[i]]))))
+        found = [apart[0][b][:1] + [row for one in apart for row in one[b][1:]] for b in range(len(data))]
+    columns = [np.array(list(chain(*c)), dtype=float) for c in zip(*found, strict=True)]
+    tokens = np.array([n for _, mask, _ in data for n in mask.sum(1).tolist()], dtype=float)
+    sizes = np.array([w.bytes for _, _, members in data for w in members], dtype=float)
+    return {
+        label: ByWindow(kl, nats, columns[0], tokens, sizes)
+        for label, nats, kl in zip(variants, columns[1::2], columns[2::2], strict=True)
+    }
+
+
+def _scored(
+    original: nn.Module,
+    quantized_copy: nn.Module,
+    variants: Mapping[str, Values],
+    data: Sequence[Any],
+    device: str,
+    advance: Advance | None,
+    total: int,
+) -> Iterator[list[list[float]]]:
+    """Yield, for every batch, sums by window: losses of the original, and of every variant its losses and its KL."""
     found = predicted(original, quantized_copy, variants, [(ids, mask) for ids, mask, _ in data], device)
-    for (ids, mask, members), pieces in zip(data, found, strict=True):
+    for (ids, mask, _), pieces in zip(data, found, strict=True):
         flat = mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
         parts: list[list[Tensor]] = []
@@ -354,15 +394,7 @@ def by_window(
                     advance(len(p) / total)
             parts.append(part)
             del p
-        whole = [_by_window(flat, torch.cat(c)).tolist() for c in zip(*parts, strict=True)]
-        first += whole[0]
-        tokens += mask.sum(1).tolist()
-        sizes += [w.bytes for w in members]
-        for label, nats, kl in zip(variants, whole[1::2], whole[2::2], strict=True):
-            losses[label] += nats
-            kls[label] += kl
-    common = [np.array(x, dtype=float) for x in (first, tokens, sizes)]
-    return {label: ByWindow(np.array(kls[label]), np.array(losses[label]), *common) for label in variants}
+        yield [_by_window(flat, torch.cat(c)).tolist() for c in zip(*parts, strict=True)]
 
 
 def _by_batch(

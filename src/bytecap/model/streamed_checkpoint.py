@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from bytecap.errors import CheckpointError
 from bytecap.model import streaming, tying
 from bytecap.model.accounting import account
-from bytecap.model.building import causal_lm, read_config, without_values
+from bytecap.model.building import causal_lm, plain_config, without_values
 from bytecap.model.chain import Chain, find_chain
-from bytecap.model.checkpoint import Model, as_matrix, check_size, find_units, freeze, opened, resolve
+from bytecap.model.checkpoint import Model, as_matrix, check_size, find_units, freeze, resolve
 from bytecap.model.conversion import Conversion, convert
 from bytecap.model.fileset import Header
 from bytecap.model.head import head_of
+from bytecap.model.opening import opened
 from bytecap.model.streaming import Streamed
 from bytecap.model.tensor_files import Tensors
 from bytecap.system.scratch import Scratch
@@ -94,15 +95,17 @@ def open_streamed(
     directory = resolve(model)
     if not directory.is_dir() or (directory / tying.FILE).is_file():
         raise Unstreamable("its tensors are not those of a module one by one")
-    files, headers, notes, shapes = opened(directory, str(model), begin, allow_unused)
-    check_size(directory, shapes, tied=False)
+    source = opened(directory, str(model), begin, allow_unused)
+    headers = source.headers
+    check_size(directory, source.shapes, tied=False)
     module = _skeleton(directory)
     conversion = _plain(module, headers)
-    found = account(module, headers, allow_unused, conversion)
+    reader = source.dense.values if source.dense else None
+    found = account(module, headers, allow_unused, conversion, reader)
     units = find_units(module, found.dtypes)
     names = {target: name for name, target in conversion.entries.items()}
     first = {n: u.name for u in units for n in (u.name, *u.aliases)}
-    tensors = Tensors(headers, {first[n]: s for n, s in names.items()} | names)
+    tensors = Tensors(headers, {first[n]: s for n, s in names.items()} | names, source.dense)
     _check_shapes(module, headers, conversion, directory)
     _fill_buffers(module, tensors)
     trial = Streamed(module, Chain("", 0, 0), tensors, first)
@@ -112,14 +115,14 @@ def open_streamed(
         raise Unstreamable("it has no chain of blocks that are called one after the other")
     streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head))
     return StreamedModel(
-        module, units, files | found.files, str(model), notes=(*notes, *found.notes), rounded=found.rounded,
-        rebuilt=True, scratch=scratch,
+        module, units, source.files | found.files, str(model), notes=(*source.notes, *found.notes),
+        rounded=found.rounded, rebuilt=True, scratch=scratch, dequantized=source.dense.method if source.dense else "",
     )  # fmt: skip
 
 
 def _skeleton(directory: Path) -> nn.Module:
     """The module of a directory's config, its parameters without values and its buffers with them."""
-    config = read_config(directory)
+    config = plain_config(directory)
     with without_values():
         module = causal_lm(config)
     return freeze(module)

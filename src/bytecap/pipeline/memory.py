@@ -25,6 +25,7 @@ from bytecap.model.checkpoint import Model, load_model, resolve
 from bytecap.model.fileset import Header, read_headers
 from bytecap.model.streamed_artifact import streamed_module
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
+from bytecap.pipeline import several
 from bytecap.progress import Reporter
 from bytecap.runtimes import hub
 from bytecap.sizes import parse_size
@@ -106,6 +107,8 @@ def open_model(
     """
     allow = config.allow_unused or ()
     limit = limit_of(config.memory, device)
+    if limit is not None and config.memory is None and device == "cpu":
+        limit //= several.ranks_of(config).on_host
     directory = resolve(model)
     if limit is not None and directory.suffix != gguf_file.SUFFIX:
         headers = _headers(directory, allow)
@@ -113,6 +116,8 @@ def open_model(
             config.memory is None and device == "cuda" and _HOST * _parameters(headers) > (free("cpu") or math.inf)
         )
         reason = _reason(config) if wanted else None
+        if wanted:
+            several.refuse(config, f"a model that needs more than {limit / 1e9:.1f} GB, and so would be streamed,")
         if wanted and reason is None:
             kept = Scratch(_beside(config), *_room(headers, device, limit))
             try:

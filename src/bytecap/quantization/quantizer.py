@@ -19,104 +19,29 @@ from torch import Tensor
 
 from bytecap.calibration.metric import Metric, factor
 from bytecap.calibration.triangle import Triangle
-from bytecap.errors import UsageError
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.grid import GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.coders.trellis import MASKS
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
+from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
+from bytecap.system.ranks import ALONE, Ranks, owners
 from bytecap.system.slabs import slabs
 from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
 ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
-STATES = tuple(1 << memory for memory in MASKS)
-EFFORTS = (8, 32, 128, 256)  # states of the trellis by effort
-_DEFAULT_EFFORT = {"cpu": 2, "cuda": 1}  # seconds over those of 8 states: 1.0 on a processor, 1.04 on an H200 (2: 1.23)
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
 
-_WITHDRAWN = {"groups": "row groups of the Hessian cost more quality than they gain at equal bytes"}
-
-
-def effort_on(device: str, effort: int | None) -> int:
-    """Return the effort that is asked for, or the default of a torch device."""
-    return _DEFAULT_EFFORT[torch.device(device).type] if effort is None else effort
-
-
-@dataclass(frozen=True)
-class Options:
-    """Ingredients of the `grid` coder, each of which can be switched off.
-
-    Attributes:
-        feedback: error feedback and per-column steps from the Cholesky factor.
-        waterfill: per-column steps; False gives one step per row with feedback, as GPTQ.
-        order: round columns of large input energy first.
-        row_power: row steps proportional to `G^(-row_power / 2)`; 0 switches them off.
-        row_quantum: quarter octaves a row step is rounded to.
-        row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
-        trellis: walk columns of some spread along a trellis.
-        states: of the trellis, see `STATES`; more take longer and distort less.
-        shrink: reconstruct at centroids.
-        damping: of the Hessian, in fractions of its mean diagonal.
-        guided: weight tokens by output gradient energy.
-        correct: measure correction factors with the real loss.
-        allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
-        drift: strength of drift targets, 0 off.
-        drift_tokens: tokens they are computed from.
-    """
-
-    feedback: bool = True
-    waterfill: bool = True
-    order: bool = True
-    row_power: float = 1.0
-    row_quantum: int = 2
-    row_class: int = 1
-    trellis: bool = True
-    states: int = 8
-    shrink: bool = True
-    damping: float = 1e-3
-    guided: bool = True
-    correct: bool = True
-    allocate: bool = True
-    drift: float = 0.4
-    drift_tokens: int = 16_384
-
-    @property
-    def memory(self) -> int:
-        """Bits of a trellis' state."""
-        return self.states.bit_length() - 1
-
-    @staticmethod
-    def of(given: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None, effort: int = 0) -> Options:
-        """Read the options of a job.
-
-        Args:
-            given: options by name.
-            warn: told about options that no longer do anything.
-            effort: 0 to 3, says how many states the trellis has where the options do not.
-
-        Raises:
-            UsageError: an unknown option, or a number of states that there is no trellis of.
-        """
-        known = [f.name for f in fields(Options)]
-        unknown = sorted(set(given) - set(known) - set(_WITHDRAWN))
-        if unknown:
-            raise UsageError(f"method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
-        for name in sorted(set(given) & set(_WITHDRAWN)):
-            warn(f"the option {name} of method bytecap does nothing any more: {_WITHDRAWN[name]}")
-        options = Options(**{"states": EFFORTS[effort], **{n: v for n, v in given.items() if n in known}})
-        if options.states not in STATES:
-            raise UsageError(f"there is no trellis of {options.states} states ({', '.join(map(str, STATES))})")
-        return options
+_A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
 
 
 @dataclass(frozen=True)
@@ -204,6 +129,7 @@ class Coded:
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
         overlay: tag and bytes of an overlay over it, or None.
         below: (rows, cols), values of the base of an update, to which these are a difference; None without.
+        owner: the rank that alone has the symbols, where ranks have shared the rounding; None where all have them.
     """
 
     code: GridCode
@@ -211,11 +137,15 @@ class Coded:
     counts: Counts
     overlay: tuple[int, bytes] | None = None
     below: npt.NDArray[np.float32] | None = None
+    owner: int | None = None
 
     @property
     def as_in_base(self) -> bool:
         """Whether nothing is added to the base, so that nothing is stored."""
         return self.below is not None and self.overlay is None and not self.code.symbols.any()
+
+
+_Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, and their centroids' sums
 
 
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
@@ -240,6 +170,7 @@ def round_units(
     options: Options,
     progress: Callable[[int], None] | None = None,
     keep: Callable[[Coded], Coded] = lambda coded: coded,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
     """Round units at their steps.
 
@@ -250,6 +181,7 @@ def round_units(
         options: ingredients.
         progress: called with the number of weights rounded.
         keep: given every unit as soon as it is rounded, returns what is held of it.
+        ranks: processes that share the work, whole batches each.
 
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
@@ -257,25 +189,50 @@ def round_units(
     alike: dict[tuple[int, int], list[Prepared]] = {}
     for item in items:
         alike.setdefault(item.shape, []).append(item)
-    coded: dict[str, Coded] = {}
-    centres = np.zeros((2, 64, 17))
+    batches: list[list[Prepared]] = []
     for (rows, cols), members in alike.items():
         size = max(1, _together(members[0].device) // max(1, rows * cols + cols * cols))
-        for at in range(0, len(members), size):
-            batch = members[at : at + size]
-            rounded = _round_batch(batch, steps, shrink, options)
-            centres += rounded.centres
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
 
-            def collect(i: int, batch: list[Prepared] = batch, rounded: Rounded = rounded) -> Coded:
-                return _collect(batch[i], i, steps, rounded, options)
+    def work(number: int) -> _Batch:
+        batch = batches[number]
+        rounded = _round_batch(batch, steps, shrink, options)
 
-            numbers = range(len(batch))
-            found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
-            coded |= {p.unit.name: keep(x) for p, x in zip(batch, found, strict=True)}
-            del rounded, collect, found  # before the next ones come
-            if progress is not None:
-                progress(rows * cols * len(batch))
+        def collect(i: int) -> Coded:
+            return _collect(batch[i], i, steps, rounded, options)
+
+        numbers = range(len(batch))
+        found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
+        kept = [keep(x) for x in found]
+        if progress is not None:
+            progress(sum(p.shape[0] * p.shape[1] for p in batch))
+        return kept, rounded.centres
+
+    costs = [float(len(b) * b[0].shape[0] * b[0].shape[1] * (b[0].shape[1] + _A_COLUMN)) for b in batches]
+    if len(batches) == 1:
+        ranks = ALONE  # sending takes longer than doing it everywhere
+    coded: dict[str, Coded] = {}
+    centres = np.zeros((2, 64, 17))
+    done = zip(batches, ranks.each(costs, work, sent=_sent, read=_read), owners(costs, ranks.size), strict=True)
+    for batch, (found, own), rank in done:
+        there = rank if ranks.size > 1 else None
+        coded |= {
+            p.unit.name: x if there is None else replace(x, owner=there) for p, x in zip(batch, found, strict=True)
+        }
+        centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
+
+
+def _sent(found: _Batch) -> Any:
+    """Return a rounded batch as ranks send it: without symbols, which few steps ask for."""
+    codes = [replace(c.code, symbols=c.code.symbols[:0]) for c in found[0]]
+    arrays = [{f.name: getattr(code, f.name) for f in fields(GridCode)} for code in codes]
+    return [[[c.distortion, c.counts, a] for c, a in zip(found[0], arrays, strict=True)], found[1]]
+
+
+def _read(value: Any) -> _Batch:
+    """Read what `_sent` returned."""
+    return [Coded(GridCode(**code), distortion, counts) for distortion, counts, code in value[0]], value[1]
 
 
 def _together(device: torch.device) -> int:

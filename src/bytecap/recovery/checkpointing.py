@@ -28,7 +28,7 @@ from bytecap.model import streaming
 from bytecap.system.cache import Store, digest
 
 if TYPE_CHECKING:
-    from bytecap.quantization.quantizer import Options
+    from bytecap.quantization.options import Options
 
 SECONDS = 60.0  # between two times that a course is kept, at least
 _ABOUT = "about"  # entry of what JSON holds

@@ -273,6 +273,10 @@ class Store:
                 self.found -= 1
                 return None
 
+    def own_arrays(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
+        """Return the arrays of a key as this process finds them, whoever shares the store."""
+        return Store.arrays(self, key)
+
     def once(self, key: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
         """Return the arrays of a key; they are made and kept where they are missing, and by one process at a time.
 
