@@ -165,13 +165,19 @@ class _Job:
         """Forward, then backward from the end."""
         self.diagonal = {}
         chain = self.streamed.chain
-        passes = self._forward()
-        outside = self._sums(lambda name: not chain.holds(name))
-        with outside.watching():
-            gradients = self._suffix(passes, outside, generator)
-            for number in reversed(range(chain.count)):
-                self._block(number, gradients, sink, share)
-            self._prefix(gradients, outside)
+        passes = {i: Pass(self.streamed, partial(self._run, self.data[i][0])) for i in self.own}
+        try:
+            self._forward(passes)
+            outside = self._sums(lambda name: not chain.holds(name))
+            with outside.watching():
+                gradients = self._suffix(passes, outside, generator)
+                for number in reversed(range(chain.count)):
+                    self._block(number, gradients, sink, share)
+                self._prefix(gradients, outside)
+        finally:
+            for p in passes.values():  # where memory or the disk has ended, nothing may hold what waits
+                p.cancel()
+            self.frames, self.ends = [], {}
         self._finish(outside, sink, share)
         diagonal: dict[str, npt.NDArray[np.float64]] = {}
         for part in self.ranks.all(self.diagonal):
@@ -195,10 +201,9 @@ class _Job:
     def _run(self, ids: Tensor, module: nn.Module) -> Any:
         return module(ids[:, :-1].to(self.streamed.device))
 
-    def _forward(self) -> dict[int, Pass]:
+    def _forward(self, passes: dict[int, Pass]) -> None:
         """Every batch up to the end of the last block; what goes into each block is kept."""
         streamed = self.streamed
-        passes = {i: Pass(streamed, partial(self._run, self.data[i][0])) for i in self.own}
         self.frames = []
         with torch.no_grad():
             with streamed.outside():
@@ -210,7 +215,6 @@ class _Job:
                         stops[i] = p.advance()
                 release()
         self.ends = stops
-        return passes
 
     def _frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Frame:
         chain = self.streamed.chain
@@ -228,14 +232,11 @@ class _Job:
                 found = predictions(passes[i].advance(leaf), mask)
             pieces.backward(found, lambda logits: sampled_loss_of(logits, generator))
             gradients[i] = _gradient(leaf)
+            del found, leaf
             sums.harvest()
 
-        try:
-            with self.streamed.outside(), torch.enable_grad():
-                self._through(sums, run, partial(self._skip, generator), lambda _: None)
-        finally:
-            for p in passes.values():
-                p.cancel()
+        with self.streamed.outside(), torch.enable_grad():
+            self._through(sums, run, partial(self._skip, generator), lambda _: None)
         return gradients
 
     def _skip(self, generator: torch.Generator, i: int) -> None:
