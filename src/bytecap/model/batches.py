@@ -206,7 +206,7 @@ def rows_of_batches(
     """Score variants by the batches' own loss; without predictions its increase stands in for the KL.
 
     Returns:
-        KL, loss, loss of the original, predictions and bytes of every batch, by variant; losses summed over predictions.
+        KL, loss, loss of the original, predictions and bytes of every batch, by variant; the first three are sums.
     """
     rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
     total = sum(w.predicted for w in windows)

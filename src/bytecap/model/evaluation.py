@@ -343,8 +343,8 @@ def by_window(
         ranks: processes that share the batches, or the variants where there are fewer batches than processes.
     """
     if is_batches(windows):
-        found = rows_of_batches(original, quantized_copy, variants, windows, device, advance)
-        return {label: ByWindow(*np.array(rows, dtype=float).T) for label, rows in found.items()}
+        scores = rows_of_batches(original, quantized_copy, variants, windows, device, advance)
+        return {label: ByWindow(*np.array(rows, dtype=float).T) for label, rows in scores.items()}
     data = list(_batches(windows, original))
 
     def scored(some: Sequence[Any], labels: Mapping[str, Values] = variants) -> Iterator[list[list[float]]]:
