@@ -167,7 +167,7 @@ def drift_targets(
                 inputs = ((a.advance(), b.advance()) for a, b in zip(*walks, strict=True))
                 fix = fix_of(inputs, [mask for _, mask in data]) * strength
                 for n in names:
-                    fresh = units[n].target @ fix
+                    fresh = units[n].times(fix)
                     change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
                 members = [units[n].moved(change[n]) for n in names]
                 prefix = replace(state, coded=planner.round(members, state.steps, state.rules))

@@ -24,8 +24,10 @@ from bytecap.model.streaming import Pass, Streamed
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
+from bytecap.quantization.stored import StoredPrepared
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor, Scratch
+from bytecap.system.slabs import slabs
 
 
 @torch.no_grad()
@@ -92,14 +94,24 @@ class _Targets:
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]
-            fresh = item.target @ fix
+            fresh = item.times(fix)
             if n in self.change:
-                fresh = self.change[n].load(fresh.device).clone().lerp_(fresh, 1 / (self.rounds + 1))
+                for part in slabs(*item.shape):
+                    before = self.change[n].load(fresh.device, part).clone()
+                    fresh[part] = before.lerp_(fresh[part], 1 / (self.rounds + 1))
             self.change[n] = self._scratch.put(fresh)
-            members.append(item.moved(fresh))
+            del fresh
+            members.append(moved(item, self.change[n]))
         coded = self._planner.round(members, self._state.steps, self._state.rules)
         walk.put(unit_values(self._planner, replace(self._state, coded=coded), names))
         allocator.release()
+
+
+def moved(item: Prepared, change: KeptTensor) -> Prepared:
+    """Return a unit with a change of its target, which a unit in work files reads when it is needed."""
+    if isinstance(item, StoredPrepared):
+        return item.moved(change)
+    return item.moved(change.load(item.device))
 
 
 class _Walk:

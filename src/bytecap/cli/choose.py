@@ -15,26 +15,31 @@ from bytecap.model.defaults import TOKENS, WINDOW
 _TEXT = "embedded general text, with a warning"
 
 
+Models = Annotated[
+    list[str], typer.Argument(help="Hugging Face directories, hub ids, .gguf files, or `demo`.", metavar="MODEL...")
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write the best to.", show_default="none")]
+Evaluation = Annotated[
+    list[Path] | None,
+    typer.Option("--evaluation", "--eval", help="Text to compare on (repeatable).", show_default=_TEXT),
+]
+Budgets = Annotated[
+    str | None,
+    typer.Option("--budgets", help="Further caps for the curves, by comma; no file is kept.", show_default="none"),
+]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default="as for fit"),
+]
+
+
 def choose(
-    models: Annotated[
-        list[str], typer.Argument(help="Hugging Face directories, hub ids, .gguf files, or `demo`.", metavar="MODEL...")
-    ],
+    models: Models,
     budget: Annotated[str, typer.Option("--budget", help="Cap on the file.")],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write the best to.", show_default="none")
-    ] = None,
-    evaluation: Annotated[
-        list[Path] | None,
-        typer.Option("--evaluation", "--eval", help="Text to compare on (repeatable).", show_default=_TEXT),
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option("--budgets", help="Further caps for the curves, by comma; no file is kept.", show_default="none"),
-    ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default="as for fit"),
-    ] = None,
+    output: Output = None,
+    evaluation: Evaluation = None,
+    budgets: Budgets = None,
+    calibration: Calibration = None,
     tokens: Annotated[
         int | None, typer.Option(help="Most calibration tokens of whole fits.", min=1, show_default=str(TOKENS))
     ] = None,

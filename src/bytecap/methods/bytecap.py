@@ -27,9 +27,9 @@ from bytecap.allocation.asymmetric_targets import LostError, call_order, drift_t
 from bytecap.allocation.planner import Planner
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
-from bytecap.allocation.streamed_targets import streamed_targets
-from bytecap.calibration.probe import Statistics
+from bytecap.allocation.streamed_targets import moved, streamed_targets
 from bytecap.calibration.statistics import moments
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Job, Outcome, Section
@@ -41,12 +41,11 @@ from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options, Prepared, effort_on
+from bytecap.quantization.options import Options, effort_on
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
-from bytecap.system.scratch import KeptTensor
 
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
 _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after recovery
@@ -178,7 +177,7 @@ def retarget(
                     planner, best.order, best.state, streamed, streamed.copy(), windows,
                     strength=planner.options.drift, scratch=job.model.scratch, advance=advance,
                 )  # fmt: skip
-                matrices = [_moved(p, kept.pop(p.unit.name, None)) for p in planner.matrices]
+                matrices = [moved(p, kept.pop(n)) if (n := p.unit.name) in kept else p for p in planner.matrices]
             else:
                 if change is None:
                     change = drift_targets(
@@ -190,20 +189,16 @@ def retarget(
         except LostError:
             job.reporter.note("the order in which modules are called depends on the data: no drift targets")
             return prepared
-    moved = replace(planner, matrices=matrices)
+    aimed = replace(planner, matrices=matrices)
     if targets is None:
         allocator.release()
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            with_them = _cost(job, moved, best, quantized_copy)
+            with_them = _cost(job, aimed, best, quantized_copy)
         targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
         checkpoints.put("targets", targets)
     if not targets["kept"]:
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
-    return replace(prepared, planner=moved if targets["kept"] else planner, targets=targets)
-
-
-def _moved(item: Prepared, change: KeptTensor | None) -> Prepared:
-    return item if change is None else item.moved(change.load(item.device))
+    return replace(prepared, planner=aimed if targets["kept"] else planner, targets=targets)
 
 
 def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
@@ -215,7 +210,7 @@ def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Mo
     rate = state.rate
     load_values(quantized_copy, correction.unit_values(planner, state))
     del state  # whose integers the passes do not need
-    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
+    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)
     share_storage(quantized_copy, job.model.module)
     return kl + best.slope * rate
 
@@ -255,7 +250,7 @@ def predict(
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
     """Return the KL of a packed plan on the correction tokens."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
-    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
+    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
 
 
 def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:
