@@ -5,7 +5,7 @@ every block is loaded once more, run again with a graph of its own and gone back
 are finished, handed on and dropped before the next block's begin. The operations and the order of all sums are those of
 the unstreamed pass, so statistics are the same to the last bit, at two passes forward instead of one.
 
-Logits of large vocabularies exist for a few hundred tokens at a time; labels are then other samples of the same
+Logits of large vocabularies exist for a few hundred tokens at a time; signs are then other samples of the same
 distribution than those of the unstreamed pass.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.embedding_gradients import Lookup
-from bytecap.calibration.probe import Statistics, Use, _Collector, sampled_loss_of
+from bytecap.calibration.probe import Statistics, Use, _Collector, fisher_loss_of
 from bytecap.model.chain import first_of
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
@@ -68,7 +68,7 @@ def probe_streamed(
         windows: calibration windows.
         sink: given every unit with its uses as soon as they are complete; may be given a unit again after a retry.
         scratch: for work files.
-        seed: of the labels sampled from the model.
+        seed: of the signs that predictions are summed with.
         guided: see `bytecap.calibration.probe.probe`.
         progress: called with the number of tokens finished.
         note: told where the device's memory asks for smaller batches.
@@ -200,7 +200,7 @@ class _Job:
                     mask = self.data[i][1].to(self.streamed.device)
                     with head_pieces(self.streamed, int(mask.sum())) as pieces:
                         found = predictions(p.advance(leaf), mask)
-                    pieces.backward(found, lambda logits: sampled_loss_of(logits, generator))
+                    pieces.backward(found, lambda logits: fisher_loss_of(logits, generator))
                     gradients.append(_gradient(leaf))
                     del found, leaf
                     sums.harvest(self.diagonal)
