@@ -11,8 +11,10 @@ from torch import nn
 from bytecap.calibration import metric as sensitivity
 from bytecap.calibration import probe as probing
 from bytecap.calibration.probe import fisher_loss, fisher_loss_of, probe
+from bytecap.model.batches import Batch
 from bytecap.model.checkpoint import demo_directory, find_units, load_model
 from bytecap.model.evaluation import kl_to
+from bytecap.model.fisher import fisher_change
 from bytecap.model.forward import batches, logits_of
 from bytecap.model.quantized_copy import swapped
 from bytecap.model.sources import encoder
@@ -362,3 +364,34 @@ def test_the_prediction_is_the_divergence_of_a_small_perturbation(embedded, name
 def test_windows_cover_every_token_once():
     windows = cut_windows(list(range(30)), [1] * 30, 7)
     assert [t for w in windows for t in w.tokens[1:]] == list(range(1, 30))
+
+
+class TestLossesOfModules:
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_cross_entropy_inside_a_loss_gets_gradients_along_signs(self, reduction):
+        """The same sums as without the loss, where labels of padding count for nothing."""
+        weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(2)), torch.arange(9) % 6
+        labels[5:7] = -100
+
+        def loss(_module, data):
+            return nn.functional.cross_entropy(data @ weight.T, labels, reduction=reduction)
+
+        batch = Batch((), 0, x, loss, 7)
+        found = batch.fisher_loss(nn.Identity(), torch.Generator().manual_seed(3), torch.device("cpu"))
+        found.backward()
+        logits = (x @ weight.T).detach()
+        change = fisher_change(logits, torch.Generator().manual_seed(3)) * (labels != -100)[:, None]
+        torch.testing.assert_close(weight.grad, change.T @ x * (1 if reduction == "mean" else 7))
+        assert float(found.detach()) == pytest.approx(float(loss(None, x).detach()) * 7, rel=1e-5)
+
+    def test_smoothed_labels_are_drawn(self):
+        weight = torch.zeros(6, 4, requires_grad=True)
+        batch = Batch(
+            (), 0, torch.ones(9, 4),
+            lambda _module, data: nn.functional.cross_entropy(
+                data @ weight.T, torch.zeros(9, dtype=torch.long), label_smoothing=0.1
+            ), 9,
+        )  # fmt: skip
+        batch.fisher_loss(nn.Identity(), torch.Generator().manual_seed(3), torch.device("cpu")).backward()
+        assert len(weight.grad[:, 0].unique()) > 2  # 9 draws from 6 classes: not all are 0

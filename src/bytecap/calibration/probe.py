@@ -5,9 +5,9 @@ The distortion of a unit is the Fisher quadratic form of the model's own loss, i
     D = 1/2 * sum_i G_i * (W^ - W)_i H (W^ - W)_i^T        i: rows
 
 Gradients are those of random sums of the model's predictions that have the second moment of a loss whose labels are
-sampled from the model itself: the true Fisher, so D predicts the KL divergence to the original (`fisher_loss_of`).
-For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
-output gradient over all rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
+sampled from the model itself: the true Fisher (`bytecap.model.fisher`), so D predicts the KL divergence to the
+original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared output
+gradient over all rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
 For an embedding `H` is the second moment of a sequence's gradient by rows (`bytecap.calibration.embedding_gradients`)
 and `G` the rows' gradient energy; the same for every matrix that hooks do not see through
 (`bytecap.model.hook_coverage`). A tensor with several uses keeps one `Use` for each; `bytecap.calibration.metric` joins
@@ -33,6 +33,7 @@ from bytecap.calibration.moments import Moment
 from bytecap.model.batches import Batch
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
+from bytecap.model.fisher import fisher_change
 from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_copy, predictions
 from bytecap.model.hook_coverage import Account, is_matrix, shrunk_moment
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
@@ -320,18 +321,8 @@ def fisher_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.G
 
 
 def fisher_loss_of(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random sum of logits (n, vocabulary) whose gradients have the true Fisher as their second moment.
-
-    A prediction `p` gets the gradient `(diag(sqrt p) - p sqrt(p)^T) e` with random signs `e`. Its covariance is
-    `diag(p) - p p^T`, that of the loss's gradient where the label is sampled from `p`. A sampled label nearly always
-    says that nothing is wrong with a confident prediction and tells little of all other rows of the head; signs
-    tell something of every row each time, so sums over few tokens have less noise.
-    """
-    with torch.no_grad():
-        p = torch.softmax(logits.float(), -1)
-        change = torch.empty_like(p).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).mul_(p.sqrt())
-        change -= p.mul_(change.sum(-1, keepdim=True))
-    return (logits * change.to(logits.dtype)).sum()
+    """Return a random sum of logits (n, vocabulary) whose gradients have the true Fisher as their second moment."""
+    return (logits * fisher_change(logits, generator).to(logits.dtype)).sum()
 
 
 def _harvest(
