@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, fix_of, passes_of, rounds
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, aimed, passes_of, rounds
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.target_fit import Moments
 from bytecap.model.forward import batch_tokens
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
 from bytecap.model.streaming import Pass, Streamed
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
-from bytecap.quantization.quantizer import Prepared
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor, Scratch
 
@@ -50,7 +50,7 @@ def streamed_targets(
         original: untouched model.
         quantized_copy: a copy of it, given the values of the units that are not in `order`.
         windows: calibration windows.
-        strength: 1 is the least-squares target, 0 the weight itself.
+        strength: at most; 1 is the least-squares target, 0 the weight itself.
         scratch: for what is found.
         advance: called with the share of the work that is done.
 
@@ -88,15 +88,13 @@ class _Targets:
 
     def stage(self, walk: _Walk, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
         """Aim the units of one stage, and code them for the passes that go on."""
-        fix = fix_of(walk.inputs(), masks) * self._strength
-        members: list[Prepared] = []
-        for n in names:
-            item = self._units[n]
-            fresh = item.target @ fix
-            if n in self.change:
-                fresh = self.change[n].load(fresh.device).clone().lerp_(fresh, 1 / (self.rounds + 1))
-            self.change[n] = self._scratch.put(fresh)
-            members.append(item.moved(fresh))
+        found = Moments()
+        for (x, seen), mask in zip(walk.inputs(), masks, strict=True):
+            found.add(x, seen, mask)
+        change = {n: self.change[n].load(self._units[n].device).clone() for n in names if n in self.change}
+        members = aimed([self._units[n] for n in names], found, self._strength, change, self.rounds)
+        self.change.update({n: self._scratch.put(change.pop(n)) for n in names})
+        del found
         coded = self._planner.round(members, self._state.steps, self._state.rules)
         walk.put(unit_values(self._planner, replace(self._state, coded=coded), names))
         allocator.release()

@@ -35,7 +35,7 @@ from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Job, Outcome, Section
 from bytecap.methods.floats import fit_floats
-from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
+from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units, near_cap
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
@@ -157,7 +157,8 @@ def settle(job: Job, prepared: PreparedModel, best: PlanCandidate) -> State:
             best.multipliers, prepared.capacity, best.state.rules, start=best.c, rounds=3, tolerance=3e-4, exact=True
         )  # fmt: skip
         # one more rounding with exactly the tables and offsets that will be written
-        return planner.settle(state.steps, state.rules, refit=False)
+        state = planner.settle(state.steps, state.rules, refit=False)
+        return near_cap(planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget).state
 
 
 def retarget(
