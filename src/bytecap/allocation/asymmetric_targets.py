@@ -1,10 +1,10 @@
 """Compute asymmetric targets: aim at the original outputs from the inputs that the coded prefix delivers.
 
 Layers behind coded ones see other inputs `x^` than the original `x`, and get the targets that
-`bytecap.allocation.target_fit` finds for both. Units are taken in the order the model calls them; modules fed by the same
-tensor form a stage, a stage is coded before the next one is treated. Units with several uses (tied, looped, or read by
-more than their module) keep their weights: one target cannot serve several inputs. They are coded before all others, so
-that the rest aims from what they deliver. Where the order of calls depends on the data there are no targets at all.
+`bytecap.allocation.target_fit` finds for both. Units are taken in the order the model calls them; modules fed by the
+same tensor form a stage, a stage is coded before the next one is treated. Units with several uses (tied, looped, or
+read by more than their module) keep their weights: one target cannot serve several inputs. They are coded before all
+others, so that the rest aims from what they deliver. Where the order of calls depends on the data there are no targets.
 
 A target makes up for the very errors that the prefix was coded with, which all tokens have to see. So passes over all
 of them wait in front of a block (`bytecap.model.chain`), where a pass holds little, and a block's stages are reached by
