@@ -1,6 +1,10 @@
 """Streamed models give what models in memory give: statistics to the last bit, KL, comparisons, files."""
 
+import gc
+import os
 import shutil
+import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from torch import nn
 
 import bytecap
 from bytecap.calibration.probe import probe
-from bytecap.calibration.streamed import probe_streamed
+from bytecap.calibration.streamed import _Job, probe_streamed
 from bytecap.errors import CheckpointError, CorruptError, NotAnArtifact, OutputError, ShortageError, UsageError
 from bytecap.format import container
 from bytecap.format.decoder import Decoded, Ideal
@@ -26,6 +30,7 @@ from bytecap.pipeline import memory
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
 from conftest import BUDGET, KINDS, SMALL, VOCABULARY
+from forks import child
 from test_probe import windows_of
 
 WINDOWS = windows_of(5) + windows_of(2, 65, seed=1) + windows_of(1, 13, seed=2)
@@ -76,6 +81,33 @@ def test_logits_in_pieces_give_the_same_statistics_but_for_what_is_sampled(pair,
         assert 0.8 < float(use.rows.sum() / whole[name][0].rows.sum()) < 1.25, name
 
 
+def test_batches_are_halved_where_the_device_has_no_room_and_nothing_stays(pair, monkeypatch):
+    _, streamed = pair("rotary", num_hidden_layers=3)
+    monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 128)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    few, rest = collected(streamed)
+    monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 256)
+    block, waiting, said = _Job._block, [], []
+
+    def full(self, number, gradients, sink):
+        if len(self.data) < 6 and number == 1:
+            waiting.extend(map(weakref.ref, gradients))
+            raise torch.OutOfMemoryError
+        gc.collect()
+        assert not any(ref() is not None for ref in waiting)
+        block(self, number, gradients, sink)
+
+    monkeypatch.setattr(_Job, "_block", full)
+    again, other = collected(streamed, note=said.append)
+    assert waiting
+    assert said == ["statistics: out of device memory, 128 tokens a batch from now on"]
+    assert other.tokens == rest.tokens
+    for name, uses in few.items():
+        for one, two in zip(uses, again[name], strict=True):
+            assert torch.equal(one.moment, two.moment), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in streamed.module.modules())
+
+
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, monkeypatch):
@@ -101,6 +133,20 @@ def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, m
     assert scores[1].kl_nats == pytest.approx(scores[0].kl_nats, rel=1e-3)
     assert scores[1].nats_original == pytest.approx(scores[0].nats_original, rel=1e-5)
     assert all(p.is_meta for p in models[1].module.parameters())
+
+
+def test_tensors_that_a_class_keeps_in_float32_stay_so(pair):
+    _, streamed = pair()
+    streamed.module._keep_in_fp32_modules_strict = ["norm"]
+    copied = streamed.streamed.copy(torch.bfloat16)
+    with copied.outside(), copied.block(0) as loaded:
+        found = {n: p.dtype for n, p in loaded.named_parameters()}
+    assert found["input_layernorm.weight"] == torch.bfloat16  # another name
+    assert found["self_attn.q_proj.weight"] == torch.bfloat16
+    seen = {}
+    copied.module.model.norm.register_forward_hook(lambda m, *_: seen.update(norm=m.weight.dtype))
+    streaming.run(copied.module, lambda m: m(torch.tensor([[1, 2]])).logits)
+    assert seen == {"norm": torch.float32}
 
 
 def test_causality_is_checked_and_one_pass_runs_streamed(pair):
@@ -191,6 +237,44 @@ def test_a_method_that_is_not_streamed_says_so(run, job):
     assert "is not streamed: method uniform needs it in memory" in " ".join(err.split())
 
 
+@pytest.mark.slow
+def test_a_chain_that_cannot_be_found_is_said_and_nothing_else_changes(run, job, model_directory, tmp_path):
+    directory, files = model_directory("rotary", num_hidden_layers=1), []
+    for more in ((), ("--memory", "1MB")):
+        files.append(tmp_path / f"{len(more)}.bcap")
+        code, _, err = run(*job(directory, output=files[-1]), *more, "--method", "bytecap")
+        assert code == 0, err
+        assert ("is not streamed: it has no chain of blocks" in " ".join(err.split())) == bool(more)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [3, 60, 250])
+def test_a_disk_that_is_full_half_way_is_one_line_and_leaves_nothing(refused, job, tmp_path, monkeypatch, number):
+    output, left, write = tmp_path / "out" / "a.bcap", [number], Scratch._write
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+
+    def full(self, path, parts):
+        def some():
+            for part in parts:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(28, "No space left on device")
+                yield part
+
+        write(self, path, some())
+
+    monkeypatch.setattr(Scratch, "_write", full)
+    monkeypatch.setattr(memory, "_room", lambda *_: (0, 0))
+    said = refused(*job(output=output), "--memory", "1MB", "--method", "bytecap")
+    assert "cannot be written (No space left on device)" in said
+    assert left == [-1]
+    gc.collect()
+    assert [p.name for p in output.parent.iterdir()] == ["a.bcap"]
+    assert output.read_bytes() == b"old"
+
+
 def test_samples_need_a_model_in_memory(pair):
     from bytecap.model.sources import sampled
     from bytecap.progress import Silent
@@ -254,20 +338,38 @@ def test_a_full_disk_is_one_line(monkeypatch):
     with pytest.raises(OutputError, match=r"No space left on device.*TMPDIR") as caught:
         scratch.put(torch.ones(3))
     assert "\n" not in str(caught.value)
-    assert not list(scratch.directory.iterdir())
+    assert [p.name for p in scratch.directory.iterdir()] == ["lock"]
 
 
 def test_work_files_go_with_what_they_hold(tmp_path):
     scratch = Scratch(tmp_path)
     kept = scratch.put(torch.ones(3, dtype=torch.bfloat16))
     assert kept.load().dtype == torch.bfloat16
-    assert len(list(scratch.directory.iterdir())) == 1
+    assert len(list(scratch.directory.iterdir())) == 2
     del kept
-    assert not list(scratch.directory.iterdir())
+    assert [p.name for p in scratch.directory.iterdir()] == ["lock"]
     scratch.close()
     assert not list(tmp_path.iterdir())
     with pytest.raises(OutputError, match="no work files can be made"):
         Scratch(tmp_path / "nowhere")
+
+
+def test_work_files_of_a_killed_job_are_removed_by_the_next(tmp_path):
+    def work():
+        dying = Scratch(tmp_path)
+        dying.put(torch.ones(3))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (tmp_path / "bytecap-work-of-mine").mkdir()  # holds no lock: not ours
+    living = Scratch(tmp_path)
+    kept = living.put(torch.ones(3))
+    assert child(work) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    other = Scratch(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "bytecap-work-of-mine", living.directory.name, other.directory.name,
+    }  # fmt: skip
+    assert kept.load().tolist() == [1, 1, 1]
 
 
 def test_small_tensors_may_stay_in_memory(tmp_path):

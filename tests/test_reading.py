@@ -305,26 +305,7 @@ class TestFileSet:
         assert any("rounded" in n for n in model.notes)
 
 
-class TestQuantized:
-    @pytest.mark.parametrize(
-        ("config", "said"),
-        [
-            ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq at 4 bits"),
-            ({"quant_method": "awq", "bits": 4}, "awq at 4 bits"),
-            ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
-            ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-            ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-            ({"quant_method": "mxfp4"}, "mxfp4"),
-            ({"format": "int-quantized"}, "int-quantized"),
-        ],
-    )
-    @pytest.mark.parametrize("nested", [False, True])
-    def test_is_refused_by_name(self, plain, config, said, nested):
-        change_config(plain, **({"text_config": {"quantization_config": config}} if nested else {}))
-        change_config(plain, **({} if nested else {"quantization_config": config}))
-        with pytest.raises(CheckpointError, match=f"is quantized with {said}, which is not read: .*dequantized"):
-            load_model(plain)
-
+class TestOtherFiles:
     def test_a_directory_of_gguf_files_says_what_to_give(self, plain):
         (plain / "model.safetensors").rename(plain / "model.gguf")
         with pytest.raises(CheckpointError, match=r"model\.gguf and no safetensors: give the file"):

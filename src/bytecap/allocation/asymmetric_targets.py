@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
-from bytecap.allocation.target_fit import Moments
+from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
 from bytecap.model.chain import Chain, find_chain
@@ -211,7 +211,7 @@ def drift_targets(
                     for pair, (_, mask) in zip(calls, data, strict=True):
                         x, seen = (c.input_of(m, chain) for c, m in zip(pair, inner, strict=True))
                         found.add(x, seen, mask)
-                    members = aimed([units[n] for n in names], found, strength, change, number)
+                    members = _aimed([units[n] for n in names], found, strength, change, number)
                     prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
                     load_values(quantized_copy, unit_values(planner, prefix, names))
                     del members, prefix, found
@@ -224,14 +224,13 @@ def drift_targets(
     return change
 
 
-def aimed(
+def _aimed(
     items: Sequence[Prepared], found: Moments, strength: float, change: dict[str, Tensor], rounds_before: int
 ) -> list[Prepared]:
     """Return the units of a stage with their targets, whose changes are means over the rounds so far."""
-    # errors of a row weigh as much as those of its unit's columns do, given the columns coded before
-    fix, granted = found.fit([(p.target, p.rows * float(p.lower.diagonal().square().mean())) for p in items], strength)
+    fix, granted = found.fit([trial_of(p) for p in items], strength)
     for p in items:
-        fresh, n = granted * (p.target @ fix), p.unit.name
+        fresh, n = p.times(fix * granted), p.unit.name
         change[n] = change[n].lerp_(fresh, 1 / (rounds_before + 1)) if n in change else fresh
     return [p.moved(change[p.unit.name]) for p in items]
 

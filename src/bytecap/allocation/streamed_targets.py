@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, aimed, passes_of, rounds
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, passes_of, rounds
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
-from bytecap.allocation.target_fit import Moments
+from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model.forward import batch_tokens
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
 from bytecap.model.streaming import Pass, Streamed
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
+from bytecap.quantization.quantizer import Prepared
+from bytecap.quantization.stored import StoredPrepared
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor, Scratch
+from bytecap.system.slabs import slabs
 
 
 @torch.no_grad()
@@ -91,13 +94,30 @@ class _Targets:
         found = Moments()
         for (x, seen), mask in zip(walk.inputs(), masks, strict=True):
             found.add(x, seen, mask)
-        change = {n: self.change[n].load(self._units[n].device).clone() for n in names if n in self.change}
-        members = aimed([self._units[n] for n in names], found, self._strength, change, self.rounds)
-        self.change.update({n: self._scratch.put(change.pop(n)) for n in names})
+        fix, granted = found.fit([trial_of(self._units[n]) for n in names], self._strength)
+        fix *= granted
         del found
+        members: list[Prepared] = []
+        for n in names:
+            item = self._units[n]
+            fresh = item.times(fix)
+            if n in self.change:
+                for part in slabs(*item.shape):
+                    before = self.change[n].load(fresh.device, part).clone()
+                    fresh[part] = before.lerp_(fresh[part], 1 / (self.rounds + 1))
+            self.change[n] = self._scratch.put(fresh)
+            del fresh
+            members.append(moved(item, self.change[n]))
         coded = self._planner.round(members, self._state.steps, self._state.rules)
         walk.put(unit_values(self._planner, replace(self._state, coded=coded), names))
         allocator.release()
+
+
+def moved(item: Prepared, change: KeptTensor) -> Prepared:
+    """Return a unit with a change of its target, which a unit in work files reads when it is needed."""
+    if isinstance(item, StoredPrepared):
+        return item.moved(change)
+    return item.moved(change.load(item.device))
 
 
 class _Walk:

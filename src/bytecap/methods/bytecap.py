@@ -28,9 +28,9 @@ from bytecap.allocation.asymmetric_targets import LostError, call_order, drift_t
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
-from bytecap.allocation.streamed_targets import streamed_targets
-from bytecap.calibration.probe import Statistics
+from bytecap.allocation.streamed_targets import moved, streamed_targets
 from bytecap.calibration.statistics import moments
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Job, Outcome, Section
@@ -42,12 +42,11 @@ from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.progress import warn
-from bytecap.quantization.quantizer import Options, Prepared, effort_on
+from bytecap.quantization.options import Options, effort_on
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
-from bytecap.system.scratch import KeptTensor
 
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
 _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after recovery
@@ -197,19 +196,19 @@ def retarget(
     staged = {n for names in best.order for n in names}
     state = state.holding(set(planner.names) - staged)
     try:
-        moved = _aimed(job, planner, best, state, quantized_copy, checkpoints)
+        aimed = _aimed(job, planner, best, state, quantized_copy, checkpoints)
     except LostError:
         job.reporter.note("the order in which modules are called depends on the data: no drift targets")
         return prepared, planner.settle(state.steps, state.rules, refit=False)
     allocator.release()
-    found = moved.settle(state.steps, state.rules, refit=False)  # the integers of the walk
+    found = aimed.settle(state.steps, state.rules, refit=False)  # the integers of the walk
     if targets is None:
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            with_them = _cost(job, moved, found, best.slope, quantized_copy)
+            with_them = _cost(job, aimed, found, best.slope, quantized_copy)
         targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
         checkpoints.put("targets", targets)
     if targets["kept"]:
-        return replace(prepared, planner=moved, targets=targets), found
+        return replace(prepared, planner=aimed, targets=targets), found
     job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
     del found
     return replace(prepared, targets=targets), planner.settle(state.steps, state.rules, refit=False)
@@ -232,7 +231,8 @@ def _aimed(
                 planner, best.order, state, streamed, streamed.copy(), windows,
                 strength=strength, scratch=job.model.scratch, advance=advance,
             )  # fmt: skip
-            return replace(planner, matrices=[_moved(p, kept.pop(p.unit.name, None)) for p in planner.matrices])
+            matrices = [moved(p, kept.pop(n)) if (n := p.unit.name) in kept else p for p in planner.matrices]
+            return replace(planner, matrices=matrices)
         change = checkpoints.tensors("drift")
         if change is None:
             change = drift_targets(
@@ -244,17 +244,13 @@ def _aimed(
         return replace(planner, matrices=matrices)
 
 
-def _moved(item: Prepared, change: KeptTensor | None) -> Prepared:
-    return item if change is None else item.moved(change.load(item.device))
-
-
 def _cost(job: Job, planner: Planner, state: State, slope: float, quantized_copy: nn.Module) -> float:
     """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope.
 
     The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
     """
     load_values(quantized_copy, correction.unit_values(planner, state))
-    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)
+    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)
     share_storage(quantized_copy, job.model.module)
     return kl + slope * state.rate
 
@@ -294,7 +290,7 @@ def predict(
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
     """Return the KL of a packed plan on the correction tokens."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
-    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
+    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
 
 
 def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:

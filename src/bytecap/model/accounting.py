@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,15 @@ class Account:
     rounded: frozenset[str] = frozenset()
 
 
+Reader = Callable[[Mapping[Path, Header], Any], Iterator[tuple[str, Tensor]]]
+
+
 def account(
-    module: nn.Module, headers: Mapping[Path, Header], allow: Sequence[str] = (), found: Conversion | None = None
+    module: nn.Module,
+    headers: Mapping[Path, Header],
+    allow: Sequence[str] = (),
+    found: Conversion | None = None,
+    values: Reader | None = None,
 ) -> Account:
     """Account for every tensor of the files that a model was built from.
 
@@ -64,20 +71,22 @@ def account(
         headers: of every file that was read.
         allow: names or patterns (`model.layers.61.*`) of tensors that are meant to be left out.
         found: where the tensors went, of a module that holds no values yet and will be given those of the files.
+        values: reads tensors of some names one at a time, where they are not stored as the headers say.
 
     Raises:
         CheckpointError: a tensor has no place in the model, was not read, or became something else.
     """
     entries = {n: e for header in headers.values() for n, e in header.items()}
     filled = found is None
+    values = values or stored_values
     found = found or convert(module, {n: tuple(e["shape"]) for n, e in entries.items()})
-    notes = _left_out(module, headers, found, allow)
+    notes = _left_out(module, headers, found, allow, values)
     _check_filled(module, found)
     dtypes = _dtypes(module, entries, found)
     units = _first_names(module)
     tensors = module.state_dict(keep_vars=True)
     if filled:
-        wide = {name for name, value in _values(headers, found.entries) if not _same(tensors, name, value, found)}
+        wide = {name for name, value in values(headers, found.entries) if not _same(tensors, name, value, found)}
     else:
         wide = {name for name in found.entries if entries[name]["dtype"] == "F64"}
     rounded = {units[t] for t, sources in found.sources.items() if sources & wide}
@@ -107,12 +116,14 @@ def refuse_unread(name: str, where: Path | str) -> CheckpointError | None:
     return None
 
 
-def _left_out(module: nn.Module, headers: Mapping[Path, Header], found: Conversion, allow: Sequence[str]) -> list[str]:
+def _left_out(
+    module: nn.Module, headers: Mapping[Path, Header], found: Conversion, allow: Sequence[str], values: Reader
+) -> list[str]:
     """Check tensors that have no place in the model; returns notes about those that may be left out."""
     where = {n: path for path, header in headers.items() for n in header}
     unexpected = set(found.unexpected)
     wanted, known = [], ignored(module)
-    for name, value in _values(headers, unexpected):
+    for name, value in values(headers, unexpected):
         if error := refuse_unread(name, where[name]):
             raise error
         if allowed(name, allow):
@@ -147,7 +158,7 @@ def _count(entry: Mapping[str, Any]) -> int:
     return size
 
 
-def _values(headers: Mapping[Path, Header], names: Any) -> Iterator[tuple[str, Tensor]]:
+def stored_values(headers: Mapping[Path, Header], names: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the files with the given names, one at a time."""
     from safetensors import safe_open
 

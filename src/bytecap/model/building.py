@@ -15,6 +15,7 @@ Nothing else in the library calls `from_pretrained` or `from_config` (`tests/tes
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ _OWN = {None, "eager", "sdpa", "grouped_mm", "batched_mm"}  # implementations th
 _IMPLEMENTATION = re.compile(
     r"_?(?:attn|attention|experts|moe|mlp|kernel)s?_implementation(?:_internal)?|use_kernels|kernel_config"
 )
+_PLAIN_OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 _OTHER_KINDS = {  # transformers' tables of the models that it has no causal class for, the most telling first
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "an encoder-decoder",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "a multimodal model",
@@ -43,6 +45,14 @@ _OTHER_KINDS = {  # transformers' tables of the models that it has no causal cla
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "a model of images",
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES": "a model of sound",
 }
+
+
+def quiet() -> None:
+    """Let transformers say nothing on the terminal: what it says may quote files that anybody may have written."""
+    import transformers
+
+    transformers.logging.set_verbosity(logging.CRITICAL + 1)
+    transformers.logging.disable_progress_bar()
 
 
 def parse_object(content: bytes, name: str) -> dict[str, Any]:
@@ -116,13 +126,15 @@ def read_config(directory: Path, name: str = "") -> Any:
             f"{said}: the model type {parsed.get('model_type')!r} is code of the checkpoint's own (auto_map), which is "
             "never run; build the module yourself and use --factory"
         )
-    transformers.logging.set_verbosity_error()
+    quiet()
     _check_type(parsed.get("model_type"), said)
     with hurried(CheckpointError(f"{said} takes minutes to be read")):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     for kind in ("_attn_implementation", "_experts_implementation"):  # `flash_attention_2` may mean a hub's kernel
         if getattr(config, kind, None) not in _OWN:
             setattr(config, kind, None)
+    for key, value in _PLAIN_OUTPUTS.items():
+        setattr(config, key, value)
     return config
 
 
@@ -201,6 +213,26 @@ def pretrained(directory: Path, **options: Any) -> Any:
         directory, config=read_config(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True,
         **options,
     )  # fmt: skip
+
+
+def plain_config(directory: Path) -> Any:
+    """The transformers config of a directory without what it says of quantization: weights are read as dense ones."""
+    config = read_config(directory)
+    for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type"))):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return config
+
+
+def filled(config: Any, tensors: dict[str, Any], **options: Any) -> Any:
+    """Build the model of a config with the tensors of a checkpoint, as `from_pretrained` would from its files."""
+    import torch
+
+    with torch.device("meta"):
+        kind: Any = type(causal_lm(config))
+    return kind.from_pretrained(
+        None, config=config, state_dict=tensors, local_files_only=True, trust_remote_code=False, **options
+    )
 
 
 def check_fits(config: Any, shapes: Shapes, name: str, *, held: int | None = None, prepare: Any = None) -> None:

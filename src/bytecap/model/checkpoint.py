@@ -22,25 +22,25 @@ import numpy as np
 from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model import gguf_file
 from bytecap.model.bounds import Shapes
-from bytecap.model.building import causal_lm, check_fits, check_holds, pretrained, read_config
-from bytecap.model.fileset import (
-    HUB_FILES,
-    PICKLES,
-    Header,
-    pickle_message,
-    read_headers,
-    read_side_files,
-    refuse_quantized,
-    weight_files,
+from bytecap.model.building import (
+    causal_lm,
+    check_fits,
+    check_holds,
+    filled,
+    plain_config,
+    pretrained,
+    quiet,
+    read_config,
 )
-from bytecap.model.inputs import refuse_encoder_decoder
+from bytecap.model.fileset import HUB_FILES, PICKLES, pickle_message, weight_files
 from bytecap.model.linears import linear_weights, place_of
-from bytecap.model.tokenization import conversion_note
 from bytecap.system import allocator
 from bytecap.types import Unit
 
 if TYPE_CHECKING:
     import torch
+
+    from bytecap.model.quantized_checkpoint import Dequantized
 
 _Values = TypeVar("_Values", np.ndarray[Any, Any], "torch.Tensor")
 _STACKED = 16  # smallest side of a matrix in a stack of them
@@ -63,6 +63,7 @@ class Model:
         notes: what reading it found that the user should know.
         rounded: names of tensors whose source has more bits than float32.
         rebuilt: whether the side files describe the module, so that a file alone is enough to build it again.
+        dequantized: method that the source is quantized with; empty where it is not.
     """
 
     module: torch.nn.Module
@@ -72,6 +73,7 @@ class Model:
     notes: tuple[str, ...] = ()
     rounded: frozenset[str] = frozenset()
     rebuilt: bool = False
+    dequantized: str = ""
 
     @property
     def parameters(self) -> int:
@@ -161,49 +163,27 @@ def load_model(
     Raises:
         CheckpointError: missing, corrupt, not finite, pickle, of a kind transformers cannot build, or not read whole.
     """
-    from bytecap.model.accounting import account  # which imports torch; this module must not
+    from bytecap.model.accounting import account  # which import torch; this module must not
+    from bytecap.model.opening import opened
 
     directory = resolve(model)
     if directory.suffix == gguf_file.SUFFIX and directory.is_file():
         return _of_gguf(directory, begin)
-    files, headers, notes, shapes = opened(directory, str(model), begin, allow_unused)
-    module = build_module(directory, shapes)
-    found = account(module, headers, allow_unused)
+    source = opened(directory, str(model), begin, allow_unused)
+    module = build_module(directory, source.shapes, source.dense)
+    found = account(module, source.headers, allow_unused, values=source.dense.values if source.dense else None)
     units = find_units(module, found.dtypes)
     check_finite(units, module)
     return Model(
         module,
         units,
-        files | found.files,
+        source.files | found.files,
         str(model),
-        notes=(*notes, *found.notes),
+        notes=(*source.notes, *found.notes),
         rounded=found.rounded,
         rebuilt=True,
+        dequantized=source.dense.method if source.dense else "",
     )
-
-
-def opened(
-    directory: Path, name: str, begin: Callable[[dict[str, bytes]], None] | None, allow_unused: Sequence[str]
-) -> tuple[dict[str, bytes], dict[Path, Header], list[str], Shapes]:
-    """Read what a directory says of its model before any weight is read, and refuse kinds that are no language model.
-
-    Args:
-        directory: of the model.
-        name: for messages.
-        begin: see `load_model`.
-        allow_unused: likewise.
-
-    Returns:
-        side files, headers of the weight files, notes for the user, and shapes of all tensors.
-    """
-    files = read_side_files(directory)
-    refuse_quantized(json.loads(files["config.json"]), directory)
-    refuse_encoder_decoder(files, name)
-    headers, notes = read_headers(directory, allow_unused)
-    if begin is not None:
-        begin(files)
-    shapes = {n: tuple(e["shape"]) for header in headers.values() for n, e in header.items()}
-    return files, headers, notes + conversion_note(files), shapes
 
 
 def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Model:
@@ -214,7 +194,7 @@ def _of_gguf(path: Path, begin: Callable[[dict[str, bytes]], None] | None) -> Mo
     module = _filled(files, tensors, path)
     units = find_units(module, gguf_file.dtypes(tensors))
     check_finite(units, module)
-    return Model(module, units, files, str(path), notes=notes, rebuilt=True)
+    return Model(module, units, files, str(path), notes=notes, rebuilt=True, dequantized="gguf")
 
 
 def _filled(files: dict[str, bytes], tensors: dict[str, Any], path: Path) -> torch.nn.Module:
@@ -232,16 +212,17 @@ def _filled(files: dict[str, bytes], tensors: dict[str, Any], path: Path) -> tor
     return freeze(module)
 
 
-def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
+def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = None) -> torch.nn.Module:
     """Build the float32 module of a model directory by transformers.
 
     Args:
         directory: of the model.
         shapes: of all tensors of its weight files; a config that asks for far more is refused before it is built.
+        dense: reads the tensors of a quantized one.
     """
     try:
         import torch
-        import transformers
+        import transformers  # noqa: F401 (said here if it is missing)
 
         from bytecap.model import tying
     except ImportError as exc:
@@ -252,12 +233,14 @@ def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
         module = module_from_config(directory)
         tying.fill(module, weight_files(directory))
         return freeze(module)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
     try:
-        built: Any = pretrained(
-            directory, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )  # fmt: skip
+        built: Any = (
+            pretrained(directory, **options)
+            if dense is None
+            else filled(plain_config(directory), {n: dense.value(n) for n in shapes}, **options)
+        )
     except Exception as exc:
         if allocator.is_shortage(exc) or isinstance(exc, BytecapError):
             raise
@@ -278,7 +261,7 @@ def build_module(directory: Path, shapes: Shapes) -> torch.nn.Module:
 def check_size(directory: Path, shapes: Shapes, tied: bool) -> None:
     """Compare what a config asks for with what the weight files hold, before anything is allocated."""
     try:
-        check_holds(read_config(directory), shapes, str(directory), tied=tied)
+        check_holds(plain_config(directory), shapes, str(directory), tied=tied)
     except Exception as exc:
         if allocator.is_shortage(exc) or isinstance(exc, BytecapError):
             raise

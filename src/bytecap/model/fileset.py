@@ -191,24 +191,6 @@ def _adapter_message(path: Path) -> str:
     )
 
 
-def refuse_quantized(config: Mapping[str, Any], where: Path | str) -> None:
-    """Refuse a checkpoint whose config says that its weights are quantized, by the name of the method.
-
-    Raises:
-        CheckpointError: it is.
-    """
-    nested = [v for v in config.values() if isinstance(v, dict)]
-    for part in (config, *nested):
-        found = part.get("quantization_config", part.get("compression_config"))
-        if isinstance(found, dict) and found:
-            method = found.get("quant_method") or found.get("format") or "an unnamed method"
-            bits = f" at {found['bits']} bits" if isinstance(found.get("bits"), int) else ""
-            raise CheckpointError(
-                f"{where} is quantized with {method}{bits}, which is not read: start from the unquantized checkpoint, "
-                f"or {DEQUANTIZE}"
-            )
-
-
 def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
     """Return the header of a safetensors file, after checking that every tensor lies inside the file.
 

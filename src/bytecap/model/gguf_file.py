@@ -22,7 +22,7 @@ import numpy.typing as npt
 from bytecap.errors import CheckpointError
 from bytecap.format.coders.exact import is_lossless
 from bytecap.model.bounds import hurried
-from bytecap.model.building import check_config, check_holds
+from bytecap.model.building import check_config, check_holds, quiet
 from bytecap.model.fileset import TOKENIZER
 
 SUFFIX = ".gguf"
@@ -52,8 +52,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]
         import transformers
     except ImportError as exc:
         raise CheckpointError(f"{path} needs the extra packages ({exc.name}): pip install 'bytecap[gguf]'") from exc
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     check_header(path)
     try:

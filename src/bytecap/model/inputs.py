@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bytecap.errors import CheckpointError, UsageError
+from bytecap.errors import BytecapError, CheckpointError, UsageError
+from bytecap.model.bounds import hurried
+from bytecap.model.building import check_config, quiet
+from bytecap.system import allocator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,13 +87,20 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _library_config(raw: Mapping[str, Any]) -> Any:
-    """Return the config as transformers completes it, without running anything; None for kinds it does not know."""
-    try:
-        from transformers import AutoConfig
+    """Return the config as transformers completes it, without running anything; None for kinds it does not know.
 
-        return type(AutoConfig.for_model(raw["model_type"])).from_dict(dict(raw))
-    except Exception:  # noqa: BLE001 (any config of any class: what it says by itself is left)
-        return None
+    Raises:
+        CheckpointError: it asks for absurd counts, or takes minutes.
+    """
+    check_config(raw, "config.json")
+    with hurried(CheckpointError("config.json takes minutes to be read")):
+        try:
+            from transformers import AutoConfig
+
+            quiet()
+            return type(AutoConfig.for_model(raw["model_type"])).from_dict(dict(raw))
+        except Exception:  # noqa: BLE001 (any config of any class: what it says by itself is left)
+            return None
 
 
 def refuse_encoder_decoder(files: Mapping[str, bytes], name: str) -> None:
@@ -119,6 +130,25 @@ def vocabulary_of(module: nn.Module) -> int | None:
             kind = "nf" if hasattr(table, "nf") else ""
             sizes.append(int(weight.shape[1 if kind else 0]))
     return min(sizes, default=None)
+
+
+@contextmanager
+def run_as_configured(name: str) -> Iterator[None]:
+    """Say in one line that a config makes its model fail, where a pass of it raises what is no error of ours.
+
+    Raises:
+        CheckpointError: the pass failed, and not for lack of memory.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if isinstance(exc, BytecapError) or allocator.is_shortage(exc):
+            raise
+        first = next((line for line in str(exc).splitlines() if line.strip()), "no reason given")
+        raise CheckpointError(
+            f"the model of {name} cannot be run as its config.json describes it ({type(exc).__name__}: {first}): "
+            "correct config.json"
+        ) from exc
 
 
 def check_causal(

@@ -28,7 +28,7 @@ from bytecap.model.calibration_text import (
 )
 from bytecap.model.checkpoint import Model, demo_directory
 from bytecap.model.defaults import EVALUATION_TOKENS, SAMPLED_TOKENS, SAMPLED_WORK, TOKENS, WINDOW
-from bytecap.model.inputs import check_causal, facts, vocabulary_of
+from bytecap.model.inputs import check_causal, facts, run_as_configured, vocabulary_of
 from bytecap.model.linears import of_transformers
 from bytecap.model.texts import (
     Encoder,
@@ -76,7 +76,8 @@ def check_model(model: Model) -> None:
     Raises:
         CheckpointError: it sees the next token.
     """
-    check_causal(model.module, model.name, vocabulary_of(model.module), facts(model.files).positions)
+    with run_as_configured(model.name):
+        check_causal(model.module, model.name, vocabulary_of(model.module), facts(model.files).positions)
 
 
 def as_paths(paths: Paths) -> list[Path]:

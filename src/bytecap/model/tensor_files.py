@@ -7,11 +7,12 @@ meanwhile.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ _PIECE = 2**22  # values read at once
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -34,46 +36,75 @@ class _Place:
     shape: tuple[int, ...]
 
 
+class Computed(Protocol):
+    """Tensors that are made from stored ones."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def value(self, name: str) -> Tensor:
+        """Return a tensor."""
+        ...
+
+
 class Tensors:
     """The tensors of a checkpoint, by the names that the model has for them.
 
     Args:
         headers: of its files, checked.
         names: name in the files of every tensor of the model.
+        computed: gives the values of tensors that are not stored as such, by their names in the headers.
     """
 
-    def __init__(self, headers: Mapping[Path, Mapping[str, Mapping[str, Any]]], names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        headers: Mapping[Path, Mapping[str, Mapping[str, Any]]],
+        names: Mapping[str, str],
+        computed: Computed | None = None,
+    ) -> None:
+        self._computed = computed
+        self._made = {t: n for t, n in names.items() if computed is not None and n in computed}
         places: dict[str, _Place] = {}
         for path, header in headers.items():
             with path.open("rb") as f:
                 base = 8 + struct.unpack("<Q", f.read(8))[0]
             for name, entry in header.items():
-                if entry["dtype"] in _DTYPES:
+                if entry["dtype"] in _DTYPES and "data_offsets" in entry:
                     start = base + int(entry["data_offsets"][0])
                     places[name] = _Place(path, start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
         self._places = {target: places[name] for target, name in names.items() if name in places}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._places or name in self._made
 
-    def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """Read a tensor.
+    def read(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """Read a tensor, or some rows of it.
 
         Args:
             name: in the model.
             device: where it goes.
             dtype: of floating-point tensors; others keep theirs.
+            rows: consecutive entries along the first axis; all by default.
 
         Raises:
             CheckpointError: its file is not what it was.
         """
+        if self._computed is not None and name in self._made:
+            value = self._computed.value(self._made[name])
+            return (value if rows is None else value[rows]).to(device=device, dtype=dtype)
         place = self._places[name]
         wanted = dtype if dtype is not None and place.dtype.is_floating_point else place.dtype
-        out = torch.empty(place.shape, dtype=wanted, device=device)
+        first, shape = (0, place.shape) if rows is None else (rows.start, (rows.stop - rows.start, *place.shape[1:]))
+        out = torch.empty(shape, dtype=wanted, device=device)
         flat, width = out.reshape(-1), torch.empty(0, dtype=place.dtype).element_size()
         try:
             with place.path.open("rb") as f:
-                f.seek(place.start)
+                f.seek(place.start + first * math.prod(place.shape[1:]) * width)
                 for at in range(0, len(flat), _PIECE):
                     count = min(_PIECE, len(flat) - at)
                     raw = np.empty(count * width, np.uint8)

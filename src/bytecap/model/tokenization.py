@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError
+from bytecap.model.building import quiet
 from bytecap.model.fileset import SLOW_TOKENIZER_FILES, TOKENIZER
 from bytecap.model.tokenizer import load_tokenizer
 
@@ -70,6 +71,7 @@ def _converted(files: Mapping[str, bytes]) -> Any:
         import transformers
     except ImportError as exc:
         raise CheckpointError("texts need the extra packages: pip install 'bytecap[hf]'") from exc
+    quiet()
     with tempfile.TemporaryDirectory() as directory:
         for name, content in files.items():
             (Path(directory) / Path(name).name).write_bytes(content)

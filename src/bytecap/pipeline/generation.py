@@ -21,7 +21,7 @@ from bytecap.format.updates import Bases
 from bytecap.model import tokenizer as door
 from bytecap.model.bounds import hurried
 from bytecap.model.checkpoint import Model
-from bytecap.model.inputs import vocabulary_of
+from bytecap.model.inputs import run_as_configured, vocabulary_of
 from bytecap.model.sources import encoder, window_limit
 from bytecap.model.texts import check_known
 from bytecap.model.tokenization import is_there, read_tokenizer
@@ -144,10 +144,10 @@ def continued(model: Model, ids: Sequence[int], tokens: int, how: Sampling, devi
     past: Any = None
     fresh = known = list(ids)[-limit:]
     for _ in range(tokens):
-        with torch.no_grad():
+        with torch.no_grad(), run_as_configured(model.name):
             read = torch.tensor([fresh], device=device)
             out = module(read, past_key_values=past, use_cache=True) if keeps else module(read)
-        token = draw(logits_of(out)[0, -1], how, generator)
+            token = draw(logits_of(out)[0, -1], how, generator)
         if token in ends:
             return
         yield token

@@ -92,6 +92,8 @@ def print_fit(report: dict[str, Any]) -> None:
         table.add_row("dry run", f"nothing written; {format_size(report['budget_bytes'])} budget")
         table.add_row("floor", f"{format_size(report['floor_bytes'])} is the smallest reachable file")
         table.add_row("predicted KL", f"{report['predicted_delta_nats']:.4f} nats per token")
+    if "source_quantization" in report:
+        table.add_row("source", f"dequantized from {report['source_quantization']}: quality is against those values")
     if "code_files" in report:
         table.add_row(
             "code", f"{report['code_packed_bytes']:,} bytes packed, {report['code_raw_bytes']:,} raw; "

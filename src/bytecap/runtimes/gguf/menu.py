@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bytecap.allocation.correction import role_name
 from bytecap.calibration.metric import Metric, join
-from bytecap.calibration.probe import Statistics
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import UsageError
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.progress import Advance

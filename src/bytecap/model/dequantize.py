@@ -1,0 +1,221 @@
+"""Compute dense weights from the tensors that quantized checkpoints store, by the formula of each scheme.
+
+All arithmetic is float32, an operation after the other. Sources of the layouts: DeepSeek-V3 (block scales), the OCP
+microscaling formats (E2M1 codes, E8M0 scales), bitsandbytes (code books with blockwise maxima, LLM.int8), and
+compressed-tensors (packed integers). Omitted: GPTQ and AWQ, whose files leave open what their reader has to know.
+
+>>> import torch
+>>> block_scaled(torch.ones(3, 2), torch.tensor([[2.0], [4.0]]), (2, 2)).tolist()
+[[2.0, 2.0], [2.0, 2.0], [4.0, 4.0]]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_WORD = 32
+_INT8_TOP = 127.0
+
+
+class Misfit(ValueError):  # noqa: N818 (a reason, which the caller turns into its error)
+    """Why stored tensors do not make up a weight."""
+
+
+def factors(scales: Tensor) -> Tensor:
+    """Scales as float32; bytes are exponents of two (E8M0)."""
+    if scales.dtype == torch.uint8:
+        return (scales.to(torch.float32) - 127.0).exp2()
+    return scales.to(torch.float32)
+
+
+def block_scaled(codes: Tensor, scales: Tensor, block: Sequence[int] | None = None) -> Tensor:
+    """Multiply blocks of a matrix, or of a stack of them, by a scale each.
+
+    Args:
+        codes: (..., rows, cols) of any dtype.
+        scales: (..., block rows, block columns), one for every row, or a single one.
+        block: rows and columns of a block, the last of which may be cut off; by default the scales divide the matrix
+            evenly.
+
+    Raises:
+        Misfit: the scales do not cover the matrix.
+    """
+    values, scale = codes.to(torch.float32), factors(scales)
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    if scale.ndim == values.ndim - 1 and scale.shape == values.shape[:-1]:
+        return values * scale[..., None]
+    if values.ndim < 2 or scale.ndim != values.ndim or scale.shape[:-2] != values.shape[:-2]:
+        raise Misfit(f"scales of shape {list(scale.shape)} for a weight of {list(values.shape)}")
+    for axis in (-2, -1):
+        size, count = values.shape[axis], scale.shape[axis]
+        side = block[axis] if block else 0
+        if not side or -(-size // side) != count:
+            if not count or size % count:
+                raise Misfit(f"scales of shape {list(scale.shape)} for a weight of {list(values.shape)}")
+            side = size // count
+        scale = scale.repeat_interleave(min(side, size), axis).narrow(axis, 0, size)
+    return values * scale
+
+
+def nibbles(packed: Tensor, *, high_first: bool = False) -> Tensor:
+    """The two codes of every byte, along the last axis."""
+    low, high = (packed.view(torch.uint8) & 15).to(torch.int64), (packed.view(torch.uint8) >> 4).to(torch.int64)
+    return torch.stack((high, low) if high_first else (low, high), -1).flatten(-2)
+
+
+def e2m1(packed: Tensor) -> Tensor:
+    """Values of four-bit floats, two in a byte."""
+    return torch.tensor(_E2M1)[nibbles(packed)]
+
+
+def experts(blocks: Tensor, scales: Tensor) -> Tensor:
+    """A stack of matrices from MXFP4 blocks.
+
+    Args:
+        blocks: (experts, rows, groups, bytes), as checkpoints of gpt-oss store them.
+        scales: (experts, rows, groups), exponents of two.
+
+    Returns:
+        (experts, columns, rows), which is how the model reads them.
+
+    Raises:
+        Misfit: the shapes do not belong together.
+    """
+    if blocks.ndim != 4 or blocks.shape[:-1] != scales.shape:
+        raise Misfit(f"scales of shape {list(scales.shape)} for blocks of {list(blocks.shape)}")
+    stacked = torch.empty(blocks.shape[0], blocks.shape[2] * blocks.shape[3] * 2, blocks.shape[1])
+    for matrix, packed, exponents in zip(stacked, blocks, scales, strict=True):  # one at a time: they may be many
+        values = torch.ldexp(e2m1(packed), exponents.to(torch.int32)[..., None] - 127)
+        matrix.copy_(values.flatten(-2).T)
+    return stacked
+
+
+def global_scaled(packed: Tensor, scales: Tensor, whole: Tensor | None) -> Tensor:
+    """Four-bit floats with a scale for every group, whose own scale divides them (NVFP4; MXFP4 has none)."""
+    scale = factors(scales)
+    if whole is not None:
+        scale = scale / whole.to(torch.float32).reshape(())
+    return block_scaled(e2m1(packed), scale)
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """Codes that lie one after the other in the words of each row, the lowest bits first; signed, around their middle.
+
+    Args:
+        words: (rows, words), int32.
+        bits: of a code, a divisor of 32.
+        count: of codes in a row.
+
+    Raises:
+        Misfit: there are more or fewer words than that takes.
+    """
+    each = _WORD // bits
+    if words.ndim != 2 or _WORD % bits or words.shape[1] != -(-count // each):
+        raise Misfit(f"words of shape {list(words.shape)} for {count} codes of {bits} bits in a row")
+    shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
+    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(-2)[:, :count] - (1 << (bits - 1))
+
+
+def packed_integers(
+    words: Tensor, scales: Tensor, shape: Tensor, zeros: Tensor | None, widths: Sequence[int]
+) -> Tensor:
+    """A matrix of packed integers with a scale for every group of columns, and perhaps a zero point.
+
+    Args:
+        words: (rows, words), codes packed along the columns.
+        scales: (rows, groups).
+        shape: of the matrix, two numbers.
+        zeros: (packed rows, groups), packed along the rows.
+        widths: bits that a code may have, one of which fits.
+
+    Raises:
+        Misfit: the shapes do not belong together.
+    """
+    rows, cols = (int(n) for n in shape.reshape(-1)) if shape.numel() == 2 else (-1, -1)
+    fitting = [b for b in widths if _WORD % b == 0 and words.ndim == 2 and words.shape[1] == -(-cols // (_WORD // b))]
+    if rows < 1 or cols < 1 or words.shape[0] != rows or len(fitting) != 1:
+        raise Misfit(f"words of shape {list(words.shape)} for a weight of {[rows, cols]} at {list(widths)} bits")
+    values = unpack_words(words, fitting[0], cols)
+    if zeros is not None:
+        offsets = unpack_words(zeros.T.contiguous(), fitting[0], rows).T
+        values = values - _spread(offsets, values.shape)
+    return block_scaled(values, scales)
+
+
+def integers(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Plain codes with scales and perhaps zero points of the same shape."""
+    values = codes.to(torch.float32)
+    if zeros is not None:
+        values = values - _spread(zeros.to(torch.float32), values.shape)
+    return block_scaled(values, scales)
+
+
+def _spread(offsets: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zero points, one for every weight."""
+    return block_scaled(torch.ones(tuple(shape)), offsets.to(torch.float32))
+
+
+def rows_of_int8(codes: Tensor, maxima: Tensor) -> Tensor:
+    """LLM.int8: rows with the largest magnitude of each."""
+    return block_scaled(codes, maxima.reshape(-1) / _INT8_TOP)
+
+
+def code_book(
+    packed: Tensor, maxima: Tensor, book: Tensor, state: Mapping[str, Any], inner: Sequence[Tensor]
+) -> Tensor:
+    """bitsandbytes: indices of four bits into a code book, times the largest magnitude of each block.
+
+    Args:
+        packed: two indices in a byte, the first one high.
+        maxima: of the blocks; bytes are indices into a code book of their own (`inner`).
+        book: 16 values.
+        state: shape, block size and the inner book's, as the checkpoint says them.
+        inner: maxima and book of the maxima; empty where these are floats.
+
+    Raises:
+        Misfit: sizes do not belong together.
+    """
+    shape, block = [int(n) for n in state["shape"]], int(state["blocksize"])
+    count = math.prod(shape)
+    if book.numel() != 16 or min(shape, default=0) < 1 or block < 1 or packed.numel() != -(-count // 2):
+        raise Misfit(f"{packed.numel()} bytes and a book of {book.numel()} values for a weight of {shape}")
+    if inner:
+        tops, inner_book = inner
+        size = int(state["nested_blocksize"])
+        if inner_book.numel() != 256 or size < 1 or tops.numel() != -(-maxima.numel() // size):
+            raise Misfit(f"{tops.numel()} inner maxima for {maxima.numel()} blocks")
+        indices = maxima.view(torch.uint8).to(torch.int64).reshape(-1)
+        maxima = inner_book.float().reshape(-1)[indices] * _each(tops, size, indices.numel())
+        maxima = maxima + float(state["nested_offset"])
+    if maxima.numel() != -(-count // block):
+        raise Misfit(f"{maxima.numel()} maxima for {count} weights in blocks of {block}")
+    values = book.float().reshape(-1)[nibbles(packed.reshape(-1), high_first=True)[:count]]
+    return (values * _each(maxima, block, count)).reshape(shape)
+
+
+def _each(values: Tensor, times: int, count: int) -> Tensor:
+    return values.float().reshape(-1).repeat_interleave(min(times, count))[:count]
+
+
+def parse_state(content: Tensor) -> dict[str, Any]:
+    """The JSON object that bitsandbytes stores as a tensor of bytes.
+
+    Raises:
+        Misfit: it is none, or lacks what a weight needs.
+    """
+    try:
+        state = json.loads(bytes(content.to(torch.uint8).reshape(-1).tolist()))
+        [int(n) for n in state["shape"]]
+        int(state["blocksize"])
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        raise Misfit("its quant_state is not what bitsandbytes writes") from exc
+    return dict(state)
