@@ -82,13 +82,13 @@ def test_batches_are_halved_where_the_device_has_no_room_and_nothing_stays(pair,
     monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 256)
     block, waiting, said = _Job._block, [], []
 
-    def full(self, number, gradients, sink):
+    def full(self, number, gradients, *others):
         if len(self.data) < 6 and number == 1:
-            waiting.extend(map(weakref.ref, gradients))
+            waiting.extend(map(weakref.ref, gradients.values()))
             raise torch.OutOfMemoryError
         gc.collect()
         assert not any(ref() is not None for ref in waiting)
-        block(self, number, gradients, sink)
+        block(self, number, gradients, *others)
 
     monkeypatch.setattr(_Job, "_block", full)
     again, other = collected(streamed, note=said.append)
