@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -217,6 +219,48 @@ class TestWholeFits:
         for key, value in alone.report.items():
             assert key == "seconds" or report[key] == json.loads(json.dumps(finite(value))), key
 
+    def test_a_streamed_model_too(self, fitted, model_directory, texts, tmp_path):
+        """Chunks of one block are on every rank; batches and sums of it are divided."""
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", "--memory", "100MB")
+        (code, said), other = several.together(2, several.command(words), tmp_path)
+        assert code == 0, said
+        assert other == (0, "")
+        assert "the model is streamed" in " ".join(said.split())
+        assert (tmp_path / "a.bcap").read_bytes() == fitted()[0].data
+
+    @pytest.mark.nightly
+    def test_a_streamed_fit_that_loses_a_rank_leaves_no_work_files_of_others(self, model_directory, texts, tmp_path):
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", "--memory", "100MB", "--json")
+        pids = several.start(2, several.command(words), tmp_path)
+        _wait_for(lambda: len([p for p in tmp_path.glob("bytecap-*/*") if p.stat().st_size]) > 8)
+        os.kill(pids[1], signal.SIGKILL)
+        assert "rank 1 of 2" in several.finished(pids, tmp_path)[0][1]
+        assert len(list(tmp_path.glob("bytecap-*"))) == 1  # of the killed one
+
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_started_by_torchrun(self, fitted, model_directory, texts, tmp_path, count):
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", "--json")
+        start = ["-m", "torch.distributed.run", "--nproc-per-node", count, "-m", "bytecap"]
+        done = subprocess.run(  # noqa: S603 (our own code)
+            [sys.executable, *map(str, [*start, *words])], env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1
+        assert (tmp_path / "a.bcap").read_bytes() == fitted()[0].data
+
+    @pytest.mark.nightly
+    def test_several_budgets_and_a_dry_run(self, fitted, model_directory, texts, tmp_path):
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "{budget}.bcap", "--json")
+        words[words.index(BUDGET)] = f"{BUDGET},{BUDGET + 2000}"
+        found = several.together(2, several.command(words), tmp_path)
+        assert [code for code, _ in found] == [0, 0], found
+        assert [f["budget_bytes"] for f in json.loads(found[0][1])["fits"]] == [BUDGET, BUDGET + 2000]
+        assert (tmp_path / f"{BUDGET}.bcap").read_bytes() == fitted()[0].data
+        found = several.together(2, several.command([*words, "--dry-run"]), tmp_path)
+        assert [code for code, _ in found] == [0, 0], found
+
 
 def _wait_for(found):
     """Wait until something is there."""
@@ -294,7 +338,6 @@ class TestRefusals:
             pytest.param(["--paths", "outliers"], "overlays", marks=pytest.mark.nightly),
             pytest.param(["--format", "gguf"], "the format gguf", marks=pytest.mark.nightly),
             pytest.param(["--layout", "hub"], "the layout hub", marks=pytest.mark.nightly),
-            pytest.param(["--memory", "1MB"], "would be streamed", marks=pytest.mark.nightly),
         ],
     )
     def test_what_is_not_divided(self, refused, more, what):

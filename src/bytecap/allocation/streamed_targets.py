@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, fix_of, passes_of, rounds
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, passes_of, rounds
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model.forward import batch_tokens
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
@@ -24,6 +25,7 @@ from bytecap.model.streaming import Pass, Streamed
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
+from bytecap.quantization.stored import StoredPrepared
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.system.slabs import slabs
@@ -51,7 +53,7 @@ def streamed_targets(
         original: untouched model.
         quantized_copy: a copy of it, given the values of the units that are not in `order`.
         windows: calibration windows.
-        strength: 1 is the least-squares target, 0 the weight itself.
+        strength: at most; 1 is the least-squares target, 0 the weight itself.
         scratch: for what is found.
         advance: called with the share of the work that is done.
 
@@ -89,7 +91,12 @@ class _Targets:
 
     def stage(self, walk: _Walk, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
         """Aim the units of one stage, and code them for the passes that go on."""
-        fix = fix_of(walk.inputs(), masks) * self._strength
+        found = Moments()
+        for (x, seen), mask in zip(walk.inputs(), masks, strict=True):
+            found.add(x, seen, mask)
+        fix, granted = found.fit([trial_of(self._units[n]) for n in names], self._strength)
+        fix *= granted
+        del found
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]
@@ -99,11 +106,18 @@ class _Targets:
                     before = self.change[n].load(fresh.device, part).clone()
                     fresh[part] = before.lerp_(fresh[part], 1 / (self.rounds + 1))
             self.change[n] = self._scratch.put(fresh)
-            members.append(item.moved(fresh))
             del fresh
+            members.append(moved(item, self.change[n]))
         coded = self._planner.round(members, self._state.steps, self._state.rules)
         walk.put(unit_values(self._planner, replace(self._state, coded=coded), names))
         allocator.release()
+
+
+def moved(item: Prepared, change: KeptTensor) -> Prepared:
+    """Return a unit with a change of its target, which a unit in work files reads when it is needed."""
+    if isinstance(item, StoredPrepared):
+        return item.moved(change)
+    return item.moved(change.load(item.device))
 
 
 class _Walk:

@@ -7,7 +7,10 @@ With `--json` exactly one JSON object goes to standard output and nothing else i
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
+import threading
 import warnings
 from typing import Annotated
 
@@ -74,6 +77,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     DEBUG.set(debug)
+    _end_in_order()
     try:
         code = app(standalone_mode=False)  # Ctrl-C and typer.Exit come back as a number or as an exception
     except KeyboardInterrupt:
@@ -88,6 +92,23 @@ def main() -> None:
         sys.stderr.write("\ninterrupted; no partial file is left behind\n")
     if isinstance(code, int) and code:
         raise SystemExit(code)
+
+
+def _end_in_order() -> None:
+    """Let a process that is told to end take its partial files away first; a child of it just ends."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals are the business of whoever runs us in a thread
+    mine = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != mine:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody ignores it, as nohup does
+            signal.signal(number, end)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def open_streamed(
     _fill_buffers(module, tensors)
     trial = Streamed(module, Chain("", 0, 0), tensors, first)
     trial.to(device)
-    chain, head = _observe(trial, units)
+    chain, head = observe(trial, units)
     if chain is None:
         raise Unstreamable("it has no chain of blocks that are called one after the other")
     streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head))
@@ -155,8 +155,13 @@ def _fill_buffers(module: nn.Module, tensors: Tensors) -> None:
             buffer.copy_(tensors.read(name))
 
 
-def _observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
-    """Find the chain and the head on a few tokens, and refuse weights that are not finite."""
+def observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
+    """Find the chain and the head of a module on a few tokens, and refuse weights that are not finite.
+
+    Args:
+        streamed: the module, whose chain is not known yet.
+        units: its units.
+    """
     module, seen = streamed.module, set[str]()
     ids, heads = torch.zeros(1, _TRIAL, dtype=torch.long, device=streamed.device), list[str | None]()
     with _one_by_one(streamed, seen):

@@ -16,12 +16,14 @@ from bytecap.calibration.statistics import environment, windows_key
 from bytecap.errors import UsageError
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
+from bytecap.progress import Recorder, Reporter, Silent, reporter_for
 from bytecap.system.cache import Store, digest
 from bytecap.system.ranks import ALONE, Ranks
 from bytecap.system.shared_store import SharedStore
 
-_SAMPLED = 64  # values of a tensor that say which checkpoint it is of
+_SAMPLED = 64  # values of a tensor, and tensors of a streamed model, that say which checkpoint it is
 _OWN = {"ranks", "reporter", "progress", "store"}  # options that ranks may have different ones of
 _ONE = "fit it with one process"
 
@@ -88,7 +90,8 @@ def check_model(model: Model, ranks: Ranks, device: str) -> None:
     shapes = [[u.name, u.dtype, list(u.shape), list(u.aliases)] for u in model.units]
     about["the checkpoint (tensors)"] = digest(shapes)
     about["the checkpoint (config and tokenizer)"] = digest(*(x for n, d in model.files.items() for x in (n, d)))
-    about["the checkpoint (weights)"] = digest(*(_some(model, u) for u in model.units))
+    step = max(1, len(model.units) // _SAMPLED) if isinstance(model, StreamedModel) else 1  # each is read whole
+    about["the checkpoint (weights)"] = digest(*(_some(model, u) for u in model.units[::step]))
     ranks.agree(about)
 
 
@@ -97,6 +100,26 @@ def _some(model: Model, unit: Any) -> Any:
     flat = model.tensor(unit).detach().reshape(-1)
     some = flat[:: max(1, len(flat) // _SAMPLED)].cpu()
     return np.asarray(some.double() if some.is_floating_point() else some)
+
+
+class Unheard(Silent):
+    """A reporter of a rank that does not speak."""
+
+    def warn(self, text: str) -> None:
+        """Say nothing: rank 0 is told of it in the end."""
+
+
+def reporter_of(config: FitConfig) -> Reporter:
+    """Return the reporter of a job on this rank."""
+    return reporter_for(config.reporter, config.progress) if ranks_of(config).first else Unheard()
+
+
+def pass_on(ranks: Ranks, reporter: Recorder) -> None:
+    """Warn of what only other ranks have met."""
+    for theirs in ranks.all(list(reporter.warnings)):
+        for text in theirs:
+            if text not in reporter.warnings:
+                reporter.warn(text)
 
 
 def check_sets(sets: TokenSets, ranks: Ranks) -> None:

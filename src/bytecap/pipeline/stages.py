@@ -46,7 +46,7 @@ from bytecap.pipeline.formats import FILE
 from bytecap.pipeline.lossless import lossless
 from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
-from bytecap.progress import Recorder, Silent, reporter_for
+from bytecap.progress import Recorder
 from bytecap.quantization.options import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
@@ -137,7 +137,7 @@ def check(config: FitConfig) -> Asked:
     paths, effort = methods.menu_of(config.paths, config.method), effort_of(config.recover)
     code = config.code if isinstance(config.code, Code) else pack_code.pack(config.code)
     store = several.store_of(config)
-    reporter = Recorder(reporter_for(config.reporter, config.progress) if several.ranks_of(config).first else Silent())
+    reporter = Recorder(several.reporter_of(config))
     allocator.spare(device)
     return Asked(config, run, device, paths, effort, store, code, update.base_of(config), reporter)
 
@@ -180,6 +180,7 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
     if not asked.config.dry_run:
         with _stated(opened.model):
             _deliver(result, job, asked.config.output)
+    several.pass_on(job.ranks, asked.reporter)
     seconds = round(time.perf_counter() - started, 3)
     result.report |= asked.code.report(opened.budget)
     result.report |= {"floor_bytes": opened.floor, "seconds": seconds, "warnings": list(asked.reporter.warnings)}
