@@ -211,7 +211,7 @@ def on_device(monkeypatch):
     monkeypatch.setattr(device_decode, "usable", lambda _: True)
     monkeypatch.setattr(resident, "usable", lambda _: True)
     monkeypatch.setattr(resident, "_SMALL", 100)
-    served = device_decode.Batch.decode
+    served = device_decode.Batch.on_device
     counts = []
 
     def counted(self):
@@ -219,7 +219,7 @@ def on_device(monkeypatch):
         counts.append(self.served)
         return found
 
-    monkeypatch.setattr(device_decode.Batch, "decode", counted)
+    monkeypatch.setattr(device_decode.Batch, "on_device", counted)
     return counts
 
 
