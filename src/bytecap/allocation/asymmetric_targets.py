@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -34,7 +34,9 @@ from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
 from bytecap.system import allocator
+from bytecap.system.ranks import Ranks
 
+_Item = TypeVar("_Item")
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 _NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros delivers, which still has to be inverted
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
@@ -161,11 +163,12 @@ def drift_targets(
     groups = rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, batch_tokens(vocabulary), device))
-        walks = [_walks(model, data, order) for model in (original, quantized_copy)]
+        masks = [mask for _, mask in data]
+        walks = [_walks(model, of_rank(data, planner.ranks), order) for model in (original, quantized_copy)]
         try:
-            for names in order:
+            for stage, names in enumerate(order):
                 inputs = ((a.advance(), b.advance()) for a, b in zip(*walks, strict=True))
-                fix = fix_of(inputs, [mask for _, mask in data]) * strength
+                fix = fix_on(planner.ranks, stage, inputs, masks, device) * strength
                 for n in names:
                     fresh = units[n].times(fix)
                     change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
@@ -238,9 +241,49 @@ def _only(quantized_copy: nn.Module, original: nn.Module, values: Values, staged
     load_values(quantized_copy, values)
 
 
-def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], order: Sequence[Sequence[str]]) -> list[_Walk]:
+def _walks(model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], order: Sequence[Sequence[str]]) -> list[_Walk]:
     modules = linear_weights(model)
     return [_Walk(model, run, [modules[names[0]][0] for names in order]) for run, _ in data]
+
+
+def of_rank(data: Sequence[_Item], ranks: Ranks) -> Sequence[_Item]:
+    """Return the passes of this rank."""
+    return data[ranks.rank :: ranks.size]
+
+
+def fix_on(
+    ranks: Ranks, stage: int, inputs: Iterable[tuple[Tensor, Tensor]], masks: Sequence[Tensor | None], device: str
+) -> Tensor:
+    """Return `fix_of` the passes of all ranks, solved by one of them.
+
+    Args:
+        ranks: processes, each with the passes that `of_rank` gives it.
+        stage: number of the stage, which says who solves.
+        inputs: x and x^ of this rank's passes.
+        masks: of all passes.
+        device: torch device.
+
+    Raises:
+        LostError: on all ranks, where one rank's pass was somewhere else.
+    """
+    if ranks.size == 1:
+        return fix_of(inputs, masks)
+    own: list[Tensor] = []
+    lost = False
+    try:
+        own += [t for pair in inputs for t in pair]
+    except LostError:
+        lost = True
+    if any(ranks.all(lost)):
+        raise LostError
+    solver = stage % ranks.size
+    arrived = ranks.exchange([own if to == solver else [] for to in range(ranks.size)], device)
+    found = None
+    if ranks.rank == solver:
+        parts = [iter(tensors) for tensors in arrived]
+        owners = [parts[i % ranks.size] for i in range(len(masks))]
+        found = [fix_of(((next(part), next(part)) for part in owners), masks)]
+    return ranks.spread(found, solver, device)[0]
 
 
 def fix_of(inputs: Iterable[tuple[Tensor, Tensor]], masks: Sequence[Tensor | None]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, fix_of, passes_of, rounds
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, fix_on, of_rank, passes_of, rounds
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.model.forward import batch_tokens
@@ -25,6 +25,7 @@ from bytecap.model.texts import Window
 from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
 from bytecap.system import allocator
+from bytecap.system.ranks import Ranks
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.system.slabs import slabs
 
@@ -67,10 +68,10 @@ def streamed_targets(
     groups = rounds(windows, ROUND_TOKENS[original.device.type])
     for chosen in groups:
         data = list(passes_of(chosen, batch_tokens(vocabulary), str(original.device)))
-        walk = _Walk([original, quantized_copy], data, order)
+        walk = _Walk([original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks)
         try:
-            for names in walk.stages():
-                work.stage(walk, names, [mask for _, mask in data])
+            for stage, names in enumerate(walk.stages()):
+                work.stage(walk, stage, names, [mask for _, mask in data])
                 advance(1 / len(order) / len(groups))
         finally:
             walk.cancel()
@@ -87,9 +88,10 @@ class _Targets:
         self.change: dict[str, KeptTensor] = {}
         self.rounds = 0
 
-    def stage(self, walk: _Walk, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
+    def stage(self, walk: _Walk, number: int, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
         """Aim the units of one stage, and code them for the passes that go on."""
-        fix = fix_of(walk.inputs(), masks) * self._strength
+        device = str(self._units[names[0]].device)
+        fix = fix_on(self._planner.ranks, number, walk.inputs(), masks, device) * self._strength
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]
@@ -109,8 +111,10 @@ class _Targets:
 class _Walk:
     """Passes of two models that stop at every stage, with one block of each in memory."""
 
-    def __init__(self, lanes: Sequence[Streamed], data: Sequence[Any], order: Sequence[Sequence[str]]) -> None:
-        self._lanes, self._order = lanes, order
+    def __init__(
+        self, lanes: Sequence[Streamed], data: Sequence[Any], order: Sequence[Sequence[str]], ranks: Ranks
+    ) -> None:
+        self._lanes, self._order, self._ranks = lanes, order, ranks
         self._stops = [[linear_weights(x.module)[names[0]][0] for names in order] for x in lanes]
         self._passes = [
             [Pass(x, run, stops) for run, _ in data] for x, stops in zip(lanes, self._stops, strict=True)
@@ -150,9 +154,13 @@ class _Walk:
     def _advance(self, number: int | None) -> None:
         """Let all passes go on to a stage, or to the next block."""
         self._found = [[p.advance() for p in group] for group in self._passes]
-        for stops, group in zip(self._stops, self._passes, strict=True):
-            if any((p.at is not stops[number]) if number is not None else p.at in stops for p in group):
-                raise LostError
+        lost = any(
+            (p.at is not stops[number]) if number is not None else p.at in stops
+            for stops, group in zip(self._stops, self._passes, strict=True)
+            for p in group
+        )
+        if any(self._ranks.all(lost)):
+            raise LostError
 
     def inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what the stage is given by both models, batch by batch."""
