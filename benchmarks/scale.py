@@ -38,6 +38,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "h512-12": {"hidden": 512, "inner": 1408, "blocks": 12, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-24": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-48": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 8192},
+    "h512-24-32k": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 32000},
+    "h512-48-32k": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 32000},
     "h1024-6": {"hidden": 1024, "inner": 2816, "blocks": 6, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-12": {"hidden": 1024, "inner": 2816, "blocks": 12, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-24": {"hidden": 1024, "inner": 2816, "blocks": 24, "heads": 16, "groups": 4, "vocabulary": 8192},
@@ -150,7 +152,8 @@ def _fit(args: argparse.Namespace, ranks: Any) -> None:
     text: dict[str, Any] = {"calibration": "general"} if args.calib is None else {"calibration": args.calib}
     result = bytecap.fit(
         str(args.child), f"{args.bits}bpp", output=args.child / "out.bcap", device=args.device, tokens=args.tokens,
-        evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, reporter=steps, ranks=ranks, **text,
+        evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, effort=args.effort, reporter=steps,
+        ranks=ranks, **text,
     )  # fmt: skip
     cuda = torch.cuda.is_available() and args.device != "cpu"
     host_gb = ranks.all(max([*steps.peaks.values(), _restart_peak()]))
@@ -185,8 +188,8 @@ def one(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             found = _started(name, directory, gpus, args)
             row = {"benchmark": "scale", "model": name, "gpus": gpus, "process_seconds": round(
                 time.perf_counter() - began, 1), **found, "bits": args.bits, "tokens": args.tokens, "seed": args.seed,
-                "memory": args.memory, "dtype": args.dtype, "host": host(), "date": time.strftime("%Y-%m-%d"),
-                "command": _command(args)}  # fmt: skip
+                "memory": args.memory, "effort": args.effort, "dtype": args.dtype, "host": host(),
+                "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
             if rows:
                 row["speed_up"] = round(rows[0]["seconds"] / row["seconds"], 2)
                 row["same_bytes"] = rows[0]["sha256"] == row["sha256"]
@@ -202,7 +205,7 @@ def _started(name: str, directory: Path, gpus: int, args: argparse.Namespace) ->
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))  # torchrun would set 1
     options = [f"--{n}={getattr(args, n)}" for n in ("bits", "tokens", "device", "seed")]
     options += [f"--eval-tokens={args.eval_tokens}"]
-    options += [f"--{n}={v}" for n in ("memory", "calib") if (v := getattr(args, n)) is not None]
+    options += [f"--{n}={v}" for n in ("memory", "calib", "effort") if (v := getattr(args, n)) is not None]
     done = subprocess.run(
         [*start, __file__, f"--child={directory}", *options], stdout=subprocess.PIPE, text=True, check=False,
         env=environment,
@@ -227,6 +230,7 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--memory")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--effort", type=int, help="of the fit")
     p.add_argument("--gpus", type=_numbers, default=[1], help="numbers of ranks, by comma")
     p.add_argument("--dtype", default="bfloat16", help="of the checkpoint on disk")
     p.add_argument("--calib", help="calibration text instead of the embedded general one")

@@ -1,23 +1,26 @@
 """Compute asymmetric targets: aim at the original outputs from the inputs that the coded prefix delivers.
 
-Layers behind coded ones see other inputs `x^` than the original `x`. The best stand-in for `W` is then::
+Layers behind coded ones see other inputs `x^` than the original `x`, and get the targets that
+`bytecap.allocation.target_fit` finds for both. Units are taken in the order the model calls them; modules fed by the
+same tensor form a stage, a stage is coded before the next one is treated. Units with several uses (tied, looped, or
+read by more than their module) keep their weights: one target cannot serve several inputs. They are coded before all
+others, so that the rest aims from what they deliver. Where the order of calls depends on the data there are no targets.
 
-    W' = W + strength * W (E[(x - x^) x^T]) (E[x^ x^T] + ridge)^-1
-
-Units are taken in the order the model calls them; modules fed by the same tensor form a stage, a stage is coded
-before the next one is treated. Units with several uses (tied, looped, or read by more than their module) keep their
-weights: one target cannot serve several inputs. They are coded before all others, so that the rest aims from what they
-deliver. Where the order of calls depends on the data there are no targets at all.
+A target makes up for the very errors that the prefix was coded with, which all tokens have to see. So passes over all
+of them wait in front of a block (`bytecap.model.chain`), where a pass holds little, and a block's stages are reached by
+running it again up to there. A model without a chain of blocks is walked in rounds of fewer tokens, which wait in front
+of every stage; its targets are means over the rounds.
 
 Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the corrected target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from itertools import groupby
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -25,20 +28,20 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
+from bytecap.model.chain import Chain, find_chain
 from bytecap.model.forward import batch_tokens, batches
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
-from bytecap.model.quantized_copy import Values, load_values, share_storage
+from bytecap.model.quantized_copy import load_values, share_storage
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
+from bytecap.quantization.quantizer import Prepared
 from bytecap.system import allocator
-from bytecap.system.ranks import Ranks
 
-_Item = TypeVar("_Item")
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
-_NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros delivers, which still has to be inverted
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
 
 
@@ -47,7 +50,7 @@ class LostError(Exception):
 
 
 class _Walk:
-    """One forward pass that stops at every stage until it is asked for the next one.
+    """One forward pass that stops at every point until it is asked for the next one.
 
     The pass is a coroutine, so a stage's weights can be replaced while many passes wait in front of it, and every
     pass is run only once. (Threads instead would each keep a pool of workers and buffers of their own.)
@@ -59,19 +62,19 @@ class _Walk:
         self._stops = iter(stops)
 
     def _run(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
-        handles = [m.register_forward_pre_hook(self._stop) for m in stops]
+        handles = [m.register_forward_pre_hook(self._stop, with_kwargs=True) for m in stops]
         try:
             run(model)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _stop(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _stop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getcurrent() is self._pass and self._pass.parent is not None:  # else another pass over the same model
-            self._pass.parent.switch((module, args[0]))
+            self._pass.parent.switch((module, args, kwargs))
 
-    def advance(self) -> Tensor:
-        """Return the input of the next stage.
+    def advance(self) -> _Call:
+        """Return the call of the next point's module.
 
         Raises:
             LostError: the pass is somewhere else.
@@ -80,12 +83,46 @@ class _Walk:
         found = self._pass.switch(*arguments)
         if not found or found[0] is not next(self._stops):
             raise LostError
-        x: Tensor = found[1]
-        return x
+        return _Call(*found)
 
     def cancel(self) -> None:
         """Abandon the pass and remove its hooks."""
         self._pass.throw()
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    """A call has come to a module, with this input."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module that has not begun."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def input_of(self, inner: nn.Module, chain: Chain | None) -> Tensor:
+        """Return the input of the module itself, or of one inside it, which the call is begun for."""
+        if inner is self.module or chain is None:
+            found: Tensor = self.args[0]
+            return found
+
+        def reached(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = inner.register_forward_pre_hook(reached)
+        try:  # a block may change its input in place
+            args, kwargs = chain.given(self.args, self.kwargs, chain.taken(self.args, self.kwargs).clone())
+            self.module(*args, **kwargs)
+        except _Reached as found_there:
+            return found_there.x
+        finally:
+            handle.remove()
+        raise LostError
 
 
 def stages(model: nn.Module, run: Run) -> list[list[str]]:
@@ -140,8 +177,6 @@ def drift_targets(
 ) -> dict[str, Tensor]:
     """Return the changes of units' targets, float32 (rows, cols) by unit name.
 
-    The windows are walked in rounds, which bounds memory; targets are means over the rounds so far.
-
     Args:
         planner: prepared units.
         order: units that get targets, see `call_order`.
@@ -149,7 +184,7 @@ def drift_targets(
         original: untouched model.
         quantized_copy: a copy of it that holds quantized values, overwritten.
         windows: calibration windows.
-        strength: 1 is the least-squares target, 0 the weight itself.
+        strength: at most; 1 is the least-squares target, 0 the weight itself.
         device: torch device.
         advance: called with the share of the work that is done.
     """
@@ -160,28 +195,75 @@ def drift_targets(
     staged = {n for names in order for n in names}
     load_values(quantized_copy, unit_values(planner, state, [n for n in planner.names if n not in staged]))
     change: dict[str, Tensor] = {}
-    groups = rounds(windows, ROUND_TOKENS[torch.device(device).type])
+    chain = _chain_of(original, windows, device)
+    groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, batch_tokens(vocabulary), device))
-        masks = [mask for _, mask in data]
-        walks = [_walks(model, of_rank(data, planner.ranks), order) for model in (original, quantized_copy)]
+        walks = [_walks(model, data, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
-            for stage, names in enumerate(order):
-                inputs = ((a.advance(), b.advance()) for a, b in zip(*walks, strict=True))
-                fix = fix_on(planner.ranks, stage, inputs, masks, device) * strength
-                for n in names:
-                    fresh = units[n].times(fix)
-                    change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
-                members = [units[n].moved(change[n]) for n in names]
-                prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
-                _only(quantized_copy, original, unit_values(planner, prefix, names), staged)
-                del members, prefix
-                allocator.release()
-                advance(1 / len(order) / len(groups))
+            for point, stages_there in groupby(order, lambda names: _point(names, chain)):
+                del point
+                calls = [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+                share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
+                for names in stages_there:
+                    inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
+                    found = Moments()
+                    for pair, (_, mask) in zip(calls, data, strict=True):
+                        x, seen = (c.input_of(m, chain) for c, m in zip(pair, inner, strict=True))
+                        found.add(x, seen, mask)
+                    members = _aimed([units[n] for n in names], found, strength, change, number)
+                    prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
+                    load_values(quantized_copy, unit_values(planner, prefix, names))
+                    del members, prefix, found
+                    allocator.release()
+                    advance(1 / len(order) / len(groups))
+                del calls
         finally:
             for walk in (w for group in walks for w in group):
                 walk.cancel()
     return change
+
+
+def _aimed(
+    items: Sequence[Prepared], found: Moments, strength: float, change: dict[str, Tensor], rounds_before: int
+) -> list[Prepared]:
+    """Return the units of a stage with their targets, whose changes are means over the rounds so far."""
+    fix, granted = found.fit([trial_of(p) for p in items], strength)
+    for p in items:
+        fresh, n = p.times(fix * granted), p.unit.name
+        change[n] = change[n].lerp_(fresh, 1 / (rounds_before + 1)) if n in change else fresh
+    return [p.moved(change[p.unit.name]) for p in items]
+
+
+def _chain_of(model: nn.Module, windows: Sequence[Window], device: str) -> Chain | None:
+    """Return the blocks that passes can wait in front of, if calls of blocks can be begun more than once."""
+    run, _ = next(passes_of(windows[:1], 1, device))
+    stateful: list[Any] = []
+    chain = find_chain(model, partial(run, model))
+    if chain is None:
+        return None
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stateful.extend(v for v in (*args, *kwargs.values()) if hasattr(v, "update"))
+
+    handle = chain.blocks(model)[0].register_forward_pre_hook(hook, with_kwargs=True)
+    run(model)
+    handle.remove()
+    return None if stateful else chain
+
+
+def _point(names: Sequence[str], chain: Chain | None) -> str:
+    """Return the path of the block that holds a stage, or the stage's first unit."""
+    if chain is None or not chain.holds(names[0]):
+        return names[0]
+    return f"{chain.path}.{names[0][len(chain.path) + 1 :].partition('.')[0]}"
+
+
+def _points(model: nn.Module, order: Sequence[Sequence[str]], chain: Chain | None) -> list[nn.Module]:
+    """Return the modules that passes stop in front of."""
+    modules = linear_weights(model)
+    paths = [path for path, _ in groupby(order, lambda names: _point(names, chain))]
+    return [modules[p][0] if p in modules else model.get_submodule(p) for p in paths]
 
 
 def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
@@ -235,73 +317,5 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     return groups
 
 
-def _only(quantized_copy: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
-    """Load values into the copy; other staged units share the original's storage, since no pass needs them again."""
-    share_storage(quantized_copy, original, staged)
-    load_values(quantized_copy, values)
-
-
-def _walks(model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], order: Sequence[Sequence[str]]) -> list[_Walk]:
-    modules = linear_weights(model)
-    return [_Walk(model, run, [modules[names[0]][0] for names in order]) for run, _ in data]
-
-
-def of_rank(data: Sequence[_Item], ranks: Ranks) -> Sequence[_Item]:
-    """Return the passes of this rank."""
-    return data[ranks.rank :: ranks.size]
-
-
-def fix_on(
-    ranks: Ranks, stage: int, inputs: Iterable[tuple[Tensor, Tensor]], masks: Sequence[Tensor | None], device: str
-) -> Tensor:
-    """Return `fix_of` the passes of all ranks, solved by one of them.
-
-    Args:
-        ranks: processes, each with the passes that `of_rank` gives it.
-        stage: number of the stage, which says who solves.
-        inputs: x and x^ of this rank's passes.
-        masks: of all passes.
-        device: torch device.
-
-    Raises:
-        LostError: on all ranks, where one rank's pass was somewhere else.
-    """
-    if ranks.size == 1:
-        return fix_of(inputs, masks)
-    own: list[Tensor] = []
-    lost = False
-    try:
-        own += [t for pair in inputs for t in pair]
-    except LostError:
-        lost = True
-    if any(ranks.all(lost)):
-        raise LostError
-    solver = stage % ranks.size
-    arrived = ranks.exchange([own if to == solver else [] for to in range(ranks.size)], device)
-    found = None
-    if ranks.rank == solver:
-        parts = [iter(tensors) for tensors in arrived]
-        owners = [parts[i % ranks.size] for i in range(len(masks))]
-        found = [fix_of(((next(part), next(part)) for part in owners), masks)]
-    return ranks.spread(found, solver, device)[0]
-
-
-def fix_of(inputs: Iterable[tuple[Tensor, Tensor]], masks: Sequence[Tensor | None]) -> Tensor:
-    """Solve for E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, in float64; float32 (cols, cols).
-
-    Args:
-        inputs: x and x^ of every batch.
-        masks: of real tokens (batch, length), None where all are.
-    """
-    a: Tensor | float = 0.0
-    c: Tensor | float = 0.0
-    for (one, other), mask in zip(inputs, masks, strict=True):
-        keep = slice(None) if mask is None else mask.reshape(-1)  # some models flatten (batch, length) before a layer
-        x, seen = (t.flatten(0, -2)[keep].float() for t in (one, other))
-        a = a + (seen.T @ seen).double()
-        c = c + ((x - seen).T @ seen).double()
-    assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)
-    assert isinstance(c, Tensor)  # noqa: S101
-    a.diagonal().add_(max(1e-2 * float(a.diagonal().mean()), _NOTHING))
-    fix: Tensor = torch.linalg.solve(a, c.T).T.float()
-    return fix
+def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
+    return [_Walk(model, run, points) for run, _ in data]

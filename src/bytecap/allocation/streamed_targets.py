@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, fix_on, of_rank, passes_of, rounds
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, passes_of, rounds
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model.forward import batch_tokens
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
@@ -24,8 +25,8 @@ from bytecap.model.streaming import Pass, Streamed
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
+from bytecap.quantization.stored import StoredPrepared
 from bytecap.system import allocator
-from bytecap.system.ranks import Ranks
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.system.slabs import slabs
 
@@ -52,7 +53,7 @@ def streamed_targets(
         original: untouched model.
         quantized_copy: a copy of it, given the values of the units that are not in `order`.
         windows: calibration windows.
-        strength: 1 is the least-squares target, 0 the weight itself.
+        strength: at most; 1 is the least-squares target, 0 the weight itself.
         scratch: for what is found.
         advance: called with the share of the work that is done.
 
@@ -68,10 +69,10 @@ def streamed_targets(
     groups = rounds(windows, ROUND_TOKENS[original.device.type])
     for chosen in groups:
         data = list(passes_of(chosen, batch_tokens(vocabulary), str(original.device)))
-        walk = _Walk([original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks)
+        walk = _Walk([original, quantized_copy], data, order)
         try:
-            for stage, names in enumerate(walk.stages()):
-                work.stage(walk, stage, names, [mask for _, mask in data])
+            for names in walk.stages():
+                work.stage(walk, names, [mask for _, mask in data])
                 advance(1 / len(order) / len(groups))
         finally:
             walk.cancel()
@@ -88,10 +89,14 @@ class _Targets:
         self.change: dict[str, KeptTensor] = {}
         self.rounds = 0
 
-    def stage(self, walk: _Walk, number: int, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
+    def stage(self, walk: _Walk, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
         """Aim the units of one stage, and code them for the passes that go on."""
-        device = str(self._units[names[0]].device)
-        fix = fix_on(self._planner.ranks, number, walk.inputs(), masks, device) * self._strength
+        found = Moments()
+        for (x, seen), mask in zip(walk.inputs(), masks, strict=True):
+            found.add(x, seen, mask)
+        fix, granted = found.fit([trial_of(self._units[n]) for n in names], self._strength)
+        fix *= granted
+        del found
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]
@@ -101,20 +106,25 @@ class _Targets:
                     before = self.change[n].load(fresh.device, part).clone()
                     fresh[part] = before.lerp_(fresh[part], 1 / (self.rounds + 1))
             self.change[n] = self._scratch.put(fresh)
-            members.append(item.moved(fresh))
             del fresh
+            members.append(moved(item, self.change[n]))
         coded = self._planner.round(members, self._state.steps, self._state.rules)
         walk.put(unit_values(self._planner, replace(self._state, coded=coded), names))
         allocator.release()
 
 
+def moved(item: Prepared, change: KeptTensor) -> Prepared:
+    """Return a unit with a change of its target, which a unit in work files reads when it is needed."""
+    if isinstance(item, StoredPrepared):
+        return item.moved(change)
+    return item.moved(change.load(item.device))
+
+
 class _Walk:
     """Passes of two models that stop at every stage, with one block of each in memory."""
 
-    def __init__(
-        self, lanes: Sequence[Streamed], data: Sequence[Any], order: Sequence[Sequence[str]], ranks: Ranks
-    ) -> None:
-        self._lanes, self._order, self._ranks = lanes, order, ranks
+    def __init__(self, lanes: Sequence[Streamed], data: Sequence[Any], order: Sequence[Sequence[str]]) -> None:
+        self._lanes, self._order = lanes, order
         self._stops = [[linear_weights(x.module)[names[0]][0] for names in order] for x in lanes]
         self._passes = [
             [Pass(x, run, stops) for run, _ in data] for x, stops in zip(lanes, self._stops, strict=True)
@@ -154,13 +164,9 @@ class _Walk:
     def _advance(self, number: int | None) -> None:
         """Let all passes go on to a stage, or to the next block."""
         self._found = [[p.advance() for p in group] for group in self._passes]
-        lost = any(
-            (p.at is not stops[number]) if number is not None else p.at in stops
-            for stops, group in zip(self._stops, self._passes, strict=True)
-            for p in group
-        )
-        if any(self._ranks.all(lost)):
-            raise LostError
+        for stops, group in zip(self._stops, self._passes, strict=True):
+            if any((p.at is not stops[number]) if number is not None else p.at in stops for p in group):
+                raise LostError
 
     def inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what the stage is given by both models, batch by batch."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from bytecap.job import Job
 from bytecap.model.checkpoint import Model
 from bytecap.model.texts import Window
 from bytecap.system import allocator
-from bytecap.system.cache import digest, library
+from bytecap.system.cache import digest, digest_each, library
 
 Array = npt.NDArray[Any]
 _ARITHMETIC = ("torch", "numpy", "numba", "transformers")
@@ -53,8 +54,9 @@ def windows_key(windows: Sequence[Window]) -> str:
 
 def model_key(model: Model) -> str:
     """Hash a model's tensors and side files."""
+    about = [[u.name, u.dtype, list(u.aliases)] for u in model.units]
     tensors = (model.tensor(u).detach().cpu().numpy() for u in model.units)
-    return digest([[u.name, u.dtype, list(u.aliases)] for u in model.units], *tensors, *model.files.values())
+    return digest_each(chain([about], tensors, model.files.values()))
 
 
 def job_key(job: Job) -> str:

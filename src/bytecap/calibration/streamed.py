@@ -5,7 +5,7 @@ every block is loaded once more, run again with a graph of its own and gone back
 are finished, handed on and dropped before the next block's begin. The operations and the order of all sums are those of
 the unstreamed pass, so statistics are the same to the last bit, at two passes forward instead of one.
 
-Logits of large vocabularies exist for a few hundred tokens at a time; labels are then other samples of the same
+Logits of large vocabularies exist for a few hundred tokens at a time; signs are then other samples of the same
 distribution than those of the unstreamed pass.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bytecap.calibration import divided
 from bytecap.calibration.collectors import Use
-from bytecap.calibration.probe import sampled_loss_of
+from bytecap.calibration.probe import fisher_loss_of
 from bytecap.calibration.streamed_sums import PartSums
 from bytecap.calibration.sums import Statistics
 from bytecap.errors import UsageError
@@ -75,7 +75,7 @@ def probe_streamed(
         windows: calibration windows.
         sink: given every unit with its uses as soon as they are complete; may be given a unit again after a retry.
         scratch: for work files.
-        seed: of the labels sampled from the model.
+        seed: of the signs that predictions are summed with.
         guided: see `bytecap.calibration.probe.probe`.
         progress: called with the number of tokens finished.
         note: told where the device's memory asks for smaller batches.
@@ -165,13 +165,19 @@ class _Job:
         """Forward, then backward from the end."""
         self.diagonal = {}
         chain = self.streamed.chain
-        passes = self._forward()
-        outside = self._sums(lambda name: not chain.holds(name))
-        with outside.watching():
-            gradients = self._suffix(passes, outside, generator)
-            for number in reversed(range(chain.count)):
-                self._block(number, gradients, sink, share)
-            self._prefix(gradients, outside)
+        passes = {i: Pass(self.streamed, partial(self._run, self.data[i][0])) for i in self.own}
+        try:
+            self._forward(passes)
+            outside = self._sums(lambda name: not chain.holds(name))
+            with outside.watching():
+                gradients = self._suffix(passes, outside, generator)
+                for number in reversed(range(chain.count)):
+                    self._block(number, gradients, sink, share)
+                self._prefix(gradients, outside)
+        finally:
+            for p in passes.values():  # where memory or the disk has ended, nothing may hold what waits
+                p.cancel()
+            self.frames, self.ends = [], {}
         self._finish(outside, sink, share)
         diagonal: dict[str, npt.NDArray[np.float64]] = {}
         for part in self.ranks.all(self.diagonal):
@@ -195,10 +201,9 @@ class _Job:
     def _run(self, ids: Tensor, module: nn.Module) -> Any:
         return module(ids[:, :-1].to(self.streamed.device))
 
-    def _forward(self) -> dict[int, Pass]:
+    def _forward(self, passes: dict[int, Pass]) -> None:
         """Every batch up to the end of the last block; what goes into each block is kept."""
         streamed = self.streamed
-        passes = {i: Pass(streamed, partial(self._run, self.data[i][0])) for i in self.own}
         self.frames = []
         with torch.no_grad():
             with streamed.outside():
@@ -210,7 +215,6 @@ class _Job:
                         stops[i] = p.advance()
                 release()
         self.ends = stops
-        return passes
 
     def _frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Frame:
         chain = self.streamed.chain
@@ -226,16 +230,13 @@ class _Job:
             mask = self.data[i][1].to(self.streamed.device)
             with head_pieces(self.streamed, int(mask.sum())) as pieces:
                 found = predictions(passes[i].advance(leaf), mask)
-            pieces.backward(found, lambda logits: sampled_loss_of(logits, generator))
+            pieces.backward(found, lambda logits: fisher_loss_of(logits, generator))
             gradients[i] = _gradient(leaf)
+            del found, leaf
             sums.harvest()
 
-        try:
-            with self.streamed.outside(), torch.enable_grad():
-                self._through(sums, run, partial(self._skip, generator), lambda _: None)
-        finally:
-            for p in passes.values():
-                p.cancel()
+        with self.streamed.outside(), torch.enable_grad():
+            self._through(sums, run, partial(self._skip, generator), lambda _: None)
         return gradients
 
     def _skip(self, generator: torch.Generator, i: int) -> None:
@@ -248,7 +249,7 @@ class _Job:
             rows = pieces.rows
         for at in range(0, tokens, rows):
             noise = torch.empty(min(rows, tokens - at), head.out_features, device=self.streamed.device)
-            noise.exponential_(generator=generator)
+            noise.bernoulli_(0.5, generator=generator)
 
     def _block(
         self, number: int, gradients: dict[int, Tensor], sink: Take, share: Callable[[Mapping[str, int]], None]

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.model import streaming
-from bytecap.model.apart import batches_apart, variants_apart
 from bytecap.model.batches import Batch, Look, is_batches, rows_of_batches
+from bytecap.model.divided_scores import batches_apart, variants_apart
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
 from bytecap.model.predicted import device_of, predicted
 from bytecap.model.quantized_copy import Values

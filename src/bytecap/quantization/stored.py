@@ -108,9 +108,10 @@ class StoredPrepared(Prepared):
         """Return the weights times a matrix (cols, cols)."""
         return product(self.shape, self.slabs(), matrix)
 
-    def moved(self, change: Tensor) -> Prepared:
+    def moved(self, change: Tensor | KeptTensor) -> Prepared:
         """The unit with `change` (rows, cols) added to its target."""
-        weight = partial(_sum, self._weight, kept_rows(self._scratch.put(change), self._device))
+        kept = self._scratch.put(change) if isinstance(change, Tensor) else change
+        weight = partial(_sum, self._weight, kept_rows(kept, self._device))
         found = StoredPrepared.__new__(StoredPrepared)
         found._set(self.unit, self._shape, self._device, self._scratch, self._kept, weight)  # noqa: SLF001 (its own)
         return found

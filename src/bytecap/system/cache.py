@@ -20,7 +20,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +75,11 @@ class _Hashing:
 
 def digest(*parts: Any) -> str:
     """Hash parts: bytes, arrays, or values that JSON can hold (keys sorted)."""
+    return digest_each(parts)
+
+
+def digest_each(parts: Iterable[Any]) -> str:
+    """Hash parts as `digest` does, each of which is dropped before the next one is made."""
     total = hashlib.blake2b(digest_size=_HASH)
     for part in parts:
         if isinstance(part, np.ndarray):
