@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.shared_inputs import LostError, Pair, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
@@ -43,10 +44,6 @@ from bytecap.system import allocator
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
-
-
-class LostError(Exception):
-    """A pass did not call its modules in the order of the stages."""
 
 
 class _Walk:
@@ -199,22 +196,23 @@ def drift_targets(
     groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, batch_tokens(vocabulary), device))
-        walks = [_walks(model, data, _points(model, order, chain)) for model in (original, quantized_copy)]
+        own = of_rank(data, planner.ranks)
+        walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
             for point, stages_there in groupby(order, lambda names: _point(names, chain)):
                 del point
-                calls = [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+                calls = together(planner.ranks, partial(_calls, walks))
                 share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
                 for names in stages_there:
                     inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
                     found = Moments()
-                    for pair, (_, mask) in zip(calls, data, strict=True):
-                        x, seen = (c.input_of(m, chain) for c, m in zip(pair, inner, strict=True))
+                    pairs = shared_inputs(planner.ranks, partial(_inputs, calls, inner, chain), len(data), device)
+                    for (x, seen), (_, mask) in zip(pairs, data, strict=True):
                         found.add(x, seen, mask)
                     members = _aimed([units[n] for n in names], found, strength, change, number)
                     prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
                     load_values(quantized_copy, unit_values(planner, prefix, names))
-                    del members, prefix, found
+                    del members, prefix, found, pairs
                     allocator.release()
                     advance(1 / len(order) / len(groups))
                 del calls
@@ -222,6 +220,17 @@ def drift_targets(
             for walk in (w for group in walks for w in group):
                 walk.cancel()
     return change
+
+
+def _calls(walks: Sequence[Sequence[_Walk]]) -> list[tuple[_Call, _Call]]:
+    """Let all passes go on to their next point."""
+    return [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+
+
+def _inputs(calls: Sequence[tuple[_Call, _Call]], inner: Sequence[nn.Module], chain: Chain | None) -> Iterator[Pair]:
+    """Yield the inputs of a stage's module in both models, pass by pass."""
+    for one, other in calls:
+        yield one.input_of(inner[0], chain), other.input_of(inner[1], chain)
 
 
 def _aimed(
@@ -317,5 +326,5 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     return groups
 
 
-def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
+def _walks(model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
     return [_Walk(model, run, points) for run, _ in data]
