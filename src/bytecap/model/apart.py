@@ -1,48 +1,81 @@
-"""Divide passes that score models among ranks: by batches, or by variants where batches are too few.
+"""Run what may die, hang or take all memory in a process of its own, with limits.
 
->>> from bytecap.system.ranks import ALONE
->>> list(batches_apart(ALONE, [1, 2, 3], lambda some: iter([10 * x for x in some])))
-[10, 20, 30]
+Libraries that read tokenizers panic and abort on some files, and chat templates are programs. What such a process says
+on the terminal is dropped; it answers with its exit code, a line, and files in a directory that it is given.
+
+>>> apart("pass"), apart("import os; os.abort()"), apart("print('no such vocabulary'); sys.exit(4)")
+('', 'it died of it (signal 6)', 'no such vocabulary')
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from bytecap.system.ranks import Ranks, owners
+_SECONDS = 120  # of the clock, on a busy machine; 60 of the processor
+_MEMORY = 1 << 34
+_ABSENT = 3  # exit code where a package is missing
+_LIMITS = """
+import sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28, 1 << 28))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except (ImportError, ValueError, OSError):
+    pass
+"""
+_CALL = """
+import importlib, json
+sys.path[:] = json.loads(sys.argv[1])
+try:
+    getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(sys.argv[4])
+except MemoryError:
+    sys.stdout.write("it takes too much memory")
+    sys.exit(4)
+except BaseException as exc:
+    sys.stdout.write(" ".join(str(exc).split())[:300] or type(exc).__name__)
+    sys.exit(4)
+"""
 
-_Value = TypeVar("_Value")
-Rows = list[list[float]]  # sums by window: of the original, and two for each variant
 
-
-def batches_apart(ranks: Ranks, data: Sequence[Any], work: Callable[[Sequence[Any]], Iterator[Any]]) -> Iterator[Any]:
-    """Yield what `work` yields for every batch, in order; each rank has its share of batches at once."""
-    if ranks.size == 1:
-        return work(data)  # streamed models are read once for all batches
-    owner = owners([float(ids.numel()) for ids, _, _ in data], ranks.size)
-    found = [iter(f) for f in ranks.all(list(work([d for d, r in zip(data, owner, strict=True) if r == ranks.rank])))]
-    return iter([next(found[r]) for r in owner])
-
-
-def variants_apart(
-    ranks: Ranks,
-    variants: Mapping[str, _Value],
-    batches: int,
-    work: Callable[[dict[str, _Value]], list[Rows]],
-) -> list[Rows]:
-    """Return, for every batch, the rows of the original and of all variants, in their order.
+def apart(script: str, content: bytes = b"", *arguments: str, memory: int = _MEMORY) -> str:
+    """Say why a script failed that a process of its own ran; an empty text if it did not, or no process can be started.
 
     Args:
-        ranks: processes.
-        variants: what each rank gets some of.
-        batches: number of batches.
-        work: rows of some variants, for every batch; the original's first.
+        script: our own source; exit code 3 says that it could not try.
+        content: its standard input.
+        arguments: its command line.
+        memory: bytes of addresses that it may have.
     """
-    owner = dict(zip(variants, owners([1.0] * len(variants), ranks.size), strict=True))
-    own = {n: v for n, v in variants.items() if owner[n] == ranks.rank}
-    found: list[Rows] = []
-    for batch in zip(*ranks.all(work(own) if own else [[]] * batches), strict=True):
-        rows = [iter(theirs[1:]) for theirs in batch]
-        found.append([batch[0][0], *(next(rows[rank]) for rank in owner.values() for _ in range(2))])
-    return found
+    try:
+        done = subprocess.run(  # noqa: S603 (our own text)
+            [sys.executable, "-I", "-c", _LIMITS.format(memory=memory) + script, *arguments], input=content,
+            capture_output=True, timeout=_SECONDS, check=False,
+            env={"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"it took more than {_SECONDS} seconds for a few words"
+    except OSError:
+        return ""
+    if done.returncode in {0, _ABSENT}:
+        return ""
+    if done.returncode < 0:
+        return f"it died of it (signal {-done.returncode})"
+    return done.stdout.decode("utf-8", "replace").strip() or f"it failed (exit code {done.returncode})"
+
+
+def call_apart(function: Callable[[str], None], directory: Path, *, memory: int = _MEMORY) -> str:
+    """Say why a function of ours failed that a process of its own called with a directory; an empty text if it did not.
+
+    Args:
+        function: of a module, which that process imports.
+        directory: for what it is given and what it answers.
+        memory: bytes of addresses that it may have.
+    """
+    places = json.dumps([p for p in sys.path if Path(p).is_absolute()])
+    return apart(_CALL, b"", places, function.__module__, function.__name__, str(directory), memory=memory)

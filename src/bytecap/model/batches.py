@@ -208,6 +208,32 @@ def variants_of(
     return first.loss, found
 
 
+def rows_of_batches(
+    original: nn.Module,
+    quantized_copy: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    device: str,
+    advance: Callable[[float], None] | None,
+) -> dict[str, list[tuple[float, ...]]]:
+    """Score variants by the batches' own loss; without predictions its increase stands in for the KL.
+
+    Returns:
+        KL, loss, loss of the original, predictions and bytes of every batch, by variant; the first three are sums.
+    """
+    rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
+    total = sum(w.predicted for w in windows)
+    for batch in windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
+        n = batch.count
+        first, found = variants_of(original, quantized_copy, variants, batch, device)
+        for label, (kl, loss) in found.items():
+            rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
+            if advance is not None:
+                advance(n / total)
+    return rows
+
+
 def is_batches(windows: Sequence[Window]) -> bool:
     """Return whether these are batches with a loss of their own."""
     return bool(windows) and isinstance(windows[0], Batch)
