@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -187,6 +188,50 @@ def made_up(budgets):
         "rows": rows, "best": best["model"], "budget_bytes": budgets[-1], "evaluation": ["a<i>.txt"],
         "evaluation_bytes": 900, "envelope": sorted(envelope, key=lambda e: e["budget_bytes"]), **best["whole"],
     }  # fmt: skip
+
+
+CHANGED = {
+    "lower": {"normalizer": {"type": "Lowercase"}},
+    "vowels": {"normalizer": {"type": "Replace", "pattern": {"Regex": "[aeiou]"}, "content": ""}},
+    "bare": {"normalizer": {"type": "Lowercase"}, "decoder": None},
+}
+
+
+class TestTokenizers:
+    """A text that says less is shorter: a model is not to win by losing part of it."""
+
+    @pytest.fixture
+    def with_tokenizer(self, two, tmp_path):
+        """Function: a model whose tokenizer has other members."""
+
+        def get(**members):
+            directory = tmp_path / "changed"
+            shutil.copytree(two[0], directory)
+            found = json.loads((directory / "tokenizer.json").read_text("utf-8")) | members
+            (directory / "tokenizer.json").write_text(json.dumps(found), "utf-8")
+            return directory
+
+        return get
+
+    @pytest.mark.parametrize("kind", CHANGED)
+    def test_one_that_loses_part_of_the_text_is_out(self, with_tokenizer, two, texts, kind):
+        path = with_tokenizer(**CHANGED[kind])
+        with pytest.warns(bytecap.BytecapWarning, match=r"do not give back [\d,]+ characters of val\.txt"):
+            found = contenders.plan([two[1], path], "40kB", evaluation=texts["val"], method="uniform")
+        rows = {r["model"]: r for r in found["rows"]}
+        assert "another text" in rows["changed"]["out"]
+        assert "planned" in rows[two[1].name]
+
+    def test_one_without_a_decoder_may_lose_nothing(self, with_tokenizer, texts):
+        found = contenders.plan([with_tokenizer(decoder=None)], "40kB", evaluation=texts["val"], method="uniform")
+        assert "planned" in found["rows"][0]
+
+    def test_tokens_that_the_model_does_not_know(self, with_tokenizer, two, texts):
+        vocabulary = json.loads((two[0] / "tokenizer.json").read_text("utf-8"))["model"]
+        token = next(t for t, i in vocabulary["vocab"].items() if i == vocabulary["vocab"]["e"])
+        path = with_tokenizer(model=vocabulary | {"vocab": vocabulary["vocab"] | {token: 5000}})
+        with pytest.warns(bytecap.BytecapWarning, match=r"left out: val\.txt: the tokenizer gives token 5000"):
+            contenders.plan([two[1], path], "40kB", evaluation=texts["val"], method="uniform")
 
 
 class TestDryRun:

@@ -120,7 +120,7 @@ class TestFacts:
         assert first_token(files(**config)) == first
 
     def test_a_first_token_below_zero(self):
-        with pytest.raises(CheckpointError, match="bos_token_id -1, which is no token"):
+        with pytest.raises(CheckpointError, match="bos_token_id '-1', which is no token"):
             facts(files(model_type="llama", bos_token_id=-1))
 
     def test_the_window_follows(self, model_directory, tmp_path, edited_config):

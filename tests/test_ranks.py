@@ -219,6 +219,24 @@ class TestWholeFits:
         for key, value in alone.report.items():
             assert key == "seconds" or report[key] == json.loads(json.dumps(finite(value))), key
 
+    def test_a_streamed_model_too(self, fitted, model_directory, texts, tmp_path):
+        """Chunks of one block are on every rank; batches and sums of it are divided."""
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", "--memory", "100MB")
+        (code, said), other = several.together(2, several.command(words), tmp_path)
+        assert code == 0, said
+        assert other == (0, "")
+        assert "the model is streamed" in " ".join(said.split())
+        assert (tmp_path / "a.bcap").read_bytes() == fitted()[0].data
+
+    @pytest.mark.nightly
+    def test_a_streamed_fit_that_loses_a_rank_leaves_no_work_files_of_others(self, model_directory, texts, tmp_path):
+        words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", "--memory", "100MB", "--json")
+        pids = several.start(2, several.command(words), tmp_path)
+        _wait_for(lambda: len([p for p in tmp_path.glob("bytecap-*/*") if p.stat().st_size]) > 8)
+        os.kill(pids[1], signal.SIGKILL)
+        assert "rank 1 of 2" in several.finished(pids, tmp_path)[0][1]
+        assert len(list(tmp_path.glob("bytecap-*"))) == 1  # of the killed one
+
     @pytest.mark.nightly
     @pytest.mark.parametrize("count", [1, 2])
     def test_started_by_torchrun(self, fitted, model_directory, texts, tmp_path, count):
@@ -320,7 +338,6 @@ class TestRefusals:
             pytest.param(["--paths", "outliers"], "overlays", marks=pytest.mark.nightly),
             pytest.param(["--format", "gguf"], "the format gguf", marks=pytest.mark.nightly),
             pytest.param(["--layout", "hub"], "the layout hub", marks=pytest.mark.nightly),
-            pytest.param(["--memory", "1MB"], "would be streamed", marks=pytest.mark.nightly),
         ],
     )
     def test_what_is_not_divided(self, refused, more, what):
@@ -328,7 +345,12 @@ class TestRefusals:
         assert what in line
         assert "one process" in line
 
-    def test_another_command(self, refused):
+    def test_another_command_than_fit(self, fitted, tmp_path):
+        path = tmp_path / "a.bcap"
+        path.write_bytes(fitted()[0].data)
+        assert "check is not divided" in line_of(several.together(2, several.command(["check", path]), tmp_path))
+
+    def test_other_options(self, refused):
         line = refused("--seed", "1", others=["--seed", "2"])
         assert "the option seed differs: 1 for rank 0 of 2" in line
         assert "2 for rank 1 of 2" in line

@@ -37,5 +37,6 @@ def _whole(planner: Planner, coded: Coded, device: str) -> Coded:
     assert source is not None  # noqa: S101 (asked before)
     own = [torch.from_numpy(coded.code.symbols)] if source == ranks.rank else None
     (symbols,) = ranks.spread(own, source, device)
-    code = coded.code if own is not None else replace(coded.code, symbols=symbols.cpu().numpy())
-    return replace(coded, code=code, owner=None)
+    if own is not None:
+        return coded.owned(None)
+    return planner.keep(replace(coded, code=replace(coded.code, symbols=symbols.cpu().numpy()), owner=None))

@@ -167,7 +167,9 @@ class Planner:
             counts = sum_counts(chain([sides], (c.counts.sum(0) for c in coded.values())))
             shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
-        return replace(self.price(coded, steps, found), origin=rules)
+        state = replace(self.price(coded, steps, found), origin=rules)
+        self.ranks.agree({"the bytes after a rounding": state.rate})  # whoever computes otherwise would plan otherwise
+        return state
 
     def _rounded(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> Rounding:
         return round_units(items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks)
@@ -333,19 +335,17 @@ class Planner:
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
 
     def sections(self, state: State) -> dict[str, Section]:
-        """All units as they are stored; some are coded at a time, each where its integers are."""
+        """All units as they are stored; some are coded at a time, each by the rank that has its integers."""
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
         spread = owners([sizes.get(n, 1) for n in self.names], self.ranks.size)
         apart = {n: c.owner for n, c in state.coded.items() if c.owner is not None}
-        own = [n for n, rank in zip(self.names, spread, strict=True) if apart.get(n, rank) == self.ranks.rank]
+        owner = {n: apart.get(n, rank) for n, rank in zip(self.names, spread, strict=True)}
         found: dict[str, Section] = {}
-        for names in in_groups(own, lambda n: sizes.get(n, 0), _TOGETHER):
-            found |= {n: self.keep_section(Section(*coded)) for n, coded in self.encode(state, names).items()}
-        if self.ranks.size == 1:
-            return found
-        everywhere = self.ranks.all([[n, s.tag, s.data] for n, s in found.items()])
-        coded = {name: Section(tag, data) for part in everywhere for name, tag, data in part}
-        return {n: coded[n] for n in self.names}
+        for names in in_groups(self.names, lambda n: sizes.get(n, 0), _TOGETHER * self.ranks.size):
+            own = [n for n in names if owner[n] == self.ranks.rank]
+            for part in self.ranks.all([[n, *coded] for n, coded in self.encode(state, own).items()]):
+                found |= {n: self.keep_section(Section(tag, data)) for n, tag, data in part}
+        return {n: found[n] for n in self.names}
 
 
 def _elsewhere(device: torch.device) -> bool:

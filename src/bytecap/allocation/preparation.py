@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bytecap.allocation.differences import over
 from bytecap.allocation.planner import Planner, State, finest_step
-from bytecap.allocation.shared_matrices import shared_matrices
+from bytecap.allocation.shared_matrices import shared_factor, shared_matrices
 from bytecap.allocation.unused import even_experts, keep_unused
 from bytecap.allocation.vector_unit import FloatArray, VectorUnit
 from bytecap.calibration import finite
@@ -110,20 +110,28 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
     tokens = sum(w.predicted for w in windows)
     stored: dict[str, Prepared] = {}
     finest: dict[str, float] = {}
+    waiting: dict[str, Prepared | None] = {}  # for all ranks to get them
 
     def factored(name: str, uses: list[Use]) -> None:
         finite.check_uses(name, uses)
-        unit = units[name]
-        metric = _metric(job, unit, uses, tokens)
-        if metric is not None:
-            ready = prepare(unit, torch.zeros(0, device=metric.rows.device), metric, options)
-            stored[name] = StoredPrepared(ready, model.scratch, _rows_of(model, unit))
-            finest[name] = finest_step(stored[name])
+        metric = _metric(job, units[name], uses, tokens)
+        none = torch.zeros(0, device=job.device)
+        waiting[name] = None if metric is None else prepare(units[name], none, metric, options)
+        if job.ranks.size == 1:
+            share({name: 0})
+
+    def share(owner: Mapping[str, int]) -> None:
+        for name, source in owner.items():
+            ready = waiting.pop(name, None)
+            ready = shared_factor(job, units[name], ready, source, lambda: torch.zeros(0, device=job.device))
+            if ready is not None:
+                stored[name] = StoredPrepared(ready, model.scratch, _rows_of(model, units[name]))
+                finest[name] = finest_step(stored[name])
 
     with allocator.no_holes(), job.reporter.step("statistics and factorisation", tokens) as advance:
         found = probe_streamed(
             model.streamed, model.units, windows, sink=factored, scratch=model.scratch, seed=job.seed,
-            guided=options.guided, progress=advance, note=job.reporter.note,
+            guided=options.guided, progress=advance, note=job.reporter.note, ranks=job.ranks, share=share,
         )  # fmt: skip
     allocator.release()
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)

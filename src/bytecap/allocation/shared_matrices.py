@@ -6,6 +6,9 @@ Afterwards every rank holds all units, as one process would, so that any of them
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import Tensor
 
 from bytecap.calibration.triangle import Triangle
 from bytecap.job import Job
@@ -28,14 +31,31 @@ def shared_matrices(
     own = {u.name: factored(u) for u in units if owner[u.name] == job.ranks.rank}
     found: dict[str, Prepared] = {}
     for unit in units:
-        prepared = _spread(job, unit, own.pop(unit.name, None), owner[unit.name])
+        weight = partial(_weight, job, unit)
+        prepared = shared_factor(job, unit, own.pop(unit.name, None), owner[unit.name], weight)
         if prepared is not None:
             found[unit.name] = prepared
     return found
 
 
-def _spread(job: Job, unit: Unit, own: Prepared | None, source: int) -> Prepared | None:
-    """Return one unit of rank `source`."""
+def _weight(job: Job, unit: Unit) -> Tensor:
+    return as_matrix(unit, job.model.tensor(unit).detach()).float()
+
+
+def shared_factor(
+    job: Job, unit: Unit, own: Prepared | None, source: int, weight: Callable[[], Tensor]
+) -> Prepared | None:
+    """Return one unit of rank `source` on every rank.
+
+    Args:
+        job: its ranks, and the device that the unit goes to.
+        unit: the unit.
+        own: on rank `source`, the unit with its factor; None for what is no matrix.
+        source: the rank that has factored it.
+        weight: gives the weights (rows, cols) on other ranks.
+    """
+    if job.ranks.size == 1:
+        return own
     tensors = None
     if source == job.ranks.rank:
         tensors = [] if own is None else [own.rows, own.row_step, own.order, own.lower.values]
@@ -46,5 +66,4 @@ def _spread(job: Job, unit: Unit, own: Prepared | None, source: int) -> Prepared
     if not arrived:
         return None
     rows, row_step, order, lower, *hessian = arrived
-    weight = as_matrix(unit, job.model.tensor(unit).detach()).float()
-    return Prepared(unit, weight, rows, row_step, Triangle(lower, len(order)), order, *hessian)
+    return Prepared(unit, weight(), rows, row_step, Triangle(lower, len(order)), order, *hessian)

@@ -90,8 +90,8 @@ class Collector:
 class Diagonal:
     """The summed squared gradients of one weight, float64 in its own shape."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.total = torch.zeros_like(weight, dtype=torch.float64)
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
         self.deliver: Callable[..., None] = self.take
 
     def add(self, g: Tensor) -> None:

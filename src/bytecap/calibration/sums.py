@@ -102,7 +102,7 @@ class Sums:
             linear.setdefault(name, []).append((m, collector))
         tables = dict(zip(leaves.tables, made[len(chosen) :], strict=False))
         matrices = dict(zip(leaves.matrix, made[len(chosen) + len(tables) :], strict=True))
-        vectors = {n: Diagonal(p) for n, p in leaves.other.items()}
+        vectors = {n: Diagonal(p.shape, device) for n, p in leaves.other.items()}
         lookups = {n: Lookup(tables[n].moment, tables[n].rows, tables[n].weight) for n in leaves.lookup}
         return Sums(linear, tables, matrices, vectors, lookups, owner)
 

@@ -11,7 +11,7 @@ bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.model import streaming
-from bytecap.model.batches import Batch, Look, is_batches, variants_of
+from bytecap.model.batches import Batch, Look, is_batches, rows_of_batches
+from bytecap.model.divided_scores import batches_apart, variants_apart
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
 from bytecap.model.predicted import device_of, predicted
 from bytecap.model.quantized_copy import Values
@@ -183,20 +184,14 @@ def compare_models(
     sums: list[list[float]] = []
     temperature = np.zeros(len(TEMPERATURES))
     same = 0
-    for rows, tempered, equal in _each(ranks, data, lambda some: _compared(original, coded, some, device, progress)):
+    for rows, tempered, equal in batches_apart(
+        ranks, data, lambda some: _compared(original, coded, some, device, progress)
+    ):
         sums += rows
         for losses in tempered:
             temperature += losses
         same += equal
     return _summary(text.name, np.array(sums), temperature, same)
-
-
-def _each(ranks: Ranks, data: Sequence[Any], work: Callable[[Sequence[Any]], Iterator[Any]]) -> Iterator[Any]:
-    """Yield what `work` yields for every batch, in order; batches are shared by ranks."""
-    if ranks.size == 1:
-        return work(data)  # all at once: streamed models are read once for all batches
-    costs = [float(ids.numel()) for ids, _, _ in data]
-    return iter(ranks.each(costs, lambda i: next(work([data[i]]))))
 
 
 def _compared(
@@ -348,17 +343,17 @@ def by_window(
         ranks: processes that share the batches, or the variants where there are fewer batches than processes.
     """
     if is_batches(windows):
-        return _by_batch(original, quantized_copy, variants, windows, device, advance)
+        scores = rows_of_batches(original, quantized_copy, variants, windows, device, advance)
+        return {label: ByWindow(*np.array(rows, dtype=float).T) for label, rows in scores.items()}
     data = list(_batches(windows, original))
 
     def scored(some: Sequence[Any], labels: Mapping[str, Values] = variants) -> Iterator[list[list[float]]]:
         return _scored(original, quantized_copy, labels, some, device, advance, sum(w.predicted for w in windows))
 
     if len(data) >= ranks.size or len(variants) < 2:
-        found = list(_each(ranks, data, scored))
+        found = list(batches_apart(ranks, data, scored))
     else:
-        apart = ranks.each([1.0] * len(variants), lambda i: list(scored(data, dict([list(variants.items())[i]]))))
-        found = [apart[0][b][:1] + [row for one in apart for row in one[b][1:]] for b in range(len(data))]
+        found = variants_apart(ranks, variants, len(data), lambda own: list(scored(data, own)))
     columns = [np.array(list(chain(*c)), dtype=float) for c in zip(*found, strict=True)]
     tokens = np.array([n for _, mask, _ in data for n in mask.sum(1).tolist()], dtype=float)
     sizes = np.array([w.bytes for _, _, members in data for w in members], dtype=float)
@@ -395,25 +390,3 @@ def _scored(
             parts.append(part)
             del p
         yield [_by_window(flat, torch.cat(c)).tolist() for c in zip(*parts, strict=True)]
-
-
-def _by_batch(
-    original: nn.Module,
-    quantized_copy: nn.Module,
-    variants: Mapping[str, Values],
-    windows: Sequence[Window],
-    device: str,
-    advance: Advance | None,
-) -> dict[str, ByWindow]:
-    """Score `by_window` by the batches' own loss; without predictions its increase stands in for the KL."""
-    rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
-    total = sum(w.predicted for w in windows)
-    for batch in windows:
-        assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
-        n = batch.count
-        first, found = variants_of(original, quantized_copy, variants, batch, device)
-        for label, (kl, loss) in found.items():
-            rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
-            if advance is not None:
-                advance(n / total)
-    return {label: ByWindow(*np.array(r, dtype=float).T) for label, r in rows.items()}

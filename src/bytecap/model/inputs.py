@@ -67,11 +67,11 @@ def facts(files: Mapping[str, bytes]) -> Facts:
         return raw.get(name, nested.get(name) if isinstance(nested, dict) else None)
 
     first = value("bos_token_id")
-    if isinstance(first, int) and first < 0:
-        raise CheckpointError(f"config.json gives bos_token_id {first}, which is no token")
+    if first is not None and (type(first) is not int or first < 0):
+        raise CheckpointError(f"config.json gives bos_token_id {str(first)[:40]!r}, which is no token")
     lengths = [n for n in map(value, _POSITIONS) if isinstance(n, int) and not isinstance(n, bool) and n > 0]
     return Facts(
-        first if isinstance(first, int) else None, lengths[0] if lengths else None,
+        first, lengths[0] if lengths else None,
         bool(getattr(config, "is_encoder_decoder", raw.get("is_encoder_decoder", False))),
         str(raw.get("model_type", "")),
     )  # fmt: skip

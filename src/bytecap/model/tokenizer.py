@@ -16,8 +16,6 @@ works on until the process ends; the command line ends with the error.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,23 +23,14 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from bytecap.errors import CheckpointError
+from bytecap.model.apart import apart
 from bytecap.model.building import parse_object
 
 T = TypeVar("T")
 
-_SECONDS = 120  # of the trial, on a busy machine
 _SPARE, _PER_CHARACTER = 60.0, 1e-4  # seconds of the processor for a text; common tokenizers need a hundredth of it
 _POLL = 0.2
-_ABSENT = 3  # exit code of a trial that cannot be made
 _TRIAL = """
-import sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 34, 1 << 34))
-    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except (ImportError, ValueError, OSError):
-    pass
 try:
     from tokenizers import Tokenizer
 except ImportError:
@@ -135,6 +124,8 @@ def _in_time(work: Callable[[], T], size: int) -> T:
         worker.join(_POLL)
     if failed and type(failed[0]).__name__ == "PanicException":
         raise CheckpointError(f"tokenizer.json: the library that reads it failed on a text: {failed[0]}")
+    if failed and type(failed[0]) is Exception:  # the library's own
+        raise CheckpointError(f"tokenizer.json: the library that reads it failed on a text: {failed[0]}") from failed[0]
     if failed:
         raise failed[0]
     return done[0]
@@ -143,17 +134,4 @@ def _in_time(work: Callable[[], T], size: int) -> T:
 @lru_cache(maxsize=16)
 def _trial(content: bytes) -> str:
     """Say why a tokenizer cannot be used, from a process that tried; an empty text if it can."""
-    try:
-        done = subprocess.run(  # noqa: S603 (our own text)
-            [sys.executable, "-I", "-c", _TRIAL], input=content, capture_output=True, timeout=_SECONDS, check=False,
-            env={"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"it took more than {_SECONDS} seconds for a few words"
-    except OSError:  # no process can be started
-        return ""
-    if done.returncode in {0, _ABSENT}:
-        return ""
-    if done.returncode < 0:
-        return f"the library that reads it died of it (signal {-done.returncode})"
-    return done.stdout.decode("utf-8", "replace") or f"the library that reads it failed (exit code {done.returncode})"
+    return apart(_TRIAL, content)

@@ -2,7 +2,8 @@
 
 Every model is scored on the same bytes: the texts are cut into the same pieces before any tokenizer sees them. A model
 without a leading token gives no probability to the first token of a piece; it pays for that token as if all of its
-vocabulary were equally likely, so that each figure is the length of a code for the whole text.
+vocabulary were equally likely, so that each figure is the length of a code for the whole text. A tokenizer that loses
+part of the text (capitals, accents, spaces) would make it shorter, so its model is left out.
 
 `plan` stops there: it says what `choose` would fit, in seconds instead of hours. Omitted: fits (`choose.py`).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +20,14 @@ from typing import Any
 
 from bytecap.errors import BudgetError, BytecapError, TextError, UsageError
 from bytecap.job.config import FitConfig
+from bytecap.model import tokenizer as door
 from bytecap.model.calibration_text import general
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import WINDOW
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, encoder, first_token
-from bytecap.model.texts import read_documents
+from bytecap.model.texts import check_known, read_documents
+from bytecap.model.tokenization import read_tokenizer
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.stages import check, open_model
 from bytecap.progress import Reporter, reporter_for, warn
@@ -32,6 +36,7 @@ from bytecap.sizes import parse_size
 EVALUATION_BYTES = 65_536
 SHORT_TOKENS = 8_192
 FINALISTS = 2
+_LOST = 1e-3  # share of a text's characters that a tokenizer may change, such as a space in front or composed accents
 
 
 @dataclass
@@ -134,13 +139,30 @@ def toll_of(model: Model, path: Path) -> Toll:
     """Return what a model leaves unscored of a text."""
     documents = read_documents(path)
     whole, first, unscored, tokens = sum(len(d.encode()) for d in documents), first_token(model.files), 0, 0
-    for ids, sizes in encoder(model.files)(documents):
+    vocabulary, tokenizer, lost = vocabulary_of(model.module), read_tokenizer(model.files), 0
+    for document, (ids, sizes) in zip(documents, encoder(model.files)(documents), strict=True):
         if not ids[first is not None :]:
             raise TextError(f"the tokenizer of {model.name} gives no token for a document of {path.name}")
+        check_known(ids, vocabulary, path.name)
+        lost += _lost(tokenizer, document, ids)
         unscored += sizes[0]
         tokens += len(ids)
+    if lost > _LOST * sum(map(len, documents)):
+        raise TextError(
+            f"the tokens of {model.name} do not give back {lost:,} characters of {path.name} (its tokenizer changes "
+            "case, accents or spaces, or lacks letters), so its bits per byte are of another text"
+        )
     missing = len(documents) if first is None else 0
-    return Toll(whole, unscored, missing * math.log2(vocabulary_of(model.module) or 1), tokens)
+    return Toll(whole, unscored, missing * math.log2(vocabulary or 1), tokens)
+
+
+def _lost(tokenizer: Any, document: str, ids: Sequence[int]) -> int:
+    """Return how many characters of a document its tokens do not give back, wherever they stood."""
+    if getattr(tokenizer, "decoder", None) is not None:
+        back = door.decode(tokenizer, ids)
+    else:
+        back = tokenizer.normalizer.normalize_str(document) if tokenizer.normalizer is not None else document
+    return sum((Counter(document) - Counter(back)).values())
 
 
 def check_floors(entry: Entry, model: Model, config: FitConfig) -> None:

@@ -34,6 +34,7 @@ from bytecap.runtimes.directory.tensors import write
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, figures, solve
+from bytecap.runtimes.gguf.targets import follow_prefix
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.cache import Store
@@ -87,6 +88,8 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     plain = solve(
         job, items, coding_of(contents), lambda curves: _allocate(contents, curves, cap), contents.groups
     )  # fmt: skip
+    if not config.dry_run:
+        plain = follow_prefix(job, items, coding_of(contents), plain)
     tuned = job.recover is not None and not config.dry_run
     found, record = tune_blocks(job, contents.tuned(), items, plain, contents.float_type) if tuned else (plain, {})
     result = _finish(

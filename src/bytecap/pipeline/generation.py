@@ -4,13 +4,15 @@ Keys and values of what has been read are kept where the model can, so that a to
 model's positions are used up, the older half of the text is forgotten and the rest read again.
 
 Chat templates are programs that come with a model. They run in transformers' sandbox (`ImmutableSandboxedEnvironment`)
-and nowhere else, over a plain tokenizer that is built here: no class that a config names is ever looked up.
+and nowhere else, in a process of its own with limits on time and memory, over a plain tokenizer that is built there:
+no class that a config names is ever looked up.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from bytecap.errors import ArtifactError, UsageError
 from bytecap.format.updates import Bases
 from bytecap.model import tokenizer as door
-from bytecap.model.bounds import hurried
+from bytecap.model.apart import call_apart
+from bytecap.model.building import quiet
 from bytecap.model.checkpoint import Model
 from bytecap.model.inputs import run_as_configured, vocabulary_of
 from bytecap.model.sources import encoder, window_limit
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _CONTEXT = 8  # tokens
+_ASKED, _RENDERED = "asked.json", "rendered.txt"
+_TEMPLATE_MEMORY, _MOST_RENDERED = 1 << 32, 1 << 24  # bytes
 _UNFINISHED = "\ufffd"  # what bytes of a character that is not complete decode to
 
 
@@ -186,7 +191,7 @@ def ends_of(files: Mapping[str, bytes]) -> frozenset[int]:
     found: set[int] = set()
     for source in (config, generation, nested if isinstance(nested, dict) else {}):
         ends = source.get("eos_token_id")
-        found |= {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}
+        found |= {i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int}
     name = special_tokens(files).get("eos_token")
     if name is not None and is_there(files):
         known = read_tokenizer(files).token_to_id(name)
@@ -212,25 +217,40 @@ def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str,
     Raises:
         ArtifactError: there is no template, or it fails.
     """
-    import transformers
+    return conversations(files, name, [messages])[0]
 
+
+def conversations(files: Mapping[str, bytes], name: str, talks: Sequence[list[dict[str, str]]]) -> list[str]:
+    """Do what `conversation` does for several of them, in one process."""
     template = template_of(files)
     if template is None:
         raise ArtifactError(f"{name} has no chat template: leave --chat out, and the prompt is continued as it is")
+    asked = {"template": template, "talks": list(talks), "special": special_tokens(files)}
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / _ASKED).write_text(json.dumps(asked), "utf-8")
+        why = call_apart(render, Path(directory), memory=_TEMPLATE_MEMORY)
+        made = Path(directory) / _RENDERED
+        if not why and not made.is_file():
+            why = "no process could be started for it"
+        if why:
+            raise ArtifactError(f"the chat template of {name} cannot be rendered: {why}")
+        if made.stat().st_size > _MOST_RENDERED:
+            raise ArtifactError(f"the chat template of {name} writes {made.stat().st_size:,} bytes for a few words")
+        return list(map(str, json.loads(made.read_bytes())))
+
+
+def render(directory: str) -> None:
+    """Put the conversations of a directory's file into its template, which is a program; in a process of its own."""
+    import tokenizers
+    import transformers
+
+    quiet()
+    asked = json.loads((Path(directory) / _ASKED).read_text("utf-8"))
     plain: Any = transformers.PreTrainedTokenizerFast
-    tokenizer = plain(
-        tokenizer_object=read_tokenizer(files), **special_tokens(files)
-    )  # fmt: skip
-    try:
-        with hurried(ArtifactError(f"the chat template of {name} takes minutes for a few words")):
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )  # fmt: skip
-    except ArtifactError:
-        raise
-    except Exception as exc:
-        raise ArtifactError(f"the chat template of {name} cannot be rendered: {type(exc).__name__}: {exc}") from exc
-    return str(text)
+    tokenizer = plain(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()), **asked["special"])
+    template = {"chat_template": asked["template"], "tokenize": False, "add_generation_prompt": True}
+    texts = [str(tokenizer.apply_chat_template(talk, **template)) for talk in asked["talks"]]
+    (Path(directory) / _RENDERED).write_text(json.dumps(texts, ensure_ascii=False), "utf-8", newline="")
 
 
 def template_of(files: Mapping[str, bytes]) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,19 +110,22 @@ def open_model(
     """
     allow = config.allow_unused or ()
     limit = limit_of(config.memory, device)
+    ranks = several.ranks_of(config)
     if limit is not None and config.memory is None and device == "cpu":
-        limit //= several.ranks_of(config).on_host
+        limit //= ranks.on_host
     directory = resolve(model)
     if limit is not None and directory.suffix != gguf_file.SUFFIX:
         headers = _headers(directory, allow)
         wanted = needs_streaming(_parameters(headers), device, limit) or (
-            config.memory is None and device == "cuda" and _HOST * _parameters(headers) > (free("cpu") or math.inf)
+            config.memory is None
+            and device == "cuda"
+            and _HOST * _parameters(headers) > (free("cpu") or math.inf) / ranks.on_host
         )
+        wanted = ranks.from_first(partial(bool, wanted))  # hosts may differ in what is free
         reason = _reason(config) if wanted else None
-        if wanted:
-            several.refuse(config, f"a model that needs more than {limit / 1e9:.1f} GB, and so would be streamed,")
         if wanted and reason is None:
-            kept = Scratch(_beside(config), *_room(headers, device, limit))
+            kept = Scratch(_beside(config), *_room(headers, device, limit, ranks.on_host))
+            ranks.at_end(kept.close)
             try:
                 opened = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
             except Unstreamable as exc:
@@ -162,13 +166,13 @@ def _beside(config: FitConfig) -> Path | None:
     return None if config.output is None else Path(config.output).absolute().parent
 
 
-def _room(headers: dict[Path, Header], device: str, limit: int) -> tuple[int, int]:
-    """Bytes of the machine and of the device that may hold work files' tensors."""
+def _room(headers: dict[Path, Header], device: str, limit: int, on_host: int) -> tuple[int, int]:
+    """Bytes of the machine, which some ranks share, and of the device that may hold work files' tensors."""
     largest = max((math.prod(e["shape"]) for header in headers.values() for e in header.values()), default=0)
     need = _BASE[device] + 4 * _BLOCKS * largest
     if device == "cpu":
         return max(0, (limit - need) // 2), 0
-    return (free("cpu") or 0) // 2, max(0, (limit - need) * 4 // 5)
+    return (free("cpu") or 0) // 2 // on_host, max(0, (limit - need) * 4 // 5)
 
 
 def free(device: str) -> int | None:

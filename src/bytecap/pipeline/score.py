@@ -9,7 +9,7 @@ from pathlib import Path
 from bytecap.errors import UsageError
 from bytecap.format import updates
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model, resolve
+from bytecap.model.checkpoint import Model, demo_directory, freeze, load_model, resolve
 from bytecap.model.from_artifact import module_of
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
@@ -46,15 +46,14 @@ def open_model(
     if not path.is_file() or path.suffix in _FOREIGN:
         if base:
             raise UsageError(f"{model} is no .bcap file: it has no base")
-        if resident != "decoded":
-            raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
         found = resolve(model)
         if hub.is_hub(found):
             inside, files = hub.read(found)
-            module = freeze(hub.module_of(inside, files, str(model)))
-            opened = Model(module, find_units(module), files, str(model))
-        else:
-            opened = replace(load_model(found, allow_unused=allow_unused), name=str(model))
+            module = freeze(module_of(inside, str(model), device=device, resident=resident, beside=files))
+            return Model(module, tuple(updates.units_of(inside)), files, str(model))
+        if resident != "decoded":
+            raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
+        opened = replace(load_model(found, allow_unused=allow_unused), name=str(model))
         opened.module.to(device)
         return opened
     contents = updates.read(path, base)

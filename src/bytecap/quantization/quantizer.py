@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -139,6 +140,12 @@ class Coded:
     below: npt.NDArray[np.float32] | None = None
     owner: int | None = None
 
+    def owned(self, rank: int | None) -> Coded:
+        """Return the unit as one whose symbols only this rank has, or all."""
+        found = copy(self)
+        object.__setattr__(found, "owner", rank)
+        return found
+
     @property
     def as_in_base(self) -> bool:
         """Whether nothing is added to the base, so that nothing is stored."""
@@ -215,24 +222,25 @@ def round_units(
     centres = np.zeros((2, 64, 17))
     done = zip(batches, ranks.each(costs, work, sent=_sent, read=_read), owners(costs, ranks.size), strict=True)
     for batch, (found, own), rank in done:
-        there = rank if ranks.size > 1 else None
-        coded |= {
-            p.unit.name: x if there is None else replace(x, owner=there) for p, x in zip(batch, found, strict=True)
-        }
+        there = found if ranks.size == 1 else [x.owned(rank) for x in found]
+        coded |= {p.unit.name: x for p, x in zip(batch, there, strict=True)}
         centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
 
 
 def _sent(found: _Batch) -> Any:
     """Return a rounded batch as ranks send it: without symbols, which few steps ask for."""
-    codes = [replace(c.code, symbols=c.code.symbols[:0]) for c in found[0]]
-    arrays = [{f.name: getattr(code, f.name) for f in fields(GridCode)} for code in codes]
-    return [[[c.distortion, c.counts, a] for c, a in zip(found[0], arrays, strict=True)], found[1]]
+    names = [f.name for f in fields(GridCode) if f.name != "symbols"]
+    return [[[c.distortion, c.counts, {n: getattr(c.code, n) for n in names}] for c in found[0]], found[1]]
 
 
 def _read(value: Any) -> _Batch:
     """Read what `_sent` returned."""
-    return [Coded(GridCode(**code), distortion, counts) for distortion, counts, code in value[0]], value[1]
+    units = []
+    for distortion, counts, code in value[0]:
+        none = np.zeros((0, code["column_step"].shape[1]), np.int8)
+        units.append(Coded(GridCode(symbols=none, **code), distortion, counts))
+    return units, value[1]
 
 
 def _together(device: torch.device) -> int:

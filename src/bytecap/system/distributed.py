@@ -66,8 +66,10 @@ def joined(device: str = "auto", tell: Tell = say) -> Iterator[Ranks]:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=_WAIT
         )  # fmt: skip
+        if cuda:  # all ranks have to begin together; later some only send to one another
+            _collective(dist.broadcast, torch.zeros(1, device="cuda"), 0)
         try:
-            found = _Joined(rank, size, watch.who, "cuda" if cuda else "cpu")
+            found = _Joined(watch, "cuda" if cuda else "cpu")
             with warnings.catch_warnings():
                 if rank:  # rank 0 is warned of the same
                     warnings.simplefilter("ignore")
@@ -106,14 +108,18 @@ class _Joined(Ranks):
     """One of several ranks.
 
     Args:
-        rank, size: of this one, and how many there are.
-        who: describes a rank.
+        watch: over this rank and the others.
         through: torch device that large values go through.
     """
 
-    def __init__(self, rank: int, size: int, who: Callable[[int], str], through: str) -> None:
-        self.rank, self.size, self._who, self._through = rank, size, who, through
+    def __init__(self, watch: Watch, through: str) -> None:
+        self.rank, self.size, self._who, self._through = watch.rank, watch.size, watch.who, through
+        self._last = watch.last
         self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def at_end(self, call: Callable[[], Any]) -> None:
+        """See `Ranks`."""
+        self._last.append(call)
 
     def each(
         self,
@@ -215,7 +221,7 @@ class _Joined(Ranks):
         if size < _LARGE or self._through == "cpu":
             _collective(dist.broadcast, flat, source)
             return data
-        there = flat.to(self._through)
+        there = flat.to(self._through) if source == self.rank else torch.empty_like(flat, device=self._through)
         _collective(dist.broadcast, there, source)
         if source != self.rank:
             flat.copy_(there)

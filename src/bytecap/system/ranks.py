@@ -71,6 +71,10 @@ class Ranks:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
+    def at_end(self, call: Callable[[], Any]) -> None:
+        """Have something done when the process is ended outside of its main thread, such as removing work files."""
+        del call
+
     def each(
         self,
         costs: Sequence[float],

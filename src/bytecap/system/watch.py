@@ -59,6 +59,7 @@ class Watch:
         self.rank, self.size, self._tell = rank, size, tell
         self._lock, self._done, self._spoken = threading.Lock(), threading.Event(), threading.Event()
         self._ending = False
+        self.last: list[Callable[[], Any]] = []  # what is done before the process is ended from here
         store = _dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
             wait_for_workers=False, timeout=patience,
@@ -211,6 +212,9 @@ class Watch:
             self._go()
         if self._done.wait(_GRACE if error is not None else _LOOK):
             return
+        for call in self.last:
+            with contextlib.suppress(Exception):
+                call()
         os._exit(code)
 
 
