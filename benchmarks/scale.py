@@ -1,16 +1,20 @@
 """Seconds and peak memory of whole fits of random Llama shapes, each from a checkpoint on disk in a fresh process.
 
 The checkpoint is written block by block, so that no model is ever in memory here. Every fit is `bytecap.fit` on that
-directory with the embedded general text; `--memory` is passed on, and `--gpus N` starts N ranks with torchrun.
+directory with the embedded general text; `--memory` is passed on. `--gpus 1,2,4` fits once with each number of ranks,
+which torchrun starts, says how much faster that was than the first, and whether the bytes are the same.
 
     python benchmarks/scale.py llama-1.1b llama-8b --device cuda --tokens 32768 --bits 3 --work /big/disk
+    python benchmarks/scale.py llama-8b --device cuda --gpus 1,2,4 --work /big/disk --out results/scale.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,9 +34,12 @@ SHAPES: dict[str, dict[str, int]] = {
     "h256-12": {"hidden": 256, "inner": 704, "blocks": 12, "heads": 4, "groups": 2, "vocabulary": 4096},
     "h256-24": {"hidden": 256, "inner": 704, "blocks": 24, "heads": 4, "groups": 2, "vocabulary": 4096},
     "h256-48": {"hidden": 256, "inner": 704, "blocks": 48, "heads": 4, "groups": 2, "vocabulary": 4096},
+    "h256-64k": {"hidden": 256, "inner": 704, "blocks": 2, "heads": 4, "groups": 2, "vocabulary": 65536},
     "h512-12": {"hidden": 512, "inner": 1408, "blocks": 12, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-24": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 8192},
     "h512-48": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 8192},
+    "h512-24-32k": {"hidden": 512, "inner": 1408, "blocks": 24, "heads": 8, "groups": 4, "vocabulary": 32000},
+    "h512-48-32k": {"hidden": 512, "inner": 1408, "blocks": 48, "heads": 8, "groups": 4, "vocabulary": 32000},
     "h1024-6": {"hidden": 1024, "inner": 2816, "blocks": 6, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-12": {"hidden": 1024, "inner": 2816, "blocks": 12, "heads": 16, "groups": 4, "vocabulary": 8192},
     "h1024-24": {"hidden": 1024, "inner": 2816, "blocks": 24, "heads": 16, "groups": 4, "vocabulary": 8192},
@@ -131,23 +138,35 @@ def _write(path: Path, wanted: dict[str, tuple[int, ...]], generator: torch.Gene
 
 
 def child(args: argparse.Namespace) -> None:
-    """One fit, whose figures are printed as a line of JSON."""
+    """One fit, whose figures the first rank prints as a line of JSON."""
+    from bytecap.system.distributed import joined
+
+    with joined(args.device) as ranks:
+        _fit(args, ranks)
+
+
+def _fit(args: argparse.Namespace, ranks: Any) -> None:
     import bytecap
 
     steps, began = Noted(), time.perf_counter()
     text: dict[str, Any] = {"calibration": "general"} if args.calib is None else {"calibration": args.calib}
     result = bytecap.fit(
         str(args.child), f"{args.bits}bpp", output=args.child / "out.bcap", device=args.device, tokens=args.tokens,
-        evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, reporter=steps, **text,
+        evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, effort=args.effort, reporter=steps,
+        ranks=ranks, **text,
     )  # fmt: skip
     cuda = torch.cuda.is_available() and args.device != "cpu"
+    host_gb = ranks.all(max([*steps.peaks.values(), _restart_peak()]))
+    gpu_gb = ranks.all(round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None)
+    if not ranks.first:
+        return
     print(json.dumps({
         "seconds": round(time.perf_counter() - began, 1), "steps": steps.found, "peaks_gb": steps.peaks,
         "file_bytes": result.length,
         "slack_bytes": result.report["slack_bytes"], "parameters": result.report["parameters"],
         "kl_nats": result.report["kl_nats"], "streamed": any("is streamed" in n for n in steps.notes),
-        "host_gb": max(*steps.peaks.values(), _restart_peak()),
-        "gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
+        "host_gb": max(host_gb), "gpu_gb": max(gpu_gb) if cuda else None,
+        "sha256": hashlib.sha256(result.data).hexdigest()[:16], "threads": torch.get_num_threads(),
     }))  # fmt: skip
 
 
@@ -157,29 +176,48 @@ def _command(args: argparse.Namespace) -> str:
     return " ".join(["python", "benchmarks/scale.py", *(own.get(word, word) for word in sys.argv[1:])])
 
 
-def one(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One shape in a process of its own."""
+def one(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One shape in processes of its own, with every number of ranks."""
     dtype = getattr(torch, args.dtype)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         directory = Path(work) / name
         write_checkpoint(directory, SHAPES[name], dtype)
-        start = [sys.executable]
-        if args.gpus > 1:
-            start += ["-m", "torch.distributed.run", "--nproc-per-node", str(args.gpus)]
-        options = [f"--{n}={getattr(args, n)}" for n in ("bits", "tokens", "device", "seed")]
-        options += [f"--eval-tokens={args.eval_tokens}"]
-        options += [f"--{n}={v}" for n in ("memory", "calib") if (v := getattr(args, n)) is not None]
-        began = time.perf_counter()
-        done = subprocess.run(
-            [*start, __file__, f"--child={directory}", *options], stdout=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode:
-            raise SystemExit(f"{name}: the fit ended with {done.returncode}")
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        return {"benchmark": "scale", "model": name, "gpus": args.gpus, "process_seconds": round(
-            time.perf_counter() - began, 1), **found, "bits": args.bits, "tokens": args.tokens, "seed": args.seed,
-            "memory": args.memory, "dtype": args.dtype, "host": host(), "date": time.strftime("%Y-%m-%d"),
-            "command": _command(args)}  # fmt: skip
+        for gpus in args.gpus:
+            began = time.perf_counter()
+            found = _started(name, directory, gpus, args)
+            row = {"benchmark": "scale", "model": name, "gpus": gpus, "process_seconds": round(
+                time.perf_counter() - began, 1), **found, "bits": args.bits, "tokens": args.tokens, "seed": args.seed,
+                "memory": args.memory, "effort": args.effort, "dtype": args.dtype, "host": host(),
+                "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
+            if rows:
+                row["speed_up"] = round(rows[0]["seconds"] / row["seconds"], 2)
+                row["same_bytes"] = rows[0]["sha256"] == row["sha256"]
+            rows.append(row)
+            yield row
+
+
+def _started(name: str, directory: Path, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Start a fit; returns what it has printed."""
+    start, environment = [sys.executable], dict(os.environ)
+    if gpus > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))  # torchrun would set 1
+    options = [f"--{n}={getattr(args, n)}" for n in ("bits", "tokens", "device", "seed")]
+    options += [f"--eval-tokens={args.eval_tokens}"]
+    options += [f"--{n}={v}" for n in ("memory", "calib", "effort") if (v := getattr(args, n)) is not None]
+    done = subprocess.run(
+        [*start, __file__, f"--child={directory}", *options], stdout=subprocess.PIPE, text=True, check=False,
+        env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{name} with {gpus} ranks: the fit ended with {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 def main() -> None:
@@ -192,7 +230,8 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--memory")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--gpus", type=int, default=1)
+    p.add_argument("--effort", type=int, help="of the fit")
+    p.add_argument("--gpus", type=_numbers, default=[1], help="numbers of ranks, by comma")
     p.add_argument("--dtype", default="bfloat16", help="of the checkpoint on disk")
     p.add_argument("--calib", help="calibration text instead of the embedded general one")
     p.add_argument("--work", type=Path, help="where checkpoints are written; the system's place by default")
@@ -203,11 +242,11 @@ def main() -> None:
         child(args)
         return
     for name in args.shapes:
-        row = one(name, args)
-        print(json.dumps(row), flush=True)
-        if args.out is not None:
-            with args.out.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+        for row in one(name, args):
+            print(json.dumps(row), flush=True)
+            if args.out is not None:
+                with args.out.open("a") as f:
+                    f.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

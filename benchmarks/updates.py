@@ -1,8 +1,8 @@
 """Updates of a fine-tuned model: bytes for a KL, against a whole file, binary patches, and a low-rank adapter.
 
-A model is fine-tuned for some minutes on the calibration text of one workload (AdamW, all weights), and the receiver
-has the original as a `.bcap` file. All figures are KL to the fine-tuned model on the workload's evaluation text, which
-nothing was trained on. Rows:
+A model is fine-tuned for some steps (minutes on a processor) on the calibration text of one workload (AdamW, all
+weights), and the receiver has the original as a `.bcap` file. All figures are KL to the fine-tuned model on the
+workload's evaluation text, which nothing was trained on. Rows:
 
 * `base`: what the receiver has, and nothing sent;
 * `full`: the fine-tuned model as a whole file at the base's bits;
@@ -24,7 +24,6 @@ import io
 import json
 import random
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ WINDOW, BATCH = 256, 8  # of fine-tuning
 Values = dict[str, Any]
 
 
-def fine_tuned(source: Path, text: Path, target: Path, *, seconds: float, rate: float, seed: int) -> None:
+def fine_tuned(source: Path, text: Path, target: Path, *, steps: int, rate: float, seed: int) -> None:
     """Fine-tune every weight of a model directory on a text, with a rate that falls to 0; stored as bfloat16."""
     from transformers import AutoModelForCausalLM
 
@@ -59,10 +58,10 @@ def fine_tuned(source: Path, text: Path, target: Path, *, seconds: float, rate: 
     read = load_text(text, encoder(kept.files), window=WINDOW)
     windows = [w.tokens for w in read.windows if len(w.tokens) == WINDOW + 1]
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
-    order, start, step = random.Random(seed), time.monotonic(), 0  # noqa: S311 (sampling)
-    while (share := (time.monotonic() - start) / seconds) < 1:
+    order = random.Random(seed)  # noqa: S311 (sampling)
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - share)
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
         ids = torch.tensor(order.sample(windows, BATCH))
         logits = module(ids[:, :-1]).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -70,8 +69,6 @@ def fine_tuned(source: Path, text: Path, target: Path, *, seconds: float, rate: 
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        step += 1
-    print(f"{step} steps of {WINDOW * BATCH} tokens")
     module.to(torch.bfloat16).save_pretrained(target)
     for file in source.iterdir():
         if file.name != "model.safetensors":
@@ -169,13 +166,13 @@ def one(args: Any, name: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     tuned_directory, text = work / "tuned", args.texts / f"{args.workload}.calib.txt"
     if not tuned_directory.exists():
-        fine_tuned(source, text, tuned_directory, seconds=args.seconds, rate=args.rate, seed=args.seed)
+        fine_tuned(source, text, tuned_directory, steps=args.steps, rate=args.rate, seed=args.seed)
     original, tuned = load_model(source), load_model(tuned_directory)
     common = FitConfig(f"{args.bits}bpp", seed=args.seed, device="cpu", progress=False, store=work / "store")
     fitted(original, sets_of(args, original, texts(args.texts, "calib")), common, work / "base.bcap")
     base, sets = installed(work / "base.bcap"), sets_of(args, tuned, [text])
     about = {"model": name, "workload": args.workload, "bits": args.bits, "tokens": args.tokens,
-             "eval_tokens": args.eval_tokens, "fine_tuning_seconds": args.seconds, "rate": args.rate}  # fmt: skip
+             "eval_tokens": args.eval_tokens, "fine_tuning_steps": args.steps, "rate": args.rate}  # fmt: skip
 
     def line(kind: str, **row: Any) -> None:
         print(record(args, {**about, "row": kind, **row}))
@@ -213,7 +210,7 @@ def main() -> None:
     p.add_argument("--work", type=Path, required=True, help="directory for the stages")
     p.add_argument("--workload", default="technical")
     p.add_argument("--bits", type=float, default=3.0)
-    p.add_argument("--seconds", type=float, default=300, help="of fine-tuning")
+    p.add_argument("--steps", type=int, default=80, help="of fine-tuning, each of 2,048 tokens")
     p.add_argument("--rate", type=float, default=2e-4, help="of fine-tuning")
     p.add_argument("--ranks", nargs="*", type=int, default=[8])
     p.add_argument("--shares", nargs="*", type=float, default=[0.05, 0.1, 0.2])

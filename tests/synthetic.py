@@ -20,11 +20,13 @@ def comparison_lines(path, models=("models/small", "models/large"), seeds=2):
         texts = [{"name": t, "tokens": tokens, "bytes": tokens, "original": original,
                   "documents": list(range(windows))} for t in TEXTS]  # fmt: skip
         lines.append({"record": "texts", "key": model, "model": model, "parameters": 7_000_000, "texts": texts})
+        said = -1.5 + 0.1 * np.arange(40) / 40  # log likelihoods of the original's answers
         hard = rng.lognormal(0, 0.3, windows)
         for i, (method, budget, seed) in enumerate(
             (m, b, s) for m in METHODS for b in budgets for s in range(seeds) if not (m == "uniform" and b == 2_000_000)
         ):
             level = 0.02 * METHODS[method] * math.exp((3_000_000 - budget) / 6e5)
+            right = (np.arange(40) > 40 * level).astype(float)
             kl = level * np.array(tokens) * hard * rng.lognormal(0, 0.05, windows)
             run = {"record": "run", "key": f"{model} {i}", "order": i, "model": model, "method": method,
                    "budget_bytes": budget, "seed": seed, "command": "bytecap compare models/small models/large -o out",
@@ -32,6 +34,8 @@ def comparison_lines(path, models=("models/small", "models/large"), seeds=2):
                    "same_top1": 0.9, "cpu_seconds": 20.0, "texts_key": model,
                    "predicted_delta_nats": level if method == "bytecap" else None,
                    "texts": [{"name": t, "kl": kl.tolist(), "nats": (original + 0.8 * kl).tolist()} for t in TEXTS],
+                   "tasks": {"cloze acc": right.tolist(), "cloze perplexity": (said - level).tolist()},
+                   "tasks_original": {"cloze acc": [1.0] * 40, "cloze perplexity": said.tolist()},
                    }  # fmt: skip
             lines.append(run)
         lines += [

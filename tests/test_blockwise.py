@@ -1,6 +1,7 @@
 """Streamed models give what models in memory give: statistics to the last bit, KL, comparisons, files."""
 
-import shutil
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -9,11 +10,8 @@ from torch import nn
 
 import bytecap
 from bytecap.calibration.probe import probe
-from bytecap.calibration.streamed import probe_streamed
-from bytecap.errors import CheckpointError, CorruptError, NotAnArtifact, OutputError, ShortageError, UsageError
-from bytecap.format import container
-from bytecap.format.decoder import Decoded, Ideal
-from bytecap.format.filebytes import FileBytes
+from bytecap.calibration.streamed import _Job, probe_streamed
+from bytecap.errors import UsageError
 from bytecap.model import head, streaming
 from bytecap.model.chain import Chain, find_chain
 from bytecap.model.checkpoint import load_model
@@ -76,6 +74,33 @@ def test_logits_in_pieces_give_the_same_statistics_but_for_what_is_sampled(pair,
         assert 0.8 < float(use.rows.sum() / whole[name][0].rows.sum()) < 1.25, name
 
 
+def test_batches_are_halved_where_the_device_has_no_room_and_nothing_stays(pair, monkeypatch):
+    _, streamed = pair("rotary", num_hidden_layers=3)
+    monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 128)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    few, rest = collected(streamed)
+    monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 256)
+    block, waiting, said = _Job._block, [], []
+
+    def full(self, number, gradients, *others):
+        if len(self.data) < 6 and number == 1:
+            waiting.extend(map(weakref.ref, gradients.values()))
+            raise torch.OutOfMemoryError
+        gc.collect()
+        assert not any(ref() is not None for ref in waiting)
+        block(self, number, gradients, *others)
+
+    monkeypatch.setattr(_Job, "_block", full)
+    again, other = collected(streamed, note=said.append)
+    assert waiting
+    assert said == ["statistics: out of device memory, 128 tokens a batch from now on"]
+    assert other.tokens == rest.tokens
+    for name, uses in few.items():
+        for one, two in zip(uses, again[name], strict=True):
+            assert torch.equal(one.moment, two.moment), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in streamed.module.modules())
+
+
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, monkeypatch):
@@ -101,6 +126,19 @@ def test_kl_and_comparisons_are_those_of_a_model_in_memory(pair, kind, pieces, m
     assert scores[1].kl_nats == pytest.approx(scores[0].kl_nats, rel=1e-3)
     assert scores[1].nats_original == pytest.approx(scores[0].nats_original, rel=1e-5)
     assert all(p.is_meta for p in models[1].module.parameters())
+
+
+def test_tensors_that_a_class_keeps_in_float32_stay_so(pair):
+    _, streamed = pair()
+    streamed.module._keep_in_fp32_modules_strict = ["norm"]
+    copied = streamed.streamed.copy(torch.bfloat16)
+    norm = copied.module.get_submodule("model.norm")
+    with copied.outside(), copied.block(0) as loaded:
+        found = {n: p.dtype for n, p in loaded.named_parameters()}
+        norm(torch.ones(1, copied.module.config.hidden_size))
+        assert norm.weight.dtype == torch.float32
+    assert found["input_layernorm.weight"] == torch.bfloat16  # another name
+    assert found["self_attn.q_proj.weight"] == torch.bfloat16
 
 
 def test_causality_is_checked_and_one_pass_runs_streamed(pair):
@@ -191,6 +229,44 @@ def test_a_method_that_is_not_streamed_says_so(run, job):
     assert "is not streamed: method uniform needs it in memory" in " ".join(err.split())
 
 
+@pytest.mark.slow
+def test_a_chain_that_cannot_be_found_is_said_and_nothing_else_changes(run, job, model_directory, tmp_path):
+    directory, files = model_directory("rotary", num_hidden_layers=1), []
+    for more in ((), ("--memory", "1MB")):
+        files.append(tmp_path / f"{len(more)}.bcap")
+        code, _, err = run(*job(directory, output=files[-1]), *more, "--method", "bytecap")
+        assert code == 0, err
+        assert ("is not streamed: it has no chain of blocks" in " ".join(err.split())) == bool(more)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [3, 60, 250])
+def test_a_disk_that_is_full_half_way_is_one_line_and_leaves_nothing(refused, job, tmp_path, monkeypatch, number):
+    output, left, write = tmp_path / "out" / "a.bcap", [number], Scratch._write
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+
+    def full(self, path, parts):
+        def some():
+            for part in parts:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(28, "No space left on device")
+                yield part
+
+        write(self, path, some())
+
+    monkeypatch.setattr(Scratch, "_write", full)
+    monkeypatch.setattr(memory, "_room", lambda *_: (0, 0))
+    said = refused(*job(output=output), "--memory", "1MB", "--method", "bytecap")
+    assert "cannot be written (No space left on device)" in said
+    assert left == [-1]
+    gc.collect()
+    assert [p.name for p in output.parent.iterdir()] == ["a.bcap"]
+    assert output.read_bytes() == b"old"
+
+
 def test_samples_need_a_model_in_memory(pair):
     from bytecap.model.sources import sampled
     from bytecap.progress import Silent
@@ -198,135 +274,3 @@ def test_samples_need_a_model_in_memory(pair):
     _, streamed = pair()
     with pytest.raises(UsageError, match="in memory"):
         sampled(streamed, 10, window=8, seed=0, device="cpu", reporter=Silent())
-
-
-@pytest.fixture
-def shards(model_directory, tmp_path):
-    """A private copy of a model in several files."""
-    directory = tmp_path / "shards"
-    module = load_model(model_directory("rotary", num_hidden_layers=4)).module
-    module.save_pretrained(directory, max_shard_size="30KB")
-    shutil.copy(model_directory("rotary") / "tokenizer.json", directory)
-    assert len(list(directory.glob("*.safetensors"))) > 2
-    return directory
-
-
-def test_a_missing_or_cut_shard_is_named_before_work_begins(refused, job, shards):
-    last = max(shards.glob("*.safetensors"))
-    content = last.read_bytes()
-    last.write_bytes(content[:-8])
-    assert f"{last} is truncated" in refused(*job(shards), "--memory", "1MB", "--method", "bytecap")
-    last.unlink()
-    assert f"names {last.name}, which is missing" in refused(*job(shards), "--memory", "1MB", "--method", "bytecap")
-
-
-def test_a_shard_that_shrinks_meanwhile_is_named(shards):
-    streamed = open_streamed(shards, Scratch())
-    for shard in shards.glob("*.safetensors"):
-        shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match="has become shorter"):
-        _ = [streamed.tensor(unit) for unit in streamed.units]
-    for shard in shards.glob("*.safetensors"):
-        shard.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        streamed.tensor(streamed.units[0])
-
-
-def test_weights_that_are_not_finite_are_named(shards):
-    from safetensors.torch import load_file, save_file
-
-    shard = min(shards.glob("*.safetensors"))
-    tensors = load_file(shard)
-    name = min(tensors)
-    tensors[name].reshape(-1)[3] = torch.inf
-    save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"tensor {name} holds inf"):
-        open_streamed(shards, Scratch())
-
-
-def test_a_full_disk_is_one_line(monkeypatch):
-    scratch = Scratch()
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.open", full)
-    with pytest.raises(OutputError, match=r"No space left on device.*TMPDIR") as caught:
-        scratch.put(torch.ones(3))
-    assert "\n" not in str(caught.value)
-    assert not list(scratch.directory.iterdir())
-
-
-def test_work_files_go_with_what_they_hold(tmp_path):
-    scratch = Scratch(tmp_path)
-    kept = scratch.put(torch.ones(3, dtype=torch.bfloat16))
-    assert kept.load().dtype == torch.bfloat16
-    assert len(list(scratch.directory.iterdir())) == 1
-    del kept
-    assert not list(scratch.directory.iterdir())
-    scratch.close()
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(OutputError, match="no work files can be made"):
-        Scratch(tmp_path / "nowhere")
-
-
-def test_small_tensors_may_stay_in_memory(tmp_path):
-    scratch = Scratch(tmp_path, memory=16)
-    first, second = scratch.put(torch.ones(3)), scratch.put(torch.ones(2))
-    assert first.memory is not None
-    assert second.memory is None
-    del first
-    assert scratch.put(torch.ones(4)).memory is not None
-
-
-def test_memory_that_ends_names_the_option():
-    with pytest.raises(ShortageError, match="--memory"), allocator.stated(5, streamed=True):
-        raise MemoryError
-    with pytest.raises(ShortageError, match="--memory SIZE streams it"), allocator.stated(5):
-        raise MemoryError
-
-
-@pytest.mark.coverage
-def test_units_of_an_open_file_are_read_when_they_are_asked_for(fitted, tmp_path):
-    artifact, path = fitted()
-    opened, read = container.open_file(path), container.read(path)
-    assert [(u.unit, u.tag, u.length, u.data) for u in opened.units] == [
-        (u.unit, u.tag, u.length, u.data) for u in read.units
-    ]
-    assert container.serialize(opened) == artifact.data
-    assert container.size(opened) == len(artifact.data)
-    shorter = tmp_path / "shorter.bcap"
-    shutil.copy(path, shorter)
-    found = FileBytes(shorter)
-    shorter.write_bytes(b"")
-    with pytest.raises(CorruptError, match="has become shorter"):
-        found[:4]
-    with pytest.raises(NotAnArtifact):
-        container.open_file(tmp_path / "none.bcap")
-
-
-@pytest.mark.coverage
-@pytest.mark.parametrize("threads", [1, 3])
-def test_values_are_decoded_one_unit_at_a_time(fitted, threads, monkeypatch):
-    artifact, path = fitted()
-    ideal, together = Ideal(), Ideal()
-    found = Decoded(container.open_file(path), ideal, threads)
-    expected = bytecap.load(path)
-    assert len(found) == len(list(found)) == len(artifact.contents.units)
-    for name in [*found, *found]:
-        assert np.array_equal(found[name], expected[name])
-    from bytecap.format.decoder import decode_units
-
-    decode_units(artifact.contents, observe=together)
-    assert ideal.bytes(1000) == together.bytes(1000)
-    monkeypatch.setattr("bytecap.format.decoder._AHEAD", 1)
-    assert np.array_equal(found[next(iter(found))], expected[next(iter(found))])
-
-
-@pytest.mark.coverage
-def test_a_unit_that_cannot_be_decoded_is_named(fitted):
-    artifact, _ = fitted()
-    units = [container.UnitSection(u.unit, u.tag, b"") for u in artifact.contents.units]
-    broken = Decoded(container.Contents(tuple(units), artifact.contents.tables, (), {}))
-    with pytest.raises(CorruptError, match=r"unit model\.embed_tokens\.weight"):
-        broken["model.embed_tokens.weight"]

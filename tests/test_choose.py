@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.format.container import parse
 from bytecap.model.checkpoint import load_model
 from bytecap.pipeline import choose as module
+from bytecap.pipeline import contenders
 from bytecap.pipeline.choose import choose
 from bytecap.progress import Silent
 from bytecap.report.choice import page
@@ -76,13 +78,13 @@ class TestChoice:
 
 class TestBytes:
     def test_a_model_without_a_leading_token_pays_for_the_first_of_every_piece(self, two, texts, tmp_path):
-        path = module._pieces([texts["val"]], 2000, tmp_path, Silent())[0]
+        path = contenders.pieces([texts["val"]], 2000, tmp_path, Silent())[0]
         documents = path.read_text("utf-8").split("\f")
         model = load_model(two[0])
-        led = module._toll(model, path)
+        led = contenders.toll_of(model, path)
         assert (led.bytes, led.unscored, led.bits) == (sum(len(d.encode()) for d in documents), 0, 0.0)
         model.files = {**model.files, "config.json": json.dumps({"model_type": "llama", "bos_token_id": None}).encode()}
-        bare = module._toll(model, path)
+        bare = contenders.toll_of(model, path)
         assert bare.bytes == led.bytes
         assert bare.unscored >= len(documents)
         assert bare.bits == pytest.approx(len(documents) * math.log2(288))
@@ -90,7 +92,7 @@ class TestBytes:
     def test_pieces_are_cut_by_bytes_and_keep_whole_characters(self, tmp_path):
         text = tmp_path / "text.txt"
         text.write_text("äöü" * 100 + "\f" + "x" * 100, "utf-8")
-        path = module._pieces([text], 350, tmp_path, Silent())[0]
+        path = contenders.pieces([text], 350, tmp_path, Silent())[0]
         one, other = path.read_text("utf-8").split("\f")
         assert set(one) <= set("äöü")
         assert len(one.encode()) + len(other) in range(345, 351)
@@ -106,8 +108,8 @@ class TestBytes:
         }
         artifact = bytecap.Artifact(None, b"", {"texts": [text], "model": "m", "kl_nats": 0.0, "seconds": 1.0})
         with pytest.raises(bytecap.TextError, match="cannot be compared"):
-            module._bits(artifact, [module._Toll(100, 9, 0.0)])
-        found = module._bits(artifact, [module._Toll(100, 10, 20.0)])
+            module._bits(artifact, [contenders.Toll(100, 9, 0.0)])
+        found = module._bits(artifact, [contenders.Toll(100, 10, 20.0)])
         assert found["bpb"] == pytest.approx((30 / math.log(2) + 20) / 100)
 
 
@@ -186,6 +188,89 @@ def made_up(budgets):
         "rows": rows, "best": best["model"], "budget_bytes": budgets[-1], "evaluation": ["a<i>.txt"],
         "evaluation_bytes": 900, "envelope": sorted(envelope, key=lambda e: e["budget_bytes"]), **best["whole"],
     }  # fmt: skip
+
+
+CHANGED = {
+    "lower": {"normalizer": {"type": "Lowercase"}},
+    "vowels": {"normalizer": {"type": "Replace", "pattern": {"Regex": "[aeiou]"}, "content": ""}},
+    "bare": {"normalizer": {"type": "Lowercase"}, "decoder": None},
+}
+
+
+class TestTokenizers:
+    """A text that says less is shorter: a model is not to win by losing part of it."""
+
+    @pytest.fixture
+    def with_tokenizer(self, two, tmp_path):
+        """Function: a model whose tokenizer has other members."""
+
+        def get(**members):
+            directory = tmp_path / "changed"
+            shutil.copytree(two[0], directory)
+            found = json.loads((directory / "tokenizer.json").read_text("utf-8")) | members
+            (directory / "tokenizer.json").write_text(json.dumps(found), "utf-8")
+            return directory
+
+        return get
+
+    @pytest.mark.parametrize("kind", CHANGED)
+    def test_one_that_loses_part_of_the_text_is_out(self, with_tokenizer, two, texts, kind):
+        path = with_tokenizer(**CHANGED[kind])
+        with pytest.warns(bytecap.BytecapWarning, match=r"do not give back [\d,]+ characters of val\.txt"):
+            found = contenders.plan([two[1], path], "40kB", evaluation=texts["val"], method="uniform")
+        rows = {r["model"]: r for r in found["rows"]}
+        assert "another text" in rows["changed"]["out"]
+        assert "planned" in rows[two[1].name]
+
+    def test_one_without_a_decoder_may_lose_nothing(self, with_tokenizer, texts):
+        found = contenders.plan([with_tokenizer(decoder=None)], "40kB", evaluation=texts["val"], method="uniform")
+        assert "planned" in found["rows"][0]
+
+    def test_tokens_that_the_model_does_not_know(self, with_tokenizer, two, texts):
+        vocabulary = json.loads((two[0] / "tokenizer.json").read_text("utf-8"))["model"]
+        token = next(t for t, i in vocabulary["vocab"].items() if i == vocabulary["vocab"]["e"])
+        path = with_tokenizer(model=vocabulary | {"vocab": vocabulary["vocab"] | {token: 5000}})
+        with pytest.warns(bytecap.BytecapWarning, match=r"left out: val\.txt: the tokenizer gives token 5000"):
+            contenders.plan([two[1], path], "40kB", evaluation=texts["val"], method="uniform")
+
+
+class TestDryRun:
+    """What `--dry-run` says, without a fit."""
+
+    def test_it_lists_floors_and_what_would_be_fitted(self, two, texts, monkeypatch):
+        monkeypatch.setattr(module, "fit_config", None)
+        options = {"evaluation": texts["val"], "evaluation_bytes": 3000, "method": "uniform"}
+        found = contenders.plan(two, "40kB", budgets=["800"], finalists=1, **options)
+        by = {(r["model"], r["budget_bytes"]): r for r in found["rows"]}
+        assert len(by) == 4
+        for model in two:
+            assert "smallest file" in by[model.name, 800]["out"]
+            assert by[model.name, 800]["floor_bytes"] > 800
+            there = by[model.name, 40_000]
+            assert there["planned"] == "short fit, the best 1 whole"
+            assert there["bits_per_parameter"] == pytest.approx(320_000 / load_model(model).parameters)
+            assert there["evaluation_tokens"] > 100
+        assert (found["short_fits"], found["whole_fits"]) == (2, 1)
+        assert contenders.plan(two, "40kB", **options)["whole_fits"] == 2
+
+    def test_the_command_writes_nothing(self, run, two, texts, tmp_path):
+        target = tmp_path / "best.bcap"
+        asked = ("choose", *two, tmp_path / "gone", "--budget", "40kB", "--eval", texts["val"], "--method", "uniform")
+        code, out, err = run(*asked, "-o", target, "--dry-run")
+        assert (code, target.exists()) == (0, False)
+        assert "2 short fits and at most 2 whole ones" in out
+        assert "smallest file" in out
+        assert "gone" in out
+        assert "gone is left out" in err
+        code, out, _ = run(*asked, "--dry-run", "--json")
+        assert code == 0
+        assert json.loads(out)["dry_run"] is True
+        code, _, err = run(*asked[:3], "--budget", "500", "--eval", texts["val"], "--dry-run")
+        assert code != 0
+        assert "no model fits 500 bytes" in err
+        code, _, err = run(*asked, "--dry-run", "--report", tmp_path / "page.html")
+        assert code == 2
+        assert "--report" in err
 
 
 class TestPage:

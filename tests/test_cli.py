@@ -258,14 +258,15 @@ def spawn(*arguments, **options):
     return subprocess.Popen(  # noqa: S603 (our own interpreter)
         [sys.executable, "-m", "bytecap", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=environment, **options,
-        # a background job of a shell starts with Ctrl-C ignored, and its children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (nothing else runs here)
+        # a background job of a shell starts with Ctrl-C ignored, and its children inherit that; nothing else runs here
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],  # noqa: PLW1509
     )  # fmt: skip
 
 
 class TestInterruption:
     @pytest.mark.slow
-    def test_ctrl_c_in_a_real_process(self, tmp_path, texts):
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+    def test_signals_to_a_real_process(self, tmp_path, texts, number, code):
         process = spawn(
             "fit", "demo", "--budget", "600kB", "-o", tmp_path / "out.bcap", "--calib", texts["calib"], "--eval",
             texts["val"],
@@ -277,14 +278,14 @@ class TestInterruption:
             while "disjoint" not in seen and process.poll() is None:  # past start-up, at work
                 seen += process.stderr.readline()
             time.sleep(0.3)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, err = process.communicate()
             killer.cancel()
         finally:
             process.kill()
-        assert process.returncode == 130, seen + err
+        assert process.returncode == code, seen + err
         assert "Traceback" not in err
-        assert "interrupted; no partial file is left behind" in err
+        assert ("interrupted; no partial file is left behind" in err) == (number == signal.SIGINT)
         assert out == ""
         assert list(tmp_path.iterdir()) == []
 

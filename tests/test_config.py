@@ -19,12 +19,12 @@ from bytecap.cli.options import OPTIONS
 from bytecap.job.config import FitConfig, documentation
 from bytecap.pipeline import stages
 from bytecap.progress import Bars, Silent, TextBars, reporter_for
-from bytecap.quantization.quantizer import Options
+from bytecap.quantization.options import Options
 from conftest import BUDGET, SMALL
 
 SOURCE = Path(bytecap.__file__).parent
 NAMES = [f.name for f in fields(FitConfig)]
-STUDIES = {"choose"}  # many fits under settings of their own, as `compare` in the lab; it makes one config
+STUDIES = {"plan", "choose"}  # many fits under settings of their own, as `compare` in the lab; it makes one config
 
 
 class TestOneList:

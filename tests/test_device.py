@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bytecap.allocation import planner as waterfill
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.decoded import decode_grid
-from bytecap.allocation.planner import Planner, VectorUnit
+from bytecap.allocation.planner import Planner
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
@@ -20,7 +21,8 @@ from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.model.quantized_copy import load_values
 from bytecap.quantization import RoundingProblem, gaussian_shrink, row_classes, trial_values
-from bytecap.quantization.quantizer import FIRST_DEPENDENT, Options, _stored, _stored_there, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import FIRST_DEPENDENT, _stored, _stored_there, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.trellis import round_trellis
 from bytecap.types import Unit
@@ -116,10 +118,9 @@ def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, st
 
     steps = torch.full((batch,), step)
     given_problem, shrink = problem(batch, cols, rows, steps), gaussian_shrink()
+    names = ("weight", "lower", "order", "rows", "row_class")
+    there = RoundingProblem(*(getattr(given_problem, n).to(DEVICE, copy=True) for n in names))
     one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT, memory)
-    there = RoundingProblem(
-        *(getattr(given_problem, n).to(DEVICE) for n in ("weight", "lower", "order", "rows", "row_class"))
-    )
     two = device.round_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT, memory)
     assert (one.symbols == two.symbols.cpu().numpy()).mean() > 0.999  # sums in another order may round otherwise
     assert (one.column_class == two.column_class).all()

@@ -15,7 +15,8 @@ from bytecap.format.decoder import decode_units
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job.config import FitConfig
 from bytecap.pipeline import stages
-from bytecap.quantization.quantizer import EFFORTS, STATES, Options, prepare
+from bytecap.quantization.options import EFFORTS, STATES, Options
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
 

@@ -175,6 +175,7 @@ def test_names_in_lines_do_not_speak_to_the_terminal(kind, tmp_path, run):
     else:
         records = thesis_lines()
     free = {r[k] for r in records for k in ("model", "method", "host", "command", "base") if isinstance(r.get(k), str)}
+    free |= {task for r in records for task in r.get("tasks", ())}
     for word in sorted(free | {t["name"] for r in records for t in r.get("texts", ()) if "name" in t}):
         changed = replaced(records, word, CONTROLS)
         path.write_text("".join(json.dumps(r) + "\n" for r in changed), "utf-8")

@@ -180,7 +180,7 @@ def test_the_cap_holds_over_a_range_of_budgets(fitted, budget):
 @pytest.mark.numeric
 @pytest.mark.slow
 def test_more_bytes_mean_less_damage(fitted):
-    kl = [fitted("biased", "bytecap", b)[0].report["kl_nats"] for b in (9_000, 14_000, BUDGET, 33_000)]
+    kl = [fitted("biased", "bytecap", b)[0].report["kl_nats"] for b in (9_000, BUDGET, 33_000)]
     assert kl == sorted(kl, reverse=True)
     assert kl[0] > 4 * kl[-1]
 

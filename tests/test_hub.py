@@ -84,6 +84,12 @@ class TestFit:
         assert f"{report['statistics_tokens']:,} tokens" in text
         assert f"cap of {BUDGET:,} bytes" in text
 
+    def test_options_of_loading_are_taken(self, made):
+        module = made[0].load_model(dtype="bfloat16", resident="coded")
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        with pytest.raises(UsageError, match="neither decoded nor coded"):
+            made[0].load_model(resident="packed")
+
     def test_it_is_a_model_everywhere(self, made, texts):
         artifact, directory = made
         import transformers

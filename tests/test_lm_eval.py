@@ -98,6 +98,31 @@ def test_a_file_scores_as_its_directory(made):
     assert ours[0]["local_cloze"]["perplexity,none"] > 1
 
 
+def test_weights_that_stay_coded_score_alike(made):
+    arguments = f"pretrained={made / 'model.bcap'},prefix_token_id=0"
+    decoded, coded = (
+        harness("bytecap.runtimes.lm_eval", "bytecap", arguments + more, made, name)
+        for more, name in (("", "decoded"), (",resident=coded", "coded"))
+    )
+    assert not isinstance(coded, subprocess.CompletedProcess), coded.stderr
+    assert coded[1] == decoded[1]
+    done = harness("bytecap.runtimes.lm_eval", "bytecap", f"pretrained={made / 'plain'},resident=coded", made, "plain2")
+    assert done.returncode == 2
+    assert "loads directories that hold model.bcap" in done.stderr.splitlines()[-1]
+
+
+def test_resident_reaches_the_loader(made, monkeypatch):
+    import bytecap.runtimes.lm_eval as ours
+    from bytecap.model import resident
+
+    monkeypatch.setattr(resident, "_SMALL", 100)
+    kept = []
+    monkeypatch.setattr(resident, "_hook", lambda *given, hook=resident._hook: (kept.append(given), hook(*given)))
+    for how in ("decoded", "coded"):
+        ours.BytecapLM(str(made / "model.bcap"), resident=how, device="cpu", prefix_token_id=0)
+        assert bool(kept) == (how == "coded")
+
+
 def test_damage_is_said_in_a_line(made):
     data = (made / "model.bcap").read_bytes()
     (made / "cut.bcap").write_bytes(data[: len(data) // 2])

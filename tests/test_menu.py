@@ -19,8 +19,9 @@ from bytecap.format.ledger import by_overlay
 from bytecap.methods.rate_control import allowed_slack
 from bytecap.model.checkpoint import load_model
 from bytecap.progress import Silent
+from bytecap.quantization.options import Options
 from bytecap.quantization.overlays import overlays
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.report.terminal import print_fit, print_ledger
 from bytecap.types import Curve, Plan, Point, Unit
@@ -116,9 +117,9 @@ class TestWeakBase:
         assert [n for n in reporter.notes if "cannot apply" in n] == ["overlay rows cannot apply to 5 of 15 matrices"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestStrongBase:
-    @pytest.mark.parametrize("names", [("columns",), pytest.param(("all",), marks=pytest.mark.nightly)])
+    @pytest.mark.parametrize("names", [("columns",), ("all",)])
     def test_never_worse_beyond_noise(self, outcome, names):
         (without, _), (found, notes) = outcome("strong"), outcome("strong", *names)
         noise = (without.report["kl_stderr"] ** 2 + found.report["kl_stderr"] ** 2) ** 0.5

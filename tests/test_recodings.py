@@ -108,7 +108,7 @@ def test_error_feedback_serves_signs(levels):
 
 @pytest.mark.slow
 class TestCurves:
-    @pytest.mark.parametrize("base", ["grid", "golf"])
+    @pytest.mark.parametrize("base", ["grid", pytest.param("golf", marks=pytest.mark.nightly)])
     def test_every_recoding_has_points_or_a_reason(self, priced, base):
         found, notes = priced(base)
         assert list(found["paths"]) == [STEP, COARSER, *sorted(recodings())]

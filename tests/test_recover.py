@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.allocation.planner import Planner, VectorUnit
+from bytecap.allocation.planner import Planner
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
@@ -21,7 +22,8 @@ from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.progress import Silent
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.recovery import checkpointing, kl_passes, tuning
 from bytecap.recovery.parameters import TunedParameters

@@ -260,13 +260,21 @@ class TestStore:
 
 class TestKilled:
     @pytest.mark.slow
-    @pytest.mark.parametrize(("command", "kills"), [("fit", 2), ("curves", 1)])
-    def test_at_random_moments(self, fit, model_directory, texts, tmp_path, command, kills):
+    @pytest.mark.parametrize(
+        ("command", "kills", "more"),
+        [
+            ("fit", 2, ()), ("fit", 3, ("--memory", "1MB")),
+            pytest.param(
+                "curves", 1, ("--paths", "step,rows", "--points", 4, "--point-tokens", 500), marks=pytest.mark.nightly
+            ),
+        ],
+        ids=["fit", "streamed", "curves"],
+    )  # fmt: skip
+    def test_at_random_moments(self, fit, model_directory, texts, tmp_path, command, kills, more):
         fit(store=None)  # what it imports and compiles the forks need not
-        more = {"fit": (), "curves": ("--paths", "step,rows", "--points", 4, "--point-tokens", 500)}
         options = [
             model_directory("rotary"), "--budget", BUDGET, "--tokens", 2000, "--eval-tokens", 1000, "--calib",
-            texts["calib"], "--eval", texts["val"], *more[command],
+            texts["calib"], "--eval", texts["val"], *more,
         ]  # fmt: skip
         found = crashes.Crashes(command, options, tmp_path, seed=0).run(kills=kills, seconds=1e9)
         assert found["kills"] >= kills

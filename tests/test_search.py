@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import bytecap
-from bytecap.allocation.planner import Planner, State, VectorUnit, _next_log_step
+from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.secant import next_log_step
+from bytecap.allocation.vector_unit import VectorUnit
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders.vector import CODER as VECTOR
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
 from conftest import SMALL, build
@@ -50,7 +53,7 @@ class Restless:
 def test_points_turned_round_by_refitted_tables_say_nothing_of_the_slope():
     found = [(1.410e-5, 92454), (1.736e-5, 88334), (1.756e-5, 87607), (1.735e-5, 87838), (1.713e-5, 87695)]
     seen = [(math.log(c), r) for c, r in found]
-    assert abs(_next_log_step(seen, 88_230, 139_584) - seen[-1][0]) < 0.1
+    assert abs(next_log_step(seen, 88_230, 139_584) - seen[-1][0]) < 0.1
 
 
 def test_where_the_last_look_is_too_large_the_finest_that_fitted_is_taken():

@@ -7,8 +7,12 @@ import pytest
 import bytecap
 from bytecap.errors import UsageError
 from bytecap.report.compared import print_comparison
+from bytecap.report.comparison import page
+from bytecap.report.lines import read_lines
+from bytecap.report.plain import finite
 from bytecap_lab.compare.figures import summarize
 from bytecap_lab.compare.task_scores import figures, names_of
+from pages import sound
 from synthetic import comparison_lines
 
 
@@ -40,17 +44,42 @@ def test_differences_are_paired():
     assert figures({}) == {}
 
 
-def test_they_are_printed_beside_kl(tmp_path, capsys):
-    from bytecap.report.lines import read_lines
+@pytest.fixture
+def found(tmp_path):
+    """Figures of a comparison with two tasks."""
+    return summarize(read_lines(comparison_lines(tmp_path / "runs.jsonl", models=("m",), seeds=1)))
 
-    records = read_lines(comparison_lines(tmp_path / "runs.jsonl", models=("m",), seeds=1))
-    for r in records:
-        if r["record"] == "run" and "refused" not in r:
-            r |= {"tasks": {"cloze acc": [1.0, 0.0, 1.0, 1.0]}, "tasks_original": {"cloze acc": [1.0] * 4}}
-    found = summarize(records)
+
+def test_they_are_printed_beside_kl(found, capsys):
     assert all("tasks" in c for c in found["models"][0]["cells"])
     print_comparison(found)
     out = capsys.readouterr().out
     assert "minus original" in out
     assert "cloze acc" in out
     assert "1.0000" in out
+
+
+def test_they_stand_on_the_page(found):
+    """A chart for every task whose differences are paired, and a row for every task of every file."""
+    cells = found["models"][0]["cells"]
+    text = page(found)
+    tips = [t for t in sound(text).tips if "against the original" in t]
+    assert len(tips) == 2 * 2 * len(cells)  # tasks, widths of screens
+    assert sum("cloze acc -" in t for t in tips) > len(cells)
+    assert text.count("cloze perplexity</td>") == len(cells)
+    for c in cells:
+        del c["tasks"]["cloze acc"]["difference"], c["tasks"]["cloze acc"]["original"]
+    text = page(found)
+    assert len([t for t in sound(text).tips if "against the original" in t]) == 2 * len(cells)
+    for c in cells:
+        del c["tasks"]
+    assert ": tasks</h2>" not in page(found)
+
+
+def test_one_question_has_no_error(found):
+    for c in found["models"][0]["cells"]:
+        c["tasks"] = figures({"tasks": {"t acc": [0.0]}, "tasks_original": {"t acc": [1.0]}})
+    text = page(finite(found))
+    sound(text)
+    assert "nan" not in text
+    assert "-1.0000 against the original" in text

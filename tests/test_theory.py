@@ -17,7 +17,8 @@ from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.rans import Stream, encode, escape_bytes, lanes
 from bytecap.format.entropy.shared_tables import fit_shared
 from bytecap.quantization import viterbi
-from bytecap.quantization.quantizer import Options, prepare, round_units
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import prepare, round_units
 from bytecap.quantization.rules import initial_rules
 from bytecap.types import Unit
 

@@ -17,7 +17,8 @@ from bytecap.format.ledger import total
 from bytecap.job import Section
 from bytecap.model.checkpoint import as_matrix, load_model
 from bytecap.model.module import model_of
-from bytecap.quantization.quantizer import Options, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.reference import decode_file
 from bytecap_lab import train

@@ -76,6 +76,37 @@ def test_a_pipeline_generates(model_directory, tmp_path):
     assert texts[0].startswith("The table")
 
 
+def test_our_own_commands_take_the_directory(model_directory, tmp_path, run, texts):
+    directory = written(tmp_path / "hub", model_directory())
+    unpack(tmp_path / "hub.bcap", tmp_path / "plain")
+    code, out, err = run("check", directory, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["file_bytes"] == sum(p.stat().st_size for p in directory.iterdir())
+    code, _, err = run("unpack", directory, "-o", tmp_path / "again")
+    assert code == 0, err
+    for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    configs = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("again", "plain")]
+    assert configs[0] == configs[1]
+    scored = ("eval", directory, "--text", texts["val"], "--tokens", "300", "--json")
+    assert json.loads(run(*scored)[1]) == json.loads(run(*scored, "--resident", "coded")[1])
+    code, _, err = run("unpack", directory, "-o", tmp_path / "x", "--base", tmp_path / "hub.bcap")
+    assert code == 2
+    assert "has no base" in err
+
+
+def test_a_finished_directory_is_no_source(model_directory, tmp_path, run, texts):
+    directory = written(tmp_path / "hub", model_directory())
+    asked = ("--budget", "30kB", "-o", tmp_path / "x.bcap", "--calib", texts["calib"], "--eval", texts["val"])
+    code, _, err = run("fit", directory, *asked)
+    assert code == 2
+    assert "is a finished model: start from what it was made of, or unpack it" in err
+    (directory / "model.bcap").unlink()
+    code, _, err = run("eval", directory, "--text", texts["val"])
+    assert code == 2
+    assert "holds no model.bcap, which its config.json names" in err
+
+
 WITHOUT = """
 import sys
 from transformers import AutoModelForCausalLM

@@ -163,6 +163,61 @@ class TestPage:
         assert "no connection" in shown(browser, "trouble")
 
 
+CHAT = {"before": "<s><b>u</b>", "asked": "</script><a>", "answered": "<z>", "control": ["<a>", "<s>"]}
+MARKUP = "<img src=x onerror=document.title='run'>&lt;\n two"
+
+
+class TestConversation:
+    """The page writes what the chat template would, and shows every text as text."""
+
+    @pytest.fixture
+    def page(self, browser, serve, tmp_path):
+        _, address = serve(folder(tmp_path / "site", BYTES, chat=CHAT, title="</script><b>tiny"))
+        browser.visit(address, 390)
+        settled(browser, "idle")
+        assert begin(browser) == "ready", shown(browser, "trouble")
+        return browser
+
+    def send(self, page, text, tokens=2):
+        page.run(f"""document.getElementById('prompt').value = {text!r};
+            document.getElementById('most').value = {tokens}; document.getElementById('go').click()""")
+        settled(page, "ready")
+        return shown(page, "trouble")
+
+    def test_it_joins_messages_and_shows_them_as_text(self, page):
+        answer = (f" {len(BYTES)}:0" * 2).strip()
+        assert self.send(page, f"  {MARKUP} ") == ""
+        assert self.send(page, "More") == ""
+        one = "<s><b>u</b>" + MARKUP + "</script><a>"
+        assert page.run("prompts") == [one, one + answer + "<z>More</script><a>"]
+        said = page.run("[...document.querySelectorAll('#talk li')].map((e) => [e.className, e.textContent])")
+        assert said == [["user", MARKUP], ["model", answer], ["user", "More"], ["model", answer]]
+        assert page.run("document.querySelectorAll('main img, main b').length") == 0
+        assert "run" not in page.run("document.title")
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+
+    def test_control_words_and_nothing_are_refused(self, page):
+        assert self.send(page, "Say <a> to me") == "A message may not hold <a>: it is a control word of this model."
+        assert self.send(page, "   ") == "There is no message yet."
+        assert page.run("globalThis.prompts ?? 0") == 0
+
+    def test_a_full_context_is_said_and_the_message_stays(self, page):
+        assert "begin a new conversation" in self.send(page, "too long")
+        assert page.run("document.getElementById('prompt').value") == "too long"
+        assert page.run("document.querySelectorAll('#talk li').length") == 0
+
+    def test_it_begins_anew_and_continues_texts(self, page):
+        self.send(page, "One")
+        page.run("document.getElementById('anew').click()")
+        assert page.run("document.querySelectorAll('#talk li').length") == 0
+        self.send(page, "Two")
+        assert page.run("prompts")[1] == "<s><b>u</b>Two</script><a>"
+        page.run("document.getElementById('chat').click()")
+        assert not page.run("document.getElementById('talk').checkVisibility()")
+        assert generated(page, "So", 1) == f"So {len(BYTES)}:0"
+        assert page.run("prompts")[2] == "So"
+
+
 def test_greedy_text_is_that_of_llama_cpp(browser, serve, model_directory, texts, tmp_path):
     """The real runtime; where sums in another order may decide, the texts may part."""
     llama = pytest.importorskip("llama_cpp")

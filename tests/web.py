@@ -20,6 +20,8 @@ export class Wllama {
     this.size = blobs[0].size;
   }
   async createCompletion(prompt, { nPredict, sampling, onNewToken }) {
+    (globalThis.prompts ??= []).push(prompt);
+    if (prompt.includes("too long")) throw new Error("context is full");
     let text = "", stop = false;
     for (let i = 0; i < nPredict && !stop; i++) {
       text += ` ${this.size}:${sampling.temp}`;
@@ -50,9 +52,9 @@ def package(name=NAME, version="2.9.9", **changes):
     return into.getvalue()
 
 
-def folder(directory, model, runtime=None, title="tiny"):
+def folder(directory, model, runtime=None, title="tiny", chat=None):
     """Write a folder of a model's bytes."""
-    site = Site(title, 128, len(model) + 10_000_000, runtime or parse_package(package(), "stand-in"))
+    site = Site(title, 128, len(model) + 10_000_000, runtime or parse_package(package(), "stand-in"), chat)
     directory.mkdir()
     (directory / MODEL).write_bytes(model)
     for name, data in site.files(len(model), hashlib.sha256(model).hexdigest()).items():

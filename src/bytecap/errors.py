@@ -9,6 +9,7 @@ The tree (all derive from `BytecapError`, so one `except` catches them all)::
     ├── TextError           calibration or evaluation text is missing, too short, or not UTF-8
     ├── OutputError         the result cannot be written
     ├── ShortageError       the memory does not suffice; the message says how much a job needs
+    ├── RankError           a process of a job that several share is lost
     ├── CodeError           a source file cannot be packed, or a submission does not hold
     └── ArtifactError       a `.bcap` file cannot be trusted
         ├── NotAnArtifact   it is some other kind of file
@@ -65,6 +66,10 @@ class OutputError(BytecapError):
 
 class ShortageError(BytecapError):
     """The memory does not suffice."""
+
+
+class RankError(BytecapError):
+    """A process of a job that several share is lost."""
 
 
 class CodeError(BytecapError):

@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from bytecap.allocation.gathered import gathered
 from bytecap.allocation.planner import Planner, State
 from bytecap.format.decoder import from_matrix
 from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import Lazy, Values
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
+from bytecap.system.ranks import ALONE, Ranks
 
 TOKENS = 4096  # that factors are measured on
 
@@ -44,7 +46,11 @@ class Factor:
 
 
 def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
-    """Return decoded values in stored layout, each decoded when it is read, on a GPU where the unit is there."""
+    """Return decoded values in stored layout, each decoded when it is read, on a GPU where the unit is there.
+
+    All ranks have to ask for the same, since integers that one of them has are brought to all.
+    """
+    state = gathered(planner, state, planner.names if names is None else names)
     units = {p.unit.name: p.unit for p in planner.matrices} | {v.unit.name: v.unit for v in planner.vectors}
 
     def make(name: str) -> npt.NDArray[Any] | Tensor:
@@ -65,6 +71,7 @@ def measure(
     *,
     device: str,
     advance: Advance,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Factor]:
     """Measure the factor of every unit, one role at a time.
 
@@ -76,11 +83,12 @@ def measure(
         windows: tokens that neither statistics nor evaluation use.
         device: torch device.
         advance: called with the share of a role that is done.
+        ranks: processes that share the passes.
     """
     found: dict[str, Factor] = {}
     groups = roles(planner)
     values = {role: unit_values(planner, state, names) for role, names in groups.items()}
-    measured = kl_each(original, quantized_copy, values, windows, device=device, advance=advance)
+    measured = kl_each(original, quantized_copy, values, windows, device=device, advance=advance, ranks=ranks)
     for role, names in groups.items():
         found |= dict.fromkeys(names, Factor.of(measured[role], sum(state.distortions[n] for n in names)))
     return found

@@ -9,13 +9,14 @@ from bytecap.format.coders import Shared, overlay_coder, run
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.classes import CLASSES
 from bytecap.format.coders.grid import CODER as GRID
-from bytecap.format.coders.grid import Grid, GridCode, dequantize
+from bytecap.format.coders.grid import Grid, GridCode, dequantize, weight_classes
 from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.coders.trellis import SHORT, Trellis
 from bytecap.format.overlays.difference import CODER as DIFFERENCE
 from bytecap.quantization.quantizer import Coded
+from bytecap.system.slabs import slabs
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -33,11 +34,16 @@ def coder_of(code: GridCode) -> Grid | Trellis:
 
 
 def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
-    """Decode a grid code to float32 values (rows, cols)."""
-    return dequantize(
-        code.symbols.astype(np.int32), code.classes(), np.float32(code.step),
-        code.column_step, code.row_step, shared.offset, code.fine,
-    )  # fmt: skip
+    """Decode a grid code, its rows in one group, to float32 values (rows, cols)."""
+    symbols, rows, row_step = code.symbols, code.row_class, code.row_step
+    columns, steps, fine = code.column_class, code.column_step, code.fine
+    out = np.empty(symbols.shape, np.float32)
+    for part in slabs(*symbols.shape):
+        classes = weight_classes(columns, rows[part], fine)
+        out[part] = dequantize(
+            symbols[part].astype(np.int32), classes, np.float32(code.step), steps, row_step[part], shared.offset, fine
+        )  # fmt: skip
+    return out
 
 
 def decode_coded(coded: Coded, shared: Shared) -> FloatArray:

@@ -20,8 +20,9 @@ from torch import Tensor
 from bytecap.allocation.decoded import decode_grid
 from bytecap.calibration.metric import Metric
 from bytecap.format.coders import Shared
+from bytecap.quantization.options import Options
 from bytecap.quantization.overlays import Overlay, UnitProblem
-from bytecap.quantization.quantizer import Coded, Options, Prepared, prepare
+from bytecap.quantization.quantizer import Coded, Prepared, prepare
 
 
 def problem_of(item: Prepared) -> UnitProblem:

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 
 from bytecap.allocation.decoded import coder_of, decode_coded, on_base
+from bytecap.allocation.secant import next_log_step
+from bytecap.allocation.vector_unit import FloatArray, VectorUnit
 from bytecap.format.coders import Shared
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.classes import UNIT_CLASS
@@ -29,69 +31,26 @@ from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.format.entropy.shared_tables import Counts, fit_shared, sum_counts
 from bytecap.job import Section
 from bytecap.quantization import Shrink
-from bytecap.quantization.quantizer import ON_BASE, Coded, Options, Prepared, rate, round_units
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import Coded, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
 from bytecap.quantization.trial_values import values_there
 from bytecap.sizes import in_groups
+from bytecap.system.ranks import ALONE, Ranks, owners
 from bytecap.system.threads import in_threads
-from bytecap.types import Curve, Point, Unit
+from bytecap.types import Curve, Point
 
-FloatArray = npt.NDArray[np.float32]
 _Found = TypeVar("_Found")
+Rounding = tuple[dict[str, Coded], npt.NDArray[np.float64]]  # units by name, and centroid statistics
 _TOGETHER = 2**25  # weights coded together
 _OFF = 5e-3  # of the bytes: where a plan found on a sample is near enough to be measured
 
 
-@dataclass(frozen=True)
-class VectorUnit:
-    """A unit without input statistics: its values and mean squared gradient per token.
-
-    Attributes:
-        below: (rows, cols), values of the base of an update, to which `values` are the difference; None without.
-    """
-
-    unit: Unit
-    values: FloatArray
-    fisher: npt.NDArray[np.float64]
-    below: FloatArray | None = None
-
-    def rate(self, c: float, shared: Shared) -> float:
-        """Estimated bytes at step `c`."""
-        if self.as_in_base(c):
-            return 0.0
-        return VECTOR.rate(self.values, self.step(c), shared) + (0 if self.below is None else ON_BASE)
-
-    def decode(self, c: float) -> FloatArray:
-        """Decoded (rows, cols) values at step `c`."""
-        centre, symbols = VECTOR.quantize(self.values, self.step(c))
-        found: FloatArray = VECTOR.dequantize(centre, self.step(c), symbols)[None, :]
-        return found if self.below is None else self.below + found.reshape(self.below.shape)
-
-    def as_in_base(self, c: float) -> bool:
-        """Whether nothing is added to the base at step `c`, so that nothing is stored."""
-        if self.below is None:
-            return False
-        centre, symbols = VECTOR.quantize(self.values, self.step(c))
-        return not centre and not symbols.any()
-
-    def step(self, c: float) -> float:
-        """Return the uniform step whose slope is that of a grid at `c`: above 0, at most half the values' spread."""
-        energy = float(self.fisher.mean()) if self.fisher.size else 0.0
-        spread = float(self.values.std()) / 2 if self.values.size else 0.0
-        widest = max(spread, float(np.abs(self.values).max(initial=0.0)) * 2**-8, 1e-30)
-        wanted = min(c / math.sqrt(energy), widest) if energy > 0 else widest
-        return max(wanted, float(np.ptp(self.values)) * 2**-15 if self.values.size else 0.0, 1e-30)
-
-    def distortion(self, c: float) -> float:
-        """Return the distortion at step `c`, in nats per token."""
-        centre, symbols = VECTOR.quantize(self.values, self.step(c))
-        error = VECTOR.dequantize(centre, self.step(c), symbols).astype(np.float64) - self.values.reshape(-1)
-        return float(0.5 * (self.fisher.reshape(-1) * error**2).sum())
-
-
 def finest_step(item: Prepared) -> float:
     """Return the step, above 0, below which symbols would exceed 16 bits; finer grids gain nothing."""
-    largest = (item.weight.abs() / torch.exp2(item.row_step.float() / 4)[:, None]).amax(0)  # (cols,)
+    row_step, largest = torch.exp2(item.row_step.float() / 4), torch.zeros(item.shape[1], device=item.device)
+    for part, weight in item.slabs():
+        torch.maximum(largest, (weight.abs() / row_step[part, None]).amax(0), out=largest)
     widest = float((largest[item.order] * item.lower.diagonal()).max())
     return max(widest, 1e-20) * 2.0**-15  # of a matrix of zeros
 
@@ -152,6 +111,7 @@ class Planner:
         keep: given every rounded unit, returns what states hold of it (`bytecap.quantization.stored`).
         keep_section: given every coded section, returns what is held of it.
         sample: over a sample of rows, where that is what searches and curves are made on.
+        ranks: processes that share the rounding and coding.
     """
 
     matrices: Sequence[Prepared]
@@ -161,6 +121,7 @@ class Planner:
     keep: Callable[[Coded], Coded] = _whole
     keep_section: Callable[[Section], Section] = _whole
     sample: Planner | None = None
+    ranks: Ranks = ALONE
 
     @staticmethod
     def of(
@@ -168,9 +129,11 @@ class Planner:
         vectors: Sequence[VectorUnit],
         options: Options,
         finest: Mapping[str, float] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Planner:
         """Make a planner over prepared units, whose finest steps may be known already."""
-        return Planner(matrices, vectors, options, finest or {p.unit.name: finest_step(p) for p in matrices})
+        steps = finest or {p.unit.name: finest_step(p) for p in matrices}
+        return Planner(matrices, vectors, options, steps, ranks=ranks)
 
     @property
     def names(self) -> list[str]:
@@ -195,7 +158,7 @@ class Planner:
             refit: False keeps tables and offsets.
         """
         steps = {n: max(s, self.finest.get(n, 0.0)) for n, s in steps.items()}
-        coded, centres = round_units(self.matrices, steps, rules.shrink, self.options, keep=self.keep)
+        coded, centres = self._rounded(self.matrices, steps, rules)
         coded = {p.unit.name: p.scaled(coded[p.unit.name]) for p in self.matrices}
         found = rules
         if refit:
@@ -204,7 +167,12 @@ class Planner:
             counts = sum_counts(chain([sides], (c.counts.sum(0) for c in coded.values())))
             shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
-        return replace(self.price(coded, steps, found), origin=rules)
+        state = replace(self.price(coded, steps, found), origin=rules)
+        self.ranks.agree({"the bytes after a rounding": state.rate})  # whoever computes otherwise would plan otherwise
+        return state
+
+    def _rounded(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> Rounding:
+        return round_units(items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks)
 
     def finest_state(self, rules: Rules) -> State:
         """Settle all units at the finest steps whose integers still fit 16 bits."""
@@ -212,7 +180,7 @@ class Planner:
 
     def round(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> dict[str, Coded]:
         """Round units at their steps, with overlays where they have one; returns them by name."""
-        coded, _ = round_units(items, steps, rules.shrink, self.options, keep=self.keep)
+        coded, _ = self._rounded(items, steps, rules)
         return {p.unit.name: p.complete(coded[p.unit.name], rules.shared) for p in items}
 
     def price(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
@@ -249,7 +217,9 @@ class Planner:
         logs = []
         for p in self.matrices:
             diag = p.lower.diagonal().double()
-            spread = float(p.weight.double().square().mean().clamp(min=1e-30).sqrt())
+            rows = p.shape[0]
+            square = torch.stack([w.double().square().mean() * (len(w) / rows) for _, w in p.slabs()]).sum()
+            spread = float(square.clamp(min=1e-30).sqrt())
             logs.append((p.unit.parameters, float(diag.log2().mean()) + math.log2(spread)))
         mean = sum(n * x for n, x in logs) / max(1, self.parameters)
         return float(2 ** (mean + 2.05 - bits))
@@ -301,7 +271,7 @@ class Planner:
             # some more rounds where nothing fits: beside a unit far more sensitive than all others rates hardly move
             if i % rounds == 0 and (fitting or c == widest or i == 4 * rounds):
                 break
-            c = min(math.exp(_next_log_step(seen, capacity, self.parameters)), widest)
+            c = min(math.exp(next_log_step(seen, capacity, self.parameters)), widest)
         if state.rate > 1.02 * capacity and fitting:  # not found in time: the finest that fitted
             c = math.exp(min(fitting))
             state = self.settle({n: c * multipliers[n] for n in self.names}, rules)
@@ -365,12 +335,17 @@ class Planner:
         return dict(zip(wanted, in_threads(one, wanted), strict=True))
 
     def sections(self, state: State) -> dict[str, Section]:
-        """All units as they are stored; some are coded at a time."""
+        """All units as they are stored; some are coded at a time, each by the rank that has its integers."""
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
+        spread = owners([sizes.get(n, 1) for n in self.names], self.ranks.size)
+        apart = {n: c.owner for n, c in state.coded.items() if c.owner is not None}
+        owner = {n: apart.get(n, rank) for n, rank in zip(self.names, spread, strict=True)}
         found: dict[str, Section] = {}
-        for names in in_groups(self.names, lambda n: sizes.get(n, 0), _TOGETHER):
-            found |= {n: self.keep_section(Section(*coded)) for n, coded in self.encode(state, names).items()}
-        return found
+        for names in in_groups(self.names, lambda n: sizes.get(n, 0), _TOGETHER * self.ranks.size):
+            own = [n for n in names if owner[n] == self.ranks.rank]
+            for part in self.ranks.all([[n, *coded] for n, coded in self.encode(state, own).items()]):
+                found |= {n: self.keep_section(Section(tag, data)) for n, tag, data in part}
+        return {n: found[n] for n in self.names}
 
 
 def _elsewhere(device: torch.device) -> bool:
@@ -381,19 +356,3 @@ def _elsewhere(device: torch.device) -> bool:
 def _ratio(whole: float, sampled: float) -> float:
     """What a sample has to be multiplied with to say what the whole does."""
     return whole / sampled if sampled > 0 else 1.0
-
-
-def _next_log_step(seen: Sequence[tuple[float, float]], capacity: float, parameters: int) -> float:
-    """Return the next log c of a secant search; bytes fall by about n/8 * log2(e) per unit of log c."""
-    x, r = seen[-1]
-    slope = steepest = -parameters / 8 * 1.2
-    below = [s for s in seen if s[1] <= capacity]
-    above = [s for s in seen if s[1] > capacity]
-    one, two = seen[-1], seen[max(0, len(seen) - 2)]
-    if below and above:
-        one, two = min(below, key=lambda s: s[0]), max(above, key=lambda s: s[0])
-    apart = one[0] - two[0]
-    if abs(apart) > 0.01 and (one[1] - two[1]) * apart < 0:  # refitted tables can turn close points round
-        slope = float(np.clip((one[1] - two[1]) / apart, 2 * steepest, steepest / 20))
-    reach = 2.0 if below else 2.0 * min(max(1, len(above) - 4), 8)
-    return x + float(np.clip((capacity - r) / slope, -reach, reach))

@@ -96,7 +96,8 @@ def factors(job: Job, planner: Planner, state: State, quantized_copy: nn.Module)
     with job.reporter.step("correction factors", len(correction.roles(planner))) as advance:
         windows = leading(job.sets.correction, correction.TOKENS)
         found = correction.measure(
-            planner, state, job.model.module, quantized_copy, windows, device=job.device, advance=advance
+            planner, state, job.model.module, quantized_copy, windows, device=job.device, advance=advance,
+            ranks=job.ranks,
         )  # fmt: skip
     return dict.fromkeys(planner.names, 1.0) | correction.shrunk(found)
 
@@ -181,7 +182,9 @@ def best_of(
     Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
     """
     values = {label: correction.unit_values(x.planner, x.state) for label, x in found.items()}
-    measured = kl_each(job.model.module, quantized_copy, values, job.sets.correction, device=job.device)
+    measured = kl_each(
+        job.model.module, quantized_copy, values, job.sets.correction, device=job.device, ranks=job.ranks
+    )
     cost = {n: kl + found[n].slope * (found[n].state.rate - capacity) for n, (kl, _) in measured.items()}
     without = min((n for n in cost if n != overlay_menu.LABEL), key=cost.__getitem__)
     best = min(cost, key=cost.__getitem__)

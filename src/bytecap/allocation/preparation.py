@@ -16,23 +16,27 @@ import torch
 from torch import Tensor
 
 from bytecap.allocation.differences import over
-from bytecap.allocation.planner import FloatArray, Planner, State, VectorUnit, finest_step
+from bytecap.allocation.planner import Planner, State, finest_step
+from bytecap.allocation.shared_matrices import shared_factor, shared_matrices
 from bytecap.allocation.unused import even_experts, keep_unused
+from bytecap.allocation.vector_unit import FloatArray, VectorUnit
 from bytecap.calibration import finite
 from bytecap.calibration import metric as sensitivity
+from bytecap.calibration.collectors import Use
 from bytecap.calibration.metric import Metric
-from bytecap.calibration.probe import Statistics, Use
 from bytecap.calibration.streamed import probe_streamed
+from bytecap.calibration.sums import Statistics
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
 from bytecap.job.section import StoredSection
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import as_matrix
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.progress import Advance, warn
-from bytecap.quantization.quantizer import Options, Prepared, prepare
+from bytecap.quantization.options import Options
+from bytecap.quantization.quantizer import Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
-from bytecap.quantization.stored import Sample, StoredPrepared, keeper
+from bytecap.quantization.stored import Rows, Sample, StoredPrepared, keeper, kept_rows
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
@@ -84,7 +88,11 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
         return None if uses is None else _factored(job, u, uses, found.tokens, options)
 
     with allocator.no_holes(), job.reporter.step("factorisation", len(job.model.units)) as advance:
-        ready = _assembled(job, options, found, matrix, advance)
+        if found.owner:
+            kept = shared_matrices(job, found.owner, matrix)
+            ready = _assembled(job, options, found, lambda u: kept.pop(u.name, None), advance)
+        else:
+            ready = _assembled(job, options, found, matrix, advance)
     found.uses.clear()
     allocator.release()
     return ready
@@ -102,19 +110,28 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
     tokens = sum(w.predicted for w in windows)
     stored: dict[str, Prepared] = {}
     finest: dict[str, float] = {}
+    waiting: dict[str, Prepared | None] = {}  # for all ranks to get them
 
     def factored(name: str, uses: list[Use]) -> None:
         finite.check_uses(name, uses)
-        ready = _factored(job, units[name], uses, tokens, options)
-        if ready is not None:
-            finest[name] = finest_step(ready)
-            weight = None if model.scratch.stays(ready.weight) else partial(_weight, model, units[name])
-            stored[name] = StoredPrepared(ready, model.scratch, weight)
+        metric = _metric(job, units[name], uses, tokens)
+        none = torch.zeros(0, device=job.device)
+        waiting[name] = None if metric is None else prepare(units[name], none, metric, options)
+        if job.ranks.size == 1:
+            share({name: 0})
+
+    def share(owner: Mapping[str, int]) -> None:
+        for name, source in owner.items():
+            ready = waiting.pop(name, None)
+            ready = shared_factor(job, units[name], ready, source, lambda: torch.zeros(0, device=job.device))
+            if ready is not None:
+                stored[name] = StoredPrepared(ready, model.scratch, _rows_of(model, units[name]))
+                finest[name] = finest_step(stored[name])
 
     with allocator.no_holes(), job.reporter.step("statistics and factorisation", tokens) as advance:
         found = probe_streamed(
             model.streamed, model.units, windows, sink=factored, scratch=model.scratch, seed=job.seed,
-            guided=options.guided, progress=advance, note=job.reporter.note,
+            guided=options.guided, progress=advance, note=job.reporter.note, ranks=job.ranks, share=share,
         )  # fmt: skip
     allocator.release()
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
@@ -132,19 +149,30 @@ def _kept(scratch: Scratch, section: Section) -> Section:
     return StoredSection(section.tag, found.length, found.read)
 
 
-def _weight(model: Model, unit: Unit) -> Tensor:
-    return as_matrix(unit, model.tensor(unit)).float()
+def _rows_of(model: StreamedModel, unit: Unit) -> Rows:
+    """What gives a unit's weights: its file, or the device's memory where there is room."""
+    if model.scratch.stays(4 * unit.parameters, model.streamed.device):
+        return kept_rows(model.scratch.put(model.matrix(unit)), model.streamed.device)
+    return partial(model.matrix, unit)
 
 
 def _factored(job: Job, unit: Unit, uses: list[Use], tokens: int, options: Options) -> Prepared | None:
     """A matrix with its factor; None for a unit that is no matrix."""
+    metric = _metric(job, unit, uses, tokens)
+    if metric is None:
+        return None
+    return _matrix(job, unit, as_matrix(unit, job.model.tensor(unit).detach()), metric, options)
+
+
+def _metric(job: Job, unit: Unit, uses: list[Use], tokens: int) -> Metric | None:
+    """The metric of a matrix, which takes the place of its uses; None for a unit that is no matrix."""
     if min(unit.matrix_shape) <= 1:
         return None
     metric, unseen = even_experts(unit, uses, sensitivity.join(uses, tokens))
     uses.clear()
     if unseen:
         warn(job.reporter, f"no token reaches {unseen} experts of {unit.name}: weighed like the others")
-    return _matrix(job, unit, as_matrix(unit, job.model.tensor(unit).detach()), metric, options)
+    return metric
 
 
 def _assembled(
@@ -183,7 +211,7 @@ def _assembled(
     kept = keep_unused(job, matrices, vectors)
     matrices = [p for p in matrices if p.unit.name not in kept]
     vectors = [v for v in vectors if v.unit.name not in kept]
-    planner, fixed = Planner.of(matrices, vectors, options, finest), fixed | kept
+    planner, fixed = Planner.of(matrices, vectors, options, finest, job.ranks), fixed | kept
     unused = {n: len(s.data) for n, s in kept.items()}
     return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bytecap.allocation.planner import VectorUnit
+from bytecap.allocation.vector_unit import VectorUnit
+from bytecap.calibration.collectors import Use
 from bytecap.calibration.metric import Metric
-from bytecap.calibration.probe import Use
 from bytecap.errors import UsageError
 from bytecap.format.coders import Shared, coder, run
 from bytecap.format.coders.base import CODER as BASE

@@ -78,6 +78,7 @@ class Lookup:
 
     def __init__(self, moment: Moment, rows: Tensor, weight: Tensor) -> None:
         self._moment, self._rows, self._weight = moment, rows, weight
+        self.deliver: Callable[..., None] = self.take
 
     def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Cut the graph at the lookup's output, where its gradients can be read."""
@@ -93,7 +94,11 @@ class Lookup:
         tokens, at = torch.unique(own, return_inverse=True)
         sums = torch.zeros(len(tokens), g.shape[-1], device=g.device)
         sums.index_add_(0, at.reshape(-1), g.reshape(-1, g.shape[-1]).float())
+        self.deliver(tokens % len(self._rows), sums)
+
+    def take(self, tokens: Tensor, sums: Tensor) -> None:
+        """Add the gradients (n, cols) of each sequence's own tokens (n,)."""
         square = sums.square().sum(1, dtype=torch.float64)
-        self._rows.index_add_(0, tokens % len(self._rows), square)
+        self._rows.index_add_(0, tokens, square)
         self._moment.add(sums)
         self._weight += square.sum()

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from bytecap.calibration.probe import Statistics, Use
+from bytecap.calibration.collectors import Use
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import CheckpointError
 from bytecap.model.checkpoint import Model
 from bytecap.model.texts import Window
+from bytecap.system.ranks import ALONE, Ranks
 
 
 def first_bad(found: Statistics) -> str | None:
@@ -26,7 +28,11 @@ def first_bad(found: Statistics) -> str | None:
 
 
 def check(
-    found: Statistics, model: Model, windows: Sequence[Window], again: Callable[[Sequence[Window]], Statistics]
+    found: Statistics,
+    model: Model,
+    windows: Sequence[Window],
+    again: Callable[[Sequence[Window]], Statistics],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Refuse statistics that are not finite.
 
@@ -34,12 +40,13 @@ def check(
         found: of all windows.
         model: that they are of.
         windows: what they were made from.
-        again: the statistics of some of the windows.
+        again: the statistics of some of the windows, all on this rank.
+        ranks: processes that have the statistics.
 
     Raises:
         CheckpointError: the unit, the window and the model's largest weight are named.
     """
-    name = first_bad(found)
+    name = next((n for n in ranks.all(first_bad(found)) if n is not None), None)
     if name is None:
         return
     low, high = 0, len(windows)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytecap.calibration.probe import Statistics, Use
+from bytecap.calibration.collectors import Use
+from bytecap.calibration.sums import Statistics
 from bytecap.calibration.triangle import Triangle
 from bytecap.errors import CheckpointError
 from bytecap.types import Unit

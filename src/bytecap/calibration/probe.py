@@ -4,9 +4,10 @@ The distortion of a unit is the Fisher quadratic form of the model's own loss, i
 
     D = 1/2 * sum_i G_i * (W^ - W)_i H (W^ - W)_i^T        i: rows
 
-Labels are sampled from the model itself, so gradients are of the true Fisher and D predicts the KL divergence
-to the original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
-output gradient over all rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
+Gradients are those of random sums of the model's predictions that have the second moment of a loss whose labels are
+sampled from the model itself: the true Fisher (`bytecap.model.fisher`), so D predicts the KL divergence to the
+original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared output
+gradient over all rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
 For an embedding `H` is the second moment of a sequence's gradient by rows (`bytecap.calibration.embedding_gradients`)
 and `G` the rows' gradient energy; the same for every matrix that hooks do not see through
 (`bytecap.model.hook_coverage`). A tensor with several uses keeps one `Use` for each; `bytecap.calibration.metric` joins
@@ -19,58 +20,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.embedding_gradients import Lookup, looked_up
-from bytecap.calibration.moments import Moment
+from bytecap.calibration import divided
+from bytecap.calibration.embedding_gradients import looked_up
+from bytecap.calibration.sums import Leaves, Statistics, Sums
 from bytecap.model.batches import Batch
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
-from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_copy, predictions
-from bytecap.model.hook_coverage import Account, is_matrix, shrunk_moment
+from bytecap.model.fisher import fisher_change
+from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_copy, logits_of, predictions
+from bytecap.model.hook_coverage import Account, is_matrix
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window
 from bytecap.system.allocator import release
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Unit
-
-FloatArray = npt.NDArray[np.float64]
-
-
-@dataclass
-class Use:
-    """The accumulated statistics of one use of a weight.
-
-    Attributes:
-        moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (cols, cols).
-        rows: summed squared output gradient of each row, shape (rows,).
-        weight: what divides `moment * rows` (linear: summed token weights; embedding: summed energy), shape ().
-    """
-
-    moment: Tensor
-    rows: Tensor
-    weight: Tensor
-
-
-@dataclass
-class Statistics:
-    """The statistics that a probe collected.
-
-    Attributes:
-        uses: per unit name, one `Use` for each place the weight is used.
-        diagonal: per unit name without a known use, its mean squared gradient per token, in stored layout.
-        tokens: number of predicted tokens.
-    """
-
-    uses: dict[str, list[Use]]
-    diagonal: dict[str, FloatArray]
-    tokens: int
 
 
 def probe(
@@ -83,6 +52,7 @@ def probe(
     device: str = "cpu",
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Collect the statistics of all units.
 
@@ -91,11 +61,12 @@ def probe(
             where the windows are a `bytecap.model.batches.Batch` each.
         units: its units.
         windows: calibration windows.
-        seed: of the labels sampled from the model.
+        seed: of the signs that predictions are summed with.
         guided: weight tokens by output gradient energy; False gives plain input second moments, same scale.
         device: torch device of the passes.
         progress: called with the number of tokens finished.
         note: told where the device's memory asks for smaller batches.
+        ranks: processes that share the windows; the sums are those of one process, each on one rank.
     """
     target = torch.device(device)
     module_copy = fast_copy(module, target) if of_transformers(module) else copy.deepcopy(module).to(target)
@@ -110,37 +81,13 @@ def probe(
     def work(batch: int) -> Statistics:
         return in_order(
             target,
-            lambda: _one_pass(module_copy, chosen, windows, batch, seed, guided, target, leaves, progress),
+            lambda: _one_pass(module_copy, chosen, windows, batch, seed, guided, target, leaves, progress, ranks),
         )
 
     return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
 
 
-@dataclass
-class _Leaves:
-    """Tensors of the module's copy that collect gradients themselves.
-
-    Attributes:
-        lookup: embedding modules whose lookups show their gradients.
-        embedding: other tables, untied.
-        matrix: matrices that hooks do not see through, with their units.
-        other: vectors and the like.
-        idle: weights that ask for a gradient only so that their module's output has one.
-    """
-
-    lookup: dict[str, nn.Module]
-    embedding: dict[str, Tensor]
-    matrix: dict[str, tuple[Unit, Tensor]]
-    other: dict[str, Tensor]
-    idle: list[Tensor]
-
-    @property
-    def tables(self) -> dict[str, Any]:
-        """Return the weights (rows, cols) of all embedding tables."""
-        return {n: m.weight for n, m in self.lookup.items()} | self.embedding
-
-
-def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> _Leaves:
+def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> Leaves:
     """Untie embeddings in the copy, so that their gradient holds the input use alone."""
     names = {alias: u for u in units for alias in (u.name, *u.aliases)}
     tables = {
@@ -153,7 +100,7 @@ def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Win
         tokens = max((w.tokens for w in windows), key=len)[:10]
         ids, generator = torch.tensor([tokens, tokens[::-1]], device=device), torch.Generator(device).manual_seed(0)
         mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        lookup = looked_up(tables, ids[:, :-1], lambda: sampled_loss(module_copy, ids, mask, generator))
+        lookup = looked_up(tables, ids[:, :-1], lambda: fisher_loss(module_copy, ids, mask, generator))
     embedding: dict[str, Any] = {}
     for name, m in tables.items():
         m.weight.requires_grad_(name not in lookup)
@@ -169,13 +116,13 @@ def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Win
                 matrix[unit.name] = unit, p
             else:
                 other[unit.name] = p
-    return _Leaves({n: tables[n] for n in tables if n in lookup}, embedding, matrix, other, [])
+    return Leaves({n: tables[n] for n in tables if n in lookup}, embedding, matrix, other, [])
 
 
 def _account(
     module_copy: nn.Module,
     units: Sequence[Unit],
-    leaves: _Leaves,
+    leaves: Leaves,
     windows: Sequence[Window],
     seed: int,
     device: torch.device,
@@ -206,41 +153,7 @@ def _account(
             leaves.matrix[names[name].name] = names[name], weight
         else:
             leaves.idle.append(weight)
-    _harvest(leaves, None, None, None)
-
-
-class _Collector:
-    """The second moments of one weight, filled by hooks where the module is linear."""
-
-    def __init__(self, rows: int, cols: int, guided: bool, device: torch.device) -> None:
-        self.moment = Moment(cols, device)
-        self.rows = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.weight = torch.zeros((), dtype=torch.float64, device=device)
-        self.guided = guided
-
-    def use(self) -> Use:
-        """Return the statistics added so far and free them; to be called once."""
-        return Use(self.moment.whole(), self.rows, self.weight)
-
-    def add_gradient(self, square: Tensor, g: Tensor) -> None:
-        """Add a weight's own gradient: its rows' energy (rows,), and g (n, cols), the rows where it is not 0."""
-        self.rows += square.double()
-        self.moment.add(g)
-        self.weight += square.sum(dtype=torch.float64)
-
-    def forward_hook(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach()
-        if output.requires_grad:
-            output.register_hook(lambda g: self.add(x, g))
-
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """Add tokens: inputs x (..., cols), output gradients g (..., rows)."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        square = g.reshape(-1, g.shape[-1]).float().square()  # out of place: float32 gradients still flow on
-        self.rows += square.sum(0, dtype=torch.float64)
-        w = square.mean(1) if self.guided else (square.amax(1) > 0).float()  # padding has no gradient
-        self.weight += w.sum(dtype=torch.float64)
-        self.moment.add(x * w.sqrt_()[:, None])
+    _harvest(leaves, None)
 
 
 def _one_pass(
@@ -251,48 +164,69 @@ def _one_pass(
     seed: int,
     guided: bool,
     device: torch.device,
-    leaves: _Leaves,
+    leaves: Leaves,
     progress: Progress | None,
+    ranks: Ranks,
 ) -> Statistics:
-    collectors: dict[str, list[_Collector]] = {}
-    handles = []
-    for name, m, kind in chosen:
-        weight: Tensor = m.weight  # type: ignore[assignment]
-        rows, cols = weight.shape[::-1] if kind == "conv1d" else weight.shape
-        collector = _Collector(rows, cols, guided, device)
-        collectors.setdefault(name, []).append(collector)
-        handles.append(m.register_forward_hook(collector.forward_hook))
-    diagonal = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in leaves.other.items()}
-    embedded = {n: _Collector(len(p), p.shape[1], guided, device) for n, p in leaves.tables.items()}
-    for n, m in leaves.lookup.items():
-        found = embedded[n]
-        handles.append(m.register_forward_hook(Lookup(found.moment, found.rows, found.weight).forward_hook))
-    moments = {n: _Collector(*u.matrix_shape, guided, device) for n, (u, _) in leaves.matrix.items()}
+    sums = Sums.of(chosen, leaves, guided, device, ranks)
+    handles = sums.hooks(leaves)
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = passes = 0
+    counts: list[int] = []
+
+    def passed(loss: Tensor) -> None:
+        loss.backward()
+        _harvest(leaves, sums)
+
+    def done(count: int) -> None:
+        counts.append(count)
+        if progress is not None:
+            progress(count)
+
     try:
-        for loss, count in _losses(module_copy, windows, batch, generator, device):
-            loss.backward()
-            _harvest(leaves, embedded, moments, diagonal)
-            tokens, passes = tokens + count, passes + 1
-            if progress is not None:
-                progress(count)
+        if ranks.size == 1:
+            for loss, count in _losses(module_copy, windows, batch, generator, device):
+                passed(loss)
+                done(count)
+        else:
+            _divided(module_copy, sums, list(batches(windows, batch)), generator, device, ranks, passed, done)
     finally:
         for handle in handles:
             handle.remove()
-        _harvest(leaves, None, None, None)
+        _harvest(leaves, None)
     release()  # what the passes held: whole sums need the room
-    uses = {name: [c.use() for c in group] for name, group in collectors.items()}
-    for name, found in embedded.items():
-        uses.setdefault(name, []).append(found.use())
-    for name, found in moments.items():
-        use = found.use()
-        use.moment = shrunk_moment(use.moment, passes * len(use.rows))
-        uses.setdefault(name, []).append(use)
-    return Statistics(uses, {n: (d / tokens).cpu().numpy() for n, d in diagonal.items()}, tokens)
+    return sums.finished(sum(counts), len(counts), ranks)
 
 
-def _batch(leaves: _Leaves, device: torch.device) -> int:
+def _divided(
+    module_copy: nn.Module,
+    sums: Sums,
+    data: list[tuple[Tensor, Tensor]],
+    generator: torch.Generator,
+    device: torch.device,
+    ranks: Ranks,
+    passed: Callable[[Tensor], None],
+    done: Callable[[int], None],
+) -> None:
+    """Pass batches on all ranks; noise is drawn for all of them, so that every batch has its own."""
+    with torch.no_grad():
+        vocabulary = logits_of(module_copy(data[0][0][:1, :2].to(device))).shape[-1]
+    sizes = [int(mask.sum()) for _, mask in data]
+
+    def run(i: int) -> None:
+        ids, mask = data[i]
+        passed(fisher_loss(module_copy, ids.to(device), mask.to(device), generator))
+
+    def skip(i: int) -> None:
+        torch.empty(sizes[i], vocabulary, device=device).bernoulli_(0.5, generator=generator)
+
+    named = sums.sinks()
+    divided.passes(
+        [s for _, s in named], [sums.owner[n] for n, _ in named], len(data), ranks, device, run, skip,
+        lambda i: done(sizes[i]),
+    )  # fmt: skip
+
+
+def _batch(leaves: Leaves, device: torch.device) -> int:
     """Return the tokens of a batch; a GPU takes few sequences at once where a table's gradient sums over them."""
     if leaves.matrix:
         return 1  # a matrix's gradient is one sample a batch
@@ -310,45 +244,36 @@ def _losses(
             yield batch.fisher_loss(module_copy, generator, device), batch.count
         return
     for ids, mask in batches(windows, tokens):
-        yield sampled_loss(module_copy, ids.to(device), mask.to(device), generator), int(mask.sum())
+        yield fisher_loss(module_copy, ids.to(device), mask.to(device), generator), int(mask.sum())
 
 
-def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
-    return sampled_loss_of(predictions(module(ids[:, :-1]), mask), generator)
+def fisher_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sum over a batch's predictions whose gradients have the true Fisher as their second moment."""
+    return fisher_loss_of(predictions(module(ids[:, :-1]), mask), generator)
 
 
-def sampled_loss_of(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the summed loss of logits (n, vocabulary) against labels drawn from them."""
-    logp = torch.log_softmax(logits.float(), -1)
-    with torch.no_grad():
-        noise = torch.empty_like(logp).exponential_(generator=generator).log_()
-        labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax
-    return -logp.gather(1, labels[:, None]).sum()
+def fisher_loss_of(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sum of logits (n, vocabulary) whose gradients have the true Fisher as their second moment."""
+    return (logits * fisher_change(logits, generator).to(logits.dtype)).sum()
 
 
-def _harvest(
-    leaves: _Leaves,
-    embedded: dict[str, _Collector] | None,
-    moments: dict[str, _Collector] | None,
-    diagonal: dict[str, Tensor] | None,
-) -> None:
+def _harvest(leaves: Leaves, sums: Sums | None) -> None:
     """Add this batch's squared gradients to the sums (None drops them), and clear them."""
     for name, p in leaves.embedding.items():
-        if p.grad is not None and embedded is not None:
+        if p.grad is not None and sums is not None:
             g = p.grad.float()
             square = g.square().sum(1)
             touched = square.nonzero()[:, 0]
-            embedded[name].add_gradient(square, g[touched])
+            sums.tables[name].add_gradient(square, g[touched])
         p.grad = None
     for name, (unit, p) in leaves.matrix.items():
-        if p.grad is not None and moments is not None:
+        if p.grad is not None and sums is not None:
             g = as_matrix(unit, p.grad.float())
-            moments[name].add_gradient(g.square().sum(1), g)
+            sums.matrices[name].add_gradient(g.square().sum(1), g)
         p.grad = None
     for name, p in leaves.other.items():
-        if p.grad is not None and diagonal is not None:
-            diagonal[name] += p.grad.double().square()
+        if p.grad is not None and sums is not None:
+            sums.vectors[name].add(p.grad)
         p.grad = None
     for p in leaves.idle:
         p.grad = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,18 @@ import numpy.typing as npt
 import torch
 
 from bytecap.calibration import finite
-from bytecap.calibration.probe import Statistics, Use, probe
+from bytecap.calibration.probe import probe
+from bytecap.calibration.shared_statistics import flat, shared, whole
+from bytecap.calibration.sums import Statistics
 from bytecap.calibration.weight_gradients import Gradients, mean_squared_gradients
 from bytecap.job import Job
 from bytecap.model.checkpoint import Model
 from bytecap.model.texts import Window
 from bytecap.system import allocator
-from bytecap.system.cache import digest, library
+from bytecap.system.cache import digest, digest_each, library
 
 Array = npt.NDArray[Any]
 _ARITHMETIC = ("torch", "numpy", "numba", "transformers")
-_PARTS = ("moment", "rows", "weight")
 
 
 def environment(device: str) -> list[str]:
@@ -52,8 +54,9 @@ def windows_key(windows: Sequence[Window]) -> str:
 
 def model_key(model: Model) -> str:
     """Hash a model's tensors and side files."""
+    about = [[u.name, u.dtype, list(u.aliases)] for u in model.units]
     tensors = (model.tensor(u).detach().cpu().numpy() for u in model.units)
-    return digest([[u.name, u.dtype, list(u.aliases)] for u in model.units], *tensors, *model.files.values())
+    return digest_each(chain([about], tensors, model.files.values()))
 
 
 def job_key(job: Job) -> str:
@@ -67,23 +70,14 @@ def job_key(job: Job) -> str:
 def moments(job: Job, *, guided: bool = True) -> Statistics:
     """Probe the model on the statistics tokens, once; the caller may use the result up."""
 
-    def make() -> dict[str, Array]:
-        return _flat(_probed(job, guided))
+    def make() -> Statistics:
+        return _probed(job, guided)
 
     if job.store.directory is None:
-        return _probed(job, guided)
-    kept = _once(job, ["moments", guided], make)
-    uses: dict[str, list[Use]] = {}
-    diagonal: dict[str, Any] = {}
-    for name, array in kept.items():
-        kind, _, unit = name.partition(" ")
-        if kind == "diagonal":
-            diagonal[unit] = array
-        elif kind == "moment":
-            number, _, owner = unit.partition(" ")
-            parts = [torch.from_numpy(kept[f"{k} {number} {owner}"]).to(job.device) for k in _PARTS]
-            uses.setdefault(owner, []).append(Use(*parts))
-    return Statistics(uses, diagonal, int(kept["tokens"]))
+        return make()
+    if job.ranks.size > 1:
+        return shared(job, lambda: digest(job_key(job), "moments", guided), make)
+    return whole(dict(_once(job, ["moments", guided], lambda: flat(make()))), job.device)
 
 
 def gradients(job: Job, kind: str) -> Gradients:
@@ -110,14 +104,14 @@ def gradients(job: Job, kind: str) -> Gradients:
 
 
 def _probed(job: Job, guided: bool) -> Statistics:
-    def of(windows: Sequence[Window], **told: Any) -> Statistics:
+    def of(windows: Sequence[Window], **more: Any) -> Statistics:
         return probe(
-            job.model.module, job.model.units, windows, seed=job.seed, guided=guided, device=job.device, **told
+            job.model.module, job.model.units, windows, seed=job.seed, guided=guided, device=job.device, **more
         )  # fmt: skip
 
     with job.reporter.step("statistics", sum(w.predicted for w in job.sets.statistics)) as advance:
-        found = of(job.sets.statistics, progress=advance, note=job.reporter.note)
-    finite.check(found, job.model, job.sets.statistics, of)
+        found = of(job.sets.statistics, progress=advance, note=job.reporter.note, ranks=job.ranks)
+    finite.check(found, job.model, job.sets.statistics, of, job.ranks)
     allocator.release()
     return found
 
@@ -125,13 +119,3 @@ def _probed(job: Job, guided: bool) -> Statistics:
 def _once(job: Job, kind: list[Any], make: Callable[[], dict[str, Array]]) -> Mapping[str, Array]:
     """Return the arrays of a kind from the cache, or make and keep them."""
     return job.store.once(lambda: digest(job_key(job), *kind), make)
-
-
-def _flat(found: Statistics) -> dict[str, Array]:
-    """Return statistics as named arrays."""
-    arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}
-    for name, uses in found.uses.items():
-        for i, use in enumerate(uses):
-            for kind in _PARTS:
-                arrays[f"{kind} {i} {name}"] = getattr(use, kind).cpu().numpy()
-    return arrays | {f"diagonal {n}": a for n, a in found.diagonal.items()}

@@ -5,38 +5,43 @@ every block is loaded once more, run again with a graph of its own and gone back
 are finished, handed on and dropped before the next block's begin. The operations and the order of all sums are those of
 the unstreamed pass, so statistics are the same to the last bit, at two passes forward instead of one.
 
-Logits of large vocabularies exist for a few hundred tokens at a time; labels are then other samples of the same
+Logits of large vocabularies exist for a few hundred tokens at a time; signs are then other samples of the same
 distribution than those of the unstreamed pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.embedding_gradients import Lookup
-from bytecap.calibration.probe import Statistics, Use, _Collector, sampled_loss_of
+from bytecap.calibration import divided
+from bytecap.calibration.collectors import Use
+from bytecap.calibration.probe import fisher_loss_of
+from bytecap.calibration.streamed_sums import PartSums
+from bytecap.calibration.sums import Statistics
+from bytecap.errors import UsageError
 from bytecap.model.chain import first_of
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
 from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_dtype, predictions
 from bytecap.model.head import head_pieces
-from bytecap.model.hook_coverage import is_matrix, shrunk_moment
+from bytecap.model.hook_coverage import is_matrix
 from bytecap.model.linears import linear_weights
 from bytecap.model.oom_retry import halving
 from bytecap.model.streaming import Pass, Streamed
 from bytecap.model.texts import Window
 from bytecap.system.allocator import release
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.types import Unit
 
-Sink = Callable[[str, list[Use]], None]
+Take = Callable[[str, list[Use]], None]
 
 
 @dataclass
@@ -53,12 +58,14 @@ def probe_streamed(
     units: Sequence[Unit],
     windows: Sequence[Window],
     *,
-    sink: Sink,
+    sink: Take,
     scratch: Scratch,
     seed: int = 0,
     guided: bool = True,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
+    share: Callable[[Mapping[str, int]], None] = lambda _: None,
 ) -> Statistics:
     """Collect the statistics of all units of a streamed model.
 
@@ -68,10 +75,12 @@ def probe_streamed(
         windows: calibration windows.
         sink: given every unit with its uses as soon as they are complete; may be given a unit again after a retry.
         scratch: for work files.
-        seed: of the labels sampled from the model.
+        seed: of the signs that predictions are summed with.
         guided: see `bytecap.calibration.probe.probe`.
         progress: called with the number of tokens finished.
         note: told where the device's memory asks for smaller batches.
+        ranks: processes that share the windows; each unit's uses are given to one rank's sink.
+        share: called on all ranks behind the sink, block by block, with the rank that was given each unit.
 
     Returns:
         What is no `Use`: diagonals and the number of tokens.
@@ -80,8 +89,8 @@ def probe_streamed(
     copied = streamed.copy(fast_dtype(device))
 
     def work(batch: int) -> Statistics:
-        job = _Job(copied, units, list(batches(windows, batch)), scratch, guided, progress)
-        return in_order(device, lambda: job.run(sink, torch.Generator(device).manual_seed(seed)))
+        job = _Job(copied, units, list(batches(windows, batch)), scratch, guided, progress, ranks)
+        return in_order(device, lambda: job.run(sink, share, torch.Generator(device).manual_seed(seed)))
 
     found = halving(work, windows, _batch_tokens(copied, units), "statistics", note)[0]
     release()
@@ -140,206 +149,163 @@ class _Job:
         scratch: Scratch,
         guided: bool,
         progress: Progress | None,
+        ranks: Ranks,
     ) -> None:
         self.streamed, self.units, self.scratch, self.guided = streamed, units, scratch, guided
-        self.data, self.progress = data, progress
+        self.data, self.progress, self.ranks = data, progress, ranks
+        self.own = range(ranks.rank, len(data), ranks.size)  # batches of this rank
         self.tokens = sum(int(mask.sum()) for _, mask in data)
         names = {n: u for u in units for n in (u.name, *u.aliases)}
         self.looked = _looked_up(streamed, _tables(streamed, names))
-        self.frames: list[list[_Frame]] = []
-        self.diagonal: dict[str, Tensor] = {}
-        self.ends: list[Any] = []
+        self.frames: list[dict[int, _Frame]] = []
+        self.diagonal: dict[str, npt.NDArray[np.float64]] = {}
+        self.ends: dict[int, Any] = {}
 
-    def run(self, sink: Sink, generator: torch.Generator) -> Statistics:
+    def run(self, sink: Take, share: Callable[[Mapping[str, int]], None], generator: torch.Generator) -> Statistics:
         """Forward, then backward from the end."""
         self.diagonal = {}
         chain = self.streamed.chain
-        passes = self._forward()
-        outside = self._sums(lambda name: not chain.holds(name))
-        with outside.watching():
-            gradients = self._suffix(passes, outside, generator)
-            for number in reversed(range(chain.count)):
-                self._block(number, gradients, sink)
-            self._prefix(gradients, outside)
-        self._finish(outside, sink)
-        return Statistics({}, {n: (d / self.tokens).cpu().numpy() for n, d in self.diagonal.items()}, self.tokens)
+        passes = {i: Pass(self.streamed, partial(self._run, self.data[i][0])) for i in self.own}
+        try:
+            self._forward(passes)
+            outside = self._sums(lambda name: not chain.holds(name))
+            with outside.watching():
+                gradients = self._suffix(passes, outside, generator)
+                for number in reversed(range(chain.count)):
+                    self._block(number, gradients, sink, share)
+                self._prefix(gradients, outside)
+        finally:
+            for p in passes.values():  # where memory or the disk has ended, nothing may hold what waits
+                p.cancel()
+            self.frames, self.ends = [], {}
+        self._finish(outside, sink, share)
+        diagonal: dict[str, npt.NDArray[np.float64]] = {}
+        for part in self.ranks.all(self.diagonal):
+            diagonal |= part
+        return Statistics({}, diagonal, self.tokens)
+
+    def _through(
+        self, sums: PartSums, run: Callable[[int], None], skip: Callable[[int], None], done: Callable[[int], None]
+    ) -> None:
+        """Have all batches passed, each by its rank, and what they say taken up."""
+        if self.ranks.size > 1:
+            sinks, owner, device = sums.sinks(), sums.owner, self.streamed.device
+            divided.passes(
+                [s for _, s in sinks], [owner[n] for n, _ in sinks], len(self.data), self.ranks, device, run, skip, done
+            )  # fmt: skip
+            return
+        for i in self.own:
+            run(i)
+            done(i)
 
     def _run(self, ids: Tensor, module: nn.Module) -> Any:
         return module(ids[:, :-1].to(self.streamed.device))
 
-    def _forward(self) -> list[Pass]:
+    def _forward(self, passes: dict[int, Pass]) -> None:
         """Every batch up to the end of the last block; what goes into each block is kept."""
         streamed = self.streamed
-        passes = [Pass(streamed, partial(self._run, ids)) for ids, _ in self.data]
         self.frames = []
         with torch.no_grad():
             with streamed.outside():
-                stops = [p.advance() for p in passes]
+                stops = {i: p.advance() for i, p in passes.items()}
             for number in range(streamed.chain.count):
-                self.frames.append([self._frame(*stop) for stop in stops])
+                self.frames.append({i: self._frame(*stop) for i, stop in stops.items()})
                 with streamed.block(number):
-                    for i, p in enumerate(passes):
+                    for i, p in passes.items():
                         stops[i] = p.advance()
                 release()
         self.ends = stops
-        return passes
 
     def _frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Frame:
         chain = self.streamed.chain
         kept = self.scratch.put(chain.taken(args, kwargs))
         return _Frame(*chain.given(args, kwargs, None), kept)
 
-    def _suffix(self, passes: list[Pass], sums: _Sums, generator: torch.Generator) -> list[Tensor]:
+    def _suffix(self, passes: dict[int, Pass], sums: PartSums, generator: torch.Generator) -> dict[int, Tensor]:
         """From the last block's output to the loss and back; returns that output's gradient for every batch."""
-        gradients = []
-        try:
-            with self.streamed.outside(), torch.enable_grad():
-                for i, p in enumerate(passes):
-                    leaf = self.ends[i].detach().requires_grad_()
-                    self.ends[i] = None
-                    mask = self.data[i][1].to(self.streamed.device)
-                    with head_pieces(self.streamed, int(mask.sum())) as pieces:
-                        found = predictions(p.advance(leaf), mask)
-                    pieces.backward(found, lambda logits: sampled_loss_of(logits, generator))
-                    gradients.append(_gradient(leaf))
-                    del found, leaf
-                    sums.harvest(self.diagonal)
-        finally:
-            for p in passes:
-                p.cancel()
+        gradients: dict[int, Tensor] = {}
+
+        def run(i: int) -> None:
+            leaf = self.ends.pop(i).detach().requires_grad_()
+            mask = self.data[i][1].to(self.streamed.device)
+            with head_pieces(self.streamed, int(mask.sum())) as pieces:
+                found = predictions(passes[i].advance(leaf), mask)
+            pieces.backward(found, lambda logits: fisher_loss_of(logits, generator))
+            gradients[i] = _gradient(leaf)
+            del found, leaf
+            sums.harvest()
+
+        with self.streamed.outside(), torch.enable_grad():
+            self._through(sums, run, partial(self._skip, generator), lambda _: None)
         return gradients
 
-    def _block(self, number: int, gradients: list[Tensor], sink: Sink) -> None:
+    def _skip(self, generator: torch.Generator, i: int) -> None:
+        """Draw the noise of a batch that another rank passes."""
+        path, tokens = self.streamed.head, int(self.data[i][1].sum())
+        if path is None:
+            raise UsageError("logits are not the output of a linear map, so passes cannot be divided: use one process")
+        head: Any = self.streamed.module.get_submodule(path)
+        with head_pieces(self.streamed, tokens) as pieces:
+            rows = pieces.rows
+        for at in range(0, tokens, rows):
+            noise = torch.empty(min(rows, tokens - at), head.out_features, device=self.streamed.device)
+            noise.bernoulli_(0.5, generator=generator)
+
+    def _block(
+        self, number: int, gradients: dict[int, Tensor], sink: Take, share: Callable[[Mapping[str, int]], None]
+    ) -> None:
         """Through one block again, and back; gradients become those of its input."""
         streamed = self.streamed
         prefix = f"{streamed.chain.path}.{number}."
         sums = self._sums(lambda name: name.startswith(prefix))
         frames = self.frames.pop()
-        with sums.watching(), streamed.block(number) as block, torch.enable_grad():
-            for i, frame in enumerate(frames):
-                leaf = frame.handed.load(streamed.device).detach().requires_grad_()
-                args, kwargs = streamed.chain.given(frame.args, frame.kwargs, leaf)
-                torch.autograd.backward(first_of(block(*args, **kwargs)), gradients[i])
-                gradients[i] = _gradient(leaf)
-                sums.harvest(self.diagonal)
-                if self.progress is not None:
-                    self.progress(0)
-        del frames
-        release()
-        self._finish(sums, sink)
 
-    def _prefix(self, gradients: list[Tensor], sums: _Sums) -> None:
+        def run(i: int) -> None:
+            leaf = frames[i].handed.load(streamed.device).detach().requires_grad_()
+            args, kwargs = streamed.chain.given(frames[i].args, frames[i].kwargs, leaf)
+            torch.autograd.backward(first_of(block(*args, **kwargs)), gradients[i])
+            gradients[i] = _gradient(leaf)
+            sums.harvest()
+
+        with sums.watching(), streamed.block(number) as block, torch.enable_grad():
+            self._through(sums, run, lambda _: None, lambda _: self._advance(0))
+        frames.clear()
+        release()
+        self._finish(sums, sink, share)
+
+    def _prefix(self, gradients: dict[int, Tensor], sums: PartSums) -> None:
         """From the ids to the first block's input, and back."""
         streamed = self.streamed
+
+        def run(i: int) -> None:
+            p = Pass(streamed, partial(self._run, self.data[i][0]))
+            try:
+                handed = streamed.chain.taken(*p.advance())
+                if handed.requires_grad:
+                    torch.autograd.backward(handed, gradients[i])
+            finally:
+                p.cancel()
+            sums.harvest()
+
         with streamed.outside(), torch.enable_grad():
-            for i, (ids, mask) in enumerate(self.data):
-                p = Pass(streamed, partial(self._run, ids))
-                try:
-                    handed = streamed.chain.taken(*p.advance())
-                    if handed.requires_grad:
-                        torch.autograd.backward(handed, gradients[i])
-                finally:
-                    p.cancel()
-                sums.harvest(self.diagonal)
-                if self.progress is not None:
-                    self.progress(int(mask.sum()))
+            self._through(sums, run, lambda _: None, lambda i: self._advance(int(self.data[i][1].sum())))
 
-    def _sums(self, inside: Callable[[str], bool]) -> _Sums:
-        return _Sums(self.streamed, self.units, inside, self.looked, self.guided)
+    def _advance(self, tokens: int) -> None:
+        if self.progress is not None:
+            self.progress(tokens)
 
-    def _finish(self, sums: _Sums, sink: Sink) -> None:
+    def _sums(self, inside: Callable[[str], bool]) -> PartSums:
+        return PartSums(self.streamed, self.units, inside, self.looked, self.guided, self.ranks)
+
+    def _finish(self, sums: PartSums, sink: Take, share: Callable[[Mapping[str, int]], None]) -> None:
+        self.diagonal |= {n: (d / self.tokens).cpu().numpy() for n, d in sums.diagonals().items()}
+        shared = sums.used()
         for name, uses in sums.uses(len(self.data)):
             sink(name, uses)
             release()
+        if self.ranks.size > 1:
+            share(shared)
 
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-class _Sums:
-    """The sums of the units in one part of a module: a block, or what is outside of them."""
-
-    def __init__(
-        self, streamed: Streamed, units: Sequence[Unit], inside: Callable[[str], bool], looked: set[str], guided: bool
-    ) -> None:
-        names = {n: u for u in units for n in (u.name, *u.aliases)}
-        module, device = streamed.module, streamed.device
-        self._module, self._device = module, device
-        self._linear: list[tuple[str, nn.Module, _Collector]] = []
-        self._table: dict[str, tuple[str, nn.Module, _Collector]] = {}
-        for n, (m, kind) in linear_weights(module).items():
-            if n not in names or not inside(n):
-                continue
-            weight: Tensor = m.weight  # type: ignore[assignment]
-            rows, cols = weight.shape[::-1] if kind == "conv1d" else weight.shape
-            collector = _Collector(rows, cols, guided, device)
-            if kind == "embedding":
-                self._table[names[n].name] = n, m, collector
-            else:
-                self._linear.append((names[n].name, m, collector))
-        self._lookup = looked & self._table.keys()
-        chosen = {
-            n: names[n] for n, p in module.named_parameters()
-            if n in names and inside(n) and not names[n].linear and p.is_floating_point()
-        }  # fmt: skip
-        self._matrix = {n: (u, _Collector(*u.matrix_shape, guided, device)) for n, u in chosen.items() if is_matrix(u)}
-        self._other = {n: u.name for n, u in chosen.items() if not is_matrix(u)}
-        streamed.trained |= {n for name, (n, _, _) in self._table.items() if name not in looked} | chosen.keys()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Collect, inside a `with` block."""
-        handles = [m.register_forward_hook(c.forward_hook) for _, m, c in self._linear]
-        for name in self._lookup:
-            _, m, c = self._table[name]
-            handles.append(m.register_forward_hook(Lookup(c.moment, c.rows, c.weight).forward_hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def harvest(self, diagonal: dict[str, Tensor]) -> None:
-        """Add this batch's squared gradients to the sums, and clear them."""
-        for name, (at, _, c) in self._table.items():
-            p = self._module.get_parameter(at)
-            if name not in self._lookup and p.grad is not None:
-                g = p.grad.float()
-                square = g.square().sum(1)
-                c.add_gradient(square, g[square.nonzero()[:, 0]])
-            p.grad = None
-        for at, (unit, c) in self._matrix.items():
-            p = self._module.get_parameter(at)
-            if p.grad is not None:
-                g = as_matrix(unit, p.grad.float())
-                c.add_gradient(g.square().sum(1), g)
-            p.grad = None
-        for at, name in self._other.items():
-            p = self._module.get_parameter(at)
-            if name not in diagonal:
-                diagonal[name] = torch.zeros(p.shape, dtype=torch.float64, device=self._device)
-            if p.grad is not None:
-                diagonal[name] += p.grad.double().square()
-            p.grad = None
-
-    def uses(self, passes: int) -> Iterator[tuple[str, list[Use]]]:
-        """Yield every unit with its finished uses, whose sums are dropped; to be called once.
-
-        Args:
-            passes: batches that were gone through.
-        """
-        found: dict[str, list[_Collector]] = {}
-        for name, _, c in self._linear:
-            found.setdefault(name, []).append(c)
-        for name, (_, _, c) in self._table.items():
-            found.setdefault(name, []).append(c)
-        self._linear.clear()
-        self._table.clear()
-        for name in list(found):
-            yield name, [c.use() for c in found.pop(name)]
-        for unit, c in self._matrix.values():
-            use = c.use()
-            use.moment = shrunk_moment(use.moment, passes * len(use.rows))
-            yield unit.name, [use]
-        self._matrix.clear()

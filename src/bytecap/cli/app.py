@@ -6,10 +6,11 @@ With `--json` exactly one JSON object goes to standard output and nothing else i
 
 from __future__ import annotations
 
-import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from bytecap.cli.card import card
 from bytecap.cli.check import check
 from bytecap.cli.choose import choose
 from bytecap.cli.compare import compare
+from bytecap.cli.complaints import DEBUG, complain, warning
 from bytecap.cli.curves import curves
 from bytecap.cli.demo import demo
 from bytecap.cli.eval import evaluate
@@ -32,11 +34,8 @@ from bytecap.cli.ledger import ledger
 from bytecap.cli.thesis import thesis
 from bytecap.cli.tie import tie
 from bytecap.cli.unpack import unpack
-from bytecap.errors import BytecapError, BytecapWarning
-from bytecap.escape import shown
-from bytecap.system.allocator import BOUND, is_shortage
-
-_LONGEST = 4000  # characters of an error
+from bytecap.errors import UsageError
+from bytecap.system.ranks import started
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -63,12 +62,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     del debug, version  # read in `main`, which sees errors of every command
+    if started() and context.invoked_subcommand not in {None, "fit"}:
+        from bytecap.system.distributed import joined
+
+        with joined("cpu", complain):
+            raise UsageError(f"{context.invoked_subcommand} is not divided among ranks: start it as one process")
 
 
 def main() -> None:
@@ -76,9 +81,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = _warning
+    warnings.formatwarning = warning
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
+    DEBUG.set(debug)
+    _end_in_order()
     try:
         code = app(standalone_mode=False)  # Ctrl-C and typer.Exit come back as a number or as an exception
     except KeyboardInterrupt:
@@ -88,54 +95,28 @@ def main() -> None:
     except BaseException as exc:
         if debug or not (isinstance(exc, Exception) or type(exc).__name__ == "PanicException"):
             raise
-        code = _complain(exc)
+        code = complain(exc)
     if code == 130:
         sys.stderr.write("\ninterrupted; no partial file is left behind\n")
     if isinstance(code, int) and code:
         raise SystemExit(code)
 
 
-def _warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Return a warning as one line: its text may quote a file, and where in the source it was made helps nobody."""
-    del filename, lineno, line
-    kind = "" if issubclass(category, BytecapWarning) else f"{category.__name__}: "
-    return f"warning: {kind}{shown(' '.join(str(message).split()), most=_LONGEST)}\n"
+def _end_in_order() -> None:
+    """Let a process that is told to end take its partial files away first; a child of it just ends."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals are the business of whoever runs us in a thread
+    mine = os.getpid()
 
+    def end(number: int, _: object) -> None:
+        if os.getpid() != mine:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
 
-def _complain(exc: BaseException) -> int:
-    """Print one line for an error; returns the exit code."""
-    if isinstance(exc, typer.Abort):
-        return 130
-    if isinstance(exc, typer.Exit):
-        return int(exc.exit_code)
-    if hasattr(exc, "format_message"):  # usage errors: typer carries its own copy of click, or click itself
-        message = str(exc.format_message())
-        if not message:  # no command was given: the help has been printed
-            return 2
-    elif isinstance(exc, BytecapError):
-        message = str(exc)
-    elif is_shortage(exc):
-        message = f"out of memory ({str(exc) or type(exc).__name__}): {BOUND}"
-    elif isinstance(exc, BrokenPipeError):  # nobody reads on, as behind `| head`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (nothing is flushed into it at exit)
-        return 1
-    elif type(exc).__name__ == "PanicException":
-        message = (
-            f"the library that reads tokenizer.json failed on it: {exc}; write it anew with the library that made it"
-        )
-    elif isinstance(exc, OSError) and exc.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:
-        message = (
-            f"{exc.strerror}: {exc.filename or 'compiled code cannot be kept'}; free some space (NUMBA_CACHE_DIR says "
-            "where compiled code is kept)"
-        )
-    elif isinstance(exc, ModuleNotFoundError):
-        message = f"the package {exc.name} is missing: pip install 'bytecap[hf]'"
-    else:
-        message = f"unexpected {type(exc).__name__}: {exc} (run with --debug for the traceback)"
-    sys.stderr.write("error: " + shown(" ".join(message.split()), most=_LONGEST) + "\n")
-    return 2
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody ignores it, as nohup does
+            signal.signal(number, end)
 
 
 if __name__ == "__main__":

@@ -9,31 +9,37 @@ import typer
 
 from bytecap.cli.common import Device, Json, check_inputs, check_output, progress, show
 from bytecap.cli.options import described
+from bytecap.errors import UsageError
 from bytecap.model.defaults import TOKENS, WINDOW
 
 _TEXT = "embedded general text, with a warning"
 
 
+Models = Annotated[
+    list[str], typer.Argument(help="Hugging Face directories, hub ids, .gguf files, or `demo`.", metavar="MODEL...")
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write the best to.", show_default="none")]
+Evaluation = Annotated[
+    list[Path] | None,
+    typer.Option("--evaluation", "--eval", help="Text to compare on (repeatable).", show_default=_TEXT),
+]
+Budgets = Annotated[
+    str | None,
+    typer.Option("--budgets", help="Further caps for the curves, by comma; no file is kept.", show_default="none"),
+]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default="as for fit"),
+]
+
+
 def choose(
-    models: Annotated[
-        list[str], typer.Argument(help="Hugging Face directories, hub ids, .gguf files, or `demo`.", metavar="MODEL...")
-    ],
+    models: Models,
     budget: Annotated[str, typer.Option("--budget", help="Cap on the file.")],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write the best to.", show_default="none")
-    ] = None,
-    evaluation: Annotated[
-        list[Path] | None,
-        typer.Option("--evaluation", "--eval", help="Text to compare on (repeatable).", show_default=_TEXT),
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option("--budgets", help="Further caps for the curves, by comma; no file is kept.", show_default="none"),
-    ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default="as for fit"),
-    ] = None,
+    output: Output = None,
+    evaluation: Evaluation = None,
+    budgets: Budgets = None,
+    calibration: Calibration = None,
     tokens: Annotated[
         int | None, typer.Option(help="Most calibration tokens of whole fits.", min=1, show_default=str(TOKENS))
     ] = None,
@@ -54,16 +60,30 @@ def choose(
     report: Annotated[
         Path | None, typer.Option("--report", help="Page to write (HTML): table and picture.", show_default="none")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say which models fit and what would be fitted; fit and write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the best of several models under one cap, in bits per byte on the same text, and keep its file."""
     from bytecap.pipeline.choose import choose as run
+    from bytecap.pipeline.contenders import plan
     from bytecap.report.choice import page
-    from bytecap.report.chosen import print_choice
+    from bytecap.report.chosen import print_choice, print_plan
     from bytecap.sizes import split_budgets
     from bytecap.system.atomic import write_atomically
 
     _check(models, output, report, store, {"--eval": evaluation, "--calib": calibration})
+    if dry_run:
+        if report is not None:
+            raise UsageError("--report draws what was fitted: leave it out with --dry-run")
+        planned = plan(
+            models, budget, evaluation=evaluation, budgets=split_budgets(budgets or ""),
+            evaluation_bytes=evaluation_bytes, short_tokens=short_tokens, finalists=finalists, window=window,
+            method=method, device=device, reporter=progress(as_json),
+        )  # fmt: skip
+        show(planned, as_json, print_plan)
+        return
     found = run(
         models, budget, evaluation=evaluation, output=output, budgets=split_budgets(budgets or ""),
         calibration=calibration, tokens=tokens, evaluation_bytes=evaluation_bytes, short_tokens=short_tokens,

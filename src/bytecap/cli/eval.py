@@ -46,6 +46,7 @@ def evaluate(
     base: Bases = None,
     device: Device = "auto",
     resident: Resident = "decoded",
+    memory: Annotated[str | None, typer.Option(help="Most memory its values may take.", show_default="free")] = None,
     allow_unused: Annotated[list[str] | None, typer.Option(help=described("allow_unused"), show_default="none")] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +59,8 @@ def evaluate(
     if factory is not None:
         if resident != "decoded":
             raise UsageError("--resident coded is for artifacts, and --factory names none")
+        if memory is not None:
+            raise UsageError("--memory is for a checkpoint or a .bcap file without --factory")
         if base:
             raise UsageError("--base is for a .bcap file without --factory")
         source = replace(source_of(factory, model, state, loss, bytes_per_token), window=window)
@@ -68,8 +71,7 @@ def evaluate(
         allow = names(allow_unused) or ()
         scores = score(
             needed(model), text, window=window, tokens=most, device=device, allow_unused=allow, base=base,
-            resident=resident,
-            reporter=reporter,
+            resident=resident, memory=memory, reporter=reporter,
         )  # fmt: skip
     if as_json:
         print_json(_score_json(scores))

@@ -22,10 +22,12 @@ from bytecap.cli.common import (
     source_file,
     source_of,
 )
+from bytecap.cli.complaints import complain
 from bytecap.cli.options import with_config
 from bytecap.errors import UsageError
 from bytecap.job.config import FitConfig
 from bytecap.model.defaults import EVALUATION_TOKENS, SAMPLED_TOKENS, TOKENS
+from bytecap.system.ranks import started
 
 
 @with_config
@@ -65,16 +67,30 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Put MODEL into one file of at most --budget bytes, read it back and measure it."""
-    from bytecap.pipeline import pack_code
+    given = _Given(model, tokens, evaluation_tokens, factory, state, loss, bytes_per_token, code)
+    if not started():
+        _fit(given, config, report, code_accounting, as_json)
+        return
+    from bytecap.system.distributed import joined
+
+    with joined(config.device, complain) as ranks:
+        _fit(given, replace(config, ranks=ranks), report, code_accounting, as_json)
+
+
+def _fit(given: _Given, config: FitConfig, report: Path | None, code_accounting: str, as_json: bool) -> None:
+    """Fit on this rank, and show the outcome on the first one."""
+    from bytecap.pipeline import pack_code, several
     from bytecap.pipeline.fit import fit_config
     from bytecap.pipeline.fit_shards import fit_shards
 
-    given = _Given(model, tokens, evaluation_tokens, factory, state, loss, bytes_per_token, code)
     pages = given.checked(config, report)
-    config = replace(config, code=pack_code.pack(code or (), code_accounting), reporter=progress(as_json))
+    config = replace(config, code=pack_code.pack(given.code or (), code_accounting), reporter=progress(as_json))
     source, config = given.source(config)
-    results = fit_shards(source, config) if source is not None else fit_config(needed(model), config)
-    _show(results, pages, config.dry_run, as_json)
+    if source is not None:
+        several.refuse(config, "a factory's module")
+    results = fit_shards(source, config) if source is not None else fit_config(needed(given.model), config)
+    if several.ranks_of(config).first:
+        _show(results, pages, config.dry_run, as_json)
 
 
 @dataclass(frozen=True)

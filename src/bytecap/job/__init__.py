@@ -17,6 +17,7 @@ from bytecap.job.base import Installed
 from bytecap.job.effort import Effort
 from bytecap.job.section import Section
 from bytecap.system.cache import Store
+from bytecap.system.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from bytecap.job.config import FitConfig
@@ -62,6 +63,11 @@ class Job:
     def seed(self) -> int:
         """Seed of every random choice."""
         return self.config.seed
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the job."""
+        return self.config.ranks or ALONE
 
     @property
     def options(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bytecap.job.section import Section
     from bytecap.progress import Reporter
     from bytecap.system.cache import Store
+    from bytecap.system.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class FitConfig:
             (docs/scale.md).
         unused: what becomes of units that no gradient reaches on the calibration: `keep` stores them at a safe rate,
             some nine bits a weight, `drop` as coarsely as it likes.
-        options: options of the method: for `bytecap`, see `bytecap.quantization.quantizer.Options`.
+        options: options of the method: for `bytecap`, see `bytecap.quantization.options.Options`.
         format: `bcap`, `gguf` for llama.cpp, or a directory: `mlx`, `compressed-tensors` (docs/runtimes.md); by the
             suffix of `output` if it is not given.
         layout: `file`, or `hub`: a directory that transformers loads and hubs show, config, tokenizer, licence and card
@@ -93,6 +94,7 @@ class FitConfig:
         given: sections of parameters that are coded already, see `bytecap_lab.train.export`.
         progress: show progress bars; by default on a terminal and in a notebook.
         reporter: told about progress in place of the bars.
+        ranks: processes that share the job, from `bytecap.system.distributed.joined` (docs/scale.md); alone by default.
     """
 
     budget: int | str
@@ -132,6 +134,7 @@ class FitConfig:
     given: Mapping[str, Section] = field(default_factory=dict)
     progress: bool | None = None
     reporter: Reporter | None = None
+    ranks: Ranks | None = None
 
 
 @cache

@@ -11,8 +11,9 @@ bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the or
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bytecap.model.batches import Batch, Look, is_batches, variants_of
+from bytecap.model import streaming
+from bytecap.model.batches import Batch, Look, is_batches, rows_of_batches
+from bytecap.model.divided_scores import batches_apart, variants_apart
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
 from bytecap.model.predicted import device_of, predicted
 from bytecap.model.quantized_copy import Values
+from bytecap.model.temperature import TEMPERATURES, best_temperature
 from bytecap.model.texts import Text, Window
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap.progress import Advance
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Score
 
 FloatArray = npt.NDArray[np.float64]
-_TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ def evaluate(module: nn.Module, text: Text, *, device: str = "cpu", progress: Pr
     """Score one model on one text."""
     if is_batches(text.windows):
         return _score_batches(module, text, device, progress)
+    if streaming.of(module) is not None:
+        return _score_streamed(module, text, device, progress)
     losses, counts, sizes = [], [], []
     for ids, mask, windows in _batches(text.windows, module):
         logits = logits_of(module(ids[:, :-1].to(device))).float()
@@ -119,6 +125,26 @@ def _score(name: str, total: FloatArray, tokens: FloatArray, size: FloatArray) -
 def _bpb(nats: FloatArray, size: FloatArray) -> float:
     """Return bits per byte; NaN if bytes were not counted."""
     return float(nats.sum() / math.log(2) / size.sum()) if size.any() else math.nan
+
+
+def _score_streamed(module: nn.Module, text: Text, device: str, progress: Progress | None) -> Score:
+    """Score a streamed model, each block of which is read once for some thousands of tokens."""
+    losses, counts, sizes = [], [], []
+    data = list(_batches(text.windows, module))
+    found = predicted(module, module, {}, [(ids, mask) for ids, mask, _ in data], device)
+    for (ids, mask, windows), pieces in zip(data, found, strict=True):
+        flat = mask.to(device)
+        labels, parts = ids[:, 1:].to(device)[flat], list[Tensor]()
+        for (one,) in pieces:
+            logp = torch.log_softmax(one().float(), -1)
+            own, labels = labels[: len(logp)], labels[len(logp) :]
+            parts.append(_token_losses(logp, own))
+        losses += _by_window(flat, torch.cat(parts)).tolist()
+        counts += mask.sum(1).tolist()
+        sizes += [w.bytes for w in windows]
+        if progress is not None:
+            progress(int(mask.sum()))
+    return _score(text.name, *(np.array(x, dtype=float) for x in (losses, counts, sizes)))
 
 
 def _score_batches(module: nn.Module, text: Text, device: str, progress: Progress | None) -> Score:
@@ -149,48 +175,67 @@ def compare_models(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
-    """Score a coded model against its original on the same tokens."""
+    """Score a coded model against its original on the same tokens, which `ranks` share."""
     if is_batches(text.windows):
         return _compare_batches(original, coded, text, device, progress)
-    sums: list[list[float]] = []
-    temperature = np.zeros(len(_TEMPERATURES))
-    same = 0
     data = list(_batches(text.windows, original))
+    sums: list[list[float]] = []
+    temperature = np.zeros(len(TEMPERATURES))
+    same = 0
+    for rows, tempered, equal in batches_apart(
+        ranks, data, lambda some: _compared(original, coded, some, device, progress)
+    ):
+        sums += rows
+        for losses in tempered:
+            temperature += losses
+        same += equal
+    return _summary(text.name, np.array(sums), temperature, same)
+
+
+def _compared(
+    original: nn.Module, coded: nn.Module, data: Sequence[Any], device: str, progress: Progress | None
+) -> Iterator[tuple[list[list[float]], list[list[float]], int]]:
+    """Yield, for every batch: sums by window, losses at every temperature by piece, and equal predictions."""
     found = predicted(original, coded, {"": {}}, [(ids, mask) for ids, mask, _ in data], device)
     for (ids, mask, windows), pieces in zip(data, found, strict=True):
         flat = mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
         parts: list[tuple[Tensor, ...]] = []
+        tempered: list[list[float]] = []
+        same = 0
         for one, other in pieces:
             p, q = one().float(), torch.log_softmax(other().float(), -1)
             own, labels = labels[: len(p)], labels[len(p) :]
-            for i, t in enumerate(_TEMPERATURES):
-                temperature[i] += float(nn.functional.cross_entropy(p / t, own, reduction="sum"))
+            tempered.append([
+                float(nn.functional.cross_entropy(p / t, own, reduction="sum")) for t in TEMPERATURES
+            ])  # fmt: skip
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
             p = torch.log_softmax(p, -1)
             kl = (p - q).mul_(p.exp()).sum(-1)
             parts.append((_token_losses(p, own), _token_losses(q, own), kl))
             del p, q
         grouped = [_by_window(flat, torch.cat(c)) for c in zip(*parts, strict=True)]
-        for i, w in enumerate(windows):
-            sums.append([float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)])
+        rows = [
+            [float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)] for i, w in enumerate(windows)
+        ]  # fmt: skip
         if progress is not None:
             progress(int(mask.sum()))
-    return _summary(text.name, np.array(sums), temperature, same)
+        yield rows, tempered, same
 
 
 def _compare_batches(
     original: nn.Module, coded: nn.Module, text: Text, device: str, progress: Progress | None
 ) -> Comparison:
     """Compare by each batch's own loss; figures that need predictions are NaN where the loss holds none."""
-    sums, temperature, same = [], np.zeros(len(_TEMPERATURES)), 0.0
+    sums, temperature, same = [], np.zeros(len(TEMPERATURES)), 0.0
     for batch in text.windows:
         assert isinstance(batch, Batch)  # noqa: S101 (a text holds one kind)
         p, q, n = Look.at(original, batch, device), Look.at(coded, batch, device), batch.count
         kl = p.kl(q) if p.seen else math.nan
         sums.append([p.loss * n, q.loss * n, kl * n, n, batch.bytes])
-        temperature += [p.tempered(t) * n for t in _TEMPERATURES]
+        temperature += [p.tempered(t) * n for t in TEMPERATURES]
         same += p.same(q) * n
         if progress is not None:
             progress(n)
@@ -200,7 +245,7 @@ def _compare_batches(
 def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any, Any], same: float) -> Comparison:
     nats_p, nats_q, kl, tokens, size = sums.T
     n = tokens.sum()
-    best, nats_best = _best_temperature(temperature / n)
+    best, nats_best = best_temperature(temperature / n)
     return Comparison(
         name=name, tokens=int(n), bytes=int(size.sum()),
         nats_original=float(nats_p.sum() / n), nats_artifact=float(nats_q.sum() / n),
@@ -211,20 +256,6 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
         kl_nats=float(kl.sum() / n), kl_stderr=ratio_stderr(kl, tokens), same_top1=same / float(n),
         windows=ByWindow(kl, nats_q, nats_p, tokens, size),
     )  # fmt: skip
-
-
-def _best_temperature(nats: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return the minimum of a parabola through the three best sampled temperatures."""
-    if not np.isfinite(nats).all():
-        return math.nan, math.nan
-    i = int(np.clip(np.argmin(nats), 1, len(nats) - 2))
-    x, y = np.array(_TEMPERATURES[i - 1 : i + 2]), nats[i - 1 : i + 2]
-    a, b, c = np.polyfit(x, y, 2)
-    if a <= 0:
-        j = int(np.argmin(nats))
-        return float(_TEMPERATURES[j]), float(nats[j])
-    best = float(np.clip(-b / (2 * a), x[0], x[2]))
-    return best, float(a * best**2 + b * best + c)
 
 
 def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
@@ -247,10 +278,10 @@ def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
 
 
 def kl_to(
-    original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu"
+    original: nn.Module, coded: nn.Module, windows: Sequence[Window], *, device: str = "cpu", ranks: Ranks = ALONE
 ) -> tuple[float, float]:
     """Return the KL to the original in nats per token and its standard error, on plain windows."""
-    return kl_each(original, coded, {"": {}}, windows, device=device)[""]
+    return kl_each(original, coded, {"": {}}, windows, device=device, ranks=ranks)[""]
 
 
 def kl_each(
@@ -261,9 +292,10 @@ def kl_each(
     *,
     device: str = "cpu",
     advance: Advance | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, tuple[float, float]]:
     """Return KL to the original in nats per token, and its standard error, for several variants; see `by_window`."""
-    found = by_window(original, quantized_copy, variants, windows, device=device, advance=advance)
+    found = by_window(original, quantized_copy, variants, windows, device=device, advance=advance, ranks=ranks)
     return {k: (float(v.kl.sum() / v.tokens.sum()), ratio_stderr(v.kl, v.tokens)) for k, v in found.items()}
 
 
@@ -295,6 +327,7 @@ def by_window(
     *,
     device: str = "cpu",
     advance: Advance | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, ByWindow]:
     """Score several variants of one model window by window, for paired comparisons.
 
@@ -307,16 +340,41 @@ def by_window(
         windows: plain windows.
         device: torch device.
         advance: called with the share of a variant that is done.
+        ranks: processes that share the batches, or the variants where there are fewer batches than processes.
     """
     if is_batches(windows):
-        return _by_batch(original, quantized_copy, variants, windows, device, advance)
-    kls: dict[str, list[float]] = {label: [] for label in variants}
-    losses: dict[str, list[float]] = {label: [] for label in variants}
-    first, tokens, sizes = [], [], []
-    total = sum(w.predicted for w in windows)
+        scores = rows_of_batches(original, quantized_copy, variants, windows, device, advance)
+        return {label: ByWindow(*np.array(rows, dtype=float).T) for label, rows in scores.items()}
     data = list(_batches(windows, original))
+
+    def scored(some: Sequence[Any], labels: Mapping[str, Values] = variants) -> Iterator[list[list[float]]]:
+        return _scored(original, quantized_copy, labels, some, device, advance, sum(w.predicted for w in windows))
+
+    if len(data) >= ranks.size or len(variants) < 2:
+        found = list(batches_apart(ranks, data, scored))
+    else:
+        found = variants_apart(ranks, variants, len(data), lambda own: list(scored(data, own)))
+    columns = [np.array(list(chain(*c)), dtype=float) for c in zip(*found, strict=True)]
+    tokens = np.array([n for _, mask, _ in data for n in mask.sum(1).tolist()], dtype=float)
+    sizes = np.array([w.bytes for _, _, members in data for w in members], dtype=float)
+    return {
+        label: ByWindow(kl, nats, columns[0], tokens, sizes)
+        for label, nats, kl in zip(variants, columns[1::2], columns[2::2], strict=True)
+    }
+
+
+def _scored(
+    original: nn.Module,
+    quantized_copy: nn.Module,
+    variants: Mapping[str, Values],
+    data: Sequence[Any],
+    device: str,
+    advance: Advance | None,
+    total: int,
+) -> Iterator[list[list[float]]]:
+    """Yield, for every batch, sums by window: losses of the original, and of every variant its losses and its KL."""
     found = predicted(original, quantized_copy, variants, [(ids, mask) for ids, mask, _ in data], device)
-    for (ids, mask, members), pieces in zip(data, found, strict=True):
+    for (ids, mask, _), pieces in zip(data, found, strict=True):
         flat = mask.to(device)
         labels = ids[:, 1:].to(device)[flat]
         parts: list[list[Tensor]] = []
@@ -331,34 +389,4 @@ def by_window(
                     advance(len(p) / total)
             parts.append(part)
             del p
-        whole = [_by_window(flat, torch.cat(c)).tolist() for c in zip(*parts, strict=True)]
-        first += whole[0]
-        tokens += mask.sum(1).tolist()
-        sizes += [w.bytes for w in members]
-        for label, nats, kl in zip(variants, whole[1::2], whole[2::2], strict=True):
-            losses[label] += nats
-            kls[label] += kl
-    common = [np.array(x, dtype=float) for x in (first, tokens, sizes)]
-    return {label: ByWindow(np.array(kls[label]), np.array(losses[label]), *common) for label in variants}
-
-
-def _by_batch(
-    original: nn.Module,
-    quantized_copy: nn.Module,
-    variants: Mapping[str, Values],
-    windows: Sequence[Window],
-    device: str,
-    advance: Advance | None,
-) -> dict[str, ByWindow]:
-    """Score `by_window` by the batches' own loss; without predictions its increase stands in for the KL."""
-    rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
-    total = sum(w.predicted for w in windows)
-    for batch in windows:
-        assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
-        n = batch.count
-        first, found = variants_of(original, quantized_copy, variants, batch, device)
-        for label, (kl, loss) in found.items():
-            rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
-            if advance is not None:
-                advance(n / total)
-    return {label: ByWindow(*np.array(r, dtype=float).T) for label, r in rows.items()}
+        yield [_by_window(flat, torch.cat(c)).tolist() for c in zip(*parts, strict=True)]

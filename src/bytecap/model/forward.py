@@ -70,14 +70,21 @@ def fast_copy(module: nn.Module, device: torch.device) -> nn.Module:
     with them in float32 and fails, or routes tokens elsewhere, if they are rounded.
     """
     found = copy.deepcopy(module).to(device, fast_dtype(device))
-    kept = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
-    if kept:
-        pattern = re.compile("|".join(rf"(?:^|\.){part}(?:$|\.)" for part in sorted(kept)))
-        tensors = dict(module.state_dict(keep_vars=True))
-        for name, tensor in found.state_dict(keep_vars=True).items():
-            if pattern.search(name) and tensor.is_floating_point():
-                tensor.data = tensors[name].data.to(device, torch.float32)
+    kept = kept_exact(module)
+    tensors = dict(module.state_dict(keep_vars=True))
+    for name, tensor in found.state_dict(keep_vars=True).items():
+        if kept(name) and tensor.is_floating_point():
+            tensor.data = tensors[name].data.to(device, torch.float32)
     return found
+
+
+def kept_exact(module: nn.Module) -> Callable[[str], bool]:
+    """Return what says by a tensor's name whether the module's class asks to keep it in float32."""
+    kept = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
+    if not kept:
+        return lambda _: False
+    pattern = re.compile("|".join(rf"(?:^|\.){part}(?:$|\.)" for part in sorted(kept)))
+    return lambda name: pattern.search(name) is not None
 
 
 def batch_tokens(vocabulary: int) -> int:

@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +40,10 @@ def load_model(
 
     Args:
         path: `.bcap` file.
+        base: the file that it is an update of; several where that is an update as well.
         device: torch device for weights and buffers.
         dtype: of floating-point weights, `float32`, `bfloat16`, `float16`, or a torch dtype.
         resident: `decoded`, or `coded`.
-
-    Args:
-        path: `.bcap` file.
-        base: the file that it is an update of; several where that is an update as well.
 
     Raises:
         ArtifactError: the file cannot be trusted or holds no config, or its base is missing or another. UsageError:
@@ -61,8 +59,12 @@ def module_of(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     resident: str = "decoded",
+    beside: Mapping[str, bytes] | None = None,
 ) -> nn.Module:
-    """Build the decoded model of an artifact's contents; `name` is for messages. See `load_model`."""
+    """Build the decoded model of an artifact's contents, as `load_model` does.
+
+    `name` is that of the file, for messages; `beside` holds config and tokenizer where they are not inside.
+    """
     import torch
 
     from bytecap.model.rebuilt import build, fill
@@ -74,7 +76,7 @@ def module_of(
     if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise UsageError(f"dtype={dtype!r} is no floating-point type of torch, such as float32 or bfloat16")
     target = torch.device(device)
-    files = side_files(contents)
+    files = {**(beside or {}), **side_files(contents)}
     if "config.json" not in files:
         raise ArtifactError(f"{name} holds no config.json (written with --no-config), so no module can be built")
     module = build(files, updates.units_of(contents), name, empty=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bytecap.model.fileset import Header, read_headers, read_side_files
 from bytecap.model.inputs import refuse_encoder_decoder
-from bytecap.model.quantized_checkpoint import Dequantized, dense
+from bytecap.model.quantized_checkpoint import Dequantized, dense, refuse_finished
 from bytecap.model.tokenization import conversion_note
 
 
@@ -47,6 +47,7 @@ def opened(
     """
     files = read_side_files(directory)
     refuse_encoder_decoder(files, name)
+    refuse_finished(files["config.json"], directory)
     headers, notes = read_headers(directory, allow_unused)
     quantized = dense(files["config.json"], headers, directory)
     if quantized is not None:

@@ -19,7 +19,10 @@ from bytecap.model.forward import predictions
 from bytecap.model.head import Pieces, head_pieces
 from bytecap.model.quantized_copy import Values, swapped
 from bytecap.model.streaming import Streamed
+from bytecap.sizes import in_groups
+from bytecap.system.allocator import no_holes
 
+_WAITING = {"cpu": 2**15, "cuda": 2**18}  # tokens, of all models together, that wait in front of a streamed block
 Logits = Callable[[], Tensor]  # (n, vocabulary), of the next n predictions in the batch's mask
 Batches = Sequence[tuple[Tensor, Tensor]]  # ids (batch, length + 1) and mask (batch, length)
 
@@ -37,7 +40,8 @@ def predicted(
 
     Args:
         original: untouched model.
-        quantized_copy: what variants are made of; a streamed one if the original is streamed.
+        quantized_copy: what variants are made of; a streamed one if the original is streamed. The original itself where
+            there are none.
         variants: values that are put into the copy.
         data: batches.
         device: torch device.
@@ -46,7 +50,10 @@ def predicted(
     if streamed is not None:
         source = streaming.of(quantized_copy)
         assert source is not None  # noqa: S101 (a copy of a streamed model is streamed)
-        yield from _side_by_side([streamed, source], [streamed, *map(source.variant, variants.values())], data)
+        lanes = [streamed, *map(source.variant, variants.values())]
+        most = _WAITING[streamed.device.type] // len(lanes)
+        for some in in_groups(data, lambda batch: batch[1].numel(), most):
+            yield from _side_by_side([streamed] if source is streamed else [streamed, source], lanes, some)
         return
     for ids, mask in data:
         inputs, flat = ids[:, :-1].to(device), mask.to(device)
@@ -77,8 +84,9 @@ def _side_by_side(
     most = max((int(mask.sum()) for _, mask in data), default=0)
     cache: dict[Any, Tensor] = {}
     with ExitStack() as stack:
-        first, second = (stack.enter_context(head_pieces(x, most)) for x in models)
-        pieces = [first, *[second] * (len(lanes) - 1)]
+        stack.enter_context(no_holes())
+        first, *rest = (stack.enter_context(head_pieces(x, most)) for x in models)
+        pieces = [first, *rest * (len(lanes) - 1)]
         found = streaming.sweep(lanes, [partial(_run, ids, device) for ids, _ in data], cache)
         for ends, (_, mask) in zip(found, data, strict=True):
             flat = mask.to(device)

@@ -116,6 +116,20 @@ def method_of(settings: Mapping[str, Any]) -> str:
     return str(method or ("compressed-tensors" if form in _FORMATS else form) or "an unnamed method")
 
 
+def refuse_finished(config: bytes, where: Path) -> None:
+    """Refuse a directory whose weights are a file of ours: what is decoded from it is no source.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    settings = settings_of(json.loads(config))
+    if settings is None or method_of(settings) != "bytecap":
+        return
+    if (where / "model.bcap").is_file():
+        raise CheckpointError(f"{where} is a finished model: start from what it was made of, or unpack it")
+    raise CheckpointError(f"{where} holds no model.bcap, which its config.json names: copy it again")
+
+
 def dense(config: bytes, headers: dict[Path, Header], where: Path) -> Dequantized | None:
     """Return the dense tensors of a directory whose config says that its weights are quantized; None if it says so not.
 

@@ -7,7 +7,7 @@ the outermost `ModuleList` with most modules, or a module outside it. Small tens
 Every weight is what the decoder gives, so logits are those of the decoded model. Whether every weight is asked for by
 the module that owns it shows in one pass over one token, which also decodes the whole file once.
 
-What it leaves out: gradients, copies of the module, and moving it to another device.
+What it leaves out: gradients and copies of the module. Moving it to another device or dtype is refused.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class _Part:
     """What is decoded together: (module, name of the parameter, its unit)."""
 
     places: list[tuple[nn.Module, str, UnitSection]] = field(default_factory=list)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # by unit
     following: _Part | None = None
 
 
@@ -43,22 +44,21 @@ class _Decoder:
 
     units: Units
     device: torch.device
-    dtype: torch.dtype
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(jit.cores()))
     waiting: dict[_Part, dict[str, Future[Tensor]]] = field(default_factory=dict)
     last: _Part | None = None
 
-    def tensor(self, section: UnitSection) -> Tensor:
-        """Return a unit's value on the device."""
+    def tensor(self, section: UnitSection, dtype: torch.dtype) -> Tensor:
+        """Return a unit's value on the device, floating-point values in a dtype."""
         array = self.units([section])[0][1]
         found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
+        return found.to(self.device, dtype if found.is_floating_point() else found.dtype)
 
     def begin(self, part: _Part) -> None:
         """Let a part be decoded, if it is not."""
         if part not in self.waiting:
             sections = {s.unit.name: s for _, _, s in part.places}
-            self.waiting[part] = {n: self.pool.submit(self.tensor, s) for n, s in sections.items()}
+            self.waiting[part] = {n: self.pool.submit(self.tensor, s, part.dtypes[n]) for n, s in sections.items()}
 
     def take(self, part: _Part) -> dict[str, Tensor]:
         """Return a part's values by unit, and let the part be decoded that followed it the last time."""
@@ -73,41 +73,51 @@ class _Decoder:
         return found
 
 
-def keep_coded(module: nn.Module, contents: Contents, *, device: torch.device, dtype: torch.dtype, name: str) -> None:
+def keep_coded(
+    module: nn.Module,
+    contents: Contents,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    name: str,
+    prefix: str = "",
+) -> None:
     """Let a module without values decode them whenever it runs.
 
     Args:
         module: from `bytecap.model.rebuilt.build`, its parameters on the `meta` device.
         contents: of the artifact, whose bytes are kept.
         device: where it runs; weights are decoded on the processor.
-        dtype: of its floating-point weights.
+        dtype: of its floating-point weights; None keeps that of every parameter and buffer.
         name: of the file, for messages.
+        prefix: what units' names have in front of the module's own, where it is a part of the file's model.
 
     Raises:
         CorruptError: a section cannot be decoded. UsageError: a weight is read otherwise than by a call of the module
             that owns it.
     """
-    decoder = _Decoder(Units(contents), device, dtype)
-    sections = {n: s for s in decoder.units.sections for n in (s.unit.name, *s.unit.aliases)}
-    small = {s.unit.name: decoder.tensor(s) for s in decoder.units.sections if s.unit.parameters <= _SMALL}
+    decoder = _Decoder(Units(contents), device)
+    sections = {n.removeprefix(prefix): s for s in decoder.units.sections for n in (s.unit.name, *s.unit.aliases)}
     parts: dict[nn.Module, _Part] = {}
     chain = _longest_list(module)
     kept: dict[str, nn.Parameter] = {}
     for path, owner in module.named_modules():
-        _put_buffers(owner, path, sections, decoder)
+        _put_buffers(owner, path, sections, decoder, dtype)
         for leaf, empty in list(owner.named_parameters(recurse=False)):
-            section = sections[f"{path}.{leaf}" if path else leaf]
-            unit = section.unit.name
+            section, kind = sections[f"{path}.{leaf}" if path else leaf], dtype or empty.dtype
+            unit, small = section.unit.name, section.unit.parameters <= _SMALL
             if unit not in kept:
-                kept[unit] = nn.Parameter(
-                    small[unit] if unit in small else _absent(empty, decoder), requires_grad=False
-                )  # fmt: skip
+                fresh = decoder.tensor(section, kind) if small else _absent(empty, kind, device)
+                kept[unit] = nn.Parameter(fresh, requires_grad=False)
             owner.register_parameter(leaf, kept[unit])
-            if unit not in small:
-                parts.setdefault(_runner(module, path, chain), _Part()).places.append((owner, leaf, section))
+            if not small:
+                part = parts.setdefault(_runner(module, path, chain), _Part())
+                part.places.append((owner, leaf, section))
+                part.dtypes[unit] = kind
     for runner, part in parts.items():
         _hook(runner, part, decoder, kept)
     _try(module, device, name)
+    _stay(module, device, name)
 
 
 def _longest_list(module: nn.Module) -> str:
@@ -124,16 +134,20 @@ def _runner(module: nn.Module, path: str, chain: str) -> nn.Module:
     return module.get_submodule(path)
 
 
-def _absent(empty: Tensor, decoder: _Decoder) -> Tensor:
+def _absent(empty: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of a parameter's shape that takes the memory of one value, which is not a number."""
-    return torch.full((1,), float("nan"), dtype=decoder.dtype, device=decoder.device).expand(empty.shape)
+    return torch.full((1,), float("nan"), dtype=dtype, device=device).expand(empty.shape)
 
 
-def _put_buffers(owner: nn.Module, path: str, sections: dict[str, UnitSection], decoder: _Decoder) -> None:
+def _put_buffers(
+    owner: nn.Module, path: str, sections: dict[str, UnitSection], decoder: _Decoder, dtype: torch.dtype | None
+) -> None:
     """Put stored buffers in, and let the others follow to the device."""
     for leaf, buffer in list(owner.named_buffers(recurse=False)):
         section = sections.get(f"{path}.{leaf}" if path else leaf)
-        owner._buffers[leaf] = buffer.to(decoder.device) if section is None else decoder.tensor(section)  # noqa: SLF001
+        owner._buffers[leaf] = (  # noqa: SLF001
+            buffer.to(decoder.device) if section is None else decoder.tensor(section, dtype or buffer.dtype)
+        )
 
 
 def _hook(runner: nn.Module, part: _Part, decoder: _Decoder, kept: dict[str, nn.Parameter]) -> None:
@@ -152,13 +166,26 @@ def _hook(runner: nn.Module, part: _Part, decoder: _Decoder, kept: dict[str, nn.
     runner.register_forward_hook(behind, always_call=True)
 
 
+def _stay(module: Any, device: torch.device, name: str) -> None:
+    """Refuse to move or convert a module: its weights would arrive as memory without values."""
+    kinds = {p.dtype for p in module.parameters()}
+
+    def refused(change: Any, *_: Any, **__: Any) -> Any:
+        changed = [change(torch.empty(0, dtype=k, device=device)) for k in kinds]
+        if {(t.device, t.dtype) for t in changed} != {(torch.empty(0, device=device).device, k) for k in kinds}:
+            raise UsageError(f"{name} is coded for {device}: load it again for another device or dtype, or decoded")
+        return module
+
+    module._apply = refused  # noqa: SLF001
+
+
 @torch.no_grad()
 def _try(module: Any, device: torch.device, name: str) -> None:
     """Run one token through a module."""
     why: Sequence[Any] = ()
     try:
-        logits = module(torch.zeros(1, 1, dtype=torch.long, device=device)).logits
-        sound = bool(torch.isfinite(logits).all())
+        found = module(torch.zeros(1, 1, dtype=torch.long, device=device))
+        sound = bool(torch.isfinite(found[0] if not hasattr(found, "logits") else found.logits).all())
     except (RuntimeError, TypeError, AttributeError, ValueError) as exc:
         if isinstance(exc, BytecapError):
             raise

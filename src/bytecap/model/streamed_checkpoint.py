@@ -21,7 +21,7 @@ from bytecap.model import streaming, tying
 from bytecap.model.accounting import account
 from bytecap.model.building import causal_lm, plain_config, without_values
 from bytecap.model.chain import Chain, find_chain
-from bytecap.model.checkpoint import Model, check_size, find_units, freeze, resolve
+from bytecap.model.checkpoint import Model, as_matrix, check_size, find_units, freeze, resolve
 from bytecap.model.conversion import Conversion, convert
 from bytecap.model.fileset import Header
 from bytecap.model.head import head_of
@@ -31,6 +31,7 @@ from bytecap.model.tensor_files import Tensors
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
+_PIECE = 2**22  # values looked at together
 _TRIAL = 4  # tokens of the pass that finds the chain
 
 
@@ -53,6 +54,14 @@ class StreamedModel(Model):
         if unit.name in self.streamed.tensors:
             return self.streamed.value(unit.name, torch.float32)
         return self.module.get_buffer(unit.name)
+
+    def matrix(self, unit: Unit, rows: slice | None = None) -> Tensor:
+        """A unit as coders see it, float32 (rows, cols), or consecutive rows of it, which alone are read."""
+        streamed = self.streamed
+        if rows is None or unit.transposed or unit.name not in streamed.tensors or len(unit.shape) != 2:
+            whole = as_matrix(unit, self.tensor(unit)).float()
+            return whole if rows is None else whole[rows]
+        return streamed.tensors.read(unit.name, streamed.device, torch.float32, rows)
 
     @property
     def streamed(self) -> Streamed:
@@ -101,7 +110,7 @@ def open_streamed(
     _fill_buffers(module, tensors)
     trial = Streamed(module, Chain("", 0, 0), tensors, first)
     trial.to(device)
-    chain, head = _observe(trial, units)
+    chain, head = observe(trial, units)
     if chain is None:
         raise Unstreamable("it has no chain of blocks that are called one after the other")
     streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head))
@@ -146,8 +155,13 @@ def _fill_buffers(module: nn.Module, tensors: Tensors) -> None:
             buffer.copy_(tensors.read(name))
 
 
-def _observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
-    """Find the chain and the head on a few tokens, and refuse weights that are not finite."""
+def observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
+    """Find the chain and the head of a module on a few tokens, and refuse weights that are not finite.
+
+    Args:
+        streamed: the module, whose chain is not known yet.
+        units: its units.
+    """
     module, seen = streamed.module, set[str]()
     ids, heads = torch.zeros(1, _TRIAL, dtype=torch.long, device=streamed.device), list[str | None]()
     with _one_by_one(streamed, seen):
@@ -196,7 +210,8 @@ def check(name: str, values: Tensor) -> None:
     Raises:
         CheckpointError: tensor and index are named.
     """
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        index = tuple(int(i) for i in bad.nonzero()[0])
-        raise CheckpointError(f"tensor {name} holds {float(values[index])} at index {list(index)}")
+    for piece in values.reshape(-1).split(_PIECE):
+        if not bool(torch.isfinite(piece).all()):
+            bad = ~torch.isfinite(values)
+            index = tuple(int(i) for i in bad.nonzero()[0])
+            raise CheckpointError(f"tensor {name} holds {float(values[index])} at index {list(index)}")

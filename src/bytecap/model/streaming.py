@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from bytecap.model.chain import Chain, first_of, with_first
+from bytecap.model.forward import kept_exact
 from bytecap.model.tensor_files import Tensors
 from bytecap.system.allocator import release
 
@@ -70,8 +71,8 @@ class Streamed:
             head=self.head,
         )  # fmt: skip
         if dtype is not None:
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
+            for name, buffer in module.named_buffers():
+                if buffer.is_floating_point() and not found.exact(name):
                     buffer.data = buffer.data.to(dtype)
         return attach(found)
 
@@ -100,6 +101,11 @@ class Streamed:
         if not isinstance(found, Tensor):
             found = torch.from_numpy(np.require(found, requirements=["C", "W"]))
         return found.to(self.device, wanted if found.is_floating_point() else found.dtype)
+
+    @cached_property
+    def exact(self) -> Callable[[str], bool]:
+        """Whether a tensor stays in float32 whatever the dtype, by its name."""
+        return kept_exact(self.module)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -154,7 +160,7 @@ class Streamed:
                 key = (self.first[name], id(self.replaced.get(self.first[name])), self.dtype)
                 value = held.get(key)
                 if value is None:
-                    value = held[key] = self.value(name)
+                    value = held[key] = self.value(name, torch.float32 if self.exact(name) else None)
                 setattr(owner, leaf, nn.Parameter(value, requires_grad=name in self.trained))
                 undo.callback(setattr, owner, leaf, empty)
 

@@ -7,6 +7,7 @@ meanwhile.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,26 +76,35 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._places or name in self._made
 
-    def read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """Read a tensor.
+    def read(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """Read a tensor, or some rows of it.
 
         Args:
             name: in the model.
             device: where it goes.
             dtype: of floating-point tensors; others keep theirs.
+            rows: consecutive entries along the first axis; all by default.
 
         Raises:
             CheckpointError: its file is not what it was.
         """
         if self._computed is not None and name in self._made:
-            return self._computed.value(self._made[name]).to(device=device, dtype=dtype)
+            value = self._computed.value(self._made[name])
+            return (value if rows is None else value[rows]).to(device=device, dtype=dtype)
         place = self._places[name]
         wanted = dtype if dtype is not None and place.dtype.is_floating_point else place.dtype
-        out = torch.empty(place.shape, dtype=wanted, device=device)
+        first, shape = (0, place.shape) if rows is None else (rows.start, (rows.stop - rows.start, *place.shape[1:]))
+        out = torch.empty(shape, dtype=wanted, device=device)
         flat, width = out.reshape(-1), torch.empty(0, dtype=place.dtype).element_size()
         try:
             with place.path.open("rb") as f:
-                f.seek(place.start)
+                f.seek(place.start + first * math.prod(place.shape[1:]) * width)
                 for at in range(0, len(flat), _PIECE):
                     count = min(_PIECE, len(flat) - at)
                     raw = np.empty(count * width, np.uint8)

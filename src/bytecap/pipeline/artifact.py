@@ -131,11 +131,10 @@ class Artifact:
         if not self.length:
             raise UsageError("a dry run writes no file: there is no model to load")
         contents = self.read()
-        if self.beside:
-            return hub.module_of(contents, hub.plain_files(self.beside), str(self.report.get("model", "the artifact")))
         if contents.base is not None:  # its own bases were read for the job
             contents = replace(contents, base=self.contents.base)
-        return module_of(contents, str(self.report.get("model", "the artifact")), **options)
+        name = str(self.report.get("model", "the artifact"))
+        return module_of(contents, name, beside=hub.plain_files(self.beside), **options)
 
 
 class FiledArtifact(Artifact):

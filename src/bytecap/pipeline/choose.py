@@ -3,41 +3,45 @@
 Bits per byte do not depend on a tokenizer, so a large model at few bits and a small one at many can be compared. Work
 is saved in three steps. A model whose floor is above a cap is out before any text is read; short fits, on few
 calibration tokens and without a long search, rank the others at every cap; only the best of them are fitted whole, and
-not even those whose original scores worse than a file that is there already.
-
-Every model is scored on the same bytes: the texts are cut into the same pieces before any tokenizer sees them. A model
-without a leading token gives no probability to the first token of a piece; it pays for that token as if all of its
-vocabulary were equally likely, so that each figure is the length of a code for the whole text.
+not even those whose original scores worse than a file that is there already. `contenders.py` has the first step and the
+bytes that are scored.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bytecap.errors import BudgetError, BytecapError, TextError, UsageError
 from bytecap.job.config import FitConfig
-from bytecap.model.calibration_text import general
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import WINDOW
-from bytecap.model.inputs import vocabulary_of
-from bytecap.model.sources import Paths, as_paths, encoder, first_token
-from bytecap.model.texts import read_documents
+from bytecap.model.sources import Paths, as_paths
 from bytecap.pipeline.artifact import Artifact
+from bytecap.pipeline.contenders import (
+    EVALUATION_BYTES,
+    FINALISTS,
+    SHORT_TOKENS,
+    Entry,
+    Limits,
+    Toll,
+    check_any,
+    check_floors,
+    contenders,
+    pieces,
+    toll_of,
+)
 from bytecap.pipeline.fit import fit_config
-from bytecap.pipeline.stages import check, open_model
+from bytecap.pipeline.stages import check
 from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.sizes import format_size, parse_size
 from bytecap.system.cache import Store
 from bytecap.system.collisions import refuse_collisions
 
-EVALUATION_BYTES = 65_536
-SHORT_TOKENS = 8_192
-FINALISTS = 2
 _ALL = 2**40  # evaluation tokens: the pieces are scored whole
 
 
@@ -57,49 +61,6 @@ class Choice:
 
     def __repr__(self) -> str:
         return f"Choice({self.name}: {self.best!r})"
-
-
-@dataclass
-class _Entry:
-    """One model on its way through the steps.
-
-    Attributes:
-        given: the model, as it was given.
-        name: for tables.
-        rows: figures by budget in bytes.
-        whole: whole fits by budget in bytes.
-        short: short fits by budget in bytes, which stand in for whole ones that fail.
-    """
-
-    given: str
-    name: str
-    rows: dict[int, dict[str, Any]]
-    whole: dict[int, Artifact] = field(default_factory=dict)
-    short: dict[int, Artifact] = field(default_factory=dict)
-
-    def out(self, reason: str, budgets: Iterable[int] | None = None) -> None:
-        """Leave the model out, at some budgets or at all that nothing else has been said about."""
-        for budget in self.rows if budgets is None else budgets:
-            self.rows[budget].setdefault("out", reason)
-
-    def left(self) -> list[int]:
-        """Budgets that the model is still in for."""
-        return [b for b, row in self.rows.items() if "out" not in row]
-
-
-@dataclass(frozen=True)
-class _Toll:
-    """The part of a text that a model gives no probability to: first tokens where there is no leading one.
-
-    Attributes:
-        bytes: of the whole text.
-        unscored: bytes of those tokens.
-        bits: paid for them.
-    """
-
-    bytes: int
-    unscored: int
-    bits: float
 
 
 def choose(
@@ -156,38 +117,25 @@ def choose(
             evaluation_tokens=_ALL, window=window, method=method, effort=effort, device=device, seed=seed,
             store=store or Path(place) / "store", reporter=reporter_for(reporter, progress),
         )  # fmt: skip
-        limits = _Limits(evaluation_bytes, short_tokens, finalists)
+        limits = Limits(evaluation_bytes, short_tokens, finalists)
         return _chosen(models, sorted({parse_size(budget), *map(parse_size, budgets)}), whole, limits, Path(place))
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """How much of the text is compared on, and how many models are fitted how well."""
-
-    evaluation_bytes: int
-    short_tokens: int
-    finalists: int
-
-    def __post_init__(self) -> None:
-        if min(self.evaluation_bytes, self.short_tokens, self.finalists) < 1:
-            raise UsageError("evaluation_bytes, short_tokens and finalists are at least 1")
-
-
 def _chosen(
-    models: Sequence[Path | str], caps: Sequence[int], config: FitConfig, limits: _Limits, place: Path
+    models: Sequence[Path | str], caps: Sequence[int], config: FitConfig, limits: Limits, place: Path
 ) -> Choice:
     """Return what `choose` returns: the config is that of whole fits at the cap, with the texts that are given."""
     cap, said, given, output = parse_size(config.budget), config.reporter, as_paths(config.evaluation), config.output
     assert said is not None  # noqa: S101 (`choose` gives one)
-    entries = _entries(models, caps)
+    entries = contenders(models, caps)
     inputs = {"an evaluation text": given, "a calibration text": as_paths(config.calibration)}
     refuse_collisions({"-o": output}, {**inputs, **{f"the model {e.given}": e.given for e in entries}})
-    whole = replace(config, evaluation=_pieces(given, limits.evaluation_bytes, place, said), output=None)
+    whole = replace(config, evaluation=pieces(given, limits.evaluation_bytes, place, said), output=None)
     check(whole)
     short = replace(whole, tokens=limits.short_tokens, effort=0 if whole.method == "bytecap" else whole.effort)
     for entry in entries:
         _shortened(entry, short, said)
-    _check_any(entries, cap)
+    check_any(entries, cap)
     _select(entries, caps, limits.finalists)
     for entry in sorted(entries, key=lambda e: _order(e, cap)):
         _finished(entry, entries, whole, said)
@@ -199,57 +147,7 @@ def _chosen(
     return Choice(report, best.whole[cap], best.given)
 
 
-def _entries(models: Sequence[Path | str], caps: Sequence[int]) -> list[_Entry]:
-    """Return the models with their names."""
-    given = [models] if isinstance(models, str | Path) else list(models)
-    if not given:
-        raise UsageError("give at least one MODEL (demo is the embedded one) to choose from")
-    seen: dict[str, str] = {}
-    for model in map(str, given):
-        place = str(Path(model).resolve()) if Path(model).exists() else model
-        if place in seen:
-            raise UsageError(
-                f"the model {model} is named twice" + (f" (as {seen[place]})" if seen[place] != model else "")
-            )
-        seen[place] = model
-    short = [Path(m).name or str(m) for m in given]
-    names = [s if short.count(s) == 1 else str(m) for s, m in zip(short, given, strict=True)]
-    return [
-        _Entry(str(m), n, {b: {"model": n, "budget_bytes": b} for b in caps}) for m, n in zip(given, names, strict=True)
-    ]
-
-
-def _pieces(paths: Sequence[Path], most: int, place: Path, reporter: Reporter) -> list[Path]:
-    """Write the bytes that every model is scored on: an even part of the front of every document."""
-    if not paths:
-        warn(reporter, "no --eval given: documents of the embedded general text stand in; the best depends on the text")
-    read = [(p.name, read_documents(p)) for p in paths] or [("general.txt", general(held=True))]
-    found = []
-    for number, (name, documents) in enumerate(read):
-        share = min(1.0, most / len(read) / sum(len(d.encode()) for d in documents))
-        cut = [d.encode()[: max(1, int(len(d.encode()) * share))].decode(errors="ignore") for d in documents]
-        if not any(d.strip() for d in cut):
-            raise TextError(f"{most} bytes of {name} hold no text: compare on more")
-        folder = place / str(number)
-        folder.mkdir()
-        (folder / name).write_bytes("\f".join(d for d in cut if d.strip()).encode())
-        found.append(folder / name)
-    return found
-
-
-def _toll(model: Model, path: Path) -> _Toll:
-    """Return what a model leaves unscored of a text."""
-    documents = read_documents(path)
-    whole, first, unscored = sum(len(d.encode()) for d in documents), first_token(model.files), 0
-    for ids, sizes in encoder(model.files)(documents):
-        if not ids[first is not None :]:
-            raise TextError(f"the tokenizer of {model.name} gives no token for a document of {path.name}")
-        unscored += sizes[0]
-    missing = len(documents) if first is None else 0
-    return _Toll(whole, unscored, missing * math.log2(vocabulary_of(model.module) or 1))
-
-
-def _bits(artifact: Artifact, tolls: Sequence[_Toll]) -> dict[str, Any]:
+def _bits(artifact: Artifact, tolls: Sequence[Toll]) -> dict[str, Any]:
     """Return bits per byte of a file and its original on the whole of every text, as unweighted means."""
     file: list[float] = []
     original: list[float] = []
@@ -271,12 +169,12 @@ def _bits(artifact: Artifact, tolls: Sequence[_Toll]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shortened(entry: _Entry, config: FitConfig, reporter: Reporter) -> None:
+def _shortened(entry: Entry, config: FitConfig, reporter: Reporter) -> None:
     """Read a model, leave it out where its floor is above the cap, and give it a short fit at the other caps."""
     reporter.note(f"{entry.name}: reading")
     try:
         model = load_model(entry.given)
-        _check_floors(entry, model, config)
+        check_floors(entry, model, config)
         _fit(entry, model, config, "short", entry.left())
     except BytecapError as exc:
         entry.out(str(exc))
@@ -286,21 +184,9 @@ def _shortened(entry: _Entry, config: FitConfig, reporter: Reporter) -> None:
             reporter.note(f"{entry.name} is out at {budget:,} bytes: {row['out']}")
 
 
-def _check_floors(entry: _Entry, model: Model, config: FitConfig) -> None:
-    """Leave a model out at caps below its smallest file."""
-    asked = check(config)
-    for budget, row in entry.rows.items():
-        row["parameters"] = model.parameters
-        try:
-            row["floor_bytes"] = open_model(replace(asked, config=replace(config, budget=budget)), model).floor
-        except BudgetError as exc:
-            row |= {"floor_bytes": exc.floor, "below_floor": True}
-            entry.out(f"its smallest file has {exc.floor:,} bytes", [budget])
-
-
-def _fit(entry: _Entry, model: Model, config: FitConfig, kind: str, budgets: Sequence[int]) -> None:
+def _fit(entry: Entry, model: Model, config: FitConfig, kind: str, budgets: Sequence[int]) -> None:
     """Fit a model at some budgets, whose statistics the store shares; keeps the files."""
-    tolls = [_toll(model, path) for path in as_paths(config.evaluation)] if budgets else []
+    tolls = [toll_of(model, path) for path in as_paths(config.evaluation)] if budgets else []
     for budget in budgets:
         try:
             artifact: Artifact = fit_config(model, replace(config, budget=budget))[0]
@@ -312,18 +198,7 @@ def _fit(entry: _Entry, model: Model, config: FitConfig, kind: str, budgets: Seq
         (entry.whole if kind == "whole" else entry.short)[budget] = artifact
 
 
-def _check_any(entries: Sequence[_Entry], cap: int) -> None:
-    """Refuse a cap that no model fits."""
-    if any(cap in e.left() for e in entries):
-        return
-    reasons = "; ".join(f"{e.name}: {e.rows[cap]['out']}" for e in entries)
-    floors = [int(e.rows[cap]["floor_bytes"]) for e in entries if e.rows[cap].get("below_floor")]
-    if floors:
-        raise BudgetError(f"no model fits {cap:,} bytes. {reasons}", min(floors))
-    raise UsageError(f"no model can be fitted. {reasons}")
-
-
-def _select(entries: Sequence[_Entry], caps: Sequence[int], finalists: int) -> None:
+def _select(entries: Sequence[Entry], caps: Sequence[int], finalists: int) -> None:
     """Leave out all but the best short fits at every budget."""
     for budget in caps:
         ranked = sorted((e for e in entries if budget in e.left()), key=lambda e: _short(e, budget))
@@ -331,16 +206,16 @@ def _select(entries: Sequence[_Entry], caps: Sequence[int], finalists: int) -> N
             e.out(f"its short fit is not among the best {finalists}", [budget])
 
 
-def _short(entry: _Entry, budget: int) -> float:
+def _short(entry: Entry, budget: int) -> float:
     return float(entry.rows[budget]["short"]["bpb"])
 
 
-def _order(entry: _Entry, cap: int) -> float:
+def _order(entry: Entry, cap: int) -> float:
     """Return a key by which the most promising model comes first, so that others may be left out because of it."""
     return _short(entry, cap) if cap in entry.left() else math.inf
 
 
-def _finished(entry: _Entry, entries: Sequence[_Entry], config: FitConfig, reporter: Reporter) -> None:
+def _finished(entry: Entry, entries: Sequence[Entry], config: FitConfig, reporter: Reporter) -> None:
     """Fit a model whole where it may still be the best."""
     for budget in entry.left():
         there = [e.rows[budget]["whole"]["bpb"] for e in entries if budget in e.whole]
@@ -358,7 +233,7 @@ def _finished(entry: _Entry, entries: Sequence[_Entry], config: FitConfig, repor
             entry.rows[budget] |= {"whole": entry.rows[budget]["short"], "whole_failed": str(exc)}
 
 
-def _best(entries: Sequence[_Entry], budget: int) -> _Entry:
+def _best(entries: Sequence[Entry], budget: int) -> Entry:
     """Return the model with the fewest bits per byte at a budget."""
     there = [e for e in entries if budget in e.whole]
     if not there:
@@ -369,7 +244,7 @@ def _best(entries: Sequence[_Entry], budget: int) -> _Entry:
 
 
 def _report(
-    entries: Sequence[_Entry], caps: Sequence[int], cap: int, best: _Entry, config: FitConfig, texts: list[str]
+    entries: Sequence[Entry], caps: Sequence[int], cap: int, best: Entry, config: FitConfig, texts: list[str]
 ) -> dict[str, Any]:
     """Return every figure of a choice."""
     envelope = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from bytecap.format.container import CODE, FILE, Contents
 from bytecap.format.decoder import decode_units
 from bytecap.format.sidefiles import names, source_tensors
 from bytecap.format.sidefiles.names import WEIGHTS
+from bytecap.runtimes import hub
 from bytecap.system.collisions import Paths, refuse_collisions
 from bytecap.system.directories import write_directory
 
@@ -69,8 +70,27 @@ class Directory:
             into.writelines(_rounded_bytes(piece, self.dtypes[name]).data for piece in _pieces(self.values[name]))
 
 
-def open_directory(contents: Contents, dtype: str = "source") -> Directory:
+def read_whole(path: Path | str, base: updates.Bases = None) -> tuple[Contents, dict[str, bytes]]:
+    """Read a file, or a directory in the hub's layout; returns its contents and the files that lie beside them.
+
+    Raises:
+        ArtifactError: the file cannot be trusted. CheckpointError: the directory holds two files of weights.
+        UsageError: a directory has a base.
+    """
+    if not hub.is_hub(Path(path)):
+        return updates.read(path, base), {}
+    if base:
+        raise UsageError(f"{path} is a directory with a whole file: it has no base")
+    return hub.read(Path(path))
+
+
+def open_directory(contents: Contents, dtype: str = "source", beside: Mapping[str, bytes] | None = None) -> Directory:
     """Return the files that `unpack` would write; every section is decoded and every name checked.
+
+    Args:
+        contents: of the artifact.
+        dtype: see `unpack`.
+        beside: config and tokenizer that are not inside.
 
     Raises:
         ArtifactError: a section is damaged, or a name would overwrite the weights or leave the directory.
@@ -81,6 +101,7 @@ def open_directory(contents: Contents, dtype: str = "source") -> Directory:
     found = {n: unpacked.pop(n) for n in updates.names_of(contents, (FILE,))}
     values, source = _tensors(contents, found)
     found |= unpacked
+    found = {**(beside or {}), **found}
     if _METADATA in values:
         raise CorruptError(f"a tensor of the name {_METADATA} cannot be written as safetensors")
     chosen, rounded = _choose_dtypes(values, source, dtype)
@@ -130,7 +151,7 @@ def unpack(path: Path | str, directory: Path | str, *, dtype: str = "source", ba
     """Write an artifact as a Hugging Face directory (`model.safetensors`, config, tokenizer, code): all files or none.
 
     Args:
-        path: `.bcap` file.
+        path: `.bcap` file, or a directory that holds `model.bcap`.
         directory: created if missing; existing files of these names are replaced.
         dtype: `source` (the source's own dtypes; values are rounded to them, but where one is beyond such a dtype),
             `float32` (the decoded values exactly), `auto` (the source's dtypes if they hold every value exactly, else
@@ -153,7 +174,8 @@ def unpack_directory(
     """Do what `unpack` does; returns what was written."""
     if dtype not in (*RULES, *DTYPES):
         raise UsageError(f"unknown dtype {dtype!r}: use {', '.join((*RULES, *DTYPES))}")
-    opened, target = open_directory(updates.read(path, base), dtype), Path(directory)
+    contents, beside = read_whole(path, base)
+    opened, target = open_directory(contents, dtype, beside), Path(directory)
     inputs: dict[str, Paths] = {"the artifact": path, "its base": updates.paths_of(base)}
     refuse_collisions({name: target / name for name in (WEIGHTS, *opened.files)}, inputs)
     write_directory(target, {WEIGHTS: opened.write_weights, **opened.files})

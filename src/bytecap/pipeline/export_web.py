@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bytecap.errors import BudgetError, UsageError
+from bytecap.errors import ArtifactError, BudgetError, UsageError
 from bytecap.format.ledger import Entry
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.inputs import facts
+from bytecap.pipeline.chat_form import chat_form
 from bytecap.pipeline.fit_gguf import fit_gguf_configs
 from bytecap.pipeline.formats import format_of
 from bytecap.progress import Advance, Reporter, reporter_for, warn
@@ -74,7 +75,8 @@ def export_web(model: Model | Path | str, config: FitConfig, *, runtime: Path | 
     loaded = model if isinstance(model, Model) else load_model(model)
     cap = parse_budget(config.budget, loaded.parameters)
     context = min(CONTEXT, facts(loaded.files).positions or CONTEXT)
-    site = Site(Path(loaded.name).name or loaded.name, context, cap, taken)
+    chat = _chat(loaded, reporter_for(config.reporter, config.progress))
+    site = Site(Path(loaded.name).name or loaded.name, context, cap, taken, chat)
     if path is None:
         return WebExport(_fitted(loaded, site, config, None))
     with replacing_directory(path, OURS) as made:
@@ -87,6 +89,16 @@ def export_web(model: Model | Path | str, config: FitConfig, *, runtime: Path | 
         assert sum(sizes.values()) <= cap  # noqa: S101 (planned with every number at its longest)
     reporter_for(config.reporter, config.progress).note(f"wrote {path}: {format_size(sum(sizes.values()))}")
     return WebExport(_report(report, path, site, sizes), path, [Entry(n, _owner(n), s) for n, s in sizes.items()])
+
+
+def _chat(model: Model, reporter: Reporter) -> dict[str, Any] | None:
+    """Return the form of the model's conversations; None where it has none that a page can write."""
+    try:
+        form = chat_form(model.files, model.name)
+    except ArtifactError as exc:
+        warn(reporter, f"{exc}: the page continues texts and holds no conversations")
+        return None
+    return None if form is None else form.as_dict()
 
 
 class _Inside:

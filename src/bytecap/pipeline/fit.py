@@ -24,7 +24,7 @@ from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
 from bytecap.model.sources import as_paths
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline import background, hub_directory, memory
+from bytecap.pipeline import background, hub_directory, memory, several
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit_module import fit_module
 from bytecap.pipeline.formats import FILE, FORMATS, HUB, format_of
@@ -32,7 +32,7 @@ from bytecap.pipeline.stages import Asked, Opened, check, finish, open_model
 from bytecap.pipeline.token_sets import token_sets
 from bytecap.sizes import split_budgets
 from bytecap.system import allocator
-from bytecap.system.cache import Store, blamed
+from bytecap.system.cache import blamed
 from bytecap.system.collisions import refuse_collisions
 from bytecap.system.directories import check_directory
 
@@ -49,6 +49,7 @@ def fit(model: Model | nn.Module | Path | str, config: FitConfig) -> Artifact:
         config: the options, documented below.
     """
     if isinstance(model, nn.Module):
+        several.refuse(config, "a torch module")
         return fit_module(model, config)
     found: Artifact = _fit(model, [config])[0]
     return found
@@ -91,7 +92,10 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
     """Fit a checkpoint under configs that differ in their budgets."""
     started = time.perf_counter()
     _refuse_collisions(model, configs)
+    several.check_options(model, configs)
     kind = format_of(configs[0])
+    if kind in FORMATS:
+        several.refuse(configs[0], f"the format {kind}")
     if kind in FORMATS and configs[0].base:
         raise UsageError(f"the option base is for .bcap files: there are no updates in the format {kind}")
     if kind in FORMATS:
@@ -101,6 +105,7 @@ def _fit(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[Any]:
             name = model.name if isinstance(model, Model) else model
             raise UsageError(f"the option {option} is for torch modules, and {name} is a checkpoint")
     if configs[0].layout == HUB:
+        several.refuse(configs[0], "the layout hub")
         hub_directory.check_options(configs[0])
     base = Installed.read(configs[0].base)
     configs = [replace(c, base=base) for c in configs]  # read once for all of them
@@ -139,9 +144,12 @@ def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
     loaded = model if isinstance(model, Model) else _load(model, asked[0])
+    ranks = several.ranks_of(configs[0])
+    several.check_model(loaded, ranks, asked[0].device)
     opened = [open_model(a, loaded) for a in asked]
     with allocator.stated(loaded.parameters, streamed=streaming.of(loaded.module) is not None):
         sets = text_sets(loaded, asked[0])
+    several.check_sets(sets, ranks)
     return finish_all(opened, sets, started)
 
 
@@ -180,7 +188,7 @@ def _shared_store(opened: Sequence[Opened]) -> Iterator[Sequence[Opened]]:
         yield opened
         return
     with tempfile.TemporaryDirectory(prefix="bytecap-") as directory:
-        store = Store(directory)
+        store = several.store_of(replace(opened[0].asked.config, store=directory))
         yield [replace(o, asked=replace(o.asked, store=store)) for o in opened]
 
 

@@ -10,18 +10,26 @@ say. `--memory` limits it; by default it is what is free on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bytecap.errors import BytecapError
+from bytecap.format import container
+from bytecap.format.decoder import side_files
+from bytecap.format.updates import units_of
 from bytecap.job.config import FitConfig
 from bytecap.model import gguf_file
 from bytecap.model.checkpoint import Model, load_model, resolve
 from bytecap.model.fileset import Header, read_headers
+from bytecap.model.streamed_artifact import streamed_module
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
+from bytecap.pipeline import several
+from bytecap.pipeline.formats import OURS, format_of
 from bytecap.progress import Reporter
+from bytecap.runtimes import hub
 from bytecap.sizes import parse_size
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
@@ -29,12 +37,59 @@ from bytecap.system.scratch import Scratch
 _A_PARAMETER = {"cpu": 16, "cuda": 20}  # bytes that a fit in memory takes of the device, measured
 _HOST = 8  # bytes a parameter that a fit on a GPU takes of the machine besides
 _BASE = {"cpu": 700_000_000, "cuda": 3_000_000_000}
+_STREAMED = {OURS, "gguf"}  # formats
+_A_VALUE = 4  # bytes a parameter that a model takes to be scored
 _BLOCKS = 8  # times the largest block and what is outside the chain, in float32, that a streamed fit takes
 
 
 def needs_streaming(parameters: int, device: str, memory: int) -> bool:
     """Return whether a fit in memory would need more than `memory` bytes of the device."""
     return _A_PARAMETER[device] * parameters + _BASE[device] > memory
+
+
+def limit_of(memory: int | str | None, device: str) -> int | None:
+    """Return the memory that is given, or what is free; None where the system does not say."""
+    return free(device) if memory is None else parse_size(memory)
+
+
+def open_to_score(
+    model: Path | str, memory: int | str | None, device: str, reporter: Reporter, allow_unused: Sequence[str] = ()
+) -> Model | None:
+    """Open a directory or an artifact to be streamed, if its values alone would not fit into memory.
+
+    Args:
+        model: directory, hub id or `.bcap` file.
+        memory: as an option; what is free if None.
+        device: torch device of the passes.
+        reporter: told that the model is streamed, or why it is not.
+        allow_unused: see `bytecap.model.checkpoint.load_model`.
+
+    Returns:
+        The streamed model; None for one that is to be opened whole.
+    """
+    limit, path = limit_of(memory, device), Path(model)
+    whole = path.is_file()
+    directory = path if whole else resolve(model)
+    if limit is None or directory.suffix == gguf_file.SUFFIX or hub.is_hub(directory):
+        return None
+    contents = container.open_file(path) if whole else None
+    if contents is None:
+        parameters = _parameters(_headers(directory, allow_unused))
+    else:
+        parameters = sum(u.unit.parameters for u in contents.units)
+    if _A_VALUE * parameters + _BASE[device] <= limit:
+        return None
+    try:
+        if contents is None:
+            opened: Model = open_streamed(model, Scratch(), device=device, allow_unused=allow_unused)
+        else:
+            module = streamed_module(contents, str(model), device)
+            opened = Model(module, tuple(units_of(contents)), side_files(contents), str(model))
+    except Unstreamable as exc:
+        reporter.note(f"{model} is not streamed: {exc}")
+        return None
+    reporter.note(f"its values would take more than {limit / 1e9:.1f} GB: the model is streamed")
+    return opened
 
 
 def open_model(
@@ -54,16 +109,23 @@ def open_model(
         begin: given the side files before the model is built.
     """
     allow = config.allow_unused or ()
-    limit = free(device) if config.memory is None else parse_size(config.memory)
+    limit = limit_of(config.memory, device)
+    ranks = several.ranks_of(config)
+    if limit is not None and config.memory is None and device == "cpu":
+        limit //= ranks.on_host
     directory = resolve(model)
     if limit is not None and directory.suffix != gguf_file.SUFFIX:
         headers = _headers(directory, allow)
         wanted = needs_streaming(_parameters(headers), device, limit) or (
-            config.memory is None and device == "cuda" and _HOST * _parameters(headers) > (free("cpu") or math.inf)
+            config.memory is None
+            and device == "cuda"
+            and _HOST * _parameters(headers) > (free("cpu") or math.inf) / ranks.on_host
         )
+        wanted = ranks.from_first(partial(bool, wanted))  # hosts may differ in what is free
         reason = _reason(config) if wanted else None
         if wanted and reason is None:
-            kept = Scratch(_beside(config), *_room(headers, device, limit))
+            kept = Scratch(_beside(config), *_room(headers, device, limit, ranks.on_host))
+            ranks.at_end(kept.close)
             try:
                 opened = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
             except Unstreamable as exc:
@@ -80,6 +142,9 @@ def _reason(config: FitConfig) -> str | None:
     """Why options ask for a model in memory."""
     if config.method != "bytecap":
         return f"method {config.method} needs it in memory"
+    kind = format_of(config)
+    if kind not in _STREAMED or config.template is not None:
+        return f"the format {kind} needs it in memory" if kind not in _STREAMED else "a template needs it in memory"
     if config.recover is not None or config.paths or config.given:
         return "recovery, overlays and given sections need it in memory"
     return "an update of a base needs it in memory" if config.base else None
@@ -101,13 +166,13 @@ def _beside(config: FitConfig) -> Path | None:
     return None if config.output is None else Path(config.output).absolute().parent
 
 
-def _room(headers: dict[Path, Header], device: str, limit: int) -> tuple[int, int]:
-    """Bytes of the machine and of the device that may hold work files' tensors."""
+def _room(headers: dict[Path, Header], device: str, limit: int, on_host: int) -> tuple[int, int]:
+    """Bytes of the machine, which some ranks share, and of the device that may hold work files' tensors."""
     largest = max((math.prod(e["shape"]) for header in headers.values() for e in header.values()), default=0)
     need = _BASE[device] + 4 * _BLOCKS * largest
     if device == "cpu":
         return max(0, (limit - need) // 2), 0
-    return (free("cpu") or 0) // 2, max(0, (limit - need) * 4 // 5)
+    return (free("cpu") or 0) // 2 // on_host, max(0, (limit - need) * 4 // 5)
 
 
 def free(device: str) -> int | None:

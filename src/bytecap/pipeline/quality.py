@@ -20,6 +20,7 @@ from bytecap.model.calibration_text import SELF
 from bytecap.model.evaluation import ByWindow, Comparison, compare_models, mean_comparison
 from bytecap.model.texts import TokenSets
 from bytecap.progress import Reporter
+from bytecap.system.ranks import ALONE, Ranks
 
 _FEW = 4096  # tokens of statistics, below which text of the model's own helps on text like the user's, too
 _NARROW = 1.25  # times the KL on calibration's own windows, from which evaluation is told to be unlike them
@@ -43,7 +44,9 @@ class Measured:
         return tuple(p.windows for p in self.parts if p.windows is not None)
 
 
-def compare(original: nn.Module, coded: nn.Module, sets: TokenSets, device: str, reporter: Reporter) -> Measured:
+def compare(
+    original: nn.Module, coded: nn.Module, sets: TokenSets, device: str, reporter: Reporter, ranks: Ranks = ALONE
+) -> Measured:
     """Compare a coded model with its original on evaluation texts and on calibration's held-out windows.
 
     Args:
@@ -52,11 +55,12 @@ def compare(original: nn.Module, coded: nn.Module, sets: TokenSets, device: str,
         sets: texts.
         device: torch device.
         reporter: told about progress.
+        ranks: processes that share the windows.
     """
     held = sets.correction_texts()
     with reporter.step("evaluation", sum(t.tokens for t in (*sets.evaluation, *held))) as advance:
         parts, others = (
-            [compare_models(original, coded, t, device=device, progress=advance) for t in texts]
+            [compare_models(original, coded, t, device=device, progress=advance, ranks=ranks) for t in texts]
             for texts in (sets.evaluation, held)
         )
     return Measured(parts, others)

@@ -9,14 +9,17 @@ from pathlib import Path
 from bytecap.errors import UsageError
 from bytecap.format import updates
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import Model, demo_directory, find_units, freeze, load_model, resolve
+from bytecap.model.checkpoint import Model, demo_directory, freeze, load_model, resolve
 from bytecap.model.from_artifact import module_of
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
 from bytecap.model.texts import load_text
+from bytecap.pipeline.memory import open_to_score
 from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.runtimes import hub
 from bytecap.types import Score
+
+_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}  # files that are no artifacts
 
 
 def open_model(
@@ -40,18 +43,17 @@ def open_model(
         UsageError: a model that is no artifact has a base or is to stay coded.
     """
     path = Path(model)
-    if not path.is_file() or path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf"}:
+    if not path.is_file() or path.suffix in _FOREIGN:
         if base:
             raise UsageError(f"{model} is no .bcap file: it has no base")
-        if resident != "decoded":
-            raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
         found = resolve(model)
         if hub.is_hub(found):
             inside, files = hub.read(found)
-            module = freeze(hub.module_of(inside, files, str(model)))
-            opened = Model(module, find_units(module), files, str(model))
-        else:
-            opened = replace(load_model(found, allow_unused=allow_unused), name=str(model))
+            module = freeze(module_of(inside, str(model), device=device, resident=resident, beside=files))
+            return Model(module, tuple(updates.units_of(inside)), files, str(model))
+        if resident != "decoded":
+            raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
+        opened = replace(load_model(found, allow_unused=allow_unused), name=str(model))
         opened.module.to(device)
         return opened
     contents = updates.read(path, base)
@@ -69,6 +71,7 @@ def score(
     allow_unused: Sequence[str] = (),
     base: updates.Bases = None,
     resident: str = "decoded",
+    memory: int | str | None = None,
     reporter: Reporter | None = None,
 ) -> list[Score]:
     """Score a model on every text.
@@ -82,6 +85,8 @@ def score(
         allow_unused: tensors and files of a checkpoint that are meant to be left out.
         base: the file that an artifact is an update of.
         resident: `decoded`, or `coded`: an artifact's blocks are decoded whenever they run.
+        memory: most memory that its values may take (`24GB`), of the GPU where it runs on one; by default what is free.
+            A model that needs more is streamed, one block in memory at a time.
         reporter: told about progress.
     """
     from bytecap.model.evaluation import evaluate
@@ -89,7 +94,11 @@ def score(
 
     reporter = reporter_for(reporter)
     target = choose_device(device)
-    opened = open_model(model, allow_unused, base, device=target, resident=resident)
+    opened = None
+    if not base and resident == "decoded" and Path(model).suffix not in _FOREIGN:
+        opened = open_to_score(model, memory, target, reporter, allow_unused)
+    if opened is None:
+        opened = open_model(model, allow_unused, base, device=target, resident=resident)
     encode = encoder(opened.files)
     paths = as_paths(texts)
     if not paths:

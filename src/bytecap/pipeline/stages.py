@@ -40,14 +40,14 @@ from bytecap.model.evaluation import paired_stderr
 from bytecap.model.rebuilt import written
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline import background, pack_code, update
+from bytecap.pipeline import background, pack_code, several, update
 from bytecap.pipeline.artifact import Artifact, FiledArtifact
 from bytecap.pipeline.formats import FILE
 from bytecap.pipeline.lossless import lossless
 from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
-from bytecap.progress import Recorder, reporter_for
-from bytecap.quantization.quantizer import EFFORTS
+from bytecap.progress import Recorder
+from bytecap.quantization.options import EFFORTS
 from bytecap.recovery.sections import tune_sections
 from bytecap.sizes import check_budget, format_size, parse_budget, parse_size
 from bytecap.system import allocator
@@ -136,8 +136,8 @@ def check(config: FitConfig) -> Asked:
     run, device = methods.find(config.method), choose_device(config.device)
     paths, effort = methods.menu_of(config.paths, config.method), effort_of(config.recover)
     code = config.code if isinstance(config.code, Code) else pack_code.pack(config.code)
-    store = config.store if isinstance(config.store, Store) else Store(config.store)
-    reporter = Recorder(reporter_for(config.reporter, config.progress))
+    store = several.store_of(config)
+    reporter = Recorder(several.reporter_of(config))
     allocator.spare(device)
     return Asked(config, run, device, paths, effort, store, code, update.base_of(config), reporter)
 
@@ -180,6 +180,7 @@ def finish(opened: Opened, sets: TokenSets, started: float) -> Artifact:
     if not asked.config.dry_run:
         with _stated(opened.model):
             _deliver(result, job, asked.config.output)
+    several.pass_on(job.ranks, asked.reporter)
     seconds = round(time.perf_counter() - started, 3)
     result.report |= asked.code.report(opened.budget)
     result.report |= {"floor_bytes": opened.floor, "seconds": seconds, "warnings": list(asked.reporter.warnings)}
@@ -204,7 +205,7 @@ def _stated(model: Model) -> AbstractContextManager[None]:
 
 def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     """Write the file and measure what was written."""
-    if output is not None:
+    if output is not None and job.ranks.first:
         result.save(output)
         job.reporter.note(f"wrote {output}: {format_size(result.length)}")
     found, ideal = _measure(result.read(), result.length, job)
@@ -348,7 +349,7 @@ def _measure(contents: Contents, size: int, job: Job) -> tuple[Measured, int]:
     threads = 1 if job.device == "cpu" else torch.get_num_threads()  # on a processor memory is what is short
     quantized_copy = written(model, contents, observe=ideal, threads=threads)
     allocator.release()
-    found = compare(model.module, quantized_copy, job.sets, job.device, job.reporter)
+    found = compare(model.module, quantized_copy, job.sets, job.device, job.reporter, job.ranks)
     return found, ideal.bytes(size)
 
 

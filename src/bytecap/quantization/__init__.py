@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
+from bytecap.system.slabs import slabs
 
 BLOCK = 64
+_LARGE = 2**23  # weights from which symbols are kept in 16 bits
 SAMPLE = 8  # one in so many columns is sampled for centroids
 
 
@@ -71,7 +73,8 @@ class RoundingProblem:
     """A batch of B equally shaped matrices to round.
 
     Attributes:
-        weight: (B, cols, rows), float32, already divided by the rows' steps, columns in rounding order.
+        weight: (B, cols, rows), float32, already divided by the rows' steps, columns in rounding order; rounding puts
+            errors in its place.
         lower: (B, cols, cols), Cholesky factor.
         order: (B, cols), stored index of each column.
         rows: (B, rows), row weights of the distortion after the division by row steps.
@@ -113,7 +116,12 @@ def stored_order(
 
 def step_fits(weight: Tensor, scale: Tensor) -> bool:
     """Return whether symbols surely fit 16 bits, feedback included."""
-    return bool(weight.abs().amax() * 16 < 32767 * scale.min())
+    return bool(torch.maximum(weight.amax(), -weight.amin()) * 16 < 32767 * scale.min())
+
+
+def narrow(weight: Tensor, scale: Tensor) -> bool:
+    """Return whether symbols of weights (B, cols, rows) are kept in 16 bits: of large matrices, where they fit."""
+    return weight.numel() > _LARGE and step_fits(weight, scale)
 
 
 def quarter_class(mean_square: Tensor) -> Tensor:
@@ -151,7 +159,10 @@ def row_classes(weight: Tensor, lower: Tensor, step: Tensor, coarse: int) -> Ten
     if coarse == 0:
         return torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.int32, device=weight.device)
     diag = lower.diagonal(dim1=1, dim2=2)
-    energy = (weight * (diag / step[:, None])[:, :, None]).square_().mean(1) + 1 / 12
+    scale = (diag / step[:, None])[:, :, None]
+    energy = torch.empty(weight.shape[0], weight.shape[2], device=weight.device)
+    for part in slabs(weight.shape[2], weight.shape[0] * weight.shape[1]):
+        energy[:, part] = (weight[:, :, part] * scale).square_().mean(1) + 1 / 12
     log = 2 * torch.log2(energy)
     log = log - log.mean(1, keepdim=True)
     return (torch.round(log / coarse) * coarse).clamp_(-40, 40).to(torch.int32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.trellis import SHORT
-from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
+from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps, narrow
 from bytecap.quantization.triton_programs import round_columns
 from bytecap.quantization.viterbi import masks_of
 
@@ -18,7 +18,7 @@ _FIXED = 2**16  # parts of a step in sums for centroids
 def round_trellis(
     problem: RoundingProblem, step: Tensor, shrink: Shrink, first: int, memory: int = SHORT, *, waterfill: bool = True
 ) -> Rounded:
-    """See `bytecap.quantization.trellis.round_trellis`; the symbols stay on the device, int32 (B, cols, rows)."""
+    """See `bytecap.quantization.trellis.round_trellis`; symbols stay on the device, int16 or int32 (B, cols, rows)."""
     weight, lower = problem.weight, problem.lower
     batch, cols, rows = weight.shape
     device = weight.device
@@ -28,7 +28,9 @@ def round_trellis(
     states = 1 << memory
     pairs, traced = (segments, segments * length) if memory == SHORT else (1, rows * states)
     low, high = torch.from_numpy(masks_of(memory)).to(device, torch.int32)
-    error, symbols = torch.empty_like(weight), torch.empty(batch, cols, rows, dtype=torch.int32, device=device)
+    error = weight  # a column's errors take the place of its weights
+    kind = torch.int16 if narrow(weight, scale) else torch.int32
+    symbols = torch.empty(batch, cols, rows, dtype=kind, device=device)
     column_class = torch.empty(batch, cols, dtype=torch.int32, device=device)
     cost = torch.empty(batch, cols, device=device)
     centres = torch.zeros(batch, 2, CLASSES * CENTRES, dtype=torch.int64, device=device)

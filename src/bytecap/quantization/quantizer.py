@@ -7,7 +7,8 @@ of side information; the allocator works with them, the writer serialises for re
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -19,103 +20,29 @@ from torch import Tensor
 
 from bytecap.calibration.metric import Metric, factor
 from bytecap.calibration.triangle import Triangle
-from bytecap.errors import UsageError
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.grid import GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.coders.trellis import MASKS
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
+from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
+from bytecap.system.ranks import ALONE, Ranks, owners
+from bytecap.system.slabs import slabs
 from bytecap.system.threads import in_threads
 from bytecap.types import Unit
 
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
 ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
-STATES = tuple(1 << memory for memory in MASKS)
-EFFORTS = (8, 32, 128, 256)  # states of the trellis by effort
-_DEFAULT_EFFORT = {"cpu": 2, "cuda": 1}  # seconds over those of 8 states: 1.0 on a processor, 1.04 on an H200 (2: 1.23)
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
 
-_WITHDRAWN = {"groups": "row groups of the Hessian cost more quality than they gain at equal bytes"}
-
-
-def effort_on(device: str, effort: int | None) -> int:
-    """Return the effort that is asked for, or the default of a torch device."""
-    return _DEFAULT_EFFORT[torch.device(device).type] if effort is None else effort
-
-
-@dataclass(frozen=True)
-class Options:
-    """Ingredients of the `grid` coder, each of which can be switched off.
-
-    Attributes:
-        feedback: error feedback and per-column steps from the Cholesky factor.
-        waterfill: per-column steps; False gives one step per row with feedback, as GPTQ.
-        order: round columns of large input energy first.
-        row_power: row steps proportional to `G^(-row_power / 2)`; 0 switches them off.
-        row_quantum: quarter octaves a row step is rounded to.
-        row_class: quarter octaves a row's spread class is rounded to; 0 switches row classes off.
-        trellis: walk columns of some spread along a trellis.
-        states: of the trellis, see `STATES`; more take longer and distort less.
-        shrink: reconstruct at centroids.
-        damping: of the Hessian, in fractions of its mean diagonal.
-        guided: weight tokens by output gradient energy.
-        correct: measure correction factors with the real loss.
-        allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
-        drift: strength of drift targets, 0 off.
-        drift_tokens: tokens they are computed from.
-    """
-
-    feedback: bool = True
-    waterfill: bool = True
-    order: bool = True
-    row_power: float = 1.0
-    row_quantum: int = 2
-    row_class: int = 1
-    trellis: bool = True
-    states: int = 8
-    shrink: bool = True
-    damping: float = 1e-3
-    guided: bool = True
-    correct: bool = True
-    allocate: bool = True
-    drift: float = 0.4
-    drift_tokens: int = 16_384
-
-    @property
-    def memory(self) -> int:
-        """Bits of a trellis' state."""
-        return self.states.bit_length() - 1
-
-    @staticmethod
-    def of(given: Mapping[str, Any], warn: Callable[[str], None] = lambda _: None, effort: int = 0) -> Options:
-        """Read the options of a job.
-
-        Args:
-            given: options by name.
-            warn: told about options that no longer do anything.
-            effort: 0 to 3, says how many states the trellis has where the options do not.
-
-        Raises:
-            UsageError: an unknown option, or a number of states that there is no trellis of.
-        """
-        known = [f.name for f in fields(Options)]
-        unknown = sorted(set(given) - set(known) - set(_WITHDRAWN))
-        if unknown:
-            raise UsageError(f"method bytecap has no option {unknown[0]!r} ({', '.join(known)})")
-        for name in sorted(set(given) & set(_WITHDRAWN)):
-            warn(f"the option {name} of method bytecap does nothing any more: {_WITHDRAWN[name]}")
-        options = Options(**{"states": EFFORTS[effort], **{n: v for n, v in given.items() if n in known}})
-        if options.states not in STATES:
-            raise UsageError(f"there is no trellis of {options.states} states ({', '.join(map(str, STATES))})")
-        return options
+_A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
 
 
 @dataclass(frozen=True)
@@ -155,6 +82,17 @@ class Prepared:
         """Return the values (rows, cols) that the decoded unit is to approximate."""
         return self.weight
 
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the weights some rows at a time, with the slice of rows that they are."""
+        weight = self.weight
+        for part in slabs(*self.shape):
+            yield part, weight[part]
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the target times a matrix (cols, cols)."""
+        target = self.target
+        return product(self.shape, ((part, target[part]) for part in slabs(*self.shape)), matrix)
+
     def moved(self, change: Tensor) -> Prepared:
         """Return the unit with `change` (rows, cols) added to its target."""
         return replace(self, weight=self.weight + change)
@@ -174,6 +112,14 @@ class Prepared:
         return replace(self, weight=none, rows=none, lower=Triangle(none, 0), order=none, hessian=None)
 
 
+def product(shape: tuple[int, int], parts: Iterable[tuple[slice, Tensor]], matrix: Tensor) -> Tensor:
+    """Return a matrix of a shape, given some rows at a time, times another one."""
+    out = torch.empty(shape, device=matrix.device)
+    for part, rows in parts:
+        torch.matmul(rows, matrix, out=out[part])
+    return out
+
+
 @dataclass(frozen=True)
 class Coded:
     """A matrix unit rounded at one step.
@@ -184,6 +130,7 @@ class Coded:
         counts: histogram of |z| by class, shape (2, 64, up to MAX_HALF + 2): of scalar and of dependent columns.
         overlay: tag and bytes of an overlay over it, or None.
         below: (rows, cols), values of the base of an update, to which these are a difference; None without.
+        owner: the rank that alone has the symbols, where ranks have shared the rounding; None where all have them.
     """
 
     code: GridCode
@@ -191,6 +138,13 @@ class Coded:
     counts: Counts
     overlay: tuple[int, bytes] | None = None
     below: npt.NDArray[np.float32] | None = None
+    owner: int | None = None
+
+    def owned(self, rank: int | None) -> Coded:
+        """Return the unit as one whose symbols only this rank has, or all."""
+        found = copy(self)
+        object.__setattr__(found, "owner", rank)
+        return found
 
     @property
     def as_in_base(self) -> bool:
@@ -198,8 +152,11 @@ class Coded:
         return self.below is not None and self.overlay is None and not self.code.symbols.any()
 
 
+_Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, and their centroids' sums
+
+
 def prepare(unit: Unit, weight: Tensor, metric: Metric, options: Options) -> Prepared:
-    """Factor the Hessian and fix the row steps of a unit."""
+    """Factor the Hessian and fix the row steps of a unit; the weights (rows, cols) are only held."""
     whole = None
     if not options.feedback:
         whole = metric.hessian.clone()
@@ -220,6 +177,7 @@ def round_units(
     options: Options,
     progress: Callable[[int], None] | None = None,
     keep: Callable[[Coded], Coded] = lambda coded: coded,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
     """Round units at their steps.
 
@@ -230,6 +188,7 @@ def round_units(
         options: ingredients.
         progress: called with the number of weights rounded.
         keep: given every unit as soon as it is rounded, returns what is held of it.
+        ranks: processes that share the work, whole batches each.
 
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
@@ -237,24 +196,51 @@ def round_units(
     alike: dict[tuple[int, int], list[Prepared]] = {}
     for item in items:
         alike.setdefault(item.shape, []).append(item)
-    coded: dict[str, Coded] = {}
-    centres = np.zeros((2, 64, 17))
+    batches: list[list[Prepared]] = []
     for (rows, cols), members in alike.items():
         size = max(1, _together(members[0].device) // max(1, rows * cols + cols * cols))
-        for at in range(0, len(members), size):
-            batch = members[at : at + size]
-            rounded = _round_batch(batch, steps, shrink, options)
-            centres += rounded.centres
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
 
-            def collect(i: int, batch: list[Prepared] = batch, rounded: Rounded = rounded) -> Coded:
-                return _collect(batch[i], i, steps, rounded, options)
+    def work(number: int) -> _Batch:
+        batch = batches[number]
+        rounded = _round_batch(batch, steps, shrink, options)
 
-            numbers = range(len(batch))
-            found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
-            coded |= {p.unit.name: keep(x) for p, x in zip(batch, found, strict=True)}
-            if progress is not None:
-                progress(rows * cols * len(batch))
+        def collect(i: int) -> Coded:
+            return _collect(batch[i], i, steps, rounded, options)
+
+        numbers = range(len(batch))
+        found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
+        kept = [keep(x) for x in found]
+        if progress is not None:
+            progress(sum(p.shape[0] * p.shape[1] for p in batch))
+        return kept, rounded.centres
+
+    costs = [float(len(b) * b[0].shape[0] * b[0].shape[1] * (b[0].shape[1] + _A_COLUMN)) for b in batches]
+    if len(batches) == 1:
+        ranks = ALONE  # sending takes longer than doing it everywhere
+    coded: dict[str, Coded] = {}
+    centres = np.zeros((2, 64, 17))
+    done = zip(batches, ranks.each(costs, work, sent=_sent, read=_read), owners(costs, ranks.size), strict=True)
+    for batch, (found, own), rank in done:
+        there = found if ranks.size == 1 else [x.owned(rank) for x in found]
+        coded |= {p.unit.name: x for p, x in zip(batch, there, strict=True)}
+        centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
+
+
+def _sent(found: _Batch) -> Any:
+    """Return a rounded batch as ranks send it: without symbols, which few steps ask for."""
+    names = [f.name for f in fields(GridCode) if f.name != "symbols"]
+    return [[[c.distortion, c.counts, {n: getattr(c.code, n) for n in names}] for c in found[0]], found[1]]
+
+
+def _read(value: Any) -> _Batch:
+    """Read what `_sent` returned."""
+    units = []
+    for distortion, counts, code in value[0]:
+        none = np.zeros((0, code["column_step"].shape[1]), np.int8)
+        units.append(Coded(GridCode(symbols=none, **code), distortion, counts))
+    return units, value[1]
 
 
 def _together(device: torch.device) -> int:
@@ -280,16 +266,18 @@ def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: 
     weight = torch.empty(len(items), *reversed(first.shape), device=first.device)
     rows = []
     for i, item in enumerate(items):
-        row_step = torch.exp2(item.row_step.float() / 4)
-        weight[i] = (item.weight / row_step[:, None]).T[item.order]
+        row_step, order = torch.exp2(item.row_step.float() / 4), item.order
+        for part, values in item.slabs():
+            weight[i, :, part] = (values / row_step[part, None]).T[order]
         rows.append(item.rows.float() * row_step.square())
     lower = torch.stack([item.lower.whole() for item in items])
     order = torch.stack([item.order for item in items])
     step = torch.tensor([steps[item.unit.name] for item in items], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
     problem = RoundingProblem(weight, lower, order, torch.stack(rows), classes)
+    del weight  # which becomes the errors
     if options.trellis:
-        return _trellis(weight.device.type)(
+        return _trellis(first.device.type)(
             problem, step, shrink, FIRST_DEPENDENT, options.memory, waterfill=options.waterfill
         )
     return round_scalar(problem, step, shrink, waterfill=options.waterfill)
@@ -340,14 +328,19 @@ def _stored_there(
 ) -> tuple[npt.NDArray[Any], Counts]:
     """Return what `_stored` returns, computed on the device that holds the symbols."""
     device = symbols.device
-    peak = int(symbols.abs().max()) if symbols.numel() else 0
+    peak = max(int(symbols.max()), -int(symbols.min())) if symbols.numel() else 0
     last = min(peak, MAX_HALF + 1)
     own = torch.from_numpy(column).to(device, torch.int64)[:, None]
     fine = (own >= first).long()
-    cls = classes_there(own, torch.from_numpy(row).to(device, torch.int64), fine)
-    at = (fine * CLASSES + cls) * (last + 1) + symbols.abs().clamp(max=last)
-    counts = torch.bincount(at.reshape(-1), minlength=2 * CLASSES * (last + 1))
-    out = symbols.T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
+    rows = torch.from_numpy(row).to(device, torch.int64)
+    counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
+    for part in slabs(*symbols.shape):
+        cls = classes_there(own[part], rows, fine[part])
+        cls.add_(fine[part] * CLASSES).mul_(last + 1).add_(symbols[part].abs().clamp_(max=last))
+        counts += torch.bincount(cls.reshape(-1), minlength=len(counts))
+    out = np.empty((len(row), len(column)), _width(peak))
+    for part in slabs(*out.shape):
+        out[part] = symbols[:, part].T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
 
 

@@ -4,7 +4,7 @@ A search settles a model again and again, and each time refits tables and recons
 came out. The rules of one settling are the start of the next, so they are a value that is handed on, and that JSON can
 hold for a run that is started again.
 
->>> from bytecap.quantization.quantizer import Options
+>>> from bytecap.quantization.options import Options
 >>> rules = initial_rules(Options())
 >>> back = rules_from_json(rules_to_json(rules))
 >>> (back.shrink.offset == rules.shrink.offset).all().item(), len(back.shared.tables.table)
@@ -25,7 +25,7 @@ from bytecap.format.coders.classes import CLASSES, UNIT_CLASS, quarter
 from bytecap.format.entropy.frequencies import MAX_HALF, Table, Tables
 from bytecap.format.entropy.shared_tables import fit_shared
 from bytecap.quantization import Shrink, gaussian_shrink
-from bytecap.quantization.quantizer import Options
+from bytecap.quantization.options import Options
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def round_scalar(problem: RoundingProblem, step: Tensor, shrink: Shrink, *, wate
     offset = torch.from_numpy(shrink.offset).to(device).reshape(-1)
     whiten = torch.exp2(-problem.row_class.float() / 4)
     row_class = problem.row_class.long()
-    error = torch.empty_like(weight)
+    error = weight  # a column's errors take the place of its weights
     symbols = torch.empty(
         batch, cols, rows, dtype=torch.int16 if step_fits(weight, scale) else torch.int32, device=device
     )

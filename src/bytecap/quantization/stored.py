@@ -6,7 +6,7 @@ thousands of matrices holds a few numbers of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from torch import Tensor
 from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.shared_tables import Counts
-from bytecap.quantization.quantizer import Coded, Prepared
+from bytecap.quantization.quantizer import Coded, Prepared, product
 from bytecap.system.scratch import KeptTensor, Scratch
+from bytecap.system.slabs import slabs
 from bytecap.types import Unit
 
+Rows = Callable[[slice | None], Tensor]  # gives consecutive rows (rows, cols) of a matrix, float32; None for all
 _EVERY, _LEAST_ROWS = 8, 512  # a sample holds an eighth of a unit's rows, but at least 512
 _ARRAYS = ("symbols", "column_step", "column_class", "row_step", "row_class")
 
@@ -30,19 +32,17 @@ class StoredPrepared(Prepared):
     """A prepared unit whose tensors are read from work files.
 
     Args:
-        prepared: the unit, in memory.
+        prepared: the unit, whose weights may be left out.
         scratch: for what is kept.
-        weight: gives the weights (rows, cols) float32 again where they need not be kept.
+        weight: gives the weights whenever they are needed.
     """
 
-    def __init__(self, prepared: Prepared, scratch: Scratch, weight: Callable[[], Tensor] | None = None) -> None:
+    def __init__(self, prepared: Prepared, scratch: Scratch, weight: Rows) -> None:
         kept = {n: scratch.put(getattr(prepared, n)) for n in ("rows", "row_step", "order")}
         kept["lower"] = scratch.put(prepared.lower.values)
         if prepared.hessian is not None:
             kept["hessian"] = scratch.put(prepared.hessian)
-        if weight is None:
-            weight = partial(scratch.put(prepared.weight).load, prepared.device)
-        self._set(prepared.unit, prepared.shape, prepared.device, scratch, kept, weight)
+        self._set(prepared.unit, prepared.unit.matrix_shape, prepared.device, scratch, kept, weight)
 
     def _set(self, *values: Any) -> None:
         names = ("unit", "_shape", "_device", "_scratch", "_kept", "_weight")
@@ -54,7 +54,7 @@ class StoredPrepared(Prepared):
     _device: torch.device
     _scratch: Scratch
     _kept: dict[str, KeptTensor]
-    _weight: Callable[[], Tensor]
+    _weight: Rows
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +69,15 @@ class StoredPrepared(Prepared):
     @property
     def weight(self) -> Tensor:
         """(rows, cols) float32."""
-        return self._weight()
+        return self._weight(None)
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the weights some rows at a time, each read when it is asked for."""
+        if self.unit.transposed:  # whose rows do not lie together
+            yield from super().slabs()
+            return
+        for part in slabs(*self.shape):
+            yield part, self._weight(part)
 
     @property
     def rows(self) -> Tensor:
@@ -96,9 +104,14 @@ class StoredPrepared(Prepared):
         """(cols, cols) without error feedback."""
         return self._kept["hessian"].load(self._device) if "hessian" in self._kept else None
 
-    def moved(self, change: Tensor) -> Prepared:
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return the weights times a matrix (cols, cols)."""
+        return product(self.shape, self.slabs(), matrix)
+
+    def moved(self, change: Tensor | KeptTensor) -> Prepared:
         """The unit with `change` (rows, cols) added to its target."""
-        weight = partial(_sum, self._weight, self._scratch.put(change), self._device)
+        kept = self._scratch.put(change) if isinstance(change, Tensor) else change
+        weight = partial(_sum, self._weight, kept_rows(kept, self._device))
         found = StoredPrepared.__new__(StoredPrepared)
         found._set(self.unit, self._shape, self._device, self._scratch, self._kept, weight)  # noqa: SLF001 (its own)
         return found
@@ -124,7 +137,7 @@ class Sample(StoredPrepared):
         kept = dict(item._kept)  # noqa: SLF001
         kept |= {n: scratch.put(getattr(item, n)[::every]) for n in ("rows", "row_step")}
         found = Sample.__new__(Sample)
-        read = partial(scratch.put(weight).load, device)
+        read = kept_rows(scratch.put(weight), device)
         found._set(item.unit, (len(weight), cols), device, scratch, kept, read)  # noqa: SLF001
         object.__setattr__(found, "_every", rows / len(weight))
         return found
@@ -135,8 +148,13 @@ class Sample(StoredPrepared):
         return Coded(code, coded.distortion * self._every, coded.counts * self._every)
 
 
-def _sum(weight: Callable[[], Tensor], change: KeptTensor, device: torch.device) -> Tensor:
-    return weight() + change.load(device)
+def kept_rows(kept: KeptTensor, device: torch.device) -> Rows:
+    """Return what gives rows of a matrix in a work file."""
+    return partial(kept.load, device)
+
+
+def _sum(weight: Rows, change: Rows, rows: slice | None) -> Tensor:
+    return weight(rows) + change(rows)
 
 
 class StoredGridCode(GridCode):

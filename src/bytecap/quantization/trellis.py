@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.trellis import SHORT
-from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps
+from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps, narrow
 from bytecap.quantization.viterbi import decisions, masks_of, search
 
 _Array = npt.NDArray[Any]
@@ -47,8 +47,8 @@ def round_trellis(
     batch, cols, rows = weight.shape
     diag = lower.diagonal(dim1=1, dim2=2)  # (B, cols)
     exponent, scale = column_steps(p, step.cpu(), waterfill=waterfill)
-    error = torch.empty_like(weight)
-    symbols = np.empty((batch, cols, rows), np.int32)  # in stored column order
+    error = weight  # a column's errors take the place of its weights
+    symbols = np.empty((batch, cols, rows), np.int16 if narrow(weight, scale) else np.int32)  # in stored column order
     column_class = np.empty((batch, cols), np.int32)
     distortion = np.zeros(batch)
     centres = np.zeros((batch, 2, CLASSES * CENTRES))

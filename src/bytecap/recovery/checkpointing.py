@@ -24,10 +24,11 @@ from torch import Tensor
 
 from bytecap.calibration.statistics import job_key, windows_key
 from bytecap.job import Job
+from bytecap.model import streaming
 from bytecap.system.cache import Store, digest
 
 if TYPE_CHECKING:
-    from bytecap.quantization.quantizer import Options
+    from bytecap.quantization.options import Options
 
 SECONDS = 60.0  # between two times that a course is kept, at least
 _ABOUT = "about"  # entry of what JSON holds
@@ -37,11 +38,15 @@ class StageCheckpoints:
     """The later stages of one job in its cache."""
 
     def __init__(self, job: Job, options: Options, capacity: float) -> None:
-        """`capacity`, the bytes left for planned units, stands for side files and code."""
+        """`capacity`, the bytes left for planned units, stands for side files and code.
+
+        A streamed fit may search on samples of rows, so its plan is not that of a fit in memory.
+        """
         self._job = job
+        streamed = ["streamed"] if streaming.of(job.model.module) is not None else []
         self._key = "" if job.store.directory is None else digest(
             job_key(job), asdict(options), capacity, job.budget, list(job.paths),
-            windows_key(job.sets.correction), job.base.sha256 if job.base else "",
+            windows_key(job.sets.correction), job.base.sha256 if job.base else "", *streamed,
         )  # fmt: skip
 
     def get(self, stage: str) -> Any:

@@ -83,7 +83,7 @@ def plan(job: Any) -> dict[str, float]:
     """Estimate the bytes of every unit under the default method's allocated plan."""
     from bytecap.allocation.plans import allocated_plan
     from bytecap.methods.bytecap import calibrate, prepare
-    from bytecap.quantization.quantizer import Options, effort_on
+    from bytecap.quantization.options import Options, effort_on
 
     options = Options.of(job.options, effort=effort_on(job.device, job.config.effort))
     prepared = prepare(job, options, calibrate(job, options))

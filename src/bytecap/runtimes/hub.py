@@ -19,21 +19,18 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bytecap.errors import ArtifactError, CheckpointError, VersionError
 from bytecap.format import container, updates
 from bytecap.format.container import FILE as FILE_KIND
 from bytecap.format.container import VERSION, Contents
-from bytecap.format.decoder import decode_units, side_files
+from bytecap.format.decoder import side_files
 from bytecap.format.ledger import Entry
 from bytecap.format.sidefiles import source_tensors
 from bytecap.model.building import parse_object
 from bytecap.model.fileset import INDEX, SIDE_FILES, SLOW_TOKENIZER_FILES, WEIGHTS
 from bytecap.system.atomic import read_regular
-
-if TYPE_CHECKING:
-    from torch import nn
 
 METHOD = "bytecap"  # the `quant_method` of a config
 FILE = "model.bcap"
@@ -176,22 +173,6 @@ def without_quantization(content: bytes, name: str) -> bytes:
     for key in ("transformers_weights", "quantization_config"):
         config.pop(key, None)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def module_of(contents: Contents, files: Mapping[str, bytes], name: str) -> nn.Module:
-    """Build the decoded float32 module of weights and side files that lie beside them.
-
-    Raises:
-        ArtifactError: the contents cannot be trusted, or there is no config.
-    """
-    from bytecap.model.quantized_copy import load_values
-    from bytecap.model.rebuilt import build
-
-    if CONFIG not in files:
-        raise ArtifactError(f"{name} holds no {CONFIG}, so no module can be built")
-    module = build(files, [u.unit for u in contents.units], name)
-    load_values(module, decode_units(contents, aliases=False))
-    return module
 
 
 def ledger(contents: Contents, beside: Mapping[str, bytes]) -> list[Entry]:

@@ -25,7 +25,7 @@ _UNDER_LIMITS = ("could not create a primitive", "find/load shared object", "fai
 BOUND = "a fit needs 4 x the model's float32 size + 700 MB, see docs/trust.md"
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 _SMALL, _LARGE = 1 << 17, 1 << 25  # the largest threshold glibc reaches by itself
-_sparing = True
+_sparing, _within = True, 0
 
 
 @cache
@@ -51,14 +51,17 @@ def no_holes() -> Iterator[None]:
 
     For work that keeps many blocks of changing size alive: 13% slower passes, but no holes between blocks.
     """
+    global _within  # noqa: PLW0603 (one allocator a process)
     wanted = _sparing and _library() is not None
     if wanted:
+        _within += 1
         _library().mallopt(_MMAP_THRESHOLD, _SMALL)
         _library().mallopt(_TRIM_THRESHOLD, _SMALL)
     try:
         yield
     finally:
-        if wanted:
+        _within -= wanted
+        if wanted and not _within:
             _library().mallopt(_MMAP_THRESHOLD, _LARGE)
             _library().mallopt(_TRIM_THRESHOLD, 2 * _LARGE)
 

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +75,11 @@ class _Hashing:
 
 def digest(*parts: Any) -> str:
     """Hash parts: bytes, arrays, or values that JSON can hold (keys sorted)."""
+    return digest_each(parts)
+
+
+def digest_each(parts: Iterable[Any]) -> str:
+    """Hash parts as `digest` does, each of which is dropped before the next one is made."""
     total = hashlib.blake2b(digest_size=_HASH)
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -267,6 +272,10 @@ class Store:
             except Exception:  # noqa: BLE001 (a checksum that fits says nothing about who wrote it)
                 self.found -= 1
                 return None
+
+    def own_arrays(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
+        """Return the arrays of a key as this process finds them, whoever shares the store."""
+        return Store.arrays(self, key)
 
     def once(self, key: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
         """Return the arrays of a key; they are made and kept where they are missing, and by one process at a time.

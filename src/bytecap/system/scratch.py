@@ -2,6 +2,8 @@
 
 What a streamed fit needs again later (hidden states, factors, rounded integers, finished sections) is written once and
 read when it is used. Files go as soon as nothing refers to them; the directory goes with the job, or with the process.
+What a killed process has left is removed by the next job that makes work files in the same place: a living one holds a
+lock, which the system drops however it dies.
 
 >>> scratch = Scratch()
 >>> kept = scratch.put(torch.arange(6.0).reshape(2, 3))
@@ -14,6 +16,9 @@ b'section'
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import shutil
 import tempfile
 import weakref
@@ -21,14 +26,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bytecap.errors import OutputError
+from bytecap.system.atomic import open_regular
 
+try:
+    import fcntl
+except ImportError:  # pragma: no cover (Windows)
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX, _LOCK = "bytecap-work-", "lock"
 _CHUNK = 2**24  # bytes moved at once from a device
 
 
@@ -59,12 +71,45 @@ class KeptTensor:
     dtype: torch.dtype
     memory: Tensor | None = None
 
-    def load(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return the tensor on a device; to be left as it is."""
+    def load(self, device: torch.device | str = "cpu", rows: slice | None = None) -> Tensor:
+        """Return the tensor, or consecutive entries along its first axis, on a device; to be left as it is."""
         if self.memory is not None:
-            return self.memory.to(device)
-        raw = torch.from_numpy(np.fromfile(self.path, np.uint8))
-        return raw.view(self.dtype).reshape(self.shape).to(device)
+            return (self.memory if rows is None else self.memory[rows]).to(device)
+        start, stop = (0, self.shape[0] if self.shape else 1) if rows is None else (rows.start, rows.stop)
+        one = math.prod(self.shape[1:]) * torch.empty(0, dtype=self.dtype).element_size()
+        raw = torch.from_numpy(np.fromfile(self.path, np.uint8, (stop - start) * one, offset=start * one))
+        shape = self.shape if rows is None else (stop - start, *self.shape[1:])
+        return raw.view(self.dtype).reshape(shape).to(device)
+
+
+def _locked(place: Path) -> tuple[Path, BinaryIO]:
+    """Make a directory with a locked file in it."""
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        f = (directory / _LOCK).open("wb")
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # without locks nobody sweeps either
+                fcntl.flock(f, fcntl.LOCK_EX)
+        if os.fstat(f.fileno()).st_nlink:
+            return directory, f
+        f.close()  # swept between its birth and our lock
+
+
+def _remove(directory: Path, lock: BinaryIO) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    lock.close()
+
+
+def sweep(place: Path) -> None:
+    """Remove the work files that killed jobs of this user have left in a directory, which may be missing."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):
+        for entry in [e for e in os.scandir(place) if e.name.startswith(_PREFIX)]:
+            with contextlib.suppress(OSError), open_regular(Path(entry.path) / _LOCK, os.O_RDWR) as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where its job lives
+                if os.fstat(f.fileno()).st_uid == os.geteuid() and not entry.is_symlink():
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
 
 class Scratch:
@@ -77,11 +122,13 @@ class Scratch:
     """
 
     def __init__(self, directory: Path | str | None = None, memory: int = 0, device_memory: int = 0) -> None:
+        place = Path(directory or tempfile.gettempdir())
+        sweep(place)
         try:
-            self.directory = Path(tempfile.mkdtemp(prefix="bytecap-", dir=directory))
+            self.directory, lock = _locked(place)
         except OSError as exc:
-            raise OutputError(f"no work files can be made in {directory or tempfile.gettempdir()}: {exc}") from exc
-        self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+            raise OutputError(f"no work files can be made in {place}: {exc}") from exc
+        self.close = weakref.finalize(self, _remove, self.directory, lock)
         self._numbers, self._left = count(), {"cpu": memory, "device": device_memory}
 
     def put(self, tensor: Tensor) -> KeptTensor:
@@ -106,9 +153,9 @@ class Scratch:
         weakref.finalize(kept, path.unlink, missing_ok=True)
         return kept
 
-    def stays(self, tensor: Tensor) -> bool:
-        """Return whether a tensor would stay on the device that it is on, so that it need not be moved."""
-        return tensor.device.type != "cpu" and tensor.numel() * tensor.element_size() <= self._left["device"]
+    def stays(self, size: int, device: torch.device) -> bool:
+        """Return whether a tensor of so many bytes on a device would stay there, so that it need not be moved."""
+        return device.type != "cpu" and size <= self._left["device"]
 
     def put_bytes(self, data: bytes) -> KeptBytes:
         """Keep bytes.

@@ -123,7 +123,7 @@ def _literal(value: str) -> Any:
 
 
 def _check_ingredients(options: dict[str, Any], text: str) -> None:
-    from bytecap.quantization.quantizer import Options
+    from bytecap.quantization.options import Options
 
     try:
         Options.of(options)

@@ -16,9 +16,9 @@ from bytecap.allocation.correction import TOKENS, Factor, role_name, shrunk
 from bytecap.allocation.overlaid import problem_of
 from bytecap.allocation.planner import State
 from bytecap.allocation.plans import allocated_plan
-from bytecap.calibration.probe import Statistics
 from bytecap.calibration.residual_streams import streams_of
 from bytecap.calibration.statistics import job_key, windows_key
+from bytecap.calibration.sums import Statistics
 from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
@@ -31,8 +31,8 @@ from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import TokenSets, leading
 from bytecap.pipeline import stages
+from bytecap.quantization.options import Options
 from bytecap.quantization.overlays.channels import rank
-from bytecap.quantization.quantizer import Options
 from bytecap.system import allocator
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, GolfBase, GridBase, golf_k

@@ -33,6 +33,7 @@ from bytecap.format.coders.direct import Direct
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.rans import Source, Stream, check_room, encode_all
+from bytecap.system.slabs import slabs
 
 IntArray = npt.NDArray[np.integer[Any]]
 _HEAD = struct.Struct("<Bf8B")
@@ -91,14 +92,12 @@ def weight_classes(
     Where `fine` (groups, cols) holds, the grid has half the step: an octave more, and at least 5.
     """
     octaves = np.zeros(column_class.shape, np.int16) if fine is None else fine * np.int16(OCTAVE)
-    parts = [
-        np.clip(rows[:, None] + (columns + more)[None, :], 1 + more, CLASSES - 1).astype(np.uint8)
-        for columns, more, rows in zip(
-            column_class.astype(np.int16), octaves, np.array_split(row_class.astype(np.int16), len(column_class)),
-            strict=True,
-        )
-    ]  # fmt: skip
-    return np.concatenate(parts)
+    found = np.empty((len(row_class), column_class.shape[1]), np.uint8)
+    groups = (np.array_split(a, len(column_class)) for a in (row_class.astype(np.int16), found))
+    for columns, more, rows, out in zip(column_class.astype(np.int16), octaves, *groups, strict=True):
+        for part in slabs(*out.shape):
+            out[part] = np.clip(rows[part, None] + (columns + more)[None, :], 1 + more, CLASSES - 1)
+    return found
 
 
 def choose_class(values: IntArray, tables: Tables) -> tuple[int, int, float]:

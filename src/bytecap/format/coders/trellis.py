@@ -44,6 +44,7 @@ from bytecap.format.coders.grid import (
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.rans import Source, Stream, encode_all
 from bytecap.format.wire.bits import check_bits, read_bits
+from bytecap.system.slabs import slabs
 
 SHORT = 3  # memory of eight states
 MASKS = {
@@ -53,6 +54,7 @@ MASKS = {
 """By memory: which of the last `memory + 1` path bits, the newest in bit 0, make up the two bits of a subset."""
 _TABLE = np.array([1, 2, 3, 2], np.uint8) * np.uint8(CLASSES)  # which restriction of a class's table a subset uses
 _LARGEST = 2**24
+_SHARE = 8  # of a slab are coded together
 
 Mask = npt.NDArray[np.bool_]
 
@@ -115,23 +117,28 @@ class Trellis:
 
     def sources(self, code: GridCode, shared: Shared) -> list[Source]:
         """Side and payload streams of a section."""
-        tables = shared.tables.split
-        points = code.symbols.astype(np.int32)
+        stored = code.symbols
+        symbols, classes = np.empty_like(stored), code.classes()
         mask = dependent(code.column_class, code.first, len(code.row_class))
-        subset = (points & 3).astype(np.uint8)
-        classes = code.classes() + np.where(mask, _TABLE[subset], 0).astype(np.uint8)
-        symbols = np.where(mask, (np.where(subset == 3, -points, points) - _base(subset)) >> 2, points)
-        return [write_sides(code, shared.tables), Source(symbols.reshape(-1), classes.reshape(-1), tables)]
+        for part in slabs(len(stored), stored.shape[1], _SHARE):
+            points = stored[part].astype(np.int32)
+            subset = (points & 3).astype(np.uint8)
+            classes[part] += np.where(mask[part], _TABLE[subset], 0).astype(np.uint8)
+            turned = (np.where(subset == 3, -points, points) - _base(subset)) >> 2
+            symbols[part] = np.where(mask[part], turned, points)
+        payload = Source(symbols.reshape(-1), classes.reshape(-1), shared.tables.split)
+        return [write_sides(code, shared.tables), payload]
 
     def assemble(self, code: GridCode, shared: Shared, streams: Sequence[bytes]) -> Encoded:
         """Assemble a section from its coded streams."""
         side, payload = streams
+        symbols = code.symbols
         mask = dependent(code.column_class, code.first, len(code.row_class))
-        bits = _bits((code.symbols.astype(np.int32) & 3).astype(np.uint8), len(code.column_class), code.memory)
+        bits = _bits((symbols & symbols.dtype.type(3)).astype(np.uint8), len(code.column_class), code.memory)
         path = np.packbits(bits[mask], bitorder="little").tobytes()
         head = write_head(code, shared.tables, self._extra(code), side)
         data = head + side + leb(len(path)) + path + payload
-        return Encoded(data, self.kinds(data, code.symbols.shape, ""))
+        return Encoded(data, self.kinds(data, symbols.shape, ""))
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Encode a section with the file's shared tables."""

@@ -32,6 +32,7 @@ from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import PROB_BITS, TOTAL, IntArray, Tables
 
 LOW = 1 << 16  # a lane's state lives in [LOW, 2**32)
+_TOGETHER = 2**20  # symbols that are looked up together
 LANE_SYMBOLS = 8192  # symbols a lane holds; fixes the number of lanes
 MAX_SYMBOL = 2**31 - 1  # largest |symbol| at all
 
@@ -153,12 +154,19 @@ def encode_all(sources: Sequence[Source]) -> list[bytes]:
 
 
 def _encode_compiled(source: Source) -> bytes:
-    """Encode one stream that is not empty, by machine code."""
-    entry, escaped = source.tables.index(source.symbols, source.classes)
-    states = np.full(lanes(len(entry)), LOW, np.uint32)
-    words = jit.encode_lanes(entry, source.tables.flat("freq"), source.tables.flat("cum"), states)
-    tail = zigzag_bytes(int(z) for z in source.symbols[escaped])
-    return zigzag_bytes([len(words)]) + states.tobytes() + words.tobytes() + tail
+    """Encode one stream that is not empty, by machine code, whole turns of the lanes at a time, the last ones first."""
+    freq, cum = source.tables.flat("freq"), source.tables.flat("cum")
+    count = len(source.symbols)
+    states = np.full(lanes(count), LOW, np.uint32)
+    step = max(1, _TOGETHER // len(states)) * len(states)
+    words, tails = [], []
+    for at in reversed(range(0, count, step)):
+        symbols, classes = source.symbols[at : at + step], source.classes[at : at + step]
+        entry, escaped = source.tables.index(symbols, classes)
+        words.append(jit.encode_lanes(entry, freq, cum, states).tobytes())
+        tails.append(zigzag_bytes(int(z) for z in symbols[escaped]))
+    size = sum(map(len, words)) // 2
+    return b"".join([zigzag_bytes([size]), states.tobytes(), *reversed(words), *reversed(tails)])
 
 
 def _entries(

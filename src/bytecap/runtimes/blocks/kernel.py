@@ -25,6 +25,7 @@ from bytecap.runtimes.blocks.search import (
     Grid,
     affine,
     compiled,
+    copy,
     float_of,
     inverse,
     near,
@@ -148,7 +149,7 @@ def _descend_block(
         feed(hu, h, 0, 0, block, u)
     floats(g, v, hv2, u, hu, 0 if zero else minimums, two, unit, d[at], dm[at], work)
     if zero:
-        dm[at] = d[at]
+        copy(d[at : at + 1], dm[at : at + 1])
     for i in range(block):
         for r in range(LANES):
             error[first + i, r] = w[first + i, r] - (d[at, r] * v[i, r] - dm[at, r] * u[i, r])
@@ -172,8 +173,7 @@ def _encode(
     """
     cols, per, two = len(w), block // sub, scales != (1, 1)
     error = np.zeros((cols, LANES), np.float32)
-    y = np.empty((block, LANES), np.float32)
-    z = np.empty((block, LANES), np.float32)
+    y, z = np.empty((block, LANES), np.float32), np.empty((block, LANES), np.float32)
     a = np.zeros((per, LANES), np.float32)
     c = np.zeros((per, LANES), np.float32)
     s = np.zeros(LANES, np.float32)
@@ -183,9 +183,9 @@ def _encode(
     own = np.empty((4, per), np.float32)
     for first in range(cols - block, -1, -block):
         at, base, rest = first // block, first // sub, weight[first:]
-        y[:] = w[first : first + block]
+        copy(w[first : first + block], y)
         feed(y, fed, first, first + block, cols, error)
-        z[:] = y
+        copy(y, z)
         settle(z, w, fed, first)
         for b in range(per):
             if minimums == 0:
@@ -201,7 +201,8 @@ def _encode(
         elif minimums > 1:
             symmetric(z, 0, block, rest, -np.rint(high / 2), high - np.rint(high / 2), table, factors, 2, s, work)
             zero_point(z, rest, high, table, unit, a[0], c[0], s, d[at], m[base], work)
-            dm[at], ls[base] = d[at], np.float32(1)
+            copy(d[at : at + 1], dm[at : at + 1])
+            ls[base] = np.float32(1)
         else:
             plain(
                 z, rest, low, high, table, minimums, unit, a[0], c[0], d[at], dm[at], ls[base], m[base], work
@@ -220,7 +221,7 @@ def _encode(
             )  # fmt: skip
 
 
-encode: Any = compiled(_encode)
+encode: Any = compiled(_encode, inline="always")
 
 
 def _entry(stamp: int) -> Any:

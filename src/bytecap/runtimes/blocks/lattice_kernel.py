@@ -23,7 +23,7 @@ from bytecap.runtimes.blocks.lattice_search import (
     rescale,
     sign_of,
 )
-from bytecap.runtimes.blocks.search import LANES, TINY, Grid, compiled
+from bytecap.runtimes.blocks.search import LANES, TINY, Grid, compiled, copy
 
 _Array = npt.NDArray[Any]
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -53,7 +53,8 @@ def _scales(
         d[r] = block_scale(
             u, w, top, most, offsets, shared, unit, factors, tries, coarse, mids, room, t, work, small, offset
         )  # fmt: skip
-        ls[:, r], bent[:, r] = small, offset
+        for b in range(per):
+            ls[b, r], bent[b, r] = small[b], offset[b]
 
 
 scales: Any = compiled(_scales)
@@ -62,7 +63,7 @@ scales: Any = compiled(_scales)
 def _settled_signs(y: _Array, w: _Array, fed: _Array, weight: _Array, here: int, z: _Array, out: _Array) -> None:
     """Signs `out` (LANES, SIGNS) of eight columns from `here` on, an even number of them minus; `z` is room."""
     eight = np.empty(SIGNS, np.float32)
-    z[:] = y
+    copy(y, z)
     settle(z, w, fed, here)
     for r in range(LANES):
         for i in range(SIGNS):
@@ -212,9 +213,11 @@ def _descend(
     for r in range(LANES):
         for i in range(block):
             slope[i], code[i] = g[i, r], q[first + i, r]
-        s[:], o[:] = ls[:, r], bent[:, r]
+        for b in range(per):
+            s[b], o[b] = ls[b, r], bent[b, r]
         descend_row(slope, tile, solve, tris, inv, signs, offsets, shared, near, mids, s, o, d[r], most, code)
-        ls[:, r] = s
+        for b in range(per):
+            ls[b, r] = s[b]
         for i in range(block):
             g[i, r], q[first + i, r] = slope[i], code[i]
             v[i, r] = s[i // (block // per)] * code[i]
@@ -248,9 +251,9 @@ def _encode_vectors(
     for first in range(cols - block, -1, -block):
         at = first // block
         small, o = ls[at * per : at * per + per], bent[at * per : at * per + per]
-        y[:] = w[first : first + block]
+        copy(w[first : first + block], y)
         feed(y, fed, first, first + block, cols, error)
-        z[:] = y
+        copy(y, z)
         settle(z, w, fed, first)
         scales(
             z, weight[first:], top, most, signs, offsets, shared, unit, factors, tries, coarse, mids, small, o,
@@ -270,7 +273,7 @@ def _encode_vectors(
             )  # fmt: skip
 
 
-encode: Any = compiled(_encode_vectors)
+encode: Any = compiled(_encode_vectors, inline="always")
 
 
 def _entry(stamp: int) -> Any:

@@ -208,7 +208,8 @@ def _block(
             total += lowest
         if total < least:
             least, found = total, d
-            ls[:] = chosen
+            for b in range(len(u)):
+                ls[b] = chosen[b]
     return found
 
 

@@ -10,7 +10,7 @@ Omitted: the exact minimum, which a sweep of `descent` comes closer to.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -23,12 +23,15 @@ TINY = np.float32(1e-30)  # a scale below it is none
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
-def compiled(function: Any, *, cache: bool = False) -> Any:
+def compiled(function: Any, *, cache: bool = False, inline: Literal["never", "always"] = "never") -> Any:
     """Machine code of a function, with sums in the order in which they are written.
 
-    Only what is called from outside is kept on disk: see `kernel`.
+    Only what is called from outside is kept on disk: see `kernel`. `inline="always"`: no machine code of its own, but a
+    part of its one caller, which saves compiling it and all that it calls once more.
     """
-    return numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath={"contract", "nsz"})(function)
+    return numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath={"contract", "nsz"}, inline=inline)(
+        function
+    )
 
 
 def _near(t: Any, low: Any, high: Any, table: _Array) -> Any:
@@ -51,6 +54,19 @@ def _half(x: float, unit: Grid) -> float:
 
 
 half: Any = compiled(_half)
+
+
+def _copy(source: _Array, out: _Array) -> None:
+    """Rows of `out` (rows, LANES) become those of `source`.
+
+    A slice would do the same, with a message about shapes whose strings take seconds to compile.
+    """
+    for i in range(len(out)):
+        for r in range(LANES):
+            out[i, r] = source[i, r]
+
+
+copy: Any = compiled(_copy)
 
 
 def _inverse(a: _Array, out: _Array) -> None:

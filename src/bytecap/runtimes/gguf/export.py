@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.calibration.metric import join
-from bytecap.calibration.probe import Statistics
+from bytecap.calibration.sums import Statistics
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.metadata import write_keys

@@ -32,12 +32,14 @@ class Site:
         context: most tokens of prompt and text together.
         budget: cap on all files in bytes.
         runtime: what runs the model.
+        chat: texts around the messages of a conversation (`bytecap.pipeline.chat_form`); None where there is none.
     """
 
     title: str
     context: int
     budget: int
     runtime: Runtime
+    chat: Mapping[str, Any] | None = None
 
     @property
     def fixed(self) -> int:
@@ -56,7 +58,9 @@ class Site:
         downloads = [_described(n, d) for n, d in found.items() if n != LICENCE]
         downloads.append({"name": MODEL, "bytes": size, "sha256": digest})
         about = f"{NAME} {runtime.version}"
-        made = {"title": self.title, "context": self.context, "runtime": about, "files": downloads}
+        made: dict[str, Any] = {"title": self.title, "context": self.context, "runtime": about, "files": downloads}
+        if self.chat is not None:
+            made["chat"] = dict(self.chat)
         parts = {"{{TITLE}}": escape(self.title), "{{MADE}}": _inside(made)}
         page = re.sub("|".join(parts), lambda m: parts[m[0]], page_file("index.html").decode())
         found |= {"index.html": page.encode(), **{n: page_file(n) for n in PAGE[1:]}}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bytecap.job import Section
-from bytecap.quantization.quantizer import EFFORTS
+from bytecap.quantization.options import EFFORTS
 from bytecap_lab.rd_curves.base import Base, GridBase
 from bytecap_lab.rd_curves.paths import Recoded, Recoding
 

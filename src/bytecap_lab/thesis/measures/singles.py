@@ -14,8 +14,8 @@ import torch
 from bytecap.calibration.metric import metrics
 from bytecap.methods.bytecap import calibrate
 from bytecap.model.texts import TokenSets
+from bytecap.quantization.options import Options
 from bytecap.quantization.overlays import UnitProblem
-from bytecap.quantization.quantizer import Options
 from bytecap_lab.rd_curves.operating_point import OperatingPoint
 from bytecap_lab.rd_curves.points import Pick
 from bytecap_lab.rd_curves.trial import STEP, STEPS, OverlayCandidate

@@ -7,7 +7,8 @@ const [script, wasm, model] = [".js.pack", ".wasm.pack", ".gguf"].map(file);
 const CACHE = PREFIX + model.sha256;
 const whole = made.files.reduce((n, f) => n + f.bytes, 0);
 const size = (n) => n.toLocaleString("en");
-let arrived = 0, engine = null, stopped = false;
+let arrived = 0, engine = null, stopped = false, said = [];
+const chatting = () => Boolean(made.chat) && at("chat").checked;
 
 class Trouble extends Error {}
 
@@ -142,17 +143,74 @@ async function start() {
   }
 }
 
+// The whole of a conversation as the model's chat template writes it: texts around messages, a user's first and last.
+function conversation(messages) {
+  const { before, asked, answered } = made.chat;
+  return before + messages.map((m, i) => m + (i % 2 ? answered : asked)).join("");
+}
+
+function line(who, text) {
+  const item = document.createElement("li");
+  item.className = who;
+  item.setAttribute("aria-label", who === "user" ? "You" : "Model");
+  item.textContent = text;
+  at("talk").append(item);
+  return item;
+}
+
+function anew() {
+  said = [];
+  at("talk").replaceChildren();
+  at("talk").hidden = at("anew").hidden = !chatting();
+  at("modes").hidden = !made.chat;
+  at("text").hidden = true;
+  at("ask").textContent = chatting() ? "Your message" : "Text to continue";
+  at("go").textContent = chatting() ? "Send" : "Generate";
+  at("trouble").hidden = true;
+  at("prompt").value = chatting() ? "" : "The ";
+}
+
+function trouble(text) {
+  at("trouble").textContent = text;
+  at("trouble").hidden = false;
+}
+
+// What is to be sent to the model, and where its words go: (prompt, a function that shows them, one that keeps them).
+function asked() {
+  const words = at("prompt").value;
+  if (!chatting()) {
+    at("text").hidden = false;
+    const show = (text) => { at("text").textContent = words + text; };
+    return [words, show, () => {}];
+  }
+  const message = words.trim(), control = made.chat.control.find((c) => message.includes(c));
+  if (!message) return trouble("There is no message yet.");
+  if (control) return trouble(`A message may not hold ${control}: it is a control word of this model.`);
+  const mine = line("user", message), answer = line("model", ""), before = said;
+  at("prompt").value = "";
+  const keep = (text) => {
+    if (text !== null) said = [...before, message, text.trim()];
+    else {
+      mine.remove();
+      answer.remove();
+      at("prompt").value = words;
+    }
+  };
+  return [conversation([...before, message]), (text) => { answer.textContent = text.trim(); }, keep];
+}
+
 async function generate(event) {
   event.preventDefault();
-  const prompt = at("prompt").value, nPredict = Math.max(1, Math.floor(at("most").valueAsNumber || 64));
+  at("trouble").hidden = true;
+  const what = asked();
+  if (!what) return;
+  const [prompt, show, keep] = what, nPredict = Math.max(1, Math.floor(at("most").valueAsNumber || 64));
   const temp = Math.max(0, at("temperature").valueAsNumber || 0), begun = performance.now();
   let count = 0, text = "";
   stopped = false;
-  at("go").disabled = true;
+  for (const name of ["go", "chat", "anew"]) at(name).disabled = true;
   at("stop").disabled = false;
-  at("trouble").hidden = true;
-  at("text").hidden = false;
-  at("text").textContent = prompt;
+  show("");
   state("running");
   try {
     await engine.createCompletion(prompt, {
@@ -160,24 +218,27 @@ async function generate(event) {
       onNewToken: (token, piece, now, { abortSignal }) => {
         count += 1;
         text = now;
-        at("text").textContent = prompt + text;
+        show(text);
         if (stopped) abortSignal();
       },
     });
   } catch (error) {
     const full = /context|cache|decode/i.test(String(error?.message));
-    at("trouble").textContent = full
-      ? `The model's context of ${size(made.context)} tokens is full: shorten the text.`
-      : `Generation stopped: ${error?.message ?? error}`;
-    at("trouble").hidden = false;
+    trouble(full
+      ? `The model's context of ${size(made.context)} tokens is full: ${chatting() ? "begin a new conversation." : "shorten the text."}`
+      : `Generation stopped: ${error?.message ?? error}`);
   }
+  keep(count ? text : null);
   const seconds = (performance.now() - begun) / 1000;
   at("speed").textContent = `${count} tokens in ${seconds.toFixed(1)} s`;
-  at("go").disabled = false;
+  for (const name of ["go", "chat", "anew"]) at(name).disabled = false;
   at("stop").disabled = true;
   state("ready");
 }
 
+at("chat").addEventListener("change", anew);
+at("anew").addEventListener("click", anew);
+anew();
 at("form").addEventListener("submit", generate);
 at("stop").addEventListener("click", () => { stopped = true; });
 at("start").addEventListener("click", start);
