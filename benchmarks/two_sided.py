@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import sampled_loss
+from bytecap.calibration.probe import fisher_loss
 from bytecap.model.checkpoint import load_model
 from bytecap.model.forward import batches
 from bytecap.model.sources import load_sets
@@ -87,7 +87,7 @@ def measure(args: Any, name: str) -> Watch:
     watch, generator = Watch(module, args.largest), torch.Generator(device).manual_seed(args.seed)
     for i, (ids, mask) in enumerate(batches(leading(sets.statistics, args.tokens), 1)):
         watch.half = i % 2
-        sampled_loss(module, ids.to(device), mask.to(device), generator).backward()
+        fisher_loss(module, ids.to(device), mask.to(device), generator).backward()
     return watch
 
 

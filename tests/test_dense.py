@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bytecap.calibration.probe import probe, sampled_loss
+from bytecap.calibration.probe import fisher_loss, probe
 from bytecap.model.checkpoint import find_units
 from bytecap.model.forward import batches
 from bytecap.model.texts import Window
@@ -67,7 +67,7 @@ def dense(module, windows, tokens):
     for ids, mask in batches(windows, tokens):
         handles = [getattr(quantized_copy, n).register_forward_hook(keep(n, mask)) for n in seen]
         handles.append(quantized_copy.embed.register_forward_hook(embedded))
-        sampled_loss(quantized_copy, ids, mask, generator).backward()
+        fisher_loss(quantized_copy, ids, mask, generator).backward()
         for handle in handles:
             handle.remove()
         at, g = outputs.pop()

@@ -28,7 +28,7 @@ def fixed(module, ids, mask, _generator):
 @pytest.fixture
 def plain(monkeypatch):
     monkeypatch.setattr("bytecap.model.forward.fast_dtype", lambda _: torch.float32)
-    monkeypatch.setattr(probing, "sampled_loss", fixed)
+    monkeypatch.setattr(probing, "fisher_loss", fixed)
 
 
 def by_sequence(module, windows):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bytecap.allocation.asymmetric_targets import stages
-from bytecap.calibration.probe import probe, sampled_loss
+from bytecap.calibration.probe import fisher_loss, probe
 from bytecap.calibration.residual_streams import streams_of
 from bytecap.calibration.weight_gradients import mean_squared_gradients
 from bytecap.model.checkpoint import find_units
@@ -71,7 +71,7 @@ class TestForwardsOfTheirOwn:
         other, generator = copy.deepcopy(module).requires_grad_(requires_grad=True), torch.Generator().manual_seed(0)
         rows = torch.zeros(64, dtype=torch.float64)
         for ids, mask in batches(windows, 1):
-            sampled_loss(other, ids, mask, generator).backward()
+            fisher_loss(other, ids, mask, generator).backward()
             weight = other.get_parameter(name)
             rows += weight.grad.double().square().sum(1)
             weight.grad = None

@@ -10,9 +10,11 @@ from torch import nn
 
 from bytecap.calibration import metric as sensitivity
 from bytecap.calibration import probe as probing
-from bytecap.calibration.probe import probe, sampled_loss
+from bytecap.calibration.probe import fisher_loss, fisher_loss_of, probe
+from bytecap.model.batches import Batch
 from bytecap.model.checkpoint import demo_directory, find_units, load_model
 from bytecap.model.evaluation import kl_to
+from bytecap.model.fisher import fisher_change
 from bytecap.model.forward import batches, logits_of
 from bytecap.model.quantized_copy import swapped
 from bytecap.model.sources import encoder
@@ -55,14 +57,13 @@ def chain_windows(count=6, length=9, vocabulary=40):
     return [Window(tuple(rng.integers(0, vocabulary, length).tolist()), length) for _ in range(count)]
 
 
-def labels_drawn(module, windows, seed, tokens):
-    """Every batch's ids, mask and the labels that `sampled_loss` draws with this seed."""
+def changes_drawn(module, windows, seed, tokens):
+    """Every batch's ids, mask and the gradients (n, vocabulary) of logits that `fisher_loss` gives with this seed."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for ids, mask in batches(windows, tokens):
-        logp = torch.log_softmax(logits_of(module(ids[:, :-1]))[mask].float(), -1)
-        noise = torch.empty_like(logp).exponential_(generator=generator).log_()
-        drawn.append((ids, mask, (logp - noise).argmax(-1)))
+        logits = logits_of(module(ids[:, :-1]))[mask].detach().requires_grad_()
+        drawn.append((ids, mask, torch.autograd.grad(fisher_loss_of(logits, generator), logits)[0]))
     return drawn
 
 
@@ -72,13 +73,12 @@ def gradients_by_token(module, windows, seed=0):
     for p in module.parameters():
         p.requires_grad_(True)
     found = []
-    for ids, mask, labels in labels_drawn(module, windows, seed, 2048):
+    for ids, mask, changes in changes_drawn(module, windows, seed, 2048):
         at = 0
         for row in range(len(ids)):
             for position in range(int(mask[row].sum())):
                 logits = logits_of(module(ids[row : row + 1, : position + 1]))[0, -1]
-                loss = -torch.log_softmax(logits.float(), -1)[labels[at]]
-                gradient = torch.autograd.grad(loss, list(module.parameters()))
+                gradient = torch.autograd.grad((logits * changes[at]).sum(), list(module.parameters()))
                 found.append(dict(zip((n for n, _ in module.named_parameters()), gradient, strict=True)))
                 at += 1
     return found
@@ -87,6 +87,26 @@ def gradients_by_token(module, windows, seed=0):
 def explicit(module, windows, seed=0):
     return {n: torch.stack([g[n] for g in gradients_by_token(module, windows, seed)]).double() for n in
             dict(module.named_parameters())}  # fmt: skip
+
+
+class TestFisherLoss:
+    def test_gradients_have_the_covariance_of_sampled_labels(self):
+        logits = torch.tensor([[2.0, 0.5, -1.0, 0.0, -3.0]]).expand(20_000, 5).clone().requires_grad_()
+        (g,) = torch.autograd.grad(fisher_loss_of(logits, torch.Generator().manual_seed(0)), logits)
+        p = torch.softmax(logits[0].detach(), 0)
+        # 5 entries' worth of noise: 20,000 draws of products below 1 have standard errors below 0.003
+        torch.testing.assert_close(g.T @ g / len(g), torch.diag(p) - torch.outer(p, p), atol=0.015, rtol=0)
+        torch.testing.assert_close(g.mean(0), torch.zeros(5), atol=0.015, rtol=0)
+
+    def test_energies_of_a_token_vary_less_than_with_labels(self):
+        """A confident prediction: a label nearly always says nothing, and seldom very much."""
+        logits = torch.tensor([[6.0, 0.0, 0.0, 0.0]]).expand(4000, 4).clone().requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        (g,) = torch.autograd.grad(fisher_loss_of(logits, generator), logits)
+        p = torch.softmax(logits.detach(), 1)
+        labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+        by_signs, by_labels = (x.square().sum(1) for x in (g, p - nn.functional.one_hot(labels, 4)))
+        assert float(by_signs.std() / by_signs.mean()) < float(by_labels.std() / by_labels.mean()) / 4
 
 
 class TestLinear:
@@ -172,10 +192,10 @@ class TestEmbedding:
         torch.testing.assert_close(embedding.moment, apart.uses["embed.weight"][0].moment)
 
     def test_predicted_distortion_of_a_tied_embedding_against_per_sample_gradients(self, monkeypatch):
-        """1/2 sum G e H e^T against the Fisher form 1/2 mean (g . e)^2 of explicit sampled-label gradients.
+        """1/2 sum G e H e^T against the Fisher form 1/2 mean (g . e)^2 of explicit gradients.
 
         The metric drops the cross terms between uses and between rows (Kronecker structure), and both sides share the
-        labels, so what is left after averaging 400 random perturbations is that approximation: 25% is asked for,
+        signs, so what is left after averaging 400 random perturbations is that approximation: 25% is asked for,
         0.25 is also what the correction factors downstream may have to make up for.
         """
         monkeypatch.setattr(probing, "batch_tokens", lambda _: 11)  # a batch is one sample of an embedding's gradient
@@ -219,7 +239,7 @@ class TestSharing:
         handle = quantized_copy.inner.register_forward_hook(keep)
         generator = torch.Generator().manual_seed(0)
         for ids, mask in batches(windows, 2048):
-            sampled_loss(quantized_copy, ids, mask, generator).backward()
+            fisher_loss(quantized_copy, ids, mask, generator).backward()
         handle.remove()
         gradients.reverse()  # the second use's gradient comes first
         assert len(inputs) == len(gradients) == 2
@@ -243,7 +263,7 @@ class TestSharing:
 
 class TestStreaming:
     def test_sums_do_not_depend_on_the_order_of_windows_of_one_length(self):
-        """Labels are drawn in order, so only the expectation is the same; with labels fixed, so are the sums."""
+        """Signs are drawn in order, so only the expectation is the same; with a fixed loss, so are the sums."""
         module, windows = Chain(tied=False), chain_windows(count=12)
 
         def fixed(quantized_copy, ids, mask, _generator):
@@ -252,7 +272,7 @@ class TestStreaming:
 
         found = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probing, "sampled_loss", fixed)
+            patch.setattr(probing, "fisher_loss", fixed)
             for tokens, order in ((2048, windows), (30, windows), (9, windows[::-1])):
                 patch.setattr(probing, "batch_tokens", lambda _, tokens=tokens: tokens)
                 found.append(probe(module, find_units(module), order))
@@ -344,3 +364,34 @@ def test_the_prediction_is_the_divergence_of_a_small_perturbation(embedded, name
 def test_windows_cover_every_token_once():
     windows = cut_windows(list(range(30)), [1] * 30, 7)
     assert [t for w in windows for t in w.tokens[1:]] == list(range(1, 30))
+
+
+class TestLossesOfModules:
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_cross_entropy_inside_a_loss_gets_gradients_along_signs(self, reduction):
+        """The same sums as without the loss, where labels of padding count for nothing."""
+        weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(2)), torch.arange(9) % 6
+        labels[5:7] = -100
+
+        def loss(_module, data):
+            return nn.functional.cross_entropy(data @ weight.T, labels, reduction=reduction)
+
+        batch = Batch((), 0, x, loss, 7)
+        found = batch.fisher_loss(nn.Identity(), torch.Generator().manual_seed(3), torch.device("cpu"))
+        found.backward()
+        logits = (x @ weight.T).detach()
+        change = fisher_change(logits, torch.Generator().manual_seed(3)) * (labels != -100)[:, None]
+        torch.testing.assert_close(weight.grad, change.T @ x * (1 if reduction == "mean" else 7))
+        assert float(found.detach()) == pytest.approx(float(loss(None, x).detach()) * 7, rel=1e-5)
+
+    def test_smoothed_labels_are_drawn(self):
+        weight = torch.zeros(6, 4, requires_grad=True)
+        batch = Batch(
+            (), 0, torch.ones(9, 4),
+            lambda _module, data: nn.functional.cross_entropy(
+                data @ weight.T, torch.zeros(9, dtype=torch.long), label_smoothing=0.1
+            ), 9,
+        )  # fmt: skip
+        batch.fisher_loss(nn.Identity(), torch.Generator().manual_seed(3), torch.device("cpu")).backward()
+        assert len(weight.grad[:, 0].unique()) > 2  # 9 draws from 6 classes: not all are 0

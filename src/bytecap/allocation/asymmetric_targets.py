@@ -1,22 +1,25 @@
 """Compute asymmetric targets: aim at the original outputs from the inputs that the coded prefix delivers.
 
-Layers behind coded ones see other inputs `x^` than the original `x`. The best stand-in for `W` is then::
+Layers behind coded ones see other inputs `x^` than the original `x`, and get the targets that
+`bytecap.allocation.target_fit` finds for both. Units are taken in the order the model calls them; modules fed by the
+same tensor form a stage, a stage is coded before the next one is treated. Units with several uses (tied, looped, or
+read by more than their module) keep their weights: one target cannot serve several inputs. They are coded before all
+others, so that the rest aims from what they deliver. Where the order of calls depends on the data there are no targets.
 
-    W' = W + strength * W (E[(x - x^) x^T]) (E[x^ x^T] + ridge)^-1
-
-Units are taken in the order the model calls them; modules fed by the same tensor form a stage, a stage is coded
-before the next one is treated. Units with several uses (tied, looped, or read by more than their module) keep their
-weights: one target cannot serve several inputs. They are coded before all others, so that the rest aims from what they
-deliver. Where the order of calls depends on the data there are no targets at all.
+A target makes up for the very errors that the prefix was coded with, which all tokens have to see. So passes over all
+of them wait in front of a block (`bytecap.model.chain`), where a pass holds little, and a block's stages are reached by
+running it again up to there. A model without a chain of blocks is walked in rounds of fewer tokens, which wait in front
+of every stage; its targets are means over the rounds.
 
 Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the corrected target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,27 +28,28 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.shared_inputs import LostError, Pair, of_rank, shared_inputs, together
+from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
+from bytecap.model.chain import Chain, find_chain
 from bytecap.model.forward import batch_tokens, batches
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
 from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
+from bytecap.quantization.quantizer import Prepared
 from bytecap.system import allocator
+from bytecap.system.ranks import ALONE, Ranks
+from bytecap.types import Unit
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
-_NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros delivers, which still has to be inverted
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
 
 
-class LostError(Exception):
-    """A pass did not call its modules in the order of the stages."""
-
-
 class _Walk:
-    """One forward pass that stops at every stage until it is asked for the next one.
+    """One forward pass that stops at every point until it is asked for the next one.
 
     The pass is a coroutine, so a stage's weights can be replaced while many passes wait in front of it, and every
     pass is run only once. (Threads instead would each keep a pool of workers and buffers of their own.)
@@ -57,19 +61,19 @@ class _Walk:
         self._stops = iter(stops)
 
     def _run(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
-        handles = [m.register_forward_pre_hook(self._stop) for m in stops]
+        handles = [m.register_forward_pre_hook(self._stop, with_kwargs=True) for m in stops]
         try:
             run(model)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _stop(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _stop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getcurrent() is self._pass and self._pass.parent is not None:  # else another pass over the same model
-            self._pass.parent.switch((module, args[0]))
+            self._pass.parent.switch((module, args, kwargs))
 
-    def advance(self) -> Tensor:
-        """Return the input of the next stage.
+    def advance(self) -> _Call:
+        """Return the call of the next point's module.
 
         Raises:
             LostError: the pass is somewhere else.
@@ -78,12 +82,46 @@ class _Walk:
         found = self._pass.switch(*arguments)
         if not found or found[0] is not next(self._stops):
             raise LostError
-        x: Tensor = found[1]
-        return x
+        return _Call(*found)
 
     def cancel(self) -> None:
         """Abandon the pass and remove its hooks."""
         self._pass.throw()
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    """A call has come to a module, with this input."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module that has not begun."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def input_of(self, inner: nn.Module, chain: Chain | None) -> Tensor:
+        """Return the input of the module itself, or of one inside it, which the call is begun for."""
+        if inner is self.module or chain is None:
+            found: Tensor = self.args[0]
+            return found
+
+        def reached(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = inner.register_forward_pre_hook(reached)
+        try:  # a block may change its input in place
+            args, kwargs = chain.given(self.args, self.kwargs, chain.taken(self.args, self.kwargs).clone())
+            self.module(*args, **kwargs)
+        except _Reached as found_there:
+            return found_there.x
+        finally:
+            handle.remove()
+        raise LostError
 
 
 def stages(model: nn.Module, run: Run) -> list[list[str]]:
@@ -138,8 +176,6 @@ def drift_targets(
 ) -> dict[str, Tensor]:
     """Return the changes of units' targets, float32 (rows, cols) by unit name.
 
-    The windows are walked in rounds, which bounds memory; targets are means over the rounds so far.
-
     Args:
         planner: prepared units.
         order: units that get targets, see `call_order`.
@@ -147,38 +183,137 @@ def drift_targets(
         original: untouched model.
         quantized_copy: a copy of it that holds quantized values, overwritten.
         windows: calibration windows.
-        strength: 1 is the least-squares target, 0 the weight itself.
+        strength: at most; 1 is the least-squares target, 0 the weight itself.
         device: torch device.
         advance: called with the share of the work that is done.
     """
     units = {p.unit.name: p for p in planner.matrices}
     if not order:
         return {}
-    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     staged = {n for names in order for n in names}
     load_values(quantized_copy, unit_values(planner, state, [n for n in planner.names if n not in staged]))
     change: dict[str, Tensor] = {}
-    groups = rounds(windows, ROUND_TOKENS[torch.device(device).type])
+
+    def stage(names: Sequence[str], found: Moments, rounds_before: int) -> Values:
+        members = _aimed([units[n] for n in names], found, strength, change, rounds_before)
+        prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
+        return unit_values(planner, prefix, names)
+
+    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
+    walk_stages(
+        order, original, quantized_copy, windows, stage, tokens=batch_tokens(vocabulary), device=device,
+        advance=advance, ranks=planner.ranks,
+    )  # fmt: skip
+    return change
+
+
+@torch.no_grad()
+def walk_stages(
+    order: Sequence[Sequence[str]],
+    original: nn.Module,
+    quantized_copy: nn.Module,
+    windows: Sequence[Window],
+    stage: Callable[[Sequence[str], Moments, int], Values],
+    *,
+    tokens: int,
+    device: str,
+    advance: Advance,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Walk both models stage by stage, and load into the copy what is made of every stage.
+
+    Args:
+        order: unit names, stage by stage in calling order.
+        original: untouched model.
+        quantized_copy: a copy of it that holds the values of units that are in no stage.
+        windows: to walk.
+        stage: given a stage's units, the moments of their inputs and the number of rounds before, returns values.
+        tokens: of a batch.
+        device: torch device.
+        advance: called with the share of the work that is done.
+        ranks: processes that share the passes.
+
+    Raises:
+        LostError: a pass did not call its modules in this order.
+    """
+    staged = {n for names in order for n in names}
+    chain = _chain_of(original, windows, device)
+    groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
-        data = list(passes_of(chosen, batch_tokens(vocabulary), device))
-        walks = [_walks(model, data, order) for model in (original, quantized_copy)]
+        data = list(passes_of(chosen, tokens, device))
+        own = of_rank(data, ranks)
+        walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
-            for names in order:
-                inputs = ((a.advance(), b.advance()) for a, b in zip(*walks, strict=True))
-                fix = fix_of(inputs, [mask for _, mask in data]) * strength
-                for n in names:
-                    fresh = units[n].times(fix)
-                    change[n] = change[n].lerp_(fresh, 1 / (number + 1)) if n in change else fresh
-                members = [units[n].moved(change[n]) for n in names]
-                prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
-                _only(quantized_copy, original, unit_values(planner, prefix, names), staged)
-                del members, prefix
-                allocator.release()
-                advance(1 / len(order) / len(groups))
+            for _, stages_there in groupby(order, lambda names: _point(names, chain)):
+                calls = together(ranks, partial(_calls, walks))
+                share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
+                for names in stages_there:
+                    inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
+                    found = Moments()
+                    pairs = shared_inputs(ranks, partial(_inputs, calls, inner, chain), len(data), device)
+                    for (x, seen), (_, mask) in zip(pairs, data, strict=True):
+                        found.add(x, seen, mask)
+                    load_values(quantized_copy, stage(names, found, number))
+                    del found, pairs
+                    allocator.release()
+                    advance(1 / len(order) / len(groups))
+                del calls
         finally:
             for walk in (w for group in walks for w in group):
                 walk.cancel()
-    return change
+
+
+def _calls(walks: Sequence[Sequence[_Walk]]) -> list[tuple[_Call, _Call]]:
+    """Let all passes go on to their next point."""
+    return [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+
+
+def _inputs(calls: Sequence[tuple[_Call, _Call]], inner: Sequence[nn.Module], chain: Chain | None) -> Iterator[Pair]:
+    """Yield the inputs of a stage's module in both models, pass by pass."""
+    for one, other in calls:
+        yield one.input_of(inner[0], chain), other.input_of(inner[1], chain)
+
+
+def _aimed(
+    items: Sequence[Prepared], found: Moments, strength: float, change: dict[str, Tensor], rounds_before: int
+) -> list[Prepared]:
+    """Return the units of a stage with their targets, whose changes are means over the rounds so far."""
+    fix, granted = found.fit([trial_of(p) for p in items], strength)
+    for p in items:
+        fresh, n = p.times(fix * granted), p.unit.name
+        change[n] = change[n].lerp_(fresh, 1 / (rounds_before + 1)) if n in change else fresh
+    return [p.moved(change[p.unit.name]) for p in items]
+
+
+def _chain_of(model: nn.Module, windows: Sequence[Window], device: str) -> Chain | None:
+    """Return the blocks that passes can wait in front of, if calls of blocks can be begun more than once."""
+    run, _ = next(passes_of(windows[:1], 1, device))
+    stateful: list[Any] = []
+    chain = find_chain(model, partial(run, model))
+    if chain is None:
+        return None
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stateful.extend(v for v in (*args, *kwargs.values()) if hasattr(v, "update"))
+
+    handle = chain.blocks(model)[0].register_forward_pre_hook(hook, with_kwargs=True)
+    run(model)
+    handle.remove()
+    return None if stateful else chain
+
+
+def _point(names: Sequence[str], chain: Chain | None) -> str:
+    """Return the path of the block that holds a stage, or the stage's first unit."""
+    if chain is None or not chain.holds(names[0]):
+        return names[0]
+    return f"{chain.path}.{names[0][len(chain.path) + 1 :].partition('.')[0]}"
+
+
+def _points(model: nn.Module, order: Sequence[Sequence[str]], chain: Chain | None) -> list[nn.Module]:
+    """Return the modules that passes stop in front of."""
+    modules = linear_weights(model)
+    paths = [path for path, _ in groupby(order, lambda names: _point(names, chain))]
+    return [modules[p][0] if p in modules else model.get_submodule(p) for p in paths]
 
 
 def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
@@ -198,8 +333,13 @@ def _forward(ids: Tensor, model: nn.Module) -> Any:
 
 def call_order(planner: Planner, model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
     """Return the units that can be given targets, stage by stage in calling order; none if batches disagree on it."""
-    units = {p.unit.name: p.unit for p in planner.matrices}
-    order = [[n for n in names if n in units and not units[n].aliases] for names in _stages_of(model, windows, device)]
+    return order_of([p.unit for p in planner.matrices], model, windows, device)
+
+
+def order_of(units: Sequence[Unit], model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
+    """Return the names of those units that can be given targets, see `call_order`."""
+    known = {u.name for u in units if not u.aliases}
+    order = [[n for n in names if n in known] for names in _stages_of(model, windows, device)]
     return [names for names in order if names]
 
 
@@ -232,33 +372,5 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     return groups
 
 
-def _only(quantized_copy: nn.Module, original: nn.Module, values: Values, staged: set[str]) -> None:
-    """Load values into the copy; other staged units share the original's storage, since no pass needs them again."""
-    share_storage(quantized_copy, original, staged)
-    load_values(quantized_copy, values)
-
-
-def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], order: Sequence[Sequence[str]]) -> list[_Walk]:
-    modules = linear_weights(model)
-    return [_Walk(model, run, [modules[names[0]][0] for names in order]) for run, _ in data]
-
-
-def fix_of(inputs: Iterable[tuple[Tensor, Tensor]], masks: Sequence[Tensor | None]) -> Tensor:
-    """Solve for E[(x - x^) x^T] (E[x^ x^T] + ridge)^-1 of the next stage, in float64; float32 (cols, cols).
-
-    Args:
-        inputs: x and x^ of every batch.
-        masks: of real tokens (batch, length), None where all are.
-    """
-    a: Tensor | float = 0.0
-    c: Tensor | float = 0.0
-    for (one, other), mask in zip(inputs, masks, strict=True):
-        keep = slice(None) if mask is None else mask.reshape(-1)  # some models flatten (batch, length) before a layer
-        x, seen = (t.flatten(0, -2)[keep].float() for t in (one, other))
-        a = a + (seen.T @ seen).double()
-        c = c + ((x - seen).T @ seen).double()
-    assert isinstance(a, Tensor)  # noqa: S101 (there is at least one batch)
-    assert isinstance(c, Tensor)  # noqa: S101
-    a.diagonal().add_(max(1e-2 * float(a.diagonal().mean()), _NOTHING))
-    fix: Tensor = torch.linalg.solve(a, c.T).T.float()
-    return fix
+def _walks(model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
+    return [_Walk(model, run, points) for run, _ in data]

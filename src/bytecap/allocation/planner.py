@@ -167,7 +167,9 @@ class Planner:
             counts = sum_counts(chain([sides], (c.counts.sum(0) for c in coded.values())))
             shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
-        return replace(self.price(coded, steps, found), origin=rules)
+        state = replace(self.price(coded, steps, found), origin=rules)
+        self.ranks.agree({"the bytes after a rounding": state.rate})  # whoever computes otherwise would plan otherwise
+        return state
 
     def _rounded(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> Rounding:
         return round_units(items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks)

@@ -4,9 +4,10 @@ The distortion of a unit is the Fisher quadratic form of the model's own loss, i
 
     D = 1/2 * sum_i G_i * (W^ - W)_i H (W^ - W)_i^T        i: rows
 
-Labels are sampled from the model itself, so gradients are of the true Fisher and D predicts the KL divergence
-to the original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared
-output gradient over all rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
+Gradients are those of random sums of the model's predictions that have the second moment of a loss whose labels are
+sampled from the model itself: the true Fisher (`bytecap.model.fisher`), so D predicts the KL divergence to the
+original. For a linear map `H` is the *guided* Hessian: every token's `x x^T` weighted by its mean squared output
+gradient over all rows (GuidedQuant, arXiv:2505.07004); `G` is what is left of the row energy.
 For an embedding `H` is the second moment of a sequence's gradient by rows (`bytecap.calibration.embedding_gradients`)
 and `G` the rows' gradient energy; the same for every matrix that hooks do not see through
 (`bytecap.model.hook_coverage`). A tensor with several uses keeps one `Use` for each; `bytecap.calibration.metric` joins
@@ -30,6 +31,7 @@ from bytecap.calibration.sums import Leaves, Statistics, Sums
 from bytecap.model.batches import Batch
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
+from bytecap.model.fisher import fisher_change
 from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_copy, logits_of, predictions
 from bytecap.model.hook_coverage import Account, is_matrix
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
@@ -59,7 +61,7 @@ def probe(
             where the windows are a `bytecap.model.batches.Batch` each.
         units: its units.
         windows: calibration windows.
-        seed: of the labels sampled from the model.
+        seed: of the signs that predictions are summed with.
         guided: weight tokens by output gradient energy; False gives plain input second moments, same scale.
         device: torch device of the passes.
         progress: called with the number of tokens finished.
@@ -98,7 +100,7 @@ def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Win
         tokens = max((w.tokens for w in windows), key=len)[:10]
         ids, generator = torch.tensor([tokens, tokens[::-1]], device=device), torch.Generator(device).manual_seed(0)
         mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        lookup = looked_up(tables, ids[:, :-1], lambda: sampled_loss(module_copy, ids, mask, generator))
+        lookup = looked_up(tables, ids[:, :-1], lambda: fisher_loss(module_copy, ids, mask, generator))
     embedding: dict[str, Any] = {}
     for name, m in tables.items():
         m.weight.requires_grad_(name not in lookup)
@@ -212,10 +214,10 @@ def _divided(
 
     def run(i: int) -> None:
         ids, mask = data[i]
-        passed(sampled_loss(module_copy, ids.to(device), mask.to(device), generator))
+        passed(fisher_loss(module_copy, ids.to(device), mask.to(device), generator))
 
     def skip(i: int) -> None:
-        torch.empty(sizes[i], vocabulary, device=device).exponential_(generator=generator)
+        torch.empty(sizes[i], vocabulary, device=device).bernoulli_(0.5, generator=generator)
 
     named = sums.sinks()
     divided.passes(
@@ -242,21 +244,17 @@ def _losses(
             yield batch.fisher_loss(module_copy, generator, device), batch.count
         return
     for ids, mask in batches(windows, tokens):
-        yield sampled_loss(module_copy, ids.to(device), mask.to(device), generator), int(mask.sum())
+        yield fisher_loss(module_copy, ids.to(device), mask.to(device), generator), int(mask.sum())
 
 
-def sampled_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the summed loss against labels drawn from the model's own prediction (true Fisher, not empirical)."""
-    return sampled_loss_of(predictions(module(ids[:, :-1]), mask), generator)
+def fisher_loss(module: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sum over a batch's predictions whose gradients have the true Fisher as their second moment."""
+    return fisher_loss_of(predictions(module(ids[:, :-1]), mask), generator)
 
 
-def sampled_loss_of(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the summed loss of logits (n, vocabulary) against labels drawn from them."""
-    logp = torch.log_softmax(logits.float(), -1)
-    with torch.no_grad():
-        noise = torch.empty_like(logp).exponential_(generator=generator).log_()
-        labels = (logp - noise).argmax(-1)  # the Gumbel trick draws from the softmax
-    return -logp.gather(1, labels[:, None]).sum()
+def fisher_loss_of(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random sum of logits (n, vocabulary) whose gradients have the true Fisher as their second moment."""
+    return (logits * fisher_change(logits, generator).to(logits.dtype)).sum()
 
 
 def _harvest(leaves: Leaves, sums: Sums | None) -> None:

@@ -5,7 +5,7 @@ every block is loaded once more, run again with a graph of its own and gone back
 are finished, handed on and dropped before the next block's begin. The operations and the order of all sums are those of
 the unstreamed pass, so statistics are the same to the last bit, at two passes forward instead of one.
 
-Logits of large vocabularies exist for a few hundred tokens at a time; labels are then other samples of the same
+Logits of large vocabularies exist for a few hundred tokens at a time; signs are then other samples of the same
 distribution than those of the unstreamed pass.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bytecap.calibration import divided
 from bytecap.calibration.collectors import Use
-from bytecap.calibration.probe import sampled_loss_of
+from bytecap.calibration.probe import fisher_loss_of
 from bytecap.calibration.streamed_sums import PartSums
 from bytecap.calibration.sums import Statistics
 from bytecap.errors import UsageError
@@ -75,7 +75,7 @@ def probe_streamed(
         windows: calibration windows.
         sink: given every unit with its uses as soon as they are complete; may be given a unit again after a retry.
         scratch: for work files.
-        seed: of the labels sampled from the model.
+        seed: of the signs that predictions are summed with.
         guided: see `bytecap.calibration.probe.probe`.
         progress: called with the number of tokens finished.
         note: told where the device's memory asks for smaller batches.
@@ -230,7 +230,7 @@ class _Job:
             mask = self.data[i][1].to(self.streamed.device)
             with head_pieces(self.streamed, int(mask.sum())) as pieces:
                 found = predictions(passes[i].advance(leaf), mask)
-            pieces.backward(found, lambda logits: sampled_loss_of(logits, generator))
+            pieces.backward(found, lambda logits: fisher_loss_of(logits, generator))
             gradients[i] = _gradient(leaf)
             del found, leaf
             sums.harvest()
@@ -249,7 +249,7 @@ class _Job:
             rows = pieces.rows
         for at in range(0, tokens, rows):
             noise = torch.empty(min(rows, tokens - at), head.out_features, device=self.streamed.device)
-            noise.exponential_(generator=generator)
+            noise.bernoulli_(0.5, generator=generator)
 
     def _block(
         self, number: int, gradients: dict[int, Tensor], sink: Take, share: Callable[[Mapping[str, int]], None]

@@ -11,7 +11,7 @@ coordinate has a random sign, so that squares of different tokens add up and pro
 to nats, so that its sum over the maps before the head is that of `loss`. The head lies behind the hidden states (the
 paper leaves it in 16 bit); it, and a tied table's second use, get the gradients of `loss`.
 
-With `loss`, the loss against labels drawn from the model itself, so that `1/2 G^2 dW^2` is in nats per token.
+With `loss`, a random loss with the true Fisher (`fisher_loss`), so that `1/2 G^2 dW^2` is in nats per token.
 
 Every row of an embedding table is given half a token more than was seen, of the mean token's energy: most of a
 vocabulary is rare or missing in a calibration text, and rows without gradient would get no bits. On the
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.calibration.probe import sampled_loss
+from bytecap.calibration.probe import fisher_loss
 from bytecap.model.forward import batch_tokens, batches, fast_copy
 from bytecap.model.linears import linear_weights, maps_tokens
 from bytecap.model.texts import Window
@@ -200,13 +200,13 @@ def mean_squared_gradients(
         units: its units.
         windows: calibration windows.
         kind: what is differentiated, `components` or `loss`.
-        seed: of the labels sampled from the model, and of signs and tokens.
+        seed: of all signs, and of tokens.
         device: torch device of the passes.
         progress: called with the number of tokens finished.
     """
     target = torch.device(device)
     size = batch_tokens(max((u.matrix_shape[0] for u in units if u.linear), default=4096)) // 2
-    sums = _pass(fast_copy(module, target), units, windows, size, seed, sampled_loss, progress)
+    sums = _pass(fast_copy(module, target), units, windows, size, seed, fisher_loss, progress)
     square = sums.square
     if kind == "components":
         module_copy = fast_copy(module, target)

@@ -3,11 +3,12 @@
 1. *calibrate*: one pass over the statistics tokens says what an error in each weight costs.
 2. *prepare*: Hessians are factored, and the bytes are counted that matrices and vectors may share.
 3. *plan*: a step for every unit, the best of up to three plans (`bytecap.allocation.plans`).
-4. *retarget*: units aim at the original's outputs from the inputs that the coded prefix delivers
-   (`bytecap.allocation.asymmetric_targets`). This comes after the choice of overlays: aiming first would correct
-   for errors of a prefix without overlays, which is not shipped.
-5. *pack*: the cap is met on real bytes (`bytecap.methods.rate_control`).
-6. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for.
+4. *settle*: steps, tables and offsets are settled at the cap.
+5. *retarget*: units aim at the original's outputs from the inputs that the coded prefix delivers
+   (`bytecap.allocation.asymmetric_targets`). This comes after all of that: aiming first would correct for errors of
+   a prefix that is not shipped.
+6. *pack*: the cap is met on real bytes (`bytecap.methods.rate_control`).
+7. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for.
 
 Every stage takes values and returns values. A stage's input is dropped where its name is bound anew, which is what
 bounds memory: factors and integers of the whole model are the most that a job holds.
@@ -23,10 +24,11 @@ from typing import Any
 from torch import nn
 
 from bytecap.allocation import correction, plans
-from bytecap.allocation.asymmetric_targets import LostError, call_order, drift_targets
-from bytecap.allocation.planner import Planner
+from bytecap.allocation.asymmetric_targets import call_order, drift_targets
+from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
+from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.streamed_targets import moved, streamed_targets
 from bytecap.calibration.statistics import moments
 from bytecap.calibration.sums import Statistics
@@ -34,7 +36,7 @@ from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Job, Outcome, Section
 from bytecap.methods.floats import fit_floats
-from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
+from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units, near_cap
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
@@ -67,8 +69,10 @@ def run(job: Job) -> Outcome:
     prepared, best = plan(job, prepared, quantized_copy, checkpoints)
     if job.dry_run:
         return Outcome({}, b"", best.predicted, best.slope, best.gap, best.label, margin=dict(best.margin))
-    prepared = retarget(job, prepared, best, quantized_copy, checkpoints)
-    packed = pack(job, prepared, best)
+    state = settle(job, prepared, best)
+    prepared, state = retarget(job, prepared, best, state, quantized_copy, checkpoints)
+    packed = pack(job, prepared, best, state)
+    del state
     if job.recover is None:
         prepared = prepared.emptied()
     outcome = predict(job, prepared, best, packed, quantized_copy)
@@ -144,88 +148,125 @@ def _best_plan(
     return best
 
 
-def retarget(
-    job: Job, prepared: PreparedModel, best: PlanCandidate, quantized_copy: nn.Module, checkpoints: StageCheckpoints
-) -> PreparedModel:
-    """Give units targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
-
-    Whether it does depends on the model: it gains some percent on small models and costs 6% on SmolLM2-135M. Units
-    stay as they are where the order of calls is not fixed.
-
-    Args:
-        job: tokens to walk, and others to decide by.
-        prepared: the units.
-        best: the plan, which codes the prefix.
-        quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: source and place of targets.
-    """
-    planner = prepared.planner
-    if not planner.options.drift:
-        return prepared
-    windows = leading(job.sets.statistics, planner.options.drift_tokens)
-    change = None if isinstance(job.model, StreamedModel) else checkpoints.tensors("drift")
-    targets, without = checkpoints.get("targets"), 0.0
-    if targets is None:  # measured before targets take memory
-        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            without = _cost(job, planner, best, quantized_copy)
-        allocator.release()
-    with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
-        try:
-            if isinstance(job.model, StreamedModel):
-                streamed = job.model.streamed
-                kept = streamed_targets(
-                    planner, best.order, best.state, streamed, streamed.copy(), windows,
-                    strength=planner.options.drift, scratch=job.model.scratch, advance=advance,
-                )  # fmt: skip
-                matrices = [moved(p, kept.pop(n)) if (n := p.unit.name) in kept else p for p in planner.matrices]
-            else:
-                if change is None:
-                    change = drift_targets(
-                        planner, best.order, best.state, job.model.module, quantized_copy, windows,
-                        strength=planner.options.drift, device=job.device, advance=advance,
-                    )  # fmt: skip
-                    checkpoints.put_tensors("drift", change)
-                matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
-        except LostError:
-            job.reporter.note("the order in which modules are called depends on the data: no drift targets")
-            return prepared
-    aimed = replace(planner, matrices=matrices)
-    if targets is None:
-        allocator.release()
-        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            with_them = _cost(job, aimed, best, quantized_copy)
-        targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
-        checkpoints.put("targets", targets)
-    if not targets["kept"]:
-        job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
-    return replace(prepared, planner=aimed if targets["kept"] else planner, targets=targets)
-
-
-def _cost(job: Job, planner: Planner, best: PlanCandidate, quantized_copy: nn.Module) -> float:
-    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope.
-
-    The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
-    """
-    state = planner.settle(best.state.steps, best.state.rules, refit=False)
-    rate = state.rate
-    load_values(quantized_copy, correction.unit_values(planner, state))
-    del state  # whose integers the passes do not need
-    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)
-    share_storage(quantized_copy, job.model.module)
-    return kl + best.slope * rate
-
-
-def pack(job: Job, prepared: PreparedModel, best: PlanCandidate) -> Packed:
-    """Settle the chosen plan's tables, then meet the cap on real bytes."""
+def settle(job: Job, prepared: PreparedModel, best: PlanCandidate) -> State:
+    """Settle the chosen plan at the cap, with the tables and offsets that will be written."""
     planner = prepared.planner
     allocator.release()
-    with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
+    with allocator.no_holes(), job.reporter.step("settling at the cap", 1):
         _, state = planner.search(
             best.multipliers, prepared.capacity, best.state.rules, start=best.c, rounds=3, tolerance=3e-4, exact=True
         )  # fmt: skip
         # one more rounding with exactly the tables and offsets that will be written
         state = planner.settle(state.steps, state.rules, refit=False)
-        return fit_to_cap(planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget)
+        return near_cap(planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget).state
+
+
+def retarget(
+    job: Job,
+    prepared: PreparedModel,
+    best: PlanCandidate,
+    state: State,
+    quantized_copy: nn.Module,
+    checkpoints: StageCheckpoints,
+) -> tuple[PreparedModel, State]:
+    """Give units targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
+
+    A target corrects for the very errors of the units before it, not only for errors like them: rounded again at other
+    steps or tables, the prefix has other errors and most of the gain is lost. So steps and tables are settled first,
+    and what is coded along the walk is what is stored. Units stay as they are where the order of calls is not fixed.
+
+    Args:
+        job: tokens to walk, and others to decide by.
+        prepared: the units.
+        best: the plan.
+        state: the plan settled at the cap, which codes the prefix.
+        quantized_copy: a copy of the model that holds quantized values, overwritten.
+        checkpoints: source and place of targets.
+
+    Returns:
+        The units with their targets, and their state.
+    """
+    planner = prepared.planner
+    if not planner.options.drift:
+        return prepared, state
+    targets, without = checkpoints.get("targets"), 0.0
+    if targets is None:  # measured before targets take memory
+        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
+            without = _cost(job, planner, state, best.slope, quantized_copy)
+        allocator.release()
+    staged = {n for names in best.order for n in names}
+    state = state.holding(set(planner.names) - staged)
+    try:
+        aimed = _aimed(job, planner, best, state, quantized_copy, checkpoints)
+    except LostError:
+        job.reporter.note("the order in which modules are called depends on the data: no drift targets")
+        return prepared, planner.settle(state.steps, state.rules, refit=False)
+    allocator.release()
+    found = aimed.settle(state.steps, state.rules, refit=False)  # the integers of the walk
+    if targets is None:
+        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
+            with_them = _cost(job, aimed, found, best.slope, quantized_copy)
+        targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
+        checkpoints.put("targets", targets)
+    if targets["kept"]:
+        return replace(prepared, planner=aimed, targets=targets), found
+    job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
+    del found
+    return replace(prepared, targets=targets), planner.settle(state.steps, state.rules, refit=False)
+
+
+def _aimed(
+    job: Job,
+    planner: Planner,
+    best: PlanCandidate,
+    state: State,
+    quantized_copy: nn.Module,
+    checkpoints: StageCheckpoints,
+) -> Planner:
+    """Return the units with targets for the prefix that a state codes; raises `LostError` where there are none."""
+    windows, strength = leading(job.sets.statistics, planner.options.drift_tokens), planner.options.drift
+    with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
+        if isinstance(job.model, StreamedModel):
+            streamed = job.model.streamed
+            kept = streamed_targets(
+                planner, best.order, state, streamed, streamed.copy(), windows,
+                strength=strength, scratch=job.model.scratch, advance=advance,
+            )  # fmt: skip
+            matrices = [moved(p, kept.pop(n)) if (n := p.unit.name) in kept else p for p in planner.matrices]
+            return replace(planner, matrices=matrices)
+        change = checkpoints.tensors("drift")
+        if change is None:
+            change = drift_targets(
+                planner, best.order, state, job.model.module, quantized_copy, windows,
+                strength=strength, device=job.device, advance=advance,
+            )  # fmt: skip
+            checkpoints.put_tensors("drift", change)
+        matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
+        return replace(planner, matrices=matrices)
+
+
+def _cost(job: Job, planner: Planner, state: State, slope: float, quantized_copy: nn.Module) -> float:
+    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope.
+
+    The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
+    """
+    load_values(quantized_copy, correction.unit_values(planner, state))
+    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)
+    share_storage(quantized_copy, job.model.module)
+    return kl + slope * state.rate
+
+
+def pack(job: Job, prepared: PreparedModel, best: PlanCandidate, state: State) -> Packed:
+    """Meet the cap on real bytes, behind a walk for targets by rounding only its last matrices anew."""
+    planner, tables, size = prepared.planner, dump_shared(state.shared), _size_beside(job, prepared)
+    allocator.release()
+    with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
+        if prepared.targets.get("kept"):
+            last = [n for names in best.order for n in names][: -_LAST - 1 : -1]
+            found = fit_units(planner, state, tables, size, job.budget, last)
+            if found is not None:
+                return found
+        return fit_to_cap(planner, state, tables, size, job.budget)
 
 
 def _size_beside(job: Job, prepared: PreparedModel) -> Callable[[Mapping[str, Section], bytes], int]:

@@ -49,7 +49,12 @@ def _pack(planner: Planner, state: State, tables: bytes) -> Packed:
 
 
 def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget: int) -> Packed:
-    """Return real sections whose file is at most `budget` bytes and leaves almost nothing unused.
+    """Return real sections whose file is at most `budget` bytes and leaves almost nothing unused; see `near_cap`."""
+    return _move_units(planner, near_cap(planner, state, tables, size, budget), size, budget)
+
+
+def near_cap(planner: Planner, state: State, tables: bytes, size: Size, budget: int) -> Packed:
+    """Return real sections whose file is at most `budget` bytes, with the common step of all units moved.
 
     Args:
         planner: the units.
@@ -79,7 +84,7 @@ def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget
     if best is None:
         over = size(packed.sections, tables)
         raise BudgetError(f"the plan could not be brought under {budget} bytes: {over} remain", over)
-    return _move_units(planner, best, size, budget)
+    return best
 
 
 def fit_units(

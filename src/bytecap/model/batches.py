@@ -26,6 +26,7 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from torch.overrides import TorchFunctionMode
 
 from bytecap.errors import BytecapError, UsageError
+from bytecap.model.fisher import fisher_change
 from bytecap.model.quantized_copy import Values, swapped
 from bytecap.model.texts import Window
 
@@ -73,7 +74,7 @@ class Batch(Window):
         return found.reshape(())
 
     def fisher_loss(self, module: nn.Module, generator: torch.Generator, device: torch.device) -> Tensor:
-        """The summed loss, against labels drawn from the model where it has logits."""
+        """The summed loss, with gradients of the true Fisher where the model has logits."""
         with _Sampled(generator):
             found = self.value(module, device)
         if not found.requires_grad:
@@ -122,7 +123,7 @@ class Seen(TorchFunctionMode):
 
 
 class _Sampled(TorchFunctionMode):
-    """Replaces the labels of every cross entropy inside by draws from the model."""
+    """Gives every cross entropy inside gradients of the true Fisher: along random signs, or of labels drawn."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -133,16 +134,28 @@ class _Sampled(TorchFunctionMode):
         del types
         kwargs = dict(kwargs or {})
         flat = _flat(args, kwargs) if func in _LOSSES else None
-        if flat is not None:
-            scores, labels, ignored = flat
-            logp = torch.log_softmax(scores.detach().float(), -1)
-            noise = torch.empty_like(logp).exponential_(generator=self.generator).log_()
-            drawn = torch.where(labels == ignored, labels, (logp - noise).argmax(-1))
-            if len(args) > 1:
-                args = (args[0], drawn.reshape(args[1].shape), *args[2:])
-            else:
-                kwargs["target"] = drawn.reshape(kwargs["target"].shape)
+        if flat is None:
+            return func(*args, **kwargs)
+        reduction = kwargs.get("reduction", "mean")
+        plain = len(args) <= 2 and not any(kwargs.get(k) for k in ("label_smoothing", "size_average", "reduce"))
+        if func is F.cross_entropy and plain and kwargs.get("weight") is None and reduction in {"mean", "sum"}:
+            return func(*args, **kwargs).detach() + self._signs(*flat, mean=reduction == "mean")
+        scores, labels, ignored = flat  # weights of classes, smoothed labels, losses one by one
+        logp = torch.log_softmax(scores.detach().float(), -1)
+        noise = torch.empty_like(logp).exponential_(generator=self.generator).log_()
+        drawn = torch.where(labels == ignored, labels, (logp - noise).argmax(-1))
+        if len(args) > 1:
+            args = (args[0], drawn.reshape(args[1].shape), *args[2:])
+        else:
+            kwargs["target"] = drawn.reshape(kwargs["target"].shape)
         return func(*args, **kwargs)
+
+    def _signs(self, scores: Tensor, labels: Tensor, ignored: int, *, mean: bool) -> Tensor:
+        """Return 0 with the gradient of a summed or mean loss of scores (n, classes)."""
+        keep = labels != ignored
+        change = fisher_change(scores, self.generator) * keep[:, None]
+        found = (scores * change.to(scores.dtype)).sum() / (max(1, int(keep.sum())) if mean else 1)
+        return found - found.detach()
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,32 @@ def variants_of(
             look = Look.at(quantized_copy, batch, device)
         found[label] = first.kl(look), look.loss
     return first.loss, found
+
+
+def rows_of_batches(
+    original: nn.Module,
+    quantized_copy: nn.Module,
+    variants: Mapping[str, Values],
+    windows: Sequence[Window],
+    device: str,
+    advance: Callable[[float], None] | None,
+) -> dict[str, list[tuple[float, ...]]]:
+    """Score variants by the batches' own loss; without predictions its increase stands in for the KL.
+
+    Returns:
+        KL, loss, loss of the original, predictions and bytes of every batch, by variant; the first three are sums.
+    """
+    rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
+    total = sum(w.predicted for w in windows)
+    for batch in windows:
+        assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
+        n = batch.count
+        first, found = variants_of(original, quantized_copy, variants, batch, device)
+        for label, (kl, loss) in found.items():
+            rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
+            if advance is not None:
+                advance(n / total)
+    return rows
 
 
 def is_batches(windows: Sequence[Window]) -> bool:

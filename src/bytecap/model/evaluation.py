@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.model import streaming
-from bytecap.model.batches import Batch, Look, is_batches, variants_of
+from bytecap.model.batches import Batch, Look, is_batches, rows_of_batches
 from bytecap.model.divided_scores import batches_apart, variants_apart
 from bytecap.model.forward import Progress, batches, logits_of, longest_first, pass_tokens
 from bytecap.model.predicted import device_of, predicted
@@ -343,7 +343,8 @@ def by_window(
         ranks: processes that share the batches, or the variants where there are fewer batches than processes.
     """
     if is_batches(windows):
-        return _by_batch(original, quantized_copy, variants, windows, device, advance)
+        scores = rows_of_batches(original, quantized_copy, variants, windows, device, advance)
+        return {label: ByWindow(*np.array(rows, dtype=float).T) for label, rows in scores.items()}
     data = list(_batches(windows, original))
 
     def scored(some: Sequence[Any], labels: Mapping[str, Values] = variants) -> Iterator[list[list[float]]]:
@@ -389,25 +390,3 @@ def _scored(
             parts.append(part)
             del p
         yield [_by_window(flat, torch.cat(c)).tolist() for c in zip(*parts, strict=True)]
-
-
-def _by_batch(
-    original: nn.Module,
-    quantized_copy: nn.Module,
-    variants: Mapping[str, Values],
-    windows: Sequence[Window],
-    device: str,
-    advance: Advance | None,
-) -> dict[str, ByWindow]:
-    """Score `by_window` by the batches' own loss; without predictions its increase stands in for the KL."""
-    rows: dict[str, list[tuple[float, ...]]] = {label: [] for label in variants}
-    total = sum(w.predicted for w in windows)
-    for batch in windows:
-        assert isinstance(batch, Batch)  # noqa: S101 (sets hold one kind)
-        n = batch.count
-        first, found = variants_of(original, quantized_copy, variants, batch, device)
-        for label, (kl, loss) in found.items():
-            rows[label].append((kl * n, loss * n, first * n, n, batch.bytes))
-            if advance is not None:
-                advance(n / total)
-    return {label: ByWindow(*np.array(r, dtype=float).T) for label, r in rows.items()}

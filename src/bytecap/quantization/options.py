@@ -40,7 +40,7 @@ class Options:
         guided: weight tokens by output gradient energy.
         correct: measure correction factors with the real loss.
         allocate: choose steps on measured rate-distortion points; False gives every unit the same step.
-        drift: strength of drift targets, 0 off.
+        drift: most strength of drift targets, which tokens decide by which they were not made; 0 off.
         drift_tokens: tokens they are computed from.
     """
 
@@ -57,7 +57,7 @@ class Options:
     guided: bool = True
     correct: bool = True
     allocate: bool = True
-    drift: float = 0.4
+    drift: float = 1.0
     drift_tokens: int = 16_384
 
     @property

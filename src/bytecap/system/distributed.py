@@ -66,6 +66,8 @@ def joined(device: str = "auto", tell: Tell = say) -> Iterator[Ranks]:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=_WAIT
         )  # fmt: skip
+        if cuda:  # all ranks have to begin together; later some only send to one another
+            _collective(dist.broadcast, torch.zeros(1, device="cuda"), 0)
         try:
             found = _Joined(watch, "cuda" if cuda else "cpu")
             with warnings.catch_warnings():
@@ -219,7 +221,7 @@ class _Joined(Ranks):
         if size < _LARGE or self._through == "cpu":
             _collective(dist.broadcast, flat, source)
             return data
-        there = flat.to(self._through)
+        there = flat.to(self._through) if source == self.rank else torch.empty_like(flat, device=self._through)
         _collective(dist.broadcast, there, source)
         if source != self.rank:
             flat.copy_(there)
