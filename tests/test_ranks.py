@@ -345,7 +345,12 @@ class TestRefusals:
         assert what in line
         assert "one process" in line
 
-    def test_another_command(self, refused):
+    def test_another_command_than_fit(self, fitted, tmp_path):
+        path = tmp_path / "a.bcap"
+        path.write_bytes(fitted()[0].data)
+        assert "check is not divided" in line_of(several.together(2, several.command(["check", path]), tmp_path))
+
+    def test_other_options(self, refused):
         line = refused("--seed", "1", others=["--seed", "2"])
         assert "the option seed differs: 1 for rank 0 of 2" in line
         assert "2 for rank 1 of 2" in line

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.shared_inputs import LostError, Pair, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
@@ -40,14 +41,11 @@ from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
 from bytecap.system import allocator
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Unit
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
-
-
-class LostError(Exception):
-    """A pass did not call its modules in the order of the stages."""
 
 
 class _Walk:
@@ -203,7 +201,8 @@ def drift_targets(
 
     vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     walk_stages(
-        order, original, quantized_copy, windows, stage, tokens=batch_tokens(vocabulary), device=device, advance=advance
+        order, original, quantized_copy, windows, stage, tokens=batch_tokens(vocabulary), device=device,
+        advance=advance, ranks=planner.ranks,
     )  # fmt: skip
     return change
 
@@ -219,6 +218,7 @@ def walk_stages(
     tokens: int,
     device: str,
     advance: Advance,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Walk both models stage by stage, and load into the copy what is made of every stage.
 
@@ -231,6 +231,7 @@ def walk_stages(
         tokens: of a batch.
         device: torch device.
         advance: called with the share of the work that is done.
+        ranks: processes that share the passes.
 
     Raises:
         LostError: a pass did not call its modules in this order.
@@ -240,25 +241,37 @@ def walk_stages(
     groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, tokens, device))
-        walks = [_walks(model, data, _points(model, order, chain)) for model in (original, quantized_copy)]
+        own = of_rank(data, ranks)
+        walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
             for _, stages_there in groupby(order, lambda names: _point(names, chain)):
-                calls = [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+                calls = together(ranks, partial(_calls, walks))
                 share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
                 for names in stages_there:
                     inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
                     found = Moments()
-                    for pair, (_, mask) in zip(calls, data, strict=True):
-                        x, seen = (c.input_of(m, chain) for c, m in zip(pair, inner, strict=True))
+                    pairs = shared_inputs(ranks, partial(_inputs, calls, inner, chain), len(data), device)
+                    for (x, seen), (_, mask) in zip(pairs, data, strict=True):
                         found.add(x, seen, mask)
                     load_values(quantized_copy, stage(names, found, number))
-                    del found
+                    del found, pairs
                     allocator.release()
                     advance(1 / len(order) / len(groups))
                 del calls
         finally:
             for walk in (w for group in walks for w in group):
                 walk.cancel()
+
+
+def _calls(walks: Sequence[Sequence[_Walk]]) -> list[tuple[_Call, _Call]]:
+    """Let all passes go on to their next point."""
+    return [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+
+
+def _inputs(calls: Sequence[tuple[_Call, _Call]], inner: Sequence[nn.Module], chain: Chain | None) -> Iterator[Pair]:
+    """Yield the inputs of a stage's module in both models, pass by pass."""
+    for one, other in calls:
+        yield one.input_of(inner[0], chain), other.input_of(inner[1], chain)
 
 
 def _aimed(
@@ -359,5 +372,5 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     return groups
 
 
-def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
+def _walks(model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
     return [_Walk(model, run, points) for run, _ in data]

@@ -34,6 +34,8 @@ from bytecap.cli.ledger import ledger
 from bytecap.cli.thesis import thesis
 from bytecap.cli.tie import tie
 from bytecap.cli.unpack import unpack
+from bytecap.errors import UsageError
+from bytecap.system.ranks import started
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -60,12 +62,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     del debug, version  # read in `main`, which sees errors of every command
+    if started() and context.invoked_subcommand not in {None, "fit"}:
+        from bytecap.system.distributed import joined
+
+        with joined("cpu", complain):
+            raise UsageError(f"{context.invoked_subcommand} is not divided among ranks: start it as one process")
 
 
 def main() -> None:

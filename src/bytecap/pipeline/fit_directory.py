@@ -18,7 +18,8 @@ from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model
+from bytecap.pipeline import memory
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.quality import Measured, quality, say_narrow
 from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
@@ -47,7 +48,9 @@ def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig
     """Fit a checkpoint to a directory for each config; they differ in their budgets."""
     for c in configs:
         check_budget(c.budget)
-    loaded = model if isinstance(model, Model) else load_model(model)
+    first = configs[0]
+    told, device = reporter_for(first.reporter, first.progress), choose_device(first.device)
+    loaded = model if isinstance(model, Model) else memory.open_model(model, first, device, told, None)
     return [_fit_one(loaded, c) for c in configs]
 
 

@@ -30,7 +30,7 @@ def _plain(name: str, weight: FloatArray) -> FloatArray:
 
 
 def _rate(item: Item, name: str) -> int:
-    return padded(type_bytes(name, *item.weight.shape))
+    return padded(type_bytes(name, *item.shape))
 
 
 def data_of(name: str, found: Rounded) -> npt.NDArray[np.uint8]:

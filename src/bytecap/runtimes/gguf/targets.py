@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bytecap.allocation.asymmetric_targets import LostError, order_of, walk_stages
+from bytecap.allocation.asymmetric_targets import order_of, walk_stages
+from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.target_fit import Moments, trial_rows
 from bytecap.job import Job
 from bytecap.model.checkpoint import as_matrix
