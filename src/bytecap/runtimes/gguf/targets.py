@@ -2,7 +2,7 @@
 
 A tensor's bytes follow from its type alone, so nothing has to be rounded again behind the walk
 (`bytecap.allocation.asymmetric_targets`): what it codes is what is written, where that lowers the KL on the correction
-tokens. Tensors whose unit is read more than once, or stored in part, stay as they are.
+tokens. Tensors whose unit is read more than once, or stored in part, stay as they are. Omitted: streamed models.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.forward import pass_tokens
 from bytecap.model.quantized_copy import Values, copy_of, load_values
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
@@ -38,6 +39,8 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
         coding: the family of formats.
         found: the plan.
     """
+    if isinstance(job.model, StreamedModel):
+        return found
     model, members = job.model, _by_unit(items)
     units = [u for u in model.units if u.name in members and _whole(u.matrix_shape[0], members[u.name])]
     windows = leading(job.sets.statistics, TOKENS)
