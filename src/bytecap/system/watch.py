@@ -71,6 +71,11 @@ class Watch:
         self._reader, self._writer = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True, name="bytecap-watch")
 
+    def told(self, what: str, value: str) -> list[str]:
+        """Tell all ranks a value through the store, and return what they tell; before anything else connects them."""
+        self._store.set(f"{what}/{self.rank}", value)
+        return [self._store.get(f"{what}/{r}").decode() for r in range(self.size)]
+
     def who(self, rank: int) -> str:
         """Describe a rank."""
         return f"rank {rank} of {self.size} on {self.places[rank]['host']}"
