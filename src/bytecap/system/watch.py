@@ -180,7 +180,8 @@ class Watch:
         """Whether this rank is the one that speaks."""
         with contextlib.suppress(RuntimeError):
             return int(self._store.add("claimed", 1)) == 1
-        return self.rank == 0  # the store is gone
+        host = self.places[self.rank]["host"]  # the store is gone: one on every host
+        return self.rank == min(r for r, p in enumerate(self.places) if p["host"] == host and _lives(p["pid"]))
 
     def _announce(self) -> None:
         """Tell all other ranks to end, and wait a little for them: the store may end with this process."""
