@@ -70,10 +70,7 @@ def _options(
 ) -> None:
     del debug, version  # read in `main`, which sees errors of every command
     if started() and context.invoked_subcommand not in {None, "fit"}:
-        from bytecap.system.distributed import joined
-
-        with joined("cpu", complain):
-            raise UsageError(f"{context.invoked_subcommand} is not divided among ranks: start it as one process")
+        raise UsageError(f"{context.invoked_subcommand} is not divided among ranks: start it as one process")
 
 
 def main() -> None:
@@ -95,11 +92,24 @@ def main() -> None:
     except BaseException as exc:
         if debug or not (isinstance(exc, Exception) or type(exc).__name__ == "PanicException"):
             raise
-        code = complain(exc)
+        code = _complain_once(exc)
     if code == 130:
         sys.stderr.write("\ninterrupted; no partial file is left behind\n")
     if isinstance(code, int) and code:
         raise SystemExit(code)
+
+
+def _complain_once(exc: BaseException) -> int:
+    """Print one line for an error, which one of several ranks says for all; returns the exit code."""
+    if not started() or isinstance(exc, typer.Exit | typer.Abort):
+        return complain(exc)
+    from bytecap.system.distributed import joined
+
+    try:
+        with joined("cpu", complain):
+            raise exc
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
 
 
 def _end_in_order() -> None:
