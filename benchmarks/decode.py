@@ -3,17 +3,24 @@
 A section of random normal weights is coded as a fit would (trellis of 128 states, spreads of rows and columns that
 vary by an octave) and decoded by every engine in turn. Processor time of one core counts, so that other jobs disturb
 little. `--units N` decodes a file of N such matrices on all cores as well, where wall time counts.
+
+`--device cuda` measures a GPU instead, which decodes to bfloat16: `--units` matrices side by side as a block is decoded
+whose bytes lie on the device, then a file of `--blocks` such blocks from its bytes in memory, parsing and copying
+included. Values are held against the processor's. `--lanes` and `--warps` are what its programs may be tuned by.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bytecap.format.coders import Shared, run
 from bytecap.format.coders.direct import Direct
@@ -25,6 +32,7 @@ from bytecap.format.decoder import decode_units
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.shared_tables import dump_shared
+from bytecap.model import device_decode
 from bytecap.types import Unit
 from common import record
 
@@ -75,6 +83,10 @@ def main() -> None:
     p.add_argument("--cols", type=int, default=2048)
     p.add_argument("--sigma", type=float, nargs="*", default=[2.5], help="spread over the fine grid's step")
     p.add_argument("--units", type=int, default=0, help="matrices of the file that all cores decode")
+    p.add_argument("--device", default="cpu", help="cuda: decode there")
+    p.add_argument("--blocks", type=int, default=22, help="of `--units` matrices, in the file that a GPU decodes")
+    p.add_argument("--lanes", type=int, nargs="*", default=[device_decode._LANES])  # noqa: SLF001
+    p.add_argument("--warps", type=int, nargs="*", default=[device_decode._WARPS])  # noqa: SLF001
     p.add_argument("--times", type=int, default=5)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", type=Path, help="JSON lines are appended here")
@@ -85,6 +97,12 @@ def main() -> None:
         data, shared = section(*shape, sigma, args.seed)
         row: dict[str, Any] = {"benchmark": "decode", "rows": args.rows, "cols": args.cols,
                                "bits": round(8 * len(data) / args.rows / args.cols, 3)}  # fmt: skip
+        if args.device != "cpu":
+            for lanes, warps in itertools.product(args.lanes, args.warps):
+                device_decode._LANES, device_decode._WARPS = lanes, warps  # noqa: SLF001
+                found = on_device(contents_of(data, shape, shared, 1), args)
+                print(record(args, {**row, "lanes": lanes, "warps": warps, **found}))
+            continue
         row |= engines(data, shape, shared, args.times)
         if args.units:
             row |= all_cores(data, shape, shared, args.units)
@@ -104,10 +122,57 @@ def engines(data: bytes, shape: tuple[int, int], shared: Shared, times: int) -> 
     return {**found, "equal": all(r.tobytes() == results["numpy"].tobytes() for r in results.values())}
 
 
+def contents_of(data: bytes, shape: tuple[int, int], shared: Shared, count: int) -> Contents:
+    """A file's contents: so many units of the same bytes."""
+    units = tuple(UnitSection(Unit(f"m{i}", shape, "F32"), CODER.tag, data) for i in range(count))
+    return Contents(units, dump_shared(shared), (), {})
+
+
+def on_device(one: Contents, args: argparse.Namespace) -> dict[str, Any]:
+    """Billions of weights a second to bfloat16, of a block and of a file, by wall time; values are checked."""
+    device, count = torch.device(args.device), args.units or 7
+    (unit,) = one.units
+    wanted = torch.from_numpy(decode_units(one)["m0"]).to(device, torch.bfloat16)
+    dtypes = {f"m{i}": torch.bfloat16 for i in range(count)}
+    block = Contents(tuple(replace(unit, unit=replace(unit.unit, name=n)) for n in dtypes), one.tables, (), {})
+    batch = device_decode.DeviceUnits(block, device).batch(block.units, dtypes)
+    found = batch.decode()
+    if batch.served != count or not all(torch.equal(found[n], wanted) for n in dtypes):
+        raise SystemExit(f"the device decoded {batch.served} of {count} matrices, or other values than the processor")
+    seconds = wall(batch.decode, device, args.times)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    del found
+    whole = [f"m{i}" for i in range(count * args.blocks)]
+    file = Contents(tuple(replace(unit, unit=replace(unit.unit, name=n)) for n in whole), one.tables, (), {})
+
+    def load() -> None:
+        kept = [v for _, v in device_decode._decode_each(file, device, torch.bfloat16)]  # noqa: SLF001
+        if not torch.equal(kept[-1], wanted):
+            raise SystemExit("the file has other values than the processor's")
+
+    weights = wanted.numel() * count
+    return {
+        "device": args.device, "block": round(weights / seconds / 1e9, 3), "block_ms": round(1e3 * seconds, 3),
+        "block_peak_gb": peak and round(peak, 3), "block_weights": weights, "file_weights": weights * args.blocks,
+        "file": round(weights * args.blocks / wall(load, device, args.times) / 1e9, 3),
+    }  # fmt: skip
+
+
+def wall(work: Callable[[], Any], device: torch.device, times: int) -> float:
+    """Least wall seconds of one call that has ended on the device, the first one left out."""
+    found = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return min(found[1:])
+
+
 def all_cores(data: bytes, shape: tuple[int, int], shared: Shared, count: int) -> dict[str, Any]:
     """Millions of weights a second of wall time, from a file's contents, and processor time against one core's."""
-    units = tuple(UnitSection(Unit(f"m{i}", shape, "F32"), CODER.tag, data) for i in range(count))
-    contents = Contents(units, dump_shared(shared), (), {})
+    contents = contents_of(data, shape, shared, count)
     cores, seconds = jit.cores, {}
     for number in (1, cores()):
         jit.cores = lambda number=number: number

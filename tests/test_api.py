@@ -41,7 +41,8 @@ def run_blocked(code, *arguments):
     )  # fmt: skip
 
 
-_PROGRAMS = tuple(f"{room}.{n}" for room in ("quantization", "runtimes.blocks") for n in ("cuda", "triton_programs"))
+_ROOMS = ("quantization", "runtimes.blocks")
+_PROGRAMS = ("model.decode_programs", *(f"{room}.{n}" for room in _ROOMS for n in ("cuda", "triton_programs")))
 NEEDING_TRITON = () if importlib.util.find_spec("triton") else _PROGRAMS
 NEEDING_LM_EVAL = () if importlib.util.find_spec("lm_eval") else ("runtimes.lm_eval",)
 

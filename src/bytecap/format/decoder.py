@@ -120,11 +120,12 @@ class Units:
 
     Attributes:
         sections: what can be asked for.
+        shared: what these share, or the file's that has them.
     """
 
     def __init__(self, contents: Contents, observe: Observer | None = None) -> None:
         self._first, *self._updated = [_File(c, observe if c is contents else None) for c in updates.chain(contents)]
-        self.sections = self._first.contents.units
+        self.sections, self.shared = self._first.contents.units, self._first.shared
         if jit.worth(sum(u.unit.parameters for u in self.sections)):
             jit.kernel("weights")  # once it is imported it pays for the smallest unit, too
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from bytecap.errors import ArtifactError, UsageError
 from bytecap.format import updates
 from bytecap.format.container import Contents
-from bytecap.format.decoder import decode_each, decode_units, side_files
-from bytecap.format.entropy import jit
+from bytecap.format.decoder import decode_units, side_files
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +34,9 @@ def load_model(
     """Return the decoded model as a torch module in evaluation mode.
 
     Units are decoded on all cores and go to the device one by one, so the processor's memory holds one unit beside what
-    stays there. With `resident="coded"` weights stay coded in memory and every block is decoded just before it runs:
-    the same logits in the memory of the file, two blocks and activations, and slower (`docs/scale.md`).
+    stays there; a GPU decodes matrices itself where triton is installed. With `resident="coded"` weights stay coded in
+    memory and every block is decoded just before it runs: the same logits in the memory of the file, two blocks and
+    activations, and slower (`docs/scale.md`).
 
     Args:
         path: `.bcap` file.
@@ -67,6 +67,7 @@ def module_of(
     """
     import torch
 
+    from bytecap.model.device_decode import decode_each
     from bytecap.model.rebuilt import build, fill
     from bytecap.model.resident import keep_coded
 
@@ -83,7 +84,7 @@ def module_of(
     if resident == "coded":
         keep_coded(module, contents, device=target, dtype=kind, name=name)
     else:
-        fill(module, decode_each(contents, threads=jit.cores()), target, kind)
+        fill(module, decode_each(contents, target, kind), target, kind)
     return module
 
 

@@ -122,13 +122,14 @@ def fill(module: nn.Module, values: Iterable[tuple[Unit, Any]], device: torch.de
 
     Args:
         module: from `build`.
-        values: units and arrays in stored layout.
+        values: units and arrays in stored layout, or tensors.
         device: where the module's tensors go.
         dtype: of its floating-point units; buffers that are computed keep theirs.
     """
     before = module.state_dict(keep_vars=True)
     for unit, array in values:
-        fresh = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        found = isinstance(array, torch.Tensor)
+        fresh = array if found else torch.from_numpy(np.require(array, requirements=["C", "W"]))
         fresh = fresh.to(device, dtype if fresh.is_floating_point() else fresh.dtype)
         if isinstance(before[unit.name], nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=False)

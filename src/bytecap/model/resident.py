@@ -4,6 +4,9 @@ Weights that no block or module has at the moment are replaced by one value each
 the coded bytes, the part that runs, and the next part, which is decoded meanwhile on all cores. A part is a block of
 the outermost `ModuleList` with most modules, or a module outside it. Small tensors stay decoded.
 
+A GPU decodes matrices itself where triton is installed (`bytecap.model.device_decode`): coded bytes then lie on the
+device, and what is left to the processor is still decoded ahead.
+
 Every weight is what the decoder gives, so logits are those of the decoded model. Whether every weight is asked for by
 the module that owns it shows in one pass over one token, which also decodes the whole file once.
 
@@ -17,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from bytecap.errors import BytecapError, UsageError
 from bytecap.format.container import Contents, UnitSection
 from bytecap.format.decoder import Units
 from bytecap.format.entropy import jit
+from bytecap.model.device_decode import Batch, DeviceUnits, on_processor, usable
 
 _SMALL = 2**16  # values of a tensor that stays decoded
 
@@ -46,18 +49,22 @@ class _Decoder:
     device: torch.device
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(jit.cores()))
     waiting: dict[_Part, dict[str, Future[Tensor]]] = field(default_factory=dict)
+    there: DeviceUnits | None = None  # where the device decodes
+    batches: dict[_Part, Batch] = field(default_factory=dict)
     last: _Part | None = None
 
     def tensor(self, section: UnitSection, dtype: torch.dtype) -> Tensor:
         """Return a unit's value on the device, floating-point values in a dtype."""
-        array = self.units([section])[0][1]
-        found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        return found.to(self.device, dtype if found.is_floating_point() else found.dtype)
+        return on_processor(self.units, section, self.device, dtype)
 
     def begin(self, part: _Part) -> None:
         """Let a part be decoded, if it is not."""
         if part not in self.waiting:
             sections = {s.unit.name: s for _, _, s in part.places}
+            if self.there is not None:
+                if part not in self.batches:
+                    self.batches[part] = self.there.batch(list(sections.values()), part.dtypes)
+                sections = {s.unit.name: s for s in self.batches[part].others}
             self.waiting[part] = {n: self.pool.submit(self.tensor, s, part.dtypes[n]) for n, s in sections.items()}
 
     def take(self, part: _Part) -> dict[str, Tensor]:
@@ -65,6 +72,10 @@ class _Decoder:
         self.begin(part)
         self.waiting = {part: self.waiting[part]}  # nothing else is kept, however the order has changed
         found = {name: future.result() for name, future in self.waiting.pop(part).items()}
+        if self.there is not None:
+            found |= self.batches[part].on_device()
+            late = [s for s in self.batches[part].others if s.unit.name not in found]
+            found |= {s.unit.name: self.tensor(s, part.dtypes[s.unit.name]) for s in late}
         if self.last is not None:
             self.last.following = part
         self.last = part
@@ -87,7 +98,7 @@ def keep_coded(
     Args:
         module: from `bytecap.model.rebuilt.build`, its parameters on the `meta` device.
         contents: of the artifact, whose bytes are kept.
-        device: where it runs; weights are decoded on the processor.
+        device: where it runs, and decodes if it can.
         dtype: of its floating-point weights; None keeps that of every parameter and buffer.
         name: of the file, for messages.
         prefix: what units' names have in front of the module's own, where it is a part of the file's model.
@@ -96,7 +107,8 @@ def keep_coded(
         CorruptError: a section cannot be decoded. UsageError: a weight is read otherwise than by a call of the module
             that owns it.
     """
-    decoder = _Decoder(Units(contents), device)
+    there = DeviceUnits(contents, device) if usable(device) else None
+    decoder = _Decoder(there.units if there else Units(contents), device, there=there)
     sections = {n.removeprefix(prefix): s for s in decoder.units.sections for n in (s.unit.name, *s.unit.aliases)}
     parts: dict[nn.Module, _Part] = {}
     chain = _longest_list(module)

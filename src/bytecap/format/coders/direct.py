@@ -144,8 +144,11 @@ class Direct:
 
     def served(self) -> bool:
         """Return whether machine code pays, and has a group for every class that occurs."""
-        size = self.shape[0] * self.shape[1]
-        return size > 0 and jit.worth(size) and all((g < NONE).all() for g in self._column_groups)
+        return self.known() and jit.worth(self.shape[0] * self.shape[1])
+
+    def known(self) -> bool:
+        """Return whether there are weights, and the model has a group for every class of theirs."""
+        return self.shape[0] * self.shape[1] > 0 and all((g < NONE).all() for g in self.column_groups)
 
     def _classes(self, group: int, rows: Array) -> Array:
         """Class of every column under classes of rows (n,), (n, cols)."""
@@ -154,21 +157,21 @@ class Direct:
         return found
 
     @cached_property
-    def _kinds(self) -> tuple[Array, Array]:
+    def kinds(self) -> tuple[Array, Array]:
         """Distinct classes of rows, and which of them every row has."""
         kinds, of_row = np.unique(self.row_class, return_inverse=True)
         return kinds, of_row.reshape(-1)
 
     @cached_property
-    def _column_groups(self) -> list[npt.NDArray[np.uint16]]:
+    def column_groups(self) -> list[npt.NDArray[np.uint16]]:
         """For every row group, the model's group of every column by kind of row, (kinds, cols)."""
         fine = self.fine.astype(np.int64)
         return [
-            self.shared.model.group[fine[g][None, :], self._classes(g, self._kinds[0])] for g in range(len(fine))
+            self.shared.model.group[fine[g][None, :], self._classes(g, self.kinds[0])] for g in range(len(fine))
         ]  # fmt: skip
 
     @property
-    def _runs(self) -> list[range]:
+    def runs(self) -> list[range]:
         """Rows of every row group."""
         sizes = [len(p) for p in np.array_split(np.arange(self.shape[0]), len(self.fine))]
         return [range(a, b) for a, b in pairwise(np.cumsum([0, *sizes]).tolist())]
@@ -189,7 +192,7 @@ class Direct:
         for rows, group, bits in self._blocks():
             used, lane, found = jit.kernel("weights")(
                 stream, (used, lane, found, rows.start * self.shape[1]), model,
-                (self._column_groups[group], self.scale[group]), (self._kinds[1][rows], self.row_scale[rows]),
+                (self.column_groups[group], self.scale[group]), (self.kinds[1][rows], self.row_scale[rows]),
                 (bits, len(bits) - len(value[rows]), *self.masks), where, value[rows], value[rows].view(np.uint32),
             )  # fmt: skip
             if used < 0:
@@ -197,9 +200,8 @@ class Direct:
         check_end("a stream", lanes, used, len(words))
         if found > len(tail):
             raise CorruptError("the escaped symbols of a stream are damaged")
-        largest = self._put_escapes(value, where[0][:found], where[1][:found], tail)
-        bound = largest * float(self.row_scale.max()) * max(1.0, float(self.scale.max()))
-        if not bound < _SAFE and not np.isfinite(value).all():
+        value.reshape(-1)[where[0][:found]], largest = self.escaped(where[0][:found], where[1][:found], tail)
+        if not self.safe(largest) and not np.isfinite(value).all():
             raise CorruptError("a section holds a value out of range")
         return value
 
@@ -207,7 +209,7 @@ class Direct:
         """Yield some rows, their row group, and path bits (8 + rows, cols) with those of the rows above."""
         cols, at = self.shape[1], 0
         packed = np.frombuffer(self.path, np.uint8)
-        for group, run in enumerate(self._runs):
+        for group, run in enumerate(self.runs):
             fine = self.fine[group].astype(np.uint8)
             width = int(fine.sum())
             above = np.zeros((_ABOVE, cols), np.uint8)
@@ -225,17 +227,33 @@ class Direct:
                 above = bits[-_ABOVE:]
                 yield rows, group, bits
 
-    def _put_escapes(self, value: npt.NDArray[np.float32], at: Array, subset: Array, tail: bytes) -> float:
-        """Put in the values of escapes, given their places; returns the largest size in steps of any value."""
+    def escaped(self, at: Array, subset: Array, tail: bytes) -> tuple[npt.NDArray[np.float32], float]:
+        """Read the values of escapes.
+
+        Args:
+            at: their places among all weights, rising.
+            subset: of each.
+            tail: bytes of their symbols.
+
+        Returns:
+            Values, and the largest size in steps of any value of the matrix.
+
+        Raises:
+            CorruptError: there are other symbols than these, or one is out of range.
+        """
         symbols = np.array(read_zigzag(tail, len(at)), np.int64)
         if np.abs(symbols).max(initial=0) > self.largest:
             raise CorruptError("a trellis section holds a symbol out of range")
         rows, columns = np.divmod(at, self.shape[1])
-        group = np.searchsorted([run.start for run in self._runs], rows, "right") - 1
+        group = np.searchsorted([run.start for run in self.runs], rows, "right") - 1
         fine = self.fine[group, columns].astype(np.int64)
         more = OCTAVE * fine
         cls = np.clip(self.row_class[rows] + self.column_class[group, columns] + more, 1 + more, CLASSES - 1)
         steps = in_steps(symbols, fine, subset, self.shared.offset, cls)
         with np.errstate(over="ignore", invalid="ignore"):
-            value[rows, columns] = steps * self.row_scale[rows] * self.scale[group, columns]
-        return max(_IN_TABLES, float(np.abs(steps).max(initial=0)))
+            values = steps * self.row_scale[rows] * self.scale[group, columns]
+        return values, max(_IN_TABLES, float(np.abs(steps).max(initial=0)))
+
+    def safe(self, largest: float) -> bool:
+        """Return whether all values are finite, because a value of this size in steps would be."""
+        return largest * float(self.row_scale.max()) * max(1.0, float(self.scale.max())) < _SAFE
