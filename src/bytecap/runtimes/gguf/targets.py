@@ -21,6 +21,7 @@ from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.forward import pass_tokens
 from bytecap.model.quantized_copy import Values, copy_of, load_values
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
@@ -38,6 +39,9 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
         coding: the family of formats.
         found: the plan.
     """
+    if isinstance(job.model, StreamedModel):
+        job.reporter.note("targets that follow the coded prefix need the model in memory: left out")
+        return found
     model, members = job.model, _by_unit(items)
     units = [u for u in model.units if u.name in members and _whole(u.matrix_shape[0], members[u.name])]
     windows = leading(job.sets.statistics, TOKENS)
