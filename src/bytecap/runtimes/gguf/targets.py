@@ -40,6 +40,7 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
         found: the plan.
     """
     if isinstance(job.model, StreamedModel):
+        job.reporter.note("targets that follow the coded prefix need the model in memory: left out")
         return found
     model, members = job.model, _by_unit(items)
     units = [u for u in model.units if u.name in members and _whole(u.matrix_shape[0], members[u.name])]
