@@ -24,6 +24,8 @@ def main() -> None:
     """Measure every model at every number of bits."""
     p = parser(__doc__.split("\n")[0])
     p.add_argument("--bits", nargs="*", type=float, default=(2.5, 4.0))
+    p.add_argument("--method", default="bytecap")
+    p.add_argument("--dtype", default="source", help="bfloat16 for a source that is float32")
     args = p.parse_args()
     for name in args.model:
         original = load_model(args.models / name)
@@ -36,17 +38,17 @@ def main() -> None:
                 bytecap.fit(
                     args.models / name, f"{bits}bpp", calibration=texts(args.texts, "calib"), evaluation=held,
                     seed=args.seed, output=path, tokens=args.tokens, evaluation_tokens=1024, device=args.device,
-                    progress=False,
+                    method=args.method, progress=False,
                 )  # fmt: skip
                 found = {}
-                for dtype in ("float32", "source"):
+                for dtype in ("float32", args.dtype):
                     written = unpack(path, Path(place) / dtype, dtype=dtype)
                     coded = load_model(Path(place) / dtype).module
                     found[dtype] = by_window(original.module, coded, {"": {}}, windows)[""]
                     size = (Path(place) / dtype / "model.safetensors").stat().st_size
                     print(f"{name} {bits} {dtype}: written as {written}, {size:,} bytes", flush=True)
-            exact, rounded = found["float32"], found["source"]
-            row = {"benchmark": "unpack_dtype", "model": name, "bits": bits, "written": written}
+            exact, rounded = found["float32"], found[args.dtype]
+            row = {"benchmark": "unpack_dtype", "model": name, "method": args.method, "bits": bits, "written": written}
             row |= {
                 "kl_float32": float(exact.kl.sum() / exact.tokens.sum()),
                 "kl_source": float(rounded.kl.sum() / rounded.tokens.sum()),

@@ -6,7 +6,7 @@ import pytest
 
 from bytecap.errors import ArtifactError
 from bytecap.pipeline.chat_form import chat_form
-from bytecap.pipeline.generation import conversation
+from bytecap.pipeline.generation import conversations
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
@@ -42,17 +42,18 @@ def test_it_writes_what_the_template_does(files, template):
     talk = [
         {"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(["Hi", "<b>Ho</b>", "So?", "x", "y"])
     ]
-    for upto in (1, 3, 5):
-        assert form.text(talk[:upto]) == conversation(files(template), "m", talk[:upto])
+    talks = [talk[:1], talk[:3], talk]
+    assert [form.text(t) for t in talks] == conversations(files(template), "m", talks)
     assert set(form.control) >= {"<end>", "<s>"}
     assert ("<|im_end|>" in form.control) == (template == CHATML)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}",
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}",
         "{{ messages[-1].content }}",
         "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
         "{% for m in messages %}{{ '-' * m.content | length }}{{ m.content }}{% endfor %}",

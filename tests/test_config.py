@@ -24,7 +24,7 @@ from conftest import BUDGET, SMALL
 
 SOURCE = Path(bytecap.__file__).parent
 NAMES = [f.name for f in fields(FitConfig)]
-STUDIES = {"plan", "choose"}  # many fits under settings of their own, as `compare` in the lab; it makes one config
+STUDIES = {"plan", "choose", "score"}  # settings of their own: many fits, as `compare` in the lab, or none
 
 
 class TestOneList:

@@ -11,8 +11,11 @@ import torch
 import bytecap
 from bytecap.errors import CheckpointError, NotAnArtifact, UsageError
 from bytecap.format.ledger import total
+from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import load_model
+from bytecap.pipeline import memory
 from bytecap.pipeline.fit_gguf import fit_gguf
+from bytecap.progress import Silent
 from bytecap.runtimes.gguf.export import type_lines, write_plain
 from bytecap.runtimes.gguf.file import Stored, encode_plain, ledger, read_tensors, read_units, type_bytes, write
 from bytecap.runtimes.gguf.menu import allowed, parse_types
@@ -346,3 +349,48 @@ def test_llama_cpp_runs_a_fitted_file_as_predicted(made, model_directory, texts)
     p = model.module(torch.tensor([ids])).logits[0].log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     assert 0 < kl < 2 * made[0].report["kl_nats"] + 0.003
+
+
+class Told(Silent):
+    """Keeps what a job says."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message, *_):
+        self.notes.append(message)
+
+
+@pytest.mark.slow
+@pytest.mark.numeric
+@pytest.mark.parametrize(("kind", "size"), [("rotary", 60_000), ("biased", 60_000), ("transposed", 85_000)])
+def test_a_streamed_fit_gives_the_file_of_one_in_memory(
+    model_directory, texts, tmp_path, kind, size, monkeypatch
+) -> None:
+    directory, told, found = model_directory(kind, num_hidden_layers=3), Told(), []
+    for i, more in enumerate(({}, {"memory": "1MB"})):
+        with monkeypatch.context() as patch:
+            if not more:  # which alone would have targets behind the coded prefix
+                patch.setattr("bytecap.runtimes.gguf.plan.follow_prefix", lambda *given: given[-1])
+            found.append(bytecap.fit(
+                directory, size, format="gguf", output=tmp_path / f"{i}.gguf", reporter=told,
+                calibration=texts["calib"], evaluation=texts["val"], **more, **SMALL,
+            ))  # fmt: skip
+    assert len([n for n in told.notes if "the model is streamed" in n]) == 1
+    assert len([n for n in told.notes if "need the model in memory: left out" in n]) == 1
+    one, two = (f.report for f in found)
+    assert two["file_bytes"] == found[1].path.stat().st_size <= size
+    assert two["kl_nats"] == pytest.approx(one["kl_nats"], rel=0.05)
+    same = sum(found[0].types[n] == t for n, t in found[1].types.items())
+    assert same >= 0.8 * len(found[0].types)  # metrics are symmetric to the last bit only when streamed
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"format": "mlx"}, "the format mlx needs it in memory"), ({"recover": 1}, "recovery")]
+)
+def test_what_is_not_streamed_says_so(model_directory, options, reason) -> None:
+    config, told = FitConfig(10**9, **{"format": "gguf", "memory": "1MB", **options}), Told()
+    memory.open_model(model_directory("rotary"), config, "cpu", told, None)
+    assert len(told.notes) == 1
+    assert "is not streamed" in told.notes[0]
+    assert reason in told.notes[0]

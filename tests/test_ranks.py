@@ -140,6 +140,17 @@ def test_another_version_is_refused_and_both_are_named(tmp_path, monkeypatch, ot
     assert line.count("of 2 on ") >= 2
 
 
+def test_another_kind_of_device_is_refused_before_ranks_talk(tmp_path, monkeypatch):
+    def work(rank):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: rank == 0)
+        with distributed.joined("auto"):
+            raise AssertionError
+
+    line = line_of(several.together(2, work, tmp_path))
+    assert "computes on cuda" in line
+    assert "on cpu" in line
+
+
 class TestStatistics:
     @pytest.mark.parametrize("kind", KINDS)
     def test_sums_are_those_of_one_process(self, model_directory, tmp_path, kind):
@@ -345,7 +356,16 @@ class TestRefusals:
         assert what in line
         assert "one process" in line
 
-    def test_another_command(self, refused):
+    def test_another_command_than_fit(self, fitted, tmp_path):
+        path = tmp_path / "a.bcap"
+        path.write_bytes(fitted()[0].data)
+        assert "check is not divided" in line_of(several.together(2, several.command(["check", path]), tmp_path))
+
+    def test_a_misspelt_option(self, tmp_path):
+        found = several.together(2, several.command(["fit", "demo", "--bugdet", "3MB"]), tmp_path)
+        assert "--bugdet" in line_of(found)
+
+    def test_other_options(self, refused):
         line = refused("--seed", "1", others=["--seed", "2"])
         assert "the option seed differs: 1 for rank 0 of 2" in line
         assert "2 for rank 1 of 2" in line

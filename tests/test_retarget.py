@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import bytecap
+from bytecap.allocation import asymmetric_targets
+from bytecap.allocation.planner import Planner
 from bytecap.methods import bytecap as default
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from conftest import BUDGET, SMALL
@@ -42,3 +44,40 @@ def test_a_copy_gives_the_memory_of_its_values_back(names):
         again = names is None or name in names or not tensor.ndim
         assert (tensor.data_ptr() == module.state_dict()[name].data_ptr()) == again
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_rounds", [False, True])
+def test_integers_of_the_walk_are_stored(in_rounds, model_directory, texts, monkeypatch):
+    """Rounded again, the prefix would have other errors than those that targets make up for."""
+    walked, packed = {}, {}
+    costs, rounding = iter((1.0, 0.5)), Planner.round
+    monkeypatch.setattr(default, "_cost", lambda *_: next(costs))
+    if in_rounds:
+        monkeypatch.setattr(asymmetric_targets, "_chain_of", lambda *_: None)
+        monkeypatch.setitem(asymmetric_targets.ROUND_TOKENS, "cpu", 512)
+
+    def walk(planner, *args, **kwargs):
+        def spy(self, items, *rest):
+            found = rounding(self, items, *rest)
+            walked.update(found)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Planner, "round", spy)
+            return drift_targets(planner, *args, **kwargs)
+
+    def fit_units(planner, state, tables, size, budget, names, inner=default.fit_units):
+        packed["state"], packed["last"] = state, names
+        packed["found"] = inner(planner, state, tables, size, budget, names)
+        return packed["found"]
+
+    drift_targets = default.drift_targets
+    monkeypatch.setattr(default, "drift_targets", walk)
+    monkeypatch.setattr(default, "fit_units", fit_units)
+    bytecap.fit(model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
+    assert len(walked) > len(packed["last"])
+    for name, coded in walked.items():
+        np.testing.assert_array_equal(packed["state"].coded[name].code.symbols, coded.code.symbols)
+        if name not in packed["last"]:
+            assert packed["found"].state.coded[name] is packed["state"].coded[name]

@@ -29,6 +29,7 @@ _FACTORS = {
 _SIZE = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*bpp", re.IGNORECASE)
 _LISTED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^,]*|[^,]+")
+_MOST, _HIGHEST = 1 << 62, 1 << 10  # bytes; bits per parameter, where side files may be larger than a model
 _SIZES = "use bytes (3000000), 3MB (decimal) or 3MiB (binary)"
 _BUDGETS = "use bytes (3000000), 3MB (decimal), 3MiB (binary) or 3.5bpp (bits per parameter)"
 
@@ -62,6 +63,8 @@ def _parsed(size: int | str, forms: str) -> int:
         value = float(match[1].replace("_", "").replace(",", "")) * factor
     if value < 1:
         raise UsageError(f"the budget must be at least one byte, not {size}")
+    if value > _MOST:
+        raise UsageError(f"the size {str(size)[:40]} is more than any disk holds")
     return int(value)
 
 
@@ -76,7 +79,10 @@ def parse_budget(budget: int | str, parameters: int) -> int:
         UsageError: not a budget, or not at least one byte.
     """
     if isinstance(budget, str) and (match := _RATE.fullmatch(budget.strip())):
-        return parse_size(max(1, int(float(match[1]) * parameters / 8)) if float(match[1]) else 0)
+        rate = float(match[1])
+        if rate > _HIGHEST:
+            raise UsageError(f"{budget[:40]} is more bits per parameter than any number has")
+        return parse_size(max(1, int(rate * parameters / 8)) if rate else 0)
     return _parsed(budget, _BUDGETS)
 
 

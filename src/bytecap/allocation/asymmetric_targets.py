@@ -28,25 +28,24 @@ from torch import Tensor, nn
 
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.shared_inputs import LostError, Pair, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
 from bytecap.model.chain import Chain, find_chain
 from bytecap.model.forward import batch_tokens, batches
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
-from bytecap.model.quantized_copy import load_values, share_storage
+from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
 from bytecap.system import allocator
+from bytecap.system.ranks import ALONE, Ranks
+from bytecap.types import Unit
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
-
-
-class LostError(Exception):
-    """A pass did not call its modules in the order of the stages."""
 
 
 class _Walk:
@@ -191,37 +190,88 @@ def drift_targets(
     units = {p.unit.name: p for p in planner.matrices}
     if not order:
         return {}
-    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     staged = {n for names in order for n in names}
     load_values(quantized_copy, unit_values(planner, state, [n for n in planner.names if n not in staged]))
     change: dict[str, Tensor] = {}
+
+    def stage(names: Sequence[str], found: Moments, rounds_before: int) -> Values:
+        members = _aimed([units[n] for n in names], found, strength, change, rounds_before)
+        prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
+        return unit_values(planner, prefix, names)
+
+    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
+    walk_stages(
+        order, original, quantized_copy, windows, stage, tokens=batch_tokens(vocabulary), device=device,
+        advance=advance, ranks=planner.ranks,
+    )  # fmt: skip
+    return change
+
+
+@torch.no_grad()
+def walk_stages(
+    order: Sequence[Sequence[str]],
+    original: nn.Module,
+    quantized_copy: nn.Module,
+    windows: Sequence[Window],
+    stage: Callable[[Sequence[str], Moments, int], Values],
+    *,
+    tokens: int,
+    device: str,
+    advance: Advance,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Walk both models stage by stage, and load into the copy what is made of every stage.
+
+    Args:
+        order: unit names, stage by stage in calling order.
+        original: untouched model.
+        quantized_copy: a copy of it that holds the values of units that are in no stage.
+        windows: to walk.
+        stage: given a stage's units, the moments of their inputs and the number of rounds before, returns values.
+        tokens: of a batch.
+        device: torch device.
+        advance: called with the share of the work that is done.
+        ranks: processes that share the passes.
+
+    Raises:
+        LostError: a pass did not call its modules in this order.
+    """
+    staged = {n for names in order for n in names}
     chain = _chain_of(original, windows, device)
     groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
-        data = list(passes_of(chosen, batch_tokens(vocabulary), device))
-        walks = [_walks(model, data, _points(model, order, chain)) for model in (original, quantized_copy)]
+        data = list(passes_of(chosen, tokens, device))
+        own = of_rank(data, ranks)
+        walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
-            for point, stages_there in groupby(order, lambda names: _point(names, chain)):
-                del point
-                calls = [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+            for _, stages_there in groupby(order, lambda names: _point(names, chain)):
+                calls = together(ranks, partial(_calls, walks))
                 share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
                 for names in stages_there:
                     inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
                     found = Moments()
-                    for pair, (_, mask) in zip(calls, data, strict=True):
-                        x, seen = (c.input_of(m, chain) for c, m in zip(pair, inner, strict=True))
+                    pairs = shared_inputs(ranks, partial(_inputs, calls, inner, chain), len(data), device)
+                    for (x, seen), (_, mask) in zip(pairs, data, strict=True):
                         found.add(x, seen, mask)
-                    members = _aimed([units[n] for n in names], found, strength, change, number)
-                    prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
-                    load_values(quantized_copy, unit_values(planner, prefix, names))
-                    del members, prefix, found
+                    load_values(quantized_copy, stage(names, found, number))
+                    del found, pairs
                     allocator.release()
                     advance(1 / len(order) / len(groups))
                 del calls
         finally:
             for walk in (w for group in walks for w in group):
                 walk.cancel()
-    return change
+
+
+def _calls(walks: Sequence[Sequence[_Walk]]) -> list[tuple[_Call, _Call]]:
+    """Let all passes go on to their next point."""
+    return [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
+
+
+def _inputs(calls: Sequence[tuple[_Call, _Call]], inner: Sequence[nn.Module], chain: Chain | None) -> Iterator[Pair]:
+    """Yield the inputs of a stage's module in both models, pass by pass."""
+    for one, other in calls:
+        yield one.input_of(inner[0], chain), other.input_of(inner[1], chain)
 
 
 def _aimed(
@@ -283,8 +333,13 @@ def _forward(ids: Tensor, model: nn.Module) -> Any:
 
 def call_order(planner: Planner, model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
     """Return the units that can be given targets, stage by stage in calling order; none if batches disagree on it."""
-    units = {p.unit.name: p.unit for p in planner.matrices}
-    order = [[n for n in names if n in units and not units[n].aliases] for names in _stages_of(model, windows, device)]
+    return order_of([p.unit for p in planner.matrices], model, windows, device)
+
+
+def order_of(units: Sequence[Unit], model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
+    """Return the names of those units that can be given targets, see `call_order`."""
+    known = {u.name for u in units if not u.aliases}
+    order = [[n for n in names if n in known] for names in _stages_of(model, windows, device)]
     return [names for names in order if names]
 
 
@@ -317,5 +372,5 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     return groups
 
 
-def _walks(model: nn.Module, data: list[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
+def _walks(model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
     return [_Walk(model, run, points) for run, _ in data]

@@ -137,9 +137,10 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
     inside = model.streamed.chain.holds  # rows of tables differ too much for samples
     few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in ready.planner.matrices]
-    sample = replace(ready.planner, matrices=few) if any(isinstance(p, Sample) for p in few) else None
+    keep = keeper(model.scratch)
+    sample = replace(ready.planner, matrices=few, keep=keep) if any(isinstance(p, Sample) for p in few) else None
     planner = replace(
-        ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch), sample=sample
+        ready.planner, keep=keep, keep_section=partial(_kept, model.scratch), sample=sample
     )  # fmt: skip
     return replace(ready, planner=planner)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, LostError, passes_of, rounds
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, passes_of, rounds
 from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.shared_inputs import LostError, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model.forward import batch_tokens
 from bytecap.model.linears import linear_weights
@@ -27,6 +29,7 @@ from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
 from bytecap.quantization.stored import StoredPrepared
 from bytecap.system import allocator
+from bytecap.system.ranks import Ranks
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.system.slabs import slabs
 
@@ -69,7 +72,7 @@ def streamed_targets(
     groups = rounds(windows, ROUND_TOKENS[original.device.type])
     for chosen in groups:
         data = list(passes_of(chosen, batch_tokens(vocabulary), str(original.device)))
-        walk = _Walk([original, quantized_copy], data, order)
+        walk = _Walk([original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks)
         try:
             for names in walk.stages():
                 work.stage(walk, names, [mask for _, mask in data])
@@ -91,12 +94,13 @@ class _Targets:
 
     def stage(self, walk: _Walk, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
         """Aim the units of one stage, and code them for the passes that go on."""
-        found = Moments()
-        for (x, seen), mask in zip(walk.inputs(), masks, strict=True):
+        found, device = Moments(), str(self._units[names[0]].device)
+        pairs = shared_inputs(self._planner.ranks, walk.inputs, len(masks), device)
+        for (x, seen), mask in zip(pairs, masks, strict=True):
             found.add(x, seen, mask)
         fix, granted = found.fit([trial_of(self._units[n]) for n in names], self._strength)
         fix *= granted
-        del found
+        del found, pairs
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]
@@ -123,8 +127,10 @@ def moved(item: Prepared, change: KeptTensor) -> Prepared:
 class _Walk:
     """Passes of two models that stop at every stage, with one block of each in memory."""
 
-    def __init__(self, lanes: Sequence[Streamed], data: Sequence[Any], order: Sequence[Sequence[str]]) -> None:
-        self._lanes, self._order = lanes, order
+    def __init__(
+        self, lanes: Sequence[Streamed], data: Sequence[Any], order: Sequence[Sequence[str]], ranks: Ranks
+    ) -> None:
+        self._lanes, self._order, self._ranks = lanes, order, ranks
         self._stops = [[linear_weights(x.module)[names[0]][0] for names in order] for x in lanes]
         self._passes = [
             [Pass(x, run, stops) for run, _ in data] for x, stops in zip(lanes, self._stops, strict=True)
@@ -163,6 +169,9 @@ class _Walk:
 
     def _advance(self, number: int | None) -> None:
         """Let all passes go on to a stage, or to the next block."""
+        together(self._ranks, partial(self._go, number))
+
+    def _go(self, number: int | None) -> None:
         self._found = [[p.advance() for p in group] for group in self._passes]
         for stops, group in zip(self._stops, self._passes, strict=True):
             if any((p.at is not stops[number]) if number is not None else p.at in stops for p in group):

@@ -101,6 +101,12 @@ def trial_of(item: Prepared) -> tuple[Tensor, Tensor]:
     return rows, item.rows[::every] * float(item.lower.diagonal().square().mean())
 
 
+def trial_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `trial_of` does, of a matrix (rows, cols) and the weight of every row's error (rows,)."""
+    every = -(-len(weight) // _TRIED)
+    return weight[::every], rows[::every].to(weight.device)
+
+
 def _solved(a: Tensor, c: Tensor, ridge: float) -> Tensor:
     damped = a.clone()
     damped.diagonal().add_(max(ridge * float(a.diagonal().mean()), _NOTHING))

@@ -34,6 +34,8 @@ from bytecap.cli.ledger import ledger
 from bytecap.cli.thesis import thesis
 from bytecap.cli.tie import tie
 from bytecap.cli.unpack import unpack
+from bytecap.errors import UsageError
+from bytecap.system.ranks import started
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -60,12 +62,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     del debug, version  # read in `main`, which sees errors of every command
+    if started() and context.invoked_subcommand not in {None, "fit"}:
+        raise UsageError(f"{context.invoked_subcommand} is not divided among ranks: start it as one process")
 
 
 def main() -> None:
@@ -87,11 +92,24 @@ def main() -> None:
     except BaseException as exc:
         if debug or not (isinstance(exc, Exception) or type(exc).__name__ == "PanicException"):
             raise
-        code = complain(exc)
+        code = _complain_once(exc)
     if code == 130:
         sys.stderr.write("\ninterrupted; no partial file is left behind\n")
     if isinstance(code, int) and code:
         raise SystemExit(code)
+
+
+def _complain_once(exc: BaseException) -> int:
+    """Print one line for an error, which one of several ranks says for all; returns the exit code."""
+    if not started() or isinstance(exc, typer.Exit | typer.Abort):
+        return complain(exc)
+    from bytecap.system.distributed import joined
+
+    try:
+        with joined("cpu", complain):
+            raise exc
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
 
 
 def _end_in_order() -> None:

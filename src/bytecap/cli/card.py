@@ -12,6 +12,7 @@ import typer
 from bytecap.cli.common import Artifact, check_inputs, check_output
 from bytecap.errors import UsageError
 from bytecap.escape import shown
+from bytecap.system.atomic import read_regular
 
 
 def card(
@@ -52,7 +53,7 @@ def _figures(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError) as exc:
         raise UsageError(f"cannot read {path}: give what `bytecap fit --json` printed") from exc
     if not isinstance(found, dict):

@@ -24,10 +24,11 @@ from typing import Any
 from torch import nn
 
 from bytecap.allocation import correction, plans
-from bytecap.allocation.asymmetric_targets import LostError, call_order, drift_targets
+from bytecap.allocation.asymmetric_targets import call_order, drift_targets
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
+from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.streamed_targets import moved, streamed_targets
 from bytecap.calibration.statistics import moments
 from bytecap.calibration.sums import Statistics

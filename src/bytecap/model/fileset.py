@@ -98,7 +98,9 @@ def weight_files(directory: Path) -> list[Path]:
         raise CheckpointError(
             f"{directory} was being written when its writer was killed; write it again: its old files return first"
         )
-    others = sorted(directory.glob("*.safetensors"))
+    if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
+        raise CheckpointError(f"{directory} holds a {WEIGHTS} or {INDEX} that is a device, a pipe or a directory")
+    others = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
     if others:
         raise CheckpointError(f"{directory} holds {others[0].name}, but weights are read from {WEIGHTS}: rename it")
     ggufs = sorted(directory.glob("*.gguf"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bytecap.format.coders.exact import is_lossless
 from bytecap.model.bounds import hurried
 from bytecap.model.building import check_config, check_holds, quiet
 from bytecap.model.fileset import TOKENIZER
+from bytecap.system.atomic import open_regular
 
 SUFFIX = ".gguf"
 _DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # the config says them too
@@ -82,7 +84,7 @@ def check_header(path: Path) -> None:
     Raises:
         CheckpointError: it is no GGUF file, or a damaged one.
     """
-    with path.open("rb") as f:
+    with open_regular(path, os.O_RDONLY, follow=True) as f:
         size = path.stat().st_size
         content = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         try:

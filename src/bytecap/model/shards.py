@@ -20,6 +20,7 @@ import numpy.typing as npt
 from bytecap.errors import TextError, UsageError
 from bytecap.model.sources import CORRECTION_TOKENS
 from bytecap.model.texts import Text, TokenSets, Window, split_sets
+from bytecap.system.atomic import read_regular
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 _MARK = "\u2581"  # SentencePiece's leading space
@@ -121,7 +122,7 @@ def _from_pieces(path: Path) -> ByteCounts:
     except ImportError as exc:
         raise UsageError("SentencePiece models need the extra package: pip install 'bytecap[golf]'") from exc
     try:
-        model: Any = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        model: Any = sentencepiece.SentencePieceProcessor(model_proto=read_regular(path))
     except (OSError, RuntimeError) as exc:
         raise TextError(f"{path} is no SentencePiece model: {exc}") from exc
     size, space, control = np.zeros(len(model), np.int64), np.zeros(len(model), bool), np.zeros(len(model), bool)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from bytecap.errors import ArtifactError
 from bytecap.model.tokenization import is_there, read_tokenizer
-from bytecap.pipeline.generation import conversation, special_tokens, template_of
+from bytecap.pipeline.generation import conversations, special_tokens, template_of
 
 _MOST = 20_000  # characters of all texts: a page is no place for more
 _WORDS = ("qvxalpha", "zwkbeta", "jqxgamma", "vkzdelta", "xqjepsilon")
@@ -63,13 +63,14 @@ def chat_form(files: Mapping[str, bytes], name: str) -> ChatForm | None:
         return None
     other = ArtifactError(f"the chat template of {name} does more than join texts around messages")
     talk = _talk(_WORDS)
-    before, *rest = _split(conversation(files, name, talk[:3]), _WORDS[:3], other)
+    talks = [talk[:3], talk[:1], talk, _talk(("Yes?", "no.", "A b\nc", "1", "ß"))]
+    written = conversations(files, name, talks)
+    before, *rest = _split(written[0], _WORDS[:3], other)
     form = ChatForm(before, rest[0], rest[1], _control(files, before + "".join(rest)))
     if rest[2] != form.asked or len(before + "".join(rest)) > _MOST:
         raise other
-    for said in (talk[:1], talk, _talk(("Yes?", "no.", "A b\nc", "1", "ß"))):
-        if conversation(files, name, said) != form.text(said):
-            raise other
+    if [form.text(said) for said in talks] != written:
+        raise other
     return form
 
 

@@ -18,7 +18,8 @@ from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model
+from bytecap.pipeline import memory
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.quality import Measured, quality, say_narrow
 from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
@@ -33,6 +34,7 @@ from bytecap.runtimes.directory.tensors import write
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, figures, solve
+from bytecap.runtimes.gguf.targets import follow_prefix
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import check_budget, format_size, parse_budget
 from bytecap.system.cache import Store
@@ -46,7 +48,9 @@ def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig
     """Fit a checkpoint to a directory for each config; they differ in their budgets."""
     for c in configs:
         check_budget(c.budget)
-    loaded = model if isinstance(model, Model) else load_model(model)
+    first = configs[0]
+    told, device = reporter_for(first.reporter, first.progress), choose_device(first.device)
+    loaded = model if isinstance(model, Model) else memory.open_model(model, first, device, told, None)
     return [_fit_one(loaded, c) for c in configs]
 
 
@@ -84,6 +88,8 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     plain = solve(
         job, items, coding_of(contents), lambda curves: _allocate(contents, curves, cap), contents.groups
     )  # fmt: skip
+    if not config.dry_run:
+        plain = follow_prefix(job, items, coding_of(contents), plain)
     tuned = job.recover is not None and not config.dry_run
     found, record = tune_blocks(job, contents.tuned(), items, plain, contents.float_type) if tuned else (plain, {})
     result = _finish(

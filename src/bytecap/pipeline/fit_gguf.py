@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +24,13 @@ from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
+from bytecap.model import streaming
 from bytecap.model.checkpoint import Model, load_model
 from bytecap.model.defaults import TOKENS
+from bytecap.model.quantized_copy import Values
 from bytecap.model.sources import Paths, as_paths, load_sets
+from bytecap.model.streamed_checkpoint import StreamedModel
+from bytecap.pipeline import memory
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.quality import Measured, quality, say_narrow
 from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
@@ -78,10 +82,11 @@ def fit_gguf_configs(
     first = configs[0]
     menu, device, _ = parse_types(first.types), choose_device(first.device), effort_of(first.recover)
     library()
-    loaded = model if isinstance(model, Model) else load_model(model)
+    told = reporter_for(first.reporter, first.progress)
+    loaded = model if isinstance(model, Model) else memory.open_model(model, first, device, told, None)
     path = first.template
     template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
-    found = []
+    found: list[RuntimeModel] = []
     for c in configs:
         frame = _frame(loaded, menu, c.pure, template, reporter_for(c.reporter, c.progress))
         found.append(_fit_one(loaded, frame, c, device))
@@ -110,7 +115,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     store = config.store if isinstance(config.store, Store) else Store(config.store)
     sets = token_sets(model, config, device, store, reporter, correction_tokens=held_tokens(config))
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
-    model.module.to(device)
+    (streaming.of(model.module) or model.module).to(device)
     items = calibrated(job, frame.layout, frame.types)
     plain = solve(job, cap - frame.fixed, items)
     tuned = job.recover is not None and not config.dry_run
@@ -228,7 +233,7 @@ def _finish(
 
 
 def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found) -> list[file.Stored]:
-    """All tensors with their bytes."""
+    """All tensors with their bytes, which are made as they are written where the model is streamed."""
 
     def one(p: Place) -> file.Stored:
         if p.name in types:
@@ -237,13 +242,19 @@ def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found
             return _stored(p, None, frame.types, file.encode_plain("F32", found.vectors[p.name]))
         return exact(model, p)
 
+    def later(p: Place) -> file.Stored:
+        return _stored(p, types.get(p.name), frame.types, lambda: one(p).data)
+
+    if isinstance(model, StreamedModel):
+        return [later(p) for p in frame.layout.places]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(one, frame.layout.places))
 
 
 def _measured(job: Job, frame: _Frame, path: Path) -> Measured:
     """Scores of a file on disk."""
-    values = file.read_units(path, frame.layout, job.model.units)
+    read: Callable[..., Values] = file.read_each if isinstance(job.model, StreamedModel) else file.read_units
+    values: Values = read(path, frame.layout, job.model.units)
     return measure(job.model, values, job.sets, job.device, job.reporter)
 
 

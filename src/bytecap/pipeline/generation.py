@@ -217,10 +217,15 @@ def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str,
     Raises:
         ArtifactError: there is no template, or it fails.
     """
+    return conversations(files, name, [messages])[0]
+
+
+def conversations(files: Mapping[str, bytes], name: str, talks: Sequence[list[dict[str, str]]]) -> list[str]:
+    """Do what `conversation` does for several of them, in one process."""
     template = template_of(files)
     if template is None:
         raise ArtifactError(f"{name} has no chat template: leave --chat out, and the prompt is continued as it is")
-    asked = {"template": template, "messages": messages, "special": special_tokens(files)}
+    asked = {"template": template, "talks": list(talks), "special": special_tokens(files)}
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / _ASKED).write_text(json.dumps(asked), "utf-8")
         why = call_apart(render, Path(directory), memory=_TEMPLATE_MEMORY)
@@ -231,11 +236,11 @@ def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str,
             raise ArtifactError(f"the chat template of {name} cannot be rendered: {why}")
         if made.stat().st_size > _MOST_RENDERED:
             raise ArtifactError(f"the chat template of {name} writes {made.stat().st_size:,} bytes for a few words")
-        return made.read_bytes().decode()
+        return list(map(str, json.loads(made.read_bytes())))
 
 
 def render(directory: str) -> None:
-    """Put the messages of a directory's file into its template, which is a program; run in a process of its own."""
+    """Put the conversations of a directory's file into its template, which is a program; in a process of its own."""
     import tokenizers
     import transformers
 
@@ -243,10 +248,9 @@ def render(directory: str) -> None:
     asked = json.loads((Path(directory) / _ASKED).read_text("utf-8"))
     plain: Any = transformers.PreTrainedTokenizerFast
     tokenizer = plain(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()), **asked["special"])
-    text = tokenizer.apply_chat_template(
-        asked["messages"], chat_template=asked["template"], tokenize=False, add_generation_prompt=True
-    )
-    (Path(directory) / _RENDERED).write_text(str(text), "utf-8", newline="")
+    template = {"chat_template": asked["template"], "tokenize": False, "add_generation_prompt": True}
+    texts = [str(tokenizer.apply_chat_template(talk, **template)) for talk in asked["talks"]]
+    (Path(directory) / _RENDERED).write_text(json.dumps(texts, ensure_ascii=False), "utf-8", newline="")
 
 
 def template_of(files: Mapping[str, bytes]) -> str | None:

@@ -27,6 +27,7 @@ from bytecap.model.fileset import Header, read_headers
 from bytecap.model.streamed_artifact import streamed_module
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
 from bytecap.pipeline import several
+from bytecap.pipeline.formats import OURS, format_of
 from bytecap.progress import Reporter
 from bytecap.runtimes import hub
 from bytecap.sizes import parse_size
@@ -36,6 +37,7 @@ from bytecap.system.scratch import Scratch
 _A_PARAMETER = {"cpu": 16, "cuda": 20}  # bytes that a fit in memory takes of the device, measured
 _HOST = 8  # bytes a parameter that a fit on a GPU takes of the machine besides
 _BASE = {"cpu": 700_000_000, "cuda": 3_000_000_000}
+_STREAMED = {OURS, "gguf"}  # formats
 _A_VALUE = 4  # bytes a parameter that a model takes to be scored
 _BLOCKS = 8  # times the largest block and what is outside the chain, in float32, that a streamed fit takes
 
@@ -140,6 +142,9 @@ def _reason(config: FitConfig) -> str | None:
     """Why options ask for a model in memory."""
     if config.method != "bytecap":
         return f"method {config.method} needs it in memory"
+    kind = format_of(config)
+    if kind not in _STREAMED or config.template is not None:
+        return f"the format {kind} needs it in memory" if kind not in _STREAMED else "a template needs it in memory"
     if config.recover is not None or config.paths or config.given:
         return "recovery, overlays and given sections need it in memory"
     return "an update of a base needs it in memory" if config.base else None

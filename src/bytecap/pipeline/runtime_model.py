@@ -11,20 +11,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
+from bytecap.calibration import finite
+from bytecap.calibration.collectors import Use
 from bytecap.calibration.statistics import moments
+from bytecap.calibration.streamed import probe_streamed
 from bytecap.format.ledger import Entry
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluation import Comparison, paired_stderr
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.quantized_copy import Values, copy_of, load_values
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
 from bytecap.pipeline.quality import Measured, compare, quality
 from bytecap.progress import Reporter
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
+from bytecap.runtimes.gguf.stored import StoredMetric, stored_items
 
 HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
 
@@ -65,6 +68,10 @@ def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -
         layout: every tensor's place.
         types: what each may be stored as.
     """
+    if isinstance(job.model, StreamedModel):
+        items = _streamed(job, job.model, layout, types)
+        with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
+            return choose_shrinkage(items, advance)
     seen = moments(job)
     held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
     items = items_of(job.model, layout, seen, held, types, job.device)
@@ -72,9 +79,27 @@ def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -
         return choose_shrinkage(items, advance)
 
 
-def measure(
-    model: Model, values: Mapping[str, npt.NDArray[Any]], sets: TokenSets, device: str, reporter: Reporter
-) -> Measured:
+def _streamed(job: Job, model: StreamedModel, layout: Layout, types: Mapping[str, tuple[str, ...]]) -> list[Item]:
+    """The tensors of a streamed model, their metrics in work files."""
+    kept: list[dict[str, StoredMetric]] = []
+    for windows in (job.sets.statistics, job.sets.correction):
+        tokens, found = sum(w.predicted for w in windows), dict[str, StoredMetric]()
+
+        def sink(name: str, uses: list[Use], tokens: int = tokens, found: dict[str, StoredMetric] = found) -> None:
+            finite.check_uses(name, uses)
+            found[name] = StoredMetric(uses, tokens, model.scratch)
+
+        with job.reporter.step("statistics", tokens) as advance:
+            probe_streamed(
+                model.streamed, model.units, windows, sink=sink, scratch=model.scratch, seed=job.seed,
+                progress=advance, note=job.reporter.note,
+            )  # fmt: skip
+        kept.append(found)
+    both = {n: (kept[0].get(n), kept[1].get(n)) for n in kept[0].keys() | kept[1].keys()}
+    return stored_items(model, layout, both, types, job.device)
+
+
+def measure(model: Model, values: Values, sets: TokenSets, device: str, reporter: Reporter) -> Measured:
     """Scores of values read back from disk against the original, one for each text."""
     quantized_copy = copy_of(model.module)
     load_values(quantized_copy, values)

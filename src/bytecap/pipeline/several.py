@@ -23,6 +23,7 @@ from bytecap.system.cache import Store, digest
 from bytecap.system.ranks import ALONE, Ranks
 from bytecap.system.shared_store import SharedStore
 
+_LONGEST = 200  # characters of an option that are shown
 _SAMPLED = 64  # values of a tensor, and tensors of a streamed model, that say which checkpoint it is
 _OWN = {"ranks", "reporter", "progress", "store"}  # options that ranks may have different ones of
 _ONE = "fit it with one process"
@@ -48,7 +49,7 @@ def check_options(model: Any, configs: Sequence[FitConfig]) -> None:
     ranks = ranks_of(config)
     if ranks.size == 1:
         return
-    words = {f"the option {f.name}": repr(getattr(config, f.name)) for f in fields(config) if f.name not in _OWN}
+    words = {f"the option {f.name}": _shown(getattr(config, f.name)) for f in fields(config) if f.name not in _OWN}
     ranks.agree({"the model": named(model), "the budgets": [str(c.budget) for c in configs], **words})
     ours = config.method == "bytecap"
     for wrong, what in (
@@ -57,6 +58,12 @@ def check_options(model: Any, configs: Sequence[FitConfig]) -> None:
     ):  # fmt: skip
         if wrong:
             raise UsageError(f"{what} is not divided among ranks: {_ONE}")
+
+
+def _shown(value: Any) -> str:
+    """Return an option's value, or a hash of a long one, such as packed code."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else digest(text)
 
 
 def refuse(config: FitConfig, what: str) -> None:

@@ -7,7 +7,7 @@ thousands of matrices holds a few numbers of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -144,8 +144,12 @@ class Sample(StoredPrepared):
 
     def scaled(self, coded: Coded) -> Coded:
         """Costs and counts of all rows, without symbols, which nobody asks a sample for."""
-        code = replace(coded.code, symbols=coded.code.symbols[:0])
-        return Coded(code, coded.distortion * self._every, coded.counts * self._every)
+        code, none = coded.code, np.zeros((0, self._shape[1]), np.int8)
+        code = GridCode(
+            code.step, none, code.column_step, code.column_class, code.row_step, code.row_class, code.first, code.memory
+        )  # fmt: skip
+        scaled = Coded(code, coded.distortion * self._every, coded.counts * self._every)
+        return StoredCoded(scaled, self._scratch)
 
 
 def kept_rows(kept: KeptTensor, device: torch.device) -> Rows:

@@ -11,6 +11,7 @@ from typing import Any
 
 from bytecap.errors import BytecapError, OutputError
 from bytecap.report.plain import finite
+from bytecap.system.atomic import read_regular
 
 Record = dict[str, Any]
 
@@ -22,7 +23,7 @@ def read_lines(path: Path) -> list[Record]:
         OutputError: the file cannot be read.
     """
     try:
-        text = path.read_text("utf-8") if path.exists() else ""
+        text = read_regular(path).decode("utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as exc:
         raise OutputError(f"cannot read the runs in {path}: {exc}") from exc
     found = []

@@ -30,6 +30,7 @@ from bytecap.format.ledger import Entry
 from bytecap.format.sidefiles import source_tensors
 from bytecap.model.building import parse_object
 from bytecap.model.fileset import INDEX, SIDE_FILES, SLOW_TOKENIZER_FILES, WEIGHTS
+from bytecap.system.atomic import read_regular
 
 METHOD = "bytecap"  # the `quant_method` of a config
 FILE = "model.bcap"
@@ -196,6 +197,6 @@ def _quantization(content: bytes, name: str) -> Mapping[str, Any]:
 
 def _content(directory: Path, name: str) -> bytes:
     try:
-        return (directory / name).read_bytes()
+        return read_regular(directory / name)
     except OSError as exc:
         raise CheckpointError(f"cannot read {directory / name}: {exc.strerror}") from exc

@@ -150,6 +150,16 @@ def open_regular(path: Path, flags: int, *, follow: bool = False) -> BinaryIO:
         raise
 
 
+def read_regular(path: Path) -> bytes:
+    """Read a file, also through links, but nothing that has no end or waits for a writer.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, a device or a directory.
+    """
+    with open_regular(path, os.O_RDONLY, follow=True) as f:
+        return f.read()
+
+
 def open_to_others(path: Path, mode: int) -> None:
     """The rights that a file or directory made in the usual way has."""
     mask = os.umask(0)

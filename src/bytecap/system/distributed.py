@@ -63,20 +63,19 @@ def joined(device: str = "auto", tell: Tell = say) -> Iterator[Ranks]:
         if device != "cpu":
             _own_gpu(int(os.environ.get("LOCAL_RANK", rank)))
         cuda = device != "cpu" and torch.cuda.is_available()
+        _same_device(watch, "cuda" if cuda else "cpu")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=_WAIT
         )  # fmt: skip
         if cuda:  # all ranks have to begin together; later some only send to one another
             _collective(dist.broadcast, torch.zeros(1, device="cuda"), 0)
-        try:
-            found = _Joined(watch, "cuda" if cuda else "cpu")
-            with warnings.catch_warnings():
-                if rank:  # rank 0 is warned of the same
-                    warnings.simplefilter("ignore")
-                yield found
-                found.all("the end")
-        finally:
-            watch.over()
+        found = _Joined(watch, "cuda" if cuda else "cpu")
+        with warnings.catch_warnings():
+            if rank:  # rank 0 is warned of the same
+                warnings.simplefilter("ignore")
+            yield found
+            found.all("the end")
+        watch.over()
         dist.destroy_process_group()
 
 
@@ -101,6 +100,17 @@ def _same_version(watch: Watch) -> None:
             raise UsageError(
                 f"{watch.who(watch.rank)} runs bytecap {__version__} ({library().split()[1][:8]}), {watch.who(other)} "
                 f"{place['version']} ({place['library'].split()[1][:8]}): install the same on every host"
+            )
+
+
+def _same_device(watch: Watch, device: str) -> None:
+    """Refuse ranks that compute on different kinds of devices, which could not even talk to one another."""
+    found = watch.told("device", device)
+    for other, theirs in enumerate(found):
+        if theirs != found[0]:
+            raise UsageError(
+                f"{watch.who(0)} computes on {found[0]}, {watch.who(other)} on {theirs}: start as many processes on a "
+                "host as it has GPUs, or use --device cpu"
             )
 
 

@@ -71,6 +71,11 @@ class Watch:
         self._reader, self._writer = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True, name="bytecap-watch")
 
+    def told(self, what: str, value: str) -> list[str]:
+        """Tell all ranks a value through the store, and return what they tell; before anything else connects them."""
+        self._store.set(f"{what}/{self.rank}", value)
+        return [self._store.get(f"{what}/{r}").decode() for r in range(self.size)]
+
     def who(self, rank: int) -> str:
         """Describe a rank."""
         return f"rank {rank} of {self.size} on {self.places[rank]['host']}"
@@ -175,7 +180,8 @@ class Watch:
         """Whether this rank is the one that speaks."""
         with contextlib.suppress(RuntimeError):
             return int(self._store.add("claimed", 1)) == 1
-        return self.rank == 0  # the store is gone
+        host = self.places[self.rank]["host"]  # the store is gone: one on every host
+        return self.rank == min(r for r, p in enumerate(self.places) if p["host"] == host and _lives(p["pid"]))
 
     def _announce(self) -> None:
         """Tell all other ranks to end, and wait a little for them: the store may end with this process."""

@@ -19,6 +19,7 @@ from bytecap.errors import UsageError
 from bytecap.model.checkpoint import Model
 from bytecap.model.tokenization import is_there, read_tokenizer
 from bytecap.pipeline.generation import special_tokens
+from bytecap.system.atomic import read_regular
 
 Scores = dict[str, list[float]]  # by task and metric: a value for every question
 _NAME = re.compile(r"^task:\s*['\"]?([\w.-]+)['\"]?\s*(?:#.*)?$", re.MULTILINE)
@@ -38,7 +39,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
     found = []
     for path in paths:
         try:
-            match = _NAME.search(Path(path).read_text("utf-8"))
+            match = _NAME.search(read_regular(Path(path)).decode("utf-8"))
         except (OSError, UnicodeDecodeError) as exc:
             raise UsageError(f"cannot read the task file {path}") from exc
         if match is None:

@@ -21,7 +21,7 @@ from bytecap.errors import CheckpointError, UsageError
 from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry
 from bytecap.model.checkpoint import Model
-from bytecap.model.fileset import read_side_files
+from bytecap.model.fileset import read_config
 from bytecap.model.linears import linear_weights
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import Family, family
@@ -244,7 +244,7 @@ def read_units(kind: Family, directory: Path, units: Sequence[Unit]) -> dict[str
         CheckpointError: the weights are damaged or incomplete.
     """
     tensors = read(directory / WEIGHTS)
-    schemes = kind.read(json.loads((directory / CONFIG).read_bytes()))
+    schemes = _schemes(kind, directory)
     found = {}
     for unit in units:
         base = unit.name.removesuffix(".weight")
@@ -273,23 +273,40 @@ def _codes(
     raise CheckpointError(f"the tensors of {base[:-1]} are not what the scheme {scheme} asks for")
 
 
+def _schemes(kind: Family, directory: Path) -> dict[str, str]:
+    """Return the scheme of every module, as a directory's config says it.
+
+    Raises:
+        CheckpointError: it says none that the family has.
+    """
+    try:
+        found = kind.read(read_config(directory))
+        for scheme in found.values():
+            kind.scheme(scheme)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as exc:
+        raise CheckpointError(f"{directory / CONFIG} describes no scheme of {kind.name}: write it anew") from exc
+    return found
+
+
 def ledger_of(directory: Path) -> list[Entry]:
     """Owner and kind of every byte of a directory, whose family its `config.json` tells.
 
     Raises:
-        CheckpointError: it is no model directory, or of no family here.
+        CheckpointError: it is no model directory, or of no family here and without a file of weights.
     """
-    config = json.loads(read_side_files(directory)[CONFIG])
+    config = read_config(directory)
     for name, key in (("mlx", "quantization"), ("compressed-tensors", "quantization_config")):
         if key in config:
             return ledger(family(name), directory)
+    if (directory / WEIGHTS).is_file():  # a budget that holds everything as it is
+        return ledger(family("compressed-tensors"), directory)
     raise CheckpointError(f"{directory} is quantized neither for MLX nor as compressed-tensors")
 
 
 def ledger(kind: Family, directory: Path) -> list[Entry]:
     """Owner and kind of every byte of a directory."""
     tensors = read(directory / WEIGHTS)
-    schemes = kind.read(json.loads((directory / CONFIG).read_bytes()))
+    schemes = _schemes(kind, directory)
     entries, data = [], 0
     for t in tensors.values():
         base, _, suffix = t.name.rpartition(".")

@@ -29,7 +29,7 @@ def coding_of(contents: Contents) -> Coding:
         return plain_values(weight, contents.float_type)
 
     def rate(item: Item, name: str) -> int:
-        rows, cols = item.weight.shape
+        rows, cols = item.shape
         return contents.rate(item.place.name, name, (rows, cols))
 
     return Coding(contents.settings(), contents.layout, plain, rate, _SAMPLE)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from bytecap.errors import NotAnArtifact, OutputError
 from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry
+from bytecap.model.quantized_copy import Lazy, Values
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.layout import unpack
 from bytecap.runtimes.gguf import library
@@ -87,13 +88,13 @@ class Stored:
     Attributes:
         shape: outermost dimension first.
         type: its name.
-        data: uint8 (rows, row bytes), or None where only the size matters.
+        data: uint8 (rows, row bytes), or what makes them when they are written; None where only the size matters.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
-    data: npt.NDArray[np.uint8] | None = None
+    data: npt.NDArray[np.uint8] | Callable[[], npt.NDArray[np.uint8]] | None = None
 
     @property
     def bytes(self) -> int:
@@ -114,7 +115,7 @@ def write(path: Path, architecture: str, describe: Describe, tensors: Sequence[S
         size += f.write(bytes(padded(size) - size))
         for t in tensors:
             assert t.data is not None  # noqa: S101 (only sizes are asked of tensors without)
-            size += f.write(np.ascontiguousarray(t.data).data)
+            size += f.write(np.ascontiguousarray(t.data() if callable(t.data) else t.data).data)
             size += f.write(bytes(padded(t.bytes) - t.bytes))
     return size
 
@@ -178,6 +179,24 @@ def read_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], npt.ND
     for t in open_file(path).tensors:
         shape = tuple(int(n) for n in reversed(t.shape))
         yield t.name, t.tensor_type.name, shape, decode(t.tensor_type.name, t.data, shape[-1])
+
+
+def read_each(path: Path, layout: Layout, units: Sequence[Unit]) -> Values:
+    """Values of all units in stored layout, from the file alone, each read whenever it is asked for."""
+    by_name, places = {u.name: u for u in units}, {p.name: p for p in layout.places}
+    members: dict[str, list[str]] = {}
+    for t in open_file(path).tensors:
+        if places[t.name].unit:
+            members.setdefault(places[t.name].unit, []).append(t.name)
+
+    def make(name: str) -> Array:
+        matrix, wanted = np.zeros(by_name[name].matrix_shape, np.float32), set(members[name])
+        for t in open_file(path).tensors:  # opened anew: pages of a mapped file count as long as it is mapped
+            if t.name in wanted:
+                places[t.name].to_unit(decode(t.tensor_type.name, t.data, int(t.shape[0])), matrix)
+        return np.ascontiguousarray(from_matrix(by_name[name], matrix))
+
+    return Lazy(list(members), make)
 
 
 def read_units(path: Path, layout: Layout, units: Sequence[Unit]) -> Mapping[str, Array]:

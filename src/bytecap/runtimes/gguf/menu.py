@@ -65,9 +65,18 @@ class Item:
     device: str = "cpu"
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
     def role(self) -> str:
         """Name without numbers, and shape."""
-        return f"{role_name(self.place.name)} {self.weight.shape}"
+        return f"{role_name(self.place.name)} {self.shape}"
+
+    def under(self, shrinkage: Shrinkage) -> Item:
+        """Return the item with its Hessian drawn so far."""
+        return replace(self, shrinkage=shrinkage)
 
     def factors(self, shrinkage: Shrinkage | None = None) -> Factors:
         """The Hessian as rounding wants it."""
@@ -82,15 +91,15 @@ class Item:
 
     def sampled(self, weights: int = SAMPLE) -> tuple[Item, float]:
         """Return the item with an even sample of its rows, and the factor from its distortion to the whole's."""
-        rows, cols = self.weight.shape
+        rows, cols = self.shape
         count = max(LANES, weights // cols)
         if rows <= count:
             return self, 1.0
         chosen = np.linspace(0, rows - 1, count).astype(np.intp)
-        part = self.metric.rows[chosen], self.held.rows[chosen]
-        share = float(part[1].sum()) / max(float(self.held.rows.sum()), 1e-300)
-        metric, held = (replace(m, rows=r) for m, r in zip((self.metric, self.held), part, strict=True))
-        item = replace(self, weight=self.weight[chosen], metric=metric, held=held)
+        metric, held = self.metric, self.held
+        share = float(held.rows[chosen].sum()) / max(float(held.rows.sum()), 1e-300)
+        metric, held = (replace(m, rows=m.rows[chosen]) for m in (metric, held))
+        item = Item(self.place, self.weight[chosen], metric, held, self.types, self.shrinkage, self.device)
         return item, 1 / share if share > 0 else rows / count
 
 
@@ -188,7 +197,7 @@ def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:
             near = {s: held / max(seen, 1e-300) for s, (seen, held) in lost.items() if held <= _TIE * least}
             best[role] = min(near, key=near.__getitem__, default=_NONE)
         advance(1)
-    return [replace(i, shrinkage=best[i.role]) for i in items]
+    return [i.under(best[i.role]) for i in items]
 
 
 def _lost(items: Sequence[Item], shrinkage: Shrinkage, layout: BlockFormat) -> tuple[float, float]:

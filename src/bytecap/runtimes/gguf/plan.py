@@ -17,6 +17,7 @@ from bytecap.runtimes.gguf.file import decode, encode_plain, padded, type_bytes
 from bytecap.runtimes.gguf.menu import SAMPLE, WHOLE, Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded
 from bytecap.runtimes.gguf.solve import Found
+from bytecap.runtimes.gguf.targets import follow_prefix
 
 
 def _layout(name: str, cols: int) -> BlockFormat | None:
@@ -29,7 +30,7 @@ def _plain(name: str, weight: FloatArray) -> FloatArray:
 
 
 def _rate(item: Item, name: str) -> int:
-    return padded(type_bytes(name, *item.weight.shape))
+    return padded(type_bytes(name, *item.shape))
 
 
 def data_of(name: str, found: Rounded) -> npt.NDArray[np.uint8]:
@@ -42,4 +43,5 @@ CODING = Coding(WHOLE, _layout, _plain, _rate, SAMPLE)
 
 def solve(job: Job, room: int, items: Sequence[Item]) -> Found:
     """The plan for `room` bytes and every tensor rounded by it."""
-    return slopes.solve(job, items, CODING, lambda curves: (allocate(curves, room), room))
+    found = slopes.solve(job, items, CODING, lambda curves: (allocate(curves, room), room))
+    return found if job.dry_run else follow_prefix(job, items, CODING, found)

@@ -79,9 +79,10 @@ def curves(coding: Coding, items: Sequence[Item], advance: Advance) -> list[Curv
 
 
 def round_all(
-    coding: Coding, items: Sequence[Item], settings: Mapping[str, float], advance: Advance
-) -> dict[str, Rounded]:
-    """Matrices in their settings, by name."""
+    coding: Coding, items: Sequence[Item], settings: Mapping[str, float], advance: Advance,
+    keep: Callable[[Rounded], Rounded] = lambda rounded: rounded,
+) -> dict[str, Rounded]:  # fmt: skip
+    """Matrices in their settings, by name; `keep` is given each, and returns what is held of it."""
     found = {}
     chosen = {i.place.name: coding.names[int(settings[i.place.name])] for i in items}
     for group in together(items, lambda i: chosen[i.place.name]):
@@ -89,7 +90,7 @@ def round_all(
         for item, (codes, values) in zip(
             group, _coded(coding, group, factors, chosen[group[0].place.name]), strict=True
         ):  # fmt: skip
-            found[item.place.name] = Rounded(codes, values.cpu().numpy(), *item.lost(values))
+            found[item.place.name] = keep(Rounded(codes, values.cpu().numpy(), *item.lost(values)))
             advance(1)
     return found
 
@@ -98,7 +99,7 @@ def _coded(
     coding: Coding, items: Sequence[Item], factors: Sequence[Factors], name: str
 ) -> Sequence[tuple[Codes | None, Tensor]]:
     """Matrices of one shape in a setting: codes, and decoded values on the device of the factors."""
-    layout = coding.layout(name, items[0].weight.shape[1])
+    layout = coding.layout(name, items[0].shape[1])
     if layout is None:
         device = factors[0].fed.device
         return [(None, torch.from_numpy(coding.plain(name, i.weight)).to(device)) for i in items]
@@ -109,7 +110,7 @@ def together(items: Sequence[Item], kind: Callable[[Item], str] = lambda _: "") 
     """Items of one shape, menu and kind that a device takes at a time; on the processor each by itself."""
     groups: dict[tuple[object, ...], list[Item]] = {}
     for i in items:
-        groups.setdefault((i.weight.shape, i.types, kind(i), i.device), []).append(i)
+        groups.setdefault((i.shape, i.types, kind(i), i.device), []).append(i)
     for members in groups.values():
         count = _at_a_time(members[0])
         for at in range(0, len(members), count):
@@ -119,6 +120,6 @@ def together(items: Sequence[Item], kind: Callable[[Item], str] = lambda _: "") 
 def _at_a_time(item: Item) -> int:
     if torch.device(item.device).type != "cuda":
         return 1
-    rows, cols = item.weight.shape
+    rows, cols = item.shape
     room = int(torch.cuda.get_device_properties(item.device).total_memory) // _SHARE
     return max(1, room // int(_A_COLUMN * cols * cols + _A_VALUE * rows * cols))

@@ -7,7 +7,7 @@ allocation that knows how many bytes are theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,11 +23,13 @@ from bytecap.format.decoder import from_matrix
 from bytecap.job import Job
 from bytecap.model.checkpoint import Model, as_matrix
 from bytecap.model.evaluation import kl_each, kl_to
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.quantized_copy import Lazy, Values, copy_of, load_values
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, curves, round_all
+from bytecap.runtimes.gguf.stored import keeper
 from bytecap.types import Curve, Plan, Point
 
 
@@ -82,7 +84,7 @@ def solve(
     plan, room = allocate(scaled)
     settings = _settings(plan, bound)
     rounded = _round(job, items, coding, settings, first, rounded)
-    load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
+    load_values(quantized_copy, unit_values(job.model, items, _decoded(rounded, rounded)))
     predicted = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
     return Found(plan, settings, margin(scaled, plan, room), rounded, predicted, smallest_step(scaled, plan))
 
@@ -133,15 +135,29 @@ def _round(
     """Every tensor in its setting; those that keep the setting they had `before` are known."""
     left = [i for i in items if before.get(i.place.name) != settings[i.place.name]]
     with job.reporter.step("rounding", len(left)) as advance:
-        return {**known, **round_all(coding, left, settings, advance)}
+        keep = keeper(job.model.scratch) if isinstance(job.model, StreamedModel) else _as_it_is
+        return {**known, **round_all(coding, left, settings, advance, keep)}
 
 
-def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoded tensors of a file as units in stored layout; what other tensors hold of a unit stays original."""
+def _as_it_is(rounded: Rounded) -> Rounded:
+    return rounded
+
+
+def _decoded(rounded: Mapping[str, Rounded], names: Iterable[str]) -> Mapping[str, Any]:
+    """Values of rounded tensors by name, read when they are asked for."""
+    return Lazy(list(names), lambda name: rounded[name].values)
+
+
+def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) -> Values:
+    """Decoded tensors of a file as units in stored layout; what other tensors hold of a unit stays original.
+
+    Of a streamed model each is made whenever it is asked for.
+    """
+    given = set(values)
     units = {u.name: u for u in model.units}
     members: dict[str, list[Item]] = {}
     for item in items:
-        if item.place.name in values:
+        if item.place.name in given:
             members.setdefault(item.place.unit, []).append(item)
 
     def one(name: str) -> Any:
@@ -151,6 +167,8 @@ def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) 
             item.place.to_unit(values[item.place.name], matrix)
         return np.ascontiguousarray(from_matrix(unit, matrix))
 
+    if isinstance(model, StreamedModel):
+        return Lazy(list(members), one)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return dict(zip(members, pool.map(one, members), strict=True))
 
@@ -163,7 +181,7 @@ def _factors(
     for item in items:
         roles.setdefault(item.role, []).append(item)
     variants = {
-        role: unit_values(job.model, members, {m.place.name: rounded[m.place.name].values for m in members})
+        role: unit_values(job.model, members, _decoded(rounded, [m.place.name for m in members]))
         for role, members in roles.items()
     }
     with job.reporter.step("correction factors", len(roles)) as advance:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytecap.errors import OutputError, UsageError
+from bytecap.system.atomic import read_regular
 
 NAME, VERSION = "@wllama/wllama", "2.3.7"
 INTEGRITY = "sha512-T273gBEqEZCHAoyNZDg+X6boQWktaq+efNF6bJo5aHToJr7jS1kCYImKXDdBi2/CccRuBUcMBHHLHiQN4+OfKQ=="
@@ -80,7 +81,7 @@ def read_runtime(path: Path | str | None) -> Runtime:
             )
         return parse_package(data, f"{NAME} {VERSION}")
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(Path(path))
     except OSError as exc:
         raise UsageError(f"cannot read the runtime {path}: {exc.strerror}") from exc
     return parse_package(data, str(path))

@@ -1,0 +1,109 @@
+"""Aim tensors of blocks at the original's outputs, from the inputs that the coded tensors in front of them deliver.
+
+A tensor's bytes follow from its type alone, so nothing has to be rounded again behind the walk
+(`bytecap.allocation.asymmetric_targets`): what it codes is what is written, where that lowers the KL on the correction
+tokens. Tensors whose unit is read more than once, or stored in part, stay as they are. Omitted: streamed models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from bytecap.allocation.asymmetric_targets import order_of, walk_stages
+from bytecap.allocation.shared_inputs import LostError
+from bytecap.allocation.target_fit import Moments, trial_rows
+from bytecap.job import Job
+from bytecap.model.checkpoint import as_matrix
+from bytecap.model.evaluation import kl_to
+from bytecap.model.forward import pass_tokens
+from bytecap.model.quantized_copy import Values, copy_of, load_values
+from bytecap.model.streamed_checkpoint import StreamedModel
+from bytecap.model.texts import leading
+from bytecap.runtimes.gguf.menu import Item
+from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
+from bytecap.runtimes.gguf.solve import Found, unit_values
+
+TOKENS = 16_384  # that a walk sees
+
+
+def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found) -> Found:
+    """Return the plan with its tensors coded anew along a walk; as it was where that does not lower the KL.
+
+    Args:
+        job: tokens to walk, and others to decide by.
+        items: tensors that compete.
+        coding: the family of formats.
+        found: the plan.
+    """
+    if isinstance(job.model, StreamedModel):
+        job.reporter.note("targets that follow the coded prefix need the model in memory: left out")
+        return found
+    model, members = job.model, _by_unit(items)
+    units = [u for u in model.units if u.name in members and _whole(u.matrix_shape[0], members[u.name])]
+    windows = leading(job.sets.statistics, TOKENS)
+    order = order_of(units, model.module, windows, job.device)
+    quantized_copy, rounded = copy_of(model.module), dict(found.rounded)
+    staged = {n for names in order for n in names}
+    rest = {i.place.name: rounded[i.place.name].values for i in items if i.place.unit not in staged}
+    load_values(quantized_copy, unit_values(model, items, rest))
+    matrices = {u.name: u for u in units}
+
+    def stage(names: Sequence[str], inputs: Moments, _: int) -> Values:
+        weights = {n: as_matrix(matrices[n], model.tensor(matrices[n]).detach()).float() for n in names}
+        fix, strength = inputs.fit([trial_rows(w, _row_weights(members[n])) for n, w in weights.items()], 1.0)
+        moved = [_moved(i, w + w @ (fix * strength)) for n, w in weights.items() for i in members[n]]
+        coded = round_all(coding, moved, found.settings, lambda _: None)
+        rounded.update(coded)
+        return unit_values(model, moved, {n: r.values for n, r in coded.items()})
+
+    with job.reporter.step("targets", 1) as advance:
+        try:
+            tokens = pass_tokens(model.module, torch.device("cpu"))  # waiting passes are many
+            walk_stages(
+                order, model.module, quantized_copy, windows, stage, tokens=tokens, device=job.device, advance=advance
+            )
+        except LostError:
+            job.reporter.note("the order in which modules are called depends on the data: no targets")
+            return found
+    return _better(job, items, found, rounded)
+
+
+def _better(job: Job, items: Sequence[Item], found: Found, rounded: Mapping[str, Rounded]) -> Found:
+    """Return the plan with other codes if these have the lower KL on the correction tokens."""
+    quantized_copy = copy_of(job.model.module)
+    load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
+    predicted = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
+    if predicted >= found.predicted:
+        job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
+        return found
+    return replace(found, rounded=dict(rounded), predicted=predicted)
+
+
+def _by_unit(items: Sequence[Item]) -> dict[str, list[Item]]:
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.place.unit, []).append(item)
+    return found
+
+
+def _whole(rows: int, members: Sequence[Item]) -> bool:
+    return sum(len(i.weight) for i in members) == rows
+
+
+def _row_weights(members: Sequence[Item]) -> torch.Tensor:
+    """Return the weight (rows,) of every row's error, in the unit's order."""
+    found = np.empty(sum(len(i.weight) for i in members))
+    for i in members:
+        rows = (i.metric.rows * i.metric.hessian.diagonal().mean().cpu()).cpu().numpy()
+        found[slice(None) if i.place.rows is None else i.place.rows] = rows
+    return torch.from_numpy(found)
+
+
+def _moved(item: Item, matrix: torch.Tensor) -> Item:
+    """Return the tensor with the values that a unit's matrix (rows, cols) gives it."""
+    weight = np.ascontiguousarray(item.place.to_file(matrix.cpu().numpy()), np.float32)
+    return replace(item, weight=weight)
