@@ -25,7 +25,6 @@ from bytecap.format.container import CODE, FILE, Contents
 from bytecap.format.decoder import decode_units
 from bytecap.format.sidefiles import names, source_tensors
 from bytecap.format.sidefiles.names import WEIGHTS
-from bytecap.runtimes import hub
 from bytecap.system.collisions import Paths, refuse_collisions
 from bytecap.system.directories import write_directory
 
@@ -77,6 +76,8 @@ def read_whole(path: Path | str, base: updates.Bases = None) -> tuple[Contents, 
         ArtifactError: the file cannot be trusted. CheckpointError: the directory holds two files of weights.
         UsageError: a directory has a base.
     """
+    from bytecap.runtimes import hub  # which knows tokenizers and configs; decoding needs neither
+
     if not hub.is_hub(Path(path)):
         return updates.read(path, base), {}
     if base:
