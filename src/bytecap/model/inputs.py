@@ -109,6 +109,7 @@ def refuse_encoder_decoder(files: Mapping[str, bytes], name: str) -> None:
     Raises:
         CheckpointError: this is one.
     """
+    check_config(_object(files, "config.json"), f"{name}/config.json")
     found = facts(files)
     if found.encoder_decoder:
         raise CheckpointError(
