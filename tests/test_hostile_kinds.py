@@ -124,12 +124,14 @@ class TestNoFiles:
         "--budget", "3kB", "-o", "OUT"), ("ledger", "AT.gguf"), ("eval", "AT.gguf"), ("inspect", "AT.gguf"),
         ("card", "AT"), ("card", "ARTIFACT", "--report", "AT"), ("eval", "ARTIFACT", "--base", "AT"),
     ])  # fmt: skip
-    def test_on_the_command_line(self, refused, fitted, tmp_path, command, kind):
+    def test_on_the_command_line(self, run, fitted, tmp_path, command, kind):
         words = {"ARTIFACT": fitted("rotary")[1], "OUT": tmp_path / "out"}
-        for name in ("at", "at.gguf"):
+        for name in ("odd", "odd.gguf"):
             if kind == "pipe":
                 os.mkfifo(tmp_path / name)
             else:
                 (tmp_path / name).symlink_to("/dev/zero")
-        found = [words.get(c, str(tmp_path / c.lower()) if c.startswith("AT") else c) for c in command]
-        assert "at" in refused(*found)
+        found = [words.get(c, str(tmp_path / c.replace("AT", "odd")) if c.startswith("AT") else c) for c in command]
+        code, _, err = run(*found)
+        assert (code, err.count("\n"), "unexpected" in err) == (2, 1, False), err
+        assert "odd" in err

@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -82,9 +84,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     DEBUG.set(debug)
-    _end_in_order()
     try:
-        code = app(standalone_mode=False)  # Ctrl-C and typer.Exit come back as a number or as an exception
+        with _ending_in_order():
+            code = app(standalone_mode=False)  # Ctrl-C and typer.Exit come back as a number or as an exception
     except KeyboardInterrupt:
         if debug:
             raise
@@ -112,11 +114,10 @@ def _complain_once(exc: BaseException) -> int:
         return end.code if isinstance(end.code, int) else 1
 
 
-def _end_in_order() -> None:
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
     """Let a process that is told to end take its partial files away first; a child of it just ends."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # signals are the business of whoever runs us in a thread
-    mine = os.getpid()
+    mine, changed = os.getpid(), []
 
     def end(number: int, _: object) -> None:
         if os.getpid() != mine:
@@ -124,9 +125,16 @@ def _end_in_order() -> None:
             os.kill(os.getpid(), number)
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody ignores it, as nohup does
-            signal.signal(number, end)
+    if threading.current_thread() is threading.main_thread():  # else signals are the business of whoever runs us
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody ignores it, as nohup does
+                signal.signal(number, end)
+                changed.append(number)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.layout import unpack
 from bytecap.runtimes.gguf import library
 from bytecap.runtimes.gguf.places import Layout
-from bytecap.system.atomic import replacing
+from bytecap.system.atomic import open_regular, replacing
 from bytecap.types import Unit
 
 Array = npt.NDArray[Any]
@@ -152,6 +153,7 @@ def open_file(path: Path) -> Any:
         OutputError: it cannot be read.
     """
     try:
+        open_regular(path, os.O_RDONLY, follow=True).close()  # the reader would wait for a pipe's writer for ever
         return library().GGUFReader(str(path))
     except OSError as exc:
         raise OutputError(f"cannot read {path}: {exc.strerror}") from exc
