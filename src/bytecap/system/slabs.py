@@ -4,8 +4,8 @@ The embedding of a large vocabulary is the largest matrix of its model. Where an
 it is done slab by slab; matrices of up to 2^20 values are one slab. Slabs are whole multiples of 64 rows, so that
 vector instructions treat every row as they do in the whole matrix, and sums have the same bits.
 
->>> list(slabs(100, 8)), [s.stop - s.start for s in slabs(70_000, 128)]
-([slice(0, 100, None)], [32768, 32768, 4464])
+>>> list(slabs(100, 8)), [s.stop - s.start for s in slabs(20_000, 128)]
+([slice(0, 100, None)], [8192, 8192, 3616])
 """
 
 from __future__ import annotations
