@@ -265,7 +265,10 @@ def spawn(*arguments, **options):
 
 class TestInterruption:
     @pytest.mark.slow
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+    @pytest.mark.parametrize(
+        ("number", "code"),
+        [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.nightly)],
+    )
     def test_signals_to_a_real_process(self, tmp_path, texts, number, code):
         process = spawn(
             "fit", "demo", "--budget", "600kB", "-o", tmp_path / "out.bcap", "--calib", texts["calib"], "--eval",

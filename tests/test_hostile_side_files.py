@@ -100,7 +100,7 @@ TEMPLATES = {
 
 
 @POSIX
-@pytest.mark.parametrize("kind", some(TEMPLATES, "memory", "without end", "a long text", "classes"))
+@pytest.mark.parametrize("kind", some(TEMPLATES, "memory", "a long text", "classes"))
 def test_templates_end_in_a_line(monkeypatch, kind, capfd):
     template, said = TEMPLATES[kind]
     monkeypatch.setattr(apart, "_LIMITS", apart._LIMITS.replace("(60, 60)", "(20, 20)"))

@@ -263,7 +263,7 @@ class TestKilled:
     @pytest.mark.parametrize(
         ("command", "kills", "more"),
         [
-            ("fit", 2, ()), ("fit", 3, ("--memory", "1MB")),
+            ("fit", 2, ()), pytest.param("fit", 3, ("--memory", "1MB"), marks=pytest.mark.nightly),
             pytest.param(
                 "curves", 1, ("--paths", "step,rows", "--points", 4, "--point-tokens", 500), marks=pytest.mark.nightly
             ),
