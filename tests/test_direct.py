@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 import golden_parts
 from bytecap.errors import CorruptError
 from bytecap.format import container, decoder
-from bytecap.format.coders import Shared, coder, direct, run
+from bytecap.format.coders import Shared, coder, direct, grid, run, trellis
 from bytecap.format.coders.grid import CODER as GRID
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import CODER as TRELLIS
@@ -72,6 +72,22 @@ def test_stages_are_right_as_python_too(monkeypatch):
     with np.errstate(over="ignore"):  # numpy's scalars warn where machine code wraps
         assert both(15, data, shape)
         assert both(15, golden_parts.trellis(shape, memory=8, first=1), shape)
+
+
+def test_symbols_become_values_as_python_too(monkeypatch):
+    rng = np.random.default_rng(0)
+    symbols, subset = rng.integers(-20, 20, (6, 8), np.int32), rng.integers(0, 4, (6, 8), np.uint8)
+    fine, classes = rng.random((2, 8)) < 0.5, rng.integers(0, 64, (6, 8), np.int32)
+    steps = rng.integers(-4, 4, (2, 8)), rng.integers(-4, 4, 6)
+    offset = rng.random((64, 17), np.float32)
+    monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
+    found = []
+    for compiled in (False, True):
+        monkeypatch.setattr(jit, "worth", lambda _, compiled=compiled: compiled)
+        points = trellis._points(symbols.copy(), subset, fine)
+        found.append((points, grid.dequantize(points, classes, np.float32(0.1), *steps, offset, fine)))
+    for one, other in zip(*found, strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 def test_large_tables_are_left_to_symbols():

@@ -5,6 +5,15 @@ import json
 import pytest
 
 import bytecap
+from bytecap.sizes import parse_budget
+
+
+@pytest.mark.coverage
+def test_numbers_beyond_all_sizes():
+    with pytest.raises(bytecap.UsageError, match="more than any disk holds"):
+        bytecap.parse_size("9" * 400)
+    with pytest.raises(bytecap.UsageError, match="more bits per parameter than any number has"):
+        parse_budget("9" * 400 + ".5bpp", 10)
 
 
 class TestBudgets:

@@ -76,6 +76,7 @@ def test_a_pipeline_generates(model_directory, tmp_path):
     assert texts[0].startswith("The table")
 
 
+@pytest.mark.coverage
 def test_our_own_commands_take_the_directory(model_directory, tmp_path, run, texts):
     directory = written(tmp_path / "hub", model_directory())
     unpack(tmp_path / "hub.bcap", tmp_path / "plain")
