@@ -50,14 +50,18 @@ class Facts:
     kind: str
 
 
-def facts(files: Mapping[str, bytes]) -> Facts:
+def facts(files: Mapping[str, bytes], where: str = "") -> Facts:
     """Read the facts from a model's side files.
+
+    Args:
+        files: by name.
+        where: directory of the files, for messages; left out of them where they are in a file.
 
     Raises:
         CheckpointError: the config's first token or length is no such number.
     """
     raw = _object(files, "config.json")
-    config = _library_config(raw)
+    config = _library_config(raw, f"{where}/config.json" if where else "config.json")
     text = config.get_text_config(decoder=True) if config is not None else None
 
     def value(name: str) -> Any:
@@ -86,14 +90,14 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _library_config(raw: Mapping[str, Any]) -> Any:
+def _library_config(raw: Mapping[str, Any], said: str) -> Any:
     """Return the config as transformers completes it, without running anything; None for kinds it does not know.
 
     Raises:
         CheckpointError: it asks for absurd counts, or takes minutes.
     """
-    check_config(raw, "config.json")
-    with hurried(CheckpointError("config.json takes minutes to be read")):
+    check_config(raw, said)
+    with hurried(CheckpointError(f"{said} takes minutes to be read")):
         try:
             from transformers import AutoConfig
 
@@ -109,8 +113,7 @@ def refuse_encoder_decoder(files: Mapping[str, bytes], name: str) -> None:
     Raises:
         CheckpointError: this is one.
     """
-    check_config(_object(files, "config.json"), f"{name}/config.json")
-    found = facts(files)
+    found = facts(files, name)
     if found.encoder_decoder:
         raise CheckpointError(
             f"{name} is an encoder-decoder ({found.kind}), not a causal language model: bytecap scores a text by "
