@@ -157,11 +157,7 @@ class _Joined(Ranks):
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """See `Ranks`."""
-        value = make() if self.first else None
-        own = packed(value) if self.first else b""
-        size = self._sizes("from_first", len(own))[0]
-        data = self._bytes(own, 0, size)
-        return value if self.first else unpacked(data)
+        return self._value("from_first", make() if self.first else None, 0)
 
     def agree(self, about: Mapping[str, Any]) -> None:
         """See `Ranks`."""
@@ -177,7 +173,7 @@ class _Joined(Ranks):
     def spread(self, tensors: Sequence[Tensor] | None, source: int, device: str) -> list[Tensor]:
         """See `Ranks`."""
         forms = None if tensors is None else [[str(t.dtype).partition(".")[2], list(t.shape)] for t in tensors]
-        found = self._forms(forms, source)
+        found = self._value("spread", forms, source)
         own = iter(tensors or ())
         out = []
         for dtype, shape in found:
@@ -237,10 +233,11 @@ class _Joined(Ranks):
             flat.copy_(there)
         return data
 
-    def _forms(self, own: Any, source: int) -> Any:
-        """Return what one rank says of its tensors."""
-        data = packed(own)
-        return unpacked(self._bytes(data, source, self._sizes("spread", len(data))[source]))
+    def _value(self, call: str, own: Any, source: int) -> Any:
+        """Return the value of one rank; what others give is not looked at."""
+        data = packed(own) if source == self.rank else b""
+        arrived = self._bytes(data, source, self._sizes(call, len(data))[source])
+        return own if source == self.rank else unpacked(arrived)
 
 
 def _length(dtype: str, shape: Sequence[int]) -> int:
