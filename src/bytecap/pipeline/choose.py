@@ -30,7 +30,7 @@ from bytecap.pipeline.contenders import (
     Limits,
     Toll,
     check_any,
-    check_floors,
+    consider,
     contenders,
     pieces,
     toll_of,
@@ -171,14 +171,7 @@ def _bits(artifact: Artifact, tolls: Sequence[Toll]) -> dict[str, Any]:
 
 def _shortened(entry: Entry, config: FitConfig, reporter: Reporter) -> None:
     """Read a model, leave it out where its floor is above the cap, and give it a short fit at the other caps."""
-    reporter.note(f"{entry.name}: reading")
-    try:
-        model = load_model(entry.given)
-        check_floors(entry, model, config)
-        _fit(entry, model, config, "short", entry.left())
-    except BytecapError as exc:
-        entry.out(str(exc))
-        warn(reporter, f"{entry.name} is left out: {exc}")
+    consider(entry, config, reporter, lambda model: _fit(entry, model, config, "short", entry.left()))
     for budget, row in entry.rows.items():
         if row.get("below_floor"):
             reporter.note(f"{entry.name} is out at {budget:,} bytes: {row['out']}")

@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _lost(tokenizer: Any, document: str, ids: Sequence[int]) -> int:
     return sum((Counter(document) - Counter(back)).values())
 
 
-def check_floors(entry: Entry, model: Model, config: FitConfig) -> None:
+def _check_floors(entry: Entry, model: Model, config: FitConfig) -> None:
     """Leave a model out at caps below its smallest file."""
     asked = check(config)
     for budget, row in entry.rows.items():
@@ -177,6 +178,18 @@ def check_floors(entry: Entry, model: Model, config: FitConfig) -> None:
             entry.out(f"its smallest file has {exc.floor:,} bytes", [budget])
 
 
+def consider(entry: Entry, config: FitConfig, reporter: Reporter, use: Callable[[Model], object]) -> None:
+    """Read a model, look at its floors and go on with it; where that fails it is left out, and the reason is said."""
+    reporter.note(f"{entry.name}: reading")
+    try:
+        model = load_model(entry.given)
+        _check_floors(entry, model, config)
+        use(model)
+    except BytecapError as exc:
+        entry.out(str(exc))
+        warn(reporter, f"{entry.name} is left out: {exc}")
+
+
 def check_any(entries: Sequence[Entry], cap: int) -> None:
     """Refuse a cap that no model fits."""
     if any(cap in e.left() for e in entries):
@@ -186,6 +199,13 @@ def check_any(entries: Sequence[Entry], cap: int) -> None:
     if floors:
         raise BudgetError(f"no model fits {cap:,} bytes. {reasons}", min(floors))
     raise UsageError(f"no model can be fitted. {reasons}")
+
+
+def _count(entry: Entry, texts: Sequence[Path], model: Model) -> None:
+    """Note how many tokens the texts have for a model."""
+    tokens = sum(toll_of(model, t).tokens for t in texts)
+    for row in entry.rows.values():
+        row["evaluation_tokens"] = tokens
 
 
 def plan(
@@ -225,15 +245,7 @@ def plan(
         )
         check(config)
         for entry in entries:
-            said.note(f"{entry.name}: reading")
-            try:
-                model = load_model(entry.given)
-                check_floors(entry, model, config)
-                for row in entry.rows.values():
-                    row |= {"evaluation_tokens": sum(toll_of(model, t).tokens for t in texts)}
-            except BytecapError as exc:
-                entry.out(str(exc))
-                warn(said, f"{entry.name} is left out: {exc}")
+            consider(entry, config, said, partial(_count, entry, texts))
         size = sum(len(d.encode()) for t in texts for d in read_documents(t))
     check_any(entries, cap)
     left = {b: [e for e in entries if b in e.left()] for b in caps}
