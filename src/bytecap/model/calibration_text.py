@@ -5,8 +5,8 @@ documentation of one database and 0.21 with text like that it is measured on (`r
 user's, the model's own samples come closest, and a small text of many kinds keeps them from being narrow.
 
 - `self`: windows sampled from the model at temperature 1, each from a first token drawn evenly from the vocabulary.
-- `general`: the embedded general text (prose, drama, thirty languages, code). Every fifth document is left out: those
-  are the evaluation text of jobs that name none.
+- `general`: the embedded general text (prose, documentation, code, dialogues, thirty languages). Every fifth document is
+  left out: those are the evaluation text of jobs that name none.
 - `NAME:WEIGHT`: how often windows of this source are drawn, relative to the others (1 by default).
 
 >>> [(s.name, s.weight) for s in parse(["self:2", "general", "notes.txt"])]
