@@ -13,7 +13,7 @@ from bytecap.format import container, decoder
 from bytecap.format.container import FileSection
 from bytecap.format.sidefiles import packing
 from bytecap.model import apart, tying
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.inputs import facts
 from bytecap.model.tokenization import read_tokenizer
 from bytecap.model.tokenizer import encode
@@ -171,7 +171,7 @@ TYINGS = [
 def test_descriptions_of_shared_layers(content, copied, fitted, tmp_path):
     (copied / tying.FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tying\.json"):
-        load_model(copied)
+        load_checkpoint(copied)
     contents = container.read(fitted("rotary")[1])
     path = tmp_path / "a.bcap"
     more = FileSection(tying.FILE, packing.pack(tying.FILE, content))
