@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 import bytecap
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline import generation
-from bytecap.pipeline.generation import Sampling, continued, draw, ends_of, generate, pieces, template_of
+from bytecap.pipeline.chat_templates import template_of
+from bytecap.pipeline.generation import Sampling, continued, draw, ends_of, generate, pieces
 from conftest import BUDGET, KINDS, SMALL, build, save
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

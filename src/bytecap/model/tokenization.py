@@ -9,7 +9,6 @@ libraries that read them panic, abort and take what memory there is.
 from __future__ import annotations
 
 import importlib.util
-import sys
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -110,7 +109,6 @@ def _conversion(items: tuple[tuple[str, bytes], ...]) -> bytes:
 
 def convert(directory: str) -> None:
     """Write what transformers makes of a directory's tokenizer into it; run in a process of its own."""
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type] # not to be found: it takes long to import, for nothing
     import transformers
 
     quiet()
