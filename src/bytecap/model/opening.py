@@ -42,7 +42,7 @@ def opened(
     Args:
         directory: of the model.
         name: for messages.
-        begin: see `bytecap.model.checkpoint.load_model`.
+        begin: see `bytecap.model.checkpoint.load_checkpoint`.
         allow_unused: likewise.
     """
     files = read_side_files(directory)
