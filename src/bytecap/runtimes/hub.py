@@ -28,7 +28,7 @@ from bytecap.format.container import FILE as FILE_KIND
 from bytecap.format.container import VERSION, Contents
 from bytecap.format.decoder import side_files
 from bytecap.format.ledger import Entry
-from bytecap.format.sidefiles import source_tensors
+from bytecap.format.sidefiles import names, source_tensors
 from bytecap.model.building import parse_object
 from bytecap.model.fileset import INDEX, SIDE_FILES, SLOW_TOKENIZER_FILES, WEIGHTS
 from bytecap.system.atomic import read_regular
@@ -115,12 +115,13 @@ def layout(contents: Contents, files: Mapping[str, bytes]) -> dict[str, bytes]:
         files: config and tokenizer, unpacked.
 
     Raises:
-        ArtifactError: there is no config, or it is an update.
+        ArtifactError: there is no config, it is an update, or a side file has a name of another file.
     """
     if contents.base is not None:
         raise ArtifactError("an update has a base of its own, which nobody else has: lay out a whole file instead")
     inside, beside = split(contents, files)
     check_files(beside)
+    names.check((CARD, *beside))
     data = container.serialize(inside)
     found = beside_weights(beside, format_of(data), dtype_named(u.unit.dtype for u in contents.units))
     return {FILE: data, **found}
