@@ -177,9 +177,9 @@ def without_quantization(content: bytes, name: str) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def ledger(contents: Contents, beside: Mapping[str, bytes]) -> list[Entry]:
-    """Return owner and kind of every byte of a directory."""
-    entries = [e for e in container.ledger(contents) if e.bytes]
+def ledger(contents: Contents, beside: Mapping[str, bytes], file_bytes: int | None = None) -> list[Entry]:
+    """Return owner and kind of every byte of a directory; `file_bytes` as in `container.ledger`."""
+    entries = [e for e in container.ledger(contents, file_bytes) if e.bytes]
     return entries + [Entry(n, "tokenizer" if container.is_tokenizer(n) else "config", len(d))
                       for n, d in beside.items() if n != FILE]  # fmt: skip
 
@@ -187,7 +187,8 @@ def ledger(contents: Contents, beside: Mapping[str, bytes]) -> list[Entry]:
 def ledger_of(directory: Path) -> list[Entry]:
     """Return owner and kind of every byte of a directory on disk."""
     contents, _ = read(directory)
-    return ledger(contents, {p.name: _content(directory, p.name) for p in sorted(directory.iterdir()) if p.is_file()})
+    beside = {p.name: _content(directory, p.name) for p in sorted(directory.iterdir()) if p.is_file()}
+    return ledger(contents, beside, len(beside[FILE]))
 
 
 def _quantization(content: bytes, name: str) -> Mapping[str, Any]:
