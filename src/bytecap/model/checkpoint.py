@@ -225,6 +225,7 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
         import transformers  # noqa: F401 (said here if it is missing)
 
         from bytecap.model import tying
+        from bytecap.model.accounting import refuse_unread
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
     tied = (directory / tying.FILE).is_file()
@@ -252,6 +253,9 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
             f"{directory}: tensor {name} has shape {list(stored)}, the model of config.json wants {list(wanted)}"
         )
     if found["missing_keys"]:
+        for name in sorted(found["unexpected_keys"]):  # codes of such weights are under other names
+            if (refusal := refuse_unread(name, directory)) is not None:
+                raise refusal
         raise CheckpointError(
             f"{directory} lacks tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)"
         )

@@ -40,10 +40,12 @@ _TOOLS = {
     "gptq": "gptqmodel", "awq": "gptqmodel", "quanto": "optimum-quanto", "hqq": "hqq", "aqlm": "aqlm",
     "torchao": "torchao", "modelopt": "nvidia-modelopt", "auto-round": "auto-round",
 }  # fmt: skip
-_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors")
+_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors", "gptq", "awq")
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
             "mxfp4-pack-quantized", "mixed-precision", "dense")  # fmt: skip
-_CODES = ("weight", "_packed", "_blocks", "_proj")  # how names of tensors of codes end
+_LAYOUT_KEYS = ("format", "checkpoint_format", "version")  # in which writers of GPTQ and AWQ name it
+_ZEROS_OFF = {"gptq": 1, "gptq_v2": 0}  # what the stored zero points of a format of GPTQ lack
+_CODES = ("weight", "_packed", "_blocks", "_proj", "qzeros", "g_idx")  # how names of tensors of codes end
 _WIDTHS = (2, 4, 8)  # bits of packed integers
 
 
@@ -112,7 +114,7 @@ def method_of(settings: Mapping[str, Any]) -> str:
     """Return the name of a quantization's method."""
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         return "bitsandbytes"
-    method, form = settings.get("quant_method"), settings.get("format")
+    method, form = settings.get("quant_method", settings.get("method")), settings.get("format")
     return str(method or ("compressed-tensors" if form in _FORMATS else form) or "an unnamed method")
 
 
@@ -188,17 +190,40 @@ def _check_method(settings: Mapping[str, Any], where: Path) -> str:
     Raises:
         CheckpointError: it is not.
     """
-    method = method_of(settings)
-    if method == "compressed-tensors" and settings.get("format", "dense") not in _FORMATS:
-        method = f"compressed-tensors {settings['format']}"
-    if method in _METHODS:
+    method, layout = method_of(settings), _layout_not_read(settings)
+    if method in _METHODS and layout is None:
         return method
     bits = f" at {settings['bits']} bits" if isinstance(settings.get("bits"), int) else ""
     tool = f"load it with {_TOOLS[method]} and save it dequantized, in bfloat16" if method in _TOOLS else DEQUANTIZE
+    called = f"{method} {layout}" if layout else method
     raise CheckpointError(
-        f"{where} is quantized with {method}{bits}, which is not read ({', '.join(_METHODS)} are): start from the "
+        f"{where} is quantized with {called}{bits}, which is not read ({', '.join(_METHODS)} are): start from the "
         f"unquantized checkpoint, or {tool}"
     )
+
+
+def _layout_not_read(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of a method's layout, empty if it has none, where it is one that is not read; else None."""
+    method, found = method_of(settings), None
+    if method == "compressed-tensors" and settings.get("format", "dense") not in _FORMATS:
+        found = settings["format"]
+    elif method == "gptq":
+        said = "marlin" if settings.get("is_marlin_format") else _layout(settings)
+        found = said if said not in _ZEROS_OFF else None
+        if found is None and settings.get("bits") not in dequantize.GPTQ_BITS:
+            return ""
+    elif method == "awq":
+        said = "llm-awq" if settings.get("backend") == "llm-awq" else _layout(settings)
+        found = said if said not in {"gemm", "GEMM"} else None
+        if found is None and settings.get("bits", settings.get("w_bit")) != 4:
+            return ""
+    return None if found is None else str(found)[:40]
+
+
+def _layout(settings: Mapping[str, Any]) -> str:
+    """Return the layout that a config of GPTQ or AWQ names, under one key or another; two that differ are none."""
+    said = dict.fromkeys(str(settings[k]) for k in _LAYOUT_KEYS if settings.get(k))
+    return " or ".join(said) or ("gemm" if method_of(settings) == "awq" else "gptq")
 
 
 def _plain(config: Any, wide: bool) -> bytes:
@@ -308,7 +333,40 @@ def _compressed(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[
             yield name, _Weight(parts, plain)
 
 
+def _gptq(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+    """Integers of 2 to 8 bits with a scale and a zero point for groups of inputs, in any order."""
+    off = _ZEROS_OFF[_layout(settings)]
+    size, own = settings.get("group_size"), bool(settings.get("dynamic"))  # where layers may have sizes of their own
+    group = size if type(size) is int and size > 0 and not own else None
+
+    def formula(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.gptq(p["codes"], p["zeros"], p["scales"], p.get("order"), group, off)
+
+    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {"order": "g_idx"}, formula)
+
+
+def _awq(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+    """Integers of 4 bits with a scale and a zero point for groups of inputs, the even outputs of eight first."""
+
+    def formula(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.awq(p["codes"], p["zeros"], p["scales"])
+
+    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {}, formula)
+
+
+def _layers(
+    entries: Header, needed: Mapping[str, str], optional: Mapping[str, str], formula: Formula
+) -> Iterator[tuple[str, _Weight]]:
+    """Layers whose codes are `qweight`, with what lies beside them by role."""
+    for name, entry in entries.items():
+        stem = name.removesuffix("qweight")
+        if stem == name or entry["dtype"] != "I32" or any(stem + n not in entries for n in needed.values()):
+            continue
+        beside = {role: stem + n for role, n in {**needed, **optional}.items() if stem + n in entries}
+        yield f"{stem}weight", _Weight({"codes": name, **beside}, formula)
+
+
 _FINDERS: dict[str, Callable[[Header, Mapping[str, Any]], Iterator[tuple[str, _Weight]]]] = {
     "fp8": _float8, "fbgemm_fp8": _float8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes,
-    "compressed-tensors": _compressed,
+    "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq,
 }  # fmt: skip
