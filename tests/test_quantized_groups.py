@@ -5,8 +5,10 @@ import torch
 import transformers
 
 from bytecap.errors import CheckpointError
+from bytecap.model import checkpoint as module_of_checkpoints
 from bytecap.model import dequantize
 from bytecap.model.checkpoint import load_model
+from bytecap.pipeline import memory
 from conftest import SMALL, build
 from quantized import Checkpoint
 
@@ -241,3 +243,25 @@ class TestMisfits:
 def test_codes_that_cross_words():
     codes = torch.randint(0, 8, (64, 5))
     assert dequantize.fields(stream(codes, 3).T.contiguous(), 3).T.equal(codes.to(torch.int32))
+
+
+@pytest.mark.parametrize("kept", [2**31, 0])
+def test_every_weight_is_computed_once(checkpoint, monkeypatch, kept):
+    """For its dtype, for the module and for the account; only what is too large to wait is computed again."""
+    c, calls, formula = fill(checkpoint(settings()), lambda shape: gptq(shape, 4)), [], dequantize.gptq
+    monkeypatch.setattr(dequantize, "gptq", lambda *parts: (calls.append(1), formula(*parts))[1])
+    monkeypatch.setattr(module_of_checkpoints, "_KEPT", kept)
+    c.check()
+    assert len(calls) == len(c.linear()) * (1 if kept else 3)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("gptq", 2), ("gptq", 4), ("gptq", 8), ("awq", 4), ("mxfp4", None)])
+def test_memory_is_planned_for_dense_weights(checkpoint, method, bits):
+    c = checkpoint(settings(method, bits) if bits else {"quant_method": method})
+    if bits:
+        fill(c, awq if method == "awq" else lambda shape: gptq(shape, bits))
+    else:
+        c.tensors["x_blocks"] = torch.zeros(3, 8, 2, 16, dtype=torch.uint8)
+        c.dense["x"] = torch.zeros(3, 8, 64)
+    wanted = sum(t.numel() for t in c.dense.values())
+    assert wanted <= memory._parameters(memory._headers(c.write(), ())) < 1.2 * wanted

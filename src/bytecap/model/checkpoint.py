@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from bytecap.model.quantized_checkpoint import Dequantized
 
 _Values = TypeVar("_Values", np.ndarray[Any, Any], "torch.Tensor")
+_KEPT = 2**31  # bytes of dequantized weights that wait for the module they go into
 _STACKED = 16  # smallest side of a matrix in a stack of them
 DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64",
@@ -169,7 +170,7 @@ def load_model(
     directory = resolve(model)
     if directory.suffix == gguf_file.SUFFIX and directory.is_file():
         return _of_gguf(directory, begin)
-    source = opened(directory, str(model), begin, allow_unused)
+    source = opened(directory, str(model), begin, allow_unused, keep=_KEPT)
     module = build_module(directory, source.shapes, source.dense)
     found = account(module, source.headers, allow_unused, values=source.dense.values if source.dense else None)
     units = find_units(module, found.dtypes)

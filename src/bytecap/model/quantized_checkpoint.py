@@ -18,17 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bytecap.errors import CheckpointError
-from bytecap.format.coders.exact import is_lossless
+from bytecap.format.coders.exact import WIDTH, is_lossless
 from bytecap.model import dequantize, tying
+from bytecap.model.building import parts
 from bytecap.model.fileset import DEQUANTIZE, Header
 from bytecap.model.tensor_files import Tensors
 
 Parts = Mapping[str, str]  # role to the name of a stored tensor
 Formula = Callable[[Mapping[str, Tensor]], Tensor]
 
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SCALES_OF_8 = ("_scale_inv", "_scale")  # behind the weight's name
 _SCALES_BESIDE = ("scale", "qscale_weight")  # in place of `weight`
@@ -46,6 +49,8 @@ _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantiz
 _LAYOUT_KEYS = ("format", "checkpoint_format", "version")  # in which writers of GPTQ and AWQ name it
 _ZEROS_OFF = {"gptq": 1, "gptq_v2": 0}  # what the stored zero points of a format of GPTQ lack
 _CODES = ("weight", "_packed", "_blocks", "_proj", "qzeros", "g_idx")  # how names of tensors of codes end
+_PACKED = ("weight", "_packed", "_blocks")  # of which those that share bytes and words
+_BITS = 4  # of a code, where nothing else is said
 _WIDTHS = (2, 4, 8)  # bits of packed integers
 
 
@@ -74,6 +79,7 @@ class Dequantized:
     notes: list[str]
     _weights: dict[str, _Weight] = field(repr=False)
     _stored: Tensors = field(repr=False)
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
@@ -86,11 +92,17 @@ class Dequantized:
         """
         if name not in self._weights:
             return self._stored.read(name)
+        if name in self._kept:
+            return self._kept[name].to(torch.float32, copy=True)
         weight = self._weights[name]
         try:
             return weight.formula({role: self._stored.read(part) for role, part in weight.parts.items()})
         except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as exc:
             raise CheckpointError(f"tensor {name} cannot be dequantized from {weight.parts['codes']}: {exc}") from exc
+
+    def keep(self, name: str, value: Tensor, dtype: str) -> None:
+        """Keep the value of a weight in a dtype that holds it, so that it need not be computed again."""
+        self._kept[name] = value.to(_TORCH[dtype])
 
     def values(self, headers: Mapping[Path, Header], names: Any) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors with the given names, one at a time."""
@@ -102,8 +114,7 @@ class Dequantized:
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return what a config says of the quantization of its weights, itself or nested; None if it is dense."""
-    nested = [v for v in config.values() if isinstance(v, dict)]
-    for part in (config, *nested):
+    for part in parts(config):
         found = part.get("quantization_config", part.get("compression_config"))
         if isinstance(found, dict) and found:
             return found
@@ -132,13 +143,14 @@ def refuse_finished(config: bytes, where: Path) -> None:
     raise CheckpointError(f"{where} holds no model.bcap, which its config.json names: copy it again")
 
 
-def dense(config: bytes, headers: dict[Path, Header], where: Path) -> Dequantized | None:
+def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0) -> Dequantized | None:
     """Return the dense tensors of a directory whose config says that its weights are quantized; None if it says so not.
 
     Args:
         config: `config.json`.
         headers: of the weight files.
         where: the directory.
+        keep: most bytes of weights that are kept from the look at their dtypes, so that they are computed once.
 
     Raises:
         CheckpointError: the scheme is none of those that are read, or its tensors do not fit together.
@@ -174,9 +186,30 @@ def dense(config: bytes, headers: dict[Path, Header], where: Path) -> Dequantize
         value = found.value(name)
         dtype = next((d for d in ("BF16", "F16") if is_lossless(value.numpy(), d)), "F32")
         wide |= dtype == "F32"
+        keep -= value.numel() * WIDTH[dtype]
+        if keep >= 0:
+            found.keep(name, value, dtype)
         kept[home[weight.parts["codes"]]][name] = {"dtype": dtype, "shape": list(value.shape)}
     found.config = _plain(parsed, wide)
     return found
+
+
+def roughly_dense(config: bytes, headers: dict[Path, Header]) -> dict[Path, Header]:
+    """Return headers that have as many values as the dense weights, so that memory can be planned before they are read.
+
+    Shapes are not those of the weights: codes that share a byte or a word are counted along an axis of their own.
+    """
+    settings = settings_of(json.loads(config))
+    if settings is None:
+        return headers
+    said = settings.get("bits", settings.get("w_bit"))
+    bits = said if type(said) is int and said in dequantize.GPTQ_BITS else _BITS
+
+    def counted(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        packed = {"I32": 32 // bits, "U8": 2}.get(entry["dtype"], 1) if name.endswith(_PACKED) else 1
+        return {**entry, "shape": [*entry["shape"], packed]}
+
+    return {path: {n: counted(n, e) for n, e in header.items()} for path, header in headers.items()}
 
 
 def _is_code(name: str, entry: Mapping[str, Any]) -> bool:
@@ -228,7 +261,7 @@ def _layout(settings: Mapping[str, Any]) -> str:
 
 def _plain(config: Any, wide: bool) -> bytes:
     """Return a config that says nothing of the quantization, and float32 where dense values need it."""
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+    for part in parts(config):
         for key in ("quantization_config", "compression_config"):
             part.pop(key, None)
         for key in ("dtype", "torch_dtype"):
