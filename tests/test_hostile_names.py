@@ -1,5 +1,6 @@
 """Names that some system gives another meaning: devices, aliases, links, letters of another case, too many letters."""
 
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -271,3 +272,29 @@ def test_unpack_into_a_place_that_changes(fitted, tmp_path, monkeypatch):
     export.unpack(fitted("rotary")[1], out)
     assert victim.read_bytes() == b"precious"
     assert not (out / WEIGHTS).is_symlink()
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "link to a file", "link to others"])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_directory_in_place_of_a_link(tmp_path, monkeypatch, kind, exchange):
+    """The link is replaced; what it leads to stays, and nothing is left beside it."""
+    place, real = tmp_path / "place", tmp_path / "real"
+    place.mkdir()
+    real.mkdir()
+    (real / "config.json").write_bytes(b"precious")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "x").write_bytes(b"precious")
+    leads = {"link": real, "link to nothing": tmp_path / "none", "link to a file": real / "config.json"}
+    (place / "out").symlink_to(leads.get(kind, tmp_path / "others"))
+    if not exchange:
+        monkeypatch.setattr(directories, "_swapped", lambda *_: False)
+    refused = kind in {"link to a file", "link to others"}
+    said = pytest.raises(OutputError) if refused else contextlib.nullcontext()
+    with said, directories.replacing_directory(place / "out") as made:
+        (made / "config.json").write_bytes(b"new")
+    assert [p.name for p in place.iterdir()] == ["out"]
+    assert (place / "out").is_symlink() == refused
+    assert refused or (place / "out" / "config.json").read_bytes() == b"new"
+    assert (real / "config.json").read_bytes() == (tmp_path / "others" / "x").read_bytes() == b"precious"
+    assert not (tmp_path / "none").exists()
