@@ -158,7 +158,7 @@ class TestOwnSamples:
         assert sum(" ".join(map(str, w.tokens[1:9])) in text for w in found.recovery) < len(found.recovery) / 10
 
     def test_samples_go_on_from_beginnings(self, model_directory):
-        module = load_model(model_directory("rotary")).module
+        module = load_checkpoint(model_directory("rotary")).module
         given = [(1, 2, 3), (4, 5, 6)]
         found = sample(module, given, 40 * 8, window=8, seed=0, device="cpu")
         assert {w.tokens[:3] for w in found} == set(given)
