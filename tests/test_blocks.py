@@ -10,11 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk
+from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk, span
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.layout import pack, unpack
+from bytecap.runtimes.directory import family
+from bytecap.runtimes.gguf import rounding
+from bytecap.runtimes.gguf.menu import Item
+from bytecap.runtimes.gguf.places import Place
+from bytecap.runtimes.gguf.rounding import Coding
 
 gguf = pytest.importorskip("gguf")
 NAMES = sorted(FORMATS)
@@ -96,6 +102,37 @@ def test_several_matrices_are_coded_as_each_by_itself(name: str) -> None:
     for weight, f, (codes, values) in zip(matrices, factors, found, strict=True):
         assert np.array_equal(pack(codes), pack(encode(weight, f.form(), FORMATS[name])))
         assert same_bits(values.numpy(), codes.values())
+
+
+def test_columns_of_wide_spans_may_be_coded_in_another_order() -> None:
+    layout = family("compressed-tensors").layout("w4c", 256, "BF16")
+    assert layout is not None
+    assert (span(layout), span(FORMATS["Q4_K"]), span(FORMATS["IQ1_S"])) == (256, 0, 0)
+    h, weight = hessian(256), weights(40, 256)
+    for within in (64, 256):
+        found = factor(h, within)
+        assert found.order is not None
+        assert (found.order.reshape(-1, within).sort().values.flatten() == torch.arange(256)).all()
+        codes, values = encode_all([weight], [found], layout)[0]
+        assert same_bits(values.numpy(), codes.values())
+        moved = encode(np.ascontiguousarray(weight[:, found.order.numpy()]), found.form(), layout)
+        assert np.array_equal(moved.codes, codes.codes[:, found.order.numpy()])
+
+
+@pytest.mark.parametrize("light", [1.0, 1e-3])
+def test_sorted_columns_are_taken_where_held_windows_say_so(light: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = {n: family("compressed-tensors").layout(n, 256, "BF16") for n in ("w4c", "w4g128", "w4g32")}
+    coding = Coding(tuple(layouts), lambda name, _: layouts[name], lambda _, w: w, lambda *_: 0, 2**15)
+    h, rows = hessian(256), torch.ones(8, dtype=torch.float64)
+    item = Item(Place("a", "a", (8, 256)), weights(8, 256), Metric(h, rows), Metric(h, rows), tuple(layouts))
+    lost = {0: 1.0, 256: light, 128: 2 - light}
+    monkeypatch.setattr(rounding, "_lost", lambda *args: lost[args[2]])
+    (found,) = rounding.choose_spans(coding, [item])
+    assert found.spans == (() if light == 1 else (256,))
+    codes = rounding.round_all(coding, [found], {"a": 0.0}, lambda _: None)["a"].codes
+    assert codes is not None
+    same = np.array_equal(codes.codes, encode(item.weight, found.factors().form(), layouts["w4c"]).codes)
+    assert same == (light == 1)
 
 
 NEEDS = "a CUDA device with triton, or triton's interpreter, which cannot read scalars of numpy 2.4 and later"
