@@ -15,7 +15,9 @@ from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk, span
 from bytecap.runtimes.blocks.ggml import FORMATS
+from bytecap.runtimes.blocks.kernel import feed
 from bytecap.runtimes.blocks.layout import pack, unpack
+from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.directory import family
 from bytecap.runtimes.gguf import rounding
 from bytecap.runtimes.gguf.menu import Item
@@ -93,6 +95,17 @@ def test_threads_and_company_change_nothing(name: str) -> None:
     scaled = np.abs(weight[:9]).max(), np.abs(weight).max()
     if np.ceil(np.log2(scaled[0])) == np.ceil(np.log2(scaled[1])):
         assert np.array_equal(pack(one)[:9], pack(part))
+
+
+def test_products_are_those_of_a_plain_loop() -> None:
+    rng = np.random.default_rng(0)
+    matrix, error = (rng.standard_normal((100, n)).astype(np.float32) for n in (104, LANES))
+    error = np.concatenate([error, error[:4]])
+    out = rng.standard_normal((6, LANES)).astype(np.float32)
+    right = out.astype(np.float64)
+    right += matrix[8:14, 16:96].astype(np.float64) @ error[16:96].astype(np.float64)
+    feed(out, matrix, 8, 16, 96, error)
+    assert np.abs(out - right).max() < 1e-5 * np.abs(right).max()
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q4_0"])
