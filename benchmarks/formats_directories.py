@@ -5,7 +5,8 @@ calibration windows in place of the text it would download); mlx decodes what th
 of the same layout, written here after the paper (plain Hessian, 1% damping, blocks of 128 columns, min-max scales of
 groups of 128, or 64 where 128 does not divide a row), and llm-compressor's own GPTQ, whose directory must be made in an
 environment of its own (it pins transformers) from the windows that `--windows` writes, and given by `--llm-compressor`.
-Ours get the bytes of their weights and configuration, and the same tokenizer. Needs mlx[cpu] and mlx-lm.
+Ours get the bytes of their weights and configuration, and the same tokenizer, which both hold as compact JSON. Needs
+mlx[cpu] and mlx-lm.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import family
-from bytecap.runtimes.directory.contents import contents_of, read_units
+from bytecap.runtimes.directory.contents import compact, contents_of, read_units
 from bytecap.runtimes.directory.menu import plain_values
 from bytecap.system.cache import Store
 from common import parser, record, texts
@@ -146,7 +147,7 @@ def mlx_arm(args: Any, job: Job, source: Path, **told: Any) -> dict[str, Any]:
         utils.save_model(where, loaded)
         utils.save_config(copy.deepcopy(config), Path(where) / "config.json")
         size = sum((Path(where) / n).stat().st_size for n in ("model.safetensors", "config.json"))
-    size += sum(len(f) for n, f in job.model.files.items() if n != "config.json")
+    size += sum(len(compact(n, f)) for n, f in job.model.files.items() if n != "config.json")
     row = {"file_bytes": size, "bits_per_parameter": 8 * size / job.model.parameters, "told": told}
     return row | scores(job.model, values, job.sets, job.device)
 
@@ -188,7 +189,7 @@ def llm_compressor_arm(job: Job, directory: Path) -> dict[str, Any]:
     model, kind = job.model, family("compressed-tensors")
     config = json.loads((directory / "config.json").read_text())
     size = sum((directory / n).stat().st_size for n in ("model.safetensors", "config.json"))
-    size += sum(len(f) for n, f in model.files.items() if n != "config.json")
+    size += sum(len(compact(n, f)) for n, f in model.files.items() if n != "config.json")
     names = [u.name.removesuffix(".weight") for u in model.units if u.linear and u.name not in model.embeddings()]
     schemes = {}
     for entry in config["quantization_config"]["config_groups"].values():
