@@ -266,3 +266,14 @@ def test_shrinking_keeps_the_diagonal() -> None:
         assert found.trace() == pytest.approx(float(h.trace()))
     assert torch.equal(shrunk(h, Shrinkage(diagonal=1.0)).diagonal(), h.diagonal())
     assert found.diagonal().std() == pytest.approx(float(h.diagonal().std()) / 2)
+
+
+def test_windows_that_differ_in_size_alone_are_told_from_a_fit_to_one_of_them() -> None:
+    h, rows = hessian(64), torch.ones(8, dtype=torch.float64)
+    seen, held = Metric(h, rows), Metric(2 * torch.diag(h.diagonal()), rows)  # nothing of what was fitted holds
+    item = Item(Place("a", "a", (8, 64)), weights(8, 64), seen, held, ("Q4_0",))
+    coding = Coding(("Q4_0",), lambda name, _: FORMATS[name], lambda _, w: w, lambda *_: 0, 2**15)
+    found = rounding.round_all(coding, [item], {"a": 0.0}, lambda _: None)["a"]
+    assert found.alone[1] == pytest.approx(2 * found.alone[0])
+    assert found.held == pytest.approx(found.alone[1])
+    assert found.held / found.seen > 1.2 * 2

@@ -95,6 +95,18 @@ class Item:
         seen, held = (Metric(m.hessian.to(error.device), m.rows.to(error.device)) for m in (self.metric, self.held))
         return seen.distortion(error), held.distortion(error)
 
+    def alone(self, values: Tensor) -> tuple[float, float]:
+        """What `lost` would be if columns' errors had nothing to do with one another, as no Hessian's fit has them.
+
+        The one over the other is how much the two sets of windows differ, whatever is fitted to one of them.
+        """
+        error = (values - torch.from_numpy(self.weight).to(values.device)).double().square()
+        seen, held = (
+            float((error @ m.hessian.diagonal().to(error.device)) @ m.rows.to(error.device)) / 2
+            for m in (self.metric, self.held)
+        )
+        return seen, held
+
     def sampled(self, weights: int = SAMPLE) -> tuple[Item, float]:
         """Return the item with an even sample of its rows, and the factor from its distortion to the whole's."""
         rows, cols = self.shape

@@ -53,12 +53,14 @@ class Rounded:
         values: float32 (rows, cols), decoded.
         seen: distortion in the metric it was rounded by, nats per token.
         held: in that of the windows held out.
+        alone: both, if columns' errors had nothing to do with one another.
     """
 
     codes: Codes | None
     values: FloatArray
     seen: float
     held: float
+    alone: tuple[float, float]
 
 
 def choose_spans(coding: Coding, items: Sequence[Item]) -> list[Item]:
@@ -122,9 +124,13 @@ def round_all(
     for group in together(items, lambda i: chosen[i.place.name]):
         name = chosen[group[0].place.name]
         for item, (codes, values) in zip(group, _coded(coding, group, _Factored(group), name), strict=True):
-            found[item.place.name] = keep(Rounded(codes, values.cpu().numpy(), *item.lost(values)))
+            found[item.place.name] = keep(_rounded(item, codes, values))
             advance(1)
     return found
+
+
+def _rounded(item: Item, codes: Codes | None, values: Tensor) -> Rounded:
+    return Rounded(codes, values.cpu().numpy(), *item.lost(values), item.alone(values))
 
 
 class _Factored:

@@ -127,7 +127,9 @@ class StoredRounded(Rounded):
         else:
             kept = {n: scratch.put(torch.from_numpy(np.ascontiguousarray(getattr(codes, n)))) for n in _ARRAYS}
         form = None if codes is None else codes.format
-        for name, value in (("_form", form), ("_kept", kept), ("seen", rounded.seen), ("held", rounded.held)):
+        for name in ("seen", "held", "alone"):
+            object.__setattr__(self, name, getattr(rounded, name))
+        for name, value in (("_form", form), ("_kept", kept)):
             object.__setattr__(self, name, value)
 
     _form: Any
