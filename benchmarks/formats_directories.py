@@ -53,6 +53,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq-w4g128": ("compressed-tensors", {}),
     "llmc-w4g128": ("compressed-tensors", {}),
 }
+WRITTEN = " as written"  # behind an arm's name, with `--as-written`
 
 
 def main() -> None:
@@ -61,6 +62,9 @@ def main() -> None:
     p.add_argument("--arms", nargs="*", default=list(ARMS))
     p.add_argument("--held-tokens", type=int, default=HELD_TOKENS, help="tokens of the Hessian that judges")
     p.add_argument("--work", type=Path, help="directory for statistics kept between runs")
+    p.add_argument(
+        "--as-written", action="store_true", help="stock's tokenizer counts as its tool leaves it, with white space"
+    )
     p.add_argument("--windows", type=Path, help="JSON of the calibration windows to write")
     p.add_argument("--llm-compressor", type=Path, help="directory that llm-compressor wrote")
     args = p.parse_args()
@@ -68,14 +72,14 @@ def main() -> None:
     rows = {(r["model"], r["recipe"], r["method"]): r for r in map(json.loads, lines)}
     for name in args.model:
         run(args, name, rows)
-    print(f"{'model':10s} {'arm':12s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s}")
+    print(f"{'model':10s} {'arm':24s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s}")
     for (name, arm, method), ours in rows.items():
-        if method == "bytecap" and arm in ARMS:
+        if method == "bytecap" and arm.removesuffix(WRITTEN) in ARMS:
             theirs = rows[name, arm, "stock"]
             ratio = ours["kl_nats"] / theirs["kl_nats"]
             error = ratio * math.hypot(*(r["kl_stderr"] / r["kl_nats"] for r in (ours, theirs)))
             print(
-                f"{name:10s} {arm:12s} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} {ours['kl_nats']:9.5f} "
+                f"{name:10s} {arm:24s} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} {ours['kl_nats']:9.5f} "
                 f"{ratio:6.3f} {error:6.3f}"
             )
 
@@ -93,8 +97,10 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
     job = Job(model, sets, 0, lambda *_: 0, device, quiet, config, store=Store(args.work))
     if args.windows:
         args.windows.write_text(json.dumps([[int(t) for t in w.tokens] for w in sets.statistics]))
-    for arm in args.arms:
-        kind, told = ARMS[arm]
+    spaces = sum(len(f) - len(compact(n, f)) for n, f in model.files.items() if n != "config.json")
+    for base in args.arms:
+        kind, told = ARMS[base]
+        arm = f"{base}{WRITTEN if args.as_written else ''}"
         if arm.startswith("llmc") and not args.llm_compressor:
             continue
         if (name, arm, "stock") not in rows:
@@ -102,6 +108,8 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
                 row = mlx_arm(args, job, args.models / name, **told)
             else:
                 row = llm_compressor_arm(job, args.llm_compressor) if arm.startswith("llmc") else gptq_arm(job)
+            row["file_bytes"] += spaces if args.as_written else 0
+            row["bits_per_parameter"] = 8 * row["file_bytes"] / model.parameters
             rows[name, arm, "stock"] = keep(args, arm, "stock", {"model": name, "format": kind, **row})
         if (name, arm, "bytecap") not in rows:
             found = fit_directory(
