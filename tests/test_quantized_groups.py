@@ -7,7 +7,7 @@ import transformers
 from bytecap.errors import CheckpointError
 from bytecap.model import checkpoint as module_of_checkpoints
 from bytecap.model import dequantize
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline import memory
 from conftest import SMALL, build
 from quantized import Checkpoint
@@ -192,7 +192,7 @@ class TestMisfits:
         name = c.linear()[0].replace("weight", part)
         c.tensors[name] = change(c.tensors[name]).contiguous()
         with pytest.raises(CheckpointError, match=said):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     @pytest.mark.parametrize("size", [0, 7, -1, "x", None, [1], True])
     @pytest.mark.parametrize("order", [False, True])
@@ -206,7 +206,7 @@ class TestMisfits:
         c = fill(checkpoint(settings(group_size=size)), make)
         if size == 7 and not order:
             with pytest.raises(CheckpointError, match="7 in each"):
-                load_model(c.write())
+                load_checkpoint(c.write())
         else:
             c.check()
 
@@ -219,14 +219,14 @@ class TestMisfits:
         with pytest.raises(
             CheckpointError, match=f"{name.removesuffix('weight')}.* the scale that {method} has .*missing"
         ):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     @pytest.mark.parametrize("method", ["gptq", "awq"])
     def test_without_a_config(self, checkpoint, method):
         c = fill(checkpoint(settings(method)), awq if method == "awq" else lambda shape: gptq(shape, 4))
         c.configure(quantization_config=None)
         with pytest.raises(CheckpointError, match=r"\.(g_idx|qweight), which belongs to quantized weights"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     @pytest.mark.parametrize(("part", "change"), [
         ("qweight", lambda t: t[:-1]), ("qweight", lambda t: t[:, :-1]), ("qzeros", lambda t: t[:-1]),
@@ -237,7 +237,7 @@ class TestMisfits:
         name = c.linear()[0].replace("weight", part)
         c.tensors[name] = change(c.tensors[name]).contiguous()
         with pytest.raises(CheckpointError, match="cannot be dequantized"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
 
 def test_codes_that_cross_words():

@@ -148,7 +148,7 @@ def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
             raise CheckpointError(f"tensor {unit.name} holds {value} at index {list(index)}")
 
 
-def load_model(
+def load_checkpoint(
     model: Path | str,
     *,
     begin: Callable[[dict[str, bytes]], None] | None = None,

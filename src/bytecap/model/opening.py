@@ -47,7 +47,7 @@ def opened(
     Args:
         directory: of the model.
         name: for messages.
-        begin: see `bytecap.model.checkpoint.load_model`.
+        begin: see `bytecap.model.checkpoint.load_checkpoint`.
         allow_unused: likewise.
         keep: most bytes of dequantized weights that are kept until they are read.
     """

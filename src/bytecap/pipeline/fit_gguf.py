@@ -25,7 +25,7 @@ from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model import streaming
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.defaults import TOKENS
 from bytecap.model.quantized_copy import Values
 from bytecap.model.sources import Paths, as_paths, load_sets
@@ -43,7 +43,7 @@ from bytecap.runtimes.gguf.export import describer, importance, type_lines, writ
 from bytecap.runtimes.gguf.export import plain as exact
 from bytecap.runtimes.gguf.menu import WHOLE, Item, allowed, parse_types
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
-from bytecap.runtimes.gguf.plan import data_of, solve
+from bytecap.runtimes.gguf.plan import CODING, data_of, solve
 from bytecap.runtimes.gguf.solve import Found, figures
 from bytecap.runtimes.gguf.template import GgufTemplate, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
@@ -116,7 +116,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     sets = token_sets(model, config, device, store, reporter, correction_tokens=held_tokens(config))
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     (streaming.of(model.module) or model.module).to(device)
-    items = calibrated(job, frame.layout, frame.types)
+    items = calibrated(job, frame.layout, frame.types, CODING)
     plain = solve(job, cap - frame.fixed, items)
     tuned = job.recover is not None and not config.dry_run
     found, record = tune_blocks(job, frame.layout, items, plain) if tuned else (plain, {})
@@ -274,7 +274,7 @@ def imatrix_of(
     reporter: Reporter,
 ) -> tuple[int, int]:  # fmt: skip
     """Calibrate a model and write its importance matrix; returns bytes and tensors."""
-    loaded, target = load_model(model), choose_device(device)
+    loaded, target = load_checkpoint(model), choose_device(device)
     layout = layout_of(loaded)
     sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
     found = moments(Job(loaded, sets, 0, lambda *_: 0, target, reporter, FitConfig(0, seed=seed)), guided=guided)

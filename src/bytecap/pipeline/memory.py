@@ -22,7 +22,7 @@ from bytecap.format.decoder import side_files
 from bytecap.format.updates import units_of
 from bytecap.job.config import FitConfig
 from bytecap.model import gguf_file
-from bytecap.model.checkpoint import Model, load_model, resolve
+from bytecap.model.checkpoint import Model, load_checkpoint, resolve
 from bytecap.model.fileset import Header, read_headers
 from bytecap.model.quantized_checkpoint import roughly_dense
 from bytecap.model.streamed_artifact import streamed_module
@@ -69,7 +69,7 @@ def open_to_score(
         memory: as an option; what is free if None.
         device: torch device of the passes.
         reporter: told that the model is streamed, or why it is not.
-        allow_unused: see `bytecap.model.checkpoint.load_model`.
+        allow_unused: see `bytecap.model.checkpoint.load_checkpoint`.
 
     Returns:
         The streamed model; None for one that is to be opened whole.
@@ -140,7 +140,7 @@ def open_model(
                 return opened
         if reason is not None:
             reporter.note(f"{model} is not streamed: {reason}")
-    return load_model(model, begin=begin, allow_unused=allow)
+    return load_checkpoint(model, begin=begin, allow_unused=allow)
 
 
 def _reason(config: FitConfig) -> str | None:

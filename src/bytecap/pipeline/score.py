@@ -10,7 +10,7 @@ from bytecap.errors import UsageError
 from bytecap.format import container, updates
 from bytecap.format.contents import Contents
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import Model, demo_directory, freeze, load_model, resolve
+from bytecap.model.checkpoint import Model, demo_directory, freeze, load_checkpoint, resolve
 from bytecap.model.from_artifact import module_of
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, check_model, encoder, window_limit
@@ -56,7 +56,7 @@ def open_model(
             return Model(module, tuple(updates.units_of(inside)), files, str(model))
         if resident != "decoded":
             raise UsageError(f"{model} is no artifact: only weights in a .bcap file can stay coded")
-        opened = replace(load_model(found, allow_unused=allow_unused), name=str(model))
+        opened = replace(load_checkpoint(found, allow_unused=allow_unused), name=str(model))
         opened.module.to(device)
         return opened
     contents = contents or updates.read(path, base)

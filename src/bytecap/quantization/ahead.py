@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import torch
 
 _Found = TypeVar("_Found")
-_SHARE = 16  # of a GPU's memory, one part for what is under way
+_SHARE = 24  # of a GPU's memory, one part for what is under way
 _STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}  # few: memory that one has freed serves no other
 
 
