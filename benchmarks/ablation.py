@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 def one(args: Any, name: str, bits: float, label: str, options: dict[str, Any]) -> dict[str, Any]:
     """One variant, measured and recorded."""
-    model = load_model(args.models / name)
+    model = load_checkpoint(args.models / name)
     model.name = name
     result = fit(
         model, int(bits * model.parameters / 8), calibration=texts(args.texts, "calib"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
@@ -15,7 +15,7 @@ def main() -> None:
     args = p.parse_args()
     for name in args.model:
         for count in args.counts:
-            model = load_model(args.models / name)
+            model = load_checkpoint(args.models / name)
             model.name = name
             result = fit(
                 model, int(args.bits * model.parameters / 8), calibration=texts(args.texts, "calib"),

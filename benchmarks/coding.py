@@ -22,7 +22,7 @@ from bytecap.format.decoder import decode_units
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.rans import Stream, decode, encode
 from bytecap.format.ledger import by_kind
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 def one(args: Any, name: str) -> dict[str, Any]:
     """All figures of one model."""
-    model = load_model(args.models / name)
+    model = load_checkpoint(args.models / name)
     result = fit(
         model, int(args.bits * model.parameters / 8), calibration=texts(args.texts, "calib"),
         evaluation=texts(args.texts, "val"), tokens=args.tokens, evaluation_tokens=args.eval_tokens,

@@ -40,7 +40,7 @@ from torch import nn
 from bytecap.format.decoder import decode_units
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
-from bytecap.model.checkpoint import Model, demo_directory, load_model
+from bytecap.model.checkpoint import Model, demo_directory, load_checkpoint
 from bytecap.model.evaluation import compare_models, mean_comparison
 from bytecap.model.forward import longest_first
 from bytecap.model.quantized_copy import load_values
@@ -137,7 +137,7 @@ def _rows(path: Path | None) -> list[dict[str, Any]]:
 @lru_cache(maxsize=1)
 def original(args_models: str, name: str) -> Model:
     """The trained model that all arms come from."""
-    model = load_model(name if name == "demo" else Path(args_models) / name)
+    model = load_checkpoint(name if name == "demo" else Path(args_models) / name)
     model.name = name
     return model
 
@@ -239,7 +239,7 @@ def one(args: argparse.Namespace, size: str, arm: str, seed: int, directory: str
     """One fit, its decoded file measured against the original."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    first, model = _original(args), load_model(directory)
+    first, model = _original(args), load_checkpoint(directory)
     key = {k: getattr(args, k) for k in ("model", "tokens", "eval_tokens")}
     key |= {"models": str(args.models), "texts": str(args.texts) if args.texts else None}
     sets = _sets(json.dumps(key), seed)

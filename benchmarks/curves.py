@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from bytecap.allocation.correction import role_name
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import leading
 from bytecap.pipeline.stages import choose_device
@@ -72,7 +72,7 @@ def main() -> None:
 
 def one(args: Any, name: str, bits: float, base: str) -> None:
     """One operating point, measured and recorded."""
-    model = load_model(name if name == "demo" else args.models / name)
+    model = load_checkpoint(name if name == "demo" else args.models / name)
     model.name = name
     reporter = _Timed()
     found = byte_returns(
@@ -125,7 +125,7 @@ def _drawn(operating_point: OperatingPoint, names: list[str], points: int, seed:
 
 def singles(args: Any, name: str, bits: float, base: str) -> None:
     """Single units alone, recorded after every dozen; the last row holds them all."""
-    model = load_model(name if name == "demo" else args.models / name)
+    model = load_checkpoint(name if name == "demo" else args.models / name)
     model.name, reporter, device = name, _Timed(), choose_device(args.device)
     sets = load_sets(
         model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens, evaluation_tokens=1024,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.fit import fit
 from bytecap.progress import Silent
 from common import parser, record, texts
@@ -30,7 +30,7 @@ def main() -> None:
 
 def one(args: Any, name: str, bits: float, arm: str) -> None:
     """One fit, measured and recorded."""
-    model = load_model(name if name == "demo" else args.models / name)
+    model = load_checkpoint(name if name == "demo" else args.models / name)
     model.name, reporter = name, Silent()
     files = {
         k: texts(args.texts, t) if args.texts else None for k, t in (("calibration", "calib"), ("evaluation", "val"))

@@ -21,7 +21,7 @@ import numpy as np
 from bytecap.calibration.statistics import moments
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.sources import load_sets
 from bytecap.pipeline.fit_gguf import fit_gguf
 from bytecap.pipeline.quality import quality
@@ -130,7 +130,7 @@ def main() -> None:
 
 def run(args: Any, name: str, left: list[tuple[str, str]], rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
     """Measure what is left of a model."""
-    model, quiet = load_model(args.models / name), Silent()
+    model, quiet = load_checkpoint(args.models / name), Silent()
     model.name = name
     layout, device = layout_of(model), choose_device(args.device)
     model.module.to(device)

@@ -27,7 +27,7 @@ from bytecap.calibration.metric import join
 from bytecap.calibration.statistics import moments
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.evaluation import compare_models
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
@@ -86,7 +86,7 @@ def main() -> None:
 
 def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
     """Measure what is left of a model."""
-    model, quiet, device = load_model(args.models / name), Silent(), choose_device(args.device)
+    model, quiet, device = load_checkpoint(args.models / name), Silent(), choose_device(args.device)
     model.name = name
     calib, held = texts(args.texts, "calib"), texts(args.texts, "val")
     sets = load_sets(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bytecap.methods import METHODS
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 def one(args: Any, name: str, bits: float, method: str, accounting: str) -> dict[str, Any]:
     """One fit, measured and recorded."""
-    model = load_model(name if name == "demo" else args.models / name)
+    model = load_checkpoint(name if name == "demo" else args.models / name)
     model.name = name
     result = fit(
         model, int(bits * model.parameters / 8), calibration=texts(args.texts, "calib"),

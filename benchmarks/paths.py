@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bytecap.model.checkpoint import demo_directory, load_model
+from bytecap.model.checkpoint import demo_directory, load_checkpoint
 from bytecap.pipeline.fit import fit
 from bytecap.progress import Silent
 from bytecap.sizes import parse_size
@@ -45,7 +45,7 @@ def main() -> None:
 def one(args: Any, name: str, base: str, budget: str, menu: tuple[str, ...]) -> dict[str, Any]:
     """One fit, measured and recorded."""
     embedded = name == "demo"
-    model = load_model(name if embedded else args.models / name)
+    model = load_checkpoint(name if embedded else args.models / name)
     model.name = name
     directory: Path = demo_directory()
     limit = int(float(budget[:-1]) * model.parameters / 8) if budget.endswith("b") else parse_size(budget)

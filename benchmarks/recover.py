@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.evaluation import compare_models, mean_comparison
 from bytecap.model.forward import batches
 from bytecap.model.quantized_copy import copy_of
@@ -41,7 +41,7 @@ def main() -> None:
     tuning.RATE, tuning.VALUES_RATE = args.rate, args.values_rate
     args.device = choose_device(args.device)
     for name in args.model:
-        model = load_model(name if name == "demo" else args.models / name)
+        model = load_checkpoint(name if name == "demo" else args.models / name)
         model.name = name
         sets = load_sets(
             model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens,

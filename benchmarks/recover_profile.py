@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.sources import load_sets
 from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Bars
@@ -68,7 +68,7 @@ def main() -> None:
     for name in args.model:
         seconds.clear()
         calls.clear()
-        model = load_model(args.models / name)
+        model = load_checkpoint(args.models / name)
         sets = load_sets(
             model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens,
             evaluation_tokens=args.eval_tokens, seed=args.seed, reporter=Bars(),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.job.effort import Effort
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.texts import Window
 from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
@@ -32,7 +32,7 @@ def main() -> None:
     args = p.parse_args()
     args.device = choose_device(args.device)
     for name in args.model:
-        model = load_model(name if name == "demo" else args.models / name)
+        model = load_checkpoint(name if name == "demo" else args.models / name)
         model.name = name
         model.module.to(args.device)
         found = args.train or (texts(args.texts, "calib") if args.texts else None)

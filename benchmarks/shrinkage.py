@@ -12,7 +12,7 @@ from pathlib import Path
 from bytecap.calibration.statistics import moments
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.sources import load_sets
 from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
@@ -32,7 +32,7 @@ def main() -> None:
     args = p.parse_args()
     device = choose_device(args.device)
     for name in args.model:
-        model = load_model(args.models / name)
+        model = load_checkpoint(args.models / name)
         sets = load_sets(
             model, texts(args.texts, "calib"), None, tokens=args.tokens, evaluation_tokens=64,
             correction_tokens=args.held_tokens, seed=args.seed, reporter=Silent(),

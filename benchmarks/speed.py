@@ -18,7 +18,7 @@ import torch
 from bytecap import reference
 from bytecap.format import container
 from bytecap.format.decoder import decode_units
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.forward import batch_tokens, batches, fast_dtype, logits_of
 from bytecap.model.sources import load_sets
 from bytecap.pipeline.fit import fit
@@ -43,7 +43,7 @@ def main() -> None:
 
 def one(args: Any, name: str) -> dict[str, Any]:
     """All figures of one model."""
-    model = load_model(args.models / name)
+    model = load_checkpoint(args.models / name)
     calibration, evaluation = texts(args.texts, "calib"), texts(args.texts, "val")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()

@@ -10,7 +10,7 @@ import json
 import math
 from typing import Any
 
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.fit import fit
 from common import parser, record, texts
 
@@ -44,7 +44,7 @@ def finished(args: Any) -> dict[tuple[str, float, str], dict[str, Any]]:
 
 def one(args: Any, name: str, bits: float, method: str) -> dict[str, Any]:
     """One fit, measured and recorded."""
-    model = load_model(args.models / name)
+    model = load_checkpoint(args.models / name)
     model.name = name
     budget = int(bits * model.parameters / 8)
     result = fit(

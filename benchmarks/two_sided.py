@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.probe import fisher_loss
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.forward import batches
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import leading
@@ -78,7 +78,7 @@ class Watch:
 
 def measure(args: Any, name: str) -> Watch:
     """Run the pass over a model's calibration tokens."""
-    model = load_model(args.models / name)
+    model = load_checkpoint(args.models / name)
     sets = load_sets(model, texts(args.texts, "calib"), texts(args.texts, "val"), tokens=args.tokens,
                      evaluation_tokens=1, correction_tokens=1, seed=args.seed, reporter=Silent())  # fmt: skip
     module = model.module.to(args.device if args.device != "auto" else "cpu").requires_grad_(False)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import bytecap
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.evaluation import by_window
 from bytecap.model.sources import encoder
 from bytecap.model.texts import load_text
@@ -28,7 +28,7 @@ def main() -> None:
     p.add_argument("--dtype", default="source", help="bfloat16 for a source that is float32")
     args = p.parse_args()
     for name in args.model:
-        original = load_model(args.models / name)
+        original = load_checkpoint(args.models / name)
         encode, held = encoder(original.files), texts(args.texts, "val")
         each = args.eval_tokens // len(held)
         windows = [w for t in held for w in load_text(t, encode, window=512, limit=each).windows]
@@ -43,7 +43,7 @@ def main() -> None:
                 found = {}
                 for dtype in ("float32", args.dtype):
                     written = unpack(path, Path(place) / dtype, dtype=dtype)
-                    coded = load_model(Path(place) / dtype).module
+                    coded = load_checkpoint(Path(place) / dtype).module
                     found[dtype] = by_window(original.module, coded, {"": {}}, windows)[""]
                     size = (Path(place) / dtype / "model.safetensors").stat().st_size
                     print(f"{name} {bits} {dtype}: written as {written}, {size:,} bytes", flush=True)

@@ -36,7 +36,7 @@ from bytecap.format import updates
 from bytecap.format.decoder import from_matrix
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, as_matrix, load_model
+from bytecap.model.checkpoint import Model, as_matrix, load_checkpoint
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import encoder, load_sets
@@ -54,7 +54,7 @@ def fine_tuned(source: Path, text: Path, target: Path, *, steps: int, rate: floa
     from transformers import AutoModelForCausalLM
 
     module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    kept = load_model(source)
+    kept = load_checkpoint(source)
     read = load_text(text, encoder(kept.files), window=WINDOW)
     windows = [w.tokens for w in read.windows if len(w.tokens) == WINDOW + 1]
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -167,7 +167,7 @@ def one(args: Any, name: str) -> None:
     tuned_directory, text = work / "tuned", args.texts / f"{args.workload}.calib.txt"
     if not tuned_directory.exists():
         fine_tuned(source, text, tuned_directory, steps=args.steps, rate=args.rate, seed=args.seed)
-    original, tuned = load_model(source), load_model(tuned_directory)
+    original, tuned = load_checkpoint(source), load_checkpoint(tuned_directory)
     common = FitConfig(f"{args.bits}bpp", seed=args.seed, device="cpu", progress=False, store=work / "store")
     fitted(original, sets_of(args, original, texts(args.texts, "calib")), common, work / "base.bcap")
     base, sets = installed(work / "base.bcap"), sets_of(args, tuned, [text])

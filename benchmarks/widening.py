@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.evaluation import ByWindow, by_window
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import TokenSets, Window, leading
@@ -40,7 +40,7 @@ def main() -> None:
     args = p.parse_args()
     args.device = choose_device(args.device)
     for name in args.model:
-        model = load_model(args.models / name)
+        model = load_checkpoint(args.models / name)
         model.name = name
         for tokens in args.user_tokens:
             compare(args, model, tokens)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from conftest import build, save
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -82,7 +82,7 @@ class Checkpoint:
 
     def check(self):
         """The tool's module gives the logits of a plain module with the values put in by hand."""
-        found = load_model(self.write())
+        found = load_checkpoint(self.write())
         plain = self.directory.parent / "plain"
         shutil.rmtree(plain, ignore_errors=True)
         plain.mkdir()

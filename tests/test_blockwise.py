@@ -14,7 +14,7 @@ from bytecap.calibration.streamed import _Job, probe_streamed
 from bytecap.errors import UsageError
 from bytecap.model import head, streaming
 from bytecap.model.chain import Chain, find_chain
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.evaluation import by_window, compare_models
 from bytecap.model.inputs import check_causal
 from bytecap.model.quantized_copy import copy_of, load_values
@@ -35,7 +35,7 @@ def pair(model_directory):
 
     def get(kind="rotary", **changes):
         directory = model_directory(kind, **{"dtype": torch.float32, **changes})
-        return load_model(directory), open_streamed(directory, Scratch())
+        return load_checkpoint(directory), open_streamed(directory, Scratch())
 
     return get
 

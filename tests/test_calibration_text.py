@@ -11,12 +11,12 @@ from bytecap.errors import UsageError
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model import sources
-from bytecap.model.calibration_text import GENERAL, SELF, Source, general, general_documents, parse
-from bytecap.model.checkpoint import load_model
+from bytecap.model.calibration_text import CONTINUED, GENERAL, SELF, Source, general, general_documents, parse
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.defaults import SAMPLED_TOKENS, TOKENS
 from bytecap.model.evaluation import Comparison, evaluate
-from bytecap.model.sources import default_sources, default_tokens, load_sets
-from bytecap.model.texts import Text, TokenSets, Window, split_sets
+from bytecap.model.sources import CORRECTION_TOKENS, default_sources, default_tokens, encoder, load_sets
+from bytecap.model.texts import Text, TokenSets, Window, load_documents, split_sets
 from bytecap.pipeline.quality import quality, say_narrow
 from bytecap.progress import Silent
 from bytecap.report.fit import page
@@ -159,7 +159,7 @@ class TestNarrowText:
 
 class TestSets:
     def test_default(self, model_directory):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         assert [s.name for s in default_sources(model, 100_000, "cpu")] == [SELF, GENERAL]
         asked = []
 
@@ -174,8 +174,24 @@ class TestSets:
         assert names[SELF] > 0.3 * sum(names.values())
         assert [t.name for t in sets.evaluation] == [GENERAL]
 
+    def test_continued_goes_on_from_the_general_text(self, model_directory, texts):
+        model, asked = load_checkpoint(model_directory("rotary")), []
+
+        def sampler(tokens, firsts=None):
+            asked.append(firsts)
+            return windows(10, -(-tokens // 64), 64)
+
+        sets = load_sets(model, ["continued", "general"], texts["val"], sampler=sampler, reporter=Silent(), **TINY)
+        encode = encoder(model.files)
+        read = load_documents(GENERAL, general(held=False), encode, window=64, limit=2_000 + CORRECTION_TOKENS).windows
+        [firsts] = asked
+        assert {len(f) for f in firsts} == {16}  # a quarter of the window
+        assert len(firsts) > 10
+        assert set(firsts) <= {w.tokens[:16] for w in read}
+        assert dict(sets.drawn).keys() == {CONTINUED, GENERAL}
+
     def test_more_samples_where_they_are_cheap(self, model_directory, texts, monkeypatch):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         assert default_tokens(model, [], "cuda") == SAMPLED_TOKENS
         assert default_tokens(model, [], "cpu") == TOKENS
         assert default_tokens(model, [texts["calib"]], "cuda") == TOKENS
@@ -185,18 +201,18 @@ class TestSets:
         assert default_tokens(model, [], "cuda") == TOKENS
 
     def test_samples_repeat_by_seed(self, model_directory):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         options = {"correction_tokens": 500, "reporter": Silent(), **TINY}
         one, two, other = (load_sets(model, ["self"], None, seed=s, **options).statistics for s in (0, 0, 1))
         assert one == two != other
 
     def test_the_embedded_model_has_texts_of_its_own(self):
-        sets = load_sets(load_model("demo"), None, None, correction_tokens=500, reporter=Silent(), **TINY)
+        sets = load_sets(load_checkpoint("demo"), None, None, correction_tokens=500, reporter=Silent(), **TINY)
         assert [n for n, _ in sets.drawn] == ["calib.txt"]
         assert [t.name for t in sets.evaluation] == ["val.txt"]
 
     def test_self_needs_a_model_that_can_be_sampled(self, model_directory, texts, monkeypatch):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         monkeypatch.setattr("bytecap.model.sources.of_transformers", lambda _: False)
         assert [s.name for s in default_sources(model, 100_000, "cpu")] == [GENERAL]
         with pytest.raises(UsageError, match="give a text instead"):
@@ -216,7 +232,7 @@ def test_a_fit_without_texts(model_directory, tmp_path):
     assert again.data == found.data
     assert [t["name"] for t in found.report["calibration_held_out"]] == [SELF, GENERAL]
     assert sum(t["tokens"] for t in found.report["calibration_held_out"]) == found.report["correction_tokens"]
-    model, shown = load_model(directory), found.report["calibration_held_out"][1]
+    model, shown = load_checkpoint(directory), found.report["calibration_held_out"][1]
     sets = load_sets(model, None, None, sampler=None, reporter=Silent(), **TINY | SMALL)
     text = next(t for t in sets.correction_texts() if t.name == GENERAL)
     assert shown["nats_original"] == pytest.approx(evaluate(model.module, text).nats, rel=1e-4)

@@ -18,7 +18,7 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.overlays.channels import BOTH, COLUMNS, ROWS, places
 from bytecap.format.wire.positions import LISTED, read_positions
 from bytecap.format.wire.shared_objects import REFERENCE, read_object
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.texts import Window
 from bytecap.quantization.overlays import UnitProblem, overlays
 from bytecap.quantization.overlays.channels import ALONE, channel_worth, rank
@@ -87,7 +87,7 @@ class TestStreams:
         assert stream == ResidualStream(12, {"map.weight": BOTH})
 
     def test_of_a_checkpoint(self):
-        model = load_model("demo")
+        model = load_checkpoint("demo")
         windows = [Window(tuple(np.random.default_rng(0).integers(0, 2048, 200).tolist()), 400)]
         residual, *inner = streams_of(model.module, model.units, windows)
         config = model.config()

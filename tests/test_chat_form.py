@@ -6,7 +6,7 @@ import pytest
 
 from bytecap.errors import ArtifactError
 from bytecap.pipeline.chat_form import chat_form
-from bytecap.pipeline.generation import conversations
+from bytecap.pipeline.chat_templates import conversations
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"

@@ -17,7 +17,7 @@ from bytecap.model.checkpoint import (
     as_matrix,
     demo_directory,
     find_units,
-    load_model,
+    load_checkpoint,
     resolve,
 )
 from bytecap.model.fileset import check_safetensors, weight_files
@@ -33,7 +33,7 @@ def spoiled(model_directory, tmp_path):
 class TestReading:
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_family(self, model_directory, kind):
-        model = load_model(model_directory(kind))
+        model = load_checkpoint(model_directory(kind))
         names = [n for u in model.units for n in (u.name, *u.aliases)]
         assert sorted(names) == sorted(model.module.state_dict())
         assert model.parameters == sum(p.numel() for p in model.module.parameters())
@@ -49,7 +49,7 @@ class TestReading:
         from safetensors.torch import load_file
 
         directory = model_directory("biased", dtype=dtype)
-        model = load_model(directory)
+        model = load_checkpoint(directory)
         assert {u.dtype for u in model.units} == {spelled}
         stored = load_file(directory / "model.safetensors")
         for u in model.units:
@@ -60,7 +60,7 @@ class TestReading:
         one = save(module, tmp_path / "one", tokenizer_json)
         many = save(module, tmp_path / "many", tokenizer_json, max_shard_size="20KB")
         assert len(weight_files(many)) > 2
-        left, right = load_model(one), load_model(many)
+        left, right = load_checkpoint(one), load_checkpoint(many)
         assert left.units == right.units
         for u in left.units:
             assert torch.equal(left.tensor(u), right.tensor(u))
@@ -110,7 +110,7 @@ class TestReading:
         np.testing.assert_array_equal(from_matrix(unit, matrix), values)
 
     def test_the_embedded_model(self):
-        model = load_model("demo")
+        model = load_checkpoint("demo")
         assert model.parameters == 1_369_728
         assert resolve("demo") == demo_directory()
 
@@ -152,7 +152,7 @@ class TestDamage:
         path = spoiled / "model.safetensors"
         path.write_bytes(path.read_bytes() + b"xyz")
         with pytest.raises(CheckpointError, match="3 bytes are left over"):
-            load_model(spoiled)
+            load_checkpoint(spoiled)
 
     @pytest.mark.parametrize(("value", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")])
     @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
@@ -164,49 +164,49 @@ class TestDamage:
             tensor[index] = value
         directory = save(module, tmp_path / "model", tokenizer_json)
         with pytest.raises(CheckpointError) as caught:
-            load_model(directory)
+            load_checkpoint(directory)
         assert str(caught.value) == f"tensor {name} holds {said} at index {list(index)}"
 
     @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
     def test_pickles_are_refused_with_advice(self, spoiled, suffix):
         (spoiled / "model.safetensors").rename(spoiled / f"weights{suffix}")
         with pytest.raises(CheckpointError, match="pickle") as caught:
-            load_model(spoiled)
+            load_checkpoint(spoiled)
         assert f"weights{suffix}" in str(caught.value)
         assert "safe_serialization" in str(caught.value)
         with pytest.raises(CheckpointError, match="pickle"):
-            load_model(spoiled / f"weights{suffix}")
+            load_checkpoint(spoiled / f"weights{suffix}")
 
     def test_missing_things_are_named(self, spoiled, tmp_path):
         with pytest.raises(CheckpointError, match="none"):
-            load_model(tmp_path / "none")
+            load_checkpoint(tmp_path / "none")
         (spoiled / "model.safetensors").rename(spoiled / "model.st")
         with pytest.raises(CheckpointError, match="safetensors"):
-            load_model(spoiled)
+            load_checkpoint(spoiled)
         (spoiled / "config.json").unlink()
         with pytest.raises(CheckpointError, match=r"config\.json"):
-            load_model(spoiled)
+            load_checkpoint(spoiled)
 
     def test_a_file_is_not_a_model(self, model_directory):
         with pytest.raises(CheckpointError, match="give the directory"):
-            load_model(model_directory("rotary") / "model.safetensors")
+            load_checkpoint(model_directory("rotary") / "model.safetensors")
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"])
     def test_damaged_shard_indices(self, spoiled, content):
         (spoiled / "model.safetensors.index.json").write_text(content, "utf-8")
         with pytest.raises(CheckpointError, match=r"index\.json"):
-            load_model(spoiled)
+            load_checkpoint(spoiled)
 
     def test_a_missing_shard_is_named(self, tmp_path, tokenizer_json):
         directory = save(build("rotary"), tmp_path / "many", tokenizer_json, max_shard_size="40KB")
         lost = weight_files(directory)[1]
         lost.unlink()
         with pytest.raises(CheckpointError, match=lost.name):
-            load_model(directory)
+            load_checkpoint(directory)
 
     def test_a_truncated_shard_is_named(self, tmp_path, tokenizer_json):
         directory = save(build("rotary"), tmp_path / "many", tokenizer_json, max_shard_size="40KB")
         cut = weight_files(directory)[1]
         cut.write_bytes(cut.read_bytes()[:-1])
         with pytest.raises(CheckpointError, match=f"{cut.name} is truncated: tensor "):
-            load_model(directory)
+            load_checkpoint(directory)

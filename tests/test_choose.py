@@ -9,7 +9,7 @@ import pytest
 import bytecap
 from bytecap.errors import BudgetError, UsageError
 from bytecap.format.container import parse
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline import choose as module
 from bytecap.pipeline import contenders
 from bytecap.pipeline.choose import choose
@@ -80,7 +80,7 @@ class TestBytes:
     def test_a_model_without_a_leading_token_pays_for_the_first_of_every_piece(self, two, texts, tmp_path):
         path = contenders.pieces([texts["val"]], 2000, tmp_path, Silent())[0]
         documents = path.read_text("utf-8").split("\f")
-        model = load_model(two[0])
+        model = load_checkpoint(two[0])
         led = contenders.toll_of(model, path)
         assert (led.bytes, led.unscored, led.bits) == (sum(len(d.encode()) for d in documents), 0, 0.0)
         model.files = {**model.files, "config.json": json.dumps({"model_type": "llama", "bos_token_id": None}).encode()}
@@ -248,7 +248,7 @@ class TestDryRun:
             assert by[model.name, 800]["floor_bytes"] > 800
             there = by[model.name, 40_000]
             assert there["planned"] == "short fit, the best 1 whole"
-            assert there["bits_per_parameter"] == pytest.approx(320_000 / load_model(model).parameters)
+            assert there["bits_per_parameter"] == pytest.approx(320_000 / load_checkpoint(model).parameters)
             assert there["evaluation_tokens"] > 100
         assert (found["short_fits"], found["whole_fits"]) == (2, 1)
         assert contenders.plan(two, "40kB", **options)["whole_fits"] == 2

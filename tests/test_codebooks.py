@@ -23,7 +23,7 @@ from bytecap.format.wire.bits import pack_bits, unpack_bits
 from bytecap.format.wire.indices import indices_size, write_indices
 from bytecap.format.wire.indices import read_indices as read
 from bytecap.methods.baselines import kmeans
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.coverage
 
@@ -33,7 +33,7 @@ SHAPES = [(1, 1), (1, 17), (17, 1), (13, 24), (40, 23)]
 @pytest.fixture(scope="module")
 def weights():
     """Some matrices of the embedded model."""
-    model = load_model("demo")
+    model = load_checkpoint("demo")
     chosen = [u for u in model.units if u.linear][1:9]
     return {u.name: model.tensor(u).detach().float() for u in chosen}
 

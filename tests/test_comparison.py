@@ -260,7 +260,7 @@ class TestCompare:
 
     def test_figures_come_from_the_lines_alone(self, compared, run, tmp_path, monkeypatch):
         found, directory = compared()
-        monkeypatch.setattr("bytecap_lab.compare.runs.load_model", None)
+        monkeypatch.setattr("bytecap_lab.compare.runs.load_checkpoint", None)
         again = comparison.render(directory / "runs.jsonl", tmp_path)
         assert again == found
         assert (tmp_path / "compare.html").read_text() == (directory / "compare.html").read_text()

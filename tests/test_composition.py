@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.recovery import kl_passes
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -52,7 +52,7 @@ class TestComposition:
         assert all(20_900 < by_arm[x]["file_bytes"] <= 21_000 for x in ("a", "b-reinvested", "d", "g"))
         assert by_arm["c"]["file_bytes"] < 14_500
         assert by_arm["d"]["bits_by_uses"]["used 2 times"] > by_arm["c"]["bits_by_uses"]["used 2 times"]
-        assert load_model(args.work / "b-0").config()["num_hidden_layers"] == 2
+        assert load_checkpoint(args.work / "b-0").config()["num_hidden_layers"] == 2
         composition.summarise(args, rows)
         lines = [json.loads(x) for x in args.output.read_text().splitlines()]
         found = next(x for x in lines if x.get("against") == "a")

@@ -307,10 +307,10 @@ class TestBudgets:
 
 @pytest.mark.slow
 def test_lab_fits_take_the_same_config(model_directory, texts, fitted):
-    from bytecap.model.checkpoint import load_model
+    from bytecap.model.checkpoint import load_checkpoint
     from bytecap.model.sources import load_sets
 
-    model = load_model(model_directory("rotary"))
+    model = load_checkpoint(model_directory("rotary"))
     sets = load_sets(model, texts["calib"], texts["val"], reporter=Silent(), **SMALL)
     found = stages.fit_sets(model, sets, FitConfig(BUDGET, method="uniform"))
     assert found.data == fitted("rotary", "uniform")[0].data

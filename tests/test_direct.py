@@ -162,8 +162,9 @@ def test_streams_with_other_words(plain, monkeypatch):
     escaping = Shared(Tables({k: Table(0, np.array([1, TOTAL - 1])) for k in range(1, 64)}))
     code = code_of(np.full((9, 9), 70))
     data = GRID.encode(code, escaping).data
-    with pytest.raises(CorruptError, match="escaped symbols"):
-        run([GRID.decode(data[:-81], (9, 9), "F32", escaping)])
+    for cut in (81, 100):  # two bytes a symbol: as many bytes as there are escapes, and fewer
+        with pytest.raises(CorruptError, match="escaped symbols"):
+            run([GRID.decode(data[:-cut], (9, 9), "F32", escaping)])
     noisy = code_of(golden_parts.Numbers(3).around(9, 40, 40))
     data = GRID.encode(noisy, golden_parts.SHARED).data
     head = direct.split

@@ -15,7 +15,7 @@ import bytecap
 from bytecap.errors import BudgetError, CheckpointError, OutputError, UsageError
 from bytecap.format.ledger import total
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.quantized_copy import load_values
 from bytecap.pipeline.fit_directory import fit_directory, write_directory
 from bytecap.pipeline.formats import format_of
@@ -67,7 +67,7 @@ def written(model_directory, tmp_path_factory):
     """Function: (model, contents, schemes, path) of a tiny model in which every scheme that fits is used."""
 
     def get(name, kind="rotary", names=None, **changes):
-        model, fam = load_model(model_directory(kind, **changes)), family(name)
+        model, fam = load_checkpoint(model_directory(kind, **changes)), family(name)
         contents, _ = contents_of(model, fam, names, pure=False)
         turn = cycle(names or fam.schemes())
         by_group: dict[str, str] = {}
@@ -234,7 +234,7 @@ def test_json_beside_the_weights_is_compact_and_the_same(data, short) -> None:
 
 
 def test_projections_that_vllm_joins_share_a_scheme(made, model_directory) -> None:
-    groups = shared_inputs(load_model(model_directory("rotary")))
+    groups = shared_inputs(load_checkpoint(model_directory("rotary")))
     one = {groups[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"}
     two = {groups[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up")}
     assert len(one) == len(two) == 1
@@ -248,7 +248,7 @@ def test_projections_that_vllm_joins_share_a_scheme(made, model_directory) -> No
 
 
 def test_rows_that_do_not_fit_are_named(model_directory) -> None:
-    model = load_model(model_directory("rotary"))
+    model = load_checkpoint(model_directory("rotary"))
     narrow = next(p.cols for p in contents_of(model, MLX, None, pure=False)[0].places if p.cols % 128)
     _, notes = contents_of(model, MLX, ["w4g128"], pure=False)
     assert any(f"rows of {narrow} columns" in n and "w4g32" in n and "kept in bf16" in n for n in notes)
@@ -260,7 +260,7 @@ def test_rows_that_do_not_fit_are_named(model_directory) -> None:
 
 
 def test_transposed_matrices_stay_and_are_named(model_directory) -> None:
-    model = load_model(model_directory("transposed"))
+    model = load_checkpoint(model_directory("transposed"))
     contents, notes = contents_of(model, MLX, None, pure=False)
     assert not any("c_attn" in p.name for p in contents.places)
     assert any("c_attn" in n for n in notes)

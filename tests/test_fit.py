@@ -13,7 +13,7 @@ from bytecap.format import container, ledger
 from bytecap.format.decoder import Ideal, decode_units
 from bytecap.methods import METHODS
 from bytecap.methods.rate_control import allowed_slack
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.sources import load_sets
 from bytecap.pipeline.export import unpack
 from conftest import BUDGET, KINDS, SMALL, build, save
@@ -213,7 +213,7 @@ def test_a_large_budget_stores_the_model_losslessly(model_directory, texts, tmp_
     spelled = str(dtype).removeprefix("torch.")
     assert unpack(path, tmp_path / "out") == spelled
     module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert torch.equal(logits(module), logits(load_model(directory).module))
+    assert torch.equal(logits(module), logits(load_checkpoint(directory).module))
 
 
 @pytest.mark.numeric
@@ -310,9 +310,8 @@ def test_the_three_token_sets_are_disjoint(model_directory, texts):
     from bytecap.progress import Silent
 
     reporter = Silent()
-    sets = load_sets(
-        load_model(model_directory("rotary")), [texts["calib"], texts["val"]], texts["val"], **SMALL, reporter=reporter
-    )
+    both = [texts["calib"], texts["val"]]
+    sets = load_sets(load_checkpoint(model_directory("rotary")), both, texts["val"], **SMALL, reporter=reporter)
     groups = [
         {w.tokens for w in sets.statistics},
         {w.tokens for w in sets.correction},

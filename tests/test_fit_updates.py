@@ -79,13 +79,13 @@ def test_what_is_read_back_is_what_was_scored_in_both_decoders(updated, base):
 
 
 def test_it_is_nearer_to_the_model_than_its_base_is(updated, tuned, base, texts):
-    from bytecap.model.checkpoint import load_model
+    from bytecap.model.checkpoint import load_checkpoint
     from bytecap.model.evaluation import kl_to
     from bytecap.model.quantized_copy import copy_of, load_values
     from bytecap.model.sources import load_sets
     from bytecap.progress import Silent
 
-    model = load_model(tuned)
+    model = load_checkpoint(tuned)
     sets = load_sets(model, [texts["calib"]], [texts["val"]], reporter=Silent(), **SMALL)
     copy = copy_of(model.module)
     load_values(copy, decode_units(container.read(base), aliases=False))

@@ -7,7 +7,7 @@ import torch
 import bytecap
 from bytecap.format.coders.exact import is_lossless
 from bytecap.methods.rate_control import allowed_slack
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from conftest import SMALL
 
 
@@ -26,7 +26,7 @@ def test_a_float32_model_between_grids_and_lossless_fills_its_budget(model_direc
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", pytest.param("demo", marks=pytest.mark.nightly)])
 def test_a_bfloat16_model_with_far_outliers_fills_its_budget(model_directory, model):
-    model = load_model(model_directory() if model == "tiny" else model)
+    model = load_checkpoint(model_directory() if model == "tiny" else model)
     weight = dict(model.module.named_parameters())["model.layers.0.mlp.down_proj.weight"]
     with torch.no_grad():
         weight[:, ::7] *= 2.0**12

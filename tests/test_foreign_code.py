@@ -164,7 +164,7 @@ def test_nothing_foreign_runs(model_directory, fitted, texts, tmp_path):
     calls, wanted = [], []
     for i, (changes, said) in enumerate(DIRECTORIES):
         directory = spoil(shutil.copytree(model_directory("rotary"), tmp_path / f"model{i}"), **changes)
-        calls.append(f"checkpoint.load_model({str(directory)!r})")
+        calls.append(f"checkpoint.load_checkpoint({str(directory)!r})")
         wanted.append(said)
     calls.append(f"score.score({str(tmp_path / 'model0')!r}, {str(texts['val'])!r}, tokens=200)")
     wanted.append("done list")

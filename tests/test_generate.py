@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer
 
 import bytecap
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline import generation
-from bytecap.pipeline.generation import Sampling, continued, draw, ends_of, generate, pieces, template_of
+from bytecap.pipeline.chat_templates import template_of
+from bytecap.pipeline.generation import Sampling, continued, draw, ends_of, generate, pieces
 from conftest import BUDGET, KINDS, SMALL, build, save
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -49,7 +50,7 @@ def plainly(model, ids, count):
 class TestTokens:
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_cache_changes_nothing(self, endless, kind):
-        model = load_model(endless(kind))
+        model = load_checkpoint(endless(kind))
         lengths = []
         model.module.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
         found = list(continued(model, [5, 40, 7], 12, GREEDY, "cpu"))
@@ -57,7 +58,7 @@ class TestTokens:
         assert found == plainly(model, [5, 40, 7], 12)
 
     def test_a_model_without_a_cache_reads_everything_anew(self, endless):
-        model = load_model(endless())
+        model = load_checkpoint(endless())
         wanted, real = list(continued(model, [5, 40, 7], 6, GREEDY, "cpu")), model.module
 
         class Plain(torch.nn.Module):
@@ -73,7 +74,7 @@ class TestTokens:
 
     def test_when_positions_are_used_up_the_older_half_is_forgotten(self, endless):
         path = endless("transposed")
-        model = load_model(path)
+        model = load_checkpoint(path)
         limit = model.config()["n_positions"]
         lengths = []
         model.module.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
@@ -83,10 +84,10 @@ class TestTokens:
 
     def test_every_end_stops_it(self, endless):
         path = endless()
-        made = list(continued(load_model(path), [5, 40, 7], 12, GREEDY, "cpu"))
+        made = list(continued(load_checkpoint(path), [5, 40, 7], 12, GREEDY, "cpu"))
         at = next(i for i in range(2, 12) if made[i] not in made[:i])
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [287, made[at]]}), "utf-8")
-        assert list(continued(load_model(path), [5, 40, 7], 12, GREEDY, "cpu")) == made[:at]
+        assert list(continued(load_checkpoint(path), [5, 40, 7], 12, GREEDY, "cpu")) == made[:at]
 
     def test_ends_are_found_in_every_file(self, tokenizer_json):
         end = Tokenizer.from_str(tokenizer_json).token_to_id("<end>")
@@ -129,7 +130,7 @@ class TestSampling:
             Sampling(**how)
 
     def test_a_seed_gives_the_same_text_and_another_one_another(self, endless):
-        model = load_model(endless())
+        model = load_checkpoint(endless())
         one, same, other = (
             list(continued(model, [5, 40, 7], 30, Sampling(seed=s), "cpu")) for s in (1, 1, 2)
         )  # fmt: skip
@@ -159,7 +160,7 @@ class TestPieces:
         assert list(pieces(tokenizer, iter([1, 2]), [0])) == [" two", " three"]
 
     def test_the_first_piece_comes_before_the_second_token_is_made(self, endless):
-        model = load_model(endless())
+        model = load_checkpoint(endless())
         passes = []
         model.module.register_forward_pre_hook(lambda *_: passes.append(1))
         made = generate(model, "The table", tokens=20, sampling=Sampling(seed=3))
@@ -254,7 +255,7 @@ class TestCommand:
 
 @pytest.mark.slow
 def test_a_tied_model_keeps_a_cache_for_every_layer(made):
-    model = load_model(made[0])
+    model = load_checkpoint(made[0])
     found = list(continued(model, [5, 40, 7], 8, GREEDY, "cpu"))
     assert found == plainly(model, [5, 40, 7], 8)[: len(found)]
 

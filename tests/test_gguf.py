@@ -12,7 +12,7 @@ import bytecap
 from bytecap.errors import CheckpointError, NotAnArtifact, UsageError
 from bytecap.format.ledger import total
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline import memory
 from bytecap.pipeline.fit_gguf import fit_gguf
 from bytecap.progress import Silent
@@ -44,7 +44,7 @@ def exported(model_directory, tmp_path_factory):
     """Function: (model, layout, path) of a tiny model in a floating-point type."""
 
     def get(kind="rotary", type_="F32", **changes):
-        model = load_model(model_directory(kind, **changes))
+        model = load_checkpoint(model_directory(kind, **changes))
         path = tmp_path_factory.mktemp("plain") / f"{kind}.gguf"
         layout = layout_of(model)
         write_plain(model, layout, path, type_)
@@ -189,12 +189,12 @@ def test_a_template_of_another_model_is_refused(exported, model_directory) -> No
     with pytest.raises(
         CheckpointError, match=r"is no conversion of .*does not hold .*unknown to the model are token_embd"
     ):
-        read_template(path, load_model(model_directory("biased")))
+        read_template(path, load_checkpoint(model_directory("biased")))
 
 
 def test_a_quantized_template_is_refused(made, model_directory) -> None:
     with pytest.raises(CheckpointError, match="a template must be F32, F16 or BF16"):
-        read_template(made[1], load_model(model_directory("rotary")))
+        read_template(made[1], load_checkpoint(model_directory("rotary")))
 
 
 def test_architectures_without_a_direct_way_are_named(tmp_path, tokenizer_json) -> None:
@@ -204,7 +204,7 @@ def test_architectures_without_a_direct_way_are_named(tmp_path, tokenizer_json) 
                                      num_attention_heads=4, pad_token_id=0, eos_token_id=0)  # fmt: skip
     directory = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "olmo", tokenizer_json)
     with pytest.raises(CheckpointError, match=r"is a olmo: no direct way into GGUF.*--template"):
-        layout_of(load_model(directory))
+        layout_of(load_checkpoint(directory))
 
 
 def test_a_template_follows_rows_wherever_they_are(tmp_path, tokenizer_json, texts) -> None:
@@ -218,7 +218,7 @@ def test_a_template_follows_rows_wherever_they_are(tmp_path, tokenizer_json, tex
         initializer_range=0.15,
     )  # fmt: skip
     directory = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "mix", tokenizer_json)
-    model = load_model(directory)
+    model = load_checkpoint(directory)
     state = {k: v.numpy() for k, v in model.module.state_dict().items()}
     both = next(v for k, v in state.items() if k.endswith("experts.gate_up_proj"))
     down = next(v for k, v in state.items() if k.endswith("experts.down_proj"))
@@ -335,7 +335,7 @@ def test_llama_cpp_computes_what_the_original_does(exported, kind) -> None:
 @pytest.mark.nightly
 def test_llama_cpp_runs_a_fitted_file_as_predicted(made, model_directory, texts) -> None:
     llama = pytest.importorskip("llama_cpp")
-    model = load_model(model_directory("rotary"))
+    model = load_checkpoint(model_directory("rotary"))
     there = llama.Llama(str(made[1]), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
     text = texts["val"].read_text()[:400]
     from tokenizers import Tokenizer

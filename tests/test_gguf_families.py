@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.runtimes.gguf.export import write_plain
 from bytecap.runtimes.gguf.file import read_units
 from bytecap.runtimes.gguf.places import layout_of
@@ -66,7 +66,7 @@ def exported(tmp_path_factory, tokenizer_json):
                     if p.ndim == 1:
                         p.add_(0.1 * torch.randn_like(p))
             where = tmp_path_factory.mktemp(kind)
-            model = load_model(save(module, where / "model", tokenizer_json))
+            model = load_checkpoint(save(module, where / "model", tokenizer_json))
             layout, path = layout_of(model), where / f"{kind}.gguf"
             write_plain(model, layout, path, "F32")
             made[kind] = model, layout, path
@@ -120,7 +120,7 @@ def test_rules_without_a_counterpart_are_named(tmp_path, tokenizer_json) -> None
     ):
         family = "Gemma2" if rope is LLAMA3 else "Llama"
         config = getattr(transformers, f"{family}Config")(**COMMON | {"rope_parameters": rope})
-        model = load_model(
+        model = load_checkpoint(
             save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / family, tokenizer_json)
         )
         with pytest.raises(CheckpointError, match=words):
@@ -217,7 +217,7 @@ def with_tokenizer(tmp_path_factory):
     def get(tokenizer):
         where = tmp_path_factory.mktemp("tokens")
         config = transformers.LlamaConfig(**COMMON)
-        model = load_model(save(transformers.AutoModelForCausalLM.from_config(config), where / "model", tokenizer))
+        model = load_checkpoint(save(transformers.AutoModelForCausalLM.from_config(config), where / "model", tokenizer))
         write_plain(model, layout_of(model), where / "a.gguf", "F32")
         return where / "a.gguf"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bytecap.errors import BudgetError, NotAnArtifact, OutputError, UsageError
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.fit_gguf import fit_gguf
 from bytecap.runtimes.gguf.export import write_imatrix
 from bytecap.runtimes.gguf.file import Stored, encode_plain, type_bytes, write
@@ -43,7 +43,7 @@ def test_an_importance_matrix_is_no_model(tmp_path, model_directory) -> None:
     path = tmp_path / "imatrix.gguf"
     write_imatrix(path, {"blk.0.attn_q.weight": np.ones(32, np.float32)}, 512, ["x"])
     with pytest.raises(NotAnArtifact, match=r"imatrix.gguf holds no model but is of type 'imatrix'"):
-        read_template(path, load_model(model_directory("rotary")))
+        read_template(path, load_checkpoint(model_directory("rotary")))
     with pytest.raises(NotAnArtifact, match="holds no model"):
         check_source(path, allow_quantized=True)
 

@@ -8,7 +8,7 @@ import torch
 
 import bytecap
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.runtimes.gguf.export import write_plain
 from bytecap.runtimes.gguf.file import read_units
 from bytecap.runtimes.gguf.places import layout_of
@@ -21,7 +21,7 @@ IDS = torch.randint(2, 250, (2, 40), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def source(model_directory):
-    return load_model(model_directory("rotary"))
+    return load_checkpoint(model_directory("rotary"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def logits(module):
 
 
 def test_it_is_the_model_it_was_made_of(source, path):
-    found = load_model(path)
+    found = load_checkpoint(path)
     assert torch.equal(logits(found.module), logits(source.module))
     assert {u.name for u in found.units} == {u.name for u in source.units}
     assert {u.dtype for u in found.units if u.linear} == {"BF16"}
@@ -50,11 +50,11 @@ def test_it_is_the_model_it_was_made_of(source, path):
 
 @pytest.mark.slow
 def test_a_file_of_it_gives_its_logits(path, texts, tmp_path):
-    size = 4 * load_model(path).parameters
+    size = 4 * load_checkpoint(path).parameters
     found = bytecap.fit(path, size, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
     assert found.report["lossless"]
     found.save(tmp_path / "a.bcap")
-    assert torch.equal(logits(bytecap.load_model(tmp_path / "a.bcap")), logits(load_model(path).module))
+    assert torch.equal(logits(bytecap.load_model(tmp_path / "a.bcap")), logits(load_checkpoint(path).module))
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_quantized_one_is_dequantized(source, model_directory, texts, tmp_path
         model_directory("rotary"), 27_000, format="gguf", calibration=texts["calib"], evaluation=texts["val"],
         output=tmp_path / "q.gguf", **SMALL,
     )  # fmt: skip
-    found = load_model(tmp_path / "q.gguf")
+    found = load_checkpoint(tmp_path / "q.gguf")
     stored = read_units(tmp_path / "q.gguf", layout_of(source), source.units)
     for unit in found.units:
         assert np.array_equal(found.tensor(unit).numpy(), stored[unit.name]), unit.name
@@ -74,10 +74,10 @@ def test_a_quantized_one_is_dequantized(source, model_directory, texts, tmp_path
 def test_a_cut_one_is_refused(path, tmp_path, cut):
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-cut] if cut > 40 else path.read_bytes()[:cut])
     with pytest.raises(CheckpointError, match=r"cut\.gguf"):
-        load_model(tmp_path / "cut.gguf")
+        load_checkpoint(tmp_path / "cut.gguf")
 
 
 def test_a_file_of_another_name_is_not_taken_for_one(path, tmp_path):
     shutil.copy(path, tmp_path / "tiny.bin")
     with pytest.raises(CheckpointError, match=r"tiny\.bin"):
-        load_model(tmp_path / "tiny.bin")
+        load_checkpoint(tmp_path / "tiny.bin")

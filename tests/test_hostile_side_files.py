@@ -13,11 +13,11 @@ from bytecap.format import container, decoder
 from bytecap.format.container import FileSection
 from bytecap.format.sidefiles import packing
 from bytecap.model import apart, tying
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.inputs import facts
 from bytecap.model.tokenization import read_tokenizer
 from bytecap.model.tokenizer import encode
-from bytecap.pipeline import generation
+from bytecap.pipeline import chat_templates, generation
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="limits of processes")
 GPT2 = {"config.json": b'{"model_type": "gpt2"}', "vocab.json": b'{"a": 0, "b": 1, "ab": 2}',
@@ -105,7 +105,7 @@ def test_templates_end_in_a_line(monkeypatch, kind, capfd):
     template, said = TEMPLATES[kind]
     monkeypatch.setattr(apart, "_LIMITS", apart._LIMITS.replace("(60, 60)", "(20, 20)"))
     with pytest.raises(ArtifactError, match=f"the chat template of a.bcap .*(?:{said})"):
-        generation.conversation(
+        chat_templates.conversation(
             {"chat_template.jinja": template.encode()}, "a.bcap", [{"role": "user", "content": "x"}]
         )
     assert capfd.readouterr().err == ""
@@ -116,7 +116,7 @@ def test_a_sound_template():
     template = b"{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}|"
     files = {"chat_template.jinja": template, "special_tokens_map.json": b'{"bos_token": {"content": "<s>"}}'}
     said = [{"role": "system", "content": "caf\u00e9\r\n"}, {"role": "user", "content": "x{{ 1 }}"}]
-    assert generation.conversation(files, "a.bcap", said) == "<s><system>caf\u00e9\r\n<user>x{{ 1 }}|"
+    assert chat_templates.conversation(files, "a.bcap", said) == "<s><system>caf\u00e9\r\n<user>x{{ 1 }}|"
 
 
 # ------------------------------------------------------------------------------------------ ends of texts, first tokens
@@ -171,7 +171,7 @@ TYINGS = [
 def test_descriptions_of_shared_layers(content, copied, fitted, tmp_path):
     (copied / tying.FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tying\.json"):
-        load_model(copied)
+        load_checkpoint(copied)
     contents = container.read(fitted("rotary")[1])
     path = tmp_path / "a.bcap"
     more = FileSection(tying.FILE, packing.pack(tying.FILE, content))

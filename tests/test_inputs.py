@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bytecap import CheckpointError, TextError
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.inputs import check_causal, facts, refuse_encoder_decoder, vocabulary_of
 from bytecap.model.sources import check_model, encoder, first_token, window_limit
 from bytecap.model.texts import check_known, load_text
@@ -50,7 +50,7 @@ class TestTokenizerState:
         (source / "vocab.json").write_text(json.dumps(parsed["vocab"]), "utf-8")
         merges = [" ".join(m) if isinstance(m, list) else m for m in parsed["merges"]]
         (source / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
-        model = load_model(source)
+        model = load_checkpoint(source)
         assert model.files["merges.txt"] == (source / "merges.txt").read_bytes()
         assert any("vocab.json, merges.txt are converted by transformers" in n for n in model.notes)
         found = {"config.json": model.files["config.json"], "tokenizer.json": tokenizer_json.encode()}
@@ -93,7 +93,7 @@ class TestTokenizerState:
         source = shutil.copytree(model_directory("rotary"), tmp_path / "source")
         (source / "vocab.json").write_text("{}", "utf-8")
         (source / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
-        found = load_model(source).files
+        found = load_checkpoint(source).files
         assert "vocab.json" not in found
         assert found["chat_template.jinja"] == b"{{ messages }}"
 
@@ -126,12 +126,12 @@ class TestFacts:
     def test_the_window_follows(self, model_directory, tmp_path, edited_config):
         source = shutil.copytree(model_directory("rotary"), tmp_path / "source")
         edited_config(source, max_position_embeddings=48)
-        assert window_limit(load_model(source), 512) == 48
+        assert window_limit(load_checkpoint(source), 512) == 48
 
 
 class TestIds:
     def test_rows_of_the_embedding_count_and_not_the_config(self, model_directory):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         model.module.config.vocab_size = 10**6
         assert vocabulary_of(model.module) == 288
         assert vocabulary_of(torch.nn.Linear(2, 2)) is None
@@ -193,7 +193,7 @@ class TestCausality:
 
     @pytest.mark.parametrize("kind", ["rotary", "biased", "transposed", "offset"])
     def test_causal_ones_are_not(self, model_directory, kind):
-        check_model(load_model(model_directory(kind)))
+        check_model(load_checkpoint(model_directory(kind)))
 
     def test_a_leak_to_one_token_behind(self):
         class Peeking(torch.nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bytecap.format import container
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.export import unpack
 from stored import contents_of
 
@@ -79,7 +79,7 @@ def harness(module, model, arguments, tmp_path, name):
 def made(model_directory, tmp_path_factory):
     directory = tmp_path_factory.mktemp("harness")
     tasks(directory / "tasks")
-    container.write(contents_of(load_model(model_directory())), directory / "model.bcap")
+    container.write(contents_of(load_checkpoint(model_directory())), directory / "model.bcap")
     unpack(directory / "model.bcap", directory / "plain")
     return directory
 

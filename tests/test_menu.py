@@ -17,7 +17,7 @@ from bytecap.format import container
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.ledger import by_overlay
 from bytecap.methods.rate_control import allowed_slack
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.progress import Silent
 from bytecap.quantization.options import Options
 from bytecap.quantization.overlays import overlays
@@ -83,7 +83,7 @@ class TestWeakBase:
 
     def test_the_loud_channels_are_the_protected_ones(self, outcome, loud):
         found, _ = outcome("weak", *MENU)
-        original = load_model(loud).module.state_dict()
+        original = load_checkpoint(loud).module.state_dict()
         stacks = [u for u in found.contents.units if u.tag == STACK.tag]
         reading = [u for u in stacks if any(p in u.unit.name for p in ("q_proj", "k_proj", "v_proj", "gate", "up"))]
         assert reading

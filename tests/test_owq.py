@@ -7,7 +7,7 @@ from bytecap.calibration.probe import probe
 from bytecap.errors import UsageError
 from bytecap.format.coders.fixed import CODER, dequantize
 from bytecap.methods.baselines.owq import coded, column_scores, quantize, row_ranges
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.texts import Window
 from conftest import BUDGET
 from test_golf import output_error, second_moment
@@ -15,7 +15,7 @@ from test_golf import output_error, second_moment
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_model("demo")
+    return load_checkpoint("demo")
 
 
 def outlier_problem(rows=96, cols=160, seed=5):

@@ -12,7 +12,7 @@ from bytecap.calibration import metric as sensitivity
 from bytecap.calibration import probe as probing
 from bytecap.calibration.probe import fisher_loss, fisher_loss_of, probe
 from bytecap.model.batches import Batch
-from bytecap.model.checkpoint import demo_directory, find_units, load_model
+from bytecap.model.checkpoint import demo_directory, find_units, load_checkpoint
 from bytecap.model.evaluation import kl_to
 from bytecap.model.fisher import fisher_change
 from bytecap.model.forward import batches, logits_of
@@ -339,7 +339,7 @@ class TestStreaming:
 @pytest.fixture(scope="module")
 def embedded():
     """The embedded model, its metrics from 6,144 tokens, and 3,072 other tokens."""
-    model = load_model("demo")
+    model = load_checkpoint("demo")
     windows = load_text(demo_directory() / "calib.txt", encoder(model.files), window=256, limit=9216).windows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bytecap.model.forward.fast_dtype", lambda _: torch.float32)

@@ -16,7 +16,7 @@ import bytecap
 from bytecap.errors import CheckpointError, OutputError
 from bytecap.format import container
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import load_model, resolve
+from bytecap.model.checkpoint import load_checkpoint, resolve
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.publishing import directory_of
 from bytecap.runtimes import hub
@@ -113,7 +113,7 @@ def server():
 
 @pytest.fixture
 def artifact(model_directory, tmp_path):
-    contents = contents_of(load_model(model_directory()))
+    contents = contents_of(load_checkpoint(model_directory()))
     data = container.serialize(contents)
     (tmp_path / "model.bcap").write_bytes(data)
     return Artifact(contents, data, {"model": str(model_directory()), "kl_nats": 0.5, "kl_stderr": 0.25})

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import bytecap
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from conftest import SMALL
 from quantized import E2M1, QUANTIZED, Checkpoint, float8
 
@@ -119,37 +119,37 @@ class TestFloat8:
     def test_absurd_blocks(self, checkpoint, block, said):
         c = block_scaled(checkpoint(FLOAT8 | {"weight_block_size": block}))
         with pytest.raises(CheckpointError, match=said):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     def test_a_weight_without_its_scale(self, checkpoint):
         c = block_scaled(checkpoint(FLOAT8))
         del c.tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
         with pytest.raises(CheckpointError, match=r"up_proj\.weight is stored as F8_E4M3, and the scale .* is missing"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     def test_a_scale_without_its_weight(self, checkpoint):
         c = block_scaled(checkpoint(FLOAT8))
         c.tensors["model.layers.9.mlp.up_proj.weight_scale_inv"] = torch.ones(4, 2)
         with pytest.raises(CheckpointError, match=r"layers\.9\.mlp\.up_proj\.weight_scale_inv, which belongs"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     def test_scales_without_a_config(self, checkpoint):
         c = block_scaled(checkpoint(FLOAT8))
         c.configure(**{QUANTIZED: None})
         with pytest.raises(CheckpointError, match=r"which belongs to quantized weights|no weight without its scale"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     def test_scales_of_another_shape(self, checkpoint):
         c = block_scaled(checkpoint(FLOAT8))
         c.tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(5, 7)
         with pytest.raises(CheckpointError, match=r"up_proj\.weight cannot be dequantized .*scales of shape \[5, 7\]"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     def test_infinite_scales(self, checkpoint):
         c = block_scaled(checkpoint(FLOAT8))
         c.tensors["model.layers.0.mlp.up_proj.weight_scale_inv"].fill_(float("inf"))
         with pytest.raises(CheckpointError, match=r"up_proj\.weight holds"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
 
 class TestMxfp4:
@@ -177,7 +177,7 @@ class TestMxfp4:
         assert {u.dtype for u in found.units if u.name.endswith(("gate_up_proj", "down_proj"))} == {"BF16"}
 
     def test_as_transformers_does_it(self, source):
-        found = load_model(source.write())
+        found = load_checkpoint(source.write())
         settings = transformers.Mxfp4Config(dequantize=True)
         other = transformers.AutoModelForCausalLM.from_pretrained(
             source.directory, quantization_config=settings, dtype=torch.float32
@@ -190,15 +190,27 @@ class TestMxfp4:
         name = "model.layers.0.mlp.experts.down_proj_scales"
         source.tensors[name] = source.tensors[name][:, :3].contiguous()
         with pytest.raises(CheckpointError, match=r"down_proj cannot be dequantized from \S+down_proj_blocks"):
-            load_model(source.write())
+            load_checkpoint(source.write())
 
 
 class TestRefused:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({"quant_method": "gptq", "bits": 4}, "gptq at 4 bits, which is not read .*gptqmodel"),
-            ({"quant_method": "awq", "bits": 4}, "awq at 4 bits, which is not read .*gptqmodel"),
+            ({"quant_method": "gptq", "bits": 5}, "gptq at 5 bits, which is not read .*gptqmodel"),
+            ({"quant_method": "gptq"}, "gptq, which is not read .*gptqmodel"),
+            ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq marlin at 4 bits, .*gptqmodel"),
+            ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "gptq marlin at 4 bits, which is not read"),
+            ({"quant_method": "gptq", "bits": 4, "checkpoint_format": ["x"]}, r"gptq \['x'\] at 4 bits, which"),
+            ({"quant_method": "gptq", "bits": 4, "format": "gptq_p"}, "gptq gptq_p at 4 bits, which is not read"),
+            (
+                {"method": "gptq", "bits": 4, "format": "gptq", "checkpoint_format": "gptq_v2"},
+                "gptq gptq or gptq_v2 at",
+            ),
+            ({"quant_method": "awq", "bits": 8}, "awq at 8 bits, which is not read .*gptqmodel"),
+            ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq gemv at 4 bits, which is not read"),
+            ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "awq llm-awq at 4 bits, which is not read"),
+            ({"quant_method": "awq", "bits": 4, "version": {"a": 1}}, "awq {'a': 1} at 4 bits, which is not read"),
             ({"quant_method": "quanto"}, "quanto, which is not read .*optimum-quanto"),
             ({"quant_method": ["fp8"]}, "which is not read"),
             ({"quant_method": 3}, "3, which is not read"),
@@ -211,4 +223,4 @@ class TestRefused:
         if nested:
             c.configure(**{QUANTIZED: None, "text_config": {QUANTIZED: settings}})
         with pytest.raises(CheckpointError, match=f"is quantized with .*{said}.*dequantized"):
-            load_model(c.write())
+            load_checkpoint(c.write())

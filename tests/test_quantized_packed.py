@@ -7,7 +7,7 @@ import torch
 
 from bytecap.errors import CheckpointError
 from bytecap.model import dequantize
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from quantized import E2M1, Checkpoint, float8, integers, words
 
 
@@ -86,12 +86,12 @@ class TestCompressedTensors:
         parts = {f"{name}_packed": words(codes, 4), f"{name}_scale": scale, f"{name}_shape": torch.tensor(shape)}
         c.put(name, value, **parts)
         with pytest.raises(CheckpointError, match="cannot be dequantized"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     @pytest.mark.parametrize("form", ["marlin-24", "sparse-24-bitmask", "mxfp6-pack-quantized"])
     def test_formats_that_are_not_read(self, checkpoint, form):
         with pytest.raises(CheckpointError, match=f"quantized with compressed-tensors {form}, which is not read"):
-            load_model(checkpoint(self.settings(form)).write())
+            load_checkpoint(checkpoint(self.settings(form)).write())
 
     def test_groups_in_the_order_of_activations(self, checkpoint):
         c = checkpoint(self.settings("pack-quantized", group_size=32))
@@ -102,7 +102,7 @@ class TestCompressedTensors:
             f"{name}_g_idx": torch.zeros(codes.shape[1], dtype=torch.int32),
         })  # fmt: skip
         with pytest.raises(CheckpointError, match="grouped in the order of activations"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     def test_as_the_package_does_it(self):
         self.compare("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32})
@@ -177,7 +177,7 @@ class TestBitsAndBytes:
         c = checkpoint({"load_in_4bit": True, "quant_method": "bitsandbytes"})
         self.four_bits(c, c.linear()[0], "nf4", True, **state)
         with pytest.raises(CheckpointError, match="cannot be dequantized"):
-            load_model(c.write())
+            load_checkpoint(c.write())
 
     def test_as_the_package_does_it(self):
         functional = pytest.importorskip("bitsandbytes.functional")

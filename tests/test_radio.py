@@ -10,7 +10,7 @@ from bytecap.format.coders import Shared, run
 from bytecap.format.coders.companded import dequantize
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.methods.baselines.radio import Companding, _Fit, bias_names, compand, cut, depths_at, dual_ascent
-from bytecap.model.checkpoint import find_units, load_model
+from bytecap.model.checkpoint import find_units, load_checkpoint
 from bytecap.model.texts import Window
 from bytecap.types import Unit
 from conftest import BUDGET
@@ -19,7 +19,7 @@ from conftest import BUDGET
 @pytest.fixture(scope="module")
 def groups():
     """Groups of all matrices of the demo model, gradients from a few random tokens."""
-    model = load_model("demo")
+    model = load_checkpoint("demo")
     rng = np.random.default_rng(0)
     windows = [Window(tuple(rng.integers(0, 2048, 65).tolist()), 256) for _ in range(4)]
     found = mean_squared_gradients(model.module, model.units, windows)

@@ -15,7 +15,7 @@ import torch
 import bytecap
 import ranks as several
 from bytecap.calibration.probe import probe
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.report.plain import finite
 from bytecap.system import distributed, watch
 from bytecap.system.messages import packed, unpacked
@@ -154,7 +154,7 @@ def test_another_kind_of_device_is_refused_before_ranks_talk(tmp_path, monkeypat
 class TestStatistics:
     @pytest.mark.parametrize("kind", KINDS)
     def test_sums_are_those_of_one_process(self, model_directory, tmp_path, kind):
-        model, windows = load_model(model_directory(kind)), windows_of(24, 61)
+        model, windows = load_checkpoint(model_directory(kind)), windows_of(24, 61)
         alone = probe(model.module, model.units, windows, seed=3)
 
         def work(rank):
@@ -181,7 +181,7 @@ class TestStatistics:
     def test_memory_that_ends_on_one_rank_halves_the_batches_of_all(self, model_directory, tmp_path, monkeypatch):
         from bytecap.calibration import divided
 
-        model, windows, said, sizes = load_model(model_directory("rotary")), windows_of(24, 61), [], []
+        model, windows, said, sizes = load_checkpoint(model_directory("rotary")), windows_of(24, 61), [], []
         whole = divided.passes
 
         def work(rank):

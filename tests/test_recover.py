@@ -17,7 +17,7 @@ from bytecap.job import Job, Section
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.methods.rate_control import allowed_slack, fit_units
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
@@ -273,7 +273,7 @@ class TestTunedParameters:
 @pytest.mark.numeric
 class TestGradient:
     def test_the_gradient_is_that_of_the_kl(self, model_directory, texts):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         sets = load_sets(
             model, texts["calib"], texts["val"], tokens=600, evaluation_tokens=600, window=128, reporter=Silent()
         )
@@ -303,7 +303,7 @@ class TestCurve:
         }  # fmt: skip
 
     def test_skipped_iterations_count(self, model_directory, texts):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         sets = load_sets(
             model, texts["calib"], texts["val"], tokens=600, evaluation_tokens=600, window=128, reporter=Silent()
         )

@@ -9,7 +9,7 @@ from bytecap.errors import TextError
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model.calibration_text import GENERAL, SELF, SELF_MOST
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of
 from bytecap.model.sampling import sample
@@ -30,7 +30,7 @@ class TestTexts:
         )
 
     def test_recovery_windows_are_in_no_other_set_that_measures(self, model_directory, texts):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         sets = self.sets(model, texts)
         found = with_recovery(model, sets, [texts["calib"], texts["val"]], window=128, reporter=Silent())
         held = {w.tokens for group in (sets.correction, *(t.windows for t in sets.evaluation)) for w in group}
@@ -40,7 +40,7 @@ class TestTexts:
         assert with_recovery(model, sets, None, reporter=Silent()) is sets
 
     def test_a_text_that_evaluation_holds_is_refused(self, model_directory, texts, tmp_path):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         path = tmp_path / "same.txt"
         path.write_text("The quick brown fox. " * 30, "utf-8")
         sets = load_sets(model, texts["calib"], path, tokens=600, window=128, reporter=Silent())
@@ -52,19 +52,19 @@ class TestStandIns:
     """Recovery reads text by the rules of calibration."""
 
     def test_nothing_given_is_samples_and_general_text(self, model_directory, texts):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         assert recovery_texts(model, []) == [Path(SELF), Path(GENERAL)]
         assert recovery_texts(model, [Path("general:2"), texts["calib"]]) == [Path(GENERAL), texts["calib"]]
-        assert [p.name for p in recovery_texts(load_model("demo"), [])] == ["calib.txt"]
+        assert [p.name for p in recovery_texts(load_checkpoint("demo"), [])] == ["calib.txt"]
 
     def test_a_model_that_cannot_be_sampled_reads_general_text(self, model_directory, monkeypatch):
         monkeypatch.setattr("bytecap.model.sources.of_transformers", lambda _: False)
-        assert recovery_texts(load_model(model_directory("rotary")), []) == [Path(GENERAL)]
+        assert recovery_texts(load_checkpoint(model_directory("rotary")), []) == [Path(GENERAL)]
 
     def test_both_are_read_and_the_sampler_is_asked_once(self, model_directory, texts, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 640)
         monkeypatch.setattr("bytecap.model.sources.RECOVERY_TOKENS", 4000)
-        model, asked = load_model(model_directory("rotary")), []
+        model, asked = load_checkpoint(model_directory("rotary")), []
         sets = TestTexts().sets(model, texts)
 
         def sampler(tokens, *, firsts):
@@ -88,7 +88,7 @@ class TestChecks:
         self, model_directory, texts, monkeypatch, most, passes_of_original
     ):
         monkeypatch.setitem(kl_passes._REMEMBERED, "cpu", most)
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         sets = TestTexts().sets(model, texts)
         other = copy_of(model.module)
         with torch.no_grad():
@@ -108,7 +108,7 @@ class TestChecks:
 
 class TestOwnSamples:
     def test_windows_are_sampled_side_by_side(self, model_directory, monkeypatch):
-        module, sizes = load_model(model_directory("rotary")).module, []
+        module, sizes = load_checkpoint(model_directory("rotary")).module, []
         forward = module.forward
 
         def seen(ids, **kwargs):
@@ -125,7 +125,7 @@ class TestOwnSamples:
 
     def test_they_are_kept_in_the_store(self, model_directory, texts, tmp_path, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 640)
-        model, calls = load_model(model_directory("rotary")), []
+        model, calls = load_checkpoint(model_directory("rotary")), []
 
         def counted(*args, **kwargs):
             calls.append(kwargs["seed"])
@@ -148,7 +148,7 @@ class TestOwnSamples:
 
     def test_windows_come_from_the_model_alone_and_again(self, model_directory, texts, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 4096)
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         sets = TestTexts().sets(model, texts)
         found, again = (with_recovery(model, sets, "self", window=32, reporter=Silent()) for _ in range(2))
         assert found.recovery == again.recovery
@@ -157,8 +157,19 @@ class TestOwnSamples:
         text = " ".join(str(t) for w in sets.statistics for t in w.tokens)
         assert sum(" ".join(map(str, w.tokens[1:9])) in text for w in found.recovery) < len(found.recovery) / 10
 
+    def test_samples_go_on_from_beginnings(self, model_directory):
+        module = load_checkpoint(model_directory("rotary")).module
+        given = [(1, 2, 3), (4, 5, 6)]
+        found = sample(module, given, 40 * 8, window=8, seed=0, device="cpu")
+        assert {w.tokens[:3] for w in found} == set(given)
+        assert [w.predicted for w in found] == [8] * 40
+        by_parts = sample(module, given[:1], 2000, window=3, seed=1, device="cpu")
+        chances = module(torch.tensor([given[0]])).logits[0, -1].softmax(-1)
+        counts = torch.bincount(torch.tensor([w.tokens[3] for w in by_parts]), minlength=len(chances)) / len(by_parts)
+        assert float((counts - chances).abs().max()) < 0.08
+
     def test_samples_follow_the_model(self, model_directory):
-        module = load_model(model_directory("rotary")).module
+        module = load_checkpoint(model_directory("rotary")).module
         windows = sample(module, [5], 4000, window=1, seed=0, device="cpu")
         chances = module(torch.tensor([[5]])).logits[0, -1].softmax(-1)
         counts = torch.bincount(torch.tensor([w.tokens[1] for w in windows]), minlength=len(chances)) / len(windows)

@@ -12,7 +12,7 @@ from bytecap.errors import UsageError, VersionError
 from bytecap.format import container
 from bytecap.format.decoder import side_files
 from bytecap.model import resident
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.runtimes import hub
 from bytecap.runtimes.transformers import BytecapConfig
 from stored import contents_of
@@ -31,7 +31,7 @@ def _tiny(monkeypatch):
 
 def written(directory, made, change=None):
     """Files of a directory in the hub's layout, made of a model without any loss."""
-    contents = contents_of(load_model(made))
+    contents = contents_of(load_checkpoint(made))
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in hub.layout(contents, side_files(contents)).items():
         (directory / name).write_bytes(data if change is None else change(name, data))
@@ -154,7 +154,7 @@ def test_options_that_do_not_exist(model_directory, tmp_path, monkeypatch):
 
 
 def test_a_module_of_our_own_stays_where_it_is(model_directory, tmp_path):
-    container.write(contents_of(load_model(model_directory())), tmp_path / "a.bcap")
+    container.write(contents_of(load_checkpoint(model_directory())), tmp_path / "a.bcap")
     module = bytecap.load_model(tmp_path / "a.bcap", resident="coded")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

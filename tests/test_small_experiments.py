@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.sources import load_sets, with_recovery
 from bytecap.progress import Silent
 from bytecap.recovery import kl_passes
@@ -37,7 +37,7 @@ def rows(args):
 @pytest.mark.slow
 def test_recovery_beside_fine_tuning(benchmark, model_directory, texts, tmp_path):
     recover = benchmark("recover")
-    model = load_model(model_directory("rotary"))
+    model = load_checkpoint(model_directory("rotary"))
     sets = load_sets(model, texts["calib"], texts["val"], tokens=2000, evaluation_tokens=1000, reporter=Silent())
     sets = with_recovery(model, sets, [texts["calib"]], seed=0, device="cpu", reporter=Silent())
     args = argparse.Namespace(
@@ -60,7 +60,7 @@ def test_recovery_beside_fine_tuning(benchmark, model_directory, texts, tmp_path
 def test_searches_at_equal_moves(benchmark, four, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(kl_passes._TOKENS, "cpu", 512)  # of a move
     searches = benchmark("searches")
-    model = load_model(four)
+    model = load_checkpoint(four)
     pool = read(model, texts["calib"], window=64, seed=0, reporter=Silent())
     args = argparse.Namespace(
         models="models", texts="texts", output=tmp_path / "out.jsonl", device="cpu", seed=0, search_steps="6",

@@ -15,7 +15,7 @@ from bytecap.errors import CorruptError, UsageError
 from bytecap.format import container
 from bytecap.format.container import FileSection
 from bytecap.format.sidefiles import source_tensors
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.conversion import describe
 from bytecap.pipeline.export import directory_files, open_directory
 from stored import contents_of
@@ -81,14 +81,14 @@ class TestDescription:
         assert found["a"][0].shape == (0,)
 
     def test_a_damaged_description_in_a_file(self, model_directory):
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         model.files[source_tensors.FILE] = b"{}}"
         with pytest.raises(ArtifactError, match=source_tensors.FILE):
             directory_files(contents_of(model))
 
     def test_a_sound_description_in_a_file(self, model_directory):
         """Tensors come back under the checkpoint's names, in dtypes of their own."""
-        model = load_model(model_directory("rotary"))
+        model = load_checkpoint(model_directory("rotary"))
         first, second = model.units[0].name, model.units[1].name
         model.files[source_tensors.FILE] = source_tensors.dump(
             {"renamed": first, "half": [second, None, None, None, "F16"]}

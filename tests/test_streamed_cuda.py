@@ -9,7 +9,7 @@ import bytecap
 from bytecap.calibration.probe import probe
 from bytecap.calibration.streamed import probe_streamed
 from bytecap.model import head
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.evaluation import compare_models
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.streamed_checkpoint import open_streamed
@@ -31,7 +31,7 @@ WINDOWS = windows_of(5) + windows_of(2, 65, seed=1) + windows_of(1, 13, seed=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_are_those_of_a_model_in_memory(model_directory, kind, room):
     directory, found = model_directory(kind, dtype=torch.float32), {}
-    whole = load_model(directory)
+    whole = load_checkpoint(directory)
     scratch = Scratch(None, room, room)
     streamed = open_streamed(directory, scratch, device="cuda")
     rest = probe_streamed(
@@ -53,7 +53,7 @@ def test_comparisons_are_those_of_a_model_in_memory(model_directory, pieces, mon
     if pieces:
         monkeypatch.setitem(head._MOST, "cuda", 7 * VOCABULARY)
     directory, scores = model_directory("rotary", dtype=torch.float32), []
-    whole, streamed = load_model(directory), open_streamed(directory, Scratch(), device="cuda")
+    whole, streamed = load_checkpoint(directory), open_streamed(directory, Scratch(), device="cuda")
     values = {u.name: (1.01 * whole.tensor(u)).numpy() for u in whole.units}
     whole.module.to("cuda")
     for model in (whole, streamed):

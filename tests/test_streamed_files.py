@@ -13,7 +13,7 @@ from bytecap.errors import CheckpointError, CorruptError, NotAnArtifact, OutputE
 from bytecap.format import container
 from bytecap.format.decoder import Decoded, Ideal
 from bytecap.format.filebytes import FileBytes
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.streamed_checkpoint import open_streamed
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
@@ -24,7 +24,7 @@ from forks import child
 def shards(model_directory, tmp_path):
     """A private copy of a model in several files."""
     directory = tmp_path / "shards"
-    module = load_model(model_directory("rotary", num_hidden_layers=4)).module
+    module = load_checkpoint(model_directory("rotary", num_hidden_layers=4)).module
     module.save_pretrained(directory, max_shard_size="30KB")
     shutil.copy(model_directory("rotary") / "tokenizer.json", directory)
     assert len(list(directory.glob("*.safetensors"))) > 2

@@ -15,7 +15,7 @@ from bytecap.calibration.probe import probe
 from bytecap.errors import UsageError
 from bytecap.format.decoder import decode_units
 from bytecap.job.effort import Effort
-from bytecap.model.checkpoint import find_units, load_model
+from bytecap.model.checkpoint import find_units, load_checkpoint
 from bytecap.model.sources import load_sets
 from bytecap.model.tying import Tying, find_blocks, layers, matrices, parse
 from bytecap.model.weight_reads import count_uses
@@ -42,7 +42,7 @@ def plain(module, blocks=2, ranks=None):
 @pytest.fixture(scope="module")
 def twins(texts, four):
     """A model whose layers 1 and 3 are the same; training and held-out windows."""
-    model = load_model(four)
+    model = load_checkpoint(four)
     blocks = find_blocks(model.module)[1]
     blocks[3].load_state_dict(blocks[1].state_dict())
     pool = read(model, texts["calib"], window=64, seed=0, reporter=Silent())
@@ -109,8 +109,8 @@ class TestDirectory:
         assert "model.layers.2.mlp.up_proj.weight" not in stored
         assert "model.layers.2.mlp.up_proj.down.weight" in stored
         assert {e["dtype"] for e in stored.values()} == {"BF16"}
-        model = load_model(directory)
-        assert model.parameters == report["parameters"] < 0.75 * load_model(four).parameters
+        model = load_checkpoint(directory)
+        assert model.parameters == report["parameters"] < 0.75 * load_checkpoint(four).parameters
         assert count_uses(model.module, lambda m: m(IDS))["model.layers.1.mlp.up_proj.weight"] == 2
         assert report["kl_written"] == pytest.approx(report["uptraining"]["kl"], rel=0.05)
         assert any("4 iterations" in n for n in notes)
@@ -125,7 +125,7 @@ class TestDirectory:
         found, path = fitted_tied
         assert len(found.data) <= BUDGET
         unpack(path, tmp_path, dtype="float32")
-        one, other = bytecap.load_model(path), load_model(tmp_path).module
+        one, other = bytecap.load_model(path), load_checkpoint(tmp_path).module
         assert torch.equal(one(IDS).logits, other(IDS).logits)
         assert (tmp_path / "tying.json").read_bytes() == (made[0] / "tying.json").read_bytes()
         values = decode_units(found.contents)
@@ -158,7 +158,7 @@ class TestAllocation:
     @pytest.mark.numeric
     def test_statistics_of_all_uses_add_up(self, four, texts):
         """A shared matrix's Hessian is the sum of those of the same values, stored once for each use."""
-        model = load_model(four)
+        model = load_checkpoint(four)
         sets = load_sets(model, texts["calib"], texts["val"], tokens=1000, window=128, reporter=Silent())
         looped = tied(model.module, plain(model.module))
         apart = copy.deepcopy(model.module)
@@ -176,7 +176,7 @@ class TestAllocation:
     @pytest.mark.slow
     def test_three_uses_buy_finer_steps(self, four, texts):
         """Against the same values stored three times, and against a layer of its own: half a bit for a doubling."""
-        model = load_model(four)
+        model = load_checkpoint(four)
         looped = tied(model.module, Tying("model.layers", (0, 0, 0, 3)))
         apart = copy.deepcopy(model.module)
         apart.load_state_dict(looped.state_dict())
@@ -255,4 +255,4 @@ class TestSearch:
         assert code == 0, err
         found = json.loads(out)
         assert found["unique"] <= 3
-        assert load_model(tmp_path / "t").parameters == found["parameters"]
+        assert load_checkpoint(tmp_path / "t").parameters == found["parameters"]

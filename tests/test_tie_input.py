@@ -11,7 +11,7 @@ import bytecap
 from bytecap.errors import CheckpointError
 from bytecap.format import container
 from bytecap.job.effort import Effort
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.evaluation import kl_to
 from bytecap.model.tying import Tying, find_blocks, tie
 from bytecap.progress import Silent
@@ -75,7 +75,7 @@ class TestBadInput:
     @pytest.mark.slow
     @pytest.mark.numeric
     def test_divergence_is_stopped_and_the_best_is_kept(self, four, texts):
-        model, said = load_model(four), Silent()
+        model, said = load_checkpoint(four), Silent()
         pool = read(model, texts["calib"], window=64, seed=0, reporter=said)
         windows, held = split(pool, 1, "cpu", "text")
         student = tied(model.module, Tying("model.layers", LOOP))

@@ -15,7 +15,7 @@ from bytecap.allocation.planner import Planner
 from bytecap.calibration.metric import Metric
 from bytecap.format.ledger import total
 from bytecap.job import Section
-from bytecap.model.checkpoint import as_matrix, load_model
+from bytecap.model.checkpoint import as_matrix, load_checkpoint
 from bytecap.model.module import model_of
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import prepare
@@ -255,7 +255,7 @@ def coded(matrices, step):
 @pytest.fixture(scope="module")
 def real():
     """Matrices of the embedded model."""
-    model = load_model("demo")
+    model = load_checkpoint("demo")
     units = [u for u in model.units if u.linear and ("layers.2." in u.name)]
     return [as_matrix(u, model.tensor(u).detach()) for u in units]
 

@@ -13,7 +13,7 @@ import bytecap.runtimes.transformers
 from bytecap.errors import ArtifactError, BytecapError, CheckpointError, VersionError
 from bytecap.format import container
 from bytecap.format.decoder import side_files
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline.export import unpack
 from bytecap.runtimes import hub
 from stored import contents_of
@@ -23,7 +23,7 @@ IDS = torch.arange(1, 60).reshape(1, -1)
 
 def written(directory, made, change=None):
     """Files of a directory in the hub's layout, made of a model without any loss."""
-    contents = contents_of(load_model(made))
+    contents = contents_of(load_checkpoint(made))
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in hub.layout(contents, side_files(contents)).items():
         (directory / name).write_bytes(data if change is None else change(name, data))
@@ -222,6 +222,6 @@ def test_more_tensors_than_the_model_has(model_directory, tmp_path):
 
 
 def test_shared_blocks_are_not_laid_out(model_directory):
-    contents = contents_of(load_model(model_directory()))
+    contents = contents_of(load_checkpoint(model_directory()))
     with pytest.raises(ArtifactError, match="layers share blocks"):
         hub.layout(contents, side_files(contents) | {"tying.json": b"{}"})

@@ -16,7 +16,7 @@ import bytecap
 from bytecap.errors import ArtifactError, CheckpointError
 from bytecap.format import container
 from bytecap.model import apart, bounds, building, gguf_file, tokenizer
-from bytecap.model.checkpoint import load_model
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.fileset import check_safetensors, weight_files
 from test_safety import artifact
 
@@ -140,11 +140,11 @@ def test_a_directory_is_compared_before_it_is_built(model_directory, tmp_path, c
     monkeypatch.setattr("bytecap.model.checkpoint.module_from_config", watched)
     if said:
         with pytest.raises(CheckpointError, match=said) as caught:
-            load_model(directory)
+            load_checkpoint(directory)
         assert str(directory) in str(caught.value)
     else:
         with pytest.raises(Built):
-            load_model(directory)
+            load_checkpoint(directory)
 
 
 def test_numbers_that_are_no_counts():
@@ -373,4 +373,4 @@ def test_gguf_files_that_claim_what_they_do_not_hold(tmp_path, kind):
             gguf_file.check_header(path)
     pytest.importorskip("gguf")
     with pytest.raises(CheckpointError, match=r"a\.gguf"):
-        load_model(path)
+        load_checkpoint(path)

@@ -34,7 +34,7 @@ def recode(
     as_json: Json = False,
 ) -> None:
     """Put the model in a GGUF file into another one of at most --budget bytes."""
-    from bytecap.model.checkpoint import load_model
+    from bytecap.model.checkpoint import load_checkpoint
     from bytecap.pipeline.fit import each_budget, outputs_of
     from bytecap.pipeline.fit_gguf import fit_gguf_configs
     from bytecap.pipeline.formats import format_of
@@ -62,7 +62,7 @@ def recode(
     said = check_source(path, allow_quantized=allow_quantized)
     if said is not None and config.reporter is not None:
         warn(config.reporter, said)
-    results = fit_gguf_configs(load_model(path), configs, quantized=True)
+    results = fit_gguf_configs(load_checkpoint(path), configs, quantized=True)
     if as_json:
         print_json(results[0].report if len(results) == 1 else {"fits": [r.report for r in results]})
         return

@@ -62,7 +62,7 @@ def _lines(
     reporter: Reporter,
 ) -> list[Any]:
     from bytecap.job.config import FitConfig
-    from bytecap.model.checkpoint import load_model
+    from bytecap.model.checkpoint import load_checkpoint
     from bytecap.model.sources import load_sets
     from bytecap.pipeline.fit_shards import Source, numbers_and_shards, shard_sets_of, trial
     from bytecap.pipeline.stages import choose_device, make_job
@@ -74,7 +74,7 @@ def _lines(
     source = Source(factory, state, loss) if factory is not None else None
     if budget is not None:
         check_budget(budget)
-    loaded = source.model() if source is not None else load_model(str(model))
+    loaded = source.model() if source is not None else load_checkpoint(str(model))
     planned = None
     if budget is not None:
         config = FitConfig(

@@ -32,6 +32,7 @@ except (ImportError, ValueError, OSError):
 _CALL = """
 import importlib, json
 sys.path[:] = json.loads(sys.argv[1])
+sys.modules["torch"] = None
 try:
     getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(sys.argv[4])
 except MemoryError:
@@ -72,8 +73,10 @@ def apart(script: str, content: bytes = b"", *arguments: str, memory: int = _MEM
 def call_apart(function: Callable[[str], None], directory: Path, *, memory: int = _MEMORY) -> str:
     """Say why a function of ours failed that a process of its own called with a directory; an empty text if it did not.
 
+    The process finds no torch: transformers reads side files without it, and importing it takes longer than the rest.
+
     Args:
-        function: of a module, which that process imports.
+        function: of a module, which that process imports and which imports no torch.
         directory: for what it is given and what it answers.
         memory: bytes of addresses that it may have.
     """

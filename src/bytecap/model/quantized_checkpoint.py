@@ -18,17 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bytecap.errors import CheckpointError
-from bytecap.format.coders.exact import is_lossless
+from bytecap.format.coders.exact import WIDTH, is_lossless
 from bytecap.model import dequantize, tying
+from bytecap.model.building import parts
 from bytecap.model.fileset import DEQUANTIZE, Header
 from bytecap.model.tensor_files import Tensors
 
 Parts = Mapping[str, str]  # role to the name of a stored tensor
 Formula = Callable[[Mapping[str, Tensor]], Tensor]
 
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SCALES_OF_8 = ("_scale_inv", "_scale")  # behind the weight's name
 _SCALES_BESIDE = ("scale", "qscale_weight")  # in place of `weight`
@@ -40,10 +43,14 @@ _TOOLS = {
     "gptq": "gptqmodel", "awq": "gptqmodel", "quanto": "optimum-quanto", "hqq": "hqq", "aqlm": "aqlm",
     "torchao": "torchao", "modelopt": "nvidia-modelopt", "auto-round": "auto-round",
 }  # fmt: skip
-_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors")
+_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors", "gptq", "awq")
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
             "mxfp4-pack-quantized", "mixed-precision", "dense")  # fmt: skip
-_CODES = ("weight", "_packed", "_blocks", "_proj")  # how names of tensors of codes end
+_LAYOUT_KEYS = ("format", "checkpoint_format", "version")  # in which writers of GPTQ and AWQ name it
+_ZEROS_OFF = {"gptq": 1, "gptq_v2": 0}  # what the stored zero points of a format of GPTQ lack
+_CODES = ("weight", "_packed", "_blocks", "_proj", "qzeros", "g_idx")  # how names of tensors of codes end
+_PACKED = ("weight", "_packed", "_blocks")  # of which those that share bytes and words
+_BITS = 4  # of a code, where nothing else is said
 _WIDTHS = (2, 4, 8)  # bits of packed integers
 
 
@@ -72,6 +79,7 @@ class Dequantized:
     notes: list[str]
     _weights: dict[str, _Weight] = field(repr=False)
     _stored: Tensors = field(repr=False)
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
@@ -84,11 +92,17 @@ class Dequantized:
         """
         if name not in self._weights:
             return self._stored.read(name)
+        if name in self._kept:
+            return self._kept[name].to(torch.float32, copy=True)
         weight = self._weights[name]
         try:
             return weight.formula({role: self._stored.read(part) for role, part in weight.parts.items()})
         except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as exc:
             raise CheckpointError(f"tensor {name} cannot be dequantized from {weight.parts['codes']}: {exc}") from exc
+
+    def keep(self, name: str, value: Tensor, dtype: str) -> None:
+        """Keep the value of a weight in a dtype that holds it, so that it need not be computed again."""
+        self._kept[name] = value.to(_TORCH[dtype])
 
     def values(self, headers: Mapping[Path, Header], names: Any) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors with the given names, one at a time."""
@@ -100,8 +114,7 @@ class Dequantized:
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return what a config says of the quantization of its weights, itself or nested; None if it is dense."""
-    nested = [v for v in config.values() if isinstance(v, dict)]
-    for part in (config, *nested):
+    for part in parts(config):
         found = part.get("quantization_config", part.get("compression_config"))
         if isinstance(found, dict) and found:
             return found
@@ -112,7 +125,7 @@ def method_of(settings: Mapping[str, Any]) -> str:
     """Return the name of a quantization's method."""
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         return "bitsandbytes"
-    method, form = settings.get("quant_method"), settings.get("format")
+    method, form = settings.get("quant_method", settings.get("method")), settings.get("format")
     return str(method or ("compressed-tensors" if form in _FORMATS else form) or "an unnamed method")
 
 
@@ -130,13 +143,14 @@ def refuse_finished(config: bytes, where: Path) -> None:
     raise CheckpointError(f"{where} holds no model.bcap, which its config.json names: copy it again")
 
 
-def dense(config: bytes, headers: dict[Path, Header], where: Path) -> Dequantized | None:
+def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0) -> Dequantized | None:
     """Return the dense tensors of a directory whose config says that its weights are quantized; None if it says so not.
 
     Args:
         config: `config.json`.
         headers: of the weight files.
         where: the directory.
+        keep: most bytes of weights that are kept from the look at their dtypes, so that they are computed once.
 
     Raises:
         CheckpointError: the scheme is none of those that are read, or its tensors do not fit together.
@@ -172,9 +186,30 @@ def dense(config: bytes, headers: dict[Path, Header], where: Path) -> Dequantize
         value = found.value(name)
         dtype = next((d for d in ("BF16", "F16") if is_lossless(value.numpy(), d)), "F32")
         wide |= dtype == "F32"
+        keep -= value.numel() * WIDTH[dtype]
+        if keep >= 0:
+            found.keep(name, value, dtype)
         kept[home[weight.parts["codes"]]][name] = {"dtype": dtype, "shape": list(value.shape)}
     found.config = _plain(parsed, wide)
     return found
+
+
+def roughly_dense(config: bytes, headers: dict[Path, Header]) -> dict[Path, Header]:
+    """Return headers that have as many values as the dense weights, so that memory can be planned before they are read.
+
+    Shapes are not those of the weights: codes that share a byte or a word are counted along an axis of their own.
+    """
+    settings = settings_of(json.loads(config))
+    if settings is None:
+        return headers
+    said = settings.get("bits", settings.get("w_bit"))
+    bits = said if type(said) is int and said in dequantize.GPTQ_BITS else _BITS
+
+    def counted(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        packed = {"I32": 32 // bits, "U8": 2}.get(entry["dtype"], 1) if name.endswith(_PACKED) else 1
+        return {**entry, "shape": [*entry["shape"], packed]}
+
+    return {path: {n: counted(n, e) for n, e in header.items()} for path, header in headers.items()}
 
 
 def _is_code(name: str, entry: Mapping[str, Any]) -> bool:
@@ -188,22 +223,45 @@ def _check_method(settings: Mapping[str, Any], where: Path) -> str:
     Raises:
         CheckpointError: it is not.
     """
-    method = method_of(settings)
-    if method == "compressed-tensors" and settings.get("format", "dense") not in _FORMATS:
-        method = f"compressed-tensors {settings['format']}"
-    if method in _METHODS:
+    method, layout = method_of(settings), _layout_not_read(settings)
+    if method in _METHODS and layout is None:
         return method
     bits = f" at {settings['bits']} bits" if isinstance(settings.get("bits"), int) else ""
     tool = f"load it with {_TOOLS[method]} and save it dequantized, in bfloat16" if method in _TOOLS else DEQUANTIZE
+    called = f"{method} {layout}" if layout else method
     raise CheckpointError(
-        f"{where} is quantized with {method}{bits}, which is not read ({', '.join(_METHODS)} are): start from the "
+        f"{where} is quantized with {called}{bits}, which is not read ({', '.join(_METHODS)} are): start from the "
         f"unquantized checkpoint, or {tool}"
     )
 
 
+def _layout_not_read(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of a method's layout, empty if it has none, where it is one that is not read; else None."""
+    method, found = method_of(settings), None
+    if method == "compressed-tensors" and settings.get("format", "dense") not in _FORMATS:
+        found = settings["format"]
+    elif method == "gptq":
+        said = "marlin" if settings.get("is_marlin_format") else _layout(settings)
+        found = said if said not in _ZEROS_OFF else None
+        if found is None and settings.get("bits") not in dequantize.GPTQ_BITS:
+            return ""
+    elif method == "awq":
+        said = "llm-awq" if settings.get("backend") == "llm-awq" else _layout(settings)
+        found = said if said not in {"gemm", "GEMM"} else None
+        if found is None and settings.get("bits", settings.get("w_bit")) != 4:
+            return ""
+    return None if found is None else str(found)[:40]
+
+
+def _layout(settings: Mapping[str, Any]) -> str:
+    """Return the layout that a config of GPTQ or AWQ names, under one key or another; two that differ are none."""
+    said = dict.fromkeys(str(settings[k]) for k in _LAYOUT_KEYS if settings.get(k))
+    return " or ".join(said) or ("gemm" if method_of(settings) == "awq" else "gptq")
+
+
 def _plain(config: Any, wide: bool) -> bytes:
     """Return a config that says nothing of the quantization, and float32 where dense values need it."""
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+    for part in parts(config):
         for key in ("quantization_config", "compression_config"):
             part.pop(key, None)
         for key in ("dtype", "torch_dtype"):
@@ -308,7 +366,40 @@ def _compressed(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[
             yield name, _Weight(parts, plain)
 
 
+def _gptq(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+    """Integers of 2 to 8 bits with a scale and a zero point for groups of inputs, in any order."""
+    off = _ZEROS_OFF[_layout(settings)]
+    size, own = settings.get("group_size"), bool(settings.get("dynamic"))  # where layers may have sizes of their own
+    group = size if type(size) is int and size > 0 and not own else None
+
+    def formula(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.gptq(p["codes"], p["zeros"], p["scales"], p.get("order"), group, off)
+
+    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {"order": "g_idx"}, formula)
+
+
+def _awq(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
+    """Integers of 4 bits with a scale and a zero point for groups of inputs, the even outputs of eight first."""
+
+    def formula(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.awq(p["codes"], p["zeros"], p["scales"])
+
+    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {}, formula)
+
+
+def _layers(
+    entries: Header, needed: Mapping[str, str], optional: Mapping[str, str], formula: Formula
+) -> Iterator[tuple[str, _Weight]]:
+    """Layers whose codes are `qweight`, with what lies beside them by role."""
+    for name, entry in entries.items():
+        stem = name.removesuffix("qweight")
+        if stem == name or entry["dtype"] != "I32" or any(stem + n not in entries for n in needed.values()):
+            continue
+        beside = {role: stem + n for role, n in {**needed, **optional}.items() if stem + n in entries}
+        yield f"{stem}weight", _Weight({"codes": name, **beside}, formula)
+
+
 _FINDERS: dict[str, Callable[[Header, Mapping[str, Any]], Iterator[tuple[str, _Weight]]]] = {
     "fp8": _float8, "fbgemm_fp8": _float8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes,
-    "compressed-tensors": _compressed,
+    "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq,
 }  # fmt: skip

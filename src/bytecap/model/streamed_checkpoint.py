@@ -79,7 +79,7 @@ def open_streamed(
     begin: Callable[[dict[str, bytes]], None] | None = None,
     allow_unused: Sequence[str] = (),
 ) -> StreamedModel:
-    """Open a checkpoint to be streamed; see `bytecap.model.checkpoint.load_model`.
+    """Open a checkpoint to be streamed; see `bytecap.model.checkpoint.load_checkpoint`.
 
     Args:
         model: Hugging Face directory or hub id.

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from bytecap.errors import ArtifactError
 from bytecap.model.tokenization import is_there, read_tokenizer
-from bytecap.pipeline.generation import conversations, special_tokens, template_of
+from bytecap.pipeline.chat_templates import conversations, special_tokens, template_of
 
 _MOST = 20_000  # characters of all texts: a page is no place for more
 _WORDS = ("qvxalpha", "zwkbeta", "jqxgamma", "vkzdelta", "xqjepsilon")

@@ -18,7 +18,7 @@ from typing import Any
 
 from bytecap.errors import BudgetError, BytecapError, TextError, UsageError
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.defaults import WINDOW
 from bytecap.model.sources import Paths, as_paths
 from bytecap.pipeline.artifact import Artifact
@@ -218,7 +218,7 @@ def _finished(entry: Entry, entries: Sequence[Entry], config: FitConfig, reporte
     if not entry.left():
         return
     try:
-        _fit(entry, load_model(entry.given), config, "whole", entry.left())
+        _fit(entry, load_checkpoint(entry.given), config, "whole", entry.left())
     except BytecapError as exc:
         warn(reporter, f"the whole fit of {entry.name} failed, so its short fits stand: {exc}")
         for budget in set(entry.left()) - set(entry.whole):

@@ -23,7 +23,7 @@ from bytecap.errors import BudgetError, BytecapError, TextError, UsageError
 from bytecap.job.config import FitConfig
 from bytecap.model import tokenizer as door
 from bytecap.model.calibration_text import general
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.defaults import WINDOW
 from bytecap.model.inputs import vocabulary_of
 from bytecap.model.sources import Paths, as_paths, encoder, first_token
@@ -182,7 +182,7 @@ def consider(entry: Entry, config: FitConfig, reporter: Reporter, use: Callable[
     """Read a model, look at its floors and go on with it; where that fails it is left out, and the reason is said."""
     reporter.note(f"{entry.name}: reading")
     try:
-        model = load_model(entry.given)
+        model = load_checkpoint(entry.given)
         _check_floors(entry, model, config)
         use(model)
     except BytecapError as exc:

@@ -17,7 +17,7 @@ from typing import Any
 from bytecap.errors import ArtifactError, BudgetError, UsageError
 from bytecap.format.ledger import Entry
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.inputs import facts
 from bytecap.pipeline.chat_form import chat_form
 from bytecap.pipeline.fit_gguf import fit_gguf_configs
@@ -72,7 +72,7 @@ def export_web(model: Model | Path | str, config: FitConfig, *, runtime: Path | 
         inputs = {"the model": model if isinstance(model, Path | str) else None, "the runtime": runtime}
         refuse_collisions({"-o": path}, inputs)
     taken = read_runtime(runtime)
-    loaded = model if isinstance(model, Model) else load_model(model)
+    loaded = model if isinstance(model, Model) else load_checkpoint(model)
     cap = parse_budget(config.budget, loaded.parameters)
     context = min(CONTEXT, facts(loaded.files).positions or CONTEXT)
     chat = _chat(loaded, reporter_for(config.reporter, config.progress))

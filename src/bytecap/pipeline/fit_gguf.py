@@ -25,7 +25,7 @@ from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
 from bytecap.model import streaming
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.defaults import TOKENS
 from bytecap.model.quantized_copy import Values
 from bytecap.model.sources import Paths, as_paths, load_sets
@@ -274,7 +274,7 @@ def imatrix_of(
     reporter: Reporter,
 ) -> tuple[int, int]:  # fmt: skip
     """Calibrate a model and write its importance matrix; returns bytes and tensors."""
-    loaded, target = load_model(model), choose_device(device)
+    loaded, target = load_checkpoint(model), choose_device(device)
     layout = layout_of(loaded)
     sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
     found = moments(Job(loaded, sets, 0, lambda *_: 0, target, reporter, FitConfig(0, seed=seed)), guided=guided)

@@ -2,17 +2,11 @@
 
 Keys and values of what has been read are kept where the model can, so that a token costs one position. When the
 model's positions are used up, the older half of the text is forgotten and the rest read again.
-
-Chat templates are programs that come with a model. They run in transformers' sandbox (`ImmutableSandboxedEnvironment`)
-and nowhere else, in a process of its own with limits on time and memory, over a plain tokenizer that is built there:
-no class that a config names is ever looked up.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +15,18 @@ from typing import TYPE_CHECKING, Any
 from bytecap.errors import ArtifactError, UsageError
 from bytecap.format.updates import Bases
 from bytecap.model import tokenizer as door
-from bytecap.model.apart import call_apart
-from bytecap.model.building import quiet
 from bytecap.model.checkpoint import Model
 from bytecap.model.inputs import run_as_configured, vocabulary_of
 from bytecap.model.sources import encoder, window_limit
 from bytecap.model.texts import check_known
 from bytecap.model.tokenization import is_there, read_tokenizer
+from bytecap.pipeline.chat_templates import conversation, json_of, special_tokens
 from bytecap.pipeline.score import open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _CONTEXT = 8  # tokens
-_ASKED, _RENDERED = "asked.json", "rendered.txt"
-_TEMPLATE_MEMORY, _MOST_RENDERED = 1 << 32, 1 << 24  # bytes
 _UNFINISHED = "\ufffd"  # what bytes of a character that is not complete decode to
 
 
@@ -186,7 +176,7 @@ def _behind(tokenizer: Any, shown: list[int], waiting: list[int]) -> str:
 
 def ends_of(files: Mapping[str, bytes]) -> frozenset[int]:
     """Return every token that ends a text: of the config, the generation config, and the tokenizer."""
-    config, generation = _json(files, "config.json"), _json(files, "generation_config.json")
+    config, generation = json_of(files, "config.json"), json_of(files, "generation_config.json")
     nested = config.get("text_config")
     found: set[int] = set()
     for source in (config, generation, nested if isinstance(nested, dict) else {}):
@@ -197,77 +187,3 @@ def ends_of(files: Mapping[str, bytes]) -> frozenset[int]:
         known = read_tokenizer(files).token_to_id(name)
         found |= {known} if known is not None else set()
     return frozenset(found)
-
-
-def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
-    """Return the tokenizer's special tokens by name, such as `eos_token`."""
-    found: dict[str, str] = {}
-    for source in (_json(files, "special_tokens_map.json"), _json(files, "tokenizer_config.json")):
-        for key in _SPECIAL:
-            value = source.get(key)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                found[key] = value
-    return found
-
-
-def conversation(files: Mapping[str, bytes], name: str, messages: list[dict[str, str]]) -> str:
-    """Put messages into the model's chat template, up to where the model begins to speak.
-
-    Raises:
-        ArtifactError: there is no template, or it fails.
-    """
-    return conversations(files, name, [messages])[0]
-
-
-def conversations(files: Mapping[str, bytes], name: str, talks: Sequence[list[dict[str, str]]]) -> list[str]:
-    """Do what `conversation` does for several of them, in one process."""
-    template = template_of(files)
-    if template is None:
-        raise ArtifactError(f"{name} has no chat template: leave --chat out, and the prompt is continued as it is")
-    asked = {"template": template, "talks": list(talks), "special": special_tokens(files)}
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / _ASKED).write_text(json.dumps(asked), "utf-8")
-        why = call_apart(render, Path(directory), memory=_TEMPLATE_MEMORY)
-        made = Path(directory) / _RENDERED
-        if not why and not made.is_file():
-            why = "no process could be started for it"
-        if why:
-            raise ArtifactError(f"the chat template of {name} cannot be rendered: {why}")
-        if made.stat().st_size > _MOST_RENDERED:
-            raise ArtifactError(f"the chat template of {name} writes {made.stat().st_size:,} bytes for a few words")
-        return list(map(str, json.loads(made.read_bytes())))
-
-
-def render(directory: str) -> None:
-    """Put the conversations of a directory's file into its template, which is a program; in a process of its own."""
-    import tokenizers
-    import transformers
-
-    quiet()
-    asked = json.loads((Path(directory) / _ASKED).read_text("utf-8"))
-    plain: Any = transformers.PreTrainedTokenizerFast
-    tokenizer = plain(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()), **asked["special"])
-    template = {"chat_template": asked["template"], "tokenize": False, "add_generation_prompt": True}
-    texts = [str(tokenizer.apply_chat_template(talk, **template)) for talk in asked["talks"]]
-    (Path(directory) / _RENDERED).write_text(json.dumps(texts, ensure_ascii=False), "utf-8", newline="")
-
-
-def template_of(files: Mapping[str, bytes]) -> str | None:
-    """Return the chat template, from its own file or the tokenizer's config (of several, the default)."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8", "replace")
-    found = _json(files, "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
-
-
-def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Return a side file's JSON object, empty where there is none."""
-    try:
-        found = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

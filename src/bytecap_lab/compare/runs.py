@@ -25,7 +25,7 @@ import torch
 from bytecap.calibration.statistics import model_key, windows_key
 from bytecap.errors import BudgetError, CheckpointError
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, load_model
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.evaluation import ByWindow, compare_models
 from bytecap.model.forward import longest_first
 from bytecap.model.sources import load_sets
@@ -53,7 +53,7 @@ class Task:
 @lru_cache(maxsize=1)
 def model_of(path: str) -> Model:
     """Load a model; it is kept until another one is asked for."""
-    return load_model(path)
+    return load_checkpoint(path)
 
 
 @lru_cache(maxsize=1)
@@ -215,7 +215,7 @@ _KEPT = (
 
 def _external(task: Task, model: Model, sets: TokenSets) -> tuple[Record, Sequence[ByWindow]]:
     spec, device = task.spec, task.setting.device
-    other = load_model(spec.directory)
+    other = load_checkpoint(spec.directory)
     ours, theirs = model.config().get("vocab_size"), other.config().get("vocab_size")
     if ours != theirs:
         raise CheckpointError(f"{spec.directory} has a vocabulary of {theirs} tokens, {spec.model} one of {ours}")

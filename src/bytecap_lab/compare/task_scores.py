@@ -18,7 +18,7 @@ import numpy as np
 from bytecap.errors import UsageError
 from bytecap.model.checkpoint import Model
 from bytecap.model.tokenization import is_there, read_tokenizer
-from bytecap.pipeline.generation import special_tokens
+from bytecap.pipeline.chat_templates import special_tokens
 from bytecap.system.atomic import read_regular
 
 Scores = dict[str, list[float]]  # by task and metric: a value for every question

@@ -21,7 +21,7 @@ from torch import nn
 from bytecap.calibration.statistics import environment, model_key, windows_key
 from bytecap.errors import UsageError
 from bytecap.job.effort import Effort
-from bytecap.model.checkpoint import Model, demo_directory, find_units, load_model
+from bytecap.model.checkpoint import Model, demo_directory, find_units, load_checkpoint
 from bytecap.model.defaults import WINDOW
 from bytecap.model.evaluation import kl_to
 from bytecap.model.sources import Paths, as_paths, encoder, window_limit
@@ -139,7 +139,7 @@ def tie(
     reporter, target = reporter_for(reporter, progress), choose_device(device)
     efforts = _effort(steps, "--steps"), _effort(search_steps or steps, "--search-steps")
     _check(rate, labels)
-    loaded = model if isinstance(model, Model) else load_model(model)
+    loaded = model if isinstance(model, Model) else load_checkpoint(model)
     plan = TyingPlan.of(loaded, blocks, init, rank, search)
     directory, kept = make_directory(output), Store(store)
     pool = read(loaded, train, window=window, seed=seed, reporter=reporter)
@@ -304,7 +304,7 @@ def report(
     model: Model, tying: Tying, found: Uptraining, directory: Path, held: Sequence[Window], device: str
 ) -> dict[str, Any]:
     """Return the figures of a conversion, with the KL of the weights as written."""
-    back = load_model(directory)
+    back = load_checkpoint(directory)
     return {
         "model": model.name, "directory": str(directory), "blocks": tying.blocks, "depth": len(tying.sources),
         "unique": tying.unique, "sources": list(tying.sources), "ranks": tying.ranks,

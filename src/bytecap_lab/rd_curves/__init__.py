@@ -126,10 +126,10 @@ def _job(
     device: str, seed: int, reporter: Reporter,
 ) -> Job:  # fmt: skip
     """Read model and token sets and return the job whose operating point is the base."""
-    from bytecap.model.checkpoint import load_model
+    from bytecap.model.checkpoint import load_checkpoint
     from bytecap.model.sources import CORRECTION_TOKENS, load_sets
 
-    loaded = load_model(model) if isinstance(model, Path | str) else model
+    loaded = load_checkpoint(model) if isinstance(model, Path | str) else model
     limit = parse_budget(budget, loaded.parameters)
     sets = load_sets(
         loaded, calibration, evaluation, tokens=amounts.tokens, evaluation_tokens=amounts.evaluation_tokens,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import Model, load_model, resolve
+from bytecap.model.checkpoint import Model, load_checkpoint, resolve
 from bytecap.model.fileset import read_side_files
 
 
@@ -49,10 +49,10 @@ def load(spec: str) -> Model:
     """A model of either spelling.
 
     Raises:
-        BytecapError: see `load_model` and `bytecap.model.factory.load_factory`.
+        BytecapError: see `bytecap.model.checkpoint.load_checkpoint` and `bytecap.model.factory.load_factory`.
     """
     if ".py:" not in spec:
-        return load_model(spec)
+        return load_checkpoint(spec)
     from bytecap.model.factory import load_factory
 
     directory = directory_of(spec)

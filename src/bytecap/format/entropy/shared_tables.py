@@ -12,7 +12,8 @@ True
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS, quarter
 from bytecap.format.entropy.frequencies import MAX_HALF, TOTAL, Table, Tables, integer_frequencies
 
 Counts = npt.NDArray[np.float64]  # (64, half + 1): how often |z| occurred in each class
+_Group = tuple[npt.NDArray[np.float64], list[int]]  # counts of |z| (half + 1,), and the classes that they sum
 
 _FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "dict_size": 1 << 16, "lc": 3, "lp": 0, "pb": 0}]
 _PRIOR_WEIGHT = 4.0  # symbols' worth of a Gaussian given to every class
@@ -91,26 +93,26 @@ def fit_shared(counts: Counts, centres: npt.NDArray[np.float64], previous: Share
         centres: (2, 64, CENTRES) count of values in each bin and the summed overstatement of the bin, in steps.
         previous: offsets where `centres` saw too little; zeros if None.
     """
-    groups = [([k], counts[k]) for k in range(1, CLASSES) if counts[k].sum() > 0] or [
-        ([UNIT_CLASS], counts[UNIT_CLASS])
+    groups = [(counts[k], [k]) for k in range(1, CLASSES) if counts[k].sum() > 0] or [
+        (counts[UNIT_CLASS], [UNIT_CLASS])
     ]
-    fitted = [_priced(c, k) for k, c in groups]
-    while len(groups) > 1:
-        merged = [
-            _priced(groups[i][1] + groups[i + 1][1], groups[i][0] + groups[i + 1][0]) for i in range(len(groups) - 1)
-        ]
+    fitted = [_priced(*group) for group in groups]
+    merged = [_priced(*_joined(pair)) for pair in pairwise(groups)]
+    while merged:
         gains = [fitted[i][1] + fitted[i + 1][1] - m[1] for i, m in enumerate(merged)]
         i = int(np.argmax(gains))
         if gains[i] <= 0:
             break
-        groups[i : i + 2] = [(groups[i][0] + groups[i + 1][0], groups[i][1] + groups[i + 1][1])]
+        groups[i : i + 2] = [_joined(groups[i : i + 2])]
         fitted[i : i + 2] = [merged[i]]
+        first = max(i - 1, 0)  # only the pairs with the new group in them have changed
+        merged[first : i + 2] = [_priced(*_joined(pair)) for pair in pairwise(groups[first : i + 2])]
     table = {}
     offset = previous.offset.copy() if previous is not None else np.zeros((CLASSES, CENTRES), np.float32)
-    for at, ((classes, _), (fit, _)) in enumerate(zip(groups, fitted, strict=True)):
+    for at, ((_, classes), (fit, _)) in enumerate(zip(groups, fitted, strict=True)):
         seen, overstated = centres[0, classes].sum(0), centres[1, classes].sum(0)
         # every class up to the next group's first one is served: trimming may meet classes not seen before
-        last = groups[at + 1][0][0] if at + 1 < len(groups) else CLASSES
+        last = groups[at + 1][1][0] if at + 1 < len(groups) else CLASSES
         first = classes[0] if at else 1
         prior = offset[classes].mean(0)
         values = (overstated + 32 * prior) / (seen + 32)
@@ -121,6 +123,12 @@ def fit_shared(counts: Counts, centres: npt.NDArray[np.float64], previous: Share
             table[k] = fit
             offset[k] = np.clip(np.round(values * 256), -128, 127) / 256
     return Shared(Tables(table), offset.astype(np.float32))
+
+
+def _joined(groups: Sequence[_Group]) -> _Group:
+    """Merge two neighbouring groups."""
+    (counts, classes), (more, others) = groups
+    return counts + more, classes + others
 
 
 def _priced(counts: npt.NDArray[np.float64], classes: list[int]) -> tuple[Table, float]:
