@@ -176,6 +176,18 @@ def fitted(once, model_directory, texts):
 
 
 @pytest.fixture(scope="session")
+def block_code(once):
+    """Machine code of the block formats: one worker compiles it, which takes long, and the other reads what it kept."""
+    from bytecap.runtimes.blocks.encode import encode, prepare
+    from bytecap.runtimes.blocks.ggml import FORMATS
+
+    def make(_):
+        encode(torch.ones(4, 256).numpy(), prepare(torch.eye(256)), FORMATS["Q4_0"])
+
+    once("machine code of blocks", make)
+
+
+@pytest.fixture(scope="session")
 def four(model_directory):
     return model_directory("rotary", num_hidden_layers=4)
 
