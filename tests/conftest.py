@@ -5,6 +5,7 @@ import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what has two threads shares two cores with another worker
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 
 import pytest
