@@ -206,21 +206,35 @@ def training(rows: Sequence[Row]) -> Iterator[Claim]:
         yield Claim(what, mean, error, True, tie, (f"{mean:+.3f} ± {error:.3f}",))
 
 
+def formats(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Files for other programs against the tools of these: KL at equal bytes, by model, recipe and menu."""
+    found = {(r["model"], r["recipe"], r["method"]): r for r in rows if r["benchmark"] == "formats"}
+    for (name, recipe, method), ours in found.items():
+        if method == "stock" or (name, recipe, "stock") not in found:
+            continue
+        theirs = found[name, recipe, "stock"]
+        said = f"{ours['kl_nats']:.4f}"
+        said = f"{theirs['kl_nats']:.4f} | {said}" if method == "bytecap" else said
+        what = f"KL, their {recipe} minus {method}, {name}"
+        yield apart(what, theirs, ours, "kl_nats", "kl_stderr", figures=[said])
+
+
 Reader = Callable[[Sequence[Row]], Iterator[Claim]]
 RESULTS = "docs/results.md"
 FILES: dict[str, tuple[Reader, str]] = {
     "targets": (targets, RESULTS), "recover": (recovery, "docs/recovery.md"), "golf": (golf, RESULTS),
     "composition": (composition, "docs/sharing.md"), "train": (training, RESULTS),
-    "searches": (searches, "docs/sharing.md"),
+    "searches": (searches, "docs/sharing.md"), "formats": (formats, RESULTS),
 }  # fmt: skip
 
 
 def claims(directory: Path) -> list[Claim]:
     """All claims of the lines in a directory, later lines replacing earlier ones."""
     rows = {n: [json.loads(x) for x in (directory / f"{n}.jsonl").read_text("utf-8").splitlines()]
-            for n in (*FILES, "methods", "targets-golf-brotli")}  # fmt: skip
+            for n in (*FILES, "methods", "targets-8-states", "targets-golf-brotli")}  # fmt: skip
     found = [replace(c, page=page) for name, (read, page) in FILES.items() for c in read(rows[name])]
-    more = [*methods(rows["methods"], rows["targets"]), *brotli(rows["targets-golf-brotli"], rows["targets"])]
+    eight = rows["targets-8-states"]  # of the day on which the other methods were measured
+    more = [*methods(rows["methods"], eight), *brotli(rows["targets-golf-brotli"], eight)]
     return found + [replace(c, page=RESULTS) for c in more]
 
 

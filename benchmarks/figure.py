@@ -1,8 +1,9 @@
 """Draw the README's pictures from results.
 
-python benchmarks/figure.py quality results/targets.jsonl results/methods.jsonl docs/figures/quality.svg
+python benchmarks/figure.py quality results/targets.jsonl docs/figures/quality.svg
 python benchmarks/figure.py formats results/formats.jsonl results/targets.jsonl docs/figures/formats.svg
 python benchmarks/figure.py returns results/curves.jsonl results/paths.jsonl docs/figures/returns.svg
+python benchmarks/figure.py choose results/choose.jsonl docs/figures/choose.svg
 """
 
 from __future__ import annotations
@@ -110,12 +111,38 @@ def returns(rows: Rows) -> Any:
     return figure
 
 
+def choose(rows: Rows) -> Any:
+    """Bits per byte against bytes, a curve for each model, and the envelope of the best."""
+    found = [r for r in rows if r["benchmark"] == "choose" and r["command"].startswith("python benchmarks/choose.py")]
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    best: dict[int, float] = {}
+    models, styles = dict.fromkeys(r["model"] for r in found), ((GREY, "s"), (BLUE, "o"), (RED, "d"), ("#55a868", "^"))
+    for model, (colour, marker) in zip(models, styles, strict=False):
+        fits = {r["budget_bytes"]: r.get("whole") or r["short"] for r in found if r["model"] == model}
+        points = sorted((b / 1e6, f["bpb"], f["bpb_stderr"]) for b, f in fits.items() if "bpb" in f)
+        x, y, error = zip(*points, strict=True)
+        axis.errorbar(x, y, [2 * e for e in error], color=colour, marker=marker, ms=4, label=model)
+        original = next(f["bpb_original"] for f in fits.values() if "bpb_original" in f)
+        axis.axhline(original, color=colour, ls=":", lw=0.8)
+        best |= {b: min(f["bpb"], best.get(b, f["bpb"])) for b, f in fits.items() if "bpb" in f}
+    x, y = zip(*sorted((b / 1e6, v) for b, v in best.items()), strict=True)
+    axis.plot(x, y, color="black", lw=5, alpha=0.15, zorder=0, label="the best")
+    axis.set_xscale("log")
+    axis.set_xticks(x, [f"{v:g}" for v in x])
+    axis.minorticks_off()
+    axis.set_xlabel("cap, MB (everything counted); dotted: the originals")
+    axis.set_ylabel("bits per byte")
+    axis.grid(alpha=0.2)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def main() -> None:
     """The picture that is named first."""
     mpl.rcParams["svg.hashsalt"] = "bytecap"
     picture, *sources, target = sys.argv[1:]
     rows = [json.loads(line) for source in sources for line in Path(source).read_text().splitlines()]
-    figure = {"quality": quality, "returns": returns, "formats": formats}[picture](rows)
+    figure = {"quality": quality, "returns": returns, "formats": formats, "choose": choose}[picture](rows)
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 

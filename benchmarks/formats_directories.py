@@ -5,7 +5,8 @@ calibration windows in place of the text it would download); mlx decodes what th
 of the same layout, written here after the paper (plain Hessian, 1% damping, blocks of 128 columns, min-max scales of
 groups of 128, or 64 where 128 does not divide a row), and llm-compressor's own GPTQ, whose directory must be made in an
 environment of its own (it pins transformers) from the windows that `--windows` writes, and given by `--llm-compressor`.
-Ours get the bytes of their weights and configuration, and the same tokenizer. Needs mlx[cpu] and mlx-lm.
+Ours get the bytes of their weights and configuration, and the same tokenizer, which both hold as compact JSON. Needs
+mlx[cpu] and mlx-lm.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from bytecap.pipeline.stages import choose_device
 from bytecap.progress import Silent
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import family
-from bytecap.runtimes.directory.contents import contents_of, read_units
+from bytecap.runtimes.directory.contents import compact, contents_of, read_units
 from bytecap.runtimes.directory.menu import plain_values
 from bytecap.system.cache import Store
 from common import parser, record, texts
@@ -52,6 +53,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq-w4g128": ("compressed-tensors", {}),
     "llmc-w4g128": ("compressed-tensors", {}),
 }
+WRITTEN = " as written"  # behind an arm's name, with `--as-written`
 
 
 def main() -> None:
@@ -60,6 +62,9 @@ def main() -> None:
     p.add_argument("--arms", nargs="*", default=list(ARMS))
     p.add_argument("--held-tokens", type=int, default=HELD_TOKENS, help="tokens of the Hessian that judges")
     p.add_argument("--work", type=Path, help="directory for statistics kept between runs")
+    p.add_argument(
+        "--as-written", action="store_true", help="stock's tokenizer counts as its tool leaves it, with white space"
+    )
     p.add_argument("--windows", type=Path, help="JSON of the calibration windows to write")
     p.add_argument("--llm-compressor", type=Path, help="directory that llm-compressor wrote")
     args = p.parse_args()
@@ -67,14 +72,14 @@ def main() -> None:
     rows = {(r["model"], r["recipe"], r["method"]): r for r in map(json.loads, lines)}
     for name in args.model:
         run(args, name, rows)
-    print(f"{'model':10s} {'arm':12s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s}")
+    print(f"{'model':10s} {'arm':24s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s}")
     for (name, arm, method), ours in rows.items():
-        if method == "bytecap" and arm in ARMS:
+        if method == "bytecap" and arm.removesuffix(WRITTEN) in ARMS:
             theirs = rows[name, arm, "stock"]
             ratio = ours["kl_nats"] / theirs["kl_nats"]
             error = ratio * math.hypot(*(r["kl_stderr"] / r["kl_nats"] for r in (ours, theirs)))
             print(
-                f"{name:10s} {arm:12s} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} {ours['kl_nats']:9.5f} "
+                f"{name:10s} {arm:24s} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} {ours['kl_nats']:9.5f} "
                 f"{ratio:6.3f} {error:6.3f}"
             )
 
@@ -92,8 +97,10 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
     job = Job(model, sets, 0, lambda *_: 0, device, quiet, config, store=Store(args.work))
     if args.windows:
         args.windows.write_text(json.dumps([[int(t) for t in w.tokens] for w in sets.statistics]))
-    for arm in args.arms:
-        kind, told = ARMS[arm]
+    spaces = sum(len(f) - len(compact(n, f)) for n, f in model.files.items() if n != "config.json")
+    for base in args.arms:
+        kind, told = ARMS[base]
+        arm = f"{base}{WRITTEN if args.as_written else ''}"
         if arm.startswith("llmc") and not args.llm_compressor:
             continue
         if (name, arm, "stock") not in rows:
@@ -101,6 +108,8 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
                 row = mlx_arm(args, job, args.models / name, **told)
             else:
                 row = llm_compressor_arm(job, args.llm_compressor) if arm.startswith("llmc") else gptq_arm(job)
+            row["file_bytes"] += spaces if args.as_written else 0
+            row["bits_per_parameter"] = 8 * row["file_bytes"] / model.parameters
             rows[name, arm, "stock"] = keep(args, arm, "stock", {"model": name, "format": kind, **row})
         if (name, arm, "bytecap") not in rows:
             found = fit_directory(
@@ -146,7 +155,7 @@ def mlx_arm(args: Any, job: Job, source: Path, **told: Any) -> dict[str, Any]:
         utils.save_model(where, loaded)
         utils.save_config(copy.deepcopy(config), Path(where) / "config.json")
         size = sum((Path(where) / n).stat().st_size for n in ("model.safetensors", "config.json"))
-    size += sum(len(f) for n, f in job.model.files.items() if n != "config.json")
+    size += sum(len(compact(n, f)) for n, f in job.model.files.items() if n != "config.json")
     row = {"file_bytes": size, "bits_per_parameter": 8 * size / job.model.parameters, "told": told}
     return row | scores(job.model, values, job.sets, job.device)
 
@@ -188,7 +197,7 @@ def llm_compressor_arm(job: Job, directory: Path) -> dict[str, Any]:
     model, kind = job.model, family("compressed-tensors")
     config = json.loads((directory / "config.json").read_text())
     size = sum((directory / n).stat().st_size for n in ("model.safetensors", "config.json"))
-    size += sum(len(f) for n, f in model.files.items() if n != "config.json")
+    size += sum(len(compact(n, f)) for n, f in model.files.items() if n != "config.json")
     names = [u.name.removesuffix(".weight") for u in model.units if u.linear and u.name not in model.embeddings()]
     schemes = {}
     for entry in config["quantization_config"]["config_groups"].values():

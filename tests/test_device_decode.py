@@ -20,6 +20,7 @@ from bytecap.format.decoder import decode_units
 from bytecap.format.entropy import rans
 from bytecap.model import device_decode, resident
 from bytecap.model.device_decode import DeviceUnits
+from conftest import BUDGET
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of trit
 GOLDENS = sorted(
     p.stem for p in golden_parts.DIRECTORY.glob("*.bcap") if not p.stem.startswith("bad_") and p.stem != "newer_minor"
 )
+OWN = BUDGET + 1  # files of short streams, which other tests must not find
 SHAPES = [(3, 1), (9, 37), (14, 11)]
 
 
@@ -196,7 +198,7 @@ def test_one_damaged_matrix_does_not_hide_among_others():
     good = trellises(5)
     shape, tag, data = good[1]
     contents = file_of(good[0], (shape, tag, data[:300] + bytes([data[300] ^ 1]) + data[301:]), good[2])
-    assert refusals(contents)[1] == "units m1: stream 0 does not end in its initial state: damaged"
+    assert re.fullmatch(r"units m1: .* does not end in its initial state: damaged", refusals(contents)[1])
 
 
 def test_updates_are_left_to_the_processor():
@@ -230,7 +232,7 @@ def on_device(monkeypatch):
 @pytest.mark.parametrize(("kind", "changes"), [("rotary", {}), ("rotary", {"tie_word_embeddings": False}),
                                                ("transposed", {})], ids=["tied", "untied", "transposed"])  # fmt: skip
 def test_fitted_models(kind, changes, dtype, fitted, on_device, monkeypatch):
-    path = fitted(kind, **changes)[1]
+    path = fitted(kind, budget=OWN, **changes)[1]
     with monkeypatch.context() as patch:
         patch.setattr(device_decode, "usable", lambda _: False)
         wanted = bytecap.load_model(path, dtype=dtype).state_dict()
@@ -245,7 +247,7 @@ def test_fitted_models(kind, changes, dtype, fitted, on_device, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("_small")
 def test_models_that_stay_coded(fitted, on_device):
-    path, ids = fitted("rotary")[1], torch.tensor([[1, 5, 9, 2]], device=DEVICE)
+    path, ids = fitted("rotary", budget=OWN)[1], torch.tensor([[1, 5, 9, 2]], device=DEVICE)
     decoded = bytecap.load_model(path, device=DEVICE, dtype="bfloat16")
     del on_device[:]
     coded = bytecap.load_model(path, device=DEVICE, dtype="bfloat16", resident="coded")

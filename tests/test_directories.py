@@ -22,7 +22,7 @@ from bytecap.pipeline.formats import format_of
 from bytecap.runtimes.blocks.encode import encode, prepare
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words
 from bytecap.runtimes.directory import FAMILIES, family
-from bytecap.runtimes.directory.contents import contents_of, ledger, ledger_of, read_units, shared_inputs
+from bytecap.runtimes.directory.contents import compact, contents_of, ledger, ledger_of, read_units, shared_inputs
 from bytecap.runtimes.directory.tensors import read
 from bytecap.system.directories import replacing_directory
 from conftest import SMALL
@@ -216,6 +216,21 @@ def test_a_fit_keeps_its_cap_and_says_what_it_did(made, name) -> None:
     assert report["checked"]
     tensors = read(path / "model.safetensors")
     assert all(t.dtype in {"BF16", "U32", "I32", "I64"} for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("data", "short"),
+    [
+        (b'{\n  "a": {"b": 1.0, "c": [true, null]}\n}', b'{"a":{"b":1.0,"c":[true,null]}}'),
+        (b'{"a": 1, "a": 2}', None),  # readers differ on which of them counts
+        (b'{"a": "\\ud800"}', None),  # half of a character, which only an escape can say
+        (b"\xff {", None),
+        (b"[" * 100_000, None),
+    ],
+)
+def test_json_beside_the_weights_is_compact_and_the_same(data, short) -> None:
+    assert compact("tokenizer.json", data) == (data if short is None else short)
+    assert compact("merges.txt", data) == data
 
 
 def test_projections_that_vllm_joins_share_a_scheme(made, model_directory) -> None:

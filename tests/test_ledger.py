@@ -1,8 +1,12 @@
 """The ledger's sums: by owner, by kind, by overlay."""
 
+import json
+
 import pytest
 
+from bytecap.format import container
 from bytecap.format.ledger import KINDS, Entry, Line, by_kind, by_overlay, by_unit, total
+from golden_parts import build
 
 pytestmark = pytest.mark.coverage
 
@@ -11,6 +15,15 @@ ENTRIES = [
     Entry("(file)", "header", 28), Entry("a", "rows side", 3, 5), Entry("b", "rows payload", 6, 7),
     Entry("b", "rows side", 4, 7), Entry("b", "columns payload", 9, 7), Entry("(file)", "padding", 0),
 ]  # fmt: skip
+
+
+def test_an_index_that_another_writer_has_packed():
+    """JSON with spaces is an index too: every byte of the file has an owner all the same."""
+    raw = json.dumps({"units": [], "files": [], "about": {"made": "elsewhere " * 20}}, indent=4).encode()
+    data = build([(container.INDEX, b"\0" + raw)])
+    entries = container.ledger(container.parse(data), len(data))
+    assert total(entries) == len(data) > total(container.ledger(container.parse(data)))
+    assert [(e.unit, e.kind) for e in entries] == [("(file)", "header"), ("(file)", "index")]
 
 
 def test_total():

@@ -197,8 +197,20 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({"quant_method": "gptq", "bits": 4}, "gptq at 4 bits, which is not read .*gptqmodel"),
-            ({"quant_method": "awq", "bits": 4}, "awq at 4 bits, which is not read .*gptqmodel"),
+            ({"quant_method": "gptq", "bits": 5}, "gptq at 5 bits, which is not read .*gptqmodel"),
+            ({"quant_method": "gptq"}, "gptq, which is not read .*gptqmodel"),
+            ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq marlin at 4 bits, .*gptqmodel"),
+            ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "gptq marlin at 4 bits, which is not read"),
+            ({"quant_method": "gptq", "bits": 4, "checkpoint_format": ["x"]}, r"gptq \['x'\] at 4 bits, which"),
+            ({"quant_method": "gptq", "bits": 4, "format": "gptq_p"}, "gptq gptq_p at 4 bits, which is not read"),
+            (
+                {"method": "gptq", "bits": 4, "format": "gptq", "checkpoint_format": "gptq_v2"},
+                "gptq gptq or gptq_v2 at",
+            ),
+            ({"quant_method": "awq", "bits": 8}, "awq at 8 bits, which is not read .*gptqmodel"),
+            ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq gemv at 4 bits, which is not read"),
+            ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "awq llm-awq at 4 bits, which is not read"),
+            ({"quant_method": "awq", "bits": 4, "version": {"a": 1}}, "awq {'a': 1} at 4 bits, which is not read"),
             ({"quant_method": "quanto"}, "quanto, which is not read .*optimum-quanto"),
             ({"quant_method": ["fp8"]}, "which is not read"),
             ({"quant_method": 3}, "3, which is not read"),

@@ -9,6 +9,7 @@ from bytecap.allocation import asymmetric_targets
 from bytecap.allocation.planner import Planner
 from bytecap.methods import bytecap as default
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
+from bytecap.model.uncertainty import ratio_stderr, surely_worse
 from conftest import BUDGET, SMALL
 
 
@@ -16,10 +17,15 @@ from conftest import BUDGET, SMALL
 @pytest.mark.parametrize("pays", [True, False])
 def test_the_correction_tokens_decide(pays, model_directory, texts, monkeypatch):
     costs = iter((1.0, 0.5) if pays else (1.0, 1.5))
-    monkeypatch.setattr(default, "_cost", lambda *_: next(costs))
+    monkeypatch.setattr(default, "_cost", lambda *_: (np.full(1, next(costs)), np.ones(1)))
     files = {"calibration": texts["calib"], "evaluation": texts["val"]}
     found = bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
-    assert found.report["targets"] == {"kept": pays, "cost_with": 0.5 if pays else 1.5, "cost_without": 1.0}
+    assert found.report["targets"] == {
+        "kept": pays,
+        "cost_with": 0.5 if pays else 1.5,
+        "cost_without": 1.0,
+        "change_stderr": 0.0,
+    }
     monkeypatch.undo()
     plain = bytecap.fit(model_directory("rotary"), BUDGET, **files, options={"drift": 0.0}, **SMALL)
     assert (found.data == plain.data) == (not pays)
@@ -31,6 +37,39 @@ def test_the_decision_is_kept(model_directory, texts, tmp_path, monkeypatch):
     found = bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
     monkeypatch.setattr(default, "_cost", None)  # nothing is measured again
     assert bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL).data == found.data
+
+
+class TestSurelyWorse:
+    """A change is refused where it costs more than two paired standard errors, or anything where nobody knows these."""
+
+    TOKENS = np.array([512.0] * 15 + [100.0])
+    HARD = np.linspace(50, 400, 16)  # nats of windows, which differ by far more than the change
+
+    def change(self, errors):
+        spread = np.cos(np.arange(16.0)) * self.TOKENS / 512
+        spread -= spread.sum() / self.TOKENS.sum() * self.TOKENS
+        return spread + errors * ratio_stderr(spread, self.TOKENS) * self.TOKENS
+
+    @pytest.mark.parametrize(("errors", "worse"), [(-3, False), (-0.1, False), (1.9, False), (2.1, True), (9, True)])
+    def test_two_paired_errors_decide(self, errors, worse):
+        assert surely_worse(self.HARD, self.HARD + self.change(errors), self.TOKENS) is worse
+
+    @pytest.mark.parametrize(("errors", "worse"), [(-0.1, False), (0, False), (0.1, True)])
+    def test_few_windows_have_no_error(self, errors, worse):
+        after = self.HARD[:7] + errors * self.TOKENS[:7]
+        assert surely_worse(self.HARD[:7], after, self.TOKENS[:7]) is worse
+
+    def test_no_number_is_worse(self):
+        assert surely_worse(self.HARD, self.HARD * np.nan, self.TOKENS)
+
+
+def test_what_is_recorded_says_how_sure_it_is():
+    before, tokens = TestSurelyWorse.HARD, TestSurelyWorse.TOKENS
+    after = before + TestSurelyWorse().change(1.5)
+    found = default._judged((before, tokens), (after, tokens))
+    assert found["kept"]
+    assert found["cost_with"] - found["cost_without"] == pytest.approx(1.5 * found["change_stderr"])
+    assert not default._judged((before, tokens), (before + TestSurelyWorse().change(2.5), tokens))["kept"]
 
 
 @pytest.mark.parametrize("names", [None, ["0.weight"]])
@@ -52,7 +91,7 @@ def test_integers_of_the_walk_are_stored(in_rounds, model_directory, texts, monk
     """Rounded again, the prefix would have other errors than those that targets make up for."""
     walked, packed = {}, {}
     costs, rounding = iter((1.0, 0.5)), Planner.round
-    monkeypatch.setattr(default, "_cost", lambda *_: next(costs))
+    monkeypatch.setattr(default, "_cost", lambda *_: (np.full(1, next(costs)), np.ones(1)))
     if in_rounds:
         monkeypatch.setattr(asymmetric_targets, "_chain_of", lambda *_: None)
         monkeypatch.setitem(asymmetric_targets.ROUND_TOKENS, "cpu", 512)

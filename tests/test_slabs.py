@@ -99,7 +99,7 @@ def test_symbols_of_coarse_steps_take_two_bytes_while_they_are_rounded(small):
     item, shrink = table(), initial_rules(Options()).shrink
     small()
     for step, kind in ((0.4, np.int16), (1e-6, np.int32)):
-        assert quantizer._round_batch([item], {"table": step}, shrink, Options()).symbols.dtype == kind
+        assert quantizer._begin_batch([item], {"table": step}, shrink, Options())().symbols.dtype == kind
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -111,10 +111,11 @@ def test_programs_of_a_gpu_round_the_same_in_slabs(name, monkeypatch):
         monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     from bytecap.quantization import cuda
 
-    monkeypatch.setattr(quantizer, "_trellis", lambda _: cuda.round_trellis)
+    monkeypatch.setattr(quantizer, "_trellis", lambda _: cuda.begin_trellis)
     options, shrink = OPTIONS[name], initial_rules(OPTIONS[name]).shrink
     item = table(130, 5, options=options)
     item = replace(item, **{n: getattr(item, n).to(device) for n in ("weight", "rows", "row_step", "order")})
+    item = replace(item, lower=replace(item.lower, values=item.lower.values.to(device)))
     whole = quantizer.round_units([item], {"table": 0.4}, shrink, options)
     monkeypatch.setattr(slabs, "_VALUES", 64 * 5)
     monkeypatch.setattr(quantization, "_LARGE", 1)

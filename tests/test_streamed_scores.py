@@ -90,3 +90,11 @@ def test_artifacts_without_a_config_cannot_be_scored(model_directory, texts, tmp
     )  # fmt: skip
     with pytest.raises((UsageError, bytecap.errors.ArtifactError), match=r"holds no config\.json"):
         score(path, texts["val"], tokens=50, memory="1MB")
+
+
+@pytest.mark.parametrize("memory", [None, "1MB"])
+def test_a_file_is_opened_once(fitted, texts, monkeypatch, memory):
+    opened, real = [], container.FileBytes
+    monkeypatch.setattr(container, "FileBytes", lambda path: (opened.append(path), real(path))[1])
+    score(fitted("rotary")[1], texts["val"], tokens=200, device="cpu", memory=memory)
+    assert len(opened) == 1

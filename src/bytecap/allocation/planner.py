@@ -42,7 +42,7 @@ from bytecap.types import Curve, Point
 
 _Found = TypeVar("_Found")
 Rounding = tuple[dict[str, Coded], npt.NDArray[np.float64]]  # units by name, and centroid statistics
-_TOGETHER = 2**25  # weights coded together
+_TOGETHER = 2**24  # weights coded together for each thread
 _OFF = 5e-3  # of the bytes: where a plan found on a sample is near enough to be measured
 
 
@@ -341,7 +341,8 @@ class Planner:
         apart = {n: c.owner for n, c in state.coded.items() if c.owner is not None}
         owner = {n: apart.get(n, rank) for n, rank in zip(self.names, spread, strict=True)}
         found: dict[str, Section] = {}
-        for names in in_groups(self.names, lambda n: sizes.get(n, 0), _TOGETHER * self.ranks.size):
+        most = _TOGETHER * max(2, torch.get_num_threads()) * self.ranks.size
+        for names in in_groups(self.names, lambda n: sizes.get(n, 0), most):
             own = [n for n in names if owner[n] == self.ranks.rank]
             for part in self.ranks.all([[n, *coded] for n, coded in self.encode(state, own).items()]):
                 found |= {n: self.keep_section(Section(tag, data)) for n, tag, data in part}

@@ -26,7 +26,8 @@ def ledger(path: Artifact, base: Bases = None, as_json: Json = False) -> None:
 
         entries = entries_of(path)
     else:
-        entries = container.ledger(updates.read(path, base) if base else container.read(path))
+        contents = updates.read(path, base) if base else container.read(path)
+        entries = container.ledger(contents, path.stat().st_size)
     if as_json:
         print_json({"file_bytes": total(entries), "entries": [e.as_dict() for e in entries]})
     else:

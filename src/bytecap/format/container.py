@@ -15,7 +15,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.contents import FILE, Base, Contents, FileSection, StoredUnit, UnitSection
 from bytecap.format.filebytes import FileBytes
-from bytecap.format.ledger import Entry
+from bytecap.format.ledger import Entry, total
 from bytecap.format.wire.shared_objects import describe
 from bytecap.format.work import Meter
 from bytecap.system.atomic import write_atomically
@@ -344,8 +344,14 @@ def is_tokenizer(name: str) -> bool:
     return "token" in name or name in _TOKENIZER_FILES
 
 
-def ledger(contents: Contents) -> list[Entry]:
-    """An owner and a kind for every byte; the sum is the file size."""
+def ledger(contents: Contents, file_bytes: int | None = None) -> list[Entry]:
+    """An owner and a kind for every byte; the sum is the file size.
+
+    Args:
+        contents: of the file.
+        file_bytes: its size, where another writer may have packed the index better or worse; by default that of the
+            file that `serialize` makes.
+    """
     sections = _sections(contents)
     entries = [
         Entry("(file)", "header", HEADER_SIZE),
@@ -366,4 +372,6 @@ def ledger(contents: Contents) -> list[Entry]:
         entries.append(Entry(f.name, kind, len(f.data)))
     if contents.padding:
         entries.append(Entry("(file)", "padding", contents.padding))
+    if file_bytes is not None:
+        entries[1] = replace(entries[1], bytes=entries[1].bytes + file_bytes - total(entries))
     return entries

@@ -102,7 +102,8 @@ class Outcome:
         recovery: what recovery did, stage by stage; empty without.
         before: sections and tables without recovery, where it was of use.
         targets: whether targets that follow the coded prefix were kept (`kept`), and the cost in nats per token with
-            and without them: KL on the correction tokens and bytes at the slope; empty where none were tried.
+            and without them: KL on the correction tokens and bytes at the slope, and the paired standard error of the
+            difference (`change_stderr`); empty where none were tried.
     """
 
     sections: dict[str, Section]

@@ -21,6 +21,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from bytecap.allocation import correction, plans
@@ -38,16 +40,20 @@ from bytecap.job import Job, Outcome, Section
 from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units, near_cap
 from bytecap.model.checkpoint import as_matrix
-from bytecap.model.evaluation import kl_to
+from bytecap.model.evaluation import by_window, kl_to
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
+from bytecap.model.uncertainty import ratio_stderr, surely_worse
 from bytecap.progress import warn
 from bytecap.quantization.options import Options, effort_on
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
+
+Costs = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""Cost of every window in nats, summed over its tokens; and its tokens."""
 
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
 _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after recovery
@@ -169,11 +175,14 @@ def retarget(
     quantized_copy: nn.Module,
     checkpoints: StageCheckpoints,
 ) -> tuple[PreparedModel, State]:
-    """Give units targets that make up for the coded prefix, where that lowers the KL on the correction tokens.
+    """Give units targets that make up for the coded prefix, unless that surely raises the KL on the correction tokens.
 
     A target corrects for the very errors of the units before it, not only for errors like them: rounded again at other
     steps or tables, the prefix has other errors and most of the gain is lost. So steps and tables are settled first,
     and what is coded along the walk is what is stored. Units stay as they are where the order of calls is not fixed.
+
+    Targets were made and given their strengths on other tokens, while the plan without them was chosen and corrected
+    on the very tokens that decide: so they go only where they cost more by two paired standard errors.
 
     Args:
         job: tokens to walk, and others to decide by.
@@ -189,7 +198,7 @@ def retarget(
     planner = prepared.planner
     if not planner.options.drift:
         return prepared, state
-    targets, without = checkpoints.get("targets"), 0.0
+    targets, without = checkpoints.get("targets"), None
     if targets is None:  # measured before targets take memory
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             without = _cost(job, planner, state, best.slope, quantized_copy)
@@ -203,10 +212,10 @@ def retarget(
         return prepared, planner.settle(state.steps, state.rules, refit=False)
     allocator.release()
     found = aimed.settle(state.steps, state.rules, refit=False)  # the integers of the walk
-    if targets is None:
+    if without is not None:
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             with_them = _cost(job, aimed, found, best.slope, quantized_copy)
-        targets = {"kept": with_them < without, "cost_with": with_them, "cost_without": without}
+        targets = _judged(without, with_them)
         checkpoints.put("targets", targets)
     if targets["kept"]:
         return replace(prepared, planner=aimed, targets=targets), found
@@ -245,15 +254,28 @@ def _aimed(
         return replace(planner, matrices=matrices)
 
 
-def _cost(job: Job, planner: Planner, state: State, slope: float, quantized_copy: nn.Module) -> float:
-    """Return the KL of a plan's units on the correction tokens, plus their bytes at the plan's slope.
+def _judged(without: Costs, with_them: Costs) -> dict[str, Any]:
+    """Return whether targets are kept, and what the correction tokens say about them, in nats per token."""
+    (before, tokens), (after, _) = without, with_them
+    return {
+        "kept": not surely_worse(before, after, tokens),
+        "cost_with": float(after.sum() / tokens.sum()),
+        "cost_without": float(before.sum() / tokens.sum()),
+        "change_stderr": ratio_stderr(after - before, tokens) if len(tokens) > 1 else 0.0,
+    }
+
+
+def _cost(job: Job, planner: Planner, state: State, slope: float, quantized_copy: nn.Module) -> Costs:
+    """Return the KL of a plan's units on the windows for correction, plus their bytes at the plan's slope; and tokens.
 
     The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
     """
     load_values(quantized_copy, correction.unit_values(planner, state))
-    kl, _ = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)
+    found = by_window(
+        job.model.module, quantized_copy, {"": {}}, job.sets.correction, device=job.device, ranks=job.ranks
+    )[""]
     share_storage(quantized_copy, job.model.module)
-    return kl + slope * state.rate
+    return found.kl + slope * state.rate * found.tokens, found.tokens
 
 
 def pack(job: Job, prepared: PreparedModel, best: PlanCandidate, state: State) -> Packed:

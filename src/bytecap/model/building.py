@@ -218,10 +218,25 @@ def pretrained(directory: Path, **options: Any) -> Any:
 def plain_config(directory: Path) -> Any:
     """The transformers config of a directory without what it says of quantization: weights are read as dense ones."""
     config = read_config(directory)
-    for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type"))):
+    for part in parts(config):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     return config
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """Yield a config, and then those that are nested in it: JSON objects, or transformers' own ones.
+
+    >>> [sorted(p) for p in parts({"text_config": {"a": 1, "b": {}}, "c": [{}]})]
+    [['c', 'text_config'], ['a', 'b'], []]
+    """
+    found = [config]
+    for part in found:
+        yield part  # which may lose what it holds meanwhile
+        if isinstance(part, dict):
+            found += [v for v in part.values() if isinstance(v, dict)]
+        else:
+            found += [v for v in vars(part).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
 
 
 def filled(config: Any, tensors: dict[str, Any], **options: Any) -> Any:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from bytecap.model.quantized_checkpoint import Dequantized
 
 _Values = TypeVar("_Values", np.ndarray[Any, Any], "torch.Tensor")
+_KEPT = 2**31  # bytes of dequantized weights that wait for the module they go into
 _STACKED = 16  # smallest side of a matrix in a stack of them
 DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64",
@@ -169,7 +170,7 @@ def load_checkpoint(
     directory = resolve(model)
     if directory.suffix == gguf_file.SUFFIX and directory.is_file():
         return _of_gguf(directory, begin)
-    source = opened(directory, str(model), begin, allow_unused)
+    source = opened(directory, str(model), begin, allow_unused, keep=_KEPT)
     module = build_module(directory, source.shapes, source.dense)
     found = account(module, source.headers, allow_unused, values=source.dense.values if source.dense else None)
     units = find_units(module, found.dtypes)
@@ -225,6 +226,7 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
         import transformers  # noqa: F401 (said here if it is missing)
 
         from bytecap.model import tying
+        from bytecap.model.accounting import refuse_unread
     except ImportError as exc:
         raise CheckpointError("models need the extra packages: pip install 'bytecap[hf]'") from exc
     tied = (directory / tying.FILE).is_file()
@@ -252,6 +254,9 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
             f"{directory}: tensor {name} has shape {list(stored)}, the model of config.json wants {list(wanted)}"
         )
     if found["missing_keys"]:
+        for name in sorted(found["unexpected_keys"]):  # codes of such weights are under other names
+            if (refusal := refuse_unread(name, directory)) is not None:
+                raise refusal
         raise CheckpointError(
             f"{directory} lacks tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)"
         )

@@ -1,8 +1,9 @@
 """Compute dense weights from the tensors that quantized checkpoints store, by the formula of each scheme.
 
 All arithmetic is float32, an operation after the other. Sources of the layouts: DeepSeek-V3 (block scales), the OCP
-microscaling formats (E2M1 codes, E8M0 scales), bitsandbytes (code books with blockwise maxima, LLM.int8), and
-compressed-tensors (packed integers). Omitted: GPTQ and AWQ, whose files leave open what their reader has to know.
+microscaling formats (E2M1 codes, E8M0 scales), bitsandbytes (code books with blockwise maxima, LLM.int8),
+compressed-tensors (packed integers), GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978) as AutoGPTQ and AutoAWQ pack
+them. Omitted: layouts that a kernel has shuffled for itself, such as Marlin's.
 
 >>> import torch
 >>> block_scaled(torch.ones(3, 2), torch.tensor([[2.0], [4.0]]), (2, 2)).tolist()
@@ -22,6 +23,9 @@ from torch import Tensor
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _WORD = 32
 _INT8_TOP = 127.0
+GPTQ_BITS = (2, 3, 4, 8)
+_AWQ_BITS = 4
+_AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # in a word, of eight outputs that follow one another
 
 
 class Misfit(ValueError):  # noqa: N818 (a reason, which the caller turns into its error)
@@ -120,9 +124,102 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     each = _WORD // bits
     if words.ndim != 2 or _WORD % bits or words.shape[1] != -(-count // each):
         raise Misfit(f"words of shape {list(words.shape)} for {count} codes of {bits} bits in a row")
-    shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
-    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
-    return codes.flatten(-2)[:, :count] - (1 << (bits - 1))
+    return fields(words, bits)[:, :count] - (1 << (bits - 1))
+
+
+def fields(words: Tensor, bits: int) -> Tensor:
+    """All codes in the words of each row, the lowest bits first; a code may begin in one word and end in the next.
+
+    Args:
+        words: (rows, words), int32.
+        bits: of a code.
+
+    Returns:
+        (rows, words * 32 // bits), int32, from 0.
+    """
+    if _WORD % bits == 0:
+        shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
+        return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+    at = torch.arange(words.shape[-1] * _WORD // bits) * bits
+    first, shift = at // _WORD, at % _WORD
+    wide = words.to(torch.int64) & ((1 << _WORD) - 1)
+    pairs = wide | (torch.nn.functional.pad(wide[..., 1:], (0, 1)) << _WORD)  # each word with the next one above it
+    return ((pairs[..., first] >> shift) & ((1 << bits) - 1)).to(torch.int32)
+
+
+def gptq(words: Tensor, zeros: Tensor, scales: Tensor, order: Tensor | None, group: int | None, off: int) -> Tensor:
+    """A matrix as GPTQ checkpoints hold it: `scale * (code - zero)`, with a scale and a zero for a group of inputs.
+
+    Args:
+        words: (inputs * bits / 32, outputs), int32; codes of 2, 3, 4 or 8 bits, packed along the inputs.
+        zeros: (groups, outputs * bits / 32), int32, packed along the outputs.
+        scales: (groups, outputs).
+        order: (inputs,), the group of each; None, or zeros alone, where they follow one another.
+        group: inputs in a group, the last of which may be smaller; None if the groups divide the inputs evenly.
+        off: what is added to stored zeros, 1 in the first version of the format and 0 in the second.
+
+    Returns:
+        (outputs, inputs), float32.
+
+    Raises:
+        Misfit: the shapes do not belong together.
+    """
+    if words.ndim != 2 or zeros.ndim != 2 or scales.ndim != 2 or words.shape[1] != scales.shape[1]:
+        raise Misfit(f"words of shape {list(words.shape)} with scales of {list(scales.shape)}")
+    groups, outputs = scales.shape
+    bits = _WORD * zeros.shape[1] // max(outputs, 1)
+    if bits not in GPTQ_BITS or zeros.shape != (groups, outputs * bits // _WORD) or outputs * bits % _WORD:
+        raise Misfit(f"zeros of shape {list(zeros.shape)} for scales of {list(scales.shape)}")
+    if words.shape[0] * _WORD % bits:
+        raise Misfit(f"words of shape {list(words.shape)} for codes of {bits} bits")
+    codes = fields(words.T.contiguous(), bits)  # (outputs, inputs)
+    member = _groups(codes.shape[1], groups, order, group)
+    offsets = fields(zeros, bits).T + off
+    return (codes - offsets[:, member]).to(torch.float32) * scales.to(torch.float32).T[:, member]
+
+
+def _groups(inputs: int, groups: int, order: Tensor | None, group: int | None) -> Tensor:
+    """The group of every input.
+
+    Raises:
+        Misfit: there are others, or fewer of them.
+    """
+    if order is not None and (groups == 1 or bool(order.any())):
+        if order.shape != (inputs,) or int(order.min()) < 0 or int(order.max()) >= groups:
+            raise Misfit(f"an order of shape {list(order.shape)} for {inputs} inputs in {groups} groups")
+        return order.to(torch.int64)
+    side = group or (inputs // groups if groups and inputs % groups == 0 else 0)
+    if side < 1 or -(-inputs // side) != groups:
+        raise Misfit(f"{groups} groups for {inputs} inputs" + (f", {group} in each" if group else ""))
+    return torch.arange(inputs) // side
+
+
+def awq(words: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+    """A matrix as AWQ checkpoints of the version `gemm` hold it: `scale * (code - zero)` for groups of inputs.
+
+    Args:
+        words: (inputs, outputs / 8), int32; eight codes of 4 bits in a word, even outputs before odd ones.
+        zeros: (groups, outputs / 8), int32, likewise.
+        scales: (groups, outputs).
+
+    Returns:
+        (outputs, inputs), float32.
+
+    Raises:
+        Misfit: the shapes do not belong together.
+    """
+    fit = words.ndim == zeros.ndim == scales.ndim == 2 and words.shape[1] == zeros.shape[1]
+    if not fit or zeros.shape[0] != scales.shape[0] or scales.shape[1] != words.shape[1] * len(_AWQ_PLACES):
+        raise Misfit(f"words of shape {list(words.shape)} with scales of {list(scales.shape)}")
+    member = _groups(words.shape[0], scales.shape[0], None, None)
+    codes, offsets = _in_order(words), _in_order(zeros)
+    value: Tensor = (codes - offsets[member]).to(torch.float32) * scales.to(torch.float32)[member]
+    return value.T.contiguous()
+
+
+def _in_order(words: Tensor) -> Tensor:
+    """The codes in words of AWQ, output after output."""
+    return fields(words, _AWQ_BITS).reshape(len(words), -1, len(_AWQ_PLACES))[..., _AWQ_PLACES].flatten(-2)
 
 
 def packed_integers(

@@ -40,7 +40,7 @@ from bytecap.types import Unit
 _TAGS = (GRID.tag, TRELLIS.tag, LONG_TRELLIS.tag)
 _TOGETHER = 2**30  # values of a batch, which take two bytes each while it is decoded
 _LARGEST = 2**30  # values of a matrix; the programs count with 32 bits
-_LANES = 1024  # of a stream that a program holds in registers
+_LANES = 2048  # of a stream that a program holds in registers; half of it takes twice the time on an H200
 _SIZES = {"ROWS": 64, "COLS": 256, "ABOVE": 8}  # of a tile; rows above it whose path bits matter
 _ENTRY = 264  # entries of a subset's table in `bytecap.format.coders.direct.Model`
 _WARPS = 8  # of a program that decodes a stream

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ DEQUANTIZE = "load it with the tool that made it and save it dequantized, in bfl
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+_LONGEST = 200  # letters of a stranger's name in a message
 # Files beside the weights that are kept byte for byte. Where there is no tokenizer.json, what it is made from is kept.
 SIDE_FILES = (
     "config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json",
@@ -87,8 +89,10 @@ def weight_files(directory: Path) -> list[Path]:
     """
     named = read_config(directory).get("transformers_weights") if (directory / "config.json").is_file() else None
     if named is not None:
-        if not isinstance(named, str) or Path(named).name != named or not (directory / named).is_file():
-            raise CheckpointError(f"{directory}/config.json names the weights {named!r}, which are not there")
+        if not isinstance(named, str) or Path(named).name != named or not _is_file(directory / named):
+            raise CheckpointError(
+                f"{directory}/config.json names the weights {_short(repr(named))}, which are not there"
+            )
         return _shards(directory / named) if named.endswith(".index.json") else [directory / named]
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
@@ -126,10 +130,20 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _shards(index: Path) -> list[Path]:
     shards = sorted(set(_weight_map(index).values()))
-    missing = [s for s in shards if not (index.parent / s).is_file()]
+    missing = [s for s in shards if not _is_file(index.parent / s)]
     if missing:
-        raise CheckpointError(f"{index} names {missing[0]}, which is missing ({len(missing)} of {len(shards)})")
+        raise CheckpointError(f"{index} names {_short(missing[0])}, which is missing ({len(missing)} of {len(shards)})")
     return [index.parent / s for s in shards]
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is a file; false of names that no system has, whose `Path.is_file` raises."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def _short(text: str) -> str:
+    """Return the beginning of a text that somebody else chose."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def read_headers(directory: Path, allow: Sequence[str] = ()) -> tuple[dict[Path, Header], list[str]]:

@@ -35,7 +35,12 @@ class Opened:
 
 
 def opened(
-    directory: Path, name: str, begin: Callable[[dict[str, bytes]], None] | None, allow_unused: Sequence[str]
+    directory: Path,
+    name: str,
+    begin: Callable[[dict[str, bytes]], None] | None,
+    allow_unused: Sequence[str],
+    *,
+    keep: int = 0,
 ) -> Opened:
     """Read what a directory says of its model before any weight is read, and refuse kinds that are no language model.
 
@@ -44,12 +49,13 @@ def opened(
         name: for messages.
         begin: see `bytecap.model.checkpoint.load_checkpoint`.
         allow_unused: likewise.
+        keep: most bytes of dequantized weights that are kept until they are read.
     """
     files = read_side_files(directory)
     refuse_encoder_decoder(files, name)
     refuse_finished(files["config.json"], directory)
     headers, notes = read_headers(directory, allow_unused)
-    quantized = dense(files["config.json"], headers, directory)
+    quantized = dense(files["config.json"], headers, directory, keep)
     if quantized is not None:
         files, headers = files | {"config.json": quantized.config}, quantized.headers
         notes = [*notes, *quantized.notes]

@@ -45,7 +45,11 @@ def card_of(path: Path, report: Mapping[str, Any], source: str | None) -> str:
     """
     whole = hub.is_hub(path)
     contents = updates.read(path / hub.FILE if whole else path)
-    entries = [e for e in (hub.ledger_of(path) if whole else container.ledger(contents)) if e.unit != hub.CARD]
+    entries = [
+        e
+        for e in (hub.ledger_of(path) if whole else container.ledger(contents, path.stat().st_size))
+        if e.unit != hub.CARD
+    ]
     name = short(str(report.get("model", "")))
     if source is not None:
         origin = read_source(resolve(source), short(source))[0]

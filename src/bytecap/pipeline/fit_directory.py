@@ -84,12 +84,11 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     sets = token_sets(loaded, config, target, kept, reporter, correction_tokens=held_tokens(config))
     job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort_of(config.recover), store=kept)
     loaded.module.to(target)
-    items = calibrated(job, Layout("", contents.places), contents.types)
-    plain = solve(
-        job, items, coding_of(contents), lambda curves: _allocate(contents, curves, cap), contents.groups
-    )  # fmt: skip
+    coding = coding_of(contents)
+    items = calibrated(job, Layout("", contents.places), contents.types, coding)
+    plain = solve(job, items, coding, lambda curves: _allocate(contents, curves, cap), contents.groups)
     if not config.dry_run:
-        plain = follow_prefix(job, items, coding_of(contents), plain)
+        plain = follow_prefix(job, items, coding, plain)
     tuned = job.recover is not None and not config.dry_run
     found, record = tune_blocks(job, contents.tuned(), items, plain, contents.float_type) if tuned else (plain, {})
     result = _finish(

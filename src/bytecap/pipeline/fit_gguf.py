@@ -43,7 +43,7 @@ from bytecap.runtimes.gguf.export import describer, importance, type_lines, writ
 from bytecap.runtimes.gguf.export import plain as exact
 from bytecap.runtimes.gguf.menu import WHOLE, Item, allowed, parse_types
 from bytecap.runtimes.gguf.places import Layout, Place, layout_of
-from bytecap.runtimes.gguf.plan import data_of, solve
+from bytecap.runtimes.gguf.plan import CODING, data_of, solve
 from bytecap.runtimes.gguf.solve import Found, figures
 from bytecap.runtimes.gguf.template import GgufTemplate, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
@@ -116,7 +116,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     sets = token_sets(model, config, device, store, reporter, correction_tokens=held_tokens(config))
     job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
     (streaming.of(model.module) or model.module).to(device)
-    items = calibrated(job, frame.layout, frame.types)
+    items = calibrated(job, frame.layout, frame.types, CODING)
     plain = solve(job, cap - frame.fixed, items)
     tuned = job.recover is not None and not config.dry_run
     found, record = tune_blocks(job, frame.layout, items, plain) if tuned else (plain, {})

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from bytecap.errors import BytecapError
-from bytecap.format import container
+from bytecap.format.contents import Contents
 from bytecap.format.decoder import side_files
 from bytecap.format.updates import units_of
 from bytecap.job.config import FitConfig
 from bytecap.model import gguf_file
 from bytecap.model.checkpoint import Model, load_checkpoint, resolve
 from bytecap.model.fileset import Header, read_headers
+from bytecap.model.quantized_checkpoint import roughly_dense
 from bytecap.model.streamed_artifact import streamed_module
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
 from bytecap.pipeline import several
@@ -53,12 +54,18 @@ def limit_of(memory: int | str | None, device: str) -> int | None:
 
 
 def open_to_score(
-    model: Path | str, memory: int | str | None, device: str, reporter: Reporter, allow_unused: Sequence[str] = ()
+    model: Path | str,
+    contents: Contents | None,
+    memory: int | str | None,
+    device: str,
+    reporter: Reporter,
+    allow_unused: Sequence[str] = (),
 ) -> Model | None:
     """Open a directory or an artifact to be streamed, if its values alone would not fit into memory.
 
     Args:
         model: directory, hub id or `.bcap` file.
+        contents: of the file, whose units' bytes are read when they are asked for; None for a directory.
         memory: as an option; what is free if None.
         device: torch device of the passes.
         reporter: told that the model is streamed, or why it is not.
@@ -67,12 +74,10 @@ def open_to_score(
     Returns:
         The streamed model; None for one that is to be opened whole.
     """
-    limit, path = limit_of(memory, device), Path(model)
-    whole = path.is_file()
-    directory = path if whole else resolve(model)
+    limit = limit_of(memory, device)
+    directory = resolve(model) if contents is None else Path(model)
     if limit is None or directory.suffix == gguf_file.SUFFIX or hub.is_hub(directory):
         return None
-    contents = container.open_file(path) if whole else None
     if contents is None:
         parameters = _parameters(_headers(directory, allow_unused))
     else:
@@ -152,7 +157,8 @@ def _reason(config: FitConfig) -> str | None:
 
 def _headers(directory: Path, allow: object) -> dict[Path, Header]:
     try:
-        return read_headers(directory, allow)[0]  # type: ignore[arg-type]
+        headers = read_headers(directory, allow)[0]  # type: ignore[arg-type]
+        return roughly_dense((directory / "config.json").read_bytes(), headers)
     except (BytecapError, OSError):
         return {}  # which opening it says again, in its own order
 

@@ -13,6 +13,7 @@ from bytecap.errors import CodeError, UsageError
 from bytecap.format import codefiles
 from bytecap.format.codefiles import Code
 from bytecap.format.container import CODE, FileSection
+from bytecap.format.sidefiles import names
 from bytecap.pipeline.minify import minified, parse
 from bytecap.system.atomic import open_regular
 
@@ -25,7 +26,8 @@ def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
         accounting: `packed` or `raw`.
 
     Raises:
-        CodeError: a file cannot be read or does not parse. UsageError: two files share a name.
+        CodeError: a file cannot be read or does not parse. UsageError: two files share a name, or one has a name under
+            which some system could not write it out again.
     """
     if accounting not in codefiles.ACCOUNTING:
         raise UsageError(f"unknown code accounting {accounting!r}: use {' or '.join(codefiles.ACCOUNTING)}")
@@ -38,6 +40,8 @@ def pack(paths: Sequence[Path | str], accounting: str = "packed") -> Code:
         if path.suffix == ".py":
             content = minified(parse(content, str(path))[0], str(path)).encode()
         sections[path.name] = FileSection(path.name, codefiles.squeeze(content), CODE)
+    if said := names.problem(sections):
+        raise UsageError(f"{said}: rename it")
     return Code(tuple(sections.values()), raw, accounting)
 
 

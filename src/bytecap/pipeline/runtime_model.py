@@ -27,6 +27,7 @@ from bytecap.pipeline.quality import Measured, compare, quality
 from bytecap.progress import Reporter
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
+from bytecap.runtimes.gguf.rounding import Coding, choose_spans
 from bytecap.runtimes.gguf.stored import StoredMetric, stored_items
 
 HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
@@ -60,23 +61,23 @@ def held_tokens(config: FitConfig) -> int:
     return int((config.options or {}).get("held_tokens", HELD_TOKENS))
 
 
-def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]]) -> list[Item]:
-    """Tensors with their metrics, and how far these are shrunk.
+def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]], coding: Coding) -> list[Item]:
+    """Tensors with their metrics, how far these are shrunk, and in which order columns are coded.
 
     Args:
         job: tokens to calibrate on, and those held out.
         layout: every tensor's place.
         types: what each may be stored as.
+        coding: the family of formats.
     """
     if isinstance(job.model, StreamedModel):
         items = _streamed(job, job.model, layout, types)
-        with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
-            return choose_shrinkage(items, advance)
-    seen = moments(job)
-    held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
-    items = items_of(job.model, layout, seen, held, types, job.device)
+    else:
+        seen = moments(job)
+        held = moments(replace(job, sets=replace(job.sets, statistics=job.sets.correction)))
+        items = items_of(job.model, layout, seen, held, types, job.device)
     with job.reporter.step("shrinkage of statistics", len({i.role for i in items})) as advance:
-        return choose_shrinkage(items, advance)
+        return choose_spans(coding, choose_shrinkage(items, advance))
 
 
 def _streamed(job: Job, model: StreamedModel, layout: Layout, types: Mapping[str, tuple[str, ...]]) -> list[Item]:

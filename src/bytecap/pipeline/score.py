@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bytecap.errors import UsageError
-from bytecap.format import updates
+from bytecap.format import container, updates
+from bytecap.format.contents import Contents
 from bytecap.format.decoder import side_files
 from bytecap.model.checkpoint import Model, demo_directory, freeze, load_checkpoint, resolve
 from bytecap.model.from_artifact import module_of
@@ -29,6 +30,7 @@ def open_model(
     *,
     device: str = "cpu",
     resident: str = "decoded",
+    contents: Contents | None = None,
 ) -> Model:
     """Open a model from a directory, hub id, `demo`, `.gguf` or artifact file.
 
@@ -38,12 +40,13 @@ def open_model(
         base: the file that an artifact is an update of.
         device: torch device.
         resident: see `bytecap.load_model`; artifacts alone can stay coded.
+        contents: of an artifact that has been opened already.
 
     Raises:
         UsageError: a model that is no artifact has a base or is to stay coded.
     """
     path = Path(model)
-    if not path.is_file() or path.suffix in _FOREIGN:
+    if not is_artifact(path):
         if base:
             raise UsageError(f"{model} is no .bcap file: it has no base")
         found = resolve(model)
@@ -56,9 +59,19 @@ def open_model(
         opened = replace(load_checkpoint(found, allow_unused=allow_unused), name=str(model))
         opened.module.to(device)
         return opened
-    contents = updates.read(path, base)
+    contents = contents or updates.read(path, base)
     module = freeze(module_of(contents, str(path), device=device, resident=resident))
     return Model(module, tuple(updates.units_of(contents)), side_files(contents), str(model))
+
+
+def is_artifact(path: Path) -> bool:
+    """Return whether a path is a file that is read as an artifact."""
+    return path.is_file() and path.suffix not in _FOREIGN
+
+
+def _contents(path: Path, base: updates.Bases, *, streamed: bool) -> Contents:
+    """Open an artifact; where it may be streamed, the bytes of its units stay in the file."""
+    return updates.attached(container.open_file(path), {}, str(path)) if streamed else updates.read(path, base)
 
 
 def score(
@@ -94,11 +107,12 @@ def score(
 
     reporter = reporter_for(reporter)
     target = choose_device(device)
-    opened = None
-    if not base and resident == "decoded" and Path(model).suffix not in _FOREIGN:
-        opened = open_to_score(model, memory, target, reporter, allow_unused)
+    path, opened, streamed = Path(model), None, not base and resident == "decoded"
+    contents = _contents(path, base, streamed=streamed) if is_artifact(path) else None
+    if streamed and path.suffix not in _FOREIGN:
+        opened = open_to_score(model, contents, memory, target, reporter, allow_unused)
     if opened is None:
-        opened = open_model(model, allow_unused, base, device=target, resident=resident)
+        opened = open_model(model, allow_unused, base, device=target, resident=resident, contents=contents)
     encode = encoder(opened.files)
     paths = as_paths(texts)
     if not paths:

@@ -13,6 +13,7 @@ from bytecap.errors import UsageError
 from bytecap.format import codefiles
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.container import CODE, Base, Contents, FileSection, StoredUnit, UnitSection
+from bytecap.format.sidefiles import names
 from bytecap.job import Section
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig
@@ -59,7 +60,12 @@ def frame(files: Sequence[FileSection], about: dict[str, Any], base: Installed |
         files: side and code files as they would be stored; without bytes where a side file is as in the base.
         about: remarks.
         base: what the file is an update of.
+
+    Raises:
+        UsageError: a code file has a name that no reader writes beside the side files.
     """
+    if said := names.problem(f.name for f in files):
+        raise UsageError(f"{said}: rename the code file")
     if base is None:
         return Frame(tuple(files), about)
     known = base.files

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
+from bytecap.quantization.ahead import Ahead
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
@@ -41,6 +42,7 @@ FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain n
 ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
+_BYTES_UNDER_WAY = 8  # of them, while a batch is rounded
 
 _A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
 
@@ -193,24 +195,21 @@ def round_units(
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
     """
-    alike: dict[tuple[int, int], list[Prepared]] = {}
-    for item in items:
-        alike.setdefault(item.shape, []).append(item)
-    batches: list[list[Prepared]] = []
-    for (rows, cols), members in alike.items():
-        size = max(1, _together(members[0].device) // max(1, rows * cols + cols * cols))
-        batches += [members[at : at + size] for at in range(0, len(members), size)]
+    batches = _batches(items)
+
+    def begin(number: int) -> Callable[[], Rounded]:
+        return _begin_batch(batches[number], steps, shrink, options)
 
     def work(number: int) -> _Batch:
         batch = batches[number]
-        rounded = _round_batch(batch, steps, shrink, options)
+        with ahead.taken(number) as rounded:
 
-        def collect(i: int) -> Coded:
-            return _collect(batch[i], i, steps, rounded, options)
+            def collect(i: int) -> Coded:
+                return _collect(batch[i], i, steps, rounded, options)
 
-        numbers = range(len(batch))
-        found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
-        kept = [keep(x) for x in found]
+            numbers = range(len(batch))
+            found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
+            kept = [keep(x) for x in found]
         if progress is not None:
             progress(sum(p.shape[0] * p.shape[1] for p in batch))
         return kept, rounded.centres
@@ -218,14 +217,32 @@ def round_units(
     costs = [float(len(b) * b[0].shape[0] * b[0].shape[1] * (b[0].shape[1] + _A_COLUMN)) for b in batches]
     if len(batches) == 1:
         ranks = ALONE  # sending takes longer than doing it everywhere
+    ranked = owners(costs, ranks.size)
+    ahead = Ahead(
+        begin, [i for i, rank in enumerate(ranked) if rank == ranks.rank or ranks.size == 1],
+        [_BYTES_UNDER_WAY * len(b) * _values(*b[0].shape) for b in batches],
+        items[0].device if items else torch.device("cpu"),
+    )  # fmt: skip
     coded: dict[str, Coded] = {}
     centres = np.zeros((2, 64, 17))
-    done = zip(batches, ranks.each(costs, work, sent=_sent, read=_read), owners(costs, ranks.size), strict=True)
+    done = zip(batches, ranks.each(costs, work, sent=_sent, read=_read), ranked, strict=True)
     for batch, (found, own), rank in done:
         there = found if ranks.size == 1 else [x.owned(rank) for x in found]
         coded |= {p.unit.name: x for p, x in zip(batch, there, strict=True)}
         centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
+
+
+def _batches(items: Sequence[Prepared]) -> list[list[Prepared]]:
+    """Return equally shaped units that are rounded together."""
+    alike: dict[tuple[int, int], list[Prepared]] = {}
+    for item in items:
+        alike.setdefault(item.shape, []).append(item)
+    batches: list[list[Prepared]] = []
+    for (rows, cols), members in alike.items():
+        size = max(1, _together(members[0].device) // max(1, _values(rows, cols)))
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
+    return batches
 
 
 def _sent(found: _Batch) -> Any:
@@ -243,6 +260,11 @@ def _read(value: Any) -> _Batch:
     return units, value[1]
 
 
+def _values(rows: int, cols: int) -> int:
+    """Return the number of weights and Hessian entries of a matrix."""
+    return rows * cols + cols * cols
+
+
 def _together(device: torch.device) -> int:
     """Return the number of weights and Hessian entries that are rounded together."""
     if device.type != "cuda":
@@ -251,17 +273,19 @@ def _together(device: torch.device) -> int:
 
 
 @cache
-def _trellis(device: str) -> Callable[..., Rounded]:
-    """Return the function that rounds along the trellis on a kind of device."""
+def _trellis(device: str) -> Callable[..., Callable[[], Rounded]]:
+    """Return the function that begins to round along the trellis on a kind of device."""
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
         from bytecap.quantization import cuda as there
 
-        return there.round_trellis
-    return round_trellis
+        return there.begin_trellis
+    return lambda *args, **more: partial(round_trellis, *args, **more)
 
 
-def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options) -> Rounded:
-    """Round equally shaped units together."""
+def _begin_batch(
+    items: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options
+) -> Callable[[], Rounded]:
+    """Begin to round equally shaped units together; returns what waits for the result."""
     first = items[0]
     weight = torch.empty(len(items), *reversed(first.shape), device=first.device)
     rows = []
@@ -280,7 +304,7 @@ def _round_batch(items: Sequence[Prepared], steps: Mapping[str, float], shrink: 
         return _trellis(first.device.type)(
             problem, step, shrink, FIRST_DEPENDENT, options.memory, waterfill=options.waterfill
         )
-    return round_scalar(problem, step, shrink, waterfill=options.waterfill)
+    return partial(round_scalar, problem, step, shrink, waterfill=options.waterfill)
 
 
 def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounded, options: Options) -> Coded:

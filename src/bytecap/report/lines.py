@@ -11,7 +11,7 @@ from typing import Any
 
 from bytecap.errors import BytecapError, OutputError
 from bytecap.report.plain import finite
-from bytecap.system.atomic import read_regular
+from bytecap.system.atomic import open_regular, read_regular
 
 Record = dict[str, Any]
 
@@ -57,14 +57,22 @@ def blamed_lines(*paths: Path | None) -> Iterator[None]:
 
 
 def append(path: Path | None, records: Sequence[Record]) -> None:
-    """Add records to a file of lines; one that was cut off is left behind on a line of its own."""
+    """Add records to a file of lines; one that was cut off is left behind on a line of its own.
+
+    Raises:
+        OutputError: the file cannot be written, or is a link, a pipe or a device.
+    """
     if path is None or not records:
         return
     try:
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as f:
-            f.write("\n" * torn + "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in records))
+        with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode=0o666) as f:
+            end = f.seek(0, os.SEEK_END)
+            f.seek(max(0, end - 1))
+            torn = f.read(1) not in {b"", b"\n"}
+            lines = "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in records)
+            f.write(b"\n" * torn + lines.encode())
             f.flush()
             os.fsync(f.fileno())
     except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
+        why = "it is a link, which may lead anywhere" if path.is_symlink() else exc.strerror
+        raise OutputError(f"cannot write {path}: {why}") from exc

@@ -28,7 +28,7 @@ from bytecap.format.container import FILE as FILE_KIND
 from bytecap.format.container import VERSION, Contents
 from bytecap.format.decoder import side_files
 from bytecap.format.ledger import Entry
-from bytecap.format.sidefiles import source_tensors
+from bytecap.format.sidefiles import names, source_tensors
 from bytecap.model.building import parse_object
 from bytecap.model.fileset import INDEX, SIDE_FILES, SLOW_TOKENIZER_FILES, WEIGHTS
 from bytecap.system.atomic import read_regular
@@ -115,12 +115,13 @@ def layout(contents: Contents, files: Mapping[str, bytes]) -> dict[str, bytes]:
         files: config and tokenizer, unpacked.
 
     Raises:
-        ArtifactError: there is no config, or it is an update.
+        ArtifactError: there is no config, it is an update, or a side file has a name of another file.
     """
     if contents.base is not None:
         raise ArtifactError("an update has a base of its own, which nobody else has: lay out a whole file instead")
     inside, beside = split(contents, files)
     check_files(beside)
+    names.check((CARD, *beside))
     data = container.serialize(inside)
     found = beside_weights(beside, format_of(data), dtype_named(u.unit.dtype for u in contents.units))
     return {FILE: data, **found}
@@ -176,9 +177,9 @@ def without_quantization(content: bytes, name: str) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def ledger(contents: Contents, beside: Mapping[str, bytes]) -> list[Entry]:
-    """Return owner and kind of every byte of a directory."""
-    entries = [e for e in container.ledger(contents) if e.bytes]
+def ledger(contents: Contents, beside: Mapping[str, bytes], file_bytes: int | None = None) -> list[Entry]:
+    """Return owner and kind of every byte of a directory; `file_bytes` as in `container.ledger`."""
+    entries = [e for e in container.ledger(contents, file_bytes) if e.bytes]
     return entries + [Entry(n, "tokenizer" if container.is_tokenizer(n) else "config", len(d))
                       for n, d in beside.items() if n != FILE]  # fmt: skip
 
@@ -186,7 +187,8 @@ def ledger(contents: Contents, beside: Mapping[str, bytes]) -> list[Entry]:
 def ledger_of(directory: Path) -> list[Entry]:
     """Return owner and kind of every byte of a directory on disk."""
     contents, _ = read(directory)
-    return ledger(contents, {p.name: _content(directory, p.name) for p in sorted(directory.iterdir()) if p.is_file()})
+    beside = {p.name: _content(directory, p.name) for p in sorted(directory.iterdir()) if p.is_file()}
+    return ledger(contents, beside, len(beside[FILE]))
 
 
 def _quantization(content: bytes, name: str) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ except ImportError:  # pragma: no cover (Windows)
     fcntl = None  # type: ignore[assignment]
 
 MARK = ".bytecap.tmp"  # no other program gives its files such an end
+_NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}  # a link that leads nowhere is replaced
 _RANDOM = rf"[a-z0-9_]{{8}}{re.escape(MARK)}"  # what `tempfile` puts behind our prefix
 
 
@@ -47,11 +48,19 @@ def check_kind(path: Path) -> None:
     """Refuse a path that a file must not replace, such as a device, for which renaming would succeed.
 
     Raises:
-        OutputError: there is something, and it is no file.
+        OutputError: there is something, and it is no file; or the system takes no such path.
     """
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except ValueError as exc:
+        raise OutputError(f"cannot write {str(path)!r}: {exc}") from exc
+    except OSError as exc:
+        if exc.errno in _NOTHING_THERE:
+            return
+        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
+    if stat.S_ISDIR(mode):
         raise OutputError(f"cannot write {path}: it is a directory")
-    if path.exists() and not path.is_file():
+    if not stat.S_ISREG(mode):
         raise OutputError(f"cannot write {path}: it is a device, a pipe or a socket, not a file")
 
 
@@ -131,18 +140,18 @@ def sweep(directory: Path, names: str) -> None:
                     Path(entry.path).unlink()
 
 
-def open_regular(path: Path, flags: int, *, follow: bool = False) -> BinaryIO:
+def open_regular(path: Path, flags: int, *, follow: bool = False, mode: int = 0o600) -> BinaryIO:
     """Open a regular file, without waiting for whoever writes into a pipe; through a link only to `follow` it.
 
     Raises:
         OSError: it cannot be opened, or is a link, a pipe, a device or a directory.
     """
     flags |= (0 if follow else getattr(os, "O_NOFOLLOW", 0)) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+    handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), mode)
     try:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a device, a pipe or a socket, not a file"
+        found = os.fstat(handle).st_mode
+        if not stat.S_ISREG(found):
+            kind = "a directory" if stat.S_ISDIR(found) else "a device, a pipe or a socket, not a file"
             raise OSError(errno.EINVAL, f"it is {kind}", str(path))  # noqa: TRY301 (the handle is closed below)
         return os.fdopen(handle, "rb" if flags & (os.O_RDWR | os.O_WRONLY) == 0 else "r+b")
     except BaseException:

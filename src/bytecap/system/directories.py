@@ -85,18 +85,19 @@ def replacing_directory(path: Path, ours: Sequence[str] = ("config.json",)) -> I
 
 
 def _exchanged(made: Path, target: Path) -> Path | None:
-    """Put a directory in the place of another one; returns where that is now, if there was one."""
-    if not target.exists():
+    """Put a directory in the place of another one, or of a link; returns where that is now, if there was one."""
+    if not os.path.lexists(target):
         made.replace(target)
         return None
-    if _swapped(made, target):
+    if not target.is_symlink() and _swapped(made, target):
         return made
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    target.replace(old)
+    target.replace(old / _OLD)
     try:
         made.replace(target)
     except OSError:
-        old.replace(target)
+        (old / _OLD).replace(target)
+        old.rmdir()
         raise
     return old
 

@@ -10,6 +10,7 @@ weights. The rule is the same on every system (format.md, 4), so that what `chec
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -17,14 +18,16 @@ from bytecap.errors import CorruptError
 
 WEIGHTS = "model.safetensors"  # what the reader itself writes
 MAX_BYTES = 255  # what file systems take
+_SHORT_STEM = 8
 _DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"} | {
     port + digit for port in ("COM", "LPT") for digit in "0123456789¹²³"
 }
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories: controls, directions, separators
 _WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf",
-    ".onnx", ".npz",
+    ".onnx", ".npz", ".bcap",
 )  # fmt: skip  # files that programs read weights from, or where to find them, instead of those of the artifact
+_SHORT = re.compile(r"[^.~]{1,7}~[0-9]{1,6}(\.[^.]{1,3})?")  # what Windows calls files of longer names besides
 _REDIRECT = {"adapter_config.json"}  # loads another model's weights
 
 
@@ -46,6 +49,19 @@ def fault(name: str) -> str | None:
         return "names a device on Windows"
     if plain.endswith(_WEIGHTS) or plain in _REDIRECT:
         return "would stand for the weights"
+    short = _SHORT.fullmatch(name) and len(name.partition(".")[0]) <= _SHORT_STEM
+    return "may be the short name of another file on Windows" if short else None
+
+
+def problem(names: Iterable[str]) -> str | None:
+    """Say why files cannot be written under these names together, or return None."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if why := fault(name):
+            return f"a side file must not have the name {name[:MAX_BYTES]!r}, which {why}"
+        if other := seen.get(same(name)):
+            return f"the side files {other!r} and {name!r} are one file where case does not count"
+        seen[same(name)] = name
     return None
 
 
@@ -55,10 +71,5 @@ def check(names: Iterable[str]) -> None:
     Raises:
         CorruptError: a name has a fault, or two are one on a system that ignores case.
     """
-    seen: dict[str, str] = {}
-    for name in names:
-        if why := fault(name):
-            raise CorruptError(f"a side file must not have the name {name[:MAX_BYTES]!r}, which {why}")
-        if other := seen.get(same(name)):
-            raise CorruptError(f"the side files {other!r} and {name!r} are one file where case does not count")
-        seen[same(name)] = name
+    if said := problem(names):
+        raise CorruptError(said)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ _FLOATS = {
     "BF16": (3.3895e38, 8, -125),
     "E8M0": (2.0**127, 1, -127),
 }  # largest, digits, least exponent
+_SPAN = 64
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
 
@@ -75,33 +76,65 @@ def shrunk(hessian: Tensor, by: Shrinkage) -> Tensor:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a `Form` holds, as tensors on the device of the Hessian."""
+    """What a `Form` holds, as tensors on the device of the Hessian.
+
+    Attributes:
+        hessian, fed, weight: see `Form`.
+        order: column at each place, int64 (cols,), or None where columns stand as in the matrix.
+    """
 
     hessian: Tensor
     fed: Tensor
     weight: Tensor
+    order: Tensor | None = None
 
     def form(self) -> Form:
         """As arrays."""
         return Form(*(t.cpu().contiguous().numpy() for t in (self.hessian, self.fed, self.weight)))
 
 
-def factor(hessian: Tensor) -> Factors:
-    """Factor a Hessian (cols, cols), symmetric and not negative; zeros are taken as the identity."""
+def span(layout: BlockFormat) -> int:
+    """Columns that share all scales, within which coding may take any order; 0 where that gains nothing.
+
+    Below 64 columns it gains less than 1% of the distortion, at 128 some 2%, with a whole row of 256 some 4%. Codes
+    that are vectors stay together.
+    """
+    return layout.sub if layout.sub >= _SPAN and not layout.vector else 0
+
+
+def factor(hessian: Tensor, within: int = 0) -> Factors:
+    """Factor a Hessian, symmetric and not negative; zeros are taken as the identity.
+
+    Args:
+        hessian: (cols, cols).
+        within: spans of so many columns are sorted, so that a column that the others tell least about is coded first
+            and all others are still free to make up for it; 0 leaves them.
+    """
     h = hessian.double()
     mean = float(h.diagonal().mean())
     h = h / mean if mean > 0 else torch.eye(len(h), dtype=torch.float64, device=h.device)
+    damped, lower = _cholesky(h)
+    order = None
+    if within:
+        alone = 1 / torch.cholesky_inverse(lower).diagonal()
+        starts = torch.arange(0, len(h), within, device=h.device)[:, None]
+        order = (starts + alone.reshape(-1, within).argsort(stable=True)).flatten()
+        damped, lower = _cholesky(h[order][:, order])
+    diagonal = lower.diagonal()
+    fed = (lower / diagonal).T.contiguous()
+    return Factors(damped.float(), fed.float(), diagonal.square().float(), order)
+
+
+def _cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix with as little more on its diagonal as it takes to factor it, and the factor."""
     ridge = _RIDGE
     while True:
         damped = h.clone()
         damped.diagonal().add_(ridge)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            break
+            return damped, lower
         ridge *= 10
-    diagonal = lower.diagonal()
-    fed = (lower / diagonal).T.contiguous()
-    return Factors(damped.float(), fed.float(), diagonal.square().float())
 
 
 def prepare(hessian: Tensor) -> Form:
@@ -234,6 +267,22 @@ def encode_all(
     On a CUDA device with triton the matrices go side by side, and the values stay there. The processor does what the
     device has no programs for.
     """
+    if factors[0].order is None:
+        return _encode_all(weights, factors, layout, sweeps)
+    orders = [np.asarray(f.order.cpu()) for f in factors if f.order is not None]
+    moved = [np.ascontiguousarray(w[:, order]) for w, order in zip(weights, orders, strict=True)]
+    found = []
+    for (codes, values), order in zip(_encode_all(moved, factors, layout, sweeps), orders, strict=True):
+        back = np.argsort(order)
+        own = np.ascontiguousarray(codes.codes[:, back])
+        found.append((replace(codes, codes=own), values[:, torch.from_numpy(back).to(values.device)].contiguous()))
+    return found
+
+
+def _encode_all(
+    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, sweeps: int
+) -> list[tuple[Codes, Tensor]]:
+    """`encode_all` of columns as they stand."""
     device, cols = factors[0].fed.device, weights[0].shape[1]
     if device.type != "cuda" or not _has_programs(layout, cols):
         found = [encode(w, f.form(), layout, sweeps=sweeps) for w, f in zip(weights, factors, strict=True)]

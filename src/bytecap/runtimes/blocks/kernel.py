@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
+from bytecap.runtimes.blocks.lanes import add_eight
 from bytecap.runtimes.blocks.powers import plain
 from bytecap.runtimes.blocks.search import (
     LANES,
@@ -42,23 +43,18 @@ _CHUNK = 64  # columns whose errors stay in the nearest cache
 def _feed(out: _Array, matrix: _Array, first: int, start: int, stop: int, error: _Array) -> None:
     """Add rows `first`... of `matrix` times rows `start` to `stop` of `error` (cols, LANES) to `out` (rows, LANES).
 
-    Rows come in pairs and columns in eights, as all blocks do; factors are read before the loop over lanes, since the
-    compiler cannot know that `out` is not among them. Columns are cut into chunks that stay in the nearest cache while
-    all rows pass; the order of every sum is that of the plain loop.
+    All are contiguous. Rows come in pairs and columns in eights, as all blocks do. Columns are cut into chunks that
+    stay in the nearest cache while all rows pass.
     """
+    rows, factors, errors = np.uint64(out.ctypes.data), np.uint64(matrix.ctypes.data), np.uint64(error.ctypes.data)
+    width, lane_bytes = np.uint64(4 * matrix.shape[1]), np.uint64(4 * LANES)
     for low in range(start, stop, _CHUNK):
         high = min(low + _CHUNK, stop)
         for k in range(0, len(out), 2):
-            m, n, x, y = matrix[first + k], matrix[first + k + 1], out[k], out[k + 1]
+            x, m = rows + np.uint64(k) * lane_bytes, factors + np.uint64(first + k) * width
             for j in range(low, high, 8):
-                a, b, c, d, e, f, g, h = m[j], m[j + 1], m[j + 2], m[j + 3], m[j + 4], m[j + 5], m[j + 6], m[j + 7]
-                p, q, s, t, u, v, w, z = n[j], n[j + 1], n[j + 2], n[j + 3], n[j + 4], n[j + 5], n[j + 6], n[j + 7]
-                e0, e1, e2, e3 = error[j], error[j + 1], error[j + 2], error[j + 3]
-                e4, e5, e6, e7 = error[j + 4], error[j + 5], error[j + 6], error[j + 7]
-                for r in range(LANES):
-                    i0, i1, i2, i3, i4, i5, i6, i7 = e0[r], e1[r], e2[r], e3[r], e4[r], e5[r], e6[r], e7[r]
-                    x[r] += a * i0 + b * i1 + c * i2 + d * i3 + e * i4 + f * i5 + g * i6 + h * i7
-                    y[r] += p * i0 + q * i1 + s * i2 + t * i3 + u * i4 + v * i5 + w * i6 + z * i7
+                at = m + np.uint64(4 * j)
+                add_eight(x, x + lane_bytes, at, at + width, errors + np.uint64(j) * lane_bytes, LANES)
 
 
 feed: Any = compiled(_feed)

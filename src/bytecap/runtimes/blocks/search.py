@@ -39,7 +39,7 @@ def _near(t: Any, low: Any, high: Any, table: _Array) -> Any:
     t = min(max(t, low), high)
     if len(table) == 0:
         return np.rint(t)
-    return table[np.int64(np.floor(t + t - low - low))]
+    return table[np.uint32(np.int32(t + t - low - low))]  # unsigned: no check for a place from the end
 
 
 near: Any = compiled(_near)

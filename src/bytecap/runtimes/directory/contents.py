@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,40 @@ class Contents:
         weights = len(header(tensors, self.family.mark)) + sum(t.size for t in tensors)
         return weights + len(self.config(schemes)) + sum(len(f) for f in self.side_files().values())
 
+    @cached_property
+    def _side(self) -> dict[str, bytes]:
+        return {n: compact(n, f) for n, f in self.model.files.items() if n != CONFIG}
+
     def side_files(self) -> dict[str, bytes]:
-        """Tokenizer and other files that are copied."""
-        return {n: f for n, f in self.model.files.items() if n != CONFIG}
+        """Tokenizer and other files that are copied, JSON without the white space between its words."""
+        return self._side
+
+
+def compact(name: str, data: bytes) -> bytes:
+    """A file, or the same JSON in fewer bytes; a file that says something else then stays as it is.
+
+    >>> compact("tokenizer.json", b'{ "a": [1.50, "b"] }').decode()
+    '{"a":[1.5,"b"]}'
+    """
+    if not name.endswith(".json"):
+        return data
+    try:
+        found = json.loads(data, object_pairs_hook=_Pairs)
+        short = json.dumps(_plain_json(found), separators=(",", ":"), ensure_ascii=False).encode()
+        same = json.loads(short, object_pairs_hook=_Pairs) == found
+    except (ValueError, RecursionError):  # no JSON of ours: not ours to judge
+        return data
+    return short if same and len(short) < len(data) else data
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object of JSON as its pairs, in which no key that comes twice is lost."""
+
+
+def _plain_json(found: Any) -> Any:
+    if isinstance(found, _Pairs):
+        return {key: _plain_json(value) for key, value in found}
+    return [_plain_json(value) for value in found] if isinstance(found, list) else found
 
 
 def contents_of(model: Model, kind: Family, menu: Sequence[str] | None, *, pure: bool) -> tuple[Contents, list[str]]:

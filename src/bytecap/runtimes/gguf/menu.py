@@ -54,6 +54,7 @@ class Item:
         types: that may hold it.
         shrinkage: how far the Hessian is drawn to its diagonal and the mean of that.
         device: where it is rounded; metrics may be kept elsewhere.
+        spans: lengths of spans within which columns are coded in sorted order.
     """
 
     place: Place
@@ -63,6 +64,7 @@ class Item:
     types: tuple[str, ...]
     shrinkage: Shrinkage = _NONE
     device: str = "cpu"
+    spans: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,16 +80,32 @@ class Item:
         """Return the item with its Hessian drawn so far."""
         return replace(self, shrinkage=shrinkage)
 
-    def factors(self, shrinkage: Shrinkage | None = None) -> Factors:
-        """The Hessian as rounding wants it."""
+    def sorting(self, spans: tuple[int, ...]) -> Item:
+        """Return the item with columns of such spans coded in sorted order."""
+        return replace(self, spans=spans)
+
+    def factors(self, shrinkage: Shrinkage | None = None, within: int = 0) -> Factors:
+        """The Hessian as rounding wants it, columns sorted `within` spans (`bytecap.runtimes.blocks.encode.span`)."""
         hessian = self.metric.hessian.to(self.device)
-        return factor(shrunk(hessian, self.shrinkage if shrinkage is None else shrinkage))
+        return factor(shrunk(hessian, self.shrinkage if shrinkage is None else shrinkage), within)
 
     def lost(self, values: Tensor) -> tuple[float, float]:
         """Distortion of decoded values (rows, cols), nats per token: as rounding sees it, and on windows held out."""
         error = values - torch.from_numpy(self.weight).to(values.device)
         seen, held = (Metric(m.hessian.to(error.device), m.rows.to(error.device)) for m in (self.metric, self.held))
         return seen.distortion(error), held.distortion(error)
+
+    def alone(self, values: Tensor) -> tuple[float, float]:
+        """What `lost` would be if columns' errors had nothing to do with one another, as no Hessian's fit has them.
+
+        The one over the other is how much the two sets of windows differ, whatever is fitted to one of them.
+        """
+        error = (values - torch.from_numpy(self.weight).to(values.device)).double().square()
+        seen, held = (
+            float((error @ m.hessian.diagonal().to(error.device)) @ m.rows.to(error.device)) / 2
+            for m in (self.metric, self.held)
+        )
+        return seen, held
 
     def sampled(self, weights: int = SAMPLE) -> tuple[Item, float]:
         """Return the item with an even sample of its rows, and the factor from its distortion to the whole's."""
@@ -99,7 +117,7 @@ class Item:
         metric, held = self.metric, self.held
         share = float(held.rows[chosen].sum()) / max(float(held.rows.sum()), 1e-300)
         metric, held = (replace(m, rows=m.rows[chosen]) for m in (metric, held))
-        item = Item(self.place, self.weight[chosen], metric, held, self.types, self.shrinkage, self.device)
+        item = Item(self.place, self.weight[chosen], metric, held, self.types, self.shrinkage, self.device, self.spans)
         return item, 1 / share if share > 0 else rows / count
 
 
@@ -191,7 +209,7 @@ def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:
         best[role] = _NONE
         name = next((t for t in _TRIAL if FORMATS[t].fits(members[0].place.cols)), None)
         if name is not None:
-            few = _spread(members)
+            few = spread(members)
             lost = {s: _lost(few, s, FORMATS[name]) for s in SHRINKAGES}
             least = min(held for _, held in lost.values())
             near = {s: held / max(seen, 1e-300) for s, (seen, held) in lost.items() if held <= _TIE * least}
@@ -207,7 +225,7 @@ def _lost(items: Sequence[Item], shrinkage: Shrinkage, layout: BlockFormat) -> t
     return sum(seen for seen, _ in found), sum(held for _, held in found)
 
 
-def _spread(members: Sequence[Item]) -> list[Item]:
+def spread(members: Sequence[Item]) -> list[Item]:
     """Samples of a few members of a role: first, middle and last."""
     picked = sorted({0, len(members) // 2, len(members) - 1})
     return [members[i].sampled()[0] for i in picked]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from bytecap.progress import Advance
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
-from bytecap.runtimes.blocks.encode import Factors, encode_all
-from bytecap.runtimes.gguf.menu import Item
+from bytecap.runtimes.blocks.encode import Factors, encode_all, span
+from bytecap.runtimes.gguf.menu import Item, spread
 from bytecap.types import Curve, Point
 
 _A_COLUMN = 24  # bytes of device memory for each pair of columns of a matrix
 _A_VALUE = 48  # and for each value
+_TRIAL_BITS = 4.25  # a weight, near which orders are judged
 _SHARE = 16  # part of the device's memory that is used: a fixed part, since sums depend on what goes together
 
 
@@ -52,12 +53,47 @@ class Rounded:
         values: float32 (rows, cols), decoded.
         seen: distortion in the metric it was rounded by, nats per token.
         held: in that of the windows held out.
+        alone: both, if columns' errors had nothing to do with one another.
     """
 
     codes: Codes | None
     values: FloatArray
     seen: float
     held: float
+    alone: tuple[float, float]
+
+
+def choose_spans(coding: Coding, items: Sequence[Item]) -> list[Item]:
+    """Items with their columns sorted where that loses less on held-out windows, by role and length of span.
+
+    Sorted columns leave the light ones to make up for the heavy ones: where these differ by orders of magnitude, that
+    drives light ones out of the range of codes.
+    """
+    roles: dict[str, list[Item]] = {}
+    for item in items:
+        roles.setdefault(item.role, []).append(item)
+    chosen = {}
+    for role, members in roles.items():
+        tried: dict[int, BlockFormat] = {}
+        for layout in (coding.layout(t, members[0].shape[1]) for t in members[0].types):
+            if layout is not None and span(layout):
+                known = tried.setdefault(span(layout), layout)
+                tried[span(layout)] = min(known, layout, key=lambda x: abs(x.bits - _TRIAL_BITS))
+        few = spread(members) if tried else []
+        chosen[role] = tuple(n for n, layout in tried.items() if _lost(few, layout, n) < _lost(few, layout, 0))
+    return [i.sorting(chosen[i.role]) for i in items]
+
+
+def _lost(items: Sequence[Item], layout: BlockFormat, within: int) -> float:
+    """Distortion on held-out windows of items in a layout."""
+    coded = encode_all([i.weight for i in items], [i.factors(within=within) for i in items], layout)
+    return sum(i.lost(values)[1] for i, (_, values) in zip(items, coded, strict=True))
+
+
+def _span(coding: Coding, item: Item, name: str) -> int:
+    """Length of the spans of a setting."""
+    layout = coding.layout(name, item.shape[1])
+    return 0 if layout is None else span(layout)
 
 
 def curves(coding: Coding, items: Sequence[Item], advance: Advance) -> list[Curve]:
@@ -65,8 +101,8 @@ def curves(coding: Coding, items: Sequence[Item], advance: Advance) -> list[Curv
     found: dict[str, Curve] = {}
     for group in together(items):
         samples = [i.sampled(coding.sample) for i in group]
-        factors, points = [i.factors() for i in group], [list[Point]() for _ in group]
-        for name in group[0].types:
+        factors, points = _Factored(group), [list[Point]() for _ in group]
+        for name in sorted(group[0].types, key=lambda n: _span(coding, group[0], n)):
             for at, (_, values) in enumerate(_coded(coding, [s for s, _ in samples], factors, name)):
                 item, scale = samples[at]
                 lost = scale * item.lost(values)[1]
@@ -86,24 +122,40 @@ def round_all(
     found = {}
     chosen = {i.place.name: coding.names[int(settings[i.place.name])] for i in items}
     for group in together(items, lambda i: chosen[i.place.name]):
-        factors = [i.factors() for i in group]
-        for item, (codes, values) in zip(
-            group, _coded(coding, group, factors, chosen[group[0].place.name]), strict=True
-        ):  # fmt: skip
-            found[item.place.name] = keep(Rounded(codes, values.cpu().numpy(), *item.lost(values)))
+        name = chosen[group[0].place.name]
+        for item, (codes, values) in zip(group, _coded(coding, group, _Factored(group), name), strict=True):
+            found[item.place.name] = keep(_rounded(item, codes, values))
             advance(1)
     return found
 
 
+def _rounded(item: Item, codes: Codes | None, values: Tensor) -> Rounded:
+    return Rounded(codes, values.cpu().numpy(), *item.lost(values), item.alone(values))
+
+
+class _Factored:
+    """Factors of matrices of one shape, with columns sorted as the last setting wanted them."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items, self._span, self._found = items, -1, list[Factors]()
+
+    def of(self, layout: BlockFormat) -> list[Factors]:
+        """For a layout."""
+        now = span(layout)
+        if now != self._span:
+            self._span = now
+            self._found = [i.factors(within=now if now in i.spans else 0) for i in self._items]
+        return self._found
+
+
 def _coded(
-    coding: Coding, items: Sequence[Item], factors: Sequence[Factors], name: str
+    coding: Coding, items: Sequence[Item], factors: _Factored, name: str
 ) -> Sequence[tuple[Codes | None, Tensor]]:
-    """Matrices of one shape in a setting: codes, and decoded values on the device of the factors."""
+    """Matrices of one shape in a setting: codes, and decoded values on the items' device."""
     layout = coding.layout(name, items[0].shape[1])
     if layout is None:
-        device = factors[0].fed.device
-        return [(None, torch.from_numpy(coding.plain(name, i.weight)).to(device)) for i in items]
-    return encode_all([i.weight for i in items], factors, layout)
+        return [(None, torch.from_numpy(coding.plain(name, i.weight)).to(items[0].device)) for i in items]
+    return encode_all([i.weight for i in items], factors.of(layout), layout)
 
 
 def together(items: Sequence[Item], kind: Callable[[Item], str] = lambda _: "") -> Iterator[list[Item]]:

@@ -197,6 +197,7 @@ def _factors(
 def figures(job: Job, items: Sequence[Item], found: Found, size: int) -> dict[str, Any]:
     """Return the figures that a report has for every format; `size` is that of the file or directory in bytes."""
     seen, held = (sum(getattr(r, k) for r in found.rounded.values()) for k in ("seen", "held"))
+    alone, alone_held = (sum(r.alone[k] for r in found.rounded.values()) for k in (0, 1))
     return {
         "model": job.model.name, "method": "bytecap", "seed": job.seed, "budget_bytes": job.budget, "file_bytes": size,
         "slack_bytes": job.budget - size, "allowed_slack_bytes": found.step, "ideal_bytes": size,
@@ -204,6 +205,7 @@ def figures(job: Job, items: Sequence[Item], found: Found, size: int) -> dict[st
         "predicted_delta_nats": found.predicted, "slope_nats_per_byte": found.plan.slope,
         "duality_gap_nats": found.plan.gap, "lossless": False, "paths": {}, "margin": found.around,
         "distortion_seen": seen, "distortion_held_out": held, "held_out_over_seen": held / max(seen, 1e-300),
+        "windows_held_out_over_seen": alone_held / max(alone, 1e-300),
         "shrinkage": {i.role: i.shrinkage._asdict() for i in items},
         "statistics_tokens": sum(w.predicted for w in job.sets.statistics),
         "correction_tokens": sum(w.predicted for w in job.sets.correction),

@@ -55,7 +55,7 @@ class StoredItem(Item):
     """A tensor whose weight and metrics are read whenever they are asked for."""
 
     def __init__(self, place: Place, unit: Unit, model: StreamedModel, metrics: tuple[Any, Any], **more: Any) -> None:
-        about = {"place": place, "types": (), "shrinkage": Shrinkage(), "device": "cpu", **more}
+        about = {"place": place, "types": (), "shrinkage": Shrinkage(), "device": "cpu", "spans": (), **more}
         for name, value in {**about, "_unit": unit, "_model": model, "_metrics": metrics}.items():
             object.__setattr__(self, name, value)
 
@@ -65,10 +65,15 @@ class StoredItem(Item):
 
     def under(self, shrinkage: Shrinkage) -> Item:
         """See `Item`."""
-        return StoredItem(
-            self.place, self._unit, self._model, self._metrics, types=self.types, shrinkage=shrinkage,
-            device=self.device,
-        )  # fmt: skip
+        return self._with(shrinkage=shrinkage)
+
+    def sorting(self, spans: tuple[int, ...]) -> Item:
+        """See `Item`."""
+        return self._with(spans=spans)
+
+    def _with(self, **more: Any) -> Item:
+        own = {n: getattr(self, n) for n in ("types", "shrinkage", "device", "spans")}
+        return StoredItem(self.place, self._unit, self._model, self._metrics, **{**own, **more})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -122,7 +127,9 @@ class StoredRounded(Rounded):
         else:
             kept = {n: scratch.put(torch.from_numpy(np.ascontiguousarray(getattr(codes, n)))) for n in _ARRAYS}
         form = None if codes is None else codes.format
-        for name, value in (("_form", form), ("_kept", kept), ("seen", rounded.seen), ("held", rounded.held)):
+        for name in ("seen", "held", "alone"):
+            object.__setattr__(self, name, getattr(rounded, name))
+        for name, value in (("_form", form), ("_kept", kept)):
             object.__setattr__(self, name, value)
 
     _form: Any

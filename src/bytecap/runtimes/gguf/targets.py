@@ -18,11 +18,12 @@ from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.target_fit import Moments, trial_rows
 from bytecap.job import Job
 from bytecap.model.checkpoint import as_matrix
-from bytecap.model.evaluation import kl_to
+from bytecap.model.evaluation import by_window
 from bytecap.model.forward import pass_tokens
 from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
+from bytecap.model.uncertainty import surely_worse
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, unit_values
@@ -31,7 +32,7 @@ TOKENS = 16_384  # that a walk sees
 
 
 def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found) -> Found:
-    """Return the plan with its tensors coded anew along a walk; as it was where that does not lower the KL.
+    """Return the plan with its tensors coded anew along a walk; as it was where that surely raises the KL.
 
     Args:
         job: tokens to walk, and others to decide by.
@@ -73,14 +74,18 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
 
 
 def _better(job: Job, items: Sequence[Item], found: Found, rounded: Mapping[str, Rounded]) -> Found:
-    """Return the plan with other codes if these have the lower KL on the correction tokens."""
-    quantized_copy = copy_of(job.model.module)
-    load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in rounded.items()}))
-    predicted = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
-    if predicted >= found.predicted:
+    """Return the plan with other codes unless these surely have the higher KL on the correction tokens."""
+    variants = {
+        label: unit_values(job.model, items, {n: r.values for n, r in codes.items()})
+        for label, codes in (("before", found.rounded), ("after", rounded))
+    }
+    original, windows = job.model.module, job.sets.correction
+    scores = by_window(original, copy_of(original), variants, windows, device=job.device)
+    before, after = scores["before"], scores["after"]
+    if surely_worse(before.kl, after.kl, after.tokens):
         job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
         return found
-    return replace(found, rounded=dict(rounded), predicted=predicted)
+    return replace(found, rounded=dict(rounded), predicted=float(after.kl.sum() / after.tokens.sum()))
 
 
 def _by_unit(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -154,7 +154,8 @@ def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> F
             continue
         codes, item = part.written(), by_name[name]
         values = codes.values()
-        rounded[name] = Rounded(codes, values, *item.lost(torch.from_numpy(values).to(item.device)))
+        lost = item.lost(torch.from_numpy(values).to(item.device))
+        rounded[name] = Rounded(codes, values, *lost, rounded[name].alone)
     return replace(found, rounded=rounded, vectors=vectors)
 
 

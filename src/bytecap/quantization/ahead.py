@@ -1,0 +1,87 @@
+"""Keep a GPU busy with several batches of matrices at a time.
+
+A column of one matrix follows another, so a matrix takes one of a GPU's processors and much of its time. Batches hold
+matrices of one shape, as many as memory allows, and those are fewer than a GPU has processors. So later batches are
+begun on streams of their own before the results of the first are awaited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+_Found = TypeVar("_Found")
+_SHARE = 24  # of a GPU's memory, one part for what is under way
+_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}  # few: memory that one has freed serves no other
+
+
+def _unused(device: torch.device, used: Sequence[torch.cuda.Stream]) -> torch.cuda.Stream:
+    """Return the first stream that is not in use."""
+    streams = _STREAMS.setdefault(device, [])
+    for stream in streams:
+        if all(stream is not other for other in used):
+            return stream
+    streams.append(torch.cuda.Stream(device))
+    return streams[-1]
+
+
+class Ahead(Generic[_Found]):
+    """Batches that are begun ahead on a GPU; on a processor each is begun when it is taken.
+
+    Args:
+        begin: begins batch i, and returns what waits for its result.
+        numbers: batches in the order they are taken in.
+        sizes: bytes that every batch takes on its device, by number.
+        device: where they are rounded.
+
+    >>> ahead = Ahead(lambda i: lambda: i * i, [0, 2], [1, 1, 1], torch.device("cpu"))
+    >>> with ahead.taken(2) as found:
+    ...     found
+    4
+    """
+
+    def __init__(
+        self, begin: Callable[[int], Callable[[], _Found]], numbers: Sequence[int], sizes: Sequence[int],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._begin, self._waiting, self._sizes, self._device = begin, list(numbers), sizes, device
+        self._begun: dict[int, tuple[torch.cuda.Stream, Callable[[], _Found]]] = {}
+        self._room = 0
+        if device.type == "cuda":
+            self._room = torch.cuda.get_device_properties(device).total_memory // _SHARE
+
+    def _fill(self) -> None:
+        """Begin the batches that there is room for."""
+        while self._waiting:
+            number = self._waiting[0]
+            used = sum(self._sizes[i] for i in self._begun)
+            if self._begun and used + self._sizes[number] > self._room:
+                return
+            stream = _unused(self._device, [s for s, _ in self._begun.values()])
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            try:
+                with torch.cuda.stream(stream):
+                    self._begun[number] = stream, self._begin(number)
+            except torch.OutOfMemoryError:
+                if not self._begun:
+                    raise
+                self._room = 0  # one at a time from now on
+                return
+            self._waiting.pop(0)
+
+    @contextlib.contextmanager
+    def taken(self, number: int) -> Iterator[_Found]:
+        """Give the result of a batch; what is done with it there is done on the batch's stream, and awaited."""
+        if self._device.type != "cuda":
+            yield self._begin(number)()
+            return
+        self._fill()
+        stream, finish = self._begun[number]
+        with torch.cuda.stream(stream):
+            yield finish()
+        stream.synchronize()  # before its memory is used again
+        del finish
+        del self._begun[number]
