@@ -206,12 +206,25 @@ def training(rows: Sequence[Row]) -> Iterator[Claim]:
         yield Claim(what, mean, error, True, tie, (f"{mean:+.3f} ± {error:.3f}",))
 
 
+def formats(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Files for other programs against the tools of these: KL at equal bytes, by model, recipe and menu."""
+    found = {(r["model"], r["recipe"], r["method"]): r for r in rows if r["benchmark"] == "formats"}
+    for (name, recipe, method), ours in found.items():
+        if method == "stock" or (name, recipe, "stock") not in found:
+            continue
+        theirs = found[name, recipe, "stock"]
+        said = f"{ours['kl_nats']:.4f}"
+        said = f"{theirs['kl_nats']:.4f} | {said}" if method == "bytecap" else said
+        what = f"KL, their {recipe} minus {method}, {name}"
+        yield apart(what, theirs, ours, "kl_nats", "kl_stderr", figures=[said])
+
+
 Reader = Callable[[Sequence[Row]], Iterator[Claim]]
 RESULTS = "docs/results.md"
 FILES: dict[str, tuple[Reader, str]] = {
     "targets": (targets, RESULTS), "recover": (recovery, "docs/recovery.md"), "golf": (golf, RESULTS),
     "composition": (composition, "docs/sharing.md"), "train": (training, RESULTS),
-    "searches": (searches, "docs/sharing.md"),
+    "searches": (searches, "docs/sharing.md"), "formats": (formats, RESULTS),
 }  # fmt: skip
 
 
