@@ -49,7 +49,7 @@ def record(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     names = {str(args.models): "MODELS", str(args.texts): "TEXTS", str(args.output): "OUTPUT"}
     names |= {
         str(getattr(args, k, None)): k.upper()
-        for k in ("artifact", "keep", "summary", "windows", "work", "llm_compressor", "other")
+        for k in ("artifact", "keep", "summary", "windows", "work", "llm_compressor", "other", "store")
     }
     train = getattr(args, "train", None) or ()
     names |= {str(path): "TRAIN" for path in (train if isinstance(train, list | tuple) else [train])}

@@ -5,8 +5,9 @@ vary by an octave) and decoded by every engine in turn. Processor time of one co
 little. `--units N` decodes a file of N such matrices on all cores as well, where wall time counts.
 
 `--device cuda` measures a GPU instead, which decodes to bfloat16: `--units` matrices side by side as a block is decoded
-whose bytes lie on the device, then a file of `--blocks` such blocks from its bytes in memory, parsing and copying
-included. Values are held against the processor's. `--lanes` and `--warps` are what its programs may be tuned by.
+whose bytes lie on the device, likewise all matrices of a file of `--blocks` such blocks (`resident`), and that file
+from its bytes in memory, parsing and copying included (`file`). Values are held against the processor's. `--lanes` and
+`--warps` are what its programs may be tuned by.
 """
 
 from __future__ import annotations
@@ -151,9 +152,13 @@ def on_device(one: Contents, args: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit("the file has other values than the processor's")
 
     weights = wanted.numel() * count
+    every = device_decode.DeviceUnits(file, device).batch(file.units, dict.fromkeys(whole, torch.bfloat16))
+    resident = wall(every.decode, device, args.times)
+    del every
     return {
         "device": args.device, "block": round(weights / seconds / 1e9, 3), "block_ms": round(1e3 * seconds, 3),
         "block_peak_gb": peak and round(peak, 3), "block_weights": weights, "file_weights": weights * args.blocks,
+        "resident": round(weights * args.blocks / resident / 1e9, 3),
         "file": round(weights * args.blocks / wall(load, device, args.times) / 1e9, 3),
     }  # fmt: skip
 

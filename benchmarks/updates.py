@@ -81,9 +81,12 @@ def fitted(model: Model, sets: TokenSets, config: FitConfig, file: Path) -> dict
     if not report.exists():
         found = fit_sets(model, sets, replace(config, output=file)).report
         keys = ("file_bytes", "kl_nats", "kl_stderr", "bpb_artifact", "bpb_original", "plan", "seconds", "base")
-        report.write_text(json.dumps({k: found.get(k) for k in keys}))
-    row: dict[str, Any] = json.loads(report.read_text())
-    return row
+        row = {k: found.get(k) for k in keys}
+        if row["base"]:
+            row["base"] = {**row["base"], "file": Path(row["base"]["file"]).name}
+        report.write_text(json.dumps(row))
+    kept: dict[str, Any] = json.loads(report.read_text())
+    return kept
 
 
 def installed(*paths: Path) -> Installed:

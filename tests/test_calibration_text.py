@@ -11,12 +11,12 @@ from bytecap.errors import UsageError
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model import sources
-from bytecap.model.calibration_text import CONTINUED, GENERAL, SELF, Source, general, general_documents, parse
+from bytecap.model.calibration_text import GENERAL, SELF, Source, general, general_documents, parse
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.defaults import SAMPLED_TOKENS, TOKENS
 from bytecap.model.evaluation import Comparison, evaluate
-from bytecap.model.sources import CORRECTION_TOKENS, default_sources, default_tokens, encoder, load_sets
-from bytecap.model.texts import Text, TokenSets, Window, load_documents, split_sets
+from bytecap.model.sources import default_sources, default_tokens, load_sets
+from bytecap.model.texts import Text, TokenSets, Window, split_sets
 from bytecap.pipeline.quality import quality, say_narrow
 from bytecap.progress import Silent
 from bytecap.report.fit import page
@@ -170,25 +170,9 @@ class TestSets:
         sets = load_sets(model, None, None, sampler=sampler, correction_tokens=500, reporter=Silent(), **TINY)
         names = dict(sets.drawn)
         assert set(names) == {SELF, GENERAL}
-        assert asked == [1875]
+        assert asked == [1250]
         assert names[SELF] > 0.3 * sum(names.values())
         assert [t.name for t in sets.evaluation] == [GENERAL]
-
-    def test_continued_goes_on_from_the_general_text(self, model_directory, texts):
-        model, asked = load_checkpoint(model_directory("rotary")), []
-
-        def sampler(tokens, firsts=None):
-            asked.append(firsts)
-            return windows(10, -(-tokens // 64), 64)
-
-        sets = load_sets(model, ["continued", "general"], texts["val"], sampler=sampler, reporter=Silent(), **TINY)
-        encode = encoder(model.files)
-        read = load_documents(GENERAL, general(held=False), encode, window=64, limit=2_000 + CORRECTION_TOKENS).windows
-        [firsts] = asked
-        assert {len(f) for f in firsts} == {16}  # a quarter of the window
-        assert len(firsts) > 10
-        assert set(firsts) <= {w.tokens[:16] for w in read}
-        assert dict(sets.drawn).keys() == {CONTINUED, GENERAL}
 
     def test_more_samples_where_they_are_cheap(self, model_directory, texts, monkeypatch):
         model = load_checkpoint(model_directory("rotary"))

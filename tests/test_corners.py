@@ -225,6 +225,18 @@ def test_lists_are_shared_where_several_layers_have_them():
     assert (again, same) == (changed, objects)
 
 
+def test_sides_are_counted_as_numpy_counts_them():
+    tables = Tables.from_counts({3: {-1: 2, 0: 5, 1: 2}, 20: dict.fromkeys(range(-40, 41), 1)})
+    rng = np.random.default_rng(0)
+    for most, count in ((3, 1), (3, 8), (60, 9), (60, 40), (10**6, 7), (10**6, 8)):
+        values = rng.integers(-most, most + 1, count)
+        base = int(np.clip(np.median(values), -128, 127))
+        found = choose_class(values, tables)
+        assert found[0] == base
+        if len(set(values.tolist())) > 1:
+            assert found[1:] == tables.cheapest(*np.unique(values - base, return_counts=True))
+
+
 def test_there_must_be_a_table_for_side_information():
     assert choose_class(np.array([], int), Tables({})) == (0, 0, 0.0)
     assert choose_class(np.array([3, 3]), Tables({})) == (3, 0, 0.0)

@@ -157,17 +157,6 @@ class TestOwnSamples:
         text = " ".join(str(t) for w in sets.statistics for t in w.tokens)
         assert sum(" ".join(map(str, w.tokens[1:9])) in text for w in found.recovery) < len(found.recovery) / 10
 
-    def test_samples_go_on_from_beginnings(self, model_directory):
-        module = load_checkpoint(model_directory("rotary")).module
-        given = [(1, 2, 3), (4, 5, 6)]
-        found = sample(module, given, 40 * 8, window=8, seed=0, device="cpu")
-        assert {w.tokens[:3] for w in found} == set(given)
-        assert [w.predicted for w in found] == [8] * 40
-        by_parts = sample(module, given[:1], 2000, window=3, seed=1, device="cpu")
-        chances = module(torch.tensor([given[0]])).logits[0, -1].softmax(-1)
-        counts = torch.bincount(torch.tensor([w.tokens[3] for w in by_parts]), minlength=len(chances)) / len(by_parts)
-        assert float((counts - chances).abs().max()) < 0.08
-
     def test_samples_follow_the_model(self, model_directory):
         module = load_checkpoint(model_directory("rotary")).module
         windows = sample(module, [5], 4000, window=1, seed=0, device="cpu")

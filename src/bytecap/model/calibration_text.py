@@ -7,8 +7,6 @@ user's, the model's own samples come closest, and a small text of many kinds kee
 - `self`: windows sampled from the model at temperature 1, each from a first token drawn evenly from the vocabulary.
 - `general`: the embedded general text (prose, documentation, code, dialogues, thirty languages). Every fifth document
   is left out: those are the evaluation text of jobs that name none.
-- `continued`: windows that the model samples on from the first tokens of windows of the general text, so that samples
-  have its registers, and the model's own words.
 - `NAME:WEIGHT`: how often windows of this source are drawn, relative to the others (1 by default).
 
 >>> [(s.name, s.weight) for s in parse(["self:2", "general", "notes.txt"])]
@@ -31,16 +29,13 @@ from bytecap.model.texts import Encoder, Text, Window, load_documents, load_text
 
 SELF = "self"
 GENERAL = "general"
-CONTINUED = "continued"
-WORDS = (SELF, GENERAL, CONTINUED)
-SAMPLED = (SELF, CONTINUED)  # words that the model writes
-BEGINNING = 32  # tokens of a text that a window of `continued` begins with, at most a quarter of the window
-SELF_SHARE = 0.75  # of a default that are samples: KL 0.261 on SmolLM2, with half 0.270 (results/real.jsonl)
+WORDS = (SELF, GENERAL)
+SELF_SHARE = 0.5  # of a default that are samples: KL 0.219 on SmolLM2 (results/real.jsonl)
 SELF_MOST = {"cpu": 2**15, "cuda": 2**20}  # tokens: sampling is slow on a processor
 _HELD = 5  # every so manieth document of the general text is for evaluation
 
-Sampler = Callable[..., Sequence[Window]]
-"""Windows with at least so many predicted tokens, sampled from the model, that begin with any of `firsts`."""
+Sampler = Callable[[int], Sequence[Window]]
+"""Windows with at least so many predicted tokens, sampled from the model."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Source:
     """One source of calibration text.
 
     Attributes:
-        name: `self`, `general`, `continued`, or the path of a text file.
+        name: `self`, `general`, or the path of a text file.
         weight: how often its windows are drawn, relative to other sources.
     """
 
@@ -95,12 +90,6 @@ def general(*, held: bool) -> list[str]:
     return [d for i, d in enumerate(general_documents()) if (i % _HELD == _HELD - 1) == held]
 
 
-def beginnings(windows: Sequence[Window], window: int) -> list[tuple[int, ...]]:
-    """Return the first tokens of windows, as many of each, which samples of the model may go on from."""
-    length = min(BEGINNING, max(1, window // 4))
-    return sorted({w.tokens[:length] for w in windows if w.predicted >= length})
-
-
 def texts_of(
     sources: Sequence[Source],
     encode: Encoder,
@@ -125,12 +114,9 @@ def texts_of(
         tokens = 2 * shares[s.name]
         if s.name == SELF:
             found.append(Text(SELF, tuple(sampler(shares[SELF]))))
-        elif s.name in {GENERAL, CONTINUED}:
+        elif s.name == GENERAL:
             documents = general(held=False)
-            text = load_documents(s.name, documents, encode, window=window, limit=tokens, vocabulary=vocabulary)
-            if s.name == CONTINUED:
-                text = Text(CONTINUED, tuple(sampler(shares[CONTINUED], firsts=beginnings(text.windows, window))))
-            found.append(text)
+            found.append(load_documents(GENERAL, documents, encode, window=window, limit=tokens, vocabulary=vocabulary))
         else:
             found.append(load_text(s.name, encode, window=window, limit=tokens, vocabulary=vocabulary))
     return found

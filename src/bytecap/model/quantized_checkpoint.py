@@ -13,7 +13,7 @@ Source dtypes are the narrowest that hold the values, as for GGUF files: values 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,10 @@ from bytecap.format.coders.exact import WIDTH, is_lossless
 from bytecap.model import dequantize, tying
 from bytecap.model.building import parts
 from bytecap.model.fileset import DEQUANTIZE, Header
+from bytecap.model.quantized_weights import FINDERS, FLOAT8, Weight, layout_not_read, method_of, settings_of
 from bytecap.model.tensor_files import Tensors
 
-Parts = Mapping[str, str]  # role to the name of a stored tensor
-Formula = Callable[[Mapping[str, Tensor]], Tensor]
-
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
-_SCALES_OF_8 = ("_scale_inv", "_scale")  # behind the weight's name
-_SCALES_BESIDE = ("scale", "qscale_weight")  # in place of `weight`
 _ACTIVATIONS = (
     "activation_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale",
     "q_scale", "qscale_act",
@@ -44,22 +39,9 @@ _TOOLS = {
     "torchao": "torchao", "modelopt": "nvidia-modelopt", "auto-round": "auto-round",
 }  # fmt: skip
 _METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors", "gptq", "awq")
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-            "mxfp4-pack-quantized", "mixed-precision", "dense")  # fmt: skip
-_LAYOUT_KEYS = ("format", "checkpoint_format", "version")  # in which writers of GPTQ and AWQ name it
-_ZEROS_OFF = {"gptq": 1, "gptq_v2": 0}  # what the stored zero points of a format of GPTQ lack
 _CODES = ("weight", "_packed", "_blocks", "_proj", "qzeros", "g_idx")  # how names of tensors of codes end
 _PACKED = ("weight", "_packed", "_blocks")  # of which those that share bytes and words
 _BITS = 4  # of a code, where nothing else is said
-_WIDTHS = (2, 4, 8)  # bits of packed integers
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A weight in parts."""
-
-    parts: Parts
-    formula: Formula
 
 
 @dataclass
@@ -77,7 +59,7 @@ class Dequantized:
     method: str
     config: bytes
     notes: list[str]
-    _weights: dict[str, _Weight] = field(repr=False)
+    _weights: dict[str, Weight] = field(repr=False)
     _stored: Tensors = field(repr=False)
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -110,23 +92,6 @@ class Dequantized:
             for name in header:
                 if name in names:
                     yield name, self.value(name)
-
-
-def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a config says of the quantization of its weights, itself or nested; None if it is dense."""
-    for part in parts(config):
-        found = part.get("quantization_config", part.get("compression_config"))
-        if isinstance(found, dict) and found:
-            return found
-    return None
-
-
-def method_of(settings: Mapping[str, Any]) -> str:
-    """Return the name of a quantization's method."""
-    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
-        return "bitsandbytes"
-    method, form = settings.get("quant_method", settings.get("method")), settings.get("format")
-    return str(method or ("compressed-tensors" if form in _FORMATS else form) or "an unnamed method")
 
 
 def refuse_finished(config: bytes, where: Path) -> None:
@@ -165,7 +130,7 @@ def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0
             f"{where} shares layers by {tying.FILE} and is quantized, which no file can be: {DEQUANTIZE}"
         )
     entries = {n: e for header in headers.values() for n, e in header.items()}
-    weights = dict(_FINDERS[method](entries, settings))
+    weights = dict(FINDERS[method](entries, settings))
     dropped = {n for n in entries if n.rpartition(".")[2] in _ACTIVATIONS}
     consumed = dropped | {p for w in weights.values() for p in w.parts.values()}
     stored = Tensors(headers, {n: n for n in entries})
@@ -214,7 +179,7 @@ def roughly_dense(config: bytes, headers: dict[Path, Header]) -> dict[Path, Head
 
 def _is_code(name: str, entry: Mapping[str, Any]) -> bool:
     """Return whether a tensor that belongs to no weight looks like the codes of one."""
-    return name.endswith(_CODES) and entry["dtype"] in (*_FLOAT8, "I8", "U8", "I32")
+    return name.endswith(_CODES) and entry["dtype"] in (*FLOAT8, "I8", "U8", "I32")
 
 
 def _check_method(settings: Mapping[str, Any], where: Path) -> str:
@@ -223,7 +188,7 @@ def _check_method(settings: Mapping[str, Any], where: Path) -> str:
     Raises:
         CheckpointError: it is not.
     """
-    method, layout = method_of(settings), _layout_not_read(settings)
+    method, layout = method_of(settings), layout_not_read(settings)
     if method in _METHODS and layout is None:
         return method
     bits = f" at {settings['bits']} bits" if isinstance(settings.get("bits"), int) else ""
@@ -233,30 +198,6 @@ def _check_method(settings: Mapping[str, Any], where: Path) -> str:
         f"{where} is quantized with {called}{bits}, which is not read ({', '.join(_METHODS)} are): start from the "
         f"unquantized checkpoint, or {tool}"
     )
-
-
-def _layout_not_read(settings: Mapping[str, Any]) -> str | None:
-    """Return the name of a method's layout, empty if it has none, where it is one that is not read; else None."""
-    method, found = method_of(settings), None
-    if method == "compressed-tensors" and settings.get("format", "dense") not in _FORMATS:
-        found = settings["format"]
-    elif method == "gptq":
-        said = "marlin" if settings.get("is_marlin_format") else _layout(settings)
-        found = said if said not in _ZEROS_OFF else None
-        if found is None and settings.get("bits") not in dequantize.GPTQ_BITS:
-            return ""
-    elif method == "awq":
-        said = "llm-awq" if settings.get("backend") == "llm-awq" else _layout(settings)
-        found = said if said not in {"gemm", "GEMM"} else None
-        if found is None and settings.get("bits", settings.get("w_bit")) != 4:
-            return ""
-    return None if found is None else str(found)[:40]
-
-
-def _layout(settings: Mapping[str, Any]) -> str:
-    """Return the layout that a config of GPTQ or AWQ names, under one key or another; two that differ are none."""
-    said = dict.fromkeys(str(settings[k]) for k in _LAYOUT_KEYS if settings.get(k))
-    return " or ".join(said) or ("gemm" if method_of(settings) == "awq" else "gptq")
 
 
 def _plain(config: Any, wide: bool) -> bytes:
@@ -270,136 +211,3 @@ def _plain(config: Any, wide: bool) -> bytes:
     if wide and "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = "float32"
     return (json.dumps(config, indent=2) + "\n").encode()
-
-
-def _float8(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
-    """Float8 weights with a scale for the whole, a row, or a block."""
-    block = settings.get("weight_block_size")
-    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
-        raise CheckpointError(f"quantization_config: weight_block_size is {str(block)[:40]}, not two numbers")
-    if block is not None and min(block) < 1:
-        raise CheckpointError(f"quantization_config: weight_block_size {block} holds a number below 1")
-
-    def formula(parts: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.block_scaled(parts["codes"], parts["scales"], block)
-
-    for name, entry in entries.items():
-        stem = name.rpartition(".")[0]
-        beside = [f"{stem}.{s}" for s in _SCALES_BESIDE] if name.endswith(".weight") else []
-        scale = next((n for n in (*(name + s for s in _SCALES_OF_8), *beside) if n in entries), None)
-        if entry["dtype"] in _FLOAT8 and scale is not None:
-            yield name, _Weight({"codes": name, "scales": scale}, formula)
-
-
-def _mxfp4(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
-    """Stacks of matrices in blocks of four-bit floats."""
-    for name in entries:
-        stem = name.removesuffix("_blocks")
-        if stem != name and f"{stem}_scales" in entries:
-            parts = {"codes": name, "scales": f"{stem}_scales"}
-            yield stem, _Weight(parts, lambda p: dequantize.experts(p["codes"], p["scales"]))
-
-
-def _bitsandbytes(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
-    """Code books of 16 values in blocks, and rows of eight bits."""
-    for name, entry in entries.items():
-        stem = name.removesuffix("weight")
-        if entry["dtype"] == "I8" and f"{stem}SCB" in entries:
-            parts = {"codes": name, "scales": f"{stem}SCB"}
-            if f"{name}_format" in entries:
-                parts["format"] = f"{name}_format"
-            yield name, _Weight(parts, _int8)
-        state = next((n for n in _states(name) if n in entries), None)
-        if state is not None:
-            parts = {"codes": name, "state": state} | {
-                role: f"{name}.{role}" for role in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-                if f"{name}.{role}" in entries
-            }  # fmt: skip
-            yield name, _Weight(parts, _book)
-
-
-def _states(name: str) -> tuple[str, str]:
-    return f"{name}.quant_state.bitsandbytes__nf4", f"{name}.quant_state.bitsandbytes__fp4"
-
-
-def _int8(parts: Mapping[str, Tensor]) -> Tensor:
-    if int(parts["format"].reshape(-1)[0]) if "format" in parts else 0:
-        raise dequantize.Misfit("its rows are in the order of a GPU's kernel (weight_format)")
-    return dequantize.rows_of_int8(parts["codes"], parts["scales"])
-
-
-def _book(parts: Mapping[str, Tensor]) -> Tensor:
-    inner = [parts["nested_absmax"], parts["nested_quant_map"]] if "nested_absmax" in parts else []
-    state = dequantize.parse_state(parts["state"])
-    return dequantize.code_book(parts["codes"], parts["absmax"], parts["quant_map"], state, inner)
-
-
-def _compressed(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
-    """Packed and plain integers, and floats of four and eight bits, as the tensors themselves tell."""
-    groups = settings.get("config_groups")
-    members = groups.values() if isinstance(groups, dict) else ()
-    weights = [g.get("weights") for g in members if isinstance(g, dict)]
-    widths = sorted({w["num_bits"] for w in weights if isinstance(w, dict) and w.get("num_bits") in _WIDTHS})
-
-    def packed(p: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.packed_integers(p["codes"], p["scales"], p["shape"], p.get("zeros"), widths or _WIDTHS)
-
-    def floats(p: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.global_scaled(p["codes"], p["scales"], p.get("whole"))
-
-    def plain(p: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.integers(p["codes"], p["scales"], p.get("zeros"))
-
-    for name, entry in entries.items():
-        stem = name.removesuffix("_packed")
-        if f"{stem}_scale" not in entries:
-            continue
-        if f"{stem}_g_idx" in entries:
-            raise CheckpointError(f"{stem} is grouped in the order of activations ({stem}_g_idx), which is not read")
-        roles = {"scales": "_scale", "shape": "_shape", "zeros": "_zero_point", "whole": "_global_scale"}
-        parts = {"codes": name} | {r: stem + s for r, s in roles.items() if stem + s in entries}
-        if stem != name and entry["dtype"] == "I32" and "shape" in parts:
-            yield stem, _Weight(parts, packed)
-        elif stem != name and entry["dtype"] == "U8" and "zeros" not in parts:
-            yield stem, _Weight(parts, floats)
-        elif entry["dtype"] in (*_FLOAT8, "I8"):
-            yield name, _Weight(parts, plain)
-
-
-def _gptq(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
-    """Integers of 2 to 8 bits with a scale and a zero point for groups of inputs, in any order."""
-    off = _ZEROS_OFF[_layout(settings)]
-    size, own = settings.get("group_size"), bool(settings.get("dynamic"))  # where layers may have sizes of their own
-    group = size if type(size) is int and size > 0 and not own else None
-
-    def formula(p: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.gptq(p["codes"], p["zeros"], p["scales"], p.get("order"), group, off)
-
-    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {"order": "g_idx"}, formula)
-
-
-def _awq(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, _Weight]]:
-    """Integers of 4 bits with a scale and a zero point for groups of inputs, the even outputs of eight first."""
-
-    def formula(p: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.awq(p["codes"], p["zeros"], p["scales"])
-
-    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {}, formula)
-
-
-def _layers(
-    entries: Header, needed: Mapping[str, str], optional: Mapping[str, str], formula: Formula
-) -> Iterator[tuple[str, _Weight]]:
-    """Layers whose codes are `qweight`, with what lies beside them by role."""
-    for name, entry in entries.items():
-        stem = name.removesuffix("qweight")
-        if stem == name or entry["dtype"] != "I32" or any(stem + n not in entries for n in needed.values()):
-            continue
-        beside = {role: stem + n for role, n in {**needed, **optional}.items() if stem + n in entries}
-        yield f"{stem}weight", _Weight({"codes": name, **beside}, formula)
-
-
-_FINDERS: dict[str, Callable[[Header, Mapping[str, Any]], Iterator[tuple[str, _Weight]]]] = {
-    "fp8": _float8, "fbgemm_fp8": _float8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes,
-    "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq,
-}  # fmt: skip

@@ -20,13 +20,13 @@ _ROWS = {"cpu": 32, "cuda": 512}  # windows sampled side by side
 
 @torch.no_grad()
 def sample(
-    module: nn.Module, firsts: Sequence[int | tuple[int, ...]], tokens: int, *, window: int, seed: int, device: str
+    module: nn.Module, firsts: Sequence[int], tokens: int, *, window: int, seed: int, device: str
 ) -> tuple[Window, ...]:
     """Sample windows with at least so many predicted tokens together.
 
     Args:
         module: causal model of transformers, which keeps keys and values of what it has read.
-        firsts: tokens that windows may begin with, or as many of them each, drawn evenly.
+        firsts: tokens that windows may begin with, drawn evenly.
         tokens: how many.
         window: predicted tokens in a window.
         seed: of the sampling.
@@ -38,9 +38,9 @@ def sample(
     found: list[Window] = []
     while len(found) * window < tokens:
         count = min(rows, -(-tokens // window) - len(found))
-        start = torch.tensor([rng.choice(firsts) for _ in range(count)], device=device).reshape(count, -1)
+        start = torch.tensor([[rng.choice(firsts)] for _ in range(count)], device=device)
         try:
-            ids = _continued(module, start, window + 1 - start.shape[1], generator)
+            ids = _continued(module, start, window, generator)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise MemoryError("the device's memory does not hold one sampled window") from None
@@ -52,7 +52,7 @@ def sample(
 
 
 def _continued(module: nn.Module, ids: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Continue rows (rows, beginning) by `count` tokens."""
+    """Continue rows (rows, 1) by `count` tokens."""
     parts, past = [ids], None
     for _ in range(count):
         out: Any = module(parts[-1], past_key_values=past, use_cache=True)

@@ -7,7 +7,7 @@ general text that calibration never reads; the embedded model has texts of its o
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 from bytecap.errors import TextError, UsageError
 from bytecap.model.calibration_text import (
     GENERAL,
-    SAMPLED,
     SELF,
     SELF_MOST,
     SELF_SHARE,
+    WORDS,
     Sampler,
     Source,
     general,
@@ -217,9 +217,9 @@ def sampled(
     seed: int,
     device: str,
     reporter: Reporter,
-    firsts: Sequence[int | tuple[int, ...]] | None = None,
+    firsts: Sequence[int] | None = None,
 ) -> tuple[Window, ...]:
-    """Sample windows from the model, each from a first token or a beginning drawn evenly.
+    """Sample windows from the model, each from a first token drawn evenly.
 
     Args:
         model: of transformers.
@@ -228,7 +228,7 @@ def sampled(
         seed: of the sampling.
         device: torch device to sample on.
         reporter: told about progress.
-        firsts: tokens that windows may begin with, or as many of them each; the whole vocabulary by default.
+        firsts: tokens that windows may begin with; the whole vocabulary by default.
 
     Raises:
         UsageError: the model cannot be sampled from.
@@ -254,7 +254,7 @@ def recovery_texts(model: Model, calibration: Sequence[Path]) -> list[Path]:
         return [Path(s.name) for s in parse(calibration)]
     if model.name == DEMO:
         return [demo_directory() / "calib.txt"]
-    return [Path(word) for word in (SELF, GENERAL) if word == GENERAL or _can_be_sampled(model)]
+    return [Path(word) for word in WORDS if word == GENERAL or _can_be_sampled(model)]
 
 
 def _can_be_sampled(model: Model) -> bool:
@@ -270,7 +270,7 @@ def with_recovery(
     window: int = WINDOW,
     seed: int = 0,
     device: str = "cpu",
-    sampler: Sampler | None = None,
+    sampler: Callable[..., Sequence[Window]] | None = None,
     reporter: Reporter,
 ) -> TokenSets:
     """Add windows of texts to recover on to the sets, without those that evaluation and correction hold.
@@ -301,8 +301,8 @@ def with_recovery(
     share = RECOVERY_TOKENS // len(sources)
     read = texts_of(
         sources, encoder(model.files),
-        lambda tokens, firsts=firsts: draw(tokens, firsts=firsts), window=length,
-        shares={s.name: SELF_MOST[device] if s.name in SAMPLED else share for s in sources},
+        lambda tokens: draw(tokens, firsts=firsts), window=length,
+        shares={s.name: SELF_MOST[device] if s.name == SELF else share for s in sources},
         vocabulary=vocabulary_of(model.module),
     )  # fmt: skip
     found = {w.tokens: w for t in read for w in t.windows}

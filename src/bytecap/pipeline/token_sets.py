@@ -48,7 +48,7 @@ def token_sets(
     """
     calibration = as_paths(config.calibration)
 
-    def sampler(tokens: int, firsts: Sequence[int | tuple[int, ...]] | None = None) -> tuple[Window, ...]:
+    def sampler(tokens: int, firsts: Sequence[int] | None = None) -> tuple[Window, ...]:
         return _sampled_once(model, config, device, store, reporter, tokens, firsts)
 
     sets = load_sets(
@@ -66,7 +66,7 @@ def token_sets(
 
 def _sampled_once(
     model: Model, config: FitConfig, device: str, store: Store, reporter: Reporter, tokens: int,
-    firsts: Sequence[int | tuple[int, ...]] | None,
+    firsts: Sequence[int] | None,
 ) -> tuple[Window, ...]:  # fmt: skip
     """Return windows sampled from the model, from the store where it has them."""
     window, seed = window_limit(model, config.window), config.seed

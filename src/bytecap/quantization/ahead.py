@@ -62,8 +62,14 @@ class Ahead(Generic[_Found]):
                 return
             stream = _unused(self._device, [s for s, _ in self._begun.values()])
             stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(stream):
-                self._begun[number] = stream, self._begin(number)
+            try:
+                with torch.cuda.stream(stream):
+                    self._begun[number] = stream, self._begin(number)
+            except torch.OutOfMemoryError:
+                if not self._begun:
+                    raise
+                self._room = 0  # one at a time from now on
+                return
             self._waiting.pop(0)
 
     @contextlib.contextmanager

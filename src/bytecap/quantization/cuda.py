@@ -33,8 +33,6 @@ def begin_trellis(
     diag = lower.diagonal(dim1=1, dim2=2)
     exponent, scale = column_steps(problem, step, waterfill=waterfill)
     segments, length = _cut(rows, memory)
-    states = 1 << memory
-    pairs = segments if memory == SHORT else 1
     low, high = masks_of(memory).astype(np.int32)
     subsets = low + 2 * high
     leads = sum(int(x) << 2 * j for j, x in enumerate(subsets))
@@ -47,13 +45,7 @@ def begin_trellis(
     row_class = problem.row_class.to(torch.int32).contiguous()
     whiten = torch.exp2(-row_class.float() / 4)
     offset = torch.from_numpy(shrink.offset).to(device)
-    scratch = (
-        torch.empty(batch, rows, device=device), torch.empty(batch, pairs, 8, 8, device=device),
-        torch.empty(batch, pairs, 8, dtype=torch.int32, device=device),
-        torch.empty(batch, segments + 1, dtype=torch.int32, device=device),
-        _traced(batch, segments * length, states, device),
-        torch.empty(batch, rows, dtype=torch.int32, device=device), torch.from_numpy(subsets).to(device),
-    )  # fmt: skip
+    scratch = *_scratch(batch, rows, memory, device), torch.from_numpy(subsets).to(device)
     order, row_weight = problem.order.to(torch.int64).contiguous(), problem.rows.float().contiguous()
     for hi in range(cols, 0, -BLOCK):
         lo = max(0, hi - BLOCK)
@@ -66,7 +58,7 @@ def begin_trellis(
         inner[:, : hi - lo, : hi - lo] = unit_lower[:, : hi - lo]
         round_columns[(batch,)](
             inner, fed, weight, error, scale, row_class, whiten, row_weight, offset, symbols, order, column_class,
-            cost, centres, *scratch, lo, hi, cols, rows, first, length, SEGMENTS=segments, STATES=states,
+            cost, centres, *scratch, lo, hi, cols, rows, first, length, SEGMENTS=segments, STATES=1 << memory,
             WARM=_warm(memory), LEADS=leads, **_SIZES, **_shape_of(memory, segments),
         )  # fmt: skip
     distortion = (cost.double() * diag.double().square()).sum(1)
@@ -83,11 +75,22 @@ def begin_trellis(
     return finish
 
 
-def _traced(batch: int, rows: int, states: int, device: torch.device) -> Tensor:
-    """Return room for predecessors: a byte a row for eight states, else a bit a row and state."""
-    if states == 1 << SHORT:
-        return torch.empty(batch, rows, dtype=torch.uint8, device=device)
-    return torch.empty(batch, rows * (-(-states // 32)), dtype=torch.int32, device=device)
+def _scratch(batch: int, rows: int, memory: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return room for a column, costs between all states, their predecessors, borders, predecessors, and a path.
+
+    Predecessors are a byte a row with eight states, else a bit a row and state.
+    """
+    segments, length = _cut(rows, memory)
+    pairs, words, kind = segments, 1, torch.uint8
+    if memory > SHORT:
+        pairs, words, kind = 1, -(-(1 << memory) // 32), torch.int32
+    return (
+        torch.empty(batch, rows, device=device), torch.empty(batch, pairs, 8, 8, device=device),
+        torch.empty(batch, pairs, 8, dtype=torch.int32, device=device),
+        torch.empty(batch, segments + 1, dtype=torch.int32, device=device),
+        torch.empty(batch, segments * length * words, dtype=kind, device=device),
+        torch.empty(batch, rows, dtype=torch.int32, device=device),
+    )  # fmt: skip
 
 
 def _cut(rows: int, memory: int) -> tuple[int, int]:

@@ -195,13 +195,7 @@ def round_units(
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
     """
-    alike: dict[tuple[int, int], list[Prepared]] = {}
-    for item in items:
-        alike.setdefault(item.shape, []).append(item)
-    batches: list[list[Prepared]] = []
-    for (rows, cols), members in alike.items():
-        size = max(1, _together(members[0].device) // max(1, _values(rows, cols)))
-        batches += [members[at : at + size] for at in range(0, len(members), size)]
+    batches = _batches(items)
 
     def begin(number: int) -> Callable[[], Rounded]:
         return _begin_batch(batches[number], steps, shrink, options)
@@ -237,6 +231,18 @@ def round_units(
         coded |= {p.unit.name: x for p, x in zip(batch, there, strict=True)}
         centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
+
+
+def _batches(items: Sequence[Prepared]) -> list[list[Prepared]]:
+    """Return equally shaped units that are rounded together."""
+    alike: dict[tuple[int, int], list[Prepared]] = {}
+    for item in items:
+        alike.setdefault(item.shape, []).append(item)
+    batches: list[list[Prepared]] = []
+    for (rows, cols), members in alike.items():
+        size = max(1, _together(members[0].device) // max(1, _values(rows, cols)))
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
+    return batches
 
 
 def _sent(found: _Batch) -> Any:

@@ -101,10 +101,10 @@ class Tables:
 
     def flat(self, kind: str) -> npt.NDArray[np.int64]:
         """Concatenate the frequencies (`freq`) or cumulative frequencies (`cum`) of all classes."""
-        parts = [np.array([TOTAL, 1]) if kind == "freq" else np.array([0, TOTAL])]
-        for _, table in sorted(self.table.items()):
-            parts.append(table.freq if kind == "freq" else np.cumsum(table.freq) - table.freq)
-        return np.concatenate(parts)
+        if kind == "freq":
+            return np.concatenate([[TOTAL, 1], *(t.freq for _, t in sorted(self.table.items()))])
+        made = {id(t): np.cumsum(t.freq) - t.freq for t in self.table.values()}
+        return np.concatenate([[0, TOTAL], *(made[id(t)] for _, t in sorted(self.table.items()))])
 
     def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Return each symbol's entry in the concatenated tables, and a mask of the escaped symbols."""

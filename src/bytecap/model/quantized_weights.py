@@ -1,0 +1,213 @@
+"""Find the parts of quantized weights among the tensors of a checkpoint, scheme by scheme.
+
+A scheme names its codes, scales and zero points by endings of its own. What a config says of it, where layouts differ
+without a trace in the tensors (zero points of GPTQ's two versions), is read here as well; a layout that is none of
+those known is named, never guessed. Omitted: layouts that one kernel has shuffled for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bytecap.errors import CheckpointError
+from bytecap.model import dequantize
+from bytecap.model.building import parts
+from bytecap.model.fileset import Header
+
+Parts = Mapping[str, str]  # role to the name of a stored tensor
+Formula = Callable[[Mapping[str, Tensor]], Tensor]
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+_SCALES_OF_8 = ("_scale_inv", "_scale")  # behind the weight's name
+_SCALES_BESIDE = ("scale", "qscale_weight")  # in place of `weight`
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+            "mxfp4-pack-quantized", "mixed-precision", "dense")  # fmt: skip
+_LAYOUT_KEYS = ("format", "checkpoint_format", "version")  # in which writers of GPTQ and AWQ name it
+_ZEROS_OFF = {"gptq": 1, "gptq_v2": 0}  # what the stored zero points of a format of GPTQ lack
+_WIDTHS = (2, 4, 8)  # bits of packed integers
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in parts."""
+
+    parts: Parts
+    formula: Formula
+
+
+def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a config says of the quantization of its weights, itself or nested; None if it is dense."""
+    for part in parts(config):
+        found = part.get("quantization_config", part.get("compression_config"))
+        if isinstance(found, dict) and found:
+            return found
+    return None
+
+
+def method_of(settings: Mapping[str, Any]) -> str:
+    """Return the name of a quantization's method."""
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return "bitsandbytes"
+    method, form = settings.get("quant_method", settings.get("method")), settings.get("format")
+    return str(method or ("compressed-tensors" if form in _FORMATS else form) or "an unnamed method")
+
+
+def layout_not_read(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of a method's layout, empty if it has none, where it is one that is not read; else None."""
+    method, found = method_of(settings), None
+    if method == "compressed-tensors" and settings.get("format", "dense") not in _FORMATS:
+        found = settings["format"]
+    elif method == "gptq":
+        said = "marlin" if settings.get("is_marlin_format") else _layout(settings)
+        found = said if said not in _ZEROS_OFF else None
+        if found is None and settings.get("bits") not in dequantize.GPTQ_BITS:
+            return ""
+    elif method == "awq":
+        said = "llm-awq" if settings.get("backend") == "llm-awq" else _layout(settings)
+        found = said if said not in {"gemm", "GEMM"} else None
+        if found is None and settings.get("bits", settings.get("w_bit")) != 4:
+            return ""
+    return None if found is None else str(found)[:40]
+
+
+def _layout(settings: Mapping[str, Any]) -> str:
+    """Return the layout that a config of GPTQ or AWQ names, under one key or another; two that differ are none."""
+    said = dict.fromkeys(str(settings[k]) for k in _LAYOUT_KEYS if settings.get(k))
+    return " or ".join(said) or ("gemm" if method_of(settings) == "awq" else "gptq")
+
+
+def _float8(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Float8 weights with a scale for the whole, a row, or a block."""
+    block = settings.get("weight_block_size")
+    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
+        raise CheckpointError(f"quantization_config: weight_block_size is {str(block)[:40]}, not two numbers")
+    if block is not None and min(block) < 1:
+        raise CheckpointError(f"quantization_config: weight_block_size {block} holds a number below 1")
+
+    def formula(parts: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.block_scaled(parts["codes"], parts["scales"], block)
+
+    for name, entry in entries.items():
+        stem = name.rpartition(".")[0]
+        beside = [f"{stem}.{s}" for s in _SCALES_BESIDE] if name.endswith(".weight") else []
+        scale = next((n for n in (*(name + s for s in _SCALES_OF_8), *beside) if n in entries), None)
+        if entry["dtype"] in FLOAT8 and scale is not None:
+            yield name, Weight({"codes": name, "scales": scale}, formula)
+
+
+def _mxfp4(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Stacks of matrices in blocks of four-bit floats."""
+    for name in entries:
+        stem = name.removesuffix("_blocks")
+        if stem != name and f"{stem}_scales" in entries:
+            parts = {"codes": name, "scales": f"{stem}_scales"}
+            yield stem, Weight(parts, lambda p: dequantize.experts(p["codes"], p["scales"]))
+
+
+def _bitsandbytes(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Code books of 16 values in blocks, and rows of eight bits."""
+    for name, entry in entries.items():
+        stem = name.removesuffix("weight")
+        if entry["dtype"] == "I8" and f"{stem}SCB" in entries:
+            parts = {"codes": name, "scales": f"{stem}SCB"}
+            if f"{name}_format" in entries:
+                parts["format"] = f"{name}_format"
+            yield name, Weight(parts, _int8)
+        state = next((n for n in _states(name) if n in entries), None)
+        if state is not None:
+            parts = {"codes": name, "state": state} | {
+                role: f"{name}.{role}" for role in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+                if f"{name}.{role}" in entries
+            }  # fmt: skip
+            yield name, Weight(parts, _book)
+
+
+def _states(name: str) -> tuple[str, str]:
+    return f"{name}.quant_state.bitsandbytes__nf4", f"{name}.quant_state.bitsandbytes__fp4"
+
+
+def _int8(parts: Mapping[str, Tensor]) -> Tensor:
+    if int(parts["format"].reshape(-1)[0]) if "format" in parts else 0:
+        raise dequantize.Misfit("its rows are in the order of a GPU's kernel (weight_format)")
+    return dequantize.rows_of_int8(parts["codes"], parts["scales"])
+
+
+def _book(parts: Mapping[str, Tensor]) -> Tensor:
+    inner = [parts["nested_absmax"], parts["nested_quant_map"]] if "nested_absmax" in parts else []
+    state = dequantize.parse_state(parts["state"])
+    return dequantize.code_book(parts["codes"], parts["absmax"], parts["quant_map"], state, inner)
+
+
+def _compressed(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Packed and plain integers, and floats of four and eight bits, as the tensors themselves tell."""
+    groups = settings.get("config_groups")
+    members = groups.values() if isinstance(groups, dict) else ()
+    weights = [g.get("weights") for g in members if isinstance(g, dict)]
+    widths = sorted({w["num_bits"] for w in weights if isinstance(w, dict) and w.get("num_bits") in _WIDTHS})
+
+    def packed(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.packed_integers(p["codes"], p["scales"], p["shape"], p.get("zeros"), widths or _WIDTHS)
+
+    def floats(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.global_scaled(p["codes"], p["scales"], p.get("whole"))
+
+    def plain(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.integers(p["codes"], p["scales"], p.get("zeros"))
+
+    for name, entry in entries.items():
+        stem = name.removesuffix("_packed")
+        if f"{stem}_scale" not in entries:
+            continue
+        if f"{stem}_g_idx" in entries:
+            raise CheckpointError(f"{stem} is grouped in the order of activations ({stem}_g_idx), which is not read")
+        roles = {"scales": "_scale", "shape": "_shape", "zeros": "_zero_point", "whole": "_global_scale"}
+        parts = {"codes": name} | {r: stem + s for r, s in roles.items() if stem + s in entries}
+        if stem != name and entry["dtype"] == "I32" and "shape" in parts:
+            yield stem, Weight(parts, packed)
+        elif stem != name and entry["dtype"] == "U8" and "zeros" not in parts:
+            yield stem, Weight(parts, floats)
+        elif entry["dtype"] in (*FLOAT8, "I8"):
+            yield name, Weight(parts, plain)
+
+
+def _gptq(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Integers of 2 to 8 bits with a scale and a zero point for groups of inputs, in any order."""
+    off = _ZEROS_OFF[_layout(settings)]
+    size, own = settings.get("group_size"), bool(settings.get("dynamic"))  # where layers may have sizes of their own
+    group = size if type(size) is int and size > 0 and not own else None
+
+    def formula(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.gptq(p["codes"], p["zeros"], p["scales"], p.get("order"), group, off)
+
+    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {"order": "g_idx"}, formula)
+
+
+def _awq(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Integers of 4 bits with a scale and a zero point for groups of inputs, the even outputs of eight first."""
+
+    def formula(p: Mapping[str, Tensor]) -> Tensor:
+        return dequantize.awq(p["codes"], p["zeros"], p["scales"])
+
+    return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {}, formula)
+
+
+def _layers(
+    entries: Header, needed: Mapping[str, str], optional: Mapping[str, str], formula: Formula
+) -> Iterator[tuple[str, Weight]]:
+    """Layers whose codes are `qweight`, with what lies beside them by role."""
+    for name, entry in entries.items():
+        stem = name.removesuffix("qweight")
+        if stem == name or entry["dtype"] != "I32" or any(stem + n not in entries for n in needed.values()):
+            continue
+        beside = {role: stem + n for role, n in {**needed, **optional}.items() if stem + n in entries}
+        yield f"{stem}weight", Weight({"codes": name, **beside}, formula)
+
+
+FINDERS: dict[str, Callable[[Header, Mapping[str, Any]], Iterator[tuple[str, Weight]]]] = {
+    "fp8": _float8, "fbgemm_fp8": _float8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq,
+}  # fmt: skip
