@@ -43,6 +43,17 @@ def test_five_errors_are_asked_of_differences_and_refused_to_ties(script):
         assert not script.Claim("x", 1.0, 0.0, True, tie=tie).holds
 
 
+def test_files_for_other_programs_are_compared_recipe_by_recipe_and_menu_by_menu(script):
+    def row(method, kl, recipe="Q4_K_M"):
+        return {**pair(kl, 0.001, benchmark="formats"), "recipe": recipe, "method": method}
+
+    rows = [row("stock", 0.03), row("bytecap", 0.006), row("bytecap scalar", 0.007), row("bytecap", 0.1, "alone")]
+    one, other = script.formats([*rows, row("bytecap", 0.005)])
+    assert one.figures == ("0.0300 | 0.0050",)
+    assert one.ratio == pytest.approx(0.025 / 0.001 / 2**0.5)
+    assert other.figures == ("0.0070",)
+
+
 def test_paired_errors_go_first_where_lines_hold_them(script):
     plain = {k: v for k, v in pair(1.0, 0.04).items() if k not in {"benchmark", "model", "bits"}}
     row = pair(0.9, 0.03, benchmark="recover", without_recovery=plain)
