@@ -51,6 +51,9 @@ fast suite nightly avx2 sse coverage: export OMP_NUM_THREADS = 1
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 TIER := not nightly
 
+# What one process has compiled the others read: workers, passes and the processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 fast: $(INSTALLED)
 	$(PYTEST) -m 'not slow and not nightly and not browser' --hypothesis-profile=fast
 

@@ -5,6 +5,7 @@ import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what has two threads shares two cores with another worker
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 
 import pytest
@@ -173,6 +174,18 @@ def fitted(once, model_directory, texts):
         return once(("fitted", kind, method, budget, *sorted(changes.items())), make)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def block_code(once):
+    """Machine code of the block formats: one worker compiles it, which takes long, and the other reads what it kept."""
+    from bytecap.runtimes.blocks.encode import encode, prepare
+    from bytecap.runtimes.blocks.ggml import FORMATS
+
+    def make(_):
+        encode(torch.ones(4, 256).numpy(), prepare(torch.eye(256)), FORMATS["Q4_0"])
+
+    once("machine code of blocks", make)
 
 
 @pytest.fixture(scope="session")

@@ -269,10 +269,10 @@ class TestInterruption:
         ("number", "code"),
         [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.nightly)],
     )
-    def test_signals_to_a_real_process(self, tmp_path, texts, number, code):
-        process = spawn(
-            "fit", "demo", "--budget", "600kB", "-o", tmp_path / "out.bcap", "--calib", texts["calib"], "--eval",
-            texts["val"],
+    def test_signals_to_a_real_process(self, tmp_path, model_directory, texts, number, code):
+        process = spawn(  # a small model, and far more work than there is time for
+            "fit", model_directory(), "--budget", BUDGET, "-o", tmp_path / "out.bcap", "--calib", texts["calib"],
+            "--eval", texts["val"], "--recover", 100_000,
         )  # fmt: skip
         try:
             seen = ""

@@ -9,7 +9,6 @@ import warnings
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -261,15 +260,15 @@ class TestBudgets:
         real = statistics.probe
         monkeypatch.setattr(statistics, "probe", lambda *a, **k: calls.append(1) or real(*a, **k))
         found = bytecap.fit_budgets(
-            model_directory("rotary"), "21kB,23,000,24kB", calibration=texts["calib"], evaluation=texts["val"],
+            model_directory("rotary"), "21kB,24,000", calibration=texts["calib"], evaluation=texts["val"],
             output=tmp_path / "m-{budget}.bcap", **SMALL,
         )  # fmt: skip
         assert len(calls) == 1
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["m-21kB.bcap", "m-23,000.bcap", "m-24kB.bcap"]
-        assert [a.report["budget_bytes"] for a in found] == [21_000, 23_000, 24_000]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["m-21kB.bcap", "m-24,000.bcap"]
+        assert [a.report["budget_bytes"] for a in found] == [21_000, 24_000]
         assert found[0].data == fitted("rotary")[0].data == (tmp_path / "m-21kB.bcap").read_bytes()
-        assert found[2].data == fitted("rotary", budget=24_000)[0].data
-        assert np.all(np.diff([len(a.data) for a in found]) > 0)
+        assert found[1].data == fitted("rotary", budget=24_000)[0].data
+        assert len(found[0].data) < len(found[1].data)
 
     @pytest.mark.slow
     def test_bits_per_parameter(self, model_directory, texts):

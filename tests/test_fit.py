@@ -20,6 +20,10 @@ from conftest import BUDGET, KINDS, SMALL, build, save
 
 METHOD_NAMES = ("bytecap", "golf", "uniform")
 FAMILIES = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
+SOME_NUMERIC = [  # two families are enough to meet the sums of other processors
+    pytest.param(kind, marks=[pytest.mark.slow] * (kind != KINDS[0]) + [pytest.mark.numeric] * (kind in KINDS[:2]))
+    for kind in KINDS
+]
 
 
 def logits(module, length=48):
@@ -105,8 +109,7 @@ class TestEveryFamily:
         json.dumps(report)
 
 
-@pytest.mark.numeric
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", SOME_NUMERIC)
 def test_the_prediction_is_near_the_measurement(fitted, kind):
     report = fitted(kind)[0].report
     assert report["predicted_delta_nats"] == pytest.approx(report["kl_nats"], rel=0.5)
@@ -114,8 +117,7 @@ def test_the_prediction_is_near_the_measurement(fitted, kind):
     assert 0 <= report["duality_gap_nats"] < report["predicted_delta_nats"]
 
 
-@pytest.mark.numeric
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", SOME_NUMERIC)
 def test_the_default_is_closer_to_the_original_than_the_baselines(fitted, kind):
     ours, golf, uniform = (fitted(kind, m)[0].report["kl_nats"] for m in METHOD_NAMES)
     assert ours < golf < uniform

@@ -7,15 +7,16 @@ from bytecap.format.coders import Shared, run
 from bytecap.format.coders.bands import CODER as BANDS
 from bytecap.format.coders.packed import MAX_CODE, Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
+from bytecap.methods.baselines import golf
 from bytecap.methods.baselines.golf import (
     factorize,
     golf_sections,
     gptq,
     round_nearest,
     row_steps,
-    smallest,
-    with_brotli,
 )
+from bytecap.methods.baselines.golf_coders import smallest, with_brotli
+from bytecap.methods.baselines.gptq_batches import batches, feedback_together
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import tolerance
 from test_uniform import decoded, model, used
@@ -225,3 +226,39 @@ def test_rows_are_sorted_where_they_resemble_one_another():
     found = run([STACK.decode(section.data, codes.shape, "F32", Shared())])[0]
     np.testing.assert_array_equal(found, dequantize(matrix))
     assert smallest(Quantized(rng.permuted(matrix.codes, axis=1), matrix.scales)).tag == BANDS.tag
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(7, 5), (20, 150), (33, 300)])
+def test_matrices_of_one_shape_are_rounded_together_as_one_by_one(rows, cols):
+    rng = np.random.default_rng(1)
+    weights = [torch.from_numpy(rng.normal(size=(rows, cols)).astype(np.float32)) for _ in range(3)]
+    weights[1][2] = 0  # whose step is zero
+    factors = [factorize(torch.from_numpy(second_moment(cols, seed))) for seed in range(3)]
+    steps = torch.stack([row_steps(w, 12.5) for w in weights])
+    found = feedback_together(
+        weights, [f.upper for f in factors], [f.order for f in factors], steps.float(), MAX_CODE
+    )  # fmt: skip
+    for weight, factor, step, codes in zip(weights, factors, steps, found, strict=True):
+        expected = gptq(weight, factor, step).codes
+        assert (codes.numpy() == expected).mean() > 0.99  # sums in another order may round otherwise
+        assert np.abs(codes.numpy() - expected).max() <= 1
+
+
+def test_batches_hold_one_shape_and_no_more_than_is_meant(monkeypatch):
+    monkeypatch.setattr("bytecap.methods.baselines.gptq_batches._TOGETHER", 40)
+    assert list(batches({"a": (2, 4), "b": (3, 4), "c": (2, 4), "d": (50, 50)})) == [["a"], ["c"], ["b"], ["d"]]
+    assert list(batches({"a": (1, 4), "b": (1, 4), "c": (1, 4)})) == [["a", "b"], ["c"]]
+
+
+def test_a_gpu_gets_files_as_good(monkeypatch):
+    units, weights = model()
+    hessians = hessians_of(units)
+    plain = decoded(units, golf_sections(units, weights, hessians, {"embed"}, 16_000))
+    calls = []
+    monkeypatch.setattr(golf.Search, "there", lambda _, weight: calls.append(len(weight)) or True)
+    sections = golf_sections(units, weights, hessians, {"embed"}, 16_000)
+    assert calls
+    assert used(sections) <= 16_000
+    assert used(sections) >= 16_000 - tolerance(16_000)
+    for one, other in zip(decoded(units, sections).values(), plain.values(), strict=True):
+        assert (one - other).std() < 0.2 * other.std()

@@ -223,6 +223,7 @@ class TestWriters:
         kept = {"out.bcap"}
         full(2 * BUDGET, tmp_path / "r.html", *job(), "--report", tmp_path / "r.html", kept=kept)
 
+    @pytest.mark.usefixtures("block_code")
     @pytest.mark.parametrize("form", ["mlx", "compressed-tensors"])
     def test_directories(self, full, other, tmp_path, form):
         out = tmp_path / "out"

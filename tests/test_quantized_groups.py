@@ -186,6 +186,8 @@ class TestMisfits:
         ("g_idx", lambda t: t[:-1], "an order of shape"), ("g_idx", lambda t: t + 99, "an order of shape"),
         ("g_idx", lambda t: t - 1, "an order of shape"), ("qweight", lambda t: t[:0], "cannot be dequantized"),
         ("scales", lambda t: t[:, :0], "scales of"), ("qzeros", lambda t: t.flatten(), "with scales of"),
+        ("qzeros", lambda t: t.long(), "zeros of int64"), ("qzeros", lambda t: t.half(), "zeros of float16"),
+        ("scales", lambda t: t.int(), "scales of int32"), ("g_idx", lambda t: t + 0.5, "an order of shape"),
     ])  # fmt: skip
     def test_parts_that_do_not_fit(self, checkpoint, part, change, said):
         c = fill(checkpoint(settings()), lambda shape: gptq(shape, 4))
@@ -231,6 +233,7 @@ class TestMisfits:
     @pytest.mark.parametrize(("part", "change"), [
         ("qweight", lambda t: t[:-1]), ("qweight", lambda t: t[:, :-1]), ("qzeros", lambda t: t[:-1]),
         ("scales", lambda t: t[:, :-8]), ("scales", lambda t: t[:-1]), ("qweight", lambda t: t.flatten()),
+        ("qzeros", lambda t: t.long()), ("scales", lambda t: t.byte()),
     ])  # fmt: skip
     def test_parts_of_awq_that_do_not_fit(self, checkpoint, part, change):
         c = fill(checkpoint(settings("awq")), awq)

@@ -55,6 +55,11 @@ def plain(fit):
     return fit()[0]
 
 
+@pytest.fixture(scope="module")
+def recovered(fit):
+    return fit(recover="8")[0]
+
+
 @pytest.mark.slow
 class TestWholeFits:
     @pytest.mark.nightly
@@ -71,8 +76,8 @@ class TestWholeFits:
         assert all(found.report["without_recovery"][f"{w}_difference_stderr"] > 0 for w in ("kl", "delta"))
 
     @pytest.mark.numeric
-    def test_never_worse_and_the_same_bytes_twice(self, fit, plain):
-        found, again = fit(recover="8")[0], fit(recover="8")[0]
+    def test_never_worse_and_the_same_bytes_twice(self, fit, plain, recovered):
+        found, again = fit(recover="8")[0], recovered
         assert found.data == again.data
         assert len(found.data) <= BUDGET
         assert found.report["predicted_delta_nats"] <= plain.report["predicted_delta_nats"]
@@ -118,9 +123,8 @@ class TestWholeFits:
         _, notes = fit(recover="1")
         assert any(re.search(r"text of [0-9,]+ tokens was read [0-9.]+ times", n) for n in notes)
 
-    def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, tmp_path, monkeypatch):
+    def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, recovered, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
-        whole = fit(recover="8", store=tmp_path / "one")[0]
         moves, move = [], tuning._TuningRun.iterate
 
         def killed(self, *args):
@@ -133,7 +137,7 @@ class TestWholeFits:
         with pytest.raises(KeyboardInterrupt):
             fit(recover="8", store=tmp_path / "two")
         monkeypatch.setattr(tuning._TuningRun, "iterate", lambda self, *args: (moves.append(2), move(self, *args))[1])
-        assert fit(recover="8", store=tmp_path / "two")[0].data == whole.data
+        assert fit(recover="8", store=tmp_path / "two")[0].data == recovered.data
         assert moves.count(2) < 8
 
     def test_a_text_without_recovery_is_refused(self, refused, job, texts):

@@ -7,6 +7,10 @@ Every unit gets `H` and `G` such that an error `E = W^ - W` of shape (rows, cols
 Several uses of one tensor (a tied embedding and head) are joined by a shared column metric and row factors
 from per-row traces. Rows that calibration never touched get the energy of half a token, not zero.
 Units without a known use (norms, biases) have a diagonal Fisher only.
+
+Most rows of a vocabulary are rare, and what a few thousand tokens say about the energy of one is whether it came up.
+Where a table is head and embedding at once, the head knows better: its row energies are the model's own predictions of
+how often a token comes, summed over all positions. Rows of lookups that came up seldom are drawn towards these.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from bytecap.errors import CheckpointError
 from bytecap.types import Unit
 
 _UNSEEN_TOKENS = 0.5  # tokens' worth of gradient energy given to every row
+_PREDICTED_TOKENS = 0.02  # the same where every row is predicted
+_TEMPER = 0.6  # power of predicted frequencies: text to come is less like the text at hand than that is like itself
+_PRIOR = 20.0  # occurrences that the prediction counts for
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,40 @@ class Metric:
         return float(((e @ self.hessian) * e).sum(1) @ self.rows) / 2
 
 
-def _normal_form(use: Use, tokens: int) -> tuple[Tensor, Tensor]:
+def _looked_up(use: Use) -> bool:
+    """Return whether a use is a lookup, whose weight is its whole energy."""
+    weight = float(use.weight)
+    return weight > 0 and math.isclose(weight, float(use.rows.sum()), rel_tol=1e-5)
+
+
+def _expected(uses: Sequence[Use], tokens: int) -> tuple[list[Use], float]:
+    """Draw the rows of lookups towards the frequencies that a head over the same rows predicts.
+
+    Of `n` occurrences where `m` were expected, `(n n + c m) / (n + c)` are believed in: what comes up often is what it
+    is, also where no model predicts it, such as the token in front of every document.
+
+    Returns:
+        The uses, and the tokens' worth of energy that every row is given besides.
+    """
+    heads = [u.rows / u.rows.sum() for u in uses if not _looked_up(u) and float(u.rows.sum()) > 0]
+    if len(heads) in {0, len(uses)} or not all(len(h) == len(uses[0].rows) for h in heads):
+        return list(uses), _UNSEEN_TOKENS
+    frequency = torch.stack(heads).mean(0) ** _TEMPER
+    expected = tokens * frequency / frequency.sum()
+    return [replace(u, rows=_believed(u.rows, expected)) if _looked_up(u) else u for u in uses], _PREDICTED_TOKENS
+
+
+def _believed(rows: Tensor, expected: Tensor) -> Tensor:
+    """Return row energies (rows,) drawn towards expected occurrences (rows,); their sum stays."""
+    total = rows.sum()
+    seen = rows * (expected.sum() / total)
+    believed = (seen * seen + _PRIOR * expected) / (seen + _PRIOR)
+    return believed * (total / believed.sum())
+
+
+def _normal_form(use: Use, tokens: int, unseen: float) -> tuple[Tensor, Tensor]:
     """Return (H, G) of one use with smoothed rows; H carries the scale and G has mean 1."""
-    rows = use.rows + _UNSEEN_TOKENS * float(use.rows.sum()) / max(1, tokens)
+    rows = use.rows + unseen * float(use.rows.sum()) / max(1, tokens)
     mean = float(rows.mean())
     scale = mean / max(float(use.weight), 1e-300) / tokens
     return use.moment * scale, rows / max(mean, 1e-300)
@@ -65,7 +103,8 @@ def join(uses: Sequence[Use], tokens: int) -> Metric:
         uses: statistics of each use.
         tokens: number of predicted tokens behind them.
     """
-    forms = [_normal_form(u, tokens) for u in uses]
+    expected, unseen = _expected(uses, tokens)
+    forms = [_normal_form(u, tokens, unseen) for u in expected]
     hessian = forms[0][0] if len(forms) == 1 else torch.stack([h for h, _ in forms]).sum(0)
     traces = [float(h.diagonal().mean()) for h, _ in forms]
     total = max(sum(traces), 1e-300)

@@ -166,6 +166,7 @@ def gptq(words: Tensor, zeros: Tensor, scales: Tensor, order: Tensor | None, gro
     """
     if words.ndim != 2 or zeros.ndim != 2 or scales.ndim != 2 or words.shape[1] != scales.shape[1]:
         raise Misfit(f"words of shape {list(words.shape)} with scales of {list(scales.shape)}")
+    _check_kinds(zeros, scales)
     groups, outputs = scales.shape
     bits = _WORD * zeros.shape[1] // max(outputs, 1)
     if bits not in GPTQ_BITS or zeros.shape != (groups, outputs * bits // _WORD) or outputs * bits % _WORD:
@@ -178,6 +179,11 @@ def gptq(words: Tensor, zeros: Tensor, scales: Tensor, order: Tensor | None, gro
     return (codes - offsets[:, member]).to(torch.float32) * scales.to(torch.float32).T[:, member]
 
 
+def _check_kinds(zeros: Tensor, scales: Tensor) -> None:
+    if zeros.dtype != torch.int32 or not scales.is_floating_point():
+        raise Misfit(f"zeros of {str(zeros.dtype)[6:]} and scales of {str(scales.dtype)[6:]}")
+
+
 def _groups(inputs: int, groups: int, order: Tensor | None, group: int | None) -> Tensor:
     """The group of every input.
 
@@ -185,7 +191,8 @@ def _groups(inputs: int, groups: int, order: Tensor | None, group: int | None) -
         Misfit: there are others, or fewer of them.
     """
     if order is not None and (groups == 1 or bool(order.any())):
-        if order.shape != (inputs,) or int(order.min()) < 0 or int(order.max()) >= groups:
+        whole = order.shape == (inputs,) and not order.is_floating_point()
+        if not whole or int(order.min()) < 0 or int(order.max()) >= groups:
             raise Misfit(f"an order of shape {list(order.shape)} for {inputs} inputs in {groups} groups")
         return order.to(torch.int64)
     side = group or (inputs // groups if groups and inputs % groups == 0 else 0)
@@ -211,6 +218,7 @@ def awq(words: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     fit = words.ndim == zeros.ndim == scales.ndim == 2 and words.shape[1] == zeros.shape[1]
     if not fit or zeros.shape[0] != scales.shape[0] or scales.shape[1] != words.shape[1] * len(_AWQ_PLACES):
         raise Misfit(f"words of shape {list(words.shape)} with scales of {list(scales.shape)}")
+    _check_kinds(zeros, scales)
     member = _groups(words.shape[0], scales.shape[0], None, None)
     codes, offsets = _in_order(words), _in_order(zeros)
     value: Tensor = (codes - offsets[member]).to(torch.float32) * scales.to(torch.float32)[member]

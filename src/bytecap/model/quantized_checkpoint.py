@@ -159,12 +159,12 @@ def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0
     return found
 
 
-def roughly_dense(config: bytes, headers: dict[Path, Header]) -> dict[Path, Header]:
+def roughly_dense(config: Mapping[str, Any], headers: dict[Path, Header]) -> dict[Path, Header]:
     """Return headers that have as many values as the dense weights, so that memory can be planned before they are read.
 
     Shapes are not those of the weights: codes that share a byte or a word are counted along an axis of their own.
     """
-    settings = settings_of(json.loads(config))
+    settings = settings_of(config)
     if settings is None:
         return headers
     said = settings.get("bits", settings.get("w_bit"))

@@ -23,7 +23,7 @@ from bytecap.format.updates import units_of
 from bytecap.job.config import FitConfig
 from bytecap.model import gguf_file
 from bytecap.model.checkpoint import Model, load_checkpoint, resolve
-from bytecap.model.fileset import Header, read_headers
+from bytecap.model.fileset import Header, read_config, read_headers
 from bytecap.model.quantized_checkpoint import roughly_dense
 from bytecap.model.streamed_artifact import streamed_module
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
@@ -158,7 +158,7 @@ def _reason(config: FitConfig) -> str | None:
 def _headers(directory: Path, allow: object) -> dict[Path, Header]:
     try:
         headers = read_headers(directory, allow)[0]  # type: ignore[arg-type]
-        return roughly_dense((directory / "config.json").read_bytes(), headers)
+        return roughly_dense(read_config(directory), headers)
     except (BytecapError, OSError):
         return {}  # which opening it says again, in its own order
 

@@ -24,8 +24,8 @@ not. Then single tensors, and rows of one, move to the finer `k` until the cap i
 
 Source: Frantar et al., GPTQ (arXiv:2210.17323), from which two details differ, both to its advantage: inputs that
 calibration never saw keep their weights (the reference code sets them to zero), and nothing is ever clipped to a
-bit width. Every tensor takes the smallest of three coders (`smallest`), at most what zpaq -m5 over whole roles takes;
-the record's low-rank residual on three tensors is an option, see LOG.md for what it costs here.
+bit width. Every tensor takes the smallest of three coders (`golf_coders`), at most what zpaq -m5 over whole roles
+takes; the record's low-rank residual on three tensors is an option, see LOG.md for what it costs here.
 
 >>> weight = torch.tensor([[0.9, -0.2, 0.4, 0.0], [0.1, 0.7, -0.6, 0.3]])
 >>> gptq(weight, factorize(torch.eye(4, dtype=torch.float64)), row_steps(weight, 31.0)).codes.tolist()
@@ -35,7 +35,7 @@ the record's low-rank residual on three tensors is an option, see LOG.md for wha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,10 @@ import torch
 from torch import Tensor
 
 from bytecap.errors import BudgetError
-from bytecap.format.coders.bands import CODER as BANDS
-from bytecap.format.coders.packed import BROTLI, CODER, MAX_CODE, Quantized
-from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.overlays.order import CODER as ORDER
-from bytecap.format.overlays.order import by_likeness
+from bytecap.format.coders.packed import MAX_CODE, Quantized
 from bytecap.job import Section
+from bytecap.methods.baselines.golf_coders import WRITERS, with_brotli
+from bytecap.methods.baselines.gptq_batches import batches, feedback_together
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import (
     Measured,
@@ -72,7 +70,6 @@ _FINEST, _COARSEST = 0.01, 400.0  # k: about 13 bits a weight; next to nothing l
 _SAMPLE_ROWS = 256  # of every matrix, for estimates
 _CLOSE = 1.03  # largest ratio of the two k that are mixed in the end
 _REFILLS = 4
-_SORTED_ROWS = 16_384  # sorting takes time of the square
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,12 @@ def factorize(hessian: Tensor, damping: float = DAMPING, last: Sequence[int] = (
     """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
-    late = torch.zeros(len(hessian))
+    late = torch.zeros(len(hessian), device=hessian.device)
     late[list(last)] = 1
     order = torch.argsort(diagonal, descending=True, stable=True)
     order = order[torch.argsort(late[order], stable=True)]
     if not mean > 0:  # no input was ever seen: without feedback, this is round to nearest
-        return Factor(torch.eye(len(hessian)), order)
+        return Factor(torch.eye(len(hessian), device=hessian.device), order)
     damped = (hessian.double() / mean)[order][:, order]
     damped.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -134,7 +131,7 @@ def _inverse(step: Tensor) -> Tensor:
 
 def _quantized(codes: Tensor, steps: Tensor) -> Quantized:
     small = bool(codes.abs().max() <= 127) if codes.numel() else True
-    return Quantized(codes.to(torch.int8 if small else torch.int16).contiguous().numpy(), steps.numpy())
+    return Quantized(codes.to(torch.int8 if small else torch.int16).contiguous().cpu().numpy(), steps.cpu().numpy())
 
 
 def round_nearest(weight: Tensor, steps: Tensor) -> Quantized:
@@ -195,31 +192,6 @@ def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:
     return float(counts @ np.log2(wide.size / counts)) / 8 if wide.size else 0.0
 
 
-def with_brotli(matrix: Quantized) -> Section:
-    """Return a `packed` section under brotli-11."""
-    return Section(CODER.tag, CODER.encode(matrix, BROTLI))
-
-
-def sorted_rows(matrix: Quantized) -> Section:
-    """Return a `packed` section under brotli-11 with similar rows together, and the permutation back."""
-    chain = by_likeness(matrix.codes)
-    base = with_brotli(Quantized(matrix.codes[chain], matrix.scales[chain]))
-    return Section(STACK.tag, STACK.encode((base.tag, base.data), [(ORDER.tag, ORDER.encode(np.argsort(chain)))]))
-
-
-def smallest(matrix: Quantized) -> Section:
-    """Return the smallest of `packed` under brotli-11, `bands`, and, where rows may be alike, sorted rows."""
-    plain, banded = with_brotli(matrix), Section(BANDS.tag, BANDS.encode(matrix))
-    found = [plain, banded]
-    rows, cols = matrix.codes.shape
-    if rows <= _SORTED_ROWS and (rows > 4 * cols or len(plain.data) <= len(banded.data)):
-        found.append(sorted_rows(matrix))
-    return min(found, key=lambda s: len(s.data))
-
-
-WRITERS: dict[str, Writer] = {"best": smallest, "brotli": with_brotli}
-
-
 @dataclass
 class Search:
     """All matrices of a model as functions of `k`.
@@ -246,13 +218,32 @@ class Search:
         k_embedding = K_EMBEDDING * (k / K) ** self.power
         return round_nearest(weight, row_steps(weight, k_embedding, EMBEDDING_LEVELS))
 
+    def there(self, weight: Tensor) -> bool:
+        """Return whether a matrix lies where matrices are better rounded together."""
+        return weight.is_cuda
+
+    def quantized(self, k: float, strides: Mapping[str, int]) -> Iterator[tuple[str, Quantized]]:
+        """Yield all matrices at `k`, or rows of each at a stride; on a GPU those of one shape are rounded together."""
+        weights = {n: w[:: strides.get(n, 1)] for n, w in self.weights.items()}
+        together = {n: (len(w), w.shape[1]) for n, w in weights.items() if n in self.factors and self.there(w)}
+        yield from ((n, self.quantize(n, k, strides.get(n, 1))) for n in weights if n not in together)
+        for names in batches(together):
+            steps = torch.stack([row_steps(weights[n], k) for n in names])
+            factors = [self.factors[n] for n in names]
+            codes = feedback_together(
+                [weights[n] for n in names], [f.upper for f in factors], [f.order for f in factors], steps.float(),
+                MAX_CODE,
+            )  # fmt: skip
+            yield from ((n, _quantized(c, s)) for n, c, s in zip(names, codes, steps, strict=True))
+
     def estimate(self, k: float) -> float:
         """Estimate the bytes of all sections at `k`, before calibration."""
+        strides = {n: max(1, len(w) // _SAMPLE_ROWS) for n, w in self.weights.items()}
+        found = {n: (entropy_bytes(q.codes), max(1, len(q.codes))) for n, q in self.quantized(k, strides)}
         size = 0.0
         for name, weight in self.weights.items():
-            stride = max(1, len(weight) // _SAMPLE_ROWS)
-            sample = self.quantize(name, k, stride).codes
-            size += entropy_bytes(sample) * len(weight) / max(1, len(sample)) + 1.5 * len(weight) + 16
+            sampled, rows = found[name]
+            size += sampled * len(weight) / rows + 1.5 * len(weight) + 16
         return size
 
     def solve(self, target: float, start: float) -> float:
@@ -276,7 +267,8 @@ class Search:
 
     def measure(self, k: float) -> dict[str, Measured]:
         """Code real sections at `k`, and calibrate the estimate on them."""
-        found = measure({n: self.quantize(n, k) for n in self.weights}, self.write)
+        matrices = dict(self.quantized(k, {}))
+        found = measure({n: matrices[n] for n in self.weights}, self.write)
         self.overhead = total(found) / max(1.0, self.estimate(k))
         return found
 
@@ -325,6 +317,7 @@ def golf_sections(
     embedding_power: float = 1.0,
     coder: str = "best",
     residual: Residual | None = None,
+    device: str = "cpu",
 ) -> dict[str, Section]:
     """Code all units with the record-shaped quantizer in at most `capacity` bytes.
 
@@ -338,6 +331,7 @@ def golf_sections(
         embedding_power: how `k_emb` follows `k`; 0 keeps it at the published 15.
         coder: "best" of brotli, brotli over sorted rows and `bands` for every tensor, or "brotli" for all.
         residual: a low-rank residual on the tensors of largest error; none by default.
+        device: that rounds.
 
     Raises:
         BudgetError: even the coarsest `k` does not fit; `.floor` is the size it needs.
@@ -346,7 +340,9 @@ def golf_sections(
     fixed = sum(len(s.data) for s in sections.values()) + (residual.bytes(units, hessians) if residual else 0)
     matrices = {u.name: weights[u.name].detach().float().cpu() for u in units if u.name not in sections}
     linear = [n for n in matrices if n in hessians and n not in embeddings]
-    search = Search(matrices, {n: factorize(hessians[n].cpu()) for n in linear}, embedding_power, WRITERS[coder])
+    factors = {n: factorize(hessians[n].to(device)) for n in linear}
+    there = {n: w.to(device) for n, w in matrices.items()}
+    search = Search(there, factors, embedding_power, WRITERS[coder])
     report: Progress = progress if progress is not None else lambda _: None
     try:
         low, high, k = _bracket(search, capacity - fixed, report) if matrices else ({}, {}, K)

@@ -17,7 +17,8 @@ from bytecap.model.checkpoint import as_matrix
 
 def run_golf(job: Job) -> Outcome:
     """Run the record-shaped Parameter Golf quantizer on plain second moments of inputs."""
-    from bytecap.methods.baselines.golf import WRITERS, golf_sections
+    from bytecap.methods.baselines.golf import golf_sections
+    from bytecap.methods.baselines.golf_coders import WRITERS
     from bytecap.methods.baselines.residual import Residual
 
     chosen: dict[str, Any] = {"coder": "best", "lowrank_bits": 0, "embedding_power": 1.0}
@@ -27,7 +28,7 @@ def run_golf(job: Job) -> Outcome:
     chosen |= job.options
     if chosen["coder"] not in WRITERS or chosen["lowrank_bits"] not in range(9):
         raise UsageError(f"golf has no coder {chosen['coder']!r}, or no factors of {chosen['lowrank_bits']!r} bits")
-    how: dict[str, Any] = {"coder": chosen["coder"], "embedding_power": chosen["embedding_power"]}
+    how: dict[str, Any] = {"device": job.device, "coder": chosen["coder"], "embedding_power": chosen["embedding_power"]}
     how["residual"] = Residual(chosen["lowrank_bits"]) if chosen["lowrank_bits"] else None
     hessians, embeddings = second_moments(job)
     with job.reporter.step("bisection to the cap", 1):
