@@ -25,7 +25,7 @@ from bytecap.format.entropy import jit, kernels, shared_tables
 from bytecap.format.entropy.frequencies import Table, Tables, integer_frequencies
 from bytecap.format.entropy.rans import Source, Stream, encode, encode_all, split, zigzag_bytes
 from bytecap.format.entropy.rans import decode as entropy_decode
-from bytecap.format.entropy.shared_tables import dump_shared
+from bytecap.format.entropy.shared_tables import dump_shared, fit_shared
 from bytecap.format.overlays.columns import CODER as COLUMNS
 from bytecap.format.overlays.lowrank import CODER as LOWRANK
 from bytecap.format.sidefiles import bpe_merges, packing
@@ -235,6 +235,14 @@ def test_sides_are_counted_as_numpy_counts_them():
         assert found[0] == base
         if len(set(values.tolist())) > 1:
             assert found[1:] == tables.cheapest(*np.unique(values - base, return_counts=True))
+
+
+def test_alike_classes_come_down_to_one_table():
+    counts = np.zeros((64, 4))
+    counts[20:23] = (30, 20, 5, 1)
+    shared = fit_shared(counts, np.zeros((2, 64, 17)), None)
+    assert len(shared.tables.distinct()) == 1
+    assert list(shared.tables.table) == list(range(1, 64))
 
 
 def test_there_must_be_a_table_for_side_information():
