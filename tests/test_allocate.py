@@ -210,6 +210,7 @@ class TestBetweenMeasuredPoints:
 
 
 class TestAgainstBruteForce:
+    @pytest.mark.slow
     @settings(max_examples=150)
     @given(st.lists(POINTS, min_size=1, max_size=4), st.floats(0, 1))
     def test_feasible_and_no_further_from_the_optimum_than_the_gap(self, raw, share):
@@ -255,6 +256,7 @@ class TestAgainstIntegerProgramming:
         best = integer_program(curves, budget)
         assert best - 1e-5 <= plan.distortion <= best + plan.gap + 1e-5
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("bits", [1.5, 2.5, 3.5])
     def test_many_convex_units_come_within_a_thousandth(self, bits):
         curves = convex_curves(80, points=33)  # an eighth of a bit apart

@@ -80,6 +80,7 @@ class TestNames:
 
 
 class TestWithoutTorch:
+    @pytest.mark.slow
     def test_import_and_load(self, fitted):
         _, path = fitted("rotary")
         done = run_blocked(
@@ -157,6 +158,7 @@ class TestSource:
             words = set(re.findall(r"[a-z0-9]+", text)) - NAMES_OF_GGUF.get(path.name, set())
             assert not words & forbidden, path
 
+    @pytest.mark.slow
     def test_nothing_from_a_file_is_ever_executed(self):
         for path in files():
             self.check_calls(path, ast.parse(path.read_text("utf-8")))

@@ -221,6 +221,7 @@ def extreme(cols: int) -> st.SearchStrategy[np.ndarray]:
     return st.builds(make, kinds, scales, st.integers(0, 2**16))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(NAMES), weight=extreme(256), fed=st.booleans())
 def test_extreme_blocks(name: str, weight: np.ndarray, fed: bool) -> None:

@@ -74,6 +74,7 @@ def test_logits_in_pieces_give_the_same_statistics_but_for_what_is_sampled(pair,
         assert 0.8 < float(use.rows.sum() / whole[name][0].rows.sum()) < 1.25, name
 
 
+@pytest.mark.slow
 def test_batches_are_halved_where_the_device_has_no_room_and_nothing_stays(pair, monkeypatch):
     _, streamed = pair("rotary", num_hidden_layers=3)
     monkeypatch.setattr("bytecap.calibration.streamed._batch_tokens", lambda *_: 128)

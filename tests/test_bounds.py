@@ -194,6 +194,7 @@ class Lines:
         return self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPELLINGS)
 def test_spelling_takes_so_many_steps_for_every_byte(kind):
     data = files_of(SPELLINGS[kind])
@@ -212,6 +213,7 @@ def test_spelling_takes_so_many_steps_for_every_byte(kind):
     assert lines.count < most
 
 
+@pytest.mark.slow
 def test_decisions_are_counted_by_the_other_reader_too():
     for kind in ("many letters", "a great alphabet", "many files"):
         data = files_of(SPELLINGS[kind])
@@ -226,6 +228,7 @@ def test_decisions_run_out():
         bpe_merges.read(block, ["a", "b"], 1, bpe_merges.Spelling(1 << 24, 10))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_takes_a_share_of_its_allowance():
     """Sound files stay far below the bound."""
     from bytecap.model.checkpoint import demo_directory

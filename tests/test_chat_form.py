@@ -36,6 +36,7 @@ def files(tokenizer_json):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [CHATML, BRACKETS])
 def test_it_writes_what_the_template_does(files, template):
     form = chat_form(files(template), "m")

@@ -237,6 +237,7 @@ class TestTokenizers:
 class TestDryRun:
     """What `--dry-run` says, without a fit."""
 
+    @pytest.mark.slow
     def test_it_lists_floors_and_what_would_be_fitted(self, two, texts, monkeypatch):
         monkeypatch.setattr(module, "fit_config", None)
         options = {"evaluation": texts["val"], "evaluation_bytes": 3000, "method": "uniform"}

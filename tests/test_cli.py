@@ -37,6 +37,7 @@ class TestJson:
         for text in report["texts"]:
             assert set(text) >= {"name", "bpb_original", "bpb_artifact", "kl_nats", "kl_stderr", "same_top1"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["golf", "uniform"])
     def test_fit_with_a_baseline_has_null_where_nothing_is_predicted(self, run, job, method):
         code, out, _ = run(*job(), "--method", method, "--json")
@@ -167,6 +168,7 @@ class TestHelp:
         for group in ("golf", "export"):
             assert {*known[group].commands} == {words[1] for words in self.COMMANDS if words[0] == group}
 
+    @pytest.mark.slow
     def test_every_default_is_shown(self):
         for command, option in self.options():
             if not (option.is_flag or option.required or option.name in {"help", "as_json"}):
@@ -194,6 +196,7 @@ class TestHelp:
                     )
                     assert option.default == python, (command, option.name)
 
+    @pytest.mark.slow
     def test_long_and_short_words(self):
         words = {command: set() for command, _ in self.options()}
         for command, option in self.options():
@@ -212,6 +215,7 @@ class TestTalk:
         for words in ("bits per parameter", "KL to the original", "same top-1", "predicted", "disjoint"):
             assert words in said
 
+    @pytest.mark.slow
     def test_the_embedded_texts_are_announced(self, run, model_directory, tmp_path):
         code, _, err = run(
             "fit", model_directory("rotary"), "--budget", BUDGET, "-o", tmp_path / "out.bcap", *FAST
@@ -225,6 +229,7 @@ class TestTalk:
         assert "without any loss" in " ".join((out + err).split())
         assert (tmp_path / "out.bcap").stat().st_size < 1_000_000
 
+    @pytest.mark.slow
     def test_ledger_check_eval_and_version(self, run, fitted, texts):
         _, path = fitted("rotary")
         code, out, _ = run("ledger", path)

@@ -89,6 +89,7 @@ def test_codebook_round_trip(shape, n, g, byte):
     np.testing.assert_array_equal(decode(6, again, shape), 2 * found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "g"), [(16, 1), (256, 2), (64, 4)])
 def test_published_packing_has_the_published_size(weights, n, g):
     for w in weights.values():

@@ -322,6 +322,7 @@ class TestOptionsOfTheMethod:
         assert len(told) == 1
         assert "the option groups of method bytecap does nothing any more: row groups" in told[0]
 
+    @pytest.mark.slow
     def test_the_warning_reaches_the_user(self, model_directory, texts):
         with pytest.warns(bytecap.BytecapWarning, match="groups of method bytecap does nothing any more"):
             bytecap.fit(

@@ -44,6 +44,7 @@ def test_trellises_have_numpys_bits(memory, first, groups):
         assert both(9 if memory == 3 else 15, data, shape)
 
 
+@pytest.mark.slow
 def test_many_lanes_and_blocks_of_rows(monkeypatch):
     """Lanes wrap inside rows, and paths go on from block to block."""
     shape = (300, 90)  # four lanes
@@ -112,6 +113,7 @@ def test_a_class_without_a_table_is_refused(monkeypatch):
         run([GRID.decode(data, (2, 3), "F32", fewer)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [True, False])
 def test_damage_is_refused(engine, monkeypatch):
     monkeypatch.setattr(jit, "worth", lambda _: engine)

@@ -50,6 +50,7 @@ def made(model_directory, texts, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "types"), [("mlx", None), ("compressed-tensors", ["w4g32a", "w4c"])])
 def test_recovery_keeps_bytes_and_codes_and_lowers_the_kl(name, types, model_directory, texts, tmp_path):
     report = fit_directory(

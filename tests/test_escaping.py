@@ -95,6 +95,7 @@ def figures(request, tmp_path, fitted):
     return thesis_page, judge(thesis_lines() + thesis_lines("golf"))
 
 
+@pytest.mark.slow
 def test_no_text_becomes_markup(figures):
     """One text after another is replaced by markup, and by letters: the page's markup is the same."""
     page, found = figures
@@ -166,6 +167,7 @@ def test_lines_that_no_run_has_written(kind, tmp_path):
 CONTROLS = "zz\x1b[2J\x1b]0;t\x07[bold]\u202e\r\n\x9b31m"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["compare", "thesis"])
 def test_names_in_lines_do_not_speak_to_the_terminal(kind, tmp_path, run):
     path, shown = tmp_path / "lines.jsonl", 0

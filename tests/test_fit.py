@@ -162,6 +162,7 @@ def test_same_inputs_and_seed_give_the_same_bytes(fitted, model_directory, texts
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["golf", "uniform"])
 def test_the_baselines_are_deterministic(fitted, model_directory, texts, method):
     before, _ = fitted("offset", method)
@@ -338,6 +339,7 @@ def test_several_evaluation_texts_weigh_the_same(model_directory, texts):
     assert result.report["kl_stderr"] == pytest.approx(math.hypot(*(p["kl_stderr"] for p in parts)) / 2)
 
 
+@pytest.mark.slow
 def test_the_embedded_texts_stand_in_with_a_warning(model_directory):
     with pytest.warns(bytecap.BytecapWarning):
         (warning,) = bytecap.fit(model_directory("rotary"), BUDGET, method="uniform", **SMALL).report["warnings"]

@@ -40,6 +40,7 @@ def keywords(node):
     return {k.arg: getattr(k.value, "value", None) for k in node.keywords}
 
 
+@pytest.mark.slow
 def test_one_door_to_what_may_run_code():
     seen = set()
     for file, node, name in calls():
@@ -160,6 +161,7 @@ def artifact(path, source, changes):
     return path
 
 
+@pytest.mark.slow
 def test_nothing_foreign_runs(model_directory, fitted, texts, tmp_path):
     calls, wanted = [], []
     for i, (changes, said) in enumerate(DIRECTORIES):

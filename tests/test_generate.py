@@ -179,6 +179,7 @@ class TestChat:
         assert template_of({"tokenizer_config.json": json.dumps({"chat_template": several}).encode()}) == "y"
         assert template_of({}) is None
 
+    @pytest.mark.slow
     def test_a_question_is_put_into_the_template(self, endless, monkeypatch):
         path = endless(chat_template__jinja=TEMPLATE)
         seen = []
@@ -199,6 +200,7 @@ class TestChat:
         )
         assert isinstance("".join(generate(out, "Why?", chat=True, tokens=3, sampling=GREEDY)), str)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "template",
         ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}",
@@ -208,6 +210,7 @@ class TestChat:
         with pytest.raises(bytecap.ArtifactError, match=r"the chat template of .* cannot be rendered"):
             generate(endless(chat_template__jinja=template), "Why?", chat=True)
 
+    @pytest.mark.slow
     def test_no_class_that_a_config_names_is_looked_up(self, endless):
         path = endless(
             chat_template__jinja=TEMPLATE,

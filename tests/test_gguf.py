@@ -11,11 +11,8 @@ import torch
 import bytecap
 from bytecap.errors import CheckpointError, NotAnArtifact, UsageError
 from bytecap.format.ledger import total
-from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import load_checkpoint
-from bytecap.pipeline import memory
 from bytecap.pipeline.fit_gguf import fit_gguf
-from bytecap.progress import Silent
 from bytecap.runtimes.gguf.export import type_lines, write_plain
 from bytecap.runtimes.gguf.file import Stored, encode_plain, ledger, read_tensors, read_units, type_bytes, write
 from bytecap.runtimes.gguf.menu import allowed, parse_types
@@ -85,6 +82,7 @@ def test_biases_of_queries_move_with_their_rows(exported) -> None:
     assert all(np.array_equal(found[u.name], model.tensor(u).numpy()) for u in model.units)
 
 
+@pytest.mark.slow
 def test_recovery_keeps_bytes_and_types_and_lowers_the_kl(model_directory, texts, tmp_path) -> None:
     out = tmp_path / "r.gguf"
     found = fit_gguf(
@@ -114,6 +112,7 @@ def test_metadata_says_what_the_config_says(exported) -> None:
     assert fields["tokenizer.ggml.token_type"][0] == gguf.TokenType.CONTROL
 
 
+@pytest.mark.slow
 def test_a_fit_keeps_the_cap_and_reads_back_what_it_reports(made) -> None:
     found, path = made
     report = found.report
@@ -129,6 +128,7 @@ def test_a_fit_keeps_the_cap_and_reads_back_what_it_reports(made) -> None:
     assert report["distortion_held_out"] > 0
 
 
+@pytest.mark.slow
 def test_more_bytes_are_better_and_types_are_kept_to(model_directory, texts) -> None:
     common = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}
     directory = model_directory("rotary")
@@ -137,6 +137,7 @@ def test_more_bytes_are_better_and_types_are_kept_to(model_directory, texts) -> 
     assert large.report["kl_nats"] < small.report["kl_nats"]
 
 
+@pytest.mark.slow
 def test_wide_rows_take_super_blocks(tmp_path, tokenizer_json, texts) -> None:
     module = build("rotary", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     directory = save(module, tmp_path / "wide", tokenizer_json)
@@ -146,6 +147,7 @@ def test_wide_rows_take_super_blocks(tmp_path, tokenizer_json, texts) -> None:
     assert (tmp_path / "a.gguf").stat().st_size <= 215_000
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(model_directory, texts, tmp_path) -> None:
     path = tmp_path / "none.gguf"
     found = fit_gguf(
@@ -168,6 +170,7 @@ def test_types_that_cannot_hold_a_tensor_are_never_swapped_in_silence() -> None:
         parse_types(["q9_k"])
 
 
+@pytest.mark.slow
 def test_a_template_gives_names_rows_and_keys(exported, tmp_path, texts, model_directory) -> None:
     model, layout, path = exported(type_="F16")
     found = read_template(path, model).layout
@@ -207,6 +210,7 @@ def test_architectures_without_a_direct_way_are_named(tmp_path, tokenizer_json) 
         layout_of(load_checkpoint(directory))
 
 
+@pytest.mark.slow
 def test_a_template_follows_rows_wherever_they_are(tmp_path, tokenizer_json, texts) -> None:
     """Experts, which the converter splits and stacks: every row is found by its values."""
     import transformers
@@ -275,6 +279,7 @@ def test_no_gguf_file_and_damage(tmp_path, made) -> None:
             ledger(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_the_commands(run, refused, model_directory, texts, tmp_path) -> None:
     out, types = tmp_path / "c.gguf", tmp_path / "types.txt"
     words = ["--calib", texts["calib"], "--tokens", "1000", "--eval-tokens", "500"]
@@ -301,6 +306,7 @@ def test_the_commands(run, refused, model_directory, texts, tmp_path) -> None:
     assert (tensors["blk.1.ffn_down.weight.in_sum2"] > 0).all()
 
 
+@pytest.mark.slow
 def test_recoding(run, refused, exported, made, texts, tmp_path) -> None:
     assert "is quantized already" in refused("recode", made[1], "--budget", "25kB", "-o", tmp_path / "r.gguf")
     pytest.importorskip("accelerate")
@@ -349,50 +355,3 @@ def test_llama_cpp_runs_a_fitted_file_as_predicted(made, model_directory, texts)
     p = model.module(torch.tensor([ids])).logits[0].log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     assert 0 < kl < 2 * made[0].report["kl_nats"] + 0.003
-
-
-class Told(Silent):
-    """Keeps what a job says."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, message, *_):
-        self.notes.append(message)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    [("rotary", 60_000), pytest.param("biased", 60_000, marks=pytest.mark.numeric), ("transposed", 85_000)],
-)
-def test_a_streamed_fit_gives_the_file_of_one_in_memory(
-    model_directory, texts, tmp_path, kind, size, monkeypatch
-) -> None:
-    directory, told, found = model_directory(kind, num_hidden_layers=3), Told(), []
-    for i, more in enumerate(({}, {"memory": "1MB"})):
-        with monkeypatch.context() as patch:
-            if not more:  # which alone would have targets behind the coded prefix
-                patch.setattr("bytecap.runtimes.gguf.plan.follow_prefix", lambda *given: given[-1])
-            found.append(bytecap.fit(
-                directory, size, format="gguf", output=tmp_path / f"{i}.gguf", reporter=told,
-                calibration=texts["calib"], evaluation=texts["val"], **more, **SMALL,
-            ))  # fmt: skip
-    assert len([n for n in told.notes if "the model is streamed" in n]) == 1
-    assert len([n for n in told.notes if "need the model in memory: left out" in n]) == 1
-    one, two = (f.report for f in found)
-    assert two["file_bytes"] == found[1].path.stat().st_size <= size
-    assert two["kl_nats"] == pytest.approx(one["kl_nats"], rel=0.05)
-    same = sum(found[0].types[n] == t for n, t in found[1].types.items())
-    assert same >= 0.8 * len(found[0].types)  # metrics are symmetric to the last bit only when streamed
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"), [({"format": "mlx"}, "the format mlx needs it in memory"), ({"recover": 1}, "recovery")]
-)
-def test_what_is_not_streamed_says_so(model_directory, options, reason) -> None:
-    config, told = FitConfig(10**9, **{"format": "gguf", "memory": "1MB", **options}), Told()
-    memory.open_model(model_directory("rotary"), config, "cpu", told, None)
-    assert len(told.notes) == 1
-    assert "is not streamed" in told.notes[0]
-    assert reason in told.notes[0]

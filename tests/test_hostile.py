@@ -198,6 +198,7 @@ def test_an_index_that_expands(filler):
     refused(data, "too much", errors.CorruptError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["brotli", "deflate", "lzma"])
 def test_files_that_expand(packing):
     zeros = bytes(2**25)

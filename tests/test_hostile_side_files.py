@@ -127,6 +127,7 @@ ENDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ENDS, ids=lambda e: repr(e)[:20])
 def test_ends_of_texts(ends, fitted, tmp_path, run):
     contents = container.read(fitted("rotary")[1])

@@ -56,11 +56,13 @@ class TestTokenizerState:
         found = {"config.json": model.files["config.json"], "tokenizer.json": tokenizer_json.encode()}
         assert tokens_of(model.files) == tokens_of(found)
 
+    @pytest.mark.slow
     def test_files_that_cannot_be_converted(self, monkeypatch):
         monkeypatch.setattr("bytecap.model.tokenization._installed", lambda _: True)
         with pytest.raises(CheckpointError, match=r"cannot convert tokenizer\.model"):
             read_tokenizer({**files(model_type="llama"), "tokenizer.model": b"rubbish"})
 
+    @pytest.mark.slow
     def test_packages_that_read_a_lone_tokenizer_model_are_named(self, monkeypatch):
         monkeypatch.setattr("bytecap.model.tokenization._installed", lambda m: m != "google.protobuf")
         with pytest.raises(
@@ -68,6 +70,7 @@ class TestTokenizerState:
         ):
             read_tokenizer({**files(model_type="llama"), "tokenizer.model": b"rubbish"})
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["bpe", "unigram"])
     def test_a_lone_tokenizer_model_is_read_as_transformers_reads_it(self, tmp_path, kind):
         sentencepiece = pytest.importorskip("sentencepiece")

@@ -77,6 +77,7 @@ class TestNoValues:
         with pytest.raises(CheckpointError, match=r"head\.weight holds no values, it is lazy: run one batch"):
             fit(module)
 
+    @pytest.mark.slow
     def test_nothing_is_changed_where_one_tensor_holds_no_values(self, tmp_path):
         fit(seeded(Plain), tmp_path / "m.bcap")
         other = seeded(Plain, 1)

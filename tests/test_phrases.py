@@ -17,6 +17,7 @@ def test_numbers_beyond_all_sizes():
 
 
 class TestBudgets:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("budget", "bytes_"), [("3M", 3_000_000), ("3G", 3_000_000_000), ("3MiB", 3 << 20), ("3mb", 3_000_000)]
     )

@@ -149,6 +149,7 @@ def test_links_and_files_of_others_stay(tmp_path, monkeypatch):
 OTHERS = [pytest.param(c, marks=pytest.mark.nightly) for c in (b"3", b'{"steps": {}}', b'"x"', b"null", b"[[1]]")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"[]", *OTHERS])
 def test_values_that_no_run_has_written(job, run, tmp_path, content):
     """Every entry of a finished fit replaced by rubbish with a good checksum: a line, or the same file again."""

@@ -96,6 +96,7 @@ class TestFloat8:
         again = transformers.AutoModelForCausalLM.from_pretrained(out)
         assert torch.equal(again.lm_head.weight, c.dense["lm_head.weight"])
 
+    @pytest.mark.slow
     def test_streamed(self, checkpoint, texts, tmp_path):
         c = block_scaled(checkpoint(FLOAT8))
         options = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}

@@ -123,6 +123,7 @@ class TestOwnSamples:
         assert sizes == [32, *[16] * 8, *[8] * 4]  # halved once, where memory ends
         assert [w.predicted for w in found] == [4] * 40
 
+    @pytest.mark.slow
     def test_they_are_kept_in_the_store(self, model_directory, texts, tmp_path, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 640)
         model, calls = load_checkpoint(model_directory("rotary")), []

@@ -81,6 +81,7 @@ def test_both_decoders_refuse_an_invalid_golden(name, decoder):
     assert outcome(decoder, data) is getattr(errors, EXPECTED["invalid"][name])
 
 
+@pytest.mark.slow
 def test_the_generator_writes_these_very_goldens(tmp_path):
     make_goldens.main(tmp_path)
     made = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}

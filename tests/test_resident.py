@@ -117,6 +117,7 @@ def test_a_pass_that_fails_leaves_no_values(fitted):
         assert torch.equal(module(IDS).logits, bytecap.load_model(fitted()[1])(IDS).logits)
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_weights_by_itself_is_refused(fitted, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -174,6 +175,7 @@ def test_an_artifact_in_memory_takes_the_same_options(fitted):
         assert torch.equal(one, bytecap.load_model(path, dtype="bfloat16")(IDS).logits)
 
 
+@pytest.mark.slow
 def test_commands_take_it(fitted, run, model_directory, texts):
     path = fitted()[1]
     asked = ("generate", path, "the ", "-n", "5", "--device", "cpu")

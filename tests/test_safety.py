@@ -113,6 +113,7 @@ def test_names_of_many_dots_and_letters(run, tmp_path, name):
         assert len(out) < 20_000
 
 
+@pytest.mark.slow
 def test_work_of_a_tree_grows_with_its_names_alone(tmp_path, monkeypatch):
     from bytecap.report import tree
     from bytecap.report.summary import of_artifact

@@ -203,6 +203,7 @@ class TestCommands:
         assert "tok_emb" in out
         assert "2 uses" in out
 
+    @pytest.mark.slow
     def test_several_budgets(self, place, command, run):
         arguments = [str(a) for a in command("Loss", "state.pt")]
         arguments[arguments.index("--budget") + 1] = "14kB,16000"
@@ -314,6 +315,7 @@ class TestCommands:
         for name in ("fit", "eval", "inspect"):
             assert "The file is run" in " ".join(run(name, "--help")[1].replace("│", " ").split())
 
+    @pytest.mark.slow
     def test_artifact_that_does_not_fit_the_factory(self, place, command, run, refused):
         assert run(*command())[0] == 0
         message = refused(

@@ -96,6 +96,7 @@ def test_any_bytes_come_back(content: bytes) -> None:
     assert len(packed) <= 1 + min(len(content), len(brotli.compress(content, quality=11)))
 
 
+@pytest.mark.slow
 @given(
     merges=merge_lists(),
     style=st.sampled_from(STYLES),
@@ -260,6 +261,7 @@ def test_noise_never_crashes(noise: bytes, kind: int) -> None:
         unpack("x", bytes([kind]) + noise, limit=1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 def test_bombs_are_bounded(monkeypatch: pytest.MonkeyPatch, *, old: bool) -> None:
     real = brotli.Decompressor

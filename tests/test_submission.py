@@ -203,6 +203,7 @@ class TestExport:
         tied = export.budget(script, like=DIRECTORY / "layer_lowrank.bcap")
         assert tied < export.budget(script) < export.budget(script, like=file) < export.budget(script, vendored=False)
 
+    @pytest.mark.slow
     def test_the_budget_is_enough_for_a_model_with_buffers(self, script, tmp_path):
         module = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64))
         module.register_buffer("steps", torch.arange(5))
@@ -290,6 +291,7 @@ class TestCheck:
         before = sorted(p.name for p in submission.rglob("*"))
         assert before == ["model.bcap", "train_gpt.py"], "nothing is written into it"
 
+    @pytest.mark.slow
     def test_public_data_does_not_count(self, submission, run):
         (submission / "data").mkdir()
         (submission / "data" / "val.bin").write_bytes(bytes(1000))

@@ -7,6 +7,7 @@ from bytecap.runtimes.gguf import targets
 from conftest import SMALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pays", [True, False])
 def test_codes_of_the_walk_are_written_where_they_pay(pays, model_directory, texts, monkeypatch):
     seen, follow = {}, directories.follow_prefix

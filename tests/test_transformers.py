@@ -204,6 +204,7 @@ def test_the_file_says_what_is_tied(model_directory, tmp_path, tied):
     assert all(torch.equal(found[n], torch.from_numpy(v)) for n, v in wanted.items())
 
 
+@pytest.mark.slow
 def test_a_model_without_its_head(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     whole = loaded(directory).model.state_dict()

@@ -153,6 +153,7 @@ def test_numbers_that_are_no_counts():
     building.check_config(large | {"eos_token_id": [128_001, 128_009], "num_hidden_layers": 61}, "config.json")
 
 
+@pytest.mark.slow
 def test_one_stored_tensor_under_many_names():
     """A unit of zeros, 100 bytes, that a thousand layers are said to share would be built a thousand times."""
     import transformers
@@ -236,6 +237,7 @@ except Exception as exc:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "said"), [
     ("x" * 60, "the library that reads it failed on a text: "),
     (("x" * 21 + " ") * 5000, "characters or tokens were not done in 1 seconds; an expression in its pre_tokenizer"),

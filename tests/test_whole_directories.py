@@ -137,6 +137,7 @@ directories.write_directory(Path(sys.argv[1]), {"a": b"1", "b": b"2", "c": b"3"}
 NEW = {"a": b"1", "b": b"2", "c": b"3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["done", "undone"])
 def test_a_kill_between_two_renames(tmp_path, how):
     """No moment leaves old and new files that pass for a whole; the next writer puts back what a dead one moved."""
