@@ -267,6 +267,7 @@ class TestAgainstIntegerProgramming:
         assert plan.distortion <= best * 1.001
         assert plan.gap <= 0.002 * plan.distortion
 
+    @pytest.mark.slow
     def test_the_gap_of_thousands_of_units_is_tiny(self):
         curves = convex_curves(3000)
         budget = sum(c.points[-1].rate for c in curves) * 0.6

@@ -121,6 +121,7 @@ class TestWithoutTorch:
         assert len(json.loads(done.stdout)["experiments"]) == 8
         assert (tmp_path / "out" / "thesis.html").is_file()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("command", [["fit", "demo", "--budget", "600kB", "-o", "x.bcap"], ["eval", "demo"]])
     def test_what_needs_torch_says_so_in_one_line(self, command, tmp_path):
         done = run_blocked(

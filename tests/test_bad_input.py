@@ -199,6 +199,7 @@ class TestBadTexts:
         assert "UTF-8" in message
         assert "18" in message
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("content", ["a", "just a few words"])
     def test_too_short(self, refused, job, tmp_path, content):
         path = tmp_path / "short.txt"
@@ -231,6 +232,7 @@ class TestBadBudgets:
         assert "model.embed_tokens.weight" in message
         assert not (tmp_path / "out.bcap").exists()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["bytecap", "golf", "uniform"])
     def test_above_the_floor_but_out_of_reach(self, run, job, tmp_path, method):
         """Between the floor and what a method needs there is either a file under the cap or a one-line refusal."""
@@ -384,6 +386,7 @@ class TestBadArtifacts:
     def test_a_directory(self, refused, tmp_path):
         assert str(tmp_path) in refused("check", tmp_path)
 
+    @pytest.mark.slow
     def test_an_artifact_without_tokenizer_or_config(self, run, refused, job, texts, tmp_path):
         code, _, _ = run(*job(), "--no-tokenizer", "--no-config", "--json")
         assert code == 0

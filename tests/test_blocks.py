@@ -74,6 +74,7 @@ def test_any_bytes_decode_as_gguf_does_and_come_back(name: str) -> None:
         assert same_bits(unpack(form, again).values(), codes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("block_code")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rounded_matrix_decodes_as_gguf_does(name: str) -> None:

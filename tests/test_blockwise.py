@@ -48,6 +48,7 @@ def collected(streamed, **told):
     return found, rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_are_those_of_a_model_in_memory(pair, kind):
     whole, streamed = pair(kind)
@@ -224,6 +225,7 @@ def test_a_size_that_is_none_is_refused_before_anything_is_read(refused, job):
     assert "cannot read the size 'much'" in refused(*job(), "--memory", "much")
 
 
+@pytest.mark.slow
 def test_a_method_that_is_not_streamed_says_so(run, job):
     code, _, err = run(*job(), "--memory", "1MB")
     assert code == 0, err

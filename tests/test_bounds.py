@@ -361,6 +361,7 @@ def test_sound_is_what_can_be_unpacked(case, run, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_mutations_are_judged_alike():
     """`check` opens what `unpack` writes: whatever the file, they agree by construction, and nothing else is raised."""
     rng, sound = random.Random(3), fuzz.sound()  # noqa: S311 (no secret)

@@ -184,6 +184,7 @@ class TestSets:
         monkeypatch.setattr(sources, "SAMPLED_WORK", 1000 * model.parameters)
         assert default_tokens(model, [], "cuda") == TOKENS
 
+    @pytest.mark.slow
     def test_samples_repeat_by_seed(self, model_directory):
         model = load_checkpoint(model_directory("rotary"))
         options = {"correction_tokens": 500, "reporter": Silent(), **TINY}

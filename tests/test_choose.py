@@ -254,6 +254,7 @@ class TestDryRun:
         assert (found["short_fits"], found["whole_fits"]) == (2, 1)
         assert contenders.plan(two, "40kB", **options)["whole_fits"] == 2
 
+    @pytest.mark.slow
     def test_the_command_writes_nothing(self, run, two, texts, tmp_path):
         target = tmp_path / "best.bcap"
         asked = ("choose", *two, tmp_path / "gone", "--budget", "40kB", "--eval", texts["val"], "--method", "uniform")

@@ -175,6 +175,7 @@ class TestHelp:
                 shown = option.show_default if isinstance(option.show_default, str) else option.default
                 assert shown not in {None, ""}, (command, option.name)
 
+    @pytest.mark.slow
     def test_defaults_are_those_of_python(self):
         import inspect
 
@@ -207,6 +208,7 @@ class TestHelp:
 
 
 class TestTalk:
+    @pytest.mark.slow
     def test_fit_says_what_it_did(self, run, job):
         code, out, err = run(*job())
         assert code == 0
@@ -223,6 +225,7 @@ class TestTalk:
         assert code == 0
         assert "warning: no --calib given: samples of the model itself" in " ".join(err.split())
 
+    @pytest.mark.slow
     def test_lossless_is_announced_and_exits_with_0(self, run, job, tmp_path):
         code, out, err = run(*job(budget="1MB"))
         assert code == 0
@@ -313,6 +316,7 @@ class TestInterruption:
         elif (tmp_path / "out.bcap").exists():  # then it was finished before, and must be whole
             assert run("check", tmp_path / "out.bcap")[0] == 0
 
+    @pytest.mark.slow
     def test_the_module_can_be_run(self, tmp_path):
         process = spawn("check", tmp_path / "none.bcap")
         out, err = process.communicate()

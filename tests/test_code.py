@@ -114,6 +114,7 @@ class TestFit:
 
         return call
 
+    @pytest.mark.slow
     def test_packed(self, packed, tmp_path, run):
         found = packed()
         data = (tmp_path / "m.bcap").read_bytes()
@@ -128,6 +129,7 @@ class TestFit:
         assert "def main(" in (tmp_path / "out" / "train_gpt.py").read_text("utf-8")
         assert (tmp_path / "out" / "config.json").is_file()
 
+    @pytest.mark.slow
     def test_raw(self, packed, tmp_path):
         found = packed("--code-accounting", "raw")
         size = (tmp_path / "m.bcap").stat().st_size
@@ -148,6 +150,7 @@ class TestFit:
         result = bytecap.fit("demo", 600_000, code=[source], tokens=4096, evaluation_tokens=1024)
         assert 0 <= 600_000 - len(result.data) <= 64
 
+    @pytest.mark.slow
     def test_both_counts_are_printed(self, job, source, run):
         code, out, err = run(*job(), "--code", source)
         assert code == 0, err

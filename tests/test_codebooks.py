@@ -200,6 +200,7 @@ def test_every_truncation_is_noticed(name):
             run([coder(tag).decode(data[:length], shape, "F32", Shared())])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SECTIONS)), st.integers(0, 10**6), st.integers(0, 255))
 def test_a_changed_byte_is_refused_by_both_decoders_or_by_none(name, position, value):

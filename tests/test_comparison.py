@@ -338,6 +338,7 @@ class TestPages:
         assert len({colour(style(k)) for k in KINDS}) == len(KINDS)
         assert style("columns payload") == style("payload")
 
+    @pytest.mark.slow
     def test_the_command_writes_it(self, job, run, tmp_path):
         code, _, _ = run(*job(), "--report", tmp_path / "fit.html", "--json")
         assert code == 0

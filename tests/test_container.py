@@ -246,6 +246,7 @@ class TestIndex:
         else:
             assert parse(data).units == ()
 
+    @pytest.mark.slow
     def test_most_text_at_all(self):
         with pytest.raises(CorruptError, match=f"more than {1 << 26} bytes"):
             container._read_index(b"\0" + b" " * (2**26 + 1), 2**21, "a file")

@@ -162,6 +162,7 @@ class TestPaths:
         assert "did you mean step" in refused("curves", "demo", "--budget", "600kB", "--paths", "stepp", "-o", tmp_path)
         assert "unknown base" in refused("curves", "demo", "--budget", "600kB", "--base", "x", "-o", tmp_path)
 
+    @pytest.mark.slow
     def test_lossless_budgets_are_refused(self, model_directory):
         with pytest.raises(UsageError, match="losslessly"):
             byte_returns(model_directory("rotary"), "9MB", **SMALL)

@@ -87,6 +87,7 @@ def check_map(use, seen, guided):
     assert float(use.weight) == pytest.approx(float(w.sum()), rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_moments_of_maps_used_any_number_of_times_and_of_tied_heads(case):

@@ -79,6 +79,7 @@ class TestRoundTrip:
         (back,) = decode([Stream(data, source.classes, source.tables)])
         np.testing.assert_array_equal(back, source.symbols)
 
+    @pytest.mark.slow
     @settings(max_examples=15)
     @given(st.lists(sources(), max_size=4))
     def test_streams_of_very_different_lengths_together(self, group):

@@ -43,6 +43,7 @@ def write_shards(folder, characters=None):
     return folder
 
 
+@pytest.mark.slow
 def test_the_baseline_has_the_challenges_parameters(example):
     state = example["model"].baseline().state_dict()
     assert sum(t.numel() for t in state.values()) == 17_059_912

@@ -231,6 +231,7 @@ class TestChat:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_the_prompt_in_every_way(self, run, endless, monkeypatch):
         path = endless()
         common = ("-n", 4, "--temperature", 0)

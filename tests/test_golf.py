@@ -108,6 +108,7 @@ def stored_steps(unit, section):
     return np.frombuffer(brotli.decompress(section.data[at : at + length]), np.float16, unit.matrix_shape[0])
 
 
+@pytest.mark.slow
 def test_what_golf_stores_is_the_recipe():
     units, weights = model()
     hessians = hessians_of(units)
@@ -134,6 +135,7 @@ def test_what_golf_stores_is_the_recipe():
     assert every.max() / every.min() < 1.035  # one k for all, but for the last 3% that fill the cap
 
 
+@pytest.mark.slow
 def test_a_fixed_embedding_k_stays_as_published():
     units, weights = model()
     sections = golf_sections(units, weights, hessians_of(units), {"embed"}, 16_000, embedding_power=0, coder="brotli")
@@ -141,6 +143,7 @@ def test_a_fixed_embedding_k_stays_as_published():
     np.testing.assert_allclose(k, 15, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_generous_budget_is_nearly_lossless():
     units, weights = model()
     found = decoded(units, golf_sections(units, weights, hessians_of(units), {"embed"}, 10**6))
@@ -148,6 +151,7 @@ def test_a_generous_budget_is_nearly_lossless():
         assert float((found[name] - weights[name]).abs().max()) < 2e-3 * float(weights[name].abs().max())
 
 
+@pytest.mark.slow
 def test_a_hopeless_budget_names_its_floor():
     units, weights = model()
     with pytest.raises(BudgetError) as caught:
@@ -182,6 +186,7 @@ def test_degenerate_inputs_stay_finite():
     assert np.abs(dequantize(round_nearest(column, row_steps(column, 12.5))) - column.numpy()).max() < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_residual_of_rank_four_lowers_the_error_of_the_worst_tensors_under_the_cap(bits):
     units, weights = model()
@@ -202,6 +207,7 @@ def test_a_residual_of_rank_four_lowers_the_error_of_the_worst_tensors_under_the
     assert all(sections[n] == plain[n] for n in others)
 
 
+@pytest.mark.slow
 def test_the_best_coder_is_finer_at_the_same_bytes():
     units, weights = model()
     hessians = hessians_of(units)
@@ -215,6 +221,7 @@ def test_the_best_coder_is_finer_at_the_same_bytes():
     assert error["best"] < error["brotli"]
 
 
+@pytest.mark.slow
 def test_rows_are_sorted_where_they_resemble_one_another():
     rng = np.random.default_rng(0)
     base = np.rint(rng.normal(size=(40, 96)) * 4)
@@ -250,6 +257,7 @@ def test_batches_hold_one_shape_and_no_more_than_is_meant(monkeypatch):
     assert list(batches({"a": (1, 4), "b": (1, 4), "c": (1, 4)})) == [["a", "b"], ["c"]]
 
 
+@pytest.mark.slow
 def test_a_gpu_gets_files_as_good(monkeypatch):
     units, weights = model()
     hessians = hessians_of(units)

@@ -176,6 +176,7 @@ def declared(name):
             yield most * (8 if entry[2] in {"F64", "I64"} else 4), made((1, index([one])), *shared, section)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["bands", "fixed", "grid", "latent", "long_trellis", "packed", "stack", "trellis", "vector_constant"]
 )
@@ -191,6 +192,7 @@ def squeezed(content):
     return lzma.compress(content, lzma.FORMAT_RAW, filters=container._LZMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filler", [b"[],", b'"",', b"1,", b'{"a":0},'])
 def test_an_index_that_expands(filler):
     data = made((1, b"\1" + squeezed(index(about='{"a":[' + "~0]}").replace(b"~", filler * 2**22)[1:])))
@@ -217,12 +219,14 @@ def test_files_that_expand(packing):
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [bytes(2**23), b"ab" * 2**22])
 def test_what_expands_too_far_is_stored(content):
     assert sidefiles.unpack("x", sidefiles.pack("x", content)) == content
     assert codefiles.unpack("x", codefiles.squeeze(content)) == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [b'["a"]', b'["a","b"]'])
 def test_spellings_of_endless_tokens_take_little_work(monkeypatch, names):
     looked_at = []

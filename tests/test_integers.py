@@ -95,6 +95,7 @@ def test_every_truncation_and_every_added_byte_is_noticed(coder_, reference, mak
             refer(reference, bad, (9, 11))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.booleans(), st.sampled_from(CASES))
 def test_a_changed_byte_decodes_alike_in_both_decoders_or_is_corrupt(position, value, coded, case):

@@ -16,12 +16,14 @@ class TestLoadInto:
         bytecap.fit(Looped(2), 6600, calibration=[ids()], output=path)
         return path
 
+    @pytest.mark.slow
     def test_values(self, path):
         module = Looped(2)
         bytecap.load_into(path, module)
         values = bytecap.load(path)
         assert all(np.array_equal(t.numpy(), values[n]) for n, t in module.state_dict().items())
 
+    @pytest.mark.slow
     def test_every_misfit_is_named_and_nothing_changes(self, path):
         module = Looped(2)
         module.head = nn.Linear(63, VOCABULARY, bias=False)
@@ -34,6 +36,7 @@ class TestLoadInto:
             assert part in str(caught.value)
         assert torch.equal(module.once.weight, before)
 
+    @pytest.mark.slow
     def test_tied_where_the_artifact_is_not(self, path):
         module = Looped(2)
         module.once.weight = module.shared.weight

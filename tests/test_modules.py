@@ -103,6 +103,7 @@ def odd():
 
 
 class TestFit:
+    @pytest.mark.slow
     def test_everything_in_the_state_dict_comes_back(self, odd, tmp_path):
         before = {n: t.clone() for n, t in odd.state_dict().items()}
         path = tmp_path / "odd.bcap"
@@ -136,6 +137,7 @@ class TestFit:
             == bytecap.fit(odd, 9000, calibration=[ids()]).data
         )
 
+    @pytest.mark.slow
     def test_arbitrary_loss_batches_and_own_score(self, tmp_path):
         torch.manual_seed(0)
         teacher = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 8))
@@ -173,6 +175,7 @@ class TestFit:
         bytecap.load_into(path, target)
         assert all(torch.equal(t, module.state_dict()[n]) for n, t in target.state_dict().items())
 
+    @pytest.mark.slow
     def test_methods_that_need_only_statistics_run_on_a_loss(self, odd):
         for method in ("uniform", "golf"):
             assert len(bytecap.fit(Speaking(odd), 30_000, calibration=[ids()], method=method).data) <= 30_000
@@ -181,6 +184,7 @@ class TestFit:
 
 
 class TestStatistics:
+    @pytest.mark.slow
     def test_what_hooks_miss_gets_its_own_gradients(self, odd):
         model = model_of(odd)
         windows = [Window(tuple(r), 0) for r in ids().tolist()]
@@ -295,6 +299,7 @@ class TestShared:
         ]
         assert [n for group in asymmetric_targets.stages(odd, lambda m: m(ids(1))) for n in group] == ["once.weight"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("rare", [True, False])
     def test_an_order_that_depends_on_the_data_has_no_drift_targets(self, rare):
         class Branching(nn.Module):
@@ -361,6 +366,7 @@ class TestBadInput:
         with pytest.raises(bytecap.CheckpointError, match=r"mix holds inf at index \[1, 2, 3\]"):
             bytecap.fit(module, 9000, calibration=[ids()])
 
+    @pytest.mark.slow
     def test_unused_parameters_are_said(self):
         module = Looped(1)
         module.idle = nn.Linear(8, 8)

@@ -46,6 +46,7 @@ def assert_holds(module, path):
 
 
 class TestExtraState:
+    @pytest.mark.slow
     @pytest.mark.parametrize("state", [{"scale": 2}, None, torch.ones(3)], ids=["dictionary", "none", "tensor"])
     def test_is_said_and_left_to_the_module(self, tmp_path, state):
         class Extra(Plain):
@@ -89,6 +90,7 @@ class TestNoValues:
 
 
 class TestInfinities:
+    @pytest.mark.slow
     @pytest.mark.parametrize("value", [-float("inf"), float("inf"), float("nan")])
     @pytest.mark.parametrize("budget", [BUDGET, 60_000], ids=["lossy", "lossless"])
     def test_buffers_are_stored_exactly(self, tmp_path, value, budget):
@@ -138,6 +140,7 @@ class Expanded(Plain):
 
 
 class TestSharedMemory:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [Turned, Expanded])
     @pytest.mark.parametrize("budget", [BUDGET, 60_000], ids=["lossy", "lossless"])
     def test_a_fit_of_it_loads_and_gives_the_measured_loss(self, tmp_path, kind, budget):

@@ -121,6 +121,7 @@ def test_every_layer_is_tried_here_and_has_a_path():
     assert all(tag == found.tag >= 32 for tag, found in overlay_coders().items())
 
 
+@pytest.mark.slow
 @given(
     st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 20), st.lists(st.sampled_from(sorted(RANDOM)), max_size=4)
 )

@@ -238,6 +238,7 @@ def test_a_base_of_wrong_scales_is_put_right():
         assert p.distortion(found.values) < most * p.distortion(wrong)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.sampled_from([8, 16]), st.booleans(), st.sampled_from([5, 8, 16]))
 def test_refitted_scales_never_lose(seed, bits, divide, size):
     p = problem(seed, rows=6, cols=24, loud=())

@@ -52,6 +52,7 @@ class TestBudgets:
 
 
 class TestWords:
+    @pytest.mark.slow
     def test_long_words_of_texts(self, run, job):
         arguments = [{"--calib": "--calibration", "--eval": "--evaluation"}.get(a, a) for a in job()]
         code, out, err = run(*arguments, "--json")

@@ -174,6 +174,7 @@ def test_a_wrong_token_is_one_line(server, tmp_path):
     assert not server.repos
 
 
+@pytest.mark.slow
 def test_without_network_nothing_is_sent(artifact):
     with pytest.raises(OutputError, match=r"cannot send model\.bcap to 'org/tiny' \(.*: check the name and the net"):
         artifact.push_to_hub("org/tiny", token="x")  # noqa: S106

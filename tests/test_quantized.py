@@ -79,6 +79,7 @@ class TestFloat8:
         for name, tensor in found.module.state_dict().items():
             assert torch.equal(tensor, theirs[name]), name
 
+    @pytest.mark.slow
     def test_fit_load_and_unpack(self, checkpoint, texts, tmp_path, run):
         c = block_scaled(checkpoint(FLOAT8))
         path = tmp_path / "m.bcap"

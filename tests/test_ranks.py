@@ -78,6 +78,7 @@ def _talk(rank):
         ranks.agree({"the weather": "fine"})
 
 
+@pytest.mark.slow
 def test_ranks_hand_things_over(tmp_path):
     assert several.together(3, _talk, tmp_path) == [(0, "")] * 3
 
@@ -152,6 +153,7 @@ def test_another_kind_of_device_is_refused_before_ranks_talk(tmp_path, monkeypat
 
 
 class TestStatistics:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)
     def test_sums_are_those_of_one_process(self, model_directory, tmp_path, kind):
         model, windows = load_checkpoint(model_directory(kind)), windows_of(24, 61)
@@ -178,6 +180,7 @@ class TestStatistics:
             assert found.diagonal.keys() == alone.diagonal.keys()
             assert all(np.array_equal(found.diagonal[n], d) for n, d in alone.diagonal.items())
 
+    @pytest.mark.slow
     def test_memory_that_ends_on_one_rank_halves_the_batches_of_all(self, model_directory, tmp_path, monkeypatch):
         from bytecap.calibration import divided
 

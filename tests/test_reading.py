@@ -114,6 +114,7 @@ class TestRoundTrip:
         after = load_file(unpacked(load_checkpoint(source), tmp_path / "out") / "model.safetensors")
         assert {n for n, t in after.items() if t.dtype == torch.float32} == {wide}
 
+    @pytest.mark.slow
     def test_a_tied_head_is_written_where_the_source_has_it(self, tmp_path, tokenizer_json):
         source = save(build("rotary"), tmp_path / "source", tokenizer_json)
         held = load_file(source / "model.safetensors")
@@ -126,6 +127,7 @@ class TestRoundTrip:
             out = tmp_path / f"out{len(names)}"
             assert load_file(unpacked(model, out) / "model.safetensors").keys() == tensors.keys()
 
+    @pytest.mark.slow
     def test_a_checkpoint_without_the_models_prefix(self, model_directory, tmp_path):
         source = shutil.copytree(model_directory("transposed"), tmp_path / "source")
         held = {n.removeprefix("transformer."): t for n, t in load_file(source / "model.safetensors").items()}
@@ -142,6 +144,7 @@ class TestTied:
         change_config(plain, tie_word_embeddings=True)
         return plain
 
+    @pytest.mark.slow
     def test_what_is_measured_is_what_is_loaded(self, untied, texts, tmp_path):
         path = tmp_path / "m.bcap"
         options = {"calibration": texts["calib"], "evaluation": texts["val"], "output": path, **SMALL}
@@ -153,6 +156,7 @@ class TestTied:
             np.testing.assert_array_equal(tensor, values[name])
         assert not np.array_equal(values["lm_head.weight"], values["model.embed_tokens.weight"])
 
+    @pytest.mark.slow
     def test_the_module_of_a_file_has_its_own_settings_back(self, untied, texts, tmp_path):
         path = tmp_path / "m.bcap"
         change_config(untied, use_cache=True)

@@ -147,6 +147,7 @@ class TestOwnSamples:
         assert recovery(0, Store(None)) == first
         assert recovery(1, Store(tmp_path)).recovery != first.recovery
 
+    @pytest.mark.slow
     def test_windows_come_from_the_model_alone_and_again(self, model_directory, texts, monkeypatch):
         monkeypatch.setitem(SELF_MOST, "cpu", 4096)
         model = load_checkpoint(model_directory("rotary"))

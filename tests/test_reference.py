@@ -232,6 +232,7 @@ def artifacts(draw):
     return container.serialize(Contents(tuple(units), dump_shared(shared), (), {}, draw(st.integers(0, 3))))
 
 
+@pytest.mark.slow
 @MODEST
 @given(artifacts())
 def test_both_decoders_agree_on_random_artifacts(data):

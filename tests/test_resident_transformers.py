@@ -94,6 +94,7 @@ def test_devices_dtypes_and_saving(model_directory, tmp_path):
         loaded(directory, device_map={"model": "cpu", "lm_head": "meta"}, **CODED)
 
 
+@pytest.mark.slow
 def test_a_pipeline_generates(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     texts = []
@@ -120,6 +121,7 @@ def test_a_model_without_its_head(model_directory, tmp_path):
         assert torch.equal(other(IDS).last_hidden_state, one(IDS).last_hidden_state)
 
 
+@pytest.mark.slow
 def test_experts_that_the_checkpoint_keeps_apart(model_directory, tmp_path):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -133,6 +135,7 @@ def test_experts_that_the_checkpoint_keeps_apart(model_directory, tmp_path):
         assert torch.equal(loaded(directory, **CODED)(IDS).logits, loaded(directory)(IDS).logits)
 
 
+@pytest.mark.slow
 def test_a_directory_may_say_so_itself_and_the_caller_has_the_last_word(model_directory, tmp_path):
     asked = {"quant_method": "bytecap", "format": ".".join(map(str, container.VERSION)), "resident": "coded"}
     directory = written(tmp_path / "hub", model_directory(), config_with(quantization_config=asked))

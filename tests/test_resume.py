@@ -210,6 +210,7 @@ class TestFiles:
 
 
 class TestStore:
+    @pytest.mark.slow
     def test_four_runs_sharing_one_store(self, tmp_path):
         """Each reads and writes the same few entries all the time; whatever is read is whole."""
 
@@ -242,6 +243,7 @@ class TestStore:
         Store(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == [".mine.12345678.bytecap.tmp"]
 
+    @pytest.mark.slow
     def test_arrays_are_written_without_a_copy(self, tmp_path):
         import tracemalloc
 

@@ -83,6 +83,7 @@ def test_notes_and_bars_are_text():
     assert "[red]val\\x1b[2J.txt[/red]" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_the_letters(tmp_path):
     path = artifact(tmp_path / "é中.bcap", "é中😀")
     done = subprocess.run(  # noqa: S603 (our own command)
@@ -248,6 +249,7 @@ def test_python_refuses_them_too(copied, texts):
         bytecap.fit(copied, 21_000, recover="1", recover_text=texts["val"], output=texts["val"])
 
 
+@pytest.mark.slow
 def test_other_commands(refused, copied, texts, tmp_path, fitted):
     text = tmp_path / "t.txt"
     text.write_bytes(texts["val"].read_bytes())

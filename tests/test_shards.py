@@ -219,6 +219,7 @@ class TestCommands:
         assert run(*command("Loss", "state.pt"))[0] == 0
         assert (place / "net.bcap").stat().st_size == reports[1]["file_bytes"]
 
+    @pytest.mark.slow
     def test_a_loss_of_ones_own(self, command, run):
         code, out, err = run(*command("Net", "state.pt"), "--loss", f"{command()[2].split(':')[0]}:usual", "--json")
         assert code == 0, err

@@ -202,6 +202,7 @@ def test_lookalikes_come_back(content: bytes) -> None:
     assert unpack("t", pack("t", content)) == content
 
 
+@pytest.mark.slow
 def test_a_trained_tokenizer_comes_back() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.ByteLevelBPETokenizer()
@@ -318,6 +319,7 @@ class TestAhead:
 
     LARGE = json.dumps({"model": {"vocab": {f"token {i}": i for i in range(4000)}}}).encode()
 
+    @pytest.mark.slow
     def test_it_gives_the_same_packing(self) -> None:
         background._finished.clear()
         background.start({"tokenizer.json": self.LARGE, "config.json": b"{}"})

@@ -62,6 +62,7 @@ def test_experts_are_stacks_and_kernels_are_not():
     assert {n for n, s in stacked.items() if s} == {"maps", "back"}
 
 
+@pytest.mark.slow
 def test_experts_are_coded_as_matrices_and_come_back():
     model = Experts()
     budget = 4 * sum(p.numel() for p in model.parameters()) // 8
@@ -76,6 +77,7 @@ def test_experts_are_coded_as_matrices_and_come_back():
         assert float((torch.from_numpy(found[name].copy()) - original).norm() / original.norm()) < 0.5
 
 
+@pytest.mark.slow
 def test_wide_buffers_come_back_as_they_were():
     model = Experts()
     model.register_buffer("floats", torch.randn(4, 8, 1100))

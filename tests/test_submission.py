@@ -159,6 +159,7 @@ class TestDecoder:
 
 
 class TestExport:
+    @pytest.mark.slow
     def test_vendored_alone_with_numpy(self, file, script, tmp_path, libraries):
         found = export.export(file, tmp_path / "out", script)
         sizes = {p.name: p.stat().st_size for p in (tmp_path / "out").iterdir()}
@@ -171,6 +172,7 @@ class TestExport:
         digests = isolated(tmp_path / "out", libraries(np), file)
         assert digests == [make_goldens.digest(bytecap.load(file))]
 
+    @pytest.mark.slow
     def test_library(self, file, script, tmp_path):
         found = export.export(file, tmp_path / "out", script, vendored=False)
         assert found["decoder_bytes"] == 0
@@ -283,6 +285,7 @@ class TestCheck:
 
         return write
 
+    @pytest.mark.slow
     def test_sound(self, submission, run):
         code, out, err = run("golf", "check", submission, "--eval", "python train_gpt.py")
         assert code == 0, err
@@ -303,16 +306,19 @@ class TestCheck:
         assert found["total_bytes"] == total - 1000
         assert found["bpb"] == 1000
 
+    @pytest.mark.slow
     def test_modules_beside_it_count(self, plain):
         root = plain("import extra\ntry:\n    import no_such_thing\nexcept ImportError:\n    pass\n")
         (root / "extra.py").write_text("x = 1\n", "utf-8")
         assert check.check(root)["files"]["extra.py"] == 6
 
+    @pytest.mark.slow
     def test_over_the_cap(self, submission, refused):
         total = check.check(submission)["total_bytes"]
         line = refused("golf", "check", submission, "--cap", total - 1)
         assert f"has {total:,} bytes, 1 over the cap of {total - 1:,}" in line
 
+    @pytest.mark.slow
     def test_units_of_the_cap_are_told_apart(self, submission, run):
         assert json.loads(run("golf", "check", submission, "--cap", "16MiB", "--json")[1])["cap_bytes"] == 16 * 2**20
 
@@ -330,18 +336,21 @@ class TestCheck:
         (submission / "model.bcap").write_bytes(data)
         assert "model.bcap is damaged: the checksum of section" in refused("golf", "check", submission)
 
+    @pytest.mark.slow
     def test_an_absent_helper(self, plain, refused):
         root = plain("x = 1\n\ndef f():\n    import helper_here\n")
         line = refused("golf", "check", root)
         assert f"{root}/train_gpt.py, line 4: imports helper_here, which is neither in {root} nor installed" in line
         assert check.check(root, libraries=["helper_here"])
 
+    @pytest.mark.slow
     def test_an_absent_helper_of_a_packed_script(self, submission, script, refused):
         packed = pack.pack({"train_gpt.py": script.read_bytes()}, vendored=True)
         (submission / "train_gpt.py").write_bytes(packed.data)
         assert "(__main__), line" in (line := refused("golf", "check", submission))
         assert "imports helper_mod" in line
 
+    @pytest.mark.slow
     def test_a_helper_outside(self, plain, refused, tmp_path):
         root = plain("import helper_there\n")
         (tmp_path / "helper_there.py").write_text("", "utf-8")
@@ -356,9 +365,11 @@ class TestCheck:
         assert "helper.py is no public data" in refused("golf", "check", submission, "--data", "helper.py")
         assert "has no file x.bin" in refused("golf", "check", submission, "--data", "x.bin")
 
+    @pytest.mark.slow
     def test_a_script_that_does_not_parse(self, plain, refused):
         assert "train_gpt.py, line 1: does not parse" in refused("golf", "check", plain("def"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("cut", [400, 1001])
     def test_a_damaged_script(self, submission, refused, cut):
         text = (submission / "train_gpt.py").read_text("ascii")
@@ -379,6 +390,7 @@ class TestCheck:
         seconds = "0.5" if "sleep" in command else "60"
         assert said in refused("golf", "check", submission, "--eval", command, "--seconds", seconds)
 
+    @pytest.mark.slow
     def test_the_evaluation_sees_no_other_modules(self, submission, tmp_path, monkeypatch, refused):
         (tmp_path / "leaked.py").write_text("", "utf-8")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))

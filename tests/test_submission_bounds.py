@@ -44,6 +44,7 @@ def total(root):
 # ------------------------------------------------------------------------------------------------------------- names
 
 
+@pytest.mark.slow
 def test_names_of_files_and_directories_count(submission):
     root = submission()
     plain = total(root)
@@ -59,6 +60,7 @@ def test_names_of_files_and_directories_count(submission):
         check.check(root, cap=plain + 301)
 
 
+@pytest.mark.slow
 def test_names_are_shown(submission, run):
     root = submission()
     (root / "\x1b[2J[bold]").touch()
@@ -98,6 +100,7 @@ DEEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DEEP)
 def test_source_that_nests(submission, kind):
     with pytest.raises(CodeError, match=r"nested too deeply|does not parse|too much memory|ends the parser"):
@@ -231,6 +234,7 @@ GREEDY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("kind", GREEDY)
 def test_what_an_evaluation_may_take(submission, kind):
@@ -263,6 +267,7 @@ def test_the_systems_limits_are_set(submission):
     assert line.endswith(f"({most}, {most})")
 
 
+@pytest.mark.slow
 def test_bounds_are_options(submission, run):
     code, out, err = run("golf", "check", submission(), "--eval", "python train_gpt.py", "--memory", "3.5")
     assert code == 2

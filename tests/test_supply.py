@@ -50,6 +50,7 @@ def test_unpacking_needs_the_core_only(name, tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("check",), ("ledger",), ("ledger", "--json")])
 def test_reading_needs_the_core_only(command):
     done = decode_only(*command, ROOT / "tests" / "goldens" / "files.bcap")

@@ -51,6 +51,7 @@ def twins(texts, four):
 
 
 class TestStart:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)
     def test_parts_of_full_rank_give_the_original(self, kind):
         module = deep(kind)
@@ -155,6 +156,7 @@ class TestDirectory:
 
 
 class TestAllocation:
+    @pytest.mark.slow
     @pytest.mark.numeric
     def test_statistics_of_all_uses_add_up(self, four, texts):
         """A shared matrix's Hessian is the sum of those of the same values, stored once for each use."""

@@ -65,6 +65,7 @@ def test_device_maps_and_saving(model_directory, tmp_path):
         loaded(directory, device_map={"model": "cpu", "lm_head": "disk"})
 
 
+@pytest.mark.slow
 def test_a_pipeline_generates(model_directory, tmp_path):
     directory = written(tmp_path / "hub", model_directory())
     unpack(tmp_path / "hub.bcap", tmp_path / "plain")
@@ -76,6 +77,7 @@ def test_a_pipeline_generates(model_directory, tmp_path):
     assert texts[0].startswith("The table")
 
 
+@pytest.mark.slow
 @pytest.mark.coverage
 def test_our_own_commands_take_the_directory(model_directory, tmp_path, run, texts):
     directory = written(tmp_path / "hub", model_directory())
@@ -145,6 +147,7 @@ def test_two_files_of_weights_are_refused(model_directory, tmp_path, name):
         hub.read(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "said"), [("1.99", "pip install -U bytecap"), ("2.0", "-U"), ("x", "no format")])
 def test_a_plugin_older_than_the_file(model_directory, tmp_path, version, said):
     def change(name, data):

@@ -45,6 +45,7 @@ def towered():
 
 
 class TestUnused:
+    @pytest.mark.slow
     def test_is_kept_at_a_safe_rate_and_said(self, towered):
         said = Told()
         found = fit(towered, 16_000, said)
@@ -58,6 +59,7 @@ class TestUnused:
         with pytest.raises(BudgetError, match=r"2 units that no gradient reaches hold .*--unused drop"):
             fit(towered, 8000)
 
+    @pytest.mark.slow
     def test_it_can_be_dropped(self, towered):
         said = Told()
         assert len(fit(towered, 8000, said, unused="drop").data) <= 8000
@@ -67,6 +69,7 @@ class TestUnused:
         with pytest.raises(UsageError, match="'throw' for units that no gradient reaches: use keep or drop"):
             fit(towered, 8000, unused="throw")
 
+    @pytest.mark.slow
     def test_experts_that_no_token_reaches(self):
         class Routed(nn.Module):
             """Tokens go to the first two of four experts only."""

@@ -104,6 +104,7 @@ def test_buffers_that_no_file_stores():
         building.causal_lm = building_of
 
 
+@pytest.mark.slow
 def test_modules_that_register_nothing_but_modules():
     import torch
 
@@ -169,6 +170,7 @@ def test_one_stored_tensor_under_many_names():
     building.check_fits(model.config, shapes, "a.bcap")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread's own")
 def test_a_constructor_that_loops_is_ended(monkeypatch):
     monkeypatch.setattr(bounds, "_SECONDS", 0.3)

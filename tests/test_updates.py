@@ -52,6 +52,7 @@ def test_both_decoders_read_or_refuse_a_golden_as_expected(name, decoder):
     assert outcome(decoder, golden(name), [golden(b) for b in bases]) == wanted
 
 
+@pytest.mark.slow
 def test_both_decoders_give_the_same_names_in_the_same_order():
     for name, (bases, wanted) in EXPECTED.items():
         if not wanted.endswith("Error"):
