@@ -88,7 +88,7 @@ sse: $(INSTALLED)
 # Lines and branches of the decode path ([tool.coverage] in pyproject.toml says which folders), by the tests marked for it.
 coverage: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'coverage and not slow and not nightly'
+	$(BIN)/coverage run -m pytest -q -p no:xdist -m 'coverage and not nightly'
 	$(BIN)/coverage report
 
 # Hashes of all distributions of what constraints.txt pins; needs uv (https://docs.astral.sh/uv).
