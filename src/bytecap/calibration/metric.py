@@ -32,7 +32,7 @@ from bytecap.types import Unit
 _UNSEEN_TOKENS = 0.5  # tokens' worth of gradient energy given to every row
 _PREDICTED_TOKENS = 0.02  # the same where every row is predicted
 _TEMPER = 0.6  # power of predicted frequencies: text to come is less like the text at hand than that is like itself
-_PRIOR = 20.0  # occurrences that the prediction counts for
+_PRIOR = 5.0  # occurrences that the prediction counts for
 
 
 @dataclass(frozen=True)
