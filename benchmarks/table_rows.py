@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bytecap.calibration import metric
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.sources import encoder
 from common import WORKLOADS, parser, record
@@ -74,12 +75,13 @@ def main() -> None:
         true = counted(held, rows), predicted(model.module, held[:: max(1, len(held) // 24)])
         for share in args.shares:
             goal = mixed(*true, share)
-            base = distortion(mixed(seen + 0.5, head + 0.5, share), goal)
+            half = metric._UNSEEN_TOKENS  # noqa: SLF001
+            base = distortion(mixed(seen + half, head + half, share), goal)
             for power, prior in itertools.product(args.powers, args.priors):
-                expected = head**power * seen.sum() / (head**power).sum()
-                lookup = (seen * seen + prior * expected) / (seen + prior)
-                lookup *= seen.sum() / lookup.sum()
-                ratio = distortion(mixed(lookup + 0.02, head + 0.02, share), goal) / base
+                metric._PRIOR = prior  # noqa: SLF001
+                lookup = metric._believed(seen, head**power * seen.sum() / (head**power).sum())  # noqa: SLF001
+                floor = metric._PREDICTED_TOKENS  # noqa: SLF001
+                ratio = distortion(mixed(lookup + floor, head + floor, share), goal) / base
                 row = {"benchmark": "table_rows", "model": name, "share": share, "power": power, "prior": prior}
                 record(args, {**row, "tokens": int(seen.sum()), "held_tokens": int(true[0].sum()), "ratio": ratio})
                 print(f"{name} share {share} power {power} prior {prior}: {ratio:.3f}", flush=True)

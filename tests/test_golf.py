@@ -16,9 +16,10 @@ from bytecap.methods.baselines.golf import (
     row_steps,
 )
 from bytecap.methods.baselines.golf_coders import smallest, with_brotli
-from bytecap.methods.baselines.gptq_batches import batches, feedback_together
+from bytecap.methods.baselines.gptq_batches import feedback_together
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import tolerance
+from bytecap.quantization.ahead import of_one_shape
 from test_uniform import decoded, model, used
 
 
@@ -251,13 +252,12 @@ def test_matrices_of_one_shape_are_rounded_together_as_one_by_one(rows, cols):
         assert np.abs(codes.numpy() - expected).max() <= 1
 
 
-def test_batches_hold_one_shape_and_no_more_than_is_meant(monkeypatch):
-    monkeypatch.setattr("bytecap.methods.baselines.gptq_batches._TOGETHER", 40)
-    assert list(batches({"a": (2, 4), "b": (3, 4), "c": (2, 4), "d": (50, 50)})) == [["a"], ["c"], ["b"], ["d"]]
-    assert list(batches({"a": (1, 4), "b": (1, 4), "c": (1, 4)})) == [["a", "b"], ["c"]]
+def test_batches_hold_one_shape_and_no_more_than_is_meant():
+    shapes = {"a": (2, 4), "b": (3, 4), "c": (2, 4), "d": (50, 50)}
+    assert of_one_shape(shapes, shapes.__getitem__, 40) == [["a"], ["c"], ["b"], ["d"]]
+    assert of_one_shape("abc", lambda _: (1, 4), 40) == [["a", "b"], ["c"]]
 
 
-@pytest.mark.slow
 def test_a_gpu_gets_files_as_good(monkeypatch):
     units, weights = model()
     hessians = hessians_of(units)

@@ -8,14 +8,41 @@ begun on streams of their own before the results of the first are awaited.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
 
 _Found = TypeVar("_Found")
+_Item = TypeVar("_Item")
 _SHARE = 24  # of a GPU's memory, one part for what is under way
 _STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}  # few: memory that one has freed serves no other
+
+
+def of_one_shape(items: Iterable[_Item], shape: Callable[[_Item], tuple[int, int]], most: int) -> list[list[_Item]]:
+    """Return batches of matrices of one shape, each of at most so many weights and Hessian entries, or of one matrix.
+
+    Args:
+        items: matrices.
+        shape: gives the shape (rows, cols) of one.
+        most: see `entries`.
+
+    >>> of_one_shape(["aa", "b", "cc", "dd"], lambda x: (len(x), 1), 6)
+    [['aa', 'cc'], ['dd'], ['b']]
+    """
+    alike: dict[tuple[int, int], list[_Item]] = {}
+    for item in items:
+        alike.setdefault(shape(item), []).append(item)
+    batches: list[list[_Item]] = []
+    for (rows, cols), members in alike.items():
+        size = max(1, most // max(1, entries(rows, cols)))
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
+    return batches
+
+
+def entries(rows: int, cols: int) -> int:
+    """Return the number of weights and Hessian entries of a matrix."""
+    return rows * cols + cols * cols
 
 
 def _unused(device: torch.device, used: Sequence[torch.cuda.Stream]) -> torch.cuda.Stream:
@@ -83,5 +110,4 @@ class Ahead(Generic[_Found]):
         with torch.cuda.stream(stream):
             yield finish()
         stream.synchronize()  # before its memory is used again
-        del finish
         del self._begun[number]

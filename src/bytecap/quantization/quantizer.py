@@ -28,7 +28,7 @@ from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
-from bytecap.quantization.ahead import Ahead
+from bytecap.quantization.ahead import Ahead, entries, of_one_shape
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.trellis import round_trellis
@@ -195,7 +195,8 @@ def round_units(
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
     """
-    batches = _batches(items)
+    device = items[0].device if items else torch.device("cpu")
+    batches = of_one_shape(items, lambda item: item.shape, _together(device))
 
     def begin(number: int) -> Callable[[], Rounded]:
         return _begin_batch(batches[number], steps, shrink, options)
@@ -220,8 +221,7 @@ def round_units(
     ranked = owners(costs, ranks.size)
     ahead = Ahead(
         begin, [i for i, rank in enumerate(ranked) if rank == ranks.rank or ranks.size == 1],
-        [_BYTES_UNDER_WAY * len(b) * _values(*b[0].shape) for b in batches],
-        items[0].device if items else torch.device("cpu"),
+        [_BYTES_UNDER_WAY * len(b) * entries(*b[0].shape) for b in batches], device,
     )  # fmt: skip
     coded: dict[str, Coded] = {}
     centres = np.zeros((2, 64, 17))
@@ -231,18 +231,6 @@ def round_units(
         coded |= {p.unit.name: x for p, x in zip(batch, there, strict=True)}
         centres += own
     return {item.unit.name: coded[item.unit.name] for item in items}, centres
-
-
-def _batches(items: Sequence[Prepared]) -> list[list[Prepared]]:
-    """Return equally shaped units that are rounded together."""
-    alike: dict[tuple[int, int], list[Prepared]] = {}
-    for item in items:
-        alike.setdefault(item.shape, []).append(item)
-    batches: list[list[Prepared]] = []
-    for (rows, cols), members in alike.items():
-        size = max(1, _together(members[0].device) // max(1, _values(rows, cols)))
-        batches += [members[at : at + size] for at in range(0, len(members), size)]
-    return batches
 
 
 def _sent(found: _Batch) -> Any:
@@ -258,11 +246,6 @@ def _read(value: Any) -> _Batch:
         none = np.zeros((0, code["column_step"].shape[1]), np.int8)
         units.append(Coded(GridCode(symbols=none, **code), distortion, counts))
     return units, value[1]
-
-
-def _values(rows: int, cols: int) -> int:
-    """Return the number of weights and Hessian entries of a matrix."""
-    return rows * cols + cols * cols
 
 
 def _together(device: torch.device) -> int:

@@ -48,7 +48,7 @@ from bytecap.errors import BudgetError
 from bytecap.format.coders.packed import MAX_CODE, Quantized
 from bytecap.job import Section
 from bytecap.methods.baselines.golf_coders import WRITERS, with_brotli
-from bytecap.methods.baselines.gptq_batches import batches, feedback_together
+from bytecap.methods.baselines.gptq_batches import BLOCK, TOGETHER, feedback_together
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import (
     Measured,
@@ -60,12 +60,12 @@ from bytecap.methods.baselines.uniform import (
     tolerance,
     total,
 )
+from bytecap.quantization.ahead import of_one_shape
 from bytecap.types import Unit
 
 LINEAR_LEVELS, EMBEDDING_LEVELS = 31, 63
 K, K_EMBEDDING = 12.5, 15.0  # as published
 DAMPING = 0.01
-_BLOCK = 128
 _FINEST, _COARSEST = 0.01, 400.0  # k: about 13 bits a weight; next to nothing left but the outliers
 _SAMPLE_ROWS = 256  # of every matrix, for estimates
 _CLOSE = 1.03  # largest ratio of the two k that are mixed in the end
@@ -170,8 +170,8 @@ def feedback(
     codes = torch.empty_like(left)
     cols = len(left) - kept
     scale = (1 / upper.diagonal()).tolist()
-    for start in range(0, cols, _BLOCK):
-        stop = min(cols, start + _BLOCK)
+    for start in range(0, cols, BLOCK):
+        stop = min(cols, start + BLOCK)
         errors = torch.empty(stop - start, left.shape[1])
         for j in range(start, stop):
             codes[j] = torch.round(left[j] * inverse).clamp_(low, high)
@@ -225,9 +225,9 @@ class Search:
     def quantized(self, k: float, strides: Mapping[str, int]) -> Iterator[tuple[str, Quantized]]:
         """Yield all matrices at `k`, or rows of each at a stride; on a GPU those of one shape are rounded together."""
         weights = {n: w[:: strides.get(n, 1)] for n, w in self.weights.items()}
-        together = {n: (len(w), w.shape[1]) for n, w in weights.items() if n in self.factors and self.there(w)}
+        together = dict.fromkeys(n for n, w in weights.items() if n in self.factors and self.there(w))
         yield from ((n, self.quantize(n, k, strides.get(n, 1))) for n in weights if n not in together)
-        for names in batches(together):
+        for names in of_one_shape(together, lambda n: (len(weights[n]), weights[n].shape[1]), TOGETHER):
             steps = torch.stack([row_steps(weights[n], k) for n in names])
             factors = [self.factors[n] for n in names]
             codes = feedback_together(

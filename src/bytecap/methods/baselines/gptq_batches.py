@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_BLOCK = 128
-_TOGETHER = 2**28  # weights and Hessian entries of a batch
-
-
-def batches(shapes: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
-    """Yield names of equally shaped matrices (rows, cols), as many at a time as memory is meant for.
-
-    >>> list(batches({"a": (2, 3), "b": (4, 4), "c": (2, 3)}))
-    [['a', 'c'], ['b']]
-    """
-    alike: dict[tuple[int, int], list[str]] = {}
-    for name, shape in shapes.items():
-        alike.setdefault(shape, []).append(name)
-    for (rows, cols), names in alike.items():
-        size = max(1, _TOGETHER // max(1, cols * (rows + cols)))
-        yield from (names[at : at + size] for at in range(0, len(names), size))
+BLOCK = 128  # columns that errors go to at once
+TOGETHER = 2**28  # weights and Hessian entries of a batch
 
 
 def feedback_together(
@@ -46,8 +32,8 @@ def feedback_together(
     codes = torch.empty_like(left)
     scale = 1 / upper.diagonal(dim1=1, dim2=2)
     cols = left.shape[1]
-    for start in range(0, cols, _BLOCK):
-        stop = min(cols, start + _BLOCK)
+    for start in range(0, cols, BLOCK):
+        stop = min(cols, start + BLOCK)
         errors = torch.empty_like(left[:, start:stop])
         for j in range(start, stop):
             codes[:, j] = torch.round(left[:, j] * inverse).clamp_(-most, most)
