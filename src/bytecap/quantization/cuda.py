@@ -60,7 +60,8 @@ def begin_trellis(
         inner[:, : hi - lo, : hi - lo] = unit_lower[:, : hi - lo]
         round_columns[(batch,)](
             inner, fed, weight, error, scale, row_class, whiten, row_weight, offset, symbols, order, column_class,
-            cost, centres, *scratch, lo, hi, cols, rows, first, length, SEGMENTS=segments, WARM=_warm(memory),
+            cost, centres, *scratch, lo, hi, cols, rows, first, length,
+            min(length, _warm(memory)), SEGMENTS=segments, WARM=_warm(memory),
             **constants, **_SIZES, **_shape_of(memory),
         )  # fmt: skip
     distortion = (cost.double() * diag.double().square()).sum(1)
@@ -89,7 +90,7 @@ def _scratch(batch: int, rows: int, memory: int, device: torch.device) -> tuple[
     return (
         torch.empty(batch, rows, device=device), torch.empty(batch, pairs, 8, 8, device=device),
         torch.empty(batch, pairs, 8, dtype=torch.int32, device=device),
-        torch.empty(batch, segments + 1, dtype=torch.int32, device=device),
+        torch.empty(batch, 2 * segments, dtype=torch.int32, device=device),
         torch.empty(batch, size, dtype=kind, device=device),
         torch.empty(batch, rows, dtype=torch.int32, device=device),
     )  # fmt: skip

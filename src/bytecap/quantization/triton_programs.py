@@ -16,7 +16,7 @@ ACS-bottleneck", IEEE Trans. Communications 37(8), 1989.
 import triton
 import triton.language as tl
 
-from bytecap.quantization.triton_search import backward, forward
+from bytecap.quantization.triton_search import backward, forward, nearest_point
 
 _FAR = tl.constexpr(1e30)
 
@@ -146,9 +146,12 @@ def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: t
 def _settle(
     Y, V, ROW_CLASS, ROW_WEIGHT, OFFSET, WEIGHT, ERROR, SYMBOLS, CENTRE, k, stored, column, fine, s, rows,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr,
-    FIXED: tl.constexpr,
+    FIXED: tl.constexpr, MEMORY: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """Write symbols and errors of column k, from V where it is `fine`; returns the summed, weighted squared error."""
+    """Write symbols and errors of column k; returns the summed, weighted squared error.
+
+    Where it is `fine`, V holds points, or with more than eight states paths.
+    """
     unit, more = tl.where(fine, 2.0, 1.0), tl.where(fine, OCTAVE, 0)
     row_of = k.to(tl.int64) * rows
     cost = tl.zeros([ROWS], tl.float32)
@@ -160,7 +163,10 @@ def _settle(
         cls = tl.minimum(tl.maximum(column + tl.load(ROW_CLASS + r, inside, 0), 1), CLASSES - 1)
         cls = tl.minimum(cls + more, CLASSES - 1)
         size = tl.floor(tl.abs(u) + 0.5).to(tl.int32)
-        v = tl.where(fine, tl.load(V + r, inside, 0), tl.where(u > 0, size, -size))
+        v = tl.load(V + r, inside, 0)
+        if MEMORY > 3:
+            v = nearest_point(u, v, LOW, HIGH)
+        v = tl.where(fine, v, tl.where(u > 0, size, -size))
         size = tl.abs(v)
         at = cls * CENTRES + tl.minimum(size, CENTRES - 1)
         value, sign = size - unit * tl.load(OFFSET + at), tl.where(v > 0, 1.0, -1.0)
@@ -175,10 +181,10 @@ def _settle(
     return tl.sum(cost, 0)
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "cols", "rows", "first", "length"])
+@triton.jit(do_not_specialize=["lo", "hi", "first", "length", "head"])
 def round_columns(
     INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
-    CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length,
+    CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length, head,
     SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr, LEADS: tl.constexpr,
     LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
@@ -187,7 +193,7 @@ def round_columns(
     b = tl.program_id(0).to(tl.int64)
     whole, lead, one = b * cols * rows, b * cols, b * rows
     Y, V, row_weight = Y + one, V + one, ROW_WEIGHT + one
-    BORDER = BORDER + b * (SEGMENTS + 1)
+    BORDER = BORDER + b * 2 * SEGMENTS
     if MEMORY == 3:
         T, BACK, CAME = T + b * SEGMENTS * 64, BACK + b * SEGMENTS * 8, CAME + b * SEGMENTS * length
     else:
@@ -215,15 +221,15 @@ def round_columns(
                 _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
             else:
                 forward(
-                    Y, row_weight, CAME, BORDER, s, rows, length, SEGMENTS, WARM, MEMORY, BITS, LEADS, LANE_LEADS
+                    Y, row_weight, CAME, BORDER, s, rows, length, head, SEGMENTS, WARM, MEMORY, BITS, LEADS, LANE_LEADS
                 )  # fmt: skip
                 tl.debug_barrier()
-                backward(Y, CAME, BORDER, V, s, rows, length, SEGMENTS, MEMORY, BITS, LOW, HIGH)
+                backward(CAME, BORDER, V, rows, length, head, SEGMENTS, MEMORY, BITS)
             tl.debug_barrier()
         cost = _settle(
             Y, V, ROW_CLASS + one, row_weight, OFFSET, WEIGHT + whole, ERROR + whole, SYMBOLS + whole,
             CENTRE + b * 2 * CLASSES * CENTRES, k, stored, column, fine, s, rows, ROWS, CLASSES, CENTRES, OCTAVE,
-            SAMPLE, FIXED,
+            SAMPLE, FIXED, MEMORY, LOW, HIGH,
         )  # fmt: skip
         tl.store(COST + lead + k, cost)
         tl.debug_barrier()

@@ -62,19 +62,21 @@ def _exchanged(c, lane, k: tl.constexpr):
 
 
 @triton.jit
-def _further(c, q, row: tl.constexpr, LEADS: tl.constexpr):
-    """Return the costs of all states one row further, and a bit for each that says whether it came from the upper half.
+def _further(c, q, word, row: tl.constexpr, LEADS: tl.constexpr):
+    """Return the costs of all states one row further, and `word` with a bit below for each: came it from the upper half?
 
-    Places `j` and `j + 8` lead to `2j` and `2j + 1`; `q` are the costs of the four subsets.
+    Places `j` and `j + 8` lead to `2j` and `2j + 1`, whose bits are `15 - j` and `7 - j`; `q` are the costs of the four
+    subsets. The sign of a difference is a bit that goes into a word in one instruction.
     """
     new = ()
-    word = tl.zeros_like(q[0]).to(tl.int32)
+    even, odd = word, tl.zeros_like(word)
     for j in tl.static_range(8):
         zero, one = q[(LEADS >> (16 * row + 2 * j)) & 3], q[((LEADS >> (16 * row + 2 * j)) & 3) ^ 2]
         e, f, g, h = c[j] + zero, c[j + 8] + one, c[j] + one, c[j + 8] + zero
-        word |= ((f < e).to(tl.int32) << (2 * j)) | ((h < g).to(tl.int32) << (2 * j + 1))
+        even = (even << 1) | ((f - e).to(tl.uint32, bitcast=True) >> 31)
+        odd = (odd << 1) | ((h - g).to(tl.uint32, bitcast=True) >> 31)
         new = new + (tl.minimum(e, f), tl.minimum(g, h))
-    return new, word
+    return new, (even << 8) | odd
 
 
 @triton.jit
@@ -111,6 +113,18 @@ def _least(c):
 
 
 @triton.jit
+def _best(c, lane, MEMORY: tl.constexpr, BITS: tl.constexpr):
+    """Return the state (segments,) of least cost behind a period."""
+    PERIOD: tl.constexpr = MEMORY - 1
+    least, state = _least(c)
+    for bit in tl.static_range(1, MEMORY):
+        for k in tl.static_range(BITS):
+            if (k * PERIOD // BITS + PERIOD - 1) % PERIOD + 1 == bit:
+                state = (state & ((1 << bit) - 1)) | ((state >> bit) << (bit + 1)) | (((lane >> k) & 1) << bit)
+    return tl.min(tl.where(least == tl.min(least, 1)[:, None], state, 1 << MEMORY), 1)
+
+
+@triton.jit
 def _lowered(c, by):
     """Return costs less what is taken off each of them."""
     new = ()
@@ -139,19 +153,19 @@ def _of_row(values, lane, row: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def forward(
-    U, W, CAME, BORDER, s, rows, length, SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr,
+    U, W, CAME, BORDER, s, rows, length, head, SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr,
     BITS: tl.constexpr, LEADS: tl.constexpr, LANE_LEADS: tl.constexpr,
 ):  # fmt: skip
-    """Find predecessors CAME, a bit a state, and in BORDER (segments,) the best state at the end of every segment.
+    """Find predecessors CAME, a bit a state, and in BORDER (2, segments) the best states at two places of a segment.
 
-    CAME (length / period, words, segments, lanes) holds two rows a word. Rows behind the last cost nothing: whatever
-    state they end in, they come from the best state of the last row.
+    These are its end, and `head` rows behind its begin. CAME (length / period, words, segments, lanes) holds two rows a
+    word. Rows behind the last cost nothing: whatever state they end in, they come from the best state of the last row.
     """
     PERIOD: tl.constexpr = MEMORY - 1
     LANES: tl.constexpr = 1 << BITS
     seg = tl.arange(0, SEGMENTS)[:, None] + tl.zeros([SEGMENTS, LANES], tl.int32)
     lane = tl.arange(0, LANES)[None, :] + tl.zeros([SEGMENTS, LANES], tl.int32)
-    own = CAME + seg * LANES + lane
+    one, own = tl.arange(0, SEGMENTS), CAME + seg * LANES + lane
     first = seg * length - WARM
     c = (tl.zeros([SEGMENTS, LANES], tl.float32),)
     for _ in tl.static_range(15):
@@ -163,33 +177,30 @@ def forward(
         next_w = _loaded(W, first + i + PERIOD, lane, rows, PERIOD, LANES)
         if (i <= WARM) & ((WARM - i) % length == 0):  # some segment is at row 0, whose state is 0
             c = _begun(c, first + i == 0, lane)
-        words = ()
+        words, word = (), tl.zeros_like(lane).to(tl.uint32)
         for row in tl.static_range(PERIOD):
             for k in tl.static_range(BITS):
                 if (k * PERIOD // BITS + row) % PERIOD == 0:
                     c = _exchanged(c, lane, k)
             own_u, own_w = _of_row(u, lane, row, LANES) * finer, _of_row(w, lane, row, LANES)
-            c, word = _further(c, _subset_costs(own_u, own_w, lane, row, BITS, LANE_LEADS), row, LEADS)
-            words = words + (word,)
+            q = _subset_costs(own_u, own_w, lane, row, BITS, LANE_LEADS)
+            if row % 2 == 0:
+                c, word = _further(c, q, tl.zeros_like(word), row, LEADS)
+            else:
+                c, word = _further(c, q, word, row, LEADS)
+            if (row % 2 == 1) | (row == PERIOD - 1):
+                words = words + (word,)
         if i >= WARM:
             to = own + (i - WARM) // PERIOD * ((PERIOD + 1) // 2 * SEGMENTS * LANES)
-            for row in tl.static_range(0, PERIOD, 2):
-                if row + 1 < PERIOD:
-                    tl.store(to + row // 2 * SEGMENTS * LANES, words[row] | (words[row + 1] << 16))
-                else:
-                    tl.store(to + row // 2 * SEGMENTS * LANES, words[row])
+            for j in tl.static_range((PERIOD + 1) // 2):
+                tl.store(to + j * SEGMENTS * LANES, words[j].to(tl.int32, bitcast=True))
+            if i == WARM + head - PERIOD:
+                tl.store(BORDER + SEGMENTS + one, _best(c, lane, MEMORY, BITS))
         if i % (4 * PERIOD) == 0:
             lowest, _place = _least(c)
             c = _lowered(c, tl.min(lowest, 1)[:, None])
         u, w = next_u, next_w
-    least, place = _least(c)
-    state = place
-    for bit in tl.static_range(1, PERIOD + 1):
-        for k in tl.static_range(BITS):
-            if (k * PERIOD // BITS + PERIOD - 1) % PERIOD + 1 == bit:
-                state = (state & ((1 << bit) - 1)) | ((state >> bit) << (bit + 1)) | (((lane >> k) & 1) << bit)
-    state = tl.where(least == tl.min(least, 1)[:, None], state, 1 << MEMORY)
-    tl.store(BORDER + tl.arange(0, SEGMENTS), tl.min(state, 1))
+    tl.store(BORDER + one, _best(c, lane, MEMORY, BITS))
 
 
 @triton.jit
@@ -203,7 +214,7 @@ def _came_from(word, t, row: tl.constexpr, PERIOD: tl.constexpr, BITS: tl.conste
                 place = (place & ((1 << (PERIOD - back)) - 1)) | ((place >> (PERIOD - back + 1)) << (PERIOD - back))
     if BITS > 0:
         word = tl.gather(word, lane, 1)
-    return (word >> place) & 1
+    return (word >> (15 - (place >> 1) - 8 * (place & 1))) & 1
 
 
 @triton.jit
@@ -216,24 +227,86 @@ def _words(own, apart: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _none(lane, PARTS: tl.constexpr):
-    """Return zeros for the rows of a period, one a lane."""
-    found = ()
-    for _ in tl.static_range(PARTS):
-        found = found + (tl.zeros_like(lane),)
-    return found
-
-
-@triton.jit
-def _with(values, value, lane, row: tl.constexpr, PERIOD: tl.constexpr, LANES: tl.constexpr):
+def _with(values, value, lane, row: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr):
     """Return values of a period's rows, one a lane, with that of one row put in."""
     found = ()
-    for part in tl.static_range((PERIOD + LANES - 1) // LANES):
+    for part in tl.static_range(PARTS):
         if part == row // LANES:
             found = found + (tl.where(lane == row % LANES, value, values[part]),)
         else:
             found = found + (values[part],)
     return found
+
+
+@triton.jit
+def _traced(
+    words, t, lane, PATH, at, rows, MEMORY: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, KEPT: tl.constexpr
+):  # fmt: skip
+    """Return states `t` traced back through a period; writes the paths of its rows, of which `at` is the first."""
+    PERIOD: tl.constexpr = MEMORY - 1
+    LANES: tl.constexpr = 1 << BITS
+    paths = ()
+    for _ in tl.static_range(PARTS):
+        paths = paths + (tl.zeros_like(lane),)
+    for up in tl.static_range(PERIOD):
+        word = words[(PERIOD - 1 - up) // 2]
+        if ((PERIOD - 1 - up) % 2 == 0) & (up > 0):
+            word = word >> 16
+        t |= _came_from(word, t, PERIOD - 1 - up, PERIOD, BITS) << MEMORY
+        paths = _with(paths, t, lane, PERIOD - 1 - up, LANES, PARTS)
+        t >>= 1
+    if KEPT:
+        for part in tl.static_range(PARTS):
+            row = part * LANES + lane
+            tl.store(PATH + at + row, paths[part], (row < PERIOD) & (at + row < rows))
+    return t
+
+
+@triton.jit
+def _back(
+    CAME, PATH, end, rows, length, begin, SEGMENTS: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """Trace segments back from states `end` (segments,) behind row `begin`; returns the states that they begin in."""
+    PERIOD: tl.constexpr = MEMORY - 1
+    LANES: tl.constexpr = 1 << BITS
+    PARTS: tl.constexpr = (PERIOD + LANES - 1) // LANES
+    WORDS: tl.constexpr = (PERIOD + 1) // 2
+    apart: tl.constexpr = SEGMENTS * LANES
+    seg = tl.arange(0, SEGMENTS)[:, None] + tl.zeros([SEGMENTS, LANES], tl.int32)
+    lane = tl.arange(0, LANES)[None, :] + tl.zeros([SEGMENTS, LANES], tl.int32)
+    own, last = CAME + seg * LANES + lane, begin // PERIOD - 1
+    t = end[:, None] + tl.zeros_like(lane)
+    words = _words(own + last * (WORDS * apart), apart, WORDS)
+    for back in range(last + 1):
+        before = tl.maximum(last - back - 1, 0)
+        following = _words(own + before * (WORDS * apart), apart, WORDS)  # on their way meanwhile
+        at = seg * length + (last - back) * PERIOD
+        t = _traced(words, t, lane, PATH, at, rows, MEMORY, BITS, PARTS, KEPT)
+        words = following
+    return tl.max(t, 1)
+
+
+@triton.jit
+def backward(
+    CAME, BORDER, PATH, rows, length, head, SEGMENTS: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """Trace every segment back from where the next one begins in the end, to the paths PATH (rows,).
+
+    A path are the last bits up to a row's own, the newest in bit 0: one more than a state has.
+    """
+    one, last = tl.arange(0, SEGMENTS), (rows - 1) // length
+    own, end = BORDER + one, tl.load(BORDER + one)
+    begun = _back(CAME, PATH, tl.load(own + SEGMENTS), rows, length, head, SEGMENTS, MEMORY, BITS, False)
+    changes = 1
+    while changes > 0:
+        tl.debug_barrier()
+        tl.store(own, begun)
+        tl.debug_barrier()
+        following = tl.where(one < last, tl.load(own + 1, one < last, 0), end)
+        again = _back(CAME, PATH, following, rows, length, length, SEGMENTS, MEMORY, BITS, True)
+        changes = tl.sum((again != begun).to(tl.int32), 0)
+        begun = again
 
 
 @triton.jit
@@ -246,41 +319,7 @@ def _parity(x):
 
 
 @triton.jit
-def backward(
-    U, CAME, BORDER, V, s, rows, length, SEGMENTS: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr,
-):  # fmt: skip
-    """Trace every segment back to the points V (rows,), from where the next segment begins in the end."""
-    PERIOD: tl.constexpr = MEMORY - 1
-    LANES: tl.constexpr = 1 << BITS
-    WORDS: tl.constexpr = (PERIOD + 1) // 2
-    seg = tl.arange(0, SEGMENTS)[:, None] + tl.zeros([SEGMENTS, LANES], tl.int32)
-    lane = tl.arange(0, LANES)[None, :] + tl.zeros([SEGMENTS, LANES], tl.int32)
-    one, last = tl.arange(0, SEGMENTS), (rows - 1) // length
-    finer = 1.0 / s
-    end, changes = tl.load(BORDER + one), 1
-    while changes > 0:
-        t = end[:, None] + tl.zeros_like(lane)
-        for back in range(length // PERIOD):
-            first = length - (back + 1) * PERIOD
-            own = CAME + (first // PERIOD * WORDS * SEGMENTS + seg) * LANES + lane
-            at = seg * length + first
-            words, u = _words(own, SEGMENTS * LANES, WORDS), _loaded(U, at, lane, rows, PERIOD, LANES)
-            paths = _none(lane, (PERIOD + LANES - 1) // LANES)
-            for up in tl.static_range(PERIOD):
-                word = words[(PERIOD - 1 - up) // 2] >> (16 * ((PERIOD - 1 - up) % 2))
-                upper = _came_from(word, t, PERIOD - 1 - up, PERIOD, BITS)
-                t |= upper << MEMORY
-                paths = _with(paths, t, lane, PERIOD - 1 - up, PERIOD, LANES)
-                t >>= 1
-            for part in tl.static_range((PERIOD + LANES - 1) // LANES):
-                d, row = _parity(paths[part] & LOW) + 2 * _parity(paths[part] & HIGH), part * LANES + lane
-                v = d + 4 * tl.floor((u[part] * finer - d) * 0.25 + 0.5).to(tl.int32)
-                tl.store(V + at + row, v, (row < PERIOD) & (at + row < rows))
-        tl.debug_barrier()
-        tl.store(BORDER + one, tl.max(t, 1))
-        tl.debug_barrier()
-        begun = tl.where(one < last, tl.load(BORDER + one + 1, one < last, 0), end)
-        changes = tl.sum((begun != end).to(tl.int32), 0)
-        end = begun
-        tl.debug_barrier()
+def nearest_point(u, path, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Return the point nearest to `u` in the subset that a path has come to."""
+    d = _parity(path & LOW) + 2 * _parity(path & HIGH)
+    return d + 4 * tl.floor((u - d) * 0.25 + 0.5).to(tl.int32)
