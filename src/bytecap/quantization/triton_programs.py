@@ -186,7 +186,8 @@ def round_columns(
     INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
     CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length, head,
     SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr, LEADS: tl.constexpr,
-    LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
+    LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """Round columns lo..hi-1 of matrix `program`, last first; see `bytecap.quantization.trellis._round_columns`."""

@@ -63,10 +63,11 @@ def _exchanged(c, lane, k: tl.constexpr):
 
 @triton.jit
 def _further(c, q, word, row: tl.constexpr, LEADS: tl.constexpr):
-    """Return the costs of all states one row further, and `word` with a bit below for each: came it from the upper half?
+    """Return the costs of all states one row further, and `word` with a bit below for each, from where it came.
 
-    Places `j` and `j + 8` lead to `2j` and `2j + 1`, whose bits are `15 - j` and `7 - j`; `q` are the costs of the four
-    subsets. The sign of a difference is a bit that goes into a word in one instruction.
+    The bit says that it came from the upper half. Places `j` and `j + 8` lead to `2j` and `2j + 1`, whose bits are
+    `15 - j` and `7 - j`; `q` are the costs of the four subsets. The sign of a difference is a bit that goes into a word
+    in one instruction.
     """
     new = ()
     even, odd = word, tl.zeros_like(word)
