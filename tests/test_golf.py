@@ -16,7 +16,7 @@ from bytecap.methods.baselines.golf import (
     row_steps,
 )
 from bytecap.methods.baselines.golf_coders import smallest, with_brotli
-from bytecap.methods.baselines.gptq_batches import feedback_together
+from bytecap.methods.baselines.gptq import feedback_together
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import tolerance
 from bytecap.quantization.ahead import of_one_shape

@@ -48,7 +48,7 @@ from bytecap.errors import BudgetError
 from bytecap.format.coders.packed import MAX_CODE, Quantized
 from bytecap.job import Section
 from bytecap.methods.baselines.golf_coders import WRITERS, with_brotli
-from bytecap.methods.baselines.gptq_batches import BLOCK, TOGETHER, feedback_together
+from bytecap.methods.baselines.gptq import BLOCK, TOGETHER, feedback_together
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import (
     Measured,
