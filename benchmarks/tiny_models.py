@@ -59,8 +59,10 @@ NEEDED = {
 TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 _MLA = {"head_dim": 8}  # these call the rotated part of a head by that name
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-_HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128, "attention_head_dim": 32,
-           "num_key_value_heads": 4}  # fmt: skip
+_HYBRID = {
+    "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
+    "attention_head_dim": 32, "num_key_value_heads": 4,
+}  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "axk1": _MLA, "deepseek_v3": _MLA, "longcat_flash": _MLA, "youtu": _MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
