@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.format.entropy import simd
+from bytecap.format.entropy.simd import renormalise
 
 _Array = npt.NDArray[Any]
 
@@ -191,18 +191,6 @@ def _advance(states: _Array, entries: _Array, values: _Array) -> None:
         values[j] = np.uint32(entries[j] & np.uint64(0xFFFFFFFF))
 
 
-def _renormalise(states: _Array, words: _Array, used: int) -> int:
-    """Give every lane that needs one a word; returns the number of words used."""
-    at = np.uint64(used)
-    for j in range(np.uint64(len(states))):
-        x = states[j]
-        need = x < np.uint32(0x10000)
-        longer = np.uint32(x << np.uint32(16)) | np.uint32(words[at])
-        at += np.uint64(need)
-        states[j] = longer if need else x
-    return int(at)
-
-
 def _escapes(values: _Array) -> int:
     """Count the values that are not numbers, which stand for escapes."""
     count = 0
@@ -287,7 +275,6 @@ slots: Any = numba.njit(nogil=True, cache=True)(_slots)
 entries: Any = numba.njit(nogil=True, cache=True)(_entries)
 tally: Any = numba.njit(nogil=True, cache=True)(_tally)
 advance: Any = numba.njit(nogil=True, cache=True)(_advance)
-renormalise: Any = simd.renormalise if simd.available() else numba.njit(nogil=True, cache=True)(_renormalise)
 escapes: Any = numba.njit(nogil=True, cache=True)(_escapes)
 scale: Any = numba.njit(nogil=True, cache=True)(_scale)
 weights: Any = numba.njit(nogil=True, cache=True)(_weights)
