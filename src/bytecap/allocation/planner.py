@@ -334,7 +334,11 @@ class Planner:
             return (STACK.tag, STACK.encode(base, overlays)) if overlays else base
 
         wanted = list(self.names if names is None else names)
-        return dict(zip(wanted, in_threads(one, wanted), strict=True))
+        sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
+        order = sorted(wanted, key=lambda n: -sizes.get(n, 0))  # the largest last would be waited for alone
+        _ = state.shared.tables.split.coding  # once, before all threads ask for it
+        found = dict(zip(order, in_threads(one, order), strict=True))
+        return {n: found[n] for n in wanted}
 
     def sections(self, state: State) -> dict[str, Section]:
         """All units as they are stored; some are coded at a time, each by the rank that has its integers."""

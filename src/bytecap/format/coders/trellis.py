@@ -45,6 +45,7 @@ from bytecap.format.entropy import jit
 from bytecap.format.entropy.rans import Source, Stream, encode_all
 from bytecap.format.wire.bits import check_bits, read_bits
 from bytecap.system.slabs import slabs
+from bytecap.types import Bytes
 
 SHORT = 3  # memory of eight states
 MASKS = {
@@ -160,7 +161,7 @@ class Trellis:
         del head
         return SHORT
 
-    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[Head, bytes, bytes]:
+    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[Head, memoryview, memoryview]:
         """Split a section into head, path and payload."""
         head = read_head(data, shape, self.own)
         if not 1 <= head.extra[0] <= CLASSES:
@@ -215,7 +216,7 @@ class Trellis:
         return values
 
 
-def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
+def _read_path(path: Bytes, mask: Mask) -> npt.NDArray[np.uint8]:
     """Read the path bits (rows, cols), which are 0 where a weight is not dependent."""
     count = int(mask.sum())
     bits = read_bits(path, count)
