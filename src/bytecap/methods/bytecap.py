@@ -48,6 +48,7 @@ from bytecap.model.texts import leading
 from bytecap.model.uncertainty import ratio_stderr, surely_worse
 from bytecap.progress import warn
 from bytecap.quantization.options import Options, effort_on
+from bytecap.quantization.quantizer import compile_ahead
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
@@ -63,6 +64,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
     options = Options.of(job.options, partial(warn, job.reporter), effort_on(job.device, job.config.effort))
+    compile_ahead(options, job.device)
     if isinstance(job.model, StreamedModel):
         prepared = prepare_streamed(job, job.model, options)
     else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from bytecap.quantization.triton_search import plan
 _BLOCK = 32  # columns of which a program feeds back errors itself
 _THREADS = 128  # of a program with more than eight states
 _LEAST = 128  # rows of a segment there: fewer would lose more at borders, and walk little but rows of others
+_MOST = 64  # programs that share a matrix
 _WARP = 32  # threads
 _FIXED = 2**16  # parts of a step in sums for centroids
 
@@ -34,10 +38,8 @@ def begin_trellis(
     diag = lower.diagonal(dim1=1, dim2=2)
     exponent, scale = column_steps(problem, step, waterfill=waterfill)
     parts = _parts(batch, rows, memory, device)
-    segments, length = _cut(-(-rows // parts), memory)
-    constants = {"MEMORY": memory, "BITS": 0, "LEADS": 0, "LANE_LEADS": 0, "LOW": 0, "HIGH": 0}
-    if memory > SHORT:
-        constants = plan(memory)
+    length = _cut(-(-rows // parts), memory)[1]
+    constants = _constants(rows, memory, parts)
     error = weight  # a column's errors take the place of its weights
     kind = torch.int16 if narrow(weight, scale) else torch.int32
     symbols = torch.empty(batch, cols, rows, dtype=kind, device=device)
@@ -48,7 +50,6 @@ def begin_trellis(
     whiten = torch.exp2(-row_class.float() / 4)
     offset = torch.from_numpy(shrink.offset).to(device)
     scratch = *_scratch(batch, rows, memory, parts, device), *_meetings(batch, parts, device)
-    together = {"launch_cooperative_grid": True} if parts > 1 else {}  # so that all of a matrix's programs run at once
     order, row_weight = problem.order.to(torch.int64).contiguous(), problem.rows.float().contiguous()
     for hi in range(cols, 0, -_BLOCK):
         lo = max(0, hi - _BLOCK)
@@ -62,8 +63,7 @@ def begin_trellis(
         round_columns[(batch * parts,)](
             inner, fed, weight, error, scale, row_class, whiten, row_weight, offset, symbols, order, column_class,
             cost, centres, *scratch, lo, hi, cols, rows, first, length,
-            min(length, _warm(memory)), SEGMENTS=segments, WARM=_warm(memory),
-            PARTS=parts, **constants, **_SIZES, **_shape_of(memory), **together,
+            min(length, _warm(memory)), parts, **constants,
         )  # fmt: skip
     distortion = (cost.double().sum(1) * diag.double().square()).sum(1)
     exponent = exponent.gather(1, torch.argsort(order, dim=1))
@@ -77,6 +77,38 @@ def begin_trellis(
         )  # fmt: skip
 
     return finish
+
+
+def compile_ahead(memory: int, device: torch.device) -> None:
+    """Begin to compile the programs of a search, on a thread of its own, while a GPU is busy with something else."""
+
+    def work() -> None:
+        with contextlib.suppress(Exception), torch.cuda.device(device):  # where they are needed is said what is wrong
+            for parts in (1, 2):
+                _compile(memory, parts)
+
+    if memory > SHORT:
+        threading.Thread(target=work, daemon=True).start()
+
+
+def _compile(memory: int, parts: int) -> None:
+    """Compile the program of matrices whose rows and columns are multiples of 16."""
+    kinds = {"f": torch.float32, "i": torch.int32, "h": torch.int16, "l": torch.int64}
+    length = _cut(2048, memory)[1]
+    round_columns.warmup(
+        *(kinds[k] for k in "fffffifffhliflffiiiifi"), 0, _BLOCK, 2048, 2048, 0, length, length, parts,
+        **_constants(2048, memory, parts), grid=(parts,),
+    )  # fmt: skip
+
+
+def _constants(rows: int, memory: int, parts: int) -> dict[str, Any]:
+    """Return what a program is compiled for."""
+    found = {"MEMORY": memory, "BITS": 0, "LEADS": 0, "LANE_LEADS": 0, "LOW": 0, "HIGH": 0}
+    if memory > SHORT:
+        found = plan(memory)
+    together = {"launch_cooperative_grid": True} if parts > 1 else {}  # so that all of a matrix's programs run at once
+    segments = _cut(-(-rows // parts), memory)[0]
+    return {"SEGMENTS": segments, "WARM": _warm(memory), **found, **_SIZES, **_shape_of(memory), **together}
 
 
 def _scratch(batch: int, rows: int, memory: int, parts: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -107,7 +139,7 @@ def _parts(batch: int, rows: int, memory: int, device: torch.device) -> int:
     if memory == SHORT or device.type != "cuda":
         return 1
     most = torch.cuda.get_device_properties(device).multi_processor_count // batch
-    most = min(most, rows // (_LEAST * (_THREADS >> plan(memory)["BITS"])))
+    most = min(most, _MOST, rows // (_LEAST * (_THREADS >> plan(memory)["BITS"])))
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -141,5 +173,5 @@ def _shape_of(memory: int) -> dict[str, int]:
 
 _SIZES = {
     "BLOCK": _BLOCK, "CLASSES": CLASSES, "CENTRES": CENTRES, "UNIT": UNIT_CLASS, "OCTAVE": OCTAVE,
-    "SAMPLE": SAMPLE, "FIXED": _FIXED,
+    "SAMPLE": SAMPLE, "FIXED": _FIXED, "MOST": _MOST,
 }  # fmt: skip

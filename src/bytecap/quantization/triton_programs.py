@@ -183,33 +183,31 @@ def _settle(
     return tl.sum(cost, 0)
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "first", "length", "head"])
+@triton.jit(do_not_specialize=["lo", "hi", "first", "length", "head", "parts"])
 def round_columns(
     INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
-    CENTRE, Y, T, BACK, BORDER, CAME, V, ENERGY, MET, lo, hi, cols, rows, first, length, head,
+    CENTRE, Y, T, BACK, BORDER, CAME, V, ENERGY, MET, lo, hi, cols, rows, first, length, head, parts,
     SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr, LEADS: tl.constexpr,
-    LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PARTS: tl.constexpr,
+    LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """Round columns lo..hi-1 of a matrix, last first; see `bytecap.quantization.trellis._round_columns`.
 
-    PARTS programs, which have to run at the same time, share the segments of a matrix and meet in every column.
+    Up to MOST programs, which have to run at the same time, share the segments of a matrix and meet in every column.
     """
-    b, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-    begin, end = 0, rows
-    if PARTS > 1:
-        begin = tl.minimum(part * SEGMENTS * length, rows)
-        end = tl.minimum(begin + SEGMENTS * length, rows)
+    b, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    begin = tl.minimum(part * SEGMENTS * length, rows)
+    end = tl.minimum(begin + SEGMENTS * length, rows)
     whole, lead, one = b * cols * rows, b * cols, b * rows
     Y, V, row_weight = Y + one, V + one, ROW_WEIGHT + one
-    ENDS = BORDER + b * (PARTS * (4 * SEGMENTS + 2)) + part * 2 * SEGMENTS
-    BORDER = BORDER + b * (PARTS * (4 * SEGMENTS + 2)) + PARTS * 2 * SEGMENTS
-    ENERGY, MET = ENERGY + b * 2 * PARTS, MET + b
+    ENDS = BORDER + b * (parts * (4 * SEGMENTS + 2)) + part * 2 * SEGMENTS
+    BORDER = BORDER + b * (parts * (4 * SEGMENTS + 2)) + parts * 2 * SEGMENTS
+    ENERGY, MET = ENERGY + b * 2 * parts, MET + b
     if MEMORY == 3:
         T, BACK, CAME = T + b * SEGMENTS * 64, BACK + b * SEGMENTS * 8, CAME + b * SEGMENTS * length
     else:
-        CAME = CAME + (b * PARTS + part) * (SEGMENTS << BITS) * (length // (MEMORY - 1)) * (MEMORY // 2)
+        CAME = CAME + (b * parts + part) * (SEGMENTS << BITS) * (length // (MEMORY - 1)) * (MEMORY // 2)
     for back in range(hi - lo):
         k = hi - 1 - back
         scale = tl.load(SCALE + lead + k)
@@ -217,7 +215,7 @@ def round_columns(
             FED + b * (hi - lo) * rows, INNER + b * BLOCK * BLOCK, WEIGHT + whole, ERROR + whole, WHITEN + one, Y, k,
             lo, hi, begin, end, rows, scale, BLOCK, ROWS,
         )  # fmt: skip
-        energy = sum_of_parts(ENERGY + k % 2 * PARTS, energy, part, MET, PARTS) / rows
+        energy = sum_of_parts(ENERGY + k % 2 * parts, energy, part, MET, parts, MOST) / rows
         column = tl.floor(2 * tl.log2(tl.maximum(energy, 1e-12)) + 0.5).to(tl.int32) + UNIT
         column = tl.minimum(tl.maximum(column, 1), CLASSES - 1)
         stored = tl.load(ORDER + lead + k)
@@ -239,8 +237,8 @@ def round_columns(
                 )  # fmt: skip
                 tl.debug_barrier()
                 backward(
-                    CAME, ENDS, BORDER, BORDER + 2 * PARTS * SEGMENTS, MET, V, rows, length, head, part, SEGMENTS,
-                    MEMORY, BITS, PARTS,
+                    CAME, ENDS, BORDER, BORDER + 2 * parts * SEGMENTS, MET, V, rows, length, head, part, parts,
+                    SEGMENTS, MEMORY, BITS, MOST,
                 )  # fmt: skip
             tl.debug_barrier()
         cost = _settle(
@@ -248,5 +246,5 @@ def round_columns(
             CENTRE + b * 2 * CLASSES * CENTRES, k, stored, column, fine, s, begin, end, rows, ROWS, CLASSES, CENTRES,
             OCTAVE, SAMPLE, FIXED, MEMORY, LOW, HIGH,
         )  # fmt: skip
-        tl.store(COST + (b * PARTS + part) * cols + k, cost)
+        tl.store(COST + (b * parts + part) * cols + k, cost)
         tl.debug_barrier()

@@ -290,31 +290,32 @@ def _back(
 
 
 @triton.jit
-def meet(COUNT, PARTS: tl.constexpr):
+def meet(COUNT, parts):
     """Wait until all programs of a matrix have come here; what each has written before, all can read behind it."""
     tl.debug_barrier()
-    if PARTS > 1:
+    if parts > 1:
         now = tl.atomic_add(COUNT, 1, sem="acq_rel", scope="gpu") + 1
-        until = (now + PARTS - 1) // PARTS * PARTS
+        until = (now + parts - 1) // parts * parts
         while now < until:
             now = tl.atomic_add(COUNT, 0, sem="acquire", scope="gpu")
-        tl.debug_barrier()
+    tl.debug_barrier()
 
 
 @triton.jit
-def sum_of_parts(FROM, own, part, COUNT, PARTS: tl.constexpr):
+def sum_of_parts(FROM, own, part, COUNT, parts, MOST: tl.constexpr):
     """Return the sum of what every program of a matrix brings, in the same order in all; FROM has room for it."""
-    if PARTS == 1:
-        return own
-    tl.store(FROM + part, own)
-    meet(COUNT, PARTS)
-    return tl.sum(tl.load(FROM + tl.arange(0, PARTS), cache_modifier=".cg"), 0)
+    if parts > 1:
+        tl.store(FROM + part, own)
+        meet(COUNT, parts)
+        each = tl.arange(0, MOST)
+        own = tl.sum(tl.load(FROM + each, each < parts, 0, cache_modifier=".cg"), 0)
+    return own
 
 
 @triton.jit
 def backward(
-    CAME, ENDS, BEGUN, CHANGED, COUNT, PATH, rows, length, head, part, SEGMENTS: tl.constexpr, MEMORY: tl.constexpr,
-    BITS: tl.constexpr, PARTS: tl.constexpr,
+    CAME, ENDS, BEGUN, CHANGED, COUNT, PATH, rows, length, head, part, parts, SEGMENTS: tl.constexpr,
+    MEMORY: tl.constexpr, BITS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Trace every segment back from where the next one begins in the end, to the paths PATH (rows,).
 
@@ -325,18 +326,17 @@ def backward(
     seg, end = part * SEGMENTS + one, tl.load(ENDS + one)
     begun = _back(CAME, PATH, tl.load(ENDS + SEGMENTS + one), rows, length, head, part, SEGMENTS, MEMORY, BITS, False)
     tl.store(BEGUN + seg, begun)
-    meet(COUNT, PARTS)
+    meet(COUNT, parts)
     turn, changes = 0, 1
     while changes > 0:
-        following = tl.load(BEGUN + turn * (PARTS * SEGMENTS) + seg + 1, seg < last, 0, cache_modifier=".cg")
+        following = tl.load(BEGUN + turn * parts * SEGMENTS + seg + 1, seg < last, 0, cache_modifier=".cg")
         following = tl.where(seg < last, following, end)
         again = _back(CAME, PATH, following, rows, length, length, part, SEGMENTS, MEMORY, BITS, True)
         turn = 1 - turn
-        tl.store(BEGUN + turn * (PARTS * SEGMENTS) + seg, again)
+        tl.store(BEGUN + turn * parts * SEGMENTS + seg, again)
         changes = tl.sum((again != begun).to(tl.int32), 0)
-        changes = sum_of_parts(CHANGED + turn * PARTS, changes, part, COUNT, PARTS)
-        if PARTS == 1:
-            tl.debug_barrier()
+        changes = sum_of_parts(CHANGED + turn * parts, changes, part, COUNT, parts, MOST)
+        tl.debug_barrier()
         begun = again
 
 
