@@ -99,10 +99,14 @@ class Tables:
             at += len(table.freq)
         return starts
 
-    def flat(self, kind: str) -> npt.NDArray[np.int64]:
-        """Concatenate the frequencies (`freq`) or cumulative frequencies (`cum`) of all classes."""
-        if kind == "freq":
-            return np.concatenate([[TOTAL, 1], *(t.freq for _, t in sorted(self.table.items()))])
+    @cached_property
+    def freq(self) -> npt.NDArray[np.int64]:
+        """Concatenated frequencies of all classes."""
+        return np.concatenate([[TOTAL, 1], *(t.freq for _, t in sorted(self.table.items()))])
+
+    @cached_property
+    def cum(self) -> npt.NDArray[np.int64]:
+        """Concatenated cumulative frequencies of all classes."""
         made = {id(t): np.cumsum(t.freq) - t.freq for t in self.table.values()}
         return np.concatenate([[0, TOTAL], *(made[id(t)] for _, t in sorted(self.table.items()))])
 
@@ -130,7 +134,7 @@ class Tables:
     @cached_property
     def cost(self) -> npt.NDArray[np.float64]:
         """Code length in bits of every entry of the concatenated tables."""
-        return PROB_BITS - np.log2(self.flat("freq"))
+        return PROB_BITS - np.log2(self.freq)
 
     def cheapest(self, values: IntArray, count: IntArray) -> tuple[int, float]:
         """Return (class, bits) of the table that codes `values[i]`, `count[i]` times each, in the fewest bits.
@@ -216,7 +220,7 @@ class Tables:
         First slot by class, symbol index by slot, first entry by class, frequency and cumulative frequency by entry.
         """
         slots = (self.lookup >> np.uint64(32)).astype(np.uint16).reshape(-1)
-        return self.row << PROB_BITS, slots, self._starts, self.flat("freq"), self.flat("cum")
+        return self.row << PROB_BITS, slots, self._starts, self.freq, self.cum
 
     @cached_property
     def lookup(self) -> npt.NDArray[np.uint64]:
