@@ -106,6 +106,15 @@ class TestInfinities:
         bytecap.load_into(tmp_path / "m.bcap", other)
         assert_holds(other, tmp_path / "m.bcap")
 
+    @pytest.mark.parametrize("side", [200, 700])
+    def test_a_buffer_that_fills_the_budget_is_named(self, side):
+        """Kept exactly, it is what a larger budget has to hold, however coarse all units are."""
+        module = seeded(Plain)
+        module.register_buffer("mask", torch.randn(side, side))
+        with pytest.raises(bytecap.BudgetError, match=r"the largest units are mask \d{6,7}, ") as caught:
+            fit(module, budget=20_000)
+        assert caught.value.floor > 3 * side**2
+
     def test_parameters_are_refused(self):
         module = seeded(Plain)
         with torch.no_grad():
