@@ -19,7 +19,7 @@ from bytecap.format.entropy import jit, kernels, simd
 from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
 
 pytestmark = pytest.mark.coverage
-STAGES = ("subsets", "slots", "entries", "advance", "renormalise", "escapes", "scale")
+STAGES = ("subsets", "slots", "entries", "tally", "advance", "escapes", "scale")
 
 
 def both(tag, data, shape, shared=golden_parts.SHARED):
@@ -59,6 +59,39 @@ def test_many_lanes_and_blocks_of_rows(monkeypatch):
         assert both(15, golden_parts.trellis(shape, first=1, memory=8), shape)
 
 
+class Seen(decoder.Ideal):
+    """Ideal code length by symbols, as any observer sees them that does not count."""
+
+    counted = None
+
+    def __call__(self, stream, symbols):
+        by = decoder.Ideal()
+        by(stream, symbols)
+        self._excess += by._excess
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_ideal_code_length_is_counted_on_the_way(plain, monkeypatch):
+    """A reader that counts has the same length as one that sees symbols, escapes included, and the same values."""
+    monkeypatch.setattr(jit, "worth", lambda _: True)
+    if plain:
+        for name in STAGES:
+            monkeypatch.setattr(kernels, name, getattr(kernels, f"_{name}"))
+        monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
+    straight = []
+    served = direct.Direct.served
+    monkeypatch.setattr(direct.Direct, "served", lambda self: straight.append(served(self)) or straight[-1])
+    for memory, first, groups in ((3, 18, 1), (7, 1, 3)):
+        data, tag = golden_parts.trellis((20, 30), first=first, memory=memory, groups=groups), 9 if memory == 3 else 15
+        observers = decoder.Ideal(), Seen()
+        with np.errstate(over="ignore"):
+            values = [run([coder(tag).decode(data, (20, 30), "F32", golden_parts.SHARED)], o)[0] for o in observers]
+        assert values[0].tobytes() == values[1].tobytes()
+        assert sum(observers[0]._excess) == pytest.approx(sum(observers[1]._excess), abs=1e-6)
+        assert len(observers[0]._excess) == len(observers[1]._excess) > 1
+    assert straight == [True, True]  # the second observer never asks
+
+
 def test_grids_have_numpys_bits():
     for shape in ((1, 1), (30, 7), (20, 260)):
         wide = (70_000, -70_000, 17, 2**31 - 1)[: shape[0] * shape[1]]
@@ -69,6 +102,7 @@ def test_stages_are_right_as_python_too(monkeypatch):
     shape, data = (12, 40), golden_parts.trellis((12, 40), memory=5)
     for name in STAGES:
         monkeypatch.setattr(kernels, name, getattr(kernels, f"_{name}"))
+    monkeypatch.setattr(kernels, "renormalise", simd._lane_by_lane)
     monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
     with np.errstate(over="ignore"):  # numpy's scalars warn where machine code wraps
         assert both(15, data, shape)
@@ -200,13 +234,14 @@ def test_the_code_for_sixteen_lanes_is_sound():
         for count in (1, 16, 31, 64):
             one = rng.integers(1, 2**18, count).astype(np.uint32)
             other = one.copy()
-            assert simd.renormalise(one, words, 3) == kernels._renormalise(other, words, 3)
+            assert simd.renormalise(one, words, 3) == simd._lane_by_lane(other, words, 3)
             assert (one == other).all()
 
 
 def test_lanes_beyond_the_last_sixteen(monkeypatch):
     """As Python runs it, with a stand-in for the instruction that takes two words for its sixteen lanes."""
     monkeypatch.setattr(simd, "sixteen", lambda *_: np.uint64(2))
+    monkeypatch.setattr(simd, "lane_by_lane", simd._lane_by_lane)
     states = np.full(19, 2**20, np.uint32)
     states[17] = 3
     assert simd._renormalise(states, np.arange(40, dtype=np.uint16), 5) == 8

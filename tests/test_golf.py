@@ -9,14 +9,13 @@ from bytecap.format.coders.packed import MAX_CODE, Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.methods.baselines import golf
 from bytecap.methods.baselines.golf import (
-    factorize,
     golf_sections,
     gptq,
     round_nearest,
     row_steps,
 )
 from bytecap.methods.baselines.golf_coders import smallest, with_brotli
-from bytecap.methods.baselines.gptq_batches import feedback_together
+from bytecap.methods.baselines.gptq import Factor, factorize, feedback
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import tolerance
 from bytecap.quantization.ahead import of_one_shape
@@ -243,9 +242,8 @@ def test_matrices_of_one_shape_are_rounded_together_as_one_by_one(rows, cols):
     weights[1][2] = 0  # whose step is zero
     factors = [factorize(torch.from_numpy(second_moment(cols, seed))) for seed in range(3)]
     steps = torch.stack([row_steps(w, 12.5) for w in weights])
-    found = feedback_together(
-        weights, [f.upper for f in factors], [f.order for f in factors], steps.float(), MAX_CODE
-    )  # fmt: skip
+    most = torch.tensor(float(MAX_CODE))
+    found, _ = feedback(torch.stack(weights), Factor.stacked(factors), steps.float(), -most, most)
     for weight, factor, step, codes in zip(weights, factors, steps, found, strict=True):
         expected = gptq(weight, factor, step).codes
         assert (codes.numpy() == expected).mean() > 0.99  # sums in another order may round otherwise

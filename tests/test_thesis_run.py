@@ -20,8 +20,9 @@ from bytecap_lab.rd_curves.points import Pick
 from bytecap_lab.thesis import models, runner
 from bytecap_lab.thesis.amounts import GLOBAL
 from bytecap_lab.thesis.bench import Bench, BenchSetting
+from bytecap_lab.thesis.experiments.execution import ratio
 from bytecap_lab.thesis.measures.singles import chosen, problems
-from bytecap_lab.thesis.measures.timing import SIDE
+from bytecap_lab.thesis.measures.timing import SIDE, seconds
 from bytecap_lab.thesis.statistics import Interval
 from conftest import BUDGET, SMALL
 from pages import sound
@@ -200,6 +201,11 @@ class TestProducts:
         x = rng.standard_normal(8)
         found = SIDE["channels"](base, change, Amount(2, 8, mode, index))(x)
         assert np.allclose(found, (base + change) @ x, atol=1e-5)
+
+
+def test_a_clock_that_stands_still_gives_times_that_can_be_compared(monkeypatch):
+    monkeypatch.setattr("time.process_time", lambda: 1.0)
+    assert np.isfinite(ratio([seconds(abs, 1)], [seconds(abs, 2)])).all()
 
 
 class TestBadInput:

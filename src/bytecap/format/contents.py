@@ -30,21 +30,11 @@ class UnitSection:
         return len(self.data)
 
 
-class StoredUnit(UnitSection):
-    """A unit whose bytes are elsewhere, and read whenever they are asked for.
-
-    Args:
-        unit, tag: see `UnitSection`.
-        length: number of bytes.
-        read: gives them.
-    """
-
-    def __init__(self, unit: Unit, tag: int, length: int, read: Callable[[], bytes]) -> None:
-        for name, value in (("unit", unit), ("tag", tag), ("_length", length), ("_read", read)):
-            object.__setattr__(self, name, value)
+class Elsewhere:
+    """Bytes that are elsewhere, and read whenever they are asked for; a base of sections that would hold `data`."""
 
     _length: int
-    _read: Callable[[], bytes]
+    read: Callable[[], bytes]
 
     @property
     def length(self) -> int:
@@ -54,7 +44,20 @@ class StoredUnit(UnitSection):
     @property
     def data(self) -> bytes:
         """Read the bytes."""
-        return self._read()
+        return self.read()
+
+
+class StoredUnit(Elsewhere, UnitSection):
+    """A unit whose bytes are elsewhere.
+
+    Args:
+        unit, tag: see `UnitSection`.
+        length: number of bytes.
+        read: gives them.
+    """
+
+    def __init__(self, unit: Unit, tag: int, length: int, read: Callable[[], bytes]) -> None:
+        vars(self).update(unit=unit, tag=tag, _length=length, read=read)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bytecap.format.contents import Elsewhere
+
 
 @dataclass(frozen=True)
 class Section:
@@ -24,8 +26,8 @@ class Section:
         return len(self.data)
 
 
-class StoredSection(Section):
-    """A section whose bytes are elsewhere, and read whenever they are asked for.
+class StoredSection(Elsewhere, Section):
+    """A section whose bytes are elsewhere.
 
     Args:
         tag: of the coder.
@@ -34,18 +36,4 @@ class StoredSection(Section):
     """
 
     def __init__(self, tag: int, length: int, read: Callable[[], bytes]) -> None:
-        for name, value in (("tag", tag), ("_length", length), ("read", read)):
-            object.__setattr__(self, name, value)
-
-    _length: int
-    read: Callable[[], bytes]
-
-    @property
-    def length(self) -> int:
-        """Return the number of bytes."""
-        return self._length
-
-    @property
-    def data(self) -> bytes:
-        """Read the bytes."""
-        return self.read()
+        vars(self).update(tag=tag, _length=length, read=read)

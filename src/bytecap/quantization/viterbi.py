@@ -22,6 +22,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from bytecap.format.coders.trellis import MASKS
+from bytecap.system import llvm
 
 _Array = npt.NDArray[Any]
 _FAR = np.float32(1e30)
@@ -72,24 +73,18 @@ class _Vectors:
         index = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
         return self.builder.shuffle_vector(one, two, index)
 
-    def at(self, base: Any, offset: Any, kind: Any) -> Any:
-        """Point to a vector that begins with element `offset` of an array."""
-        return self.builder.bitcast(self.builder.gep(base, [offset]), kind.as_pointer())
-
     def load(self, base: Any, offset: Any, kind: Any) -> Any:
-        """Load a vector of an array's elements."""
-        return self.builder.load(self.at(base, offset, kind), align=1)
+        """Load a vector that begins with element `offset` of an array."""
+        return llvm.load(self.builder, self.builder.gep(base, [offset]), kind, 1)
 
     def store(self, value: Any, base: Any, offset: Any) -> None:
         """Store a vector into an array."""
-        self.builder.store(value, self.at(base, offset, value.type), align=1)
+        llvm.store(self.builder, value, self.builder.gep(base, [offset]), 1)
 
     def everywhere(self, base: Any, index: int) -> Any:
         """Load one element into all lanes."""
-        place = ir.Constant(ir.IntType(64), index)
-        empty, zero = ir.Constant(self.floats, ir.Undefined), ir.Constant(ir.IntType(32), 0)
-        one = self.builder.insert_element(empty, self.builder.load(self.builder.gep(base, [place])), zero)
-        return self.shuffle(one, empty, [0] * self.width)
+        place = self.builder.gep(base, [ir.Constant(ir.IntType(64), index)])
+        return llvm.spread(self.builder, self.builder.load(place), self.width)
 
     def is_set(self, base: Any, offset: Any) -> Any:
         """Load bytes as truth values."""

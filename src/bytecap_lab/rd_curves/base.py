@@ -27,15 +27,14 @@ from bytecap.job import Section
 from bytecap.methods.baselines.golf import (
     EMBEDDING_LEVELS,
     K_EMBEDDING,
-    Factor,
     K,
     Search,
     entropy_bytes,
-    factorize,
     gptq,
     round_nearest,
     row_steps,
 )
+from bytecap.methods.baselines.gptq import Factor, factorize
 from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.quantizer import Prepared, prepare, rate, round_units
 from bytecap.quantization.rules import Rules

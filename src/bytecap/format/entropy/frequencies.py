@@ -101,10 +101,32 @@ class Tables:
 
     def flat(self, kind: str) -> npt.NDArray[np.int64]:
         """Concatenate the frequencies (`freq`) or cumulative frequencies (`cum`) of all classes."""
-        if kind == "freq":
-            return np.concatenate([[TOTAL, 1], *(t.freq for _, t in sorted(self.table.items()))])
+        return self._flat[kind]
+
+    @cached_property
+    def _flat(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Frequencies and cumulative frequencies of all classes."""
         made = {id(t): np.cumsum(t.freq) - t.freq for t in self.table.values()}
-        return np.concatenate([[0, TOTAL], *(made[id(t)] for _, t in sorted(self.table.items()))])
+        tables = [t for _, t in sorted(self.table.items())]
+        return {
+            "freq": np.concatenate([[TOTAL, 1], *(t.freq for t in tables)]),
+            "cum": np.concatenate([[0, TOTAL], *(made[id(t)] for t in tables)]),
+        }
+
+    @cached_property
+    def coding(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """The tables as `bytecap.format.entropy.encode_kernels` takes them, by class and by entry.
+
+        Classes without a table have the padding symbol's. A reciprocal is `2^(32 + shift) / frequency` rounded up,
+        without its highest bit, where `2^shift` is the least power of two that is not below the frequency.
+        """
+        low, last = self.edges
+        tables = np.maximum(self._starts, 0).astype(np.int64) << 32 | last.astype(np.int64) << 16 | (low & 0xFFFF)
+        freq, cum = self.flat("freq"), self.flat("cum") & (TOTAL - 1)
+        shift = np.frexp(freq - 1.0)[1].astype(np.int64)
+        reciprocal = -((-1 << (32 + shift)) // freq) - (1 << 32)
+        model = shift.astype(np.uint64) << np.uint64(60) | (cum << 46 | (freq - 1) << 32 | reciprocal).astype(np.uint64)
+        return tables.astype(np.uint64), model
 
     def index(self, symbols: IntArray, classes: IntArray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Return each symbol's entry in the concatenated tables, and a mask of the escaped symbols."""

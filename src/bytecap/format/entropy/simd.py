@@ -1,7 +1,7 @@
 """Renormalise sixteen lanes at once where the processor has AVX-512, which compilers do not find by themselves.
 
 Which lanes need a word is a mask; the next words are loaded side by side and spread to the lanes of the mask. The
-results are those of `kernels.renormalise`, word by word. The instruction is reached through numba, as LLVM code.
+results are those of the plain loop, word by word. The instruction is reached through numba, as LLVM code.
 """
 
 from __future__ import annotations
@@ -60,16 +60,10 @@ def _same(kind: Any, value: int) -> Any:
     return ir.Constant(kind, [value] * 16)
 
 
-def _renormalise(states: npt.NDArray[np.uint32], words: npt.NDArray[np.uint16], used: int) -> int:
-    """Give every lane that needs one a word; returns the number of words used.
-
-    As many words as there are states may be read.
-    """
-    at, whole = np.uint64(used), np.uint64(len(states) // 16)
-    state, word = np.uint64(states.ctypes.data), np.uint64(words.ctypes.data)
-    for j in range(whole):
-        at += sixteen(state + np.uint64(64) * j, word + np.uint64(2) * at)
-    for j in range(np.uint64(16) * whole, np.uint64(len(states))):
+def _lane_by_lane(states: npt.NDArray[np.uint32], words: npt.NDArray[np.uint16], used: int, first: int = 0) -> int:
+    """Give every lane from `first` on that needs one a word; returns the number of words used."""
+    at = np.uint64(used)
+    for j in range(np.uint64(first), np.uint64(len(states))):
         x = states[j]
         need = x < np.uint32(0x10000)
         longer = np.uint32(x << np.uint32(16)) | np.uint32(words[at])
@@ -78,4 +72,16 @@ def _renormalise(states: npt.NDArray[np.uint32], words: npt.NDArray[np.uint16], 
     return int(at)
 
 
-renormalise: Any = numba.njit(nogil=True, cache=True)(_renormalise)
+lane_by_lane: Any = numba.njit(nogil=True, cache=True, inline="always")(_lane_by_lane)
+
+
+def _renormalise(states: npt.NDArray[np.uint32], words: npt.NDArray[np.uint16], used: int) -> int:
+    """Do the same from the first lane on, sixteen at a time; as many words as there are states may be read."""
+    at, whole = np.uint64(used), np.uint64(len(states) // 16)
+    state, word = np.uint64(states.ctypes.data), np.uint64(words.ctypes.data)
+    for j in range(whole):
+        at += sixteen(state + np.uint64(64) * j, word + np.uint64(2) * at)
+    return int(lane_by_lane(states, words, at, np.uint64(16) * whole))
+
+
+renormalise: Any = numba.njit(nogil=True, cache=True)(_renormalise) if available() else lane_by_lane

@@ -48,7 +48,7 @@ from bytecap.errors import BudgetError
 from bytecap.format.coders.packed import MAX_CODE, Quantized
 from bytecap.job import Section
 from bytecap.methods.baselines.golf_coders import WRITERS, with_brotli
-from bytecap.methods.baselines.gptq_batches import BLOCK, TOGETHER, feedback_together
+from bytecap.methods.baselines.gptq import Factor, factorize, feedback, reciprocal
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import (
     Measured,
@@ -65,46 +65,11 @@ from bytecap.types import Unit
 
 LINEAR_LEVELS, EMBEDDING_LEVELS = 31, 63
 K, K_EMBEDDING = 12.5, 15.0  # as published
-DAMPING = 0.01
 _FINEST, _COARSEST = 0.01, 400.0  # k: about 13 bits a weight; next to nothing left but the outliers
 _SAMPLE_ROWS = 256  # of every matrix, for estimates
 _CLOSE = 1.03  # largest ratio of the two k that are mixed in the end
 _REFILLS = 4
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The factors of a Hessian that GPTQ needs.
-
-    Attributes:
-        upper: float32 (cols, cols), upper triangular U with U^T U = (H + damping)^-1, columns in rounding order.
-        order: (cols,), stored index of each column.
-    """
-
-    upper: Tensor
-    order: Tensor
-
-
-def factorize(hessian: Tensor, damping: float = DAMPING, last: Sequence[int] = ()) -> Factor:
-    """Factor the inverse of a damped Hessian, columns by falling diagonal ("act-order").
-
-    Args:
-        hessian: float64 (cols, cols), second moments of the layer's inputs, of any scale.
-        damping: added to the diagonal, as a fraction of its mean.
-        last: columns that come behind all others, whatever their diagonal.
-    """
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
-    late = torch.zeros(len(hessian), device=hessian.device)
-    late[list(last)] = 1
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    order = order[torch.argsort(late[order], stable=True)]
-    if not mean > 0:  # no input was ever seen: without feedback, this is round to nearest
-        return Factor(torch.eye(len(hessian), device=hessian.device), order)
-    damped = (hessian.double() / mean)[order][:, order]
-    damped.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return Factor(torch.linalg.cholesky(inverse, upper=True).float(), order)
+_TOGETHER = 2**28  # weights and Hessian entries of matrices that are rounded together
 
 
 def row_steps(weight: Tensor, k: float, levels: int = LINEAR_LEVELS) -> Tensor:
@@ -125,10 +90,6 @@ def _codes(value: Tensor, inverse: Tensor) -> Tensor:
     return torch.round(value * inverse).clamp_(-MAX_CODE, MAX_CODE)
 
 
-def _inverse(step: Tensor) -> Tensor:
-    return torch.where(step > 0, 1 / step, 0.0)
-
-
 def _quantized(codes: Tensor, steps: Tensor) -> Quantized:
     small = bool(codes.abs().max() <= 127) if codes.numel() else True
     return Quantized(codes.to(torch.int8 if small else torch.int16).contiguous().cpu().numpy(), steps.cpu().numpy())
@@ -136,52 +97,18 @@ def _quantized(codes: Tensor, steps: Tensor) -> Quantized:
 
 def round_nearest(weight: Tensor, steps: Tensor) -> Quantized:
     """Round weights (rows, cols) to the nearest integers at fp16 steps (rows,)."""
-    return _quantized(_codes(weight, _inverse(steps.float())[:, None]), steps)
+    return _quantized(_codes(weight, reciprocal(steps.float())[:, None]), steps)
 
 
 def gptq(weight: Tensor, factor: Factor, steps: Tensor) -> Quantized:
     """Round weights (rows, cols) at fp16 steps (rows,), feeding every column's error back to the later ones."""
-    most = torch.tensor(float(MAX_CODE))
-    return _quantized(feedback(weight, factor, steps.float(), -most, most)[0], steps)
+    return _quantized(_gptq(weight, factor, steps), steps)
 
 
-def feedback(
-    weight: Tensor, factor: Factor, step: Tensor, low: Tensor, high: Tensor, kept: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Run GPTQ's loop over columns in the factor's order.
-
-    With U from `factor`, column j's error `e = (w_j - q_j) / U_jj` is taken off the later columns as `e U_jk`:
-    inside a block of columns at once, beyond it in one matrix product per block.
-
-    Args:
-        weight: (rows, cols).
-        factor: of the layer's Hessian.
-        step: float32 (rows,).
-        low: smallest code, () or (rows,).
-        high: largest code, () or (rows,).
-        kept: columns at the end of the order that are not rounded and so only absorb the others' errors.
-
-    Returns:
-        Codes (rows, cols), those of kept columns without meaning, and the kept columns (rows, kept) in that order.
-    """
-    upper = factor.upper
-    inverse = _inverse(step)
-    left = weight.T[factor.order].contiguous()  # (cols, rows): the columns of the loop are contiguous
-    codes = torch.empty_like(left)
-    cols = len(left) - kept
-    scale = (1 / upper.diagonal()).tolist()
-    for start in range(0, cols, BLOCK):
-        stop = min(cols, start + BLOCK)
-        errors = torch.empty(stop - start, left.shape[1])
-        for j in range(start, stop):
-            codes[j] = torch.round(left[j] * inverse).clamp_(low, high)
-            error = torch.addcmul(left[j], codes[j], step, value=-1).mul_(scale[j])
-            errors[j - start] = error
-            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    stored = torch.empty_like(codes)
-    stored[factor.order] = codes
-    return stored.T, left[cols:].T
+def _gptq(weight: Tensor, factor: Factor, steps: Tensor) -> Tensor:
+    """Codes (..., rows, cols) of one matrix or several, at fp16 steps (..., rows)."""
+    most = torch.tensor(float(MAX_CODE), device=weight.device)
+    return feedback(weight, factor, steps.float(), -most, most)[0]
 
 
 def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:
@@ -227,13 +154,10 @@ class Search:
         weights = {n: w[:: strides.get(n, 1)] for n, w in self.weights.items()}
         together = dict.fromkeys(n for n, w in weights.items() if n in self.factors and self.there(w))
         yield from ((n, self.quantize(n, k, strides.get(n, 1))) for n in weights if n not in together)
-        for names in of_one_shape(together, lambda n: (len(weights[n]), weights[n].shape[1]), TOGETHER):
+        for names in of_one_shape(together, lambda n: (len(weights[n]), weights[n].shape[1]), _TOGETHER):
             steps = torch.stack([row_steps(weights[n], k) for n in names])
-            factors = [self.factors[n] for n in names]
-            codes = feedback_together(
-                [weights[n] for n in names], [f.upper for f in factors], [f.order for f in factors], steps.float(),
-                MAX_CODE,
-            )  # fmt: skip
+            factor = Factor.stacked([self.factors[n] for n in names])
+            codes = _gptq(torch.stack([weights[n] for n in names]), factor, steps)
             yield from ((n, _quantized(c, s)) for n, c, s in zip(names, codes, steps, strict=True))
 
     def estimate(self, k: float) -> float:

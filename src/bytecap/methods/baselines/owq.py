@@ -36,7 +36,7 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.fixed import CODER, FixedCode
 from bytecap.format.wire.integers import MAX_WIDTH
 from bytecap.job import Job, Outcome, Section
-from bytecap.methods.baselines.golf import factorize, feedback
+from bytecap.methods.baselines.gptq import factorize, feedback
 from bytecap.methods.baselines.runs import matrices, second_moments
 from bytecap.methods.baselines.uniform import exact_sections
 

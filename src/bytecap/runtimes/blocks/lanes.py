@@ -13,6 +13,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from bytecap.system import llvm
+
 _WIDTH = 16
 _EXACT = ("contract", "nsz")  # what `search.compiled` allows
 
@@ -45,21 +47,13 @@ def _code(builder: Any, args: Any, lanes: int) -> None:
     single, wide = ir.FloatType(), ir.VectorType(ir.FloatType(), _WIDTH)
     x, y, m, n, error = args
 
-    def there(address: Any, number: int, kind: Any) -> Any:
-        place = builder.add(address, ir.Constant(ir.IntType(64), 4 * number))
-        return builder.inttoptr(place, kind.as_pointer())
+    def place(address: Any, number: int) -> Any:
+        return builder.add(address, ir.Constant(ir.IntType(64), 4 * number))
 
     def load(address: Any, number: int, kind: Any) -> Any:
-        found = builder.load(there(address, number, kind))
-        found.align = 4
-        return found
+        return llvm.load(builder, place(address, number), kind, 4)
 
-    def spread(number: Any) -> Any:
-        first = builder.insert_element(ir.Constant(wide, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), _WIDTH), [0] * _WIDTH)
-        return builder.shuffle_vector(first, ir.Constant(wide, ir.Undefined), zeros)
-
-    factors = [[spread(load(a, j, single)) for j in range(8)] for a in (m, n)]
+    factors = [[llvm.spread(builder, load(a, j, single), _WIDTH) for j in range(8)] for a in (m, n)]
     for first in range(0, lanes, _WIDTH):
         rows = [load(error, j * lanes + first, wide) for j in range(8)]
         for out, own in zip((x, y), factors, strict=True):
@@ -67,4 +61,4 @@ def _code(builder: Any, args: Any, lanes: int) -> None:
             for factor, row in zip(own[1:], rows[1:], strict=True):
                 total = builder.fadd(total, builder.fmul(factor, row, flags=_EXACT), flags=_EXACT)
             total = builder.fadd(load(out, first, wide), total, flags=_EXACT)
-            builder.store(total, there(out, first, wide)).align = 4
+            llvm.store(builder, total, place(out, first), 4)

@@ -18,7 +18,7 @@ from bytecap.format.coders import Shared, run
 from bytecap.format.coders.binary import CODER, NO_MEAN, Binary, binarize
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
-from bytecap.methods.baselines.golf import factorize, feedback
+from bytecap.methods.baselines.gptq import factorize, feedback
 from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.overlays.columns import OVERLAY as COLUMNS
 from bytecap.quantization.overlays.protect import Amount, scores

@@ -22,6 +22,7 @@ from bytecap_lab.thesis.bench import Bench, pick
 
 REPEATS = 9
 _ROUNDS = 8  # matrix-vector products of every matrix in a repetition
+_SHORTEST = 1e-9  # seconds; some clocks stand still during short work, and times are divided by one another
 Array = npt.NDArray[np.float32]
 Product = Callable[[Array], Array]
 
@@ -57,10 +58,10 @@ def timing(bench: Bench) -> dict[str, Any]:
 
 
 def seconds(work: Callable[..., Any], *arguments: Any) -> float:
-    """Processor time of a piece of work, which other processes do not change."""
+    """Processor time of a piece of work, which other processes do not change; above 0 on the coarsest clock."""
     started = time.process_time()
     work(*arguments)
-    return time.process_time() - started
+    return max(time.process_time() - started, _SHORTEST)
 
 
 def decoded(bench: Bench, sections: Mapping[str, Section]) -> list[Any]:
