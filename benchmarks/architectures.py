@@ -10,7 +10,8 @@ and one without loss. A family *works* if
 
 - both files meet their budgets,
 - `bytecap.load_model` and transformers, reading what `unpack` wrote, give the same logits bit for bit,
-- and the lossless file gives the source's logits bit for bit.
+- the lossless file gives the source's logits bit for bit,
+- and unpacked it is the source's tensors, names, shapes and dtypes.
 
 It is *refused* if bytecap says in one line why it does not take the model, *wrong* if a check fails, and *failed* if
 anything else is raised. Each family runs in a process of its own. Lines go to `results/architectures.jsonl`, the table
@@ -146,6 +147,7 @@ def try_family(kind: str, name: str, work: Path) -> Row:
                 other, said = cls.from_pretrained(work / "source", dtype=torch.float32), "lossless, but logits differ"
                 if not artifact.report["lossless"]:
                     wrong.append("a budget above the lossless size, and the file is lossy")
+                wrong += differing(work / "source", work / label)
             if not torch.equal(logits(loaded), logits(other)):
                 wrong.append(said)
     except bytecap.BytecapError as exc:
@@ -153,6 +155,18 @@ def try_family(kind: str, name: str, work: Path) -> Row:
     except Exception as exc:  # noqa: BLE001 (the table says which)
         return row | {"outcome": "failed", "reason": f"{type(exc).__name__}: {line(exc)}".replace(str(work), "DIR")}
     return row | {"outcome": "wrong" if wrong else "works", "reason": "; ".join(wrong)}
+
+
+def differing(source: Path, unpacked: Path) -> list[str]:
+    """What tells the tensors of two directories apart: names, shapes, dtypes or values; the first of them."""
+    import torch
+    from safetensors.torch import load_file
+
+    one, other = ({n: t for f in d.glob("*.safetensors") for n, t in load_file(f).items()} for d in (source, unpacked))
+    if names := sorted(one.keys() ^ other.keys()):
+        return [f"unpack writes other names than the source: {names[0]}"]
+    odd = [n for n, t in one.items() if t.dtype != other[n].dtype or not torch.equal(t, other[n])]
+    return [f"unpack writes {min(odd)} in another dtype, shape or value"] if odd else []
 
 
 def first_fit(source: Path, budgets: tuple[int, ...], options: Row) -> tuple[Any, int]:
@@ -250,9 +264,10 @@ compared. `python benchmarks/architectures.py` makes this page and `results/arch
 seconds); its head says what is checked. Weights are random, so nothing here says how well a family compresses.
 
 **works**: both a lossy and a lossless file meet their budgets, `bytecap.load_model` and transformers (reading the
-unpacked directory) give the same logits bit for bit, and the lossless file gives the source's. **refused**: one line
-says why. **wrong**: a check failed. **failed**: an error that is not ours. **not built**: no tiny model could be made
-from the config class by the names of its attributes, so nothing is known. **not tried**: the run has not come to it.
+unpacked directory) give the same logits bit for bit, and the lossless file gives the source's logits, and unpacked its
+tensors under their names. **refused**: one line says why. **wrong**: a check failed. **failed**: an error that is not
+ours. **not built**: no tiny model could be made from the config class by the names of its attributes, so nothing is
+known. **not tried**: the run has not come to it.
 
 bytecap reads a model as a causal language model. It has no input for the other side of an encoder-decoder, for masked
 tokens, images or sound, so it can neither calibrate nor score with them:

@@ -65,6 +65,21 @@ class TestExtraState:
         assert_holds(other, tmp_path / "m.bcap")
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor whose values are another one's, as those of sharded and quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*[a.inner if isinstance(a, Elsewhere) else a for a in args], **(kwargs or {}))
+
+
 class TestNoValues:
     def test_meta_modules_are_refused(self):
         with torch.device("meta"):
@@ -77,6 +92,23 @@ class TestNoValues:
         module.head = nn.LazyLinear(VOCABULARY)
         with pytest.raises(CheckpointError, match=r"head\.weight holds no values, it is lazy: run one batch"):
             fit(module)
+
+    @pytest.mark.parametrize(("kind", "said"), [
+        (lambda: torch.eye(4).to_sparse(), "a tensor of the layout sparse_coo: make it dense"),
+        (lambda: torch.eye(4).to_mkldnn(), "a tensor of the layout _mkldnn: make it dense"),
+        (lambda: Elsewhere(torch.eye(4)), "an? Elsewhere: make it an ordinary tensor"),
+    ])  # fmt: skip
+    def test_values_that_lie_elsewhere_are_refused(self, tmp_path, kind, said):
+        """Sparse tensors, and subclasses that keep their values in others: all of the latter have one address, 0."""
+        module = seeded(Plain)
+        module.register_buffer("odd", kind())
+        with pytest.raises(CheckpointError, match=f"odd holds no values, it is {said}"):
+            fit(module)
+        whole = seeded(Plain)
+        whole.register_buffer("odd", torch.eye(4))
+        fit(whole, tmp_path / "m.bcap")
+        with pytest.raises(ArtifactError, match=rf"odd holds no values in the module \(it is {said}"):
+            bytecap.load_into(tmp_path / "m.bcap", module)
 
     @pytest.mark.slow
     def test_nothing_is_changed_where_one_tensor_holds_no_values(self, tmp_path):
