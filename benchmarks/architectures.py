@@ -264,10 +264,9 @@ compared. `python benchmarks/architectures.py` makes this page and `results/arch
 seconds); its head says what is checked. Weights are random, so nothing here says how well a family compresses.
 
 **works**: both a lossy and a lossless file meet their budgets, `bytecap.load_model` and transformers (reading the
-unpacked directory) give the same logits bit for bit, and the lossless file gives the source's logits, and unpacked its
-tensors under their names. **refused**: one line says why. **wrong**: a check failed. **failed**: an error that is not
-ours. **not built**: no tiny model could be made from the config class by the names of its attributes, so nothing is
-known. **not tried**: the run has not come to it.
+unpacked directory) give the same logits bit for bit, and the lossless file gives the source's. **refused**: one line
+says why. **wrong**: a check failed. **failed**: an error that is not ours. **not built**: no tiny model could be made
+from the config class by the names of its attributes, so nothing is known. **not tried**: the run has not come to it.
 
 bytecap reads a model as a causal language model. It has no input for the other side of an encoder-decoder, for masked
 tokens, images or sound, so it can neither calibrate nor score with them:
