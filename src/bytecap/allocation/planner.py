@@ -214,7 +214,7 @@ class Planner:
 
     def first_step(self, capacity: float) -> float:
         """Return a first guess of `c0` from Gaussian high-rate theory; `capacity` is in bytes."""
-        bits = 8 * capacity / max(1, self.parameters)
+        bits = max(0.0, 8 * capacity / max(1, self.parameters))  # below: less than nothing is left beside fixed units
         logs = []
         for p in self.matrices:
             diag = p.lower.diagonal().double()

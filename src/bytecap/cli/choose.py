@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import Device, Json, check_inputs, check_output, progress, show
+from bytecap.cli.common import Device, Json, check_inputs, check_output, progress, show, source_file
 from bytecap.cli.options import described
 from bytecap.errors import UsageError
 from bytecap.model.defaults import TOKENS, WINDOW
+from bytecap.system.collisions import Paths
 
 _TEXT = "embedded general text, with a warning"
 
@@ -73,7 +74,9 @@ def choose(
     from bytecap.sizes import split_budgets
     from bytecap.system.atomic import write_atomically
 
-    _check(models, output, report, store, {"--eval": evaluation, "--calib": calibration})
+    _check(
+        models, output, report, store, {"--eval": evaluation, "--calib": calibration, "--method": source_file(method)}
+    )
     if dry_run:
         if report is not None:
             raise UsageError("--report draws what was fitted: leave it out with --dry-run")
@@ -96,9 +99,9 @@ def choose(
 
 
 def _check(
-    models: list[str], output: Path | None, report: Path | None, store: Path | None, texts: dict[str, list[Path] | None]
+    models: list[str], output: Path | None, report: Path | None, store: Path | None, others: dict[str, Paths]
 ) -> None:
     """Refuse outputs that cannot be written or are inputs."""
     check_output(output)
     check_output(report)
-    check_inputs({"-o": output, "--report": report, "--store": store}, {"MODEL": models, **texts})
+    check_inputs({"-o": output, "--report": report, "--store": store}, {"MODEL": models, **others})
