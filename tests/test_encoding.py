@@ -144,9 +144,30 @@ def test_a_class_without_a_table_is_refused(monkeypatch):
 
 def test_what_numpy_serves(monkeypatch):
     monkeypatch.setattr(jit, "worth", lambda _: True)
-    code = code_of((4, 6))
-    assert encoding.served(code)
-    assert not encoding.served(replace(code, symbols=code.symbols.astype(np.int64)))
-    assert not encoding.served(replace(code, symbols=code.symbols[:0], row_class=code.row_class[:0]))
+    symbols = code_of((4, 6)).symbols
+    assert encoding.served(symbols)
+    assert not encoding.served(symbols.astype(np.int64))
+    assert not encoding.served(symbols[:0])
     monkeypatch.setattr(jit, "worth", lambda _: False)
-    assert not encoding.served(code)
+    assert not encoding.served(symbols)
+
+
+@pytest.mark.parametrize("first", [18, 64])
+def test_symbols_are_asked_for_once(first, monkeypatch):
+    """They may have to be fetched from a GPU, where they take as long as to be encoded."""
+    monkeypatch.setattr(jit, "worth", lambda _: True)
+    code, asked = code_of((4, 6), first=first), []
+
+    class There(GridCode):
+        def __init__(self, **fields):
+            for name, value in fields.items():
+                object.__setattr__(self, name, value)
+
+        @property
+        def symbols(self):
+            asked.append(1)
+            return code.symbols
+
+    there = There(**{n: v for n, v in vars(code).items() if n != "symbols"})
+    assert coder_of(there).encode(there, golden_parts.SHARED).data == both(code)
+    assert len(asked) == 1
