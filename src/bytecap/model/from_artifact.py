@@ -33,10 +33,10 @@ def load_model(
 ) -> nn.Module:
     """Return the decoded model as a torch module in evaluation mode.
 
-    Units are decoded on all cores and go to the device one by one, so the processor's memory holds one unit beside what
-    stays there; a GPU decodes matrices itself where triton is installed. With `resident="coded"` weights stay coded in
-    memory and every block is decoded just before it runs: the same logits in the memory of the file, two blocks and
-    activations, and slower (`docs/scale.md`).
+    Units are decoded on all cores and go to the device one by one, so the processor's memory holds an eighth of the
+    values, or the largest unit, beside what stays there; a GPU decodes matrices itself where triton is installed. With
+    `resident="coded"` weights stay coded in memory and every block is decoded just before it runs: the same logits in
+    the memory of the file, two blocks and activations, and slower (`docs/scale.md`).
 
     Args:
         path: `.bcap` file.
