@@ -13,6 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("stage", [1, 7, 16, 64, 2**20])
 def test_every_byte_arrives(stage, monkeypatch):
     monkeypatch.setattr(staging, "_STAGE", stage)
+    monkeypatch.setattr(staging, "_LARGE", 50)
     rng = np.random.default_rng(stage)
     raw = rng.bytes(200)
     kinds = {

@@ -44,6 +44,8 @@ _LARGEST = 2**30  # values of a matrix; the programs count with 32 bits
 _LANES = 2048  # of a stream that a program holds in registers; half of it takes twice the time on an H200
 _SIZES = {"ROWS": 64, "COLS": 256, "ABOVE": 8}  # of a tile; rows above it whose path bits matter
 _ENTRY = 264  # entries of a subset's table in `bytecap.format.coders.direct.Model`
+_WAITING = 8  # part of a file's values that the processor's threads may decode before they are taken
+_PARSERS = 4  # threads that parse sections: more of them wait for one another
 _WARPS = 8  # of a program that decodes a stream
 
 Array = npt.NDArray[Any]
@@ -68,7 +70,8 @@ def decode_each(
         CorruptError: a section cannot be decoded; the message names the unit.
     """
     if not usable(device):
-        return decode_on_processor(contents, threads=jit.cores())
+        waiting = sum(u.unit.parameters for u in contents.units) // _WAITING
+        return decode_on_processor(contents, threads=jit.cores(), ahead=waiting)
     return _decode_each(contents, device, dtype)
 
 
@@ -102,7 +105,7 @@ class DeviceUnits:
 
     def batch(self, sections: Sequence[UnitSection], dtypes: dict[str, torch.dtype]) -> Batch:
         """Make a batch of sections, whose floating-point values will have these types by unit."""
-        with ThreadPoolExecutor(jit.cores()) as pool:
+        with ThreadPoolExecutor(min(_PARSERS, jit.cores())) as pool:
             found = list(pool.map(self._matrix, sections)) if self._alone else [None] * len(sections)
         served = [(s, m) for s, m in zip(sections, found, strict=True) if m is not None]
         return Batch(self, [s for s, m in zip(sections, found, strict=True) if m is None], served, dtypes)

@@ -23,6 +23,7 @@ from torch import Tensor
 from bytecap.format.entropy import jit
 
 _STAGE = 2**26  # bytes of a buffer
+_LARGE = 2**17  # bytes that a thread of its own copies
 _ALIGNED = 16
 _KINDS = {
     np.dtype(np.uint8): torch.uint8, np.dtype(np.int16): torch.int16, np.dtype(np.int32): torch.int32,
@@ -87,4 +88,9 @@ def _fill(pool: ThreadPoolExecutor, buffer: Array, first: int, pieces: Sequence[
         begun, end = max(at, first), min(at + len(data), first + len(buffer))
         buffer[begun - first : end - first] = data[begun - at : end - at]
 
-    list(pool.map(copy, [p for p in pieces if p[0] < first + len(buffer) and p[0] + len(p[1]) > first]))
+    own = [p for p in pieces if p[0] < first + len(buffer) and p[0] + len(p[1]) > first]
+    copied = pool.map(copy, [p for p in own if len(p[1]) >= _LARGE])
+    for piece in own:
+        if len(piece[1]) < _LARGE:  # sooner done than handed over
+            copy(piece)
+    list(copied)

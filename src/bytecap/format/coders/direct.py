@@ -173,10 +173,8 @@ class Direct:
     @cached_property
     def column_groups(self) -> list[npt.NDArray[np.uint16]]:
         """For every row group, the model's group of every column by kind of row, (kinds, cols)."""
-        fine = self.fine.astype(np.int64)
-        return [
-            self.shared.model.group[fine[g][None, :], self._classes(g, self.kinds[0])] for g in range(len(fine))
-        ]  # fmt: skip
+        group, fine = self.shared.model.group.reshape(-1), CLASSES * self.fine.astype(np.int64)
+        return [group.take(self._classes(g, self.kinds[0]) + fine[g]) for g in range(len(fine))]
 
     @property
     def runs(self) -> list[range]:

@@ -242,10 +242,11 @@ class Grid:
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Encode a section with the file's shared tables."""
-        if not encoding.served(code):
+        symbols = code.symbols  # once: they may be on another device
+        if not encoding.served(symbols):
             return self.assemble(code, shared, encode_all(self.sources(code, shared)))
         (side,) = encode_all([write_sides(code, shared.tables)])
-        return self.assemble(code, shared, [side, encoding.payload(code, shared.tables)])
+        return self.assemble(code, shared, [side, encoding.payload(code, symbols, shared.tables)])
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header, side information and payload of a section."""

@@ -146,11 +146,12 @@ class Trellis:
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Encode a section with the file's shared tables."""
-        if not encoding.served(code):
+        symbols = code.symbols  # once: they may be on another device
+        if not encoding.served(symbols):
             return self.assemble(code, shared, encode_all(self.sources(code, shared)))
         (side,) = encode_all([write_sides(code, shared.tables)])
-        path = encoding.path(code, MASKS[code.memory][1])
-        return self._joined(code, shared, path, [side, encoding.payload(code, shared.tables.split)])
+        path = encoding.path(code, symbols, MASKS[code.memory][1])
+        return self._joined(code, shared, path, [side, encoding.payload(code, symbols, shared.tables.split)])
 
     def _extra(self, code: GridCode) -> bytes:
         """Serialise what stands behind the side arrays' pairs."""
