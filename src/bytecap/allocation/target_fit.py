@@ -51,27 +51,29 @@ class Moments:
         """
         keep = slice(None) if mask is None else mask.reshape(-1)  # some models flatten (batch, length) before a layer
         one, other = (t.flatten(0, -2)[keep].float() for t in (x, seen))
-        found = (other.T @ other).double(), ((one - other).T @ other).double()
         half = self._batches % 2
         self._batches += 1
         if half == len(self._sums):
-            self._sums.append(found)
+            self._sums.append(((other.T @ other).double(), ((one - other).T @ other).double()))
         else:
             a, c = self._sums[half]
-            a += found[0]
-            c += found[1]
+            a += other.T @ other  # float32 onto float64, without a copy
+            c += (one - other).T @ other
 
     def fit(self, matrices: Sequence[tuple[Tensor, Tensor]], most: float) -> tuple[Tensor, float]:
-        """Return the fit `C (A + ridge)^-1`, float32 (cols, cols), and its strength, at most `most`.
+        """Return the fit `C (A + ridge)^-1`, float32 (cols, cols), and its strength, at most `most`; frees the sums.
 
         Args:
             matrices: of every unit of the stage, see `trial_of`.
             most: 1 for the least-squares fit.
         """
-        a, c = (sum(parts[1:], parts[0]) for parts in zip(*self._sums, strict=True))
         if len(self._sums) == 1:
-            return _solved(a, c, _RIDGES[0]), min(most, _ALONE)
+            return _solved(*self._sums.pop(), _RIDGES[0]), min(most, _ALONE)
         gain, strength, ridge = max(self._tried(matrices, ridge) for ridge in _RIDGES)
+        other, (a, c) = self._sums.pop(), self._sums.pop()
+        a += other[0]
+        c += other[1]
+        del other
         return _solved(a, c, ridge), min(most, strength) if gain > 0 else 0.0
 
     def _tried(self, matrices: Sequence[tuple[Tensor, Tensor]], ridge: float) -> tuple[float, float, float]:
@@ -79,11 +81,16 @@ class Moments:
         held = energy = 0.0
         for own, other in ((0, 1), (1, 0)):
             fix = _solved(*self._sums[own], ridge)
-            a, c = (t.float() for t in self._sums[other])
-            for weight, rows in matrices:
-                change = weight @ fix
-                held += float(rows.double() @ (change * (weight @ c)).sum(1).double())
-                energy += float(rows.double() @ (change * (change @ a)).sum(1).double())
+            changes = [(weight, weight @ fix, rows.double()) for weight, rows in matrices]
+            del fix
+            c = self._sums[other][1].float()
+            for weight, change, rows in changes:
+                held += float(rows @ (change * (weight @ c)).sum(1).double())
+            del c
+            a = self._sums[other][0].float()
+            for _, change, rows in changes:
+                energy += float(rows @ (change * (change @ a)).sum(1).double())
+            del a
         if held <= 0:
             return 0.0, 0.0, ridge
         strength = held / (held + max(energy - held, 0.0) / 2)
@@ -108,8 +115,15 @@ def trial_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solved(a: Tensor, c: Tensor, ridge: float) -> Tensor:
+    lower, info = torch.linalg.cholesky_ex(_damped(a, ridge))
+    if int(info) == 0:
+        found: Tensor = torch.cholesky_solve(c.T, lower)
+    else:
+        found = torch.linalg.solve(_damped(a, ridge), c.T)
+    return found.T.float()
+
+
+def _damped(a: Tensor, ridge: float) -> Tensor:
     damped = a.clone()
     damped.diagonal().add_(max(ridge * float(a.diagonal().mean()), _NOTHING))
-    lower, info = torch.linalg.cholesky_ex(damped)
-    found: Tensor = torch.cholesky_solve(c.T, lower) if int(info) == 0 else torch.linalg.solve(damped, c.T)
-    return found.T.float()
+    return damped
