@@ -47,7 +47,7 @@ def streamed_targets(
     scratch: Scratch,
     advance: Advance,
 ) -> dict[str, KeptTensor]:
-    """What to add to units' targets, (rows, cols) by unit name; see `drift_targets`.
+    """Return the changes of units' targets, (rows, cols) by unit name; see `drift_targets`.
 
     Args:
         planner: prepared units.

@@ -30,7 +30,7 @@ from bytecap.format.entropy.rans import Stream, decode
 
 FloatArray = npt.NDArray[np.float32]
 Decoding = Generator[list[Stream] | Direct, Any, npt.NDArray[Any]]
-"""What a coder yields: streams, for which it is sent their symbols, or a `Direct`, for which values or None."""
+"""A coder yields streams, for which it is sent their symbols, or a `Direct`, for which values or None."""
 
 
 @dataclass(frozen=True)
