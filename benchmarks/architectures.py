@@ -109,7 +109,7 @@ def logits(module: Any) -> Any:
 
 
 def try_family(kind: str, name: str, work: Path) -> Row:
-    """What becomes of a family: the members of its line but for its name."""
+    """The outcome of a family: the members of its line but for its name."""
     import torch
 
     import bytecap

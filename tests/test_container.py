@@ -53,7 +53,7 @@ def refused(data, message, error=CorruptError):
 
 
 class TestWriting:
-    """What `serialize` makes is what the document says, put together here by hand."""
+    """`serialize` makes what the document says, put together here by hand."""
 
     def test_the_empty_file(self):
         text = b'\0{"about":{},"files":[],"units":[]}'

@@ -1,4 +1,4 @@
-"""What runs on a GPU, held against the processor: here by torch on the processor, and by triton's interpreter."""
+"""Programs for a GPU are held against the processor: here by torch on the processor, and by triton's interpreter."""
 
 import importlib.util
 import os

@@ -201,7 +201,7 @@ def drift_targets(
 
     vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     walk_stages(
-        order, original, quantized_copy, windows, stage, tokens=many_tokens(vocabulary, device), device=device,
+        order, original, quantized_copy, windows, stage, tokens=many_tokens(vocabulary, device, windows), device=device,
         advance=advance, ranks=planner.ranks, rough=is_rough(planner, state),
     )  # fmt: skip
     return change

@@ -361,5 +361,5 @@ def _elsewhere(device: torch.device) -> bool:
 
 
 def _ratio(whole: float, sampled: float) -> float:
-    """What a sample has to be multiplied with to say what the whole does."""
+    """Return the factor from a sample to the whole."""
     return whole / sampled if sampled > 0 else 1.0

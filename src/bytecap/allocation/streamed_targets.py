@@ -47,7 +47,7 @@ def streamed_targets(
     scratch: Scratch,
     advance: Advance,
 ) -> dict[str, KeptTensor]:
-    """What to add to units' targets, (rows, cols) by unit name; see `drift_targets`.
+    """Return the changes of units' targets, (rows, cols) by unit name; see `drift_targets`.
 
     Args:
         planner: prepared units.
@@ -69,7 +69,7 @@ def streamed_targets(
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
     work = _Targets(planner, state, strength, scratch)
     vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
-    tokens = many_tokens(vocabulary, original.device)
+    tokens = many_tokens(vocabulary, original.device, windows)
     groups = rounds(windows, ROUND_TOKENS[original.device.type])
     for chosen in groups:
         data = list(passes_of(chosen, tokens, str(original.device)))

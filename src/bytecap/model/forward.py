@@ -168,9 +168,10 @@ def pass_tokens(module: nn.Module, device: torch.device) -> int:
     return many_tokens(int(getattr(getattr(module, "config", None), "vocab_size", 4096)), device)
 
 
-def many_tokens(vocabulary: int, device: torch.device | str) -> int:
-    """Return the tokens a batch may hold in passes without statistics."""
-    return batch_tokens(vocabulary) * (GPU_BATCHES if torch.device(device).type == "cuda" else 1)
+def many_tokens(vocabulary: int, device: torch.device | str, windows: Sequence[Window] = ()) -> int:
+    """Return the tokens a batch may hold in passes without statistics; of few windows a GPU makes several batches."""
+    one, many = batch_tokens(vocabulary), GPU_BATCHES if torch.device(device).type == "cuda" else 1
+    return max(one, min(many * one, sum(w.predicted for w in windows) // GPU_BATCHES)) if windows else many * one
 
 
 def logits_of(output: Any) -> Tensor:

@@ -101,7 +101,7 @@ class Prepared:
         return replace(self, weight=self.weight + change)
 
     def scaled(self, coded: Coded) -> Coded:
-        """What was rounded as it counts for the whole unit, where it is a sample of its rows."""
+        """Return the rounded rows as they count for the whole unit, where they are a sample."""
         return coded
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:

@@ -124,6 +124,16 @@ def _paths(U, W, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
+def _all_pairs(Y, W, T, BACK, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
+    """Find the points V (rows,) of the best path of eight states."""
+    _ends(Y, W, T, s, rows, length, SEGMENTS)
+    tl.debug_barrier()
+    _borders(T, BACK, BORDER, SEGMENTS)
+    tl.debug_barrier()
+    _paths(Y, W, BORDER, CAME, V, s, rows, length, SEGMENTS)
+
+
+@triton.jit
 def _feed(
     FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, begin, end, rows, scale, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -225,11 +235,7 @@ def round_columns(
         tl.debug_barrier()
         if fine:
             if MEMORY == 3:
-                _ends(Y, row_weight, T, s, rows, length, SEGMENTS)
-                tl.debug_barrier()
-                _borders(T, BACK, BORDER, SEGMENTS)
-                tl.debug_barrier()
-                _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
+                _all_pairs(Y, row_weight, T, BACK, BORDER, CAME, V, s, rows, length, SEGMENTS)
             else:
                 forward(
                     Y, row_weight, CAME, ENDS, s, rows, length, head, part, SEGMENTS, WARM, MEMORY, BITS, LEADS,

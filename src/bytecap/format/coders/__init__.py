@@ -31,7 +31,7 @@ from bytecap.types import Bytes
 
 FloatArray = npt.NDArray[np.float32]
 Decoding = Generator[list[Stream] | Direct, Any, npt.NDArray[Any]]
-"""What a coder yields: streams, for which it is sent their symbols, or a `Direct`, for which values or None."""
+"""A coder yields streams, for which it is sent their symbols, or a `Direct`, for which values or None."""
 
 
 @dataclass(frozen=True)

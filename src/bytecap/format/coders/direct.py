@@ -111,7 +111,7 @@ def in_steps(
 
 
 class SharedParts(Protocol):
-    """What is read here of `bytecap.format.coders.Shared`."""
+    """The part of `bytecap.format.coders.Shared` that is read here."""
 
     @property
     def model(self) -> Model:
