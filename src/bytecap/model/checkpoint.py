@@ -257,9 +257,11 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
         for name in sorted(found["unexpected_keys"]):  # codes of such weights are under other names
             if (refusal := refuse_unread(name, directory)) is not None:
                 raise refusal
-        raise CheckpointError(
-            f"{directory} lacks tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)"
+        missing, others = found["missing_keys"], sorted(found["unexpected_keys"])
+        beside = (
+            f", and holds {others[0]}, which the model of config.json has no place for: rename it" if others else ""
         )
+        raise CheckpointError(f"{directory} lacks tensor {min(missing)} ({len(missing)} missing in all){beside}")
     return freeze(module)
 
 
