@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bytecap.errors import CorruptError, NotAnArtifact, OutputError, VersionError
-from bytecap.format import container, filebytes
+from bytecap.format import container
 from bytecap.format.coders import leb
 from bytecap.format.container import CODE, FILE, Contents, FileSection, UnitSection, parse, serialize
 from bytecap.format.ledger import Entry
@@ -373,27 +373,6 @@ class TestLedger:
     def test_tokenizer_files(self):
         named = ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "vocab.txt", "merges.txt"]
         assert [n for n in [*named, "config.json", "source_tensors.json"] if container.is_tokenizer(n)] == named
-
-
-@pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize("many", [0, 2**40])
-def test_checksums_by_one_thread_or_several(many, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(filebytes, "_MANY", many)
-    monkeypatch.setattr(filebytes, "_PIECE", 7)
-    raw = bytes(range(100))
-    (tmp_path / "raw").write_bytes(raw)
-    places = [(0, 0), (3, 90), (90, 100), (5, 6)]
-    found = filebytes.checksums(filebytes.FileBytes(tmp_path / "raw") if opened else raw, places)
-    assert found == [zlib.crc32(raw[a:b]) for a, b in places]
-
-
-@pytest.mark.parametrize("most", [0, 2**30])
-def test_slices_of_a_file(most, tmp_path, monkeypatch):
-    """By one call of the system, or by moving to the place first, as large slices and other systems need it."""
-    monkeypatch.setattr(filebytes, "_AT_ONCE", most)
-    (tmp_path / "raw").write_bytes(b"abcdef")
-    data = filebytes.FileBytes(tmp_path / "raw")
-    assert (data[:], data[2:4], data[5:2], data[4:99]) == (b"abcdef", b"cd", b"", b"ef")
 
 
 def test_the_first_damaged_section_is_named(tmp_path):

@@ -25,7 +25,7 @@ _WIDTHS = (np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32))
 
 
 class Code(Protocol):
-    """What is read here of `bytecap.format.coders.grid.GridCode`."""
+    """The parts of a code that are read here, those of `bytecap.format.coders.grid.GridCode`."""
 
     @property
     def column_class(self) -> Array:
