@@ -27,6 +27,7 @@ def main() -> None:
     p.add_argument("--short-tokens", type=int, default=8_192)
     p.add_argument("--finalists", type=int, default=2)
     p.add_argument("--effort", type=int, help="of whole fits")
+    p.add_argument("--method", default="bytecap", help="of all fits; a baseline bounds what a slow fit would reach")
     p.add_argument("--store", type=Path, help="directory of finished steps")
     args = p.parse_args()
     models = [m if m == "demo" else args.models / m for m in args.model] + ([args.other] if args.other else [])
@@ -35,11 +36,12 @@ def main() -> None:
         found = bytecap.choose(
             models, budget, evaluation=texts(args.texts, "val"), calibration=texts(args.texts, "calib"),
             tokens=args.tokens, evaluation_bytes=args.eval_bytes, short_tokens=args.short_tokens,
-            finalists=args.finalists, effort=args.effort, device=args.device, seed=args.seed, store=store,
-            reporter=Bars(),
+            finalists=args.finalists, method=args.method, effort=args.effort, device=args.device, seed=args.seed,
+            store=store, reporter=Bars(),
         )  # fmt: skip
         for row in found.report["rows"]:
-            record(args, {"benchmark": "choose", "evaluation_bytes": found.report["evaluation_bytes"], **row})
+            about = {"benchmark": "choose", "evaluation_bytes": found.report["evaluation_bytes"]}
+            record(args, {**about, **({} if args.method == "bytecap" else {"method": args.method}), **row})
         print(json.dumps(found.report["envelope"]), flush=True)
 
 

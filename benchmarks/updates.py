@@ -171,11 +171,14 @@ def one(args: Any, name: str) -> None:
     if not tuned_directory.exists():
         fine_tuned(source, text, tuned_directory, steps=args.steps, rate=args.rate, seed=args.seed)
     original, tuned = load_checkpoint(source), load_checkpoint(tuned_directory)
-    common = FitConfig(f"{args.bits}bpp", seed=args.seed, device="cpu", progress=False, store=work / "store")
+    common = FitConfig(
+        f"{args.bits}bpp", seed=args.seed, device="cpu", progress=False, store=work / "store", effort=args.effort
+    )
     fitted(original, sets_of(args, original, texts(args.texts, "calib")), common, work / "base.bcap")
     base, sets = installed(work / "base.bcap"), sets_of(args, tuned, [text])
     about = {"model": name, "workload": args.workload, "bits": args.bits, "tokens": args.tokens,
-             "eval_tokens": args.eval_tokens, "fine_tuning_steps": args.steps, "rate": args.rate}  # fmt: skip
+             "eval_tokens": args.eval_tokens, "fine_tuning_steps": args.steps, "rate": args.rate,
+             **({} if args.effort is None else {"effort": args.effort})}  # fmt: skip
 
     def line(kind: str, **row: Any) -> None:
         print(record(args, {**about, "row": kind, **row}))
@@ -213,6 +216,7 @@ def main() -> None:
     p.add_argument("--work", type=Path, required=True, help="directory for the stages")
     p.add_argument("--workload", default="technical")
     p.add_argument("--bits", type=float, default=3.0)
+    p.add_argument("--effort", type=int, help="of every fit, by default as of `bytecap fit`")
     p.add_argument("--steps", type=int, default=80, help="of fine-tuning, each of 2,048 tokens")
     p.add_argument("--rate", type=float, default=2e-4, help="of fine-tuning")
     p.add_argument("--ranks", nargs="*", type=int, default=[8])

@@ -1,5 +1,6 @@
 """`fit --layout hub`, cards, and what becomes of hostile names."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def said(run):
     return call
 
 
+def code_on(text):
+    """The Python lines of a card."""
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
 @pytest.mark.slow
 class TestFit:
     def test_all_files_together_meet_the_cap(self, made):
@@ -83,6 +89,18 @@ class TestFit:
         assert "its text is in `LICENSE`" in text
         assert f"{report['statistics_tokens']:,} tokens" in text
         assert f"cap of {BUDGET:,} bytes" in text
+        table = text.partition("| kind | bytes |")[2].partition("\n\n")[0]
+        counted = sum(int(line.split("|")[2].replace(",", "")) for line in table.splitlines()[2:])
+        assert counted == report["file_bytes"] - len(text.encode()), "every byte but the card's own"
+
+    def test_the_lines_on_the_card_load_the_model(self, made):
+        artifact, directory = made
+        found = {}
+        code = code_on((directory / "README.md").read_text("utf-8"))
+        exec(code.replace('"DIR"', repr(str(directory))), found)  # noqa: S102 (our own card)
+        wanted, theirs = artifact.load_model().state_dict(), found["model"].float().state_dict()
+        assert all(torch.equal(wanted[n].bfloat16().float(), theirs[n]) for n in wanted)
+        assert found["tokenizer"]("The")["input_ids"]
 
     def test_options_of_loading_are_taken(self, made):
         module = made[0].load_model(dtype="bfloat16", resident="coded")
@@ -151,6 +169,14 @@ class TestCards:
         assert f"The model in {golden.stat().st_size:,} bytes" in text
         assert "## Quality" not in text
         assert "bytecap.load_model" in text
+
+    def test_of_an_update(self, said):
+        updates = Path(__file__).parent / "goldens" / "updates"
+        text = said("card", updates / "all.bcap")
+        sha256 = hashlib.sha256((updates / "base.bcap").read_bytes()).hexdigest()
+        size = (updates / "all.bcap").stat().st_size
+        assert f"An update in {size:,} bytes of the file with SHA-256 `{sha256}`." in text
+        assert 'load_model("model.bcap", base="BASE.bcap")' in code_on(text)
 
     def test_figures_of_a_report(self, said, tmp_path):
         figures = {"kl_nats": 0.25, "kl_stderr": 0.01, "bpb_original": 1.5, "bpb_artifact": 1.6, "bpb_stderr": 0.02,

@@ -80,6 +80,7 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer({"success": True, "commitUrl": f"{where}/{repo}/commit/{sha}", "commitOid": sha})
 
     def do_GET(self):
+        self.server.gets += 1
         parts = urllib.parse.urlparse(self.path).path.strip("/").split("/")
         repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         files = self.server.repos.get(repo)
@@ -102,7 +103,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     found = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    found.repos, found.asked = {}, []
+    found.repos, found.asked, found.gets = {}, [], 0
     thread = threading.Thread(target=found.serve_forever)
     thread.start()
     yield found
@@ -141,10 +142,10 @@ print("equal", ours.name)
 """
 
 
-def outside(script, *arguments, port, home):
-    """A script in a process whose hub is a local server."""
+def outside(script, *arguments, port, home, offline=False):
+    """A script in a process whose hub is a local server, or huggingface_hub's own offline mode."""
     environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(home),
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -162,7 +163,12 @@ def test_sent_and_read_back(server, tmp_path):
     assert container.parse(files[hub.FILE]).files == ()
     read = outside(READ, tmp_path / "model.bcap", port=server.server_port, home=tmp_path / "b")
     assert "equal org/tiny" in read.stdout, read.stderr
-    assert (tmp_path / "b").is_dir()
+    asked = server.gets
+    again = outside(READ, tmp_path / "model.bcap", port=server.server_port, home=tmp_path / "b", offline=True)
+    assert "equal org/tiny" in again.stdout, again.stderr
+    assert server.gets == asked > 0
+    empty = outside(READ, tmp_path / "model.bcap", port=server.server_port, home=tmp_path / "c", offline=True)
+    assert "no hub model of that name" in empty.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

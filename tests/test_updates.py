@@ -100,6 +100,16 @@ def test_an_update_says_which_base_it_needs(tmp_path):
     assert list(load(tmp_path / "all.bcap", tmp_path / "base.bcap")) == list(load(tmp_path / "base.bcap"))
 
 
+@pytest.mark.parametrize("command", ["check", "ledger", "unpack", "eval", "generate"])
+def test_every_command_refuses_another_base(command, refused, tmp_path):
+    update, other = DIRECTORY / "all.bcap", DIRECTORY / "other.bcap"
+    more = {"unpack": ("-o", tmp_path / "out"), "generate": ("a",)}.get(command, ())
+    line = refused(command, update, *more, "--base", other)
+    for data in (golden("base"), golden("other")):
+        assert f"SHA-256 {golden_updates.sha256(data)}" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_side_files_of_the_base_are_kept_replaced_or_left_out():
     from bytecap.format.codefiles import files
 

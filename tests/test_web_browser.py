@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import json
 import threading
 import time
 
@@ -27,7 +28,16 @@ class Files(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         name = self.path.lstrip("/")
         spoil = self.server.spoiled.get(name)
-        if spoil is None:
+        if name == self.server.held:
+            data = (self.server.directory / name).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self.server.go_on.wait(300)
+            self.wfile.write(data[len(data) // 2 :])
+        elif spoil is None:
             super().do_GET()
         else:
             data = spoil((self.server.directory / name).read_bytes())
@@ -48,7 +58,7 @@ def serve():
     def start(directory):
         handler = functools.partial(Files, directory=str(directory))
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.directory, server.spoiled = directory, {}
+        server.directory, server.spoiled, server.held, server.go_on = directory, {}, None, threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)
         return server, f"http://127.0.0.1:{server.server_address[1]}/"
@@ -75,6 +85,14 @@ def settled(browser, *words, seconds=300):
             return state
         time.sleep(0.1)
     raise AssertionError((state, shown(browser, "state"), shown(browser, "trouble")))
+
+
+def within(browser, expression, seconds=60):
+    """Wait until something is true on the page."""
+    until = time.monotonic() + seconds
+    while not (found := browser.run(expression)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
 
 
 def shown(browser, name):
@@ -112,6 +130,27 @@ class TestPage:
         assert (sum(map(int, paper[4:-1].split(","))) < 300) == dark
         urls = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
         assert all(u.startswith((address, "blob:", "data:")) for u in urls)
+
+    def test_it_says_how_much_has_arrived_while_it_downloads(self, browser, serve, tmp_path):
+        server, address = serve(folder(tmp_path / "site", BYTES))
+        server.held = MODEL
+        browser.visit(address, 390)
+        settled(browser, "idle")
+        made = json.loads(shown(browser, "made"))
+        whole = sum(f["bytes"] for f in made["files"])
+        arrived = whole - len(BYTES) // 2
+        browser.run("document.getElementById('start').click()")
+        try:
+            said = f"{arrived:,} of {whole:,} bytes"
+            assert within(browser, f"document.getElementById('state').textContent === {said!r}"), shown(
+                browser, "state"
+            )
+            assert browser.run("document.getElementById('bar').checkVisibility()")
+            assert browser.run("document.getElementById('bar').value") == pytest.approx(arrived / whole)
+            assert browser.run("document.body.dataset.state") == "loading"
+        finally:
+            server.go_on.set()
+        assert settled(browser, "ready", "failed") == "ready"
 
     def test_it_stops_when_told_to(self, browser, serve, tmp_path):
         _, address = serve(folder(tmp_path / "site", BYTES))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecap.errors import CheckpointError
-from bytecap.format import container, updates
+from bytecap.format import container
 from bytecap.model.checkpoint import resolve
 from bytecap.report.card import Source, card, licence_of
 from bytecap.runtimes import hub
@@ -35,6 +35,8 @@ def read_source(directory: Path, name: str) -> tuple[Source, dict[str, bytes]]:
 def card_of(path: Path, report: Mapping[str, Any], source: str | None) -> str:
     """Return the card of a file, or of a directory in the hub's layout.
 
+    The card of an update states the bytes of the update alone and names the base that it is read with.
+
     Args:
         path: `.bcap` file or directory.
         report: figures of its fit; empty if they are not known.
@@ -44,7 +46,7 @@ def card_of(path: Path, report: Mapping[str, Any], source: str | None) -> str:
         ArtifactError: the file cannot be trusted. CheckpointError: there is no such source.
     """
     whole = hub.is_hub(path)
-    contents = updates.read(path / hub.FILE if whole else path)
+    contents = container.read(path / hub.FILE if whole else path)
     entries = [
         e
         for e in (hub.ledger_of(path) if whole else container.ledger(contents, path.stat().st_size))
@@ -57,7 +59,8 @@ def card_of(path: Path, report: Mapping[str, Any], source: str | None) -> str:
         origin = read_source(path, name)[0] if whole else Source(name)
     budget = contents.about.get("budget")
     known = {"budget_bytes": budget} if isinstance(budget, int) and not whole else {}
-    return card(entries, {**known, **report}, origin, whole=whole)
+    base = contents.base.sha256 if contents.base else ""
+    return card(entries, {**known, **report}, origin, whole=whole, base=base)
 
 
 def short(name: str) -> str:

@@ -51,7 +51,13 @@ class Source:
 
 
 def card(
-    entries: Sequence[Entry], report: Mapping[str, Any], source: Source, *, whole: bool, brief: bool = False
+    entries: Sequence[Entry],
+    report: Mapping[str, Any],
+    source: Source,
+    *,
+    whole: bool,
+    brief: bool = False,
+    base: str = "",
 ) -> str:
     """Return the text of a card.
 
@@ -61,9 +67,10 @@ def card(
         source: of the model.
         whole: the card lies in a directory that transformers loads, not beside a single file.
         brief: leave out what names tensors and texts.
+        base: SHA-256 of the file that an update is read with; empty for any other file.
     """
-    parts = [_front_matter(source), _about(entries, report, source, whole), _commands(whole), _bytes(entries, brief)]
-    parts += [_quality(report, brief), _calibration(report, brief), _licence(source)]
+    parts = [_front_matter(source), _about(entries, report, source, whole, base), _commands(whole, base)]
+    parts += [_bytes(entries, brief), _quality(report, brief), _calibration(report, brief), _licence(source)]
     return "\n".join(p for p in parts if p)
 
 
@@ -96,18 +103,20 @@ def _front_matter(source: Source) -> str:
     )
 
 
-def _about(entries: Sequence[Entry], report: Mapping[str, Any], source: Source, whole: bool) -> str:
+def _about(entries: Sequence[Entry], report: Mapping[str, Any], source: Source, whole: bool, base: str) -> str:
     """Return the title and its paragraph."""
     name = quoted(source.name) if source.name else "A language model"
     size, budget, parameters = total(entries), _number(report, "budget_bytes"), _number(report, "parameters")
     parameters = parameters or sum({e.unit: e.parameters for e in entries}.values())
     beside = " beside this card" if whole else ""
     cap = f"{', all' if whole else ''} under a cap of {budget:,.0f} bytes" if budget else ""
+    if base:
+        return f"# {name} by bytecap\n\nAn update in {size:,} bytes{cap} of the file with SHA-256 `{base}`.\n"
     rate = f", {8 * size / parameters:.3f} bits for each of {parameters:,.0f} parameters" if parameters else ""
     return f"# {name} by bytecap\n\nThe model in {size:,} bytes{beside}{cap}{rate}.\n"
 
 
-def _commands(whole: bool) -> str:
+def _commands(whole: bool, base: str) -> str:
     """Return the commands that load the model."""
     lines = ["## How to load it", "", "```", "pip install 'bytecap[hf]'", "```", ""]
     if whole:
@@ -119,7 +128,8 @@ def _commands(whole: bool) -> str:
             f"Without the import transformers refuses the directory and says: {INSTALL}.",
         ]  # fmt: skip
     else:
-        lines += ["```python", "import bytecap", "", f'module = bytecap.load_model("{FILE}")', "```"]
+        files = f'"{FILE}", base="BASE.bcap"' if base else f'"{FILE}"'
+        lines += ["```python", "import bytecap", "", f"module = bytecap.load_model({files})", "```"]
     return "\n".join([*lines, ""])
 
 
