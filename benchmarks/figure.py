@@ -121,7 +121,9 @@ def choose(rows: Rows) -> Any:
         fits = {r["budget_bytes"]: r.get("whole") or r["short"] for r in found if r["model"] == model}
         points = sorted((b / 1e6, f["bpb"], f["bpb_stderr"]) for b, f in fits.items() if "bpb" in f)
         x, y, error = zip(*points, strict=True)
-        axis.errorbar(x, y, [2 * e for e in error], color=colour, marker=marker, ms=4, label=model)
+        methods = {r.get("method", "bytecap") for r in found if r["model"] == model}
+        label = model if "bytecap" in methods else f"{model}, {', '.join(methods)}"
+        axis.errorbar(x, y, [2 * e for e in error], color=colour, marker=marker, ms=4, label=label)
         original = next(f["bpb_original"] for f in fits.values() if "bpb_original" in f)
         axis.axhline(original, color=colour, ls=":", lw=0.8)
         best |= {b: min(f["bpb"], best.get(b, f["bpb"])) for b, f in fits.items() if "bpb" in f}

@@ -9,6 +9,7 @@ workload's evaluation text, which nothing was trained on. Rows:
 * `update`: `fit --base` at shares of the whole file's bytes. Its target is the fine-tuned model itself, or, in the rows
   `changes`, the base plus what fine-tuning has changed, which leaves the base's own error alone;
 * `adapter`: the truncated singular value decomposition of what has changed, in 16-bit floats, added to the base;
+* `update minus full`: the difference of both KLs, with the error of the difference, since the windows are the same;
 * `bsdiff4`, `detools`, `zstd`: binary patches from the base's file to the whole file (the first two are no
   dependencies: put them on PYTHONPATH).
 
@@ -37,10 +38,11 @@ from bytecap.format.decoder import from_matrix
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, as_matrix, load_checkpoint
-from bytecap.model.evaluation import kl_to
+from bytecap.model.evaluation import by_window, kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import encoder, load_sets
 from bytecap.model.texts import TokenSets, load_text
+from bytecap.model.uncertainty import ratio_stderr
 from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Bars
 from common import parser, record, texts
@@ -100,6 +102,14 @@ def kl_of(model: Model, sets: TokenSets, values: Values) -> dict[str, float]:
     load_values(copy, values)
     kl, stderr = kl_to(model.module, copy, sets.evaluation[0].windows, device="cpu")
     return {"kl_nats": kl, "kl_stderr": stderr}
+
+
+def difference(model: Model, sets: TokenSets, values: Values, other: Values) -> dict[str, float]:
+    """KL with some values minus KL with others, and its error over the windows of the evaluation text."""
+    variants, windows = {"here": values, "there": other}, sets.evaluation[0].windows
+    found = by_window(model.module, copy_of(model.module), variants, windows, device="cpu")
+    moved, tokens = found["here"].kl - found["there"].kl, found["here"].tokens
+    return {"kl_difference": float(moved.sum() / tokens.sum()), "kl_stderr": ratio_stderr(moved, tokens)}
 
 
 def changes(tuned: Model, original: Model) -> Values:
@@ -202,6 +212,9 @@ def one(args: Any, name: str) -> None:
         for recover in args.recover:
             found = fitted(tuned, sets, replace(config, recover=recover), work / f"update-{share}-{recover}.bcap")
             line("update", share=share, recover=recover, bytes=found["file_bytes"], **found)
+            sent = installed(work / "base.bcap", work / f"update-{share}-{recover}.bcap").values
+            line("update minus full", share=share, recover=recover,
+                 **difference(tuned, sets, sent, installed(work / "full.bcap").values))  # fmt: skip
     if args.changes:
         other, share = with_values(tuned, aimed), args.changes
         found = fitted(other, sets, replace(common, budget=round(share * len(new)), base=base, store=None),
