@@ -98,9 +98,9 @@ class _Targets:
         pairs = shared_inputs(self._planner.ranks, walk.inputs, len(masks), device)
         for (x, seen), mask in zip(pairs, masks, strict=True):
             found.add(x, seen, mask)
-        fix, granted = found.fit([trial_of(self._units[n]) for n in names], self._strength)
-        fix *= granted
-        del found, pairs
+        fit = found.fit([trial_of(self._units[n]) for n in names], self._strength)
+        fix = fit.fix * fit.strength
+        del found, pairs, fit
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]
