@@ -58,8 +58,11 @@ NEEDED = {
 }
 TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 _MLA = {"head_dim": 8}  # these call the rotated part of a head by that name
-_HYBRID = {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 128, "attention_head_dim": 32,
-           "num_key_value_heads": 4}  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_HYBRID = {
+    "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
+    "attention_head_dim": 32, "num_key_value_heads": 4,
+}  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "axk1": _MLA, "deepseek_v3": _MLA, "longcat_flash": _MLA, "youtu": _MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
@@ -72,6 +75,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32],
                  "attention_head_size": 16, "attn_layers": ["local", "local"], "local_attn_chunk_length": 32,
                  "num_buckets": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 300},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "dots3_note_text": {"per_layer_config": {"1": {"head_dim": 24, "qk_nope_head_dim": 16}}, "index_n_heads": 4,
+                        "index_head_dim": 16, "shared_experts_intermediate_size": 64},
+    "gemma3n_text": {"intermediate_size": [64, 64]},
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
+                       "indexer_compress_ratio": 4, "ngram_vocab_size_base": 300, "hc_lowrank": 16},
+    "roc_bert": {"shape_vocab_size": 32, "pronunciation_vocab_size": 32},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
 

@@ -54,6 +54,16 @@ def words(codes, bits):
     return torch.where(out >= 2**31, out - 2**32, out).to(torch.int32)
 
 
+def dense_words(codes, bits):
+    """The same without gaps: one large integer a row, of which words of 32 bits are cut off."""
+    out = []
+    for row in (codes + 2 ** (bits - 1)).tolist():
+        whole = sum(code << (bits * i) for i, code in enumerate(row))
+        out.append([whole >> (32 * k) & 0xFFFFFFFF for k in range(-(-len(row) * bits // 32))])
+    found = torch.tensor(out)
+    return torch.where(found >= 2**31, found - 2**32, found).to(torch.int32)
+
+
 class Checkpoint:
     """A random model with the tensors that its quantized twin stores, and the values these stand for."""
 
@@ -88,7 +98,7 @@ class Checkpoint:
         plain.mkdir()
         save_file(self.dense, plain / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((self.directory / "config.json").read_text("utf-8"))
-        config.pop(QUANTIZED)
+        config.pop(QUANTIZED, None)
         (plain / "config.json").write_text(json.dumps(config), "utf-8")
         module = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
         ids = torch.arange(40)[None] % 64

@@ -42,7 +42,11 @@ def run_blocked(code, *arguments):
 
 
 _ROOMS = ("quantization", "runtimes.blocks")
-_PROGRAMS = ("model.decode_programs", *(f"{room}.{n}" for room in _ROOMS for n in ("cuda", "triton_programs")))
+_PROGRAMS = (
+    "model.decode_programs",
+    "quantization.triton_search",
+    *(f"{room}.{n}" for room in _ROOMS for n in ("cuda", "triton_programs")),
+)
 NEEDING_TRITON = () if importlib.util.find_spec("triton") else _PROGRAMS
 NEEDING_LM_EVAL = () if importlib.util.find_spec("lm_eval") else ("runtimes.lm_eval",)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from bytecap.quantization import RoundingProblem, gaussian_shrink, row_classes, 
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import FIRST_DEPENDENT, _stored, _stored_there, prepare
 from bytecap.quantization.rules import initial_rules
+from bytecap.quantization.symbols_there import GridCodeThere, symbols_on
 from bytecap.quantization.trellis import round_trellis
 from bytecap.types import Unit
 
@@ -43,9 +45,22 @@ class TestStored:
         first = int(rng.integers(1, 65))
         one = _stored(symbols, columns, row_class, first)
         two = _stored_there(torch.from_numpy(symbols).to(DEVICE), columns, row_class, first)
-        assert one[0].dtype == two[0].dtype
-        assert (one[0] == two[0]).all()
+        there = two[0].cpu().numpy()
+        assert one[0].dtype == there.dtype
+        assert (one[0] == there).all()
         assert (one[1] == two[1]).all()
+
+    def test_symbols_that_stay_are_read_or_replaced(self):
+        there = torch.arange(6, dtype=torch.int8, device=DEVICE).reshape(2, 3)
+        sides = {n: np.zeros((1, 3), np.int32) for n in ("column_step", "column_class")}
+        sides |= {n: np.zeros(2, np.int32) for n in ("row_step", "row_class")}
+        code = GridCodeThere(there, step=0.5, first=64, memory=3, **sides)
+        assert (code.symbols == there.cpu().numpy()).all()
+        assert symbols_on(code, there.device) is there
+        finer = replace(code, step=0.25)
+        assert finer.step == 0.25
+        assert (finer.symbols == code.symbols).all()
+        assert (symbols_on(finer, torch.device("cpu")).numpy() == code.symbols).all()
 
 
 class TestTrialValues:

@@ -19,7 +19,7 @@ from bytecap.format.entropy import jit, kernels, simd
 from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
 
 pytestmark = pytest.mark.coverage
-STAGES = ("subsets", "slots", "entries", "advance", "escapes", "scale")
+STAGES = ("subsets", "slots", "entries", "tally", "advance", "escapes", "scale")
 
 
 def both(tag, data, shape, shared=golden_parts.SHARED):
@@ -57,6 +57,39 @@ def test_many_lanes_and_blocks_of_rows(monkeypatch):
     for lanes in (16, 17, 33):
         monkeypatch.setattr("bytecap.format.entropy.rans.LANE_SYMBOLS", 300 * 90 // lanes + 1)
         assert both(15, golden_parts.trellis(shape, first=1, memory=8), shape)
+
+
+class Seen(decoder.Ideal):
+    """Ideal code length by symbols, as any observer sees them that does not count."""
+
+    counted = None
+
+    def __call__(self, stream, symbols):
+        by = decoder.Ideal()
+        by(stream, symbols)
+        self._excess += by._excess
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_ideal_code_length_is_counted_on_the_way(plain, monkeypatch):
+    """A reader that counts has the same length as one that sees symbols, escapes included, and the same values."""
+    monkeypatch.setattr(jit, "worth", lambda _: True)
+    if plain:
+        for name in STAGES:
+            monkeypatch.setattr(kernels, name, getattr(kernels, f"_{name}"))
+        monkeypatch.setattr(jit, "kernel", lambda name: getattr(kernels, f"_{name}"))
+    straight = []
+    served = direct.Direct.served
+    monkeypatch.setattr(direct.Direct, "served", lambda self: straight.append(served(self)) or straight[-1])
+    for memory, first, groups in ((3, 18, 1), (7, 1, 3)):
+        data, tag = golden_parts.trellis((20, 30), first=first, memory=memory, groups=groups), 9 if memory == 3 else 15
+        observers = decoder.Ideal(), Seen()
+        with np.errstate(over="ignore"):
+            values = [run([coder(tag).decode(data, (20, 30), "F32", golden_parts.SHARED)], o)[0] for o in observers]
+        assert values[0].tobytes() == values[1].tobytes()
+        assert sum(observers[0]._excess) == pytest.approx(sum(observers[1]._excess), abs=1e-6)
+        assert len(observers[0]._excess) == len(observers[1]._excess) > 1
+    assert straight == [True, True]  # the second observer never asks
 
 
 def test_grids_have_numpys_bits():

@@ -1,8 +1,11 @@
 """Checkpoints quantized by GPTQ and AWQ are read as the dense ones that they stand for."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from bytecap.errors import CheckpointError
 from bytecap.model import checkpoint as module_of_checkpoints
@@ -176,6 +179,96 @@ class TestAwq:
 
     def test_one_group(self, checkpoint):
         fill(checkpoint(settings("awq", group_size=-1)), lambda shape: awq(shape, shape[1])).check()
+
+
+class TestSettingsBesideTheWeights:
+    """AutoGPTQ and early AutoAWQ say what a checkpoint is in a file of their own, and nothing in config.json."""
+
+    def written(self, checkpoint, method, said, *, off=1, keep=None):
+        """A checkpoint whose config says `keep`, and the file beside it `said`."""
+        c = checkpoint(keep)
+        fill(c, awq if method == "awq" else lambda shape: gptq(shape, 4, off=off))
+        path = c.directory / {"gptq": "quantize_config.json", "awq": "quant_config.json"}[method]
+        path.write_text(said if isinstance(said, str) else json.dumps(said), "utf-8")
+        return c
+
+    @pytest.mark.parametrize("more", [{}, {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}])
+    @pytest.mark.parametrize("base", ["missing", None, "weights-of-a-stranger"])
+    def test_gptq(self, checkpoint, more, base):
+        """Weights lie in model.safetensors, in the file that is named, or under AutoGPTQ's own name."""
+        said = {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, **more}
+        if base != "missing":
+            said["model_file_base_name"] = base
+        c = self.written(checkpoint, "gptq", said, off=0 if more else 1)
+        dense = c.check()
+        assert dense.dequantized == "gptq"
+        if base != "missing":
+            name = f"{base or f'gptq_model-4bit-{GROUP}g'}.safetensors"
+            (c.directory / "model.safetensors").rename(c.directory / name)
+            moved = load_checkpoint(c.directory)
+            theirs = dense.module.state_dict()
+            assert all(torch.equal(t, theirs[n]) for n, t in moved.module.state_dict().items())
+
+    def test_shards(self, checkpoint):
+        c = self.written(checkpoint, "gptq", {"bits": 4, "group_size": GROUP})
+        theirs = c.check().module.state_dict()
+        (c.directory / "model.safetensors").unlink()
+        base, names = f"gptq_model-4bit-{GROUP}g.safetensors", sorted(c.tensors)
+        owner = {n: f"{i % 2}.safetensors" for i, n in enumerate(names)}
+        for shard in set(owner.values()):
+            save_file({n: c.tensors[n] for n in names if owner[n] == shard}, c.directory / shard, {"format": "pt"})
+        (c.directory / f"{base}.index.json").write_text(json.dumps({"weight_map": owner}), "utf-8")
+        found = load_checkpoint(c.directory).module.state_dict()
+        assert all(torch.equal(t, theirs[n]) for n, t in found.items())
+
+    def test_awq(self, checkpoint):
+        said = {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}
+        assert self.written(checkpoint, "awq", said).check().dequantized == "awq"
+
+    @pytest.mark.parametrize(("method", "said", "error"), [
+        ("gptq", {"bits": 5}, "quantized with gptq at 5 bits, which is not read"),
+        ("gptq", {"group_size": 128}, "quantized with gptq, which is not read"),
+        ("gptq", {"bits": 4, "is_marlin_format": True}, "quantized with gptq marlin at 4 bits, which is not read"),
+        ("gptq", {"bits": 4, "checkpoint_format": "x"}, "quantized with gptq x at 4 bits, which is not read"),
+        ("awq", {"w_bit": 4, "version": "GEMV"}, "quantized with awq GEMV, which is not read"),
+        ("gptq", "[1]", r"quantize_config\.json"), ("gptq", "{", r"quantize_config\.json"),
+        ("gptq", "[" * 10**5, r"quantize_config\.json"), ("awq", '"x"', r"quant_config\.json"),
+    ])  # fmt: skip
+    def test_settings_that_are_not_read(self, checkpoint, method, said, error):
+        with pytest.raises(CheckpointError, match=error):
+            load_checkpoint(self.written(checkpoint, method, said).write())
+
+    @pytest.mark.parametrize("base", [3, ["x"], "../x", "a/b", "", "x" * 300, "nul\0"])
+    def test_names_that_are_none(self, checkpoint, base):
+        c = self.written(checkpoint, "gptq", {"bits": 4, "group_size": GROUP, "model_file_base_name": base})
+        c.write()
+        (c.directory / "model.safetensors").rename(c.directory / "other.safetensors")
+        with pytest.raises(CheckpointError, match=r"holds other\.safetensors, but weights are read from"):
+            load_checkpoint(c.directory)
+
+    def test_two_that_differ(self, checkpoint):
+        """Zero points of one version are read as one less in the other: nothing in the tensors tells which it is."""
+        said = {"bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2"}
+        c = self.written(checkpoint, "gptq", said, keep=settings(checkpoint_format="gptq"))
+        with pytest.raises(
+            CheckpointError, match=r"says gptq gptq, quantize_config\.json gptq gptq_v2: remove the one"
+        ):
+            load_checkpoint(c.write())
+        (c.directory / "quantize_config.json").write_text(json.dumps({"bits": 4, "format": "gptq"}), "utf-8")
+        c.check()
+
+    @pytest.mark.parametrize("said", [{"bits": 4}, {"bits": 3, "checkpoint_format": "marlin"}, "["])
+    def test_one_that_stayed_behind(self, checkpoint, said):
+        """A dense checkpoint is dense, whatever lies beside it."""
+        c = checkpoint(None)
+        c.write()
+        (c.directory / "quantize_config.json").write_text(said if said == "[" else json.dumps(said), "utf-8")
+        assert not load_checkpoint(c.directory).dequantized
+
+    def test_memory_is_planned_for_dense_weights(self, checkpoint):
+        c = self.written(checkpoint, "gptq", {"bits": 4, "group_size": GROUP})
+        wanted = sum(t.numel() for t in c.dense.values())
+        assert wanted <= memory._parameters(memory._headers(c.write(), ())) < 1.2 * wanted
 
 
 class TestMisfits:

@@ -32,7 +32,16 @@ from bytecap.model.batches import Batch
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
 from bytecap.model.fisher import fisher_change
-from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_copy, logits_of, predictions
+from bytecap.model.forward import (
+    GPU_BATCHES,
+    Progress,
+    batch_tokens,
+    batches,
+    fast_copy,
+    in_fast_dtype,
+    logits_of,
+    predictions,
+)
 from bytecap.model.hook_coverage import Account, is_matrix
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
 from bytecap.model.oom_retry import halving
@@ -69,22 +78,26 @@ def probe(
         ranks: processes that share the windows; the sums are those of one process, each on one rank.
     """
     target = torch.device(device)
-    module_copy = fast_copy(module, target) if of_transformers(module) else copy.deepcopy(module).to(target)
-    leaves = _leaves(module_copy, units, windows, target)
-    _account(module_copy, units, leaves, windows, seed, target)
-    names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
-    chosen = [
-        (names[n], m, kind) for n, (m, kind) in linear_weights(module_copy).items()
-        if kind != "embedding" and n in names and names[n] not in leaves.matrix
-    ]  # fmt: skip
 
-    def work(batch: int) -> Statistics:
-        return in_order(
-            target,
-            lambda: _one_pass(module_copy, chosen, windows, batch, seed, guided, target, leaves, progress, ranks),
-        )
+    def passes(dtype: torch.dtype | None) -> Statistics:
+        module_copy = copy.deepcopy(module).to(target) if dtype is None else fast_copy(module, target, dtype)
+        leaves = _leaves(module_copy, units, windows, target)
+        _account(module_copy, units, leaves, windows, seed, target)
+        names = {alias: u.name for u in units for alias in (u.name, *u.aliases)}
+        chosen = [
+            (names[n], m, kind) for n, (m, kind) in linear_weights(module_copy).items()
+            if kind != "embedding" and n in names and names[n] not in leaves.matrix
+        ]  # fmt: skip
 
-    return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
+        def work(batch: int) -> Statistics:
+            return in_order(
+                target,
+                lambda: _one_pass(module_copy, chosen, windows, batch, seed, guided, target, leaves, progress, ranks),
+            )
+
+        return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
+
+    return in_fast_dtype(module, target, passes, note) if of_transformers(module) else passes(None)
 
 
 def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> Leaves:

@@ -29,7 +29,7 @@ from bytecap.calibration.sums import Statistics
 from bytecap.errors import UsageError
 from bytecap.model.chain import first_of
 from bytecap.model.determinism import in_order
-from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, fast_dtype, predictions
+from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, in_fast_dtype, predictions
 from bytecap.model.head import head_pieces
 from bytecap.model.hook_coverage import is_matrix
 from bytecap.model.linears import linear_weights
@@ -86,13 +86,17 @@ def probe_streamed(
         What is no `Use`: diagonals and the number of tokens.
     """
     device = streamed.device
-    copied = streamed.copy(fast_dtype(device))
 
-    def work(batch: int) -> Statistics:
-        job = _Job(copied, units, list(batches(windows, batch)), scratch, guided, progress, ranks)
-        return in_order(device, lambda: job.run(sink, share, torch.Generator(device).manual_seed(seed)))
+    def passes(dtype: torch.dtype) -> Statistics:
+        copied = streamed.copy(dtype)
 
-    found = halving(work, windows, _batch_tokens(copied, units), "statistics", note)[0]
+        def work(batch: int) -> Statistics:
+            job = _Job(copied, units, list(batches(windows, batch)), scratch, guided, progress, ranks)
+            return in_order(device, lambda: job.run(sink, share, torch.Generator(device).manual_seed(seed)))
+
+        return halving(work, windows, _batch_tokens(copied, units), "statistics", note)[0]
+
+    found = in_fast_dtype(streamed.module, device, passes, note)
     release()
     return found
 

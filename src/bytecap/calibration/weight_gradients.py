@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.probe import fisher_loss
-from bytecap.model.forward import batch_tokens, batches, fast_copy
+from bytecap.model.forward import batch_tokens, batches, fast_copy, in_fast_dtype
 from bytecap.model.linears import linear_weights, maps_tokens
 from bytecap.model.texts import Window
 from bytecap.types import Unit
@@ -206,13 +206,18 @@ def mean_squared_gradients(
     """
     target = torch.device(device)
     size = batch_tokens(max((u.matrix_shape[0] for u in units if u.linear), default=4096)) // 2
-    sums = _pass(fast_copy(module, target), units, windows, size, seed, fisher_loss, progress)
-    square = sums.square
-    if kind == "components":
-        module_copy = fast_copy(module, target)
+
+    def passes(dtype: torch.dtype) -> tuple[_Sums, Squares]:
+        module_copy = fast_copy(module, target, dtype)
+        sums = _pass(module_copy, units, windows, size, seed, fisher_loss, progress)
+        if kind != "components":
+            return sums, sums.square
+        module_copy = fast_copy(module, target, dtype)
         hidden = _Hidden(module_copy)
         loss = _along(hidden, hidden.components(module_copy, windows, size))
-        square = _in_nats(_pass(module_copy, units, windows, size, seed, loss, None).square, square)
+        return sums, _in_nats(_pass(module_copy, units, windows, size, seed, loss, None).square, sums.square)
+
+    sums, square = in_fast_dtype(module, target, passes)
     found = Gradients({}, {n: x / max(1, sums.tokens) for n, x in sums.inputs.items()}, sums.tokens)
     for (name, _), value in square.items():
         _add(found.square, name, value)

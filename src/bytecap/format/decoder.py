@@ -292,8 +292,11 @@ class Ideal:
     def __call__(self, stream: Stream, symbols: npt.NDArray[np.int32]) -> None:
         """Add a stream and its symbols."""
         if len(stream.data):
-            ideal = stream.tables.bits(symbols, stream.classes) / 8
-            self._excess.append(len(stream.data) - escape_bytes(stream) - ideal)
+            self.counted(len(stream.data) - escape_bytes(stream), stream.tables.bits(symbols, stream.classes))
+
+    def counted(self, size: int, bits: float) -> None:
+        """Add a stream by its bytes without those of escapes, and its ideal code length in bits."""
+        self._excess.append(size - bits / 8)
 
     def bytes(self, size: int) -> int:
         """Ideal size of a file whose streams were all seen, given its real size in bytes."""

@@ -115,14 +115,13 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
     Args:
         words: (rows, words), int32.
-        bits: of a code, a divisor of 32.
+        bits: of a code, 1 to 8; a code may begin in one word and end in the next.
         count: of codes in a row.
 
     Raises:
         Misfit: there are more or fewer words than that takes.
     """
-    each = _WORD // bits
-    if words.ndim != 2 or _WORD % bits or words.shape[1] != -(-count // each):
+    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != -(-count * bits // _WORD):
         raise Misfit(f"words of shape {list(words.shape)} for {count} codes of {bits} bits in a row")
     return fields(words, bits)[:, :count] - (1 << (bits - 1))
 
@@ -231,37 +230,66 @@ def _in_order(words: Tensor) -> Tensor:
 
 
 def packed_integers(
-    words: Tensor, scales: Tensor, shape: Tensor, zeros: Tensor | None, widths: Sequence[int]
+    words: Tensor,
+    scales: Tensor,
+    shape: Tensor,
+    zeros: Tensor | None,
+    widths: Sequence[int],
+    order: Tensor | None = None,
 ) -> Tensor:
     """A matrix of packed integers with a scale for every group of columns, and perhaps a zero point.
 
     Args:
-        words: (rows, words), codes packed along the columns.
+        words: (rows, words), codes packed along the columns without gaps.
         scales: (rows, groups).
         shape: of the matrix, two numbers.
         zeros: (packed rows, groups), packed along the rows.
         widths: bits that a code may have, one of which fits.
+        order: (columns,), the group of each; None where they follow one another.
 
     Raises:
         Misfit: the shapes do not belong together.
     """
     rows, cols = (int(n) for n in shape.reshape(-1)) if shape.numel() == 2 else (-1, -1)
-    fitting = [b for b in widths if _WORD % b == 0 and words.ndim == 2 and words.shape[1] == -(-cols // (_WORD // b))]
+    fitting = [b for b in widths if words.ndim == 2 and words.shape[1] == -(-cols * b // _WORD)]
     if rows < 1 or cols < 1 or words.shape[0] != rows or len(fitting) != 1:
         raise Misfit(f"words of shape {list(words.shape)} for a weight of {[rows, cols]} at {list(widths)} bits")
-    values = unpack_words(words, fitting[0], cols)
-    if zeros is not None:
-        offsets = unpack_words(zeros.T.contiguous(), fitting[0], rows).T
-        values = values - _spread(offsets, values.shape)
-    return block_scaled(values, scales)
+    bits = fitting[0]
+    if _WORD % bits and words.shape[1] == -(-cols // (_WORD // bits)):  # early versions left a gap in every word
+        raise Misfit(f"{cols} codes of {bits} bits take as many words with gaps as without")
+    values = unpack_words(words, bits, cols)
+    offsets = None if zeros is None else unpack_words(zeros.T.contiguous(), bits, rows).T
+    return integers(values, scales, offsets, order)
 
 
-def integers(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """Plain codes with scales and perhaps zero points of the same shape."""
-    values = codes.to(torch.float32)
+def integers(codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None = None) -> Tensor:
+    """Plain codes with scales and perhaps zero points of the same shape; `order` as in `packed_integers`."""
+    values, member = codes.to(torch.float32), None if order is None else _in_any_order(order, codes, scales)
     if zeros is not None:
-        values = values - _spread(zeros.to(torch.float32), values.shape)
-    return block_scaled(values, scales)
+        if member is not None and zeros.shape != scales.shape:
+            raise Misfit(f"zeros of shape {list(zeros.shape)} for scales of {list(scales.shape)}")
+        values = values - _spread(zeros if member is None else zeros[:, member], values.shape)
+    return block_scaled(values, scales if member is None else scales[:, member])
+
+
+def _in_any_order(order: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
+    """The group of every column where columns were grouped by activations (compressed-tensors' `actorder: group`).
+
+    An order that was never set is -1, and means columns that follow one another: None.
+
+    Raises:
+        Misfit: it names other groups than there are scales for, or groups of several sizes.
+    """
+    if order.is_floating_point() or codes.ndim != 2 or order.shape != codes.shape[1:]:
+        raise Misfit(f"g_idx of shape {list(order.shape)} for a weight of {list(codes.shape)}")
+    if bool((order == -1).all()):
+        return None
+    if scales.shape[:-1] != codes.shape[:1] or scales.ndim != 2:
+        raise Misfit(f"scales of shape {list(scales.shape)} with g_idx for a weight of {list(codes.shape)}")
+    found, counts = order.to(torch.int64).unique(return_counts=True)
+    if not found.equal(torch.arange(scales.shape[1])) or int(counts.min()) != int(counts.max()):
+        raise Misfit(f"g_idx does not divide {codes.shape[1]} columns evenly into {scales.shape[1]} groups")
+    return order.to(torch.int64)
 
 
 def _spread(offsets: Tensor, shape: Sequence[int]) -> Tensor:

@@ -39,6 +39,8 @@ HUB_FILES = (  # all that a model needs from the hub, its licence included
     "*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja", "*.bcap", "README.md", "LICENSE*", "LICENCE*",
     "COPYING",
 )  # fmt: skip
+# What AutoGPTQ and early AutoAWQ write of a quantization, beside the weights instead of in config.json; and its method.
+SETTINGS_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _WIDTHS = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
@@ -81,6 +83,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     return parse_object(config.read_bytes(), str(config))
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object of a file; an empty one where there is no such file.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    return parse_object(path.read_bytes(), str(path)) if _is_file(path) else {}
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Return the weight files of a model directory, as transformers chooses them.
 
@@ -98,6 +109,8 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         return _shards(directory / INDEX)
+    if named := _named_beside(directory):
+        return named
     if interrupted(directory):
         raise CheckpointError(
             f"{directory} was being written when its writer was killed; write it again: its old files return first"
@@ -114,6 +127,18 @@ def weight_files(directory: Path) -> list[Path]:
     if pickles:
         raise CheckpointError(pickle_message(pickles[0]))
     raise CheckpointError(f"{directory} holds no *.safetensors weights")
+
+
+def _named_beside(directory: Path) -> list[Path]:
+    """Return the weight files that AutoGPTQ's settings name; none where there are no such settings or files."""
+    said = read_object(directory / "quantize_config.json")
+    base = said.get("model_file_base_name") or f"gptq_model-{said.get('bits')}bit-{said.get('group_size')}g"
+    if not said or not isinstance(base, str) or Path(base).name != base:
+        return []
+    single, index = directory / f"{base}.safetensors", directory / f"{base}.safetensors.index.json"
+    if _is_file(single):
+        return [single]
+    return _shards(index) if _is_file(index) else []
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import copy
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model.texts import Window
-from bytecap.system.allocator import release
+from bytecap.system.allocator import is_shortage, release
 
 GPU_BATCHES = 8  # times the tokens of a processor's batch: a GPU has the room, and is filled only so
 _ROUND_LENGTH = 64
 _RELEASE_EVERY = 4  # batches; freed blocks would pile up between those that stay
 
+_FOREIGN = re.compile(r"(?:transformers|torch\.autograd)(?:\.|$)")
+
 Progress = Callable[[int], None]
+_Found = TypeVar("_Found")
 
 
 def longest_first(windows: Sequence[Window]) -> list[Window]:
@@ -63,13 +68,63 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
-def fast_copy(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of a model on a device, in `fast_dtype` but for what its class asks to keep in float32.
+def in_fast_dtype(
+    module: nn.Module,
+    device: torch.device,
+    work: Callable[[torch.dtype], _Found],
+    note: Callable[[str], None] = lambda _: None,
+) -> _Found:
+    """Run `work`, which differentiates a model, in `fast_dtype`, and once more in float32 where that fails.
+
+    Some classes compute a part in float32 whatever their weights are in, and then multiply both.
+
+    Args:
+        module: the model, of transformers.
+        device: of the passes.
+        work: given the dtype. An error of ours and a lack of memory are no reason to run it again.
+        note: told of the second run.
+
+    Raises:
+        CheckpointError: the model's own code, or torch's backward pass, fails in float32 too.
+    """
+    first = fast_dtype(device)
+    try:
+        return work(first)
+    except Exception as exc:
+        if isinstance(exc, BytecapError) or is_shortage(exc) or not _foreign(exc):
+            raise
+        reason = exc
+    if first is not torch.float32:
+        note(f"statistics are computed in float32: {_failure(module, reason)} in {str(first)[6:]}")
+        try:
+            return work(torch.float32)
+        except Exception as exc:
+            if isinstance(exc, BytecapError) or is_shortage(exc) or not _foreign(exc):
+                raise
+            reason = exc
+    raise CheckpointError(
+        f"{_failure(module, reason)}, and statistics are gradients: use --method uniform, which needs none"
+    ) from reason
+
+
+def _foreign(exc: BaseException) -> bool:
+    """Return whether an error was raised in code of transformers, or on torch's way backward."""
+    frames = traceback.walk_tb(exc.__traceback__)
+    return any(_FOREIGN.match(frame.f_globals.get("__name__", "")) for frame, _ in frames)
+
+
+def _failure(module: nn.Module, exc: BaseException) -> str:
+    first = next((line for line in str(exc).splitlines() if line.strip()), "no reason given")
+    return f"{type(module).__name__} cannot be differentiated by its own code ({type(exc).__name__}: {first})"
+
+
+def fast_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a model on a device, in a dtype but for what its class asks to keep in float32.
 
     transformers names such tensors in `_keep_in_fp32_modules_strict`, by parts of their names: their own code computes
     with them in float32 and fails, or routes tokens elsewhere, if they are rounded.
     """
-    found = copy.deepcopy(module).to(device, fast_dtype(device))
+    found = copy.deepcopy(module).to(device, dtype)
     kept = kept_exact(module)
     tensors = dict(module.state_dict(keep_vars=True))
     for name, tensor in found.state_dict(keep_vars=True).items():

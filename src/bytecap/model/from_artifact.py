@@ -80,7 +80,7 @@ def module_of(
     files = {**(beside or {}), **side_files(contents)}
     if "config.json" not in files:
         raise ArtifactError(f"{name} holds no config.json (written with --no-config), so no module can be built")
-    module = build(files, updates.units_of(contents), name, empty=True)
+    module = build(files, updates.units_of(contents), name)
     if resident == "coded":
         keep_coded(module, contents, device=target, dtype=kind, name=name)
     else:

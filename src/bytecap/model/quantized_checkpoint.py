@@ -26,7 +26,15 @@ from bytecap.format.coders.exact import WIDTH, is_lossless
 from bytecap.model import dequantize, tying
 from bytecap.model.building import parts
 from bytecap.model.fileset import DEQUANTIZE, Header
-from bytecap.model.quantized_weights import FINDERS, FLOAT8, Weight, layout_not_read, method_of, settings_of
+from bytecap.model.quantized_weights import (
+    FINDERS,
+    FLOAT8,
+    Weight,
+    layout_not_read,
+    method_of,
+    settings_at,
+    settings_of,
+)
 from bytecap.model.tensor_files import Tensors
 
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -109,7 +117,7 @@ def refuse_finished(config: bytes, where: Path) -> None:
 
 
 def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0) -> Dequantized | None:
-    """Return the dense tensors of a directory whose config says that its weights are quantized; None if it says so not.
+    """Return the dense tensors of a directory that says that its weights are quantized; None if it says so not.
 
     Args:
         config: `config.json`.
@@ -121,7 +129,8 @@ def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0
         CheckpointError: the scheme is none of those that are read, or its tensors do not fit together.
     """
     parsed = json.loads(config)
-    settings = settings_of(parsed)
+    entries = {n: e for header in headers.values() for n, e in header.items()}
+    settings = settings_at(parsed, entries, where)
     if settings is None:
         return None
     method = _check_method(settings, where)
@@ -129,7 +138,6 @@ def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0
         raise CheckpointError(
             f"{where} shares layers by {tying.FILE} and is quantized, which no file can be: {DEQUANTIZE}"
         )
-    entries = {n: e for header in headers.values() for n, e in header.items()}
     weights = dict(FINDERS[method](entries, settings))
     dropped = {n for n in entries if n.rpartition(".")[2] in _ACTIVATIONS}
     consumed = dropped | {p for w in weights.values() for p in w.parts.values()}
@@ -159,12 +167,12 @@ def dense(config: bytes, headers: dict[Path, Header], where: Path, keep: int = 0
     return found
 
 
-def roughly_dense(config: Mapping[str, Any], headers: dict[Path, Header]) -> dict[Path, Header]:
+def roughly_dense(config: Mapping[str, Any], headers: dict[Path, Header], where: Path) -> dict[Path, Header]:
     """Return headers that have as many values as the dense weights, so that memory can be planned before they are read.
 
     Shapes are not those of the weights: codes that share a byte or a word are counted along an axis of their own.
     """
-    settings = settings_of(config)
+    settings = settings_at(config, (n for header in headers.values() for n in header), where)
     if settings is None:
         return headers
     said = settings.get("bits", settings.get("w_bit"))

@@ -7,8 +7,9 @@ those known is named, never guessed. Omitted: layouts that one kernel has shuffl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from bytecap.errors import CheckpointError
 from bytecap.model import dequantize
 from bytecap.model.building import parts
-from bytecap.model.fileset import Header
+from bytecap.model.fileset import SETTINGS_BESIDE, Header, read_object
 
 Parts = Mapping[str, str]  # role to the name of a stored tensor
 Formula = Callable[[Mapping[str, Tensor]], Tensor]
@@ -28,7 +29,11 @@ _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantiz
             "mxfp4-pack-quantized", "mixed-precision", "dense")  # fmt: skip
 _LAYOUT_KEYS = ("format", "checkpoint_format", "version")  # in which writers of GPTQ and AWQ name it
 _ZEROS_OFF = {"gptq": 1, "gptq_v2": 0}  # what the stored zero points of a format of GPTQ lack
-_WIDTHS = (2, 4, 8)  # bits of packed integers
+_ROLES = {  # of tensors of compressed-tensors, behind the weight's name
+    "scales": "_scale", "shape": "_shape", "zeros": "_zero_point", "whole": "_global_scale", "order": "_g_idx",
+}  # fmt: skip
+_WIDTHS = range(1, 9)  # bits of packed integers
+_USUAL_WIDTHS = (2, 4, 8)  # where a config does not say them
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,37 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
+def settings_at(config: Mapping[str, Any], names: Iterable[str], where: Path) -> Mapping[str, Any] | None:
+    """Return what a directory says of the quantization of its weights, also in a file of AutoGPTQ or AutoAWQ; or None.
+
+    Such a file counts only beside codes: it may have stayed behind when weights were dequantized.
+
+    Args:
+        config: `config.json`.
+        names: of the tensors.
+        where: the directory.
+
+    Raises:
+        CheckpointError: such a file is broken, or names another layout than the config.
+    """
+    said = settings_of(config)
+    if not any(n.endswith("qweight") for n in names):
+        return said
+    for name, method in SETTINGS_BESIDE.items():
+        beside = read_object(where / name)
+        if not beside:
+            continue
+        beside = beside if "quant_method" in beside or "method" in beside else {**beside, "quant_method": method}
+        if said is None:
+            return beside
+        both = [f"{method_of(s)} {_said_layout(s)}".lower() for s in (said, beside)]
+        if both[0] != both[1]:
+            raise CheckpointError(
+                f"{where}: config.json says {both[0]}, {name} {both[1]}: remove the one that is wrong"
+            )
+    return said
+
+
 def method_of(settings: Mapping[str, Any]) -> str:
     """Return the name of a quantization's method."""
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
@@ -62,20 +98,24 @@ def layout_not_read(settings: Mapping[str, Any]) -> str | None:
     if method == "compressed-tensors" and settings.get("format", "dense") not in _FORMATS:
         found = settings["format"]
     elif method == "gptq":
-        said = "marlin" if settings.get("is_marlin_format") else _layout(settings)
+        said = _said_layout(settings)
         found = said if said not in _ZEROS_OFF else None
         if found is None and settings.get("bits") not in dequantize.GPTQ_BITS:
             return ""
     elif method == "awq":
-        said = "llm-awq" if settings.get("backend") == "llm-awq" else _layout(settings)
+        said = _said_layout(settings)
         found = said if said not in {"gemm", "GEMM"} else None
         if found is None and settings.get("bits", settings.get("w_bit")) != 4:
             return ""
     return None if found is None else str(found)[:40]
 
 
-def _layout(settings: Mapping[str, Any]) -> str:
+def _said_layout(settings: Mapping[str, Any]) -> str:
     """Return the layout that a config of GPTQ or AWQ names, under one key or another; two that differ are none."""
+    if settings.get("is_marlin_format"):
+        return "marlin"
+    if settings.get("backend") == "llm-awq":
+        return "llm-awq"
     said = dict.fromkeys(str(settings[k]) for k in _LAYOUT_KEYS if settings.get(k))
     return " or ".join(said) or ("gemm" if method_of(settings) == "awq" else "gptq")
 
@@ -147,28 +187,29 @@ def _compressed(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[
     groups = settings.get("config_groups")
     members = groups.values() if isinstance(groups, dict) else ()
     weights = [g.get("weights") for g in members if isinstance(g, dict)]
-    widths = sorted({w["num_bits"] for w in weights if isinstance(w, dict) and w.get("num_bits") in _WIDTHS})
+    said = [w.get("num_bits") for w in weights if isinstance(w, dict)]
+    widths = sorted({n for n in said if type(n) is int and n in _WIDTHS})
 
     def packed(p: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.packed_integers(p["codes"], p["scales"], p["shape"], p.get("zeros"), widths or _WIDTHS)
+        rest = p.get("zeros"), widths or _USUAL_WIDTHS, p.get("order")
+        return dequantize.packed_integers(p["codes"], p["scales"], p["shape"], *rest)
 
     def floats(p: Mapping[str, Tensor]) -> Tensor:
         return dequantize.global_scaled(p["codes"], p["scales"], p.get("whole"))
 
     def plain(p: Mapping[str, Tensor]) -> Tensor:
-        return dequantize.integers(p["codes"], p["scales"], p.get("zeros"))
+        return dequantize.integers(p["codes"], p["scales"], p.get("zeros"), p.get("order"))
 
     for name, entry in entries.items():
         stem = name.removesuffix("_packed")
         if f"{stem}_scale" not in entries:
             continue
-        if f"{stem}_g_idx" in entries:
-            raise CheckpointError(f"{stem} is grouped in the order of activations ({stem}_g_idx), which is not read")
-        roles = {"scales": "_scale", "shape": "_shape", "zeros": "_zero_point", "whole": "_global_scale"}
-        parts = {"codes": name} | {r: stem + s for r, s in roles.items() if stem + s in entries}
+        parts = {"codes": name} | {r: stem + s for r, s in _ROLES.items() if stem + s in entries}
         if stem != name and entry["dtype"] == "I32" and "shape" in parts:
             yield stem, Weight(parts, packed)
         elif stem != name and entry["dtype"] == "U8" and "zeros" not in parts:
+            if "order" in parts:
+                raise CheckpointError(f"{name} holds floats and {parts['order']} an order of groups, which is not read")
             yield stem, Weight(parts, floats)
         elif entry["dtype"] in (*FLOAT8, "I8"):
             yield name, Weight(parts, plain)
@@ -176,7 +217,7 @@ def _compressed(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[
 
 def _gptq(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
     """Integers of 2 to 8 bits with a scale and a zero point for groups of inputs, in any order."""
-    off = _ZEROS_OFF[_layout(settings)]
+    off = _ZEROS_OFF[_said_layout(settings)]
     size, own = settings.get("group_size"), bool(settings.get("dynamic"))  # where layers may have sizes of their own
     group = size if type(size) is int and size > 0 and not own else None
 

@@ -16,7 +16,6 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,20 @@ from bytecap.types import Unit
 
 DESCRIBING = ("config.json", "tying.json")  # the side files that say what the module is
 
+_AHEAD = (
+    2**28
+)  # values that several threads decode before they are taken: units as large as these keep all of them busy
 
-def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str, *, empty: bool = False) -> nn.Module:
-    """Build a float32 module whose tensors are these units, without their values.
+
+def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Module:
+    """Build a float32 module whose tensors are these units, its parameters on the `meta` device, which takes no memory.
+
+    Buffers have the values that the module computes for them.
 
     Args:
         files: side files; `config.json` is needed.
         units: of the file.
         name: of the file, for messages.
-        empty: leave parameters on the `meta` device, which takes no memory.
 
     Raises:
         CheckpointError: transformers cannot build it. ArtifactError: its tensors are not the units.
@@ -54,7 +58,7 @@ def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str, *, empty
         for each in set(DESCRIBING) & files.keys():
             (Path(directory) / each).write_bytes(files[each])
         shapes = {n: u.shape for u in units for n in (u.name, *u.aliases)}
-        with without_values() if empty else nullcontext():
+        with without_values():
             module = module_from_config(Path(directory), shapes, name, sum(math.prod(u.shape) for u in units))
     config: Any = module.config
     config.name_or_path = str(json.loads(files["config.json"]).get("_name_or_path", ""))
@@ -160,15 +164,16 @@ def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> 
         found = streamed.copy()
         found.load(Decoded(contents, observe, threads))
         return found.module
+    each = decode_each(contents, observe, threads=threads, ahead=_AHEAD if threads > 1 else 0)
     if model.rebuilt:
         module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **side_files(contents)},
                        units_of(contents), "the written file")  # fmt: skip
         freeze(module)
         check_computed(module, model.module)
-        module.to(next(model.module.parameters()).device)
-    else:
-        module = copy_of(model.module)
-    for unit, values in decode_each(contents, observe, threads=threads):
+        fill(module, each, next(model.module.parameters()).device, torch.float32)
+        return module
+    module = copy_of(model.module)
+    for unit, values in each:
         load_values(module, {unit.name: values})
     return module
 

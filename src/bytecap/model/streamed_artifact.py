@@ -46,7 +46,7 @@ def streamed_module(contents: Contents, name: str, device: str = "cpu") -> nn.Mo
     if "config.json" not in files:
         raise ArtifactError(f"{name} holds no config.json (written with --no-config), so no module can be built")
     units = units_of(contents)
-    module = freeze(build(files, units, name, empty=True))
+    module = freeze(build(files, units, name))
     values = Decoded(contents, threads=jit.cores())
     first = {n: u.name for u in units for n in (u.name, *u.aliases)}
     _fill_buffers(module, first, values)

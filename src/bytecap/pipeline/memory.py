@@ -158,7 +158,7 @@ def _reason(config: FitConfig) -> str | None:
 def _headers(directory: Path, allow: object) -> dict[Path, Header]:
     try:
         headers = read_headers(directory, allow)[0]  # type: ignore[arg-type]
-        return roughly_dense(read_config(directory), headers)
+        return roughly_dense(read_config(directory), headers, directory)
     except (BytecapError, OSError):
         return {}  # which opening it says again, in its own order
 

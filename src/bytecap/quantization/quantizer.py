@@ -31,6 +31,7 @@ from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.ahead import Ahead, entries, of_one_shape
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
+from bytecap.quantization.symbols_there import GridCodeThere
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
 from bytecap.system.ranks import ALONE, Ranks, owners
@@ -296,7 +297,7 @@ def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounde
     first = FIRST_DEPENDENT if options.trellis else CLASSES
     symbols: Any = rounded.symbols[i]
     symbols, counts = (_stored_there if rounded.on_device else _stored)(symbols, column, row, first)
-    code = GridCode(
+    code = (GridCodeThere if rounded.on_device else GridCode)(
         step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=rounded.column_step[i][None],
         column_class=column[None], row_step=item.row_step.cpu().numpy(), row_class=row, first=first,
         memory=options.memory,
@@ -332,8 +333,8 @@ def _stored(
 
 def _stored_there(
     symbols: Tensor, column: npt.NDArray[Any], row: npt.NDArray[Any], first: int
-) -> tuple[npt.NDArray[Any], Counts]:
-    """Return what `_stored` returns, computed on the device that holds the symbols."""
+) -> tuple[Tensor, Counts]:
+    """Return what `_stored` returns, computed on the device that holds the symbols, which stay there."""
     device = symbols.device
     peak = max(int(symbols.max()), -int(symbols.min())) if symbols.numel() else 0
     last = min(peak, MAX_HALF + 1)
@@ -345,9 +346,9 @@ def _stored_there(
         cls = classes_there(own[part], rows, fine[part])
         cls.add_(fine[part] * CLASSES).mul_(last + 1).add_(symbols[part].abs().clamp_(max=last))
         counts += torch.bincount(cls.reshape(-1), minlength=len(counts))
-    out = np.empty((len(row), len(column)), _width(peak))
+    out = torch.empty(len(row), len(column), dtype=getattr(torch, _width(peak)), device=device)
     for part in slabs(*out.shape):
-        out[part] = symbols[:, part].T.to(getattr(torch, _width(peak))).contiguous().cpu().numpy()
+        out[part] = symbols[:, part].T
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
 
 

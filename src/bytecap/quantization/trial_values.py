@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, quarter
 from bytecap.format.coders.grid import GridCode
+from bytecap.quantization.symbols_there import symbols_on
 
 _TOGETHER = 2**24  # values at a time
 
@@ -36,7 +37,7 @@ def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.
     def sent(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    symbols, flat = torch.from_numpy(code.symbols), sent(offset).reshape(-1)
+    symbols, flat = symbols_on(code, device), sent(offset).reshape(-1)
     out = torch.empty(symbols.shape, device=device)
     scale = sent(np.float32(code.step) * quarter(code.column_step))  # (1, cols), as all that belongs to columns
     fine = sent(code.fine).int()

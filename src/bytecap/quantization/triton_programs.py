@@ -6,10 +6,7 @@ every state is found, all side by side; combining segments one after the other t
 and every segment's path is searched and traced back by itself. That is exact: minima over paths are taken in another
 order, nothing is left out. What differs from the processor's result are sums of float32 in another order.
 
-All pairs of 16 states and more would be too many. Then every segment's search begins `WARM` rows early with all states
-alike, by when paths from all of them have nearly merged, and segments are traced back from where the next one begins
-until all borders agree, which takes two rounds: always one path, and the best one as far as paths do merge. A thread
-has a segment and holds the costs of all its states in registers, so that nothing waits for another thread.
+All pairs of 16 states and more would be too many: `bytecap.quantization.triton_search`.
 
 Sums over weights are of integers (fixed point) where threads add in any order, so that the same device gives the same
 bytes. Source of the segments: Fettweis & Meyr, "Parallel Viterbi algorithm implementation: breaking the
@@ -18,6 +15,8 @@ ACS-bottleneck", IEEE Trans. Communications 37(8), 1989.
 
 import triton
 import triton.language as tl
+
+from bytecap.quantization.triton_search import backward, forward, nearest_point
 
 _FAR = tl.constexpr(1e30)
 
@@ -125,132 +124,6 @@ def _paths(U, W, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _further(c, q, LEADS: tl.constexpr, STATES: tl.constexpr):
-    """Return the costs of all states one row further, and words with a bit for every state's predecessor.
-
-    States `j` and `j + half` lead to `2j` and `2j + 1`. Two bits of LEADS for each `j` are the subset that bit 0 leads
-    to from the lower half; the upper half has the other one of its pair. `q` are the costs of the four subsets.
-    """
-    HALF: tl.constexpr = STATES // 2
-    new, words = (), ()
-    word = tl.zeros_like(q[0]).to(tl.int32)
-    for j in tl.static_range(HALF):
-        zero, one = q[(LEADS >> (2 * j)) & 3], q[((LEADS >> (2 * j)) & 3) ^ 2]
-        e, f, g, h = c[j] + zero, c[j + HALF] + one, c[j] + one, c[j + HALF] + zero
-        word |= ((f < e).to(tl.int32) << (2 * j % 32)) | ((h < g).to(tl.int32) << (2 * j % 32 + 1))
-        new = new + (tl.minimum(e, f), tl.minimum(g, h))
-        if j % 16 == 15 or j == HALF - 1:
-            words = words + (word,)
-            word = tl.zeros_like(word)
-    return new, words
-
-
-@triton.jit
-def _least(c, STATES: tl.constexpr):
-    """Return the least cost and the first state that has it."""
-    least, state = c[0], tl.zeros_like(c[0]).to(tl.int32)
-    for j in tl.static_range(1, STATES):
-        state = tl.where(c[j] < least, j, state)
-        least = tl.minimum(least, c[j])
-    return least, state
-
-
-@triton.jit
-def _begun(c, at_first, STATES: tl.constexpr):
-    """Return the costs in front of the first row, where this is: it begins in state 0."""
-    new = (tl.where(at_first, 0.0, c[0]),)
-    for j in tl.static_range(1, STATES):
-        new = new + (tl.where(at_first, _FAR, c[j]),)
-    return new
-
-
-@triton.jit
-def _lowered(c, by, STATES: tl.constexpr):
-    """Return costs less what is taken off each of them."""
-    new = ()
-    for j in tl.static_range(STATES):
-        new = new + (c[j] - by,)
-    return new
-
-
-@triton.jit
-def _forward(
-    U, W, CAME, BORDER, s, rows, length,
-    SEGMENTS: tl.constexpr, STATES: tl.constexpr, WARM: tl.constexpr, LEADS: tl.constexpr,
-):  # fmt: skip
-    """Find predecessors CAME (length, words, SEGMENTS), a bit a state, and in BORDER the best state at segments' ends.
-
-    Rows behind the last cost nothing: whatever state they end in, they come from the best state of the last row.
-    """
-    WORDS: tl.constexpr = (STATES + 31) // 32
-    seg = tl.arange(0, SEGMENTS)
-    first = seg * length - WARM
-    c = (tl.zeros([SEGMENTS], tl.float32),)
-    for _ in tl.static_range(STATES - 1):
-        c = c + (tl.zeros([SEGMENTS], tl.float32),)
-    there = (first >= 0) & (first < rows)
-    u, w = tl.load(U + first, there, 0.0), tl.load(W + first, there, 0.0)
-    for i in range(length + WARM):
-        at = first + i
-        if (i <= WARM) & ((WARM - i) % length == 0):  # some segment is at row 0, whose state is 0
-            c = _begun(c, at == 0, STATES)
-        there = (at + 1 >= 0) & (at + 1 < rows)
-        next_u, next_w = tl.load(U + at + 1, there, 0.0), tl.load(W + at + 1, there, 0.0)  # on their way meanwhile
-        u = u / s
-        q = (_nearest(u, 0) * w, _nearest(u, 1) * w, _nearest(u, 2) * w, _nearest(u, 3) * w)
-        c, words = _further(c, q, LEADS, STATES)
-        if i >= WARM:
-            for j in tl.static_range(WORDS):
-                tl.store(CAME + ((i - WARM) * WORDS + j) * SEGMENTS + seg, words[j])
-        if i % 16 == 0:
-            lowest, _best = _least(c, STATES)
-            c = _lowered(c, lowest, STATES)
-        u, w = next_u, next_w
-    _lowest, state = _least(c, STATES)
-    tl.store(BORDER + seg, state)
-
-
-@triton.jit
-def _came_from(CAME, seg, i, t, SEGMENTS: tl.constexpr, WORDS: tl.constexpr):
-    """Return whether state `t` behind row `i` of a segment came from the upper half."""
-    word = tl.load(CAME + i * WORDS * SEGMENTS + seg)
-    for j in tl.static_range(1, WORDS):
-        more = tl.load(CAME + (i * WORDS + j) * SEGMENTS + seg)
-        word = tl.where(t >= 32 * j, more, word)
-    return (word >> (t & 31)) & 1
-
-
-@triton.jit
-def _backward(U, SUBSETS, CAME, BORDER, V, s, rows, length, SEGMENTS: tl.constexpr, STATES: tl.constexpr):
-    """Trace every segment back to the points V (rows,), from where the next segment begins in the end.
-
-    SUBSETS (STATES / 2,) is what LEADS of `_further` holds in bits.
-    """
-    WORDS: tl.constexpr = (STATES + 31) // 32
-    seg = tl.arange(0, SEGMENTS)
-    last = (rows - 1) // length
-    end, changes = tl.load(BORDER + seg), 1
-    while changes > 0:
-        t = end
-        for back in range(length):
-            i = length - 1 - back
-            at = seg * length + i
-            inside = at < rows
-            upper = _came_from(CAME, seg, i, t, SEGMENTS, WORDS)
-            d = tl.load(SUBSETS + (t >> 1)) ^ (2 * ((t & 1) ^ upper))
-            u = tl.load(U + at, inside, 0.0) / s
-            tl.store(V + at, d + 4 * tl.floor((u - d) * 0.25 + 0.5).to(tl.int32), inside)
-            t = (t >> 1) + (STATES // 2) * upper
-        tl.debug_barrier()
-        tl.store(BORDER + seg, t)
-        tl.debug_barrier()
-        begun = tl.where(seg < last, tl.load(BORDER + seg + 1, seg < last, 0), end)
-        changes = tl.sum((begun != end).to(tl.int32), 0)
-        end = begun
-        tl.debug_barrier()
-
-
-@triton.jit
 def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Write column k with fed-back errors to Y (rows,); returns its mean square in whitened steps."""
     j, within = tl.arange(0, BLOCK), k - lo
@@ -273,9 +146,12 @@ def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: t
 def _settle(
     Y, V, ROW_CLASS, ROW_WEIGHT, OFFSET, WEIGHT, ERROR, SYMBOLS, CENTRE, k, stored, column, fine, s, rows,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr,
-    FIXED: tl.constexpr,
+    FIXED: tl.constexpr, MEMORY: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """Write symbols and errors of column k, from V where it is `fine`; returns the summed, weighted squared error."""
+    """Write symbols and errors of column k; returns the summed, weighted squared error.
+
+    Where it is `fine`, V holds points, or with more than eight states paths.
+    """
     unit, more = tl.where(fine, 2.0, 1.0), tl.where(fine, OCTAVE, 0)
     row_of = k.to(tl.int64) * rows
     cost = tl.zeros([ROWS], tl.float32)
@@ -287,7 +163,10 @@ def _settle(
         cls = tl.minimum(tl.maximum(column + tl.load(ROW_CLASS + r, inside, 0), 1), CLASSES - 1)
         cls = tl.minimum(cls + more, CLASSES - 1)
         size = tl.floor(tl.abs(u) + 0.5).to(tl.int32)
-        v = tl.where(fine, tl.load(V + r, inside, 0), tl.where(u > 0, size, -size))
+        v = tl.load(V + r, inside, 0)
+        if MEMORY > 3:
+            v = nearest_point(u, v, LOW, HIGH)
+        v = tl.where(fine, v, tl.where(u > 0, size, -size))
         size = tl.abs(v)
         at = cls * CENTRES + tl.minimum(size, CENTRES - 1)
         value, sign = size - unit * tl.load(OFFSET + at), tl.where(v > 0, 1.0, -1.0)
@@ -302,11 +181,12 @@ def _settle(
     return tl.sum(cost, 0)
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "cols", "rows", "first", "length"])
+@triton.jit(do_not_specialize=["lo", "hi", "first", "length", "head"])
 def round_columns(
     INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
-    CENTRE, Y, T, BACK, BORDER, CAME, V, SUBSETS, lo, hi, cols, rows, first, length,
-    SEGMENTS: tl.constexpr, STATES: tl.constexpr, WARM: tl.constexpr, LEADS: tl.constexpr,
+    CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length, head,
+    SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr, LEADS: tl.constexpr,
+    LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
@@ -314,11 +194,11 @@ def round_columns(
     b = tl.program_id(0).to(tl.int64)
     whole, lead, one = b * cols * rows, b * cols, b * rows
     Y, V, row_weight = Y + one, V + one, ROW_WEIGHT + one
-    BORDER = BORDER + b * (SEGMENTS + 1)
-    if STATES == 8:
+    BORDER = BORDER + b * 2 * SEGMENTS
+    if MEMORY == 3:
         T, BACK, CAME = T + b * SEGMENTS * 64, BACK + b * SEGMENTS * 8, CAME + b * SEGMENTS * length
     else:
-        CAME = CAME + b * SEGMENTS * length * ((STATES + 31) // 32)
+        CAME = CAME + b * (SEGMENTS << BITS) * (length // (MEMORY - 1)) * (MEMORY // 2)
     for back in range(hi - lo):
         k = hi - 1 - back
         scale = tl.load(SCALE + lead + k)
@@ -334,21 +214,23 @@ def round_columns(
         s = tl.where(fine, scale * 0.5, scale)
         tl.debug_barrier()
         if fine:
-            if STATES == 8:
+            if MEMORY == 3:
                 _ends(Y, row_weight, T, s, rows, length, SEGMENTS)
                 tl.debug_barrier()
                 _borders(T, BACK, BORDER, SEGMENTS)
                 tl.debug_barrier()
                 _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
             else:
-                _forward(Y, row_weight, CAME, BORDER, s, rows, length, SEGMENTS, STATES, WARM, LEADS)
+                forward(
+                    Y, row_weight, CAME, BORDER, s, rows, length, head, SEGMENTS, WARM, MEMORY, BITS, LEADS, LANE_LEADS
+                )  # fmt: skip
                 tl.debug_barrier()
-                _backward(Y, SUBSETS, CAME, BORDER, V, s, rows, length, SEGMENTS, STATES)
+                backward(CAME, BORDER, V, rows, length, head, SEGMENTS, MEMORY, BITS)
             tl.debug_barrier()
         cost = _settle(
             Y, V, ROW_CLASS + one, row_weight, OFFSET, WEIGHT + whole, ERROR + whole, SYMBOLS + whole,
             CENTRE + b * 2 * CLASSES * CENTRES, k, stored, column, fine, s, rows, ROWS, CLASSES, CENTRES, OCTAVE,
-            SAMPLE, FIXED,
+            SAMPLE, FIXED, MEMORY, LOW, HIGH,
         )  # fmt: skip
         tl.store(COST + lead + k, cost)
         tl.debug_barrier()

@@ -173,6 +173,9 @@ def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
         if len(calls) != len(chain) or not calls[0][0] or not isinstance(calls[0][0][0], Tensor):
             job.reporter.note("the blocks are not called one after the other: nothing is tuned")
             return set()
+        if calls[0][0][0].shape[:-1] != mask.shape:
+            job.reporter.note("the blocks do not read one vector a token: nothing is tuned")
+            return set()
         trimmed = [((None, *args[1:]), kwargs) for args, kwargs in calls]
         passes.append(_Pass(mask.to(job.device), calls[0][0][0], coded[0][0][0], trimmed))
     tuned: set[str] = set()

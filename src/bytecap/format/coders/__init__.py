@@ -220,12 +220,24 @@ def overlay_coder(tag: int) -> OverlayCoder:
 Observer = Callable[[Stream, npt.NDArray[np.int32]], None]
 
 
-def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[npt.NDArray[Any]]:
+class Counting(Protocol):
+    """An observer that does without the symbols of matrices decoded straight to values."""
+
+    def __call__(self, stream: Stream, symbols: npt.NDArray[np.int32]) -> None:
+        """See a stream with its symbols."""
+        ...
+
+    def counted(self, size: int, bits: float) -> None:
+        """Hear of a stream's bytes without those of escapes, and of the ideal code length of its symbols in bits."""
+        ...
+
+
+def run(decodings: Sequence[Decoding], observe: Observer | Counting | None = None) -> list[npt.NDArray[Any]]:
     """Run several coders' generators together, decoding all their pending streams at once.
 
     Args:
         decodings: what coders' `decode` gave.
-        observe: shown every stream with its symbols.
+        observe: shown every stream with its symbols, or of matrices decoded straight to values what `Counting` says.
     """
     results: list[npt.NDArray[Any]] = [np.zeros(0)] * len(decodings)
     pending: dict[int, list[Stream]] = {}
@@ -234,7 +246,7 @@ def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[
         try:
             asked = next(decodings[i]) if symbols is None else decodings[i].send(symbols)
             while not isinstance(asked, list):
-                asked = decodings[i].send(asked.values() if observe is None and asked.served() else None)
+                asked = decodings[i].send(_straight(asked, observe))
             pending[i] = asked
         except StopIteration as stop:
             results[i] = stop.value
@@ -252,6 +264,18 @@ def run(decodings: Sequence[Decoding], observe: Observer | None = None) -> list[
         for i, group in asked.items():
             advance(i, [next(decoded) for _ in group])
     return results
+
+
+def _straight(asked: Direct, observe: Observer | Counting | None) -> FloatArray | None:
+    """Decode a matrix straight to values, unless it has to be decoded by its symbols."""
+    told = getattr(observe, "counted", None)
+    if (observe is not None and told is None) or not asked.served():
+        return None
+    if told is None:
+        return asked.values()
+    values, size, bits = asked.counted()
+    told(size, bits)
+    return values
 
 
 def like(tensor: Any, array: npt.NDArray[Any]) -> Any:

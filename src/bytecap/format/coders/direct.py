@@ -5,7 +5,7 @@ subset that it stands in. So it is looked up together with the symbol's frequenc
 word now and then. Values are those of `grid.dequantize` in every bit: the same operations in the same order.
 
 What it leaves out: classes whose tables have more than 256 symbols, and readers that want to see symbols; `grid` and
-`trellis` serve both themselves.
+`trellis` serve both themselves. A reader that wants no more than the symbols' ideal code length has it counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from bytecap.errors import CorruptError
 from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE
 from bytecap.format.entropy import jit
-from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
+from bytecap.format.entropy.frequencies import PROB_BITS, TOTAL, Table, Tables
 from bytecap.format.entropy.rans import MAX_SYMBOL, check_end, read_zigzag, split
 
 Array = npt.NDArray[Any]
@@ -31,6 +31,7 @@ _SLOTS, _ENTRIES = 3 * TOTAL, 4 * 264  # of a group; 264 rather than 256 keeps i
 _BLOCK = 2**20  # weights whose path is unpacked at a time
 _PIECE = 128  # as in `kernels.weights`
 _ABOVE = 8  # rows whose path bits still matter
+_UNCOUNTED = np.zeros(0, np.int64)
 _IN_TABLES, _SAFE = 1100.0, 1e38  # no value of a table is larger in steps; float32 holds as much
 
 
@@ -47,6 +48,12 @@ class Model:
     group: npt.NDArray[np.uint16]
     symbols: npt.NDArray[np.uint8]
     entries: npt.NDArray[np.uint64]
+
+    @cached_property
+    def cost(self) -> npt.NDArray[np.float64]:
+        """Code length in bits of every entry."""
+        bits: npt.NDArray[np.float64] = PROB_BITS - np.log2(np.maximum(self.entries >> np.uint64(48), 1))
+        return bits
 
     @staticmethod
     def of(tables: Tables, offset: npt.NDArray[np.float32]) -> Model:
@@ -176,8 +183,23 @@ class Direct:
         sizes = [len(p) for p in np.array_split(np.arange(self.shape[0]), len(self.fine))]
         return [range(a, b) for a, b in pairwise(np.cumsum([0, *sizes]).tolist())]
 
-    def values(self) -> npt.NDArray[np.float32]:
+    def counted(self) -> tuple[npt.NDArray[np.float32], int, float]:
+        """Decode to float32 (rows, cols); also bytes of the stream without those of escapes, and their ideal bits.
+
+        Raises:
+            CorruptError: the stream is damaged, or a value is out of range.
+        """
+        model = self.shared.model
+        counts = np.zeros(len(model.entries), np.int64)
+        values = self.values(counts)
+        tail = split(self.payload, self.shape[0] * self.shape[1])[2]
+        return values, len(self.payload) - len(tail), float(counts @ model.cost)
+
+    def values(self, counts: npt.NDArray[np.int64] = _UNCOUNTED) -> npt.NDArray[np.float32]:
         """Decode to float32 (rows, cols).
+
+        Args:
+            counts: how often entries of the model occur is added to it, unless it is empty.
 
         Raises:
             CorruptError: the stream is damaged, or a value is out of range.
@@ -194,6 +216,7 @@ class Direct:
                 stream, (used, lane, found, rows.start * self.shape[1]), model,
                 (self.column_groups[group], self.scale[group]), (self.kinds[1][rows], self.row_scale[rows]),
                 (bits, len(bits) - len(value[rows]), *self.masks), where, value[rows], value[rows].view(np.uint32),
+                counts,
             )  # fmt: skip
             if used < 0:
                 raise CorruptError("a stream runs past its words")

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format.coders import Decoding, Encoded, Shared, leb, read_leb
+from bytecap.format.coders import Decoding, Encoded, Shared, encoding, leb, read_leb
 from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS, quarter
 from bytecap.format.coders.direct import Direct
 from bytecap.format.entropy import jit
@@ -242,7 +242,10 @@ class Grid:
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Encode a section with the file's shared tables."""
-        return self.assemble(code, shared, encode_all(self.sources(code, shared)))
+        if not encoding.served(code):
+            return self.assemble(code, shared, encode_all(self.sources(code, shared)))
+        (side,) = encode_all([write_sides(code, shared.tables)])
+        return self.assemble(code, shared, [side, encoding.payload(code, shared.tables)])
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header, side information and payload of a section."""

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format.coders import Decoding, Encoded, Shared, leb, read_leb
+from bytecap.format.coders import Decoding, Encoded, Shared, encoding, leb, read_leb
 from bytecap.format.coders.classes import CLASSES, quarter
 from bytecap.format.coders.direct import Direct
 from bytecap.format.coders.grid import (
@@ -131,18 +131,25 @@ class Trellis:
 
     def assemble(self, code: GridCode, shared: Shared, streams: Sequence[bytes]) -> Encoded:
         """Assemble a section from its coded streams."""
-        side, payload = streams
         symbols = code.symbols
         mask = dependent(code.column_class, code.first, len(code.row_class))
         bits = _bits((symbols & symbols.dtype.type(3)).astype(np.uint8), len(code.column_class), code.memory)
-        path = np.packbits(bits[mask], bitorder="little").tobytes()
+        return self._joined(code, shared, np.packbits(bits[mask], bitorder="little").tobytes(), streams)
+
+    def _joined(self, code: GridCode, shared: Shared, path: bytes, streams: Sequence[bytes]) -> Encoded:
+        """Put a section together."""
+        side, payload = streams
         head = write_head(code, shared.tables, self._extra(code), side)
-        data = head + side + leb(len(path)) + path + payload
-        return Encoded(data, self.kinds(data, symbols.shape, ""))
+        data = b"".join([head, side, leb(len(path)), path, payload])
+        return Encoded(data, self.kinds(data, (len(code.row_class), code.column_class.shape[1]), ""))
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Encode a section with the file's shared tables."""
-        return self.assemble(code, shared, encode_all(self.sources(code, shared)))
+        if not encoding.served(code):
+            return self.assemble(code, shared, encode_all(self.sources(code, shared)))
+        (side,) = encode_all([write_sides(code, shared.tables)])
+        path = encoding.path(code, MASKS[code.memory][1])
+        return self._joined(code, shared, path, [side, encoding.payload(code, shared.tables.split)])
 
     def _extra(self, code: GridCode) -> bytes:
         """Serialise what stands behind the side arrays' pairs."""

@@ -46,6 +46,13 @@ def kernel(name: str) -> Any:
     return getattr(kernels, name)
 
 
+def encoder(name: str) -> Any:
+    """Return a compiled function of `bytecap.format.entropy.encode_kernels`."""
+    from bytecap.format.entropy import encode_kernels
+
+    return getattr(encode_kernels, name)
+
+
 def run_lanes(
     states: npt.NDArray[np.uint32],
     words: npt.NDArray[np.uint16],

@@ -176,6 +176,12 @@ def _entries(slot: _Array, start: _Array, symbols: _Array, entries: _Array, foun
         found[j] = entries[np.uint32(symbols[slot[j]]) + start[j]]
 
 
+def _tally(slot: _Array, start: _Array, symbols: _Array, counts: _Array) -> None:
+    """Count the entries of slots."""
+    for j in range(np.uint64(len(slot))):
+        counts[np.uint32(symbols[slot[j]]) + start[j]] += 1
+
+
 def _advance(states: _Array, entries: _Array, values: _Array) -> None:
     """Take a symbol out of every lane's state; its value, as bits, goes to `values`."""
     for j in range(len(values)):
@@ -202,7 +208,7 @@ def _scale(values: _Array, row: float, columns: _Array) -> None:
 def _weights(
     stream: tuple[_Array, _Array], at: tuple[int, int, int, int], model: tuple[_Array, _Array],
     columns: tuple[_Array, _Array], rows: tuple[_Array, _Array], path: tuple[_Array, int, int, int],
-    where: tuple[_Array, _Array], values: _Array, raw: _Array,
+    where: tuple[_Array, _Array], values: _Array, raw: _Array, counts: _Array,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Decode some rows of a matrix from its stream straight to values.
 
@@ -220,6 +226,7 @@ def _weights(
         where: gets place and subset of every escape, as far as there is room.
         values: (rows, cols) gets the weights; those of escapes are to be put in.
         raw: the same memory as integers.
+        counts: how often entries occur is added to it, unless it is empty.
 
     Returns:
         Words used, the next lane and escapes; -1 words if the stream has fewer.
@@ -240,6 +247,8 @@ def _weights(
             part, found = states[lane : lane + n], entry[:n]
             slots(part, group[c : c + n], subset[c : c + n], slot[:n], start[:n])
             entries(slot[:n], start[:n], model[0], model[1], found)
+            if len(counts):
+                tally(slot[:n], start[:n], model[0], counts)
             advance(part, found, raw[r, c : c + n])
             used = renormalise(part, words, used)
             c += n
@@ -264,6 +273,7 @@ spread: Any = numba.njit(nogil=True, cache=True)(_spread)
 subsets: Any = numba.njit(nogil=True, cache=True)(_subsets)
 slots: Any = numba.njit(nogil=True, cache=True)(_slots)
 entries: Any = numba.njit(nogil=True, cache=True)(_entries)
+tally: Any = numba.njit(nogil=True, cache=True)(_tally)
 advance: Any = numba.njit(nogil=True, cache=True)(_advance)
 escapes: Any = numba.njit(nogil=True, cache=True)(_escapes)
 scale: Any = numba.njit(nogil=True, cache=True)(_scale)

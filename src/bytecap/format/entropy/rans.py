@@ -155,7 +155,7 @@ def encode_all(sources: Sequence[Source]) -> list[bytes]:
 
 def _encode_compiled(source: Source) -> bytes:
     """Encode one stream that is not empty, by machine code, whole turns of the lanes at a time, the last ones first."""
-    freq, cum = source.tables.freq, source.tables.cum
+    freq, cum = source.tables.flat("freq"), source.tables.flat("cum")
     count = len(source.symbols)
     states = np.full(lanes(count), LOW, np.uint32)
     step = max(1, _TOGETHER // len(states)) * len(states)
@@ -179,8 +179,8 @@ def _entries(
     for s, lo, hi, t in zip(sources, first, first[1:], steps, strict=False):
         if id(s.tables) not in start_of:
             start_of[id(s.tables)] = size
-            freq.append(s.tables.freq)
-            cum.append(s.tables.cum)
+            freq.append(s.tables.flat("freq"))
+            cum.append(s.tables.flat("cum"))
             size += len(freq[-1])
         entry, escaped = s.tables.index(s.symbols, s.classes)
         padded = np.zeros(t * (hi - lo), np.int32)
