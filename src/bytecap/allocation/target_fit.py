@@ -49,9 +49,10 @@ class Moments:
             seen: those behind the coded prefix.
             mask: real tokens (batch, length), None where all are.
         """
-        one, other = (t.flatten(0, -2).float() for t in (x, seen))  # some models flatten (batch, length) before a layer
+        one, other = (t.flatten(0, -2) for t in (x, seen))  # some models flatten (batch, length) before a layer
         if mask is not None and mask.numel() == len(one):  # else a layer reads more or fewer vectors than tokens
             one, other = one[mask.reshape(-1)], other[mask.reshape(-1)]
+        one, other = one.float(), other.float()
         half = self._batches % 2
         self._batches += 1
         if half == len(self._sums):

@@ -266,6 +266,15 @@ def _trellis(device: str) -> Callable[..., Callable[[], Rounded]]:
     return lambda *args, **more: partial(round_trellis, *args, **more)
 
 
+def compile_ahead(options: Options, device: str) -> None:
+    """Begin to compile what rounds on a GPU, where it is compiled, while statistics are collected."""
+    target = torch.device(device)
+    if options.trellis and target.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from bytecap.quantization import cuda as there
+
+        there.compile_ahead(options.memory, target)
+
+
 def _begin_batch(
     items: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options
 ) -> Callable[[], Rounded]:
