@@ -15,7 +15,9 @@ from bytecap.allocation.correction import unit_values
 from bytecap.allocation.decoded import decode_grid
 from bytecap.allocation.planner import Planner
 from bytecap.allocation.vector_unit import VectorUnit
+from bytecap.calibration import triangle
 from bytecap.calibration.metric import Metric
+from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
 from bytecap.format.coders.grid import GridCode
@@ -61,6 +63,16 @@ class TestStored:
         assert finer.step == 0.25
         assert (finer.symbols == code.symbols).all()
         assert (symbols_on(finer, torch.device("cpu")).numpy() == code.symbols).all()
+
+
+@pytest.mark.parametrize("together", [1, 7, 2**20])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_triangle_is_unpacked_some_rows_at_a_time(size, together, monkeypatch):
+    monkeypatch.setattr(triangle, "_TOGETHER", together)
+    whole = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).tril()
+    packed = Triangle.of(whole)
+    assert torch.equal(packed._by_rows(torch.zeros(size, size)), whole)
+    assert torch.equal(packed.whole(), whole)
 
 
 class TestTrialValues:

@@ -32,7 +32,7 @@ def begin_trellis(
     Returns:
         A function that waits for the result. Its symbols stay on the device, int16 or int32 (B, cols, rows).
     """
-    weight, lower = problem.weight, problem.lower
+    weight, lower = problem.weight, problem.lower.contiguous()
     batch, cols, rows = weight.shape
     device = weight.device
     diag = lower.diagonal(dim1=1, dim2=2)
@@ -53,15 +53,12 @@ def begin_trellis(
     order, row_weight = problem.order.to(torch.int64).contiguous(), problem.rows.float().contiguous()
     for hi in range(cols, 0, -_BLOCK):
         lo = max(0, hi - _BLOCK)
-        unit_lower = lower[:, lo:, lo:hi] / diag[:, None, lo:hi]  # columns divided by L_kk
-        if hi < cols:
-            fed = torch.bmm(unit_lower[:, hi - lo :].transpose(1, 2), error[:, hi:])
+        if hi < cols:  # two starts a block: a host that fills a GPU's queue waits there, and begins nothing else
+            fed = torch.bmm(lower[:, hi:, lo:hi].transpose(1, 2), error[:, hi:])
         else:
             fed = torch.zeros(batch, hi - lo, rows, device=device)
-        inner = torch.zeros(batch, _BLOCK, _BLOCK, device=device)
-        inner[:, : hi - lo, : hi - lo] = unit_lower[:, : hi - lo]
         round_columns[(batch * parts,)](
-            inner, fed, weight, error, scale, row_class, whiten, row_weight, offset, symbols, order, column_class,
+            lower, fed, weight, error, scale, row_class, whiten, row_weight, offset, symbols, order, column_class,
             cost, centres, *scratch, lo, hi, cols, rows, first, length,
             min(length, _warm(memory)), parts, **constants,
         )  # fmt: skip
