@@ -109,7 +109,7 @@ def logits(module: Any) -> Any:
 
 
 def try_family(kind: str, name: str, work: Path) -> Row:
-    """What becomes of a family: the members of its line but for its name."""
+    """The outcome of a family: the members of its line but for its name."""
     import torch
 
     import bytecap
@@ -158,7 +158,7 @@ def try_family(kind: str, name: str, work: Path) -> Row:
 
 
 def differing(source: Path, unpacked: Path) -> list[str]:
-    """What tells the tensors of two directories apart: names, shapes, dtypes or values; the first of them."""
+    """Return the first difference between the tensors of two directories: names, shapes, dtypes or values."""
     import torch
     from safetensors.torch import load_file
 

@@ -390,10 +390,8 @@ def main():
     if arguments.replay:
         for path in sorted(arguments.replay.iterdir()):
             target(path.read_bytes())
-    elif arguments.engine == "plain":
-        plain(target, arguments, start)
     else:
-        guided(target, arguments, start)
+        (plain if arguments.engine == "plain" else guided)(target, arguments, start)
     finish(target, arguments, start)
     return bool(target.places)
 

@@ -145,7 +145,7 @@ EVIL = "import os\nos.write(2, b'FOREIGN code ran')\nos._exit(99)\n"
 
 
 def attempt(calls):
-    """What each of some calls comes to, one after the other in one process."""
+    """Outcomes of some calls, one after the other in one process."""
     script = WATCH.replace("{calls}", repr(calls)).replace("{strict}", "globals().get('watching')")
     done = subprocess.run(  # noqa: S603 (our own text)
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=900, check=False

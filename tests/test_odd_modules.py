@@ -211,7 +211,7 @@ class TestSharedMemory:
 
 
 class Wrapper(nn.Module):
-    """What torch.compile and FSDP leave in names."""
+    """torch.compile and FSDP leave marks in names."""
 
     def __init__(self, module, name):
         super().__init__()

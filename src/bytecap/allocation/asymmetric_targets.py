@@ -26,14 +26,14 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from bytecap.allocation.correction import unit_values
+from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import LostError, Pair, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
 from bytecap.model.chain import Chain, find_chain
-from bytecap.model.forward import batch_tokens, batches
+from bytecap.model.forward import batches, many_tokens, rough_products
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
 from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
@@ -201,8 +201,8 @@ def drift_targets(
 
     vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     walk_stages(
-        order, original, quantized_copy, windows, stage, tokens=batch_tokens(vocabulary), device=device,
-        advance=advance, ranks=planner.ranks,
+        order, original, quantized_copy, windows, stage, tokens=many_tokens(vocabulary, device, windows), device=device,
+        advance=advance, ranks=planner.ranks, rough=is_rough(planner, state),
     )  # fmt: skip
     return change
 
@@ -219,6 +219,7 @@ def walk_stages(
     device: str,
     advance: Advance,
     ranks: Ranks = ALONE,
+    rough: bool = False,
 ) -> None:
     """Walk both models stage by stage, and load into the copy what is made of every stage.
 
@@ -232,6 +233,7 @@ def walk_stages(
         device: torch device.
         advance: called with the share of the work that is done.
         ranks: processes that share the passes.
+        rough: whether passes may be rough, see `rough_products`.
 
     Raises:
         LostError: a pass did not call its modules in this order.
@@ -245,14 +247,16 @@ def walk_stages(
         walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
             for _, stages_there in groupby(order, lambda names: _point(names, chain)):
-                calls = together(ranks, partial(_calls, walks))
+                with rough_products(device, wanted=rough):
+                    calls = together(ranks, partial(_calls, walks))
                 share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
                 for names in stages_there:
                     inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
                     found = Moments()
-                    pairs = shared_inputs(ranks, partial(_inputs, calls, inner, chain), len(data), device)
-                    for (x, seen), (_, mask) in zip(pairs, data, strict=True):
-                        found.add(x, seen, mask)
+                    with rough_products(device, wanted=rough):
+                        pairs = shared_inputs(ranks, partial(_inputs, calls, inner, chain), len(data), device)
+                        for (x, seen), (_, mask) in zip(pairs, data, strict=True):
+                            found.add(x, seen, mask)
                     load_values(quantized_copy, stage(names, found, number))
                     del found, pairs
                     allocator.release()

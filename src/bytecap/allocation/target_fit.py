@@ -49,30 +49,33 @@ class Moments:
             seen: those behind the coded prefix.
             mask: real tokens (batch, length), None where all are.
         """
-        one, other = (t.flatten(0, -2).float() for t in (x, seen))  # some models flatten (batch, length) before a layer
+        one, other = (t.flatten(0, -2) for t in (x, seen))  # some models flatten (batch, length) before a layer
         if mask is not None and mask.numel() == len(one):  # else a layer reads more or fewer vectors than tokens
             one, other = one[mask.reshape(-1)], other[mask.reshape(-1)]
-        found = (other.T @ other).double(), ((one - other).T @ other).double()
+        one, other = one.float(), other.float()
         half = self._batches % 2
         self._batches += 1
         if half == len(self._sums):
-            self._sums.append(found)
+            self._sums.append(((other.T @ other).double(), ((one - other).T @ other).double()))
         else:
             a, c = self._sums[half]
-            a += found[0]
-            c += found[1]
+            a += other.T @ other  # float32 onto float64, without a copy
+            c += (one - other).T @ other
 
     def fit(self, matrices: Sequence[tuple[Tensor, Tensor]], most: float) -> tuple[Tensor, float]:
-        """Return the fit `C (A + ridge)^-1`, float32 (cols, cols), and its strength, at most `most`.
+        """Return the fit `C (A + ridge)^-1`, float32 (cols, cols), and its strength, at most `most`; frees the sums.
 
         Args:
             matrices: of every unit of the stage, see `trial_of`.
             most: 1 for the least-squares fit.
         """
-        a, c = (sum(parts[1:], parts[0]) for parts in zip(*self._sums, strict=True))
         if len(self._sums) == 1:
-            return _solved(a, c, _RIDGES[0]), min(most, _ALONE)
+            return _solved(*self._sums.pop(), _RIDGES[0]), min(most, _ALONE)
         gain, strength, ridge = max(self._tried(matrices, ridge) for ridge in _RIDGES)
+        other, (a, c) = self._sums.pop(), self._sums.pop()
+        a += other[0]
+        c += other[1]
+        del other
         return _solved(a, c, ridge), min(most, strength) if gain > 0 else 0.0
 
     def _tried(self, matrices: Sequence[tuple[Tensor, Tensor]], ridge: float) -> tuple[float, float, float]:
@@ -80,11 +83,16 @@ class Moments:
         held = energy = 0.0
         for own, other in ((0, 1), (1, 0)):
             fix = _solved(*self._sums[own], ridge)
-            a, c = (t.float() for t in self._sums[other])
-            for weight, rows in matrices:
-                change = weight @ fix
-                held += float(rows.double() @ (change * (weight @ c)).sum(1).double())
-                energy += float(rows.double() @ (change * (change @ a)).sum(1).double())
+            changes = [(weight, weight @ fix, rows.double()) for weight, rows in matrices]
+            del fix
+            c = self._sums[other][1].float()
+            for weight, change, rows in changes:
+                held += float(rows @ (change * (weight @ c)).sum(1).double())
+            del c
+            a = self._sums[other][0].float()
+            for _, change, rows in changes:
+                energy += float(rows @ (change * (change @ a)).sum(1).double())
+            del a
         if held <= 0:
             return 0.0, 0.0, ridge
         strength = held / (held + max(energy - held, 0.0) / 2)
@@ -109,8 +117,15 @@ def trial_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solved(a: Tensor, c: Tensor, ridge: float) -> Tensor:
+    lower, info = torch.linalg.cholesky_ex(_damped(a, ridge))
+    if int(info) == 0:
+        found: Tensor = torch.cholesky_solve(c.T, lower)
+    else:
+        found = torch.linalg.solve(_damped(a, ridge), c.T)
+    return found.T.float()
+
+
+def _damped(a: Tensor, ridge: float) -> Tensor:
     damped = a.clone()
     damped.diagonal().add_(max(ridge * float(a.diagonal().mean()), _NOTHING))
-    lower, info = torch.linalg.cholesky_ex(damped)
-    found: Tensor = torch.cholesky_solve(c.T, lower) if int(info) == 0 else torch.linalg.solve(damped, c.T)
-    return found.T.float()
+    return damped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,10 +69,8 @@ def choose(
     """Find the best of several models under one cap, in bits per byte on the same text, and keep its file."""
     from bytecap.pipeline.choose import choose as run
     from bytecap.pipeline.contenders import plan
-    from bytecap.report.choice import page
-    from bytecap.report.chosen import print_choice, print_plan
+    from bytecap.report.chosen import print_plan
     from bytecap.sizes import split_budgets
-    from bytecap.system.atomic import write_atomically
 
     _check(
         models, output, report, store, {"--eval": evaluation, "--calib": calibration, "--method": source_file(method)}
@@ -93,9 +91,18 @@ def choose(
         finalists=finalists, window=window, method=method, effort=effort, device=device, seed=seed, store=store,
         reporter=progress(as_json),
     )  # fmt: skip
-    if report is not None:
-        write_atomically(page(found.report).encode(), report)
-    show(found.report, as_json, print_choice)
+    _shown(found.report, report, as_json)
+
+
+def _shown(found: dict[str, Any], page_to: Path | None, as_json: bool) -> None:
+    """Write the page of a choice where one is asked for, and show the choice."""
+    from bytecap.report.choice import page
+    from bytecap.report.chosen import print_choice
+    from bytecap.system.atomic import write_atomically
+
+    if page_to is not None:
+        write_atomically(page(found).encode(), page_to)
+    show(found, as_json, print_choice)
 
 
 def _check(

@@ -101,7 +101,7 @@ class Prepared:
         return replace(self, weight=self.weight + change)
 
     def scaled(self, coded: Coded) -> Coded:
-        """What was rounded as it counts for the whole unit, where it is a sample of its rows."""
+        """Return the rounded rows as they count for the whole unit, where they are a sample."""
         return coded
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
@@ -264,6 +264,15 @@ def _trellis(device: str) -> Callable[..., Callable[[], Rounded]]:
 
         return there.begin_trellis
     return lambda *args, **more: partial(round_trellis, *args, **more)
+
+
+def compile_ahead(options: Options, device: str) -> None:
+    """Begin to compile what rounds on a GPU, where it is compiled, while statistics are collected."""
+    target = torch.device(device)
+    if options.trellis and target.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from bytecap.quantization import cuda as there
+
+        there.compile_ahead(options.memory, target)
 
 
 def _begin_batch(

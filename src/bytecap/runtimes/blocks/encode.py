@@ -27,6 +27,7 @@ from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
 from bytecap.runtimes.blocks.powers import made_positive
 
 SWEEPS = 2
+WIDTH = 8  # ways to round a row's columns side by side, on the processor
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
@@ -76,7 +77,7 @@ def shrunk(hessian: Tensor, by: Shrinkage) -> Tensor:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a `Form` holds, as tensors on the device of the Hessian.
+    """The contents of a `Form` as tensors on the device of the Hessian.
 
     Attributes:
         hessian, fed, weight: see `Form`.
@@ -171,7 +172,7 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
 
 
 def encode(
-    weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS,
+    weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS, width: int = WIDTH,
     threads: int | None = None,
 ) -> Codes:  # fmt: skip
     """Codes of a matrix (rows, cols); the same for any number of threads.
@@ -181,6 +182,7 @@ def encode(
         form: of its Hessian, see `prepare`.
         layout: the block format.
         sweeps: of coordinate descent after error feedback.
+        width: ways to round a row's columns that are kept side by side (`bytecap.runtimes.blocks.beam`).
         threads: as many as torch may use if None.
 
     Raises:
@@ -207,7 +209,7 @@ def encode(
     fixed = (
         size, layout.sub, np.float32(layout.low), np.float32(layout.high), table, layout.scales, layout.minimums,
         (float(unit), *_FLOATS[layout.float_type]),
-        factors, tries, signs, sweeps,
+        factors, tries, signs, width, sweeps,
     )  # fmt: skip
 
     def one(at: int) -> None:

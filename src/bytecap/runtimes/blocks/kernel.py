@@ -2,8 +2,8 @@
 
 With `H = L L^T` the distortion of a row is `1/2 sum_k L_kk^2 (Y_k - W^_k)^2`, where `Y_k` is the weight and what later
 columns fed back. Blocks are coded last to first: scales are searched on `Y` with weights `L_kk^2`, then fixed, then the
-block's columns are coded last to first. Sums run in the order in which they are written, so the number of threads
-changes nothing.
+block's columns are coded last to first (`beam`). Sums run in the order in which they are written, so the number of
+threads changes nothing.
 
 `Y` of a column is known only when all later ones are coded, so the search takes the values that the block would have if
 only later blocks were rounded. Without that its scales are too small: 20% more distortion at 4 bits.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bytecap.runtimes.blocks.beam import beam_block
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
 from bytecap.runtimes.blocks.lanes import add_eight
 from bytecap.runtimes.blocks.powers import plain
@@ -28,8 +29,6 @@ from bytecap.runtimes.blocks.search import (
     compiled,
     copy,
     float_of,
-    inverse,
-    near,
     small,
     symmetric,
     zero_point,
@@ -60,25 +59,6 @@ def _feed(out: _Array, matrix: _Array, first: int, start: int, stop: int, error:
 feed: Any = compiled(_feed)
 
 
-def _round_block(
-    w: _Array, first: int, block: int, y: _Array, fed: _Array, sub: int, low: Any, high: Any, table: _Array, a: _Array,
-    c: _Array, q: _Array, error: _Array, inv: _Array,
-) -> None:  # fmt: skip
-    """Codes of a block's columns, last to first, under scales `a` and minimums `c` (subs, LANES)."""
-    for i in range(block - 1, -1, -1):
-        b, m = i // sub, fed[first + i]
-        for j in range(i + 1, block):
-            x = m[first + j]
-            if x != _ZERO:
-                for r in range(LANES):
-                    y[i, r] += x * error[first + j, r]
-        inverse(a[b], inv)
-        for r in range(LANES):
-            level = near((y[i, r] + c[b, r]) * inv[r], low, high, table)
-            q[first + i, r] = level
-            error[first + i, r] = w[first + i, r] - (a[b, r] * level - c[b, r])
-
-
 def _settle(z: _Array, w: _Array, fed: _Array, first: int) -> None:
     """Turn what later blocks fed back into the values that a block would take if nothing in it were rounded."""
     block = len(z)
@@ -89,9 +69,6 @@ def _settle(z: _Array, w: _Array, fed: _Array, first: int) -> None:
             if x != _ZERO:
                 for r in range(LANES):
                     z[i, r] -= x * (z[j, r] - w[first + j, r])
-
-
-round_block: Any = compiled(_round_block)
 
 
 def _units(q: _Array, ls: _Array, m: _Array, zero: bool, v: _Array, u: _Array) -> None:
@@ -158,14 +135,14 @@ descend_block: Any = compiled(_descend_block)
 def _encode(
     w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int, sub: int,
     low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: Grid, factors: _Array,
-    tries: _Array, signs: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
+    tries: _Array, signs: int, width: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
 ) -> None:  # fmt: skip
     """Codes of LANES rows, whose weights `w` (cols, LANES) are divided by `unit`.
 
     `fed` (cols, cols) has `L_jk / L_kk` at (k, j), `weight` (cols,) `L_kk^2`; `h` is the Hessian, `tiles`
     (blocks, block, block) its diagonal blocks, `inv` one over its diagonal, `sums` (cols / sub,) the sum over every
-    sub-block's own part of it. `table`, `factors`, `tries` and `signs` are those of `search`. After `sweeps` of
-    descent `q`, `ls`, `m`, `d` and `dm` hold the results, (cols, cols / sub or cols / block; LANES).
+    sub-block's own part of it. `table`, `factors`, `tries` and `signs` are those of `search`, `width` that of `beam`.
+    After `sweeps` of descent `q`, `ls`, `m`, `d` and `dm` hold the results, (cols, cols / sub or cols / block; LANES).
     """
     cols, per, two = len(w), block // sub, scales != (1, 1)
     error = np.zeros((cols, LANES), np.float32)
@@ -206,7 +183,7 @@ def _encode(
         for b in range(per):
             for r in range(LANES):
                 a[b, r], c[b, r] = d[at, r] * ls[base + b, r], dm[at, r] * m[base + b, r]
-        round_block(w, first, block, y, fed, sub, low, high, table, a, c, q, error, work[0])
+        beam_block(w, first, block, y, fed, weight, sub, low, high, table, a, c, q, error, width)
     for _ in range(sweeps):
         for first in range(cols - block, -1, -block):
             y[:] = _ZERO
@@ -230,12 +207,12 @@ def _entry(stamp: int) -> Any:
     def encode_lanes(
         w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int,
         sub: int, low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: float,
-        factors: _Array, tries: _Array, signs: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array,
-        dm: _Array,
+        factors: _Array, tries: _Array, signs: int, width: int, sweeps: int, q: _Array, ls: _Array, m: _Array,
+        d: _Array, dm: _Array,
     ) -> int:  # fmt: skip
         encode(
             w, fed, weight, h, tiles, inv, sums, block, sub, low, high, table, scales, minimums, unit, factors, tries,
-            signs, sweeps, q, ls, m, d, dm,
+            signs, width, sweeps, q, ls, m, d, dm,
         )  # fmt: skip
         return stamp
 

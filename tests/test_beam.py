@@ -1,0 +1,101 @@
+"""Several ways to round a row side by side: against all ways tried one by one, and against one way alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from bytecap.runtimes.blocks import beam
+from bytecap.runtimes.blocks.encode import _tables, encode, prepare
+from bytecap.runtimes.blocks.ggml import FORMATS
+from bytecap.runtimes.directory import family
+from test_blocks import loss, weights
+
+COLS, SUB, SCALES = 6, 3, np.array([0.7, 1.3], np.float32)
+STEPS = np.repeat(SCALES, SUB)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of weights under a Cholesky factor, and the levels that its codes may have."""
+
+    w: np.ndarray
+    lower: np.ndarray
+    levels: Sequence[int]
+
+    @property
+    def push(self) -> np.ndarray:
+        """Shares of a column's error that are fed to the columns in front of it."""
+        return np.ascontiguousarray(self.lower / self.lower.diagonal(), np.float32)
+
+    def lost(self, levels: Sequence[float]) -> float:
+        return float((((self.w - STEPS * np.asarray(levels)) @ self.lower) ** 2).sum())
+
+    def ways(self, behind: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+        """Every way to take a level on one side or the other of what feedback asks for."""
+        at = COLS - 1 - len(behind)
+        if at < 0:
+            yield behind
+            return
+        errors = self.w[at + 1 :] - STEPS[at + 1 :] * np.array(behind)
+        t = (self.w[at] + self.push[at + 1 :, at] @ errors) / STEPS[at]
+        for level in [p for p in self.levels if p <= t][-1:] + [p for p in self.levels if p > t][:1]:
+            yield from self.ways((level, *behind))
+
+    def found(self, width: int, table: np.ndarray) -> np.ndarray:
+        """Levels by the program under test."""
+        room = [np.empty((width, COLS), np.float32) for _ in range(2)]
+        room += [np.empty(width, np.float32) for _ in range(2)]
+        back = np.empty((COLS, width), np.int32), np.empty((COLS, width), np.float32)
+        ends, found = (np.float32(self.levels[0]), np.float32(self.levels[-1])), np.empty(COLS, np.float32)
+        own = (self.lower.diagonal() ** 2).astype(np.float32)
+        beam.row(
+            self.w, self.w, self.push, own, *ends, table, SCALES, np.zeros(2, np.float32), 0, SUB, *room, *back, found
+        )  # fmt: skip
+        return found
+
+
+@pytest.mark.parametrize("levels", [(), (-8, -5, -3, -2, 0, 1, 4, 7)])
+def test_as_many_ways_as_there_are_find_the_best(levels: tuple[int, ...]) -> None:
+    rng, gained = np.random.default_rng(3), 0
+    form = replace(FORMATS["Q4_0"], low=-8, high=7, levels=levels)
+    for _ in range(20):
+        lower = np.tril(rng.normal(0, 0.5, (COLS, COLS)), -1) + np.diag(rng.uniform(0.5, 2, COLS))
+        row = Row(rng.normal(0, 3, COLS).astype(np.float32), lower, levels or tuple(range(-8, 8)))
+        best = min(map(row.lost, row.ways()))
+        assert row.lost(row.found(2**COLS, _tables(form)[0])) == pytest.approx(best, rel=1e-4)
+        gained += row.lost(row.found(1, _tables(form)[0])) > 1.001 * best
+    assert gained > 5  # one way alone often misses it
+
+
+def correlated(cols: int) -> torch.Tensor:
+    """A Hessian of columns that can make up for each other."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2 * cols, cols)) @ (np.eye(cols) + rng.standard_normal((cols, cols)) / np.sqrt(cols))
+    return torch.from_numpy(x.T @ x / len(x))
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "IQ4_XS", "Q6_K"])
+def test_several_ways_pay(name: str) -> None:
+    h, weight = correlated(512), weights(64, 512)
+    one, many = (loss(encode(weight, prepare(h), FORMATS[name], sweeps=0, width=n), weight, h) for n in (1, 8))
+    assert many < 0.98 * one
+
+
+def test_a_tile_that_does_not_divide_the_block() -> None:
+    layout = family("compressed-tensors").layout("w4c", 320, "BF16")
+    assert layout is not None
+    assert layout.block % beam.TILE
+    h, weight = correlated(320), weights(64, 320)
+    one, many = (loss(encode(weight, prepare(h), layout, width=n), weight, h) for n in (1, 8))
+    assert many < one
+
+
+def test_scales_of_zero_have_codes_of_zero() -> None:
+    weight = weights(3, 256)
+    weight[1] = 0
+    assert not encode(weight, prepare(correlated(256)), FORMATS["Q6_K"]).codes[1].any()
