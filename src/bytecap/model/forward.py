@@ -126,7 +126,7 @@ def in_fast_dtype(
 def _foreign(exc: BaseException) -> bool:
     """Return whether an error was raised in code of transformers, or on torch's way backward."""
     frames = traceback.walk_tb(exc.__traceback__)
-    return any(_FOREIGN.match(frame.f_globals.get("__name__", "")) for frame, _ in frames)
+    return any(_FOREIGN.match(frame.f_globals.get("__name__") or "") for frame, _ in frames)
 
 
 def _failure(module: nn.Module, exc: BaseException) -> str:
