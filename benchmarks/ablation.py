@@ -1,4 +1,4 @@
-"""What every ingredient of the default coder is worth: KL and loss at equal file bytes, one switched off at a time."""
+"""Measure the worth of ingredients of the default coder: KL and loss at equal bytes, one switched off at a time."""
 
 from __future__ import annotations
 

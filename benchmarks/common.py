@@ -1,4 +1,4 @@
-"""What all benchmarks share: models and texts from `--models` and `--texts`, results as JSON lines.
+"""Share among all benchmarks models and texts from `--models` and `--texts`, results as JSON lines.
 
 A models directory holds Hugging Face directories; a texts directory holds `NAME.calib.txt` and `NAME.val.txt`.
 """

@@ -1,8 +1,9 @@
 """How fast matrices are decoded: straight to values, by their symbols, and by numpy, which is the law.
 
 A section of random normal weights is coded as a fit would (trellis of 128 states, spreads of rows and columns that
-vary by an octave) and decoded by every engine in turn. Processor time of one core counts, so that other jobs disturb
-little. `--units N` decodes a file of N such matrices on all cores as well, where wall time counts.
+vary by an octave) and decoded by every engine in turn; `encode` is how fast the section is written. Processor time of
+one core counts, so that other jobs disturb little. `--units N` decodes a file of N such matrices on all cores as well,
+where wall time counts.
 
 `--device cuda` measures a GPU instead, which decodes to bfloat16: `--units` matrices side by side as a block is decoded
 whose bytes lie on the device, likewise all matrices of a file of `--blocks` such blocks (`resident`), and that file
@@ -40,6 +41,12 @@ from common import record
 
 def section(rows: int, cols: int, sigma: float, seed: int) -> tuple[bytes, Shared]:
     """A `long_trellis` section of random weights, and what its file shares."""
+    code, shared = rounded(rows, cols, sigma, seed)
+    return CODER.encode(code, shared).data, shared
+
+
+def rounded(rows: int, cols: int, sigma: float, seed: int) -> tuple[GridCode, Shared]:
+    """Random weights as a fit would round them, and what their file shares."""
     rng = np.random.default_rng(seed)
     middle = 20 + round(4 * np.log2(sigma))
     column_class = (middle + rng.integers(-3, 4, (1, cols))).astype(np.int64)
@@ -62,9 +69,7 @@ def section(rows: int, cols: int, sigma: float, seed: int) -> tuple[bytes, Share
     base = np.array([0, 1, 2, 1], np.int32)[subset]
     sign = np.array([1, 1, 1, -1], np.int32)[subset]
     z = np.rint((rng.standard_normal((rows, cols), np.float32) * spread * sign - base) / 4).astype(np.int32)
-    points = (4 * z + base) * sign
-    return CODER.encode(GridCode(0.01, points, code.column_step, column_class, code.row_step, row_class, 1, memory),
-                        shared).data, shared  # fmt: skip
+    return replace(code, symbols=((4 * z + base) * sign).astype(np.int16)), shared
 
 
 def best(work: Callable[[], Any], times: int) -> float:
@@ -95,7 +100,8 @@ def main() -> None:
     args.models = args.texts = None
     shape = (args.rows, args.cols)
     for sigma in args.sigma:
-        data, shared = section(*shape, sigma, args.seed)
+        code, shared = rounded(*shape, sigma, args.seed)
+        data = CODER.encode(code, shared).data
         row: dict[str, Any] = {"benchmark": "decode", "rows": args.rows, "cols": args.cols,
                                "bits": round(8 * len(data) / args.rows / args.cols, 3)}  # fmt: skip
         if args.device != "cpu":
@@ -104,7 +110,7 @@ def main() -> None:
                 found = on_device(contents_of(data, shape, shared, 1), args)
                 print(record(args, {**row, "lanes": lanes, "warps": warps, **found}))
             continue
-        row |= engines(data, shape, shared, args.times)
+        row |= engines(data, shape, shared, args.times) | {"encode": encoders(code, shared, args.times)}
         if args.units:
             row |= all_cores(data, shape, shared, args.units)
         print(record(args, row))
@@ -121,6 +127,18 @@ def engines(data: bytes, shape: tuple[int, int], shared: Shared, times: int) -> 
         found[name] = round(shape[0] * shape[1] / best(work, times if name != "numpy" else 1) / 1e6, 1)
     Direct.served, jit.worth = served, worth  # type: ignore[method-assign]
     return {**found, "equal": all(r.tobytes() == results["numpy"].tobytes() for r in results.values())}
+
+
+def encoders(code: GridCode, shared: Shared, times: int) -> dict[str, Any]:
+    """Millions of weights a second of one core's processor time, and whether both engines write the same bytes."""
+    worth, results, found = jit.worth, [], {}
+    for name in ("compiled", "numpy"):
+        jit.worth = lambda _, name=name: name == "compiled"  # type: ignore[misc]
+        results.append(CODER.encode(code, shared).data)
+        seconds = best(lambda: CODER.encode(code, shared), times if name == "compiled" else 1)
+        found[name] = round(code.symbols.size / seconds / 1e6, 1)
+    jit.worth = worth
+    return {**found, "equal": results[0] == results[1]}
 
 
 def contents_of(data: bytes, shape: tuple[int, int], shared: Shared, count: int) -> Contents:

@@ -1,4 +1,4 @@
-"""What ReALLM's shared decoder alone buys at equal bytes, against plain VQ and low rank and shared codewords."""
+"""Measure what ReALLM's shared decoder alone buys at equal bytes, against VQ and low rank and shared codewords."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calibration text is worth on a model that strangers trained (make it with benchmarks/real.py).
+"""Measure what calibration text is worth on a model that strangers trained (make it with benchmarks/real.py).
 
 Arms are words and files of `--calib`, measured on the workloads' held-out texts at equal file bytes. Targets that
 follow the coded prefix are off unless `--drift` says how strong they are, so that arms differ in their text alone.
@@ -18,7 +18,7 @@ ARMS = ("sqlite", "default", "self", "general", "self:3 general", "workloads", "
 
 
 def sources(arm: str, args: Any) -> list[str] | None:
-    """What `--calib` is given in an arm; None for the default."""
+    """The value of `--calib` in an arm; None for the default."""
     if arm == "default":
         return None
     found: list[str] = []

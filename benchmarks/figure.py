@@ -79,7 +79,7 @@ def formats(rows: Rows) -> Any:
 
 
 def returns(rows: Rows) -> Any:
-    """What bytes buy on every path over the default base, and what paths do at equal bytes over two bases."""
+    """Draw what bytes buy on every path over the default base, and what paths do at equal bytes over two bases."""
     whole = next(r for r in rows if "lambda" in r and r["model"] == "small-s0")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[3, 2])
     for name, path in sorted(whole["paths"].items(), key=lambda p: -p[1]["whole"][-1]["kl_recovered"]):

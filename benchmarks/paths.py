@@ -1,4 +1,4 @@
-"""What overlays chosen by the allocator are worth: KL at equal file bytes with and without a menu, by base.
+"""Measure what overlays chosen by the allocator are worth: KL at equal file bytes with and without a menu, by base.
 
 `--model demo` (the default) is the embedded model with its own texts and needs neither `--models` nor `--texts`.
 """

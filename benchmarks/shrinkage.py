@@ -1,4 +1,4 @@
-"""What drawing Hessians to their diagonal, or to the mean of that, does to distortion on windows that none of them saw.
+"""Measure what shrinking Hessians to their diagonal, or to its mean, does to distortion on windows they never saw.
 
 Every role's first, middle and last matrix is rounded to Q4_0 under every candidate. Figures are `held`, relative to no
 shrinkage, and `held / seen`, the optimism of the fit.

@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
         (64,
          ("hidden_size n_embd d_model dim embedding_size word_embed_proj_dim emb_dim hidden_dim embed_dim "
          "dim_model input_dim lru_width attention_hidden_size backbone_hidden_size output_hidden_size "
-         "projection_dim n_embed out_hidden_size")),
+         "projection_dim n_embed out_hidden_size hidden_size_global")),
         (64,
          ("intermediate_size ffn_dim d_ff n_inner decoder_ffn_dim encoder_ffn_dim inner_dim "
          "moe_intermediate_size shared_expert_intermediate_size expert_hidden_dim dim_ff "
@@ -77,7 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
                  "num_buckets": 4},
     "blt": {"encoder_hash_byte_group_vocab": 300},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "dots3_note_text": {"per_layer_config": {"1": {"head_dim": 24, "qk_nope_head_dim": 16}}, "index_n_heads": 4,
                         "index_head_dim": 16, "shared_experts_intermediate_size": 64},
     "gemma3n_text": {"intermediate_size": [64, 64]},

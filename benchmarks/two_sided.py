@@ -1,4 +1,4 @@
-"""What feedback between rows and damping between columns are worth, before anything is rounded.
+"""Measure what feedback between rows and damping between columns are worth, before anything is rounded.
 
 With G the second moment of a linear map's output gradients (tokens weighted by their input energy) and H that of its
 inputs (weighted by gradient energy), feedback along an axis gains -log2 det corr / 2m bits a weight at high rate. A

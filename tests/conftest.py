@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models of four families, a small tokenizer, short texts, fitted files."""
 
+import gc
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from bytecap.cli import app
 from bytecap.model.checkpoint import demo_directory
 from once import Once
 from reporting import name_failures
+from warm import Warm
 
 settings.register_profile(
     "suite", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -42,6 +44,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.startswith(DECODING):
             item.add_marker("coverage")
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: what looks for garbage need not go through them again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -186,6 +193,19 @@ def block_code(once):
         encode(torch.ones(4, 256).numpy(), prepare(torch.eye(256)), FORMATS["Q4_0"])
 
     once("machine code of blocks", make)
+
+
+@pytest.fixture(scope="session")
+def _warm():
+    warm = Warm()
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def warm(monkeypatch, _warm):
+    """Processes of `bytecap.model.apart` are forked from one that has imported transformers."""
+    monkeypatch.setattr("bytecap.model.apart.subprocess", _warm)
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def core():
 
 
 def licence(package):
-    """What a package declares: an SPDX expression, else its field, else its classifiers."""
+    """The licence that a package declares: an SPDX expression, else its field, else its classifiers."""
     about = metadata.metadata(package)
     classifiers = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier", []) if c.startswith("License ::")]
     field = (about.get("License") or "").strip()

@@ -213,7 +213,7 @@ def passes(session):
 
 
 def attempt(session, module, code, limit):
-    """What becomes of a mutant in a fork."""
+    """The fate of a mutant in a fork."""
     pid = os.fork()
     if not pid:
         outcome = 1
@@ -304,7 +304,7 @@ def fingerprint(module):
 
 
 def outcomes(state, module, *, keep=False):
-    """What is known of a module's mutants: outcome by key; `keep` counts those killed before the tests changed."""
+    """Known outcomes of a module's mutants, by key; `keep` counts those killed before the tests changed."""
     lines = state.read_text("utf-8").splitlines() if state.exists() else []
     known = [json.loads(line) for line in lines if line.endswith("}")]
     mine = fingerprint(module)

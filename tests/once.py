@@ -21,7 +21,7 @@ class Once:
         directory.mkdir(exist_ok=True)
 
     def __call__(self, key, make):
-        """What `make(directory)` returned the first time anybody asked for `key`; files it left there stay.
+        """Return what `make(directory)` returned the first time anybody asked for `key`; files it left there stay.
 
         The key is text or a tuple whose `repr` says all that the value depends on.
         """

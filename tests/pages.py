@@ -1,4 +1,4 @@
-"""What every page promises, checked on its text."""
+"""Check on a page's text what every page promises."""
 
 from html.parser import HTMLParser
 

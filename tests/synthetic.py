@@ -55,7 +55,7 @@ def _point(size, gain, **more):
 
 
 def curves_figures(paths=("step", "channels", "columns", "groups", "lowrank", "outliers", "rows")):
-    """What `curves.json` holds for a model of twelve matrices."""
+    """The contents of `curves.json` for a model of twelve matrices."""
     agreement, found = {"points": 24, "spearman": 0.8, "ceiling": 0.9}, {}
     for i, name in enumerate(paths):
         gains = [(s, 0.06 / (1 + i) * (1 - math.exp(-s / 30_000))) for s in (4_000, 8_000, 15_000, 30_000, 60_000)]

@@ -151,7 +151,7 @@ class TestByHand:
         assert allocate(curves_of(raw), 6).distortion == 36.5
 
     def test_one_point_after_the_other(self):
-        """What an improvement costs is counted from where the unit is."""
+        """The cost of an improvement is counted from where the unit is."""
         raw = [((1, 20), (3, 17), (4, 16.5), (5, 15.9), (30, -20))]
         spent = {b: allocate(curves_of(raw), b).distortion for b in (1, 2, 3, 4, 5)}
         assert spent == {1: 20, 2: 20, 3: 17, 4: 16.5, 5: 15.9}

@@ -184,7 +184,7 @@ class TestSource:
         assert methods & running == (RUNS_A_FILE if path.name == "factory.py" else set()), path
 
     def test_the_one_file_that_is_run_is_the_user_s(self):
-        """What `factory.py` executes comes from the path it is given, and nothing but the command line gives it one."""
+        """`factory.py` executes the path it is given and nothing else, and only the command line gives it one."""
         tree = ast.parse((SOURCE / "model" / "factory.py").read_text("utf-8"))
         runs = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and "exec_module" in ast.unparse(f)]
         assert [f.name for f in runs] == ["load_callable"]

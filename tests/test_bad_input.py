@@ -68,16 +68,16 @@ class TestBadModels:
     @pytest.mark.parametrize(
         ("kind", "what"),
         [
-            ("modernbert", "an encoder"),
-            ("smolvlm", "a multimodal model"),
-            ("vit", "a model of images"),
-            ("clap", "none of a causal language model"),
+            ("modernbert", "is an encoder"),
+            ("smolvlm", "is a multimodal model"),
+            ("vit", "is a model of images"),
+            ("clap", "names no causal language model"),
         ],
     )
     def test_config_of_a_kind_without_causal_language_model(self, refused, job, copied, edited_config, kind, what):
         edited_config(copied, model_type=kind, architectures=[])
         said = refused(*job(copied))
-        assert f"{copied}/config.json: model_type {kind!r} is {what}, AutoModelForCausalLM has no class" in said
+        assert f"{copied}/config.json: model_type {kind!r} {what}, AutoModelForCausalLM has no class" in said
         assert "fit it as a module with a loss of your own" in said
 
     def test_directory_without_weights(self, refused, job, copied):

@@ -49,7 +49,7 @@ def stacked(shape, layers):
 
 
 def outcomes(data):
-    """What the three readers make of a file: the name of an error, or nothing."""
+    """Outcome of a file for the three readers: the name of an error, or nothing."""
     found = []
     for read in (lambda d: decode_units(container.parse(d)), reference.decode_file, strange):
         try:

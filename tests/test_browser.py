@@ -218,7 +218,7 @@ def test_pictures_at_every_width(browser, written, kind):
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_paper(browser, written, kind):
-    """What is printed fits the paper, is light, and has no fields to type in."""
+    """A printed page fits the paper, is light, and has no fields to type in."""
     opened(browser, written(kind), 720, medium="print", dark=True)
     assert browser.run("document.documentElement.scrollWidth") <= 720
     assert browser.run("[...document.querySelectorAll('.wide, .filter')].filter((e) => seen(e) && "

@@ -36,7 +36,7 @@ def files(tokenizer_json):
     return get
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("template", [CHATML, BRACKETS])
 def test_it_writes_what_the_template_does(files, template):
     form = chat_form(files(template), "m")
@@ -49,7 +49,7 @@ def test_it_writes_what_the_template_does(files, template):
     assert ("<|im_end|>" in form.control) == (template == CHATML)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(
     "template",
     [

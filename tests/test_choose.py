@@ -235,7 +235,7 @@ class TestTokenizers:
 
 
 class TestDryRun:
-    """What `--dry-run` says, without a fit."""
+    """`--dry-run` says it without a fit."""
 
     @pytest.mark.slow
     def test_it_lists_floors_and_what_would_be_fitted(self, two, texts, monkeypatch):

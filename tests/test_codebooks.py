@@ -39,7 +39,7 @@ def weights():
 
 
 def decode(tag, data, shape):
-    """What both decoders make of a section."""
+    """A section as both decoders read it."""
     file = golden_parts.pack(golden_parts.unit("w", shape, tag, data), tables=False)
     ours, theirs = decode_units(container.parse(file))["w"], reference.decode_file(file)["w"]
     assert ours.dtype == theirs.dtype == np.float32

@@ -84,7 +84,7 @@ class TestOneList:
 
 
 class TestOrder:
-    """What is cheap is checked first: options, then the model, then the floor, then texts."""
+    """Cheap checks come first: options, then the model, then the floor, then texts."""
 
     def test_options_before_the_model(self):
         for options, said in (

@@ -53,7 +53,7 @@ def refused(data, message, error=CorruptError):
 
 
 class TestWriting:
-    """What `serialize` makes is what the document says, put together here by hand."""
+    """`serialize` makes what the document says, put together here by hand."""
 
     def test_the_empty_file(self):
         text = b'\0{"about":{},"files":[],"units":[]}'
@@ -373,3 +373,14 @@ class TestLedger:
     def test_tokenizer_files(self):
         named = ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "vocab.txt", "merges.txt"]
         assert [n for n in [*named, "config.json", "source_tensors.json"] if container.is_tokenizer(n)] == named
+
+
+def test_the_first_damaged_section_is_named(tmp_path):
+    sound = [(1, b"index"), (4, b"one"), (4, b"two")]
+    data = bytearray(file(*sound))
+    for at, number in ((-1, 2), (-4, 1)):  # the last section, then the one in front of it as well
+        data[at] ^= 1
+        (tmp_path / "m.bcap").write_bytes(data)
+        for read in (lambda: parse(bytes(data)), lambda: container.open_file(tmp_path / "m.bcap")):
+            with pytest.raises(CorruptError, match=f"the checksum of section {number} .kind 4. does not match"):
+                read()

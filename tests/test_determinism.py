@@ -34,7 +34,7 @@ def demo(budget="600kB"):
 
 
 def in_fresh_process(code, **environment):
-    """What a new Python prints."""
+    """The output of a new Python."""
     made = subprocess.run(  # noqa: S603 (our own code)
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What runs on a GPU, held against the processor: here by torch on the processor, and by triton's interpreter."""
+"""Programs for a GPU are held against the processor: here by torch on the processor, and by triton's interpreter."""
 
 import importlib.util
 import os
@@ -15,7 +15,9 @@ from bytecap.allocation.correction import unit_values
 from bytecap.allocation.decoded import decode_grid
 from bytecap.allocation.planner import Planner
 from bytecap.allocation.vector_unit import VectorUnit
+from bytecap.calibration import triangle
 from bytecap.calibration.metric import Metric
+from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
 from bytecap.format.coders.grid import GridCode
@@ -61,6 +63,16 @@ class TestStored:
         assert finer.step == 0.25
         assert (finer.symbols == code.symbols).all()
         assert (symbols_on(finer, torch.device("cpu")).numpy() == code.symbols).all()
+
+
+@pytest.mark.parametrize("together", [1, 7, 2**20])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_triangle_is_unpacked_some_rows_at_a_time(size, together, monkeypatch):
+    monkeypatch.setattr(triangle, "_TOGETHER", together)
+    whole = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).tril()
+    packed = Triangle.of(whole)
+    assert torch.equal(packed._by_rows(torch.zeros(size, size)), whole)
+    assert torch.equal(packed.whole(), whole)
 
 
 class TestTrialValues:
@@ -142,3 +154,24 @@ def test_programs_round_as_the_processor_does(monkeypatch, batch, cols, rows, st
     assert (one.column_step == two.column_step).all()
     assert two.distortion == pytest.approx(one.distortion, rel=1e-5)
     assert two.centres == pytest.approx(one.centres, abs=1e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="programs that wait for one another need a GPU")
+@pytest.mark.parametrize(("memory", "few"), [(5, 8), (7, 24), (8, 24)])
+def test_programs_that_share_a_tall_matrix_round_as_the_processor_does(monkeypatch, memory, few):
+    from bytecap.quantization import cuda as device
+
+    steps = torch.full((3,), 0.3)
+    given_problem, shrink = problem(3, 5, 2100, steps), gaussian_shrink()
+    names = ("weight", "lower", "order", "rows", "row_class")
+    found = []
+    for least in (10_000, few):
+        monkeypatch.setattr(device, "_LEAST", least)
+        there = RoundingProblem(*(getattr(given_problem, n).to(DEVICE, copy=True) for n in names))
+        found.append(device.begin_trellis(there, steps.to(DEVICE), shrink, FIRST_DEPENDENT, memory)())
+    assert device._parts(3, 2100, memory, torch.device(DEVICE)) > 1
+    one = round_trellis(given_problem, steps, shrink, FIRST_DEPENDENT, memory)
+    for two in found:
+        assert (one.column_class == two.column_class).all()
+        assert two.distortion == pytest.approx(one.distortion, rel=0.02)  # borders of short segments
+        assert two.centres[0].sum() == one.centres[0].sum()

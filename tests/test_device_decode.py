@@ -139,7 +139,7 @@ def on_gpu(contents):
 
 
 def refusals(contents):
-    """What the processor and the device say."""
+    """Outcomes on the processor and on the device."""
     said = []
     for decode in (decode_units, on_gpu):
         with pytest.raises(CorruptError) as caught:

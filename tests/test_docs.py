@@ -57,6 +57,12 @@ def test_paths_named_on_the_pages_exist():
     assert sorted((page, p) for page, p in named if p not in allowed and not (ROOT / p).exists()) == []
 
 
+def test_docstrings_say_what_they_describe_at_once():
+    beginning = re.compile('"' * 3 + r"What\b")
+    sources = (p for folder in ("src", "tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py"))
+    assert [str(p.relative_to(ROOT)) for p in sources if beginning.search(p.read_text("utf-8"))] == []
+
+
 def test_the_log_has_short_lines_and_dated_titles():
     lines = (ROOT / "LOG.md").read_text("utf-8").splitlines()
     assert [i for i, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("|")] == []

@@ -63,6 +63,13 @@ def test_sections_have_numpys_bytes(memory, first, groups):
         both(code_of(shape, seed=seed, groups=groups, first=first, memory=memory))
 
 
+def test_groups_of_rows_without_dependent_columns():
+    """Their rows add nothing to the path, which goes on behind them."""
+    code = code_of((30, 11), groups=3, first=1)
+    classes = np.where(np.arange(3)[:, None] == 1, np.minimum(code.column_class, 17), np.maximum(code.column_class, 18))
+    assert both(replace(code, column_class=classes, first=18))
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
 @pytest.mark.parametrize("first", [1, 18, 64])
 def test_integers_of_every_width_come_back(dtype, first):
@@ -102,6 +109,7 @@ def test_loops_are_right_as_python_too(monkeypatch):
         own = {"symbols_of": "_symbols", "path_bits": "_bits"}.get(name, f"_{name}")
         monkeypatch.setattr(encode_kernels, name, getattr(encode_kernels, own))
     monkeypatch.setattr(jit, "encoder", lambda name: getattr(encode_kernels, f"_{name}"))
+    monkeypatch.setattr("bytecap.format.entropy.rans.LANE_SYMBOLS", 16)
     with np.errstate(over="ignore"):  # numpy's scalars warn where machine code wraps
         for dtype in (np.int8, np.int16, np.int32):
             for first in (1, 18, 64):
@@ -144,9 +152,30 @@ def test_a_class_without_a_table_is_refused(monkeypatch):
 
 def test_what_numpy_serves(monkeypatch):
     monkeypatch.setattr(jit, "worth", lambda _: True)
-    code = code_of((4, 6))
-    assert encoding.served(code)
-    assert not encoding.served(replace(code, symbols=code.symbols.astype(np.int64)))
-    assert not encoding.served(replace(code, symbols=code.symbols[:0], row_class=code.row_class[:0]))
+    symbols = code_of((4, 6)).symbols
+    assert encoding.served(symbols)
+    assert not encoding.served(symbols.astype(np.int64))
+    assert not encoding.served(symbols[:0])
     monkeypatch.setattr(jit, "worth", lambda _: False)
-    assert not encoding.served(code)
+    assert not encoding.served(symbols)
+
+
+@pytest.mark.parametrize("first", [18, 64])
+def test_symbols_are_asked_for_once(first, monkeypatch):
+    """They may have to be fetched from a GPU, where they take as long as to be encoded."""
+    monkeypatch.setattr(jit, "worth", lambda _: True)
+    code, asked = code_of((4, 6), first=first), []
+
+    class There(GridCode):
+        def __init__(self, **fields):
+            for name, value in fields.items():
+                object.__setattr__(self, name, value)
+
+        @property
+        def symbols(self):
+            asked.append(1)
+            return code.symbols
+
+    there = There(**{n: v for n, v in vars(code).items() if n != "symbols"})
+    assert coder_of(there).encode(there, golden_parts.SHARED).data == both(code)
+    assert len(asked) == 1

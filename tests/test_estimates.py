@@ -1,4 +1,4 @@
-"""What encoders ask of the decode path's modules: prices of symbols, estimated sizes, packed code."""
+"""Encoders ask the decode path's modules for prices of symbols, estimated sizes, packed code."""
 
 import numpy as np
 import pytest

@@ -6,6 +6,7 @@ which an import of foreign code, a connection, a new program or a question on st
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,43 @@ def test_one_door_to_what_may_run_code():
     assert seen == {(f, n) for f, names in DOORS.items() for n in names}
 
 
+def options():
+    """(command, option, help) of the whole command line."""
+    import typer
+
+    from bytecap.cli.app import app
+
+    left = [("", typer.main.get_command(app))]
+    for name, command in left:
+        left += [(f"{name} {n}".strip(), c) for n, c in getattr(command, "commands", {}).items()]
+        for parameter in () if hasattr(command, "commands") else command.params:
+            yield name, max(parameter.opts, key=len), getattr(parameter, "help", None) or ""
+
+
+def test_the_documents_say_which_options_run_code():
+    """Every option whose help says so stands in SECURITY.md with its command; there are no more than these."""
+    text = (SOURCE.parent / "SECURITY.md").read_text("utf-8").split("## What runs code")[1].split("No other command")[0]
+    run = {(c, o) for c, o, said in options() if re.search(r"(is|are) run\b", said) and "nothing is run" not in said}
+    assert {o for _, o in run} == {"--factory", "--loss", "--method", "--methods", "--eval", "--tasks", "models"}
+    rows = [row for row in text.splitlines() if row.startswith("| `")]
+    gguf = {
+        ("recode", "--method"),
+        ("export web", "--method"),
+    }  # formats that have no methods: refused before it is read
+    for command, option in run - gguf:
+        word = "MODELS" if option == "models" else option
+        assert any(word in r and f"`{command}" in r for r in rows), f"SECURITY.md: {command} {option} runs code"
+
+
+def test_mlx_is_not_asked_about_a_model_that_names_code(tmp_path, monkeypatch):
+    from bytecap.runtimes.directory.mlx import FAMILY
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} is asked"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "model_file": "../evil.py"}', "utf-8")
+    assert "names a file of code" in FAMILY.check(tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------- in a process
 
 WATCH = """
@@ -107,7 +145,7 @@ EVIL = "import os\nos.write(2, b'FOREIGN code ran')\nos._exit(99)\n"
 
 
 def attempt(calls):
-    """What each of some calls comes to, one after the other in one process."""
+    """Outcomes of some calls, one after the other in one process."""
     script = WATCH.replace("{calls}", repr(calls)).replace("{strict}", "globals().get('watching')")
     done = subprocess.run(  # noqa: S603 (our own text)
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=900, check=False

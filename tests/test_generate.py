@@ -170,6 +170,7 @@ class TestPieces:
         assert len(passes) == 20
 
 
+@pytest.mark.usefixtures("warm")
 class TestChat:
     def test_the_template_is_where_the_model_has_it(self):
         config = {"tokenizer_config.json": json.dumps({"chat_template": TEMPLATE}).encode()}

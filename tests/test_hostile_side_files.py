@@ -53,6 +53,7 @@ def some(cases, *often):
     return [pytest.param(c, marks=pytest.mark.slow if c in often else pytest.mark.nightly) for c in cases]
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("kind", some(TOKENIZERS, "merges in a circle", "rubbish", "special", "no unknown token"))
 def test_older_tokenizers_end_in_a_line(kind, capfd):
     with pytest.raises(CheckpointError) as caught:
@@ -61,6 +62,7 @@ def test_older_tokenizers_end_in_a_line(kind, capfd):
     assert capfd.readouterr().err == ""  # a panic writes its stack
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.slow
 def test_files_that_a_config_names_are_not_read():
     config = b'{"tokenizer_file": "/etc/passwd", "vocab_file": "/etc/passwd", "name_or_path": "/etc"}'
@@ -100,6 +102,7 @@ TEMPLATES = {
 
 
 @POSIX
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("kind", some(TEMPLATES, "memory", "a long text", "classes"))
 def test_templates_end_in_a_line(monkeypatch, kind, capfd):
     template, said = TEMPLATES[kind]

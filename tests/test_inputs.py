@@ -24,6 +24,7 @@ def tokens_of(found):
     return next(encoder(found)(["a text of some words, and then some more of them"]))
 
 
+@pytest.mark.usefixtures("warm")
 class TestTokenizerState:
     @pytest.mark.parametrize("spoil", ["truncation", "padding", "both", "dropout"])
     def test_what_was_left_switched_on_changes_nothing(self, tokenizer_json, spoil):

@@ -259,7 +259,7 @@ class TestWriters:
         full(1024, tmp_path / "out", kind, "--from", lines, "-o", tmp_path / "out")
 
     def test_lines_that_are_appended(self, tmp_path):
-        """What was there is whole, and what is torn counts as absent."""
+        """Old entries are whole, and torn ones count as absent."""
         path = tmp_path / "lines.jsonl"
         append(path, [{"record": "a", "x": "y" * 1000}])
         whole = path.read_bytes()

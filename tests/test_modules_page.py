@@ -1,4 +1,4 @@
-"""What docs/modules.md shows is run."""
+"""Run what docs/modules.md shows."""
 
 import doctest
 import json

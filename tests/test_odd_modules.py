@@ -65,6 +65,21 @@ class TestExtraState:
         assert_holds(other, tmp_path / "m.bcap")
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor whose values are another one's, as those of sharded and quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*[a.inner if isinstance(a, Elsewhere) else a for a in args], **(kwargs or {}))
+
+
 class TestNoValues:
     def test_meta_modules_are_refused(self):
         with torch.device("meta"):
@@ -77,6 +92,23 @@ class TestNoValues:
         module.head = nn.LazyLinear(VOCABULARY)
         with pytest.raises(CheckpointError, match=r"head\.weight holds no values, it is lazy: run one batch"):
             fit(module)
+
+    @pytest.mark.parametrize(("kind", "said"), [
+        (lambda: torch.eye(4).to_sparse(), "a tensor of the layout sparse_coo: make it dense"),
+        (lambda: torch.eye(4).to_mkldnn(), "a tensor of the layout _mkldnn: make it dense"),
+        (lambda: Elsewhere(torch.eye(4)), "an? Elsewhere: make it an ordinary tensor"),
+    ])  # fmt: skip
+    def test_values_that_lie_elsewhere_are_refused(self, tmp_path, kind, said):
+        """Sparse tensors, and subclasses that keep their values in others: all of the latter have one address, 0."""
+        module = seeded(Plain)
+        module.register_buffer("odd", kind())
+        with pytest.raises(CheckpointError, match=f"odd holds no values, it is {said}"):
+            fit(module)
+        whole = seeded(Plain)
+        whole.register_buffer("odd", torch.eye(4))
+        fit(whole, tmp_path / "m.bcap")
+        with pytest.raises(ArtifactError, match=rf"odd holds no values in the module \(it is {said}"):
+            bytecap.load_into(tmp_path / "m.bcap", module)
 
     @pytest.mark.slow
     def test_nothing_is_changed_where_one_tensor_holds_no_values(self, tmp_path):
@@ -105,6 +137,15 @@ class TestInfinities:
         other.register_buffer("narrow", torch.zeros(3, dtype=torch.bfloat16))
         bytecap.load_into(tmp_path / "m.bcap", other)
         assert_holds(other, tmp_path / "m.bcap")
+
+    @pytest.mark.parametrize("side", [200, 700])
+    def test_a_buffer_that_fills_the_budget_is_named(self, side):
+        """Kept exactly, it is what a larger budget has to hold, however coarse all units are."""
+        module = seeded(Plain)
+        module.register_buffer("mask", torch.randn(side, side))
+        with pytest.raises(bytecap.BudgetError, match=r"the largest units are mask \d{6,7}, ") as caught:
+            fit(module, budget=20_000)
+        assert caught.value.floor > 3 * side**2
 
     def test_parameters_are_refused(self):
         module = seeded(Plain)
@@ -170,7 +211,7 @@ class TestSharedMemory:
 
 
 class Wrapper(nn.Module):
-    """What torch.compile and FSDP leave in names."""
+    """torch.compile and FSDP leave marks in names."""
 
     def __init__(self, module, name):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What others plant where bytecap writes: links and pipes under names it opens, rubbish with a good checksum, files
+"""Others plant things where bytecap writes: links and pipes under names it opens, rubbish with a good checksum, files
 that look like its own; and directories that are written whole or not at all."""
 
 import io

@@ -196,6 +196,23 @@ class TestMxfp4:
 
 
 class TestRefused:
+    def test_layers_that_are_shared(self, checkpoint):
+        c = block_scaled(checkpoint(FLOAT8))
+        c.write()
+        (c.directory / "tying.json").write_text("{}", "utf-8")
+        with pytest.raises(
+            CheckpointError, match=r"shares layers by tying\.json and is quantized, which no file can be"
+        ):
+            load_checkpoint(c.directory)
+
+    @pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+    def test_names_with_a_prefix(self, checkpoint, prefix):
+        c = checkpoint(None)
+        c.tensors = {prefix + n: t for n, t in c.tensors.items()}
+        said = rf"lacks tensor lm_head\.weight \(\d+ missing in all\), and holds {prefix}lm_head\.weight, .*: rename it"
+        with pytest.raises(CheckpointError, match=said):
+            load_checkpoint(c.write())
+
     @pytest.mark.parametrize(
         ("settings", "said"),
         [

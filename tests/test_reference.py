@@ -46,7 +46,7 @@ def main_decoder(data):
 
 
 def outcome(decoder, data):
-    """What a decoder makes of a file: a digest, or the class of its error."""
+    """Outcome of a decoder on a file: a digest, or the class of its error."""
     try:
         return make_goldens.digest(decoder(data))
     except errors.ArtifactError as error:

@@ -271,3 +271,30 @@ def test_other_commands(refused, copied, texts, tmp_path, fitted):
     script.write_text("from bytecap import load\n", "utf-8")
     assert "train_gpt.py names" in refused("golf", "export", path, "--script", script, "-o", tmp_path / "out")
     assert script.read_text("utf-8") == "from bytecap import load\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "recode", "choose", "web"])
+def test_the_file_of_a_method_is_an_input(refused, copied, texts, tmp_path, command):
+    script, gguf = tmp_path / "method.py", tmp_path / "model.gguf"
+    script.write_text("raise SystemExit(3)\n", "utf-8")
+    gguf.write_bytes(b"GGUF")
+    first, said = {
+        "fit": (("fit", copied), f"-o names {script}, which is --method: it would be replaced"),
+        "choose": (("choose", copied, copied), f"-o names {script}, which is --method: it would be replaced"),
+        "recode": (("recode", gguf), "the option method is not for the format gguf"),
+        "web": (("export", "web", copied), "the option method is not for the format gguf"),
+    }[command]
+    output = tmp_path / "site" if command == "web" else script
+    line = refused(*first, "--budget", "25kB", "--eval", texts["val"], "-o", output, "--method", f"{script}:run")
+    assert said in line
+    assert script.read_text("utf-8").startswith("raise")
+
+
+def test_a_card_does_not_replace_the_one_of_its_source(run, copied, fitted):
+    (copied / "README.md").write_text("# Of the source\n", "utf-8")
+    path = fitted("rotary")[1]
+    code, _, err = run("card", path, "--source", copied, "-o", copied / "README.md")
+    assert code == 2
+    assert f"-o names {copied / 'README.md'}, which is --source: it would be replaced" in " ".join(err.split())
+    assert (copied / "README.md").read_text("utf-8") == "# Of the source\n"

@@ -305,8 +305,10 @@ class TestCommands:
         shard(place / "beyond.bin", [*range(5), 96, *range(90)] * 20)
         assert message in refused(*command(factory, **changes))
 
-    def test_modules_that_see_later_tokens(self, command, refused):
-        assert "(Peeking) is no causal language model: its predictions change with the" in refused(*command("Peeking"))
+    def test_modules_that_see_later_tokens(self, place, command, refused):
+        said = "(Peeking) is no causal language model: its predictions change with the"
+        assert said in refused(*command("Peeking"))
+        assert said in refused("eval", "--factory", f"{place}/net.py:Peeking", "--tokens", place / "val.bin")
 
     @pytest.mark.parametrize(("loss", "message"), [("nan", "returned nan"), ("vector", "one number, not a tensor")])
     def test_losses(self, place, command, refused, loss, message):

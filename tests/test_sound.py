@@ -27,13 +27,13 @@ FILES = golden_updates.whole() | {name: u.data for name, u in GOLDEN.items()}
 
 
 class Verdicts:
-    """What every reader makes of a file on its bases."""
+    """Outcome of a file on its bases for every reader."""
 
     def __init__(self, capsys, place):
         self.capsys, self.place = capsys, place
 
     def said(self, call):
-        """What a call returns or prints; None where it refuses, in a line."""
+        """The result or output of a call; None where it refuses, in a line."""
         error, found = "", None
         try:
             found = call()
@@ -190,7 +190,7 @@ CHANGES = (lambda d: d[: len(d) // 2], lambda _: b"", lambda d: d + b"x", lambda
 
 
 def test_hub_directories(run, tmp_path, model_directory, texts):
-    """What `check` says of a directory holds for `unpack` and `load` of it, whole and damaged."""
+    """The verdict of `check` on a directory holds for `unpack` and `load` of it, whole and damaged."""
     options = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}
     source = tmp_path / "hub"
     bytecap.fit(model_directory("rotary"), 60_000, layout="hub", method="uniform", output=source, **options)

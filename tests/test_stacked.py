@@ -7,6 +7,7 @@ from torch import nn
 import bytecap
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.vector import CODER as VECTOR
+from bytecap.methods import METHODS
 from bytecap.model.checkpoint import as_matrix, find_units
 from bytecap.types import Unit
 
@@ -75,6 +76,21 @@ def test_experts_are_coded_as_matrices_and_come_back():
         original = getattr(model, name).detach()
         assert found[name].shape == original.shape
         assert float((torch.from_numpy(found[name].copy()) - original).norm() / original.norm()) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "bytecap"])
+def test_every_baseline_takes_experts_for_matrices(method):
+    model = Experts()
+    budget = sum(p.numel() for p in model.parameters()) + 2000  # a byte a weight; exact ones take some three
+    result = bytecap.fit(model, budget=budget, calibration=batches(6), evaluation=batches(2), method=method)
+    assert len(result.data) <= budget
+    tags = {u.unit.name: u.tag for u in result.contents.units}
+    assert not {VECTOR.tag, EXACT.tag} & {tags["maps"], tags["back"]}
+    for name in ("maps", "back"):
+        original = getattr(model, name).detach()
+        found = torch.from_numpy(result.tensors()[name].copy())
+        assert float((found - original).norm() / original.norm()) < 0.9
 
 
 @pytest.mark.slow

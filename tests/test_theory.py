@@ -1,4 +1,4 @@
-"""What theory says the coder must reach: our own rounding, classes, tables and centroids, H chosen by hand.
+"""Bounds of theory that the coder must reach: our own rounding, classes, tables and centroids, H chosen by hand.
 
 Gaps are in bits a weight above the rate-distortion bound of a Gaussian at the distortion that was measured.
 """

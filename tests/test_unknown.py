@@ -1,4 +1,4 @@
-"""What calibration says nothing about, or nothing finite: kept safe, or refused with unit and window."""
+"""Units that calibration says nothing about, or nothing finite, are kept safe, or refused with unit and window."""
 
 import numpy as np
 import pytest

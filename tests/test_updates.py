@@ -38,7 +38,7 @@ def golden(name):
 
 
 def outcome(decoder, data, bases):
-    """What a decoder makes of a file and its bases: a digest, or the name of its error."""
+    """Outcome of a decoder on a file and its bases: a digest, or the name of its error."""
     try:
         return make_goldens.digest(decoder(data, bases))
     except errors.ArtifactError as error:

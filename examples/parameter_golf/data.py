@@ -109,7 +109,7 @@ def encode(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str]) ->
 
 
 def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[npt.NDArray[np.int64], ...]:
-    """What a token counts in bytes, by the challenge's rule.
+    """The bytes that a token counts, by the challenge's rule.
 
     Returns:
         Three arrays (vocabulary,): bytes of the piece without its space mark (bytes tokens 1, controls 0); 1 where

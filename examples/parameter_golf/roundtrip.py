@@ -1,4 +1,4 @@
-"""What an export loses: the challenge's own export, and scores of several versions of a model on the same tokens.
+"""Measure what an export loses: the challenge's own export, and scores of versions of a model on the same tokens.
 
 `int8_export` is the challenge's baseline in our own words: matrices as int8 with one float16 scale a row, everything
 else as it is, `torch.save`, zlib at level 9.

@@ -1,4 +1,4 @@
-"""What is lost between training and the file that is handed in: the challenge's export, golf and bytecap.
+"""Tell what is lost between training and the file that is handed in: the challenge's export, golf and bytecap.
 
     python table.py --data DIR --states DIR -o table.jsonl                 # all cells that are not in the file yet
     python table.py --data DIR --states DIR -o table.jsonl --cell looped:8000000

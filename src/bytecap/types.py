@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+Bytes = bytes | memoryview
+"""Bytes of a file that are read, not kept: a view spares the copy."""
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -68,7 +68,7 @@ def parts(data):
 
 
 def decoded(index, of, _length, below):
-    """What a file holds, given what its base holds if it is an update."""
+    """The contents of a file, given those of its base if it is an update."""
     shared = Shared(of[2][0] if of[2] else b"", of[7])
     tensors, units = ({}, {}) if below is None else (dict(below.tensors), dict(below.units))
     left_out = index["base"][1] if below is not None else []

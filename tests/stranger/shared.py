@@ -8,7 +8,7 @@ from stranger.basics import Bytes, CorruptError, Table, frequencies, need, raw_l
 
 
 class Shared:
-    """What the sections of units draw on: tables and offsets by class, objects by number."""
+    """The objects that sections of units draw on: tables and offsets by class, objects by number."""
 
     def __init__(self, tables_section, objects):
         self.tables, self.offsets = {}, {}

@@ -33,7 +33,7 @@ def trust(n):
 
 
 class Work:
-    """What all spelled merges of a file whose side and code files have `size` bytes may take (7.3)."""
+    """The work that all spelled merges of a file whose side and code files have `size` bytes may take (7.3)."""
 
     def __init__(self, size):
         self.squares, self.decisions = 1 << 24, (1 << 16) + 64 * size

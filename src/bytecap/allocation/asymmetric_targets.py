@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bytecap.allocation.correction import unit_values
+from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import Inputs, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
@@ -35,7 +35,7 @@ from bytecap.allocation.written_streams import streams_written
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
 from bytecap.model.chain import Chain, find_chain
-from bytecap.model.forward import batch_tokens, batches
+from bytecap.model.forward import batches, many_tokens, rough_products
 from bytecap.model.linears import linear_weights, maps_otherwise, of_transformers
 from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
@@ -127,8 +127,8 @@ def drift_targets(
 
     vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     walk_stages(
-        order, original, quantized_copy, windows, stage, tokens=batch_tokens(vocabulary), device=device,
-        advance=advance, ranks=planner.ranks,
+        order, original, quantized_copy, windows, stage, tokens=many_tokens(vocabulary, device, windows), device=device,
+        advance=advance, ranks=planner.ranks, rough=is_rough(planner, state),
     )  # fmt: skip
     return change
 
@@ -146,6 +146,7 @@ def walk_stages(
     advance: Advance,
     ranks: Ranks = ALONE,
     streams: bool = False,
+    rough: bool = False,
 ) -> None:
     """Walk both models stage by stage, and load into the copy what is made of every stage.
 
@@ -160,6 +161,7 @@ def walk_stages(
         advance: called with the share of the work that is done.
         ranks: processes that share the passes.
         streams: units whose output is added to a residual stream are told what that lacks.
+        rough: whether passes may be rough, see `rough_products`.
 
     Raises:
         LostError: a pass did not call its modules in this order.
@@ -173,16 +175,19 @@ def walk_stages(
         walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
             for _, group in groupby(order, lambda names: _point(names, chain)):
-                calls, there = together(ranks, partial(_calls, walks)), list(group)
+                there = list(group)
+                with rough_products(device, wanted=rough):
+                    calls = together(ranks, partial(_calls, walks))
                 share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
                 written = _streams(original, calls, there, chain, ranks) if streams else {}
                 for names in there:
                     inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
                     found, stream = Moments(), written.get(names[0])
                     begun, width = partial(_inputs, calls, inner, chain, stream), 2 + (stream is not None)
-                    inputs = shared_inputs(ranks, begun, len(data), device, width)
-                    for (x, seen, *lack), (_, mask) in zip(inputs, data, strict=True):
-                        found.add(x, seen, mask, *lack)
+                    with rough_products(device, wanted=rough):
+                        inputs = shared_inputs(ranks, begun, len(data), device, width)
+                        for (x, seen, *lack), (_, mask) in zip(inputs, data, strict=True):
+                            found.add(x, seen, mask, *lack)
                     load_values(quantized_copy, stage(names, found, number))
                     del found, inputs
                     allocator.release()

@@ -23,12 +23,14 @@ from bytecap.allocation.gathered import gathered
 from bytecap.allocation.planner import Planner, State
 from bytecap.format.decoder import from_matrix
 from bytecap.model.evaluation import kl_each
+from bytecap.model.forward import rough_products
 from bytecap.model.quantized_copy import Lazy, Values
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
 from bytecap.system.ranks import ALONE, Ranks
 
 TOKENS = 4096  # that factors are measured on
+_ROUGH_BITS = 5  # a weight
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Factor:
         """Return the factor of a measured loss, with its standard error, which may be NaN, over a prediction."""
         (kl, stderr), predicted = measured, max(predicted, 1e-12)
         return Factor(kl / predicted, stderr / predicted if math.isfinite(stderr) else kl / predicted)
+
+
+def is_rough(planner: Planner, state: State) -> bool:
+    """Return whether a state's errors are so large that passes that measure them may be rough (`rough_products`).
+
+    A GPU's rough products change what a model says by some 1e-6 nats a token, as much as 8 bits a weight do.
+    """
+    return 8 * state.rate < _ROUGH_BITS * planner.parameters
 
 
 def unit_values(planner: Planner, state: State, names: Sequence[str] | None = None) -> Values:
@@ -88,7 +98,8 @@ def measure(
     found: dict[str, Factor] = {}
     groups = roles(planner)
     values = {role: unit_values(planner, state, names) for role, names in groups.items()}
-    measured = kl_each(original, quantized_copy, values, windows, device=device, advance=advance, ranks=ranks)
+    with rough_products(device, wanted=is_rough(planner, state)):
+        measured = kl_each(original, quantized_copy, values, windows, device=device, advance=advance, ranks=ranks)
     for role, names in groups.items():
         found |= dict.fromkeys(names, Factor.of(measured[role], sum(state.distortions[n] for n in names)))
     return found

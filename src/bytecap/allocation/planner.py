@@ -34,6 +34,7 @@ from bytecap.quantization import Shrink
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import Coded, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
+from bytecap.quantization.symbols_there import in_memory
 from bytecap.quantization.trial_values import values_there
 from bytecap.sizes import in_groups
 from bytecap.system.ranks import ALONE, Ranks, owners
@@ -213,7 +214,7 @@ class Planner:
 
     def first_step(self, capacity: float) -> float:
         """Return a first guess of `c0` from Gaussian high-rate theory; `capacity` is in bytes."""
-        bits = 8 * capacity / max(1, self.parameters)
+        bits = max(0.0, 8 * capacity / max(1, self.parameters))  # below: less than nothing is left beside fixed units
         logs = []
         for p in self.matrices:
             diag = p.lower.diagonal().double()
@@ -325,14 +326,19 @@ class Planner:
             coded = state.coded[name]
             if coded.as_in_base:
                 return BASE.tag, b""
-            base = coder_of(coded.code).tag, coder_of(coded.code).encode(coded.code, state.shared).data
+            code = in_memory(coded.code)
+            base = coder_of(code).tag, coder_of(code).encode(code, state.shared).data
             overlays = [coded.overlay] if coded.overlay else []
             if coded.below is not None:
                 return on_base(base, *overlays)
             return (STACK.tag, STACK.encode(base, overlays)) if overlays else base
 
         wanted = list(self.names if names is None else names)
-        return dict(zip(wanted, in_threads(one, wanted), strict=True))
+        sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
+        order = sorted(wanted, key=lambda n: -sizes.get(n, 0))  # the largest last would be waited for alone
+        _ = state.shared.tables.split.coding  # once, before all threads ask for it
+        found = dict(zip(order, in_threads(one, order), strict=True))
+        return {n: found[n] for n in wanted}
 
     def sections(self, state: State) -> dict[str, Section]:
         """All units as they are stored; some are coded at a time, each by the rank that has its integers."""
@@ -355,5 +361,5 @@ def _elsewhere(device: torch.device) -> bool:
 
 
 def _ratio(whole: float, sampled: float) -> float:
-    """What a sample has to be multiplied with to say what the whole does."""
+    """Return the factor from a sample to the whole."""
     return whole / sampled if sampled > 0 else 1.0

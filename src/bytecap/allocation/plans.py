@@ -25,6 +25,7 @@ from bytecap.calibration.residual_streams import streams_of
 from bytecap.errors import BudgetError
 from bytecap.job import Job
 from bytecap.model.evaluation import kl_each
+from bytecap.model.forward import rough_products
 from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import leading
 from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
@@ -83,7 +84,8 @@ def plain_plan(job: Job, prepared: PreparedModel) -> tuple[float, State]:
 
 def _raise_floor(job: Job, prepared: PreparedModel, state: State) -> None:
     floor = math.ceil(state.rate + job.budget - prepared.capacity)
-    top = ", ".join(f"{n} {state.rates[n]:.0f}" for n in sorted(state.rates, key=lambda n: -state.rates[n])[:3])
+    sizes = dict(state.rates) | {n: len(section.data) for n, section in prepared.fixed.items()}
+    top = ", ".join(f"{n} {sizes[n]:.0f}" for n in sorted(sizes, key=lambda n: -sizes[n])[:3])
     raise BudgetError(
         f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; "
         f"the largest units are {top}{advice(prepared.unused)}",
@@ -182,9 +184,11 @@ def best_of(
     Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
     """
     values = {label: correction.unit_values(x.planner, x.state) for label, x in found.items()}
-    measured = kl_each(
-        job.model.module, quantized_copy, values, job.sets.correction, device=job.device, ranks=job.ranks
-    )
+    rough = all(correction.is_rough(x.planner, x.state) for x in found.values())
+    with rough_products(job.device, wanted=rough):
+        measured = kl_each(
+            job.model.module, quantized_copy, values, job.sets.correction, device=job.device, ranks=job.ranks
+        )
     cost = {n: kl + found[n].slope * (found[n].state.rate - capacity) for n, (kl, _) in measured.items()}
     without = min((n for n in cost if n != overlay_menu.LABEL), key=cost.__getitem__)
     best = min(cost, key=cost.__getitem__)

@@ -99,7 +99,7 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
 
 
 def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> PreparedModel:
-    """What `prepare_model` gives for a streamed model: its units are factored as their statistics are completed.
+    """Do what `prepare_model` does for a streamed model: its units are factored as their statistics are completed.
 
     Args:
         job: budget and tokens.
@@ -151,7 +151,7 @@ def _kept(scratch: Scratch, section: Section) -> Section:
 
 
 def _rows_of(model: StreamedModel, unit: Unit) -> Rows:
-    """What gives a unit's weights: its file, or the device's memory where there is room."""
+    """Return the source of a unit's weights: its file, or the device's memory where there is room."""
     if model.scratch.stays(4 * unit.parameters, model.streamed.device):
         return kept_rows(model.scratch.put(model.matrix(unit)), model.streamed.device)
     return partial(model.matrix, unit)

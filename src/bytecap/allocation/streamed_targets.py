@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, passes_of, rounds
-from bytecap.allocation.correction import unit_values
+from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import LostError, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
-from bytecap.model.forward import batch_tokens
+from bytecap.model.forward import many_tokens, rough_products
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
 from bytecap.model.streaming import Pass, Streamed
@@ -47,7 +47,7 @@ def streamed_targets(
     scratch: Scratch,
     advance: Advance,
 ) -> dict[str, KeptTensor]:
-    """What to add to units' targets, (rows, cols) by unit name; see `drift_targets`.
+    """Return the changes of units' targets, (rows, cols) by unit name; see `drift_targets`.
 
     Args:
         planner: prepared units.
@@ -69,9 +69,10 @@ def streamed_targets(
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
     work = _Targets(planner, state, strength, scratch)
     vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
+    tokens = many_tokens(vocabulary, original.device, windows)
     groups = rounds(windows, ROUND_TOKENS[original.device.type])
     for chosen in groups:
-        data = list(passes_of(chosen, batch_tokens(vocabulary), str(original.device)))
+        data = list(passes_of(chosen, tokens, str(original.device)))
         walk = _Walk([original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks)
         try:
             for names in walk.stages():
@@ -95,12 +96,13 @@ class _Targets:
     def stage(self, walk: _Walk, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
         """Aim the units of one stage, and code them for the passes that go on."""
         found, device = Moments(), str(self._units[names[0]].device)
-        pairs = shared_inputs(self._planner.ranks, walk.inputs, len(masks), device)
-        for (x, seen), mask in zip(pairs, masks, strict=True):
-            found.add(x, seen, mask)
-        fit = found.fit([trial_of(self._units[n]) for n in names], self._strength)
-        fix = fit.fix * fit.strength
-        del found, pairs, fit
+        with rough_products(device, wanted=is_rough(self._planner, self._state)):
+            pairs = shared_inputs(self._planner.ranks, walk.inputs, len(masks), device)
+            for (x, seen), mask in zip(pairs, masks, strict=True):
+                found.add(x, seen, mask)
+        fix, granted, _ = found.fit([trial_of(self._units[n]) for n in names], self._strength)
+        fix *= granted
+        del found, pairs
         members: list[Prepared] = []
         for n in names:
             item = self._units[n]

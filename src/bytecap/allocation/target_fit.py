@@ -72,46 +72,59 @@ class Moments:
             mask: real tokens (batch, length), None where all are.
             lack: what the stream that outputs are added to lacks (..., rows).
         """
-        keep = slice(None) if mask is None else mask.reshape(-1)  # some models flatten (batch, length) before a layer
-        one, other = (t.flatten(0, -2)[keep].float() for t in (x, seen))
-        found = [(other.T @ other).double(), ((one - other).T @ other).double()]
-        if lack is not None:
-            found.append((lack.flatten(0, -2)[keep].float().T @ other).double())
+        found = [t.flatten(0, -2) for t in (x, seen, *([] if lack is None else [lack]))]  # some models do it themselves
+        if mask is not None and mask.numel() == len(found[0]):  # else a layer reads more or fewer vectors than tokens
+            found = [t[mask.reshape(-1)] for t in found]
+        one, other, *stream = (t.float() for t in found)
         half = self._batches % 2
         self._batches += 1
         if half == len(self._sums):
-            self._sums.append(found)
+            self._sums.append([(t.T @ other).double() for t in (other, one - other, *stream)])
         else:
-            for total, part in zip(self._sums[half], found, strict=True):
-                total.add_(part)
+            for total, lacks in zip(self._sums[half], (other, one - other, *stream), strict=True):
+                total.add_(lacks.T @ other)  # float32 onto float64, without a copy
 
     def fit(self, matrices: Sequence[tuple[Tensor, Tensor]], most: float) -> Fit:
-        """Return the fit `C (A + ridge)^-1` and its strength, at most `most`, and that of the stream.
+        """Return the fit `C (A + ridge)^-1` and its strength, at most `most`, and that of the stream; frees the sums.
 
         Args:
             matrices: of every unit of the stage, see `trial_of`; the only one where the stream's lack was added.
             most: 1 for the least-squares fit.
         """
-        a, c, *d = (sum(parts[1:], parts[0]) for parts in zip(*self._sums, strict=True))
         if len(self._sums) == 1:
+            a, c, *_ = self._sums.pop()
             return Fit(_solved(a, c, _RIDGES[0]), min(most, _ALONE))
-        if d and most > 0:
+        if len(self._sums[0]) > 2 and most > 0:
             ((weight, rows),) = matrices
             (one, other), ridges = self._tried_together(weight, rows, most)
-            return Fit(_solved(a, c, ridges[0]), one, _solved(a, d[0], ridges[1]) * other)
+            a, c, d = self._whole()
+            return Fit(_solved(a, c, ridges[0]), one, _solved(a, d, ridges[1]) * other)
         gain, strength, ridge = max(self._tried(matrices, ridge) for ridge in _RIDGES)
+        a, c, *_ = self._whole()
         return Fit(_solved(a, c, ridge), min(most, strength) if gain > 0 else 0.0)
+
+    def _whole(self) -> list[Tensor]:
+        """Return the sums of all batches, and let those of halves go."""
+        other, found = self._sums.pop(), self._sums.pop()
+        for total, part in zip(found, other, strict=True):
+            total.add_(part)
+        return found
 
     def _tried(self, matrices: Sequence[tuple[Tensor, Tensor]], ridge: float) -> tuple[float, float, float]:
         """Return gain, strength and ridge of fits to each half, tried on the other one."""
         held = energy = 0.0
         for own, other in ((0, 1), (1, 0)):
             fix = _solved(self._sums[own][0], self._sums[own][1], ridge)
-            a, c = (t.float() for t in self._sums[other][:2])
-            for weight, rows in matrices:
-                change = weight @ fix
-                held += float(rows.double() @ (change * (weight @ c)).sum(1).double())
-                energy += float(rows.double() @ (change * (change @ a)).sum(1).double())
+            changes = [(weight, weight @ fix, rows.double()) for weight, rows in matrices]
+            del fix
+            c = self._sums[other][1].float()
+            for weight, change, rows in changes:
+                held += float(rows @ (change * (weight @ c)).sum(1).double())
+            del c
+            a = self._sums[other][0].float()
+            for _, change, rows in changes:
+                energy += float(rows @ (change * (change @ a)).sum(1).double())
+            del a
         if held <= 0:
             return 0.0, 0.0, ridge
         strength = held / (held + max(energy - held, 0.0) / 2)
@@ -183,8 +196,15 @@ def trial_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solved(a: Tensor, c: Tensor, ridge: float) -> Tensor:
+    lower, info = torch.linalg.cholesky_ex(_damped(a, ridge))
+    if int(info) == 0:
+        found: Tensor = torch.cholesky_solve(c.T, lower)
+    else:
+        found = torch.linalg.solve(_damped(a, ridge), c.T)
+    return found.T.float()
+
+
+def _damped(a: Tensor, ridge: float) -> Tensor:
     damped = a.clone()
     damped.diagonal().add_(max(ridge * float(a.diagonal().mean()), _NOTHING))
-    lower, info = torch.linalg.cholesky_ex(damped)
-    found: Tensor = torch.cholesky_solve(c.T, lower) if int(info) == 0 else torch.linalg.solve(damped, c.T)
-    return found.T.float()
+    return damped

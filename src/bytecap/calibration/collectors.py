@@ -33,7 +33,7 @@ class Use:
 
 
 class Sink(Protocol):
-    """What takes up the parts that batches say about a weight."""
+    """A receiver of the parts that batches say about a weight."""
 
     deliver: Callable[..., None]
 

@@ -46,7 +46,7 @@ Take = Callable[[str, list[Use]], None]
 
 @dataclass
 class _Frame:
-    """What goes into one block for one batch, beside the tensor that is handed on."""
+    """The arguments of one block for one batch, beside the tensor that is handed on."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

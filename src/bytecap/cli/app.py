@@ -12,11 +12,13 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
+import typer.main
 
 from bytecap.cli.card import card
 from bytecap.cli.check import check
@@ -75,6 +77,12 @@ def _options(
         raise UsageError(f"{context.invoked_subcommand} is not divided among ranks: start it as one process")
 
 
+@cache
+def _parser() -> Callable[..., Any]:
+    """Read the signatures of all commands, which takes a program that calls `main` often longer than the rest."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -86,7 +94,7 @@ def main() -> None:
     DEBUG.set(debug)
     try:
         with _ending_in_order():
-            code = app(standalone_mode=False)  # Ctrl-C and typer.Exit come back as a number or as an exception
+            code = _parser()(standalone_mode=False)  # Ctrl-C and typer.Exit come back as a number or as an exception
     except KeyboardInterrupt:
         if debug:
             raise

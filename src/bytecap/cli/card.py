@@ -33,7 +33,7 @@ def card(
     from bytecap.pipeline.cards import card_of
 
     check_output(output)
-    check_inputs({"-o": output}, {"the artifact": path, "--report": report})
+    check_inputs({"-o": output}, {"the artifact": path, "--report": report, "--source": source})
     text = card_of(path, _figures(report), source)
     if output is None:
         sys.stdout.write(text)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bytecap.cli.common import Device, Json, check_inputs, check_output, progress, show
+from bytecap.cli.common import Device, Json, check_inputs, check_output, progress, show, source_file
 from bytecap.cli.options import described
 from bytecap.errors import UsageError
 from bytecap.model.defaults import TOKENS, WINDOW
+from bytecap.system.collisions import Paths
 
 _TEXT = "embedded general text, with a warning"
 
@@ -68,12 +69,12 @@ def choose(
     """Find the best of several models under one cap, in bits per byte on the same text, and keep its file."""
     from bytecap.pipeline.choose import choose as run
     from bytecap.pipeline.contenders import plan
-    from bytecap.report.choice import page
-    from bytecap.report.chosen import print_choice, print_plan
+    from bytecap.report.chosen import print_plan
     from bytecap.sizes import split_budgets
-    from bytecap.system.atomic import write_atomically
 
-    _check(models, output, report, store, {"--eval": evaluation, "--calib": calibration})
+    _check(
+        models, output, report, store, {"--eval": evaluation, "--calib": calibration, "--method": source_file(method)}
+    )
     if dry_run:
         if report is not None:
             raise UsageError("--report draws what was fitted: leave it out with --dry-run")
@@ -90,15 +91,24 @@ def choose(
         finalists=finalists, window=window, method=method, effort=effort, device=device, seed=seed, store=store,
         reporter=progress(as_json),
     )  # fmt: skip
-    if report is not None:
-        write_atomically(page(found.report).encode(), report)
-    show(found.report, as_json, print_choice)
+    _shown(found.report, report, as_json)
+
+
+def _shown(found: dict[str, Any], page_to: Path | None, as_json: bool) -> None:
+    """Write the page of a choice where one is asked for, and show the choice."""
+    from bytecap.report.choice import page
+    from bytecap.report.chosen import print_choice
+    from bytecap.system.atomic import write_atomically
+
+    if page_to is not None:
+        write_atomically(page(found).encode(), page_to)
+    show(found, as_json, print_choice)
 
 
 def _check(
-    models: list[str], output: Path | None, report: Path | None, store: Path | None, texts: dict[str, list[Path] | None]
+    models: list[str], output: Path | None, report: Path | None, store: Path | None, others: dict[str, Paths]
 ) -> None:
     """Refuse outputs that cannot be written or are inputs."""
     check_output(output)
     check_output(report)
-    check_inputs({"-o": output, "--report": report, "--store": store}, {"MODEL": models, **texts})
+    check_inputs({"-o": output, "--report": report, "--store": store}, {"MODEL": models, **others})

@@ -6,12 +6,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bytecap.errors import OutputError, UsageError
+from bytecap.job.config import FitConfig
+from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS
 from bytecap.progress import Bars, Reporter, Silent
 from bytecap.report.plain import finite
 from bytecap.system.atomic import check_kind
@@ -23,6 +26,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Resident = Annotated[
     str, typer.Option(help="decoded, or coded: in the memory of the file, each block decoded just before it runs.")
 ]
+Model = Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Artifact = Annotated[Path, typer.Argument(help="A .bcap file.", metavar="ARTIFACT")]
 Bases = Annotated[
     list[Path] | None,
@@ -40,6 +45,13 @@ Evaluation = Annotated[
 ]
 EvaluationTokens = Annotated[
     int, typer.Option("--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens, over all texts.", min=1)
+]
+MostTokens = Annotated[int | None, typer.Option("--tokens", help="Most calibration tokens.", show_default=str(TOKENS))]
+MostEvaluationTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens.", show_default=str(EVALUATION_TOKENS)
+    ),
 ]
 Tokens = Annotated[int, typer.Option(help="Most calibration tokens.", min=1)]
 Factory = Annotated[
@@ -133,6 +145,18 @@ def source_of(factory: str, model: str | None, state: Path | None, loss: str | N
     if model is not None and (state is not None or not model.endswith(".bcap")):
         raise UsageError(f"give --factory or the model {model}, not both (an artifact may stand for --state)")
     return Source(factory, Path(model) if model is not None else state, loss, table)
+
+
+def completed(
+    config: FitConfig, tokens: int | None, evaluation_tokens: int | None, as_json: bool, kind: str = "FILE"
+) -> FitConfig:
+    """Return the config of a command whose tokens are numbers, and that writes or only says what it would write."""
+    if config.output is None and not config.dry_run:
+        raise typer.BadParameter(f"say where to write with -o {kind}, or use --dry-run")
+    return replace(
+        config, tokens=tokens or TOKENS, evaluation_tokens=evaluation_tokens or EVALUATION_TOKENS,
+        reporter=progress(as_json),
+    )  # fmt: skip
 
 
 def check_output(path: Path | None, made: Path | None = None) -> None:

@@ -53,7 +53,11 @@ def compare(
     ] = None,
     tasks: Annotated[
         list[Path] | None,
-        typer.Option("--tasks", help="Task file (YAML) of lm-evaluation-harness (repeatable).", show_default="none"),
+        typer.Option(
+            "--tasks",
+            help="Task file (YAML) of lm-evaluation-harness (repeatable). Code that it names is run.",
+            show_default="none",
+        ),
     ] = None,
     from_: Annotated[
         Path | None,

@@ -13,6 +13,8 @@ from bytecap.cli.common import (
     Evaluation,
     EvaluationTokens,
     Json,
+    Model,
+    Seed,
     Tokens,
     check_output,
     names,
@@ -22,7 +24,7 @@ from bytecap.cli.common import (
 
 
 def curves(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
+    model: Model,
     budget: Annotated[str, typer.Option("--budget", help="Budget whose operating point is the base.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     base: Annotated[str, typer.Option(help="grid or golf.")] = "grid",
@@ -32,7 +34,7 @@ def curves(
     ] = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     tokens: Tokens = 32_768,
     eval_tokens: EvaluationTokens = 8_192,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import Json, check_inputs, progress, show
+from bytecap.cli.common import Json, MostEvaluationTokens, MostTokens, check_inputs, completed, show
 from bytecap.cli.options import with_config
 from bytecap.job.config import FitConfig
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS
 
 app = typer.Typer(no_args_is_help=True, help="Put a model where others run it.")
 
@@ -32,32 +30,20 @@ def web(
             "--runtime", help="Package of wllama (npm pack @wllama/wllama@2.3.7).", show_default="fetched by npm"
         ),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Most calibration tokens.", show_default=str(TOKENS))
-    ] = None,
-    evaluation_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens.", show_default=str(EVALUATION_TOKENS)
-        ),
-    ] = None,
+    tokens: MostTokens = None,
+    evaluation_tokens: MostEvaluationTokens = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder of at most --budget bytes, runtime included, whose page runs MODEL in the browser."""
     from bytecap.pipeline.export_web import export_web
     from bytecap.report.exported import print_export
 
-    if config.output is None and not config.dry_run:
-        raise typer.BadParameter("say where to write with -o DIR, or use --dry-run")
+    config = completed(config, tokens, evaluation_tokens, as_json, "DIR")
     check_inputs(
         {"-o": config.output},
         {
             "MODEL": model, "--calib": config.calibration, "--eval": config.evaluation, "--runtime": runtime,
             "--recover-text": config.recover_text, "--template": config.template,
         },
-    )  # fmt: skip
-    config = replace(
-        config, tokens=tokens or TOKENS, evaluation_tokens=evaluation_tokens or EVALUATION_TOKENS,
-        reporter=progress(as_json),
     )  # fmt: skip
     show(export_web(model, config, runtime=runtime).report, as_json, print_export)

@@ -8,26 +8,31 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import EMBEDDED, Json, check_inputs, check_output, print_json, progress
+from bytecap.cli.common import (
+    Calibration,
+    Device,
+    Json,
+    Model,
+    MostEvaluationTokens,
+    MostTokens,
+    Seed,
+    check_inputs,
+    check_output,
+    completed,
+    print_json,
+    progress,
+)
 from bytecap.cli.options import with_config
 from bytecap.escape import shown
 from bytecap.job.config import FitConfig
-from bytecap.model.defaults import EVALUATION_TOKENS, TOKENS
-
-_Most = Annotated[int | None, typer.Option("--tokens", help="Most calibration tokens.", show_default=str(TOKENS))]
 
 
 @with_config
 def recode(
     config: FitConfig,
     path: Annotated[Path, typer.Argument(help="A GGUF file in F32, F16, BF16 or Q8_0.", metavar="GGUF")],
-    tokens: _Most = None,
-    evaluation_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--evaluation-tokens", "--eval-tokens", help="Most evaluation tokens.", show_default=str(EVALUATION_TOKENS)
-        ),
-    ] = None,
+    tokens: MostTokens = None,
+    evaluation_tokens: MostEvaluationTokens = None,
     allow_quantized: Annotated[
         bool, typer.Option("--allow-quantized", help="Take a file that is below Q8_0 already.")
     ] = False,
@@ -42,12 +47,7 @@ def recode(
     from bytecap.report.terminal import print_fit
     from bytecap.runtimes.gguf.recode import check_source
 
-    if config.output is None and not config.dry_run:
-        raise typer.BadParameter("say where to write with -o FILE, or use --dry-run")
-    config = replace(
-        config, format="gguf", template=path, tokens=tokens or TOKENS,
-        evaluation_tokens=evaluation_tokens or EVALUATION_TOKENS, reporter=progress(as_json),
-    )  # fmt: skip
+    config = replace(completed(config, tokens, evaluation_tokens, as_json), format="gguf", template=path)
     format_of(config)
     configs = each_budget(config)
     for each in configs:
@@ -71,18 +71,15 @@ def recode(
 
 
 def imatrix(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option("--calibration", "--calib", help="Calibration text (repeatable).", show_default=EMBEDDED),
-    ] = None,
-    tokens: _Most = None,
+    calibration: Calibration = None,
+    tokens: MostTokens = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Every token weighs the same, as in llama.cpp's own tool.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    device: Device = "auto",
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Write an importance matrix for llama-quantize, tokens weighted by their output gradients."""

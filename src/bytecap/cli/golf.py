@@ -67,7 +67,8 @@ def check(
     directory: Annotated[Path, typer.Argument(help="A submission.", metavar="DIR")],
     cap: _Cap = _DEFAULT_CAP,
     eval_: Annotated[
-        str | None, typer.Option("--eval", help="Command to run in a copy of DIR, in quotes.", show_default="none")
+        str | None,
+        typer.Option("--eval", help="Command in quotes, which is run in a copy of DIR.", show_default="none"),
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", help="File that is public data (repeatable).", show_default="none")

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from bytecap.cli.common import EMBEDDED, Device, Json, print_json, progress
+from bytecap.cli.common import EMBEDDED, Device, Json, Model, Seed, print_json, progress
 from bytecap.escape import shown
 from bytecap.system.cache import blamed
 
 
 def tie(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, or `demo`.")],
+    model: Model,
     blocks: Annotated[int, typer.Option("--blocks", help="Blocks that stay; without --search they divide the depth.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
     init: Annotated[str, typer.Option(help="How shared blocks start: stepwise, average or lower.")] = "average",
@@ -30,7 +30,7 @@ def tie(
     ] = None,
     labels: Annotated[float, typer.Option(help="Share of the text's own next tokens in the loss.")] = 0.0,
     rate: Annotated[float, typer.Option(help="First learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     store: Annotated[
         Path | None,
@@ -43,10 +43,10 @@ def tie(
 
     with blamed(store):
         found = run(
-        model, blocks, output, init=init, rank=lora_rank, train=train, steps=steps, search=search,
-        search_steps=search_steps, labels=labels, rate=rate, seed=seed, device=device, store=store,
-        reporter=progress(as_json),
-    )  # fmt: skip
+            model, blocks, output, init=init, rank=lora_rank, train=train, steps=steps, search=search,
+            search_steps=search_steps, labels=labels, rate=rate, seed=seed, device=device, store=store,
+            reporter=progress(as_json),
+        )  # fmt: skip
     if as_json:
         print_json(found)
     else:

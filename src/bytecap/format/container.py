@@ -28,7 +28,7 @@ from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.contents import FILE, Base, Contents, FileSection, StoredUnit, UnitSection
-from bytecap.format.filebytes import FileBytes
+from bytecap.format.filebytes import FileBytes, checksums
 from bytecap.format.ledger import Entry, total
 from bytecap.format.wire.shared_objects import describe
 from bytecap.format.work import Meter
@@ -186,7 +186,7 @@ def _directory(data: bytes | FileBytes, name: str) -> list[_Span]:
     """Check header, directory and every checksum; return the sections' places."""
     length = _check_header(data, name)
     directory = data[HEADER_SIZE : HEADER_SIZE + length]
-    spans, at, start = [], 0, HEADER_SIZE + length
+    spans, sums, at, start = list[_Span](), list[int](), 0, HEADER_SIZE + length
     count, at = read_leb(directory, at)
     for i in range(count):
         if at >= len(directory):
@@ -195,14 +195,16 @@ def _directory(data: bytes | FileBytes, name: str) -> list[_Span]:
         size, at = read_leb(directory, at + 1)
         if at + 4 > len(directory) or start + size > len(data):
             raise CorruptError(f"{name} is damaged: section {i} runs past the end")
-        (checksum,) = struct.unpack_from("<I", directory, at)
-        if zlib.crc32(data[start : start + size]) != checksum:
-            raise CorruptError(f"{name} is damaged: the checksum of section {i} (kind {kind}) does not match")
+        sums += struct.unpack_from("<I", directory, at)
         spans.append(_Span(kind, start, size))
         at += 4
         start += size
     if at != len(directory) or start != len(data):
         raise CorruptError(f"{name} is damaged: bytes are left over behind the last section")
+    found = checksums(data, [(s.start, s.start + s.length) for s in spans])
+    for i, span in enumerate(spans):
+        if found[i] != sums[i]:
+            raise CorruptError(f"{name} is damaged: the checksum of section {i} (kind {span.kind}) does not match")
     return spans
 
 
@@ -279,12 +281,12 @@ def parse(data: bytes | FileBytes, name: str = "the artifact") -> Contents:
         if flags > 7 or flags < 0:
             raise CorruptError(f"{name} uses reserved flags for {unit}")
         described = Unit(unit, tuple(shape), dtype, tuple(aliases), bool(flags & 1), bool(flags & 2), bool(flags & 4))
-        section = data[at.start : at.start + at.length]
-        meter.take(unit, size, tag, section, described.matrix_shape)
+        read = partial(_bytes_of, data, at)
         units.append(
-            UnitSection(described, tag, section) if isinstance(data, bytes)
-            else StoredUnit(described, tag, at.length, partial(data.__getitem__, slice(at.start, at.start + at.length)))
+            UnitSection(described, tag, read()) if isinstance(data, bytes)
+            else StoredUnit(described, tag, at.length, read)
         )  # fmt: skip
+        meter.take(units[-1], size)
     files = [FileSection(n, d) for n, d in zip(index.files, body(FILE), strict=True)]
     files += [FileSection(n, d, CODE) for n, d in zip(_code(index), body(CODE), strict=True)]
     padding = b"".join(body(PADDING))
@@ -292,6 +294,10 @@ def parse(data: bytes | FileBytes, name: str = "the artifact") -> Contents:
         raise CorruptError(f"{name} holds something in its padding")
     base = Base(index.base[0], tuple(index.base[1])) if isinstance(index.base, tuple) else None
     return Contents(tuple(units), tables, tuple(files), index.about, len(padding), body(SHARED), base)
+
+
+def _bytes_of(data: bytes | FileBytes, span: _Span) -> bytes:
+    return data[span.start : span.start + span.length]
 
 
 def _expected_kinds(data: bytes | FileBytes, spans: list[_Span], name: str) -> tuple[_Index, list[int]]:

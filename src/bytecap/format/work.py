@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bytecap.errors import CorruptError
 from bytecap.format.coders import coder, overlay_coder
+from bytecap.format.contents import UnitSection
 
 SPARE, PER_BYTE = 1 << 28, 1 << 14  # steps of all values together: for nothing, and for every byte of the file
 
@@ -52,14 +53,17 @@ class Meter:
     def __init__(self, size: int) -> None:
         self.left = most(size)
 
-    def take(self, name: str, size: int, tag: int, data: bytes, shape: tuple[int, int]) -> None:
-        """Account for one unit of a declared size.
+    def take(self, section: UnitSection, size: int) -> None:
+        """Account for one unit of a declared size; the section is read only where its steps are more than one.
 
         Raises:
             CorruptError: more work than the file may ask for; the message names the unit.
         """
+        name = section.unit.name
         try:
-            self.left -= size * steps(tag, data, shape)
+            owner = coder(section.tag)
+            many = hasattr(owner, "parts") or hasattr(owner, "steps")
+            self.left -= size * (steps(section.tag, section.data, section.unit.matrix_shape) if many else 1)
         except CorruptError as exc:
             raise CorruptError(f"units {name}: {exc}") from exc
         if self.left < 0:

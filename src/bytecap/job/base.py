@@ -68,7 +68,7 @@ class Installed:
         return own.dtype == matrix.dtype and own.shape == matrix.shape and own.tobytes() == matrix.tobytes()
 
     def below(self, files: Sequence[str]) -> Base:
-        """What an update says of it that comes with files of these names."""
+        """Return the reference of an update that comes with files of these names."""
         return Base(self.sha256, tuple(n for n in self.files if n not in files), self.contents)
 
     def on(self, contents: Contents) -> Contents:

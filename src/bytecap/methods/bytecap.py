@@ -41,12 +41,14 @@ from bytecap.methods.floats import fit_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units, near_cap
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import by_window, kl_to
+from bytecap.model.forward import rough_products
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.model.uncertainty import ratio_stderr, surely_worse
 from bytecap.progress import warn
 from bytecap.quantization.options import Options, effort_on
+from bytecap.quantization.quantizer import compile_ahead
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
@@ -62,6 +64,7 @@ _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after r
 def run(job: Job) -> Outcome:
     """Find the best sections under the cap."""
     options = Options.of(job.options, partial(warn, job.reporter), effort_on(job.device, job.config.effort))
+    compile_ahead(options, job.device)
     if isinstance(job.model, StreamedModel):
         prepared = prepare_streamed(job, job.model, options)
     else:
@@ -271,9 +274,10 @@ def _cost(job: Job, planner: Planner, state: State, slope: float, quantized_copy
     The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
     """
     load_values(quantized_copy, correction.unit_values(planner, state))
-    found = by_window(
-        job.model.module, quantized_copy, {"": {}}, job.sets.correction, device=job.device, ranks=job.ranks
-    )[""]
+    with rough_products(job.device, wanted=correction.is_rough(planner, state)):
+        found = by_window(
+            job.model.module, quantized_copy, {"": {}}, job.sets.correction, device=job.device, ranks=job.ranks
+        )[""]
     share_storage(quantized_copy, job.model.module)
     return found.kl + slope * state.rate * found.tokens, found.tokens
 

@@ -22,7 +22,7 @@ Size = Callable[[Mapping[str, Section], bytes], int]
 _GLOBAL_TRIES = 8
 _UNIT_TRIES = 40
 _UNIT_CHANGE = 0.1  # of a unit's log-step at once: more would spend its bytes off the plan's slope
-_ENOUGH = 16  # bytes left over that are not worth another rounding
+_ENOUGH, _PART = 16, 2**22  # bytes left over that are not worth another rounding; of large files a part of the cap
 
 
 def allowed_slack(budget: int) -> int:
@@ -115,15 +115,15 @@ def _move_units(
     matrices = planner.matrices if among is None else among
     units = sorted((p for p in matrices if p.unit.parameters), key=lambda p: p.unit.parameters)
     total = size(packed.sections, packed.tables)
-    failures = 0
+    failures, enough = 0, max(_ENOUGH, budget // _PART)
     for _ in range(_UNIT_TRIES if units else 0):
         left = budget - total
-        if left <= _ENOUGH:
+        if left <= enough:
             break
         able = [p for p in units if _bytes_per_e(p) * _UNIT_CHANGE >= left]
         item = able[failures % len(able)] if able else units[-1 - failures % len(units)]
         name = item.unit.name
-        change = min(_UNIT_CHANGE, 0.8**failures * (left - _ENOUGH / 2) / _bytes_per_e(item))
+        change = min(_UNIT_CHANGE, 0.8**failures * (left - enough / 2) / _bytes_per_e(item))
         section, moved = _requantize(planner, packed.state, name, -change)
         length = total - packed.sections[name].length + section.length
         if total < length <= budget:

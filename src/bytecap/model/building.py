@@ -169,7 +169,7 @@ def _check_type(kind: Any, said: str) -> None:
     if configuration_auto.CONFIG_MAPPING[kind] in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     what = next((w for table, w in _OTHER_KINDS.items() if kind in getattr(modeling_auto, table, ())), "")
-    found = f"model_type {kind!r} is {what}" if what else f"model_type {kind!r} is none of a causal language model"
+    found = f"model_type {kind!r} is {what}" if what else f"model_type {kind!r} names no causal language model"
     raise CheckpointError(
         f"{said}: {found}, AutoModelForCausalLM has no class for it, so it scores no text; fit it as a module with a "
         "loss of your own"

@@ -257,9 +257,11 @@ def build_module(directory: Path, shapes: Shapes, dense: Dequantized | None = No
         for name in sorted(found["unexpected_keys"]):  # codes of such weights are under other names
             if (refusal := refuse_unread(name, directory)) is not None:
                 raise refusal
-        raise CheckpointError(
-            f"{directory} lacks tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)"
+        missing, others = found["missing_keys"], sorted(found["unexpected_keys"])
+        beside = (
+            f", and holds {others[0]}, which the model of config.json has no place for: rename it" if others else ""
         )
+        raise CheckpointError(f"{directory} lacks tensor {min(missing)} ({len(missing)} missing in all){beside}")
     return freeze(module)
 
 
@@ -303,7 +305,22 @@ def unready(tensor: torch.Tensor) -> str:
     """Say why a tensor holds no values; an empty text if it does."""
     if is_lazy(tensor):
         return "lazy: run one batch through the module first"
-    return "on the meta device: load its weights first" if tensor.is_meta else ""
+    if tensor.is_meta:
+        return "on the meta device: load its weights first"
+    kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    if kind != "strided":
+        return f"a tensor of the layout {kind}: make it dense first"
+    return (
+        "" if not tensor.numel() or _address(tensor) else f"a {type(tensor).__name__}: make it an ordinary tensor first"
+    )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor's values lie; 0 of subclasses that keep them in other tensors, sharded or quantized."""
+    try:
+        return int(tensor.data_ptr())
+    except RuntimeError:
+        return 0
 
 
 def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) -> tuple[Unit, ...]:

@@ -2,8 +2,8 @@
 
 All arithmetic is float32, an operation after the other. Sources of the layouts: DeepSeek-V3 (block scales), the OCP
 microscaling formats (E2M1 codes, E8M0 scales), bitsandbytes (code books with blockwise maxima, LLM.int8),
-compressed-tensors (packed integers), GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978) as AutoGPTQ and AutoAWQ pack
-them. Omitted: layouts that a kernel has shuffled for itself, such as Marlin's.
+compressed-tensors (packed integers), MLX (affine groups), GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978) as
+AutoGPTQ and AutoAWQ pack them. Omitted: layouts that a kernel has shuffled for itself, such as Marlin's.
 
 >>> import torch
 >>> block_scaled(torch.ones(3, 2), torch.tensor([[2.0], [4.0]]), (2, 2)).tolist()
@@ -257,6 +257,8 @@ def packed_integers(
     bits = fitting[0]
     if _WORD % bits and words.shape[1] == -(-cols // (_WORD // bits)):  # early versions left a gap in every word
         raise Misfit(f"{cols} codes of {bits} bits take as many words with gaps as without")
+    if zeros is not None and zeros.ndim != 2:
+        raise Misfit(f"zeros of shape {list(zeros.shape)} for a weight of {[rows, cols]}")
     values = unpack_words(words, bits, cols)
     offsets = None if zeros is None else unpack_words(zeros.T.contiguous(), bits, rows).T
     return integers(values, scales, offsets, order)
@@ -295,6 +297,28 @@ def _in_any_order(order: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None
 def _spread(offsets: Tensor, shape: Sequence[int]) -> Tensor:
     """Zero points, one for every weight."""
     return block_scaled(torch.ones(tuple(shape)), offsets.to(torch.float32))
+
+
+def affine(words: Tensor, scales: Tensor, biases: Tensor, group: int, bits: int) -> Tensor:
+    """A matrix as MLX packs it: `scale * code + bias`, with a scale and a bias for every group of columns.
+
+    Args:
+        words: (rows, words), uint32, codes packed along the columns without gaps.
+        scales: (rows, groups).
+        biases: (rows, groups).
+        group: columns in a group.
+        bits: of a code.
+
+    Raises:
+        Misfit: the shapes do not belong together.
+    """
+    fit = words.ndim == scales.ndim == 2 and biases.shape == scales.shape and len(words) == len(scales)
+    if not fit or words.shape[1] * _WORD != scales.shape[1] * group * bits or not scales.is_floating_point():
+        shapes = ", ".join(f"{list(t.shape)}" for t in (words, scales, biases))
+        raise Misfit(f"words, scales and biases of shape {shapes} for {bits} bits in groups of {group}")
+    codes = fields(words.view(torch.int32), bits).to(torch.float32)
+    scale, bias = (t.to(torch.float32).repeat_interleave(group, 1) for t in (scales, biases))
+    return codes * scale + bias
 
 
 def rows_of_int8(codes: Tensor, maxima: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ from bytecap.format.decoder import Units
 from bytecap.format.decoder import decode_each as decode_on_processor
 from bytecap.format.entropy import jit, rans
 from bytecap.format.entropy.frequencies import TOTAL
+from bytecap.model.staging import Parts, sent
 from bytecap.sizes import in_groups
-from bytecap.types import Unit
+from bytecap.types import Bytes, Unit
 
 _TAGS = (GRID.tag, TRELLIS.tag, LONG_TRELLIS.tag)
 _TOGETHER = 2**30  # values of a batch, which take two bytes each while it is decoded
@@ -43,6 +44,8 @@ _LARGEST = 2**30  # values of a matrix; the programs count with 32 bits
 _LANES = 2048  # of a stream that a program holds in registers; half of it takes twice the time on an H200
 _SIZES = {"ROWS": 64, "COLS": 256, "ABOVE": 8}  # of a tile; rows above it whose path bits matter
 _ENTRY = 264  # entries of a subset's table in `bytecap.format.coders.direct.Model`
+_WAITING = 8  # part of a file's values that the processor's threads may decode before they are taken
+_PARSERS = 4  # threads that parse sections: more of them wait for one another
 _WARPS = 8  # of a program that decodes a stream
 
 Array = npt.NDArray[Any]
@@ -67,7 +70,8 @@ def decode_each(
         CorruptError: a section cannot be decoded; the message names the unit.
     """
     if not usable(device):
-        return decode_on_processor(contents, threads=jit.cores())
+        waiting = sum(u.unit.parameters for u in contents.units) // _WAITING
+        return decode_on_processor(contents, threads=jit.cores(), ahead=waiting)
     return _decode_each(contents, device, dtype)
 
 
@@ -101,7 +105,7 @@ class DeviceUnits:
 
     def batch(self, sections: Sequence[UnitSection], dtypes: dict[str, torch.dtype]) -> Batch:
         """Make a batch of sections, whose floating-point values will have these types by unit."""
-        with ThreadPoolExecutor(jit.cores()) as pool:
+        with ThreadPoolExecutor(min(_PARSERS, jit.cores())) as pool:
             found = list(pool.map(self._matrix, sections)) if self._alone else [None] * len(sections)
         served = [(s, m) for s, m in zip(sections, found, strict=True) if m is not None]
         return Batch(self, [s for s, m in zip(sections, found, strict=True) if m is None], served, dtypes)
@@ -142,24 +146,7 @@ class _Matrix:
     direct: Direct
     states: npt.NDArray[np.uint32]
     words: npt.NDArray[np.uint16]
-    tail: bytes
-
-
-class _Parts:
-    """Arrays that are put behind one another in one tensor."""
-
-    def __init__(self, kind: Any) -> None:
-        self._arrays, self._kind, self._size = [np.zeros(0, kind)], kind, 0
-
-    def add(self, array: Array) -> int:
-        """Append an array; returns where it begins."""
-        self._arrays.append(array.reshape(-1).astype(self._kind, copy=False))
-        self._size += array.size
-        return self._size - array.size
-
-    def to(self, device: torch.device) -> Tensor:
-        """Return all of it on a device, with one more element, so that an address is never that of nothing."""
-        return torch.from_numpy(np.concatenate([*self._arrays, np.zeros(1, self._kind)])).to(device)
+    tail: Bytes
 
 
 class _Packed:
@@ -177,11 +164,11 @@ class _Packed:
     def __init__(self) -> None:
         self.matrices: list[list[int]] = []
         self.runs: list[list[int]] = []
-        self.tiles: list[Array] = []
+        self.tiles = Parts(np.int32)
         self.weights = self.escapes = 0
-        self.words, self.states, self.path = _Parts(np.int16), _Parts(np.int32), _Parts(np.uint8)
-        self.rank, self.groups, self.kinds = _Parts(np.int32), _Parts(np.int16), _Parts(np.int32)
-        self.row_scale, self.scale = _Parts(np.float32), _Parts(np.float32)
+        self.words, self.states, self.path = Parts(np.int16), Parts(np.int32), Parts(np.uint8)
+        self.rank, self.groups, self.kinds = Parts(np.int32), Parts(np.int16), Parts(np.int32)
+        self.row_scale, self.scale = Parts(np.float32), Parts(np.float32)
 
     def add(self, matrix: _Matrix, *, transposed: bool) -> None:
         """Append a matrix."""
@@ -193,7 +180,7 @@ class _Packed:
         self.row_scale.add(d.row_scale)
         for fine, scale, groups, rows in zip(d.fine, d.scale, d.column_groups, d.runs, strict=True):
             first = np.meshgrid(rows[:: _SIZES["ROWS"]], np.arange(0, d.shape[1], _SIZES["COLS"]), indexing="ij")
-            self.tiles.append(np.stack([np.full(first[0].size, len(self.runs)), *(f.reshape(-1) for f in first)], 1))
+            self.tiles.add(np.stack([np.full(first[0].size, len(self.runs)), *(f.reshape(-1) for f in first)], 1))
             width, column = int(fine.sum()), self.scale.add(scale)
             self.rank.add(np.where(fine, np.cumsum(fine) - 1, -1))
             self.runs.append([
@@ -202,6 +189,16 @@ class _Packed:
             ])  # fmt: skip
             bit += width * len(rows)
         self.weights, self.escapes = self.weights + count, self.escapes + room
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """Return all arrays on a device, by name."""
+        parts = {n: p for n, p in vars(self).items() if isinstance(p, Parts)}
+        for name in ("matrices", "runs"):
+            parts[name] = Parts(np.int64)
+            parts[name].add(np.array(getattr(self, name), np.int64))
+        found = dict(zip(parts, sent(list(parts.values()), device), strict=True))
+        widths = {"matrices": len(self.matrices[0]), "runs": len(self.runs[0]), "tiles": 3}
+        return found | {n: found[n][:-1].view(-1, width) for n, width in widths.items()}
 
 
 class Batch:
@@ -274,12 +271,10 @@ class _Launch:
         self._weights, self._room = packed.weights, packed.escapes
         rooms = [len(m.tail) for _, m in served]
         self._begun = np.cumsum(rooms) - rooms
-        self._tiles = torch.from_numpy(np.concatenate(packed.tiles).astype(np.int32)).to(self._device)
-        self._runs = torch.tensor(packed.runs, device=self._device)
-        self._numbers = torch.tensor(packed.matrices, device=self._device)
-        self._words, self._states = packed.words.to(self._device), packed.states.to(self._device)
-        names = ("path", "rank", "groups", "kinds", "row_scale", "scale")
-        self._sides = [getattr(packed, n).to(self._device) for n in names]
+        there = packed.to(self._device)
+        self._tiles, self._runs, self._numbers = there["tiles"], there["runs"], there["matrices"]
+        self._words, self._states = there["words"], there["states"]
+        self._sides = [there[n] for n in ("path", "rank", "groups", "kinds", "row_scale", "scale")]
 
     def decode(self) -> dict[str, Tensor]:
         """Return the values by unit."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bytecap.errors import ArtifactError, UsageError
-from bytecap.format import updates
+from bytecap.format import container, updates
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_units, side_files
 
@@ -33,10 +33,10 @@ def load_model(
 ) -> nn.Module:
     """Return the decoded model as a torch module in evaluation mode.
 
-    Units are decoded on all cores and go to the device one by one, so the processor's memory holds one unit beside what
-    stays there; a GPU decodes matrices itself where triton is installed. With `resident="coded"` weights stay coded in
-    memory and every block is decoded just before it runs: the same logits in the memory of the file, two blocks and
-    activations, and slower (`docs/scale.md`).
+    Units are decoded on all cores and go to the device one by one, so the processor's memory holds an eighth of the
+    values, or the largest unit, beside what stays there; a GPU decodes matrices itself where triton is installed. With
+    `resident="coded"` weights stay coded in memory and every block is decoded just before it runs: the same logits in
+    the memory of the file, two blocks and activations, and slower (`docs/scale.md`).
 
     Args:
         path: `.bcap` file.
@@ -49,7 +49,8 @@ def load_model(
         ArtifactError: the file cannot be trusted or holds no config, or its base is missing or another. UsageError:
             an option is none of these, or the model cannot be kept coded.
     """
-    return module_of(updates.read(path, base), str(path), device=device, dtype=dtype, resident=resident)
+    contents = updates.attached(container.open_file(path), updates.found(updates.paths_of(base)), str(path))
+    return module_of(contents, str(path), device=device, dtype=dtype, resident=resident)
 
 
 def module_of(

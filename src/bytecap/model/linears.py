@@ -62,6 +62,6 @@ def of_transformers(module: torch.nn.Module) -> bool:
 
 
 def place_of(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    """What tells a tensor of a module from others: its memory and shape; the object itself where it holds no values."""
+    """Return what tells a tensor from others: its memory and shape; the object itself where it holds no values."""
     own = tensor.numel() and not tensor.is_meta
     return tensor.data_ptr() if own else id(tensor), tuple(tensor.shape)

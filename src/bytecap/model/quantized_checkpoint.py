@@ -44,9 +44,9 @@ _ACTIVATIONS = (
 )  # fmt: skip
 _TOOLS = {
     "gptq": "gptqmodel", "awq": "gptqmodel", "quanto": "optimum-quanto", "hqq": "hqq", "aqlm": "aqlm",
-    "torchao": "torchao", "modelopt": "nvidia-modelopt", "auto-round": "auto-round",
+    "torchao": "torchao", "modelopt": "nvidia-modelopt", "auto-round": "auto-round", "mlx": "mlx-lm",
 }  # fmt: skip
-_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors", "gptq", "awq")
+_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors", "gptq", "awq", "mlx")
 _CODES = ("weight", "_packed", "_blocks", "_proj", "qzeros", "g_idx")  # how names of tensors of codes end
 _PACKED = ("weight", "_packed", "_blocks")  # of which those that share bytes and words
 _BITS = 4  # of a code, where nothing else is said
@@ -87,7 +87,7 @@ class Dequantized:
         weight = self._weights[name]
         try:
             return weight.formula({role: self._stored.read(part) for role, part in weight.parts.items()})
-        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as exc:
+        except (ValueError, LookupError, TypeError, OverflowError, RuntimeError) as exc:
             raise CheckpointError(f"tensor {name} cannot be dequantized from {weight.parts['codes']}: {exc}") from exc
 
     def keep(self, name: str, value: Tensor, dtype: str) -> None:
@@ -179,7 +179,7 @@ def roughly_dense(config: Mapping[str, Any], headers: dict[Path, Header], where:
     bits = said if type(said) is int and said in dequantize.GPTQ_BITS else _BITS
 
     def counted(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-        packed = {"I32": 32 // bits, "U8": 2}.get(entry["dtype"], 1) if name.endswith(_PACKED) else 1
+        packed = {"I32": 32 // bits, "U32": 32 // bits, "U8": 2}.get(entry["dtype"], 1) if name.endswith(_PACKED) else 1
         return {**entry, "shape": [*entry["shape"], packed]}
 
     return {path: {n: counted(n, e) for n, e in header.items()} for path, header in headers.items()}
@@ -187,7 +187,7 @@ def roughly_dense(config: Mapping[str, Any], headers: dict[Path, Header], where:
 
 def _is_code(name: str, entry: Mapping[str, Any]) -> bool:
     """Return whether a tensor that belongs to no weight looks like the codes of one."""
-    return name.endswith(_CODES) and entry["dtype"] in (*FLOAT8, "I8", "U8", "I32")
+    return name.endswith(_CODES) and entry["dtype"] in (*FLOAT8, "I8", "U8", "I32", "U32")
 
 
 def _check_method(settings: Mapping[str, Any], where: Path) -> str:
@@ -211,8 +211,9 @@ def _check_method(settings: Mapping[str, Any], where: Path) -> str:
 def _plain(config: Any, wide: bool) -> bytes:
     """Return a config that says nothing of the quantization, and float32 where dense values need it."""
     for part in parts(config):
-        for key in ("quantization_config", "compression_config"):
-            part.pop(key, None)
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if key != "quantization" or isinstance(part.get(key), dict):
+                part.pop(key, None)
         for key in ("dtype", "torch_dtype"):
             if wide and key in part:
                 part[key] = "float32"

@@ -29,6 +29,7 @@ _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantiz
             "mxfp4-pack-quantized", "mixed-precision", "dense")  # fmt: skip
 _LAYOUT_KEYS = ("format", "checkpoint_format", "version")  # in which writers of GPTQ and AWQ name it
 _ZEROS_OFF = {"gptq": 1, "gptq_v2": 0}  # what the stored zero points of a format of GPTQ lack
+_MLX = "quantization"  # where MLX describes one
 _ROLES = {  # of tensors of compressed-tensors, behind the weight's name
     "scales": "_scale", "shape": "_shape", "zeros": "_zero_point", "whole": "_global_scale", "order": "_g_idx",
 }  # fmt: skip
@@ -47,6 +48,9 @@ class Weight:
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return what a config says of the quantization of its weights, itself or nested; None if it is dense."""
     for part in parts(config):
+        mlx = part.get(_MLX)
+        if isinstance(mlx, dict) and {"group_size", "bits"} <= mlx.keys():
+            return {**mlx, "quant_method": "mlx"}
         found = part.get("quantization_config", part.get("compression_config"))
         if isinstance(found, dict) and found:
             return found
@@ -102,6 +106,9 @@ def layout_not_read(settings: Mapping[str, Any]) -> str | None:
         found = said if said not in _ZEROS_OFF else None
         if found is None and settings.get("bits") not in dequantize.GPTQ_BITS:
             return ""
+    elif method == "mlx":
+        modes = {str(e.get("mode", "affine")) for e in (settings, *settings.values()) if isinstance(e, dict)}
+        found = " or ".join(sorted(modes - {"affine"})) or None
     elif method == "awq":
         said = _said_layout(settings)
         found = said if said not in {"gemm", "GEMM"} else None
@@ -236,6 +243,23 @@ def _awq(entries: Header, _: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
     return _layers(entries, {"zeros": "qzeros", "scales": "scales"}, {}, formula)
 
 
+def _mlx(entries: Header, settings: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Integers of 2 to 8 bits with a scale and a bias for groups of inputs; modules may have sizes of their own."""
+
+    def formula(said: Any) -> Formula:
+        group, bits = said.get("group_size"), said.get("bits")
+        if type(group) is not int or type(bits) is not int or group < 1 or bits not in _WIDTHS:
+            raise CheckpointError(f"quantization: {str(bits)[:40]} bits in groups of {str(group)[:40]} are none of MLX")
+        return lambda p: dequantize.affine(p["codes"], p["scales"], p["biases"], group, bits)
+
+    for name, entry in entries.items():
+        stem = name.removesuffix(".weight")
+        beside = {"scales": f"{stem}.scales", "biases": f"{stem}.biases"}
+        if stem != name and entry["dtype"] == "U32" and all(n in entries for n in beside.values()):
+            own = settings.get(stem)
+            yield name, Weight({"codes": name, **beside}, formula(own if isinstance(own, dict) else settings))
+
+
 def _layers(
     entries: Header, needed: Mapping[str, str], optional: Mapping[str, str], formula: Formula
 ) -> Iterator[tuple[str, Weight]]:
@@ -251,4 +275,5 @@ def _layers(
 FINDERS: dict[str, Callable[[Header, Mapping[str, Any]], Iterator[tuple[str, Weight]]]] = {
     "fp8": _float8, "fbgemm_fp8": _float8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq,
+    "mlx": _mlx,
 }  # fmt: skip

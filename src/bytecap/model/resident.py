@@ -34,7 +34,7 @@ _SMALL = 2**16  # values of a tensor that stays decoded
 
 @dataclass(eq=False)
 class _Part:
-    """What is decoded together: (module, name of the parameter, its unit)."""
+    """A group that is decoded together: (module, name of the parameter, its unit)."""
 
     places: list[tuple[nn.Module, str, UnitSection]] = field(default_factory=list)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # by unit

@@ -172,7 +172,7 @@ def attach(streamed: Streamed) -> Streamed:
 
 
 def of(module: nn.Module) -> Streamed | None:
-    """What a module's values are read from; None for modules that hold their values."""
+    """Return the source of a module's values; None for modules that hold their values."""
     found: Streamed | None = vars(module).get(_ATTRIBUTE)
     return found
 

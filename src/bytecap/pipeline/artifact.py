@@ -22,6 +22,7 @@ from bytecap.system.directories import replacing_directory
 from bytecap.system.scratch import Scratch
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -117,11 +118,15 @@ class Artifact:
         """Decode the values, by name and with aliases."""
         return decode_units(self.contents)
 
-    def load_model(self, **options: Any) -> nn.Module:
+    def load_model(
+        self, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", resident: str = "decoded"
+    ) -> nn.Module:
         """Return the decoded model as a torch module in evaluation mode, as `bytecap.load_model` reads it from a file.
 
         Args:
-            **options: those of `bytecap.load_model`: device, dtype, resident.
+            device: where the values go.
+            dtype: of floating-point tensors.
+            resident: decoded, or coded: in the memory of the file.
 
         Raises:
             UsageError: a dry run made no file. ArtifactError: the file holds no config.
@@ -134,7 +139,8 @@ class Artifact:
         if contents.base is not None:  # its own bases were read for the job
             contents = replace(contents, base=self.contents.base)
         name = str(self.report.get("model", "the artifact"))
-        return module_of(contents, name, beside=hub.plain_files(self.beside), **options)
+        beside = hub.plain_files(self.beside)
+        return module_of(contents, name, device=device, dtype=dtype, resident=resident, beside=beside)
 
 
 class FiledArtifact(Artifact):

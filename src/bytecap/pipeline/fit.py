@@ -160,7 +160,7 @@ def _fit_hub(model: Model | Path | str, configs: Sequence[FitConfig], started: f
         if config.output is not None:
             check_directory(Path(config.output))
     loaded = model if isinstance(model, Model) else _load(model, asked)
-    plans = [hub_directory.plan(loaded, config) for config in configs]
+    plans = [hub_directory.divide(loaded, config) for config in configs]
     with plans[0].floor():
         found = _fit_all(loaded, [p.config for p in plans], started)
     return [p.finished(a) for p, a in zip(plans, found, strict=True)]

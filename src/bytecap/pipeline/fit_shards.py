@@ -22,7 +22,7 @@ from bytecap.model.inputs import check_causal
 from bytecap.model.module import device_of, next_token, speech, vocabulary
 from bytecap.model.shards import ByteCounts, byte_counts, check_ids, expand, read_shard, shard_sets, windows
 from bytecap.model.sources import as_paths, report_sets
-from bytecap.model.texts import Text, TokenSets
+from bytecap.model.texts import Text, TokenSets, Window
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.fit import each_budget, finish_all
 from bytecap.pipeline.fit_module import check_method, with_loss
@@ -104,10 +104,14 @@ def shard_sets_of(source: Source, model: Model, config: FitConfig, reporter: Rep
         check_method(config.method)
         found = with_loss(found, scoring)
     elif found.statistics:
-        ids = torch.tensor([found.statistics[0].tokens[:-1]])
-        check_causal(model.module, model.name, source.size(model.module, loss), ids=ids)
+        _refuse_others(model, found.statistics[0], source.size(model.module, loss))
     report_sets(found, reporter)
     return found
+
+
+def _refuse_others(model: Model, window: Window, size: int | None) -> None:
+    """Refuse a module whose logits for a window change with later tokens of it."""
+    check_causal(model.module, model.name, size, ids=torch.tensor([window.tokens[:-1]]))
 
 
 def score_shards(
@@ -122,7 +126,7 @@ def score_shards(
     size = source.size(model.module, loss)
     counts = source.counts()
     scoring = source.scoring(model.module, loss)
-    scores = []
+    scores: list[Score] = []
     for path in expand(shards):
         found = read_shard(path)
         check_ids(path, found, size)
@@ -130,6 +134,8 @@ def score_shards(
         text = Text(path.name, tuple(windows(found, source.window, tokens, counts)))
         if scoring is not None:
             text = with_loss(TokenSets((), (), (text,), 0), scoring).evaluation[0]
+        elif not scores and text.windows:
+            _refuse_others(model, text.windows[0], size)
         with reporter.step(path.name, text.tokens) as advance:
             scores.append(evaluate(model.module.to(target), text, device=target, progress=advance))
     return scores

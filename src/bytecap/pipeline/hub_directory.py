@@ -35,7 +35,7 @@ _WIDEST = 99.9999  # figure of a card, in nats or bits
 
 
 @dataclass(frozen=True)
-class Plan:
+class DividedBudget:
     """A directory before its weights are fitted.
 
     Attributes:
@@ -111,7 +111,7 @@ def check_options(config: FitConfig) -> None:
             raise UsageError(f"--no-{name} is not for --layout {HUB}: transformers needs the file")
 
 
-def plan(model: Model, config: FitConfig) -> Plan:
+def divide(model: Model, config: FitConfig) -> DividedBudget:
     """Divide a budget among the weights and the other files.
 
     Raises:
@@ -132,7 +132,7 @@ def plan(model: Model, config: FitConfig) -> Plan:
     if taken >= cap:
         raise BudgetError(f"{_taken(taken, cap)}: nothing is left for {hub.FILE}", taken)
     inner = replace(config, layout="file", budget=cap - taken, tokenizer=False, config=False, output=None)
-    return Plan(config, cap, inner, sections, beside, source, reserve)
+    return DividedBudget(config, cap, inner, sections, beside, source, reserve)
 
 
 def _taken(taken: int, cap: int) -> str:

@@ -1,4 +1,4 @@
-"""What a file holds beside its units, and what changes in it where it is an update of a file that the receiver has.
+"""Put together what a file holds beside its units, also where it is an update of a file that the receiver has.
 
 An update lists no unit that is as in its base, and no side file that the base holds too.
 """

@@ -15,7 +15,7 @@ import torch
 
 _Found = TypeVar("_Found")
 _Item = TypeVar("_Item")
-_SHARE = 24  # of a GPU's memory, one part for what is under way
+_SHARE = 12  # of a GPU's memory, one part for what is under way
 _STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}  # few: memory that one has freed serves no other
 
 

@@ -28,7 +28,7 @@ from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
-from bytecap.quantization.ahead import Ahead, entries, of_one_shape
+from bytecap.quantization.ahead import Ahead, of_one_shape
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.symbols_there import GridCodeThere
@@ -43,7 +43,7 @@ FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain n
 ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
 _BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
-_BYTES_UNDER_WAY = 8  # of them, while a batch is rounded
+_A_WEIGHT, _AN_ENTRY = 8, 4  # bytes of a GPU's memory to a weight and to a Hessian entry, while a batch is rounded
 
 _A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
 
@@ -101,7 +101,7 @@ class Prepared:
         return replace(self, weight=self.weight + change)
 
     def scaled(self, coded: Coded) -> Coded:
-        """What was rounded as it counts for the whole unit, where it is a sample of its rows."""
+        """Return the rounded rows as they count for the whole unit, where they are a sample."""
         return coded
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
@@ -222,7 +222,7 @@ def round_units(
     ranked = owners(costs, ranks.size)
     ahead = Ahead(
         begin, [i for i, rank in enumerate(ranked) if rank == ranks.rank or ranks.size == 1],
-        [_BYTES_UNDER_WAY * len(b) * entries(*b[0].shape) for b in batches], device,
+        [len(b) * (_A_WEIGHT * rows + _AN_ENTRY * cols) * cols for b in batches for rows, cols in [b[0].shape]], device,
     )  # fmt: skip
     coded: dict[str, Coded] = {}
     centres = np.zeros((2, 64, 17))
@@ -266,6 +266,15 @@ def _trellis(device: str) -> Callable[..., Callable[[], Rounded]]:
     return lambda *args, **more: partial(round_trellis, *args, **more)
 
 
+def compile_ahead(options: Options, device: str) -> None:
+    """Begin to compile what rounds on a GPU, where it is compiled, while statistics are collected."""
+    target = torch.device(device)
+    if options.trellis and target.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from bytecap.quantization import cuda as there
+
+        there.compile_ahead(options.memory, target)
+
+
 def _begin_batch(
     items: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options
 ) -> Callable[[], Rounded]:
@@ -278,7 +287,7 @@ def _begin_batch(
         for part, values in item.slabs():
             weight[i, :, part] = (values / row_step[part, None]).T[order]
         rows.append(item.rows.float() * row_step.square())
-    lower = torch.stack([item.lower.whole() for item in items])
+    lower = torch.stack([item.lower.whole() for item in items]) if len(items) > 1 else first.lower.whole()[None]
     order = torch.stack([item.order for item in items])
     step = torch.tensor([steps[item.unit.name] for item in items], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)

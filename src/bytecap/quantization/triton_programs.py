@@ -16,7 +16,7 @@ ACS-bottleneck", IEEE Trans. Communications 37(8), 1989.
 import triton
 import triton.language as tl
 
-from bytecap.quantization.triton_search import backward, forward, nearest_point
+from bytecap.quantization.triton_search import backward, forward, nearest_point, sum_of_parts
 
 _FAR = tl.constexpr(1e30)
 
@@ -124,40 +124,54 @@ def _paths(U, W, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _feed(FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, rows, scale, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Write column k with fed-back errors to Y (rows,); returns its mean square in whitened steps."""
+def _all_pairs(Y, W, T, BACK, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.constexpr):
+    """Find the points V (rows,) of the best path of eight states."""
+    _ends(Y, W, T, s, rows, length, SEGMENTS)
+    tl.debug_barrier()
+    _borders(T, BACK, BORDER, SEGMENTS)
+    tl.debug_barrier()
+    _paths(Y, W, BORDER, CAME, V, s, rows, length, SEGMENTS)
+
+
+@triton.jit
+def _feed(
+    FED, LOWER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, begin, end, cols, rows, scale, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write rows of column k with fed-back errors to Y (rows,); returns their summed squares in whitened steps."""
     j, within = tl.arange(0, BLOCK), k - lo
     later = (j > within) & (j < hi - lo)
-    factor = tl.load(INNER + j * BLOCK + within, later, 0.0)[:, None]
+    factor, own = tl.load(LOWER + (lo + j) * cols + k, later, 0.0)[:, None], tl.load(LOWER + k * cols + k)
     done = ERROR + (lo + j).to(tl.int64)[:, None] * rows
     energy = tl.zeros([ROWS], tl.float32)
-    for start in range(0, rows, ROWS):
+    for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
-        inside = r < rows
-        y = tl.load(FED + within * rows + r, inside, 0.0) + tl.load(WEIGHT + k.to(tl.int64) * rows + r, inside, 0.0)
-        y += tl.sum(tl.load(done + r[None, :], later[:, None] & inside[None, :], 0.0) * factor, 0)
+        inside = r < end
+        fed = tl.sum(tl.load(done + r[None, :], later[:, None] & inside[None, :], 0.0) * factor, 0)
+        fed += tl.load(FED + within * rows + r, inside, 0.0)
+        y = fed / own + tl.load(WEIGHT + k.to(tl.int64) * rows + r, inside, 0.0)
         x = y / scale * tl.load(WHITEN + r, inside, 0.0)
         energy += x * x
         tl.store(Y + r, y, inside)
-    return tl.sum(energy, 0) / rows
+    return tl.sum(energy, 0)
 
 
 @triton.jit
 def _settle(
-    Y, V, ROW_CLASS, ROW_WEIGHT, OFFSET, WEIGHT, ERROR, SYMBOLS, CENTRE, k, stored, column, fine, s, rows,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr,
+    Y, V, ROW_CLASS, ROW_WEIGHT, OFFSET, WEIGHT, ERROR, SYMBOLS, CENTRE, k, stored, column, fine, s, begin, end,
+    rows, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr,
     FIXED: tl.constexpr, MEMORY: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """Write symbols and errors of column k; returns the summed, weighted squared error.
+    """Write symbols and errors of rows of column k; returns the summed, weighted squared error.
 
     Where it is `fine`, V holds points, or with more than eight states paths.
     """
     unit, more = tl.where(fine, 2.0, 1.0), tl.where(fine, OCTAVE, 0)
     row_of = k.to(tl.int64) * rows
     cost = tl.zeros([ROWS], tl.float32)
-    for start in range(0, rows, ROWS):
+    for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
-        inside = r < rows
+        inside = r < end
         y = tl.load(Y + r, inside, 0.0)
         u = y / s
         cls = tl.minimum(tl.maximum(column + tl.load(ROW_CLASS + r, inside, 0), 1), CLASSES - 1)
@@ -181,31 +195,39 @@ def _settle(
     return tl.sum(cost, 0)
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "first", "length", "head"])
+@triton.jit(do_not_specialize=["lo", "hi", "first", "length", "head", "parts"])
 def round_columns(
-    INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
-    CENTRE, Y, T, BACK, BORDER, CAME, V, lo, hi, cols, rows, first, length, head,
+    LOWER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
+    CENTRE, Y, T, BACK, BORDER, CAME, V, ENERGY, MET, lo, hi, cols, rows, first, length, head, parts,
     SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr, LEADS: tl.constexpr,
-    LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CENTRES: tl.constexpr,
     UNIT: tl.constexpr, OCTAVE: tl.constexpr, SAMPLE: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Round columns lo..hi-1 of matrix `program`, last first; see `bytecap.quantization.trellis._round_columns`."""
-    b = tl.program_id(0).to(tl.int64)
+    """Round columns lo..hi-1 of a matrix, last first; see `bytecap.quantization.trellis._round_columns`.
+
+    Up to MOST programs, which have to run at the same time, share the segments of a matrix and meet in every column.
+    """
+    b, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    begin = tl.minimum(part * SEGMENTS * length, rows)
+    end = tl.minimum(begin + SEGMENTS * length, rows)
     whole, lead, one = b * cols * rows, b * cols, b * rows
     Y, V, row_weight = Y + one, V + one, ROW_WEIGHT + one
-    BORDER = BORDER + b * 2 * SEGMENTS
+    ENDS = BORDER + b * (parts * (4 * SEGMENTS + 2)) + part * 2 * SEGMENTS
+    BORDER = BORDER + b * (parts * (4 * SEGMENTS + 2)) + parts * 2 * SEGMENTS
+    ENERGY, MET = ENERGY + b * 2 * parts, MET + b
     if MEMORY == 3:
         T, BACK, CAME = T + b * SEGMENTS * 64, BACK + b * SEGMENTS * 8, CAME + b * SEGMENTS * length
     else:
-        CAME = CAME + b * (SEGMENTS << BITS) * (length // (MEMORY - 1)) * (MEMORY // 2)
+        CAME = CAME + (b * parts + part) * (SEGMENTS << BITS) * (length // (MEMORY - 1)) * (MEMORY // 2)
     for back in range(hi - lo):
         k = hi - 1 - back
         scale = tl.load(SCALE + lead + k)
         energy = _feed(
-            FED + b * (hi - lo) * rows, INNER + b * BLOCK * BLOCK, WEIGHT + whole, ERROR + whole, WHITEN + one, Y, k,
-            lo, hi, rows, scale, BLOCK, ROWS,
+            FED + b * (hi - lo) * rows, LOWER + b * cols * cols, WEIGHT + whole, ERROR + whole, WHITEN + one, Y, k,
+            lo, hi, begin, end, cols, rows, scale, BLOCK, ROWS,
         )  # fmt: skip
+        energy = sum_of_parts(ENERGY + k % 2 * parts, energy, part, MET, parts, MOST) / rows
         column = tl.floor(2 * tl.log2(tl.maximum(energy, 1e-12)) + 0.5).to(tl.int32) + UNIT
         column = tl.minimum(tl.maximum(column, 1), CLASSES - 1)
         stored = tl.load(ORDER + lead + k)
@@ -215,22 +237,22 @@ def round_columns(
         tl.debug_barrier()
         if fine:
             if MEMORY == 3:
-                _ends(Y, row_weight, T, s, rows, length, SEGMENTS)
-                tl.debug_barrier()
-                _borders(T, BACK, BORDER, SEGMENTS)
-                tl.debug_barrier()
-                _paths(Y, row_weight, BORDER, CAME, V, s, rows, length, SEGMENTS)
+                _all_pairs(Y, row_weight, T, BACK, BORDER, CAME, V, s, rows, length, SEGMENTS)
             else:
                 forward(
-                    Y, row_weight, CAME, BORDER, s, rows, length, head, SEGMENTS, WARM, MEMORY, BITS, LEADS, LANE_LEADS
+                    Y, row_weight, CAME, ENDS, s, rows, length, head, part, SEGMENTS, WARM, MEMORY, BITS, LEADS,
+                    LANE_LEADS,
                 )  # fmt: skip
                 tl.debug_barrier()
-                backward(CAME, BORDER, V, rows, length, head, SEGMENTS, MEMORY, BITS)
+                backward(
+                    CAME, ENDS, BORDER, BORDER + 2 * parts * SEGMENTS, MET, V, rows, length, head, part, parts,
+                    SEGMENTS, MEMORY, BITS, MOST,
+                )  # fmt: skip
             tl.debug_barrier()
         cost = _settle(
             Y, V, ROW_CLASS + one, row_weight, OFFSET, WEIGHT + whole, ERROR + whole, SYMBOLS + whole,
-            CENTRE + b * 2 * CLASSES * CENTRES, k, stored, column, fine, s, rows, ROWS, CLASSES, CENTRES, OCTAVE,
-            SAMPLE, FIXED, MEMORY, LOW, HIGH,
+            CENTRE + b * 2 * CLASSES * CENTRES, k, stored, column, fine, s, begin, end, rows, ROWS, CLASSES, CENTRES,
+            OCTAVE, SAMPLE, FIXED, MEMORY, LOW, HIGH,
         )  # fmt: skip
-        tl.store(COST + lead + k, cost)
+        tl.store(COST + (b * parts + part) * cols + k, cost)
         tl.debug_barrier()

@@ -140,7 +140,8 @@ def _loaded(FROM, first, lane, rows, PERIOD: tl.constexpr, LANES: tl.constexpr):
     found = ()
     for part in tl.static_range((PERIOD + LANES - 1) // LANES):
         row = first + part * LANES + lane
-        found = found + (tl.load(FROM + row, (row >= 0) & (row < rows), 0.0),)
+        there = (row >= 0) & (row < rows)
+        found = found + (tl.load(FROM + row, there, 0.0, cache_modifier=".cg"),)  # some are another program's
     return found
 
 
@@ -154,10 +155,10 @@ def _of_row(values, lane, row: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def forward(
-    U, W, CAME, BORDER, s, rows, length, head, SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr,
-    BITS: tl.constexpr, LEADS: tl.constexpr, LANE_LEADS: tl.constexpr,
+    U, W, CAME, ENDS, s, rows, length, head, part, SEGMENTS: tl.constexpr, WARM: tl.constexpr,
+    MEMORY: tl.constexpr, BITS: tl.constexpr, LEADS: tl.constexpr, LANE_LEADS: tl.constexpr,
 ):  # fmt: skip
-    """Find predecessors CAME, a bit a state, and in BORDER (2, segments) the best states at two places of a segment.
+    """Find predecessors CAME, a bit a state, and in ENDS (2, segments) the best states at two places of a segment.
 
     These are its end, and `head` rows behind its begin. CAME (length / period, words, segments, lanes) holds two rows a
     word. Rows behind the last cost nothing: whatever state they end in, they come from the best state of the last row.
@@ -167,7 +168,7 @@ def forward(
     seg = tl.arange(0, SEGMENTS)[:, None] + tl.zeros([SEGMENTS, LANES], tl.int32)
     lane = tl.arange(0, LANES)[None, :] + tl.zeros([SEGMENTS, LANES], tl.int32)
     one, own = tl.arange(0, SEGMENTS), CAME + seg * LANES + lane
-    first = seg * length - WARM
+    first = (part * SEGMENTS + seg) * length - WARM
     c = (tl.zeros([SEGMENTS, LANES], tl.float32),)
     for _ in tl.static_range(15):
         c = c + (tl.zeros([SEGMENTS, LANES], tl.float32),)
@@ -196,12 +197,12 @@ def forward(
             for j in tl.static_range((PERIOD + 1) // 2):
                 tl.store(to + j * SEGMENTS * LANES, words[j].to(tl.int32, bitcast=True))
             if i == WARM + head - PERIOD:
-                tl.store(BORDER + SEGMENTS + one, _best(c, lane, MEMORY, BITS))
+                tl.store(ENDS + SEGMENTS + one, _best(c, lane, MEMORY, BITS))
         if i % (4 * PERIOD) == 0:
             lowest, _place = _least(c)
             c = _lowered(c, tl.min(lowest, 1)[:, None])
         u, w = next_u, next_w
-    tl.store(BORDER + one, _best(c, lane, MEMORY, BITS))
+    tl.store(ENDS + one, _best(c, lane, MEMORY, BITS))
 
 
 @triton.jit
@@ -265,7 +266,7 @@ def _traced(
 
 @triton.jit
 def _back(
-    CAME, PATH, end, rows, length, begin, SEGMENTS: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr,
+    CAME, PATH, end, rows, length, begin, part, SEGMENTS: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr,
     KEPT: tl.constexpr,
 ):  # fmt: skip
     """Trace segments back from states `end` (segments,) behind row `begin`; returns the states that they begin in."""
@@ -282,31 +283,60 @@ def _back(
     for back in range(last + 1):
         before = tl.maximum(last - back - 1, 0)
         following = _words(own + before * (WORDS * apart), apart, WORDS)  # on their way meanwhile
-        at = seg * length + (last - back) * PERIOD
+        at = (part * SEGMENTS + seg) * length + (last - back) * PERIOD
         t = _traced(words, t, lane, PATH, at, rows, MEMORY, BITS, PARTS, KEPT)
         words = following
     return tl.max(t, 1)
 
 
 @triton.jit
+def meet(COUNT, parts):
+    """Wait until all programs of a matrix have come here; what each has written before, all can read behind it."""
+    tl.debug_barrier()
+    if parts > 1:
+        now = tl.atomic_add(COUNT, 1, sem="acq_rel", scope="gpu") + 1
+        until = (now + parts - 1) // parts * parts
+        while now < until:
+            now = tl.atomic_add(COUNT, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+
+
+@triton.jit
+def sum_of_parts(FROM, own, part, COUNT, parts, MOST: tl.constexpr):
+    """Return the sum of what every program of a matrix brings, in the same order in all; FROM has room for it."""
+    if parts > 1:
+        tl.store(FROM + part, own)
+        meet(COUNT, parts)
+        each = tl.arange(0, MOST)
+        own = tl.sum(tl.load(FROM + each, each < parts, 0, cache_modifier=".cg"), 0)
+    return own
+
+
+@triton.jit
 def backward(
-    CAME, BORDER, PATH, rows, length, head, SEGMENTS: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr
+    CAME, ENDS, BEGUN, CHANGED, COUNT, PATH, rows, length, head, part, parts, SEGMENTS: tl.constexpr,
+    MEMORY: tl.constexpr, BITS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Trace every segment back from where the next one begins in the end, to the paths PATH (rows,).
 
-    A path are the last bits up to a row's own, the newest in bit 0: one more than a state has.
+    A path are the last bits up to a row's own, the newest in bit 0: one more than a state has. BEGUN (2, parts,
+    segments) and CHANGED (2, parts) serve rounds in turn, so that nobody overwrites what another still has to read.
     """
     one, last = tl.arange(0, SEGMENTS), (rows - 1) // length
-    own, end = BORDER + one, tl.load(BORDER + one)
-    begun = _back(CAME, PATH, tl.load(own + SEGMENTS), rows, length, head, SEGMENTS, MEMORY, BITS, False)
-    changes = 1
+    seg, end = part * SEGMENTS + one, tl.load(ENDS + one)
+    begun = _back(CAME, PATH, tl.load(ENDS + SEGMENTS + one), rows, length, head, part, SEGMENTS, MEMORY, BITS, False)
+    tl.store(BEGUN + seg, begun)
+    meet(COUNT, parts)
+    turn, changes = 0, 1
     while changes > 0:
-        tl.debug_barrier()
-        tl.store(own, begun)
-        tl.debug_barrier()
-        following = tl.where(one < last, tl.load(own + 1, one < last, 0), end)
-        again = _back(CAME, PATH, following, rows, length, length, SEGMENTS, MEMORY, BITS, True)
+        following = tl.load(BEGUN + turn * parts * SEGMENTS + seg + 1, seg < last, 0, cache_modifier=".cg")
+        following = tl.where(seg < last, following, end)
+        again = _back(CAME, PATH, following, rows, length, length, part, SEGMENTS, MEMORY, BITS, True)
+        turn = 1 - turn
+        tl.store(BEGUN + turn * parts * SEGMENTS + seg, again)
         changes = tl.sum((again != begun).to(tl.int32), 0)
+        changes = sum_of_parts(CHANGED + turn * parts, changes, part, COUNT, parts, MOST)
+        tl.debug_barrier()
         begun = again
 
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from bytecap.job import Job
 from bytecap.model.evaluation import kl_to
-from bytecap.model.forward import batch_tokens, batches
+from bytecap.model.forward import batch_tokens, batches, predictions
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.types import Unit
@@ -228,9 +228,10 @@ def whole(job: Job, parts: Mapping[str, Part], common: Sequence[Tensor], *, step
             ids, mask = prepared[step % len(prepared)]
             inside, mask = ids[:, :-1].to(job.device), mask.to(job.device)
             with torch.no_grad():
-                target = original(inside).logits[mask].log_softmax(-1)
+                target = predictions(original(inside), mask).log_softmax(-1)
             optimizer.zero_grad()
-            found = functional_call(quantized_copy, {n: p.stored() for n, p in parts.items()}, (inside,)).logits[mask]
+            values = {n: p.stored() for n, p in parts.items()}
+            found = predictions(functional_call(quantized_copy, values, (inside,)), mask)
             loss = torch.nn.functional.kl_div(found.log_softmax(-1), target, reduction="batchmean", log_target=True)
             loss.backward()
             optimizer.step()

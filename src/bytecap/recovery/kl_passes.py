@@ -22,6 +22,7 @@ from bytecap.model.oom_retry import halving
 from bytecap.model.texts import iteration_windows, leading
 
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one iteration
+_A_BATCH = 20 * 2**30  # bytes of a GPU's memory for each 2048 tokens of a pass, the whole job's among them
 _CHECK_TOKENS = 8192
 _REMEMBERED = {"cpu": 2**27, "cuda": 2**31}  # bytes of the original's logits on them
 
@@ -33,6 +34,13 @@ def tokens_of_iteration(device: str) -> int:
     (2048, 16384)
     """
     return _TOKENS[torch.device(device).type]
+
+
+def _many(device: torch.device) -> int:
+    """Return by how much passes are larger where a GPU has much memory: what fills it least is what starts kernels."""
+    if device.type != "cuda":
+        return 1
+    return min(8, max(1, torch.cuda.get_device_properties(device).total_memory // _A_BATCH))
 
 
 @contextlib.contextmanager
@@ -81,7 +89,7 @@ class Passes:
 
     def __init__(self, job: Job, quantized_copy: nn.Module) -> None:
         self._job, self._quantized_copy = job, quantized_copy
-        self._batch = pass_tokens(job.model.module, torch.device(job.device))
+        self._batch = pass_tokens(job.model.module, torch.device(job.device)) * _many(torch.device(job.device))
         self._pool = list(job.sets.recovery or job.sets.statistics)
         self._source = iteration_windows(self._pool, tokens_of_iteration(job.device), job.seed)
         self.read, self.iterations = 0, 0

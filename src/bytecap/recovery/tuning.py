@@ -118,12 +118,13 @@ class _TuningRun:
             load_values(quantized_copy, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
 
     def optimizer(self) -> torch.optim.Adam:
-        """Return Adam over all tensors that are tuned now."""
-        groups = []
+        """Return Adam over all tensors that are tuned now; those of one rate are moved together."""
+        alike: dict[float, list[Tensor]] = {}
         for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
             rate = RATE if name.startswith("target ") else VALUES_RATE
             rate *= self.parameters.vector_size(name[7:]) if name.startswith("vector ") else 1.0
-            groups.append({"params": [t], "lr": rate, "first": rate})
+            alike.setdefault(rate, []).append(t)
+        groups = [{"params": tensors, "lr": rate, "first": rate} for rate, tensors in alike.items()]
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
     def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:

@@ -2,7 +2,7 @@
 
 A score is a mean over questions: accuracies as the task defines them, and for the metric `perplexity` the mean log
 likelihood of an answer in nats, of which the harness would take the exponential. Task files may name functions, which
-the harness runs. Omitted: metrics that are no means over questions.
+the harness runs, as it runs their templates (SECURITY.md). Omitted: metrics that are no means over questions.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ from bytecap.format import overlays
 from bytecap.format.coders.direct import Direct, Model
 from bytecap.format.entropy.frequencies import TOTAL, Table, Tables
 from bytecap.format.entropy.rans import Stream, decode
+from bytecap.types import Bytes
 
 FloatArray = npt.NDArray[np.float32]
 Decoding = Generator[list[Stream] | Direct, Any, npt.NDArray[Any]]
-"""What a coder yields: streams, for which it is sent their symbols, or a `Direct`, for which values or None."""
+"""A coder yields streams, for which it is sent their symbols, or a `Direct`, for which values or None."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def like(tensor: Any, array: npt.NDArray[Any]) -> Any:
     return array if isinstance(tensor, np.ndarray) else tensor.new_tensor(array)
 
 
-def read_leb(data: bytes, at: int) -> tuple[int, int]:
+def read_leb(data: Bytes, at: int) -> tuple[int, int]:
     """Read an unsigned LEB128 integer of at most 9 bytes; returns (value, next position)."""
     value = shift = 0
     while True:

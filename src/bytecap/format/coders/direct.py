@@ -24,6 +24,7 @@ from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import PROB_BITS, TOTAL, Table, Tables
 from bytecap.format.entropy.rans import MAX_SYMBOL, check_end, read_zigzag, split
+from bytecap.types import Bytes
 
 Array = npt.NDArray[Any]
 NONE = 2**16 - 1
@@ -110,7 +111,7 @@ def in_steps(
 
 
 class SharedParts(Protocol):
-    """What is read here of `bytecap.format.coders.Shared`."""
+    """The part of `bytecap.format.coders.Shared` that is read here."""
 
     @property
     def model(self) -> Model:
@@ -137,7 +138,7 @@ class Direct:
         largest: size of an escaped symbol.
     """
 
-    payload: bytes
+    payload: Bytes
     shape: tuple[int, int]
     shared: SharedParts
     column_class: Array
@@ -145,7 +146,7 @@ class Direct:
     row_class: Array
     scale: npt.NDArray[np.float32]
     row_scale: npt.NDArray[np.float32]
-    path: bytes = b""
+    path: Bytes = b""
     masks: tuple[int, int] = (0, 0)
     largest: int = MAX_SYMBOL
 
@@ -172,10 +173,8 @@ class Direct:
     @cached_property
     def column_groups(self) -> list[npt.NDArray[np.uint16]]:
         """For every row group, the model's group of every column by kind of row, (kinds, cols)."""
-        fine = self.fine.astype(np.int64)
-        return [
-            self.shared.model.group[fine[g][None, :], self._classes(g, self.kinds[0])] for g in range(len(fine))
-        ]  # fmt: skip
+        group, fine = self.shared.model.group.reshape(-1), CLASSES * self.fine.astype(np.int64)
+        return [group.take(self._classes(g, self.kinds[0]) + fine[g]) for g in range(len(fine))]
 
     @property
     def runs(self) -> list[range]:
@@ -250,7 +249,7 @@ class Direct:
                 above = bits[-_ABOVE:]
                 yield rows, group, bits
 
-    def escaped(self, at: Array, subset: Array, tail: bytes) -> tuple[npt.NDArray[np.float32], float]:
+    def escaped(self, at: Array, subset: Array, tail: Bytes) -> tuple[npt.NDArray[np.float32], float]:
         """Read the values of escapes.
 
         Args:

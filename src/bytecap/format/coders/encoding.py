@@ -25,11 +25,7 @@ _WIDTHS = (np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32))
 
 
 class Code(Protocol):
-    """What is read here of `bytecap.format.coders.grid.GridCode`."""
-
-    @property
-    def symbols(self) -> Array:
-        """Integers (rows, cols)."""
+    """The parts of a code that are read here, those of `bytecap.format.coders.grid.GridCode`."""
 
     @property
     def column_class(self) -> Array:
@@ -44,14 +40,14 @@ class Code(Protocol):
         """Dependent columns (groups, cols)."""
 
 
-def served(code: Code) -> bool:
+def served(symbols: Array) -> bool:
     """Return whether machine code pays, and takes integers of this type."""
-    return code.symbols.dtype in _WIDTHS and code.symbols.size > 0 and jit.worth(code.symbols.size)
+    return symbols.dtype in _WIDTHS and symbols.size > 0 and jit.worth(symbols.size)
 
 
 def _groups(code: Code) -> list[slice]:
     """Rows of every group."""
-    sizes = [len(p) for p in np.array_split(np.arange(len(code.symbols)), len(code.column_class))]
+    sizes = [len(p) for p in np.array_split(np.arange(len(code.row_class)), len(code.column_class))]
     return [slice(a, b) for a, b in pairwise(np.cumsum([0, *sizes]).tolist())]
 
 
@@ -65,13 +61,18 @@ def _ones(fine: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     return -fine.astype(np.int32)
 
 
-def payload(code: Code, tables: Tables) -> bytes:
-    """Encode the stream of a matrix's symbols; dependent columns need split tables.
+def payload(code: Code, symbols: Array, tables: Tables) -> bytes:
+    """Encode the stream of a matrix's symbols.
+
+    Args:
+        code: of the matrix.
+        symbols: its integers (rows, cols), which may take a while to get at.
+        tables: of the file; dependent columns need split ones.
 
     Raises:
         CorruptError: the class of a weight has no table.
     """
-    rows, cols = code.symbols.shape
+    rows, cols = symbols.shape
     states = np.full(lanes(rows * cols), LOW, np.uint32)
     lane = (rows * cols - 1) % len(states) + 1
     kinds, of_row = np.unique(code.row_class, return_inverse=True)
@@ -89,7 +90,7 @@ def payload(code: Code, tables: Tables) -> bytes:
             part = slice(first, min(first + high, run.stop))
             count = (part.stop - first) * cols
             at, left, lane = jit.encoder("code")(
-                states, lane, words[: count + 1], escapes[:count], *_widths(code.symbols[part]), *tables.coding,
+                states, lane, words[: count + 1], escapes[:count], *_widths(symbols[part]), *tables.coding,
                 classes, of_row[part],
             )  # fmt: skip
             parts.append(words[at : count + 1].tobytes())
@@ -98,19 +99,20 @@ def payload(code: Code, tables: Tables) -> bytes:
     return b"".join([zigzag_bytes([size]), states.tobytes(), *reversed(parts), *reversed(tails)])
 
 
-def path(code: Code, high: int) -> bytes:
+def path(code: Code, symbols: Array, high: int) -> bytes:
     """Pack the path bits of a matrix's dependent columns.
 
     Args:
         code: of the matrix.
+        symbols: its integers (rows, cols).
         high: mask of the trellis for the upper bit of a subset.
     """
-    bits = np.zeros(code.symbols.shape[1] // 8 * 8 + 16, np.uint8)
+    bits = np.zeros(symbols.shape[1] // 8 * 8 + 16, np.uint8)
     held, parts = 0, []
     for run, own in zip(_groups(code), code.fine, strict=True):
         width = int(own.sum())
         if width:
             packed = np.empty((held + width * (run.stop - run.start)) // 8, np.uint8)
-            held = jit.encoder("trace")(*_widths(code.symbols[run]), _ones(own), high, bits, held, packed)
+            held = jit.encoder("trace")(*_widths(symbols[run]), _ones(own), high, bits, held, packed)
             parts.append(packed.tobytes())
     return b"".join([*parts, np.packbits(bits[:held], bitorder="little").tobytes()])

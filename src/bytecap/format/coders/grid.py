@@ -138,7 +138,7 @@ class Head:
         groups, step: see `GridCode`.
         pairs: (base, class) of the four side arrays.
         extra: bytes behind the pairs that only some coders have.
-        side, rest: the side stream, and everything behind it.
+        side, rest: the side stream, and everything behind it, which is not copied.
         at: bytes in front of the side stream.
     """
 
@@ -147,7 +147,7 @@ class Head:
     pairs: list[tuple[int, int]]
     extra: bytes
     side: bytes
-    rest: bytes
+    rest: memoryview
     at: int
 
 
@@ -186,7 +186,7 @@ def read_head(data: bytes, shape: tuple[int, int], extra: int) -> Head:
     if any(cls >= CLASSES for _, cls in pairs):
         raise CorruptError("a grid section names a class above 63")
     own = data[_HEAD.size : _HEAD.size + extra]
-    return Head(groups, step, pairs, own, data[at : at + length], data[at + length :], at)
+    return Head(groups, step, pairs, own, data[at : at + length], memoryview(data)[at + length :], at)
 
 
 Sides = Generator[list[Stream], list[npt.NDArray[np.int32]], tuple[IntArray, IntArray, IntArray, IntArray]]
@@ -242,10 +242,11 @@ class Grid:
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Encode a section with the file's shared tables."""
-        if not encoding.served(code):
+        symbols = code.symbols  # once: they may be on another device
+        if not encoding.served(symbols):
             return self.assemble(code, shared, encode_all(self.sources(code, shared)))
         (side,) = encode_all([write_sides(code, shared.tables)])
-        return self.assemble(code, shared, [side, encoding.payload(code, shared.tables)])
+        return self.assemble(code, shared, [side, encoding.payload(code, symbols, shared.tables)])
 
     def kinds(self, data: bytes, shape: tuple[int, int], dtype: str) -> tuple[tuple[str, int], ...]:
         """Header, side information and payload of a section."""

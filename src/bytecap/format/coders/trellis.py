@@ -45,6 +45,7 @@ from bytecap.format.entropy import jit
 from bytecap.format.entropy.rans import Source, Stream, encode_all
 from bytecap.format.wire.bits import check_bits, read_bits
 from bytecap.system.slabs import slabs
+from bytecap.types import Bytes
 
 SHORT = 3  # memory of eight states
 MASKS = {
@@ -145,11 +146,12 @@ class Trellis:
 
     def encode(self, code: GridCode, shared: Shared) -> Encoded:
         """Encode a section with the file's shared tables."""
-        if not encoding.served(code):
+        symbols = code.symbols  # once: they may be on another device
+        if not encoding.served(symbols):
             return self.assemble(code, shared, encode_all(self.sources(code, shared)))
         (side,) = encode_all([write_sides(code, shared.tables)])
-        path = encoding.path(code, MASKS[code.memory][1])
-        return self._joined(code, shared, path, [side, encoding.payload(code, shared.tables.split)])
+        path = encoding.path(code, symbols, MASKS[code.memory][1])
+        return self._joined(code, shared, path, [side, encoding.payload(code, symbols, shared.tables.split)])
 
     def _extra(self, code: GridCode) -> bytes:
         """Serialise what stands behind the side arrays' pairs."""
@@ -160,7 +162,7 @@ class Trellis:
         del head
         return SHORT
 
-    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[Head, bytes, bytes]:
+    def _parse(self, data: bytes, shape: tuple[int, int]) -> tuple[Head, memoryview, memoryview]:
         """Split a section into head, path and payload."""
         head = read_head(data, shape, self.own)
         if not 1 <= head.extra[0] <= CLASSES:
@@ -215,7 +217,7 @@ class Trellis:
         return values
 
 
-def _read_path(path: bytes, mask: Mask) -> npt.NDArray[np.uint8]:
+def _read_path(path: Bytes, mask: Mask) -> npt.NDArray[np.uint8]:
     """Read the path bits (rows, cols), which are 0 where a weight is not dependent."""
     count = int(mask.sum())
     bits = read_bits(path, count)

@@ -99,19 +99,16 @@ class Tables:
             at += len(table.freq)
         return starts
 
-    def flat(self, kind: str) -> npt.NDArray[np.int64]:
-        """Concatenate the frequencies (`freq`) or cumulative frequencies (`cum`) of all classes."""
-        return self._flat[kind]
+    @cached_property
+    def freq(self) -> npt.NDArray[np.int64]:
+        """Concatenated frequencies of all classes."""
+        return np.concatenate([[TOTAL, 1], *(t.freq for _, t in sorted(self.table.items()))])
 
     @cached_property
-    def _flat(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Frequencies and cumulative frequencies of all classes."""
+    def cum(self) -> npt.NDArray[np.int64]:
+        """Concatenated cumulative frequencies of all classes."""
         made = {id(t): np.cumsum(t.freq) - t.freq for t in self.table.values()}
-        tables = [t for _, t in sorted(self.table.items())]
-        return {
-            "freq": np.concatenate([[TOTAL, 1], *(t.freq for t in tables)]),
-            "cum": np.concatenate([[0, TOTAL], *(made[id(t)] for t in tables)]),
-        }
+        return np.concatenate([[0, TOTAL], *(made[id(t)] for _, t in sorted(self.table.items()))])
 
     @cached_property
     def coding(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
@@ -122,7 +119,7 @@ class Tables:
         """
         low, last = self.edges
         tables = np.maximum(self._starts, 0).astype(np.int64) << 32 | last.astype(np.int64) << 16 | (low & 0xFFFF)
-        freq, cum = self.flat("freq"), self.flat("cum") & (TOTAL - 1)
+        freq, cum = self.freq, self.cum & (TOTAL - 1)
         shift = np.frexp(freq - 1.0)[1].astype(np.int64)
         reciprocal = -((-1 << (32 + shift)) // freq) - (1 << 32)
         model = shift.astype(np.uint64) << np.uint64(60) | (cum << 46 | (freq - 1) << 32 | reciprocal).astype(np.uint64)
@@ -152,7 +149,7 @@ class Tables:
     @cached_property
     def cost(self) -> npt.NDArray[np.float64]:
         """Code length in bits of every entry of the concatenated tables."""
-        return PROB_BITS - np.log2(self.flat("freq"))
+        return PROB_BITS - np.log2(self.freq)
 
     def cheapest(self, values: IntArray, count: IntArray) -> tuple[int, float]:
         """Return (class, bits) of the table that codes `values[i]`, `count[i]` times each, in the fewest bits.
@@ -238,7 +235,7 @@ class Tables:
         First slot by class, symbol index by slot, first entry by class, frequency and cumulative frequency by entry.
         """
         slots = (self.lookup >> np.uint64(32)).astype(np.uint16).reshape(-1)
-        return self.row << PROB_BITS, slots, self._starts, self.flat("freq"), self.flat("cum")
+        return self.row << PROB_BITS, slots, self._starts, self.freq, self.cum
 
     @cached_property
     def lookup(self) -> npt.NDArray[np.uint64]:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from bytecap.errors import CorruptError
 from bytecap.format.entropy import jit
 from bytecap.format.entropy.frequencies import PROB_BITS, TOTAL, IntArray, Tables
+from bytecap.types import Bytes
 
 LOW = 1 << 16  # a lane's state lives in [LOW, 2**32)
 _TOGETHER = 2**20  # symbols that are looked up together
@@ -72,7 +73,7 @@ def zigzag_bytes(values: Iterable[int]) -> bytes:
     return bytes(out)
 
 
-def read_zigzag(data: bytes, count: int) -> list[int]:
+def read_zigzag(data: Bytes, count: int) -> list[int]:
     """Read so many integers from exactly the bytes that `zigzag_bytes` made."""
     values = []
     at = 0
@@ -155,7 +156,7 @@ def encode_all(sources: Sequence[Source]) -> list[bytes]:
 
 def _encode_compiled(source: Source) -> bytes:
     """Encode one stream that is not empty, by machine code, whole turns of the lanes at a time, the last ones first."""
-    freq, cum = source.tables.flat("freq"), source.tables.flat("cum")
+    freq, cum = source.tables.freq, source.tables.cum
     count = len(source.symbols)
     states = np.full(lanes(count), LOW, np.uint32)
     step = max(1, _TOGETHER // len(states)) * len(states)
@@ -179,8 +180,8 @@ def _entries(
     for s, lo, hi, t in zip(sources, first, first[1:], steps, strict=False):
         if id(s.tables) not in start_of:
             start_of[id(s.tables)] = size
-            freq.append(s.tables.flat("freq"))
-            cum.append(s.tables.flat("cum"))
+            freq.append(s.tables.freq)
+            cum.append(s.tables.cum)
             size += len(freq[-1])
         entry, escaped = s.tables.index(s.symbols, s.classes)
         padded = np.zeros(t * (hi - lo), np.int32)
@@ -194,12 +195,12 @@ def _entries(
 class Stream:
     """The input of `decode`: the bytes that `encode` made, each symbol's class, and the tables."""
 
-    data: bytes
+    data: Bytes
     classes: IntArray
     tables: Tables
 
 
-def split(data: bytes, symbols: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16], bytes]:
+def split(data: Bytes, symbols: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16], Bytes]:
     """Split a stream of so many symbols into states, words and the escapes' bytes."""
     at, count, shift = 0, 0, 0
     while True:
@@ -270,7 +271,7 @@ def _steps(stream: Stream | Source) -> int:
     return -(-n // lanes(n))
 
 
-def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], list[bytes]]:
+def _run_lanes(streams: list[Stream]) -> tuple[list[npt.NDArray[np.uint16]], list[Bytes]]:
     """Return symbol indices of streams that are sorted by falling number of steps."""
     parts = [split(s.data, len(s.classes)) for s in streams]
     width = np.array([len(p[0]) for p in parts])
@@ -357,7 +358,7 @@ def _advance(
     return state
 
 
-def _symbols(stream: Stream, index: npt.NDArray[np.uint16], tail: bytes) -> npt.NDArray[np.int32]:
+def _symbols(stream: Stream, index: npt.NDArray[np.uint16], tail: Bytes) -> npt.NDArray[np.int32]:
     """Turn symbol indices into symbols and put the escaped ones in."""
     low, last = stream.tables.edges
     symbols = low.take(stream.classes)

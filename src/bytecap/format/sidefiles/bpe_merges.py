@@ -18,9 +18,9 @@ True
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,10 @@ from bytecap.errors import CorruptError
 from bytecap.format.sidefiles.dictionary import WORDS
 
 Merge = tuple[str, str]
+Path = tuple[int, ...]  # decisions
+Cell = dict[int, list[int]]  # [probability of 1 in 65,536ths, count] by decision
+Tables = list[dict[Any, Cell]]  # by context
+Weights = list[list[list[int]]]
 
 MAX_MERGES = 1 << 13  # beyond this, reading takes longer than the bytes are worth
 _SQUARES = 1 << 24  # letters looked at while parsing: damage must not keep the reader busy
@@ -94,11 +98,9 @@ class _Coder:
         self.value = int.from_bytes((source or b"")[:4].ljust(4, b"\0"), "big")
         self.rates = [655360 // (10 * n + 13) for n in range(256)]
         self.trust = [min(10, n if n < 4 else n.bit_length() + 1) for n in range(256)]
-        self.weights = [[[14000] * 11 for _ in range(slots)] for _ in range(_SETS)]
+        self.weights: Weights = [[[14000] * 11 for _ in range(slots)] for _ in range(_SETS)]
 
-    def bit(
-        self, cells: Sequence[dict[int, list[int]]], node: int, chosen: int, bit: int, *, learn_only: bool = False
-    ) -> int:
+    def bit(self, cells: Sequence[Cell], node: int, chosen: int, bit: int, *, learn_only: bool = False) -> int:
         """Code one binary decision.
 
         Args:
@@ -179,24 +181,58 @@ def _letters(names: Iterable[str], spelling: Spelling) -> Any:
     return heap[0][2]
 
 
+def _walk(tree: Any, path: Path = ()) -> Iterator[tuple[str, Path]]:
+    """Yield the letters of a tree and the decisions that lead to them."""
+    if type(tree) is str:
+        yield tree, path
+    else:
+        for bit in (0, 1):
+            yield from _walk(tree[bit], (*path, bit))
+
+
+def _cells(tables: Tables, text: str, last: str, second: bool) -> list[Cell]:
+    """Return the counters for the part after `text`, whose last part is `last`."""
+    keys = (text[-1:], text[-2:], text[-3:], text[-3:].translate(_LOWER), text[-3:-1], (last, second))
+    return [table.setdefault(key, {}) for table, key in zip(tables, keys, strict=True)]
+
+
+def _usual(paths: Iterable[str]) -> list[str]:
+    """Return the usual words as they begin in an alphabet."""
+    space = next((c for c in "\u0120\u2581" if c in paths), "")
+    return [space + word for word in WORDS]
+
+
+@lru_cache(2)  # 40 ms each, of a file that is written and read back
+def _warm(alphabet: tuple[tuple[str, Path], ...]) -> tuple[Weights, Tables]:
+    """Return the state of a coder that has read the usual words, coding nothing."""
+    paths, tables = dict(alphabet), Tables({} for _ in range(_SLOTS))
+    coder = _Coder(_SLOTS, Spelling(0, 1 << 62))
+    for word in _usual(paths):
+        text = ""
+        for letter in word:
+            cells, node = _cells(tables, text, text[-1:], len(text) > 1), 1
+            for bit in paths.get(letter, ()):
+                coder.bit(cells, node, 2 * min(len(text), 5) + 1, bit, learn_only=True)
+                node = 2 * node + bit
+            text += letter
+    return coder.weights, tables
+
+
 class _Speller:
     """Spells the tokens that merges make, in order, each under the merges before it."""
 
     def __init__(self, coder: _Coder, names: Iterable[str]) -> None:
         self.coder, self.known = coder, set(names)
         self.tree = _letters(self.known, coder.spelling)
-        self.paths: dict[str, list[int]] = {}
-        self._walk(self.tree, [])
+        self.paths = dict(_walk(self.tree))
         self.ranks: dict[Merge, int] = {}
-        self.tables: list[dict[Any, dict[int, list[int]]]] = [{} for _ in range(_SLOTS)]
-        self._warm_up()
-
-    def _walk(self, tree: Any, path: list[int]) -> None:
-        if type(tree) is str:
-            self.paths[tree] = path
-        else:
-            for bit in (0, 1):
-                self._walk(tree[bit], [*path, bit])
+        coder.spelling.decide(sum(len(self.paths.get(c, ())) for word in _usual(self.paths) for c in word))
+        weights, tables = _warm(tuple(self.paths.items()))
+        coder.weights = [[[*w] for w in slots] for slots in weights]
+        self.tables = [
+            {key: {node: [*counter] for node, counter in cell.items()} for key, cell in table.items()}
+            for table in tables
+        ]
 
     def _parts(self, text: str) -> list[str]:
         """Encode `text` with the merges so far; returns its parts."""
@@ -215,30 +251,13 @@ class _Speller:
             parts = joined
         return parts
 
-    def _cells(self, text: str, last: str, second: bool) -> list[dict[int, list[int]]]:
-        """Return the counters for the part after `text`, whose last part is `last`."""
-        keys = (text[-1:], text[-2:], text[-3:], text[-3:].translate(_LOWER), text[-3:-1], (last, second))
-        return [table.setdefault(key, {}) for table, key in zip(self.tables, keys, strict=True)]
-
-    def _warm_up(self) -> None:
-        """Read the usual words before the first token, coding nothing."""
-        space = next((c for c in "\u0120\u2581" if c in self.paths), "")
-        for word in WORDS:
-            text = ""
-            for letter in space + word:
-                cells, node = self._cells(text, text[-1:], len(text) > 1), 1
-                for bit in self.paths.get(letter, ()):
-                    self.coder.bit(cells, node, 2 * min(len(text), 5) + 1, bit, learn_only=True)
-                    node = 2 * node + bit
-                text += letter
-
     def merge(self, word: str | None = None) -> Merge:
         """Code one token; write `word`, or read one."""
         text, coder = "", self.coder
         while True:
             parts = self._parts(text)
             last = parts[-1] if parts else ""
-            cells = self._cells(text, last, len(parts) > 1)
+            cells = _cells(self.tables, text, last, len(parts) > 1)
             chosen = 2 * min(len(text), 5)
             ends = -1 if word is None else int(text == word)
             if len(parts) == 2 and text not in self.known and coder.bit(cells, 0, chosen, ends):

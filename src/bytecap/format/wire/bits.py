@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
+from bytecap.types import Bytes
 
 
 def packed_size(count: int, width: int) -> int:
@@ -26,7 +27,7 @@ def pack_bits(values: npt.NDArray[np.integer[Any]], width: int) -> bytes:
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
 
 
-def read_bits(data: bytes, count: int) -> npt.NDArray[np.uint8]:
+def read_bits(data: Bytes, count: int) -> npt.NDArray[np.uint8]:
     """Read bits (count,) that fill exactly these bytes.
 
     Raises:
@@ -36,7 +37,7 @@ def read_bits(data: bytes, count: int) -> npt.NDArray[np.uint8]:
     return np.unpackbits(np.frombuffer(data, np.uint8), count=count, bitorder="little")
 
 
-def check_bits(data: bytes, count: int) -> None:
+def check_bits(data: Bytes, count: int) -> None:
     """Refuse what `read_bits` refuses, without reading the bits."""
     if len(data) != packed_size(count, 1):
         raise CorruptError(f"{count} bits are packed into {len(data)} bytes")
@@ -44,7 +45,7 @@ def check_bits(data: bytes, count: int) -> None:
         raise CorruptError(f"the last byte of {count} packed bits has bits that belong to none")
 
 
-def unpack_bits(data: bytes, count: int, width: int) -> npt.NDArray[np.int64]:
+def unpack_bits(data: Bytes, count: int, width: int) -> npt.NDArray[np.int64]:
     """Unpack values (count,) from exactly the bytes that `pack_bits` made; raises as `read_bits`."""
     bits = read_bits(data, count * width)
     values = np.zeros(count, np.int64)

@@ -206,7 +206,7 @@ def _descend_scales(state: _State, own: Tensor, g: Tensor, first: int) -> None:
 
 
 def _finished(state: _State, rows: int) -> list[tuple[Codes, Tensor]]:
-    """What the matrices became: codes as arrays, values on the device."""
+    """Return codes as arrays, and values on the device."""
     layout, kind = state.layout, torch.uint8 if state.layout.high > 127 else torch.int8
 
     def there(found: Tensor, to: torch.dtype) -> Tensor:

@@ -77,7 +77,7 @@ def shrunk(hessian: Tensor, by: Shrinkage) -> Tensor:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a `Form` holds, as tensors on the device of the Hessian.
+    """The contents of a `Form` as tensors on the device of the Hessian.
 
     Attributes:
         hessian, fed, weight: see `Form`.

@@ -1,4 +1,4 @@
-"""What the search of vector formats needs beside the weights: entries near every cell, and factors of vectors.
+"""Make tables for the search of vector formats: entries near every cell, and factors of vectors.
 
 >>> from bytecap.runtimes.blocks.lattice import LATTICES
 >>> tables(LATTICES["IQ2_XS"])[-2].shape  # cells of three levels in eight columns, entries near each

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ class Mlx:
         Raises:
             CheckpointError: it cannot.
         """
+        if "model_file" in json.loads((directory / "config.json").read_bytes()):
+            return "not checked: config.json names a file of code, which some versions of mlx-lm run"
         if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx_lm") is None:
             return "not checked: mlx-lm is not installed"
         load = importlib.import_module("mlx_lm.utils").load_model

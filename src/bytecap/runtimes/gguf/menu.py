@@ -96,7 +96,7 @@ class Item:
         return seen.distortion(error), held.distortion(error)
 
     def alone(self, values: Tensor) -> tuple[float, float]:
-        """What `lost` would be if columns' errors had nothing to do with one another, as no Hessian's fit has them.
+        """Return `lost` as if columns' errors had nothing to do with one another, as no Hessian's fit has them.
 
         The one over the other is how much the two sets of windows differ, whatever is fitted to one of them.
         """

@@ -19,7 +19,7 @@ _SPACES = re.compile(r"^( |▁|\\s)\{2,\}$")  # patterns of runs of spaces
 
 @dataclass(frozen=True)
 class Rules:
-    """What happens to text before pieces are sought.
+    """The treatment of text before pieces are sought.
 
     Attributes:
         characters: SentencePiece's compiled table, or None.
