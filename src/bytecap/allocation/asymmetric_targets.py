@@ -135,19 +135,10 @@ def drift_targets(
 
 @torch.no_grad()
 def walk_stages(
-    order: Sequence[Sequence[str]],
-    original: nn.Module,
-    quantized_copy: nn.Module,
-    windows: Sequence[Window],
-    stage: Callable[[Sequence[str], Moments, int], Values],
-    *,
-    tokens: int,
-    device: str,
-    advance: Advance,
-    ranks: Ranks = ALONE,
-    streams: bool = False,
-    rough: bool = False,
-) -> None:
+    order: Sequence[Sequence[str]], original: nn.Module, quantized_copy: nn.Module, windows: Sequence[Window],
+    stage: Callable[[Sequence[str], Moments, int], Values], *, tokens: int, device: str, advance: Advance,
+    ranks: Ranks = ALONE, streams: bool = False, rough: bool = False,
+) -> None:  # fmt: skip
     """Walk both models stage by stage, and load into the copy what is made of every stage.
 
     Args:
