@@ -54,7 +54,7 @@ class TestStrength:
 
 
 class TestStreams:
-    """What a residual stream lacks, as far as the unit's inputs tell it."""
+    """The lack of a residual stream, as far as the unit's inputs tell it."""
 
     LACK = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
 

@@ -43,7 +43,7 @@ _NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros deliver
 
 
 class Fit(NamedTuple):
-    """What targets add to weights `W`: `strength * W fix`, and `stream`.
+    """Changes of weights `W` that make targets of them: `strength * W fix`, and `stream`.
 
     Attributes:
         fix: float32 (cols, cols).
