@@ -72,7 +72,7 @@ class WaitingCall:
     kwargs: dict[str, Any]
 
     def begun(self, chain: Chain) -> Any:
-        """Begin the call, which may change its input in place, as often as it is needed."""
+        """Begin the call on a clone of its input, which it may change in place, so that it can be begun again."""
         args, kwargs = chain.given(self.args, self.kwargs, chain.taken(self.args, self.kwargs).clone())
         return self.module(*args, **kwargs)
 

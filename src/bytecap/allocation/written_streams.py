@@ -19,6 +19,7 @@ is given (attention and MLP side by side); such maps go without.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,10 +64,12 @@ def streams_written(
         for handle in handles:
             handle.remove()
     found = {}
+    calls = Counter(path for path, _ in inputs)
     for name, (called, values) in written.items():
         sums = [t for _, t in inputs[called:]] + ([output] if isinstance(output, Tensor) else [])
         for path, stream in inputs[:called]:
-            if stream.shape == values.shape and any(_added(stream, values, t) for t in sums):
+            once = calls[path] == 1 and path != paths[id(maps[name])]  # the call that has the stream has to be known
+            if once and stream.shape == values.shape and any(_added(stream, values, t) for t in sums):
                 found[name] = path
                 break
     return found

@@ -87,7 +87,7 @@ def compile_ahead(memory: int, device: torch.device) -> None:
                 _compile(memory, parts)
 
     if memory > SHORT:
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work).start()  # a process that ends waits for it: none may end inside a compiler
 
 
 def _compile(memory: int, parts: int) -> None:

@@ -31,7 +31,7 @@ from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.ahead import Ahead, of_one_shape
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
-from bytecap.quantization.symbols_there import GridCodeThere
+from bytecap.quantization.symbols_there import GridCodeThere, symbols_anywhere
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
 from bytecap.system.ranks import ALONE, Ranks, owners
@@ -42,7 +42,7 @@ from bytecap.types import Unit
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
 ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
-_BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
+_BYTES_A_VALUE = 256  # of a GPU's memory to each of them there
 _A_WEIGHT, _AN_ENTRY = 8, 4  # bytes of a GPU's memory to a weight and to a Hessian entry, while a batch is rounded
 
 _A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
@@ -152,7 +152,7 @@ class Coded:
     @property
     def as_in_base(self) -> bool:
         """Whether nothing is added to the base, so that nothing is stored."""
-        return self.below is not None and self.overlay is None and not self.code.symbols.any()
+        return self.below is not None and self.overlay is None and not bool(symbols_anywhere(self.code).any())
 
 
 _Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, and their centroids' sums
@@ -355,7 +355,11 @@ def _stored_there(
         cls = classes_there(own[part], rows, fine[part])
         cls.add_(fine[part] * CLASSES).mul_(last + 1).add_(symbols[part].abs().clamp_(max=last))
         counts += torch.bincount(cls.reshape(-1), minlength=len(counts))
-    out = torch.empty(len(row), len(column), dtype=getattr(torch, _width(peak)), device=device)
+    kind, shape = getattr(torch, _width(peak)), (len(row), len(column))
+    try:
+        out = torch.empty(shape, dtype=kind, device=device)
+    except torch.OutOfMemoryError:
+        out = torch.empty(shape, dtype=kind)
     for part in slabs(*out.shape):
         out[part] = symbols[:, part].T
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()

@@ -141,7 +141,8 @@ def _feed(
     """Write rows of column k with fed-back errors to Y (rows,); returns their summed squares in whitened steps."""
     j, within = tl.arange(0, BLOCK), k - lo
     later = (j > within) & (j < hi - lo)
-    factor, own = tl.load(LOWER + (lo + j) * cols + k, later, 0.0)[:, None], tl.load(LOWER + k * cols + k)
+    factor = tl.load(LOWER + (lo + j).to(tl.int64) * cols + k, later, 0.0)[:, None]
+    own = tl.load(LOWER + k.to(tl.int64) * cols + k)
     done = ERROR + (lo + j).to(tl.int64)[:, None] * rows
     energy = tl.zeros([ROWS], tl.float32)
     for start in range(begin, end, ROWS):
