@@ -108,7 +108,7 @@ def write_checkpoint(directory: Path, shape: dict[str, int], dtype: torch.dtype)
     places: dict[str, str] = {}
     sizes: list[int] = []
     for number in range(-1, shape["blocks"]):
-        generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(number + 1)
+        generator = torch.Generator().manual_seed(number + 1)
         sizes_of = {
             "self_attn.q_proj": (h, h), "self_attn.k_proj": (narrow, h), "self_attn.v_proj": (narrow, h),
             "self_attn.o_proj": (h, h), "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h),
@@ -132,7 +132,7 @@ def _write(path: Path, wanted: dict[str, tuple[int, ...]], generator: torch.Gene
     spread = 0.02
     tensors = {
         n: torch.ones(s, dtype=dtype) if len(s) == 1
-        else torch.randn(s, generator=generator, device=generator.device).mul_(spread).to(dtype).cpu()
+        else torch.randn(s, generator=generator).mul_(spread).to(dtype)
         for n, s in wanted.items()
     }  # fmt: skip
     save_file(tensors, path, metadata={"format": "pt"})

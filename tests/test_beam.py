@@ -53,8 +53,9 @@ class Row:
         back = np.empty((COLS, width), np.int32), np.empty((COLS, width), np.float32)
         ends, found = (np.float32(self.levels[0]), np.float32(self.levels[-1])), np.empty(COLS, np.float32)
         own = (self.lower.diagonal() ** 2).astype(np.float32)
+        levels = *ends, table, beam.neighbours(*ends, table)
         beam.row(
-            self.w, self.w, self.push, own, *ends, table, SCALES, np.zeros(2, np.float32), 0, SUB, *room, *back, found
+            self.w, self.w, self.push, own, *levels, SCALES, np.zeros(2, np.float32), 0, SUB, *room, *back, found
         )  # fmt: skip
         return found
 
@@ -70,6 +71,14 @@ def test_as_many_ways_as_there_are_find_the_best(levels: tuple[int, ...]) -> Non
         assert row.lost(row.found(2**COLS, _tables(form)[0])) == pytest.approx(best, rel=1e-4)
         gained += row.lost(row.found(1, _tables(form)[0])) > 1.001 * best
     assert gained > 5  # one way alone often misses it
+
+
+def test_the_levels_next_to_one() -> None:
+    form = FORMATS["IQ4_NL"]
+    found = beam.neighbours(np.float32(form.low), np.float32(form.high), _tables(form)[0])
+    lower, upper = ([found[side][int(x) - form.low] for x in form.levels] for side in (0, 1))
+    assert lower == [form.levels[0], *form.levels[:-1]]
+    assert upper == [*form.levels[1:], form.levels[-1]]
 
 
 def correlated(cols: int) -> torch.Tensor:

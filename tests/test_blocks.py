@@ -184,7 +184,7 @@ def test_feedback_and_descent_pay(name: str) -> None:
     plain = loss(encode(weight, prepare(torch.diag(h.diagonal())), FORMATS[name], sweeps=0), weight, h)
     fed, swept = (loss(encode(weight, prepare(h), FORMATS[name], sweeps=n), weight, h) for n in (0, 2))
     assert fed < 0.9 * plain
-    assert swept < 0.95 * fed
+    assert swept < 0.98 * fed
 
 
 def test_rounding_is_not_worse_than_a_search_without_the_hessian() -> None:

@@ -210,3 +210,34 @@ class TestDamage:
         cut.write_bytes(cut.read_bytes()[:-1])
         with pytest.raises(CheckpointError, match=f"{cut.name} is truncated: tensor "):
             load_checkpoint(directory)
+
+
+class TestHeaders:
+    """A header says a type, a shape and bytes of every tensor; anything else is one line."""
+
+    GOOD = '{"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}'
+
+    def written(self, tmp_path, entry):
+        head = f'{{"__metadata__": {{}}, "a.weight": {entry}}}'.encode()
+        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(16))
+        return tmp_path / "a.safetensors"
+
+    def test_a_sound_one(self, tmp_path):
+        assert check_safetensors(self.written(tmp_path, self.GOOD))["a.weight"]["shape"] == [2, 2]
+
+    @pytest.mark.parametrize(("old", "new"), [
+        ('"F32"', "[]"), ('"F32"', "{}"), ('"F32"', "3"), ("[2, 2]", "[null]"), ("[2, 2]", '"22"'),
+        ("[2, 2]", "[2, true]"), ("[2, 2]", "[2, 2.0]"), ("[2, 2]", "[-2, -2]"), ("[2, 2]", "{}"),
+        ("[0, 16]", "[Infinity, 16]"),
+        ("[0, 16]", "[NaN, 16]"), ("[0, 16]", '["0", "16"]'), ("[0, 16]", "[0, 16, 0]"), ("[0, 16]", "[0]"),
+        ("[0, 16]", "[0, 1e1]"), ("[0, 16]", "16"), ('"dtype"', '"type"'), ('"shape"', '"Shape"'),
+        (GOOD, "null"), (GOOD, "[1]"),
+        ("[2, 2]", f"[{10**40}, 0]"), ("[2, 2]", str([1] * 65)),
+    ])  # fmt: skip
+    def test_entries_that_describe_no_tensor(self, tmp_path, old, new):
+        path = self.written(tmp_path, self.GOOD.replace(old, new, 1))
+        with pytest.raises(
+            CheckpointError, match=r"a\.safetensors has a corrupt safetensors header: a\.weight is "
+        ) as e:
+            check_safetensors(path)
+        assert len(str(e.value)) < 600

@@ -15,7 +15,9 @@ from bytecap.allocation.correction import unit_values
 from bytecap.allocation.decoded import decode_grid
 from bytecap.allocation.planner import Planner
 from bytecap.allocation.vector_unit import VectorUnit
+from bytecap.calibration import triangle
 from bytecap.calibration.metric import Metric
+from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
 from bytecap.format.coders.grid import GridCode
@@ -25,7 +27,7 @@ from bytecap.quantization import RoundingProblem, gaussian_shrink, row_classes, 
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import FIRST_DEPENDENT, _stored, _stored_there, prepare
 from bytecap.quantization.rules import initial_rules
-from bytecap.quantization.symbols_there import GridCodeThere, symbols_on
+from bytecap.quantization.symbols_there import GridCodeThere, symbols_anywhere
 from bytecap.quantization.trellis import round_trellis
 from bytecap.types import Unit
 
@@ -56,11 +58,21 @@ class TestStored:
         sides |= {n: np.zeros(2, np.int32) for n in ("row_step", "row_class")}
         code = GridCodeThere(there, step=0.5, first=64, memory=3, **sides)
         assert (code.symbols == there.cpu().numpy()).all()
-        assert symbols_on(code, there.device) is there
+        assert symbols_anywhere(code) is there
         finer = replace(code, step=0.25)
         assert finer.step == 0.25
         assert (finer.symbols == code.symbols).all()
-        assert (symbols_on(finer, torch.device("cpu")).numpy() == code.symbols).all()
+        assert (symbols_anywhere(finer).cpu().numpy() == code.symbols).all()
+
+
+@pytest.mark.parametrize("together", [1, 7, 2**20])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_triangle_is_unpacked_some_rows_at_a_time(size, together, monkeypatch):
+    monkeypatch.setattr(triangle, "_TOGETHER", together)
+    whole = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).tril()
+    packed = Triangle.of(whole)
+    assert torch.equal(packed._by_rows(torch.zeros(size, size)), whole)
+    assert torch.equal(packed.whole(), whole)
 
 
 class TestTrialValues:

@@ -157,7 +157,7 @@ def test_feedback_and_descent_pay(name, scheme) -> None:
 
     plain, fed, swept = loss(torch.diag(h.diagonal()), 0), loss(h, 0), loss(h, 2)
     assert fed < 0.9 * plain
-    assert swept < 0.97 * fed
+    assert swept < 0.99 * fed
 
 
 @pytest.mark.parametrize(("name", "scheme"), EXTREMES)

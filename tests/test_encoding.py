@@ -120,7 +120,7 @@ def test_frequencies_of_every_size_divide_exactly():
     """Every quotient is that of a division, for every frequency that a table may have and at the ends of a state."""
     freq = np.arange(1, TOTAL + 1)
     tables = Tables({1: Table(0, np.array([TOTAL - 1, 1]))})
-    tables.__dict__["_flat"] = {"freq": freq, "cum": np.zeros_like(freq)}
+    tables.__dict__.update(freq=freq, cum=np.zeros_like(freq))
     model = tables.coding[1]
     reciprocal, shift = model & np.uint64(2**32 - 1), model >> np.uint64(60)
     for near in (0, 1, 2**16, 2**31, 2**32 - 1):

@@ -113,6 +113,13 @@ def test_metadata_says_what_the_config_says(exported) -> None:
 
 
 @pytest.mark.slow
+def test_a_report_says_what_the_next_bytes_would_buy(made) -> None:
+    moves = made[0].report["margin"]["next"]
+    assert {m["unit"] for m in moves} <= set(made[0].types)
+    assert 0 < sum(m["bytes"] for m in moves) <= 1000 + made[0].report["slack_bytes"]
+    assert sum(m["nats"] for m in moves) < 0
+
+
 def test_a_fit_keeps_the_cap_and_reads_back_what_it_reports(made) -> None:
     found, path = made
     report = found.report

@@ -62,6 +62,14 @@ def test_logits_are_those_of_the_decoded_model(kind, changes, dtype, fitted):
 
 
 @pytest.mark.slow
+def test_coded_bytes_stay_in_memory_whatever_becomes_of_the_file(fitted, tmp_path):
+    path = tmp_path / "m.bcap"
+    path.write_bytes(fitted()[1].read_bytes())
+    wanted, module = bytecap.load_model(path), bytecap.load_model(path, resident="coded")
+    path.write_bytes(b"")
+    assert torch.equal(module(IDS).logits, wanted(IDS).logits)
+
+
 def test_at_most_one_block_has_values(fitted):
     module = bytecap.load_model(fitted("rotary", num_hidden_layers=4)[1], resident="coded")
     large = {n for n, p in module.named_parameters() if p.numel() > 100}

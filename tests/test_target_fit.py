@@ -5,6 +5,7 @@ import torch
 
 from bytecap.allocation import asymmetric_targets
 from bytecap.allocation.target_fit import Moments
+from bytecap.allocation.written_streams import streams_written
 from bytecap.model.linears import linear_weights
 from conftest import build
 from test_probe import windows_of
@@ -29,7 +30,7 @@ def fitted(*pairs, most=1.0):
 
 class TestStrength:
     def test_of_what_holds_on_all_tokens(self):
-        fix, strength = fitted(*batches_of(200, noise=0.1, lack=0.3))
+        fix, strength, _ = fitted(*batches_of(200, noise=0.1, lack=0.3))
         assert strength > 0.95
         torch.testing.assert_close(strength * fix, 0.3 * torch.eye(8), atol=0.06, rtol=0)
 
@@ -50,6 +51,47 @@ class TestStrength:
         whole.add(x[None], seen[None], mask)
         part.add(x[None, :7], seen[None, :7], None)
         torch.testing.assert_close(whole.fit([(WEIGHT, ROWS)], 1.0)[0], part.fit([(WEIGHT, ROWS)], 1.0)[0])
+
+
+class TestStreams:
+    """The lack of a residual stream, as far as the unit's inputs tell it."""
+
+    LACK = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
+
+    def fitted(self, noise, told):
+        found, generator = Moments(), torch.Generator().manual_seed(1)
+        for x, seen in batches_of(200, noise=0.1, lack=0.3):
+            lack = told * seen @ self.LACK.T + noise * torch.randn(200, 6, generator=generator)
+            found.add(x, seen, None, lack)
+        return found.fit([(WEIGHT, ROWS)], 1.0)
+
+    def test_are_made_up_for(self):
+        fix, strength, stream = self.fitted(0.1, 1.0)
+        torch.testing.assert_close(stream, self.LACK, atol=0.1, rtol=0)
+        torch.testing.assert_close(strength * fix, 0.3 * torch.eye(8), atol=0.1, rtol=0)
+
+    def test_are_left_alone_where_inputs_say_nothing(self):
+        assert self.fitted(10.0, 0.0).stream.norm() < 0.3 * self.LACK.norm()
+
+    def test_go_with_a_unit_of_which_some_rows_are_tried(self):
+        found = Moments()
+        for x, seen in batches_of(200, noise=0.1, lack=0.0):
+            found.add(x, seen, None, seen @ self.LACK.T)
+        stream = found.fit([(WEIGHT[::2], ROWS[::2])], 1.0).stream
+        torch.testing.assert_close(stream, self.LACK, atol=0.1, rtol=0)
+
+    @pytest.mark.parametrize(("kind", "wanted"), [("rotary", {"o_proj": "", "down_proj": "post_attention_layernorm"})])
+    def test_are_found_by_their_sums(self, kind, wanted):
+        model, windows = build(kind), windows_of(1)
+        block = model.model.layers[1]
+        calls = []
+        handle = block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        model(torch.tensor([windows[0].tokens]), use_cache=False)
+        handle.remove()
+        ((args, kwargs),) = calls
+        maps = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        found = streams_written(block, args[0], lambda: block(*args, **kwargs), maps)
+        assert {n.rpartition(".")[2]: path for n, path in found.items()} == wanted
 
 
 @pytest.mark.parametrize("kind", ["rotary", "transposed"])
@@ -75,7 +117,7 @@ def test_stages_inside_a_block_have_the_inputs_of_a_whole_pass(kind):
         for names in order:
             point = asymmetric_targets._point(names, chain)
             calls[point] = calls.get(point) or walk.advance()
-            found = calls[point].input_of(linear_weights(model)[names[0]][0], chain)
+            (found,) = calls[point].inputs_of(linear_weights(model)[names[0]][0], chain)
             torch.testing.assert_close(found, seen[names[0]])
         walk.cancel()
 

@@ -1,7 +1,8 @@
 """Compute asymmetric targets: aim at the original outputs from the inputs that the coded prefix delivers.
 
 Layers behind coded ones see other inputs `x^` than the original `x`, and get the targets that
-`bytecap.allocation.target_fit` finds for both. Units are taken in the order the model calls them; modules fed by the
+`bytecap.allocation.target_fit` finds for both, and, if wanted, for what a residual stream lacks that their output is
+added to (`bytecap.allocation.written_streams`). Units are taken in the order the model calls them; modules fed by the
 same tensor form a stage, a stage is coded before the next one is treated. Units with several uses (tied, looped, or
 read by more than their module) keep their weights: one target cannot serve several inputs. They are coded before all
 others, so that the rest aims from what they deliver. Where the order of calls depends on the data there are no targets.
@@ -17,19 +18,20 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
-from bytecap.allocation.shared_inputs import LostError, Pair, of_rank, shared_inputs, together
+from bytecap.allocation.shared_inputs import Inputs, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
+from bytecap.allocation.waiting_passes import Run, WaitingCall, WaitingPass
+from bytecap.allocation.written_streams import streams_written
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
 from bytecap.model.chain import Chain, find_chain
@@ -44,84 +46,8 @@ from bytecap.system import allocator
 from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Unit
 
-Run = Callable[[nn.Module], Any]  # one forward pass over one batch
+_Calls = tuple[WaitingCall, WaitingCall]  # of the original and of its copy
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
-
-
-class _Walk:
-    """One forward pass that stops at every point until it is asked for the next one.
-
-    The pass is a coroutine, so a stage's weights can be replaced while many passes wait in front of it, and every
-    pass is run only once. (Threads instead would each keep a pool of workers and buffers of their own.)
-    """
-
-    def __init__(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
-        self._pass = greenlet(self._run)
-        self._arguments: tuple[Any, ...] | None = (model, run, stops)
-        self._stops = iter(stops)
-
-    def _run(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
-        handles = [m.register_forward_pre_hook(self._stop, with_kwargs=True) for m in stops]
-        try:
-            run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _stop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getcurrent() is self._pass and self._pass.parent is not None:  # else another pass over the same model
-            self._pass.parent.switch((module, args, kwargs))
-
-    def advance(self) -> _Call:
-        """Return the call of the next point's module.
-
-        Raises:
-            LostError: the pass is somewhere else.
-        """
-        arguments, self._arguments = self._arguments or (), None
-        found = self._pass.switch(*arguments)
-        if not found or found[0] is not next(self._stops):
-            raise LostError
-        return _Call(*found)
-
-    def cancel(self) -> None:
-        """Abandon the pass and remove its hooks."""
-        self._pass.throw()
-
-
-class _Reached(Exception):  # noqa: N818 (no error)
-    """A call has come to a module, with this input."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a module that has not begun."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def input_of(self, inner: nn.Module, chain: Chain | None) -> Tensor:
-        """Return the input of the module itself, or of one inside it, which the call is begun for."""
-        if inner is self.module or chain is None:
-            found: Tensor = self.args[0]
-            return found
-
-        def reached(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            raise _Reached(args[0])
-
-        handle = inner.register_forward_pre_hook(reached)
-        try:  # a block may change its input in place
-            args, kwargs = chain.given(self.args, self.kwargs, chain.taken(self.args, self.kwargs).clone())
-            self.module(*args, **kwargs)
-        except _Reached as found_there:
-            return found_there.x
-        finally:
-            handle.remove()
-        raise LostError
 
 
 def stages(model: nn.Module, run: Run) -> list[list[str]]:
@@ -209,18 +135,10 @@ def drift_targets(
 
 @torch.no_grad()
 def walk_stages(
-    order: Sequence[Sequence[str]],
-    original: nn.Module,
-    quantized_copy: nn.Module,
-    windows: Sequence[Window],
-    stage: Callable[[Sequence[str], Moments, int], Values],
-    *,
-    tokens: int,
-    device: str,
-    advance: Advance,
-    ranks: Ranks = ALONE,
-    rough: bool = False,
-) -> None:
+    order: Sequence[Sequence[str]], original: nn.Module, quantized_copy: nn.Module, windows: Sequence[Window],
+    stage: Callable[[Sequence[str], Moments, int], Values], *, tokens: int, device: str, advance: Advance,
+    ranks: Ranks = ALONE, streams: bool = False, rough: bool = False,
+) -> None:  # fmt: skip
     """Walk both models stage by stage, and load into the copy what is made of every stage.
 
     Args:
@@ -233,6 +151,7 @@ def walk_stages(
         device: torch device.
         advance: called with the share of the work that is done.
         ranks: processes that share the passes.
+        streams: units whose output is added to a residual stream are told what that lacks.
         rough: whether passes may be rough, see `rough_products`.
 
     Raises:
@@ -246,19 +165,22 @@ def walk_stages(
         own = of_rank(data, ranks)
         walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
         try:
-            for _, stages_there in groupby(order, lambda names: _point(names, chain)):
+            for _, group in groupby(order, lambda names: _point(names, chain)):
+                there = list(group)
                 with rough_products(device, wanted=rough):
                     calls = together(ranks, partial(_calls, walks))
                 share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
-                for names in stages_there:
+                written = _streams(original, calls, there, chain, ranks) if streams else {}
+                for names in there:
                     inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
-                    found = Moments()
+                    found, stream = Moments(), written.get(names[0])
+                    begun, width = partial(_inputs, calls, inner, chain, stream), 2 + (stream is not None)
                     with rough_products(device, wanted=rough):
-                        pairs = shared_inputs(ranks, partial(_inputs, calls, inner, chain), len(data), device)
-                        for (x, seen), (_, mask) in zip(pairs, data, strict=True):
-                            found.add(x, seen, mask)
+                        inputs = shared_inputs(ranks, begun, len(data), device, width)
+                        for (x, seen, *lack), (_, mask) in zip(inputs, data, strict=True):
+                            found.add(x, seen, mask, *lack)
                     load_values(quantized_copy, stage(names, found, number))
-                    del found, pairs
+                    del found, inputs
                     allocator.release()
                     advance(1 / len(order) / len(groups))
                 del calls
@@ -267,24 +189,48 @@ def walk_stages(
                 walk.cancel()
 
 
-def _calls(walks: Sequence[Sequence[_Walk]]) -> list[tuple[_Call, _Call]]:
+def _calls(walks: Sequence[Sequence[WaitingPass]]) -> list[_Calls]:
     """Let all passes go on to their next point."""
     return [(a.advance(), b.advance()) for a, b in zip(*walks, strict=True)]
 
 
-def _inputs(calls: Sequence[tuple[_Call, _Call]], inner: Sequence[nn.Module], chain: Chain | None) -> Iterator[Pair]:
-    """Yield the inputs of a stage's module in both models, pass by pass."""
-    for one, other in calls:
-        yield one.input_of(inner[0], chain), other.input_of(inner[1], chain)
+def _inputs(
+    calls: Sequence[tuple[WaitingCall, WaitingCall]],
+    inner: Sequence[nn.Module],
+    chain: Chain | None,
+    stream: str | None,
+) -> Iterator[Inputs]:
+    """Yield the inputs of a stage's module in both models, and what the stream behind it lacks, pass by pass."""
+    for pair in calls:
+        (x, *whole), (seen, *coded) = (c.inputs_of(m, chain, stream) for c, m in zip(pair, inner, strict=True))
+        yield (x, seen, *(a - b for a, b in zip(whole, coded, strict=True)))
+
+
+def _streams(
+    model: nn.Module, calls: Sequence[_Calls], order: Sequence[Sequence[str]], chain: Chain | None, ranks: Ranks
+) -> dict[str, str]:  # fmt: skip
+    """Return where the residual streams are that the outputs of a block's units are added to, by unit name."""
+    alone = [names[0] for names in order if len(names) == 1]
+    if chain is None or not alone or not chain.holds(alone[0]):
+        return {}
+    found = {}
+    if calls:
+        call, modules = calls[0][0], linear_weights(model)
+        given = chain.taken(call.args, call.kwargs)
+        maps = {n: modules[n][0] for n in alone}
+        found = streams_written(call.module, given, partial(call.begun, chain), maps)
+    return {n: found.get(n, "") for n in alone if all(ranks.all(n in found or not calls))}
 
 
 def _aimed(
     items: Sequence[Prepared], found: Moments, strength: float, change: dict[str, Tensor], rounds_before: int
 ) -> list[Prepared]:
     """Return the units of a stage with their targets, whose changes are means over the rounds so far."""
-    fix, granted = found.fit([trial_of(p) for p in items], strength)
+    fit = found.fit([trial_of(p) for p in items], strength)
     for p in items:
-        fresh, n = p.times(fix * granted), p.unit.name
+        fresh, n = p.times(fit.fix * fit.strength), p.unit.name
+        if fit.stream is not None:
+            fresh += fit.stream
         change[n] = change[n].lerp_(fresh, 1 / (rounds_before + 1)) if n in change else fresh
     return [p.moved(change[p.unit.name]) for p in items]
 
@@ -376,5 +322,7 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
     return groups
 
 
-def _walks(model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]) -> list[_Walk]:
-    return [_Walk(model, run, points) for run, _ in data]
+def _walks(
+    model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]
+) -> list[WaitingPass]:
+    return [WaitingPass(model, run, points) for run, _ in data]

@@ -84,7 +84,7 @@ def plain_plan(job: Job, prepared: PreparedModel) -> tuple[float, State]:
 
 def _raise_floor(job: Job, prepared: PreparedModel, state: State) -> None:
     floor = math.ceil(state.rate + job.budget - prepared.capacity)
-    sizes = dict(state.rates) | {n: len(section.data) for n, section in prepared.fixed.items()}
+    sizes = dict(state.rates) | {n: section.length for n, section in prepared.fixed.items()}
     top = ", ".join(f"{n} {sizes[n]:.0f}" for n in sorted(sizes, key=lambda n: -sizes[n])[:3])
     raise BudgetError(
         f"a budget of {job.budget:,} bytes is below the smallest reachable size of about {floor:,}; "

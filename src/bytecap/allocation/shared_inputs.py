@@ -14,7 +14,8 @@ from torch import Tensor
 from bytecap.system.ranks import Ranks
 
 _Item = TypeVar("_Item")
-Pair = tuple[Tensor, Tensor]  # inputs of the original, and those behind the coded prefix
+# inputs of the original, those behind the coded prefix, and perhaps what the stream lacks that outputs are added to
+Inputs = tuple[Tensor, ...]
 
 
 class LostError(Exception):
@@ -42,7 +43,9 @@ def together(ranks: Ranks, work: Callable[[], _Item]) -> _Item:
     return found[0]
 
 
-def shared_inputs(ranks: Ranks, own: Callable[[], Iterable[Pair]], passes: int, device: str) -> Iterable[Pair]:
+def shared_inputs(
+    ranks: Ranks, own: Callable[[], Iterable[Inputs]], passes: int, device: str, width: int = 2
+) -> Iterable[Inputs]:  # fmt: skip
     """Return the inputs of a stage for all passes, in their order.
 
     Args:
@@ -50,12 +53,13 @@ def shared_inputs(ranks: Ranks, own: Callable[[], Iterable[Pair]], passes: int, 
         own: inputs for this rank's passes.
         passes: number of all passes.
         device: torch device.
+        width: tensors of a pass.
 
     Raises:
         LostError: see `together`.
     """
     if ranks.size == 1:
         return own()
-    sent = [t for pair in together(ranks, lambda: list(own())) for t in pair]
+    sent = [t for found in together(ranks, lambda: list(own())) for t in found]
     arrived = [iter(tensors) for tensors in ranks.exchange([sent] * ranks.size, device)]
-    return [(next(arrived[i % ranks.size]), next(arrived[i % ranks.size])) for i in range(passes)]
+    return [tuple(next(arrived[i % ranks.size]) for _ in range(width)) for i in range(passes)]

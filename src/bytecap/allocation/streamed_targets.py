@@ -100,7 +100,7 @@ class _Targets:
             pairs = shared_inputs(self._planner.ranks, walk.inputs, len(masks), device)
             for (x, seen), mask in zip(pairs, masks, strict=True):
                 found.add(x, seen, mask)
-        fix, granted = found.fit([trial_of(self._units[n]) for n in names], self._strength)
+        fix, granted, _ = found.fit([trial_of(self._units[n]) for n in names], self._strength)
         fix *= granted
         del found, pairs
         members: list[Prepared] = []

@@ -30,7 +30,7 @@ from bytecap.types import Unit
 
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
-_AHEAD = 2**28  # values decoded before they are asked for
+AHEAD = 2**28  # values that several threads decode before they are asked for
 _UNIT_VALUES = 2**16  # what a small unit costs at least: its tables and lanes take memory too
 _NOTHING: Mapping[str, Any] = {}
 
@@ -94,7 +94,7 @@ def decode_each(
 
     Args:
         contents: of an artifact.
-        observe: shown every entropy-coded stream with its symbols.
+        observe: shown every entropy-coded stream with its symbols, or their counts.
         values: to decode together, about.
         threads: that decode; with several, units are decoded before they are asked for.
         ahead: values that may wait to be asked for, or the largest group; None for all of them.
@@ -196,7 +196,7 @@ def _ahead(
     order = sorted(range(len(groups)), key=lambda i: -sizes[i]) if most is None else range(len(groups))
     with ThreadPoolExecutor(threads) as pool:
         waiting: dict[int, Future[list[tuple[Unit, Array]]]] = {}
-        begun, held = iter(order), 0
+        begun = iter(order)
         following = next(begun, None)
         try:
             for i in range(len(groups)):
@@ -206,7 +206,6 @@ def _ahead(
                     waiting[following] = pool.submit(work, groups[following])
                     following = next(begun, None)
                 yield waiting.pop(i).result()
-                held -= sizes[i]
         finally:
             for future in waiting.values():
                 future.cancel()
@@ -255,7 +254,7 @@ class Decoded(Mapping[str, Array]):
         if self._pool is None:
             return self._decoded(name, self._units[name])
         self._ahead = {n: f for n, f in self._ahead.items() if self._order[n] >= self._order[name]}
-        room = _AHEAD
+        room = AHEAD
         for n in list(self._units)[self._order[name] :]:
             room -= self._units[n].unit.parameters
             if n not in self._ahead and (n == name or room > 0):

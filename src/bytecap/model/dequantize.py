@@ -257,6 +257,8 @@ def packed_integers(
     bits = fitting[0]
     if _WORD % bits and words.shape[1] == -(-cols // (_WORD // bits)):  # early versions left a gap in every word
         raise Misfit(f"{cols} codes of {bits} bits take as many words with gaps as without")
+    if zeros is not None and zeros.ndim != 2:
+        raise Misfit(f"zeros of shape {list(zeros.shape)} for a weight of {[rows, cols]}")
     values = unpack_words(words, bits, cols)
     offsets = None if zeros is None else unpack_words(zeros.T.contiguous(), bits, rows).T
     return integers(values, scales, offsets, order)

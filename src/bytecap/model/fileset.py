@@ -25,6 +25,7 @@ DEQUANTIZE = "load it with the tool that made it and save it dequantized, in bfl
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+_MOST_AXES = 64  # of a tensor in torch
 _LONGEST = 200  # letters of a stranger's name in a message
 # Files beside the weights that are kept byte for byte. Where there is no tokenizer.json, what it is made from is kept.
 SIDE_FILES = (
@@ -232,6 +233,17 @@ def _adapter_message(path: Path) -> str:
     )
 
 
+def _describes(entry: Any) -> bool:
+    """Return whether a header's entry has the type, the shape and the bytes of a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    numbers = len(shape) <= _MOST_AXES and len(offsets) == 2
+    return numbers and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, *offsets))
+
+
 def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
     """Return the header of a safetensors file, after checking that every tensor lies inside the file.
 
@@ -247,17 +259,20 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
         try:
             header = json.loads(f.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            spans = {k: (int(v["data_offsets"][0]), int(v["data_offsets"][1])) for k, v in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as exc:
-            raise CheckpointError(f"{path} has a corrupt safetensors header: {exc}") from exc
+        except (ValueError, AttributeError, RecursionError) as exc:
+            raise CheckpointError(f"{path} has a corrupt safetensors header: {_short(str(exc))}") from exc
+    odd = next((n for n, entry in entries.items() if not _describes(entry)), None)
+    if odd is not None:
+        raise CheckpointError(f"{path} has a corrupt safetensors header: {_short(odd)} is {_short(str(entries[odd]))}")
+    spans = {k: tuple(v["data_offsets"]) for k, v in entries.items()}
     at = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if not 0 <= start <= stop <= size - 8 - length:
             raise CheckpointError(
                 f"{path} is truncated: tensor {name} needs bytes {start}..{stop} of {size - 8 - length}"
             )
-        shape, dtype = entries[name].get("shape"), entries[name].get("dtype")
-        if dtype in _WIDTHS and (not isinstance(shape, list) or stop - start != _WIDTHS[dtype] * math.prod(shape)):
+        shape, dtype = entries[name]["shape"], entries[name]["dtype"]
+        if dtype in _WIDTHS and stop - start != _WIDTHS[dtype] * math.prod(shape):
             raise CheckpointError(f"{path} is corrupt: tensor {name} of {dtype} {shape} takes {stop - start} bytes")
         if start != at:
             raise CheckpointError(f"{path} is corrupt: tensor {name} begins at byte {start}, not at {at}")

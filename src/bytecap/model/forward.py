@@ -67,9 +67,11 @@ def rough_products(device: torch.device | str, *, wanted: bool = True) -> Iterat
 
     For passes that compare plans, whose differences are far larger. A processor is left as it is.
     """
+    if not wanted or torch.device(device).type != "cuda":
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if wanted and torch.device(device).type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
@@ -109,7 +111,8 @@ def in_fast_dtype(
     except Exception as exc:
         if isinstance(exc, BytecapError) or is_shortage(exc) or not _foreign(exc):
             raise
-        reason = exc
+        traceback.clear_frames(exc.__traceback__)  # they hold a copy of the model, and what it has computed
+        reason = exc.with_traceback(None)
     if first is not torch.float32:
         note(f"statistics are computed in float32: {_failure(module, reason)} in {str(first)[6:]}")
         try:
@@ -124,9 +127,9 @@ def in_fast_dtype(
 
 
 def _foreign(exc: BaseException) -> bool:
-    """Return whether an error was raised in code of transformers, or on torch's way backward."""
-    frames = traceback.walk_tb(exc.__traceback__)
-    return any(_FOREIGN.match(frame.f_globals.get("__name__", "")) for frame, _ in frames)
+    """Return whether an error was raised in code of transformers, or on torch's way backward, and not by our own."""
+    names = [frame.f_globals.get("__name__") or "" for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    return not names[-1].startswith("bytecap.") and any(map(_FOREIGN.match, names))
 
 
 def _failure(module: nn.Module, exc: BaseException) -> str:

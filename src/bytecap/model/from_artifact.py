@@ -49,7 +49,8 @@ def load_model(
         ArtifactError: the file cannot be trusted or holds no config, or its base is missing or another. UsageError:
             an option is none of these, or the model cannot be kept coded.
     """
-    contents = updates.attached(container.open_file(path), updates.found(updates.paths_of(base)), str(path))
+    opened = container.read if resident == "coded" else container.open_file  # what stays coded stays in memory
+    contents = updates.attached(opened(path), updates.found(updates.paths_of(base)), str(path))
     return module_of(contents, str(path), device=device, dtype=dtype, resident=resident)
 
 

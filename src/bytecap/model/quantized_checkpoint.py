@@ -87,7 +87,7 @@ class Dequantized:
         weight = self._weights[name]
         try:
             return weight.formula({role: self._stored.read(part) for role, part in weight.parts.items()})
-        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as exc:
+        except (ValueError, LookupError, TypeError, OverflowError, RuntimeError) as exc:
             raise CheckpointError(f"tensor {name} cannot be dequantized from {weight.parts['codes']}: {exc}") from exc
 
     def keep(self, name: str, value: Tensor, dtype: str) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 
 from bytecap.errors import ArtifactError
 from bytecap.format.container import Contents
-from bytecap.format.decoder import Decoded, decode_each, side_files
+from bytecap.format.decoder import AHEAD, Decoded, decode_each, side_files
 from bytecap.format.updates import units_of
 from bytecap.model import streaming
 from bytecap.model.building import without_values
@@ -35,10 +35,6 @@ from bytecap.model.wrappers import plain_names
 from bytecap.types import Unit
 
 DESCRIBING = ("config.json", "tying.json")  # the side files that say what the module is
-
-_AHEAD = (
-    2**28
-)  # values that several threads decode before they are taken: units as large as these keep all of them busy
 
 
 def build(files: Mapping[str, bytes], units: Sequence[Unit], name: str) -> nn.Module:
@@ -164,7 +160,7 @@ def written(model: Model, contents: Contents, *, observe: Any, threads: int) -> 
         found = streamed.copy()
         found.load(Decoded(contents, observe, threads))
         return found.module
-    each = decode_each(contents, observe, threads=threads, ahead=_AHEAD if threads > 1 else 0)
+    each = decode_each(contents, observe, threads=threads, ahead=AHEAD if threads > 1 else 0)
     if model.rebuilt:
         module = build({**{n: model.files[n] for n in DESCRIBING if n in model.files}, **side_files(contents)},
                        units_of(contents), "the written file")  # fmt: skip

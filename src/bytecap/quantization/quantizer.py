@@ -28,10 +28,10 @@ from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
-from bytecap.quantization.ahead import Ahead, entries, of_one_shape
+from bytecap.quantization.ahead import Ahead, of_one_shape
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
-from bytecap.quantization.symbols_there import GridCodeThere
+from bytecap.quantization.symbols_there import GridCodeThere, symbols_anywhere
 from bytecap.quantization.trellis import round_trellis
 from bytecap.quantization.trial_values import classes_there
 from bytecap.system.ranks import ALONE, Ranks, owners
@@ -42,8 +42,8 @@ from bytecap.types import Unit
 FIRST_DEPENDENT = UNIT_CLASS - 3  # columns of less spread than 0.6 steps gain nothing from a trellis
 ON_BASE = 26  # bytes of a difference beside its section: stack and layer (7), directory (6), and about as many of index
 _BATCH_VALUES = 4 * 2**20  # weights and Hessian factors rounded together on a processor
-_BYTES_A_VALUE = 256  # of a GPU's memory to each of them there, of which 16 are used
-_BYTES_UNDER_WAY = 8  # of them, while a batch is rounded
+_BYTES_A_VALUE = 256  # of a GPU's memory to each of them there
+_A_WEIGHT, _AN_ENTRY = 8, 4  # bytes of a GPU's memory to a weight and to a Hessian entry, while a batch is rounded
 
 _A_COLUMN = 256  # products of feedback that walking a weight along the trellis takes as long as
 
@@ -152,7 +152,7 @@ class Coded:
     @property
     def as_in_base(self) -> bool:
         """Whether nothing is added to the base, so that nothing is stored."""
-        return self.below is not None and self.overlay is None and not self.code.symbols.any()
+        return self.below is not None and self.overlay is None and not bool(symbols_anywhere(self.code).any())
 
 
 _Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, and their centroids' sums
@@ -222,7 +222,7 @@ def round_units(
     ranked = owners(costs, ranks.size)
     ahead = Ahead(
         begin, [i for i, rank in enumerate(ranked) if rank == ranks.rank or ranks.size == 1],
-        [_BYTES_UNDER_WAY * len(b) * entries(*b[0].shape) for b in batches], device,
+        [len(b) * (_A_WEIGHT * rows + _AN_ENTRY * cols) * cols for b in batches for rows, cols in [b[0].shape]], device,
     )  # fmt: skip
     coded: dict[str, Coded] = {}
     centres = np.zeros((2, 64, 17))
@@ -287,7 +287,7 @@ def _begin_batch(
         for part, values in item.slabs():
             weight[i, :, part] = (values / row_step[part, None]).T[order]
         rows.append(item.rows.float() * row_step.square())
-    lower = torch.stack([item.lower.whole() for item in items])
+    lower = torch.stack([item.lower.whole() for item in items]) if len(items) > 1 else first.lower.whole()[None]
     order = torch.stack([item.order for item in items])
     step = torch.tensor([steps[item.unit.name] for item in items], dtype=torch.float32, device=weight.device)
     classes = row_classes(weight, lower, step, options.row_class)
@@ -355,7 +355,11 @@ def _stored_there(
         cls = classes_there(own[part], rows, fine[part])
         cls.add_(fine[part] * CLASSES).mul_(last + 1).add_(symbols[part].abs().clamp_(max=last))
         counts += torch.bincount(cls.reshape(-1), minlength=len(counts))
-    out = torch.empty(len(row), len(column), dtype=getattr(torch, _width(peak)), device=device)
+    kind, shape = getattr(torch, _width(peak)), (len(row), len(column))
+    try:
+        out = torch.empty(shape, dtype=kind, device=device)
+    except torch.OutOfMemoryError:
+        out = torch.empty(shape, dtype=kind)
     for part in slabs(*out.shape):
         out[part] = symbols[:, part].T
     return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()

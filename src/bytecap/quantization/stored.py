@@ -19,6 +19,7 @@ from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization.quantizer import Coded, Prepared, product
+from bytecap.quantization.symbols_there import symbols_anywhere
 from bytecap.system.scratch import KeptTensor, Scratch
 from bytecap.system.slabs import slabs
 from bytecap.types import Unit
@@ -167,8 +168,10 @@ class StoredGridCode(GridCode):
     def __init__(self, code: GridCode, scratch: Scratch) -> None:
         kept = {}
         for name in _ARRAYS:
-            array = np.ascontiguousarray(getattr(code, name))
-            kept[name] = scratch.put(torch.from_numpy(array))
+            if name == "symbols":
+                kept[name] = scratch.put(symbols_anywhere(code))
+            else:
+                kept[name] = scratch.put(torch.from_numpy(np.ascontiguousarray(getattr(code, name))))
         for name, value in (("step", code.step), ("first", code.first), ("memory", code.memory), ("_kept", kept)):
             object.__setattr__(self, name, value)
 
@@ -177,7 +180,7 @@ class StoredGridCode(GridCode):
 
 def _array(name: str) -> Any:
     def read(self: StoredGridCode) -> Any:
-        return self._kept[name].load().numpy()
+        return self._kept[name].load("cpu").numpy()
 
     return property(read)
 

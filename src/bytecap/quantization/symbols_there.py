@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,12 +42,10 @@ setattr(GridCodeThere, "symbols", property(_symbols))  # noqa: B010 (a property 
 
 
 def in_memory(code: GridCode) -> GridCode:
-    """Return a code whose arrays are all in memory, for who reads them several times."""
+    """Return a code whose arrays are all in memory, for whoever reads them several times."""
     return code if type(code) is GridCode else GridCode(**{f.name: getattr(code, f.name) for f in fields(GridCode)})
 
 
-def symbols_on(code: GridCode, device: torch.device) -> Tensor:
-    """Return the symbols (rows, cols) on this device if they are there already, else on the processor."""
-    if isinstance(code, GridCodeThere) and code.there.device == device:
-        return code.there
-    return torch.from_numpy(code.symbols)
+def symbols_anywhere(code: GridCode) -> Tensor:
+    """Return the symbols (rows, cols) where they are."""
+    return code.there if isinstance(code, GridCodeThere) else torch.from_numpy(np.ascontiguousarray(code.symbols))

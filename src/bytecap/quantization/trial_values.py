@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, quarter
 from bytecap.format.coders.grid import GridCode
-from bytecap.quantization.symbols_there import symbols_on
+from bytecap.quantization.symbols_there import symbols_anywhere
 
 _TOGETHER = 2**24  # values at a time
 
@@ -37,7 +37,7 @@ def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.
     def sent(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    symbols, flat = symbols_on(code, device), sent(offset).reshape(-1)
+    symbols, flat = symbols_anywhere(code), sent(offset).reshape(-1)
     out = torch.empty(symbols.shape, device=device)
     scale = sent(np.float32(code.step) * quarter(code.column_step))  # (1, cols), as all that belongs to columns
     fine = sent(code.fine).int()
@@ -48,7 +48,7 @@ def values_there(code: GridCode, offset: npt.NDArray[np.float32], device: torch.
     for at in range(0, len(symbols), high):
         part = slice(at, at + high)
         cls = classes_there(column_class, row_class[part, None], fine)
-        points = symbols[part].to(device, non_blocking=True).int()
+        points = symbols[part].to(device).int()
         size = points.abs()
         cls.mul_(CENTRES).add_(size.clamp(max=CENTRES - 1))
         value = out[part]

@@ -135,19 +135,22 @@ def _all_pairs(Y, W, T, BACK, BORDER, CAME, V, s, rows, length, SEGMENTS: tl.con
 
 @triton.jit
 def _feed(
-    FED, INNER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, begin, end, rows, scale, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    FED, LOWER, WEIGHT, ERROR, WHITEN, Y, k, lo, hi, begin, end, cols, rows, scale, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write rows of column k with fed-back errors to Y (rows,); returns their summed squares in whitened steps."""
     j, within = tl.arange(0, BLOCK), k - lo
     later = (j > within) & (j < hi - lo)
-    factor = tl.load(INNER + j * BLOCK + within, later, 0.0)[:, None]
+    factor = tl.load(LOWER + (lo + j).to(tl.int64) * cols + k, later, 0.0)[:, None]
+    own = tl.load(LOWER + k.to(tl.int64) * cols + k)
     done = ERROR + (lo + j).to(tl.int64)[:, None] * rows
     energy = tl.zeros([ROWS], tl.float32)
     for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
         inside = r < end
-        y = tl.load(FED + within * rows + r, inside, 0.0) + tl.load(WEIGHT + k.to(tl.int64) * rows + r, inside, 0.0)
-        y += tl.sum(tl.load(done + r[None, :], later[:, None] & inside[None, :], 0.0) * factor, 0)
+        fed = tl.sum(tl.load(done + r[None, :], later[:, None] & inside[None, :], 0.0) * factor, 0)
+        fed += tl.load(FED + within * rows + r, inside, 0.0)
+        y = fed / own + tl.load(WEIGHT + k.to(tl.int64) * rows + r, inside, 0.0)
         x = y / scale * tl.load(WHITEN + r, inside, 0.0)
         energy += x * x
         tl.store(Y + r, y, inside)
@@ -195,7 +198,7 @@ def _settle(
 
 @triton.jit(do_not_specialize=["lo", "hi", "first", "length", "head", "parts"])
 def round_columns(
-    INNER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
+    LOWER, FED, WEIGHT, ERROR, SCALE, ROW_CLASS, WHITEN, ROW_WEIGHT, OFFSET, SYMBOLS, ORDER, COLUMN_CLASS, COST,
     CENTRE, Y, T, BACK, BORDER, CAME, V, ENERGY, MET, lo, hi, cols, rows, first, length, head, parts,
     SEGMENTS: tl.constexpr, WARM: tl.constexpr, MEMORY: tl.constexpr, BITS: tl.constexpr, LEADS: tl.constexpr,
     LANE_LEADS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MOST: tl.constexpr,
@@ -222,8 +225,8 @@ def round_columns(
         k = hi - 1 - back
         scale = tl.load(SCALE + lead + k)
         energy = _feed(
-            FED + b * (hi - lo) * rows, INNER + b * BLOCK * BLOCK, WEIGHT + whole, ERROR + whole, WHITEN + one, Y, k,
-            lo, hi, begin, end, rows, scale, BLOCK, ROWS,
+            FED + b * (hi - lo) * rows, LOWER + b * cols * cols, WEIGHT + whole, ERROR + whole, WHITEN + one, Y, k,
+            lo, hi, begin, end, cols, rows, scale, BLOCK, ROWS,
         )  # fmt: skip
         energy = sum_of_parts(ENERGY + k % 2 * parts, energy, part, MET, parts, MOST) / rows
         column = tl.floor(2 * tl.log2(tl.maximum(energy, 1e-12)) + 0.5).to(tl.int32) + UNIT

@@ -319,7 +319,7 @@ def backward(
 ):  # fmt: skip
     """Trace every segment back from where the next one begins in the end, to the paths PATH (rows,).
 
-    A path are the last bits up to a row's own, the newest in bit 0: one more than a state has. BEGUN (2, parts,
+    A path is the bits up to a row's own, the newest in bit 0, one more of them than a state has. BEGUN (2, parts,
     segments) and CHANGED (2, parts) serve rounds in turn, so that nobody overwrites what another still has to read.
     """
     one, last = tl.arange(0, SEGMENTS), (rows - 1) // length

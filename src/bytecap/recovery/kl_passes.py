@@ -22,7 +22,7 @@ from bytecap.model.oom_retry import halving
 from bytecap.model.texts import iteration_windows, leading
 
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one iteration
-_A_BATCH = 20 * 2**30  # bytes of a GPU's memory for each 2048 tokens of a pass, the whole job's among them
+_A_BATCH = 20 * 2**30  # bytes of a GPU's memory for every batch of `pass_tokens` in one pass
 _CHECK_TOKENS = 8192
 _REMEMBERED = {"cpu": 2**27, "cuda": 2**31}  # bytes of the original's logits on them
 
@@ -37,7 +37,7 @@ def tokens_of_iteration(device: str) -> int:
 
 
 def _many(device: torch.device) -> int:
-    """Return by how much passes are larger where a GPU has much memory: what fills it least is what starts kernels."""
+    """Return by how much passes are larger on a GPU of much memory, which spends small ones on starting kernels."""
     if device.type != "cuda":
         return 1
     return min(8, max(1, torch.cuda.get_device_properties(device).total_memory // _A_BATCH))

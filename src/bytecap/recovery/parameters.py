@@ -31,6 +31,7 @@ from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.shared_tables import count_symbols
 from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Coded, Prepared, rate
+from bytecap.quantization.symbols_there import symbols_anywhere
 from bytecap.types import Unit
 
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
@@ -241,7 +242,7 @@ class TunedParameters:
     def _put(self, name: str, item: Prepared, coded: Coded) -> None:
         m = self._matrices[name]
         m.coded, m.grid, m.item = coded, _Grid.of(item, coded), item
-        m.points = torch.from_numpy(coded.code.symbols.astype(np.float32)).to(item.weight.device)
+        m.points = symbols_anywhere(coded.code).to(item.weight.device, torch.float32)
 
     def planned(self, names: list[str]) -> tuple[float, int]:
         """Return the bytes planned for matrices, and the number of their weights."""

@@ -42,6 +42,7 @@ from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.parameters import TunedParameters
+from bytecap.sizes import in_groups
 from bytecap.system import allocator
 
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
@@ -56,6 +57,7 @@ _MOST_STEERING = 0.1  # natural logarithms of a step
 _CHECKS = 12  # validations of a stage on the correction tokens
 _APART = 5  # iterations between two validations, at least
 _LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
+_TOGETHER = 2**26  # values that are moved together: a GPU holds some copies of them
 _PATIENCE = 3  # checks that may be worse
 
 
@@ -124,7 +126,10 @@ class _TuningRun:
             rate = RATE if name.startswith("target ") else VALUES_RATE
             rate *= self.parameters.vector_size(name[7:]) if name.startswith("vector ") else 1.0
             alike.setdefault(rate, []).append(t)
-        groups = [{"params": tensors, "lr": rate, "first": rate} for rate, tensors in alike.items()]
+        groups = [
+            {"params": some, "lr": rate, "first": rate}
+            for rate, tensors in alike.items() for some in in_groups(tensors, Tensor.numel, _TOGETHER)
+        ]  # fmt: skip
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
     def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:

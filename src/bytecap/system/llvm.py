@@ -15,8 +15,8 @@ def load(builder: Any, place: Any, kind: Any, align: int) -> Any:
 
     Args:
         builder: of the code.
-        place: pointer or 64-bit address, a multiple of
-        align: bytes.
+        place: pointer or 64-bit address.
+        align: bytes that the place is a multiple of.
         kind: type of what lies there.
     """
     return builder.load(_pointer(builder, place, kind), align=align)

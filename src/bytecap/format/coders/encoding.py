@@ -66,7 +66,7 @@ def payload(code: Code, symbols: Array, tables: Tables) -> bytes:
 
     Args:
         code: of the matrix.
-        symbols: its integers (rows, cols), which may take a while to get at.
+        symbols: its integers (rows, cols), taken from the device that has them once.
         tables: of the file; dependent columns need split ones.
 
     Raises:
@@ -75,12 +75,12 @@ def payload(code: Code, symbols: Array, tables: Tables) -> bytes:
     rows, cols = symbols.shape
     states = np.full(lanes(rows * cols), LOW, np.uint32)
     lane = (rows * cols - 1) % len(states) + 1
-    kinds, of_row = np.unique(code.row_class, return_inverse=True)
-    of_row, fine = of_row.reshape(-1), code.fine
+    of_row, fine = np.zeros(rows, np.int64), code.fine
     high = max(1, min(rows, _BLOCK // cols))
     words, escapes = np.empty(high * cols + 1, np.uint16), np.empty(high * cols, np.int32)
     parts, tails = [], []
     for run, columns, own in reversed(list(zip(_groups(code), code.column_class, fine, strict=True))):
+        kinds, of_row[run] = np.unique(code.row_class[run], return_inverse=True)
         more = OCTAVE * own.astype(np.int64)
         classes = np.clip(kinds[:, None] + (columns + more)[None, :], 1 + more, CLASSES - 1)
         if (tables.row[classes] < 0).any():

@@ -21,19 +21,31 @@ TILE = 128
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-def _beside(t: Any, level: Any, low: Any, high: Any, table: _Array) -> Any:
+def _neighbours(low: Any, high: Any, table: _Array) -> _Array:
+    """Next lower and next higher level (2, high - low + 1) of every one; nothing where levels are all integers."""
+    found = np.empty((2, np.int64(high - low) + 1 if len(table) else 0), np.float32)
+    lower = upper = np.int64(0)
+    for k in range(1, len(table)):
+        if table[k] != table[k - 1]:
+            lower, upper = np.int64(table[k - 1] - low), np.int64(table[k] - low)
+            found[1, lower], found[0, upper] = table[k], table[k - 1]
+    if len(table):
+        first = np.int64(table[0] - low)
+        found[0, first], found[1, upper] = table[0], table[-1]
+    return found
+
+
+def _beside(t: Any, level: Any, low: Any, high: Any, next_to: _Array) -> Any:
     """Level on the other side of `t` from the one nearest to it, or that one where there is none."""
-    up = t > level
-    if len(table) == 0:
-        return min(max(level + (_ONE if up else -_ONE), low), high) if low < t < high else level
     if not low < t < high:
         return level
-    at, step = np.int64(t + t - low - low), 1 if up else -1
-    while 0 <= at + step < len(table) and table[at] == level:
-        at += step
-    return table[at]
+    up = t > level
+    if next_to.shape[1] == 0:
+        return min(max(level + (_ONE if up else -_ONE), low), high)
+    return next_to[1 if up else 0, np.uint32(np.int32(level - low))]
 
 
+neighbours: Any = compiled(_neighbours)
 beside: Any = compiled(_beside)
 
 
@@ -56,16 +68,16 @@ insert: Any = compiled(_insert)
 
 
 def _row(
-    y: _Array, w: _Array, push: _Array, weight: _Array, low: Any, high: Any, table: _Array, a: _Array, c: _Array,
-    start: int, sub: int, ways: _Array, spare: _Array, costs: _Array, tried: _Array, parents: _Array, levels: _Array,
-    q: _Array,
+    y: _Array, w: _Array, push: _Array, weight: _Array, low: Any, high: Any, table: _Array, next_to: _Array, a: _Array,
+    c: _Array, start: int, sub: int, ways: _Array, spare: _Array, costs: _Array, tried: _Array, parents: _Array,
+    levels: _Array, q: _Array,
 ) -> None:  # fmt: skip
     """Levels `q` of one row's tile, last column to first.
 
     `y` is what feedback from behind the tile asks for, `w` the weights, `push[i, k]` what an error of column i feeds
-    to column k, `weight` that of every column's own error; `a`, `c` are scales and minimums of the block's sub-blocks,
-    in which the tile starts at column `start`. The others are room: (width, tile) for `ways` and `spare`, (width,)
-    for `costs` and `tried`, (tile, width) for `parents` and `levels`.
+    to column k, `weight` that of every column's own error, `next_to` the `neighbours` of levels; `a`, `c` are scales
+    and minimums of the block's sub-blocks, in which the tile starts at column `start`. The others are room:
+    (width, tile) for `ways` and `spare`, (width,) for `costs` and `tried`, (tile, width) for `parents` and `levels`.
     """
     count, most = 1, len(ways)
     for i in range(len(y)):
@@ -78,7 +90,7 @@ def _row(
         for m in range(count):
             asked = ways[m, i] + minimum
             level = near(asked * inverse, low, high, table)
-            other = beside(asked * inverse, level, low, high, table) if inverse != _ZERO else level
+            other = beside(asked * inverse, level, low, high, next_to) if inverse != _ZERO else level
             for _ in range(1 if other == level else 2):
                 lack = asked - scale * level
                 kept = insert(costs[m] + own * lack * lack, m, level, kept, tried, parents[i], levels[i])
@@ -107,7 +119,7 @@ def _beam_block(
 
     `y` (block, LANES) is what later blocks feed back and the weights, `error` (cols, LANES) the errors of all columns.
     """
-    tile, per = min(block, TILE), block // sub
+    tile, per, next_to = min(block, TILE), block // sub, neighbours(low, high, table)
     ways, spare = np.empty((width, tile), np.float32), np.empty((width, tile), np.float32)
     costs, tried = np.empty(width, np.float32), np.empty(width, np.float32)
     parents, levels = np.empty((tile, width), np.int32), np.empty((tile, width), np.float32)
@@ -132,8 +144,8 @@ def _beam_block(
             for b in range(per):
                 scales[b], minimums[b] = a[b, r], c[b, r]
             row(
-                asked[:count], own, push, weight[first + start :], low, high, table, scales, minimums, start, sub, ways,
-                spare, costs, tried, parents, levels, found,
+                asked[:count], own, push, weight[first + start :], low, high, table, next_to, scales, minimums, start,
+                sub, ways, spare, costs, tried, parents, levels, found,
             )  # fmt: skip
             for i in range(count):
                 b, at = (start + i) // sub, first + start + i

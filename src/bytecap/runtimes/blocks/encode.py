@@ -27,7 +27,7 @@ from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
 from bytecap.runtimes.blocks.powers import made_positive
 
 SWEEPS = 2
-WIDTH = 8  # ways to round a row's columns side by side, on the processor
+WIDTH, UNEVEN = 8, 4  # ways to round a row side by side, on the processor; of uneven levels, which gain less by it
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
@@ -172,7 +172,7 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
 
 
 def encode(
-    weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS, width: int = WIDTH,
+    weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS, width: int | None = None,
     threads: int | None = None,
 ) -> Codes:  # fmt: skip
     """Codes of a matrix (rows, cols); the same for any number of threads.
@@ -182,7 +182,8 @@ def encode(
         form: of its Hessian, see `prepare`.
         layout: the block format.
         sweeps: of coordinate descent after error feedback.
-        width: ways to round a row's columns that are kept side by side (`bytecap.runtimes.blocks.beam`).
+        width: ways to round a row's columns that are kept side by side (`bytecap.runtimes.blocks.beam`);
+            as many as pay if None.
         threads: as many as torch may use if None.
 
     Raises:
@@ -209,7 +210,7 @@ def encode(
     fixed = (
         size, layout.sub, np.float32(layout.low), np.float32(layout.high), table, layout.scales, layout.minimums,
         (float(unit), *_FLOATS[layout.float_type]),
-        factors, tries, signs, width, sweeps,
+        factors, tries, signs, width or (UNEVEN if layout.levels else WIDTH), sweeps,
     )  # fmt: skip
 
     def one(at: int) -> None:

@@ -2,7 +2,8 @@
 
 A tensor's bytes follow from its type alone, so nothing has to be rounded again behind the walk
 (`bytecap.allocation.asymmetric_targets`): what it codes is what is written, where that lowers the KL on the correction
-tokens. Tensors whose unit is read more than once, or stored in part, stay as they are. Omitted: streamed models.
+tokens. Tensors whose output is added to a residual stream also make up for what that lacks. Tensors whose unit is read
+more than once, or stored in part, stay as they are. Omitted: streamed models.
 """
 
 from __future__ import annotations
@@ -55,8 +56,11 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
 
     def stage(names: Sequence[str], inputs: Moments, _: int) -> Values:
         weights = {n: as_matrix(matrices[n], model.tensor(matrices[n]).detach()).float() for n in names}
-        fix, strength = inputs.fit([trial_rows(w, _row_weights(members[n])) for n, w in weights.items()], 1.0)
-        moved = [_moved(i, w + w @ (fix * strength)) for n, w in weights.items() for i in members[n]]
+        fit = inputs.fit([trial_rows(w, _row_weights(members[n])) for n, w in weights.items()], 1.0)
+        aimed = {n: w + w @ (fit.fix * fit.strength) for n, w in weights.items()}
+        if fit.stream is not None:
+            aimed = {n: w + fit.stream for n, w in aimed.items()}
+        moved = [_moved(i, w) for n, w in aimed.items() for i in members[n]]
         coded = round_all(coding, moved, found.settings, lambda _: None)
         rounded.update(coded)
         return unit_values(model, moved, {n: r.values for n, r in coded.items()})
@@ -65,8 +69,9 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
         try:
             tokens = pass_tokens(model.module, torch.device("cpu"))  # waiting passes are many
             walk_stages(
-                order, model.module, quantized_copy, windows, stage, tokens=tokens, device=job.device, advance=advance
-            )
+                order, model.module, quantized_copy, windows, stage, tokens=tokens, device=job.device, advance=advance,
+                streams=True,
+            )  # fmt: skip
         except LostError:
             job.reporter.note("the order in which modules are called depends on the data: no targets")
             return found

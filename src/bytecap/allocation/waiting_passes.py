@@ -1,0 +1,107 @@
+"""Hold forward passes that wait in front of modules, and calls that are begun as often as they are needed.
+
+A pass is a coroutine, so a stage's weights can be replaced while many passes wait in front of it, and every pass is run
+only once. (Threads instead would each keep a pool of workers and buffers of their own.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from bytecap.allocation.shared_inputs import LostError
+from bytecap.model.chain import Chain
+
+Run = Callable[[nn.Module], Any]  # one forward pass over one batch
+
+
+class WaitingPass:
+    """One forward pass that stops at every point until it is asked for the next one."""
+
+    def __init__(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
+        self._pass = greenlet(self._run)
+        self._arguments: tuple[Any, ...] | None = (model, run, stops)
+        self._stops = iter(stops)
+
+    def _run(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
+        handles = [m.register_forward_pre_hook(self._stop, with_kwargs=True) for m in stops]
+        try:
+            run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _stop(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getcurrent() is self._pass and self._pass.parent is not None:  # else another pass over the same model
+            self._pass.parent.switch((module, args, kwargs))
+
+    def advance(self) -> WaitingCall:
+        """Return the call of the next point's module.
+
+        Raises:
+            LostError: the pass is somewhere else.
+        """
+        arguments, self._arguments = self._arguments or (), None
+        found = self._pass.switch(*arguments)
+        if not found or found[0] is not next(self._stops):
+            raise LostError
+        return WaitingCall(*found)
+
+    def cancel(self) -> None:
+        """Abandon the pass and remove its hooks."""
+        self._pass.throw()
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    """A call has come to a module, with this input."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+@dataclass(frozen=True)
+class WaitingCall:
+    """A call of a module that has not begun."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def begun(self, chain: Chain) -> Any:
+        """Begin the call on a clone of its input, which it may change in place, so that it can be begun again."""
+        args, kwargs = chain.given(self.args, self.kwargs, chain.taken(self.args, self.kwargs).clone())
+        return self.module(*args, **kwargs)
+
+    def inputs_of(self, inner: nn.Module, chain: Chain | None, stream: str | None = None) -> list[Tensor]:
+        """Return the input of the module itself, or of one inside it, which the call is begun for.
+
+        Behind it comes the residual stream that the inner module's output is added to: the input of the module at the
+        path `stream` inside this one, which is called before.
+        """
+        if inner is self.module or chain is None:
+            return [self.args[0]]
+        streams: list[Tensor] = []
+
+        def passed(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            streams.append(args[0].clone())
+
+        def reached(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        handles = [inner.register_forward_pre_hook(reached)]
+        if stream == "":
+            streams.append(chain.taken(self.args, self.kwargs))
+        elif stream is not None:
+            handles.append(self.module.get_submodule(stream).register_forward_pre_hook(passed))
+        try:
+            self.begun(chain)
+        except _Reached as found_there:
+            return [found_there.x, *streams]
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise LostError
