@@ -1,4 +1,4 @@
-# make demo | fast | test | nightly | numeric | coverage | lint | lock | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
+# make demo | fast | test | nightly | harness | numeric | coverage | lint | lock | format | bench MODELS=DIR TEXTS=DIR | clean | distclean
 # All but lock and the last two set up .venv by themselves, again after every change of pyproject or constraints.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ BENCHDIR ?= build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo fast test suite nightly numeric avx2 sse coverage lint style types lock format directories bench clean distclean
+.PHONY: help setup demo fast test suite nightly harness numeric avx2 sse coverage lint style types lock format directories bench clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -47,7 +47,7 @@ types: $(INSTALLED)
 
 # Two workers with one thread each: more threads than cores only wait for one another. Each starts with one half of the
 # tests, in order, so that what the tests of a file share is made once.
-fast suite nightly avx2 sse coverage: export OMP_NUM_THREADS = 1
+fast suite nightly avx2 sse coverage harness: export OMP_NUM_THREADS = 1
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 TIER := not nightly
 
@@ -65,7 +65,16 @@ test: style
 suite: $(INSTALLED)
 	$(PYTEST) -m 'not nightly' --durations=15
 
-nightly: test coverage
+# lm-eval brings some fifty packages: it has an environment of its own, which sees the other one's.
+HARNESS := $(VENV)/harness
+harness: $(INSTALLED)
+	test -x $(HARNESS)/bin/pip || $(PYTHON) -m venv $(HARNESS)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$($(HARNESS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth
+	$(HARNESS)/bin/python -m pip --disable-pip-version-check --no-input install -c constraints.txt lm-eval==0.4.13
+	$(HARNESS)/bin/python -m pytest tests/test_lm_eval.py
+
+nightly: test coverage harness
 	$(PYTEST) -m nightly --durations=15
 	$(MAKE) --no-print-directory numeric TIER=nightly
 	$(BIN)/python tests/mutants.py
