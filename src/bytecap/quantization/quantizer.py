@@ -257,9 +257,17 @@ def _together(device: torch.device) -> int:
 
 
 @cache
+def _has_programs() -> bool:
+    """Return whether there is a triton that knows what the programs are written with: 3.2 and later, torch 2.6."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return hasattr(importlib.import_module("triton.language"), "gather")
+
+
+@cache
 def _trellis(device: str) -> Callable[..., Callable[[], Rounded]]:
     """Return the function that begins to round along the trellis on a kind of device."""
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device == "cuda" and _has_programs():
         from bytecap.quantization import cuda as there
 
         return there.begin_trellis
@@ -269,7 +277,7 @@ def _trellis(device: str) -> Callable[..., Callable[[], Rounded]]:
 def compile_ahead(options: Options, device: str) -> None:
     """Begin to compile what rounds on a GPU, where it is compiled, while statistics are collected."""
     target = torch.device(device)
-    if options.trellis and target.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if options.trellis and target.type == "cuda" and _has_programs():
         from bytecap.quantization import cuda as there
 
         there.compile_ahead(options.memory, target)
