@@ -157,7 +157,7 @@ def test_values_are_decoded_one_unit_at_a_time(fitted, threads, monkeypatch):
 
     decode_units(artifact.contents, observe=together)
     assert ideal.bytes(1000) == together.bytes(1000)
-    monkeypatch.setattr("bytecap.format.decoder._AHEAD", 1)
+    monkeypatch.setattr("bytecap.format.decoder.AHEAD", 1)
     assert np.array_equal(found[next(iter(found))], expected[next(iter(found))])
 
 
