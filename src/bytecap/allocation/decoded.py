@@ -16,7 +16,6 @@ from bytecap.format.coders.trellis import CODER as TRELLIS
 from bytecap.format.coders.trellis import SHORT, Trellis
 from bytecap.format.overlays.difference import CODER as DIFFERENCE
 from bytecap.quantization.quantizer import Coded
-from bytecap.quantization.symbols_there import in_memory
 from bytecap.system.slabs import slabs
 
 FloatArray = npt.NDArray[np.float32]
@@ -49,7 +48,7 @@ def decode_grid(code: GridCode, shared: Shared) -> FloatArray:
 
 def decode_coded(coded: Coded, shared: Shared) -> FloatArray:
     """Decode a unit to float32 values (rows, cols), its overlay included."""
-    values = decode_grid(in_memory(coded.code), shared)
+    values = decode_grid(coded.code, shared)
     if coded.below is not None:
         values = coded.below + values
     if coded.overlay is None:

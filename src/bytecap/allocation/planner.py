@@ -34,7 +34,6 @@ from bytecap.quantization import Shrink
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import Coded, Prepared, rate, round_units
 from bytecap.quantization.rules import Rules
-from bytecap.quantization.symbols_there import in_memory
 from bytecap.quantization.trial_values import values_there
 from bytecap.sizes import in_groups
 from bytecap.system.ranks import ALONE, Ranks, owners
@@ -326,8 +325,7 @@ class Planner:
             coded = state.coded[name]
             if coded.as_in_base:
                 return BASE.tag, b""
-            code = in_memory(coded.code)
-            base = coder_of(code).tag, coder_of(code).encode(code, state.shared).data
+            base = coder_of(coded.code).tag, coder_of(coded.code).encode(coded.code, state.shared).data
             overlays = [coded.overlay] if coded.overlay else []
             if coded.below is not None:
                 return on_base(base, *overlays)

@@ -105,22 +105,19 @@ def in_fast_dtype(
     Raises:
         CheckpointError: the model's own code, or torch's backward pass, fails in float32 too.
     """
-    first = fast_dtype(device)
-    try:
-        return work(first)
-    except Exception as exc:
-        if isinstance(exc, BytecapError) or is_shortage(exc) or not _foreign(exc):
-            raise
-        traceback.clear_frames(exc.__traceback__)  # they hold a copy of the model, and what it has computed
-        reason = exc.with_traceback(None)
-    if first is not torch.float32:
-        note(f"statistics are computed in float32: {_failure(module, reason)} in {str(first)[6:]}")
+    first, reason = fast_dtype(device), None
+    for dtype in dict.fromkeys((first, torch.float32)):
+        if reason is not None:
+            note(f"statistics are computed in float32: {_failure(module, reason)} in {str(first)[6:]}")
+            traceback.clear_frames(reason.__traceback__)  # they hold a copy of the model, and what it has computed
+            reason.with_traceback(None)
         try:
-            return work(torch.float32)
+            return work(dtype)
         except Exception as exc:
             if isinstance(exc, BytecapError) or is_shortage(exc) or not _foreign(exc):
                 raise
             reason = exc
+    assert reason is not None  # noqa: S101 (there is a dtype to try)
     raise CheckpointError(
         f"{_failure(module, reason)}, and statistics are gradients: use --method uniform, which needs none"
     ) from reason

@@ -138,7 +138,7 @@ def _parts(batch: int, rows: int, memory: int, device: torch.device) -> int:
     if memory == SHORT or device.type != "cuda":
         return 1
     most = torch.cuda.get_device_properties(device).multi_processor_count // batch
-    most = min(most, _MOST, rows // (_least(memory) * (_THREADS >> plan(memory)["BITS"])))
+    most = min(most, _MOST, rows // (_least(memory) * _segments(memory)))
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -149,10 +149,15 @@ def _cut(rows: int, memory: int) -> tuple[int, int]:
     compiled. With more states segments are whole periods of a search, and some may be left empty.
     """
     if memory > SHORT:
-        segments, period = _THREADS >> plan(memory)["BITS"], memory - 1
+        segments, period = _segments(memory), memory - 1
         return segments, -(-max(-(-rows // segments), min(rows, _least(memory))) // period) * period
     segments = 32 if rows <= 1024 else 128 if rows <= 16384 else 256
     return segments, -(-rows // segments)
+
+
+def _segments(memory: int) -> int:
+    """Return segments that a program of more than eight states has threads for."""
+    return _THREADS >> plan(memory)["BITS"]
 
 
 def _warm(memory: int) -> int:

@@ -6,7 +6,6 @@ a byte a weight, and to bring them to the processor each time takes longer than 
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -39,11 +38,6 @@ def _symbols(self: GridCodeThere) -> IntArray:
 
 
 setattr(GridCodeThere, "symbols", property(_symbols))  # noqa: B010 (a property in place of a field)
-
-
-def in_memory(code: GridCode) -> GridCode:
-    """Return a code whose arrays are all in memory, for whoever reads them several times."""
-    return code if type(code) is GridCode else GridCode(**{f.name: getattr(code, f.name) for f in fields(GridCode)})
 
 
 def symbols_anywhere(code: GridCode) -> Tensor:

@@ -15,6 +15,8 @@ Source of the segments: Fettweis & Meyr, "Parallel Viterbi algorithm implementat
 Trans. Communications 37(8), 1989.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
@@ -26,6 +28,7 @@ _NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it away le
 PLACES = 16  # states of a thread
 
 
+@cache
 def plan(memory: int) -> dict[str, int]:
     """Return constants of the programs: how many lanes a segment takes, and what is where in every row of a period.
 

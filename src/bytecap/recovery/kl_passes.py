@@ -17,7 +17,7 @@ from bytecap.job import Job
 from bytecap.model import streaming
 from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
-from bytecap.model.forward import logits_of, pass_tokens
+from bytecap.model.forward import logits_of, pass_tokens, rough_products
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import iteration_windows, leading
 
@@ -46,13 +46,8 @@ def _many(device: torch.device) -> int:
 @contextlib.contextmanager
 def same_again(device: str) -> Iterator[None]:
     """Compute the same sums in the same order every time, with TF32 on a GPU, since gradients are noisier than it."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        with same_sums(device):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    with rough_products(device), same_sums(device):
+        yield
 
 
 class _Remembered(nn.Module):
