@@ -41,6 +41,8 @@ style: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache --no-logo
+	@git log -1 --no-merges --format=%s HEAD --not --remotes 2>/dev/null | \
+		awk 'length > 72 { print "over 72 characters, amend it: " $$0; exit 1 }'
 
 types: $(INSTALLED)
 	$(BIN)/mypy
