@@ -125,9 +125,8 @@ def drift_targets(
         prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
         return unit_values(planner, prefix, names)
 
-    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     walk_stages(
-        order, original, quantized_copy, windows, stage, tokens=many_tokens(vocabulary, device, windows), device=device,
+        order, original, quantized_copy, windows, stage, tokens=tokens_of(planner, device, windows), device=device,
         advance=advance, ranks=planner.ranks, rough=is_rough(planner, state),
     )  # fmt: skip
     return change
@@ -264,6 +263,11 @@ def _points(model: nn.Module, order: Sequence[Sequence[str]], chain: Chain | Non
     modules = linear_weights(model)
     paths = [path for path, _ in groupby(order, lambda names: _point(names, chain))]
     return [modules[p][0] if p in modules else model.get_submodule(p) for p in paths]
+
+
+def tokens_of(planner: Planner, device: torch.device | str, windows: Sequence[Window]) -> int:
+    """Return the tokens of a pass, by the largest matrix: the vocabulary's."""
+    return many_tokens(max(p.unit.matrix_shape[0] for p in planner.matrices), device, windows)
 
 
 def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
