@@ -30,7 +30,7 @@ from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import Inputs, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
-from bytecap.allocation.waiting_passes import Run, WaitingCall, WaitingPass
+from bytecap.allocation.waiting_passes import Run, WaitingCall, WaitingPass, is_spent
 from bytecap.allocation.written_streams import streams_written
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
@@ -158,11 +158,12 @@ def walk_stages(
     """
     staged = {n for names in order for n in names}
     chain = _chain_of(original, windows, device)
+    spent = chain if chain and is_spent(original, next(passes_of(windows[:1], 1, device))[0], chain) else None
     groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, tokens, device))
         own = of_rank(data, ranks)
-        walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
+        walks = [_walks(model, own, _points(model, order, chain), spent) for model in (original, quantized_copy)]
         try:
             for _, group in groupby(order, lambda names: _point(names, chain)):
                 there = list(group)
@@ -327,6 +328,6 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
 
 
 def _walks(
-    model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]
+    model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module], spent: Chain | None = None
 ) -> list[WaitingPass]:
-    return [WaitingPass(model, run, points) for run, _ in data]
+    return [WaitingPass(model, run, points, spent) for run, _ in data]
