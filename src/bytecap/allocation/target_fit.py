@@ -93,7 +93,8 @@ class Moments:
         """
         if len(self._sums) == 1:
             a, c, *_ = self._sums.pop()
-            return Fit(*_solved(a, _RIDGES[0], c), min(most, _ALONE))
+            (fix,) = _solved(a, _RIDGES[0], c)
+            return Fit(fix, min(most, _ALONE))
         if len(self._sums[0]) > 2 and most > 0:
             ((weight, rows),) = matrices
             (one, other), ridges = self._tried_together(weight, rows, most)
@@ -105,7 +106,8 @@ class Moments:
             return Fit(fix, one, stream * other)
         gain, strength, ridge = max(self._tried(matrices, ridge) for ridge in _RIDGES)
         a, c, *_ = self._whole()
-        return Fit(*_solved(a, ridge, c), min(most, strength) if gain > 0 else 0.0)
+        (fix,) = _solved(a, ridge, c)
+        return Fit(fix, min(most, strength) if gain > 0 else 0.0)
 
     def _whole(self) -> list[Tensor]:
         """Return the sums of all batches, and let those of halves go."""
