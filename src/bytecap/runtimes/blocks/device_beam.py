@@ -2,7 +2,8 @@
 
 The rule is that of `beam`: each way goes on with the two levels around what feedback asks for, those of least
 distortion remain, and the best one is taken at the end of a tile of columns. Sums may come in another order, so where
-two ways are equally good another one may win. Rows do not depend on one another, and so many go together as memory holds.
+two ways are equally good another one may win. Rows do not depend on one another: as many go together
+as memory holds.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def round_block(
     Args:
         asked: what feedback from behind the block asks for, (matrices, columns, rows).
         weight: likewise.
-        scale, minimum: of sub-blocks, (matrices, subs, rows).
+        scale: of sub-blocks, (matrices, subs, rows).
+        minimum: likewise.
         fed: the block's own part of the shares of errors, (matrices, columns, columns), as in `encode.Form`.
         own: weights (matrices, columns), likewise.
         levels: that codes may have.
@@ -101,10 +103,8 @@ def round_block(
         if stop < asked.shape[1]:
             come = torch.baddbmm(come, fed[:, at, stop:], errors[:, stop:])
         grids = (t.repeat_interleave(sub, 1)[:, at] for t in (scale, minimum))
-        tile = Tile(
-            *(t.transpose(1, 2).contiguous() for t in (come, weight[:, at], *grids)),
-            fed[:, at, at].transpose(1, 2).contiguous(), own[:, at],
-        )  # fmt: skip
+        across = [t.transpose(1, 2).contiguous() for t in (come, weight[:, at], *grids, fed[:, at, at])]
+        tile = Tile(across[0], across[1], across[2], across[3], across[4], own[:, at])
         for found, out in zip(_round_tile(tile, levels, width), (codes, errors), strict=True):
             out[:, at] = found.transpose(1, 2)
     return codes, errors
