@@ -79,8 +79,8 @@ class Collector:
         self.deliver: Callable[..., None] = self.take
 
     def use(self) -> Use:
-        """Return the statistics added so far."""
-        return Use(self.moment, self.rows, self.weight)
+        """Return the statistics added so far and give them up; to be called once."""
+        return Use(self.moment.handed_over(), self.rows, self.weight)
 
     def add_gradient(self, square: Tensor, g: Tensor) -> None:
         """Add a weight's own gradient: its rows' energy (rows,), and g (n, cols), the rows where it is not 0."""
