@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from bytecap.format.coders import Shared
-from bytecap.quantization.quantizer import Coded, Prepared
+from bytecap.quantization import Shrink
+from bytecap.quantization.descent import FINER, descend
+from bytecap.quantization.quantizer import Coded, Prepared, Sparse, coded_of, rate
+
+_FEW = 0.5  # bits a weight below which descent is better than feedback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,13 @@ class DifferenceUnit(Prepared):
     def target(self) -> Tensor:
         """See `Prepared`."""
         return self.weight + torch.from_numpy(self.below).to(self.weight.device)
+
+    def sparse(self, step: float, shrink: Shrink, shared: Shared) -> Sparse | None:
+        """See `Prepared`."""
+        lower = self.lower.whole()
+        found = descend(self.weight[:, self.order], lower @ lower.T, self.rows.float(), FINER * step, shrink, shared)
+        coded = coded_of(self, found, FINER * step)
+        return (coded, found.centres) if 8 * rate(coded, shared) < _FEW * self.unit.parameters else None
 
     def complete(self, coded: Coded, shared: Shared) -> Coded:
         """Let what was rounded stand on the base."""

@@ -21,13 +21,14 @@ from torch import Tensor
 from bytecap.calibration.metric import Metric, factor
 from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders import Shared
-from bytecap.format.coders.classes import CLASSES, OCTAVE, UNIT_CLASS
+from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.grid import GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.entropy.frequencies import MAX_HALF
 from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
+from bytecap.quantization.descent import Descended
 from bytecap.quantization.ahead import Ahead, of_one_shape
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
@@ -104,6 +105,11 @@ class Prepared:
         """Return the rounded rows as they count for the whole unit, where they are a sample."""
         return coded
 
+    def sparse(self, step: float, shrink: Shrink, shared: Shared) -> Sparse | None:
+        """Return the unit rounded by descent where it has few bits a weight; None where it is to be rounded otherwise."""
+        del step, shrink, shared
+        return None
+
     def complete(self, coded: Coded, shared: Shared) -> Coded:
         """Return the rounded unit, with an overlay where it has one (`bytecap.allocation.overlaid`)."""
         del shared
@@ -155,6 +161,10 @@ class Coded:
         return self.below is not None and self.overlay is None and not bool(symbols_anywhere(self.code).any())
 
 
+Sparse = tuple[Coded, npt.NDArray[np.float64]]
+"""A unit rounded by descent, and its centroids' sums."""
+
+_Begun = tuple[dict[int, Sparse], list["Prepared"], Rounded | None]
 _Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, and their centroids' sums
 
 
@@ -181,6 +191,7 @@ def round_units(
     progress: Callable[[int], None] | None = None,
     keep: Callable[[Coded], Coded] = lambda coded: coded,
     ranks: Ranks = ALONE,
+    shared: Shared | None = None,
 ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
     """Round units at their steps.
 
@@ -192,6 +203,7 @@ def round_units(
         progress: called with the number of weights rounded.
         keep: given every unit as soon as it is rounded, returns what is held of it.
         ranks: processes that share the work, whole batches each.
+        shared: tables that price symbols, for units that may be rounded by descent.
 
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
@@ -199,22 +211,28 @@ def round_units(
     device = items[0].device if items else torch.device("cpu")
     batches = of_one_shape(items, lambda item: item.shape, _together(device))
 
-    def begin(number: int) -> Callable[[], Rounded]:
-        return _begin_batch(batches[number], steps, shrink, options)
+    def begin(number: int) -> Callable[[], _Begun]:
+        batch, few = batches[number], {}
+        if shared is not None:
+            found = in_threads(lambda p: p.sparse(steps[p.unit.name], shrink, shared), batch)
+            few = {i: s for i, s in enumerate(found) if s is not None}
+        rest = [p for i, p in enumerate(batch) if i not in few]
+        dense = _begin_batch(rest, steps, shrink, options) if rest else None
+        return lambda: (few, rest, None if dense is None else dense())
 
     def work(number: int) -> _Batch:
         batch = batches[number]
-        with ahead.taken(number) as rounded:
+        with ahead.taken(number) as (few, rest, rounded):
 
             def collect(i: int) -> Coded:
-                return _collect(batch[i], i, steps, rounded, options)
+                return _collect(rest[i], i, steps, rounded, options)
 
-            numbers = range(len(batch))
-            found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
-            kept = [keep(x) for x in found]
+            numbers = range(len(rest))
+            found = iter(map(collect, numbers) if rounded and rounded.on_device else in_threads(collect, numbers))
+            kept = [keep(few[i][0] if i in few else next(found)) for i in range(len(batch))]
         if progress is not None:
             progress(sum(p.shape[0] * p.shape[1] for p in batch))
-        return kept, rounded.centres
+        return kept, sum((s[1] for s in few.values()), rounded.centres if rounded else np.zeros((2, CLASSES, CENTRES)))
 
     costs = [float(len(b) * b[0].shape[0] * b[0].shape[1] * (b[0].shape[1] + _A_COLUMN)) for b in batches]
     if len(batches) == 1:
@@ -320,6 +338,23 @@ def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounde
         memory=options.memory,
     )  # fmt: skip
     return Coded(code, float(rounded.distortion[i]), counts)
+
+
+def coded_of(item: Prepared, found: Descended, step: float) -> Coded:
+    """Return a unit rounded by descent as it would be stored; no column of it is dependent."""
+    order = item.order.cpu().numpy()
+    stored = [np.empty_like(a) for a in (found.column_step, found.column_class)]
+    for into, a in zip(stored, (found.column_step, found.column_class), strict=True):
+        into[order] = a
+    turned = np.empty_like(found.symbols.T)
+    turned[order] = found.symbols.T
+    even = np.zeros(len(found.symbols), np.int32)
+    symbols, counts = _stored(turned, stored[1], even, CLASSES)
+    code = GridCode(
+        step=float(np.float32(step)), symbols=symbols, column_step=stored[0][None], column_class=stored[1][None],
+        row_step=even, row_class=even,
+    )  # fmt: skip
+    return Coded(code, found.distortion, counts)
 
 
 def _width(peak: int) -> str:
