@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bytecap.runtimes.blocks import beam
+from bytecap.runtimes.blocks import beam, device_beam
 from bytecap.runtimes.blocks.encode import _tables, encode, prepare
 from bytecap.runtimes.blocks.ggml import FORMATS
+from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.directory import family
 from test_blocks import loss, weights
 
@@ -108,3 +109,37 @@ def test_scales_of_zero_have_codes_of_zero() -> None:
     weight = weights(3, 256)
     weight[1] = 0
     assert not encode(weight, prepare(correlated(256)), FORMATS["Q6_K"]).codes[1].any()
+
+
+@pytest.mark.parametrize(("name", "cols"), [("IQ4_XS", 256), ("Q4_K", 256), ("Q6_K", 256), ("Q4_1", 32), ("w4c", 320)])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_torch_takes_the_same_ways(name: str, cols: int, width: int) -> None:
+    layout = FORMATS.get(name) or family("compressed-tensors").layout(name, cols, "BF16")
+    assert layout is not None
+    forms = [prepare(correlated(2 * cols)), prepare(correlated(2 * cols) + torch.diag(torch.linspace(0, 1, 2 * cols)))]
+    rng, per = np.random.default_rng(5), cols // layout.sub
+    low, high, table = np.float32(layout.low), np.float32(layout.high), _tables(layout)[0]
+    weight, fed_back = (rng.standard_normal((2, cols, LANES)).astype(np.float32) for _ in range(2))
+    scale = (6 / (high - low) * rng.uniform(0.5, 1, (2, per, LANES))).astype(np.float32)
+    scale[:, :, 3] = 0
+    minimum = (rng.uniform(0, 3, scale.shape) * (layout.minimums > 0)).astype(np.float32)
+    wanted, first = [], cols
+    for at, form in enumerate(forms):  # the block in front, as if the one behind it had fed back
+        q, error = (np.zeros((2 * cols, LANES), np.float32) for _ in range(2))
+        w = np.concatenate([np.zeros_like(weight[at]), weight[at]])
+        y = weight[at] + 0.1 * fed_back[at]
+        beam.beam_block(
+            w, first, cols, y, form.fed, form.weight, layout.sub, low, high, table, scale[at], minimum[at], q, error,
+            width,
+        )  # fmt: skip
+        wanted.append((q[first:], error[first:]))
+    fed = np.stack([f.fed[first:, first:] for f in forms])
+    own = np.stack([f.weight[first:] for f in forms])
+    given = (torch.from_numpy(t) for t in (weight + np.float32(0.1) * fed_back, weight, scale, minimum, fed, own))
+    levels = device_beam.Levels.of(layout, table, torch.device("cpu"))
+    codes, errors = (t.numpy() for t in device_beam.round_block(*given, levels, width))
+    q, error = (np.stack(t) for t in zip(*wanted, strict=True))
+    same = (codes == q).all(1)  # whole rows, but where two ways are equally good
+    assert same.mean() > 0.95
+    assert np.abs(errors - error).max(1)[same].max() < 1e-4
+    assert not codes[:, :, 3].any() or len(table)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bytecap.system import transfers
 from bytecap.system.transfers import Transfers, to_device, to_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32, torch.bool]
@@ -11,6 +12,11 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 def numbers(count, dtype):
     return torch.randn(count, generator=torch.Generator().manual_seed(count)).mul(50).to(dtype)
+
+
+@pytest.fixture(params=[16, 2**22], autouse=True)
+def part(request, monkeypatch):
+    monkeypatch.setattr(transfers, "_PART", request.param)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -47,8 +53,9 @@ def test_a_fill_that_fails_leaves_the_buffers_in_order():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_large_and_strided_tensors(device):
+def test_large_and_strided_tensors(device, monkeypatch):
     values = torch.arange(9 * 2**20, dtype=torch.float32).reshape(3, -1)
+    monkeypatch.setattr(transfers, "_PART", 2**22)  # a thread for every 16 bytes of these takes long
     for one in (values, values.T, values[:, ::2], values[0, :5]):
         there = to_device(one, device)
         assert there.device.type == device

@@ -77,7 +77,7 @@ def _expected(uses: Sequence[Use], tokens: int) -> tuple[list[Use], float]:
         return list(uses), _UNSEEN_TOKENS
     frequency = torch.stack(heads).mean(0) ** _TEMPER
     expected = tokens * frequency / frequency.sum()
-    return [replace(u, rows=_believed(u.rows, expected)) if _looked_up(u) else u for u in uses], _PREDICTED_TOKENS
+    return [u.with_rows(_believed(u.rows, expected)) if _looked_up(u) else u for u in uses], _PREDICTED_TOKENS
 
 
 def _believed(rows: Tensor, expected: Tensor) -> Tensor:

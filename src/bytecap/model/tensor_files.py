@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from bytecap.errors import CheckpointError
-from bytecap.system.threads import in_threads
 from bytecap.system.transfers import transfers
 
 _PIECE = 2**22  # values read at once
-_PART = 2**22  # bytes that a thread reads at once
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U32": torch.uint32, "U8": torch.uint8,
@@ -107,8 +105,7 @@ class Tensors:
         start = place.start + first * math.prod(place.shape[1:]) * width
 
         def fill(buffer: Tensor, at: int) -> None:
-            parts = [slice(i, min(i + _PART, len(buffer))) for i in range(0, len(buffer), _PART)]
-            if not all(in_threads(lambda part: _read(place.path, start + at + part.start, buffer[part]), parts)):
+            if not _read(place.path, start + at, buffer):
                 raise CheckpointError(f"{place.path} has become shorter: tensor {name} cannot be read")
 
         try:

@@ -379,9 +379,11 @@ def rate(coded: Coded, shared: Shared) -> float:
     if coded.as_in_base:
         return 0.0
     bits = side_bits(coded.code, shared.tables)
-    for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
+    for number, counts in enumerate(coded.counts):
         seen = counts > 0
-        bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
+        if seen.any():  # tables are split for dependent columns only
+            cost = shared.tables.split_cost if number else shared.tables.cost_by_size
+            bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
     if coded.below is not None:
         bits += 8 * ON_BASE
     return bits / 8 + (STACK.growth(bits / 8, coded.overlay[1]) if coded.overlay else 0)

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _PIECE = 2**25  # bytes of a buffer
+_PART = 2**22  # bytes that a thread writes at once
+_THREADS = 4
+_LEAST = 2**18  # bytes below which a copy of its own is as fast
 Fill = Callable[[Tensor, int], None]
 
 
@@ -30,12 +35,13 @@ class Transfers:
         self._buffers = [_buffer(piece, device) for _ in range(2)]
         self._sent: list[torch.cuda.Event | None] = [None, None]
         self._next = 0
+        self._pool: ThreadPoolExecutor | None = None
 
     def up(self, fill: Fill, dtype: torch.dtype, out: Tensor) -> None:
         """Fill a tensor on the device.
 
         Args:
-            fill: given a buffer of uint8 and a place, writes the bytes that come there.
+            fill: given a part of a buffer, uint8, and a place, writes the bytes that come there; called by threads.
             dtype: of those bytes.
             out: flat and contiguous; other dtypes are converted on the device, float64 by way of float32.
         """
@@ -46,7 +52,7 @@ class Transfers:
                 part = out[at : at + count]
                 number, buffer = self._free()
                 piece = buffer[: len(part) * width]
-                fill(piece, at * width)
+                self._by_parts(fill, piece, at * width)
                 values = piece.to(self._device, non_blocking=True).view(dtype)
                 part.copy_(values.float() if dtype == torch.float64 and out.dtype != dtype else values)
                 self._mark(number)
@@ -54,25 +60,37 @@ class Transfers:
     def down(self, values: Tensor) -> Tensor:
         """Return a copy of a tensor in the machine's memory, contiguous."""
         out = torch.empty(values.shape, dtype=values.dtype)
-        source, target = (t.contiguous().reshape(-1).view(torch.uint8) for t in (values, out))
-        waiting: tuple[int, slice] | None = None
+        source, flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in (values, out))
+        target, waiting = flat.numpy(), list[tuple[int, int, int]]()
+
+        def copy(part: Tensor, at: int) -> None:
+            np.copyto(target[at : at + len(part)], part.numpy())
 
         def finish() -> None:
-            if waiting is not None:
-                number, part = waiting
+            for number, at, size in waiting:
                 self._wait(number)
-                target[part] = self._buffers[number][: part.stop - part.start]
+                self._by_parts(copy, self._buffers[number][:size], at)
+            waiting.clear()
 
         with self._lock:
             for at in range(0, len(source), self._piece):
-                part = slice(at, min(at + self._piece, len(source)))
+                size = min(self._piece, len(source) - at)
                 number, buffer = self._free()
-                buffer[: part.stop - at].copy_(source[part], non_blocking=True)
+                buffer[:size].copy_(source[at : at + size], non_blocking=True)
                 self._mark(number)
-                finish()
-                waiting = number, part
+                finish()  # the piece before, while this one is on its way
+                waiting.append((number, at, size))
             finish()
         return out
+
+    def _by_parts(self, work: Fill, piece: Tensor, at: int) -> None:
+        """Work on the parts of a piece by threads, which stay: making them would take as long."""
+        if len(piece) <= _PART:
+            work(piece, at)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS)
+        list(self._pool.map(work, piece.split(_PART), range(at, at + len(piece), _PART)))
 
     def _free(self) -> tuple[int, Tensor]:
         """Return the buffer whose turn it is, once what was sent from it has arrived."""
@@ -108,7 +126,7 @@ def transfers(device: torch.device) -> Transfers:
 
 def to_memory(values: Tensor) -> Tensor:
     """Return a tensor in the machine's memory: itself, or a copy of one on a GPU."""
-    if values.device.type != "cuda" or values.numel() * values.element_size() < _PIECE:
+    if values.device.type != "cuda" or values.numel() * values.element_size() < _LEAST:
         return values.cpu()
     return transfers(values.device).down(values)
 
@@ -116,14 +134,14 @@ def to_memory(values: Tensor) -> Tensor:
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     """Return a tensor on a device: itself where it is there, else a copy."""
     target = torch.device(device)
-    small = values.numel() * values.element_size() < _PIECE
+    small = values.numel() * values.element_size() < _LEAST
     if target.type != "cuda" or values.device.type != "cpu" or small or not values.is_contiguous():
         return values.to(target)
     out = torch.empty(values.shape, dtype=values.dtype, device=target)
-    raw = values.reshape(-1).view(torch.uint8)
+    raw = values.detach().reshape(-1).view(torch.uint8).numpy()
 
-    def fill(buffer: Tensor, at: int) -> None:
-        buffer.copy_(raw[at : at + len(buffer)])
+    def fill(part: Tensor, at: int) -> None:
+        np.copyto(part.numpy(), raw[at : at + len(part)])
 
     transfers(out.device).up(fill, values.dtype, out.reshape(-1))
     return out

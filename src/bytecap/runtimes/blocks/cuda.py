@@ -1,7 +1,7 @@
 """Matrices into a block format on a CUDA device, with the programs of `bytecap.runtimes.blocks.triton_programs`.
 
-Matrices of one shape go together, each under its own metric. Blocks go last to first as on the processor; within a
-block columns go in tiles, and between tiles errors travel by products of matrices.
+Matrices of one shape go together, each under its own metric. Blocks go last to first as on the processor; columns of a
+block are rounded by `device_beam`. In descent they go in tiles, between which errors travel by products of matrices.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks import triton_programs as programs
+from bytecap.runtimes.blocks.device_beam import Levels, round_block
 
-TILE = 32  # columns of a tile
+TILE = 32  # columns of a tile in descent
 _LANES = 32  # rows of a program that goes through a tile
 _TOGETHER = 2048  # values of a program that searches
 
@@ -36,6 +37,7 @@ class _State:
         inverse: (B, cols), one over the Hessian's diagonal.
         solved: (B, blocks, block, block), inverses of the blocks on the diagonal of `fed`.
         tables: levels, candidates for scales of sub-blocks and of blocks.
+        levels: the same levels, as `device_beam` wants them.
     """
 
     layout: BlockFormat
@@ -50,6 +52,7 @@ class _State:
     inverse: Tensor
     solved: Tensor
     tables: tuple[Tensor, Tensor, Tensor]
+    levels: Levels
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,7 +62,7 @@ class _State:
 
 
 def encode_on_device(
-    weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tables: Sequence[Any], sweeps: int
+    weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tables: Sequence[Any], sweeps: int, width: int
 ) -> list[tuple[Codes, Tensor]]:
     """Codes and values of matrices (B, rows, cols) under their metrics; see `bytecap.runtimes.blocks.encode.encode`.
 
@@ -69,11 +72,12 @@ def encode_on_device(
         layout: the block format; 32 divides the columns.
         tables: levels, candidates for scales of sub-blocks and of blocks.
         sweeps: of coordinate descent.
+        width: ways to round a row side by side.
     """
     rows = weights.shape[1]
     state = _start(weights, factors, layout, tables)
     for first in range(weights.shape[2] - layout.block, -1, -layout.block):
-        _round_block(state, first)
+        _round_block(state, first, width)
     for _ in range(sweeps):
         for first in range(weights.shape[2] - layout.block, -1, -layout.block):
             _descend_block(state, first)
@@ -98,7 +102,7 @@ def _start(weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tabl
     there[0] = there[0] if len(there[0]) else torch.zeros(1, device=device)
     return _State(
         layout, weight, unit, room(1), room(1), numbers, hessian, fed, column, inverse.contiguous(),
-        _solved(fed, layout.block), (there[0], there[1], there[2]),
+        _solved(fed, layout.block), (there[0], there[1], there[2]), Levels.of(layout, tables[0], device),
     )  # fmt: skip
 
 
@@ -115,27 +119,22 @@ def _solved(fed: Tensor, block: int) -> Tensor:
     return found.float()
 
 
-def _round_block(state: _State, first: int) -> None:
-    """Search the numbers of the block at column `first`, then its codes tile by tile."""
-    layout, (batch, cols, rows) = state.layout, state.shape
-    last = first + layout.block
-    given = state.weight[:, first:last]
-    come = torch.bmm(state.fed[:, first:last, last:], state.error[:, last:])
+def _round_block(state: _State, first: int, width: int) -> None:
+    """Search the numbers of the block at column `first`, then its codes by `width` ways side by side."""
+    layout, cols = state.layout, state.shape[1]
+    last, per = first + layout.block, layout.block // layout.sub
+    own, subs = slice(first, last), slice(first // layout.sub, first // layout.sub + per)
+    given = state.weight[:, own]
+    come = torch.bmm(state.fed[:, own, last:], state.error[:, last:])
     settled = given
     if last < cols:
         settled = torch.baddbmm(given, state.solved[:, first // layout.block], come)
     _search(state, settled.contiguous(), first)
-    come += given
-    for start in range(last - TILE, first - TILE, -TILE):
-        stop, at = start + TILE, start - first
-        y = come[:, at : at + TILE]
-        if stop < last:
-            y = torch.baddbmm(y, state.fed[:, start:stop, stop:last], state.error[:, stop:last])
-        programs.round_tile[rows // _LANES, batch](
-            state.weight, y.contiguous(), state.fed, state.tables[0], *state.numbers, state.q, state.error, rows, cols,
-            start, layout.block, layout.sub, layout.low, layout.high, TILE=TILE, R=_LANES,
-            LEVELS=bool(layout.levels), num_warps=1,
-        )  # fmt: skip
+    d, dm = (t[:, first // layout.block, None] for t in state.numbers[:2])
+    ls, m = (t[:, subs] for t in state.numbers[2:])
+    state.q[:, own], state.error[:, own] = round_block(
+        come + given, given, d * ls, dm * m, state.fed[:, own, own], state.weights[:, own], state.levels, width
+    )
 
 
 def _search(state: _State, settled: Tensor, first: int) -> None:

@@ -27,7 +27,7 @@ from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
 from bytecap.runtimes.blocks.powers import made_positive
 
 SWEEPS = 2
-WIDTH, UNEVEN = 8, 4  # ways to round a row side by side, on the processor; of uneven levels, which gain less by it
+WIDTH, UNEVEN = 8, 4  # ways to round a row side by side; of uneven levels, which gain less by it
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
@@ -171,6 +171,10 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
     return table, factors, tries
 
 
+def _width(form: BlockFormat) -> int:
+    return UNEVEN if form.levels else WIDTH
+
+
 def encode(
     weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS, width: int | None = None,
     threads: int | None = None,
@@ -210,7 +214,7 @@ def encode(
     fixed = (
         size, layout.sub, np.float32(layout.low), np.float32(layout.high), table, layout.scales, layout.minimums,
         (float(unit), *_FLOATS[layout.float_type]),
-        factors, tries, signs, width or (UNEVEN if layout.levels else WIDTH), sweeps,
+        factors, tries, signs, width or _width(layout), sweeps,
     )  # fmt: skip
 
     def one(at: int) -> None:
@@ -296,7 +300,7 @@ def _encode_all(
     if not bool(torch.isfinite(there).all()):
         raise UsageError("a weight is not finite")
     parts = [torch.stack([getattr(f, k) for f in factors]) for k in ("hessian", "fed", "weight")]
-    return encode_on_device(there, parts, layout, _tables(layout), sweeps)
+    return encode_on_device(there, parts, layout, _tables(layout), sweeps, _width(layout))
 
 
 def _has_programs(layout: BlockFormat, cols: int) -> bool:

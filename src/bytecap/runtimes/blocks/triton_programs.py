@@ -1,10 +1,10 @@
 """Rounding of block formats in triton programs: what `search`, `kernel` and `descent` do, for many rows side by side.
 
 Arrays are (matrices, columns, rows), so that threads next to each other hold rows next to each other. A program takes a
-few rows of one matrix and a few of its columns: a block in `search`, `TILE` columns in `round_tile` and
-`descend_tile`, which go through these one after the other. Between programs, products of matrices carry errors to all
-other columns; see `bytecap.runtimes.blocks.cuda`. Every sum has one order, so the same device gives the same bytes.
-They are not the processor's: sums of many columns are ordered otherwise.
+few rows of one matrix and a few of its columns: a block in `search`, `TILE` columns in `descend_tile`, which goes
+through these one after the other. Between programs, products of matrices carry errors to all other columns; see
+`bytecap.runtimes.blocks.cuda`. Every sum has one order, so the same device gives the same bytes. They are not the
+processor's: sums of many columns are ordered otherwise.
 """
 
 import triton
@@ -221,29 +221,6 @@ def search(
 def _at(x, here):
     """Return the row of a tile (TILE, R) that a mask (TILE, 1) names."""
     return tl.sum(tl.where(here, x, 0.0), 0)
-
-
-@triton.jit(do_not_specialize=["rows", "cols", "start", "block", "sub", "low", "high"])
-def round_tile(
-    W, Y, FED, TABLE, D, DM, LS, M, Q, E, rows, cols, start, block, sub, low, high,
-    TILE: tl.constexpr, R: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """Round the columns from `start` on, last to first; Y (matrices, TILE, rows) holds what later tiles fed back."""
-    b, r = tl.program_id(1).to(tl.int64), tl.program_id(0) * R + tl.arange(0, R)
-    k = tl.arange(0, TILE)
-    y = tl.load(Y + (b * TILE + k[:, None]) * rows + r[None, :])
-    for back in range(TILE):
-        i = TILE - 1 - back
-        column, at = start + i, (b * (cols // block) + (start + i) // block) * rows + r
-        own = (b * (cols // sub) + (start + i) // sub) * rows + r
-        a, c = tl.load(D + at) * tl.load(LS + own), tl.load(DM + at) * tl.load(M + own)
-        place = (b * cols + column) * rows + r
-        now = _at(y, (k == i)[:, None])
-        level = _near((now + c) * _inverse(a), low, high, TABLE, LEVELS)
-        e = tl.load(W + place) - (a * level - c)
-        tl.store(Q + place, level)
-        tl.store(E + place, e)
-        y += tl.load(FED + (b * cols + start + k) * cols + column)[:, None] * e[None, :]
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "first", "start", "block", "sub", "low", "high"])
