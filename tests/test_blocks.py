@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
+from bytecap.runtimes.blocks.code_search import span
 from bytecap.runtimes.blocks.encode import (
     Search,
     Shrinkage,
@@ -23,7 +24,6 @@ from bytecap.runtimes.blocks.encode import (
     prepare,
     search_of,
     shrunk,
-    span,
 )
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.kernel import feed
