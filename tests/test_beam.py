@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bytecap.runtimes.blocks import beam, device_beam
+from bytecap.runtimes.blocks.code_search import search_of
 from bytecap.runtimes.blocks.encode import _tables, encode, prepare
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.search import LANES
@@ -123,23 +124,38 @@ def test_torch_takes_the_same_ways(name: str, cols: int, width: int) -> None:
     scale = (6 / (high - low) * rng.uniform(0.5, 1, (2, per, LANES))).astype(np.float32)
     scale[:, :, 3] = 0
     minimum = (rng.uniform(0, 3, scale.shape) * (layout.minimums > 0)).astype(np.float32)
-    wanted, first = [], cols
+    wanted, first, lost = [], cols, np.empty(LANES, np.float32)
     for at, form in enumerate(forms):  # the block in front, as if the one behind it had fed back
         q, error = (np.zeros((2 * cols, LANES), np.float32) for _ in range(2))
         w = np.concatenate([np.zeros_like(weight[at]), weight[at]])
         y = weight[at] + 0.1 * fed_back[at]
         beam.beam_block(
             w, first, cols, y, form.fed, form.weight, layout.sub, low, high, table, scale[at], minimum[at], q, error,
-            width,
+            width, lost,
         )  # fmt: skip
-        wanted.append((q[first:], error[first:]))
+        wanted.append((q[first:], error[first:], lost.copy()))
     fed = np.stack([f.fed[first:, first:] for f in forms])
     own = np.stack([f.weight[first:] for f in forms])
     given = (torch.from_numpy(t) for t in (weight + np.float32(0.1) * fed_back, weight, scale, minimum, fed, own))
     levels = device_beam.Levels.of(layout, table, torch.device("cpu"))
-    codes, errors = (t.numpy() for t in device_beam.round_block(*given, levels, width))
-    q, error = (np.stack(t) for t in zip(*wanted, strict=True))
+    codes, errors, costs = (t.numpy() for t in device_beam.round_block(*given, levels, width))
+    q, error, wanted_costs = (np.stack(t) for t in zip(*wanted, strict=True))
     same = (codes == q).all(1)  # whole rows, but where two ways are equally good
     assert same.mean() > 0.95
     assert np.abs(errors - error).max(1)[same].max() < 1e-4
+    assert np.allclose(costs[same], wanted_costs[same], rtol=1e-3)
     assert not codes[:, :, 3].any() or len(table)
+
+
+@pytest.mark.parametrize("name", ["w4c", "w4g128", "w4g128a", "w3g64"])
+def test_scales_are_tried(name: str) -> None:
+    """A longer search of layouts whose columns share one scale, and of no others."""
+    layout = family("mlx" if name == "w3g64" else "compressed-tensors").layout(name, 256, "BF16")
+    assert layout is not None
+    h, weight = correlated(256), weights(64, 256)
+    short, long = (
+        loss(encode(weight, prepare(h), layout, **search_of(layout, thorough=t)._asdict()), weight, h)
+        for t in (False, True)
+    )
+    assert long < 0.99 * short
+    assert search_of(FORMATS["Q4_K"], thorough=True) == search_of(FORMATS["Q4_K"])

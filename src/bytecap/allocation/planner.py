@@ -172,7 +172,9 @@ class Planner:
         return state
 
     def _rounded(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> Rounding:
-        return round_units(items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks)
+        return round_units(
+            items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks, shared=rules.shared
+        )
 
     def finest_state(self, rules: Rules) -> State:
         """Settle all units at the finest steps whose integers still fit 16 bits."""

@@ -145,9 +145,10 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangle
         raise CheckpointError("the statistics of a unit are not finite: there is no error to weigh")
     ridge = max(damping * mean, 1e-30)
     while True:
-        damped = h[perm][:, perm].clone()
+        damped = h[perm[:, None], perm]
         damped.diagonal().add_(ridge)
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(info) == 0:
             return Triangle.of(lower.float()), perm
         ridge *= 10  # numerically singular: more damping until it factors
