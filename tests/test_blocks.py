@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
-from bytecap.runtimes.blocks import Codes
+from bytecap.runtimes.blocks import Codes, Search
 from bytecap.runtimes.blocks.encode import (
-    Search,
     Shrinkage,
     _tables,
     encode,

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.runtimes.blocks import BlockFormat, Codes
+from bytecap.runtimes.blocks import BlockFormat, Codes, Search
 from bytecap.runtimes.blocks import triton_programs as programs
 from bytecap.runtimes.blocks.device_beam import Levels, best_block
-from bytecap.runtimes.blocks.encode import Search
 
 TILE = 32  # columns of a tile in descent
 _LANES = 32  # rows of a program that goes through a tile

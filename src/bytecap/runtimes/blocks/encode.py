@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bytecap.errors import UsageError
-from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray, Search
 from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
 from bytecap.runtimes.blocks.powers import made_positive
 
@@ -170,20 +170,6 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
     factors = np.linspace(first, first - width, _STEPS, dtype=np.float32)
     tries = np.array(_COARSE if form.scales[1] <= 31 else _FINE, np.float32)
     return table, factors, tries
-
-
-class Search(NamedTuple):
-    """How long codes are looked for.
-
-    Attributes:
-        sweeps: of coordinate descent after error feedback.
-        width: ways to round a row's columns that are kept side by side (`bytecap.runtimes.blocks.beam`).
-        trials: factors of a block's scale; the one whose ways lose least is taken.
-    """
-
-    sweeps: int
-    width: int
-    trials: tuple[float, ...] = (1.0,)
 
 
 def search_of(layout: BlockFormat, *, thorough: bool = False) -> Search:
