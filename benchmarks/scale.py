@@ -159,6 +159,7 @@ def _fit(args: argparse.Namespace, ranks: Any) -> None:
     cuda = torch.cuda.is_available() and args.device != "cpu"
     host_gb = ranks.all(max([*steps.peaks.values(), _restart_peak()]))
     gpu_gb = ranks.all(round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None)
+    reserved = ranks.all(round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None)
     if not ranks.first:
         return
     print(json.dumps({
@@ -167,6 +168,7 @@ def _fit(args: argparse.Namespace, ranks: Any) -> None:
         "slack_bytes": result.report["slack_bytes"], "parameters": result.report["parameters"],
         "kl_nats": result.report["kl_nats"], "streamed": any("is streamed" in n for n in steps.notes),
         "host_gb": max(host_gb), "gpu_gb": max(gpu_gb) if cuda else None,
+        "gpu_reserved_gb": max(reserved) if cuda else None,
         "sha256": hashlib.sha256(result.data).hexdigest()[:16], "threads": torch.get_num_threads(),
     }))  # fmt: skip
 

@@ -26,7 +26,7 @@ _KEYS = {"Tab": 9, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Enter": 13,
 
 
 class Chromium:
-    """One browser with one page; `load` starts it over, everything else happens in it."""
+    """One browser with one page; `load` starts it over, `renew` replaces it, everything else happens in it."""
 
     def __init__(self, profile):
         theirs, self._to = os.pipe()
@@ -39,8 +39,16 @@ class Chromium:
         os.close(theirs)
         os.close(answers)
         self._rest, self._numbers, self._session, self.events = b"", itertools.count(1), None, []
-        targets = self.send("Target.getTargets")["targetInfos"]
-        page = next(t["targetId"] for t in targets if t["type"] == "page")
+        self._context = None
+        self.renew()
+
+    def renew(self):
+        """Replace the page by one that knows nothing of it: storage, caches and workers are its own."""
+        self._session, before = None, self._context
+        if before:
+            self.send("Target.disposeBrowserContext", browserContextId=before)
+        self._context = self.send("Target.createBrowserContext")["browserContextId"]
+        page = self.send("Target.createTarget", url="about:blank", browserContextId=self._context)["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")

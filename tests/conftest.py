@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models of four families, a small tokenizer, short texts, fitted files."""
 
+import functools
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what has two threads shares two cores with another worker
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 
+import brotli
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -29,6 +31,7 @@ settings.load_profile("suite")
 
 CAPPED = os.environ.get("ATEN_CPU_CAPABILITY") in {"default", "avx2"}
 DECODING = ("src/bytecap/format/", "src/bytecap/reference/", "src/bytecap/sizes.py")  # whose doctests count as coverage
+FROZEN = [0]  # modules that were imported when what looks for garbage last took them off its list
 VOCABULARY = 288
 KINDS = ("rotary", "biased", "transposed", "offset")  # families of models below
 BUDGET = 21_000
@@ -51,6 +54,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_runtest_logfinish():
+    """As for modules that tests import, transformers above all: a third of a million objects."""
+    if len(sys.modules) > FROZEN[0] + 200:
+        FROZEN[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_bfloat16():
     """Processors that `make test` plays by capping instruction sets do not multiply bfloat16 either."""
@@ -64,6 +75,25 @@ def _no_bfloat16():
 def _one_thread():
     """Matrices here are so small that a second thread only waits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _memory_is_kept():
+    """What a fit gives back to the system the next one asks for again, which takes a tenth of the time of a tiny one.
+
+    Processes that tests start do give it back.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bytecap.system.allocator._library", lambda: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _brotli_of_the_same_bytes():
+    """Tests write the same few side files again and again, and compressing one takes 15 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brotli.compress", functools.lru_cache(512)(brotli.compress))
+        yield
 
 
 @pytest.fixture(scope="session")

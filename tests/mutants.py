@@ -144,14 +144,17 @@ def text(node):
     return " ".join(ast.unparse(ast.fix_missing_locations(node)).split())
 
 
-def mutants(source):
-    """(key, code) of every mutant; keys hold no line numbers, so that they outlive changes elsewhere."""
+def mutants(source, *, compiled=True):
+    """(key, code) of every mutant; keys hold no line numbers, so that they outlive changes elsewhere.
+
+    Compiling takes longer than all else: without it, code is None.
+    """
     tree, seen = ast.parse(source), Counter()
     for scope, context, put, node, other in sites(tree):
         before = text(context)
         put(other)
         after = text(other if context is node else context)
-        code = compile(ast.fix_missing_locations(tree), "mutant", "exec", dont_inherit=True)
+        code = compile(ast.fix_missing_locations(tree), "mutant", "exec", dont_inherit=True) if compiled else None
         put(node)
         key = f"{'.'.join(scope) or 'module'}: {before} -> {after}"
         seen[key] += 1
@@ -329,7 +332,7 @@ def listed():
 def summary(module, known):
     """Counts of one module, and its survivors."""
     verdicts = listed()
-    keys = [key for key, _ in mutants(path_of(module).read_text("utf-8"))]
+    keys = [key for key, _ in mutants(path_of(module).read_text("utf-8"), compiled=False)]
     alive = [k for k in keys if known.get(k) == "survived"]
     equivalent = [k for k in alive if verdicts.get((module, k)) == "equivalent"]
     counted = Counter(known.get(k, "not run") for k in keys)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bytecap.runtimes.blocks import beam, device_beam
-from bytecap.runtimes.blocks.encode import _FLOATS, _tables, encode, prepare, search_of
+from bytecap.runtimes.blocks.code_search import search_of
+from bytecap.runtimes.blocks.encode import _FLOATS, _tables, encode, prepare
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.directory import family

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
-from bytecap.runtimes.blocks import Codes, Search
+from bytecap.runtimes.blocks import Codes
+from bytecap.runtimes.blocks.code_search import span
 from bytecap.runtimes.blocks.encode import (
+    Search,
     Shrinkage,
     _tables,
     encode,
@@ -22,7 +24,6 @@ from bytecap.runtimes.blocks.encode import (
     prepare,
     search_of,
     shrunk,
-    span,
 )
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.kernel import feed

@@ -16,7 +16,7 @@ from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves import byte_returns, points, trial
 from bytecap_lab.rd_curves.choose import hull, most, spend
 from bytecap_lab.rd_curves.operating_point import build
-from bytecap_lab.rd_curves.points import Measured
+from bytecap_lab.rd_curves.points import MeasuredPick
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
 from bytecap_lab.rd_curves.report import ninety, verdict
 from bytecap_lab.rd_curves.trial import OverlayCandidate
@@ -129,7 +129,7 @@ class TestRanks:
 
 class TestVerdict:
     def measured(self, spent, kl):
-        return Measured({"u": spent}, 0, 1.0, np.array(kl, float), np.zeros(4))
+        return MeasuredPick({"u": spent}, 0, 1.0, np.array(kl, float), np.zeros(4))
 
     def judge(self, *path):
         tokens = np.full(4, 10.0)

@@ -24,8 +24,9 @@ from bytecap.format.coders.grid import GridCode
 from bytecap.format.entropy.frequencies import Tables
 from bytecap.model.quantized_copy import load_values
 from bytecap.quantization import RoundingProblem, gaussian_shrink, row_classes, trial_values
+from bytecap.quantization.counted import counted, counted_there
 from bytecap.quantization.options import Options
-from bytecap.quantization.quantizer import FIRST_DEPENDENT, _stored, _stored_there, prepare
+from bytecap.quantization.quantizer import FIRST_DEPENDENT, prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.quantization.symbols_there import GridCodeThere, symbols_anywhere
 from bytecap.quantization.trellis import round_trellis
@@ -45,8 +46,8 @@ class TestStored:
         columns = rng.integers(1, 64, cols).astype(np.int32)
         row_class = rng.integers(-40, 41, rows).astype(np.int32)
         first = int(rng.integers(1, 65))
-        one = _stored(symbols, columns, row_class, first)
-        two = _stored_there(torch.from_numpy(symbols).to(DEVICE), columns, row_class, first)
+        one = counted(symbols, columns, row_class, first)
+        two = counted_there(torch.from_numpy(symbols).to(DEVICE), columns, row_class, first)
         there = two[0].cpu().numpy()
         assert one[0].dtype == there.dtype
         assert (one[0] == there).all()

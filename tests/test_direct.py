@@ -44,6 +44,18 @@ def test_trellises_have_numpys_bits(memory, first, groups):
         assert both(9 if memory == 3 else 15, data, shape)
 
 
+def test_no_table_is_split_where_no_column_is_dependent(monkeypatch):
+    def split(_):
+        raise AssertionError("split")
+
+    grid_section, path_section = golden_parts.grid((5, 7)), golden_parts.trellis((5, 7), first=1)
+    shared = Shared(Tables(dict(golden_parts.SHARED.tables.table)), golden_parts.SHARED.offset)  # nothing made yet
+    monkeypatch.setattr(Tables, "split", property(split))
+    assert both(1, grid_section, (5, 7), shared)
+    with pytest.raises(AssertionError, match="split"):
+        both(9, path_section, (5, 7), shared)
+
+
 @pytest.mark.slow
 def test_many_lanes_and_blocks_of_rows(monkeypatch):
     """Lanes wrap inside rows, and paths go on from block to block."""

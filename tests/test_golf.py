@@ -261,7 +261,7 @@ def test_a_gpu_gets_files_as_good(monkeypatch):
     hessians = hessians_of(units)
     plain = decoded(units, golf_sections(units, weights, hessians, {"embed"}, 16_000))
     calls = []
-    monkeypatch.setattr(golf.Search, "there", lambda _, weight: calls.append(len(weight)) or True)
+    monkeypatch.setattr(golf.StepSearch, "there", lambda _, weight: calls.append(len(weight)) or True)
     sections = golf_sections(units, weights, hessians, {"embed"}, 16_000)
     assert calls
     assert used(sections) <= 16_000

@@ -330,13 +330,14 @@ def assert_agree(data):
 
 
 @pytest.mark.slow
-def test_the_stranger_agrees_on_mutations():
+@pytest.mark.parametrize("count", [400, pytest.param(800, marks=pytest.mark.nightly)])
+def test_the_stranger_agrees_on_mutations(count):
     rng, sound, agreed = random.Random(11), fuzz.sound(), 0  # noqa: S311 (no secret)
     for data in sound:
         assert assert_agree(data)
-    for _ in range(800):
+    for _ in range(count):
         agreed += assert_agree(fuzz.mutate(rng.choice(sound), rng, sound, "repaired"))
-    assert agreed > 30
+    assert agreed > count // 26
 
 
 @pytest.mark.slow
@@ -357,7 +358,7 @@ def run_fuzzer(tmp_path, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", [1500, pytest.param(5000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("runs", [800, pytest.param(5000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_fuzzing_thousands_of_mutations(tmp_path, seed, runs):
     flags = ["--compiled"] if seed == 2 and importlib.util.find_spec("numba") else []

@@ -23,3 +23,12 @@ def test_the_sum_is_that_of_whole_products(cols):
 def test_wide_sums_keep_little_more_than_half():
     kept = sum(p.numel() for p in Moment(1024, torch.device("cpu"))._panels)
     assert kept == 1024 * 1024 * 10 // 16
+
+
+def test_a_sum_that_is_handed_over_is_held_by_nobody_else():
+    sums = Moment(512, torch.device("cpu"))
+    sums.add(torch.ones(1, 512))
+    found = sums.handed_over()
+    assert not sums.parts
+    assert torch.equal(found.whole(), torch.ones(512, 512).double())
+    assert torch.equal(found.whole(), torch.ones(512, 512).double())  # it stays

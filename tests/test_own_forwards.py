@@ -114,6 +114,19 @@ class Mixed(nn.Module):
         return x.float() @ self.inner.weight
 
 
+class LateFailure(nn.Module):
+    """Fails in bfloat16 in the second batch of a probe."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(32, 32, bias=False)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += x.requires_grad
+        return x @ (self.inner.weight.float() if self.calls > 2 else self.inner.weight)
+
+
 class OneWay(nn.Module):
     """Gives outputs, and no gradients: its way back fails, as that of reversible layers in evaluation does."""
 
@@ -137,14 +150,27 @@ class TestCodeThatFails:
         units = find_units(module)
         wanted, gradients = probe(module, units, windows), mean_squared_gradients(module, units, windows)
         monkeypatch.setattr("bytecap.model.forward.fast_dtype", lambda _: torch.bfloat16)
-        found = probe(module, units, windows, note=notes.append)
+        done = []
+        found = probe(module, units, windows, note=notes.append, progress=done.append)
+        assert sum(done) == found.tokens
         assert [n for n in notes if "float32" in n and "LlamaForCausalLM" in n and "bfloat16" in n] == notes
         assert len(notes) == 1
         for name, uses in wanted.uses.items():
             for one, other in zip(uses, found.uses[name], strict=True):
                 assert torch.equal(one.rows, other.rows), name
-        again = mean_squared_gradients(module, units, windows).square
-        assert all(torch.equal(again[n], value) for n, value in gradients.square.items())
+        done = []
+        again = mean_squared_gradients(module, units, windows, note=notes.append, progress=done.append)
+        assert sum(done) == again.tokens
+        assert len(notes) == 2
+        assert all(torch.equal(again.square[n], value) for n, value in gradients.square.items())
+
+    def test_tokens_of_a_first_run_are_taken_back(self, monkeypatch):
+        monkeypatch.setattr("bytecap.model.forward.fast_dtype", lambda _: torch.bfloat16)
+        module, done = build("rotary"), []
+        module.model.layers[0].mlp = LateFailure()
+        found = probe(module, find_units(module), windows_of(60), progress=done.append)
+        assert min(done) < 0
+        assert sum(done) == found.tokens
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("work", [probe, mean_squared_gradients])

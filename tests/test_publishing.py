@@ -4,9 +4,9 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import threading
+import traceback
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,6 +20,7 @@ from bytecap.model.checkpoint import load_checkpoint, resolve
 from bytecap.pipeline.artifact import Artifact
 from bytecap.pipeline.publishing import directory_of
 from bytecap.runtimes import hub
+from forks import child
 from stored import contents_of
 
 
@@ -142,41 +143,68 @@ print("equal", ours.name)
 """
 
 
-def outside(script, *arguments, port, home, offline=False):
-    """A script in a process whose hub is a local server, or huggingface_hub's own offline mode."""
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+ASIDE = {"accelerate", "bytecap", "huggingface_hub", "transformers"}  # they read the environment at import
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """Function: (exit code, lines) of a script whose hub is a local server, or huggingface_hub's own offline mode.
+
+    It runs in a fork where only what reads the environment is imported again: torch alone takes longer than that.
+    """
+
+    def call(script, *arguments, port, home, offline=False):
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+
+        def work():
+            os.environ.update(environment)
+            for name in [n for n in sys.modules if n.partition(".")[0] in ASIDE]:
+                del sys.modules[name]
+            sys.argv = ["-c", *map(str, arguments)]
+            try:
+                exec(compile(script, "script", "exec"), {"__name__": "__main__"})  # noqa: S102 (our own text)
+            except Exception as exc:
+                traceback.print_exc()
+                raise SystemExit(1) from exc
+
+        code = child(work, tmp_path / "printed")
+        return code, (tmp_path / "printed").read_text("utf-8").splitlines()
+
+    return call
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("artifact")
-def test_sent_and_read_back(server, tmp_path):
-    sent = outside(PUSH, tmp_path / "model.bcap", "hf_right", port=server.server_port, home=tmp_path / "a")
-    assert "sent http://127.0.0.1" in sent.stdout, sent.stderr
+def test_sent_and_read_back(server, tmp_path, outside):
+    import bytecap.runtimes.transformers  # noqa: F401 (for all forks)
+
+    code, said = outside(PUSH, tmp_path / "model.bcap", "hf_right", port=server.server_port, home=tmp_path / "a")
+    assert (code, said[-1][:21]) == (0, "sent http://127.0.0.1"), said
     files = server.repos["org/tiny"]
     assert {hub.FILE, hub.CARD, hub.SHARDS, "config.json", "tokenizer.json"} <= files.keys()
     assert "0.5000 ± 0.2500" in files[hub.CARD].decode()
     assert container.parse(files[hub.FILE]).files == ()
     read = outside(READ, tmp_path / "model.bcap", port=server.server_port, home=tmp_path / "b")
-    assert "equal org/tiny" in read.stdout, read.stderr
+    assert (read[0], read[1][-1]) == (0, "equal org/tiny"), read
     asked = server.gets
     again = outside(READ, tmp_path / "model.bcap", port=server.server_port, home=tmp_path / "b", offline=True)
-    assert "equal org/tiny" in again.stdout, again.stderr
+    assert (again[0], again[1][-1]) == (0, "equal org/tiny"), again
     assert server.gets == asked > 0
-    empty = outside(READ, tmp_path / "model.bcap", port=server.server_port, home=tmp_path / "c", offline=True)
-    assert "no hub model of that name" in empty.stderr.splitlines()[-1]
+    code, said = outside(READ, tmp_path / "model.bcap", port=server.server_port, home=tmp_path / "c", offline=True)
+    assert code == 1
+    assert "no hub model of that name" in said[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("artifact")
-def test_a_wrong_token_is_one_line(server, tmp_path):
-    sent = outside(PUSH, tmp_path / "model.bcap", "hf_wrong", port=server.server_port, home=tmp_path / "a")
-    assert "bytecap.errors.OutputError: cannot send model.bcap to 'org/tiny' (" in sent.stderr
-    assert "log in with `hf auth login`" in sent.stderr.splitlines()[-1]
+def test_a_wrong_token_is_one_line(server, tmp_path, outside):
+    code, said = outside(PUSH, tmp_path / "model.bcap", "hf_wrong", port=server.server_port, home=tmp_path / "a")
+    assert code == 1
+    assert said[-1].startswith("bytecap.errors.OutputError: cannot send model.bcap to 'org/tiny' (")
+    assert "log in with `hf auth login`" in said[-1]
     assert not server.repos
 
 

@@ -16,7 +16,7 @@ from bytecap_lab.rd_curves import byte_returns, plans
 from bytecap_lab.rd_curves.choose import recode
 from bytecap_lab.rd_curves.paths import recodings
 from bytecap_lab.rd_curves.paths.signs import signs
-from bytecap_lab.rd_curves.points import Measured
+from bytecap_lab.rd_curves.points import MeasuredPick
 from bytecap_lab.rd_curves.report import verdict
 from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate, known
 from conftest import BUDGET, SMALL
@@ -78,7 +78,7 @@ class TestVerdict:
         base = ByWindow(np.array([4.0, 5, 6, 5]), np.zeros(4), np.zeros(4), tokens, tokens)
 
         def measured(size, kl):
-            return Measured({"u": size}, 0, 1.0, base.kl - np.array(kl), np.zeros(4))
+            return MeasuredPick({"u": size}, 0, 1.0, base.kl - np.array(kl), np.zeros(4))
 
         steps = [measured(100, [1.0, 1.1, 0.9, 1.0]), measured(-100, [-2.0, -2.1, -1.9, -2.0])]
         return verdict("p", [measured(spent, gain)], steps, base)

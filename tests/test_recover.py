@@ -108,15 +108,32 @@ class TestWholeFits:
 
         def scarce(*args, batch, **kwargs):
             sizes.append(batch)
-            if batch > 256:
+            if batch > sizes[0] // 4:
                 raise torch.OutOfMemoryError("no more")
             return gradient(*args, batch=batch, **kwargs)
 
         monkeypatch.setattr(kl_passes, "gradient", scarce)
         _, notes = fit(recover="1")
-        assert sizes[:3] == [1024, 512, 256]
-        assert set(sizes[3:]) <= {256}
+        assert sizes[:3] == [sizes[0], sizes[0] // 2, sizes[0] // 4]
+        assert set(sizes[3:]) <= {sizes[0] // 4}
         assert sum("out of device memory" in n for n in notes) == 2
+
+    def test_products_in_bfloat16_where_a_device_is_fast_in_it(self, fit, monkeypatch):
+        kinds = []
+
+        def noted(*args, fast, **kwargs):
+            kinds.append(fast)
+            if fast and len(kinds) > 2:
+                raise RuntimeError("a product has no kernel")
+            return gradient(*args, fast=fast, **kwargs)
+
+        monkeypatch.setattr(kl_passes, "gradient", noted)
+        monkeypatch.setattr(kl_passes, "_is_fast", lambda *_: True)
+        found, notes = fit(recover="6")
+        assert kinds == [True] * 3 + [False] * (len(kinds) - 3)
+        assert len(kinds) >= 7
+        assert notes.count("recovery multiplies in float32: a product has no kernel") == 1
+        assert len(found.data) <= BUDGET
 
     def test_a_text_read_more_than_once_is_said(self, fit, monkeypatch):
         monkeypatch.setitem(kl_passes._TOKENS, "cpu", 20_000)
@@ -295,6 +312,12 @@ class TestGradient:
             values.append(kl_to(model.module, quantized_copy, sets.statistics)[0])
         assert float((found[name] * noise).sum()) == pytest.approx((values[1] - values[0]) / 0.1, rel=0.05)
         assert not any(p.requires_grad for p in quantized_copy.parameters())
+        load_values(quantized_copy, {name: (start + noise).numpy()})
+        about, fast = gradient(model.module, quantized_copy, [name], sets.statistics, device="cpu", fast=True)
+        assert about == pytest.approx(kl, rel=0.1)
+        assert about != kl
+        assert fast[name].dtype == torch.float32
+        assert torch.cosine_similarity(fast[name].flatten(), found[name].flatten(), 0) > 0.95
 
 
 class TestCurve:

@@ -8,6 +8,7 @@ import bytecap
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.methods import METHODS
+from bytecap.methods.baselines import shared_codewords
 from bytecap.model.checkpoint import as_matrix, find_units
 from bytecap.types import Unit
 
@@ -80,7 +81,8 @@ def test_experts_are_coded_as_matrices_and_come_back():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "bytecap"])
-def test_every_baseline_takes_experts_for_matrices(method):
+def test_every_baseline_takes_experts_for_matrices(method, monkeypatch):
+    monkeypatch.setattr(shared_codewords, "_EPOCHS", 10)
     model = Experts()
     budget = sum(p.numel() for p in model.parameters()) + 2000  # a byte a weight; exact ones take some three
     result = bytecap.fit(model, budget=budget, calibration=batches(6), evaluation=batches(2), method=method)

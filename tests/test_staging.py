@@ -6,13 +6,13 @@ import torch
 
 from bytecap.model import staging
 from bytecap.model.staging import Parts, sent
+from bytecap.system.transfers import Transfers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("stage", [1, 7, 16, 64, 2**20])
 def test_every_byte_arrives(stage, monkeypatch):
-    monkeypatch.setattr(staging, "_STAGE", stage)
     monkeypatch.setattr(staging, "_LARGE", 50)
     rng = np.random.default_rng(stage)
     raw = rng.bytes(200)
@@ -26,7 +26,7 @@ def test_every_byte_arrives(stage, monkeypatch):
         parts.append(Parts(kind))
         places = [parts[-1].add(a) for a in arrays]
         assert places == [sum(a.size for a in arrays[:i]) for i in range(len(arrays))]
-    for (kind, arrays), tensor in zip(kinds.items(), sent(parts, DEVICE), strict=True):
+    for (kind, arrays), tensor in zip(kinds.items(), sent(parts, DEVICE, Transfers(DEVICE, stage)), strict=True):
         wanted = np.concatenate([np.zeros(0, kind), *(a.reshape(-1).astype(kind) for a in arrays)])
         assert tensor.dtype == torch.from_numpy(wanted).dtype
         assert len(tensor) == len(wanted) + 1

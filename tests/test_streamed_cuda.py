@@ -87,8 +87,9 @@ def test_a_fit(model_directory, texts, tmp_path, monkeypatch, room, sampled):
     for other in (whole, here):
         assert [(u.unit, u.tag) for u in found.read().units] == [(u.unit, u.tag) for u in other.read().units]
         assert found.report["kl_nats"] <= (1.3 if sampled else 1.1) * other.report["kl_nats"]
-    if not sampled:
-        assert found.report["kl_nats"] == pytest.approx(whole.report["kl_nats"], rel=0.02)
+    if not sampled:  # the same plan; its targets come from sums in TF32, and few tokens tell such files apart
+        assert found.report["targets"]["cost_without"] == pytest.approx(whole.report["targets"]["cost_without"])
+        assert found.report["targets"]["cost_with"] == pytest.approx(whole.report["targets"]["cost_with"], rel=0.02)
 
 
 def test_scores(run, fitted, model_directory, texts):

@@ -86,7 +86,7 @@ def test_artifacts_without_a_config_cannot_be_scored(model_directory, texts, tmp
     path = tmp_path / "bare.bcap"
     bytecap.fit(
         model_directory("rotary"), BUDGET, output=path, calibration=texts["calib"], evaluation=texts["val"],
-        config=False, **SMALL,
+        config=False, method="uniform", **SMALL,
     )  # fmt: skip
     with pytest.raises((UsageError, bytecap.errors.ArtifactError), match=r"holds no config\.json"):
         score(path, texts["val"], tokens=50, memory="1MB")

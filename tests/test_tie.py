@@ -209,7 +209,7 @@ class TestSearch:
     def test_greedy_merges_what_costs_nothing(self, twins):
         module, windows, held = twins
         start = Tying("model.layers", (0, 1, 2, 3))
-        found, merges = greedy.Search(module, start, "average", windows, held[:4], "cpu").run(
+        found, merges = greedy.GreedySearch(module, start, "average", windows, held[:4], "cpu").run(
             3, Effort(steps=0), lambda _: None
         )
         assert found.sources == (0, 1, 2, 1)
@@ -219,7 +219,7 @@ class TestSearch:
     def test_low_rank_parts_count_against_what_a_merge_frees(self, twins):
         module, windows, held = twins
         start = Tying("model.layers", (0, 1, 2, 3), ranks_for(module, 2))
-        _, merges = greedy.Search(module, start, "lower", windows, held[:1], "cpu").run(
+        _, merges = greedy.GreedySearch(module, start, "lower", windows, held[:1], "cpu").run(
             3, Effort(steps=0), lambda _: None
         )
         parts = 2 * sum(2 * sum(matrices(find_blocks(module)[1][0])[f"{n}.weight"].shape) for n in start.ranks)
@@ -231,7 +231,7 @@ class TestSearch:
     def test_learning_finds_it_too(self, twins, monkeypatch):
         monkeypatch.setattr(dlt, "tokens_of_iteration", lambda _: 256)
         module, windows, _ = twins
-        search = dlt.Search(module, Tying("model.layers", (0, 1, 2, 3)), windows, "cpu", rate=1e-5)
+        search = dlt.QLearningSearch(module, Tying("model.layers", (0, 1, 2, 3)), windows, "cpu", rate=1e-5)
         found = search.run(3, Effort(steps=100), lambda _: None)
         assert found.sources == (0, 1, 2, 1)
         assert all(len(set(s)) <= 3 for s in search.visited)

@@ -186,11 +186,12 @@ def test_a_difference_needs_version_3_even_where_it_is_out_of_place():
 
 
 @pytest.mark.slow
-def test_both_decoders_agree_on_mutated_updates():
+@pytest.mark.parametrize("count", [200, pytest.param(400, marks=pytest.mark.nightly)])
+def test_both_decoders_agree_on_mutated_updates(count):
     rng, agreed = random.Random(5), 0  # noqa: S311 (no secret)
     names = [n for n, (_, wanted) in EXPECTED.items() if not wanted.endswith("Error")]
     sound = [golden(n) for n in names]
-    for _ in range(400):
+    for _ in range(count):
         name = rng.choice(names)
         bases = [golden(b) for b in EXPECTED[name][0]]
         data = fuzz.mutate(golden(name), rng, sound, "repaired")
@@ -198,7 +199,7 @@ def test_both_decoders_agree_on_mutated_updates():
         second = outcome(reference.decode_file, data, bases)
         assert found == second or {found, second} == {"BaseError", "CorruptError"}  # 4.1 leaves open which comes first
         agreed += not found.endswith("Error")
-    assert agreed > 10
+    assert agreed > count // 40
 
 
 @pytest.mark.nightly

@@ -69,11 +69,18 @@ def serve():
         server.server_close()
 
 
-@pytest.fixture
-def browser(tmp_path):
-    found = Chromium(tmp_path / "profile")
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """One browser for all tests: to start one takes longer than most of them."""
+    found = Chromium(tmp_path_factory.mktemp("profile"))
     yield found
     found.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    chromium.renew()
+    return chromium
 
 
 def settled(browser, *words, seconds=300):

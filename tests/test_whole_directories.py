@@ -4,8 +4,7 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from bytecap.errors import CheckpointError, OutputError
 from bytecap.model.fileset import weight_files
 from bytecap.system import atomic, directories
 from bytecap.system.directories import interrupted, recover, replacing_directory, write_directory
+from forks import child
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and locks")
@@ -107,34 +107,37 @@ def test_renames_are_taken_back(tmp_path, number, monkeypatch):
         assert state(target) == OLD | new
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from bytecap.system import directories
-calls, at, kept = 0, int(sys.argv[2]), {}
-
-def dying(name):
-    real = getattr(Path, name)
-    def step(self, *more, **options):
-        global calls
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *more, **options)
-    setattr(Path, name, step)
-
-for name in ("rename", "replace", "unlink"):
-    dying(name)
-if sys.argv[3] == "undone":  # the last rename fails, and the process is killed as all return
-    last = Path.rename
-    def refuse(self, to):
-        if Path(to).name == "a" and "new" in str(self):
-            raise OSError(28, "full")
-        return last(self, to)
-    Path.rename = refuse
-directories.write_directory(Path(sys.argv[1]), {"a": b"1", "b": b"2", "c": b"3"})
-"""
 NEW = {"a": b"1", "b": b"2", "c": b"3"}
+
+
+def killed(target, number, how):
+    """Exit code of a process that writes to `target` and dies before a step."""
+
+    def dying(real, left):
+        def step(*given, **options):
+            if not next(left, 0):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **options)
+
+        return step
+
+    def refusing(real):
+        def step(self, to):
+            if Path(to).name == "a" and "new" in str(self):
+                raise OSError(errno.ENOSPC, "full")
+            return real(self, to)
+
+        return step
+
+    def work():
+        left = iter(range(number - 1, -1, -1))
+        for name in ("rename", "replace", "unlink"):
+            setattr(Path, name, dying(getattr(Path, name), left))
+        if how == "undone":  # the last rename fails, and the process is killed as all return
+            Path.rename = refusing(Path.rename)
+        write_directory(target, NEW)
+
+    return child(work)
 
 
 @pytest.mark.slow
@@ -144,9 +147,9 @@ def test_a_kill_between_two_renames(tmp_path, how):
     finished, mixed = 0, 0
     for number in range(1, 20):
         target = older(tmp_path / str(number))
-        done = subprocess.run([sys.executable, "-c", KILLED, str(target), str(number), how], check=False)  # noqa: S603
+        code = killed(target, number, how)
         left = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
-        if done.returncode != -signal.SIGKILL:
+        if code != -signal.SIGKILL:
             assert left == (OLD | NEW if how == "done" else OLD)
             assert len(list(target.iterdir())) == len(left)
             finished += 1

@@ -30,7 +30,7 @@ from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import Inputs, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
-from bytecap.allocation.waiting_passes import Run, WaitingCall, WaitingPass
+from bytecap.allocation.waiting_passes import Run, WaitingCall, WaitingPass, is_spent
 from bytecap.allocation.written_streams import streams_written
 from bytecap.model import streaming
 from bytecap.model.batches import Batch
@@ -125,9 +125,8 @@ def drift_targets(
         prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
         return unit_values(planner, prefix, names)
 
-    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
     walk_stages(
-        order, original, quantized_copy, windows, stage, tokens=many_tokens(vocabulary, device, windows), device=device,
+        order, original, quantized_copy, windows, stage, tokens=tokens_of(planner, device, windows), device=device,
         advance=advance, ranks=planner.ranks, rough=is_rough(planner, state),
     )  # fmt: skip
     return change
@@ -159,11 +158,12 @@ def walk_stages(
     """
     staged = {n for names in order for n in names}
     chain = _chain_of(original, windows, device)
+    spent = chain if chain and is_spent(original, next(passes_of(windows[:1], 1, device))[0], chain) else None
     groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, tokens, device))
         own = of_rank(data, ranks)
-        walks = [_walks(model, own, _points(model, order, chain)) for model in (original, quantized_copy)]
+        walks = [_walks(model, own, _points(model, order, chain), spent) for model in (original, quantized_copy)]
         try:
             for _, group in groupby(order, lambda names: _point(names, chain)):
                 there = list(group)
@@ -266,6 +266,11 @@ def _points(model: nn.Module, order: Sequence[Sequence[str]], chain: Chain | Non
     return [modules[p][0] if p in modules else model.get_submodule(p) for p in paths]
 
 
+def tokens_of(planner: Planner, device: torch.device | str, windows: Sequence[Window]) -> int:
+    """Return the tokens of a pass, by the largest matrix: the vocabulary's."""
+    return many_tokens(max(p.unit.matrix_shape[0] for p in planner.matrices), device, windows)
+
+
 def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[tuple[Run, Tensor | None]]:
     """Start passes over batches, each with its mask (batch, length) of real tokens; None where all are real."""
     if isinstance(windows[0], Batch):
@@ -323,6 +328,6 @@ def rounds(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
 
 
 def _walks(
-    model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module]
+    model: nn.Module, data: Sequence[tuple[Run, Tensor | None]], points: Sequence[nn.Module], spent: Chain | None = None
 ) -> list[WaitingPass]:
-    return [WaitingPass(model, run, points) for run, _ in data]
+    return [WaitingPass(model, run, points, spent) for run, _ in data]

@@ -172,7 +172,9 @@ class Planner:
         return state
 
     def _rounded(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> Rounding:
-        return round_units(items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks)
+        return round_units(
+            items, steps, rules.shrink, self.options, keep=self.keep, ranks=self.ranks, shared=rules.shared
+        )
 
     def finest_state(self, rules: Rules) -> State:
         """Settle all units at the finest steps whose integers still fit 16 bits."""
@@ -334,7 +336,8 @@ class Planner:
         wanted = list(self.names if names is None else names)
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
         order = sorted(wanted, key=lambda n: -sizes.get(n, 0))  # the largest last would be waited for alone
-        _ = state.shared.tables.split.coding  # once, before all threads ask for it
+        tables = state.shared.tables
+        _ = (tables.split if self.options.trellis else tables).coding  # once, before all threads ask for it
         found = dict(zip(order, in_threads(one, order), strict=True))
         return {n: found[n] for n in wanted}
 

@@ -214,7 +214,8 @@ def _assembled(
     vectors = [v for v in vectors if v.unit.name not in kept]
     planner, fixed = Planner.of(matrices, vectors, options, finest, job.ranks), fixed | kept
     unused = {n: len(s.data) for n, s in kept.items()}
-    return PreparedModel(planner, fixed, _capacity(job, planner, fixed), initial_rules(options), unused)
+    rules = initial_rules(options, descent=job.base is not None)
+    return PreparedModel(planner, fixed, _capacity(job, planner, fixed), rules, unused)
 
 
 def _matrix(job: Job, unit: Unit, values: Tensor, metric: Metric, options: Options) -> Prepared:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, passes_of, rounds
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, passes_of, rounds, tokens_of
 from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import LostError, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
-from bytecap.model.forward import many_tokens, rough_products
+from bytecap.model.forward import rough_products
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
 from bytecap.model.streaming import Pass, Streamed
@@ -68,8 +68,7 @@ def streamed_targets(
     staged = {n for names in order for n in names}
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
     work = _Targets(planner, state, strength, scratch)
-    vocabulary = max(p.unit.matrix_shape[0] for p in planner.matrices)
-    tokens = many_tokens(vocabulary, original.device, windows)
+    tokens = tokens_of(planner, original.device, windows)
     groups = rounds(windows, ROUND_TOKENS[original.device.type])
     for chosen in groups:
         data = list(passes_of(chosen, tokens, str(original.device)))

@@ -93,15 +93,21 @@ class Moments:
         """
         if len(self._sums) == 1:
             a, c, *_ = self._sums.pop()
-            return Fit(_solved(a, c, _RIDGES[0]), min(most, _ALONE))
+            (fix,) = _solved(a, _RIDGES[0], c)
+            return Fit(fix, min(most, _ALONE))
         if len(self._sums[0]) > 2 and most > 0:
             ((weight, rows),) = matrices
             (one, other), ridges = self._tried_together(weight, rows, most)
             a, c, d = self._whole()
-            return Fit(_solved(a, c, ridges[0]), one, _solved(a, d, ridges[1]) * other)
+            if ridges[0] == ridges[1]:
+                fix, stream = _solved(a, ridges[0], c, d)
+            else:
+                (fix,), (stream,) = _solved(a, ridges[0], c), _solved(a, ridges[1], d)
+            return Fit(fix, one, stream * other)
         gain, strength, ridge = max(self._tried(matrices, ridge) for ridge in _RIDGES)
         a, c, *_ = self._whole()
-        return Fit(_solved(a, c, ridge), min(most, strength) if gain > 0 else 0.0)
+        (fix,) = _solved(a, ridge, c)
+        return Fit(fix, min(most, strength) if gain > 0 else 0.0)
 
     def _whole(self) -> list[Tensor]:
         """Return the sums of all batches, and let those of halves go."""
@@ -114,7 +120,7 @@ class Moments:
         """Return gain, strength and ridge of fits to each half, tried on the other one."""
         held = energy = 0.0
         for own, other in ((0, 1), (1, 0)):
-            fix = _solved(self._sums[own][0], self._sums[own][1], ridge)
+            (fix,) = _solved(self._sums[own][0], ridge, self._sums[own][1])
             changes = [(weight, weight @ fix, rows.double()) for weight, rows in matrices]
             del fix
             c = self._sums[other][1].float()
@@ -141,8 +147,11 @@ class Moments:
             a, c, d = self._sums[own]
             beyond, c_there, d_there = (t.float() for t in self._sums[other])
             lacks = weight @ c_there, d_there[::every]
-            fits = [weight @ _solved(a, c, r) for r in _RIDGES]
-            streams = [_solved(a, d[::every], r) for r in _STREAM_RIDGES]
+            fits, streams = list[Tensor](), list[Tensor]()
+            for ridge in _STREAM_RIDGES:  # which has all of the others
+                stream, *fixes = _solved(a, ridge, d[::every], *([c] if ridge in _RIDGES else []))
+                streams.append(stream)
+                fits += [weight @ fix for fix in fixes]
             spread = {id(f): f @ beyond for f in (*fits, *streams)}
             for (i, fit), (j, stream) in product(enumerate(fits), enumerate(streams)):
                 for k, one in enumerate((fit, stream)):
@@ -195,13 +204,12 @@ def trial_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return weight[::every], rows[::every].to(weight.device)
 
 
-def _solved(a: Tensor, c: Tensor, ridge: float) -> Tensor:
+def _solved(a: Tensor, ridge: float, *sides: Tensor) -> list[Tensor]:
+    """Return `side (a + ridge)^-1`, float32, of every side (some, cols); they share a factor."""
     lower, info = torch.linalg.cholesky_ex(_damped(a, ridge))
     if int(info) == 0:
-        found: Tensor = torch.cholesky_solve(c.T, lower)
-    else:
-        found = torch.linalg.solve(_damped(a, ridge), c.T)
-    return found.T.float()
+        return [torch.cholesky_solve(side.T, lower).T.float() for side in sides]
+    return [torch.linalg.solve(_damped(a, ridge), side.T).T.float() for side in sides]
 
 
 def _damped(a: Tensor, ridge: float) -> Tensor:

@@ -6,10 +6,11 @@ only once. (Threads instead would each keep a pool of workers and buffers of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -20,10 +21,18 @@ Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 
 
 class WaitingPass:
-    """One forward pass that stops at every point until it is asked for the next one."""
+    """One forward pass that stops at every point until it is asked for the next one.
 
-    def __init__(self, model: nn.Module, run: Run, stops: Sequence[nn.Module]) -> None:
-        self._pass = greenlet(self._run)
+    Args:
+        model: to run.
+        run: the pass.
+        stops: points, in calling order.
+        spent: the model's chain, if the input of its first block is to be let go of; see `is_spent`.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, stops: Sequence[nn.Module], spent: Chain | None = None) -> None:
+        self._pass, self._spent, self._first = greenlet(self._run), spent, list[Tensor]()
+        self._entrance = None if spent is None else spent.blocks(model)[0]
         self._arguments: tuple[Any, ...] | None = (model, run, stops)
         self._stops = iter(stops)
 
@@ -47,13 +56,53 @@ class WaitingPass:
         """
         arguments, self._arguments = self._arguments or (), None
         found = self._pass.switch(*arguments)
+        while self._first:  # its block has run
+            _let_go(self._first.pop())
         if not found or found[0] is not next(self._stops):
             raise LostError
-        return WaitingCall(*found)
+        call = WaitingCall(*found)
+        if self._spent is not None and call.module is self._entrance:
+            self._first.append(self._spent.taken(call.args, call.kwargs))
+        return call
 
     def cancel(self) -> None:
         """Abandon the pass and remove its hooks."""
         self._pass.throw()
+
+
+def is_spent(model: nn.Module, run: Run, chain: Chain) -> bool:
+    """Return whether no pass reads the input of the first block again once that has run.
+
+    The code around the blocks often keeps it, as long as a pass waits: as much as what waits itself. It is tried on two
+    passes, in the second of which there is nothing left of it.
+    """
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        _let_go(chain.taken(args, kwargs))
+
+    wanted = list(_tensors_in(run(model)))
+    handle = chain.blocks(model)[0].register_forward_hook(hook, with_kwargs=True)
+    try:
+        found = list(_tensors_in(run(model)))
+    except RuntimeError:
+        return False
+    finally:
+        handle.remove()
+    return bool(wanted) and len(wanted) == len(found) and all(map(torch.equal, wanted, found))
+
+
+def _let_go(x: Tensor) -> None:
+    """Free a tensor's values; whoever asks for its shape still finds it, and not a number in each place."""
+    x.data = x.new_full((), torch.nan).expand(x.shape)
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a pass's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors_in(part)
 
 
 class _Reached(Exception):  # noqa: N818 (no error)

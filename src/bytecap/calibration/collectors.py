@@ -8,7 +8,6 @@ rank that takes them up, in the order of the batches (`bytecap.calibration.divid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,19 +16,38 @@ from torch import Tensor, nn
 from bytecap.calibration.moments import Moment
 
 
-@dataclass
 class Use:
     """The accumulated statistics of one use of a weight.
 
-    Attributes:
-        moment: guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (cols, cols).
+    Args:
+        moment: see the property.
         rows: summed squared output gradient of each row, shape (rows,).
         weight: what divides `moment * rows` (linear: summed token weights; embedding: summed energy), shape ().
     """
 
-    moment: Tensor
-    rows: Tensor
-    weight: Tensor
+    def __init__(self, moment: Tensor | Moment, rows: Tensor, weight: Tensor) -> None:
+        self._moment, self.rows, self.weight = moment, rows, weight
+
+    @property
+    def moment(self) -> Tensor:
+        """Guided sum of `x x^T` (linear) or of `g g^T` (embedding), shape (cols, cols).
+
+        Made from its half where only that is held: all sums of a model are there at once, and in whole for a moment.
+        """
+        return self._moment.whole() if isinstance(self._moment, Moment) else self._moment
+
+    @moment.setter
+    def moment(self, found: Tensor) -> None:
+        self._moment = found
+
+    def with_rows(self, rows: Tensor) -> Use:
+        """Return the same use with other row energies."""
+        return Use(self._moment, rows, self.weight)
+
+    def is_finite(self) -> bool:
+        """Return whether no sum holds an infinity or a NaN."""
+        parts = self._moment.parts if isinstance(self._moment, Moment) else [self._moment]
+        return all(bool(torch.isfinite(t).all()) for t in (*parts, self.rows, self.weight))
 
 
 class Sink(Protocol):
@@ -61,8 +79,8 @@ class Collector:
         self.deliver: Callable[..., None] = self.take
 
     def use(self) -> Use:
-        """Return the statistics added so far and free them; to be called once."""
-        return Use(self.moment.whole(), self.rows, self.weight)
+        """Return the statistics added so far and give them up; to be called once."""
+        return Use(self.moment.handed_over(), self.rows, self.weight)
 
     def add_gradient(self, square: Tensor, g: Tensor) -> None:
         """Add a weight's own gradient: its rows' energy (rows,), and g (n, cols), the rows where it is not 0."""

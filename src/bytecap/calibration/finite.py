@@ -22,7 +22,7 @@ from bytecap.system.ranks import ALONE, Ranks
 def first_bad(found: Statistics) -> str | None:
     """Return the name of a unit whose statistics hold an infinity or a NaN; None if there is none."""
     for name, uses in found.uses.items():
-        if not all(bool(torch.isfinite(t).all()) for u in uses for t in (u.moment, u.rows, u.weight)):
+        if not all(u.is_finite() for u in uses):
             return name
     return next((n for n, d in found.diagonal.items() if not np.isfinite(d).all()), None)
 
@@ -73,7 +73,7 @@ def check_uses(name: str, uses: Sequence[Use]) -> None:
     Raises:
         CheckpointError: the unit is named.
     """
-    if not all(bool(torch.isfinite(t).all()) for u in uses for t in (u.moment, u.rows, u.weight)):
+    if not all(u.is_finite() for u in uses):
         raise CheckpointError(f"the gradients of {name} are not finite on the calibration")
 
 

@@ -24,6 +24,7 @@ def gradient(
     device: str,
     batch: int = 1024,
     labels: float = 0.0,
+    fast: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     """Mean KL from the original to the copy in nats per token, and its gradient at its tensors.
@@ -36,6 +37,7 @@ def gradient(
         device: torch device.
         batch: tokens of one pass.
         labels: share of the text's own next tokens (cross entropy) in what is returned, the rest is the KL.
+        fast: multiply in bfloat16; weights, gradients, norms and the KL stay in float32.
         progress: called with the number of tokens finished.
     """
     tensors = dict(quantized_copy.named_parameters(remove_duplicate=False))
@@ -49,9 +51,10 @@ def gradient(
     try:
         for ids, mask in batches(windows, batch):
             inside, real = ids[:, :-1].to(device), mask.to(device)
-            with torch.no_grad():
-                target = predictions(original(inside), real).float().log_softmax(-1)
-            found = predictions(quantized_copy(inside), real).float().log_softmax(-1)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast):
+                with torch.no_grad():
+                    target = predictions(original(inside), real).float().log_softmax(-1)
+                found = predictions(quantized_copy(inside), real).float().log_softmax(-1)
             loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens
             if labels:
                 own = nn.functional.nll_loss(found, ids[:, 1:].to(device)[real], reduction="sum") / tokens

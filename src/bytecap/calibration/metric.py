@@ -77,7 +77,7 @@ def _expected(uses: Sequence[Use], tokens: int) -> tuple[list[Use], float]:
         return list(uses), _UNSEEN_TOKENS
     frequency = torch.stack(heads).mean(0) ** _TEMPER
     expected = tokens * frequency / frequency.sum()
-    return [replace(u, rows=_believed(u.rows, expected)) if _looked_up(u) else u for u in uses], _PREDICTED_TOKENS
+    return [u.with_rows(_believed(u.rows, expected)) if _looked_up(u) else u for u in uses], _PREDICTED_TOKENS
 
 
 def _believed(rows: Tensor, expected: Tensor) -> Tensor:
@@ -145,9 +145,10 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangle
         raise CheckpointError("the statistics of a unit are not finite: there is no error to weigh")
     ridge = max(damping * mean, 1e-30)
     while True:
-        damped = h[perm][:, perm].clone()
+        damped = h[perm[:, None], perm]
         damped.diagonal().add_(ridge)
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(info) == 0:
             return Triangle.of(lower.float()), perm
         ridge *= 10  # numerically singular: more damping until it factors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from itertools import pairwise
 
 import torch
@@ -32,8 +33,19 @@ class Moment:
         for panel, (a, b) in zip(self._panels, self._edges, strict=True):
             panel.add_(x[:, a:b].T @ x[:, :b])
 
+    def handed_over(self) -> Moment:
+        """Return the sum, of which nothing is left here: hooks hold this object until garbage is collected."""
+        found = copy(self)
+        self._panels = []
+        return found
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Return what is kept of the sum."""
+        return self._panels
+
     def whole(self) -> Tensor:
-        """Return the symmetric sum (cols, cols) and free its parts; to be called once.
+        """Return the symmetric sum (cols, cols).
 
         >>> sums = Moment(2, torch.device("cpu"))
         >>> sums.add(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
@@ -41,11 +53,10 @@ class Moment:
         [[1.0, 2.0], [2.0, 5.0]]
         """
         if len(self._panels) == 1:
-            return self._panels.pop()
+            return self._panels[0]
         cols = self._edges[-1][1]
         found = self._panels[0].new_empty(cols, cols)
-        for a, b in reversed(self._edges):
-            panel = self._panels.pop()
+        for panel, (a, b) in zip(self._panels, self._edges, strict=True):
             found[a:b, :b] = panel
             found[:a, a:b] = panel[:, :a].T
         return found

@@ -34,6 +34,7 @@ from bytecap.model.determinism import in_order
 from bytecap.model.fisher import fisher_change
 from bytecap.model.forward import (
     GPU_BATCHES,
+    Counted,
     Progress,
     batch_tokens,
     batches,
@@ -77,7 +78,7 @@ def probe(
         note: told where the device's memory asks for smaller batches.
         ranks: processes that share the windows; the sums are those of one process, each on one rank.
     """
-    target = torch.device(device)
+    target, counted = torch.device(device), Counted(progress)
 
     def passes(dtype: torch.dtype | None) -> Statistics:
         module_copy = copy.deepcopy(module).to(target) if dtype is None else fast_copy(module, target, dtype)
@@ -92,12 +93,12 @@ def probe(
         def work(batch: int) -> Statistics:
             return in_order(
                 target,
-                lambda: _one_pass(module_copy, chosen, windows, batch, seed, guided, target, leaves, progress, ranks),
+                lambda: _one_pass(module_copy, chosen, windows, batch, seed, guided, target, leaves, counted, ranks),
             )
 
-        return halving(work, windows, _batch(leaves, target), "statistics", note)[0]
+        return halving(work, windows, _batch(leaves, target), "statistics", note, counted)[0]
 
-    return in_fast_dtype(module, target, passes, note) if of_transformers(module) else passes(None)
+    return in_fast_dtype(module, target, passes, note, counted) if of_transformers(module) else passes(None)
 
 
 def _leaves(module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Window], device: torch.device) -> Leaves:
@@ -178,7 +179,7 @@ def _one_pass(
     guided: bool,
     device: torch.device,
     leaves: Leaves,
-    progress: Progress | None,
+    progress: Progress,
     ranks: Ranks,
 ) -> Statistics:
     sums = Sums.of(chosen, leaves, guided, device, ranks)
@@ -192,8 +193,7 @@ def _one_pass(
 
     def done(count: int) -> None:
         counts.append(count)
-        if progress is not None:
-            progress(count)
+        progress(count)
 
     try:
         if ranks.size == 1:

@@ -87,7 +87,7 @@ def gradients(job: Job, kind: str) -> Gradients:
         with job.reporter.step("gradients", sum(w.predicted for w in job.sets.statistics)) as advance:
             found = mean_squared_gradients(
                 job.model.module, job.model.units, job.sets.statistics, kind=kind, seed=job.seed,
-                device=job.device, progress=advance,
+                device=job.device, progress=advance, note=job.reporter.note,
             )  # fmt: skip
         finite.check_arrays(found.square, job.model)
         arrays: dict[str, Array] = {"tokens": np.array(found.tokens)}

@@ -29,7 +29,7 @@ from bytecap.calibration.sums import Statistics
 from bytecap.errors import UsageError
 from bytecap.model.chain import first_of
 from bytecap.model.determinism import in_order
-from bytecap.model.forward import GPU_BATCHES, Progress, batch_tokens, batches, in_fast_dtype, predictions
+from bytecap.model.forward import GPU_BATCHES, Counted, Progress, batch_tokens, batches, in_fast_dtype, predictions
 from bytecap.model.head import head_pieces
 from bytecap.model.hook_coverage import is_matrix
 from bytecap.model.linears import linear_weights
@@ -85,18 +85,18 @@ def probe_streamed(
     Returns:
         What is no `Use`: diagonals and the number of tokens.
     """
-    device = streamed.device
+    device, counted = streamed.device, Counted(progress)
 
     def passes(dtype: torch.dtype) -> Statistics:
         copied = streamed.copy(dtype)
 
         def work(batch: int) -> Statistics:
-            job = _Job(copied, units, list(batches(windows, batch)), scratch, guided, progress, ranks)
+            job = _Job(copied, units, list(batches(windows, batch)), scratch, guided, counted, ranks)
             return in_order(device, lambda: job.run(sink, share, torch.Generator(device).manual_seed(seed)))
 
-        return halving(work, windows, _batch_tokens(copied, units), "statistics", note)[0]
+        return halving(work, windows, _batch_tokens(copied, units), "statistics", note, counted)[0]
 
-    found = in_fast_dtype(streamed.module, device, passes, note)
+    found = in_fast_dtype(streamed.module, device, passes, note, counted)
     release()
     return found
 
@@ -152,7 +152,7 @@ class _Job:
         data: list[tuple[Tensor, Tensor]],
         scratch: Scratch,
         guided: bool,
-        progress: Progress | None,
+        progress: Progress,
         ranks: Ranks,
     ) -> None:
         self.streamed, self.units, self.scratch, self.guided = streamed, units, scratch, guided
@@ -295,8 +295,7 @@ class _Job:
             self._through(sums, run, lambda _: None, lambda i: self._advance(int(self.data[i][1].sum())))
 
     def _advance(self, tokens: int) -> None:
-        if self.progress is not None:
-            self.progress(tokens)
+        self.progress(tokens)
 
     def _sums(self, inside: Callable[[str], bool]) -> PartSums:
         return PartSums(self.streamed, self.units, inside, self.looked, self.guided, self.ranks)

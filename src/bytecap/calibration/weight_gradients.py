@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.probe import fisher_loss
-from bytecap.model.forward import batch_tokens, batches, fast_copy, in_fast_dtype
+from bytecap.model.forward import Counted, Progress, batch_tokens, batches, fast_copy, in_fast_dtype
 from bytecap.model.linears import linear_weights, maps_tokens
 from bytecap.model.texts import Window
 from bytecap.types import Unit
@@ -159,7 +159,7 @@ def _along(hidden: _Hidden, components: Tensor) -> Loss:
 
 def _pass(
     module_copy: nn.Module, units: Sequence[Unit], windows: Sequence[Window], size: int, seed: int, loss: Loss,
-    progress: Callable[[int], None] | None,
+    progress: Progress | None,
 ) -> _Sums:  # fmt: skip
     """Return the sums of one backward pass; the copy's hooks stay."""
     found = _Sums()
@@ -191,7 +191,8 @@ def mean_squared_gradients(
     kind: str = KINDS[0],
     seed: int = 0,
     device: str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Gradients:
     """Return the mean squared gradients of all linear maps and embeddings.
 
@@ -203,13 +204,14 @@ def mean_squared_gradients(
         seed: of all signs, and of tokens.
         device: torch device of the passes.
         progress: called with the number of tokens finished.
+        note: told where the passes run in float32.
     """
-    target = torch.device(device)
+    target, counted = torch.device(device), Counted(progress)
     size = batch_tokens(max((u.matrix_shape[0] for u in units if u.linear), default=4096)) // 2
 
     def passes(dtype: torch.dtype) -> tuple[_Sums, Squares]:
         module_copy = fast_copy(module, target, dtype)
-        sums = _pass(module_copy, units, windows, size, seed, fisher_loss, progress)
+        sums = _pass(module_copy, units, windows, size, seed, fisher_loss, counted)
         if kind != "components":
             return sums, sums.square
         module_copy = fast_copy(module, target, dtype)
@@ -217,7 +219,7 @@ def mean_squared_gradients(
         loss = _along(hidden, hidden.components(module_copy, windows, size))
         return sums, _in_nats(_pass(module_copy, units, windows, size, seed, loss, None).square, sums.square)
 
-    sums, square = in_fast_dtype(module, target, passes)
+    sums, square = in_fast_dtype(module, target, passes, note, counted)
     found = Gradients({}, {n: x / max(1, sums.tokens) for n, x in sums.inputs.items()}, sums.tokens)
     for (name, _), value in square.items():
         _add(found.square, name, value)

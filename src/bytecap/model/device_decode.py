@@ -36,6 +36,7 @@ from bytecap.format.entropy import jit, rans
 from bytecap.format.entropy.frequencies import TOTAL
 from bytecap.model.staging import Parts, sent
 from bytecap.sizes import in_groups
+from bytecap.system.transfers import to_device
 from bytecap.types import Bytes, Unit
 
 _TAGS = (GRID.tag, TRELLIS.tag, LONG_TRELLIS.tag)
@@ -127,7 +128,7 @@ def on_processor(units: Units, section: UnitSection, device: torch.device, dtype
     """Return a unit's value on a device, decoded on the processor, floating-point values in a dtype."""
     array = units([section])[0][1]
     found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    return found.to(device, dtype if found.is_floating_point() else found.dtype)
+    return to_device(found, device).to(dtype if found.is_floating_point() else found.dtype)
 
 
 def _direct(section: UnitSection, shared: Shared) -> Direct:

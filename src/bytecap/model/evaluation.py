@@ -35,6 +35,7 @@ from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Score
 
 FloatArray = npt.NDArray[np.float64]
+_TOGETHER = {"cpu": 2**20, "cuda": 2**26}  # logits of which log probabilities are made at once
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class Comparison:
         return {k: v for k, v in self.__dict__.items() if k != "windows"}
 
 
+def _some_rows(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield a few rows of logits (n, vocabulary) and others at a time: what is made of them is as large as they are."""
+    rows = max(1, _TOGETHER[logits.device.type] // logits.shape[1])
+    return zip(*(t.split(rows) for t in (logits, *others)), strict=True)
+
+
 def _token_losses(logp: Tensor, labels: Tensor) -> Tensor:
     return -logp.gather(1, labels[:, None])[:, 0]
 
@@ -92,6 +99,13 @@ def paired_stderr(one: Sequence[Comparison], other: Sequence[Comparison], what: 
         if a.windows is not None and b.windows is not None
     ]
     return math.sqrt(sum(e * e for e in errors)) / len(errors) if len(errors) == len(one) > 0 else float("nan")
+
+
+def _losses_and_kl(logp: Tensor, logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, some rows at a time, losses (n,) of logits (n, vocabulary), and the KL (n,) of `logp` to them."""
+    for p, some, own in _some_rows(logp, logits, labels):
+        q = torch.log_softmax(some.float(), -1)
+        yield _token_losses(q, own), q.sub_(p).neg_().mul_(p.exp()).sum(-1)
 
 
 @torch.no_grad()
@@ -206,20 +220,15 @@ def _compared(
         tempered: list[list[float]] = []
         same = 0
         for one, other in pieces:
-            p, q = one().float(), torch.log_softmax(other().float(), -1)
-            own, labels = labels[: len(p)], labels[len(p) :]
-            tempered.append([
-                float(nn.functional.cross_entropy(p / t, own, reduction="sum")) for t in TEMPERATURES
-            ])  # fmt: skip
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            p = torch.log_softmax(p, -1)
-            kl = (p - q).mul_(p.exp()).sum(-1)
-            parts.append((_token_losses(p, own), _token_losses(q, own), kl))
-            del p, q
+            for x, y in _some_rows(one().float(), other().float()):
+                p, q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
+                own, labels = labels[: len(p)], labels[len(p) :]
+                tempered.append([float(nn.functional.cross_entropy(x / t, own, reduction="sum")) for t in TEMPERATURES])
+                same += int((x.argmax(-1) == q.argmax(-1)).sum())
+                kl = (p - q).mul_(p.exp()).sum(-1)
+                parts.append((_token_losses(p, own), _token_losses(q, own), kl))
         grouped = [_by_window(flat, torch.cat(c)) for c in zip(*parts, strict=True)]
-        rows = [
-            [float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)] for i, w in enumerate(windows)
-        ]  # fmt: skip
+        rows = [[float(g[i]) for g in grouped] + [float(mask[i].sum()), float(w.bytes)] for i, w in enumerate(windows)]
         if progress is not None:
             progress(int(mask.sum()))
         yield rows, tempered, same
@@ -383,8 +392,7 @@ def _scored(
             own, labels = labels[: len(p)], labels[len(p) :]
             part = [_token_losses(p, own)]
             for other in others:
-                q = torch.log_softmax(other().float(), -1)
-                part += [_token_losses(q, own), q.sub_(p).neg_().mul_(p.exp()).sum(-1)]
+                part += [torch.cat(c) for c in zip(*_losses_and_kl(p, other(), own), strict=True)]
                 if advance is not None:
                     advance(len(p) / total)
             parts.append(part)

@@ -33,6 +33,31 @@ Progress = Callable[[int], None]
 _Found = TypeVar("_Found")
 
 
+class Counted:
+    """Progress of work that may have to begin anew, after which no token counts twice.
+
+    >>> seen = []
+    >>> progress = Counted(seen.append)
+    >>> progress(3); progress.restart(); progress(4)
+    >>> seen
+    [3, -3, 4]
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._done = progress, 0
+
+    def __call__(self, tokens: int) -> None:
+        """Report so many tokens more."""
+        self._done += tokens
+        if self._progress is not None:
+            self._progress(tokens)
+
+    def restart(self) -> None:
+        """Take back all that was reported."""
+        if self._done:
+            self(-self._done)
+
+
 def longest_first(windows: Sequence[Window]) -> list[Window]:
     """Return windows in the order in which `batches` holds them."""
     return sorted(windows, key=lambda w: -len(w.tokens))
@@ -91,6 +116,7 @@ def in_fast_dtype(
     device: torch.device,
     work: Callable[[torch.dtype], _Found],
     note: Callable[[str], None] = lambda _: None,
+    progress: Counted | None = None,
 ) -> _Found:
     """Run `work`, which differentiates a model, in `fast_dtype`, and once more in float32 where that fails.
 
@@ -101,6 +127,7 @@ def in_fast_dtype(
         device: of the passes.
         work: given the dtype. An error of ours and a lack of memory are no reason to run it again.
         note: told of the second run.
+        progress: of the work, which the second run takes back.
 
     Raises:
         CheckpointError: the model's own code, or torch's backward pass, fails in float32 too.
@@ -109,6 +136,8 @@ def in_fast_dtype(
     for dtype in dict.fromkeys((first, torch.float32)):
         if reason is not None:
             note(f"statistics are computed in float32: {_failure(module, reason)} in {str(first)[6:]}")
+            if progress is not None:
+                progress.restart()
             traceback.clear_frames(reason.__traceback__)  # they hold a copy of the model, and what it has computed
             reason.with_traceback(None)
         try:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from bytecap.model.forward import Counted
 from bytecap.model.texts import Window
 
 _Found = TypeVar("_Found")
@@ -14,7 +15,7 @@ _Found = TypeVar("_Found")
 
 def halving(
     work: Callable[[int], _Found], windows: Sequence[Window], batch: int, what: str,
-    note: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None, progress: Counted | None = None,
 ) -> tuple[_Found, int]:  # fmt: skip
     """Run `work` with `batch` tokens a batch, halved while memory does not suffice; returns its result and the batch.
 
@@ -24,6 +25,7 @@ def halving(
         batch: to begin with.
         what: the job, for messages.
         note: told about every halving.
+        progress: of the work, which is taken back where it begins anew.
 
     Raises:
         MemoryError: not even one window fits.
@@ -36,4 +38,6 @@ def halving(
                 raise MemoryError(f"{what}: the device's memory does not hold one window") from None
             batch //= 2
             torch.cuda.empty_cache()
+            if progress is not None:
+                progress.restart()
             note(f"{what}: out of device memory, {batch:,} tokens a batch from now on")

@@ -22,6 +22,7 @@ from torch import nn
 
 from bytecap.errors import ArtifactError
 from bytecap.model import streaming
+from bytecap.system.transfers import to_device
 
 Values = Mapping[str, npt.NDArray[Any] | torch.Tensor]  # a tensor becomes the module's own
 
@@ -103,7 +104,7 @@ def load_values(module: nn.Module, values: Values) -> None:
         fresh = (
             array if isinstance(array, torch.Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
         )
-        tensors[name].data = fresh.to(tensors[name].device, tensors[name].dtype)
+        tensors[name].data = to_device(fresh, tensors[name].device).to(tensors[name].dtype)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from bytecap.model.building import without_values
 from bytecap.model.checkpoint import Model, freeze, is_lazy, module_from_config, tensors_of, unready
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.wrappers import plain_names
+from bytecap.system.transfers import to_device
 from bytecap.types import Unit
 
 DESCRIBING = ("config.json", "tying.json")  # the side files that say what the module is
@@ -130,7 +131,7 @@ def fill(module: nn.Module, values: Iterable[tuple[Unit, Any]], device: torch.de
     for unit, array in values:
         found = isinstance(array, torch.Tensor)
         fresh = array if found else torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        fresh = fresh.to(device, dtype if fresh.is_floating_point() else fresh.dtype)
+        fresh = to_device(fresh, device).to(dtype if fresh.is_floating_point() else fresh.dtype)
         if isinstance(before[unit.name], nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=False)
         for name in (unit.name, *unit.aliases):

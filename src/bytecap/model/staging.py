@@ -1,7 +1,7 @@
 """Send many arrays to a device in a few large transfers.
 
-Bytes go through two page-locked buffers: threads fill one while the other is on its way, so that no array is put
-together on the processor, and nothing waits for a transfer of its own.
+Threads fill the buffers of `bytecap.system.transfers`, so that no array is put together on the processor, and nothing
+waits for a transfer of its own.
 
 >>> parts = Parts(np.int16); parts.add(np.arange(3)), parts.add(np.arange(2))
 (0, 3)
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from bytecap.format.entropy import jit
+from bytecap.system.transfers import Transfers, transfers
 
-_STAGE = 2**26  # bytes of a buffer
 _LARGE = 2**17  # bytes that a thread of its own copies
 _ALIGNED = 16
 _KINDS = {
@@ -50,25 +51,21 @@ class Parts:
         return self.size - array.size
 
 
-def sent(parts: Sequence[Parts], device: torch.device) -> list[Tensor]:
-    """Return tensors of parts on a device, with one more element each, so that an address is never that of nothing."""
+def sent(parts: Sequence[Parts], device: torch.device, through: Transfers | None = None) -> list[Tensor]:
+    """Return tensors of parts on a device, with one more element each, so that an address is never that of nothing.
+
+    Args:
+        parts: what is sent, in this order.
+        device: where it goes.
+        through: buffers; those of the device by default.
+    """
     sizes = [-(-(p.size + 1) * p.kind.itemsize // _ALIGNED) * _ALIGNED for p in parts]
     begun = np.cumsum([0, *sizes]).tolist()
     pieces = [piece for at, part in zip(begun, parts, strict=False) for piece in _pieces(part, at)]
     whole = torch.empty(begun[-1], dtype=torch.uint8, device=device)
-    locked = device.type == "cuda"
-    buffers = [torch.empty(min(_STAGE, len(whole)), dtype=torch.uint8, pin_memory=locked) for _ in range(2)]
-    events: list[Any] = [None, None]
     with ThreadPoolExecutor(jit.cores()) as pool, torch.cuda.device_of(whole):
-        for i, first in enumerate(range(0, len(whole), _STAGE)):
-            own, last = i % 2, min(first + _STAGE, len(whole))
-            if events[own] is not None:
-                events[own].synchronize()
-            _fill(pool, buffers[own].numpy()[: last - first], first, pieces)
-            whole[first:last].copy_(buffers[own][: last - first], non_blocking=locked)
-            if locked:
-                events[own] = torch.cuda.Event()
-                events[own].record()
+        fill = partial(_fill, pool, pieces)
+        (through or transfers(whole.device)).up(fill, torch.uint8, whole)
     ends = [at + (p.size + 1) * p.kind.itemsize for at, p in zip(begun, parts, strict=False)]
     return [whole[at:end].view(_KINDS[p.kind]) for at, end, p in zip(begun, ends, parts, strict=False)]
 
@@ -80,8 +77,9 @@ def _pieces(part: Parts, at: int) -> Iterator[tuple[int, Array]]:
         at += array.nbytes
 
 
-def _fill(pool: ThreadPoolExecutor, buffer: Array, first: int, pieces: Sequence[tuple[int, Array]]) -> None:
-    """Copy what belongs into the buffer, whose own place is `first`."""
+def _fill(pool: ThreadPoolExecutor, pieces: Sequence[tuple[int, Array]], out: Tensor, first: int) -> None:
+    """Copy what belongs into a buffer, whose own place is `first`."""
+    buffer: Array = out.numpy()
 
     def copy(piece: tuple[int, Array]) -> None:
         at, data = piece

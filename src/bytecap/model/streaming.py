@@ -28,6 +28,7 @@ from bytecap.model.chain import Chain, first_of, with_first
 from bytecap.model.forward import kept_exact
 from bytecap.model.tensor_files import Tensors
 from bytecap.system.allocator import release
+from bytecap.system.transfers import to_device
 
 Run = Callable[[nn.Module], Any]
 _ATTRIBUTE = "_bytecap_streamed"
@@ -100,7 +101,7 @@ class Streamed:
         found = self.replaced[unit][unit]
         if not isinstance(found, Tensor):
             found = torch.from_numpy(np.require(found, requirements=["C", "W"]))
-        return found.to(self.device, wanted if found.is_floating_point() else found.dtype)
+        return to_device(found, self.device).to(wanted if found.is_floating_point() else found.dtype)
 
     @cached_property
     def exact(self) -> Callable[[str], bool]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bytecap.errors import CheckpointError
+from bytecap.system.transfers import transfers
 
 _PIECE = 2**22  # values read at once
 _DTYPES = {
@@ -102,18 +102,34 @@ class Tensors:
         first, shape = (0, place.shape) if rows is None else (rows.start, (rows.stop - rows.start, *place.shape[1:]))
         out = torch.empty(shape, dtype=wanted, device=device)
         flat, width = out.reshape(-1), torch.empty(0, dtype=place.dtype).element_size()
+        start = place.start + first * math.prod(place.shape[1:]) * width
+
+        def fill(buffer: Tensor, at: int) -> None:
+            if not _read(place.path, start + at, buffer):
+                raise CheckpointError(f"{place.path} has become shorter: tensor {name} cannot be read")
+
         try:
-            with place.path.open("rb") as f:
-                f.seek(place.start + first * math.prod(place.shape[1:]) * width)
-                for at in range(0, len(flat), _PIECE):
-                    count = min(_PIECE, len(flat) - at)
-                    raw = np.empty(count * width, np.uint8)
-                    if f.readinto(raw.data) != len(raw):
-                        raise CheckpointError(f"{place.path} has become shorter: tensor {name} cannot be read")
-                    piece = torch.from_numpy(raw).view(place.dtype)
-                    if place.dtype == torch.float64 and wanted != torch.float64:
-                        piece = piece.float()
-                    flat[at : at + count].copy_(piece)
+            if out.device.type == "cuda":
+                transfers(out.device).up(fill, place.dtype, flat)
+                return out
+            buffer = torch.empty(min(_PIECE, len(flat)) * width, dtype=torch.uint8)
+            for at in range(0, len(flat), _PIECE):
+                raw = buffer[: min(_PIECE, len(flat) - at) * width]
+                fill(raw, at * width)
+                piece = raw.view(place.dtype)
+                if place.dtype == torch.float64 and wanted != torch.float64:
+                    piece = piece.float()
+                flat[at : at + len(piece)].copy_(piece)
         except OSError as exc:
             raise CheckpointError(f"{place.path} cannot be read: {exc.strerror or exc}") from exc
         return out
+
+
+def _read(path: Path, start: int, out: Tensor) -> bool:
+    """Read bytes of a file from a place; returns whether there were as many."""
+    with path.open("rb", buffering=0) as f:
+        f.seek(start)
+        view, at = out.numpy().data, 0
+        while at < len(view) and (got := f.readinto(view[at:])):
+            at += got
+        return at == len(view)

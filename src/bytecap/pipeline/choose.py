@@ -1,10 +1,11 @@
 """Choose the model that is best at a size: several models under one cap, by bits per byte on the same bytes.
 
-Bits per byte do not depend on a tokenizer, so a large model at few bits and a small one at many can be compared. Work
-is saved in three steps. A model whose floor is above a cap is out before any text is read; short fits, on few
-calibration tokens and without a long search, rank the others at every cap; only the best of them are fitted whole, and
-not even those whose original scores worse than a file that is there already. `contenders.py` has the first step and the
-bytes that are scored.
+Bits per byte do not depend on a tokenizer, so a large model at few bits and a small one at many can be compared.
+Work is saved in three steps. A model whose floor is above a cap is out before any text is read, and originals are
+scored before anything is fitted. Short fits, on few calibration tokens and without a long search, rank the others at
+every cap, the best original first. Only the best of them are fitted whole. At no step is a model fitted whose original
+scores worse than a file that is there already: a file is hardly ever better than what it was made of. `contenders.py`
+has the first step and the bytes that are scored.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from bytecap.pipeline.contenders import (
     Entry,
     Limits,
     Toll,
+    attempt,
     check_any,
     consider,
     contenders,
+    original_bits,
     pieces,
     toll_of,
 )
@@ -134,11 +137,14 @@ def _chosen(
     check(whole)
     short = replace(whole, tokens=limits.short_tokens, effort=0 if whole.method == "bytecap" else whole.effort)
     for entry in entries:
-        _shortened(entry, short, said)
+        _opened(entry, short, said)
+    check_any(entries, cap)
+    for entry in sorted(entries, key=lambda e: e.original):
+        _shortened(entry, entries, short, said)
     check_any(entries, cap)
     _select(entries, caps, limits.finalists)
     for entry in sorted(entries, key=lambda e: _order(e, cap)):
-        _finished(entry, entries, whole, said)
+        _finished(entry, entries, short, whole, said)
     best = _best(entries, cap)
     if output is not None:
         best.whole[cap].save(output)
@@ -169,12 +175,29 @@ def _bits(artifact: Artifact, tolls: Sequence[Toll]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shortened(entry: Entry, config: FitConfig, reporter: Reporter) -> None:
-    """Read a model, leave it out where its floor is above the cap, and give it a short fit at the other caps."""
-    consider(entry, config, reporter, lambda model: _fit(entry, model, config, "short", entry.left()))
+def _opened(entry: Entry, config: FitConfig, reporter: Reporter) -> None:
+    """Read a model, leave it out where its floor is above the cap, and score its original."""
+    consider(
+        entry, config, reporter, lambda model: original_bits(entry, model, config, reporter) if entry.left() else None
+    )
     for budget, row in entry.rows.items():
         if row.get("below_floor"):
             reporter.note(f"{entry.name} is out at {budget:,} bytes: {row['out']}")
+
+
+def _outdone(entry: Entry, entries: Sequence[Entry], kinds: Sequence[str]) -> None:
+    """Leave a model out where its original scores no better than a file of another one."""
+    for budget in entry.left():
+        there = [e.rows[budget][k]["bpb"] for e in entries for k in kinds if e is not entry and k in e.rows[budget]]
+        if there and entry.original >= min(there):
+            entry.out(f"its original has {entry.original:.4f} bits per byte, more than the best file here", [budget])
+
+
+def _shortened(entry: Entry, entries: Sequence[Entry], config: FitConfig, reporter: Reporter) -> None:
+    """Give a model a short fit at the caps where it may still be the best."""
+    _outdone(entry, entries, ("short",))
+    if entry.left():
+        attempt(entry, reporter, lambda: _fit(entry, load_checkpoint(entry.given), config, "short", entry.left()))
 
 
 def _fit(entry: Entry, model: Model, config: FitConfig, kind: str, budgets: Sequence[int]) -> None:
@@ -208,14 +231,14 @@ def _order(entry: Entry, cap: int) -> float:
     return _short(entry, cap) if cap in entry.left() else math.inf
 
 
-def _finished(entry: Entry, entries: Sequence[Entry], config: FitConfig, reporter: Reporter) -> None:
-    """Fit a model whole where it may still be the best."""
-    for budget in entry.left():
-        there = [e.rows[budget]["whole"]["bpb"] for e in entries if budget in e.whole]
-        original = entry.rows[budget]["short"]["bpb_original"]
-        if there and original >= min(there):
-            entry.out(f"its original has {original:.4f} bits per byte, more than the best file here", [budget])
+def _finished(entry: Entry, entries: Sequence[Entry], short: FitConfig, config: FitConfig, reporter: Reporter) -> None:
+    """Fit a model whole where it may still be the best; a whole fit that would be the short one is that."""
+    _outdone(entry, entries, ("whole",))
     if not entry.left():
+        return
+    if replace(short, reporter=None) == replace(config, reporter=None):
+        for budget in entry.left():
+            entry.whole[budget], entry.rows[budget]["whole"] = entry.short[budget], entry.rows[budget]["short"]
         return
     try:
         _fit(entry, load_checkpoint(entry.given), config, "whole", entry.left())

@@ -25,12 +25,13 @@ from bytecap.model import tokenizer as door
 from bytecap.model.calibration_text import general
 from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.defaults import WINDOW
+from bytecap.model.evaluation import evaluate
 from bytecap.model.inputs import vocabulary_of
-from bytecap.model.sources import Paths, as_paths, encoder, first_token
-from bytecap.model.texts import check_known, read_documents
+from bytecap.model.sources import Paths, as_paths, check_model, encoder, first_token, window_limit
+from bytecap.model.texts import check_known, load_text, read_documents
 from bytecap.model.tokenization import read_tokenizer
 from bytecap.pipeline.artifact import Artifact
-from bytecap.pipeline.stages import check, open_model
+from bytecap.pipeline.stages import check, choose_device, open_model
 from bytecap.progress import Reporter, reporter_for, warn
 from bytecap.sizes import parse_size
 
@@ -50,6 +51,7 @@ class Entry:
         rows: figures by budget in bytes.
         whole: whole fits by budget in bytes.
         short: short fits by budget in bytes, which stand in for whole ones that fail.
+        original: bits per byte of the model before any coding, infinite until it is scored.
     """
 
     given: str
@@ -57,6 +59,7 @@ class Entry:
     rows: dict[int, dict[str, Any]]
     whole: dict[int, Artifact] = field(default_factory=dict)
     short: dict[int, Artifact] = field(default_factory=dict)
+    original: float = math.inf
 
     def out(self, reason: str, budgets: Iterable[int] | None = None) -> None:
         """Leave the model out, at some budgets or at all that nothing else has been said about."""
@@ -181,13 +184,38 @@ def _check_floors(entry: Entry, model: Model, config: FitConfig) -> None:
 def consider(entry: Entry, config: FitConfig, reporter: Reporter, use: Callable[[Model], object]) -> None:
     """Read a model, look at its floors and go on with it; where that fails it is left out, and the reason is said."""
     reporter.note(f"{entry.name}: reading")
-    try:
+
+    def work() -> None:
         model = load_checkpoint(entry.given)
         _check_floors(entry, model, config)
         use(model)
+
+    attempt(entry, reporter, work)
+
+
+def attempt(entry: Entry, reporter: Reporter, work: Callable[[], object]) -> None:
+    """Do something with a model; where that fails the model is left out, and the reason is said."""
+    try:
+        work()
     except BytecapError as exc:
         entry.out(str(exc))
         warn(reporter, f"{entry.name} is left out: {exc}")
+
+
+def original_bits(entry: Entry, model: Model, config: FitConfig, reporter: Reporter) -> None:
+    """Score a model before any coding, on the bytes on which its files are scored."""
+    check_model(model)
+    encode, known, window = encoder(model.files), vocabulary_of(model.module), window_limit(model, config.window)
+    device, found = choose_device(config.device), list[float]()
+    model.module.to(device)
+    for path in as_paths(config.evaluation):
+        toll, text = toll_of(model, path), load_text(path, encode, window=window, vocabulary=known)
+        with reporter.step(f"original on {text.name}", text.tokens) as advance:
+            score = evaluate(model.module, text, device=device, progress=advance)
+        found.append((score.nats * score.tokens / math.log(2) + toll.bits) / toll.bytes)
+    entry.original = sum(found) / len(found)
+    for row in entry.rows.values():
+        row["bpb_original"] = entry.original
 
 
 def check_any(entries: Sequence[Entry], cap: int) -> None:

@@ -21,7 +21,7 @@ from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model
 from bytecap.pipeline import memory
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.quality import Measured, quality, say_narrow
+from bytecap.pipeline.quality import Comparisons, quality, say_narrow
 from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
 from bytecap.pipeline.stages import choose_device
 from bytecap.pipeline.token_sets import token_sets
@@ -189,7 +189,7 @@ def _finish(
     return result
 
 
-def _measured(job: Job, contents: Contents, path: Path) -> Measured:
+def _measured(job: Job, contents: Contents, path: Path) -> Comparisons:
     """Scores of a directory on disk."""
     values = read_units(contents.family, path, job.model.units)
     return measure(job.model, values, job.sets, job.device, job.reporter)

@@ -32,7 +32,7 @@ from bytecap.model.sources import Paths, as_paths, load_sets
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.pipeline import memory
 from bytecap.pipeline.formats import format_of
-from bytecap.pipeline.quality import Measured, quality, say_narrow
+from bytecap.pipeline.quality import Comparisons, quality, say_narrow
 from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
 from bytecap.pipeline.stages import choose_device
 from bytecap.pipeline.token_sets import token_sets
@@ -251,7 +251,7 @@ def _tensors(model: Model, frame: _Frame, types: Mapping[str, str], found: Found
         return list(pool.map(one, frame.layout.places))
 
 
-def _measured(job: Job, frame: _Frame, path: Path) -> Measured:
+def _measured(job: Job, frame: _Frame, path: Path) -> Comparisons:
     """Scores of a file on disk."""
     read: Callable[..., Values] = file.read_each if isinstance(job.model, StreamedModel) else file.read_units
     values: Values = read(path, frame.layout, job.model.units)

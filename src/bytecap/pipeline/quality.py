@@ -27,7 +27,7 @@ _NARROW = 1.25  # times the KL on calibration's own windows, from which evaluati
 
 
 @dataclass(frozen=True)
-class Measured:
+class Comparisons:
     """Comparisons of a coded model with its original.
 
     Attributes:
@@ -46,7 +46,7 @@ class Measured:
 
 def compare(
     original: nn.Module, coded: nn.Module, sets: TokenSets, device: str, reporter: Reporter, ranks: Ranks = ALONE
-) -> Measured:
+) -> Comparisons:
     """Compare a coded model with its original on evaluation texts and on calibration's held-out windows.
 
     Args:
@@ -63,7 +63,7 @@ def compare(
             [compare_models(original, coded, t, device=device, progress=advance, ranks=ranks) for t in texts]
             for texts in (sets.evaluation, held)
         )
-    return Measured(parts, others)
+    return Comparisons(parts, others)
 
 
 def quality(parts: Sequence[Comparison], held: Sequence[Comparison] = ()) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from bytecap.model.evaluation import Comparison, paired_stderr
 from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
-from bytecap.pipeline.quality import Measured, compare, quality
+from bytecap.pipeline.quality import Comparisons, compare, quality
 from bytecap.progress import Reporter
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
@@ -100,7 +100,7 @@ def _streamed(job: Job, model: StreamedModel, layout: Layout, types: Mapping[str
     return stored_items(model, layout, both, types, job.device)
 
 
-def measure(model: Model, values: Values, sets: TokenSets, device: str, reporter: Reporter) -> Measured:
+def measure(model: Model, values: Values, sets: TokenSets, device: str, reporter: Reporter) -> Comparisons:
     """Scores of values read back from disk against the original, one for each text."""
     quantized_copy = copy_of(model.module)
     load_values(quantized_copy, values)

@@ -44,7 +44,7 @@ from bytecap.pipeline import background, pack_code, several, update
 from bytecap.pipeline.artifact import Artifact, FiledArtifact
 from bytecap.pipeline.formats import FILE
 from bytecap.pipeline.lossless import lossless
-from bytecap.pipeline.quality import Measured, compare, quality, say_narrow
+from bytecap.pipeline.quality import Comparisons, compare, quality, say_narrow
 from bytecap.pipeline.update import Frame
 from bytecap.progress import Recorder
 from bytecap.quantization.options import EFFORTS
@@ -341,7 +341,7 @@ def check_floor(
     return floor
 
 
-def _measure(contents: Contents, size: int, job: Job) -> tuple[Measured, int]:
+def _measure(contents: Contents, size: int, job: Job) -> tuple[Comparisons, int]:
     """Read finished bytes back and score them against the original; also the file's ideal size."""
     model, ideal = job.model, Ideal()
     if job.base is not None:

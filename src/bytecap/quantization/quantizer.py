@@ -21,19 +21,17 @@ from torch import Tensor
 from bytecap.calibration.metric import Metric, factor
 from bytecap.calibration.triangle import Triangle
 from bytecap.format.coders import Shared
-from bytecap.format.coders.classes import CLASSES, OCTAVE, UNIT_CLASS
+from bytecap.format.coders.classes import CENTRES, CLASSES, UNIT_CLASS
 from bytecap.format.coders.grid import GridCode, side_bits
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.format.entropy.frequencies import MAX_HALF
-from bytecap.format.entropy.kernels import store
 from bytecap.format.entropy.shared_tables import Counts
 from bytecap.quantization import Rounded, RoundingProblem, Shrink, row_classes
 from bytecap.quantization.ahead import Ahead, of_one_shape
+from bytecap.quantization.counted import counted, counted_there
 from bytecap.quantization.options import Options
 from bytecap.quantization.scalar import round_scalar
 from bytecap.quantization.symbols_there import GridCodeThere, symbols_anywhere
 from bytecap.quantization.trellis import round_trellis
-from bytecap.quantization.trial_values import classes_there
 from bytecap.system.ranks import ALONE, Ranks, owners
 from bytecap.system.slabs import slabs
 from bytecap.system.threads import in_threads
@@ -104,6 +102,11 @@ class Prepared:
         """Return the rounded rows as they count for the whole unit, where they are a sample."""
         return coded
 
+    def sparse(self, step: float, shrink: Shrink, shared: Shared) -> Sparse | None:
+        """Return the unit rounded by descent, where it has few bits a weight; None where feedback rounds it."""
+        del step, shrink, shared
+        return None
+
     def complete(self, coded: Coded, shared: Shared) -> Coded:
         """Return the rounded unit, with an overlay where it has one (`bytecap.allocation.overlaid`)."""
         del shared
@@ -155,6 +158,9 @@ class Coded:
         return self.below is not None and self.overlay is None and not bool(symbols_anywhere(self.code).any())
 
 
+Sparse = tuple[Coded, npt.NDArray[np.float64]]
+"""A unit rounded by descent, and its centroids' sums."""
+
 _Batch = tuple[list[Coded], npt.NDArray[np.float64]]  # units rounded together, and their centroids' sums
 
 
@@ -181,6 +187,7 @@ def round_units(
     progress: Callable[[int], None] | None = None,
     keep: Callable[[Coded], Coded] = lambda coded: coded,
     ranks: Ranks = ALONE,
+    shared: Shared | None = None,
 ) -> tuple[dict[str, Coded], npt.NDArray[np.float64]]:
     """Round units at their steps.
 
@@ -192,6 +199,7 @@ def round_units(
         progress: called with the number of weights rounded.
         keep: given every unit as soon as it is rounded, returns what is held of it.
         ranks: processes that share the work, whole batches each.
+        shared: tables that price symbols, for units that may be rounded by descent.
 
     Returns:
         Coded units by name, and summed centroid statistics (2, 64, CENTRES).
@@ -199,22 +207,17 @@ def round_units(
     device = items[0].device if items else torch.device("cpu")
     batches = of_one_shape(items, lambda item: item.shape, _together(device))
 
-    def begin(number: int) -> Callable[[], Rounded]:
-        return _begin_batch(batches[number], steps, shrink, options)
+    def begin(number: int) -> Callable[[], _Begun]:
+        return _begin(batches[number], steps, shrink, options, shared)
 
     def work(number: int) -> _Batch:
         batch = batches[number]
-        with ahead.taken(number) as rounded:
-
-            def collect(i: int) -> Coded:
-                return _collect(batch[i], i, steps, rounded, options)
-
-            numbers = range(len(batch))
-            found = map(collect, numbers) if rounded.on_device else in_threads(collect, numbers)
+        with ahead.taken(number) as begun:
+            found = begun.collected(steps, options)
             kept = [keep(x) for x in found]
         if progress is not None:
             progress(sum(p.shape[0] * p.shape[1] for p in batch))
-        return kept, rounded.centres
+        return kept, begun.centres
 
     costs = [float(len(b) * b[0].shape[0] * b[0].shape[1] * (b[0].shape[1] + _A_COLUMN)) for b in batches]
     if len(batches) == 1:
@@ -283,6 +286,55 @@ def compile_ahead(options: Options, device: str) -> None:
         there.compile_ahead(options.memory, target)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A batch that is being rounded.
+
+    Attributes:
+        few: units rounded by descent, by their place in the batch.
+        rest: the others.
+        rounded: those.
+    """
+
+    few: Mapping[int, Sparse]
+    rest: Sequence[Prepared]
+    rounded: Rounded | None
+
+    def collected(self, steps: Mapping[str, float], options: Options) -> Iterator[Coded]:
+        """Yield all units as they would be stored."""
+        rounded, rest, few = self.rounded, self.rest, self.few
+
+        def collect(i: int) -> Coded:
+            assert rounded is not None  # noqa: S101 (it is where there is a rest)
+            return _collect(rest[i], i, steps, rounded, options)
+
+        numbers = range(len(rest))
+        there = rounded is not None and rounded.on_device
+        others = iter(map(collect, numbers) if there else in_threads(collect, numbers))
+        for i in range(len(rest) + len(few)):
+            yield few[i][0] if i in few else next(others)
+
+    @property
+    def centres(self) -> npt.NDArray[np.float64]:
+        """See `Rounded`."""
+        none = np.zeros((2, CLASSES, CENTRES)) if self.rounded is None else self.rounded.centres
+        return sum((centres for _, centres in self.few.values()), none)
+
+
+def _begin(
+    batch: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options, shared: Shared | None
+) -> Callable[[], _Begun]:
+    """Round those units of a batch by descent that are to be, and begin to round the others."""
+    few: dict[int, Sparse] = {}
+    if shared is not None:
+        tables = shared
+        found = in_threads(lambda p: p.sparse(steps[p.unit.name], shrink, tables), batch)
+        few = {i: s for i, s in enumerate(found) if s is not None}
+    rest = [p for i, p in enumerate(batch) if i not in few]
+    waiting = _begin_batch(rest, steps, shrink, options) if rest else None
+    return lambda: _Begun(few, rest, None if waiting is None else waiting())
+
+
 def _begin_batch(
     items: Sequence[Prepared], steps: Mapping[str, float], shrink: Shrink, options: Options
 ) -> Callable[[], Rounded]:
@@ -313,7 +365,7 @@ def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounde
     column, row = rounded.column_class[i], rounded.row_class[i]
     first = FIRST_DEPENDENT if options.trellis else CLASSES
     symbols: Any = rounded.symbols[i]
-    symbols, counts = (_stored_there if rounded.on_device else _stored)(symbols, column, row, first)
+    symbols, counts = (counted_there if rounded.on_device else counted)(symbols, column, row, first)
     code = (GridCodeThere if rounded.on_device else GridCode)(
         step=float(np.float32(steps[item.unit.name])), symbols=symbols, column_step=rounded.column_step[i][None],
         column_class=column[None], row_step=item.row_step.cpu().numpy(), row_class=row, first=first,
@@ -322,65 +374,16 @@ def _collect(item: Prepared, i: int, steps: Mapping[str, float], rounded: Rounde
     return Coded(code, float(rounded.distortion[i]), counts)
 
 
-def _width(peak: int) -> str:
-    """Return the smallest integer type of symbols up to a size."""
-    return "int8" if peak < 2**7 else "int16" if peak < 2**15 else "int32"
-
-
-def _stored(
-    symbols: npt.NDArray[Any], column: npt.NDArray[Any], row: npt.NDArray[Any], first: int
-) -> tuple[npt.NDArray[Any], Counts]:
-    """Return symbols (rows, cols), a byte each where they fit, and their counts.
-
-    Args:
-        symbols: (cols, rows).
-        column: (cols,) classes.
-        row: (rows,) classes.
-        first: class of dependent columns.
-    """
-    peak = max(int(symbols.max()), -int(symbols.min())) if symbols.size else 0
-    out = np.empty((len(row), len(column)), _width(peak))
-    counts = np.zeros((2, CLASSES, min(peak, MAX_HALF + 1) + 1))
-    fine = column >= first
-    store(
-        symbols, column.astype(np.int64), fine * OCTAVE, fine.astype(np.int64), row.astype(np.int64), out, counts
-    )  # fmt: skip
-    return out, counts
-
-
-def _stored_there(
-    symbols: Tensor, column: npt.NDArray[Any], row: npt.NDArray[Any], first: int
-) -> tuple[Tensor, Counts]:
-    """Return what `_stored` returns, computed on the device that holds the symbols, which stay there."""
-    device = symbols.device
-    peak = max(int(symbols.max()), -int(symbols.min())) if symbols.numel() else 0
-    last = min(peak, MAX_HALF + 1)
-    own = torch.from_numpy(column).to(device, torch.int64)[:, None]
-    fine = (own >= first).long()
-    rows = torch.from_numpy(row).to(device, torch.int64)
-    counts = torch.zeros(2 * CLASSES * (last + 1), dtype=torch.int64, device=device)
-    for part in slabs(*symbols.shape):
-        cls = classes_there(own[part], rows, fine[part])
-        cls.add_(fine[part] * CLASSES).mul_(last + 1).add_(symbols[part].abs().clamp_(max=last))
-        counts += torch.bincount(cls.reshape(-1), minlength=len(counts))
-    kind, shape = getattr(torch, _width(peak)), (len(row), len(column))
-    try:
-        out = torch.empty(shape, dtype=kind, device=device)
-    except torch.OutOfMemoryError:
-        out = torch.empty(shape, dtype=kind)
-    for part in slabs(*out.shape):
-        out[part] = symbols[:, part].T
-    return out, counts.reshape(2, CLASSES, last + 1).double().cpu().numpy()
-
-
 def rate(coded: Coded, shared: Shared) -> float:
     """Estimate the bytes of a unit's section: payload code length, side information, header and overlay."""
     if coded.as_in_base:
         return 0.0
     bits = side_bits(coded.code, shared.tables)
-    for counts, cost in zip(coded.counts, (shared.tables.cost_by_size, shared.tables.split_cost), strict=True):
+    for number, counts in enumerate(coded.counts):
         seen = counts > 0
-        bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
+        if seen.any():  # tables are split for dependent columns only
+            cost = shared.tables.split_cost if number else shared.tables.cost_by_size
+            bits += float(counts[seen] @ cost[:, : counts.shape[1]][seen])
     if coded.below is not None:
         bits += 8 * ON_BASE
     return bits / 8 + (STACK.growth(bits / 8, coded.overlay[1]) if coded.overlay else 0)

@@ -27,6 +27,8 @@ from bytecap.format.entropy.shared_tables import fit_shared
 from bytecap.quantization import Shrink, gaussian_shrink
 from bytecap.quantization.options import Options
 
+_DENSE = UNIT_CLASS - 3  # the first class whose columns are not sparse
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -45,9 +47,17 @@ class Rules:
         return Rules(replace(self.shared, offset=offset), Shrink(offset))
 
 
-def initial_rules(options: Options) -> Rules:
-    """Return Gaussian tables and offsets for every class, from which fitting starts."""
+def initial_rules(options: Options, *, descent: bool = False) -> Rules:
+    """Return Gaussian tables and offsets for every class, from which fitting starts.
+
+    Args:
+        options: of the coder.
+        descent: columns of little spread are rounded by descent (`bytecap.quantization.descent`), whose points lie at
+            the steps or above where those of feedback lie below.
+    """
     shrink = gaussian_shrink()
+    if descent:
+        shrink.offset[:_DENSE] = 0
     if not options.shrink:
         shrink = Shrink(np.zeros_like(shrink.offset))
     z = np.arange(MAX_HALF + 2)

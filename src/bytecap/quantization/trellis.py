@@ -14,7 +14,6 @@ of eight states and the union of subsets are those of JPEG 2000 part 2. Feedback
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -27,6 +26,7 @@ from bytecap.format.coders.classes import CENTRES, CLASSES, OCTAVE, UNIT_CLASS
 from bytecap.format.coders.trellis import SHORT
 from bytecap.quantization import BLOCK, SAMPLE, Rounded, RoundingProblem, Shrink, column_steps, narrow
 from bytecap.quantization.viterbi import decisions, masks_of, search
+from bytecap.system.threads import in_threads
 
 _Array = npt.NDArray[Any]
 
@@ -56,23 +56,22 @@ def round_trellis(
     fixed = shrink.offset.reshape(-1), first, masks_of(memory)
     arrays = weight.numpy(), error.numpy(), scale.numpy(), p.row_class.numpy(), whiten, p.rows.float().numpy()
     weights2, order = diag.square().numpy(), p.order.numpy()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for hi in range(cols, 0, -BLOCK):
-            lo = max(0, hi - BLOCK)
-            unit_lower = lower[:, lo:, lo:hi] / diag[:, None, lo:hi]  # columns divided by L_kk
-            pending = torch.zeros(batch, hi - lo, rows)
-            if hi < cols and bool(unit_lower[:, hi - lo :].any()):  # no feedback: nothing to add up
-                torch.bmm(unit_lower[:, hi - lo :].transpose(1, 2), error[:, hi:], out=pending)
-            inner, fed = unit_lower[:, : hi - lo].contiguous().numpy(), pending.numpy()
+    for hi in range(cols, 0, -BLOCK):
+        lo = max(0, hi - BLOCK)
+        unit_lower = lower[:, lo:, lo:hi] / diag[:, None, lo:hi]  # columns divided by L_kk
+        pending = torch.zeros(batch, hi - lo, rows)
+        if hi < cols and bool(unit_lower[:, hi - lo :].any()):  # no feedback: nothing to add up
+            torch.bmm(unit_lower[:, hi - lo :].transpose(1, 2), error[:, hi:], out=pending)
+        inner, fed = unit_lower[:, : hi - lo].contiguous().numpy(), pending.numpy()
 
-            def one(b: int, lo: int = lo, hi: int = hi, inner: _Array = inner, fed: _Array = fed) -> None:
-                room = decisions(rows, memory)
-                _block(
-                    lo, hi, inner[b], fed[b], *(a[b] for a in arrays), weights2[b], *fixed, room, symbols[b], order[b],
-                    column_class[b], distortion[b : b + 1], centres[b],
-                )  # fmt: skip
+        def one(b: int, lo: int = lo, hi: int = hi, inner: _Array = inner, fed: _Array = fed) -> None:
+            room = decisions(rows, memory)
+            _block(
+                lo, hi, inner[b], fed[b], *(a[b] for a in arrays), weights2[b], *fixed, room, symbols[b], order[b],
+                column_class[b], distortion[b : b + 1], centres[b],
+            )  # fmt: skip
 
-            list(pool.map(one, range(batch)))
+        in_threads(one, range(batch))
     return Rounded(
         symbols, np.take_along_axis(exponent.numpy(), np.argsort(order), 1), column_class, p.row_class.numpy(),
         distortion / 2, centres.sum(0).reshape(2, CLASSES, CENTRES),

@@ -16,9 +16,7 @@ ACS-bottleneck", IEEE Trans. Communications 37(8), 1989.
 import triton
 import triton.language as tl
 
-from bytecap.quantization.triton_search import backward, forward, nearest_point, sum_of_parts
-
-_FAR = tl.constexpr(1e30)
+from bytecap.quantization.triton_search import FAR, backward, forward, nearest_point, sum_of_parts
 
 
 @triton.jit
@@ -51,7 +49,7 @@ def _step(u, w, c0, c1, c2, c3, c4, c5, c6, c7):
 @triton.jit
 def _begin(state, at: tl.constexpr):
     """Return the cost of each state before the first row."""
-    return tl.where(state == at, 0.0, _FAR)
+    return tl.where(state == at, 0.0, FAR)
 
 
 @triton.jit

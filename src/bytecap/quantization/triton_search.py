@@ -23,7 +23,7 @@ import triton.language as tl
 from bytecap.format.coders.trellis import MASKS
 from bytecap.quantization.viterbi import masks_of
 
-_FAR = tl.constexpr(1e30)
+FAR = tl.constexpr(1e30)  # costs of a state that no path may begin in
 _NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it away leaves the nearest integer
 PLACES = 16  # states of a thread
 
@@ -100,9 +100,9 @@ def _subset_costs(u, w, lane, row: tl.constexpr, BITS: tl.constexpr, LANE_LEADS:
 @triton.jit
 def _begun(c, at_first, lane):
     """Return the costs in front of the first row, where this is: it begins in state 0."""
-    new = (tl.where(at_first, tl.where(lane == 0, 0.0, _FAR), c[0]),)
+    new = (tl.where(at_first, tl.where(lane == 0, 0.0, FAR), c[0]),)
     for j in tl.static_range(1, 16):
-        new = new + (tl.where(at_first, _FAR, c[j]),)
+        new = new + (tl.where(at_first, FAR, c[j]),)
     return new
 
 

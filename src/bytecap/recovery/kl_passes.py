@@ -17,9 +17,10 @@ from bytecap.job import Job
 from bytecap.model import streaming
 from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
-from bytecap.model.forward import logits_of, pass_tokens, rough_products
+from bytecap.model.forward import fast_dtype, logits_of, pass_tokens, rough_products
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import iteration_windows, leading
+from bytecap.system.allocator import is_shortage
 
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one iteration
 _A_BATCH = 20 * 2**30  # bytes of a GPU's memory for every batch of `pass_tokens` in one pass
@@ -41,6 +42,11 @@ def _many(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return min(8, max(1, torch.cuda.get_device_properties(device).total_memory // _A_BATCH))
+
+
+def _is_fast(device: torch.device) -> bool:
+    """Return whether products are far faster in bfloat16, as they are on a GPU, where attention is fused then too."""
+    return device.type == "cuda" and fast_dtype(device) == torch.bfloat16
 
 
 @contextlib.contextmanager
@@ -84,14 +90,16 @@ class Passes:
 
     def __init__(self, job: Job, quantized_copy: nn.Module) -> None:
         self._job, self._quantized_copy = job, quantized_copy
-        self._batch = pass_tokens(job.model.module, torch.device(job.device)) * _many(torch.device(job.device))
+        device = torch.device(job.device)
+        self._batch = pass_tokens(job.model.module, device) * _many(device)
         self._pool = list(job.sets.recovery or job.sets.statistics)
         self._source = iteration_windows(self._pool, tokens_of_iteration(job.device), job.seed)
         self.read, self.iterations = 0, 0
         original = job.model.module
         remembered = streaming.of(original) is None  # a streamed model gives no logits of a batch
-        most = _REMEMBERED[torch.device(job.device).type]
+        most = _REMEMBERED[device.type]
         self._checked = _Remembered(original, most) if remembered else original
+        self._fast = _is_fast(device) and remembered
         self.curve: list[tuple[float, int, float]] = []
         self._started = time.monotonic()
 
@@ -120,10 +128,21 @@ class Passes:
         self.read += sum(w.predicted for w in windows)
         self.iterations += 1
         model, device = self._job.model.module, self._job.device
-        found, self._batch = halving(
-            lambda batch: gradient(model, self._quantized_copy, names, windows, device=device, batch=batch), windows,
-            self._batch, "recovery", self._job.reporter.note,
-        )  # fmt: skip
+
+        def work(batch: int) -> tuple[float, dict[str, Tensor]]:
+            with same_sums(device, strict=True) if self._fast else contextlib.nullcontext():
+                return gradient(
+                    model, self._quantized_copy, names, windows, device=device, batch=batch, fast=self._fast
+                )  # fmt: skip
+
+        try:
+            found, self._batch = halving(work, windows, self._batch, "recovery", self._job.reporter.note)
+        except RuntimeError as exc:
+            if not self._fast or is_shortage(exc):
+                raise
+            self._fast = False
+            self._job.reporter.note(f"recovery multiplies in float32: {exc}")
+            found, self._batch = halving(work, windows, self._batch, "recovery", self._job.reporter.note)
         return found
 
     def check(self) -> float:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from bytecap.errors import OutputError
 from bytecap.system.atomic import open_regular
+from bytecap.system.transfers import to_device, to_memory
 
 try:
     import fcntl
@@ -74,12 +75,12 @@ class KeptTensor:
     def load(self, device: torch.device | str = "cpu", rows: slice | None = None) -> Tensor:
         """Return the tensor, or consecutive entries along its first axis, on a device; to be left as it is."""
         if self.memory is not None:
-            return (self.memory if rows is None else self.memory[rows]).to(device)
+            return to_device(self.memory if rows is None else self.memory[rows], device)
         start, stop = (0, self.shape[0] if self.shape else 1) if rows is None else (rows.start, rows.stop)
         one = math.prod(self.shape[1:]) * torch.empty(0, dtype=self.dtype).element_size()
         raw = torch.from_numpy(np.fromfile(self.path, np.uint8, (stop - start) * one, offset=start * one))
         shape = self.shape if rows is None else (stop - start, *self.shape[1:])
-        return raw.view(self.dtype).reshape(shape).to(device)
+        return to_device(raw.view(self.dtype).reshape(shape), device)
 
 
 def _locked(place: Path) -> tuple[Path, BinaryIO]:
@@ -143,7 +144,7 @@ class Scratch:
         for place in ("device", "cpu") if tensor.device.type != "cpu" else ("cpu",):
             if size <= self._left[place]:
                 self._left[place] -= size
-                kept = KeptTensor(path, shape, tensor.dtype, tensor if place == "device" else tensor.cpu())
+                kept = KeptTensor(path, shape, tensor.dtype, tensor if place == "device" else to_memory(tensor))
                 weakref.finalize(kept, self._give_back, place, size)
                 return kept
         flat = tensor.reshape(-1)

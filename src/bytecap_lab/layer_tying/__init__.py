@@ -253,11 +253,13 @@ def decide(
     checkpoint = (checkpoint or ProgressCheckpoint(Store())).under(plan.search, plan.blocks, astuple(effort))
     with reporter.step(f"search ({plan.search})", 1) as advance:
         if plan.search == "greedy":
-            looking = greedy.Search(model.module, plan.start, plan.init, train, held, device, seed, rate, checkpoint)
+            looking = greedy.GreedySearch(
+                model.module, plan.start, plan.init, train, held, device, seed, rate, checkpoint
+            )
             tying, merges = looking.run(plan.blocks, effort, advance)
             trace: dict[str, Any] = {"merges": greedy.as_dicts(merges)}
         else:
-            learning = dlt.Search(model.module, plan.start, train, device, seed, rate, checkpoint)
+            learning = dlt.QLearningSearch(model.module, plan.start, train, device, seed, rate, checkpoint)
             tying = learning.run(plan.blocks, effort, advance)
             trace = {"visited": len(learning.visited), "actions": sum(map(len, learning.visited.values()))}
     reporter.note(f"search ({plan.search}): layers read blocks {list(tying.sources)}")

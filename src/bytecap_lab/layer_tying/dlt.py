@@ -136,7 +136,7 @@ class _Values:
 
 
 @dataclass
-class Search:
+class QLearningSearch:
     """A search by Q-learning.
 
     Attributes:

@@ -66,7 +66,7 @@ def candidates(depth: int, blocks: int) -> int:
 
 
 @dataclass
-class Search:
+class GreedySearch:
     """A greedy search.
 
     Attributes:

@@ -23,7 +23,7 @@ from bytecap_lab.rd_curves.choose import hull
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, check_base, make_job
 from bytecap_lab.rd_curves.paths import recodings
 from bytecap_lab.rd_curves.plans import BRIEF, FULL, Effort, OverlayCandidates, Plan, planned, sample, tried_units
-from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
+from bytecap_lab.rd_curves.points import MeasuredPick, Pick, at_base, measure
 from bytecap_lab.rd_curves.report import agreement, base_figures, lead, ninety, point, verdict, yardstick
 from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate, candidates, known
 
@@ -178,7 +178,7 @@ def _curves(
     on_texts, on_held = at_base(operating_point, texts, store), at_base(operating_point, held, store)
     with reporter.step("whole model", max(1, len(flat))) as advance:
         measured = measure(operating_point, [_pick(p.values()) for _, p in flat], texts, store, advance)
-    whole: dict[str, list[tuple[Plan, Measured]]] = {n: [] for n in names}
+    whole: dict[str, list[tuple[Plan, MeasuredPick]]] = {n: [] for n in names}
     for (n, p), m in zip(flat, measured, strict=True):
         whole[n].append((p, m))
     drawn = sample(promised, points, seed)
@@ -240,8 +240,8 @@ def _path(
     path: str,
     operating_point: OperatingPoint,
     promised: Mapping[str, Sequence[OverlayCandidate]],
-    whole: Sequence[tuple[Mapping[str, OverlayCandidate], Measured]],
-    steps: Sequence[Measured],
+    whole: Sequence[tuple[Mapping[str, OverlayCandidate], MeasuredPick]],
+    steps: Sequence[MeasuredPick],
     base: ByWindow,
 ) -> dict[str, Any]:
     """Return a path's whole-model points, its verdict, and its predicted curve on every unit's hull."""
@@ -275,7 +275,12 @@ def _kind(path: str) -> str:
 
 
 def _singles(
-    path: str, sample: Sequence[OverlayCandidate], measured: Sequence[Measured], base: ByWindow, count: int, seed: int
+    path: str,
+    sample: Sequence[OverlayCandidate],
+    measured: Sequence[MeasuredPick],
+    base: ByWindow,
+    count: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Return the measured single-unit points of a path."""
     mine = [(o, m) for o, m in zip(sample, measured, strict=True) if o.path == path]

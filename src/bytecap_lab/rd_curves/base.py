@@ -28,7 +28,7 @@ from bytecap.methods.baselines.golf import (
     EMBEDDING_LEVELS,
     K_EMBEDDING,
     K,
-    Search,
+    StepSearch,
     entropy_bytes,
     gptq,
     round_nearest,
@@ -230,7 +230,7 @@ def golf_k(problems: Mapping[str, UnitProblem], embeddings: frozenset[str], room
     """
     weights = {n: p.weight for n, p in problems.items()}
     factors = {n: factorize(p.hessian) for n, p in problems.items() if n not in embeddings}
-    search = Search(weights, factors, 1.0)
+    search = StepSearch(weights, factors, 1.0)
     k = search.solve(room, K)
     search.measure(k)
     return search.solve(0.998 * room, k)

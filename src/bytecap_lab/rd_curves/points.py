@@ -45,7 +45,7 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPick:
     """One pick on real bytes and decoded values.
 
     Attributes:
@@ -93,7 +93,7 @@ def at_base(operating_point: OperatingPoint, windows: Sequence[Window], store: S
 
 def measure(
     operating_point: OperatingPoint, picks: Sequence[Pick], windows: Sequence[Window], store: Store, advance: Advance
-) -> list[Measured]:
+) -> list[MeasuredPick]:
     """Every pick, measured on windows.
 
     Args:
@@ -126,7 +126,7 @@ def measure(
             kept[k] = _entry(operating_point, real, scores[k], parameters)
             store.put(k, kept[k])
     return [
-        Measured(
+        MeasuredPick(
             e["growth"],
             e["side"],
             e["share"],

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from bytecap.model.evaluation import ByWindow
 from bytecap.model.uncertainty import ratio_stderr
-from bytecap_lab.rd_curves.points import Measured
+from bytecap_lab.rd_curves.points import MeasuredPick
 from bytecap_lab.rd_curves.ranks import ceiling, spearman
 from bytecap_lab.rd_curves.trial import COARSER, STEP, OverlayCandidate
 
@@ -30,7 +30,7 @@ def base_figures(base: ByWindow) -> dict[str, float]:
     }  # fmt: skip
 
 
-def point(measured: Measured, base: ByWindow, predicted: float, units: int) -> dict[str, Any]:
+def point(measured: MeasuredPick, base: ByWindow, predicted: float, units: int) -> dict[str, Any]:
     """One measured point against the base.
 
     Args:
@@ -55,7 +55,7 @@ def point(measured: Measured, base: ByWindow, predicted: float, units: int) -> d
     }  # fmt: skip
 
 
-def yardstick(steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
+def yardstick(steps: Sequence[MeasuredPick], base: ByWindow) -> dict[str, Any]:
     """The lambda line: the slope of finer steps, least squares through the base."""
     spent = np.array([m.bytes for m in steps], float)
     kl = np.array([(base.kl - m.kl).sum() / base.tokens.sum() for m in steps])
@@ -64,7 +64,7 @@ def yardstick(steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
     return {"nats_per_byte": float(spent @ kl) / scale, "bpb_per_kb": 1000 * float(spent @ bpb) / scale}
 
 
-def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
+def _at(spent: float, steps: Sequence[MeasuredPick], base: ByWindow) -> FloatArray:
     """KL per window that other steps recover for as many bytes: (windows,), linear between measured points.
 
     `spent` may be negative if coarser steps were measured.
@@ -79,13 +79,13 @@ def _at(spent: float, steps: Sequence[Measured], base: ByWindow) -> FloatArray:
     return found
 
 
-def lead(measured: Measured, steps: Sequence[Measured], base: ByWindow) -> tuple[float, float]:
+def lead(measured: MeasuredPick, steps: Sequence[MeasuredPick], base: ByWindow) -> tuple[float, float]:
     """Return the nats per token by which a point is ahead of other steps for the same bytes, and their error."""
     ahead = base.kl - measured.kl - _at(measured.bytes, steps, base)
     return float(ahead.sum() / base.tokens.sum()), ratio_stderr(ahead, base.tokens)
 
 
-def verdict(path: str, whole: Sequence[Measured], steps: Sequence[Measured], base: ByWindow) -> dict[str, Any]:
+def verdict(path: str, whole: Sequence[MeasuredPick], steps: Sequence[MeasuredPick], base: ByWindow) -> dict[str, Any]:
     """Decide whether a path recovers more than finer steps do for the same bytes, at any amount.
 
     Returns:
@@ -120,7 +120,7 @@ def ninety(points: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def agreement(
-    candidates: Sequence[OverlayCandidate], measured: Sequence[Measured], base: ByWindow, seed: int
+    candidates: Sequence[OverlayCandidate], measured: Sequence[MeasuredPick], base: ByWindow, seed: int
 ) -> dict[str, Any]:
     """Rank correlation of predicted and measured gains over a sample, with its ceiling."""
     gains = np.array([base.kl - m.kl for m in measured])

@@ -27,7 +27,7 @@ from bytecap_lab.compare.pairs import clusters
 from bytecap_lab.rd_curves.choose import spend
 from bytecap_lab.rd_curves.operating_point import OperatingPoint, build, make_job
 from bytecap_lab.rd_curves.plans import tried_units
-from bytecap_lab.rd_curves.points import Measured, Pick, at_base, measure
+from bytecap_lab.rd_curves.points import MeasuredPick, Pick, at_base, measure
 from bytecap_lab.rd_curves.trial import STEP, STEPS, OverlayCandidate, candidates, ladder
 from bytecap_lab.thesis.amounts import AMOUNTS, GLOBAL
 
@@ -156,7 +156,7 @@ class Bench:
         merged = {n: [o for p in paths for o in self.candidates[p][n]] for n in self.units}
         return spend(merged, room)
 
-    def measure(self, picks: Sequence[Pick], name: str) -> list[Measured]:
+    def measure(self, picks: Sequence[Pick], name: str) -> list[MeasuredPick]:
         """Picks on real bytes and decoded values."""
         with self.reporter.step(f"{name} on {self.base}", max(1, len(picks))) as advance:
             return measure(self.operating_point, picks, self.windows, self.store, advance)
@@ -184,7 +184,7 @@ class Bench:
         """Every matrix at the same fraction of an octave finer."""
         return Pick(dict.fromkeys(self.units, (STEP, STEPS.index(octave))))
 
-    def recovered(self, measured: Measured) -> list[float]:
+    def recovered(self, measured: MeasuredPick) -> list[float]:
         """KL taken away, summed over each cluster's tokens."""
         return self.fold(self.at_base.kl - measured.kl)
 

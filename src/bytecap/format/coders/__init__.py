@@ -86,7 +86,16 @@ class Shared:
     @property
     def model(self) -> Model:
         """Tables and offsets as machine code takes them, made once for the tables."""
-        return self.tables.kept(self.offset.tobytes(), lambda: Model.of(self.tables, self.offset))
+        return self._model(dependent=True)
+
+    @property
+    def independent(self) -> Model:
+        """The model of matrices without dependent columns, for which no table is split."""
+        return self._model(dependent=False)
+
+    def _model(self, *, dependent: bool) -> Model:
+        key = bytes([dependent]) + self.offset.tobytes()
+        return self.tables.kept(key, lambda: Model.of(self.tables, self.offset, dependent=dependent))
 
 
 @dataclass(frozen=True)

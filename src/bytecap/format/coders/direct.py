@@ -57,14 +57,22 @@ class Model:
         return bits
 
     @staticmethod
-    def of(tables: Tables, offset: npt.NDArray[np.float32]) -> Model:
-        """Make the model of all classes that it can serve; classes with one table and one offset share a group."""
+    def of(tables: Tables, offset: npt.NDArray[np.float32], *, dependent: bool) -> Model:
+        """Make the model of all classes that it can serve; classes with one table and one offset share a group.
+
+        Args:
+            tables: of the file.
+            offset: of the file (64, 17).
+            dependent: whether for dependent columns, too, which need split tables.
+        """
         group = np.full((2, CLASSES), NONE, np.uint16)
         known: dict[tuple[int, int, bytes], int] = {}
         made: list[tuple[int, int, list[Table]]] = []
         for cls in sorted(tables.table):
-            parts = [tables.split.table[cls + k * CLASSES] for k in range(4)]
-            for fine, own in enumerate((parts[:1], parts[1:])):
+            parts = [[tables.table[cls]]]
+            if dependent:
+                parts.append([tables.split.table[cls + k * CLASSES] for k in range(1, 4)])
+            for fine, own in enumerate(parts):
                 if max(len(t.freq) for t in own) <= 256:
                     key = (fine, id(tables.table[cls]), offset[cls].tobytes())
                     group[fine, cls] = known.setdefault(key, len(made))
@@ -118,6 +126,10 @@ class SharedParts(Protocol):
         """Tables and offsets as machine code takes them."""
 
     @property
+    def independent(self) -> Model:
+        """The same without dependent columns."""
+
+    @property
     def offset(self) -> npt.NDArray[np.float32]:
         """Reconstruction offsets (64, 17) in steps."""
 
@@ -134,7 +146,7 @@ class Direct:
         row_class: class of rows (rows,).
         scale, row_scale: float32 scales of columns (groups, cols) and of rows (rows,).
         path: packed bits of the dependent weights.
-        masks: of the trellis.
+        masks: of the trellis; zeros where no column is dependent.
         largest: size of an escaped symbol.
     """
 
@@ -158,6 +170,11 @@ class Direct:
         """Return whether there are weights, and the model has a group for every class of theirs."""
         return self.shape[0] * self.shape[1] > 0 and all((g < NONE).all() for g in self.column_groups)
 
+    @property
+    def model(self) -> Model:
+        """Tables and offsets for what columns may be."""
+        return self.shared.model if any(self.masks) else self.shared.independent
+
     def _classes(self, group: int, rows: Array) -> Array:
         """Class of every column under classes of rows (n,), (n, cols)."""
         more = OCTAVE * self.fine[group].astype(np.int64)
@@ -173,7 +190,7 @@ class Direct:
     @cached_property
     def column_groups(self) -> list[npt.NDArray[np.uint16]]:
         """For every row group, the model's group of every column by kind of row, (kinds, cols)."""
-        group, fine = self.shared.model.group.reshape(-1), CLASSES * self.fine.astype(np.int64)
+        group, fine = self.model.group.reshape(-1), CLASSES * self.fine.astype(np.int64)
         return [group.take(self._classes(g, self.kinds[0]) + fine[g]) for g in range(len(fine))]
 
     @property
@@ -188,7 +205,7 @@ class Direct:
         Raises:
             CorruptError: the stream is damaged, or a value is out of range.
         """
-        model = self.shared.model
+        model = self.model
         counts = np.zeros(len(model.entries), np.int64)
         values = self.values(counts)
         tail = split(self.payload, self.shape[0] * self.shape[1])[2]
@@ -206,7 +223,7 @@ class Direct:
         states, words, tail = split(self.payload, self.shape[0] * self.shape[1])
         lanes = states.copy()
         stream = lanes, np.concatenate([words, np.zeros(_PIECE, np.uint16)]).astype(np.uint16, copy=False)
-        model = self.shared.model.symbols, self.shared.model.entries
+        model = self.model.symbols, self.model.entries
         where = np.empty(len(tail), np.int64), np.empty(len(tail), np.int64)
         value = np.empty(self.shape, np.float32)
         used, lane, found = 0, 0, 0

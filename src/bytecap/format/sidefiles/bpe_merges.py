@@ -18,7 +18,7 @@ True
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -30,7 +30,6 @@ from bytecap.format.sidefiles.dictionary import WORDS
 Merge = tuple[str, str]
 Path = tuple[int, ...]  # decisions
 Cell = dict[int, list[int]]  # [probability of 1 in 65,536ths, count] by decision
-Tables = list[dict[Any, Cell]]  # by context
 Weights = list[list[list[int]]]
 
 MAX_MERGES = 1 << 13  # beyond this, reading takes longer than the bytes are worth
@@ -181,6 +180,21 @@ def _letters(names: Iterable[str], spelling: Spelling) -> Any:
     return heap[0][2]
 
 
+class _Table(dict[Any, Cell]):
+    """Counters by context. Those of an earlier table are copied when they are first asked for: most never are."""
+
+    def __init__(self, earlier: Mapping[Any, Cell] | None = None) -> None:
+        super().__init__()
+        self.earlier = {} if earlier is None else earlier
+
+    def __missing__(self, context: Any) -> Cell:
+        cell = self[context] = {node: [*counter] for node, counter in self.earlier.get(context, {}).items()}
+        return cell
+
+
+Tables = list[_Table]
+
+
 def _walk(tree: Any, path: Path = ()) -> Iterator[tuple[str, Path]]:
     """Yield the letters of a tree and the decisions that lead to them."""
     if type(tree) is str:
@@ -193,7 +207,7 @@ def _walk(tree: Any, path: Path = ()) -> Iterator[tuple[str, Path]]:
 def _cells(tables: Tables, text: str, last: str, second: bool) -> list[Cell]:
     """Return the counters for the part after `text`, whose last part is `last`."""
     keys = (text[-1:], text[-2:], text[-3:], text[-3:].translate(_LOWER), text[-3:-1], (last, second))
-    return [table.setdefault(key, {}) for table, key in zip(tables, keys, strict=True)]
+    return [table[key] for table, key in zip(tables, keys, strict=True)]
 
 
 def _usual(paths: Iterable[str]) -> list[str]:
@@ -205,7 +219,7 @@ def _usual(paths: Iterable[str]) -> list[str]:
 @lru_cache(2)  # 40 ms each, of a file that is written and read back
 def _warm(alphabet: tuple[tuple[str, Path], ...]) -> tuple[Weights, Tables]:
     """Return the state of a coder that has read the usual words, coding nothing."""
-    paths, tables = dict(alphabet), Tables({} for _ in range(_SLOTS))
+    paths, tables = dict(alphabet), [_Table() for _ in range(_SLOTS)]
     coder = _Coder(_SLOTS, Spelling(0, 1 << 62))
     for word in _usual(paths):
         text = ""
@@ -229,10 +243,7 @@ class _Speller:
         coder.spelling.decide(sum(len(self.paths.get(c, ())) for word in _usual(self.paths) for c in word))
         weights, tables = _warm(tuple(self.paths.items()))
         coder.weights = [[[*w] for w in slots] for slots in weights]
-        self.tables = [
-            {key: {node: [*counter] for node, counter in cell.items()} for key, cell in table.items()}
-            for table in tables
-        ]
+        self.tables = [_Table(table) for table in tables]
 
     def _parts(self, text: str) -> list[str]:
         """Encode `text` with the merges so far; returns its parts."""

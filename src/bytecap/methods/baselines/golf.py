@@ -51,7 +51,7 @@ from bytecap.methods.baselines.golf_coders import WRITERS, with_brotli
 from bytecap.methods.baselines.gptq import Factor, factorize, feedback, reciprocal
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import (
-    Measured,
+    CodedMatrix,
     Progress,
     Writer,
     exact_sections,
@@ -120,7 +120,7 @@ def entropy_bytes(codes: npt.NDArray[np.integer[Any]]) -> float:
 
 
 @dataclass
-class Search:
+class StepSearch:
     """All matrices of a model as functions of `k`.
 
     Attributes:
@@ -189,7 +189,7 @@ class Search:
                 x = (fine + coarse) / 2
         return math.exp(x)
 
-    def measure(self, k: float) -> dict[str, Measured]:
+    def measure(self, k: float) -> dict[str, CodedMatrix]:
         """Code real sections at `k`, and calibrate the estimate on them."""
         matrices = dict(self.quantized(k, {}))
         found = measure({n: matrices[n] for n in self.weights}, self.write)
@@ -197,7 +197,9 @@ class Search:
         return found
 
 
-def _bracket(search: Search, room: int, report: Progress) -> tuple[dict[str, Measured], dict[str, Measured], float]:
+def _bracket(
+    search: StepSearch, room: int, report: Progress
+) -> tuple[dict[str, CodedMatrix], dict[str, CodedMatrix], float]:
     """Bracket `room` bytes by real codings at most 3% apart in `k`; returns both and the finer `k`.
 
     The second is empty if the finest `k` fits.
@@ -205,8 +207,8 @@ def _bracket(search: Search, room: int, report: Progress) -> tuple[dict[str, Mea
     Raises:
         BudgetError: the coarsest `k` does not fit; `.floor` is its size.
     """
-    fits: tuple[float, dict[str, Measured]] = (math.inf, {})
-    over: tuple[float, dict[str, Measured]] = (0.0, {})
+    fits: tuple[float, dict[str, CodedMatrix]] = (math.inf, {})
+    over: tuple[float, dict[str, CodedMatrix]] = (0.0, {})
     k, target, margin = search.solve(room, K), float(room), 0.002
     while True:
         found = search.measure(k)
@@ -266,7 +268,7 @@ def golf_sections(
     linear = [n for n in matrices if n in hessians and n not in embeddings]
     factors = {n: factorize(hessians[n].to(device)) for n in linear}
     there = {n: w.to(device) for n, w in matrices.items()}
-    search = Search(there, factors, embedding_power, WRITERS[coder])
+    search = StepSearch(there, factors, embedding_power, WRITERS[coder])
     report: Progress = progress if progress is not None else lambda _: None
     try:
         low, high, k = _bracket(search, capacity - fixed, report) if matrices else ({}, {}, K)

@@ -42,7 +42,7 @@ _PROBES = 24  # compressions spent on one tensor to use up the budget
 
 
 @dataclass(frozen=True)
-class Measured:
+class CodedMatrix:
     """A matrix and its real section."""
 
     matrix: Quantized
@@ -83,16 +83,16 @@ def tolerance(capacity: int) -> int:
     return max(32, int(0.0003 * capacity))
 
 
-def total(parts: Mapping[str, Measured]) -> int:
+def total(parts: Mapping[str, CodedMatrix]) -> int:
     """Return the bytes of all sections."""
     return sum(len(p.data) for p in parts.values())
 
 
-def measure(matrices: Mapping[str, Quantized], write: Writer) -> dict[str, Measured]:
+def measure(matrices: Mapping[str, Quantized], write: Writer) -> dict[str, CodedMatrix]:
     """Compress every matrix for real; compressors release the interpreter lock, so threads help."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sections = pool.map(write, matrices.values())
-        return {n: Measured(m, s.data, s.tag) for (n, m), s in zip(matrices.items(), sections, strict=True)}
+        return {n: CodedMatrix(m, s.data, s.tag) for (n, m), s in zip(matrices.items(), sections, strict=True)}
 
 
 def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
@@ -103,7 +103,7 @@ def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
     )
 
 
-def _split_rows(low: Measured, high: Measured, room: int, enough: int, write: Writer) -> Measured:
+def _split_rows(low: CodedMatrix, high: CodedMatrix, room: int, enough: int, write: Writer) -> CodedMatrix:
     """Return the number of leading rows of `high` that `room` more bytes pay for, found on real sizes.
 
     Sizes grow almost linearly with the number of rows, so guesses are interpolated; every second one halves the
@@ -125,13 +125,13 @@ def _split_rows(low: Measured, high: Measured, room: int, enough: int, write: Wr
             continue
         fits = (rows, len(data))
         if len(data) >= len(best.data):
-            best = Measured(matrix, data, section.tag)
+            best = CodedMatrix(matrix, data, section.tag)
     return best
 
 
 def fill(
-    low: Mapping[str, Measured], high: Mapping[str, Measured], room: int, *, write: Writer, enough: int
-) -> dict[str, Measured]:
+    low: Mapping[str, CodedMatrix], high: Mapping[str, CodedMatrix], room: int, *, write: Writer, enough: int
+) -> dict[str, CodedMatrix]:
     """Mix two codings of a model so that `room` bytes more than `low` takes are used.
 
     Tensors move to `high` one after the other while they fit. Of those that do not, the last ones give their
@@ -192,7 +192,7 @@ def uniform(
     fixed = sum(len(s.data) for s in sections.values())
     arrays = {u.name: weights[u.name].detach().float().cpu().numpy() for u in units if u.name not in sections}
 
-    def at(levels: int) -> dict[str, Measured]:
+    def at(levels: int) -> dict[str, CodedMatrix]:
         found = measure({n: round_rows(w, levels) for n, w in arrays.items()}, zipped)
         if progress is not None:
             progress(0)

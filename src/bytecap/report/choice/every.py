@@ -19,7 +19,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["model"], f"{row['budget_bytes']:,}", *(_count(row.get(k)) for k in ("parameters", "floor_bytes")),
         plus_minus(short.get("bpb"), short.get("bpb_stderr")), plus_minus(whole.get("bpb"), whole.get("bpb_stderr")),
-        plus_minus(scored.get("bpb_original"), None), _count(scored.get("file_bytes")),
+        plus_minus(scored.get("bpb_original", row.get("bpb_original")), None), _count(scored.get("file_bytes")),
         plus_minus(scored.get("kl_nats"), None), outcome(row),
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ Formats whose codes are vectors of a table (`lattice`) decode the same way, but 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,20 +134,6 @@ class BlockFormat:
         if not self.fits(cols):
             raise UsageError(f"{self.name} holds rows of a multiple of {self.block} columns, not {cols}")
         return cols // self.block * self.size
-
-
-class Search(NamedTuple):
-    """How long codes are looked for.
-
-    Attributes:
-        sweeps: of coordinate descent after error feedback.
-        width: ways to round a row's columns that are kept side by side (`beam`).
-        trials: factors of a block's scale; the one whose ways lose least is taken.
-    """
-
-    sweeps: int
-    width: int
-    trials: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)

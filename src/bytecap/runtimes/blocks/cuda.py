@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.runtimes.blocks import BlockFormat, Codes, Search
+from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks import triton_programs as programs
+from bytecap.runtimes.blocks.code_search import CodeSearch
 from bytecap.runtimes.blocks.device_beam import Levels, best_block
 
 TILE = 32  # columns of a tile in descent
@@ -62,7 +63,7 @@ class _State:
 
 
 def encode_on_device(
-    weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tables: Sequence[Any], search: Search
+    weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tables: Sequence[Any], search: CodeSearch
 ) -> list[tuple[Codes, Tensor]]:
     """Codes and values of matrices (B, rows, cols) under their metrics; see `bytecap.runtimes.blocks.encode.encode`.
 
@@ -118,7 +119,7 @@ def _solved(fed: Tensor, block: int) -> Tensor:
     return found.float()
 
 
-def _round_block(state: _State, first: int, search: Search) -> None:
+def _round_block(state: _State, first: int, search: CodeSearch) -> None:
     """Search the numbers of the block at column `first`, then its codes by several ways side by side."""
     layout, cols = state.layout, state.shape[1]
     last, per = first + layout.block, layout.block // layout.sub

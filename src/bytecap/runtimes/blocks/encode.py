@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from bytecap.errors import UsageError
-from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray, Search
+from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+from bytecap.runtimes.blocks.code_search import SWEEPS, CodeSearch, search_of
 from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
 from bytecap.runtimes.blocks.powers import made_positive
 
-SWEEPS = 2
-WIDTH, UNEVEN = 8, 4  # ways to round a row side by side; of uneven levels, which gain less by it
-TRIALS, THOROUGH_SWEEPS, THOROUGH_WIDTH = (1.0, 0.96, 0.98, 1.02, 1.04), 6, 16  # of what is written, see `search_of`
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
@@ -37,7 +35,6 @@ _FLOATS = {
     "BF16": (3.3895e38, 8, -125),
     "E8M0": (2.0**127, 1, -127),
 }  # largest, digits, least exponent
-_SPAN = 64
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
 
@@ -93,15 +90,6 @@ class Factors:
     def form(self) -> Form:
         """As arrays."""
         return Form(*(t.cpu().contiguous().numpy() for t in (self.hessian, self.fed, self.weight)))
-
-
-def span(layout: BlockFormat) -> int:
-    """Columns that share all scales, within which coding may take any order; 0 where that gains nothing.
-
-    Below 64 columns it gains less than 1% of the distortion, at 128 some 2%, with a whole row of 256 some 4%. Codes
-    that are vectors stay together.
-    """
-    return layout.sub if layout.sub >= _SPAN and not layout.vector else 0
 
 
 def factor(hessian: Tensor, within: int = 0) -> Factors:
@@ -170,17 +158,6 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
     factors = np.linspace(first, first - width, _STEPS, dtype=np.float32)
     tries = np.array(_COARSE if form.scales[1] <= 31 else _FINE, np.float32)
     return table, factors, tries
-
-
-def search_of(layout: BlockFormat, *, thorough: bool = False) -> Search:
-    """How long to look for codes of a layout; `thorough`: for what is written, not only compared.
-
-    That takes five times as long and gains 3% of the distortion where 64 columns or more share all scales; with
-    sub-scales it gains less than 1%, so it is not done there.
-    """
-    if thorough and span(layout):
-        return Search(THOROUGH_SWEEPS, THOROUGH_WIDTH, TRIALS)
-    return Search(SWEEPS, UNEVEN if layout.levels else WIDTH)
 
 
 def encode(
@@ -297,7 +274,7 @@ def encode_all(
 
 
 def _encode_all(
-    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, search: Search
+    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, search: CodeSearch
 ) -> list[tuple[Codes, Tensor]]:
     """`encode_all` of columns as they stand."""
     device, cols = factors[0].fed.device, weights[0].shape[1]

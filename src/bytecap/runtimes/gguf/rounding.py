@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bytecap.progress import Advance
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
-from bytecap.runtimes.blocks.encode import Factors, encode_all, span
+from bytecap.runtimes.blocks.code_search import span
+from bytecap.runtimes.blocks.encode import Factors, encode_all
 from bytecap.runtimes.gguf.menu import Item, spread
 from bytecap.types import Curve, Point
 
