@@ -13,16 +13,14 @@ from hypothesis import strategies as st
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.code_search import span
+from bytecap.runtimes.blocks.code_search import CodeSearch, search_of, span
 from bytecap.runtimes.blocks.encode import (
-    Search,
     Shrinkage,
     _tables,
     encode,
     encode_all,
     factor,
     prepare,
-    search_of,
     shrunk,
 )
 from bytecap.runtimes.blocks.ggml import FORMATS
@@ -184,7 +182,7 @@ def test_a_device_rounds_as_well_as_the_processor(name: str, monkeypatch: pytest
     factors = [factor(h) for h in hessians]
     parts = [torch.stack([getattr(f, k) for f in factors]).to(device) for k in ("hessian", "fed", "weight")]
     stacked = torch.from_numpy(np.stack(matrices)).to(device)
-    search = Search(2, 4, (1.0, 0.97))
+    search = CodeSearch(2, 4, (1.0, 0.97))
     one, two = (encode_on_device(stacked, parts, form, _tables(form), search) for _ in range(2))
     for weight, h, f, (codes, values), (again, _) in zip(matrices, hessians, factors, one, two, strict=True):
         assert same_bits(values.cpu().numpy(), codes.values())
