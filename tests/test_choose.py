@@ -261,7 +261,7 @@ class TestDryRun:
         asked = ("choose", *two, tmp_path / "gone", "--budget", "40kB", "--eval", texts["val"], "--method", "uniform")
         code, out, err = run(*asked, "-o", target, "--dry-run")
         assert (code, target.exists()) == (0, False)
-        assert "2 short fits and at most 2 whole ones" in out
+        assert "at most 2 short fits and 2 whole ones" in out
         assert "smallest file" in out
         assert "gone" in out
         assert "gone is left out" in err
