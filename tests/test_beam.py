@@ -11,7 +11,7 @@ import torch
 
 from bytecap.runtimes.blocks import beam, device_beam
 from bytecap.runtimes.blocks.code_search import search_of
-from bytecap.runtimes.blocks.encode import _tables, encode, prepare
+from bytecap.runtimes.blocks.encode import _FLOATS, _tables, encode, prepare
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.directory import family
@@ -159,3 +159,36 @@ def test_scales_are_tried(name: str) -> None:
     )
     assert long < 0.99 * short
     assert search_of(FORMATS["Q4_K"], thorough=True) == search_of(FORMATS["Q4_K"])
+
+
+@pytest.mark.parametrize("name", ["w4g128", "w4g128a", "w3g64"])
+def test_torch_takes_the_same_scales(name: str) -> None:
+    layout = family("mlx" if name == "w3g64" else "compressed-tensors").layout(name, 256, "BF16")
+    assert layout is not None
+    block, zero, rng = layout.block, layout.minimums > 1, np.random.default_rng(6)
+    form, table = prepare(correlated(block)), _tables(layout)[0]
+    low, high, trials = np.float32(layout.low), np.float32(layout.high), np.array([1, 0.9, 1.1], np.float32)
+    weight = rng.standard_normal((block, LANES)).astype(np.float32)
+    scale = torch.from_numpy(6 / (high - low) * rng.uniform(0.6, 1.3, LANES)).bfloat16().float().numpy()
+    ls, m = np.ones((1, LANES), np.float32), np.full((1, LANES), np.rint(high / 2) if zero else 1, np.float32)
+    minimum = scale.copy() if zero else np.full(LANES, 3 * (layout.minimums > 0), np.float32)
+    d, dm, spare = scale.copy(), minimum.copy(), np.empty((2, block, LANES), np.float32)
+    q, error = np.zeros_like(weight), np.zeros_like(weight)
+    beam.best_block(
+        weight, 0, weight.copy(), form.fed, form.weight, layout.sub, low, high, table, (1.0, *_FLOATS["BF16"]), zero,
+        trials, d, dm, ls, m, q, error, 4, spare,
+    )  # fmt: skip
+    w, tried = torch.from_numpy(weight)[None], torch.from_numpy(scale * trials[:, None]).bfloat16().float()[None]
+    codes, errors, found = (
+        t[0].numpy() for t in device_beam.best_block(
+            w, w, tried, None if zero else torch.from_numpy(minimum)[None],
+            (torch.from_numpy(ls)[None], torch.from_numpy(m)[None]), torch.from_numpy(form.fed)[None],
+            torch.from_numpy(form.weight)[None], device_beam.Levels.of(layout, table, torch.device("cpu")), 4,
+        )
+    )  # fmt: skip
+    same = (codes == q).all(0)
+    assert same.mean() > 0.95
+    assert np.array_equal(found[same], d[same])
+    assert np.abs(errors - error)[:, same].max() < 1e-4
+    assert len({*np.round(d / scale, 1)}) > 1
+    assert not zero or np.array_equal(d, dm)

@@ -129,7 +129,7 @@ def on_processor(units: Units, section: UnitSection, device: torch.device, dtype
     """Return a unit's value on a device, decoded on the processor, floating-point values in a dtype."""
     array = units([section])[0][1]
     found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    return to_device(found, device).to(dtype if found.is_floating_point() else found.dtype)
+    return to_device(found, device, dtype if found.is_floating_point() else None)
 
 
 def _direct(section: UnitSection, shared: Shared) -> Direct:

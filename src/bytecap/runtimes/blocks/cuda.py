@@ -16,7 +16,7 @@ from torch import Tensor
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks import triton_programs as programs
 from bytecap.runtimes.blocks.code_search import CodeSearch
-from bytecap.runtimes.blocks.device_beam import Levels, round_block
+from bytecap.runtimes.blocks.device_beam import Levels, best_block
 
 TILE = 32  # columns of a tile in descent
 _LANES = 32  # rows of a program that goes through a tile
@@ -132,18 +132,11 @@ def _round_block(state: _State, first: int, search: CodeSearch) -> None:
     _search(state, settled.contiguous(), first)
     d, dm = (t[:, first // layout.block] for t in state.numbers[:2])
     ls, m = (t[:, subs] for t in state.numbers[2:])
-    found, least = d.clone(), torch.full_like(d, torch.inf)
-    for factor in search.trials:
-        now = _stored(state, found * factor)
-        minimum = now if _zero(layout) else dm
-        codes, errors, lost = round_block(
-            come + given, given, now[:, None] * ls, minimum[:, None] * m, state.fed[:, own, own],
-            state.weights[:, own], state.levels, search.width,
-        )  # fmt: skip
-        better = lost < least
-        least, d[:] = torch.where(better, lost, least), torch.where(better, now, d)
-        for out, tried in ((state.q, codes), (state.error, errors)):
-            out[:, own] = torch.where(better[:, None], tried, out[:, own])
+    tried = torch.stack([_stored(state, d * factor) for factor in search.trials], 1)
+    state.q[:, own], state.error[:, own], d[:] = best_block(
+        come + given, given, tried, None if _zero(layout) else dm, (ls, m), state.fed[:, own, own],
+        state.weights[:, own], state.levels, search.width,
+    )  # fmt: skip
     if _zero(layout):
         dm[:] = d
 

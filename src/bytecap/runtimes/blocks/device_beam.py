@@ -80,6 +80,39 @@ class Tile:
         return Tile(asked, weight, scale, minimum, self.push, self.own)
 
 
+def best_block(
+    asked: Tensor, weight: Tensor, tried: Tensor, minimum: Tensor | None, subs: tuple[Tensor, Tensor], fed: Tensor,
+    own: Tensor, levels: Levels, width: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes and errors of a block as `round_block` has them, and its scale (matrices, rows): which loses least.
+
+    All scales go side by side, as if they were more rows.
+
+    Args:
+        asked: see `round_block`.
+        weight: likewise.
+        tried: scales, (matrices, trials, rows).
+        minimum: of the block, (matrices, rows); None where sub-minimums are zero points, in scales.
+        subs: integer sub-scales and sub-minimums, (matrices, subs, rows).
+        fed: see `round_block`.
+        own: likewise.
+        levels: likewise.
+        width: likewise.
+    """
+    matrices, trials, rows = tried.shape
+    scale = tried.flatten(1)[:, None]
+    lowest = scale if minimum is None else minimum.repeat(1, trials)[:, None]
+    given = [t.repeat(1, 1, trials) for t in (asked, weight, *subs)]
+    codes, errors, lost = round_block(given[0], given[1], scale * given[2], lowest * given[3], fed, own, levels, width)
+    best = lost.view(matrices, trials, rows).argmin(1, keepdim=True)
+
+    def chosen(found: Tensor) -> Tensor:
+        there = best[:, None].expand(matrices, found.shape[1], 1, rows)
+        return found.view(matrices, -1, trials, rows).gather(2, there)[:, :, 0]
+
+    return chosen(codes), chosen(errors), tried.gather(1, best)[:, 0]
+
+
 def round_block(
     asked: Tensor, weight: Tensor, scale: Tensor, minimum: Tensor, fed: Tensor, own: Tensor, levels: Levels, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
