@@ -79,7 +79,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _memory_is_kept():
-    """What a fit gives back to the system the next one asks for again, which takes a tenth of the time of a tiny one.
+    """Keep memory that a fit gives back: the next one asks for it again, a tenth of the time of a tiny one.
 
     Processes that tests start do give it back.
     """

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -260,7 +261,7 @@ class TestDryRun:
         asked = ("choose", *two, tmp_path / "gone", "--budget", "40kB", "--eval", texts["val"], "--method", "uniform")
         code, out, err = run(*asked, "-o", target, "--dry-run")
         assert (code, target.exists()) == (0, False)
-        assert "2 short fits and at most 2 whole ones" in out
+        assert "at most 2 short fits and 2 whole ones" in out
         assert "smallest file" in out
         assert "gone" in out
         assert "gone is left out" in err
@@ -292,6 +293,50 @@ class TestPage:
         assert "best: large, 1.2000 ± 0.0100 bits per byte on 900 bytes, 2,000 bytes" in said
         assert "small<b>" in said
         assert "its smallest file has 400 bytes" in said
+
+
+class TestOriginals:
+    """No model is fitted that could only win by being better than its own original."""
+
+    def entry(self, name, original, **short):
+        rows = {b: {"model": name, "budget_bytes": b} for b in (1, 2)}
+        for budget, bpb in zip(rows, short.get("bpb", ()), strict=False):
+            rows[budget]["short"] = {"bpb": bpb}
+        return contenders.Entry(name, name, rows, original=original)
+
+    def test_a_model_is_out_where_a_file_is_better_than_its_original(self):
+        large, small = self.entry("large", 1.0, bpb=(3.0, 1.5)), self.entry("small", 2.0)
+        module._outdone(small, [small, large], ("short",))
+        assert small.left() == [1]
+        assert small.rows[2]["out"] == "its original has 2.0000 bits per byte, more than the best file here"
+        module._outdone(large, [small, large], ("short",))
+        assert large.left() == [1, 2], "nobody is outdone by files of its own"
+
+    @pytest.mark.slow
+    def test_the_best_original_is_fitted_first_and_others_only_where_they_may_win(self, two, texts, monkeypatch):
+        real, scores, fitted = module.fit_config, {two[0].name: 9.0, two[1].name: 1.0}, []
+
+        def fit(model, config):
+            fitted.append((Path(model.name).name, config.budget))
+            return real(model, config)
+
+        def scored(entry, *_):
+            entry.original = scores[entry.name]
+
+        monkeypatch.setattr(module, "fit_config", fit)
+        monkeypatch.setattr(module, "original_bits", scored)
+        same = SMALL | {"tokens": SMALL["short_tokens"]}
+        found = choose(two, 40_000, budgets=["25kB"], evaluation=texts["val"], calibration=texts["calib"], **same)
+        assert fitted == [(two[1].name, 25_000), (two[1].name, 40_000)], "and no whole fit repeats a short one"
+        assert found.report["best"] == two[1].name
+        assert "its original has 9.0000" in row(found, two[0], 40_000)["out"]
+        assert row(found, two[1], 40_000)["whole"] == row(found, two[1], 40_000)["short"]
+
+    @pytest.mark.slow
+    def test_an_original_is_scored_as_in_its_fits(self, choice):
+        for r in choice[0].report["rows"]:
+            if "short" in r:
+                assert r["bpb_original"] == pytest.approx(r["short"]["bpb_original"], rel=1e-6)
 
 
 @pytest.mark.slow

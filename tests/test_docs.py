@@ -57,6 +57,18 @@ def test_paths_named_on_the_pages_exist():
     assert sorted((page, p) for page, p in named if p not in allowed and not (ROOT / p).exists()) == []
 
 
+def test_every_row_of_where_it_runs_has_a_test_with_the_real_program():
+    table = (ROOT / "README.md").read_text("utf-8").partition("| where it runs |")[2]
+    rows = re.findall(r"^\| (.+?) \| .+? \| `(tests/\w+\.py)` \|$", table, re.MULTILINE)
+    programs = {
+        "llama.cpp": "llama_cpp", "MLX; compressed-tensors": "mlx_lm", "transformers, hubs": "AutoModelForCausalLM",
+        "lm-evaluation-harness": "lm_eval", "a browser": "Chromium",
+    }  # fmt: skip
+    assert [name for name, _ in rows] == list(programs)
+    for name, file in rows:
+        assert programs[name] in (ROOT / file).read_text("utf-8"), file
+
+
 def test_docstrings_say_what_they_describe_at_once():
     beginning = re.compile('"' * 3 + r"What\b")
     sources = (p for folder in ("src", "tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py"))

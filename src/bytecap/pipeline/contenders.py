@@ -257,7 +257,7 @@ def plan(
 
     Returns:
         What `--dry-run --json` prints: `rows`, one for each model and cap, with `parameters`, `floor_bytes`,
-        `bits_per_parameter` of the cap, `evaluation_tokens`, and `out` or `planned`; `short_fits`, and at most how many
+        `bits_per_parameter` of the cap, `evaluation_tokens`, and `out` or `planned`; at most how many `short_fits` and
         `whole_fits` there would be.
 
     Raises:

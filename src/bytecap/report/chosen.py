@@ -31,7 +31,7 @@ def print_plan(found: Mapping[str, Any]) -> None:
     out = _wide()
     _print_rows(_PLAN, found["rows"], _planned, out)
     out.print(
-        f"{found['short_fits']} short fits and at most {found['whole_fits']} whole ones, scored on "
+        f"at most {found['short_fits']} short fits and {found['whole_fits']} whole ones, scored on "
         f"{found['evaluation_bytes']:,} bytes; nothing was fitted", highlight=False,
     )  # fmt: skip
 

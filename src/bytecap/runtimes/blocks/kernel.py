@@ -149,11 +149,9 @@ def _encode(
     cols, per, two = len(w), block // sub, scales != (1, 1)
     error = np.zeros((cols, LANES), np.float32)
     y, z = np.empty((block, LANES), np.float32), np.empty((block, LANES), np.float32)
-    a = np.zeros((per, LANES), np.float32)
-    c = np.zeros((per, LANES), np.float32)
+    a, c = np.zeros((per, LANES), np.float32), np.zeros((per, LANES), np.float32)
     s = np.zeros(LANES, np.float32)
-    work = np.empty((12, LANES), np.float32)
-    room = np.empty((4, block), np.float32)
+    work, room = np.empty((12, LANES), np.float32), np.empty((4, block), np.float32)
     lanes = np.empty((4, block, LANES), np.float32)
     own, spare = np.empty((4, per), np.float32), np.empty((2, cols, LANES), np.float32)
     for first in range(cols - block, -1, -block):
