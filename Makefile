@@ -24,12 +24,14 @@ help:
 
 setup: $(INSTALLED)
 
+# pip would compile 13,000 files to byte code, of which what is imported at the end needs a fifth.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "bytecap needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch==2.13.0
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-compile -c constraints.txt torch==2.13.0
+	$(PIP) install --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import bytecap.pipeline.fit, numba, scipy.stats, transformers.models.llama.modeling_llama'
 	touch $@
 
 demo: $(INSTALLED)
@@ -41,6 +43,8 @@ style: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache --no-logo
+	@git log -1 --no-merges --format=%s HEAD --not --remotes 2>/dev/null | \
+		awk 'length > 72 { print "over 72 characters, amend it: " $$0; exit 1 }'
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -71,7 +75,7 @@ harness: $(INSTALLED)
 	test -x $(HARNESS)/bin/pip || $(PYTHON) -m venv $(HARNESS)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> $$($(HARNESS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth
-	$(HARNESS)/bin/python -m pip --disable-pip-version-check --no-input install -c constraints.txt lm-eval==0.4.13
+	$(HARNESS)/bin/python -m pip --disable-pip-version-check --no-input install --no-compile -c constraints.txt lm-eval==0.4.13
 	$(HARNESS)/bin/python -m pytest tests/test_lm_eval.py
 
 nightly: test coverage harness

@@ -46,6 +46,7 @@ def quality(rows: Rows) -> Any:
 
 def formats(rows: Rows) -> Any:
     """KL against bytes of GGUF files: stock recipes, ours at their sizes, and the same model as .bcap."""
+    rows = [r for r in rows if r["benchmark"] != "formats" or r.get("format", "gguf") == "gguf"]
     found = [r for r in rows if r["benchmark"] == "formats"]
     models = sorted({r["model"] for r in found}, key=lambda m: (m.startswith("base"), m))
     figure, axes = plt.subplots(1, len(models), figsize=(1.4 + 4.2 * len(models), 3.4), squeeze=False)

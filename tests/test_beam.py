@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bytecap.runtimes.blocks import beam, device_beam
-from bytecap.runtimes.blocks.encode import _tables, encode, prepare
+from bytecap.runtimes.blocks.code_search import search_of
+from bytecap.runtimes.blocks.encode import _FLOATS, _tables, encode, prepare
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.directory import family
@@ -123,23 +124,71 @@ def test_torch_takes_the_same_ways(name: str, cols: int, width: int) -> None:
     scale = (6 / (high - low) * rng.uniform(0.5, 1, (2, per, LANES))).astype(np.float32)
     scale[:, :, 3] = 0
     minimum = (rng.uniform(0, 3, scale.shape) * (layout.minimums > 0)).astype(np.float32)
-    wanted, first = [], cols
+    wanted, first, lost = [], cols, np.empty(LANES, np.float32)
     for at, form in enumerate(forms):  # the block in front, as if the one behind it had fed back
         q, error = (np.zeros((2 * cols, LANES), np.float32) for _ in range(2))
         w = np.concatenate([np.zeros_like(weight[at]), weight[at]])
         y = weight[at] + 0.1 * fed_back[at]
         beam.beam_block(
             w, first, cols, y, form.fed, form.weight, layout.sub, low, high, table, scale[at], minimum[at], q, error,
-            width,
+            width, lost,
         )  # fmt: skip
-        wanted.append((q[first:], error[first:]))
+        wanted.append((q[first:], error[first:], lost.copy()))
     fed = np.stack([f.fed[first:, first:] for f in forms])
     own = np.stack([f.weight[first:] for f in forms])
     given = (torch.from_numpy(t) for t in (weight + np.float32(0.1) * fed_back, weight, scale, minimum, fed, own))
     levels = device_beam.Levels.of(layout, table, torch.device("cpu"))
-    codes, errors = (t.numpy() for t in device_beam.round_block(*given, levels, width))
-    q, error = (np.stack(t) for t in zip(*wanted, strict=True))
+    codes, errors, costs = (t.numpy() for t in device_beam.round_block(*given, levels, width))
+    q, error, wanted_costs = (np.stack(t) for t in zip(*wanted, strict=True))
     same = (codes == q).all(1)  # whole rows, but where two ways are equally good
     assert same.mean() > 0.95
     assert np.abs(errors - error).max(1)[same].max() < 1e-4
+    assert np.allclose(costs[same], wanted_costs[same], rtol=1e-3)
     assert not codes[:, :, 3].any() or len(table)
+
+
+@pytest.mark.parametrize("name", ["w4c", "w4g128", "w4g128a", "w3g64"])
+def test_scales_are_tried(name: str) -> None:
+    """A longer search of layouts whose columns share one scale, and of no others."""
+    layout = family("mlx" if name == "w3g64" else "compressed-tensors").layout(name, 256, "BF16")
+    assert layout is not None
+    h, weight = correlated(256), weights(64, 256)
+    short, long = (
+        loss(encode(weight, prepare(h), layout, **search_of(layout, thorough=t)._asdict()), weight, h)
+        for t in (False, True)
+    )
+    assert long < 0.99 * short
+    assert search_of(FORMATS["Q4_K"], thorough=True) == search_of(FORMATS["Q4_K"])
+
+
+@pytest.mark.parametrize("name", ["w4g128", "w4g128a", "w3g64"])
+def test_torch_takes_the_same_scales(name: str) -> None:
+    layout = family("mlx" if name == "w3g64" else "compressed-tensors").layout(name, 256, "BF16")
+    assert layout is not None
+    block, zero, rng = layout.block, layout.minimums > 1, np.random.default_rng(6)
+    form, table = prepare(correlated(block)), _tables(layout)[0]
+    low, high, trials = np.float32(layout.low), np.float32(layout.high), np.array([1, 0.9, 1.1], np.float32)
+    weight = rng.standard_normal((block, LANES)).astype(np.float32)
+    scale = torch.from_numpy(6 / (high - low) * rng.uniform(0.6, 1.3, LANES)).bfloat16().float().numpy()
+    ls, m = np.ones((1, LANES), np.float32), np.full((1, LANES), np.rint(high / 2) if zero else 1, np.float32)
+    minimum = scale.copy() if zero else np.full(LANES, 3 * (layout.minimums > 0), np.float32)
+    d, dm, spare = scale.copy(), minimum.copy(), np.empty((2, block, LANES), np.float32)
+    q, error = np.zeros_like(weight), np.zeros_like(weight)
+    beam.best_block(
+        weight, 0, weight.copy(), form.fed, form.weight, layout.sub, low, high, table, (1.0, *_FLOATS["BF16"]), zero,
+        trials, d, dm, ls, m, q, error, 4, spare,
+    )  # fmt: skip
+    w, tried = torch.from_numpy(weight)[None], torch.from_numpy(scale * trials[:, None]).bfloat16().float()[None]
+    codes, errors, found = (
+        t[0].numpy() for t in device_beam.best_block(
+            w, w, tried, None if zero else torch.from_numpy(minimum)[None],
+            (torch.from_numpy(ls)[None], torch.from_numpy(m)[None]), torch.from_numpy(form.fed)[None],
+            torch.from_numpy(form.weight)[None], device_beam.Levels.of(layout, table, torch.device("cpu")), 4,
+        )
+    )  # fmt: skip
+    same = (codes == q).all(0)
+    assert same.mean() > 0.95
+    assert np.array_equal(found[same], d[same])
+    assert np.abs(errors - error)[:, same].max() < 1e-4
+    assert len({*np.round(d / scale, 1)}) > 1
+    assert not zero or np.array_equal(d, dm)

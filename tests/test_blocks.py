@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.blocks.encode import Shrinkage, _tables, encode, encode_all, factor, prepare, shrunk, span
+from bytecap.runtimes.blocks.code_search import CodeSearch, search_of, span
+from bytecap.runtimes.blocks.encode import (
+    Shrinkage,
+    _tables,
+    encode,
+    encode_all,
+    factor,
+    prepare,
+    shrunk,
+)
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.kernel import feed
 from bytecap.runtimes.blocks.layout import pack, unpack
@@ -146,7 +155,10 @@ def test_sorted_columns_are_taken_where_held_windows_say_so(light: float, monkey
     assert found.spans == (() if light == 1 else (256,))
     codes = rounding.round_all(coding, [found], {"a": 0.0}, lambda _: None)["a"].codes
     assert codes is not None
-    same = np.array_equal(codes.codes, encode(item.weight, found.factors().form(), layouts["w4c"]).codes)
+    plain = encode(
+        item.weight, found.factors().form(), layouts["w4c"], **search_of(layouts["w4c"], thorough=True)._asdict()
+    )
+    same = np.array_equal(codes.codes, plain.codes)
     assert same == (light == 1)
 
 
@@ -170,11 +182,12 @@ def test_a_device_rounds_as_well_as_the_processor(name: str, monkeypatch: pytest
     factors = [factor(h) for h in hessians]
     parts = [torch.stack([getattr(f, k) for f in factors]).to(device) for k in ("hessian", "fed", "weight")]
     stacked = torch.from_numpy(np.stack(matrices)).to(device)
-    one, two = (encode_on_device(stacked, parts, form, _tables(form), 2, 4) for _ in range(2))
+    search = CodeSearch(2, 4, (1.0, 0.97))
+    one, two = (encode_on_device(stacked, parts, form, _tables(form), search) for _ in range(2))
     for weight, h, f, (codes, values), (again, _) in zip(matrices, hessians, factors, one, two, strict=True):
         assert same_bits(values.cpu().numpy(), codes.values())
         assert np.array_equal(pack(codes), pack(again))
-        own = encode(weight, f.form(), form, width=4)
+        own = encode(weight, f.form(), form, **search._asdict())
         assert loss(codes, weight, h) < 1.02 * loss(own, weight, h)
         assert (codes.codes == own.codes).mean() > 0.9  # sums in another order may round otherwise
 

@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+import forks
+from bytecap.cli import app
 from bytecap.methods.rate_control import allowed_slack
 from conftest import BUDGET, FAST
 
@@ -271,17 +273,23 @@ def spawn(*arguments, **options):
     )  # fmt: skip
 
 
+@pytest.fixture
+def endless(tmp_path, model_directory, texts):
+    """Words of a fit of a small model, and far more work than there is time for."""
+    return [
+        "fit", model_directory(), "--budget", BUDGET, "-o", tmp_path / "out.bcap", "--calib", texts["calib"], "--eval",
+        texts["val"], "--recover", 100_000,
+    ]  # fmt: skip
+
+
 class TestInterruption:
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("number", "code"),
-        [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.nightly)],
+        [(signal.SIGINT, 130), *(pytest.param(n, 128 + n, marks=pytest.mark.nightly) for n in (15, 1))],
     )
-    def test_signals_to_a_real_process(self, tmp_path, model_directory, texts, number, code):
-        process = spawn(  # a small model, and far more work than there is time for
-            "fit", model_directory(), "--budget", BUDGET, "-o", tmp_path / "out.bcap", "--calib", texts["calib"],
-            "--eval", texts["val"], "--recover", 100_000,
-        )  # fmt: skip
+    def test_signals_to_a_real_process(self, tmp_path, endless, number, code):
+        process = spawn(*endless)
         try:
             seen = ""
             killer = threading.Timer(900, process.kill)  # only what hangs
@@ -299,6 +307,28 @@ class TestInterruption:
         assert ("interrupted; no partial file is left behind" in err) == (number == signal.SIGINT)
         assert out == ""
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.slow
+    def test_a_fork_is_terminated(self, tmp_path, endless):
+        """As above, without four seconds of imports."""
+        printed = tmp_path / "printed"
+
+        def work():
+            for n in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(n, signal.SIG_DFL)
+            sys.stderr.reconfigure(line_buffering=True)
+            sys.argv = ["bytecap", *map(str, endless)]
+            app.main()
+
+        pid = forks.start(work, printed)
+        while not (printed.exists() and "disjoint" in printed.read_text("utf-8")):
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), printed.read_text("utf-8")
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGTERM)
+        assert forks.wait(pid) == 143
+        assert "Traceback" not in printed.read_text("utf-8")
+        assert list(tmp_path.iterdir()) == [printed]
 
     @pytest.mark.parametrize("where", ["bytecap.pipeline.stages._measure", "bytecap.system.atomic.os.fsync"])
     def test_ctrl_c_at_awkward_moments(self, run, job, tmp_path, monkeypatch, where):

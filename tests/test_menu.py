@@ -27,8 +27,6 @@ from bytecap.report.terminal import print_fit, print_ledger
 from bytecap.types import Curve, Plan, Point, Unit
 from conftest import BUDGET, SMALL, build, save
 
-pytestmark = pytest.mark.numeric
-
 WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
 LOUD = (5, 21)
 MENU = ("columns", "channels")
@@ -64,6 +62,7 @@ def outcome(loud, texts):
     return get
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 class TestWeakBase:
     def test_paths_are_taken_and_pay(self, outcome):
@@ -106,17 +105,20 @@ class TestWeakBase:
         for name, values in found.tensors().items():
             np.testing.assert_array_equal(other[name], values)
 
-    def test_what_cannot_apply_is_said_once(self, loud, texts, monkeypatch):
-        path, reporter = overlays()["rows"], Silent()
-        settings = type(path).settings
-        monkeypatch.setattr(
-            type(path), "settings", lambda s, p, base=None: settings(s, p, base) if p.weight.shape[0] < 50 else []
-        )
-        files = {"calibration": texts["calib"], "evaluation": texts["val"]}
-        bytecap.fit(loud, BUDGET, **files, paths=["rows"], options=WEAK, dry_run=True, reporter=reporter, **SMALL)
-        assert [n for n in reporter.notes if "cannot apply" in n] == ["overlay rows cannot apply to 5 of 15 matrices"]
+
+@pytest.mark.slow
+def test_what_cannot_apply_is_said_once(loud, texts, monkeypatch):
+    path, reporter = overlays()["rows"], Silent()
+    settings = type(path).settings
+    monkeypatch.setattr(
+        type(path), "settings", lambda s, p, base=None: settings(s, p, base) if p.weight.shape[0] < 50 else []
+    )
+    files = {"calibration": texts["calib"], "evaluation": texts["val"]}
+    bytecap.fit(loud, BUDGET, **files, paths=["rows"], options=WEAK, dry_run=True, reporter=reporter, **SMALL)
+    assert [n for n in reporter.notes if "cannot apply" in n] == ["overlay rows cannot apply to 5 of 15 matrices"]
 
 
+@pytest.mark.numeric
 @pytest.mark.nightly
 class TestStrongBase:
     @pytest.mark.parametrize("names", [("columns",), ("all",)])
@@ -130,6 +132,7 @@ class TestStrongBase:
         assert ("shipping with them" in said[0]) == bool(found.report["paths"])
 
 
+@pytest.mark.numeric
 class TestNames:
     def test_unknown_ones_are_refused_before_any_work(self):
         with pytest.raises(UsageError, match="did you mean columns"):
@@ -165,6 +168,7 @@ class TestNames:
         assert f"{size:,} bytes" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.numeric
 class TestSolve:
     def test_a_charge_is_paid_by_those_who_use_it(self):
         def unit(name):
@@ -196,6 +200,7 @@ def matrix(options):
     return item, Planner.of([item], [], options), metric
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("options", [Options(), Options(**WEAK)], ids=["strong", "weak"])
 @pytest.mark.parametrize("name", sorted(overlays()))
 def test_a_layered_unit_is_what_a_reader_decodes(name, options):
@@ -222,6 +227,7 @@ def test_a_layered_unit_is_what_a_reader_decodes(name, options):
     assert torch.equal(moved.problem.hessian, under.problem.hessian)
 
 
+@pytest.mark.numeric
 def test_the_metric_is_whole_even_if_the_base_does_not_see_it():
     for options in (Options(), Options(**WEAK)):
         item, planner, metric = matrix(options)

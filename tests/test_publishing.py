@@ -152,6 +152,8 @@ def outside(tmp_path):
 
     It runs in a fork where only what reads the environment is imported again: torch alone takes longer than that.
     """
+    if not hasattr(os, "fork"):
+        pytest.skip("no forks here")
 
     def call(script, *arguments, port, home, offline=False):
         environment = {

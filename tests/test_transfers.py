@@ -1,5 +1,7 @@
 """Copies through two buffers, with pieces far smaller than what is copied."""
 
+import threading
+
 import pytest
 import torch
 
@@ -50,6 +52,22 @@ def test_a_fill_that_fails_leaves_the_buffers_in_order():
     with pytest.raises(OSError, match="no more"):
         through.up(failing, torch.float32, out)
     assert torch.equal(through.down(torch.arange(100)), torch.arange(100))
+
+
+def test_no_part_is_written_once_another_has_failed_and_been_told_of(monkeypatch):
+    monkeypatch.setattr(transfers, "_PART", 16)
+    through, other = Transfers(torch.device("cpu"), 64), threading.Event()
+
+    def failing(buffer, at):
+        if at:
+            raise OSError("no more")
+        other.wait(0.2)
+        written.append(len(buffer))
+
+    written = []
+    with pytest.raises(OSError, match="no more"):
+        through.up(failing, torch.uint8, torch.empty(32, dtype=torch.uint8))
+    assert written == [16]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,11 +19,12 @@ class Blocks(nn.Module):
         self.embed = nn.Embedding(11, 4)
         self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         self.again = again
+        self.register_buffer("kept", torch.rand(1, 5, 4, generator=generator))
         for p in self.parameters():
             p.data = torch.randn(p.shape, generator=generator)
 
     def forward(self, ids):
-        x = first = self.embed(ids)
+        x = first = self.kept if self.again == "buffer" else self.embed(ids) if ids.dtype == torch.int64 else ids
         for part in self.parts:
             x = part(x)
         if self.again == "shape":
@@ -43,11 +44,35 @@ def run(ids, model):
 
 
 @pytest.mark.parametrize(
-    ("again", "spent"), [("nothing", True), ("shape", True), ("values", False), ("storage", False)]
+    ("again", "spent"), [("nothing", True), ("shape", True), ("values", False), ("storage", False), ("buffer", False)]
 )
 @torch.no_grad()
 def test_an_input_that_is_read_again_is_not_spent(again, spent):
-    assert is_spent(Blocks(again), partial(run, IDS), CHAIN) is spent
+    model = Blocks(again)
+    assert is_spent(model, partial(run, IDS), CHAIN) is spent
+    assert model.kept.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_batch_that_is_the_first_input_keeps_its_values():
+    batch = torch.rand(1, 5, 4)
+    before = batch.clone()
+    assert not is_spent(Blocks(), partial(run, batch), CHAIN)
+    assert torch.equal(batch, before)
+
+
+@torch.no_grad()
+def test_a_model_may_refuse_what_is_no_number():
+    class Refusing(Blocks):
+        def forward(self, ids):
+            x = first = self.embed(ids)
+            for part in self.parts:
+                x = part(x)
+            if not first.isfinite().all():
+                raise KeyError("no number")
+            return x
+
+    assert not is_spent(Refusing(), partial(run, IDS), CHAIN)
 
 
 @torch.no_grad()

@@ -30,7 +30,10 @@ class Reporter(Protocol):
     """
 
     def step(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        """Report a long step of `total` units of work."""
+        """Report a long step of `total` units of work.
+
+        What it gives is called with units that are done; less than none where work has to begin anew.
+        """
         ...
 
     def note(self, text: str) -> None:

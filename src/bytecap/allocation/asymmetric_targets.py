@@ -158,7 +158,9 @@ def walk_stages(
     """
     staged = {n for names in order for n in names}
     chain = _chain_of(original, windows, device)
-    spent = chain if chain and is_spent(original, next(passes_of(windows[:1], 1, device))[0], chain) else None
+    spent = None
+    if chain and not isinstance(windows[0], Batch):  # whose tensors are the user's own
+        spent = chain if is_spent(original, next(passes_of(windows[:1], 1, device))[0], chain) else None
     groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, tokens, device))

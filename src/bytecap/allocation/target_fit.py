@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bytecap.calibration.triangle import factor_in_place
 from bytecap.quantization.quantizer import Prepared
 from bytecap.quantization.stored import StoredPrepared
 
@@ -206,8 +207,8 @@ def trial_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solved(a: Tensor, ridge: float, *sides: Tensor) -> list[Tensor]:
     """Return `side (a + ridge)^-1`, float32, of every side (some, cols); they share a factor."""
-    lower, info = torch.linalg.cholesky_ex(_damped(a, ridge))
-    if int(info) == 0:
+    lower, positive = factor_in_place(_damped(a.mT, ridge).mT)
+    if positive:
         return [torch.cholesky_solve(side.T, lower).T.float() for side in sides]
     return [torch.linalg.solve(_damped(a, ridge), side.T).T.float() for side in sides]
 

@@ -71,24 +71,35 @@ class WaitingPass:
 
 
 def is_spent(model: nn.Module, run: Run, chain: Chain) -> bool:
-    """Return whether no pass reads the input of the first block again once that has run.
+    """Return whether nobody reads the input of the first block again once that has run.
 
-    The code around the blocks often keeps it, as long as a pass waits: as much as what waits itself. It is tried on two
-    passes, in the second of which there is nothing left of it.
+    The code around the blocks often keeps it, as long as a pass waits: as much as what waits itself. It is tried on a
+    pass that has nothing left of its input, and on one behind it, for what outlives a pass (a buffer of the model, a
+    batch of the user's). Every value is put back.
     """
+    kept: list[tuple[Tensor, Tensor]] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        _let_go(chain.taken(args, kwargs))
+        x = chain.taken(args, kwargs)
+        kept.append((x, x.data))
+        _let_go(x)
 
     wanted = list(_tensors_in(run(model)))
     handle = chain.blocks(model)[0].register_forward_hook(hook, with_kwargs=True)
     try:
-        found = list(_tensors_in(run(model)))
-    except RuntimeError:
+        try:
+            found = list(_tensors_in(run(model)))
+        finally:
+            handle.remove()
+        later = list(_tensors_in(run(model)))
+    except Exception:  # noqa: BLE001 (a model's own code may refuse what is no number in any way)
         return False
     finally:
-        handle.remove()
-    return bool(wanted) and len(wanted) == len(found) and all(map(torch.equal, wanted, found))
+        for x, values in kept:
+            x.data = values
+    return bool(wanted) and all(
+        len(wanted) == len(other) and all(map(torch.equal, wanted, other)) for other in (found, later)
+    )
 
 
 def _let_go(x: Tensor) -> None:

@@ -37,7 +37,7 @@ def gradient(
         device: torch device.
         batch: tokens of one pass.
         labels: share of the text's own next tokens (cross entropy) in what is returned, the rest is the KL.
-        fast: multiply in bfloat16; weights, gradients, norms and the KL stay in float32.
+        fast: multiply in bfloat16, logits too; weights, their gradients, norms and the KL's sums stay in float32.
         progress: called with the number of tokens finished.
     """
     tensors = dict(quantized_copy.named_parameters(remove_duplicate=False))

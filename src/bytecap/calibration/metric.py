@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bytecap.calibration.collectors import Use
 from bytecap.calibration.sums import Statistics
-from bytecap.calibration.triangle import Triangle
+from bytecap.calibration.triangle import Triangle, factor_in_place
 from bytecap.errors import CheckpointError
 from bytecap.types import Unit
 
@@ -145,9 +145,11 @@ def factor(metric: Metric, damping: float, order: bool = True) -> tuple[Triangle
         raise CheckpointError("the statistics of a unit are not finite: there is no error to weigh")
     ridge = max(damping * mean, 1e-30)
     while True:
-        damped = h[perm][:, perm].clone()
+        damped = h.mT[perm[:, None], perm].mT
         damped.diagonal().add_(ridge)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            return Triangle.of(lower.float()), perm
+        lower, positive = factor_in_place(damped)
+        del damped
+        if positive:
+            lower = lower.float()
+            return Triangle.of(lower), perm
         ridge *= 10  # numerically singular: more damping until it factors

@@ -23,10 +23,10 @@ PARTS = ("moment", "rows", "weight")
 
 
 def flat(found: Statistics) -> Arrays:
-    """Return statistics as named arrays."""
+    """Return statistics as named arrays, and use them up: halves of moments are let go of one by one."""
     arrays: Arrays = {"tokens": np.array(found.tokens)}
-    for name, uses in found.uses.items():
-        arrays |= _flat_uses(name, uses)
+    for name in list(found.uses):
+        arrays |= _flat_uses(name, found.uses.pop(name))
     return arrays | {f"diagonal {n}": a for n, a in found.diagonal.items()}
 
 
@@ -95,7 +95,7 @@ def _gathered(job: Job, found: Statistics) -> Arrays:
     """Return the arrays of all ranks on rank 0; the others return their own."""
     arrays: Arrays = {"tokens": np.array(found.tokens)}
     for name, source in found.owner.items():
-        uses = found.uses.get(name)
+        uses = found.uses.pop(name, None)
         tensors = None if uses is None else [getattr(u, kind) for u in uses for kind in PARTS]
         arrived = job.ranks.spread(tensors, source, job.device)
         if job.ranks.first:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _TOGETHER = 2**25  # entries
+_SELECTED = 2**20  # entries that are looked through at once
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Triangle:
     @staticmethod
     def of(whole: Tensor) -> Triangle:
         """Pack a matrix (size, size); entries above the diagonal are ignored."""
-        return Triangle(whole.masked_select(_below(len(whole), whole.device)), len(whole))
+        size, mask = len(whole), _below(len(whole), whole.device)
+        high = max(1, _SELECTED // max(1, size))  # rows at a time: an index is made, of 16 bytes an entry
+        found = [part.masked_select(below) for part, below in zip(whole.split(high), mask.split(high), strict=True)]
+        return Triangle(torch.cat(found), size)
 
     def whole(self) -> Tensor:
         """Return the matrix (size, size)."""
@@ -57,6 +61,27 @@ class Triangle:
         """Return the diagonal (size,)."""
         rows = torch.arange(self.size, device=self.values.device)
         return self.values[rows * (rows + 3) // 2]
+
+
+def factor_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Factor a symmetric matrix by Cholesky, in its own place on a processor.
+
+    Args:
+        matrix: (size, size), columns one after the other in memory, as LAPACK takes them; its lower half counts.
+
+    Returns:
+        The lower factor, and whether there is one: whether the matrix is positive definite.
+
+    >>> lower, positive = factor_in_place(torch.tensor([[4.0, 2.0], [2.0, 2.0]]).mT)
+    >>> lower.tolist(), positive
+    ([[2.0, 0.0], [1.0, 1.0]], True)
+    """
+    if matrix.is_cuda:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+    else:
+        info = torch.empty((), dtype=torch.int32)
+        lower, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    return lower, int(info) == 0
 
 
 def _below(size: int, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from bytecap.errors import CorruptError
 from bytecap.format import updates
 from bytecap.format.coders import Shared, coder
-from bytecap.format.coders.direct import Direct
+from bytecap.format.coders.direct import NONE, Direct
 from bytecap.format.coders.grid import CODER as GRID
 from bytecap.format.coders.long_trellis import CODER as LONG_TRELLIS
 from bytecap.format.coders.trellis import CODER as TRELLIS
@@ -117,8 +117,9 @@ class DeviceUnits:
             return None
         try:
             direct = _direct(section, self.units.shared)
-            if direct.known():
-                return _Matrix(direct, *rans.split(direct.payload, section.unit.parameters))
+            groups = direct.groups_of(self.units.shared.model)  # one model serves all matrices here
+            if all((g < NONE).all() for g in groups):
+                return _Matrix(direct, groups, *rans.split(direct.payload, section.unit.parameters))
         except CorruptError:
             pass
         return None
@@ -128,7 +129,7 @@ def on_processor(units: Units, section: UnitSection, device: torch.device, dtype
     """Return a unit's value on a device, decoded on the processor, floating-point values in a dtype."""
     array = units([section])[0][1]
     found = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    return to_device(found, device).to(dtype if found.is_floating_point() else found.dtype)
+    return to_device(found, device, dtype if found.is_floating_point() else None)
 
 
 def _direct(section: UnitSection, shared: Shared) -> Direct:
@@ -142,9 +143,10 @@ def _direct(section: UnitSection, shared: Shared) -> Direct:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix to decode: what its reader asks for, and states, words and escapes' bytes of its stream."""
+    """A matrix to decode: what its reader asks for, groups of its columns, states, words and escapes of its stream."""
 
     direct: Direct
+    groups: list[npt.NDArray[np.uint16]]
     states: npt.NDArray[np.uint32]
     words: npt.NDArray[np.uint16]
     tail: Bytes
@@ -179,7 +181,7 @@ class _Packed:
         self.matrices.append([count, lanes, -(-count // lanes), words, *at, self.weights])
         bit, row = 8 * self.path.add(np.frombuffer(d.path, np.uint8)), self.kinds.add(d.kinds[1])
         self.row_scale.add(d.row_scale)
-        for fine, scale, groups, rows in zip(d.fine, d.scale, d.column_groups, d.runs, strict=True):
+        for fine, scale, groups, rows in zip(d.fine, d.scale, matrix.groups, d.runs, strict=True):
             first = np.meshgrid(rows[:: _SIZES["ROWS"]], np.arange(0, d.shape[1], _SIZES["COLS"]), indexing="ij")
             self.tiles.add(np.stack([np.full(first[0].size, len(self.runs)), *(f.reshape(-1) for f in first)], 1))
             width, column = int(fine.sum()), self.scale.add(scale)

@@ -104,7 +104,7 @@ def load_values(module: nn.Module, values: Values) -> None:
         fresh = (
             array if isinstance(array, torch.Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
         )
-        tensors[name].data = to_device(fresh, tensors[name].device).to(tensors[name].dtype)
+        tensors[name].data = to_device(fresh, tensors[name].device, tensors[name].dtype)
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ def fill(module: nn.Module, values: Iterable[tuple[Unit, Any]], device: torch.de
     for unit, array in values:
         found = isinstance(array, torch.Tensor)
         fresh = array if found else torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        fresh = to_device(fresh, device).to(dtype if fresh.is_floating_point() else fresh.dtype)
+        fresh = to_device(fresh, device, dtype if fresh.is_floating_point() else None)
         if isinstance(before[unit.name], nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=False)
         for name in (unit.name, *unit.aliases):

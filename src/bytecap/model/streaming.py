@@ -101,7 +101,7 @@ class Streamed:
         found = self.replaced[unit][unit]
         if not isinstance(found, Tensor):
             found = torch.from_numpy(np.require(found, requirements=["C", "W"]))
-        return to_device(found, self.device).to(wanted if found.is_floating_point() else found.dtype)
+        return to_device(found, self.device, wanted if found.is_floating_point() else None)
 
     @cached_property
     def exact(self) -> Callable[[str], bool]:

@@ -135,13 +135,16 @@ class Passes:
                     model, self._quantized_copy, names, windows, device=device, batch=batch, fast=self._fast
                 )  # fmt: skip
 
+        why = ""
         try:
             found, self._batch = halving(work, windows, self._batch, "recovery", self._job.reporter.note)
         except RuntimeError as exc:
             if not self._fast or is_shortage(exc):
                 raise
+            why = str(exc).partition("\n")[0]
+        if why:  # behind the handler, which would hold what the first try has computed
             self._fast = False
-            self._job.reporter.note(f"recovery multiplies in float32: {exc}")
+            self._job.reporter.note(f"recovery multiplies in float32: {why}")
             found, self._batch = halving(work, windows, self._batch, "recovery", self._job.reporter.note)
         return found
 

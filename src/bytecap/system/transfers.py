@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import numpy as np
@@ -90,7 +90,11 @@ class Transfers:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS)
-        list(self._pool.map(work, piece.split(_PART), range(at, at + len(piece), _PART)))
+        parts = zip(piece.split(_PART), range(at, at + len(piece), _PART), strict=True)
+        begun = [self._pool.submit(work, part, there) for part, there in parts]
+        wait(begun)  # all of them, also where one fails: nobody may write into a buffer that is used again
+        for part in begun:
+            part.result()
 
     def _free(self) -> tuple[int, Tensor]:
         """Return the buffer whose turn it is, once what was sent from it has arrived."""
@@ -131,13 +135,21 @@ def to_memory(values: Tensor) -> Tensor:
     return transfers(values.device).down(values)
 
 
-def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor on a device: itself where it is there, else a copy."""
+def to_device(values: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a device: itself where it is there, else a copy, which may still be on its way.
+
+    It arrives in the order of the stream in use.
+
+    Args:
+        values: to send.
+        device: where to.
+        dtype: of the result; that of the values by default.
+    """
     target = torch.device(device)
     small = values.numel() * values.element_size() < _LEAST
     if target.type != "cuda" or values.device.type != "cpu" or small or not values.is_contiguous():
-        return values.to(target)
-    out = torch.empty(values.shape, dtype=values.dtype, device=target)
+        return values.to(target, dtype)
+    out = torch.empty(values.shape, dtype=dtype or values.dtype, device=target)
     raw = values.detach().reshape(-1).view(torch.uint8).numpy()
 
     def fill(part: Tensor, at: int) -> None:

@@ -190,7 +190,11 @@ class Direct:
     @cached_property
     def column_groups(self) -> list[npt.NDArray[np.uint16]]:
         """For every row group, the model's group of every column by kind of row, (kinds, cols)."""
-        group, fine = self.model.group.reshape(-1), CLASSES * self.fine.astype(np.int64)
+        return self.groups_of(self.model)
+
+    def groups_of(self, model: Model) -> list[npt.NDArray[np.uint16]]:
+        """Return `column_groups` as another model of the same tables numbers them."""
+        group, fine = model.group.reshape(-1), CLASSES * self.fine.astype(np.int64)
         return [group.take(self._classes(g, self.kinds[0]) + fine[g]) for g in range(len(fine))]
 
     @property

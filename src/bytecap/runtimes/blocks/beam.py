@@ -3,7 +3,8 @@
 Error feedback settles a column before those in front of it are known, though a level that is not the nearest may leave
 them better off. So up to `width` ways to round the columns so far are kept for every row: each goes on with the two
 levels around what feedback asks for, and those of least distortion remain (the M-algorithm). They are compared within
-tiles of `TILE` columns, at whose end the best way is taken. One way alone is plain feedback.
+tiles of `TILE` columns, at whose end the best way is taken. One way alone is plain feedback. The ways also tell how
+much a block loses under a scale, so several may be tried.
 Omitted: levels further off, and ways that outlive a tile; both cost more time than they gain.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.runtimes.blocks.search import LANES, TINY, compiled, near
+from bytecap.runtimes.blocks.search import LANES, TINY, Grid, compiled, copy, half, near
 
 _Array = npt.NDArray[Any]
 TILE = 128
@@ -113,12 +114,14 @@ row: Any = compiled(_row)
 
 def _beam_block(
     w: _Array, first: int, block: int, y: _Array, fed: _Array, weight: _Array, sub: int, low: Any, high: Any,
-    table: _Array, a: _Array, c: _Array, q: _Array, error: _Array, width: int,
+    table: _Array, a: _Array, c: _Array, q: _Array, error: _Array, width: int, lost: _Array,
 ) -> None:  # fmt: skip
     """Codes of a block's columns, last to first, under scales `a` and minimums `c` (subs, LANES).
 
-    `y` (block, LANES) is what later blocks feed back and the weights, `error` (cols, LANES) the errors of all columns.
+    `y` (block, LANES) is what later blocks feed back and the weights, `error` (cols, LANES) the errors of all columns;
+    `lost` (LANES,) becomes the distortion.
     """
+    lost[:] = _ZERO
     tile, per, next_to = min(block, TILE), block // sub, neighbours(low, high, table)
     ways, spare = np.empty((width, tile), np.float32), np.empty((width, tile), np.float32)
     costs, tried = np.empty(width, np.float32), np.empty(width, np.float32)
@@ -147,6 +150,7 @@ def _beam_block(
                 asked[:count], own, push, weight[first + start :], low, high, table, next_to, scales, minimums, start,
                 sub, ways, spare, costs, tried, parents, levels, found,
             )  # fmt: skip
+            lost[r] += costs[0]
             for i in range(count):
                 b, at = (start + i) // sub, first + start + i
                 q[at, r] = found[i]
@@ -154,3 +158,39 @@ def _beam_block(
 
 
 beam_block: Any = compiled(_beam_block)
+
+
+def _best_block(
+    w: _Array, first: int, y: _Array, fed: _Array, weight: _Array, sub: int, low: Any, high: Any, table: _Array,
+    unit: Grid, zero: bool, trials: _Array, d: _Array, dm: _Array, ls: _Array, m: _Array, q: _Array, error: _Array,
+    width: int, spare: _Array,
+) -> None:  # fmt: skip
+    """Codes of a block under the scale that loses least of `d` (LANES,) times each of `trials`, which `d` becomes.
+
+    `dm` are its minimums, `zero`: those are in scales; `ls` and `m` (subs, LANES) are the integers of its sub-blocks.
+    `spare` is room, (2, cols, LANES).
+    """
+    block, per = len(y), len(ls)
+    a, c, asked = np.empty((per, LANES), np.float32), np.empty((per, LANES), np.float32), np.empty_like(y)
+    old, lost, least = d.copy(), np.empty(LANES, np.float32), np.full(LANES, np.inf, np.float32)
+    now = np.empty(LANES, np.float32)
+    for factor in trials:
+        for r in range(LANES):
+            now[r] = half(old[r] * factor, unit)
+            for b in range(per):
+                a[b, r], c[b, r] = now[r] * ls[b, r], (now[r] if zero else dm[r]) * m[b, r]
+        copy(y, asked)
+        beam_block(
+            w, first, block, asked, fed, weight, sub, low, high, table, a, c, spare[0], spare[1], width, lost
+        )  # fmt: skip
+        for r in range(LANES):
+            if lost[r] < least[r]:
+                least[r], d[r] = lost[r], now[r]
+                for i in range(first, first + block):
+                    q[i, r], error[i, r] = spare[0, i, r], spare[1, i, r]
+    if zero:
+        for r in range(LANES):
+            dm[r] = d[r]
+
+
+best_block: Any = compiled(_best_block)

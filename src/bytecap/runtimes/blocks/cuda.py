@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks import triton_programs as programs
-from bytecap.runtimes.blocks.device_beam import Levels, round_block
+from bytecap.runtimes.blocks.code_search import CodeSearch
+from bytecap.runtimes.blocks.device_beam import Levels, best_block
 
 TILE = 32  # columns of a tile in descent
 _LANES = 32  # rows of a program that goes through a tile
@@ -62,7 +63,7 @@ class _State:
 
 
 def encode_on_device(
-    weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tables: Sequence[Any], sweeps: int, width: int
+    weights: Tensor, factors: Sequence[Tensor], layout: BlockFormat, tables: Sequence[Any], search: CodeSearch
 ) -> list[tuple[Codes, Tensor]]:
     """Codes and values of matrices (B, rows, cols) under their metrics; see `bytecap.runtimes.blocks.encode.encode`.
 
@@ -71,14 +72,13 @@ def encode_on_device(
         factors: Hessian and fed-back factors (B, cols, cols), weights of columns (B, cols).
         layout: the block format; 32 divides the columns.
         tables: levels, candidates for scales of sub-blocks and of blocks.
-        sweeps: of coordinate descent.
-        width: ways to round a row side by side.
+        search: how long to look for codes.
     """
     rows = weights.shape[1]
     state = _start(weights, factors, layout, tables)
     for first in range(weights.shape[2] - layout.block, -1, -layout.block):
-        _round_block(state, first, width)
-    for _ in range(sweeps):
+        _round_block(state, first, search)
+    for _ in range(search.sweeps):
         for first in range(weights.shape[2] - layout.block, -1, -layout.block):
             _descend_block(state, first)
     return _finished(state, rows)
@@ -119,8 +119,8 @@ def _solved(fed: Tensor, block: int) -> Tensor:
     return found.float()
 
 
-def _round_block(state: _State, first: int, width: int) -> None:
-    """Search the numbers of the block at column `first`, then its codes by `width` ways side by side."""
+def _round_block(state: _State, first: int, search: CodeSearch) -> None:
+    """Search the numbers of the block at column `first`, then its codes by several ways side by side."""
     layout, cols = state.layout, state.shape[1]
     last, per = first + layout.block, layout.block // layout.sub
     own, subs = slice(first, last), slice(first // layout.sub, first // layout.sub + per)
@@ -130,11 +130,26 @@ def _round_block(state: _State, first: int, width: int) -> None:
     if last < cols:
         settled = torch.baddbmm(given, state.solved[:, first // layout.block], come)
     _search(state, settled.contiguous(), first)
-    d, dm = (t[:, first // layout.block, None] for t in state.numbers[:2])
+    d, dm = (t[:, first // layout.block] for t in state.numbers[:2])
     ls, m = (t[:, subs] for t in state.numbers[2:])
-    state.q[:, own], state.error[:, own] = round_block(
-        come + given, given, d * ls, dm * m, state.fed[:, own, own], state.weights[:, own], state.levels, width
-    )
+    tried = torch.stack([_stored(state, d * factor) for factor in search.trials], 1)
+    state.q[:, own], state.error[:, own], d[:] = best_block(
+        come + given, given, tried, None if _zero(layout) else dm, (ls, m), state.fed[:, own, own],
+        state.weights[:, own], state.levels, search.width,
+    )  # fmt: skip
+    if _zero(layout):
+        dm[:] = d
+
+
+def _stored(state: _State, scale: Tensor) -> Tensor:
+    """Scales (matrices, rows) as they are stored, in units of the weights."""
+    kind, unit = torch.float16 if state.layout.float_type == "F16" else torch.bfloat16, state.unit[:, None]
+    found: Tensor = (scale * unit).clamp(-_most(kind), _most(kind)).to(kind).float() / unit
+    return found
+
+
+def _most(kind: torch.dtype) -> float:
+    return torch.finfo(kind).max
 
 
 def _search(state: _State, settled: Tensor, first: int) -> None:

@@ -80,10 +80,45 @@ class Tile:
         return Tile(asked, weight, scale, minimum, self.push, self.own)
 
 
+def best_block(
+    asked: Tensor, weight: Tensor, tried: Tensor, minimum: Tensor | None, subs: tuple[Tensor, Tensor], fed: Tensor,
+    own: Tensor, levels: Levels, width: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes and errors of a block as `round_block` has them, and its scale (matrices, rows): which loses least.
+
+    All scales go side by side, as if they were more rows.
+
+    Args:
+        asked: see `round_block`.
+        weight: likewise.
+        tried: scales, (matrices, trials, rows).
+        minimum: of the block, (matrices, rows); None where sub-minimums are zero points, in scales.
+        subs: integer sub-scales and sub-minimums, (matrices, subs, rows).
+        fed: see `round_block`.
+        own: likewise.
+        levels: likewise.
+        width: likewise.
+    """
+    matrices, trials, rows = tried.shape
+    scale = tried.flatten(1)[:, None]
+    lowest = scale if minimum is None else minimum.repeat(1, trials)[:, None]
+    given = [t.repeat(1, 1, trials) for t in (asked, weight, *subs)]
+    codes, errors, lost = round_block(given[0], given[1], scale * given[2], lowest * given[3], fed, own, levels, width)
+    best = lost.view(matrices, trials, rows).argmin(1, keepdim=True)
+
+    def chosen(found: Tensor) -> Tensor:
+        there = best[:, None].expand(matrices, found.shape[1], 1, rows)
+        return found.view(matrices, -1, trials, rows).gather(2, there)[:, :, 0]
+
+    return chosen(codes), chosen(errors), tried.gather(1, best)[:, 0]
+
+
 def round_block(
     asked: Tensor, weight: Tensor, scale: Tensor, minimum: Tensor, fed: Tensor, own: Tensor, levels: Levels, width: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Codes and errors (matrices, columns, rows) of a block, last column to first, by `width` ways side by side.
+
+    Also their distortion (matrices, rows).
 
     Args:
         asked: what feedback from behind the block asks for, (matrices, columns, rows).
@@ -95,7 +130,7 @@ def round_block(
         levels: that codes may have.
         width: as `beam` says.
     """
-    codes, errors = torch.empty_like(asked), torch.empty_like(asked)
+    codes, errors, lost = torch.empty_like(asked), torch.empty_like(asked), torch.zeros_like(asked[:, 0])
     sub = asked.shape[1] // scale.shape[1]
     for stop in range(asked.shape[1], 0, -TILE):
         at = slice(max(0, stop - TILE), stop)
@@ -105,18 +140,20 @@ def round_block(
         grids = (t.repeat_interleave(sub, 1)[:, at] for t in (scale, minimum))
         across = [t.transpose(1, 2).contiguous() for t in (come, weight[:, at], *grids, fed[:, at, at])]
         tile = Tile(across[0], across[1], across[2], across[3], across[4], own[:, at])
-        for found, out in zip(_round_tile(tile, levels, width), (codes, errors), strict=True):
-            out[:, at] = found.transpose(1, 2)
-    return codes, errors
+        found, loss = _round_tile(tile, levels, width)
+        codes[:, at] = found.transpose(1, 2)
+        errors[:, at] = (tile.weight - (tile.scale * found - tile.minimum)).transpose(1, 2)
+        lost += loss
+    return codes, errors, lost
 
 
 def _round_tile(tile: Tile, levels: Levels, width: int) -> tuple[Tensor, Tensor]:
-    """Codes and errors (matrices, rows, columns) of a tile, some rows at a time."""
+    """Codes (matrices, rows, columns) of a tile and their distortion (matrices, rows), some rows at a time."""
     matrices, rows, columns = tile.asked.shape
     some = max(1, _ROOM // (matrices * width * columns))
     parts = [_round_rows(tile.part(slice(at, at + some)), levels, width) for at in range(0, rows, some)]
-    codes, errors = (torch.cat(p, 1) for p in zip(*parts, strict=True))
-    return codes, errors
+    codes, lost = (torch.cat(p, 1) for p in zip(*parts, strict=True))
+    return codes, lost
 
 
 def _round_rows(tile: Tile, levels: Levels, width: int) -> tuple[Tensor, Tensor]:
@@ -138,14 +175,14 @@ def _round_rows(tile: Tile, levels: Levels, width: int) -> tuple[Tensor, Tensor]
         error = tile.weight[:, :, i, None] - (scale * code - minimum)
         ahead = ways[..., :i].gather(2, parent[..., None].expand(*parent.shape, i))
         ways = torch.addcmul(ahead, error[..., None], tile.push[:, None, None, i, :i])
-    return _traced(tile, kept)
+    return _traced(kept), costs[..., 0]
 
 
-def _traced(tile: Tile, kept: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Codes and errors of the best way, from every way's parent and code at every column, last column first."""
-    codes = torch.empty_like(tile.weight)
+def _traced(kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Codes of the best way, from every way's parent and code at every column, last column first."""
+    codes = []
     way = torch.zeros_like(kept[0][0][..., :1])  # the best comes first
-    for i, (parent, code) in enumerate(reversed(kept)):
-        codes[..., i] = code.gather(2, way)[..., 0]
+    for parent, code in reversed(kept):
+        codes.append(code.gather(2, way))
         way = parent.gather(2, way)
-    return codes, tile.weight - (tile.scale * codes - tile.minimum)
+    return torch.cat(codes, 2)

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
+from bytecap.runtimes.blocks.code_search import SWEEPS, CodeSearch, search_of
 from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
 from bytecap.runtimes.blocks.powers import made_positive
 
-SWEEPS = 2
-WIDTH, UNEVEN = 8, 4  # ways to round a row side by side; of uneven levels, which gain less by it
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
 _COARSE = (1.0, 0.93, 1.07, 0.86, 1.14)
@@ -36,7 +35,6 @@ _FLOATS = {
     "BF16": (3.3895e38, 8, -125),
     "E8M0": (2.0**127, 1, -127),
 }  # largest, digits, least exponent
-_SPAN = 64
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
 
@@ -92,15 +90,6 @@ class Factors:
     def form(self) -> Form:
         """As arrays."""
         return Form(*(t.cpu().contiguous().numpy() for t in (self.hessian, self.fed, self.weight)))
-
-
-def span(layout: BlockFormat) -> int:
-    """Columns that share all scales, within which coding may take any order; 0 where that gains nothing.
-
-    Below 64 columns it gains less than 1% of the distortion, at 128 some 2%, with a whole row of 256 some 4%. Codes
-    that are vectors stay together.
-    """
-    return layout.sub if layout.sub >= _SPAN and not layout.vector else 0
 
 
 def factor(hessian: Tensor, within: int = 0) -> Factors:
@@ -171,13 +160,9 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
     return table, factors, tries
 
 
-def _width(form: BlockFormat) -> int:
-    return UNEVEN if form.levels else WIDTH
-
-
 def encode(
     weight: npt.NDArray[np.float32], form: Form, layout: BlockFormat, *, sweeps: int = SWEEPS, width: int | None = None,
-    threads: int | None = None,
+    trials: Sequence[float] = (1.0,), threads: int | None = None,
 ) -> Codes:  # fmt: skip
     """Codes of a matrix (rows, cols); the same for any number of threads.
 
@@ -188,6 +173,7 @@ def encode(
         sweeps: of coordinate descent after error feedback.
         width: ways to round a row's columns that are kept side by side (`bytecap.runtimes.blocks.beam`);
             as many as pay if None.
+        trials: factors of a block's scale that are tried.
         threads: as many as torch may use if None.
 
     Raises:
@@ -214,7 +200,7 @@ def encode(
     fixed = (
         size, layout.sub, np.float32(layout.low), np.float32(layout.high), table, layout.scales, layout.minimums,
         (float(unit), *_FLOATS[layout.float_type]),
-        factors, tries, signs, width or _width(layout), sweeps,
+        factors, tries, signs, width or search_of(layout).width, np.array(trials, np.float32), sweeps,
     )  # fmt: skip
 
     def one(at: int) -> None:
@@ -267,19 +253,20 @@ def _vectors(
 
 
 def encode_all(
-    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, *, sweeps: int = SWEEPS
+    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, *, thorough: bool = False
 ) -> list[tuple[Codes, Tensor]]:
     """Codes and decoded values (rows, cols) of matrices of one shape, on the device that their factors are on.
 
     On a CUDA device with triton the matrices go side by side, and the values stay there. The processor does what the
-    device has no programs for.
+    device has no programs for. `thorough` is that of `search_of`.
     """
+    search = search_of(layout, thorough=thorough)
     if factors[0].order is None:
-        return _encode_all(weights, factors, layout, sweeps)
+        return _encode_all(weights, factors, layout, search)
     orders = [np.asarray(f.order.cpu()) for f in factors if f.order is not None]
     moved = [np.ascontiguousarray(w[:, order]) for w, order in zip(weights, orders, strict=True)]
     found = []
-    for (codes, values), order in zip(_encode_all(moved, factors, layout, sweeps), orders, strict=True):
+    for (codes, values), order in zip(_encode_all(moved, factors, layout, search), orders, strict=True):
         back = np.argsort(order)
         own = np.ascontiguousarray(codes.codes[:, back])
         found.append((replace(codes, codes=own), values[:, torch.from_numpy(back).to(values.device)].contiguous()))
@@ -287,12 +274,12 @@ def encode_all(
 
 
 def _encode_all(
-    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, sweeps: int
+    weights: Sequence[FloatArray], factors: Sequence[Factors], layout: BlockFormat, search: CodeSearch
 ) -> list[tuple[Codes, Tensor]]:
     """`encode_all` of columns as they stand."""
     device, cols = factors[0].fed.device, weights[0].shape[1]
     if device.type != "cuda" or not _has_programs(layout, cols):
-        found = [encode(w, f.form(), layout, sweeps=sweeps) for w, f in zip(weights, factors, strict=True)]
+        found = [encode(w, f.form(), layout, **search._asdict()) for w, f in zip(weights, factors, strict=True)]
         return [(c, torch.from_numpy(c.values()).to(device)) for c in found]
     from bytecap.runtimes.blocks.cuda import encode_on_device
 
@@ -300,7 +287,7 @@ def _encode_all(
     if not bool(torch.isfinite(there).all()):
         raise UsageError("a weight is not finite")
     parts = [torch.stack([getattr(f, k) for f in factors]) for k in ("hessian", "fed", "weight")]
-    return encode_on_device(there, parts, layout, _tables(layout), sweeps, _width(layout))
+    return encode_on_device(there, parts, layout, _tables(layout), search)
 
 
 def _has_programs(layout: BlockFormat, cols: int) -> bool:

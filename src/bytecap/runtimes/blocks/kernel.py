@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.runtimes.blocks.beam import beam_block
+from bytecap.runtimes.blocks.beam import best_block
 from bytecap.runtimes.blocks.descent import codes, floats, sub_scales
 from bytecap.runtimes.blocks.lanes import add_eight
 from bytecap.runtimes.blocks.powers import plain
@@ -135,25 +135,25 @@ descend_block: Any = compiled(_descend_block)
 def _encode(
     w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int, sub: int,
     low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: Grid, factors: _Array,
-    tries: _Array, signs: int, width: int, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array, dm: _Array,
+    tries: _Array, signs: int, width: int, trials: _Array, sweeps: int, q: _Array, ls: _Array, m: _Array, d: _Array,
+    dm: _Array,
 ) -> None:  # fmt: skip
     """Codes of LANES rows, whose weights `w` (cols, LANES) are divided by `unit`.
 
     `fed` (cols, cols) has `L_jk / L_kk` at (k, j), `weight` (cols,) `L_kk^2`; `h` is the Hessian, `tiles`
     (blocks, block, block) its diagonal blocks, `inv` one over its diagonal, `sums` (cols / sub,) the sum over every
-    sub-block's own part of it. `table`, `factors`, `tries` and `signs` are those of `search`, `width` that of `beam`.
-    After `sweeps` of descent `q`, `ls`, `m`, `d` and `dm` hold the results, (cols, cols / sub or cols / block; LANES).
+    sub-block's own part of it. `table`, `factors`, `tries` and `signs` are those of `search`, `width` and `trials` of
+    `beam`. After `sweeps` of descent `q`, `ls`, `m`, `d` and `dm` hold the results, (cols, cols / sub or cols / block;
+    LANES).
     """
     cols, per, two = len(w), block // sub, scales != (1, 1)
     error = np.zeros((cols, LANES), np.float32)
     y, z = np.empty((block, LANES), np.float32), np.empty((block, LANES), np.float32)
-    a = np.zeros((per, LANES), np.float32)
-    c = np.zeros((per, LANES), np.float32)
+    a, c = np.zeros((per, LANES), np.float32), np.zeros((per, LANES), np.float32)
     s = np.zeros(LANES, np.float32)
-    work = np.empty((12, LANES), np.float32)
-    room = np.empty((4, block), np.float32)
+    work, room = np.empty((12, LANES), np.float32), np.empty((4, block), np.float32)
     lanes = np.empty((4, block, LANES), np.float32)
-    own = np.empty((4, per), np.float32)
+    own, spare = np.empty((4, per), np.float32), np.empty((2, cols, LANES), np.float32)
     for first in range(cols - block, -1, -block):
         at, base, rest = first // block, first // sub, weight[first:]
         copy(w[first : first + block], y)
@@ -180,10 +180,10 @@ def _encode(
             plain(
                 z, rest, low, high, table, minimums, unit, a[0], c[0], d[at], dm[at], ls[base], m[base], work
             )  # fmt: skip
-        for b in range(per):
-            for r in range(LANES):
-                a[b, r], c[b, r] = d[at, r] * ls[base + b, r], dm[at, r] * m[base + b, r]
-        beam_block(w, first, block, y, fed, weight, sub, low, high, table, a, c, q, error, width)
+        best_block(
+            w, first, y, fed, weight, sub, low, high, table, unit, minimums > 1 and not two, trials, d[at], dm[at],
+            ls[base : base + per], m[base : base + per], q, error, width, spare,
+        )  # fmt: skip
     for _ in range(sweeps):
         for first in range(cols - block, -1, -block):
             y[:] = _ZERO
@@ -207,12 +207,12 @@ def _entry(stamp: int) -> Any:
     def encode_lanes(
         w: _Array, fed: _Array, weight: _Array, h: _Array, tiles: _Array, inv: _Array, sums: _Array, block: int,
         sub: int, low: Any, high: Any, table: _Array, scales: tuple[int, int], minimums: int, unit: float,
-        factors: _Array, tries: _Array, signs: int, width: int, sweeps: int, q: _Array, ls: _Array, m: _Array,
-        d: _Array, dm: _Array,
+        factors: _Array, tries: _Array, signs: int, width: int, trials: _Array, sweeps: int, q: _Array, ls: _Array,
+        m: _Array, d: _Array, dm: _Array,
     ) -> int:  # fmt: skip
         encode(
             w, fed, weight, h, tiles, inv, sums, block, sub, low, high, table, scales, minimums, unit, factors, tries,
-            signs, width, sweeps, q, ls, m, d, dm,
+            signs, width, trials, sweeps, q, ls, m, d, dm,
         )  # fmt: skip
         return stamp
 

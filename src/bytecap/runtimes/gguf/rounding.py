@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bytecap.progress import Advance
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
-from bytecap.runtimes.blocks.encode import Factors, encode_all, span
+from bytecap.runtimes.blocks.code_search import span
+from bytecap.runtimes.blocks.encode import Factors, encode_all
 from bytecap.runtimes.gguf.menu import Item, spread
 from bytecap.types import Curve, Point
 
@@ -123,7 +124,8 @@ def round_all(
     chosen = {i.place.name: coding.names[int(settings[i.place.name])] for i in items}
     for group in together(items, lambda i: chosen[i.place.name]):
         name = chosen[group[0].place.name]
-        for item, (codes, values) in zip(group, _coded(coding, group, _Factored(group), name), strict=True):
+        coded = _coded(coding, group, _Factored(group), name, thorough=True)
+        for item, (codes, values) in zip(group, coded, strict=True):
             found[item.place.name] = keep(_rounded(item, codes, values))
             advance(1)
     return found
@@ -149,13 +151,13 @@ class _Factored:
 
 
 def _coded(
-    coding: Coding, items: Sequence[Item], factors: _Factored, name: str
+    coding: Coding, items: Sequence[Item], factors: _Factored, name: str, *, thorough: bool = False
 ) -> Sequence[tuple[Codes | None, Tensor]]:
     """Matrices of one shape in a setting: codes, and decoded values on the items' device."""
     layout = coding.layout(name, items[0].shape[1])
     if layout is None:
         return [(None, torch.from_numpy(coding.plain(name, i.weight)).to(items[0].device)) for i in items]
-    return encode_all([i.weight for i in items], factors.of(layout), layout)
+    return encode_all([i.weight for i in items], factors.of(layout), layout, thorough=thorough)
 
 
 def together(items: Sequence[Item], kind: Callable[[Item], str] = lambda _: "") -> Iterator[list[Item]]:
