@@ -86,6 +86,7 @@ def test_units_of_many_bits_are_left_to_feedback():
     rules = initial_rules(OPTIONS, descent=True)
     assert item.sparse(4.0, rules.shrink, rules.shared) is not None
     assert item.sparse(0.05, rules.shrink, rules.shared) is None
+    assert replace(item, descent=False).sparse(4.0, rules.shrink, rules.shared) is None
 
 
 def test_batches_hold_both_kinds_in_the_order_of_the_units():

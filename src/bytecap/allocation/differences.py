@@ -27,7 +27,10 @@ from bytecap.quantization.descent import Descended, descend, square
 from bytecap.quantization.quantizer import Coded, Prepared, Sparse, rate
 
 _FINER = 0.5  # of a step of feedback, which has the same slope at half a bit a weight
-_FEW = 1.0  # bits a weight up to which descent is better than feedback
+_FEW = 1.0  # bits a weight of a matrix up to which descent rounds it
+_SPARSE = (
+    0.45  # bits a weight of an update up to which its matrices are rounded by descent: better at 0.3, worse at 0.6
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,11 @@ class DifferenceUnit(Prepared):
 
     Attributes:
         below: (rows, cols) float32, values that the unit has in the base.
+        descent: whether it is rounded by descent where that takes few bits.
     """
 
     below: npt.NDArray[np.float32]
+    descent: bool = True
 
     @property
     def target(self) -> Tensor:
@@ -47,6 +52,8 @@ class DifferenceUnit(Prepared):
 
     def sparse(self, step: float, shrink: Shrink, shared: Shared) -> Sparse | None:
         """See `Prepared`."""
+        if not self.descent:
+            return None
         hessian = square(self.lower.whole())
         found = descend(self.weight[:, self.order], hessian, self.rows.float(), _FINER * step, shrink, shared)
         coded = _coded(self, found, _FINER * step)
@@ -75,7 +82,16 @@ def _coded(item: Prepared, found: Descended, step: float) -> Coded:
     return Coded(code, found.distortion, counts)
 
 
-def over(plain: Prepared, below: npt.NDArray[np.float32]) -> DifferenceUnit:
+def is_sparse(budget: int, parameters: int) -> bool:
+    """Return whether an update of so many bytes has few bits a weight.
+
+    >>> is_sparse(260_669, 6_951_168), is_sparse(521_338, 6_951_168)
+    (True, False)
+    """
+    return 8 * budget <= _SPARSE * parameters
+
+
+def over(plain: Prepared, below: npt.NDArray[np.float32], *, descent: bool = True) -> DifferenceUnit:
     """Return a unit, prepared with the difference as its weight, on the base's values (rows, cols)."""
     held = {f.name: getattr(plain, f.name) for f in fields(Prepared)}
-    return DifferenceUnit(**held, below=below)
+    return DifferenceUnit(**held, below=below, descent=descent)

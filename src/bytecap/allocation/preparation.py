@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bytecap.allocation.differences import over
+from bytecap.allocation.differences import is_sparse, over
 from bytecap.allocation.planner import Planner, State, finest_step
 from bytecap.allocation.shared_matrices import shared_factor, shared_matrices
 from bytecap.allocation.unused import even_experts, keep_unused
@@ -214,7 +214,8 @@ def _assembled(
     vectors = [v for v in vectors if v.unit.name not in kept]
     planner, fixed = Planner.of(matrices, vectors, options, finest, job.ranks), fixed | kept
     unused = {n: len(s.data) for n, s in kept.items()}
-    rules = initial_rules(options, descent=job.base is not None)
+    sparse = job.base is not None and is_sparse(job.budget, job.model.parameters)
+    rules = initial_rules(options, descent=sparse)
     return PreparedModel(planner, fixed, _capacity(job, planner, fixed), rules, unused)
 
 
@@ -224,7 +225,8 @@ def _matrix(job: Job, unit: Unit, values: Tensor, metric: Metric, options: Optio
         return prepare(unit, values, metric, options)
     below = np.ascontiguousarray(job.base.matrix(unit), np.float32)
     gained = values.float() - torch.from_numpy(below).to(values.device)
-    return over(prepare(unit, gained, metric, options), below)
+    sparse = is_sparse(job.budget, job.model.parameters)
+    return over(prepare(unit, gained, metric, options), below, descent=sparse)
 
 
 def _vector(job: Job, unit: Unit, values: FloatArray, fisher: npt.NDArray[np.float64]) -> VectorUnit:
