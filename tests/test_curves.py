@@ -334,6 +334,7 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
 def test_the_command_prints_one_object(run, model_directory, texts, tmp_path):
     arguments = ("curves", model_directory("rotary"), "--budget", BUDGET, "--paths", "step,rows", "-o", tmp_path / "a")
     arguments += ("--calib", texts["calib"], "--eval", texts["val"], "--tokens", 2000, "--eval-tokens", 1000)
+    arguments += ("--points", 4, "--point-tokens", 500)
     code, out, _ = run(*arguments, "--json")
     assert code == 0
     assert json.loads(out) == json.loads((tmp_path / "a" / "curves.json").read_text())
