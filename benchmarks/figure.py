@@ -119,7 +119,7 @@ def choose(rows: Rows) -> Any:
     best: dict[int, float] = {}
     models, styles = dict.fromkeys(r["model"] for r in found), ((GREY, "s"), (BLUE, "o"), (RED, "d"), ("#55a868", "^"))
     for model, (colour, marker) in zip(models, styles, strict=False):
-        fits = {r["budget_bytes"]: r.get("whole") or r["short"] for r in found if r["model"] == model}
+        fits = {r["budget_bytes"]: r.get("whole") or r.get("short", {}) for r in found if r["model"] == model}
         points = sorted((b / 1e6, f["bpb"], f["bpb_stderr"]) for b, f in fits.items() if "bpb" in f)
         x, y, error = zip(*points, strict=True)
         methods = {r.get("method", "bytecap") for r in found if r["model"] == model}

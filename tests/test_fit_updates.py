@@ -9,7 +9,9 @@ import torch
 
 import bytecap
 from bytecap import errors, reference
+from bytecap.allocation import differences
 from bytecap.format import container, ledger, updates
+from bytecap.format.coders.grid import CODER as GRID
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.decoder import decode_units
 from bytecap.methods.rate_control import allowed_slack
@@ -91,6 +93,18 @@ def test_it_is_nearer_to_the_model_than_its_base_is(updated, tuned, base, texts)
     load_values(copy, decode_units(container.read(base), aliases=False))
     before = kl_to(model.module, copy, sets.evaluation[0].windows, device="cpu")[0]
     assert updated[0].report["kl_nats"] < 0.7 * before
+
+
+def test_an_update_of_few_bits_is_rounded_by_descent(tuned, base, texts, monkeypatch):
+    monkeypatch.setattr(differences, "_SPARSE", 100.0)  # the tiny model has too few weights for an update of few bits
+    monkeypatch.setattr(differences, "_FEW", 100.0)
+    result = bytecap.fit(tuned, UPDATE, base=base, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
+    assert UPDATE - allowed_slack(UPDATE) <= len(result.data) <= UPDATE
+    layers = [STACK.parts(u.data)[1] for u in result.contents.units if len(u.unit.shape) > 1]
+    assert {layer[2][0] for layer in layers} == {GRID.tag}, "no column is dependent"
+    second = reference.decode_file(result.data, [base.read_bytes()])
+    for name, values in result.tensors().items():
+        np.testing.assert_array_equal(values, second[name])
 
 
 def test_a_model_that_the_base_holds_exactly_costs_its_frame(model_directory, tmp_path, texts):
