@@ -22,7 +22,6 @@ Size = Callable[[Mapping[str, Section], bytes], int]
 _GLOBAL_TRIES = 8
 _UNIT_TRIES = 40
 _UNIT_CHANGE = 0.1  # of a unit's log-step at once: more would spend its bytes off the plan's slope
-_SPARSE_GROWTH = 3  # bytes of a matrix of a fraction of a bit a weight go with the step to the power of -3
 _ENOUGH, _PART = 16, 2**22  # bytes left over that are not worth another rounding; of large files a part of the cap
 
 
@@ -103,7 +102,7 @@ def fit_units(
             return None
         item = tries.pop(0)
         name = item.unit.name
-        change = min(_UNIT_CHANGE, 1.2 * (over + _ENOUGH) / _bytes_per_e(item, packed))
+        change = min(_UNIT_CHANGE, 1.2 * (over + _ENOUGH) / _bytes_per_e(item))
         section, moved = _requantize(planner, packed.state, name, change)
         packed = Packed(moved, {**packed.sections, name: section}, tables)
     return _move_units(planner, packed, size, budget, items)
@@ -121,10 +120,10 @@ def _move_units(
         left = budget - total
         if left <= enough:
             break
-        able = [p for p in units if _bytes_per_e(p, packed) * _UNIT_CHANGE >= left]
+        able = [p for p in units if _bytes_per_e(p) * _UNIT_CHANGE >= left]
         item = able[failures % len(able)] if able else units[-1 - failures % len(units)]
         name = item.unit.name
-        change = min(_UNIT_CHANGE, 0.8**failures * (left - enough / 2) / _bytes_per_e(item, packed))
+        change = min(_UNIT_CHANGE, 0.8**failures * (left - enough / 2) / _bytes_per_e(item))
         section, moved = _requantize(planner, packed.state, name, -change)
         length = total - packed.sections[name].length + section.length
         if total < length <= budget:
@@ -134,10 +133,9 @@ def _move_units(
     return packed
 
 
-def _bytes_per_e(item: Prepared, packed: Packed) -> float:
+def _bytes_per_e(item: Prepared) -> float:
     """Return the most bytes by which a unit grows when its step shrinks by a factor of e."""
-    most = item.unit.parameters / 8 * math.log2(math.e)
-    return min(most, _SPARSE_GROWTH * packed.sections[item.unit.name].length) + 1
+    return item.unit.parameters / 8 * math.log2(math.e) + 1
 
 
 def _requantize(planner: Planner, state: State, name: str, change: float) -> tuple[Section, State]:
