@@ -95,7 +95,7 @@ def _gathered(job: Job, found: Statistics) -> Arrays:
     """Return the arrays of all ranks on rank 0; the others return their own."""
     arrays: Arrays = {"tokens": np.array(found.tokens)}
     for name, source in found.owner.items():
-        uses = found.uses.pop(name, None)
+        uses = found.uses.get(name)
         tensors = None if uses is None else [getattr(u, kind) for u in uses for kind in PARTS]
         arrived = job.ranks.spread(tensors, source, job.device)
         if job.ranks.first:
