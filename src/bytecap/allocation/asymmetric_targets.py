@@ -197,10 +197,7 @@ def _calls(walks: Sequence[Sequence[WaitingPass]]) -> list[_Calls]:
 
 
 def _inputs(
-    calls: Sequence[tuple[WaitingCall, WaitingCall]],
-    inner: Sequence[nn.Module],
-    chain: Chain | None,
-    stream: str | None,
+    calls: Sequence[_Calls], inner: Sequence[nn.Module], chain: Chain | None, stream: str | None
 ) -> Iterator[Inputs]:
     """Yield the inputs of a stage's module in both models, and what the stream behind it lacks, pass by pass."""
     for pair in calls:

@@ -28,9 +28,7 @@ from bytecap.quantization.quantizer import Coded, Prepared, Sparse, rate
 
 _FINER = 0.5  # of a step of feedback, which has the same slope at half a bit a weight
 _FEW = 1.0  # bits a weight of a matrix up to which descent rounds it
-_SPARSE = (
-    0.45  # bits a weight of an update up to which its matrices are rounded by descent: better at 0.3, worse at 0.6
-)
+_SPARSE = 0.45  # bits a weight of an update up to which descent rounds its matrices: better at 0.3, worse at 0.6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -272,7 +272,7 @@ class _Job:
             sums.harvest()
 
         with sums.watching(), streamed.block(number) as block, torch.enable_grad():
-            self._through(sums, run, lambda _: None, lambda _: self._advance(0))
+            self._through(sums, run, lambda _: None, lambda _: self.progress(0))
         frames.clear()
         release()
         self._finish(sums, sink, share)
@@ -292,10 +292,7 @@ class _Job:
             sums.harvest()
 
         with streamed.outside(), torch.enable_grad():
-            self._through(sums, run, lambda _: None, lambda i: self._advance(int(self.data[i][1].sum())))
-
-    def _advance(self, tokens: int) -> None:
-        self.progress(tokens)
+            self._through(sums, run, lambda _: None, lambda i: self.progress(int(self.data[i][1].sum())))
 
     def _sums(self, inside: Callable[[str], bool]) -> PartSums:
         return PartSums(self.streamed, self.units, inside, self.looked, self.guided, self.ranks)
