@@ -55,6 +55,7 @@ class PreparedModel:
         rules: tables and offsets that the first settling starts from.
         unused: bytes of fixed units that no gradient reaches, by name.
         targets: whether targets that follow the coded prefix were kept, and KL and bytes' worth with and without them.
+        with_targets: makes the planner with the targets of all units, where it has only those of the last ones.
     """
 
     planner: Planner
@@ -63,10 +64,11 @@ class PreparedModel:
     rules: Rules
     unused: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
+    with_targets: Callable[[], Planner] | None = None
 
     def emptied(self) -> PreparedModel:
         """Return the model without the arrays that only rounding needs."""
-        return replace(self, planner=self.planner.emptied())
+        return replace(self, planner=self.planner.emptied(), with_targets=None)
 
     def measure_finest(self) -> tuple[PreparedModel, State]:
         """Settle the finest grids; returns them and the model with their rules, for plans of large budgets."""

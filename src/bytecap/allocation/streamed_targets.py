@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import passes_of, tokens_of
+from bytecap.allocation.asymmetric_targets import Walked, passes_of, tokens_of
 from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import Inputs, LostError, of_rank, shared_inputs, together
@@ -47,8 +47,8 @@ def streamed_targets(
     strength: float,
     scratch: Scratch,
     advance: Advance,
-) -> dict[str, KeptTensor]:
-    """Return the changes of units' targets, (rows, cols) by unit name; see `drift_targets`.
+) -> Walked[KeptTensor]:
+    """Find targets, and code all units that get one; see `drift_targets`.
 
     Args:
         planner: prepared units.
@@ -65,7 +65,7 @@ def streamed_targets(
         LostError: a pass did not call its modules in that order.
     """
     if not order:
-        return {}
+        return Walked({}, {})
     staged = {n for names in order for n in names}
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
     work = _Targets(planner, state, strength, scratch)
@@ -80,7 +80,7 @@ def streamed_targets(
             advance(1 / len(order))
     finally:
         walk.cancel()
-    return work.change
+    return work.found
 
 
 class _Targets:
@@ -89,7 +89,7 @@ class _Targets:
     def __init__(self, planner: Planner, state: State, strength: float, scratch: Scratch) -> None:
         self._planner, self._state, self._strength, self._scratch = planner, state, strength, scratch
         self._units = {p.unit.name: p for p in planner.matrices}
-        self.change: dict[str, KeptTensor] = {}
+        self.found = Walked[KeptTensor]({}, {})
 
     def stage(self, names: Sequence[str], found: Moments) -> Values:
         """Aim the units of one stage, and code them for the passes that go on; returns their values."""
@@ -98,18 +98,19 @@ class _Targets:
         fix *= granted
         members: list[Prepared] = []
         for n, item in zip(names, units, strict=True):
-            self.change[n] = self._scratch.put(item.times(fix))
-            members.append(moved(item, self.change[n]))
+            self.found.change[n] = change = self._scratch.put(item.times(fix))
+            members.append(moved(item, change))
         del fix
         coded = self._planner.round(members, self._state.steps, self._state.rules)
+        self.found.coded.update(coded)
         return unit_values(self._planner, replace(self._state, coded=coded), names)
 
 
-def moved(item: Prepared, change: KeptTensor) -> Prepared:
+def moved(item: Prepared, change: KeptTensor | Tensor) -> Prepared:
     """Return a unit with a change of its target, which a unit in work files reads when it is needed."""
     if isinstance(item, StoredPrepared):
         return item.moved(change)
-    return item.moved(change.load(item.device))
+    return item.moved(change.load(item.device) if isinstance(change, KeptTensor) else change)
 
 
 class _Walk:
