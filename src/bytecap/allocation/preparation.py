@@ -42,6 +42,7 @@ from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
+_SAMPLED = 2**27  # parameters of a streamed model from which searches sample rows; plans of others are those in memory
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,17 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
         )  # fmt: skip
     allocator.release()
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
+    planner = replace(ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch))
+    return replace(ready, planner=replace(planner, sample=_sample(planner, model)))
+
+
+def _sample(planner: Planner, model: StreamedModel) -> Planner | None:
+    """Return the units with samples of their rows in place of many, None where a search of all takes little time."""
+    if planner.parameters < _SAMPLED:
+        return None
     inside = model.streamed.chain.holds  # rows of tables differ too much for samples
-    few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in ready.planner.matrices]
-    keep = keeper(model.scratch)
-    sample = replace(ready.planner, matrices=few, keep=keep) if any(isinstance(p, Sample) for p in few) else None
-    planner = replace(
-        ready.planner, keep=keep, keep_section=partial(_kept, model.scratch), sample=sample
-    )  # fmt: skip
-    return replace(ready, planner=planner)
+    few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in planner.matrices]
+    return replace(planner, matrices=few) if any(isinstance(p, Sample) for p in few) else None
 
 
 def _kept(scratch: Scratch, section: Section) -> Section:
