@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import Walked, passes_of, tokens_of
+from bytecap.allocation.asymmetric_targets import Walked, passes_of, short_pass, tokens_of
 from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import Inputs, LostError, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
-from bytecap.allocation.waiting_passes import WaitingCall
+from bytecap.allocation.waiting_passes import WaitingCall, is_spent, let_go
 from bytecap.model.forward import rough_products
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
@@ -71,8 +71,10 @@ def streamed_targets(
     work = _Targets(planner, state, strength, scratch)
     data = list(passes_of(windows, tokens_of(planner, original.device, windows), str(original.device)))
     walk = _Walk(
-        [original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks, rough=is_rough(planner, state)
-    )
+        [original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks,
+        rough=is_rough(planner, state),
+        spent=is_spent(original.module, short_pass(windows, original.device), original.chain),
+    )  # fmt: skip
     try:
         for names in walk.stages():
             walk.put(work.stage(names, walk.moments(names, [mask for _, mask in data])))
@@ -127,6 +129,7 @@ class _Walk:
         ranks: Ranks,
         *,
         rough: bool,
+        spent: bool,
     ) -> None:
         self._lanes, self._order, self._ranks, self._rough = lanes, order, ranks, rough
         self._chain = lanes[0].chain
@@ -137,6 +140,7 @@ class _Walk:
             for x, maps in zip(lanes, self._maps, strict=True)
         ]
         self._calls: list[list[WaitingCall]] = []  # of both models, by pass
+        self._entrances = [x.blocks[0] for x in lanes] if spent else []
 
     def stages(self) -> Iterator[Sequence[str]]:
         """Yield every stage's units while the passes wait in front of it, or of its block."""
@@ -170,14 +174,18 @@ class _Walk:
 
     def _advance(self, first: str | None) -> None:
         """Let all passes go on to the stage of this unit, outside the chain, or in front of the next block."""
-        self._calls = []
         together(self._ranks, partial(self._go, first))
 
     def _go(self, first: str | None) -> None:
         stops = [x.blocks if first is None else [maps[first]] for x, maps in zip(self._lanes, self._maps, strict=True)]
+        before, self._calls = self._calls[::-1], []
         with rough_products(self._lanes[0].device, wanted=self._rough):
             for group in zip(*self._passes, strict=True):
+                left = before.pop() if before else []  # nothing else holds what the block was given
                 found = [p.advance() for p in group]
+                for call in left:
+                    if call.module in self._entrances:  # but for the code around the blocks, which has this one
+                        let_go(self._chain.taken(call.args, call.kwargs))
                 if any(p.at not in there for p, there in zip(group, stops, strict=True)):
                     raise LostError
                 if isinstance(found[0], tuple):  # not behind the last block
