@@ -51,8 +51,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic-4.5": ("mlx", {"target": 4.5, "low": 3, "high": 5}),
     "dwq-3.5": ("mlx", {"bits": 3, "distil": True}),
     "dwq-4.5": ("mlx", {"bits": 4, "distil": True}),
-    "dwq-3.5-fast": ("mlx", {"bits": 3, "distil": True, "rate": 1e-5}),
-    "dwq-4.5-fast": ("mlx", {"bits": 4, "distil": True, "rate": 1e-5}),
+    "dwq-3.5-fast": ("mlx", {"bits": 3, "distil": True, "rate": 1e-5, "samples": 512}),
+    "dwq-4.5-fast": ("mlx", {"bits": 4, "distil": True, "rate": 1e-5, "samples": 512}),
     "gptq-w4g128": ("compressed-tensors", {}),
     "llmc-w4g128": ("compressed-tensors", {}),
 }
