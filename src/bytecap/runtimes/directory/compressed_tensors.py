@@ -28,7 +28,7 @@ from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words, words_of
 from bytecap.runtimes.directory import Scheme, Spec, split
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUPS = (0, 128, 64, 32)
 _MENU = ("w4c", "w4g128", "w4g64", "w4g32", "w8c", "w8g128")
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
