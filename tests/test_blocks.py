@@ -143,6 +143,20 @@ def test_columns_of_wide_spans_may_be_coded_in_another_order() -> None:
         assert np.array_equal(moved.codes, codes.codes[:, found.order.numpy()])
 
 
+def test_matrices_side_by_side_may_differ_in_whether_their_columns_are_sorted() -> None:
+    """Roles decide that, and matrices of one shape have several; a GPU takes them together."""
+    layout = family("compressed-tensors").layout("w4c", 256, "BF16")
+    assert layout is not None
+    matrices = [weights(8, 256, i) for i in range(3)]
+    for sorted_ones in ((False, True, False), (True, False, True)):
+        factors = [factor(hessian(256), 256 if s else 0) for s in sorted_ones]
+        for weight, own, (codes, values) in zip(matrices, factors, encode_all(matrices, factors, layout), strict=True):
+            ((alone, there),) = encode_all([weight], [own], layout)
+            assert np.array_equal(codes.codes, alone.codes)
+            assert same_bits(values.numpy(), there.numpy())
+            assert same_bits(values.numpy(), codes.values())
+
+
 @pytest.mark.parametrize("light", [1.0, 1e-3])
 def test_sorted_columns_are_taken_where_held_windows_say_so(light: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = {n: family("compressed-tensors").layout(n, 256, "BF16") for n in ("w4c", "w4g128", "w4g32")}

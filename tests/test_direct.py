@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,15 +138,25 @@ def test_symbols_become_values_as_python_too(monkeypatch):
         assert one.tobytes() == other.tobytes()
 
 
-def test_large_tables_are_left_to_symbols():
-    half = 200
-    freq = np.full(2 * half + 2, 40)
+@pytest.mark.parametrize("half", [127, 128, 200, 1023])
+def test_tables_of_any_size_have_numpys_bits(half):
+    """Beside narrow ones in a file, where only some rows have a class of many symbols."""
+    freq = np.full(2 * half + 2, 3)
     freq[half] += TOTAL - int(freq.sum())
-    shared = Shared(Tables({k: Table(-half, freq) for k in range(1, 64)}))
-    symbols = np.arange(-10, 10).reshape(4, 5)
-    assert not both(1, GRID.encode(code_of(symbols), shared).data, (4, 5), shared)
+    offset = np.random.default_rng(half).random((64, 17), np.float32)
+    table = {k: Table(-half, freq) if k > 24 else golden_parts.SHARED.tables.table[k] for k in range(1, 64)}
+    shared = Shared(Tables(table), offset)
+    symbols = np.random.default_rng(half).integers(-half - 3, half + 4, (60, 40))
+    for classes, wide in ((20, False), (30, half > 127)):
+        code = replace(code_of(symbols), row_class=np.where(np.arange(60) % 7 == 0, classes - 20, 0))
+        data, models = GRID.encode(code, shared).data, []
+        with pytest.MonkeyPatch.context() as patch:
+            own = direct.Direct.values
+            patch.setattr(direct.Direct, "values", lambda self, *a: models.append(self.model) or own(self, *a))  # noqa: B023
+            assert both(1, data, (60, 40), shared)
+        assert [m.symbols.dtype for m in models] == [np.uint16 if wide else np.uint8]
     dependent = code_of(symbols * 0, first=1)
-    assert both(9, TRELLIS.encode(dependent, shared).data, (4, 5), shared)  # a quarter of the table: 101 symbols
+    assert both(9, TRELLIS.encode(dependent, shared).data, (60, 40), shared)  # a quarter of a table
 
 
 def test_a_class_without_a_table_is_refused(monkeypatch):

@@ -93,9 +93,13 @@ class Shared:
         """The model of matrices without dependent columns, for which no table is split."""
         return self._model(dependent=False)
 
-    def _model(self, *, dependent: bool) -> Model:
-        key = bytes([dependent]) + self.offset.tobytes()
-        return self.tables.kept(key, lambda: Model.of(self.tables, self.offset, dependent=dependent))
+    def wide(self, *, dependent: bool) -> Model:
+        """Return the model, or the one without dependent columns, for tables of any size."""
+        return self._model(dependent=dependent, wide=True)
+
+    def _model(self, *, dependent: bool, wide: bool = False) -> Model:
+        key = bytes([dependent, wide]) + self.offset.tobytes()
+        return self.tables.kept(key, lambda: Model.of(self.tables, self.offset, dependent=dependent, wide=wide))
 
 
 @dataclass(frozen=True)

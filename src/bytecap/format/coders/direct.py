@@ -10,7 +10,7 @@ What it leaves out: classes whose tables have more than 256 symbols, and readers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -28,7 +28,8 @@ from bytecap.types import Bytes
 
 Array = npt.NDArray[Any]
 NONE = 2**16 - 1
-_SLOTS, _ENTRIES = 3 * TOTAL, 4 * 264  # of a group; 264 rather than 256 keeps its parts apart in a cache
+_NARROW = 256  # symbols of a table whose places take a byte each
+_APART = 8  # entries that keep the parts of a group apart in a cache
 _BLOCK = 2**20  # weights whose path is unpacked at a time
 _PIECE = 128  # as in `kernels.weights`
 _ABOVE = 8  # rows whose path bits still matter
@@ -42,13 +43,15 @@ class Model:
 
     Attributes:
         group: of every class (2, 64), in independent and in dependent columns; `NONE` where it has none.
-        symbols: place of a symbol in its table, by slot.
+        symbols: place of a symbol in its table, by slot; two bytes each in a wide model.
         entries: see `weights`.
+        stride: entries of a subset.
     """
 
     group: npt.NDArray[np.uint16]
-    symbols: npt.NDArray[np.uint8]
+    symbols: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     entries: npt.NDArray[np.uint64]
+    stride: int = _NARROW + _APART
 
     @cached_property
     def cost(self) -> npt.NDArray[np.float64]:
@@ -57,13 +60,14 @@ class Model:
         return bits
 
     @staticmethod
-    def of(tables: Tables, offset: npt.NDArray[np.float32], *, dependent: bool) -> Model:
+    def of(tables: Tables, offset: npt.NDArray[np.float32], *, dependent: bool, wide: bool = False) -> Model:
         """Make the model of all classes that it can serve; classes with one table and one offset share a group.
 
         Args:
             tables: of the file.
             offset: of the file (64, 17).
             dependent: whether for dependent columns, too, which need split tables.
+            wide: serve tables of more than 256 symbols, too, from slots of twice the size.
         """
         group = np.full((2, CLASSES), NONE, np.uint16)
         known: dict[tuple[int, int, bytes], int] = {}
@@ -73,18 +77,21 @@ class Model:
             if dependent:
                 parts.append([tables.split.table[cls + k * CLASSES] for k in range(1, 4)])
             for fine, own in enumerate(parts):
-                if max(len(t.freq) for t in own) <= 256:
+                if wide or max(len(t.freq) for t in own) <= _NARROW:
                     key = (fine, id(tables.table[cls]), offset[cls].tobytes())
                     group[fine, cls] = known.setdefault(key, len(made))
                     if known[key] == len(made):
                         made.append((fine, cls, own))
-        symbols, entries = np.zeros((len(made), _SLOTS), np.uint8), np.zeros((len(made), _ENTRIES), np.uint64)
+        most = max([_NARROW, *(len(t.freq) for *_, own in made for t in own)])
+        stride = -(-most // _APART) * _APART + _APART
+        symbols = np.zeros((len(made), 3 * TOTAL), np.uint16 if wide else np.uint8)
+        entries = np.zeros((len(made), 4 * stride), np.uint64)
         for i, (fine, cls, own) in enumerate(made):
             for k, table in enumerate(own):
                 symbols[i, k * TOTAL : (k + 1) * TOTAL] = np.repeat(np.arange(len(table.freq)), table.freq)
             for k, table in enumerate([*own, own[1]] if fine else own):
-                entries[i, k * 264 : k * 264 + len(table.freq)] = _entries(table, fine, k, offset, cls)
-        return Model(group, symbols.reshape(-1), entries.reshape(-1))
+                entries[i, k * stride : k * stride + len(table.freq)] = _entries(table, fine, k, offset, cls)
+        return Model(group, symbols.reshape(-1), entries.reshape(-1), stride)
 
 
 def _entries(table: Table, fine: int, subset: int, offset: npt.NDArray[np.float32], cls: int) -> npt.NDArray[np.uint64]:
@@ -118,6 +125,11 @@ def in_steps(
     return value
 
 
+def _has_all(groups: Sequence[npt.NDArray[np.uint16]]) -> bool:
+    """Return whether there is a group wherever one was looked for."""
+    return all((g < NONE).all() for g in groups)
+
+
 class SharedParts(Protocol):
     """The part of `bytecap.format.coders.Shared` that is read here."""
 
@@ -128,6 +140,9 @@ class SharedParts(Protocol):
     @property
     def independent(self) -> Model:
         """The same without dependent columns."""
+
+    def wide(self, *, dependent: bool) -> Model:
+        """Return one of these two for tables of any size."""
 
     @property
     def offset(self) -> npt.NDArray[np.float32]:
@@ -168,12 +183,14 @@ class Direct:
 
     def known(self) -> bool:
         """Return whether there are weights, and the model has a group for every class of theirs."""
-        return self.shape[0] * self.shape[1] > 0 and all((g < NONE).all() for g in self.column_groups)
+        return self.shape[0] * self.shape[1] > 0 and _has_all(self.column_groups)
 
-    @property
+    @cached_property
     def model(self) -> Model:
-        """Tables and offsets for what columns may be."""
-        return self.shared.model if any(self.masks) else self.shared.independent
+        """Tables and offsets for what columns may be; the narrow ones, which are faster, if they have every class."""
+        dependent = any(self.masks)
+        narrow = self.shared.model if dependent else self.shared.independent
+        return narrow if _has_all(self.groups_of(narrow)) else self.shared.wide(dependent=dependent)
 
     def _classes(self, group: int, rows: Array) -> Array:
         """Class of every column under classes of rows (n,), (n, cols)."""
@@ -227,7 +244,7 @@ class Direct:
         states, words, tail = split(self.payload, self.shape[0] * self.shape[1])
         lanes = states.copy()
         stream = lanes, np.concatenate([words, np.zeros(_PIECE, np.uint16)]).astype(np.uint16, copy=False)
-        model = self.model.symbols, self.model.entries
+        model = self.model.symbols, self.model.entries, np.uint32(self.model.stride)
         where = np.empty(len(tail), np.int64), np.empty(len(tail), np.int64)
         value = np.empty(self.shape, np.float32)
         used, lane, found = 0, 0, 0

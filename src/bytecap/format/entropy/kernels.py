@@ -158,8 +158,8 @@ def _subsets(bits: _Array, row: int, low: int, high: int, found: _Array) -> None
                 found[c] ^= above[c] | above[c] << 1
 
 
-def _slots(states: _Array, groups: _Array, subsets: _Array, slot: _Array, start: _Array) -> None:
-    """Find the slot of every lane, and where the entries of its class and subset start.
+def _slots(states: _Array, groups: _Array, subsets: _Array, stride: int, slot: _Array, start: _Array) -> None:
+    """Find the slot of every lane, and where the entries of its class and subset start, `stride` after each other.
 
     Subset 3 shares the slots of subset 1, which is its mirror image.
     """
@@ -167,7 +167,7 @@ def _slots(states: _Array, groups: _Array, subsets: _Array, slot: _Array, start:
         group, subset = np.uint32(groups[j]), np.uint32(subsets[j])
         table = np.uint32(3) * group + subset - (subset & (subset << np.uint32(1)) & np.uint32(2))
         slot[j] = (table << np.uint32(14)) + (states[j] & np.uint32(0x3FFF))
-        start[j] = (np.uint32(4) * group + subset) * np.uint32(264)
+        start[j] = (np.uint32(4) * group + subset) * np.uint32(stride)
 
 
 def _entries(slot: _Array, start: _Array, symbols: _Array, entries: _Array, found: _Array) -> None:
@@ -206,7 +206,7 @@ def _scale(values: _Array, row: float, columns: _Array) -> None:
 
 
 def _weights(
-    stream: tuple[_Array, _Array], at: tuple[int, int, int, int], model: tuple[_Array, _Array],
+    stream: tuple[_Array, _Array], at: tuple[int, int, int, int], model: tuple[_Array, _Array, int],
     columns: tuple[_Array, _Array], rows: tuple[_Array, _Array], path: tuple[_Array, int, int, int],
     where: tuple[_Array, _Array], values: _Array, raw: _Array, counts: _Array,
 ) -> tuple[int, int, int]:  # fmt: skip
@@ -219,7 +219,7 @@ def _weights(
         stream: states (lanes,), which change, and words, with 128 more behind them.
         at: words used so far, the lane of the first weight, escapes so far, weights so far.
         model: symbol by slot, and entry by symbol: `frequency << 48 | cumulative frequency << 32 | bits of the value in
-            steps`. A group has the slots of three tables and 264 entries for each of four subsets.
+            steps`; entries of a subset. A group has the slots of three tables and the entries of four subsets.
         columns: group of every column (kinds of rows, cols), and scale.
         rows: kind and scale of every row.
         path: bits (above + rows, cols), the rows above, and masks as in `subsets`.
@@ -245,7 +245,7 @@ def _weights(
             if used + n > len(words):
                 return -1, lane, count
             part, found = states[lane : lane + n], entry[:n]
-            slots(part, group[c : c + n], subset[c : c + n], slot[:n], start[:n])
+            slots(part, group[c : c + n], subset[c : c + n], model[2], slot[:n], start[:n])
             entries(slot[:n], start[:n], model[0], model[1], found)
             if len(counts):
                 tally(slot[:n], start[:n], model[0], counts)

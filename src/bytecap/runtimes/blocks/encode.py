@@ -260,17 +260,17 @@ def encode_all(
     On a CUDA device with triton the matrices go side by side, and the values stay there. The processor does what the
     device has no programs for. `thorough` is that of `search_of`.
     """
-    search = search_of(layout, thorough=thorough)
-    if factors[0].order is None:
-        return _encode_all(weights, factors, layout, search)
-    orders = [np.asarray(f.order.cpu()) for f in factors if f.order is not None]
-    moved = [np.ascontiguousarray(w[:, order]) for w, order in zip(weights, orders, strict=True)]
-    found = []
-    for (codes, values), order in zip(_encode_all(moved, factors, layout, search), orders, strict=True):
-        back = np.argsort(order)
-        own = np.ascontiguousarray(codes.codes[:, back])
-        found.append((replace(codes, codes=own), values[:, torch.from_numpy(back).to(values.device)].contiguous()))
-    return found
+    orders = [None if f.order is None else np.asarray(f.order.cpu()) for f in factors]
+    moved = [w if o is None else np.ascontiguousarray(w[:, o]) for w, o in zip(weights, orders, strict=True)]
+    coded = _encode_all(moved, factors, layout, search_of(layout, thorough=thorough))
+    return [found if o is None else _moved_back(*found, o) for found, o in zip(coded, orders, strict=True)]
+
+
+def _moved_back(codes: Codes, values: Tensor, order: npt.NDArray[np.int64]) -> tuple[Codes, Tensor]:
+    """Codes and values of sorted columns, as the columns stand in the matrix."""
+    back = np.argsort(order)
+    own = np.ascontiguousarray(codes.codes[:, back])
+    return replace(codes, codes=own), values[:, torch.from_numpy(back).to(values.device)].contiguous()
 
 
 def _encode_all(
