@@ -51,7 +51,7 @@ class CompressedTensors:
         return tuple(self._schemes)
 
     def menu(self) -> tuple[str, ...]:
-        """Schemes that compete: not all readers load zero points and other widths; finer ones of 8 bits gain nothing."""
+        """Schemes that compete: some readers lack zero points and other widths; finer ones of 8 bits gain nothing."""
         return _MENU
 
     def scheme(self, name: str) -> Scheme:
