@@ -249,7 +249,10 @@ def _aimed(
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
         if change is not None:
             aimed = _moved(planner, change)
-            return aimed, aimed.settle(state.steps, state.rules, refit=False)
+            units, coded = {p.unit.name: p for p in aimed.matrices}, dict(state.coded)
+            for names in best.order:  # as the walk did: on a GPU integers depend on what is rounded together
+                coded |= aimed.round([units[n] for n in names], state.steps, state.rules)
+            return aimed, aimed.settled(coded, state.steps, state.rules)
         found: Walked[KeptTensor] | Walked[Tensor]
         if isinstance(job.model, StreamedModel):
             streamed = job.model.streamed
