@@ -203,10 +203,38 @@ def test_what_is_read_again_is_not_let_go_of(read):
     module, x = Adding(read), torch.randn(2, 4)
     chain, before = Chain("parts", 3, 0), x.clone()
     wanted = module(x).detach()
-    assert hands_on_alone(module, lambda: module(x), chain, wanted) == (read is None)
+    assert hands_on_alone(module, lambda: module(x.clone()), chain, wanted) == (read is None)
+    assert not hands_on_alone(module, lambda: module(x.clone()), chain, wanted + 1)
+    assert not hands_on_alone(module, lambda: module(x), chain, wanted)  # its caller's
     assert torch.equal(x, before)
-    assert not hands_on_alone(module, lambda: module(x), chain, wanted + 1)
     assert torch.equal(module(x), wanted)
+
+
+class Latent(nn.Module):
+    """Blocks whose first is given a parameter, and tokens as another argument."""
+
+    class Part(nn.Module):
+        def forward(self, x, tokens):
+            return x.sin() + tokens
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(self.Part() for _ in range(3))
+        self.start = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, tokens):
+        x = self.start
+        for part in self.parts:
+            x = part(x, tokens)
+        return x
+
+
+@torch.no_grad()
+def test_what_outlives_a_pass_is_not_let_go_of():
+    module, x = Latent(), torch.randn(2, 4)
+    wanted, before = module(x), module.start.clone()
+    assert not hands_on_alone(module, lambda: module(x), Chain("parts", 3, 0), wanted)
+    assert torch.equal(module.start, before)
 
 
 def test_a_pass_that_waits_lets_go_of_what_its_block_has_read(pair):

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ def hands_on_alone(module: nn.Module, run: Callable[[], Tensor], chain: Chain, w
     """Return whether nobody but a block itself reads what it is given.
 
     The code around the blocks often keeps it, as long as a pass waits. It is tried on a pass whose blocks are given
-    tensors of their own, and nothing is left of the others.
+    tensors of their own, and nothing is left of the others. One that is there after the pass (a parameter) will be read
+    by the next one.
 
     Args:
         module: to watch.
@@ -139,11 +141,11 @@ def hands_on_alone(module: nn.Module, run: Callable[[], Tensor], chain: Chain, w
         chain: its blocks.
         wanted: the logits of that pass.
     """
-    kept = list[tuple[Tensor, Tensor]]()
+    kept = list[tuple[ref[Tensor], Tensor]]()
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = chain.taken(args, kwargs)
-        kept.append((x, x.data))
+        kept.append((ref(x), x.data))
         return chain.moved(args, kwargs)
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in chain.blocks(module)]
@@ -154,9 +156,10 @@ def hands_on_alone(module: nn.Module, run: Callable[[], Tensor], chain: Chain, w
     finally:
         for handle in handles:
             handle.remove()
-        for x, values in kept:  # it may be a tensor that outlives the pass
+        left = [(x, values) for there, values in kept if (x := there()) is not None]
+        for x, values in left:
             x.data = values
-    return torch.equal(found, wanted)
+    return not left and torch.equal(found, wanted)
 
 
 def _before(calls: _Calls, number: int) -> Callable[..., None]:
