@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from bytecap.model.bounds import Shapes, bounded, check_counts, check_values, hu
 if TYPE_CHECKING:
     from torch import nn
 
+_QUIET = threading.RLock()
 _READERS = 16  # names of one stored tensor, on the average over all values
 _SPLIT = 4  # tensors that the library makes of one of a checkpoint's
 _OWN = {None, "eager", "sdpa", "grouped_mm", "batched_mm"}  # implementations that transformers itself contains
@@ -59,8 +61,11 @@ def quiet() -> None:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Let nothing through to standard error: progress bars of other libraries ask for no leave."""
-    with contextlib.redirect_stderr(io.StringIO()):
+    """Keep standard error quiet, since some progress bars of other libraries cannot be turned off.
+
+    One thread at a time: what two of them put back at the end would not be what was there before both.
+    """
+    with _QUIET, contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
