@@ -72,6 +72,9 @@ def main() -> None:
     )
     p.add_argument("--windows", type=Path, help="JSON of the calibration windows to write")
     p.add_argument("--side", choices=["stock", "bytecap"], help="measure this side alone")
+    p.add_argument(
+        "--reuse", action="store_true", help="take what is at hand of ours and has no more bytes than theirs"
+    )
     p.add_argument("--recover", help="tune scales and vectors of ours so long (see `bytecap fit`)")
     p.add_argument("--types", type=lambda s: s.split(","), help="schemes that ours may take, in place of its menu")
     p.add_argument("--llm-compressor", type=Path, help="directory that llm-compressor wrote")
@@ -84,25 +87,25 @@ def main() -> None:
 
 
 def table(rows: Rows) -> None:
-    """Print ours beside theirs: the fit at these bytes, or else the largest of ours that has no more of them."""
-    print(
-        f"{'model':10s} {'arm':24s} {'bytes':>10s} {'ours':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s}"
-    )
-    for (name, arm, method), theirs in rows.items():
-        if method != "stock" or arm.removesuffix(WRITTEN) not in ARMS:
+    """Print ours beside theirs."""
+    print(f"{'model':10s} {'arm':24s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s}")
+    for (name, arm, method), ours in rows.items():
+        theirs = rows.get((name, arm, "stock"))
+        if theirs is None or not method.startswith(OURS) or arm.removesuffix(WRITTEN) not in ARMS:
             continue
-        for tuned in (OURS, OURS + TUNED):
-            fits = [r for (n, _, m), r in rows.items() if n == name and m == tuned and r["format"] == theirs["format"]]
-            fits = [r for r in fits if r["file_bytes"] <= theirs["file_bytes"]]
-            ours = rows.get((name, arm, tuned)) or max(fits, key=lambda r: r["file_bytes"], default=None)
-            if ours is None:
-                continue
-            ratio = ours["kl_nats"] / theirs["kl_nats"]
-            error = ratio * math.hypot(*(r["kl_stderr"] / r["kl_nats"] for r in (ours, theirs)))
-            print(
-                f"{name:10s} {arm:24s} {theirs['file_bytes']:10,d} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} "
-                f"{ours['kl_nats']:9.5f} {ratio:6.3f} {error:6.3f}{tuned.removeprefix(OURS)}"
-            )
+        ratio = ours["kl_nats"] / theirs["kl_nats"]
+        error = ratio * math.hypot(*(r["kl_stderr"] / r["kl_nats"] for r in (ours, theirs)))
+        print(
+            f"{name:10s} {arm:24s} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} {ours['kl_nats']:9.5f} "
+            f"{ratio:6.3f} {error:6.3f}{method.removeprefix(OURS)}"
+        )
+
+
+def at_hand(rows: Rows, theirs: dict[str, Any], method: str) -> dict[str, Any] | None:
+    """The largest directory of ours of a model that has no more bytes than one of theirs; None if there is none."""
+    ours = [r for (n, _, m), r in rows.items() if n == theirs["model"] and m == method]
+    ours = [r for r in ours if r["format"] == theirs["format"] and r["file_bytes"] <= theirs["file_bytes"]]
+    return max(ours, key=lambda r: r["file_bytes"], default=None)
 
 
 def run(args: Any, name: str, rows: Rows) -> None:
@@ -133,6 +136,9 @@ def run(args: Any, name: str, rows: Rows) -> None:
             row["bits_per_parameter"] = 8 * row["file_bytes"] / model.parameters
             rows[name, arm, "stock"] = keep(args, arm, "stock", {"model": name, "format": kind, **row})
         method = OURS + (TUNED if args.recover else "")
+        known = at_hand(rows, rows[name, arm, "stock"], method) if args.reuse else None
+        if (name, arm, method) not in rows and known is not None:
+            rows[name, arm, method] = keep(args, arm, method, {**known, "fit_of": known["recipe"]})
         if (name, arm, method) not in rows and args.side != "stock":
             found = fit_directory(
                 model, rows[name, arm, "stock"]["file_bytes"], format=kind, calibration=calib, evaluation=held,
@@ -146,7 +152,7 @@ def run(args: Any, name: str, rows: Rows) -> None:
 
 def keep(args: Any, arm: str, method: str, row: dict[str, Any]) -> dict[str, Any]:
     """Record a row."""
-    row = record(args, {"benchmark": "formats", "recipe": arm, **row, "method": method})
+    row = record(args, {"benchmark": "formats", **row, "recipe": arm, "method": method})
     print(f"{row['model']} {arm} {method}: {row['file_bytes']:,} bytes, KL {row['kl_nats']:.5f}", flush=True)
     return row
 

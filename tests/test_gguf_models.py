@@ -70,6 +70,11 @@ def test_a_quantized_one_is_dequantized(source, model_directory, texts, tmp_path
     assert not torch.equal(logits(found.module), logits(source.module))
 
 
+def test_reading_draws_no_bars_of_other_libraries(path, capsys):
+    load_checkpoint(path)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("cut", [40, 2000])
 def test_a_cut_one_is_refused(path, tmp_path, cut):
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-cut] if cut > 40 else path.read_bytes()[:cut])

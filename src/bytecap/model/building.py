@@ -14,6 +14,8 @@ Nothing else in the library calls `from_pretrained` or `from_config` (`tests/tes
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
@@ -53,6 +55,13 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity(logging.CRITICAL + 1)
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Let nothing through to standard error: progress bars of other libraries ask for no leave."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def parse_object(content: bytes, name: str) -> dict[str, Any]:
@@ -209,10 +218,11 @@ def pretrained(directory: Path, **options: Any) -> Any:
     """Build a directory's model by `AutoModelForCausalLM.from_pretrained`, without running its code."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        directory, config=read_config(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True,
-        **options,
-    )  # fmt: skip
+    with unheard():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory, config=read_config(directory), local_files_only=True, trust_remote_code=False,
+            use_safetensors=True, **options,
+        )  # fmt: skip
 
 
 def plain_config(directory: Path) -> Any:

@@ -1,7 +1,7 @@
 """compressed-tensors, `pack-quantized`: what vLLM and transformers read.
 
-Codes of 4 or 8 bits, packed along the columns, with a scale for a group of 32, 64 or 128 columns or for the whole row
-(channel); without a zero point codes are signed, with one (`a` behind the scheme's name) a weight is
+Codes of 2 to 8 bits, packed along the columns without gaps, with a scale for a group of 32, 64 or 128 columns or for
+the whole row (channel); without a zero point codes are signed, with one (`a` behind the scheme's name) a weight is
 `scale * (code - zero)`, and zeros are packed along the rows. Linear maps only: embeddings and heads stay in the model's
 floating-point type, because vLLM does not read them otherwise. vLLM joins projections that are given the same input,
 and these must share a scheme.
@@ -51,7 +51,7 @@ class CompressedTensors:
         return tuple(self._schemes)
 
     def menu(self) -> tuple[str, ...]:
-        """Schemes that compete: finer ones of 8 bits gain nothing, and not every reader loads zero points."""
+        """Schemes that compete: some readers lack zero points and other widths; finer ones of 8 bits gain nothing."""
         return _MENU
 
     def scheme(self, name: str) -> Scheme:
