@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from itertools import cycle
 
 import numpy as np
@@ -13,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bytecap
-from bytecap.errors import BudgetError, CheckpointError, OutputError, UsageError
+from bytecap.errors import CheckpointError, OutputError, UsageError
 from bytecap.format.ledger import total
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.quantized_copy import load_values
 from bytecap.pipeline.fit_directory import fit_directory, write_directory
 from bytecap.pipeline.formats import format_of
-from bytecap.report.terminal import print_fit
 from bytecap.runtimes.blocks.encode import encode, prepare
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words
 from bytecap.runtimes.directory import FAMILIES, family
@@ -271,35 +269,6 @@ def test_transposed_matrices_stay_and_are_named(model_directory) -> None:
         contents_of(model, MLX, None, pure=True)
 
 
-def floor_of(error: BudgetError) -> tuple[int, list[str], int]:
-    """Floor, the schemes that are said to go lower, and to how many bytes."""
-    ((types, lower),) = re.findall(r"--types (\S+) would go down to ([\d,]+)", str(error))
-    return error.floor, types.split(","), int(lower.replace(",", ""))
-
-
-def test_a_floor_is_named_and_what_goes_lower(model_directory, texts) -> None:
-    def fit(budget, **more):
-        return fit_directory(
-            model_directory("rotary"), budget, format="compressed-tensors", calibration=texts["calib"],
-            evaluation=texts["val"], dry_run=True, **SMALL, **more,
-        )  # fmt: skip
-
-    with pytest.raises(BudgetError, match=r"below the floor of .* kept in bf16 are .*embed_tokens") as caught:
-        fit(20_000)
-    assert "gguf" not in str(caught.value)  # its rows are too short for the types of fewest bits
-    floor, types, lower = floor_of(caught.value)
-    assert 20_000 < lower < floor
-    assert fit(lower, types=types).report["file_bytes"] == lower
-    with pytest.raises(BudgetError, match=r"a \.bcap file goes lower") as caught:
-        fit(lower - 1, types=types)
-    assert "--types" not in str(caught.value)
-
-
-def test_wide_rows_go_lower_as_gguf(model_directory) -> None:
-    with pytest.raises(BudgetError, match="--format gguf goes lower"):
-        fit_directory(model_directory("rotary", hidden_size=256, intermediate_size=256), 20_000, format="mlx")
-
-
 def test_directories_appear_whole(tmp_path) -> None:
     def fill(text, fail=False):
         with replacing_directory(tmp_path / "out") as made:
@@ -341,24 +310,6 @@ def test_the_command_line(run, model_directory, texts, tmp_path) -> None:
     code, _, err = run(*common, "--budget", "9bpp", "--format", "mlx", "--emit", tmp_path / "x", "-o", tmp_path / "m")
     assert code == 2
     assert "the option emit is not for the format mlx" in err
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({"format": "mlx"}, ["dry run nothing written;", "is the smallest reachable directory"]),
-        ({"format": "gguf", "emitted": "types.txt"}, ["nothing but types.txt written;", "smallest reachable file"]),
-    ],
-)
-def test_a_dry_run_says_what_it_wrote(capsys, more, said) -> None:
-    print_fit(
-        {
-            "file_bytes": 9, "budget_bytes": 9, "floor_bytes": 5, "predicted_delta_nats": 0.1, "paths": {},
-            "slope_nats_per_byte": None, "method": "bytecap", "plan": "1 w4g32", "seconds": 1.0, **more,
-        }
-    )  # fmt: skip
-    found = " ".join(capsys.readouterr().out.split())
-    assert all(words in found for words in said), found
 
 
 def logits_of_ours(model, fam, path, ids):

@@ -79,8 +79,8 @@ def run(job: Job) -> Outcome:
     prepared, best = plan(job, prepared, quantized_copy, checkpoints)
     if job.dry_run:
         return Outcome({}, b"", best.predicted, best.slope, best.gap, best.label, margin=dict(best.margin))
-    state = settle(job, prepared, best)
-    prepared, state = retarget(job, prepared, best, state, quantized_copy, checkpoints)
+    # the settled state has no name here, which would keep its integers while new ones are made
+    prepared, state = retarget(job, prepared, best, settle(job, prepared, best), quantized_copy, checkpoints)
     packed = pack(job, prepared, best, state)
     del state
     if job.recover is None:
