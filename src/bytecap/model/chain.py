@@ -64,7 +64,7 @@ class Chain:
         return args, {**kwargs, self.place: x}
 
     def moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments with a tensor that alone has the values handed on; the other one lets them go."""
+        """Return a block's arguments with the values handed on moved to a new tensor; the old one reads as NaN."""
         x = self.taken(args, kwargs)
         own = x.detach()
         let_go(x)
@@ -123,7 +123,7 @@ def find_chain(module: nn.Module, run: Callable[[], Any]) -> Chain | None:
 
 
 def let_go(x: Tensor) -> None:
-    """Free a tensor's values; whoever asks for its shape still finds it, and not a number in each place."""
+    """Free a tensor's memory but keep its shape; every value reads as NaN from then on."""
     x.data = x.new_full((), torch.nan).expand(x.shape)
 
 

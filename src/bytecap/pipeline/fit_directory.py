@@ -101,7 +101,7 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
 
 
 def _check_floor(contents: Contents, cap: int) -> int:
-    """The smallest reachable directory; refuses a cap below it, naming who holds the floor and what goes lower."""
+    """Return the bytes of the smallest directory; refuse a cap below, naming what fills it and what goes lower."""
     least = _least(contents, contents.types)
     floor = contents.size(least)
     if floor <= cap:
@@ -123,7 +123,7 @@ def _check_floor(contents: Contents, cap: int) -> int:
 
 
 def _least(contents: Contents, types: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The smallest scheme of every matrix, of those that all members of its group may take."""
+    """Return the smallest scheme of every matrix, of those that all members of its group may take."""
     groups = contents.groups
     common: dict[str, set[str]] = {}
     for n, ts in types.items():

@@ -51,7 +51,7 @@ class CompressedTensors:
         return tuple(self._schemes)
 
     def menu(self) -> tuple[str, ...]:
-        """Schemes that compete: some readers lack zero points and other widths; finer ones of 8 bits gain nothing."""
+        """Return the schemes of 4 and 8 bits that all readers know; more groups of 8 bits would gain nothing."""
         return _MENU
 
     def scheme(self, name: str) -> Scheme:

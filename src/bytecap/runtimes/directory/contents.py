@@ -64,7 +64,7 @@ class Contents:
         return None if scheme in PLAIN else self.family.layout(scheme, cols, self.float_type)
 
     def fitting(self, cols: int) -> tuple[str, ...]:
-        """All schemes of the family that hold rows of so many columns, and the plain one."""
+        """Return all schemes of the family that hold rows of so many columns, and the plain one."""
         return tuple(n for n in self.settings() if n in PLAIN or self.layout(n, cols))
 
     def settings(self) -> tuple[str, ...]:
