@@ -148,9 +148,8 @@ def run(args: Any, name: str, rows: Rows) -> None:
             )  # fmt: skip
             row = {k: v for k, v in found.report.items() if k != "margin"}
             if "without_recovery" in row and (name, arm, OURS) not in rows:
-                rest = {
-                    k: v for k, v in row.items() if k not in {"recovery", "without_recovery", "predicted_delta_nats"}
-                }
+                other = {"recovery", "without_recovery", "predicted_delta_nats", "seconds"}  # of the recovered one
+                rest = {k: v for k, v in row.items() if k not in other}
                 rows[name, arm, OURS] = keep(args, arm, OURS, {**rest, **row["without_recovery"]})
             rows[name, arm, method] = keep(args, arm, method, row)
 

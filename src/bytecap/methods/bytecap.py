@@ -331,7 +331,7 @@ def predict(
 ) -> Outcome:
     """Return the outcome of a packed plan, with its KL on the correction tokens."""
     allocator.release()
-    with allocator.no_holes(), job.reporter.step("prediction", 1):
+    with job.reporter.step("prediction", 1):
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(
