@@ -76,7 +76,7 @@ class Noted(Steps):
         before = _restart_peak()
         with super().step(label, total) as advance:
             yield advance
-        self.peaks[label] = _restart_peak()
+        self.peaks[label] = max(self.peaks.get(label, 0.0), _restart_peak())  # some steps come twice
         self.peaks["before"] = max(self.peaks.get("before", 0.0), before)
 
     def note(self, message: str, *_: Any) -> None:

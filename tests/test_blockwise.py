@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import bytecap
+from bytecap.allocation import asymmetric_targets, preparation
 from bytecap.calibration.probe import probe
 from bytecap.calibration.streamed import _Job, probe_streamed
 from bytecap.errors import UsageError
@@ -21,6 +22,7 @@ from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
 from bytecap.model.texts import Text
 from bytecap.pipeline import memory
+from bytecap.quantization import stored
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
 from conftest import BUDGET, KINDS, SMALL, VOCABULARY
@@ -187,19 +189,39 @@ def test_a_model_of_one_block_is_not_streamed(model_directory):
 
 @pytest.mark.slow
 @pytest.mark.numeric
-def test_a_streamed_fit_is_as_good_as_one_in_memory(model_directory, texts, tmp_path):
+def test_a_streamed_fit_is_as_good_as_one_in_memory(model_directory, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(asymmetric_targets.ROUND_TOKENS, "cpu", 256)  # no walk along a chain goes in rounds
     files = {"calibration": texts["calib"], "evaluation": texts["val"]}
     directory = model_directory("rotary", num_hidden_layers=4)
     said = bytecap.fit(directory, BUDGET, output=tmp_path / "a.bcap", **files, **SMALL)
     limited = bytecap.fit(directory, BUDGET, output=tmp_path / "b.bcap", memory="1MB", **files, **SMALL)
     assert limited.length == len(limited.data) == (tmp_path / "b.bcap").stat().st_size <= BUDGET
     assert limited.report["kl_nats"] <= 1.01 * said.report["kl_nats"]
+    for name in ("cost_without", "cost_with"):
+        assert limited.report["targets"][name] == pytest.approx(said.report["targets"][name], rel=1e-3)
     assert sum(e.bytes for e in limited.ledger()) == limited.length
     values = bytecap.load(tmp_path / "b.bcap")
     assert values.keys() == limited.tensors().keys()
     assert limited.load_model() is not None
     assert limited.save(tmp_path / "c.bcap") == limited.length
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["a.bcap", "b.bcap", "c.bcap"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("large", [True, False])
+def test_only_large_models_are_searched_on_samples_of_rows(large, model_directory, texts, monkeypatch):
+    scaled, inner = [], stored.Sample.scaled
+    monkeypatch.setattr(stored.Sample, "scaled", lambda item, coded: scaled.append(item.shape) or inner(item, coded))
+    monkeypatch.setattr(stored, "_LEAST_ROWS", 16)
+    if large:
+        monkeypatch.setattr(preparation, "_SAMPLED", 0)
+    found = bytecap.fit(
+        model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], memory="1MB", **SMALL
+    )
+    assert found.length <= BUDGET
+    assert found.report["slack_bytes"] <= found.report["allowed_slack_bytes"]
+    assert bool(scaled) == large
+    assert all(rows < 32 for rows, _ in scaled)
 
 
 def test_models_that_fit_are_read_whole():

@@ -120,3 +120,24 @@ def test_integers_of_the_walk_are_stored(in_rounds, model_directory, texts, monk
         np.testing.assert_array_equal(packed["state"].coded[name].code.symbols, coded.code.symbols)
         if name not in packed["last"]:
             assert packed["found"].state.coded[name] is packed["state"].coded[name]
+
+
+@pytest.mark.slow
+def test_where_the_last_matrices_are_not_enough_all_have_their_targets(model_directory, texts, tmp_path, monkeypatch):
+    """A store needs the targets of all units; without one the walk is made again for them."""
+    monkeypatch.setattr(default, "_cost", lambda *_: (np.zeros(1), np.ones(1)))
+    monkeypatch.setattr(default, "fit_units", lambda *_: None)
+    walks, drift_targets = [], default.drift_targets
+
+    def walk(*args, held, **kwargs):
+        found = drift_targets(*args, held=held, **kwargs)
+        walks.append((len(found.change), len(found.coded)))
+        return found
+
+    monkeypatch.setattr(default, "drift_targets", walk)
+    files = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}
+    made = bytecap.fit(model_directory("rotary"), BUDGET, **files)
+    assert bytecap.fit(model_directory("rotary"), BUDGET, store=tmp_path, **files).data == made.data
+    every = walks[-1][1]
+    assert walks == [(default._LAST, every), (every, every), (every, every)]
+    assert every > default._LAST

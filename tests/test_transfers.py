@@ -34,6 +34,23 @@ class TestTransfers:
             expected = values.float() if dtype == torch.float64 and wanted != dtype else values
             assert torch.equal(out.cpu(), expected.to(wanted))
 
+    def test_fill(self, dtype, count, device, monkeypatch):
+        monkeypatch.setattr(transfers, "_HERE", 64)
+        values = numbers(count, dtype)
+        raw, written = values.view(torch.uint8), []
+
+        def copy(buffer, at):
+            buffer.copy_(raw[at : at + len(buffer)])
+            written.append(len(buffer))
+
+        for wanted in {dtype, torch.float32, torch.bfloat16}:
+            out = torch.empty(count, dtype=wanted, device=device)
+            transfers.fill(out, dtype, copy)
+            expected = values.float() if dtype == torch.float64 and wanted != dtype else values
+            assert torch.equal(out.cpu(), expected.to(wanted))
+            if device == "cpu" and wanted == dtype:
+                assert written[-1] == len(raw)  # at once, without a buffer
+
     def test_down(self, dtype, count, device):
         values, through = numbers(count, dtype), Transfers(torch.device(device), 64)
         found = through.down(values.to(device))

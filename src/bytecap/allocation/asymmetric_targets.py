@@ -17,11 +17,11 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,30 @@ from bytecap.model.quantized_copy import Values, load_values, share_storage
 from bytecap.model.texts import Window
 from bytecap.model.weight_reads import count_uses
 from bytecap.progress import Advance
-from bytecap.quantization.quantizer import Prepared
+from bytecap.quantization.quantizer import Coded, Prepared
 from bytecap.system import allocator
 from bytecap.system.ranks import ALONE, Ranks
 from bytecap.types import Unit
 
+_Change = TypeVar("_Change")
+Stage = Callable[[Sequence[str], Moments, int, int], Values]
+"""Given a stage's units, the moments of their inputs, the rounds before this one and all rounds, returns values."""
+
 _Calls = tuple[WaitingCall, WaitingCall]  # of the original and of its copy
 ROUND_TOKENS = {"cpu": 4096, "cuda": 16_384}  # waiting passes hold some 30 kB a token for hidden size 512
+
+
+@dataclass(frozen=True)
+class Walked(Generic[_Change]):
+    """The outcome of a walk.
+
+    Attributes:
+        change: what targets add to the weights of units, (rows, cols) float32 by unit name.
+        coded: the units of all stages as they were coded on the way.
+    """
+
+    change: dict[str, _Change]
+    coded: dict[str, Coded]
 
 
 def stages(model: nn.Module, run: Run) -> list[list[str]]:
@@ -99,8 +116,9 @@ def drift_targets(
     strength: float,
     device: str,
     advance: Advance,
-) -> dict[str, Tensor]:
-    """Return the changes of units' targets, float32 (rows, cols) by unit name.
+    held: Collection[str] | None = None,
+) -> Walked[Tensor]:
+    """Find targets, and code all units that get one.
 
     Args:
         planner: prepared units.
@@ -112,30 +130,36 @@ def drift_targets(
         strength: at most; 1 is the least-squares target, 0 the weight itself.
         device: torch device.
         advance: called with the share of the work that is done.
+        held: units whose targets somebody asks for later; all by default. Targets take the memory of the weights, and
+            integers a quarter of that.
     """
     units = {p.unit.name: p for p in planner.matrices}
+    found = Walked[Tensor]({}, {})
     if not order:
-        return {}
+        return found
     staged = {n for names in order for n in names}
     load_values(quantized_copy, unit_values(planner, state, [n for n in planner.names if n not in staged]))
-    change: dict[str, Tensor] = {}
 
-    def stage(names: Sequence[str], found: Moments, rounds_before: int) -> Values:
-        members = _aimed([units[n] for n in names], found, strength, change, rounds_before)
-        prefix = replace(state, coded=planner.round(members, state.steps, state.rules))
-        return unit_values(planner, prefix, names)
+    def stage(names: Sequence[str], inputs: Moments, rounds_before: int, count: int) -> Values:
+        members = _aimed([units[n] for n in names], inputs, strength, found.change, rounds_before)
+        if held is not None and rounds_before == count - 1:
+            for n in set(names).difference(held):
+                del found.change[n]
+        coded = planner.round(members, state.steps, state.rules)
+        found.coded.update(coded)
+        return unit_values(planner, replace(state, coded=coded), names)
 
     walk_stages(
         order, original, quantized_copy, windows, stage, tokens=tokens_of(planner, device, windows), device=device,
         advance=advance, ranks=planner.ranks, rough=is_rough(planner, state),
     )  # fmt: skip
-    return change
+    return found
 
 
 @torch.no_grad()
 def walk_stages(
     order: Sequence[Sequence[str]], original: nn.Module, quantized_copy: nn.Module, windows: Sequence[Window],
-    stage: Callable[[Sequence[str], Moments, int], Values], *, tokens: int, device: str, advance: Advance,
+    stage: Stage, *, tokens: int, device: str, advance: Advance,
     ranks: Ranks = ALONE, streams: bool = False, rough: bool = False,
 ) -> None:  # fmt: skip
     """Walk both models stage by stage, and load into the copy what is made of every stage.
@@ -145,7 +169,7 @@ def walk_stages(
         original: untouched model.
         quantized_copy: a copy of it that holds the values of units that are in no stage.
         windows: to walk.
-        stage: given a stage's units, the moments of their inputs and the number of rounds before, returns values.
+        stage: called for every one, see `Stage`.
         tokens: of a batch.
         device: torch device.
         advance: called with the share of the work that is done.
@@ -181,7 +205,7 @@ def walk_stages(
                         inputs = shared_inputs(ranks, begun, len(data), device, width)
                         for (x, seen, *lack), (_, mask) in zip(inputs, data, strict=True):
                             found.add(x, seen, mask, *lack)
-                    load_values(quantized_copy, stage(names, found, number))
+                    load_values(quantized_copy, stage(names, found, number, len(groups)))
                     del found, inputs
                     allocator.release()
                     advance(1 / len(order) / len(groups))
@@ -281,6 +305,11 @@ def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[t
         yield partial(_forward, ids[:, :-1].to(device)), mask.to(device)
 
 
+def short_pass(windows: Sequence[Window], device: torch.device | str) -> Run:
+    """Return a pass over a few tokens, which says how a model calls its modules."""
+    return partial(_forward, next(batches(windows, 1))[0][:1, :8].to(device))
+
+
 def _forward(ids: Tensor, model: nn.Module) -> Any:
     return model(ids)
 
@@ -300,8 +329,7 @@ def order_of(units: Sequence[Unit], model: nn.Module, windows: Sequence[Window],
 def _stages_of(model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
     """Return the stages of a model; none if some batches disagree on them."""
     if of_transformers(model):
-        first = next(batches(windows, 1))[0][:1, :8].to(device)
-        return stages(model, partial(_forward, first))
+        return stages(model, short_pass(windows, device))
     spread = windows[:: max(1, len(windows) // 4)]
     found = [stages(model, run) for run, _ in passes_of(spread, 1, device)]
     return found[0] if all(f == found[0] for f in found) else []

@@ -167,8 +167,11 @@ class Planner:
             counts = sum_counts(chain([sides], (c.counts.sum(0) for c in coded.values())))
             shared = fit_shared(counts, centres, Shared(old.tables, old.offset) if shrinking else None)
             found = Rules(shared, Shrink(shared.offset) if shrinking else rules.shrink)
-        state = replace(self.price(coded, steps, found), origin=rules)
-        self.ranks.agree({"the bytes after a rounding": state.rate})  # whoever computes otherwise would plan otherwise
+        return self._agreed(replace(self.price(coded, steps, found), origin=rules))
+
+    def _agreed(self, state: State) -> State:
+        """Return a state that all ranks have: whoever computes otherwise would plan otherwise."""
+        self.ranks.agree({"the bytes after a rounding": state.rate})
         return state
 
     def _rounded(self, items: Sequence[Prepared], steps: Mapping[str, float], rules: Rules) -> Rounding:
@@ -187,8 +190,16 @@ class Planner:
 
     def price(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
         """Price rounded units in bytes and nats per token; overlays are fitted to them first."""
+        whole = {p.unit.name: p.complete(coded[p.unit.name], rules.shared) for p in self.matrices}
+        return self._priced(whole, steps, rules)
+
+    def settled(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
+        """Return the state of units that `round` has rounded under the rules that they are to be stored under."""
+        in_order = {p.unit.name: coded[p.unit.name] for p in self.matrices}
+        return self._agreed(replace(self._priced(in_order, steps, rules), origin=rules))
+
+    def _priced(self, coded: Mapping[str, Coded], steps: Mapping[str, float], rules: Rules) -> State:
         shared = rules.shared
-        coded = {p.unit.name: p.complete(coded[p.unit.name], shared) for p in self.matrices}
         rates = {n: rate(c, shared) for n, c in coded.items()}
         distortions = {n: c.distortion for n, c in coded.items()}
         for v in self.vectors:

@@ -42,6 +42,7 @@ from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
+_SAMPLED = 2**27  # parameters of a streamed model from which searches sample rows; plans of others are those in memory
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class PreparedModel:
         rules: tables and offsets that the first settling starts from.
         unused: bytes of fixed units that no gradient reaches, by name.
         targets: whether targets that follow the coded prefix were kept, and KL and bytes' worth with and without them.
+        with_targets: makes the planner with the targets of all units, where it has only those of the last ones.
     """
 
     planner: Planner
@@ -63,10 +65,11 @@ class PreparedModel:
     rules: Rules
     unused: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
+    with_targets: Callable[[], Planner] | None = None
 
     def emptied(self) -> PreparedModel:
         """Return the model without the arrays that only rounding needs."""
-        return replace(self, planner=self.planner.emptied())
+        return replace(self, planner=self.planner.emptied(), with_targets=None)
 
     def measure_finest(self) -> tuple[PreparedModel, State]:
         """Settle the finest grids; returns them and the model with their rules, for plans of large budgets."""
@@ -135,14 +138,17 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
         )  # fmt: skip
     allocator.release()
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
+    planner = replace(ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch))
+    return replace(ready, planner=replace(planner, sample=_sample(planner, model)))
+
+
+def _sample(planner: Planner, model: StreamedModel) -> Planner | None:
+    """Return the units with samples of their rows in place of many, None where a search of all takes little time."""
+    if planner.parameters < _SAMPLED:
+        return None
     inside = model.streamed.chain.holds  # rows of tables differ too much for samples
-    few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in ready.planner.matrices]
-    keep = keeper(model.scratch)
-    sample = replace(ready.planner, matrices=few, keep=keep) if any(isinstance(p, Sample) for p in few) else None
-    planner = replace(
-        ready.planner, keep=keep, keep_section=partial(_kept, model.scratch), sample=sample
-    )  # fmt: skip
-    return replace(ready, planner=planner)
+    few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in planner.matrices]
+    return replace(planner, matrices=few) if any(isinstance(p, Sample) for p in few) else None
 
 
 def _kept(scratch: Scratch, section: Section) -> Section:

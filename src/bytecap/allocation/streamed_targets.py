@@ -1,7 +1,8 @@
 """Compute the targets of `bytecap.allocation.asymmetric_targets` for a streamed model, block by block.
 
-Passes over the original and over the coded prefix wait side by side in front of every block and of every stage inside
-it. One block of each is in memory; what targets add to weights is kept in work files.
+Passes over the original and over the coded prefix wait side by side in front of every block. One block of each is in
+memory; what targets add to weights is kept in work files. Tokens, batches and sums are those of the walk in memory:
+rounds of fewer tokens, each behind a coded prefix of its own, cost 6% of the KL (ADR 18).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, passes_of, rounds, tokens_of
+from bytecap.allocation.asymmetric_targets import Walked, passes_of, short_pass, tokens_of
 from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.planner import Planner, State
-from bytecap.allocation.shared_inputs import LostError, of_rank, shared_inputs, together
+from bytecap.allocation.shared_inputs import Inputs, LostError, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
+from bytecap.allocation.waiting_passes import WaitingCall, is_spent, let_go
 from bytecap.model.forward import rough_products
 from bytecap.model.linears import linear_weights
 from bytecap.model.quantized_copy import Values
@@ -31,7 +33,6 @@ from bytecap.quantization.stored import StoredPrepared
 from bytecap.system import allocator
 from bytecap.system.ranks import Ranks
 from bytecap.system.scratch import KeptTensor, Scratch
-from bytecap.system.slabs import slabs
 
 
 @torch.no_grad()
@@ -46,8 +47,8 @@ def streamed_targets(
     strength: float,
     scratch: Scratch,
     advance: Advance,
-) -> dict[str, KeptTensor]:
-    """Return the changes of units' targets, (rows, cols) by unit name; see `drift_targets`.
+) -> Walked[KeptTensor]:
+    """Find targets, and code all units that get one; see `drift_targets`.
 
     Args:
         planner: prepared units.
@@ -64,83 +65,86 @@ def streamed_targets(
         LostError: a pass did not call its modules in that order.
     """
     if not order:
-        return {}
+        return Walked({}, {})
     staged = {n for names in order for n in names}
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
     work = _Targets(planner, state, strength, scratch)
-    tokens = tokens_of(planner, original.device, windows)
-    groups = rounds(windows, ROUND_TOKENS[original.device.type])
-    for chosen in groups:
-        data = list(passes_of(chosen, tokens, str(original.device)))
-        walk = _Walk([original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks)
-        try:
-            for names in walk.stages():
-                work.stage(walk, names, [mask for _, mask in data])
-                advance(1 / len(order) / len(groups))
-        finally:
-            walk.cancel()
-        work.rounds += 1
-    return work.change
+    data = list(passes_of(windows, tokens_of(planner, original.device, windows), str(original.device)))
+    walk = _Walk(
+        [original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks,
+        rough=is_rough(planner, state),
+        spent=is_spent(original.module, short_pass(windows, original.device), original.chain),
+    )  # fmt: skip
+    try:
+        for names in walk.stages():
+            walk.put(work.stage(names, walk.moments(names, [mask for _, mask in data])))
+            allocator.release()
+            advance(1 / len(order))
+    finally:
+        walk.cancel()
+    return work.found
 
 
 class _Targets:
-    """Targets as they are found, round by round."""
+    """Targets as they are found."""
 
     def __init__(self, planner: Planner, state: State, strength: float, scratch: Scratch) -> None:
         self._planner, self._state, self._strength, self._scratch = planner, state, strength, scratch
         self._units = {p.unit.name: p for p in planner.matrices}
-        self.change: dict[str, KeptTensor] = {}
-        self.rounds = 0
+        self.found = Walked[KeptTensor]({}, {})
 
-    def stage(self, walk: _Walk, names: Sequence[str], masks: Sequence[Tensor | None]) -> None:
-        """Aim the units of one stage, and code them for the passes that go on."""
-        found, device = Moments(), str(self._units[names[0]].device)
-        with rough_products(device, wanted=is_rough(self._planner, self._state)):
-            pairs = shared_inputs(self._planner.ranks, walk.inputs, len(masks), device)
-            for (x, seen), mask in zip(pairs, masks, strict=True):
-                found.add(x, seen, mask)
-        fix, granted, _ = found.fit([trial_of(self._units[n]) for n in names], self._strength)
+    def stage(self, names: Sequence[str], found: Moments) -> Values:
+        """Aim the units of one stage, and code them for the passes that go on; returns their values."""
+        units = [self._units[n] for n in names]
+        fix, granted, _ = found.fit([trial_of(p) for p in units], self._strength)
         fix *= granted
-        del found, pairs
         members: list[Prepared] = []
-        for n in names:
-            item = self._units[n]
-            fresh = item.times(fix)
-            if n in self.change:
-                for part in slabs(*item.shape):
-                    before = self.change[n].load(fresh.device, part).clone()
-                    fresh[part] = before.lerp_(fresh[part], 1 / (self.rounds + 1))
-            self.change[n] = self._scratch.put(fresh)
-            del fresh
-            members.append(moved(item, self.change[n]))
+        for n, item in zip(names, units, strict=True):
+            self.found.change[n] = change = self._scratch.put(item.times(fix))
+            members.append(moved(item, change))
+        del fix
         coded = self._planner.round(members, self._state.steps, self._state.rules)
-        walk.put(unit_values(self._planner, replace(self._state, coded=coded), names))
-        allocator.release()
+        self.found.coded.update(coded)
+        return unit_values(self._planner, replace(self._state, coded=coded), names)
 
 
-def moved(item: Prepared, change: KeptTensor) -> Prepared:
+def moved(item: Prepared, change: KeptTensor | Tensor) -> Prepared:
     """Return a unit with a change of its target, which a unit in work files reads when it is needed."""
     if isinstance(item, StoredPrepared):
         return item.moved(change)
-    return item.moved(change.load(item.device))
+    return item.moved(change.load(item.device) if isinstance(change, KeptTensor) else change)
 
 
 class _Walk:
-    """Passes of two models that stop at every stage, with one block of each in memory."""
+    """Passes of two models that wait in front of blocks, with one block of each in memory.
+
+    A stage inside a block is reached by running the block up to there, once for every stage; one outside by going on.
+    """
 
     def __init__(
-        self, lanes: Sequence[Streamed], data: Sequence[Any], order: Sequence[Sequence[str]], ranks: Ranks
+        self,
+        lanes: Sequence[Streamed],
+        data: Sequence[Any],
+        order: Sequence[Sequence[str]],
+        ranks: Ranks,
+        *,
+        rough: bool,
+        spent: bool,
     ) -> None:
-        self._lanes, self._order, self._ranks = lanes, order, ranks
-        self._stops = [[linear_weights(x.module)[names[0]][0] for names in order] for x in lanes]
+        self._lanes, self._order, self._ranks, self._rough = lanes, order, ranks, rough
+        self._chain = lanes[0].chain
+        self._maps = [{n: m for n, (m, _) in linear_weights(x.module).items()} for x in lanes]
+        outside = [names[0] for names in order if not self._chain.holds(names[0])]
         self._passes = [
-            [Pass(x, run, stops) for run, _ in data] for x, stops in zip(lanes, self._stops, strict=True)
-        ]  # fmt: skip
-        self._found: list[list[Any]] = []
+            [Pass(x, run, [maps[n] for n in outside]) for run, _ in data]
+            for x, maps in zip(lanes, self._maps, strict=True)
+        ]
+        self._calls: list[list[WaitingCall]] = []  # of both models, by pass
+        self._entrances = [x.blocks[0] for x in lanes] if spent else []
 
     def stages(self) -> Iterator[Sequence[str]]:
-        """Yield every stage's units while the passes wait in front of it."""
-        chain, number = self._lanes[0].chain, 0
+        """Yield every stage's units while the passes wait in front of it, or of its block."""
+        chain, number = self._chain, 0
         for part in (None, *range(chain.count), chain.count):
             prefix = f"{chain.path}.{part}."
             with self._loaded(None if part == chain.count else part):
@@ -149,7 +153,8 @@ class _Walk:
                     inside = first.startswith(prefix) if part not in {None, chain.count} else not chain.holds(first)
                     if not inside or (part is None and not self._before_chain(number)):
                         break
-                    self._advance(number)
+                    if not chain.holds(first):
+                        self._advance(first)
                     yield self._order[number]
                     number += 1
                 if part != chain.count:
@@ -157,8 +162,7 @@ class _Walk:
 
     def _before_chain(self, number: int) -> bool:
         """Whether a stage outside the chain is called in front of it."""
-        chain = self._lanes[0].chain
-        return any(chain.holds(names[0]) for names in self._order[number:])
+        return any(self._chain.holds(names[0]) for names in self._order[number:])
 
     @contextmanager
     def _loaded(self, block: int | None) -> Iterator[None]:
@@ -168,21 +172,42 @@ class _Walk:
                 stack.enter_context(lane.outside(cache) if block is None else lane.block(block, cache))
             yield
 
-    def _advance(self, number: int | None) -> None:
-        """Let all passes go on to a stage, or to the next block."""
-        together(self._ranks, partial(self._go, number))
+    def _advance(self, first: str | None) -> None:
+        """Let all passes go on to the stage of this unit, outside the chain, or in front of the next block."""
+        together(self._ranks, partial(self._go, first))
 
-    def _go(self, number: int | None) -> None:
-        self._found = [[p.advance() for p in group] for group in self._passes]
-        for stops, group in zip(self._stops, self._passes, strict=True):
-            if any((p.at is not stops[number]) if number is not None else p.at in stops for p in group):
-                raise LostError
+    def _go(self, first: str | None) -> None:
+        stops = [x.blocks if first is None else [maps[first]] for x, maps in zip(self._lanes, self._maps, strict=True)]
+        before, self._calls = self._calls[::-1], []
+        with rough_products(self._lanes[0].device, wanted=self._rough):
+            for group in zip(*self._passes, strict=True):
+                left = before.pop() if before else []  # nothing else holds what the block was given
+                found = [p.advance() for p in group]
+                for call in left:
+                    if call.module in self._entrances:  # but for the code around the blocks, which has this one
+                        let_go(self._chain.taken(call.args, call.kwargs))
+                if any(p.at not in there for p, there in zip(group, stops, strict=True)):
+                    raise LostError
+                if isinstance(found[0], tuple):  # not behind the last block
+                    self._calls.append(
+                        [WaitingCall(p.at, *f) for p, f in zip(group, found, strict=True) if p.at is not None]
+                    )
 
-    def inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what the stage is given by both models, batch by batch."""
-        for one, other in zip(*self._found, strict=True):
-            yield one[0][0], other[0][0]
-        self._found = []
+    def moments(self, names: Sequence[str], masks: Sequence[Tensor | None]) -> Moments:
+        """Return the moments of what the stage is given by both models, in all passes."""
+        found, device = Moments(), self._lanes[0].device
+        with rough_products(device, wanted=self._rough):
+            given = shared_inputs(self._ranks, partial(self._inputs, names[0]), len(masks), str(device))
+            for (x, seen), mask in zip(given, masks, strict=True):
+                found.add(x, seen, mask)
+        return found
+
+    def _inputs(self, first: str) -> Iterator[Inputs]:
+        """Yield the inputs of a unit's module in both models, pass by pass."""
+        maps = [there[first] for there in self._maps]
+        for pair in self._calls:
+            (x,), (seen,) = (call.inputs_of(m, self._chain) for call, m in zip(pair, maps, strict=True))
+            yield x, seen
 
     def put(self, values: Values) -> None:
         """Let the second model hold these values."""

@@ -15,6 +15,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from bytecap.allocation.shared_inputs import LostError
+from bytecap.model import streaming
 from bytecap.model.chain import Chain
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
@@ -57,7 +58,7 @@ class WaitingPass:
         arguments, self._arguments = self._arguments or (), None
         found = self._pass.switch(*arguments)
         while self._first:  # its block has run
-            _let_go(self._first.pop())
+            let_go(self._first.pop())
         if not found or found[0] is not next(self._stops):
             raise LostError
         call = WaitingCall(*found)
@@ -82,16 +83,16 @@ def is_spent(model: nn.Module, run: Run, chain: Chain) -> bool:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
         x = chain.taken(args, kwargs)
         kept.append((x, x.data))
-        _let_go(x)
+        let_go(x)
 
-    wanted = list(_tensors_in(run(model)))
+    wanted = list(_tensors_in(streaming.run(model, run)))
     handle = chain.blocks(model)[0].register_forward_hook(hook, with_kwargs=True)
     try:
         try:
-            found = list(_tensors_in(run(model)))
+            found = list(_tensors_in(streaming.run(model, run)))
         finally:
             handle.remove()
-        later = list(_tensors_in(run(model)))
+        later = list(_tensors_in(streaming.run(model, run)))
     except Exception:  # noqa: BLE001 (a model's own code may refuse what is no number in any way)
         return False
     finally:
@@ -102,7 +103,7 @@ def is_spent(model: nn.Module, run: Run, chain: Chain) -> bool:
     )
 
 
-def _let_go(x: Tensor) -> None:
+def let_go(x: Tensor) -> None:
     """Free a tensor's values; whoever asks for its shape still finds it, and not a number in each place."""
     x.data = x.new_full((), torch.nan).expand(x.shape)
 

@@ -16,17 +16,17 @@ bounds memory: factors and integers of the whole model are the most that a job h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from bytecap.allocation import correction, plans
-from bytecap.allocation.asymmetric_targets import call_order, drift_targets
+from bytecap.allocation.asymmetric_targets import Walked, call_order, drift_targets
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
@@ -53,6 +53,7 @@ from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
+from bytecap.system.scratch import KeptTensor
 
 Costs = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Cost of every window in nats, summed over its tokens; and its tokens."""
@@ -208,20 +209,22 @@ def retarget(
         allocator.release()
     staged = {n for names in best.order for n in names}
     state = state.holding(set(planner.names) - staged)
+    walk = partial(_aimed, job, planner, best, state, quantized_copy, checkpoints)
+    some = job.recover is None and not checkpoints.active and not isinstance(job.model, StreamedModel)
     try:
-        aimed = _aimed(job, planner, best, state, quantized_copy, checkpoints)
+        aimed, found = walk(_last_of(best) if some else None)
     except LostError:
         job.reporter.note("the order in which modules are called depends on the data: no drift targets")
         return prepared, planner.settle(state.steps, state.rules, refit=False)
     allocator.release()
-    found = aimed.settle(state.steps, state.rules, refit=False)  # the integers of the walk
     if without is not None:
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             with_them = _cost(job, aimed, found, best.slope, quantized_copy)
         targets = _judged(without, with_them)
         checkpoints.put("targets", targets)
     if targets["kept"]:
-        return replace(prepared, planner=aimed, targets=targets), found
+        again = (lambda: walk(None)[0]) if some else None
+        return replace(prepared, planner=aimed, targets=targets, with_targets=again), found
     job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
     del found
     return replace(prepared, targets=targets), planner.settle(state.steps, state.rules, refit=False)
@@ -234,27 +237,45 @@ def _aimed(
     state: State,
     quantized_copy: nn.Module,
     checkpoints: StageCheckpoints,
-) -> Planner:
-    """Return the units with targets for the prefix that a state codes; raises `LostError` where there are none."""
+    held: Collection[str] | None,
+) -> tuple[Planner, State]:
+    """Return the units with targets for the prefix that a state codes, all or those held, and the walk's integers.
+
+    Raises:
+        LostError: there are none.
+    """
     windows, strength = leading(job.sets.statistics, planner.options.drift_tokens), planner.options.drift
+    change = None if isinstance(job.model, StreamedModel) else checkpoints.tensors("drift")
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
+        if change is not None:
+            aimed = _moved(planner, change)
+            return aimed, aimed.settle(state.steps, state.rules, refit=False)
+        found: Walked[KeptTensor] | Walked[Tensor]
         if isinstance(job.model, StreamedModel):
             streamed = job.model.streamed
-            kept = streamed_targets(
+            found = streamed_targets(
                 planner, best.order, state, streamed, streamed.copy(), windows,
                 strength=strength, scratch=job.model.scratch, advance=advance,
             )  # fmt: skip
-            matrices = [moved(p, kept.pop(n)) if (n := p.unit.name) in kept else p for p in planner.matrices]
-            return replace(planner, matrices=matrices)
-        change = checkpoints.tensors("drift")
-        if change is None:
-            change = drift_targets(
+        else:
+            found = drift_targets(
                 planner, best.order, state, job.model.module, quantized_copy, windows,
-                strength=strength, device=job.device, advance=advance,
+                strength=strength, device=job.device, advance=advance, held=held,
             )  # fmt: skip
-            checkpoints.put_tensors("drift", change)
-        matrices = [p.moved(change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
-        return replace(planner, matrices=matrices)
+            checkpoints.put_tensors("drift", found.change)
+        coded = {**state.coded, **found.coded}
+        return _moved(planner, found.change), planner.settled(coded, state.steps, state.rules)
+
+
+def _moved(planner: Planner, change: dict[str, Any]) -> Planner:
+    """Return the units with what targets add to them, which is used up."""
+    matrices = [moved(p, change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
+    return replace(planner, matrices=matrices)
+
+
+def _last_of(best: PlanCandidate) -> list[str]:
+    """Return the matrices that a walk codes last, from the end."""
+    return [n for names in best.order for n in names][: -_LAST - 1 : -1]
 
 
 def _judged(without: Costs, with_them: Costs) -> dict[str, Any]:
@@ -286,12 +307,14 @@ def pack(job: Job, prepared: PreparedModel, best: PlanCandidate, state: State) -
     """Meet the cap on real bytes, behind a walk for targets by rounding only its last matrices anew."""
     planner, tables, size = prepared.planner, dump_shared(state.shared), _size_beside(job, prepared)
     allocator.release()
+    if prepared.targets.get("kept"):
+        with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
+            found = fit_units(planner, state, tables, size, job.budget, _last_of(best))
+        if found is not None:
+            return found
+        if prepared.with_targets is not None:
+            planner = prepared.with_targets()
     with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
-        if prepared.targets.get("kept"):
-            last = [n for names in best.order for n in names][: -_LAST - 1 : -1]
-            found = fit_units(planner, state, tables, size, job.budget, last)
-            if found is not None:
-                return found
         return fit_to_cap(planner, state, tables, size, job.budget)
 
 
@@ -305,7 +328,7 @@ def predict(
 ) -> Outcome:
     """Return the outcome of a packed plan, with its KL on the correction tokens."""
     allocator.release()
-    with job.reporter.step("prediction", 1):
+    with allocator.no_holes(), job.reporter.step("prediction", 1):
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from bytecap.errors import CheckpointError
-from bytecap.system.transfers import transfers
+from bytecap.system.transfers import fill
 
-_PIECE = 2**22  # values read at once
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U32": torch.uint32, "U8": torch.uint8,
@@ -104,22 +103,12 @@ class Tensors:
         flat, width = out.reshape(-1), torch.empty(0, dtype=place.dtype).element_size()
         start = place.start + first * math.prod(place.shape[1:]) * width
 
-        def fill(buffer: Tensor, at: int) -> None:
+        def read(buffer: Tensor, at: int) -> None:
             if not _read(place.path, start + at, buffer):
                 raise CheckpointError(f"{place.path} has become shorter: tensor {name} cannot be read")
 
         try:
-            if out.device.type == "cuda":
-                transfers(out.device).up(fill, place.dtype, flat)
-                return out
-            buffer = torch.empty(min(_PIECE, len(flat)) * width, dtype=torch.uint8)
-            for at in range(0, len(flat), _PIECE):
-                raw = buffer[: min(_PIECE, len(flat) - at) * width]
-                fill(raw, at * width)
-                piece = raw.view(place.dtype)
-                if place.dtype == torch.float64 and wanted != torch.float64:
-                    piece = piece.float()
-                flat[at : at + len(piece)].copy_(piece)
+            fill(flat, place.dtype, read)
         except OSError as exc:
             raise CheckpointError(f"{place.path} cannot be read: {exc.strerror or exc}") from exc
         return out

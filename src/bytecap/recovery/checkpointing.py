@@ -49,6 +49,11 @@ class StageCheckpoints:
             windows_key(job.sets.correction), job.base.sha256 if job.base else "", *streamed,
         )  # fmt: skip
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is kept."""
+        return bool(self._key)
+
     def get(self, stage: str) -> Any:
         """Return the JSON value of a stage, or None."""
         return self._job.store.get(digest(self._key, stage)) if self._key else None

@@ -7,7 +7,7 @@ on the processor: 2 GB/s where the bus has 50. Here values cross in the dtype th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _PIECE = 2**25  # bytes of a buffer
+_HERE = 2**23  # bytes of one where nothing is sent
 _PART = 2**22  # bytes that a thread writes at once
 _THREADS = 4
 _LEAST = 2**18  # bytes below which a copy of its own is as fast
@@ -45,16 +46,11 @@ class Transfers:
             dtype: of those bytes.
             out: flat and contiguous; other dtypes are converted on the device, float64 by way of float32.
         """
-        width = torch.empty(0, dtype=dtype).element_size()
-        count = self._piece // width
         with self._lock:
-            for at in range(0, len(out), count):
-                part = out[at : at + count]
+            for part, at, size in _pieces(out, dtype, self._piece):
                 number, buffer = self._free()
-                piece = buffer[: len(part) * width]
-                self._by_parts(fill, piece, at * width)
-                values = piece.to(self._device, non_blocking=True).view(dtype)
-                part.copy_(values.float() if dtype == torch.float64 and out.dtype != dtype else values)
+                self._by_parts(fill, buffer[:size], at)
+                _convert(buffer[:size].to(self._device, non_blocking=True), dtype, part)
                 self._mark(number)
 
     def down(self, values: Tensor) -> Tensor:
@@ -114,6 +110,19 @@ class Transfers:
             event.synchronize()
 
 
+def _pieces(out: Tensor, dtype: torch.dtype, most: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield parts of a flat tensor, with the place and the size of the bytes that they are made of, `most` at once."""
+    width = torch.empty(0, dtype=dtype).element_size()
+    for at, part in enumerate(out.split(most // width)):
+        yield part, at * (most // width) * width, len(part) * width
+
+
+def _convert(raw: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    """Copy values, given as bytes, into a tensor of any dtype."""
+    values = raw.view(dtype)
+    out.copy_(values.float() if dtype == torch.float64 and out.dtype != dtype else values)
+
+
 def _buffer(size: int, device: torch.device) -> Tensor:
     """Return a buffer, page-locked where that is of use and the system allows it."""
     try:
@@ -126,6 +135,22 @@ def _buffer(size: int, device: torch.device) -> Tensor:
 def transfers(device: torch.device) -> Transfers:
     """Return the buffers of a device, which are made once."""
     return Transfers(device)
+
+
+def fill(out: Tensor, dtype: torch.dtype, work: Fill) -> None:
+    """Fill a tensor on any device with values that come as bytes; see `Transfers.up`.
+
+    In the machine's memory bytes of the tensor's own dtype are written where they belong; others go through a buffer.
+    """
+    if out.device.type == "cuda":
+        transfers(out.device).up(work, dtype, out)
+    elif out.dtype == dtype:
+        work(out.view(torch.uint8), 0)
+    else:
+        buffer = torch.empty(min(_HERE, 8 * len(out)), dtype=torch.uint8)
+        for part, at, size in _pieces(out, dtype, _HERE):
+            work(buffer[:size], at)
+            _convert(buffer[:size], dtype, part)
 
 
 def to_memory(values: Tensor) -> Tensor:
@@ -152,8 +177,8 @@ def to_device(values: Tensor, device: torch.device | str, dtype: torch.dtype | N
     out = torch.empty(values.shape, dtype=dtype or values.dtype, device=target)
     raw = values.detach().reshape(-1).view(torch.uint8).numpy()
 
-    def fill(part: Tensor, at: int) -> None:
+    def copy(part: Tensor, at: int) -> None:
         np.copyto(part.numpy(), raw[at : at + len(part)])
 
-    transfers(out.device).up(fill, values.dtype, out.reshape(-1))
+    transfers(out.device).up(copy, values.dtype, out.reshape(-1))
     return out

@@ -54,7 +54,7 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
     load_values(quantized_copy, unit_values(model, items, rest))
     matrices = {u.name: u for u in units}
 
-    def stage(names: Sequence[str], inputs: Moments, _: int) -> Values:
+    def stage(names: Sequence[str], inputs: Moments, *_: int) -> Values:
         weights = {n: as_matrix(matrices[n], model.tensor(matrices[n]).detach()).float() for n in names}
         fit = inputs.fit([trial_rows(w, _row_weights(members[n])) for n, w in weights.items()], 1.0)
         aimed = {n: w + w @ (fit.fix * fit.strength) for n, w in weights.items()}
