@@ -35,7 +35,7 @@ from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.tuning import Clock
 from bytecap.system import allocator
 
-RATE = 0.002  # first learning rate: in natural logarithms of a step, in mean sizes of a vector
+RATE = 0.005  # first learning rate: in natural logarithms of a step, in mean sizes of a vector
 _TOKENS = {"cpu": 8192, "cuda": 32_768}  # that are walked
 _A_PASS = {"cpu": 1024, "cuda": 8192}  # tokens of one iteration
 _HELD = 8  # one window in so many is not tuned on
