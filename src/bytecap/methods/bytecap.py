@@ -9,7 +9,7 @@
    a prefix that is not shipped.
 6. *pack*: the cap is met on real bytes (`bytecap.methods.rate_control`).
 7. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for; of
-   a streamed model block by block (`bytecap.recovery.streamed`).
+   a streamed model with its integers as they are (`bytecap.recovery.streamed`).
 
 Every stage takes values and returns values. A stage's input is dropped where its name is bound anew, which is what
 bounds memory: factors and integers of the whole model are the most that a job holds.
@@ -374,7 +374,7 @@ def _tuned(
     """Return tuned sections under the cap with their KL, None if there are none, and a record of the tuning."""
     last = [p.unit.name for p in prepared.planner.matrices if moves(p)][: -_LAST - 1 : -1]
     if isinstance(job.model, StreamedModel):
-        found, record = tune_streamed(job, job.model.streamed, prepared.planner, packed.state, last)
+        found, record = tune_streamed(job, job.model, prepared.planner, packed.state, last)
     else:
         found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
     if found is None:
