@@ -29,9 +29,13 @@ from bytecap.recovery.streamed_gradients import kl_backward
 from bytecap.recovery.tuning import Clock
 from bytecap.system import allocator
 
-RATE = 0.002  # first learning rate: in natural logarithms of a step, in mean sizes of a vector
+RATE = 0.01  # first learning rate: in natural logarithms of a step, in mean sizes of a vector
 _WARMING = 3  # iterations until the full rate
 _CHECKS, _APART = 6, 2  # validations on the correction tokens, and iterations between two of them at least
+_SAID = (
+    "recovery of a streamed model tunes steps, norms and biases of its blocks; codes stay. A model in memory gets new "
+    "integers too"
+)
 _LOST = 4.0  # times the first KL, beyond which tuning is stopped
 
 
@@ -127,10 +131,7 @@ def tune_streamed(
         last: matrices that may be rounded anew to meet the cap.
     """
     assert job.recover is not None  # noqa: S101 (callers ask first)
-    job.reporter.note(
-        "recovery of a streamed model tunes steps, norms and biases of its blocks; codes stay. A model in memory gets "
-        "new integers too"
-    )
+    job.reporter.note(_SAID)
     original, source, checked = model.streamed, model.streamed.copy(), model.streamed.copy()
     source.load(unit_values(planner, state))
     values, passes = StreamedValues(planner, state, source), Passes(job, checked.module)
