@@ -17,7 +17,7 @@ BENCHDIR ?= build/bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo fast test kernels suite nightly harness numeric avx2 sse coverage lint style types lock format directories bench clean distclean
+.PHONY: help setup demo fast test kernels scalars vectors suite nightly harness numeric avx2 sse coverage lint style types lock format directories bench clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -51,7 +51,7 @@ types: $(INSTALLED)
 
 # Two workers with one thread each: more threads than cores only wait for one another. Each starts with one half of the
 # tests, in order, so that what the tests of a file share is made once.
-fast kernels suite nightly avx2 sse coverage harness: export OMP_NUM_THREADS = 1
+fast scalars vectors suite nightly avx2 sse coverage harness: export OMP_NUM_THREADS = 1
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 TIER := not nightly
 
@@ -62,16 +62,17 @@ fast: $(INSTALLED)
 	$(PYTEST) -m 'not slow and not nightly and not browser' --hypothesis-profile=fast
 
 # Two workers and two passes would each compile the same kernels at the same time, so a few tests that need most of them
-# come first, beside mypy. The two passes of `numeric` then take one process each beside the two of the suite: no core
-# waits for whatever ends last.
+# come first, in two processes of equal length. Then mypy and the two passes of `numeric` take a process each, one after
+# the other, beside the two of the suite: no core waits for whatever ends last.
 test: style
-	$(MAKE) --no-print-directory -j2 types kernels
-	$(MAKE) --no-print-directory -j2 suite avx2 sse
+	$(MAKE) --no-print-directory -j2 kernels
+	$(MAKE) --no-print-directory -j2 suite types avx2 sse
 
-KERNELS := tests/test_api.py::TestWithoutTorch::test_import_and_load \
-	'tests/test_blocks.py::test_a_rounded_matrix_decodes_as_gguf_does[Q2_K]' \
-	'tests/test_blocks.py::test_a_rounded_matrix_decodes_as_gguf_does[IQ1_M]'
-kernels: $(INSTALLED)
+kernels: scalars vectors
+scalars: KERNELS := 'tests/test_blocks.py::test_threads_and_company_change_nothing[Q2_K]'
+vectors: KERNELS := 'tests/test_blocks.py::test_threads_and_company_change_nothing[IQ1_S]' \
+	tests/test_api.py::TestWithoutTorch::test_import_and_load
+scalars vectors: $(INSTALLED)
 	$(BIN)/pytest -q -p no:xdist --no-header $(KERNELS)
 
 suite: $(INSTALLED)

@@ -1,7 +1,7 @@
 """MLX and compressed-tensors at equal bytes: the tools that people use against `bytecap fit --format`.
 
-MLX: `mlx_lm.convert -q` (rounding to nearest, group 64) and mlx-lm's `dynamic_quant` (sensitivities by gradients on our
-calibration windows in place of the text it would download); mlx decodes what they stored. compressed-tensors: GPTQ
+MLX: `mlx_lm.convert -q` (rounding to nearest, group 64), mlx-lm's `dynamic_quant` and its DWQ, as `formats_mlx` says;
+mlx decodes what they stored. compressed-tensors: GPTQ
 of the same layout, written here after the paper (plain Hessian, 1% damping, blocks of 128 columns, min-max scales of
 groups of 128, or 64 where 128 does not divide a row), and llm-compressor's own GPTQ, whose directory must be made in an
 environment of its own (it pins transformers) from the windows that `--windows` writes, and given by `--llm-compressor`.
@@ -11,8 +11,6 @@ mlx[cpu] and mlx-lm.
 
 from __future__ import annotations
 
-import copy
-import importlib
 import json
 import math
 import re
@@ -43,6 +41,7 @@ from bytecap.runtimes.directory.contents import compact, contents_of, read_units
 from bytecap.runtimes.directory.menu import plain_values
 from bytecap.system.cache import Store
 from common import parser, record, texts
+from formats_mlx import mlx_values
 
 # arm: family, and what is told to the tool
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,10 +49,16 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "convert-4": ("mlx", {"bits": 4}),
     "dynamic-3.5": ("mlx", {"target": 3.5, "low": 2, "high": 4}),
     "dynamic-4.5": ("mlx", {"target": 4.5, "low": 3, "high": 5}),
+    "dwq-3.5": ("mlx", {"bits": 3, "distil": True}),
+    "dwq-4.5": ("mlx", {"bits": 4, "distil": True}),
+    "dwq-3.5-fast": ("mlx", {"bits": 3, "distil": True, "rate": 1e-5, "samples": 512}),
+    "dwq-4.5-fast": ("mlx", {"bits": 4, "distil": True, "rate": 1e-5, "samples": 512}),
     "gptq-w4g128": ("compressed-tensors", {}),
     "llmc-w4g128": ("compressed-tensors", {}),
 }
 WRITTEN = " as written"  # behind an arm's name, with `--as-written`
+OURS, TUNED = "bytecap", " recovered"  # methods: ours, and what stands behind it with `--recover`
+Rows = dict[tuple[str, str, str], dict[str, Any]]
 
 
 def main() -> None:
@@ -66,25 +71,44 @@ def main() -> None:
         "--as-written", action="store_true", help="stock's tokenizer counts as its tool leaves it, with white space"
     )
     p.add_argument("--windows", type=Path, help="JSON of the calibration windows to write")
+    p.add_argument("--side", choices=["stock", "bytecap"], help="measure this side alone")
+    p.add_argument(
+        "--reuse", action="store_true", help="take what is at hand of ours and has no more bytes than theirs"
+    )
+    p.add_argument("--recover", help="tune scales and vectors of ours so long (see `bytecap fit`)")
+    p.add_argument("--types", type=lambda s: s.split(","), help="schemes that ours may take, in place of its menu")
     p.add_argument("--llm-compressor", type=Path, help="directory that llm-compressor wrote")
     args = p.parse_args()
     lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
     rows = {(r["model"], r["recipe"], r["method"]): r for r in map(json.loads, lines)}
     for name in args.model:
         run(args, name, rows)
+    table(rows)
+
+
+def table(rows: Rows) -> None:
+    """Print ours beside theirs."""
     print(f"{'model':10s} {'arm':24s} {'bytes':>10s} {'stock':>9s} {'bytecap':>9s} {'ratio':>6s} {'±':>6s}")
     for (name, arm, method), ours in rows.items():
-        if method == "bytecap" and arm.removesuffix(WRITTEN) in ARMS:
-            theirs = rows[name, arm, "stock"]
-            ratio = ours["kl_nats"] / theirs["kl_nats"]
-            error = ratio * math.hypot(*(r["kl_stderr"] / r["kl_nats"] for r in (ours, theirs)))
-            print(
-                f"{name:10s} {arm:24s} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} {ours['kl_nats']:9.5f} "
-                f"{ratio:6.3f} {error:6.3f}"
-            )
+        theirs = rows.get((name, arm, "stock"))
+        if theirs is None or not method.startswith(OURS) or arm.removesuffix(WRITTEN) not in ARMS:
+            continue
+        ratio = ours["kl_nats"] / theirs["kl_nats"]
+        error = ratio * math.hypot(*(r["kl_stderr"] / r["kl_nats"] for r in (ours, theirs)))
+        print(
+            f"{name:10s} {arm:24s} {ours['file_bytes']:10,d} {theirs['kl_nats']:9.5f} {ours['kl_nats']:9.5f} "
+            f"{ratio:6.3f} {error:6.3f}{method.removeprefix(OURS)}"
+        )
 
 
-def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
+def at_hand(rows: Rows, theirs: dict[str, Any], method: str) -> dict[str, Any] | None:
+    """The largest directory of ours of a model that has no more bytes than one of theirs; None if there is none."""
+    ours = [r for (n, _, m), r in rows.items() if n == theirs["model"] and m == method]
+    ours = [r for r in ours if r["format"] == theirs["format"] and r["file_bytes"] <= theirs["file_bytes"]]
+    return max(ours, key=lambda r: r["file_bytes"], default=None)
+
+
+def run(args: Any, name: str, rows: Rows) -> None:
     """Measure what is left of a model."""
     model, quiet, device = load_checkpoint(args.models / name), Silent(), choose_device(args.device)
     model.name = name
@@ -101,9 +125,9 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
     for base in args.arms:
         kind, told = ARMS[base]
         arm = f"{base}{WRITTEN if args.as_written else ''}"
-        if arm.startswith("llmc") and not args.llm_compressor:
+        if arm.startswith("llmc") and not args.llm_compressor and (name, arm, "stock") not in rows:
             continue
-        if (name, arm, "stock") not in rows:
+        if (name, arm, "stock") not in rows and args.side != "bytecap":
             if kind == "mlx":
                 row = mlx_arm(args, job, args.models / name, **told)
             else:
@@ -111,19 +135,28 @@ def run(args: Any, name: str, rows: dict[tuple[str, str, str], dict[str, Any]]) 
             row["file_bytes"] += spaces if args.as_written else 0
             row["bits_per_parameter"] = 8 * row["file_bytes"] / model.parameters
             rows[name, arm, "stock"] = keep(args, arm, "stock", {"model": name, "format": kind, **row})
-        if (name, arm, "bytecap") not in rows:
+        method = OURS + (TUNED if args.recover else "")
+        known = at_hand(rows, rows[name, arm, "stock"], method) if args.reuse else None
+        if (name, arm, method) not in rows and known is not None:
+            rows[name, arm, method] = keep(args, arm, method, {**known, "fit_of": known["recipe"]})
+        if (name, arm, method) not in rows and args.side != "stock":
             found = fit_directory(
                 model, rows[name, arm, "stock"]["file_bytes"], format=kind, calibration=calib, evaluation=held,
                 device=device, seed=args.seed, tokens=args.tokens, evaluation_tokens=args.eval_tokens,
-                options={"held_tokens": args.held_tokens}, store=args.work, reporter=quiet,
+                options={"held_tokens": args.held_tokens}, store=args.work, reporter=quiet, recover=args.recover,
+                types=args.types,
             )  # fmt: skip
             row = {k: v for k, v in found.report.items() if k != "margin"}
-            rows[name, arm, "bytecap"] = keep(args, arm, "bytecap", row)
+            if "without_recovery" in row and (name, arm, OURS) not in rows:
+                other = {"recovery", "without_recovery", "predicted_delta_nats", "seconds"}  # of the recovered one
+                rest = {k: v for k, v in row.items() if k not in other}
+                rows[name, arm, OURS] = keep(args, arm, OURS, {**rest, **row["without_recovery"]})
+            rows[name, arm, method] = keep(args, arm, method, row)
 
 
 def keep(args: Any, arm: str, method: str, row: dict[str, Any]) -> dict[str, Any]:
     """Record a row."""
-    row = record(args, {"benchmark": "formats", "recipe": arm, **row, "method": method})
+    row = record(args, {"benchmark": "formats", **row, "recipe": arm, "method": method})
     print(f"{row['model']} {arm} {method}: {row['file_bytes']:,} bytes, KL {row['kl_nats']:.5f}", flush=True)
     return row
 
@@ -137,40 +170,9 @@ def scores(model: Model, values: dict[str, np.ndarray], sets: TokenSets, device:
 
 def mlx_arm(args: Any, job: Job, source: Path, **told: Any) -> dict[str, Any]:
     """A model by mlx-lm's own tools."""
-    mx, nn, utils = (importlib.import_module(n) for n in ("mlx.core", "mlx.nn", "mlx_lm.utils"))
-    tree = importlib.import_module("mlx.utils").tree_flatten
-    loaded, config = utils.load_model(source)
-    low = told.get("low", told.get("bits"))
-    predicate = dynamic(loaded, job, args.seed, **told) if "target" in told else None
-    loaded, config = utils.quantize_model(loaded, config, 64, low, quant_predicate=predicate)
-    values = {}
-    for path, module in tree(loaded.leaf_modules(), is_leaf=nn.Module.is_module):
-        if hasattr(module, "bits"):
-            scales, biases = module.scales.astype(mx.float32), module.biases.astype(mx.float32)
-            found = mx.dequantize(module.weight, scales, biases, module.group_size, module.bits)
-            values[f"{path}.weight"] = np.array(found)
-    for unit in job.model.units:
-        values.setdefault(unit.name, job.model.tensor(unit).numpy())
-    with tempfile.TemporaryDirectory() as where:
-        utils.save_model(where, loaded)
-        utils.save_config(copy.deepcopy(config), Path(where) / "config.json")
-        size = sum((Path(where) / n).stat().st_size for n in ("model.safetensors", "config.json"))
-    size += sum(len(compact(n, f)) for n, f in job.model.files.items() if n != "config.json")
+    size, values = mlx_values(job, source, args.seed, **told)
     row = {"file_bytes": size, "bits_per_parameter": 8 * size / job.model.parameters, "told": told}
     return row | scores(job.model, values, job.sets, job.device)
-
-
-def dynamic(loaded: Any, job: Job, seed: int, *, target: float, low: int, high: int) -> Any:
-    """Predicate of mlx-lm's `dynamic_quant`, which gives some layers more bits."""
-    mx, tool = importlib.import_module("mlx.core"), importlib.import_module("mlx_lm.quant.dynamic_quant")
-    mx.random.seed(seed)
-    longest = max(len(w.tokens) for w in job.sets.statistics)
-    rows = [np.asarray(w.tokens) for w in job.sets.statistics if len(w.tokens) == longest]
-    data = mx.array(np.stack(rows))
-    found = dict(tool.estimate_sensitivities(loaded, data, low, 64, high, 64))
-    threshold = tool.estimate_threshold(loaded, found, target, low, 64, high, 64)
-    more = {"bits": high, "group_size": 64}
-    return lambda path, m: hasattr(m, "to_quantized") and (more if found[path] > threshold else True)
 
 
 def gptq_arm(job: Job) -> dict[str, Any]:

@@ -35,7 +35,7 @@ FROZEN = [0]  # modules that were imported when what looks for garbage last took
 VOCABULARY = 288
 KINDS = ("rotary", "biased", "transposed", "offset")  # families of models below
 BUDGET = 21_000
-SMALL = {"tokens": 2000, "evaluation_tokens": 1000, "window": 128}  # enough to exercise everything
+SMALL = {"tokens": 1500, "evaluation_tokens": 500, "window": 64}  # several passes, one for each of three ranks
 
 
 @pytest.hookimpl(trylast=True)  # after the terminal is there

@@ -157,6 +157,25 @@ def test_matrices_side_by_side_may_differ_in_whether_their_columns_are_sorted() 
             assert same_bits(values.numpy(), codes.values())
 
 
+def test_items_are_rounded_side_by_side_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes all items of one shape at a time, sorted or not; the same is asked of the processor here."""
+    layouts = {n: family("compressed-tensors").layout(n, 256, "BF16") for n in ("w4c", "w4g128", "w4g32")}
+    coding = Coding(tuple(layouts), lambda name, _: layouts[name], lambda _, w: w, lambda item, _: item.shape[0], 2**15)
+    h, rows = hessian(256), torch.ones(8, dtype=torch.float64)
+    items = [
+        Item(Place(n, n, (8, 256)), weights(8, 256, at), Metric(h, rows), Metric(h, rows), tuple(layouts), spans=spans)
+        for at, (n, spans) in enumerate({"a": (), "b": (256,), "c": (128, 256)}.items())
+    ]
+    found = []
+    for together in (1, 3):
+        monkeypatch.setattr(rounding, "_at_a_time", lambda _, together=together: together)
+        measured = rounding.curves(coding, items, lambda _: None)
+        coded = rounding.round_all(coding, items, dict.fromkeys("abc", 0.0), lambda _: None)
+        assert [c.name for c in measured] == list(coded) == list("abc")
+        found.append((measured, [r.values.tobytes() for r in coded.values()]))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("light", [1.0, 1e-3])
 def test_sorted_columns_are_taken_where_held_windows_say_so(light: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = {n: family("compressed-tensors").layout(n, 256, "BF16") for n in ("w4c", "w4g128", "w4g32")}

@@ -14,7 +14,7 @@ from bytecap.calibration.probe import probe
 from bytecap.calibration.streamed import _Job, probe_streamed
 from bytecap.errors import UsageError
 from bytecap.model import head, streaming
-from bytecap.model.chain import Chain, find_chain
+from bytecap.model.chain import Chain, find_chain, hands_on_alone
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.evaluation import by_window, compare_models
 from bytecap.model.inputs import check_causal
@@ -180,6 +180,80 @@ def test_blocks_that_share_a_tensor_are_no_chain():
     module = Layers()
     module.chained[1].weight = module.chained[0].weight
     assert find_chain(module, lambda: module(torch.ones(1, 4))) is None
+
+
+class Adding(nn.Module):
+    """Blocks in a row, behind which something of what went into them is read again, or not."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.read = read
+
+    def forward(self, x):
+        seen = []
+        for part in self.parts:
+            seen.append(x)
+            x = part(x)
+        return x if self.read is None else x + seen[self.read]
+
+
+@pytest.mark.parametrize("read", [None, 0, 1, 2])
+def test_what_is_read_again_is_not_let_go_of(read):
+    module, x = Adding(read), torch.randn(2, 4)
+    chain, before = Chain("parts", 3, 0), x.clone()
+    wanted = module(x).detach()
+    assert hands_on_alone(module, lambda: module(x.clone()), chain, wanted) == (read is None)
+    assert not hands_on_alone(module, lambda: module(x.clone()), chain, wanted + 1)
+    assert not hands_on_alone(module, lambda: module(x), chain, wanted)  # its caller's
+    assert torch.equal(x, before)
+    assert torch.equal(module(x), wanted)
+
+
+class Latent(nn.Module):
+    """Blocks whose first is given a parameter, and tokens as another argument."""
+
+    class Part(nn.Module):
+        def forward(self, x, tokens):
+            return x.sin() + tokens
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(self.Part() for _ in range(3))
+        self.start = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, tokens):
+        x = self.start
+        for part in self.parts:
+            x = part(x, tokens)
+        return x
+
+
+@torch.no_grad()
+def test_what_outlives_a_pass_is_not_let_go_of():
+    module, x = Latent(), torch.randn(2, 4)
+    wanted, before = module(x), module.start.clone()
+    assert not hands_on_alone(module, lambda: module(x), Chain("parts", 3, 0), wanted)
+    assert torch.equal(module.start, before)
+
+
+def test_a_pass_that_waits_lets_go_of_what_its_block_has_read(pair):
+    _, streamed = pair()
+    lane, ids = streamed.streamed, torch.arange(8)[None]
+    assert lane.alone
+    wanted = streaming.run(lane.module, lambda m: m(ids).logits)
+    one = streaming.Pass(lane, lambda m: m(ids).logits)
+    with torch.no_grad():
+        with lane.outside():
+            handed = lane.chain.taken(*one.advance())
+        for number in range(lane.chain.count):
+            with lane.block(number):
+                following = one.advance()
+            assert handed.isnan().all()
+            handed = following if isinstance(following, torch.Tensor) else lane.chain.taken(*following)
+            assert handed.isfinite().all()
+        with lane.outside():
+            assert torch.equal(one.advance(), wanted)
 
 
 def test_a_model_of_one_block_is_not_streamed(model_directory):

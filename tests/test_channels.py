@@ -30,7 +30,7 @@ from conftest import SMALL, build, save
 
 pytestmark = pytest.mark.numeric
 
-WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0, "trellis": False}
+WEAK = {"feedback": False, "waterfill": False, "row_power": 0.0, "row_class": 0}
 
 
 class Parallel(nn.Module):

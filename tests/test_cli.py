@@ -15,7 +15,9 @@ import pytest
 import forks
 from bytecap.cli import app
 from bytecap.methods.rate_control import allowed_slack
-from conftest import BUDGET, FAST
+from conftest import BUDGET, FAST, SMALL
+
+SCORED = ("--tokens", SMALL["evaluation_tokens"], "--window", SMALL["window"])  # as `fitted` is
 
 FIT_FIELDS = {
     "budget_bytes", "file_bytes", "slack_bytes", "ideal_bytes", "parameters", "bits_per_parameter", "bpb_original",
@@ -63,7 +65,7 @@ class TestJson:
     @pytest.mark.parametrize("source", ["artifact", "directory"])
     def test_eval(self, run, fitted, model_directory, texts, source):
         model = fitted("rotary")[1] if source == "artifact" else model_directory("rotary")
-        code, out, err = run("eval", model, "--text", texts["val"], "--tokens", 1000, "--window", 128, "--json")
+        code, out, err = run("eval", model, "--text", texts["val"], *SCORED, "--json")
         assert (code, err) == (0, "")
         score = json.loads(out)
         assert out.count("\n") == 1

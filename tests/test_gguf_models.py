@@ -1,6 +1,9 @@
 """A `.gguf` file as MODEL: what transformers reads of it is what is fitted, measured against, and kept."""
 
 import shutil
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 import bytecap
 from bytecap.errors import CheckpointError
+from bytecap.model.building import unheard
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.runtimes.gguf.export import write_plain
 from bytecap.runtimes.gguf.file import read_units
@@ -68,6 +72,32 @@ def test_a_quantized_one_is_dequantized(source, model_directory, texts, tmp_path
     for unit in found.units:
         assert np.array_equal(found.tensor(unit).numpy(), stored[unit.name]), unit.name
     assert not torch.equal(logits(found.module), logits(source.module))
+
+
+def test_reading_draws_no_bars_of_other_libraries(path, capsys):
+    load_checkpoint(path)
+    assert capsys.readouterr().err == ""
+
+
+def test_threads_that_read_leave_standard_error_as_it_was():
+    """The second comes in while the first is there, and stays longer."""
+    before, inside = sys.stderr, threading.Event()
+
+    def first():
+        with unheard():
+            inside.set()
+            time.sleep(0.1)
+
+    def second():
+        inside.wait()
+        with unheard():
+            one.join()
+
+    one, two = threading.Thread(target=first), threading.Thread(target=second)
+    one.start()
+    two.start()
+    two.join()
+    assert sys.stderr is before
 
 
 @pytest.mark.parametrize("cut", [40, 2000])

@@ -163,10 +163,11 @@ class TestComponents:
         assert abs(float(first @ vectors[:, -1])) == pytest.approx(1, abs=1e-3)
         assert abs(float(first[2])) > 0.95
 
-    @pytest.mark.slow
-    def test_unknown_gradients_are_refused(self):
-        with pytest.raises(bytecap.UsageError, match="use components or loss"):
-            bytecap.fit("demo", 600_000, method="radio", tokens=512, evaluation_tokens=512, options={"gradients": "x"})
+
+@pytest.mark.slow
+def test_unknown_gradients_are_refused():
+    with pytest.raises(bytecap.UsageError, match="use components or loss"):
+        bytecap.fit("demo", 600_000, method="radio", tokens=512, evaluation_tokens=512, options={"gradients": "x"})
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 8])

@@ -13,6 +13,7 @@ import pytest
 
 import bytecap
 import crashes
+from bytecap.allocation.planner import Planner
 from bytecap.errors import OutputError
 from bytecap.format.coders import Shared
 from bytecap.format.entropy.frequencies import Table, Tables
@@ -88,6 +89,21 @@ class TestGoingOn:
         ):  # fmt: skip
             monkeypatch.setattr(f"bytecap.{name}", None)
         assert fit() == undisturbed
+
+    def test_stored_targets_are_rounded_in_the_companies_of_the_walk(self, fit, monkeypatch):
+        """On a GPU the order of sums, and with it the integers, depends on what is rounded together."""
+        rounded, inner = [], Planner.round
+
+        def spy(planner, items, *rest):
+            rounded.append([p.unit.name for p in items])
+            return inner(planner, items, *rest)
+
+        monkeypatch.setattr(Planner, "round", spy)
+        first, walked = fit(), rounded.copy()
+        rounded.clear()
+        assert fit() == first
+        assert rounded == walked
+        assert max(map(len, walked)) > 1
 
     def test_spoiled_entries_are_not_trusted(self, fit, fitted, stored):
         entries = sorted(stored.iterdir())

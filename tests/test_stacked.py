@@ -12,8 +12,6 @@ from bytecap.methods.baselines import shared_codewords
 from bytecap.model.checkpoint import as_matrix, find_units
 from bytecap.types import Unit
 
-pytestmark = pytest.mark.numeric
-
 
 class Experts(nn.Module):
     """Token by token one of three maps, and a convolution along the text."""
@@ -64,6 +62,7 @@ def test_experts_are_stacks_and_kernels_are_not():
     assert {n for n, s in stacked.items() if s} == {"maps", "back"}
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_experts_are_coded_as_matrices_and_come_back():
     model = Experts()
@@ -80,7 +79,10 @@ def test_experts_are_coded_as_matrices_and_come_back():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "bytecap"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.numeric] * (m in {"owq", "cluscomp"})) for m in METHODS if m != "bytecap"],
+)
 def test_every_baseline_takes_experts_for_matrices(method, monkeypatch):
     monkeypatch.setattr(shared_codewords, "_EPOCHS", 10)
     model = Experts()

@@ -35,7 +35,7 @@ def scored(run, texts):
 def test_a_streamed_model_scores_as_the_whole_one(scored, fitted, model_directory, kind, pieces, monkeypatch):
     if pieces:
         monkeypatch.setitem(head._MOST, "cpu", 50 * VOCABULARY)
-    monkeypatch.setitem(predicted._WAITING, "cpu", 300)  # tokens, so that blocks are read several times
+    monkeypatch.setitem(predicted.WAITING, "cpu", 300)  # tokens, so that blocks are read several times
     for model in (model_directory(kind), fitted(kind)[1]):
         whole, said = scored(model)
         assert "is streamed" not in said

@@ -305,11 +305,6 @@ def passes_of(windows: Sequence[Window], tokens: int, device: str) -> Iterator[t
         yield partial(_forward, ids[:, :-1].to(device)), mask.to(device)
 
 
-def short_pass(windows: Sequence[Window], device: torch.device | str) -> Run:
-    """Return a pass over a few tokens, which says how a model calls its modules."""
-    return partial(_forward, next(batches(windows, 1))[0][:1, :8].to(device))
-
-
 def _forward(ids: Tensor, model: nn.Module) -> Any:
     return model(ids)
 
@@ -329,7 +324,8 @@ def order_of(units: Sequence[Unit], model: nn.Module, windows: Sequence[Window],
 def _stages_of(model: nn.Module, windows: Sequence[Window], device: str) -> list[list[str]]:
     """Return the stages of a model; none if some batches disagree on them."""
     if of_transformers(model):
-        return stages(model, short_pass(windows, device))
+        first = next(batches(windows, 1))[0][:1, :8].to(device)
+        return stages(model, partial(_forward, first))
     spread = windows[:: max(1, len(windows) // 4)]
     found = [stages(model, run) for run, _ in passes_of(spread, 1, device)]
     return found[0] if all(f == found[0] for f in found) else []

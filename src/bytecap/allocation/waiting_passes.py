@@ -15,8 +15,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from bytecap.allocation.shared_inputs import LostError
-from bytecap.model import streaming
-from bytecap.model.chain import Chain
+from bytecap.model.chain import Chain, let_go
 
 Run = Callable[[nn.Module], Any]  # one forward pass over one batch
 
@@ -85,14 +84,14 @@ def is_spent(model: nn.Module, run: Run, chain: Chain) -> bool:
         kept.append((x, x.data))
         let_go(x)
 
-    wanted = list(_tensors_in(streaming.run(model, run)))
+    wanted = list(_tensors_in(run(model)))
     handle = chain.blocks(model)[0].register_forward_hook(hook, with_kwargs=True)
     try:
         try:
-            found = list(_tensors_in(streaming.run(model, run)))
+            found = list(_tensors_in(run(model)))
         finally:
             handle.remove()
-        later = list(_tensors_in(streaming.run(model, run)))
+        later = list(_tensors_in(run(model)))
     except Exception:  # noqa: BLE001 (a model's own code may refuse what is no number in any way)
         return False
     finally:
@@ -101,11 +100,6 @@ def is_spent(model: nn.Module, run: Run, chain: Chain) -> bool:
     return bool(wanted) and all(
         len(wanted) == len(other) and all(map(torch.equal, wanted, other)) for other in (found, later)
     )
-
-
-def let_go(x: Tensor) -> None:
-    """Free a tensor's values; whoever asks for its shape still finds it, and not a number in each place."""
-    x.data = x.new_full((), torch.nan).expand(x.shape)
 
 
 def _tensors_in(output: Any) -> Iterator[Tensor]:

@@ -81,8 +81,8 @@ def run(job: Job) -> Outcome:
     prepared, best = plan(job, prepared, quantized_copy, checkpoints)
     if job.dry_run:
         return Outcome({}, b"", best.predicted, best.slope, best.gap, best.label, margin=dict(best.margin))
-    state = settle(job, prepared, best)
-    prepared, state = retarget(job, prepared, best, state, quantized_copy, checkpoints)
+    # the settled state has no name here, which would keep its integers while new ones are made
+    prepared, state = retarget(job, prepared, best, settle(job, prepared, best), quantized_copy, checkpoints)
     packed = pack(job, prepared, best, state)
     del state
     if job.recover is None:
@@ -251,7 +251,10 @@ def _aimed(
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
         if change is not None:
             aimed = _moved(planner, change)
-            return aimed, aimed.settle(state.steps, state.rules, refit=False)
+            units, coded = {p.unit.name: p for p in aimed.matrices}, dict(state.coded)
+            for names in best.order:  # as the walk did: on a GPU integers depend on what is rounded together
+                coded |= aimed.round([units[n] for n in names], state.steps, state.rules)
+            return aimed, aimed.settled(coded, state.steps, state.rules)
         found: Walked[KeptTensor] | Walked[Tensor]
         if isinstance(job.model, StreamedModel):
             streamed = job.model.streamed
@@ -330,7 +333,7 @@ def predict(
 ) -> Outcome:
     """Return the outcome of a packed plan, with its KL on the correction tokens."""
     allocator.release()
-    with allocator.no_holes(), job.reporter.step("prediction", 1):
+    with job.reporter.step("prediction", 1):
         predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(

@@ -14,10 +14,13 @@ Nothing else in the library calls `from_pretrained` or `from_config` (`tests/tes
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +32,7 @@ from bytecap.model.bounds import Shapes, bounded, check_counts, check_values, hu
 if TYPE_CHECKING:
     from torch import nn
 
+_QUIET = threading.RLock()
 _READERS = 16  # names of one stored tensor, on the average over all values
 _SPLIT = 4  # tensors that the library makes of one of a checkpoint's
 _OWN = {None, "eager", "sdpa", "grouped_mm", "batched_mm"}  # implementations that transformers itself contains
@@ -53,6 +57,16 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity(logging.CRITICAL + 1)
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Keep standard error quiet, since some progress bars of other libraries cannot be turned off.
+
+    One thread at a time: what two of them put back at the end would not be what was there before both.
+    """
+    with _QUIET, contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def parse_object(content: bytes, name: str) -> dict[str, Any]:
@@ -209,10 +223,11 @@ def pretrained(directory: Path, **options: Any) -> Any:
     """Build a directory's model by `AutoModelForCausalLM.from_pretrained`, without running its code."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        directory, config=read_config(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True,
-        **options,
-    )  # fmt: skip
+    with unheard():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory, config=read_config(directory), local_files_only=True, trust_remote_code=False,
+            use_safetensors=True, **options,
+        )  # fmt: skip
 
 
 def plain_config(directory: Path) -> Any:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,13 @@ class Chain:
         if isinstance(self.place, int):
             return (*args[: self.place], x, *args[self.place + 1 :]), kwargs
         return args, {**kwargs, self.place: x}
+
+    def moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a block's arguments with the values handed on moved to a new tensor; the old one reads as NaN."""
+        x = self.taken(args, kwargs)
+        own = x.detach()
+        let_go(x)
+        return self.given(args, kwargs, own)
 
 
 @dataclass
@@ -112,6 +120,46 @@ def find_chain(module: nn.Module, run: Callable[[], Any]) -> Chain | None:
                 found.append(Chain(path, len(blocks), min(places, key=str)))
     sizes = {c.path: sum(p.numel() for p in lists[c.path].parameters()) for c in found}
     return max(found, key=lambda c: (c.count, sizes[c.path]), default=None)
+
+
+def let_go(x: Tensor) -> None:
+    """Free a tensor's memory but keep its shape; every value reads as NaN from then on."""
+    x.data = x.new_full((), torch.nan).expand(x.shape)
+
+
+@torch.no_grad()
+def hands_on_alone(module: nn.Module, run: Callable[[], Tensor], chain: Chain, wanted: Tensor) -> bool:
+    """Return whether nobody but a block itself reads what it is given.
+
+    The code around the blocks often keeps it, as long as a pass waits. It is tried on a pass whose blocks are given
+    tensors of their own, and nothing is left of the others. One that is there after the pass (a parameter) will be read
+    by the next one.
+
+    Args:
+        module: to watch.
+        run: one pass over it, which returns its logits.
+        chain: its blocks.
+        wanted: the logits of that pass.
+    """
+    kept = list[tuple[ref[Tensor], Tensor]]()
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = chain.taken(args, kwargs)
+        kept.append((ref(x), x.data))
+        return chain.moved(args, kwargs)
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in chain.blocks(module)]
+    try:
+        found = run()
+    except Exception:  # noqa: BLE001 (a model's own code may refuse what is no number in any way)
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+        left = [(x, values) for there, values in kept if (x := there()) is not None]
+        for x, values in left:
+            x.data = values
+    return not left and torch.equal(found, wanted)
 
 
 def _before(calls: _Calls, number: int) -> Callable[..., None]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from bytecap.errors import CheckpointError
 from bytecap.format.coders.exact import is_lossless
 from bytecap.model.bounds import hurried
-from bytecap.model.building import check_config, check_holds, quiet
+from bytecap.model.building import check_config, check_holds, quiet, unheard
 from bytecap.model.fileset import TOKENIZER
 from bytecap.system.atomic import open_regular
 
@@ -63,9 +63,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes], tuple[str, ...]]
             config = transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **options)
         check_config(config.to_dict(), str(path))
         check_holds(config, {n: (size,) for n, size in inside.items()}, str(path))
-        built: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
-        )
+        with unheard():
+            built: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+            )
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
     except CheckpointError:
         raise

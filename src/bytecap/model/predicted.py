@@ -22,7 +22,7 @@ from bytecap.model.streaming import Streamed
 from bytecap.sizes import in_groups
 from bytecap.system.allocator import no_holes
 
-_WAITING = {"cpu": 2**15, "cuda": 2**18}  # tokens, of all models together, that wait in front of a streamed block
+WAITING = {"cpu": 2**15, "cuda": 2**18}  # tokens, of all models together, that wait in front of a streamed block
 Logits = Callable[[], Tensor]  # (n, vocabulary), of the next n predictions in the batch's mask
 Batches = Sequence[tuple[Tensor, Tensor]]  # ids (batch, length + 1) and mask (batch, length)
 
@@ -51,7 +51,7 @@ def predicted(
         source = streaming.of(quantized_copy)
         assert source is not None  # noqa: S101 (a copy of a streamed model is streamed)
         lanes = [streamed, *map(source.variant, variants.values())]
-        most = _WAITING[streamed.device.type] // len(lanes)
+        most = WAITING[streamed.device.type] // len(lanes)
         for some in in_groups(data, lambda batch: batch[1].numel(), most):
             yield from _side_by_side([streamed] if source is streamed else [streamed, source], lanes, some)
         return

@@ -93,7 +93,11 @@ def load_values(module: nn.Module, values: Values) -> None:
     if streamed is not None:
         streamed.load(values)
         return
-    tensors = dict(module.state_dict(keep_vars=True))
+    _put(dict(module.state_dict(keep_vars=True)), values)
+
+
+@torch.no_grad()
+def _put(tensors: Mapping[str, torch.Tensor], values: Values) -> None:
     for name, array in values.items():
         if name not in tensors:
             raise ArtifactError(f"the model has no tensor {name}")
@@ -109,11 +113,11 @@ def load_values(module: nn.Module, values: Values) -> None:
 
 @contextlib.contextmanager
 def swapped(module: nn.Module, values: Values) -> Iterator[None]:
-    """Replace some tensors of a module inside a `with` block; the old values return on leaving."""
+    """Replace some tensors of a module in memory inside a `with` block; the old values return on leaving."""
     tensors = dict(module.state_dict(keep_vars=True))
     kept = {name: tensors[name].data for name in values}
     try:
-        load_values(module, values)
+        _put(tensors, values)
         yield
     finally:
         for name, old in kept.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from bytecap.errors import CheckpointError
 from bytecap.model import streaming, tying
 from bytecap.model.accounting import account
 from bytecap.model.building import causal_lm, plain_config, without_values
-from bytecap.model.chain import Chain, find_chain
+from bytecap.model.chain import Chain, find_chain, hands_on_alone
 from bytecap.model.checkpoint import Model, as_matrix, check_size, find_units, freeze, resolve
 from bytecap.model.conversion import Conversion, convert
 from bytecap.model.fileset import Header
+from bytecap.model.forward import logits_of
 from bytecap.model.head import head_of
 from bytecap.model.opening import opened
 from bytecap.model.streaming import Streamed
@@ -110,10 +112,12 @@ def open_streamed(
     _fill_buffers(module, tensors)
     trial = Streamed(module, Chain("", 0, 0), tensors, first)
     trial.to(device)
-    chain, head = observe(trial, units)
+    chain, head, logits = observe(trial, units)
     if chain is None:
         raise Unstreamable("it has no chain of blocks that are called one after the other")
-    streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head))
+    with _one_by_one(trial, set()):
+        alone = hands_on_alone(module, partial(_few, trial), chain, logits)
+    streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head, alone=alone))
     return StreamedModel(
         module, units, source.files | found.files, str(model), notes=(*source.notes, *found.notes),
         rounded=found.rounded, rebuilt=True, scratch=scratch, dequantized=source.dense.method if source.dense else "",
@@ -155,22 +159,35 @@ def _fill_buffers(module: nn.Module, tensors: Tensors) -> None:
             buffer.copy_(tensors.read(name))
 
 
-def observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
+def _few(streamed: Streamed) -> Tensor:
+    """Return the logits of a few tokens."""
+    return logits_of(streamed.module(torch.zeros(1, _TRIAL, dtype=torch.long, device=streamed.device)))
+
+
+def observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None, Tensor]:
     """Find the chain and the head of a module on a few tokens, and refuse weights that are not finite.
 
     Args:
         streamed: the module, whose chain is not known yet.
         units: its units.
+
+    Returns:
+        The chain, the head's path, and the logits of these tokens.
     """
     module, seen = streamed.module, set[str]()
-    ids, heads = torch.zeros(1, _TRIAL, dtype=torch.long, device=streamed.device), list[str | None]()
+    heads, logits = list[str | None](), list[Tensor]()
+
+    def run() -> Tensor:
+        logits.append(_few(streamed))
+        return logits[-1]
+
     with _one_by_one(streamed, seen):
-        chain = find_chain(module, lambda: heads.append(head_of(module, lambda: module(ids))))
+        chain = find_chain(module, lambda: heads.append(head_of(module, run)))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     for unit in units:
         if unit.name not in buffers and not seen.intersection((unit.name, *unit.aliases)):
             check(unit.name, streamed.value(unit.name))
-    return chain, heads[0]
+    return chain, heads[0], logits[0]
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class Streamed:
         trained: names of parameters that ask for a gradient while they are loaded.
         head: path of the linear map whose output is the pass's logits; None where something follows it.
         aside: modules taken out of the module for a while, by path.
+        alone: whether nobody but a block reads what it is given, see `bytecap.model.chain.hands_on_alone`.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class Streamed:
     trained: set[str] = field(default_factory=set)
     head: str | None = None
     aside: dict[str, nn.Module] = field(default_factory=dict)
+    alone: bool = False
 
     def copy(self, dtype: torch.dtype | None = None) -> Streamed:
         """Return a module of its own with the same values, in another dtype if one is given."""
@@ -69,7 +71,7 @@ class Streamed:
         attach(self)
         found = Streamed(
             module, self.chain, self.tensors, self.first, self.device, dtype or self.dtype, dict(self.replaced),
-            head=self.head,
+            head=self.head, alone=self.alone,
         )  # fmt: skip
         if dtype is not None:
             for name, buffer in module.named_buffers():
@@ -210,10 +212,14 @@ class Pass:
         assert parent is not None  # noqa: S101 (a pass is only ever switched to)
         return parent.switch(*found)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getcurrent() is self._greenlet:
-            self.at = module
-            self._switch((args, kwargs))
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getcurrent() is not self._greenlet:
+            return None
+        self.at = module
+        self._switch((args, kwargs))
+        if not self._streamed.alone or torch.is_grad_enabled() or module in self._stops:
+            return None
+        return self._streamed.chain.moved(args, kwargs)
 
     def _behind(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if getcurrent() is not self._greenlet:

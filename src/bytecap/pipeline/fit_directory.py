@@ -27,6 +27,7 @@ from bytecap.pipeline.stages import choose_device
 from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
+from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.directory import family
 from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
 from bytecap.runtimes.directory.menu import coding_of
@@ -100,30 +101,47 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
 
 
 def _check_floor(contents: Contents, cap: int) -> int:
-    """The smallest reachable directory; refuses a cap below it, naming who holds the floor."""
-    shapes = {p.name: (p.shape[0], p.shape[1]) for p in contents.places}
-    least = {n: min(ts, key=lambda t: contents.rate(n, t, shapes[n])) for n, ts in contents.types.items()}
-    by_group: dict[str, set[str]] = {}
-    for n, ts in contents.types.items():
-        group = by_group.setdefault(contents.groups.get(n, n), set(ts))
-        group &= set(ts)
-    for n in least:
-        common = by_group[contents.groups.get(n, n)]
-        least[n] = min(sorted(common), key=lambda t: contents.rate(n, t, shapes[n]))
+    """Return the bytes of the smallest directory; refuse a cap below, naming what fills it and what goes lower."""
+    least = _least(contents, contents.types)
     floor = contents.size(least)
-    if floor > cap:
-        held = {u.name: 2 * u.parameters for u in contents.model.units if u.linear and u.name not in least}
-        top = sorted(held, key=lambda n: -held[n])[:2]
-        plain = (
-            f"; kept in {contents.float_type.lower()} are {', '.join(f'{n} {held[n]:,}' for n in top)}" if top else ""
-        )
-        raise BudgetError(
-            f"a budget of {cap:,} bytes is below the floor of {floor:,} of {contents.family.name}: tokenizer and other "
-            f"files hold {sum(map(len, contents.side_files().values())):,}{plain}; --format gguf or a .bcap file go "
-            "lower",
-            floor,
-        )
-    return floor
+    if floor <= cap:
+        return floor
+    held = {u.name: 2 * u.parameters for u in contents.model.units if u.linear and u.name not in least}
+    top = sorted(held, key=lambda n: -held[n])[:2]
+    plain = f"; kept in {contents.float_type.lower()} are {', '.join(f'{n} {held[n]:,}' for n in top)}" if top else ""
+    free = {p.name: contents.fitting(p.cols) for p in contents.places}
+    lowest = _least(contents, free)
+    size, kinds = contents.size(lowest), ",".join(sorted(set(lowest.values())))
+    lower = [f"--types {kinds} would go down to {size:,}"] if size < floor else []
+    lower += ["--format gguf goes lower"] if _mostly_wide(contents) else []
+    raise BudgetError(
+        f"a budget of {cap:,} bytes is below the floor of {floor:,} of {contents.family.name}: tokenizer and other "
+        f"files hold {sum(map(len, contents.side_files().values())):,}{plain}; "
+        f"{'; '.join([*lower, 'a .bcap file goes lower'])}",
+        floor,
+    )
+
+
+def _least(contents: Contents, types: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the smallest scheme of every matrix, of those that all members of its group may take."""
+    groups = contents.groups
+    common: dict[str, set[str]] = {}
+    for n, ts in types.items():
+        group = common.setdefault(groups.get(n, n), set(ts))
+        group &= set(ts)
+    shapes = {p.name: (p.shape[0], p.shape[1]) for p in contents.places}
+    return {
+        n: min(sorted(common[groups.get(n, n)]), key=lambda t, n=n: contents.rate(n, t, shapes[n]))  # type: ignore[misc]
+        for n in types
+    }
+
+
+def _mostly_wide(contents: Contents) -> bool:
+    """Return whether GGUF's types of fewest bits hold most of the weights."""
+    matrices = [u for u in contents.model.units if len(u.shape) == 2 and u.linear]
+    block = min(FORMATS.values(), key=lambda f: f.bits).block
+    wide = sum(u.parameters for u in matrices if u.matrix_shape[1] % block == 0)
+    return 2 * wide > sum(u.parameters for u in matrices)
 
 
 def _schemes(contents: Contents, plan: Plan) -> dict[str, str]:

@@ -126,6 +126,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     result.report |= {"floor_bytes": floor, "seconds": round(time.perf_counter() - started, 3)}
     if config.emit is not None:
         write_atomically(type_lines(result.types).encode(), Path(config.emit))
+        result.report["emitted"] = str(config.emit)
     return result
 
 

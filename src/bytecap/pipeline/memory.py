@@ -24,6 +24,7 @@ from bytecap.job.config import FitConfig
 from bytecap.model import gguf_file
 from bytecap.model.checkpoint import Model, load_checkpoint, resolve
 from bytecap.model.fileset import Header, read_config, read_headers
+from bytecap.model.predicted import WAITING
 from bytecap.model.quantized_checkpoint import roughly_dense
 from bytecap.model.streamed_artifact import streamed_module
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
@@ -176,9 +177,11 @@ def _beside(config: FitConfig) -> Path | None:
 
 def _room(headers: dict[Path, Header], device: str, limit: int, on_host: int) -> tuple[int, int]:
     """Bytes of the machine, which some ranks share, and of the device that may hold work files' tensors."""
-    largest = max((math.prod(e["shape"]) for header in headers.values() for e in header.values()), default=0)
-    need = _BASE[device] + 4 * _BLOCKS * largest
+    shapes = [tuple(e["shape"]) for header in headers.values() for e in header.values()]
+    largest = max(shapes, key=math.prod, default=(0,))
+    need = _BASE[device] + 4 * _BLOCKS * math.prod(largest)
     if device == "cpu":
+        need += 4 * WAITING["cpu"] * min(largest, default=0)  # an embedding's width
         return max(0, (limit - need) // 2), 0
     return (free("cpu") or 0) // 2 // on_host, max(0, (limit - need) * 4 // 5)
 

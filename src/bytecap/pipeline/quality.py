@@ -20,7 +20,6 @@ from bytecap.model.calibration_text import SELF
 from bytecap.model.evaluation import ByWindow, Comparison, compare_models, mean_comparison
 from bytecap.model.texts import TokenSets
 from bytecap.progress import Reporter
-from bytecap.system import allocator
 from bytecap.system.ranks import ALONE, Ranks
 
 _FEW = 4096  # tokens of statistics, below which text of the model's own helps on text like the user's, too
@@ -59,7 +58,7 @@ def compare(
         ranks: processes that share the windows.
     """
     held = sets.correction_texts()
-    with allocator.no_holes(), reporter.step("evaluation", sum(t.tokens for t in (*sets.evaluation, *held))) as advance:
+    with reporter.step("evaluation", sum(t.tokens for t in (*sets.evaluation, *held))) as advance:
         parts, others = (
             [compare_models(original, coded, t, device=device, progress=advance, ranks=ranks) for t in texts]
             for texts in (sets.evaluation, held)

@@ -74,9 +74,9 @@ def print_fit(report: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    size = report["file_bytes"]
+    size, kind = report["file_bytes"], "file" if report.get("format", "gguf") == "gguf" else "directory"
     if "bpb_artifact" in report:
-        table.add_row("file", f"{format_size(size)}; {report['slack_bytes']:,} bytes of the budget left")
+        table.add_row(kind, f"{format_size(size)}; {report['slack_bytes']:,} bytes of the budget left")
         table.add_row(
             "bits per parameter", f"{report['bits_per_parameter']:.3f} over {report['parameters']:,} unique parameters"
         )
@@ -89,8 +89,9 @@ def print_fit(report: dict[str, Any]) -> None:
         if apart := distance(report):
             table.add_row("text", apart)
     else:
-        table.add_row("dry run", f"nothing written; {format_size(report['budget_bytes'])} budget")
-        table.add_row("floor", f"{format_size(report['floor_bytes'])} is the smallest reachable file")
+        wrote = f"nothing but {shown(report['emitted'])} written" if "emitted" in report else "nothing written"
+        table.add_row("dry run", f"{wrote}; {format_size(report['budget_bytes'])} budget")
+        table.add_row("floor", f"{format_size(report['floor_bytes'])} is the smallest reachable {kind}")
         table.add_row("predicted KL", f"{report['predicted_delta_nats']:.4f} nats per token")
     if "source_quantization" in report:
         table.add_row("source", f"dequantized from {report['source_quantization']}: quality is against those values")

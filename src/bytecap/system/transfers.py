@@ -6,8 +6,9 @@ on the processor: 2 GB/s where the bus has 50. Here values cross in the dtype th
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
@@ -55,7 +56,7 @@ class Transfers:
 
     def down(self, values: Tensor) -> Tensor:
         """Return a copy of a tensor in the machine's memory, contiguous."""
-        out = torch.empty(values.shape, dtype=values.dtype)
+        out = unwritten(values.shape, values.dtype)
         source, flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in (values, out))
         target, waiting = flat.numpy(), list[tuple[int, int, int]]()
 
@@ -108,6 +109,17 @@ class Transfers:
         event, self._sent[number] = self._sent[number], None
         if event is not None:
             event.synchronize()
+
+
+def unwritten(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor without values in memory of numpy's, which asks the system for large pages as torch does not.
+
+    Memory is handed out as it is first written: by pages of 4 kB one core wrote 0.9 GB/s, by large ones 5.9.
+    """
+    size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    if not size:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).reshape(tuple(shape))
 
 
 def _pieces(out: Tensor, dtype: torch.dtype, most: int) -> Iterator[tuple[Tensor, int, int]]:

@@ -126,7 +126,7 @@ def in_steps(
 
 
 def _has_all(groups: Sequence[npt.NDArray[np.uint16]]) -> bool:
-    """Return whether there is a group wherever one was looked for."""
+    """Return whether the model has a group for every column and kind of row."""
     return all((g < NONE).all() for g in groups)
 
 
@@ -187,7 +187,7 @@ class Direct:
 
     @cached_property
     def model(self) -> Model:
-        """Tables and offsets for what columns may be; the narrow ones, which are faster, if they have every class."""
+        """Return the smallest model that serves all columns: without dependent ones, and narrow, which is faster."""
         dependent = any(self.masks)
         narrow = self.shared.model if dependent else self.shared.independent
         return narrow if _has_all(self.groups_of(narrow)) else self.shared.wide(dependent=dependent)

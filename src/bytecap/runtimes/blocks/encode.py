@@ -267,7 +267,7 @@ def encode_all(
 
 
 def _moved_back(codes: Codes, values: Tensor, order: npt.NDArray[np.int64]) -> tuple[Codes, Tensor]:
-    """Codes and values of sorted columns, as the columns stand in the matrix."""
+    """Return codes and values of sorted columns in the order that the columns have in the matrix."""
     back = np.argsort(order)
     own = np.ascontiguousarray(codes.codes[:, back])
     return replace(codes, codes=own), values[:, torch.from_numpy(back).to(values.device)].contiguous()

@@ -1,7 +1,7 @@
 """compressed-tensors, `pack-quantized`: what vLLM and transformers read.
 
-Codes of 4 or 8 bits, packed along the columns, with a scale for a group of 32, 64 or 128 columns or for the whole row
-(channel); without a zero point codes are signed, with one (`a` behind the scheme's name) a weight is
+Codes of 2 to 8 bits, packed along the columns without gaps, with a scale for a group of 32, 64 or 128 columns or for
+the whole row (channel); without a zero point codes are signed, with one (`a` behind the scheme's name) a weight is
 `scale * (code - zero)`, and zeros are packed along the rows. Linear maps only: embeddings and heads stay in the model's
 floating-point type, because vLLM does not read them otherwise. vLLM joins projections that are given the same input,
 and these must share a scheme.
@@ -28,7 +28,7 @@ from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words, words_of
 from bytecap.runtimes.directory import Scheme, Spec, split
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUPS = (0, 128, 64, 32)
 _MENU = ("w4c", "w4g128", "w4g64", "w4g32", "w8c", "w8g128")
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -51,7 +51,7 @@ class CompressedTensors:
         return tuple(self._schemes)
 
     def menu(self) -> tuple[str, ...]:
-        """Schemes that compete: finer ones of 8 bits gain nothing, and not every reader loads zero points."""
+        """Return the schemes of 4 and 8 bits that all readers know; more groups of 8 bits would gain nothing."""
         return _MENU
 
     def scheme(self, name: str) -> Scheme:

@@ -63,6 +63,10 @@ class Contents:
         """Block format of a scheme; None for a plain one."""
         return None if scheme in PLAIN else self.family.layout(scheme, cols, self.float_type)
 
+    def fitting(self, cols: int) -> tuple[str, ...]:
+        """Return all schemes of the family that hold rows of so many columns, and the plain one."""
+        return tuple(n for n in self.settings() if n in PLAIN or self.layout(n, cols))
+
     def settings(self) -> tuple[str, ...]:
         """All schemes; a point's setting is a place in this."""
         return (*self.family.schemes(), self.float_type.lower())
