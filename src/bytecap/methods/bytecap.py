@@ -8,7 +8,8 @@
    (`bytecap.allocation.asymmetric_targets`). This comes after all of that: aiming first would correct for errors of
    a prefix that is not shipped.
 6. *pack*: the cap is met on real bytes (`bytecap.methods.rate_control`).
-7. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for.
+7. *recover*: what is stored is tuned end to end at equal bytes (`bytecap.recovery.tuning`), where that is asked for; of
+   a streamed model with its integers as they are (`bytecap.recovery.streamed`).
 
 Every stage takes values and returns values. A stage's input is dropped where its name is bound anew, which is what
 bounds memory: factors and integers of the whole model are the most that a job holds.
@@ -51,6 +52,7 @@ from bytecap.quantization.options import Options, effort_on
 from bytecap.quantization.quantizer import compile_ahead
 from bytecap.recovery.checkpointing import StageCheckpoints
 from bytecap.recovery.parameters import moves
+from bytecap.recovery.streamed import tune_streamed
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor
@@ -373,11 +375,14 @@ def _tuned(
     job: Job, prepared: PreparedModel, packed: Packed, slope: float, quantized_copy: nn.Module
 ) -> tuple[tuple[Packed, float] | None, dict[str, Any]]:
     """Return tuned sections under the cap with their KL, None if there are none, and a record of the tuning."""
-    found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
+    last = [p.unit.name for p in prepared.planner.matrices if moves(p)][: -_LAST - 1 : -1]
+    if isinstance(job.model, StreamedModel):
+        found, record = tune_streamed(job, job.model, prepared.planner, packed.state, last)
+    else:
+        found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
     if found is None:
         return None, record
     planner, state = found
-    last = [p.unit.name for p in planner.matrices if moves(p)][: -_LAST - 1 : -1]
     again = fit_units(
         planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget, last
     )  # fmt: skip

@@ -43,7 +43,7 @@ class Artifact:
     data: bytes
     report: dict[str, Any] = field(default_factory=dict)
     windows: tuple[ByWindow, ...] = ()
-    before: bytes | None = None
+    before: Artifact | None = None
     beside: dict[str, bytes] = field(default_factory=dict)
 
     def __repr__(self) -> str:

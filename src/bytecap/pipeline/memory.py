@@ -151,8 +151,10 @@ def _reason(config: FitConfig) -> str | None:
     kind = format_of(config)
     if kind not in _STREAMED or config.template is not None:
         return f"the format {kind} needs it in memory" if kind not in _STREAMED else "a template needs it in memory"
-    if config.recover is not None or config.paths or config.given:
-        return "recovery, overlays and given sections need it in memory"
+    if config.recover is not None and kind != OURS:
+        return f"recovery of the format {kind} needs it in memory"
+    if config.paths or config.given:
+        return "overlays and given sections need it in memory"
     return "an update of a base needs it in memory" if config.base else None
 
 

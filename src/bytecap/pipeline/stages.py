@@ -213,7 +213,7 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
     say_narrow(job, result.report)
     if job.recover is not None:
         before_it = result.before
-        other = found if before_it is None else _measure(container.parse(before_it), len(before_it), job)[0]
+        other = found if before_it is None else _measure(before_it.read(), before_it.length, job)[0]
         plain = other.parts
         before = quality(plain)
         keys = ("kl_nats", "kl_stderr", "measured_delta_nats", "measured_delta_stderr", "bpb_artifact")
@@ -240,7 +240,7 @@ def _solve(job: Job, run: Method, frame: Frame) -> Artifact:
     before = None
     if outcome.before is not None:
         plain = _with_lists(replace(outcome, sections=outcome.before[0], tables=outcome.before[1]), job.model)
-        before = container.serialize(_contents(job.model, frame, plain, job.budget))
+        before = _artifact(job.model, _contents(job.model, frame, plain, job.budget))
     result = _artifact(job.model, stored)
     result.before = before
     result.report = _report(result, job, outcome, method)

@@ -152,6 +152,13 @@ class Coded:
         object.__setattr__(found, "owner", rank)
         return found
 
+    def at_step(self, step: float) -> Coded:
+        """Return the unit with the same integers at another step."""
+        found, code = copy(self), copy(self.code)
+        object.__setattr__(code, "step", float(np.float32(step)))
+        object.__setattr__(found, "code", code)
+        return found
+
     @property
     def as_in_base(self) -> bool:
         """Whether nothing is added to the base, so that nothing is stored."""

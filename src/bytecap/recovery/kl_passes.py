@@ -19,7 +19,7 @@ from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
 from bytecap.model.forward import fast_dtype, logits_of, pass_tokens, rough_products
 from bytecap.model.oom_retry import halving
-from bytecap.model.texts import iteration_windows, leading
+from bytecap.model.texts import Window, iteration_windows, leading
 from bytecap.system.allocator import is_shortage
 
 _TOKENS = {"cpu": 2048, "cuda": 16_384}  # of one iteration
@@ -122,11 +122,16 @@ class Passes:
         for name, found in values.items():
             parameters[name].data = found.to(parameters[name].dtype).contiguous()
 
+    def windows(self) -> list[Window]:
+        """Return the windows of the next iteration."""
+        found = next(self._source)
+        self.read += sum(w.predicted for w in found)
+        self.iterations += 1
+        return found
+
     def gradients(self, names: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
         """Return KL and gradients on the next windows; batches are halved where the device's memory ends."""
-        windows = next(self._source)
-        self.read += sum(w.predicted for w in windows)
-        self.iterations += 1
+        windows = self.windows()
         model, device = self._job.model.module, self._job.device
 
         def work(batch: int) -> tuple[float, dict[str, Tensor]]:

@@ -31,6 +31,7 @@ from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.shared_tables import count_symbols
 from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Coded, Prepared, rate
+from bytecap.quantization.stored import StoredPrepared
 from bytecap.quantization.symbols_there import symbols_anywhere
 from bytecap.types import Unit
 
@@ -153,7 +154,7 @@ class _Matrix:
 
 def moves(item: Prepared) -> bool:
     """Whether a matrix is coded anew: those under an overlay keep their integers."""
-    return type(item) is Prepared or isinstance(item, DifferenceUnit)
+    return type(item) is Prepared or isinstance(item, DifferenceUnit | StoredPrepared)
 
 
 class TunedParameters:
@@ -307,7 +308,7 @@ class TunedParameters:
             assert m.coded is not None  # noqa: S101 (stages leave everything coded)
             scale = float(torch.exp(self.logs[at]))
             steps[n] = m.step * scale
-            coded[n] = replace(m.coded, code=replace(m.coded.code, step=float(np.float32(steps[n]))))
+            coded[n] = m.coded.at_step(steps[n])
             moved[n] = replace(m.item, weight=m.item.weight * scale)
         self._set_offsets()
         vectors = [

@@ -1,0 +1,173 @@
+"""Tune the continuous values of a streamed model by the KL to the original, with frozen codes.
+
+Tuned are values that cost no bytes wherever they stand: the step of every matrix in a block, and the blocks' vectors
+(norms, biases), which are rounded on their grid as they will be stored. Gradients are those of the whole model, made
+block by block (`bytecap.recovery.streamed_gradients`); the tuned values and Adam's means of them are all that is held.
+The best that was seen on the correction tokens is kept, or nothing, as for models in memory.
+
+Tried and no better on held-out text: each block's output as its own aim (LOG.md).
+Omitted: new integers, offsets, and what is outside the chain of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bytecap.allocation.correction import unit_values
+from bytecap.allocation.planner import Planner, State
+from bytecap.job import Job
+from bytecap.model.forward import pass_tokens
+from bytecap.model.streamed_checkpoint import StreamedModel
+from bytecap.model.streaming import Streamed
+from bytecap.recovery.kl_passes import Passes, same_again
+from bytecap.recovery.streamed_gradients import kl_backward
+from bytecap.recovery.tuning import Clock
+from bytecap.system import allocator
+
+RATE = 0.01  # first learning rate: in natural logarithms of a step, in mean sizes of a vector
+_WARMING = 3  # iterations until the full rate
+_CHECKS, _APART = 6, 2  # validations on the correction tokens, and iterations between two of them at least
+_SAID = (
+    "recovery of a streamed model tunes steps, norms and biases of its blocks; codes stay. A model in memory gets new "
+    "integers too"
+)
+_LOST = 4.0  # times the first KL, beyond which tuning is stopped
+
+
+class StreamedValues:
+    """The tuned values of a settled plan.
+
+    Attributes:
+        logs: (matrices,), logarithms of what steps are multiplied by.
+        vectors: by vector, its values.
+    """
+
+    def __init__(self, planner: Planner, state: State, source: Streamed) -> None:
+        """`source` is a coded model with the values of `state`, whose blocks are tuned."""
+        self._planner, self._state, self._source = planner, state, source
+        inside = source.chain.holds
+        self._places = {n: at for at, n in enumerate(n for n in state.coded if inside(n))}
+        self._vectors = {v.unit.name: v for v in planner.vectors if inside(v.unit.name) and v.fisher.any()}
+        self.logs = torch.zeros(len(self._places), device=source.device, requires_grad=True)
+        self.vectors = {
+            n: torch.from_numpy(v.values.copy()).to(source.device).requires_grad_() for n, v in self._vectors.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of tuned matrices, in the order of `logs`."""
+        return list(self._places)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return what an optimizer is given, with first learning rates."""
+        sizes = {n: max(float(t.detach().abs().mean()), 1e-8) for n, t in self.vectors.items()}
+        logs = [{"params": [self.logs], "first": RATE}] if self._places else []
+        return logs + [{"params": [t], "first": RATE * sizes[n]} for n, t in self.vectors.items()]
+
+    def weights(self, number: int, block: nn.Module) -> Mapping[str, Tensor]:
+        """Return the tuned parameters of a loaded block as a file would hold them; gradients pass through rounding."""
+        prefix, found = f"{self._source.chain.path}.{number}.", {}
+        for name, parameter in block.named_parameters():
+            unit = self._source.first[prefix + name]
+            if unit in self._places:
+                found[name] = parameter.detach() * torch.exp(self.logs[self._places[unit]])
+            elif unit in self._vectors:
+                t = self.vectors[unit]
+                v = replace(self._vectors[unit], values=t.detach().cpu().numpy())
+                stored = torch.from_numpy(v.decode(self._state.steps[unit])).to(t.device).reshape(t.shape)
+                found[name] = (t + (stored - t.detach())).reshape(v.unit.shape)
+        return found
+
+    def snapshot(self) -> list[Tensor]:
+        """Return copies of what is tuned."""
+        return [t.detach().clone() for t in (self.logs, *self.vectors.values())]
+
+    def restore(self, kept: Sequence[Tensor]) -> None:
+        """Go back to a snapshot."""
+        for t, old in zip((self.logs, *self.vectors.values()), kept, strict=True):
+            t.data.copy_(old)
+
+    def settle(self, last: Sequence[str] = ()) -> tuple[Planner, State]:
+        """Return the units and the state with these values and the same integers.
+
+        Args:
+            last: matrices whose targets follow their steps, since they may be rounded anew to meet the cap.
+        """
+        planner, steps, coded = self._planner, dict(self._state.steps), dict(self._state.coded)
+        scales = dict(zip(self._places, torch.exp(self.logs.detach()).tolist(), strict=True))
+        for n, scale in scales.items():
+            steps[n] *= scale
+            coded[n] = coded[n].at_step(coded[n].code.step * scale)
+        vectors = [
+            replace(v, values=self.vectors[n].detach().cpu().numpy().copy())
+            if (n := v.unit.name) in self.vectors
+            else v
+            for v in planner.vectors
+        ]
+        matrices = [
+            p.moved(p.weight * (scales[n] - 1)) if (n := p.unit.name) in last and n in scales else p
+            for p in planner.matrices
+        ]
+        rates = {v.unit.name: v.rate(steps[v.unit.name], self._state.shared) for v in vectors}
+        state = replace(self._state, steps=steps, coded=coded, rates={**self._state.rates, **rates})
+        return replace(planner, matrices=matrices, vectors=vectors), state
+
+
+def tune_streamed(
+    job: Job, model: StreamedModel, planner: Planner, state: State, last: Sequence[str]
+) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
+    """Tune a plan; returns it with the same integers, None if its KL is no lower, and a record.
+
+    Args:
+        job: names the tokens and the effort.
+        model: the job's model.
+        planner: the units as they were coded.
+        state: what would be shipped without recovery.
+        last: matrices that may be rounded anew to meet the cap.
+    """
+    assert job.recover is not None  # noqa: S101 (callers ask first)
+    job.reporter.note(_SAID)
+    original, source, checked = model.streamed, model.streamed.copy(), model.streamed.copy()
+    source.load(unit_values(planner, state))
+    values, passes = StreamedValues(planner, state, source), Passes(job, checked.module)
+    batch = pass_tokens(model.module, original.device)
+
+    def check() -> float:
+        checked.load(unit_values(*values.settle()))
+        return passes.check()
+
+    with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
+        start = best = check()
+        kept, groups, clock = values.snapshot(), values.groups(), Clock(job.recover, advance)
+        optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12) if groups else None
+        while optimizer is not None and clock.done < 1:
+            optimizer.zero_grad()
+            kl_backward(original, source, passes.windows(), values.weights, batch=batch, scratch=model.scratch)
+            for group in optimizer.param_groups:
+                rate = min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done)
+                group["lr"] = group["first"] * rate
+            optimizer.step()
+            clock.tick()
+            if not clock.due(_CHECKS, _APART):
+                continue
+            now = check()
+            if now < best:
+                best, kept = now, values.snapshot()
+            if not now < _LOST * start:
+                job.reporter.note(f"recovery diverges after {clock.iterations} iterations (KL {now:.4f}): stopped")
+                break
+        values.restore(kept)
+    job.reporter.note(
+        f"recovery: {clock.iterations} iterations of values on {passes.read:,} tokens in {clock.seconds:.0f} s, KL on "
+        f"the correction tokens {start:.4f} before, {best:.4f} after"
+    )
+    passes.say_short()
+    stage = {"stage": "values", "kl": best, "moves": clock.iterations, "seconds": round(clock.seconds, 1)}
+    return values.settle(last) if best < start else None, {
+        "tokens": passes.read, "kl_before": start, "stages": [stage], "curve": passes.curve,
+    }  # fmt: skip
