@@ -1,5 +1,6 @@
 """Recovery of streamed models: gradients are exact, integers and bytes stay, one block is in memory at a time."""
 
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -162,6 +163,21 @@ class TestValues:
         assert any("diverges" in note for note in job.reporter.notes)
         assert found is None
         assert record["stages"][0]["kl"] == record["kl_before"]
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+    @pytest.mark.parametrize("vector", [True, False])
+    def test_what_cannot_be_stored_has_diverged(self, value, vector, tuned, monkeypatch):
+        def spoilt(values, _names=None):
+            with torch.no_grad():
+                (next(iter(values.vectors.values())) if vector else values.logs).fill_(value)
+            return own(values)
+
+        own = streamed.StreamedValues.storable
+        monkeypatch.setattr(streamed.StreamedValues, "storable", spoilt)
+        job, *_, found, record = tuned("8")
+        assert any("diverges after 1 " in note for note in job.reporter.notes)
+        assert found is None
+        assert len(record["curve"]) == 1
 
     def test_a_target_follows_its_step_where_it_may_be_rounded_anew(self, tuned, monkeypatch):
         kl = iter([1.0, 0.5])

@@ -11,6 +11,7 @@ Omitted: new integers, offsets, and what is outside the chain of blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ _SAID = (
     "integers too"
 )
 _LOST = 4.0  # times the first KL, beyond which tuning is stopped
+_MOST = 2.0**30  # steps of a vector's value
 
 
 class StreamedValues:
@@ -82,6 +84,12 @@ class StreamedValues:
                 stored = torch.from_numpy(v.decode(self._state.steps[unit])).to(t.device).reshape(t.shape)
                 found[name] = (t + (stored - t.detach())).reshape(v.unit.shape)
         return found
+
+    def storable(self) -> bool:
+        """Return whether steps are finite and vectors have integers at theirs; moves that diverge end that."""
+        steps = {n: v.step(self._state.steps[n]) for n, v in self._vectors.items()}
+        within = [bool((t.detach().abs() < _MOST * steps[n]).all()) for n, t in self.vectors.items()]
+        return all(within) and bool(torch.exp(self.logs.detach()).isfinite().all())
 
     def snapshot(self) -> list[Tensor]:
         """Return copies of what is tuned."""
@@ -153,9 +161,10 @@ def tune_streamed(
                 group["lr"] = group["first"] * rate
             optimizer.step()
             clock.tick()
-            if not clock.due(_CHECKS, _APART):
+            stored = values.storable()
+            if stored and not clock.due(_CHECKS, _APART):
                 continue
-            now = check()
+            now = check() if stored else math.inf
             if now < best:
                 best, kept = now, values.snapshot()
             if not now < _LOST * start:
