@@ -112,6 +112,7 @@ def test_scales_of_zero_have_codes_of_zero() -> None:
     assert not encode(weight, prepare(correlated(256)), FORMATS["Q6_K"]).codes[1].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "cols"), [("IQ4_XS", 256), ("Q4_K", 256), ("Q6_K", 256), ("Q4_1", 32), ("w4c", 320)])
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_torch_takes_the_same_ways(name: str, cols: int, width: int) -> None:
@@ -161,6 +162,7 @@ def test_scales_are_tried(name: str) -> None:
     assert search_of(FORMATS["Q4_K"], thorough=True) == search_of(FORMATS["Q4_K"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["w4g128", "w4g128a", "w3g64"])
 def test_torch_takes_the_same_scales(name: str) -> None:
     layout = family("mlx" if name == "w3g64" else "compressed-tensors").layout(name, 256, "BF16")

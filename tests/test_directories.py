@@ -204,6 +204,7 @@ def test_a_directory_comes_back_from_its_files(written, name) -> None:
     assert config["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_fit_keeps_its_cap_and_says_what_it_did(made, name) -> None:
     path, found = made(name)
@@ -298,6 +299,7 @@ def test_formats_by_name() -> None:
         format_of(FitConfig("1MB", format="awq"))
 
 
+@pytest.mark.slow
 def test_the_command_line(run, model_directory, texts, tmp_path) -> None:
     common = ("fit", model_directory("rotary"), "--calib", texts["calib"], "--eval", texts["val"], "--tokens", "2000")
     code, out, err = run(

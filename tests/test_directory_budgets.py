@@ -11,6 +11,8 @@ from bytecap.pipeline.fit_directory import fit_directory
 from bytecap.report.terminal import print_fit
 from conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 
 def floor_of(error: BudgetError) -> tuple[int, list[str], int]:
     """Floor, the schemes that are said to go lower, and to how many bytes."""

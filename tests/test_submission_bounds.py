@@ -169,7 +169,8 @@ while not os.path.exists({path!r}) or not open({path!r}).read():
 
 @LINUX
 @pytest.mark.parametrize(("then", "said"), [
-    ("time.sleep(600)", "ended after 3 seconds"), ("print('bpb 2')", "2.0"), ("sys.exit(7)", "exit code 7"),
+    pytest.param("time.sleep(600)", "ended after 3 seconds", marks=pytest.mark.slow),
+    ("print('bpb 2')", "2.0"), ("sys.exit(7)", "exit code 7"),
 ])  # fmt: skip
 def test_grandchildren_end_with_the_evaluation(submission, tmp_path, then, said):
     """The orphan has a session of its own and holds the pipes: neither it nor the wait for it outlasts the run."""
