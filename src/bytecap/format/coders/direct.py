@@ -4,8 +4,8 @@ What takes part in a weight's value before scales is known for every class and s
 subset that it stands in. So it is looked up together with the symbol's frequency, and a weight costs two look-ups and a
 word now and then. Values are those of `grid.dequantize` in every bit: the same operations in the same order.
 
-What it leaves out: classes whose tables have more than 256 symbols, and readers that want to see symbols; `grid` and
-`trellis` serve both themselves. A reader that wants no more than the symbols' ideal code length has it counted.
+What it leaves out: readers that want to see symbols, which `grid` and `trellis` serve themselves. A reader that wants
+no more than the symbols' ideal code length has it counted.
 """
 
 from __future__ import annotations
@@ -186,11 +186,20 @@ class Direct:
         return self.shape[0] * self.shape[1] > 0 and _has_all(self.column_groups)
 
     @cached_property
-    def model(self) -> Model:
-        """Return the smallest model that serves all columns: without dependent ones, and narrow, which is faster."""
+    def _served_by(self) -> tuple[Model, list[npt.NDArray[np.uint16]]]:
+        """The model that serves all columns, and its groups of them; narrow where that is enough, which is faster."""
         dependent = any(self.masks)
         narrow = self.shared.model if dependent else self.shared.independent
-        return narrow if _has_all(self.groups_of(narrow)) else self.shared.wide(dependent=dependent)
+        groups = self.groups_of(narrow)
+        if _has_all(groups):
+            return narrow, groups
+        wide = self.shared.wide(dependent=dependent)
+        return wide, self.groups_of(wide)
+
+    @property
+    def model(self) -> Model:
+        """Return the smallest model that serves all columns: without dependent ones, and narrow."""
+        return self._served_by[0]
 
     def _classes(self, group: int, rows: Array) -> Array:
         """Class of every column under classes of rows (n,), (n, cols)."""
@@ -204,10 +213,10 @@ class Direct:
         kinds, of_row = np.unique(self.row_class, return_inverse=True)
         return kinds, of_row.reshape(-1)
 
-    @cached_property
+    @property
     def column_groups(self) -> list[npt.NDArray[np.uint16]]:
         """For every row group, the model's group of every column by kind of row, (kinds, cols)."""
-        return self.groups_of(self.model)
+        return self._served_by[1]
 
     def groups_of(self, model: Model) -> list[npt.NDArray[np.uint16]]:
         """Return `column_groups` as another model of the same tables numbers them."""

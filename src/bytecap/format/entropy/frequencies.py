@@ -192,9 +192,9 @@ class Tables:
     @cached_property
     def split(self) -> Tables:
         """These tables and, for every class `k`, those restricted to values `4m + d`, as classes `64(d + 1) + k`."""
-        found, distinct = dict(self.table), {id(t): t for t in self.table.values()}
+        found, distinct = dict(self.table), self.distinct()
         for d in range(3):
-            made = {key: restricted(t, d) for key, t in distinct.items()}
+            made = {id(t): restricted(t, d) for _, t in distinct}
             found |= {(MAX_CLASS + 1) * (d + 1) + cls: made[id(t)] for cls, t in self.table.items()}
         return Tables(found)
 
