@@ -72,7 +72,8 @@ def _swapped(module: nn.Module, values: Values, inputs: Tensor, mask: Tensor) ->
         return _of(module, inputs, mask)
 
 
-def _run(ids: Tensor, device: torch.device, module: nn.Module) -> Any:
+def run_on(ids: Tensor, device: torch.device, module: nn.Module) -> Any:
+    """Run one pass over a batch's tokens, without the last of each window, which predicts nothing."""
     return module(ids[:, :-1].to(device))
 
 
@@ -87,7 +88,7 @@ def _side_by_side(
         stack.enter_context(no_holes())
         first, *rest = (stack.enter_context(head_pieces(x, most)) for x in models)
         pieces = [first, *rest * (len(lanes) - 1)]
-        found = streaming.sweep(lanes, [partial(_run, ids, device) for ids, _ in data], cache)
+        found = streaming.sweep(lanes, [partial(run_on, ids, device) for ids, _ in data], cache)
         for ends, (_, mask) in zip(found, data, strict=True):
             flat = mask.to(device)
             if pieces[0].head is None:  # one model's logits after the other

@@ -26,13 +26,12 @@ from bytecap.job import Job, Outcome, Section
 from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import Lazy, copy_of, load_values
 from bytecap.recovery.kl_passes import Passes, same_again
-from bytecap.recovery.tuning import Clock
+from bytecap.recovery.tuning import LOST, Clock
 from bytecap.types import Unit
 
 RATE = 0.002  # first learning rate, in mean sizes of an array
 _WARMING = 10  # iterations until the full rate
 _CHECKS, _APART = 8, 5  # validations on the correction tokens, and iterations between two of them at least
-_LOST = 4.0  # times the first KL, beyond which tuning is stopped
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
             sections = {**outcome.sections, **new}
             if kl < best and job.size(sections, outcome.tables, outcome.objects) <= job.budget:
                 best, kept = kl, sections
-            if not kl < _LOST * start:
+            if not kl < LOST * start:
                 job.reporter.note(
                     f"recovery diverges after {clock.iterations} iterations of values (KL {kl:.4f}): stopped"
                 )

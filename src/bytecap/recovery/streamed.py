@@ -27,7 +27,7 @@ from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.streaming import Streamed
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.streamed_gradients import kl_backward
-from bytecap.recovery.tuning import Clock
+from bytecap.recovery.tuning import LOST, Clock
 from bytecap.system import allocator
 
 RATE = 0.01  # first learning rate: in natural logarithms of a step, in mean sizes of a vector
@@ -37,7 +37,6 @@ _SAID = (
     "recovery of a streamed model tunes steps, norms and biases of its blocks; codes stay. A model in memory gets new "
     "integers too"
 )
-_LOST = 4.0  # times the first KL, beyond which tuning is stopped
 _MOST = 2.0**30  # steps of a vector's value
 
 
@@ -167,7 +166,7 @@ def tune_streamed(
             now = check() if stored else math.inf
             if now < best:
                 best, kept = now, values.snapshot()
-            if not now < _LOST * start:
+            if not now < LOST * start:
                 job.reporter.note(f"recovery diverges after {clock.iterations} iterations (KL {now:.4f}): stopped")
                 break
         values.restore(kept)

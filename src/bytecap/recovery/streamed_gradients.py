@@ -18,6 +18,7 @@ from torch.func import functional_call
 from bytecap.model.chain import first_of
 from bytecap.model.forward import batches, predictions
 from bytecap.model.head import head_pieces
+from bytecap.model.predicted import run_on
 from bytecap.model.streaming import Pass, Streamed
 from bytecap.model.texts import Window
 from bytecap.system.allocator import release
@@ -50,7 +51,7 @@ def kl_backward(
     data = list(batches(windows, batch))
     tokens = sum(int(mask.sum()) for _, mask in data)
     lanes = (original, quantized_copy)
-    waiting = [[Pass(lane, partial(_run, ids, lane.device)) for ids, _ in data] for lane in lanes]
+    waiting = [[Pass(lane, partial(run_on, ids, lane.device)) for ids, _ in data] for lane in lanes]
     try:
         frames, ends = _forward(lanes, waiting, weights, scratch)
         kl, gradients = 0.0, []
@@ -68,10 +69,6 @@ def kl_backward(
         _backward(number, quantized_copy, frames.pop(), gradients, weights)
         release()
     return kl
-
-
-def _run(ids: Tensor, device: torch.device, module: nn.Module) -> Any:
-    return module(ids[:, :-1].to(device))
 
 
 @torch.no_grad()

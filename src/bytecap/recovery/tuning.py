@@ -56,7 +56,7 @@ _BELOW = 4e-4  # share of the bytes that is left for trimming
 _MOST_STEERING = 0.1  # natural logarithms of a step
 _CHECKS = 12  # validations of a stage on the correction tokens
 _APART = 5  # iterations between two validations, at least
-_LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
+LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _TOGETHER = 2**26  # values that are moved together: a GPU holds some copies of them
 _PATIENCE = 3  # checks that may be worse
 
@@ -202,7 +202,7 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
             now = tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
             clock.tick()
             seen.append((round(tuning_run.passes.seconds, 2), clock.iterations, now))
-        if not now < _LOST * kl:
+        if not now < LOST * kl:
             tuning_run.job.reporter.note(
                 f"recovery diverges after {clock.iterations} iterations of integers (KL {now:.4f}): stopped"
             )
@@ -225,7 +225,7 @@ def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
         worse = worse + 1 if not now < _WORSE * best else 0
         if now < best:
             best, kept = now, tuning_run.parameters.snapshot()
-        if not now < _LOST * kl or worse >= _PATIENCE:
+        if not now < LOST * kl or worse >= _PATIENCE:
             job.reporter.note(
                 f"recovery diverges after {clock.iterations} iterations of values (KL {now:.4f}): stopped"
             )
