@@ -47,8 +47,7 @@ def mlx_values(
         rate: learning rate of DWQ.
         samples: samples of DWQ.
     """
-    mx, nn, utils = (importlib.import_module(n) for n in ("mlx.core", "mlx.nn", "mlx_lm.utils"))
-    tree = importlib.import_module("mlx.utils").tree_flatten
+    mx, utils = (importlib.import_module(n) for n in ("mlx.core", "mlx_lm.utils"))
     loaded, config = utils.load_model(source)
     predicate = dynamic(loaded, job, seed, target=target, low=low, high=high) if target else None
     original = copy.deepcopy(loaded) if distil else None
@@ -56,11 +55,10 @@ def mlx_values(
     if original is not None:
         distilled(loaded, original, job, seed, rate=rate, samples=samples)
     values = {}
-    for path, module in tree(loaded.leaf_modules(), is_leaf=nn.Module.is_module):
-        if hasattr(module, "bits"):
-            scales, biases = module.scales.astype(mx.float32), module.biases.astype(mx.float32)
-            found = mx.dequantize(module.weight, scales, biases, module.group_size, module.bits)
-            values[f"{path}.weight"] = np.array(found)
+    for path, module in layers(loaded):
+        scales, biases = module.scales.astype(mx.float32), module.biases.astype(mx.float32)
+        found = mx.dequantize(module.weight, scales, biases, module.group_size, module.bits)
+        values[f"{path}.weight"] = np.array(found)
     for unit in job.model.units:
         values.setdefault(unit.name, job.model.tensor(unit).numpy())
     with tempfile.TemporaryDirectory() as where:

@@ -14,7 +14,6 @@ Nothing else in the library calls `from_pretrained` or `from_config` (`tests/tes
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
@@ -22,7 +21,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +64,7 @@ def unheard() -> Iterator[None]:
 
     One thread at a time: what two of them put back at the end would not be what was there before both.
     """
-    with _QUIET, contextlib.redirect_stderr(io.StringIO()):
+    with _QUIET, redirect_stderr(io.StringIO()):
         yield
 
 
