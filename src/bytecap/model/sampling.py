@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bytecap.model.texts import Window
 
-_ROWS = {"cpu": 32, "cuda": 512}  # windows sampled side by side
+_ROWS = {"cpu": 32, "cuda": 2048}  # windows sampled side by side
 
 
 @torch.no_grad()
