@@ -12,14 +12,14 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bytecap.allocation.differences import DifferenceUnit
 from bytecap.allocation.planner import Planner, State
@@ -33,6 +33,7 @@ from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.quantization.stored import StoredPrepared
 from bytecap.quantization.symbols_there import symbols_anywhere
+from bytecap.recovery.group_walk import GroupWalk
 from bytecap.types import Unit
 
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
@@ -178,6 +179,7 @@ class TunedParameters:
                 target = item.weight / (grid.row * grid.column)
                 self._matrices[name] = _Matrix(item, grid, grid, target, state.steps[name])
                 self._put(name, item, state.coded[name])
+        self._aims: dict[str, Tensor] = {}  # what the last group was to be coded to, before a walk moved it
         self._vectors = {v.unit.name: v for v in planner.vectors}
         self.vectors = {
             n: torch.from_numpy(v.values.copy()).to(self._device) for n, v in self._vectors.items() if v.fisher.any()
@@ -214,10 +216,20 @@ class TunedParameters:
             held += m.target.numel()
         return found if found[-1] else []
 
-    def unfreeze(self) -> None:
-        """Mark all matrices as not coded yet, at the targets they were coded from."""
-        for m in self._matrices.values():
+    def unfreeze(self, own: Mapping[str, Tensor]) -> None:
+        """Mark all matrices as not coded yet, at the model's own values.
+
+        Targets that they were coded from make up for what others were coded to, and all of it is drawn anew.
+
+        Args:
+            own: the original's tensors in stored layout, by name.
+        """
+        for n, m in self._matrices.items():
             m.coded = m.points = None
+            weight = as_matrix(m.item.unit, own[n].detach()).to(m.target)
+            if isinstance(m.item, DifferenceUnit):
+                weight = weight - torch.from_numpy(m.item.below).to(weight.device)
+            m.target = weight / (m.plan.row * m.plan.column)
 
     def values_only(self) -> dict[str, Tensor]:
         """Return the tensors that are tuned while codes are frozen, by name."""
@@ -227,18 +239,41 @@ class TunedParameters:
         """Return the targets of matrices that are not coded yet."""
         return {f"target {n}": m.target for n, m in self._matrices.items() if m.coded is None}
 
-    def code(self, names: list[str], change: float) -> float:
-        """Round and freeze matrices at `exp(change)` times their steps; returns the bytes beyond those planned."""
+    def code(
+        self, names: list[str], change: float, walk: GroupWalk | None = None, tuned: nn.Module | None = None
+    ) -> float:
+        """Round and freeze matrices at `exp(change)` times their steps; returns the bytes beyond those planned.
+
+        Args:
+            names: of the matrices. If they are coded already, they are coded anew at the same targets.
+            change: of the logarithm of their steps.
+            walk: codes them stage by stage; all at once by default.
+            tuned: for the walk, a copy of the model with the present values of all units.
+        """
         self._set_offsets()
-        items, steps = [], {}
+        if self._aims.keys() != set(names):
+            self._aims = {n: self._matrices[n].target for n in names}
+        items = {}
         for n in names:
             m = self._matrices[n]
-            items.append(replace(m.item, weight=m.weight))
-            m.step = steps[n] = self._state.steps[n] * math.exp(change)
-        coded = self._planner.round(items, steps, self._rules)
-        for item in items:
-            self._put(item.unit.name, item, coded[item.unit.name])
-        return sum(rate(coded[n], self._rules.shared) - self._state.rates[n] for n in names)
+            m.target, m.step = self._aims[n], self._state.steps[n] * math.exp(change)
+            items[n] = replace(m.item, weight=m.weight)
+        if walk is None or tuned is None:
+            self._round(list(items.values()))
+        else:
+            walk.code(items, tuned, self._round)
+        coded = {n: self._matrices[n].coded for n in names}
+        return sum(rate(c, self._rules.shared) - self._state.rates[n] for n, c in coded.items() if c is not None)
+
+    def _round(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
+        """Round and freeze units at their targets; returns their values in stored layout."""
+        names = [item.unit.name for item in items]
+        coded = self._planner.round(list(items), {n: self._matrices[n].step for n in names}, self._rules)
+        for n, item in zip(names, items, strict=True):
+            m = self._matrices[n]
+            m.target = item.weight / (m.plan.row * m.plan.column)
+            self._put(n, item, coded[n])
+        return self.values(names)
 
     def _put(self, name: str, item: Prepared, coded: Coded) -> None:
         m = self._matrices[name]
@@ -258,17 +293,21 @@ class TunedParameters:
         lever = torch.sign(z) * g.coarse
         return (z - lever * offsets[place]) * step, lever.mul_(step), place
 
-    def values(self) -> dict[str, Tensor]:
-        """Return the values of all tuned units in stored layout, decoded where they are coded."""
+    def values(self, only: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return the values of all tuned units, or some, in stored layout, decoded where they are coded."""
         offsets = self._offsets.stored(self.offsets)
         found = {}
         for at, (n, m) in enumerate(self._matrices.items()):
+            if only is not None and n not in only:
+                continue
             g = m.grid
             matrix = m.weight if m.points is None else self._decoded(m, at, offsets)[0]
             if isinstance(m.item, DifferenceUnit):
                 matrix = matrix + torch.from_numpy(m.item.below).to(matrix.device)
             found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
         for n, t in self.vectors.items():
+            if only is not None and n not in only:
+                continue
             v = replace(self._vectors[n], values=t.cpu().numpy())
             finite = np.isfinite(v.values).all()  # else the KL says so
             stored = v.decode(self._state.steps[n]) if finite else v.values

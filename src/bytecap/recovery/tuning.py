@@ -24,6 +24,7 @@ Omitted: units under an overlay keep their integers; overlays are tuned in `byte
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -40,6 +41,7 @@ from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.parameters import TunedParameters
 from bytecap.sizes import in_groups
@@ -106,10 +108,14 @@ class Clock:
 class _TuningRun:
     """The iterations of one job."""
 
-    def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
+    def __init__(
+        self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float,
+        order: Sequence[Sequence[str]],
+    ) -> None:  # fmt: skip
         self.job, self.quantized_copy = job, quantized_copy
         self.parameters = TunedParameters(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
+        self.walk = GroupWalk(job, planner, order) if order else None
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._checkpoint = ProgressCheckpoint(job.store) if job.store.directory is None else ProgressCheckpoint(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
@@ -144,6 +150,12 @@ class _TuningRun:
         optimizer.step()
         optimizer.zero_grad()
         return kl
+
+    def code(self, names: list[str], change: float) -> float:
+        """Code a group, see `TunedParameters.code`."""
+        if self.walk is not None:
+            self.passes.load(self.parameters.values())
+        return self.parameters.code(names, change, self.walk, self.quantized_copy)
 
     def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
         """Keep the progress in the store, after a group was coded and the rest was tuned."""
@@ -180,7 +192,7 @@ class _TuningRun:
 def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and tune the rest in between."""
     parameters = tuning_run.parameters
-    parameters.unfreeze()
+    parameters.unfreeze(dict(tuning_run.job.model.module.state_dict()))
     groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
     total = parameters.planned(parameters.matrices)[0]
     beyond, now = _BELOW * total, kl
@@ -191,18 +203,18 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
             continue
         left = [n for rest in groups[number:] for n in rest]
         change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (parameters.planned(left)[1] / 8 * 1.2)))
-        spent = parameters.code(group, change)
+        spent = tuning_run.code(group, change)
         for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
             if abs(beyond + spent) < _BELOW / 2 * total:
                 break
             change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
-            spent = parameters.code(group, change)
+            spent = tuning_run.code(group, change)
         beyond += spent
         while clock.done < (number + 1) / len(groups):
             now = tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
             clock.tick()
             seen.append((round(tuning_run.passes.seconds, 2), clock.iterations, now))
-        if not now < LOST * kl:
+        if not now < LOST * kl and not tuning_run.check() < LOST * kl:  # one odd batch alone means nothing
             tuning_run.job.reporter.note(
                 f"recovery diverges after {clock.iterations} iterations of integers (KL {now:.4f}): stopped"
             )
@@ -235,7 +247,12 @@ def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
 
 
 def tune(
-    job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float
+    job: Job,
+    planner: Planner,
+    state: State,
+    quantized_copy: nn.Module,
+    slope: float,
+    order: Sequence[Sequence[str]] = (),
 ) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
     """Tune a plan; returns it settled at about the same bytes, None if nothing measured better, and a record.
 
@@ -245,6 +262,7 @@ def tune(
         state: what would be shipped without recovery.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
         slope: nats per token that a byte buys.
+        order: units that are coded along a walk, stage by stage; none by default.
     """
     if is_batches(job.sets.statistics):
         job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
@@ -253,7 +271,7 @@ def tune(
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope)
+        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope, order)
         start = kl = tuning_run.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
