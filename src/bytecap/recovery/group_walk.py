@@ -10,10 +10,12 @@ been drawn anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bytecap.allocation.asymmetric_targets import tokens_of, walk_stages
 from bytecap.allocation.planner import Planner
@@ -23,10 +25,24 @@ from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.quantization.quantizer import Prepared
 
+AHEAD = int(os.environ.get("AHEAD", "1"))  # groups whose targets make up for the one that was coded
 _TOKENS = {"cpu": 8192, "cuda": 65_536}  # walked for every group
 
-Code = Callable[[Sequence[Prepared]], Values]
-"""Codes some units, and returns their values in stored layout."""
+
+class TunedUnits(Protocol):
+    """The units of a recovery, as a walk needs them. Values that are returned are in stored layout."""
+
+    def waits(self, name: str) -> bool:
+        """Return whether a unit is a matrix that is not coded yet."""
+
+    def item(self, name: str) -> Prepared:
+        """Return a unit with its present target."""
+
+    def round(self, names: Sequence[str], changes: Mapping[str, Tensor]) -> Values:
+        """Round and freeze units at their targets, some of which are changed, (rows, cols); return their values."""
+
+    def move(self, changes: Mapping[str, Tensor]) -> Values:
+        """Change targets of units that are not coded yet, (rows, cols); return their values."""
 
 
 class GroupWalk:
@@ -38,29 +54,32 @@ class GroupWalk:
         most = min(_TOKENS[torch.device(job.device).type], planner.options.drift_tokens)
         self._windows = leading(job.sets.statistics, most)
 
-    def code(self, items: Mapping[str, Prepared], tuned: nn.Module, code: Code) -> None:
-        """Code the units of a group, with targets where an earlier stage of the group has changed what they are fed.
+    def code(self, tuned: nn.Module, names: Collection[str], units: TunedUnits) -> None:
+        """Code a group, with targets where an earlier stage of it has changed what they are fed; move what comes next.
 
         Args:
-            items: the units by name, with their present targets.
             tuned: a copy of the model that holds the present values of all units.
-            code: codes units, called stage by stage.
+            names: of the group.
+            units: codes and moves units.
         """
-        order = [some for names in self._order if (some := [n for n in names if n in items])]
-        staged = {n for names in order for n in names}
-        rest = code([item for n, item in items.items() if n not in staged]) if len(staged) < len(items) else {}
-        if not order:
+        order = [some for names_ in self._order if (some := [n for n in names_ if n in names])]
+        staged = {n for stage in order for n in stage}
+        rest = units.round([n for n in names if n not in staged], {})
+        ahead = [some for stage in self._order if (some := [n for n in stage if n not in names and units.waits(n)])]
+        ahead = ahead[: AHEAD * max(1, len(order))]
+        if not order and not ahead:
             return
         coded = copy_of(tuned)
         load_values(coded, rest)
 
-        def stage(names: Sequence[str], inputs: Moments, rounds_before: int, count: int) -> Values:
+        def stage(some: Sequence[str], inputs: Moments, rounds_before: int, count: int) -> Values:
             del rounds_before, count
-            some = [items[n] for n in names]
-            fit = inputs.fit([trial_of(p) for p in some], self._planner.options.drift)
-            return code([p.moved(p.times(fit.fix * fit.strength)) for p in some])
+            items = [units.item(n) for n in some]
+            fit = inputs.fit([trial_of(p) for p in items], self._planner.options.drift)
+            changes = {p.unit.name: p.times(fit.fix * fit.strength) for p in items}
+            return units.round(some, changes) if some[0] in names else units.move(changes)
 
         walk_stages(
-            order, tuned, coded, self._windows, stage, device=self._job.device, advance=lambda _: None,
+            [*order, *ahead], tuned, coded, self._windows, stage, device=self._job.device, advance=lambda _: None,
             tokens=tokens_of(self._planner, self._job.device, self._windows), rough=True,
         )  # fmt: skip

@@ -12,14 +12,14 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bytecap.allocation.differences import DifferenceUnit
 from bytecap.allocation.planner import Planner, State
@@ -33,11 +33,13 @@ from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.quantization.stored import StoredPrepared
 from bytecap.quantization.symbols_there import symbols_anywhere
-from bytecap.recovery.group_walk import GroupWalk
+from bytecap.recovery.group_walk import TunedUnits
 from bytecap.types import Unit
 
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
 _SIZES = 130  # |z| that have a cost of their own; larger ones cost what the last one does
+Walk = Callable[[Sequence[str], TunedUnits], None]
+"""Codes units stage by stage."""
 _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a time
 
 
@@ -239,41 +241,52 @@ class TunedParameters:
         """Return the targets of matrices that are not coded yet."""
         return {f"target {n}": m.target for n, m in self._matrices.items() if m.coded is None}
 
-    def code(
-        self, names: list[str], change: float, walk: GroupWalk | None = None, tuned: nn.Module | None = None
-    ) -> float:
+    def code(self, names: list[str], change: float, walk: Walk | None = None) -> float:
         """Round and freeze matrices at `exp(change)` times their steps; returns the bytes beyond those planned.
 
         Args:
             names: of the matrices. If they are coded already, they are coded anew at the same targets.
             change: of the logarithm of their steps.
             walk: codes them stage by stage; all at once by default.
-            tuned: for the walk, a copy of the model with the present values of all units.
         """
         self._set_offsets()
         if self._aims.keys() != set(names):
             self._aims = {n: self._matrices[n].target for n in names}
-        items = {}
         for n in names:
             m = self._matrices[n]
             m.target, m.step = self._aims[n], self._state.steps[n] * math.exp(change)
-            items[n] = replace(m.item, weight=m.weight)
-        if walk is None or tuned is None:
-            self._round(list(items.values()))
+        if walk is None:
+            self.round(names, {})
         else:
-            walk.code(items, tuned, self._round)
+            walk(names, self)
         coded = {n: self._matrices[n].coded for n in names}
         return sum(rate(c, self._rules.shared) - self._state.rates[n] for n, c in coded.items() if c is not None)
 
-    def _round(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
-        """Round and freeze units at their targets; returns their values in stored layout."""
-        names = [item.unit.name for item in items]
-        coded = self._planner.round(list(items), {n: self._matrices[n].step for n in names}, self._rules)
+    def waits(self, name: str) -> bool:
+        """See `TunedUnits`."""
+        return name in self._matrices and self._matrices[name].coded is None
+
+    def item(self, name: str) -> Prepared:
+        """See `TunedUnits`."""
+        m = self._matrices[name]
+        return replace(m.item, weight=m.weight)
+
+    def round(self, names: Sequence[str], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `TunedUnits`."""
+        items = [item.moved(changes[n]) if n in changes else item for n in names for item in (self.item(n),)]
+        coded = self._planner.round(items, {n: self._matrices[n].step for n in names}, self._rules)
         for n, item in zip(names, items, strict=True):
             m = self._matrices[n]
             m.target = item.weight / (m.plan.row * m.plan.column)
             self._put(n, item, coded[n])
         return self.values(names)
+
+    def move(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `TunedUnits`."""
+        for n, change in changes.items():
+            m = self._matrices[n]
+            m.target += change / (m.plan.row * m.plan.column)  # in place: an optimizer follows it
+        return self.values(changes)
 
     def _put(self, name: str, item: Prepared, coded: Coded) -> None:
         m = self._matrices[name]

@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in m
 _BETAS = (0.9, 0.95)
 _WARMING = 10  # iterations until the full rate
 _LAST = 0.15  # share of the effort that is left for values alone
-_GROUPS = 24  # times that matrices are coded
+import os
+_GROUPS = int(os.environ.get('GROUPS', '24'))
 _TRIES = 3  # more at the last of them
 _BELOW = 4e-4  # share of the bytes that is left for trimming
 _MOST_STEERING = 0.1  # natural logarithms of a step
@@ -115,7 +117,7 @@ class _TuningRun:
         self.job, self.quantized_copy = job, quantized_copy
         self.parameters = TunedParameters(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
-        self.walk = GroupWalk(job, planner, order) if order else None
+        self._walk = GroupWalk(job, planner, order) if order else None
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._checkpoint = ProgressCheckpoint(job.store) if job.store.directory is None else ProgressCheckpoint(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
@@ -153,9 +155,10 @@ class _TuningRun:
 
     def code(self, names: list[str], change: float) -> float:
         """Code a group, see `TunedParameters.code`."""
-        if self.walk is not None:
-            self.passes.load(self.parameters.values())
-        return self.parameters.code(names, change, self.walk, self.quantized_copy)
+        if self._walk is None:
+            return self.parameters.code(names, change)
+        self.passes.load(self.parameters.values())
+        return self.parameters.code(names, change, partial(self._walk.code, self.quantized_copy))
 
     def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
         """Keep the progress in the store, after a group was coded and the rest was tuned."""
