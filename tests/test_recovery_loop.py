@@ -12,7 +12,7 @@ from bytecap.recovery.loop import Clock, Schedule
 EACH = Schedule(warming=2, checks=100, apart=1, what="things")  # a check after every iteration
 
 
-def run(checks, *, schedule=EACH, losses=None, start=1.0, keepable=lambda number: True, steps=None):
+def run(checks, *, schedule=EACH, losses=None, start=1.0, keepable=lambda _: True, steps=None):
     """The result of a loop whose checks find these, and what it saw."""
     rates, notes, found = [], [], []
     clock = Clock(Effort(steps=steps or len(checks)), lambda _: None)
