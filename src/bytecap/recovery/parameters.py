@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bytecap.allocation.differences import DifferenceUnit
 from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.target_fit import trial_of
 from bytecap.format.coders import Shared
 from bytecap.format.coders.classes import CENTRES, CLASSES
 from bytecap.format.coders.grid import GridCode
@@ -266,14 +267,21 @@ class TunedParameters:
         """See `TunedUnits`."""
         return name in self._matrices and self._matrices[name].coded is None
 
-    def item(self, name: str) -> Prepared:
+    def trial(self, name: str) -> tuple[Tensor, Tensor]:
         """See `TunedUnits`."""
+        return trial_of(self._item(name))
+
+    def times(self, name: str, matrix: Tensor) -> Tensor:
+        """See `TunedUnits`."""
+        return self._item(name).times(matrix)
+
+    def _item(self, name: str) -> Prepared:
         m = self._matrices[name]
         return replace(m.item, weight=m.weight)
 
     def round(self, names: Sequence[str], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `TunedUnits`."""
-        items = [item.moved(changes[n]) if n in changes else item for n in names for item in (self.item(n),)]
+        items = [item.moved(changes[n]) if n in changes else item for n in names for item in (self._item(n),)]
         coded = self._planner.round(items, {n: self._matrices[n].step for n in names}, self._rules)
         for n, item in zip(names, items, strict=True):
             m = self._matrices[n]

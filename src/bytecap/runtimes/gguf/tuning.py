@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from bytecap.job import Job
 from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.recovery import loop
 from bytecap.recovery.kl_passes import Passes, same_again
-from bytecap.recovery.tuning import Clock
+from bytecap.recovery.loop import Clock, Schedule
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.gguf.export import values_of
 from bytecap.runtimes.gguf.menu import Item
@@ -29,9 +31,7 @@ from bytecap.runtimes.gguf.solve import Found, unit_values
 from bytecap.types import Unit
 
 RATE = 1.5e-3  # first learning rate, relative to each number
-_WARMING = 10  # iterations until the full rate
-_CHECKS, _APART = 8, 5  # validations on the correction tokens, and iterations between two of them at least
-_LOST = 4.0  # times the first KL, beyond which tuning is stopped
+_SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -176,25 +176,18 @@ def tune_blocks(
     load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in found.rounded.items()}))
     owners, passes = owners_of(job, layout, items, found, vectors), Passes(job, quantized_copy)
     leaves = [t for o in owners for p in o.parts for t in p.leaves]
-    optimizer = torch.optim.Adam(leaves, lr=RATE, betas=(0.9, 0.98), eps=1e-12)
-    start = best = passes.check()
-    kept: list[Tensor] = []
+    optimizer = torch.optim.Adam([{"params": leaves, "first": RATE}], lr=0.0, betas=(0.9, 0.98), eps=1e-12)
+
+    def check() -> tuple[float, list[Tensor]]:
+        with torch.no_grad():
+            passes.load({o.unit.name: o.values() for o in owners})
+        return passes.check(), [t.detach().clone() for t in leaves]
+
+    start = passes.check()
     with same_again(job.device), job.reporter.step("recovery of scales and vectors", 1) as advance:
         clock = Clock(job.recover, advance)
-        while clock.done < 1:
-            rate = RATE * min(1.0, (clock.iterations + 1) / _WARMING) * (0.1 + 0.9 * (1 - clock.done))
-            _move(passes, owners, optimizer, rate)
-            clock.tick()
-            if not clock.due(_CHECKS, _APART):
-                continue
-            with torch.no_grad():
-                passes.load({o.unit.name: o.values() for o in owners})
-            kl = passes.check()
-            if kl < best:
-                best, kept = kl, [t.detach().clone() for t in leaves]
-            if not kl < _LOST * start:
-                job.reporter.note(f"recovery diverges after {clock.iterations} iterations (KL {kl:.4f}): stopped")
-                break
+        iterate = partial(_iterate, passes, owners, optimizer)
+        best, kept = loop.tune(iterate, check, clock, _SCHEDULE, start, job.reporter.note)
     job.reporter.note(
         f"recovery: {clock.iterations} iterations of scales and vectors, KL on the correction tokens {start:.4f} "
         f"before, {best:.4f} after"
@@ -202,7 +195,7 @@ def tune_blocks(
     passes.say_short()
     stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
     record = {"tokens": passes.read, "kl_before": start, "stages": [stage], "curve": passes.curve}
-    if not kept:
+    if kept is None:
         return found, record
     with torch.no_grad():
         for leaf, value in zip(leaves, kept, strict=True):
@@ -210,13 +203,13 @@ def tune_blocks(
     return replace(_written(items, found, owners), predicted=best), record
 
 
-def _move(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> None:
-    """Make one iteration at a learning rate."""
+def _iterate(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> float:
+    """Make one iteration at a share of the first rate; returns the mean KL before it."""
     optimizer.zero_grad()
     values = {o.unit.name: o.values() for o in owners}
     passes.load({n: v.detach() for n, v in values.items()})
-    _, slopes = passes.gradients(list(values))
+    kl, slopes = passes.gradients(list(values))
     torch.autograd.backward(list(values.values()), [slopes[n].to(v.dtype) for n, v in values.items()])
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    loop.set_rates(optimizer, rate)
     optimizer.step()
+    return kl
