@@ -23,7 +23,7 @@ from bytecap.job import Job
 from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.texts import leading
 
-AHEAD = int(os.environ.get('AHEAD', '1'))
+AHEAD = int(os.environ.get("AHEAD", "1"))
 _TOKENS = {"cpu": 8192, "cuda": 65_536}  # walked for every group
 
 
