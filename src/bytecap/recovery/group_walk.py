@@ -85,9 +85,11 @@ class GroupWalk:
         def stage(some: Sequence[str], inputs: Moments, *_: int) -> Values:
             fit = inputs.fit([units.trial(n) for n in some], self._strength)
             changes = {n: units.times(n, fit.fix * fit.strength) for n in some}
+            if fit.stream is not None:
+                changes = {n: change + fit.stream for n, change in changes.items()}
             return units.round(some, changes) if some[0] in names else units.move(changes)
 
         walk_stages(
             [*order, *ahead], tuned, coded, self._windows, stage, tokens=self._tokens, device=self._job.device,
-            advance=lambda _: None, rough=True,
+            advance=lambda _: None, rough=True, streams=bool(int(os.environ.get('STREAMS', '0'))),
         )  # fmt: skip

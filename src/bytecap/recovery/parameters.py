@@ -14,118 +14,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bytecap.allocation.differences import DifferenceUnit
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.target_fit import trial_of
-from bytecap.format.coders import Shared
-from bytecap.format.coders.classes import CENTRES, CLASSES
+from bytecap.format.coders.classes import CENTRES
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import dependent
-from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.shared_tables import count_symbols
 from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.quantization.stored import StoredPrepared
 from bytecap.quantization.symbols_there import symbols_anywhere
+from bytecap.recovery.code_values import Grid, Offsets, Prices
 from bytecap.recovery.group_walk import TunedUnits
-from bytecap.types import Unit
 
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
-_SIZES = 130  # |z| that have a cost of their own; larger ones cost what the last one does
 Walk = Callable[[Sequence[str], TunedUnits], None]
 """Codes units stage by stage."""
 _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a time
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The parts of a matrix's code that tuning leaves alone: its grid (rows, 1) and (1, cols), and its classes.
-
-    Attributes:
-        row, column: steps of the grid are their product; the column's hold the unit's own step and halves.
-        coarse: (1, cols), 2 where the grid is fine: offsets are in steps of the column.
-        classes: (rows, cols), uint8.
-        kind: (1, cols), 64 where the grid is fine, else 0.
-    """
-
-    unit: Unit
-    row: Tensor
-    column: Tensor
-    coarse: Tensor
-    classes: Tensor
-    kind: Tensor
-
-    @staticmethod
-    def of(item: Prepared, coded: Coded) -> _Grid:
-        """Read the grid from a matrix and its code."""
-        code, device = coded.code, item.weight.device
-        half = np.where(code.fine, np.float32(0.5), np.float32(1))
-        column = np.float32(code.step) * np.exp2(code.column_step.astype(np.float32) / 4) * half  # (1, cols)
-
-        def whole(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        row = torch.from_numpy(np.exp2(code.row_step.astype(np.float32) / 4))[:, None].to(device)
-        return _Grid(
-            item.unit, row, whole(column), whole(1 / half), torch.from_numpy(code.classes()).to(device),
-            whole(code.fine.astype(np.int64) * CLASSES),
-        )  # fmt: skip
-
-
-class Prices:
-    """The bits of an integer under a file's tables, and their slope from one integer to the next."""
-
-    def __init__(self, tables: Tables, device: torch.device) -> None:
-        def table(cost: npt.NDArray[Any], far: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-            cost = np.minimum(cost[:, : _SIZES + far], 64.0)
-            size = np.arange(_SIZES)
-            return cost[:, :_SIZES], (cost[:, size + far] - cost[:, np.abs(size - far)]) / (2 * far)
-
-        parts = [table(tables.cost_by_size, 1), table(tables.split_cost, 4)]
-        self.bits, self.slope = (
-            torch.from_numpy(np.stack(x).astype(np.float32)).reshape(-1).to(device) for x in zip(*parts, strict=True)
-        )
-
-    def places(self, grid: _Grid, points: Tensor) -> Tensor:
-        """Return the places of a matrix's integers in both tables, int64 (rows, cols)."""
-        return (grid.kind + grid.classes) * _SIZES + points.abs().clamp_(max=_SIZES - 1).long()
-
-
-class _Offsets:
-    """Reconstruction offsets as one tensor: an entry for each table and |z| that the file stores; entry 0 is 0."""
-
-    def __init__(self, shared: Shared, device: torch.device) -> None:
-        place = np.zeros((CLASSES, CENTRES), np.int64)
-        values, seen = [0.0], {}
-        for cls, table in shared.tables.table.items():
-            if id(table) not in seen:
-                seen[id(table)] = len(values)
-                values += shared.offset[cls, 1 : min(table.high, CENTRES - 1) + 1].tolist()
-            size = np.minimum(np.arange(CENTRES), table.high)
-            place[cls] = np.where(size > 0, seen[id(table)] + size - 1, 0)
-        self._place, self._shared = place, shared
-        self.place = torch.from_numpy(place).reshape(-1).to(device)
-        self.values = torch.tensor(values, dtype=torch.float32, device=device)
-
-    def stored(self, values: Tensor) -> Tensor:
-        """Return the offsets as a file holds them, in 256ths; entry 0 is 0."""
-        found = values.mul(256).round_().clamp_(-128, 127).div_(256)
-        found[0] = 0
-        return found
-
-    def table(self, values: Tensor) -> npt.NDArray[Any]:
-        """Return the offsets by class and |z|, (64, 17); classes without a table keep theirs."""
-        has = np.zeros((CLASSES, 1), bool)
-        has[list(self._shared.tables.table)] = True
-        moved = self.stored(values).cpu().numpy()[self._place]
-        return np.where(has, moved, self._shared.offset).astype(np.float32)
 
 
 @dataclass
@@ -143,8 +54,8 @@ class _Matrix:
     """
 
     item: Prepared
-    grid: _Grid
-    plan: _Grid
+    grid: Grid
+    plan: Grid
     target: Tensor
     step: float
     coded: Coded | None = None
@@ -166,7 +77,7 @@ class TunedParameters:
 
     Attributes:
         logs: (matrices,), logarithms of what steps are multiplied by once a matrix is coded.
-        offsets: reconstruction offsets, see `_Offsets`.
+        offsets: reconstruction offsets, see `Offsets`.
         vectors: by vector, its values.
     """
 
@@ -178,7 +89,7 @@ class TunedParameters:
         for item in planner.matrices:
             name = item.unit.name
             if moves(item):
-                grid = _Grid.of(item, state.coded[name])
+                grid = Grid.of(item, state.coded[name])
                 target = item.weight / (grid.row * grid.column)
                 self._matrices[name] = _Matrix(item, grid, grid, target, state.steps[name])
                 self._put(name, item, state.coded[name])
@@ -187,7 +98,7 @@ class TunedParameters:
         self.vectors = {
             n: torch.from_numpy(v.values.copy()).to(self._device) for n, v in self._vectors.items() if v.fisher.any()
         }
-        self._offsets = _Offsets(state.shared, self._device)
+        self._offsets = Offsets(state.shared, self._device)
         self.offsets = self._offsets.values.clone()
         self.logs = torch.zeros(max(1, len(self._matrices)), device=self._device)
         self._prices = Prices(state.shared.tables, self._device)
@@ -298,7 +209,7 @@ class TunedParameters:
 
     def _put(self, name: str, item: Prepared, coded: Coded) -> None:
         m = self._matrices[name]
-        m.coded, m.grid, m.item = coded, _Grid.of(item, coded), item
+        m.coded, m.grid, m.item = coded, Grid.of(item, coded), item
         m.points = symbols_anywhere(coded.code).to(item.weight.device, torch.float32)
 
     def planned(self, names: list[str]) -> tuple[float, int]:

@@ -3,7 +3,8 @@
 Types stay, and so do the bytes. It is the first stage of recovery, as `bytecap.recovery.tuning` has it for the
 package's own format: between two groups Adam moves the values of all that is not coded yet along the gradient of the
 KL to the original, and behind every coding a walk gives the next tensors least-squares targets
-(`bytecap.recovery.group_walk`). Moves are in steps of a grid that rounding has shown: a uniform error of step `s` has a mean square of `s^2 / 12`.
+(`bytecap.recovery.group_walk`). Moves are in steps of a grid that rounding has shown: a uniform error of step `s` has
+a mean square of `s^2 / 12`.
 
 Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block.
 """
