@@ -72,12 +72,10 @@ class GroupWalk:
             names: of the group.
             units: codes and moves units.
         """
-        order = [some for stage in self._order if (some := [n for n in stage if n in names])]
-        staged = {n for stage in order for n in stage}
+        staged = {n for stage in self._order for n in stage if n in names}
         rest = units.round([n for n in names if n not in staged], {})
-        ahead = [some for stage in self._order if (some := [n for n in stage if n not in names and units.waits(n)])]
-        ahead = ahead[: AHEAD * max(1, len(order))]
-        if not order and not ahead:
+        order = self._behind(staged, units)
+        if not order:
             return
         coded = copy_of(tuned)
         load_values(coded, rest)
@@ -87,9 +85,19 @@ class GroupWalk:
             changes = {n: units.times(n, fit.fix * fit.strength) for n in some}
             if fit.stream is not None:
                 changes = {n: change + fit.stream for n, change in changes.items()}
-            return units.round(some, changes) if some[0] in names else units.move(changes)
+            here = [n for n in some if n in staged]
+            moved = units.move({n: change for n, change in changes.items() if n not in staged})
+            return {**moved, **(units.round(here, changes) if here else {})}
 
         walk_stages(
-            [*order, *ahead], tuned, coded, self._windows, stage, tokens=self._tokens, device=self._job.device,
+            order, tuned, coded, self._windows, stage, tokens=self._tokens, device=self._job.device,
             advance=lambda _: None, rough=True, streams=bool(int(os.environ.get('STREAMS', '0'))),
         )  # fmt: skip
+
+    def _behind(self, staged: set[str], units: TunedUnits) -> list[list[str]]:
+        """Return the stages from the first of a group on, without units that are coded: its own, and those to move."""
+        group = [at for at, stage in enumerate(self._order) if not staged.isdisjoint(stage)]
+        first, last = (group[0], group[-1]) if group else (0, -1)
+        end = last + 1 + AHEAD * max(1, len(group))
+        found = [[n for n in stage if n in staged or units.waits(n)] for stage in self._order[first:end]]
+        return [stage for stage in found if stage]
