@@ -152,7 +152,7 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
     """Code everything anew, group after group, and tune the rest in between."""
     parameters = tuning_run.parameters
     parameters.unfreeze(dict(tuning_run.job.model.module.state_dict()))
-    groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
+    groups, optimizer = parameters.groups(clock.parts(_GROUPS)), tuning_run.optimizer()
     total = parameters.planned(parameters.matrices)[0]
     beyond, now = _BELOW * total, kl
     seen: list[tuple[float, int, float]] = []
