@@ -61,7 +61,7 @@ def walked(model_directory, texts):
     units = [u for u in model.units if u.linear and "proj" in u.name]
     order = order_of(units, model.module, sets.statistics, "cpu")
 
-    def run(group, others=(), **changes):
+    def run(group, others=(), order=order, **changes):
         found = Units(model, units, **changes)
         found.weights |= {n: torch.ones(2, 2) for n in others}
         tuned = copy_of(model.module)
@@ -120,3 +120,11 @@ def test_stages_between_those_of_a_group_move(walked):
     assert units.coded == group
     assert not (units.weights[order[1][0]] == units.own[order[1][0]]).all()
     assert _error(module, units.weights, windows) < _error(module, walked(group, moves=False)[0].weights, windows)
+
+
+def test_where_calls_come_in_another_order_units_are_coded_without_a_walk(walked):
+    _, order, _, _ = walked([])
+    group = [n for names in order[:2] for n in names]
+    units, *_ = walked(group, order=order[::-1])
+    assert sorted(units.coded) == sorted(group)
+    assert not any(kind == "move" for kind, _ in units.calls[1:])

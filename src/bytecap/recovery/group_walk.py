@@ -10,7 +10,6 @@ errors are drawn anew.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.allocation.asymmetric_targets import walk_stages
+from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.target_fit import Moments
 from bytecap.job import Job
 from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.texts import leading
 
-AHEAD = int(os.environ.get("AHEAD", "1"))
-_TOKENS = {"cpu": 8192, "cuda": 65_536}  # walked for every group
+AHEAD = 3  # groups behind the one that was coded
+_TOKENS = {"cpu": 8192, "cuda": 32_768}  # walked for every group
 
 
 class TunedUnits(Protocol):
@@ -83,16 +83,18 @@ class GroupWalk:
         def stage(some: Sequence[str], inputs: Moments, *_: int) -> Values:
             fit = inputs.fit([units.trial(n) for n in some], self._strength)
             changes = {n: units.times(n, fit.fix * fit.strength) for n in some}
-            if fit.stream is not None:
-                changes = {n: change + fit.stream for n, change in changes.items()}
             here = [n for n in some if n in staged]
             moved = units.move({n: change for n, change in changes.items() if n not in staged})
             return {**moved, **(units.round(here, changes) if here else {})}
 
-        walk_stages(
-            order, tuned, coded, self._windows, stage, tokens=self._tokens, device=self._job.device,
-            advance=lambda _: None, rough=True, streams=bool(int(os.environ.get('STREAMS', '0'))),
-        )  # fmt: skip
+        try:
+            walk_stages(
+                order, tuned, coded, self._windows, stage, tokens=self._tokens, device=self._job.device,
+                advance=lambda _: None, rough=True,
+            )  # fmt: skip
+        except LostError:  # the order of calls depends on the data
+            self._order = ()
+            units.round([n for n in names if units.waits(n)], {})
 
     def _behind(self, staged: set[str], units: TunedUnits) -> list[list[str]]:
         """Return the stages from the first of a group on, without units that are coded: its own, and those to move."""
