@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def planned(model_directory, texts):
-    """What recovery is given of a tiny model: job, tensors, coding, plan."""
+    """Job, tensors, coding and plan of a tiny model, as recovery is given them."""
     seen, patch = [], pytest.MonkeyPatch()
 
     def spy(job, layout, items, coding, found, vectors):

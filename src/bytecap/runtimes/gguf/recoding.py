@@ -140,11 +140,11 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
     optimizer = torch.optim.Adam(
         [{"params": list(units.tuned().values()), "first": RATE}], lr=0.0, betas=(0.9, 0.95), eps=1e-12
     )
-    groups = units.groups(clock.parts(GROUPS))
+    groups = units.groups(clock.parts(GROUPS - 1) + 1)  # behind the last one nothing is left to tune
     for number, group in enumerate(groups, 1):
         passes.load(units.values())
         walk.code(quantized_copy, group, units)
-        while units.tuned() and clock.done < number / max(1, len(groups) - 1):
+        while number < len(groups) and clock.done < number / (len(groups) - 1):
             passes.load(units.values())
             _, slopes = passes.gradients(list(units.tuned()))
             for n, t in units.tuned().items():
