@@ -26,7 +26,7 @@ from bytecap.progress import Silent
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
-from bytecap.recovery import checkpointing, kl_passes, tuning
+from bytecap.recovery import checkpointing, kl_passes, loop, tuning
 from bytecap.recovery.parameters import TunedParameters
 from bytecap.recovery.sections import _joined
 from bytecap.report.fit import page
@@ -145,8 +145,10 @@ class TestWholeFits:
         _, notes = fit(recover="1")
         assert any(re.search(r"text of [0-9,]+ tokens was read [0-9.]+ times", n) for n in notes)
 
-    def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, recovered, tmp_path, monkeypatch):
+    def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
+        monkeypatch.setattr(loop, "_A_PART", 1)
+        recovered = fit(recover="8")[0]
         moves, move = [], tuning._TuningRun.iterate
 
         def killed(self, *args):

@@ -93,6 +93,10 @@ class Offsets:
         self.place = torch.from_numpy(place).reshape(-1).to(device)
         self.values = torch.tensor(values, dtype=torch.float32, device=device)
 
+    def places(self, grid: Grid, points: Tensor) -> Tensor:
+        """Return the places of the offsets of a matrix's integers, int16 (rows, cols)."""
+        return self.place[grid.classes.long() * CENTRES + points.abs().clamp_(max=CENTRES - 1).long()].short()
+
     def stored(self, values: Tensor) -> Tensor:
         """Return the offsets as a file holds them, in 256ths; entry 0 is 0."""
         found = values.mul(256).round_().clamp_(-128, 127).div_(256)

@@ -22,7 +22,6 @@ from torch import Tensor
 from bytecap.allocation.differences import DifferenceUnit
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.target_fit import trial_of
-from bytecap.format.coders.classes import CENTRES
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import dependent
 from bytecap.format.entropy.shared_tables import count_symbols
@@ -51,6 +50,7 @@ class _Matrix:
         step: that it is, or is to be, rounded at.
         coded: what came out; None before.
         points: its integers as float32 once it is coded.
+        place: of their offsets, int16.
     """
 
     item: Prepared
@@ -60,6 +60,7 @@ class _Matrix:
     step: float
     coded: Coded | None = None
     points: Tensor | None = None
+    place: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -85,6 +86,7 @@ class TunedParameters:
         """Start from `state`, in which every unit is coded."""
         self._planner, self._state, self._device = planner, state, torch.device(device)
         self._rules = state.rules  # with the current offsets
+        self._offsets = Offsets(state.shared, self._device)
         self._matrices: dict[str, _Matrix] = {}
         for item in planner.matrices:
             name = item.unit.name
@@ -98,7 +100,6 @@ class TunedParameters:
         self.vectors = {
             n: torch.from_numpy(v.values.copy()).to(self._device) for n, v in self._vectors.items() if v.fisher.any()
         }
-        self._offsets = Offsets(state.shared, self._device)
         self.offsets = self._offsets.values.clone()
         self.logs = torch.zeros(max(1, len(self._matrices)), device=self._device)
         self._prices = Prices(state.shared.tables, self._device)
@@ -211,6 +212,7 @@ class TunedParameters:
         m = self._matrices[name]
         m.coded, m.grid, m.item = coded, Grid.of(item, coded), item
         m.points = symbols_anywhere(coded.code).to(item.weight.device, torch.float32)
+        m.place = self._offsets.places(m.grid, m.points)
 
     def planned(self, names: list[str]) -> tuple[float, int]:
         """Return the bytes planned for matrices, and the number of their weights."""
@@ -219,11 +221,12 @@ class TunedParameters:
     def _decoded(self, m: _Matrix, at: int, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the values, their change by a unit of offset, and the places of the offsets."""
         g, z = m.grid, m.points
-        assert z is not None  # noqa: S101 (callers ask first)
-        place = self._offsets.place[g.classes.long() * CENTRES + z.abs().clamp_(max=CENTRES - 1).long()]
+        assert z is not None and m.place is not None  # noqa: S101, PT018 (callers ask first)
+        place = m.place.int()
         step = g.row * (g.column * torch.exp(self.logs[at]))
         lever = torch.sign(z) * g.coarse
-        return (z - lever * offsets[place]) * step, lever.mul_(step), place
+        shift = offsets.index_select(0, place.flatten()).view_as(z)
+        return torch.sub(z, shift.mul_(lever)).mul_(step), lever.mul_(step), place
 
     def values(self, only: Collection[str] | None = None) -> dict[str, Tensor]:
         """Return the values of all tuned units, or some, in stored layout, decoded where they are coded."""

@@ -23,6 +23,7 @@ Omitted: units under an overlay keep their integers; overlays are tuned in `byte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -98,9 +99,11 @@ class _TuningRun:
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
     def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:
-        """Make one iteration at a share of the first rates; returns the mean KL before it."""
+        """Make one iteration at a share of the first rates; returns the mean KL before it, and moves nothing by NaN."""
         self.passes.load(self.parameters.values())
         kl, found = self.passes.gradients(self.parameters.names)
+        if not math.isfinite(kl):
+            return kl
         tensors = {**self.parameters.values_only(), **self.parameters.targets()}
         for name, g in self.parameters.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
@@ -173,6 +176,8 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
             now = tuning_run.iterate(optimizer, loop.warmed(clock, _SCHEDULE.warming))
             clock.tick()
             seen.append((round(tuning_run.passes.seconds, 2), clock.iterations, now))
+            if not math.isfinite(now):
+                break
         if loop.has_diverged(now, kl) and loop.has_diverged(tuning_run.check(), kl):  # one odd batch means nothing
             tuning_run.job.reporter.note(loop.diverging(clock, "integers", now))
             parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
