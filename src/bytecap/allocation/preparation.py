@@ -42,7 +42,7 @@ from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
-_SAMPLED = 2**27  # parameters of a streamed model from which searches sample rows; plans of others are those in memory
+_LARGE = 2**27  # parameters from which a model is rounded as rarely as can be; smaller ones keep their bytes
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class PreparedModel:
     unused: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
     with_targets: Callable[[], Planner] | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether rounding all units takes so long that it is done as rarely as can be."""
+        return self.planner.parameters >= _LARGE
 
     def emptied(self) -> PreparedModel:
         """Return the model without the arrays that only rounding needs."""
@@ -144,7 +149,7 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
 
 def _sample(planner: Planner, model: StreamedModel) -> Planner | None:
     """Return the units with samples of their rows in place of many, None where a search of all takes little time."""
-    if planner.parameters < _SAMPLED:
+    if planner.parameters < _LARGE:
         return None
     inside = model.streamed.chain.holds  # rows of tables differ too much for samples
     few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in planner.matrices]

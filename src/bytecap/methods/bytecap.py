@@ -3,7 +3,7 @@
 1. *calibrate*: one pass over the statistics tokens says what an error in each weight costs.
 2. *prepare*: Hessians are factored, and the bytes are counted that matrices and vectors may share.
 3. *plan*: a step for every unit, the best of up to three plans (`bytecap.allocation.plans`).
-4. *settle*: steps, tables and offsets are settled at the cap.
+4. *settle*: steps, tables and offsets are settled at the cap; those of a large model along the walk of 5.
 5. *retarget*: units aim at the original's outputs from the inputs that the coded prefix delivers
    (`bytecap.allocation.asymmetric_targets`). This comes after all of that: aiming first would correct for errors of
    a prefix that is not shipped.
@@ -22,25 +22,22 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from bytecap.allocation import correction, plans
 from bytecap.allocation.asymmetric_targets import Walked, call_order, drift_targets
+from bytecap.allocation.pacing import Pace
 from bytecap.allocation.planner import Planner, State
-from bytecap.allocation.plans import PlanCandidate
+from bytecap.allocation.plans import Costs, PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
 from bytecap.allocation.shared_inputs import LostError
-from bytecap.allocation.streamed_targets import moved, streamed_targets
+from bytecap.allocation.streamed_targets import all_moved, streamed_targets
 from bytecap.calibration.statistics import moments
 from bytecap.calibration.sums import Statistics
-from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
 from bytecap.job import Job, Outcome, Section
-from bytecap.methods.floats import fit_floats
+from bytecap.methods.floats import store_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units, near_cap
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import by_window, kl_to
 from bytecap.model.forward import rough_products
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
@@ -56,9 +53,6 @@ from bytecap.recovery.streamed import tune_streamed
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
 from bytecap.system.scratch import KeptTensor
-
-Costs = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""Cost of every window in nats, summed over its tokens; and its tokens."""
 
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
 _LAST = 6  # matrices coded last, which are rounded anew to meet the cap after recovery
@@ -99,19 +93,6 @@ def calibrate(job: Job, options: Options) -> Statistics:
 def prepare(job: Job, options: Options, found: Statistics) -> PreparedModel:
     """Factor the units and count the bytes they may use; uses up the statistics."""
     return prepare_model(job, options, found)
-
-
-def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
-    """Fill a budget that the finest grids leave unused."""
-    units = [u for u in job.model.units if u.name not in prepared.fixed]
-    with job.reporter.step("floats of fewer bits", 1):
-        sections = fit_floats(
-            units, lambda u: as_matrix(u, job.model.tensor(u).detach().float().cpu()).numpy(),
-            lambda s: job.size({**s, **prepared.fixed}, b""), job.budget,
-        )  # fmt: skip
-    if sections is None:
-        raise BudgetError(f"no plan fills {job.budget:,} bytes", job.budget)
-    return Outcome({**sections, **prepared.fixed}, b"", 0.0, 0.0, 0.0, "floats")
 
 
 def plan(
@@ -160,9 +141,20 @@ def _best_plan(
     return best
 
 
-def settle(job: Job, prepared: PreparedModel, best: PlanCandidate) -> State:
-    """Settle the chosen plan at the cap, with the tables and offsets that will be written."""
+def settle(job: Job, prepared: PreparedModel, best: PlanCandidate, *, walks: bool = True) -> State:
+    """Settle the chosen plan at the cap, with the tables and offsets that will be written.
+
+    The plan of a large model stays as it is, a little off the cap, where a walk meets it (`_capacity`).
+
+    Args:
+        job: the cap.
+        prepared: the units.
+        best: the plan.
+        walks: whether a walk for targets follows.
+    """
     planner = prepared.planner
+    if walks and _capacity(job, prepared, best) is not None:
+        return best.at_offsets()
     allocator.release()
     with allocator.no_holes(), job.reporter.step("settling at the cap", 1):
         _, state = planner.search(
@@ -204,20 +196,23 @@ def retarget(
     planner = prepared.planner
     if not planner.options.drift:
         return prepared, state
+    paced = _capacity(job, prepared, best)
     targets, without = checkpoints.get("targets"), None
-    if targets is None:  # measured before targets take memory
+    if targets is None and paced is not None:
+        without = best.costs
+    elif targets is None:  # measured before targets take memory
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
             without = _cost(job, planner, state, best.slope, quantized_copy)
         allocator.release()
     staged = {n for names in best.order for n in names}
     state = state.holding(set(planner.names) - staged)
-    walk = partial(_aimed, job, planner, best, state, quantized_copy, checkpoints)
+    walk = partial(_aimed, job, planner, best, state, paced, quantized_copy, checkpoints)
     some = job.recover is None and not checkpoints.active and not isinstance(job.model, StreamedModel)
     try:
         aimed, found = walk(_last_of(best) if some else None)
     except LostError:
         job.reporter.note("the order in which modules are called depends on the data: no drift targets")
-        return prepared, planner.settle(state.steps, state.rules, refit=False)
+        return prepared, _unaimed(job, prepared, best, state)
     allocator.release()
     if without is not None:
         with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
@@ -229,7 +224,23 @@ def retarget(
         return replace(prepared, planner=aimed, targets=targets, with_targets=again), found
     job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
     del found
-    return replace(prepared, targets=targets), planner.settle(state.steps, state.rules, refit=False)
+    return replace(prepared, targets=targets), _unaimed(job, prepared, best, state)
+
+
+def _capacity(job: Job, prepared: PreparedModel, best: PlanCandidate) -> float | None:
+    """Return the bytes that a walk for targets is to meet, None where the plan is settled at the cap before.
+
+    Settling takes five roundings of all units, which is worth its time on small models only.
+    """
+    plain = job.base is None and not job.paths and prepared.planner.options.drift
+    return prepared.capacity if prepared.large and plain and best.order and len(best.costs[0]) else None
+
+
+def _unaimed(job: Job, prepared: PreparedModel, best: PlanCandidate, state: State) -> State:
+    """Return a settled state with all integers again, where units get no targets."""
+    if _capacity(job, prepared, best) is not None:
+        return settle(job, prepared, best, walks=False)
+    return prepared.planner.settle(state.steps, state.rules, refit=False)
 
 
 def _aimed(
@@ -237,6 +248,7 @@ def _aimed(
     planner: Planner,
     best: PlanCandidate,
     state: State,
+    capacity: float | None,
     quantized_copy: nn.Module,
     checkpoints: StageCheckpoints,
     held: Collection[str] | None,
@@ -247,35 +259,30 @@ def _aimed(
         LostError: there are none.
     """
     windows, strength = leading(job.sets.statistics, planner.options.drift_tokens), planner.options.drift
+    pace = Pace(planner, state, {n for names in best.order for n in names}, capacity)
     change = None if isinstance(job.model, StreamedModel) else checkpoints.tensors("drift")
     with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
         if change is not None:
-            aimed = _moved(planner, change)
+            aimed = all_moved(planner, change)
             units, coded = {p.unit.name: p for p in aimed.matrices}, dict(state.coded)
             for names in best.order:  # as the walk did: on a GPU integers depend on what is rounded together
-                coded |= aimed.round([units[n] for n in names], state.steps, state.rules)
-            return aimed, aimed.settled(coded, state.steps, state.rules)
+                coded |= pace.round(aimed, [units[n] for n in names])
+            return aimed, aimed.settled(coded, pace.steps, state.rules)
         found: Walked[KeptTensor] | Walked[Tensor]
         if isinstance(job.model, StreamedModel):
             streamed = job.model.streamed
             found = streamed_targets(
-                planner, best.order, state, streamed, streamed.copy(), windows,
+                planner, best.order, state, pace, streamed, streamed.copy(), windows,
                 strength=strength, scratch=job.model.scratch, advance=advance,
             )  # fmt: skip
         else:
             found = drift_targets(
-                planner, best.order, state, job.model.module, quantized_copy, windows,
+                planner, best.order, state, pace, job.model.module, quantized_copy, windows,
                 strength=strength, device=job.device, advance=advance, held=held,
             )  # fmt: skip
             checkpoints.put_tensors("drift", found.change)
         coded = {**state.coded, **found.coded}
-        return _moved(planner, found.change), planner.settled(coded, state.steps, state.rules)
-
-
-def _moved(planner: Planner, change: dict[str, Any]) -> Planner:
-    """Return the units with what targets add to them, which is used up."""
-    matrices = [moved(p, change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
-    return replace(planner, matrices=matrices)
+        return all_moved(planner, found.change), planner.settled(coded, pace.steps, state.rules)
 
 
 def _last_of(best: PlanCandidate) -> list[str]:
