@@ -1,6 +1,6 @@
 """Meet a capacity while units are rounded one after the other, so that a large model is not rounded for it beforehand.
 
-A plan that was rounded whole says what every unit takes, and misses the capacity by half a percent at most. The rest is
+A plan that was rounded whole says what every unit takes, and misses the capacity by a percent or two. The rest is
 made up for along the walk for targets: what was rounded so far says by how much bytes differ from those of the plan,
 and the steps of what is left move by as much as that calls for. That is less than a hundredth of an octave on most
 models, and near the plan's slope bytes are worth the same everywhere.
@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from bytecap.allocation.planner import Planner, State
+from bytecap.allocation.planner import PER_E, Planner, State
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 
-_PER_E = 1.2 / 8  # bytes that a weight takes less at a step larger by a factor of e
 _MOST = 0.1  # of a unit's log-step: more would spend its bytes off the plan's slope
 _SURE = 0.02  # of the bytes: how much has to be rounded for its growth to count half
 
@@ -56,11 +55,11 @@ class Pace:
         """Return by how much the log-steps of all units that are left should be larger than planned."""
         rates, found = self._state.rates, sum(self._found.values())
         total, left = sum(rates.values()), [n for n in self._parameters if n not in self._found]
-        planned = sum(rates[n] - _PER_E * self._parameters[n] * self._moved(n) for n in self._found)
+        planned = sum(rates[n] - PER_E * self._parameters[n] * self._moved(n) for n in self._found)
         growth = (found - planned) / (planned + _SURE * total)
         room = capacity - found - sum(r for n, r in rates.items() if n not in self._parameters)
         over = (1 + growth) * sum(rates[n] for n in left) - room
-        return min(_MOST, max(-_MOST, over / (_PER_E * sum(self._parameters[n] for n in left) + 1)))
+        return min(_MOST, max(-_MOST, over / (PER_E * sum(self._parameters[n] for n in left) + 1)))
 
     def _moved(self, name: str) -> float:
         return math.log(self.steps[name] / self._state.steps[name])

@@ -121,7 +121,7 @@ def plan(
     # the units go on in what is returned first: nobody else keeps their memory
     best = replace(best, planner=planner.emptied(), state=best.state.holding(prefix), order=order)
     allocator.release()
-    return replace(prepared, planner=planner), best
+    return replace(prepared, planner=replace(planner, sample=None)), best
 
 
 def _best_plan(
