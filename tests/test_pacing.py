@@ -10,7 +10,7 @@ from bytecap.allocation import pacing, preparation
 from bytecap.allocation.pacing import Pace
 from bytecap.allocation.planner import Planner, State
 from bytecap.methods import bytecap as default
-from bytecap.methods import rate_control
+from bytecap.methods import rate_control, retargeting
 from bytecap.quantization import stored
 from bytecap.types import Unit
 from conftest import BUDGET, SMALL
@@ -101,10 +101,10 @@ def counted(monkeypatch):
 def test_a_large_model_is_not_rounded_for_the_cap(memory, model_directory, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "_LARGE", 0)
     monkeypatch.setattr(stored, "_LEAST_ROWS", 16)
-    monkeypatch.setattr(default, "near_cap", None)
+    monkeypatch.setattr(retargeting, "near_cap", None)
     monkeypatch.setattr(default, "fit_to_cap", None)
-    cost, directory = default._cost, model_directory("rotary", num_hidden_layers=4)
-    monkeypatch.setattr(default, "_cost", lambda *args: (cost(*args)[0] / 2, cost(*args)[1]))  # targets are kept
+    cost, directory = retargeting._cost, model_directory("rotary", num_hidden_layers=4)
+    monkeypatch.setattr(retargeting, "_cost", lambda *args: (cost(*args)[0] / 2, cost(*args)[1]))  # targets are kept
     files = {"calibration": texts["calib"], "evaluation": texts["val"], "memory": memory, **SMALL}
     rounded, packed = counted(monkeypatch)
     plain = bytecap.fit(directory, BUDGET, options={"correct": False}, **files)
@@ -129,14 +129,14 @@ def test_without_targets_it_is_settled_after_all(lost, model_directory, texts, m
     if lost:
 
         def lose(*_, **__):
-            raise default.LostError
+            raise retargeting.LostError
 
-        monkeypatch.setattr(default, "drift_targets", lose)
+        monkeypatch.setattr(retargeting, "drift_targets", lose)
     else:
-        cost = default._cost
-        monkeypatch.setattr(default, "_cost", lambda *args: (2 * cost(*args)[0], cost(*args)[1]))
+        cost = retargeting._cost
+        monkeypatch.setattr(retargeting, "_cost", lambda *args: (2 * cost(*args)[0], cost(*args)[1]))
     near = []
-    monkeypatch.setattr(default, "near_cap", lambda *args: near.append(1) or rate_control.near_cap(*args))
+    monkeypatch.setattr(retargeting, "near_cap", lambda *args: near.append(1) or rate_control.near_cap(*args))
     found = bytecap.fit(model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
     assert near == [1]
     assert found.report["slack_bytes"] <= found.report["allowed_slack_bytes"]

@@ -9,7 +9,7 @@ models, and near the plan's slope bytes are worth the same everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from bytecap.allocation.planner import PER_E, Planner, State
 from bytecap.quantization.quantizer import Coded, Prepared, rate
@@ -26,14 +26,22 @@ class Pace:
         state: steps, rules, and the bytes that every unit is expected to take.
         staged: units that are rounded on the walk.
         capacity: bytes that all units are to take; None leaves steps as they are.
+        follow: given the units of every stage as soon as they are rounded.
 
     Attributes:
         steps: that units were rounded at, or are going to be.
     """
 
-    def __init__(self, planner: Planner, state: State, staged: Collection[str], capacity: float | None = None) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        state: State,
+        staged: Collection[str],
+        capacity: float | None = None,
+        follow: Callable[[Mapping[str, Coded]], None] = lambda _: None,
+    ) -> None:
         self.steps = dict(state.steps)
-        self._state, self._capacity = state, capacity
+        self._state, self._capacity, self._follow = state, capacity, follow
         self._parameters = {p.unit.name: p.unit.parameters for p in planner.matrices if p.unit.name in staged}
         self._least = planner.finest
         self._found: dict[str, float] = {}  # bytes of the units that were rounded
@@ -49,6 +57,7 @@ class Pace:
         coded = planner.round(stage, self.steps, state.rules)
         if self._capacity is not None:
             self._found |= {n: rate(c, state.shared) for n, c in coded.items()}
+        self._follow(coded)
         return coded
 
     def _change(self, capacity: float) -> float:

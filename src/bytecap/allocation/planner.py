@@ -67,6 +67,7 @@ class State:
         rates: estimated bytes of every unit.
         distortions: predicted nats per token of every unit.
         origin: rules it was rounded under.
+        sections: its units as they are stored, where they have been coded already.
     """
 
     steps: Mapping[str, float]
@@ -75,6 +76,7 @@ class State:
     rates: Mapping[str, float]
     distortions: Mapping[str, float]
     origin: Rules | None = None
+    sections: Mapping[str, Section] | None = None
 
     def holding(self, names: Collection[str]) -> State:
         """Return the state with the integers of these matrices only, so that the memory of the others can be freed."""
@@ -354,6 +356,8 @@ class Planner:
 
     def sections(self, state: State) -> dict[str, Section]:
         """All units as they are stored; some are coded at a time, each by the rank that has its integers."""
+        if state.sections is not None:
+            return {n: state.sections[n] for n in self.names}
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
         spread = owners([sizes.get(n, 1) for n in self.names], self.ranks.size)
         apart = {n: c.owner for n, c in state.coded.items() if c.owner is not None}
