@@ -20,6 +20,7 @@ from bytecap.model.evaluation import by_window, compare_models
 from bytecap.model.inputs import check_causal
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
+from bytecap.model.tensor_files import Tensors
 from bytecap.model.texts import Text
 from bytecap.pipeline import memory
 from bytecap.quantization import stored
@@ -256,6 +257,17 @@ def test_a_pass_that_waits_lets_go_of_what_its_block_has_read(pair):
             assert torch.equal(one.advance(), wanted)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_opening_reads_every_weight_once(kind, model_directory, monkeypatch):
+    read, inner = [], Tensors.read
+    monkeypatch.setattr(Tensors, "read", lambda self, name, *args: read.append(name) or inner(self, name, *args))
+    opened = open_streamed(model_directory(kind), Scratch())
+    buffers = {n for n, _ in opened.module.named_buffers()}
+    wanted = [u.name for u in opened.units for _ in ("", *u.aliases) if u.name not in buffers]  # by every module of it
+    assert sorted(n for n in read if n not in buffers) == sorted(wanted)
+    assert opened.streamed.alone
+
+
 def test_a_model_of_one_block_is_not_streamed(model_directory):
     with pytest.raises(Unstreamable, match="no chain"):
         open_streamed(model_directory("rotary", num_hidden_layers=1), Scratch())
@@ -288,14 +300,14 @@ def test_only_large_models_are_searched_on_samples_of_rows(large, model_director
     monkeypatch.setattr(stored.Sample, "scaled", lambda item, coded: scaled.append(item.shape) or inner(item, coded))
     monkeypatch.setattr(stored, "_LEAST_ROWS", 16)
     if large:
-        monkeypatch.setattr(preparation, "_SAMPLED", 0)
+        monkeypatch.setattr(preparation, "_LARGE", 0)
     found = bytecap.fit(
         model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], memory="1MB", **SMALL
     )
     assert found.length <= BUDGET
     assert found.report["slack_bytes"] <= found.report["allowed_slack_bytes"]
     assert bool(scaled) == large
-    assert all(rows < 32 for rows, _ in scaled)
+    assert all(16 <= rows <= 64 for rows, _ in scaled)
 
 
 def test_models_that_fit_are_read_whole():
