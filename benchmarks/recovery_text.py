@@ -23,6 +23,7 @@ from bytecap.model.texts import TokenSets, leading
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Bars
+from bytecap.recovery import kl_passes
 from common import parser, record, texts
 
 ARMS = ("text", "text+self", "text+self+general")
@@ -35,11 +36,13 @@ def main() -> None:
     p.add_argument("--recover", default="240", help="a number of iterations, the same in all arms")
     p.add_argument("--text-tokens", type=int, default=49_152, help="of the calibration text that recovery reads")
     p.add_argument("--extra-tokens", type=int, default=32_768, help="of each text that arms add")
+    p.add_argument("--iteration-tokens", type=int, help="of one iteration; as fit does by default")
     p.add_argument("--arms", nargs="*", default=ARMS)
     p.add_argument("--effort", type=int, default=0)
     p.add_argument("--store", help="keeps samples, statistics and plans")
     args = p.parse_args()
     args.device = choose_device(args.device)
+    kl_passes._TOKENS[args.device] = args.iteration_tokens or kl_passes._TOKENS[args.device]
     for name in args.model:
         model = load_checkpoint(name if name == "demo" else args.models / name)
         model.name = name
