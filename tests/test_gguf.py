@@ -304,7 +304,12 @@ def test_the_commands(run, refused, model_directory, texts, tmp_path) -> None:
     assert "the option paths is not for the format gguf" in refused(*fit, "-o", out, "--paths", "all")
     assert "the option types is not for the format bcap" in refused(*fit, "-o", tmp_path / "x.bcap", "--types", "q4_0")
     assert "unknown format 'onnx'" in refused(*fit, "-o", out, "--format", "onnx")
+    assert "the format is gguf: name a file" in refused(*fit, "-o", tmp_path / "x.bcap", "--format", "gguf")
     matrix = tmp_path / "imatrix.gguf"
+    code, said, err = run("imatrix", model_directory("rotary"), "-o", matrix, *words[:4])
+    assert code == 0, err
+    assert "for statistics" in said + err
+    assert not any(word in said + err for word in ("evaluation", "--eval", "correction factors"))
     code, said, err = run("imatrix", model_directory("rotary"), "-o", matrix, *words[:4], "--json")
     assert code == 0, err
     tensors = {t.name: t.data for t in gguf.GGUFReader(str(matrix)).tensors}

@@ -277,7 +277,10 @@ def imatrix_of(
     """Calibrate a model and write its importance matrix; returns bytes and tensors."""
     loaded, target = load_checkpoint(model), choose_device(device)
     layout = layout_of(loaded)
-    sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
+    sets = load_sets(
+        loaded, calibration, None, tokens=tokens or TOKENS, evaluation_tokens=0, correction_tokens=0, seed=seed,
+        reporter=reporter,
+    )  # fmt: skip
     found = moments(Job(loaded, sets, 0, lambda *_: 0, target, reporter, FitConfig(0, seed=seed)), guided=guided)
     weights = importance(loaded, layout, found)
     names = [str(p) for p in as_paths(calibration)] or ["embedded"]
