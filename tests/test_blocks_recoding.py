@@ -91,3 +91,17 @@ def test_everything_is_coded_once_within_the_effort(planned, monkeypatch):
     }
     held = quantized_copy.state_dict()
     assert all(torch.equal(held[n].float(), v) for n, v in units.values().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "budget"), [("mlx", None, 26_000), ("compressed-tensors", ["w4g32a", "w4c"], 45_000)]
+)
+def test_recovery_keeps_bytes_and_types_and_lowers_the_kl(name, types, budget, model_directory, texts, tmp_path):
+    report = directories.fit_directory(
+        model_directory("rotary"), budget, format=name, calibration=texts["calib"], evaluation=texts["val"],
+        output=tmp_path / "model", types=types, recover="30", **SMALL,
+    ).report  # fmt: skip
+    before = report["without_recovery"]
+    assert sum(f.stat().st_size for f in (tmp_path / "model").iterdir()) == report["file_bytes"] <= budget
+    assert min(s["kl"] for s in report["recovery"]["stages"]) < report["recovery"]["kl_before"]
+    assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]
