@@ -12,13 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bytecap
-from bytecap.errors import CheckpointError, OutputError, UsageError
+from bytecap.errors import CheckpointError, OutputError
 from bytecap.format.ledger import total
-from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.quantized_copy import load_values
 from bytecap.pipeline.fit_directory import write_directory
-from bytecap.pipeline.formats import format_of
 from bytecap.runtimes.blocks.encode import encode, prepare
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words
 from bytecap.runtimes.directory import FAMILIES, family
@@ -277,37 +275,6 @@ def test_directories_appear_whole(tmp_path) -> None:
     for name, message in (("other", "holds other files"), ("file", "there is a file"), ("a/b", "does not exist")):
         with pytest.raises(OutputError, match=message), replacing_directory(tmp_path / name):
             pass
-
-
-def test_formats_by_name() -> None:
-    assert format_of(FitConfig("1MB", output="x.bcap")) == "bcap"
-    assert format_of(FitConfig("1MB", output="x.gguf")) == "gguf"
-    with pytest.raises(UsageError, match="there are bcap, gguf, mlx, compressed-tensors"):
-        format_of(FitConfig("1MB", format="awq"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "output", "said"),
-    [
-        (
-            "gguf",
-            "x.bcap",
-            "x.bcap is named like the format bcap, but the format is gguf: name a file that ends",
-        ),
-        (
-            "bcap",
-            "x.gguf",
-            "named like the format gguf, but the format is bcap: name a file that ends in .bcap",
-        ),
-        ("mlx", "x.gguf", "named like the format gguf, but the format is mlx: name a directory"),
-        ("compressed-tensors", "x.bcap", "the format is compressed-tensors: name a directory"),
-    ],
-)
-def test_a_suffix_of_another_format_is_refused(kind, output, said) -> None:
-    with pytest.raises(UsageError, match=said):
-        format_of(FitConfig("1MB", format=kind, output=output))
-    for other in (f"x.{kind}", "x", "x.bin", None):
-        assert format_of(FitConfig("1MB", format=kind, output=other)) == kind
 
 
 @pytest.mark.slow
