@@ -20,7 +20,6 @@ from bytecap.model.evaluation import by_window, compare_models
 from bytecap.model.inputs import check_causal
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.streamed_checkpoint import Unstreamable, open_streamed
-from bytecap.model.tensor_files import Tensors
 from bytecap.model.texts import Text
 from bytecap.pipeline import memory
 from bytecap.quantization import stored
@@ -255,17 +254,6 @@ def test_a_pass_that_waits_lets_go_of_what_its_block_has_read(pair):
             assert handed.isfinite().all()
         with lane.outside():
             assert torch.equal(one.advance(), wanted)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_opening_reads_every_weight_once(kind, model_directory, monkeypatch):
-    read, inner = [], Tensors.read
-    monkeypatch.setattr(Tensors, "read", lambda self, name, *args: read.append(name) or inner(self, name, *args))
-    opened = open_streamed(model_directory(kind), Scratch())
-    buffers = {n for n, _ in opened.module.named_buffers()}
-    wanted = [u.name for u in opened.units for _ in ("", *u.aliases) if u.name not in buffers]  # by every module of it
-    assert sorted(n for n in read if n not in buffers) == sorted(wanted)
-    assert opened.streamed.alone
 
 
 def test_a_model_of_one_block_is_not_streamed(model_directory):
