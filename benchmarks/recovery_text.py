@@ -42,7 +42,8 @@ def main() -> None:
     p.add_argument("--store", help="keeps samples, statistics and plans")
     args = p.parse_args()
     args.device = choose_device(args.device)
-    kl_passes._TOKENS[args.device] = args.iteration_tokens or kl_passes._TOKENS[args.device]
+    if args.iteration_tokens:
+        kl_passes._TOKENS[args.device] = args.iteration_tokens  # noqa: SLF001 (no option of fit)
     for name in args.model:
         model = load_checkpoint(name if name == "demo" else args.models / name)
         model.name = name
