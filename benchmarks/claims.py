@@ -117,8 +117,7 @@ _UNSURE = {(name, 3.5, "loss") for name in ("small-s0", "small-s1", "base-s1")}
 
 def recovery(rows: Sequence[Row]) -> Iterator[Claim]:
     """With recovery against without: KL and loss, by model and bits; and other texts against calibration text."""
-    both = [r for r in rows if r["benchmark"] == "recover" and "without_recovery" in r]
-    found = {(r["model"], r["bits"]): r for r in both if r.get("text", "given") == "given"}
+    found = {(r["model"], r["bits"]): r for r in rows if r["benchmark"] == "recover" and "without_recovery" in r}
     for (name, bits), row in sorted(found.items()):
         plain = row["without_recovery"]
         for word, value, error, paired in (
@@ -132,7 +131,6 @@ def recovery(rows: Sequence[Row]) -> Iterator[Claim]:
                 yield Claim(what, plain[value] - row[value], plain[paired], True, tie, tuple(said))
             else:
                 yield apart(what, plain, row, value, error, tie=tie, figures=said)
-    yield from _more_text(found, [r for r in both if r.get("text", "given") != "given"])
     texts = {r["text"]: r for r in rows if r["benchmark"] == "recover-text"}
     for name in sorted(set(texts) - {"calib"}):
         said = [f"{texts[n]['kl_ratio']:.3f}" for n in (name, "calib")]
@@ -143,23 +141,6 @@ def recovery(rows: Sequence[Row]) -> Iterator[Claim]:
         best = min((r for r in tuned if r["model"] == name), key=lambda r: float(r["measured_delta_nats"]))
         value, error = best["measured_delta_nats"], best["measured_delta_stderr"]
         yield Claim(f"loss, {name} fine-tuned", value, error, True, True, (f"{value:+.4f} ± {error:.4f}",))
-
-
-def _more_text(given: dict[tuple[str, float], Row], added: Sequence[Row]) -> Iterator[Claim]:
-    """Recovery on the user's text alone against that with other text beside it.
-
-    Lines are compared that start from the same file, at the same rate, where at least half as many tokens were read.
-    """
-    for row in added:
-        name, bits = row["model"], row["bits"]
-        alone = given.get((name, bits))
-        if alone is None or alone["without_recovery"]["kl_nats"] != row["without_recovery"]["kl_nats"]:
-            continue
-        if alone["rate"] != row["rate"] or row["recovery"]["tokens"] < alone["recovery"]["tokens"] / 2:
-            continue
-        what = f"KL, recovery on {row['text']} text minus on given text alone, {name}, {bits} bits"
-        error = math.hypot(*(r["without_recovery"]["kl_difference_stderr"] for r in (alone, row)))
-        yield Claim(what, row["kl_nats"] - alone["kl_nats"], error, False, True, (f"{row['kl_nats']:.4f}",))
 
 
 def golf(rows: Sequence[Row]) -> Iterator[Claim]:

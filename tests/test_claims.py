@@ -66,28 +66,6 @@ def test_paired_errors_go_first_where_lines_hold_them(script):
     assert not loss.holds
 
 
-def recovered(kl, text, *, tokens=100, rate=0.004, without=1.0):
-    plain = {
-        "kl_nats": without, "measured_delta_nats": 1.0, "kl_difference_stderr": 0.03, "delta_difference_stderr": 0.03,
-    }  # fmt: skip
-    return pair(
-        kl, 0.03, benchmark="recover", text=text, rate=rate, recovery={"tokens": tokens}, without_recovery=plain
-    )  # fmt: skip
-
-
-def test_recovery_on_more_text_is_held_against_that_on_the_given_text(script):
-    given, more = recovered(0.5, "given"), recovered(0.6, "given and general")
-    *own, added = script.recovery([given, more])
-    assert [c.what.partition(",")[0] for c in own] == ["KL", "loss"]
-    assert own[0].difference == pytest.approx(0.5)
-    assert (added.difference, added.error) == (pytest.approx(0.1), pytest.approx(0.03 * 2**0.5))
-    assert added.tie
-    assert added.figures == ("0.6000",)
-    for other in ({"tokens": 49}, {"rate": 0.002}, {"without": 1.1}):
-        assert len(list(script.recovery([given, recovered(0.6, "given and general", **other)]))) == 2
-    assert not list(script.recovery([more]))
-
-
 def test_later_lines_replace_earlier_ones(script):
     rows = [pair(0.5, 0.03, method="bytecap"), pair(1.0, 0.04, method="golf"), pair(0.7, 0.03, method="bytecap")]
     assert next(script.targets(rows)).difference == pytest.approx(0.3)

@@ -81,3 +81,8 @@ def test_rates_are_shares_of_the_first_ones():
     optimizer = torch.optim.Adam(groups, lr=0.0)
     loop.set_rates(optimizer, 0.5)
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.125]
+
+
+@pytest.mark.parametrize(("effort", "parts"), [("40", 10), ("3", 1), ("1000", 24), ("10s", 24)])
+def test_parts_of_an_effort_have_some_iterations_each(effort, parts):
+    assert Clock(Effort.parse(effort), lambda _: None).parts(24) == parts

@@ -31,6 +31,7 @@ from bytecap.progress import Advance
 
 Kept = TypeVar("Kept")
 
+_A_PART = 4  # iterations between two changes of what is tuned, at least
 _DIVERGED = 4.0  # times the first KL, beyond which tuning is stopped
 _WORSE, _PATIENCE = 1.1, 3  # times the best KL, and checks in a row that may be beyond it
 
@@ -62,6 +63,11 @@ class Clock:
         before = self.done
         self.done = min(1.0, self._effort.share(self.iterations, self.seconds))
         self._advance((self.done - before) * self._share)
+
+    def parts(self, most: int) -> int:
+        """Return in how many parts to split the effort, each of some iterations: at most so many."""
+        steps = self._effort.steps
+        return most if steps is None else max(1, min(most, steps // _A_PART))
 
     def due(self, validations: int, apart: int = 1) -> bool:
         """Return whether a validation is due: so many in all, at least so many iterations apart, and one at the end."""

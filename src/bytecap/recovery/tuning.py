@@ -23,14 +23,18 @@ Omitted: units under an overlay keep their integers; overlays are tuned in `byte
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bytecap.allocation import correction
+from bytecap.allocation.asymmetric_targets import tokens_of
 from bytecap.allocation.planner import Planner, State
 from bytecap.calibration.statistics import job_key, windows_key
 from bytecap.job import Job
@@ -38,6 +42,7 @@ from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.recovery import loop
 from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.loop import Clock, Schedule
 from bytecap.recovery.parameters import TunedParameters
@@ -59,10 +64,18 @@ _SCHEDULE = Schedule(warming=10, checks=12, apart=5)
 class _TuningRun:
     """The iterations of one job."""
 
-    def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
+    def __init__(
+        self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float,
+        order: Sequence[Sequence[str]],
+    ) -> None:  # fmt: skip
         self.job, self.quantized_copy = job, quantized_copy
         self.parameters = TunedParameters(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
+        windows, options = job.sets.statistics, planner.options
+        self._walk = GroupWalk(
+            job, order, strength=options.drift, tokens=tokens_of(planner, job.device, windows),
+            most=options.drift_tokens,
+        ) if order else None  # fmt: skip
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._checkpoint = ProgressCheckpoint(job.store) if job.store.directory is None else ProgressCheckpoint(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
@@ -86,9 +99,11 @@ class _TuningRun:
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
     def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:
-        """Make one iteration at a share of the first rates; returns the mean KL before it."""
+        """Make one iteration at a share of the first rates; returns the mean KL before it, and moves nothing by NaN."""
         self.passes.load(self.parameters.values())
         kl, found = self.passes.gradients(self.parameters.names)
+        if not math.isfinite(kl):
+            return kl
         tensors = {**self.parameters.values_only(), **self.parameters.targets()}
         for name, g in self.parameters.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
@@ -96,6 +111,13 @@ class _TuningRun:
         optimizer.step()
         optimizer.zero_grad()
         return kl
+
+    def code(self, names: list[str], change: float) -> float:
+        """Code a group, see `TunedParameters.code`."""
+        if self._walk is None:
+            return self.parameters.code(names, change)
+        self.passes.load(self.parameters.values())
+        return self.parameters.code(names, change, partial(self._walk.code, self.quantized_copy))
 
     def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
         """Keep the progress in the store, after a group was coded and the rest was tuned."""
@@ -132,8 +154,8 @@ class _TuningRun:
 def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and tune the rest in between."""
     parameters = tuning_run.parameters
-    parameters.unfreeze()
-    groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
+    parameters.unfreeze(dict(tuning_run.job.model.module.state_dict()))
+    groups, optimizer = parameters.groups(clock.parts(_GROUPS)), tuning_run.optimizer()
     total = parameters.planned(parameters.matrices)[0]
     beyond, now = _BELOW * total, kl
     seen: list[tuple[float, int, float]] = []
@@ -143,18 +165,20 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
             continue
         left = [n for rest in groups[number:] for n in rest]
         change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (parameters.planned(left)[1] / 8 * 1.2)))
-        spent = parameters.code(group, change)
+        spent = tuning_run.code(group, change)
         for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
             if abs(beyond + spent) < _BELOW / 2 * total:
                 break
             change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
-            spent = parameters.code(group, change)
+            spent = tuning_run.code(group, change)
         beyond += spent
         while clock.done < (number + 1) / len(groups):
             now = tuning_run.iterate(optimizer, loop.warmed(clock, _SCHEDULE.warming))
             clock.tick()
             seen.append((round(tuning_run.passes.seconds, 2), clock.iterations, now))
-        if loop.has_diverged(now, kl):
+            if not math.isfinite(now):
+                break
+        if loop.has_diverged(now, kl) and loop.has_diverged(tuning_run.check(), kl):  # one odd batch means nothing
             tuning_run.job.reporter.note(loop.diverging(clock, "integers", now))
             parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
@@ -175,7 +199,12 @@ def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
 
 
 def tune(
-    job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float
+    job: Job,
+    planner: Planner,
+    state: State,
+    quantized_copy: nn.Module,
+    slope: float,
+    order: Sequence[Sequence[str]] = (),
 ) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
     """Tune a plan; returns it settled at about the same bytes, None if nothing measured better, and a record.
 
@@ -185,6 +214,7 @@ def tune(
         state: what would be shipped without recovery.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
         slope: nats per token that a byte buys.
+        order: units that are coded along a walk, stage by stage; none by default.
     """
     if is_batches(job.sets.statistics):
         job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
@@ -193,7 +223,7 @@ def tune(
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope)
+        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope, order)
         start = kl = tuning_run.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):
