@@ -110,6 +110,7 @@ def test_a_large_model_is_not_rounded_for_the_cap(memory, model_directory, texts
     plain = bytecap.fit(directory, BUDGET, options={"correct": False}, **files)
     assert plain.length <= BUDGET
     assert plain.report["slack_bytes"] <= BUDGET // 100
+    assert plain.report["predicted_delta_nats"] == plain.report["text_distance"]["calibration_kl"] > 0
     few = [n for n in packed if ".layers.0." in n]
     assert len(few) > 6
     assert {packed[n] for n in few} == {1}
