@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 import bytecap
-from bytecap.errors import UsageError
+from bytecap.errors import TextError, UsageError
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
 from bytecap.model import sources
@@ -190,6 +190,20 @@ class TestSets:
         options = {"correction_tokens": 500, "reporter": Silent(), **TINY}
         one, two, other = (load_sets(model, ["self"], None, seed=s, **options).statistics for s in (0, 0, 1))
         assert one == two != other
+
+    def test_what_nothing_is_measured_on_is_not_read(self, model_directory, texts):
+        model, reporter = load_checkpoint(model_directory("rotary")), Silent()
+        sets = load_sets(
+            model, texts["calib"], None, reporter=reporter, **TINY | {"evaluation_tokens": 0, "correction_tokens": 0}
+        )
+        assert sets.statistics
+        assert not sets.evaluation
+        assert not sets.correction
+        (said,) = reporter.notes
+        assert "for statistics" in said
+        assert not any(word in said for word in ("evaluation", "correction", "disjoint"))
+        with pytest.raises(TextError, match="at least one window is needed"):
+            split_sets([], [], tokens=100, correction_tokens=0, seed=0)
 
     def test_the_embedded_model_has_texts_of_its_own(self):
         sets = load_sets(load_checkpoint("demo"), None, None, correction_tokens=500, reporter=Silent(), **TINY)

@@ -12,13 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bytecap
-from bytecap.errors import CheckpointError, OutputError, UsageError
+from bytecap.errors import CheckpointError, OutputError
 from bytecap.format.ledger import total
-from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.quantized_copy import load_values
-from bytecap.pipeline.fit_directory import fit_directory, write_directory
-from bytecap.pipeline.formats import format_of
+from bytecap.pipeline.fit_directory import write_directory
 from bytecap.runtimes.blocks.encode import encode, prepare
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words
 from bytecap.runtimes.directory import FAMILIES, family
@@ -48,19 +46,6 @@ def made(model_directory, texts, tmp_path_factory):
         return known[name]
 
     return get
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "types"), [("mlx", None), ("compressed-tensors", ["w4g32a", "w4c"])])
-def test_recovery_keeps_bytes_and_codes_and_lowers_the_kl(name, types, model_directory, texts, tmp_path):
-    report = fit_directory(
-        model_directory("rotary"), BUDGETS[name], format=name, calibration=texts["calib"], evaluation=texts["val"],
-        output=tmp_path / "model", types=types, recover="30", **SMALL,
-    ).report  # fmt: skip
-    before = report["without_recovery"]
-    assert sum(f.stat().st_size for f in (tmp_path / "model").iterdir()) == report["file_bytes"] <= BUDGETS[name]
-    assert report["recovery"]["stages"][0]["kl"] < report["recovery"]["kl_before"]
-    assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]
 
 
 @pytest.fixture(scope="module")
@@ -290,13 +275,6 @@ def test_directories_appear_whole(tmp_path) -> None:
     for name, message in (("other", "holds other files"), ("file", "there is a file"), ("a/b", "does not exist")):
         with pytest.raises(OutputError, match=message), replacing_directory(tmp_path / name):
             pass
-
-
-def test_formats_by_name() -> None:
-    assert format_of(FitConfig("1MB", output="x.bcap")) == "bcap"
-    assert format_of(FitConfig("1MB", output="x.gguf")) == "gguf"
-    with pytest.raises(UsageError, match="there are bcap, gguf, mlx, compressed-tensors"):
-        format_of(FitConfig("1MB", format="awq"))
 
 
 @pytest.mark.slow

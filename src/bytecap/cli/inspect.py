@@ -85,6 +85,6 @@ def _lines(
         if source is not None:
             sets = shard_sets_of(source, loaded, config, reporter)
         else:
-            sets = load_sets(loaded, calibration, None, tokens=config.tokens, reporter=reporter)
+            sets = load_sets(loaded, calibration, None, tokens=config.tokens, evaluation_tokens=0, reporter=reporter)
         planned = summary.plan(make_job(loaded, sets, config))
     return summary.of_model(loaded, trial(loaded, source.user_loss() if source is not None else None), planned)

@@ -17,6 +17,7 @@ bounds memory: factors and integers of the whole model are the most that a job h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -75,7 +76,7 @@ def run(job: Job) -> Outcome:
     if job.recover is None:
         prepared = prepared.emptied()
     outcome = predict(job, prepared, best, packed, quantized_copy)
-    return outcome if job.recover is None else recover(job, prepared, packed, outcome, quantized_copy)
+    return outcome if job.recover is None else recover(job, prepared, packed, outcome, quantized_copy, best.order)
 
 
 def calibrate(job: Job, options: Options) -> Statistics:
@@ -174,7 +175,10 @@ def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Mod
     return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
 
 
-def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:
+def recover(
+    job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module,
+    order: Sequence[Sequence[str]],
+) -> Outcome:  # fmt: skip
     """Tune a packed plan and trim it to the same cap; returns the plan itself where that measures better.
 
     Args:
@@ -183,8 +187,9 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
         packed: their sections.
         outcome: of these.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
+        order: units that were given targets along a walk, stage by stage.
     """
-    tuned, record = _tuned(job, prepared, packed, outcome.slope, quantized_copy)
+    tuned, record = _tuned(job, prepared, packed, outcome.slope, quantized_copy, order)
     if tuned is not None:
         again, now = tuned
         if outcome.predicted is not None and now < outcome.predicted:
@@ -198,14 +203,19 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
 
 
 def _tuned(
-    job: Job, prepared: PreparedModel, packed: Packed, slope: float, quantized_copy: nn.Module
+    job: Job,
+    prepared: PreparedModel,
+    packed: Packed,
+    slope: float,
+    quantized_copy: nn.Module,
+    order: Sequence[Sequence[str]],
 ) -> tuple[tuple[Packed, float] | None, dict[str, Any]]:
     """Return tuned sections under the cap with their KL, None if there are none, and a record of the tuning."""
     last = [p.unit.name for p in prepared.planner.matrices if moves(p)][: -LAST - 1 : -1]
     if isinstance(job.model, StreamedModel):
         found, record = tune_streamed(job, job.model, prepared.planner, packed.state, last)
     else:
-        found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
+        found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope, order)
     if found is None:
         return None, record
     planner, state = found

@@ -32,6 +32,7 @@ from bytecap.model.inputs import check_causal, facts, run_as_configured, vocabul
 from bytecap.model.linears import of_transformers
 from bytecap.model.texts import (
     Encoder,
+    Text,
     TokenSets,
     Window,
     leading,
@@ -97,19 +98,24 @@ def as_paths(paths: Paths) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def embedded(calibration: Sequence[Path], evaluation: Sequence[Path], *, own: bool = False) -> str:
-    """Say what stands in where texts are missing; nothing where both are given. `own`: the model has texts of its own.
+def embedded(
+    calibration: Sequence[Path], evaluation: Sequence[Path], *, own: bool = False, evaluates: bool = True
+) -> str:
+    """Say what stands in where texts are missing; nothing where both are given.
+
+    `own`: the model has texts of its own. `evaluates`: a text for evaluation is read.
 
     >>> embedded([], [Path("a.txt")])
     'no --calib given: samples of the model itself and the embedded general text stand in'
     """
-    missing = [n for n, given in (("--calib", calibration), ("--eval", evaluation)) if not given]
+    needs = (("--calib", calibration, True), ("--eval", evaluation, evaluates))
+    missing = [n for n, given, needed in needs if needed and not given]
     if own and missing:
         return f"no {' and no '.join(missing)} given: the embedded SQLite documentation stands in"
     said = []
-    if not calibration:
+    if "--calib" in missing:
         said.append("no --calib given: samples of the model itself and the embedded general text stand in")
-    if not evaluation:
+    if "--eval" in missing:
         said.append("no --eval given: documents of the embedded general text that nothing is fitted on stand in")
     return "; ".join(said)
 
@@ -146,8 +152,8 @@ def load_sets(
         evaluation: text files nothing is fitted on.
         window: predicted tokens in a window.
         tokens: most tokens for statistics; `default_tokens` by default.
-        evaluation_tokens: most tokens for evaluation, over all texts.
-        correction_tokens: most tokens for correction factors and other measurements besides.
+        evaluation_tokens: most tokens for evaluation, over all texts; with 0 no text is read for it.
+        correction_tokens: most tokens for correction factors and other measurements besides; may be 0.
         seed: order in which calibration windows are drawn.
         device: torch device that `self` is sampled on.
         sampler: gives windows sampled from the model; `sampled` by default.
@@ -158,17 +164,20 @@ def load_sets(
     window, calib, held = window_limit(model, window), as_paths(calibration), as_paths(evaluation)
     tokens = tokens or default_tokens(model, calib, device)
     wanted = tokens + correction_tokens
-    if missing := embedded(calib, held, own=model.name == DEMO):
+    evaluates = evaluation_tokens > 0
+    if missing := embedded(calib, held, own=model.name == DEMO, evaluates=evaluates):
         warn(reporter, f"{missing}; quality on your text depends on it")
     if model.name == DEMO:
         calib, held = calib or [demo_directory() / "calib.txt"], held or [demo_directory() / "val.txt"]
     sources = parse(calib) if calib else default_sources(model, wanted, device)
     shares = {s.name: max(1, round(wanted * s.weight / sum(x.weight for x in sources))) for s in sources}
     draw = sampler or partial(sampled, model, window=window, seed=seed, device=device, reporter=reporter)
-    most = max(1, evaluation_tokens // max(1, len(held)))
-    evaluated = [load_text(p, encode, window=window, limit=most, vocabulary=known) for p in held] or [
-        load_documents(GENERAL, general(held=True), encode, window=window, limit=most, vocabulary=known)
-    ]
+    evaluated: list[Text] = []
+    if evaluates:
+        most = max(1, evaluation_tokens // max(1, len(held)))
+        evaluated = [load_text(p, encode, window=window, limit=most, vocabulary=known) for p in held] or [
+            load_documents(GENERAL, general(held=True), encode, window=window, limit=most, vocabulary=known)
+        ]
     sets = split_sets(
         texts_of(sources, encode, draw, window=window, shares=shares, vocabulary=known), evaluated,
         tokens=tokens, correction_tokens=correction_tokens, seed=seed, weights=[s.weight for s in sources],
@@ -318,12 +327,15 @@ def with_recovery(
 
 
 def report_sets(sets: TokenSets, reporter: Reporter) -> None:
-    """Say what the sets hold."""
-    reporter.note(
-        f"tokens: {_count(sets.statistics):,} for statistics, {_count(sets.correction):,} for correction factors, "
-        f"{sum(t.tokens for t in sets.evaluation):,} for evaluation; the three sets are disjoint"
-        + (f" ({sets.dropped} repeated windows dropped)" if sets.dropped else "")
-    )
+    """Say what the sets hold; of sets that the job does without, nothing."""
+    counts = {
+        "statistics": _count(sets.statistics), "correction factors": _count(sets.correction),
+        "evaluation": sum(t.tokens for t in sets.evaluation),
+    }  # fmt: skip
+    held = [f"{n:,} for {what}" for what, n in counts.items() if n]
+    disjoint = {2: "; the two sets are disjoint", 3: "; the three sets are disjoint"}.get(len(held), "")
+    dropped = f" ({sets.dropped} repeated windows dropped)" if sets.dropped else ""
+    reporter.note(f"tokens: {', '.join(held)}{disjoint}{dropped}")
 
 
 def _count(windows: Any) -> int:

@@ -263,7 +263,7 @@ def split_sets(
         calibration: texts for statistics and correction factors.
         evaluation: texts nothing is fitted on.
         tokens: most tokens for statistics.
-        correction_tokens: most tokens for correction factors (at most an eighth of what there is).
+        correction_tokens: most tokens for correction factors (at most an eighth of what there is); 0 for none.
         seed: order in which windows are drawn.
         weights: how often windows of every calibration text are drawn, relative to the others; all 1 by default.
 
@@ -286,12 +286,12 @@ def split_sets(
         pools.append(pool)
     total = sum(w.predicted for pool in pools for w in pool)
     queue = list(_in_turn(pools, weights or [1.0] * len(pools)))
-    correction = _draw(queue, min(correction_tokens, total // 8))
+    correction = _draw(queue, min(correction_tokens, total // 8)) if correction_tokens else []
     statistics = _draw(queue, tokens)
-    if not correction or not statistics:
+    if not statistics or (correction_tokens and not correction):
         raise TextError(
             f"the calibration text is too short: {total} tokens are left after taking out what the evaluation "
-            f"holds ({dropped} windows); at least two windows are needed"
+            f"holds ({dropped} windows); at least {'two windows are' if correction_tokens else 'one window is'} needed"
         )
     used = {id(w) for w in (*statistics, *correction)}
     names = {id(w): text.name for text, pool in zip(calibration, pools, strict=True) for w in pool}

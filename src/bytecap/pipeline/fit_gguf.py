@@ -119,7 +119,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     items = calibrated(job, frame.layout, frame.types, CODING)
     plain = solve(job, cap - frame.fixed, items)
     tuned = job.recover is not None and not config.dry_run
-    found, record = tune_blocks(job, frame.layout, items, plain) if tuned else (plain, {})
+    found, record = tune_blocks(job, frame.layout, items, CODING, plain) if tuned else (plain, {})
     output = None if config.output is None or config.dry_run else Path(config.output)
     result = _finish(job, frame, items, (found, plain), output)
     result.report |= {"recovery": record} if record else {}
@@ -277,7 +277,10 @@ def imatrix_of(
     """Calibrate a model and write its importance matrix; returns bytes and tensors."""
     loaded, target = load_checkpoint(model), choose_device(device)
     layout = layout_of(loaded)
-    sets = load_sets(loaded, calibration, None, tokens=tokens or TOKENS, seed=seed, reporter=reporter)
+    sets = load_sets(
+        loaded, calibration, None, tokens=tokens or TOKENS, evaluation_tokens=0, correction_tokens=0, seed=seed,
+        reporter=reporter,
+    )  # fmt: skip
     found = moments(Job(loaded, sets, 0, lambda *_: 0, target, reporter, FitConfig(0, seed=seed)), guided=guided)
     weights = importance(loaded, layout, found)
     names = [str(p) for p in as_paths(calibration)] or ["embedded"]

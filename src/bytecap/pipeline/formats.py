@@ -36,6 +36,7 @@ class Format:
 
 _DIRECTORY = Format(lacks=("template", "emit"))
 FORMATS = {"gguf": Format(".gguf"), "mlx": _DIRECTORY, "compressed-tensors": _DIRECTORY}
+_SUFFIXES = {".bcap": OURS} | {f.suffix: n for n, f in FORMATS.items() if f.suffix}
 
 
 def is_directory(config: FitConfig) -> bool:
@@ -48,12 +49,20 @@ def format_of(config: FitConfig) -> str:
     """Format that a config asks for, by name or by the suffix of its output.
 
     Raises:
-        UsageError: there is no such format, or options are given that are not for it.
+        UsageError: there is no such format, the output has the suffix of another one, or options are given that are not
+            for it.
     """
     suffix = Path(config.output).suffix if config.output is not None else ""
-    kind = config.format or next((n for n, f in FORMATS.items() if f.suffix and f.suffix == suffix), OURS)
+    named = _SUFFIXES.get(suffix)
+    kind = config.format or named or OURS
     if kind != OURS and kind not in FORMATS:
         raise UsageError(f"unknown format {kind!r}: there are {', '.join((OURS, *FORMATS))}")
+    if named not in {None, kind}:
+        own = next((s for s, n in _SUFFIXES.items() if n == kind), None)
+        raise UsageError(
+            f"the output {config.output} is named like the format {named}, but the format is {kind}: "
+            + (f"name a file that ends in {own}" if own else "name a directory")
+        )
     if config.layout not in {FILE, HUB}:
         raise UsageError(f"unknown layout {config.layout!r}: there are {FILE} and {HUB}")
     if config.layout != FILE and kind != OURS:
