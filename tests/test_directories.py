@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bytecap
-from bytecap.errors import CheckpointError, OutputError
+from bytecap.errors import CheckpointError, OutputError, UsageError
 from bytecap.format.ledger import total
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.quantized_copy import load_values
