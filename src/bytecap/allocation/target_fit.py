@@ -122,7 +122,9 @@ class Moments:
         """Return gain, strength and ridge of fits to each half, tried on the other one."""
         held = energy = 0.0
         for own, other in ((0, 1), (1, 0)):
-            fits = _fits(*self._sums[own][:2], ridge, [weight for weight, _ in matrices])
+            a, c = self._sums[own][:2]
+            fits = _fits(a, c, ridge, [weight for weight, _ in matrices])
+            del a, c
             changes = [(weight, fit, rows.double()) for fit, (weight, rows) in zip(fits, matrices, strict=True)]
             c = self._sums[other][1].float()
             for weight, change, rows in changes:
