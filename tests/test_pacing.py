@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import bytecap
+import ranks
 from bytecap.allocation import pacing, preparation
 from bytecap.allocation.pacing import Pace
 from bytecap.allocation.planner import Planner, State
@@ -14,6 +15,7 @@ from bytecap.methods import rate_control, retargeting
 from bytecap.quantization import stored
 from bytecap.types import Unit
 from conftest import BUDGET, SMALL
+from test_ranks import fit_words
 
 WEIGHTS = 100_000
 RATE = 30_000.0  # bytes that every unit is expected to take
@@ -110,6 +112,7 @@ def test_a_large_model_is_not_rounded_for_the_cap(memory, model_directory, texts
     plain = bytecap.fit(directory, BUDGET, options={"correct": False}, **files)
     assert plain.length <= BUDGET
     assert plain.report["slack_bytes"] <= BUDGET // 100
+    assert plain.report["predicted_delta_nats"] == plain.report["text_distance"]["calibration_kl"] > 0
     few = [n for n in packed if ".layers.0." in n]
     assert len(few) > 6
     assert {packed[n] for n in few} == {1}
@@ -142,3 +145,18 @@ def test_without_targets_it_is_settled_after_all(lost, model_directory, texts, m
     assert found.report["slack_bytes"] <= found.report["allowed_slack_bytes"]
     if not lost:
         assert not found.report["targets"]["kept"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["100MB", None])
+def test_ranks_meet_the_cap_together(memory, model_directory, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_LARGE", 0)
+    monkeypatch.setattr(stored, "_LEAST_ROWS", 16)
+    files = {"calibration": texts["calib"], "evaluation": texts["val"]}
+    alone = bytecap.fit(model_directory("rotary"), BUDGET, memory=memory, **files, **SMALL)
+    more = [] if memory is None else ["--memory", memory]
+    words = fit_words(model_directory("rotary"), texts, tmp_path / "a.bcap", *more)
+    (code, said), other = ranks.together(2, ranks.command(words), tmp_path)
+    assert code == 0, said
+    assert other == (0, "")
+    assert (tmp_path / "a.bcap").read_bytes() == alone.data

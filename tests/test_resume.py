@@ -126,7 +126,7 @@ class TestGoingOn:
     @pytest.mark.nightly
     def test_other_jobs_find_what_is_theirs_alone(self, fit, model_directory, texts, tmp_path):
         fit()
-        for changes in ({"seed": 1}, {"tokens": 1500}, {"budget": BUDGET + 900}, {"options": {"row_power": 0.5}}):
+        for changes in ({"seed": 1}, {"tokens": 1200}, {"budget": BUDGET + 900}, {"options": {"row_power": 0.5}}):
             plain = bytecap.fit(
                 model_directory("rotary"), calibration=texts["calib"], evaluation=texts["val"],
                 **{"budget": BUDGET, **SMALL, **changes},

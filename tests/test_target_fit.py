@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bytecap.allocation import asymmetric_targets
+from bytecap.allocation import asymmetric_targets, target_fit
 from bytecap.allocation.target_fit import Moments
 from bytecap.allocation.written_streams import streams_written
 from bytecap.model.linears import linear_weights
@@ -44,6 +44,19 @@ class TestStrength:
     def test_is_at_most_what_is_asked_for(self):
         assert fitted(*batches_of(200, noise=0.1, lack=0.3), most=0.25)[1] == 0.25
         assert fitted(next(batches_of(200, noise=0.1, lack=0.3)))[1] == 0.4  # one batch: nothing to try it on
+
+    def test_of_wide_matrices_is_found_by_their_rows_alone(self, monkeypatch):
+        """The whole fit is solved for once, and not for any trial."""
+        pairs = list(batches_of(40, noise=0.5, lack=0.3))
+        fix, strength, _ = fitted(*pairs)
+        solved, inner = [], target_fit._solved
+        monkeypatch.setattr(target_fit, "_WIDE", 8)
+        monkeypatch.setattr(target_fit, "_solved", lambda *a: solved.append([len(s) for s in a[2:]]) or inner(*a))
+        found = fitted(*pairs)
+        assert 0.1 < strength < 0.99
+        assert found[1] == pytest.approx(strength, rel=1e-5)
+        torch.testing.assert_close(found[0], fix)
+        assert solved == [[len(WEIGHT)]] * 4 + [[8]]
 
     def test_tokens_of_padding_count_for_nothing(self):
         (x, seen), mask = next(batches_of(10, noise=0.1, lack=0.3)), torch.arange(10)[None] < 7

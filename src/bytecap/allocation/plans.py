@@ -162,6 +162,8 @@ def choose(
         label, costs = best_of(job, found, capacity, quantized_copy)
     chosen, (nats, tokens) = found[label], costs
     predicted = float(nats.sum() / tokens.sum())
+    if prepared.large:  # whose bytes are a percent or two off
+        predicted += chosen.slope * (chosen.state.rate - capacity)
     costs = nats + chosen.slope * chosen.state.rate * tokens, tokens
     return replace(chosen, label=label, predicted=predicted, margin=around, costs=costs)
 

@@ -40,6 +40,7 @@ _STREAM_RIDGES = 1e-2, 1e-1, 1.0  # the same for fits to what a stream lacks, wh
 _SOLVED = 40  # times that two strengths are solved for in turn
 _ALONE = 0.4  # strength where there is one batch, and nothing to try a fit on
 _TRIED = 256  # rows of a matrix, at most, that a fit is tried on
+_WIDE = 2048  # columns from which a trial solves for its rows alone: a sixth of the operations, in another order
 _NOTHING = 1e-30  # second moment of inputs that a coded prefix of zeros delivers, which still has to be inverted
 
 
@@ -121,9 +122,10 @@ class Moments:
         """Return gain, strength and ridge of fits to each half, tried on the other one."""
         held = energy = 0.0
         for own, other in ((0, 1), (1, 0)):
-            (fix,) = _solved(self._sums[own][0], ridge, self._sums[own][1])
-            changes = [(weight, weight @ fix, rows.double()) for weight, rows in matrices]
-            del fix
+            a, c = self._sums[own][:2]
+            fits = _fits(a, c, ridge, [weight for weight, _ in matrices])
+            del a, c
+            changes = [(weight, fit, rows.double()) for fit, (weight, rows) in zip(fits, matrices, strict=True)]
             c = self._sums[other][1].float()
             for weight, change, rows in changes:
                 held += float(rows @ (change * (weight @ c)).sum(1).double())
@@ -203,6 +205,14 @@ def trial_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `trial_of` does, of a matrix (rows, cols) and the weight of every row's error (rows,)."""
     every = -(-len(weight) // _TRIED)
     return weight[::every], rows[::every].to(weight.device)
+
+
+def _fits(a: Tensor, c: Tensor, ridge: float, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return the changes of some rows of weights by a fit, `weight C (A + ridge)^-1`, float32."""
+    if len(a) >= _WIDE:
+        return _solved(a, ridge, *(weight.double() @ c for weight in weights))
+    (fix,) = _solved(a, ridge, c)
+    return [weight @ fix for weight in weights]
 
 
 def _solved(a: Tensor, ridge: float, *sides: Tensor) -> list[Tensor]:

@@ -92,7 +92,8 @@ class Outcome:
     Attributes:
         sections: of every unit.
         tables: shared tables section, may be empty.
-        predicted: predicted KL to the original in nats per token (NaN where a method predicts nothing).
+        predicted: predicted KL to the original in nats per token (NaN where a method predicts nothing, None where that
+            of the file on the correction tokens is to stand here).
         slope: nats per token that a byte buys at the margin.
         gap: duality gap of the plan in nats per token.
         plan: which plan was shipped.
@@ -108,7 +109,7 @@ class Outcome:
 
     sections: dict[str, Section]
     tables: bytes
-    predicted: float
+    predicted: float | None
     slope: float
     gap: float
     plan: str

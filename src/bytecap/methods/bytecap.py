@@ -153,10 +153,15 @@ def pack(job: Job, prepared: PreparedModel, best: PlanCandidate, state: State) -
 def predict(
     job: Job, prepared: PreparedModel, best: PlanCandidate, packed: Packed, quantized_copy: nn.Module
 ) -> Outcome:
-    """Return the outcome of a packed plan, with its KL on the correction tokens."""
+    """Return the outcome of a packed plan, with its KL on the correction tokens.
+
+    Of a large model that is left to the evaluation of its file, which goes over these tokens too.
+    """
     allocator.release()
-    with job.reporter.step("prediction", 1):
-        predicted = _measured(job, prepared.planner, packed, quantized_copy)
+    predicted = None
+    if job.recover is not None or not prepared.large:
+        with job.reporter.step("prediction", 1):
+            predicted = _measured(job, prepared.planner, packed, quantized_copy)
     sections = {**packed.sections, **prepared.fixed}
     return Outcome(
         sections, packed.tables, predicted, best.slope, best.gap, best.label, margin=dict(best.margin),
@@ -187,7 +192,7 @@ def recover(
     tuned, record = _tuned(job, prepared, packed, outcome.slope, quantized_copy, order)
     if tuned is not None:
         again, now = tuned
-        if now < outcome.predicted:
+        if outcome.predicted is not None and now < outcome.predicted:
             job.reporter.note(f"recovery: KL on the correction tokens {outcome.predicted:.4f} before, {now:.4f} after")
             return replace(
                 outcome, sections={**again.sections, **prepared.fixed}, tables=again.tables, predicted=now,

@@ -210,6 +210,8 @@ def _deliver(result: Artifact, job: Job, output: Path | str | None) -> None:
         job.reporter.note(f"wrote {output}: {format_size(result.length)}")
     found, ideal = _measure(result.read(), result.length, job)
     result.report |= {"ideal_bytes": ideal} | quality(found.parts, found.held)
+    if result.report["predicted_delta_nats"] is None:  # left to this evaluation
+        result.report["predicted_delta_nats"] = result.report["text_distance"]["calibration_kl"]
     say_narrow(job, result.report)
     if job.recover is not None:
         before_it = result.before
