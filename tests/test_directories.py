@@ -404,7 +404,11 @@ def test_compressed_tensors_unpacks_zero_points_as_we_do() -> None:
         scheme = quantization.QuantizationScheme(targets=["x"], weights=quantization.QuantizationArgs(**args))
         state = {s.suffix: torch.from_numpy(np.ascontiguousarray(a)) for s, a in
                  zip(CT.specs(form, 37, 256), CT.arrays(codes), strict=True)}  # fmt: skip
-        tool = base.BaseCompressor.get_value_from_registry("pack-quantized")
+        tool = base.BaseCompressor.get_value_from_registry(
+            "nvfp4-pack-quantized" if name == "nvfp4" else "pack-quantized"
+        )
+        if name == "nvfp4":
+            state["weight_scale"] = state["weight_scale"].view(torch.float8_e4m3fn)
         assert np.array_equal(tool.decompress(state, scheme)["weight"].numpy(), codes.values()), name
 
 

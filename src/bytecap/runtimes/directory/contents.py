@@ -346,7 +346,7 @@ def ledger(kind: Family, directory: Path) -> list[Entry]:
     entries, data = [], 0
     for t in tensors.values():
         base, _, suffix = t.name.rpartition(".")
-        main = base not in schemes or (t.dtype in {"U32", "I32"} and "zero" not in suffix)
+        main = base not in schemes or (t.dtype in {"U32", "I32", "U8"} and "zero" not in suffix)
         parameters = 0
         if main:
             bits = kind.scheme(schemes[base]).bits if base in schemes else 0
