@@ -91,7 +91,9 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     if not config.dry_run:
         plain = follow_prefix(job, items, coding, plain)
     tuned = job.recover is not None and not config.dry_run
-    found, record = tune_blocks(job, contents.tuned(), items, plain, contents.float_type) if tuned else (plain, {})
+    found, record = plain, dict[str, Any]()
+    if tuned:
+        found, record = tune_blocks(job, contents.tuned(), items, plain, contents.float_type, contents.tables())
     result = _finish(
         job, contents, items, (found, plain), None if output is None or config.dry_run else Path(output)
     )  # fmt: skip

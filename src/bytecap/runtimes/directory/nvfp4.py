@@ -34,7 +34,8 @@ def _table() -> npt.NDArray[np.float32]:
     """Return the values of E4M3 from 0 up to 448, whose bytes are 0 to 126."""
     byte = np.arange(127)
     exponent, digits = byte >> 3, (byte & 7) / 8
-    return np.where(exponent == 0, digits * 2.0**-6, (1 + digits) * 2.0 ** (exponent - 7)).astype(np.float32)
+    found = np.where(exponent == 0, digits * 2.0**-6, (1 + digits) * 2.0 ** (exponent - 7))
+    return np.asarray(found, np.float32)
 
 
 _E4M3 = _table()
@@ -48,7 +49,7 @@ def bytes_of(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def of_bytes(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Return the numbers of bytes; 127 is no number."""
     sign = np.where(data & 128, np.float32(-1), np.float32(1))
-    return sign * np.append(_E4M3, np.float32(np.nan))[data & 127]
+    return np.asarray(sign * np.append(_E4M3, np.float32(np.nan))[data & 127], np.float32)
 
 
 def layout() -> BlockFormat:
@@ -77,7 +78,7 @@ def arrays(codes: Codes) -> tuple[npt.NDArray[Any], ...]:
     size = np.searchsorted(np.array(_LEVELS[7:]), np.abs(codes.codes)).astype(np.uint8)
     stored = size | np.where(codes.codes < 0, np.uint8(8), np.uint8(0))
     packed = stored[:, ::2] | (stored[:, 1::2] << np.uint8(4))
-    return packed, bytes_of(codes.scale / np.float32(_HALF)), np.array([GLOBAL], np.float32)
+    return packed, bytes_of(np.asarray(codes.scale / _HALF, np.float32)), np.array([GLOBAL], np.float32)
 
 
 def codes_of(tensors: Sequence[npt.NDArray[Any]]) -> Codes:

@@ -1,14 +1,15 @@
 """Tune the continuous numbers of a file of blocks at frozen codes, and so at the same bytes.
 
-Scales and minimums of blocks, and vectors, follow Adam on the KL to the original; they are rounded to the type that the
-file has for them in every pass, with the gradient going straight through. From time to time the result is measured on
+Scales and minimums of blocks, vectors, and tables that a directory keeps in 16 bits follow Adam on the KL to the
+original; they are rounded to the type that the file has for them in every pass, with the gradient going straight
+through. From time to time the result is measured on
 the correction tokens, and the best of these is written. Integer sub-scales stay as they are: they are shared with
 codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,8 +90,8 @@ class _Scales:
         return replace(self.codes, scale=scale, minimum=minimum)
 
 
-class _Vector:
-    """A vector, which the file holds in a floating-point type."""
+class _Plain:
+    """A vector or a table, which the file holds in a floating-point type."""
 
     def __init__(self, place: Place, values: Any, float_type: str, device: str) -> None:
         self.place, self.kind = place, _FLOATS[float_type]
@@ -99,7 +100,7 @@ class _Vector:
         self.leaves = [torch.zeros_like(self.start, requires_grad=True)]
 
     def values(self) -> Tensor:
-        """(1, cols), with gradient."""
+        """In the shape of the original, with gradient."""
         return _stored(self.start + self.size * self.leaves[0], self.kind)
 
 
@@ -108,7 +109,7 @@ class _Owner:
     """A unit, the values of it that are tuned, and its rows' places in that order."""
 
     unit: Unit
-    parts: tuple[_Scales | _Vector, ...]
+    parts: tuple[_Scales | _Plain, ...]
     order: Tensor | None
 
     def values(self) -> Tensor:
@@ -120,19 +121,21 @@ class _Owner:
         return (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
 
 
-def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str) -> list[_Owner]:
-    """Every unit all of whose stored values can be tuned; `vectors` is the type that vectors have in the file."""
+def owners_of(
+    job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str, tables: Collection[str] = ()
+) -> list[_Owner]:
+    """Every unit all of whose stored values can be tuned; `vectors` and `tables` as `tune_blocks` has them."""
     by_name = {i.place.name: i for i in items}
     owners = []
     for unit in job.model.units:
-        parts: list[_Scales | _Vector] = []
+        parts: list[_Scales | _Plain] = []
         places = layout.of(unit.name)
         for p in places:
             codes = found.rounded[p.name].codes if p.name in by_name else None
             if codes is not None and codes.format.float_type in _FLOATS:
                 parts.append(_Scales(p, codes, job.device))
-            elif p.name not in by_name and len(p.shape) == 1 and p.rows is None:
-                parts.append(_Vector(p, values_of(job.model, p), vectors, job.device))
+            elif p.name not in by_name and p.rows is None and (len(p.shape) == 1 or p.name in tables):
+                parts.append(_Plain(p, values_of(job.model, p), vectors, job.device))
         if not parts or len(parts) != len(places):
             continue
         rows = [np.arange(p.parameters // p.cols) if p.rows is None else p.rows for p in places]
@@ -149,7 +152,7 @@ def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> F
     rounded, vectors = dict(found.rounded), dict(found.vectors)
     for part in (p for o in owners for p in o.parts):
         name = part.place.name
-        if isinstance(part, _Vector):
+        if isinstance(part, _Plain):
             vectors[name] = part.values().detach().cpu().numpy().reshape(1, -1)
             continue
         codes, item = part.written(), by_name[name]
@@ -160,7 +163,12 @@ def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> F
 
 
 def tune_blocks(
-    job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str = "F32"
+    job: Job,
+    layout: Layout,
+    items: Sequence[Item],
+    found: Found,
+    vectors: str = "F32",
+    tables: Collection[str] = (),
 ) -> tuple[Found, dict[str, Any]]:
     """The plan with tuned numbers where that measures better on the correction tokens, and a record.
 
@@ -170,11 +178,12 @@ def tune_blocks(
         items: those in block formats.
         found: the plan.
         vectors: the file's type of vectors: F32, F16 or BF16.
+        tables: matrices of that type which are tuned as well, number by number.
     """
     assert job.recover is not None  # noqa: S101 (callers ask first)
     quantized_copy = copy_of(job.model.module)
     load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in found.rounded.items()}))
-    owners, passes = owners_of(job, layout, items, found, vectors), Passes(job, quantized_copy)
+    owners, passes = owners_of(job, layout, items, found, vectors, tables), Passes(job, quantized_copy)
     leaves = [t for o in owners for p in o.parts for t in p.leaves]
     optimizer = torch.optim.Adam(leaves, lr=RATE, betas=(0.9, 0.98), eps=1e-12)
     start = best = passes.check()
