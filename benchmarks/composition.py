@@ -41,12 +41,13 @@ from bytecap.format.decoder import decode_units
 from bytecap.job.config import FitConfig
 from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import Model, demo_directory, load_checkpoint
-from bytecap.model.evaluation import compare_models, mean_comparison
+from bytecap.model.evaluation import compare_models
 from bytecap.model.forward import longest_first
 from bytecap.model.quantized_copy import load_values
 from bytecap.model.sources import load_sets
 from bytecap.model.texts import Text, TokenSets, Window
 from bytecap.model.tying import FILE, Tying, find_blocks
+from bytecap.pipeline.quality import mean_comparison
 from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Silent
 from bytecap.sizes import parse_size

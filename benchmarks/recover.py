@@ -15,11 +15,12 @@ import torch
 
 from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import Model, load_checkpoint
-from bytecap.model.evaluation import compare_models, mean_comparison
+from bytecap.model.evaluation import compare_models
 from bytecap.model.forward import batches
 from bytecap.model.quantized_copy import copy_of
 from bytecap.model.sources import load_sets, with_recovery
 from bytecap.model.texts import TokenSets, Window
+from bytecap.pipeline.quality import mean_comparison
 from bytecap.pipeline.stages import choose_device, fit_sets
 from bytecap.progress import Bars
 from bytecap.recovery import tuning

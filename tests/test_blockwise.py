@@ -288,14 +288,14 @@ def test_only_large_models_are_searched_on_samples_of_rows(large, model_director
     monkeypatch.setattr(stored.Sample, "scaled", lambda item, coded: scaled.append(item.shape) or inner(item, coded))
     monkeypatch.setattr(stored, "_LEAST_ROWS", 16)
     if large:
-        monkeypatch.setattr(preparation, "_SAMPLED", 0)
+        monkeypatch.setattr(preparation, "_LARGE", 0)
     found = bytecap.fit(
         model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], memory="1MB", **SMALL
     )
     assert found.length <= BUDGET
     assert found.report["slack_bytes"] <= found.report["allowed_slack_bytes"]
     assert bool(scaled) == large
-    assert all(rows < 32 for rows, _ in scaled)
+    assert all(16 <= rows <= 64 for rows, _ in scaled)
 
 
 def test_models_that_fit_are_read_whole():

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 import bytecap
 from bytecap.errors import CheckpointError, OutputError, UsageError
 from bytecap.format.ledger import total
-from bytecap.job.config import FitConfig
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.quantized_copy import load_values
-from bytecap.pipeline.fit_directory import fit_directory, write_directory
-from bytecap.pipeline.formats import format_of
+from bytecap.pipeline.fit_directory import write_directory
 from bytecap.runtimes.blocks.encode import encode, prepare
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words
 from bytecap.runtimes.directory import FAMILIES, family
@@ -48,24 +46,6 @@ def made(model_directory, texts, tmp_path_factory):
         return known[name]
 
     return get
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "types"), [("mlx", None), ("compressed-tensors", ["w4g32a", "w4c"])])
-def test_recovery_keeps_bytes_and_codes_and_lowers_the_kl(name, types, model_directory, texts, tmp_path):
-    report = fit_directory(
-        model_directory("rotary"), BUDGETS[name], format=name, calibration=texts["calib"], evaluation=texts["val"],
-        output=tmp_path / "model", types=types, recover="30", **SMALL,
-    ).report  # fmt: skip
-    before = report["without_recovery"]
-    assert sum(f.stat().st_size for f in (tmp_path / "model").iterdir()) == report["file_bytes"] <= BUDGETS[name]
-    assert report["recovery"]["stages"][0]["kl"] < report["recovery"]["kl_before"]
-    assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]
-    if name == "compressed-tensors":  # its table stays in 16 bits, and is tuned there
-        table = read(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
-        own = next(t for n, t in load_checkpoint(model_directory("rotary")).module.state_dict().items() if "embed" in n)
-        assert table.dtype == "BF16"
-        assert 0 < np.abs(table.values - own.float().numpy()).mean() < 0.1 * own.float().abs().mean()
 
 
 @pytest.fixture(scope="module")
@@ -295,37 +275,6 @@ def test_directories_appear_whole(tmp_path) -> None:
     for name, message in (("other", "holds other files"), ("file", "there is a file"), ("a/b", "does not exist")):
         with pytest.raises(OutputError, match=message), replacing_directory(tmp_path / name):
             pass
-
-
-def test_formats_by_name() -> None:
-    assert format_of(FitConfig("1MB", output="x.bcap")) == "bcap"
-    assert format_of(FitConfig("1MB", output="x.gguf")) == "gguf"
-    with pytest.raises(UsageError, match="there are bcap, gguf, mlx, compressed-tensors"):
-        format_of(FitConfig("1MB", format="awq"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "output", "said"),
-    [
-        (
-            "gguf",
-            "x.bcap",
-            "x.bcap is named like the format bcap, but the format is gguf: name a file that ends",
-        ),
-        (
-            "bcap",
-            "x.gguf",
-            "named like the format gguf, but the format is bcap: name a file that ends in .bcap",
-        ),
-        ("mlx", "x.gguf", "named like the format gguf, but the format is mlx: name a directory"),
-        ("compressed-tensors", "x.bcap", "the format is compressed-tensors: name a directory"),
-    ],
-)
-def test_a_suffix_of_another_format_is_refused(kind, output, said) -> None:
-    with pytest.raises(UsageError, match=said):
-        format_of(FitConfig("1MB", format=kind, output=output))
-    for other in (f"x.{kind}", "x", "x.bin", None):
-        assert format_of(FitConfig("1MB", format=kind, output=other)) == kind
 
 
 @pytest.mark.slow

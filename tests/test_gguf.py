@@ -92,7 +92,7 @@ def test_recovery_keeps_bytes_and_types_and_lowers_the_kl(model_directory, texts
     report = found.report
     before = report["without_recovery"]
     assert out.stat().st_size == report["file_bytes"] <= 24_000
-    assert report["recovery"]["stages"][0]["kl"] < report["recovery"]["kl_before"]
+    assert min(s["kl"] for s in report["recovery"]["stages"]) < report["recovery"]["kl_before"]
     assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]
 
 

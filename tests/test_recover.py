@@ -1,6 +1,7 @@
 """Recovery: what is coded stays what it is, the file never grows, nothing is tuned on what is measured."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from bytecap.progress import Silent
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
-from bytecap.recovery import checkpointing, kl_passes, tuning
+from bytecap.recovery import checkpointing, kl_passes, loop, tuning
 from bytecap.recovery.parameters import TunedParameters
 from bytecap.recovery.sections import _joined
 from bytecap.report.fit import page
@@ -48,6 +49,10 @@ def fit(model_directory, texts):
         return found, said.notes
 
     return run
+
+
+def _own(planner):
+    return {p.unit.name: p.weight for p in planner.matrices}
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +145,10 @@ class TestWholeFits:
         _, notes = fit(recover="1")
         assert any(re.search(r"text of [0-9,]+ tokens was read [0-9.]+ times", n) for n in notes)
 
-    def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, recovered, tmp_path, monkeypatch):
+    def test_a_killed_run_goes_on_to_the_same_bytes(self, fit, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
+        monkeypatch.setattr(loop, "_A_PART", 1)
+        recovered = fit(recover="8")[0]
         moves, move = [], tuning._TuningRun.iterate
 
         def killed(self, *args):
@@ -210,7 +217,7 @@ class TestTunedParameters:
 
     def test_a_target_bears_the_price_of_its_integer(self, planned):
         parameters = TunedParameters(*planned, "cpu")
-        parameters.unfreeze()
+        parameters.unfreeze(_own(planned[0]))
         still = {n: torch.zeros_like(t) for n, t in parameters.values().items()}
         free, priced = (parameters.gradients(still, nats)["target a"] for nats in (0.0, 1.0))
         assert not free.any()
@@ -221,7 +228,7 @@ class TestTunedParameters:
         planner, state = planned
         parameters = TunedParameters(planner, state, "cpu")
         before = {n: t.clone() for n, t in parameters.values().items()}
-        parameters.unfreeze()
+        parameters.unfreeze(_own(planner))
         assert len(parameters.targets()) == 3
         beyond = parameters.code(parameters.matrices, 0.0)
         assert beyond == pytest.approx(0, abs=2)
@@ -230,11 +237,43 @@ class TestTunedParameters:
 
     def test_coded_twice_it_starts_from_the_same_target(self, planned):
         parameters = TunedParameters(*planned, "cpu")
-        parameters.unfreeze()
+        parameters.unfreeze(_own(planned[0]))
         parameters.targets()["target c"].mul_(1.1)
         first = parameters.code(["c"], 0.0)
         parameters.code(["c"], 0.3)
         assert parameters.code(["c"], 0.0) == first
+
+    def test_targets_begin_at_the_models_own_values(self, planned):
+        planner, state = planned
+        aimed = replace(planner, matrices=[replace(p, weight=p.weight + 1) for p in planner.matrices])
+        parameters = TunedParameters(aimed, state, "cpu")
+        parameters.unfreeze(_own(planner))
+        values = parameters.values()
+        assert all(torch.allclose(values[n], w, atol=1e-5) for n, w in _own(planner).items())
+
+    def test_a_walk_codes_stage_by_stage_and_moves_what_waits(self, planned):
+        planner, _ = planned
+        parameters = TunedParameters(*planned, "cpu")
+        parameters.unfreeze(_own(planner))
+        held, changes = parameters.targets()["target c"], {n: torch.full((64, 24), 0.5) for n in "bc"}
+        seen = {}
+
+        def walk(names, units):
+            assert names == ["a", "b"]
+            seen["a"] = units.round(["a"], {})
+            seen["b"] = units.round(["b"], changes)
+            assert [n for n in "abc" if units.waits(n)] == ["c"]
+            assert torch.allclose(units.times("c", torch.eye(24)), units.values(["c"])["c"], atol=1e-5)
+            seen["c"] = units.move({"c": changes["c"]})
+
+        for _ in range(2):  # the second time from the same targets
+            parameters.code(["a", "b"], 0.0, walk)
+        values, own = parameters.values(), _own(planner)
+        assert all(torch.equal(values[n], seen[n][n]) for n in "abc")
+        assert parameters.targets()["target c"] is held  # which an optimizer follows
+        assert torch.allclose(values["c"], own["c"] + 1.0, atol=1e-5)
+        nearer = (values["b"] - own["b"] - 0.5).square().mean()
+        assert nearer < (values["b"] - own["b"]).square().mean()
 
     def test_settled_it_is_what_was_coded(self, planned):
         planner, state = planned
@@ -279,7 +318,7 @@ class TestTunedParameters:
     def test_state_comes_back(self, planned):
         planner, state = planned
         parameters = TunedParameters(planner, state, "cpu")
-        parameters.unfreeze()
+        parameters.unfreeze(_own(planner))
         parameters.targets()["target b"].add_(0.3)
         parameters.code(["a", "b"], 0.01)
         parameters.vectors["v"].add_(0.1)

@@ -84,8 +84,8 @@ class TestGoingOn:
         entries = sorted(stored.iterdir())
         assert len(entries) == 5  # statistics, factors, plan, drift targets, whether these pay
         for name in (
-            "calibration.statistics.probe", "allocation.correction.measure", "methods.bytecap.drift_targets",
-            "allocation.plans.kl_each",
+            "calibration.statistics.probe", "allocation.correction.measure", "methods.retargeting.drift_targets",
+            "allocation.plans.by_window",
         ):  # fmt: skip
             monkeypatch.setattr(f"bytecap.{name}", None)
         assert fit() == undisturbed

@@ -8,6 +8,7 @@ import bytecap
 from bytecap.allocation import asymmetric_targets
 from bytecap.allocation.planner import Planner
 from bytecap.methods import bytecap as default
+from bytecap.methods import retargeting
 from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.uncertainty import ratio_stderr, surely_worse
 from conftest import BUDGET, SMALL
@@ -17,7 +18,7 @@ from conftest import BUDGET, SMALL
 @pytest.mark.parametrize("pays", [True, False])
 def test_the_correction_tokens_decide(pays, model_directory, texts, monkeypatch):
     costs = iter((1.0, 0.5) if pays else (1.0, 1.5))
-    monkeypatch.setattr(default, "_cost", lambda *_: (np.full(1, next(costs)), np.ones(1)))
+    monkeypatch.setattr(retargeting, "_cost", lambda *_: (np.full(1, next(costs)), np.ones(1)))
     files = {"calibration": texts["calib"], "evaluation": texts["val"]}
     found = bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
     assert found.report["targets"] == {
@@ -35,7 +36,7 @@ def test_the_correction_tokens_decide(pays, model_directory, texts, monkeypatch)
 def test_the_decision_is_kept(model_directory, texts, tmp_path, monkeypatch):
     files = {"calibration": texts["calib"], "evaluation": texts["val"], "store": tmp_path}
     found = bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL)
-    monkeypatch.setattr(default, "_cost", None)  # nothing is measured again
+    monkeypatch.setattr(retargeting, "_cost", None)  # nothing is measured again
     assert bytecap.fit(model_directory("rotary"), BUDGET, **files, **SMALL).data == found.data
 
 
@@ -66,10 +67,10 @@ class TestSurelyWorse:
 def test_what_is_recorded_says_how_sure_it_is():
     before, tokens = TestSurelyWorse.HARD, TestSurelyWorse.TOKENS
     after = before + TestSurelyWorse().change(1.5)
-    found = default._judged((before, tokens), (after, tokens))
+    found = retargeting._judged((before, tokens), (after, tokens))
     assert found["kept"]
     assert found["cost_with"] - found["cost_without"] == pytest.approx(1.5 * found["change_stderr"])
-    assert not default._judged((before, tokens), (before + TestSurelyWorse().change(2.5), tokens))["kept"]
+    assert not retargeting._judged((before, tokens), (before + TestSurelyWorse().change(2.5), tokens))["kept"]
 
 
 @pytest.mark.parametrize("names", [None, ["0.weight"]])
@@ -91,7 +92,7 @@ def test_integers_of_the_walk_are_stored(in_rounds, model_directory, texts, monk
     """Rounded again, the prefix would have other errors than those that targets make up for."""
     walked, packed = {}, {}
     costs, rounding = iter((1.0, 0.5)), Planner.round
-    monkeypatch.setattr(default, "_cost", lambda *_: (np.full(1, next(costs)), np.ones(1)))
+    monkeypatch.setattr(retargeting, "_cost", lambda *_: (np.full(1, next(costs)), np.ones(1)))
     if in_rounds:
         monkeypatch.setattr(asymmetric_targets, "_chain_of", lambda *_: None)
         monkeypatch.setitem(asymmetric_targets.ROUND_TOKENS, "cpu", 512)
@@ -111,8 +112,8 @@ def test_integers_of_the_walk_are_stored(in_rounds, model_directory, texts, monk
         packed["found"] = inner(planner, state, tables, size, budget, names)
         return packed["found"]
 
-    drift_targets = default.drift_targets
-    monkeypatch.setattr(default, "drift_targets", walk)
+    drift_targets = retargeting.drift_targets
+    monkeypatch.setattr(retargeting, "drift_targets", walk)
     monkeypatch.setattr(default, "fit_units", fit_units)
     bytecap.fit(model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
     assert len(walked) > len(packed["last"])
@@ -125,19 +126,19 @@ def test_integers_of_the_walk_are_stored(in_rounds, model_directory, texts, monk
 @pytest.mark.slow
 def test_where_the_last_matrices_are_not_enough_all_have_their_targets(model_directory, texts, tmp_path, monkeypatch):
     """A store needs the targets of all units; without one the walk is made again for them."""
-    monkeypatch.setattr(default, "_cost", lambda *_: (np.zeros(1), np.ones(1)))
+    monkeypatch.setattr(retargeting, "_cost", lambda *_: (np.zeros(1), np.ones(1)))
     monkeypatch.setattr(default, "fit_units", lambda *_: None)
-    walks, drift_targets = [], default.drift_targets
+    walks, drift_targets = [], retargeting.drift_targets
 
     def walk(*args, held, **kwargs):
         found = drift_targets(*args, held=held, **kwargs)
         walks.append((len(found.change), len(found.coded)))
         return found
 
-    monkeypatch.setattr(default, "drift_targets", walk)
+    monkeypatch.setattr(retargeting, "drift_targets", walk)
     files = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}
     made = bytecap.fit(model_directory("rotary"), BUDGET, **files)
     assert bytecap.fit(model_directory("rotary"), BUDGET, store=tmp_path, **files).data == made.data
     every = walks[-1][1]
-    assert walks == [(default._LAST, every), (every, every), (every, every)]
-    assert every > default._LAST
+    assert walks == [(retargeting.LAST, every), (every, every), (every, every)]
+    assert every > retargeting.LAST

@@ -74,7 +74,7 @@ def test_a_fit(model_directory, texts, tmp_path, monkeypatch, room, sampled):
     here = bytecap.fit(directory, BUDGET, output=tmp_path / "cpu.bcap", device="cpu", **files, **SMALL)
     monkeypatch.setattr(memory, "_room", lambda *_: (10**9, 10**9) if room == "all" else (0, 0))
     if sampled:
-        monkeypatch.setattr(preparation, "_SAMPLED", 0)
+        monkeypatch.setattr(preparation, "_LARGE", 0)
         monkeypatch.setattr(stored, "_LEAST_ROWS", 16)
         monkeypatch.setattr(slabs, "_VALUES", 64 * 32)
     made = []

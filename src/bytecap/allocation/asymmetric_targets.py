@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bytecap.allocation.correction import is_rough, unit_values
+from bytecap.allocation.pacing import Pace
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import Inputs, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
@@ -109,6 +110,7 @@ def drift_targets(
     planner: Planner,
     order: Sequence[Sequence[str]],
     state: State,
+    pace: Pace,
     original: nn.Module,
     quantized_copy: nn.Module,
     windows: Sequence[Window],
@@ -123,7 +125,8 @@ def drift_targets(
     Args:
         planner: prepared units.
         order: units that get targets, see `call_order`.
-        state: steps and rules to code the prefix with, and the integers of all units that are not in `order`.
+        state: rules to code the prefix with, and the integers of all units that are not in `order`.
+        pace: rounds units, at steps of its own.
         original: untouched model.
         quantized_copy: a copy of it that holds quantized values, overwritten.
         windows: calibration windows.
@@ -145,7 +148,7 @@ def drift_targets(
         if held is not None and rounds_before == count - 1:
             for n in set(names).difference(held):
                 del found.change[n]
-        coded = planner.round(members, state.steps, state.rules)
+        coded = pace.round(planner, members)
         found.coded.update(coded)
         return unit_values(planner, replace(state, coded=coded), names)
 

@@ -43,7 +43,8 @@ from bytecap.types import Curve, Point
 _Found = TypeVar("_Found")
 Rounding = tuple[dict[str, Coded], npt.NDArray[np.float64]]  # units by name, and centroid statistics
 _TOGETHER = 2**24  # weights coded together for each thread
-_OFF = 5e-3  # of the bytes: where a plan found on a sample is near enough to be measured
+_NEAR, _OFF = 0.02, 0.015  # of the bytes: where a search of a sample ends, and what may be left on the whole
+PER_E = 1.2 / 8  # bytes that a weight takes less at a step larger by a factor of e
 
 
 def finest_step(item: Prepared) -> float:
@@ -66,6 +67,7 @@ class State:
         rates: estimated bytes of every unit.
         distortions: predicted nats per token of every unit.
         origin: rules it was rounded under.
+        sections: its units as they are stored, where they have been coded already.
     """
 
     steps: Mapping[str, float]
@@ -74,6 +76,7 @@ class State:
     rates: Mapping[str, float]
     distortions: Mapping[str, float]
     origin: Rules | None = None
+    sections: Mapping[str, Section] | None = None
 
     def holding(self, names: Collection[str]) -> State:
         """Return the state with the integers of these matrices only, so that the memory of the others can be freed."""
@@ -147,7 +150,7 @@ class Planner:
 
     def emptied(self) -> Planner:
         """Return the planner without the arrays that only rounding needs; decoding still works."""
-        return replace(self, matrices=[p.emptied() for p in self.matrices])
+        return replace(self, matrices=[p.emptied() for p in self.matrices], sample=None)
 
     def settle(self, steps: Mapping[str, float], rules: Rules, *, refit: bool = True) -> State:
         """Round every unit at its step; with `refit`, then fit tables and offsets to the integers and price by them.
@@ -257,15 +260,14 @@ class Planner:
             start: a guess of `c0`.
             rounds: of rounding, at most, where one fits.
             tolerance: of the bytes.
-            exact: round everything even where there is a sample, which may be half a percent off.
+            exact: round everything even where there is a sample, which may be 1.5% off; `tolerance` is for this.
 
         Returns:
             c0 and the settled state.
         """
         if self.sample is not None and not exact:
-            c, state = self.sample.search(
-                multipliers, capacity, rules, start=start, rounds=rounds, tolerance=tolerance
-            )  # fmt: skip
+            c, state = self.sample.search(multipliers, capacity, rules, start=start, rounds=rounds, tolerance=_NEAR)
+            c *= math.exp(min(0.1, max(-0.1, (state.rate - capacity) / (PER_E * self.parameters + 1))))
             state = self.settle({n: c * multipliers[n] for n in self.names}, state.rules)
             if abs(state.rate - capacity) <= _OFF * capacity:
                 return c, state
@@ -279,7 +281,7 @@ class Planner:
             rules = state.rules
             seen.append((math.log(c), state.rate))
             fitting = [x for x, rate in seen if rate <= capacity]
-            if i > 1 and abs(state.rate - capacity) <= tolerance * capacity:
+            if (i > 1 or tolerance >= _NEAR) and abs(state.rate - capacity) <= tolerance * capacity:
                 break
             # some more rounds where nothing fits: beside a unit far more sensitive than all others rates hardly move
             if i % rounds == 0 and (fitting or c == widest or i == 4 * rounds):
@@ -354,6 +356,8 @@ class Planner:
 
     def sections(self, state: State) -> dict[str, Section]:
         """All units as they are stored; some are coded at a time, each by the rank that has its integers."""
+        if state.sections is not None:
+            return {n: state.sections[n] for n in self.names}
         sizes = {p.unit.name: p.unit.parameters for p in self.matrices}
         spread = owners([sizes.get(n, 1) for n in self.names], self.ranks.size)
         apart = {n: c.owner for n, c in state.coded.items() if c.owner is not None}

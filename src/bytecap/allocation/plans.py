@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from bytecap.allocation import correction, overlay_menu
@@ -24,13 +26,16 @@ from bytecap.allocation.unused import advice
 from bytecap.calibration.residual_streams import streams_of
 from bytecap.errors import BudgetError
 from bytecap.job import Job
-from bytecap.model.evaluation import kl_each
+from bytecap.model.evaluation import by_window
 from bytecap.model.forward import rough_products
 from bytecap.model.quantized_copy import copy_of
 from bytecap.model.texts import leading
 from bytecap.quantization.rules import Rules, rules_from_json, rules_to_json
 from bytecap.system import allocator
 from bytecap.types import Plan
+
+Costs = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""Cost of every window in nats, summed over its tokens; and its tokens."""
 
 _WIDENING = 24  # times that the step of an update's differences is doubled where no search has made them small enough
 _LADDER = (-1.0, -0.5, 0.5, 1.0)  # octaves of the step around the operating point
@@ -46,6 +51,7 @@ class PlanCandidate:
         label, predicted, margin: once it is chosen, its name, its KL on the correction tokens, and what more or fewer
             bytes would do.
         order: units that get targets, stage by stage; the state does not hold their integers.
+        costs: once it is chosen, its KL on the windows for correction with its bytes at the slope; empty if unknown.
     """
 
     planner: Planner
@@ -58,6 +64,12 @@ class PlanCandidate:
     margin: Mapping[str, Any] = field(default_factory=dict)
     predicted: float = 0.0
     order: Sequence[Sequence[str]] = ()
+    costs: Costs = field(default_factory=lambda: (np.zeros(0), np.zeros(0)))
+
+    def at_offsets(self) -> State:
+        """Return the state, for rounding to go on with the offsets that its integers are decoded with."""
+        rules, shrinking = self.state.rules, self.planner.options.shrink
+        return replace(self.state, rules=rules.with_offsets(rules.shared.offset)) if shrinking else self.state
 
 
 def plain_plan(job: Job, prepared: PreparedModel) -> tuple[float, State]:
@@ -147,8 +159,11 @@ def choose(
         start = found["allocated" if planner.options.allocate else "plain"]
         found |= _with_overlays(job, start, kappa, capacity)
     with allocator.no_holes(), job.reporter.step("comparison with a plain plan", 1):
-        label, predicted = best_of(job, found, capacity, quantized_copy)
-    return replace(found[label], label=label, predicted=predicted, margin=around)
+        label, costs = best_of(job, found, capacity, quantized_copy)
+    chosen, (nats, tokens) = found[label], costs
+    predicted = float(nats.sum() / tokens.sum())
+    costs = nats + chosen.slope * chosen.state.rate * tokens, tokens
+    return replace(chosen, label=label, predicted=predicted, margin=around, costs=costs)
 
 
 def _with_overlays(
@@ -178,18 +193,21 @@ def _with_overlays(
 
 def best_of(
     job: Job, found: Mapping[str, PlanCandidate], capacity: float, quantized_copy: nn.Module
-) -> tuple[str, float]:
-    """Return the name of the candidate with the smallest KL on the correction tokens, and that KL.
+) -> tuple[str, Costs]:
+    """Return the name of the candidate with the smallest KL on the correction tokens, and that KL by window.
 
     Candidates are compared at equal bytes: what one has spent beyond another is charged at the plan's slope.
     """
     values = {label: correction.unit_values(x.planner, x.state) for label, x in found.items()}
     rough = all(correction.is_rough(x.planner, x.state) for x in found.values())
     with rough_products(job.device, wanted=rough):
-        measured = kl_each(
+        measured = by_window(
             job.model.module, quantized_copy, values, job.sets.correction, device=job.device, ranks=job.ranks
         )
-    cost = {n: kl + found[n].slope * (found[n].state.rate - capacity) for n, (kl, _) in measured.items()}
+    cost = {
+        n: float(x.kl.sum() / x.tokens.sum()) + found[n].slope * (found[n].state.rate - capacity)
+        for n, x in measured.items()
+    }
     without = min((n for n in cost if n != overlay_menu.LABEL), key=cost.__getitem__)
     best = min(cost, key=cost.__getitem__)
     if overlay_menu.LABEL in found:
@@ -198,7 +216,7 @@ def best_of(
         )
     if best == "plain" and "allocated" in found:
         job.reporter.note("a plain plan measured better on the correction tokens at the same bytes: shipping that")
-    return best, measured[best][0]
+    return best, (measured[best].kl, measured[best].tokens)
 
 
 def to_json(best: PlanCandidate) -> dict[str, Any]:
@@ -208,6 +226,7 @@ def to_json(best: PlanCandidate) -> dict[str, Any]:
         "label": best.label, "predicted": best.predicted, "slope": best.slope, "gap": best.gap, "c": best.c,
         "multipliers": dict(best.multipliers), "steps": dict(best.state.steps),
         "rules": rules_to_json(best.state.origin), "last": rules_to_json(best.state.rules), "margin": best.margin,
+        "costs": [x.tolist() for x in best.costs],
     }  # fmt: skip
 
 
@@ -216,7 +235,8 @@ def from_json(planner: Planner, kept: Mapping[str, Any]) -> PlanCandidate:
     state = planner.settle(kept["steps"], rules_from_json(kept["rules"]))
     state = replace(state, rules=Rules(state.shared, rules_from_json(kept["last"]).shrink))
     numbers = {k: kept[k] for k in ("multipliers", "c", "slope", "gap", "label", "predicted", "margin")}
-    return PlanCandidate(planner, state=state, **numbers)
+    costs, tokens = map(np.array, kept["costs"])
+    return PlanCandidate(planner, state=state, costs=(costs, tokens), **numbers)
 
 
 def allocated_plan(

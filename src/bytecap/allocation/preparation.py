@@ -36,13 +36,13 @@ from bytecap.progress import Advance, warn
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
-from bytecap.quantization.stored import Rows, Sample, StoredPrepared, keeper, kept_rows
+from bytecap.quantization.stored import HeldSample, Rows, Sample, StoredPrepared, keeper, kept_rows
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
-_SAMPLED = 2**27  # parameters of a streamed model from which searches sample rows; plans of others are those in memory
+_LARGE = 2**27  # parameters from which a model is rounded as rarely as can be; smaller ones keep their bytes
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,18 @@ class PreparedModel:
     unused: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
     with_targets: Callable[[], Planner] | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether rounding all units takes so long that it is done as rarely as can be."""
+        return self.planner.parameters >= _LARGE
+
+    def with_sample(self) -> PreparedModel:
+        """Return the model with samples of the rows of its units, to search on, if it is large."""
+        if not self.large:
+            return self
+        few = [_sampled(p) for p in self.planner.matrices]
+        return replace(self, planner=replace(self.planner, sample=replace(self.planner, matrices=few)))
 
     def emptied(self) -> PreparedModel:
         """Return the model without the arrays that only rounding needs."""
@@ -98,7 +110,7 @@ def prepare_model(job: Job, options: Options, found: Statistics) -> PreparedMode
             ready = _assembled(job, options, found, matrix, advance)
     found.uses.clear()
     allocator.release()
-    return ready
+    return ready if job.paths else ready.with_sample()  # overlays are tried on whole units
 
 
 def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> PreparedModel:
@@ -139,16 +151,14 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
     allocator.release()
     ready = _assembled(job, options, found, lambda u: stored.get(u.name), lambda _: None, finest)
     planner = replace(ready.planner, keep=keeper(model.scratch), keep_section=partial(_kept, model.scratch))
-    return replace(ready, planner=replace(planner, sample=_sample(planner, model)))
+    return replace(ready, planner=planner).with_sample()
 
 
-def _sample(planner: Planner, model: StreamedModel) -> Planner | None:
-    """Return the units with samples of their rows in place of many, None where a search of all takes little time."""
-    if planner.parameters < _SAMPLED:
-        return None
-    inside = model.streamed.chain.holds  # rows of tables differ too much for samples
-    few = [Sample.of(p) if isinstance(p, StoredPrepared) and inside(p.unit.name) else p for p in planner.matrices]
-    return replace(planner, matrices=few) if any(isinstance(p, Sample) for p in few) else None
+def _sampled(item: Prepared) -> Prepared:
+    """Return a sample of a unit's rows, the unit itself where it has few or is not rounded row by row."""
+    if isinstance(item, StoredPrepared):
+        return Sample.of(item)
+    return HeldSample.of(item) if type(item) is Prepared else item
 
 
 def _kept(scratch: Scratch, section: Section) -> Section:

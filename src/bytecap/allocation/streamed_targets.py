@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bytecap.allocation.asymmetric_targets import Walked, passes_of, tokens_of
 from bytecap.allocation.correction import is_rough, unit_values
+from bytecap.allocation.pacing import Pace
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.shared_inputs import Inputs, LostError, of_rank, shared_inputs, together
 from bytecap.allocation.target_fit import Moments, trial_of
@@ -41,6 +42,7 @@ def streamed_targets(
     planner: Planner,
     order: Sequence[Sequence[str]],
     state: State,
+    pace: Pace,
     original: Streamed,
     quantized_copy: Streamed,
     windows: Sequence[Window],
@@ -54,7 +56,8 @@ def streamed_targets(
     Args:
         planner: prepared units.
         order: units that get targets, stage by stage.
-        state: steps and rules to code the prefix with, and the integers of all units that are not in `order`.
+        state: rules to code the prefix with, and the integers of all units that are not in `order`.
+        pace: rounds units, at steps of its own.
         original: untouched model.
         quantized_copy: a copy of it, given the values of the units that are not in `order`.
         windows: calibration windows.
@@ -69,7 +72,7 @@ def streamed_targets(
         return Walked({}, {})
     staged = {n for names in order for n in names}
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
-    work = _Targets(planner, state, strength, scratch)
+    work = _Targets(planner, state, pace, strength, scratch)
     data = list(passes_of(windows, tokens_of(planner, original.device, windows), str(original.device)))
     walk = _Walk(
         [original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks,
@@ -88,8 +91,8 @@ def streamed_targets(
 class _Targets:
     """Targets as they are found."""
 
-    def __init__(self, planner: Planner, state: State, strength: float, scratch: Scratch) -> None:
-        self._planner, self._state, self._strength, self._scratch = planner, state, strength, scratch
+    def __init__(self, planner: Planner, state: State, pace: Pace, strength: float, scratch: Scratch) -> None:
+        self._planner, self._state, self._pace, self._strength, self._scratch = planner, state, pace, strength, scratch
         self._units = {p.unit.name: p for p in planner.matrices}
         self.found = Walked[KeptTensor]({}, {})
 
@@ -103,7 +106,7 @@ class _Targets:
             self.found.change[n] = change = self._scratch.put(item.times(fix))
             members.append(moved(item, change))
         del fix
-        coded = self._planner.round(members, self._state.steps, self._state.rules)
+        coded = self._pace.round(self._planner, members)
         self.found.coded.update(coded)
         return unit_values(self._planner, replace(self._state, coded=coded), names)
 
@@ -113,6 +116,12 @@ def moved(item: Prepared, change: KeptTensor | Tensor) -> Prepared:
     if isinstance(item, StoredPrepared):
         return item.moved(change)
     return item.moved(change.load(item.device) if isinstance(change, KeptTensor) else change)
+
+
+def all_moved(planner: Planner, change: dict[str, Any]) -> Planner:
+    """Return the units with what targets add to them, which is used up."""
+    matrices = [moved(p, change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
+    return replace(planner, matrices=matrices)
 
 
 class _Held:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bytecap.model.forward import batches, predictions
+from bytecap.model.forward import batches, logits_of
 from bytecap.model.texts import Window
+
+_AT_A_TIME = 2**26  # logits
 
 
 def gradient(
@@ -53,14 +55,12 @@ def gradient(
             inside, real = ids[:, :-1].to(device), mask.to(device)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast):
                 with torch.no_grad():
-                    target = predictions(original(inside), real).float().log_softmax(-1)
-                found = predictions(quantized_copy(inside), real).float().log_softmax(-1)
-            loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens
-            if labels:
-                own = nn.functional.nll_loss(found, ids[:, 1:].to(device)[real], reduction="sum") / tokens
-                loss = (1 - labels) * loss + labels * own
-            loss.backward()
-            total += loss.detach()
+                    target = logits_of(original(inside)).flatten(0, 1)
+                found = logits_of(quantized_copy(inside))
+            kl, slopes = _divergence(found.detach().flatten(0, 1), target, real.flatten(), ids[:, 1:], labels)
+            del target
+            torch.autograd.backward(found, slopes.div_(tokens).view_as(found))
+            total += kl / tokens
             if progress is not None:
                 progress(int(mask.sum()))
         found_gradients = {
@@ -71,3 +71,32 @@ def gradient(
             p.grad = None
             p.requires_grad_(wanted)
     return float(total), {n: g.float() for n, g in found_gradients.items()}
+
+
+@torch.no_grad()
+def _divergence(found: Tensor, target: Tensor, real: Tensor, ids: Tensor, labels: float) -> tuple[Tensor, Tensor]:
+    """Return the loss of logits, summed over real rows, in float64, and its gradient, in the logits' dtype.
+
+    Some rows at a time, so that nothing of the vocabulary's width in float32 is ever whole.
+
+    Args:
+        found: logits of the copy (rows, vocabulary).
+        target: those of the original.
+        real: (rows,), which of them count.
+        ids: the text's own next tokens (batch, length), as many as rows.
+        labels: share of these, see `gradient`.
+    """
+    slopes, total = torch.empty_like(found), torch.zeros((), dtype=torch.float64, device=found.device)
+    own = ids.flatten().to(found.device) if labels else None
+    for at in range(0, len(found), max(1, _AT_A_TIME // found.shape[1])):
+        rows = slice(at, at + max(1, _AT_A_TIME // found.shape[1]))
+        there, here = (t[rows].float().log_softmax(-1) for t in (target, found))
+        wanted, counts = there.exp(), real[rows, None]
+        loss = there.sub_(here).mul_(wanted).sum(1, keepdim=True)
+        slope = here.exp()
+        if own is not None:
+            loss = (1 - labels) * loss - labels * here.gather(1, own[rows, None])
+            wanted.mul_(1 - labels).scatter_add_(1, own[rows, None], torch.full_like(loss, labels))
+        total += (loss * counts).sum(dtype=torch.float64)
+        slopes[rows] = slope.sub_(wanted).mul_(counts)
+    return total, slopes

@@ -3,7 +3,7 @@
 1. *calibrate*: one pass over the statistics tokens says what an error in each weight costs.
 2. *prepare*: Hessians are factored, and the bytes are counted that matrices and vectors may share.
 3. *plan*: a step for every unit, the best of up to three plans (`bytecap.allocation.plans`).
-4. *settle*: steps, tables and offsets are settled at the cap.
+4. *settle*: steps, tables and offsets are settled at the cap; those of a large model along the walk of 5.
 5. *retarget*: units aim at the original's outputs from the inputs that the coded prefix delivers
    (`bytecap.allocation.asymmetric_targets`). This comes after all of that: aiming first would correct for errors of
    a prefix that is not shipped.
@@ -17,36 +17,29 @@ bounds memory: factors and integers of the whole model are the most that a job h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 
 from bytecap.allocation import correction, plans
-from bytecap.allocation.asymmetric_targets import Walked, call_order, drift_targets
+from bytecap.allocation.asymmetric_targets import call_order
 from bytecap.allocation.planner import Planner, State
 from bytecap.allocation.plans import PlanCandidate
 from bytecap.allocation.preparation import PreparedModel, prepare_model, prepare_streamed
-from bytecap.allocation.shared_inputs import LostError
-from bytecap.allocation.streamed_targets import moved, streamed_targets
 from bytecap.calibration.statistics import moments
 from bytecap.calibration.sums import Statistics
-from bytecap.errors import BudgetError
 from bytecap.format.entropy.shared_tables import dump_shared
-from bytecap.job import Job, Outcome, Section
-from bytecap.methods.floats import fit_floats
-from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units, near_cap
-from bytecap.model.checkpoint import as_matrix
-from bytecap.model.evaluation import by_window, kl_to
-from bytecap.model.forward import rough_products
-from bytecap.model.quantized_copy import copy_of, load_values, share_storage
+from bytecap.job import Job, Outcome
+from bytecap.methods.floats import store_floats
+from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
+from bytecap.methods.retargeting import LAST, last_of, retarget, settle, size_beside
+from bytecap.model.evaluation import kl_to
+from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
-from bytecap.model.uncertainty import ratio_stderr, surely_worse
 from bytecap.progress import warn
 from bytecap.quantization.options import Options, effort_on
 from bytecap.quantization.quantizer import compile_ahead
@@ -55,13 +48,8 @@ from bytecap.recovery.parameters import moves
 from bytecap.recovery.streamed import tune_streamed
 from bytecap.recovery.tuning import tune
 from bytecap.system import allocator
-from bytecap.system.scratch import KeptTensor
-
-Costs = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""Cost of every window in nats, summed over its tokens; and its tokens."""
 
 _FINE_BITS = 6  # bits a weight from which grids may be too coarse to fill a budget
-_LAST = 6  # matrices coded last, which are rounded anew to meet the cap after recovery
 
 
 def run(job: Job) -> Outcome:
@@ -88,7 +76,7 @@ def run(job: Job) -> Outcome:
     if job.recover is None:
         prepared = prepared.emptied()
     outcome = predict(job, prepared, best, packed, quantized_copy)
-    return outcome if job.recover is None else recover(job, prepared, packed, outcome, quantized_copy)
+    return outcome if job.recover is None else recover(job, prepared, packed, outcome, quantized_copy, best.order)
 
 
 def calibrate(job: Job, options: Options) -> Statistics:
@@ -99,19 +87,6 @@ def calibrate(job: Job, options: Options) -> Statistics:
 def prepare(job: Job, options: Options, found: Statistics) -> PreparedModel:
     """Factor the units and count the bytes they may use; uses up the statistics."""
     return prepare_model(job, options, found)
-
-
-def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
-    """Fill a budget that the finest grids leave unused."""
-    units = [u for u in job.model.units if u.name not in prepared.fixed]
-    with job.reporter.step("floats of fewer bits", 1):
-        sections = fit_floats(
-            units, lambda u: as_matrix(u, job.model.tensor(u).detach().float().cpu()).numpy(),
-            lambda s: job.size({**s, **prepared.fixed}, b""), job.budget,
-        )  # fmt: skip
-    if sections is None:
-        raise BudgetError(f"no plan fills {job.budget:,} bytes", job.budget)
-    return Outcome({**sections, **prepared.fixed}, b"", 0.0, 0.0, 0.0, "floats")
 
 
 def plan(
@@ -140,7 +115,7 @@ def plan(
     # the units go on in what is returned first: nobody else keeps their memory
     best = replace(best, planner=planner.emptied(), state=best.state.holding(prefix), order=order)
     allocator.release()
-    return replace(prepared, planner=planner), best
+    return replace(prepared, planner=replace(planner, sample=None)), best
 
 
 def _best_plan(
@@ -160,172 +135,19 @@ def _best_plan(
     return best
 
 
-def settle(job: Job, prepared: PreparedModel, best: PlanCandidate) -> State:
-    """Settle the chosen plan at the cap, with the tables and offsets that will be written."""
-    planner = prepared.planner
-    allocator.release()
-    with allocator.no_holes(), job.reporter.step("settling at the cap", 1):
-        _, state = planner.search(
-            best.multipliers, prepared.capacity, best.state.rules, start=best.c, rounds=3, tolerance=3e-4, exact=True
-        )  # fmt: skip
-        # one more rounding with exactly the tables and offsets that will be written
-        state = planner.settle(state.steps, state.rules, refit=False)
-        return near_cap(planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget).state
-
-
-def retarget(
-    job: Job,
-    prepared: PreparedModel,
-    best: PlanCandidate,
-    state: State,
-    quantized_copy: nn.Module,
-    checkpoints: StageCheckpoints,
-) -> tuple[PreparedModel, State]:
-    """Give units targets that make up for the coded prefix, unless that surely raises the KL on the correction tokens.
-
-    A target corrects for the very errors of the units before it, not only for errors like them: rounded again at other
-    steps or tables, the prefix has other errors and most of the gain is lost. So steps and tables are settled first,
-    and what is coded along the walk is what is stored. Units stay as they are where the order of calls is not fixed.
-
-    Targets were made and given their strengths on other tokens, while the plan without them was chosen and corrected
-    on the very tokens that decide: so they go only where they cost more by two paired standard errors.
-
-    Args:
-        job: tokens to walk, and others to decide by.
-        prepared: the units.
-        best: the plan.
-        state: the plan settled at the cap, which codes the prefix.
-        quantized_copy: a copy of the model that holds quantized values, overwritten.
-        checkpoints: source and place of targets.
-
-    Returns:
-        The units with their targets, and their state.
-    """
-    planner = prepared.planner
-    if not planner.options.drift:
-        return prepared, state
-    targets, without = checkpoints.get("targets"), None
-    if targets is None:  # measured before targets take memory
-        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            without = _cost(job, planner, state, best.slope, quantized_copy)
-        allocator.release()
-    staged = {n for names in best.order for n in names}
-    state = state.holding(set(planner.names) - staged)
-    walk = partial(_aimed, job, planner, best, state, quantized_copy, checkpoints)
-    some = job.recover is None and not checkpoints.active and not isinstance(job.model, StreamedModel)
-    try:
-        aimed, found = walk(_last_of(best) if some else None)
-    except LostError:
-        job.reporter.note("the order in which modules are called depends on the data: no drift targets")
-        return prepared, planner.settle(state.steps, state.rules, refit=False)
-    allocator.release()
-    if without is not None:
-        with allocator.no_holes(), job.reporter.step("comparison of targets", 1):
-            with_them = _cost(job, aimed, found, best.slope, quantized_copy)
-        targets = _judged(without, with_them)
-        checkpoints.put("targets", targets)
-    if targets["kept"]:
-        again = (lambda: walk(None)[0]) if some else None
-        return replace(prepared, planner=aimed, targets=targets, with_targets=again), found
-    job.reporter.note("targets that follow the coded prefix raise the KL on the correction tokens: left out")
-    del found
-    return replace(prepared, targets=targets), planner.settle(state.steps, state.rules, refit=False)
-
-
-def _aimed(
-    job: Job,
-    planner: Planner,
-    best: PlanCandidate,
-    state: State,
-    quantized_copy: nn.Module,
-    checkpoints: StageCheckpoints,
-    held: Collection[str] | None,
-) -> tuple[Planner, State]:
-    """Return the units with targets for the prefix that a state codes, all or those held, and the walk's integers.
-
-    Raises:
-        LostError: there are none.
-    """
-    windows, strength = leading(job.sets.statistics, planner.options.drift_tokens), planner.options.drift
-    change = None if isinstance(job.model, StreamedModel) else checkpoints.tensors("drift")
-    with allocator.no_holes(), job.reporter.step("drift targets", 1) as advance:
-        if change is not None:
-            aimed = _moved(planner, change)
-            units, coded = {p.unit.name: p for p in aimed.matrices}, dict(state.coded)
-            for names in best.order:  # as the walk did: on a GPU integers depend on what is rounded together
-                coded |= aimed.round([units[n] for n in names], state.steps, state.rules)
-            return aimed, aimed.settled(coded, state.steps, state.rules)
-        found: Walked[KeptTensor] | Walked[Tensor]
-        if isinstance(job.model, StreamedModel):
-            streamed = job.model.streamed
-            found = streamed_targets(
-                planner, best.order, state, streamed, streamed.copy(), windows,
-                strength=strength, scratch=job.model.scratch, advance=advance,
-            )  # fmt: skip
-        else:
-            found = drift_targets(
-                planner, best.order, state, job.model.module, quantized_copy, windows,
-                strength=strength, device=job.device, advance=advance, held=held,
-            )  # fmt: skip
-            checkpoints.put_tensors("drift", found.change)
-        coded = {**state.coded, **found.coded}
-        return _moved(planner, found.change), planner.settled(coded, state.steps, state.rules)
-
-
-def _moved(planner: Planner, change: dict[str, Any]) -> Planner:
-    """Return the units with what targets add to them, which is used up."""
-    matrices = [moved(p, change.pop(n)) if (n := p.unit.name) in change else p for p in planner.matrices]
-    return replace(planner, matrices=matrices)
-
-
-def _last_of(best: PlanCandidate) -> list[str]:
-    """Return the matrices that a walk codes last, from the end."""
-    return [n for names in best.order for n in names][: -_LAST - 1 : -1]
-
-
-def _judged(without: Costs, with_them: Costs) -> dict[str, Any]:
-    """Return whether targets are kept, and what the correction tokens say about them, in nats per token."""
-    (before, tokens), (after, _) = without, with_them
-    return {
-        "kept": not surely_worse(before, after, tokens),
-        "cost_with": float(after.sum() / tokens.sum()),
-        "cost_without": float(before.sum() / tokens.sum()),
-        "change_stderr": ratio_stderr(after - before, tokens) if len(tokens) > 1 else 0.0,
-    }
-
-
-def _cost(job: Job, planner: Planner, state: State, slope: float, quantized_copy: nn.Module) -> Costs:
-    """Return the KL of a plan's units on the windows for correction, plus their bytes at the plan's slope; and tokens.
-
-    The copy shares the original's storage afterwards: loaded values would take a model's memory until the next stage.
-    """
-    load_values(quantized_copy, correction.unit_values(planner, state))
-    with rough_products(job.device, wanted=correction.is_rough(planner, state)):
-        found = by_window(
-            job.model.module, quantized_copy, {"": {}}, job.sets.correction, device=job.device, ranks=job.ranks
-        )[""]
-    share_storage(quantized_copy, job.model.module)
-    return found.kl + slope * state.rate * found.tokens, found.tokens
-
-
 def pack(job: Job, prepared: PreparedModel, best: PlanCandidate, state: State) -> Packed:
     """Meet the cap on real bytes, behind a walk for targets by rounding only its last matrices anew."""
-    planner, tables, size = prepared.planner, dump_shared(state.shared), _size_beside(job, prepared)
+    planner, tables, size = prepared.planner, dump_shared(state.shared), size_beside(job, prepared)
     allocator.release()
     if prepared.targets.get("kept"):
         with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
-            found = fit_units(planner, state, tables, size, job.budget, _last_of(best))
+            found = fit_units(planner, state, tables, size, job.budget, last_of(best))
         if found is not None:
             return found
         if prepared.with_targets is not None:
             planner = prepared.with_targets()
     with allocator.no_holes(), job.reporter.step("trimming to the cap", 1):
         return fit_to_cap(planner, state, tables, size, job.budget)
-
-
-def _size_beside(job: Job, prepared: PreparedModel) -> Callable[[Mapping[str, Section], bytes], int]:
-    """Return a function that sizes the file of given sections and tables, fixed units included."""
-    return lambda sections, tables: job.size({**sections, **prepared.fixed}, tables)
 
 
 def predict(
@@ -348,7 +170,10 @@ def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Mod
     return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
 
 
-def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module) -> Outcome:
+def recover(
+    job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome, quantized_copy: nn.Module,
+    order: Sequence[Sequence[str]],
+) -> Outcome:  # fmt: skip
     """Tune a packed plan and trim it to the same cap; returns the plan itself where that measures better.
 
     Args:
@@ -357,8 +182,9 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
         packed: their sections.
         outcome: of these.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
+        order: units that were given targets along a walk, stage by stage.
     """
-    tuned, record = _tuned(job, prepared, packed, outcome.slope, quantized_copy)
+    tuned, record = _tuned(job, prepared, packed, outcome.slope, quantized_copy, order)
     if tuned is not None:
         again, now = tuned
         if now < outcome.predicted:
@@ -372,18 +198,23 @@ def recover(job: Job, prepared: PreparedModel, packed: Packed, outcome: Outcome,
 
 
 def _tuned(
-    job: Job, prepared: PreparedModel, packed: Packed, slope: float, quantized_copy: nn.Module
+    job: Job,
+    prepared: PreparedModel,
+    packed: Packed,
+    slope: float,
+    quantized_copy: nn.Module,
+    order: Sequence[Sequence[str]],
 ) -> tuple[tuple[Packed, float] | None, dict[str, Any]]:
     """Return tuned sections under the cap with their KL, None if there are none, and a record of the tuning."""
-    last = [p.unit.name for p in prepared.planner.matrices if moves(p)][: -_LAST - 1 : -1]
+    last = [p.unit.name for p in prepared.planner.matrices if moves(p)][: -LAST - 1 : -1]
     if isinstance(job.model, StreamedModel):
         found, record = tune_streamed(job, job.model, prepared.planner, packed.state, last)
     else:
-        found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope)
+        found, record = tune(job, prepared.planner, packed.state, quantized_copy, slope, order)
     if found is None:
         return None, record
     planner, state = found
     again = fit_units(
-        planner, state, dump_shared(state.shared), _size_beside(job, prepared), job.budget, last
+        planner, state, dump_shared(state.shared), size_beside(job, prepared), job.budget, last
     )  # fmt: skip
     return None if again is None else (again, _measured(job, planner, again, quantized_copy)), record

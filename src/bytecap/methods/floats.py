@@ -13,8 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from bytecap.job import Section
+from bytecap.allocation.preparation import PreparedModel
+from bytecap.errors import BudgetError
+from bytecap.job import Job, Outcome, Section
 from bytecap.methods.rate_control import allowed_slack
+from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.short_floats import section
 from bytecap.types import Unit
 
@@ -72,3 +75,20 @@ def _fill(
                 break
             trial = (low + high) // 2
     return best
+
+
+def store_floats(job: Job, prepared: PreparedModel) -> Outcome:
+    """Fill a budget that the finest grids leave unused.
+
+    Raises:
+        BudgetError: nothing fills it.
+    """
+    units = [u for u in job.model.units if u.name not in prepared.fixed]
+    with job.reporter.step("floats of fewer bits", 1):
+        sections = fit_floats(
+            units, lambda u: as_matrix(u, job.model.tensor(u).detach().float().cpu()).numpy(),
+            lambda s: job.size({**s, **prepared.fixed}, b""), job.budget,
+        )  # fmt: skip
+    if sections is None:
+        raise BudgetError(f"no plan fills {job.budget:,} bytes", job.budget)
+    return Outcome({**sections, **prepared.fixed}, b"", 0.0, 0.0, 0.0, "floats")

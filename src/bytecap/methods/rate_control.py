@@ -45,7 +45,8 @@ class Packed:
 
 def _pack(planner: Planner, state: State, tables: bytes) -> Packed:
     """Serialise every unit of a state."""
-    return Packed(state, planner.sections(state), tables)
+    sections = planner.sections(state)
+    return Packed(replace(state, sections=None), sections, tables)
 
 
 def fit_to_cap(planner: Planner, state: State, tables: bytes, size: Size, budget: int) -> Packed:

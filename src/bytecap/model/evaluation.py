@@ -11,9 +11,9 @@ bits per byte = nats per token / ln 2 * tokens / bytes, with the bytes of the or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -192,20 +192,38 @@ def compare_models(
     ranks: Ranks = ALONE,
 ) -> Comparison:
     """Score a coded model against its original on the same tokens, which `ranks` share."""
-    if is_batches(text.windows):
-        return _compare_batches(original, coded, text, device, progress)
-    data = list(_batches(text.windows, original))
+    return compare_texts(original, coded, [text], device=device, progress=progress, ranks=ranks)[0]
+
+
+@torch.no_grad()
+def compare_texts(
+    original: nn.Module,
+    coded: nn.Module,
+    texts: Sequence[Text],
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Comparison]:
+    """Score a coded model against its original on several texts; streamed models are read once for all of them."""
+    if any(is_batches(t.windows) for t in texts):
+        return [_compare_batches(original, coded, t, device, progress) for t in texts]
+    data = [list(_batches(t.windows, original)) for t in texts]
+    every = list(chain.from_iterable(data))
+    found = iter(list(batches_apart(ranks, every, lambda some: _compared(original, coded, some, device, progress))))
+    return [_joined(t.name, islice(found, len(own))) for t, own in zip(texts, data, strict=True)]
+
+
+def _joined(name: str, found: Iterable[tuple[list[list[float]], list[list[float]], int]]) -> Comparison:
+    """Sum up a text's batches."""
     sums: list[list[float]] = []
-    temperature = np.zeros(len(TEMPERATURES))
-    same = 0
-    for rows, tempered, equal in batches_apart(
-        ranks, data, lambda some: _compared(original, coded, some, device, progress)
-    ):
+    temperature, same = np.zeros(len(TEMPERATURES)), 0
+    for rows, tempered, equal in found:
         sums += rows
         for losses in tempered:
             temperature += losses
         same += equal
-    return _summary(text.name, np.array(sums), temperature, same)
+    return _summary(name, np.array(sums), temperature, same)
 
 
 def _compared(
@@ -265,25 +283,6 @@ def _summary(name: str, sums: np.ndarray[Any, Any], temperature: np.ndarray[Any,
         kl_nats=float(kl.sum() / n), kl_stderr=ratio_stderr(kl, tokens), same_top1=same / float(n),
         windows=ByWindow(kl, nats_q, nats_p, tokens, size),
     )  # fmt: skip
-
-
-def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
-    """Return the unweighted mean over texts, with the standard errors of independent texts."""
-    n = len(parts)
-    values: dict[str, Any] = {}
-    for key in parts[0].__dict__:
-        items = [getattr(p, key) for p in parts]
-        if key == "name":
-            values[key] = "mean"
-        elif key == "windows":
-            values[key] = None
-        elif key in {"tokens", "bytes"}:
-            values[key] = sum(items)
-        elif key.endswith("stderr"):
-            values[key] = math.sqrt(sum(x * x for x in items)) / n
-        else:
-            values[key] = sum(items) / n
-    return Comparison(**values)
 
 
 def kl_to(

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from bytecap.model.texts import Window
 
-_ROWS = {"cpu": 32, "cuda": 2048}  # windows sampled side by side
+_ROWS = {"cpu": 32, "cuda": 2048}  # windows sampled side by side, at most
+_SHARE = 4  # a quarter of a GPU's whole memory is for what they keep; never what is free, so that a seed means one text
+_COPIES = 2  # of keys and values: a layer's are copied as they grow
 
 
 @torch.no_grad()
@@ -30,11 +32,12 @@ def sample(
         tokens: how many.
         window: predicted tokens in a window.
         seed: of the sampling.
-        device: torch device; rows are halved where its memory ends.
+        device: torch device; rows are halved where its memory ends. On a GPU products are in bfloat16, so that keys and
+            values take half the memory and attention is fused.
     """
     rng = random.Random(seed)  # noqa: S311 (sampling, not cryptography)
     generator = torch.Generator(device).manual_seed(seed)
-    rows = _ROWS[torch.device(device).type]
+    rows = _rows(module, firsts[0], window, device)
     found: list[Window] = []
     while len(found) * window < tokens:
         count = min(rows, -(-tokens // window) - len(found))
@@ -51,11 +54,30 @@ def sample(
     return tuple(found)
 
 
+def _rows(module: nn.Module, first: int, window: int, device: str) -> int:
+    """Return how many windows go side by side, by what one of them keeps; a power of two."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return _ROWS[kind]
+    with _autocast(device):
+        out: Any = module(torch.tensor([[first]], device=device), use_cache=True)
+    layers = getattr(out.past_key_values, "layers", [])
+    kept = [t.nbytes for x in layers for t in (getattr(x, "keys", None), getattr(x, "values", None)) if t is not None]
+    one = _COPIES * window * sum(kept) + 4 * 4 * out.logits.shape[-1]
+    affordable: int = torch.cuda.get_device_properties(device).total_memory // _SHARE // one
+    return min(_ROWS[kind], 1 << max(0, affordable.bit_length() - 1))
+
+
+def _autocast(device: str) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda")
+
+
 def _continued(module: nn.Module, ids: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Continue rows (rows, 1) by `count` tokens."""
     parts, past = [ids], None
     for _ in range(count):
-        out: Any = module(parts[-1], past_key_values=past, use_cache=True)
+        with _autocast(str(ids.device)):
+            out: Any = module(parts[-1], past_key_values=past, use_cache=True)
         past = out.past_key_values
         chances = out.logits[:, -1].float().softmax(-1)
         parts.append(torch.multinomial(chances, 1, generator=generator))

@@ -53,7 +53,7 @@ def streamed_module(contents: Contents, name: str, device: str = "cpu") -> nn.Mo
     source: dict[str, Mapping[str, Any]] = dict.fromkeys(first.values(), values)
     trial = Streamed(module, Chain("", 0, 0), Tensors({}, {}), first, replaced=source)
     trial.to(device)
-    chain, head, _ = observe(trial, units)
+    chain, head = observe(trial, units)
     if chain is None:
         raise Unstreamable("it has no chain of blocks that are called one after the other")
     streaming.attach(Streamed(module, chain, trial.tensors, first, trial.device, replaced=source, head=head))

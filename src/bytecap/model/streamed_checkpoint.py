@@ -28,6 +28,7 @@ from bytecap.model.fileset import Header
 from bytecap.model.forward import logits_of
 from bytecap.model.head import head_of
 from bytecap.model.opening import opened
+from bytecap.model.quantized_copy import Lazy
 from bytecap.model.streaming import Streamed
 from bytecap.model.tensor_files import Tensors
 from bytecap.system.scratch import Scratch
@@ -112,11 +113,10 @@ def open_streamed(
     _fill_buffers(module, tensors)
     trial = Streamed(module, Chain("", 0, 0), tensors, first)
     trial.to(device)
-    chain, head, logits = observe(trial, units)
+    chain, head = observe(trial, units)
     if chain is None:
         raise Unstreamable("it has no chain of blocks that are called one after the other")
-    with _one_by_one(trial, set()):
-        alone = hands_on_alone(module, partial(_few, trial), chain, logits)
+    alone = _hands_on_alone(trial, chain)
     streaming.attach(Streamed(module, chain, tensors, first, trial.device, head=head, alone=alone))
     return StreamedModel(
         module, units, source.files | found.files, str(model), notes=(*source.notes, *found.notes),
@@ -164,7 +164,7 @@ def _few(streamed: Streamed) -> Tensor:
     return logits_of(streamed.module(torch.zeros(1, _TRIAL, dtype=torch.long, device=streamed.device)))
 
 
-def observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None, Tensor]:
+def observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, str | None]:
     """Find the chain and the head of a module on a few tokens, and refuse weights that are not finite.
 
     Args:
@@ -172,27 +172,49 @@ def observe(streamed: Streamed, units: Sequence[Unit]) -> tuple[Chain | None, st
         units: its units.
 
     Returns:
-        The chain, the head's path, and the logits of these tokens.
+        The chain, and the head's path.
     """
     module, seen = streamed.module, set[str]()
-    heads, logits = list[str | None](), list[Tensor]()
+    heads = list[str | None]()
 
-    def run() -> Tensor:
-        logits.append(_few(streamed))
-        return logits[-1]
+    def look(name: str, value: Tensor) -> None:
+        check(name, value)
+        seen.add(name)
 
-    with _one_by_one(streamed, seen):
-        chain = find_chain(module, lambda: heads.append(head_of(module, run)))
+    with _one_by_one(streamed, look):
+        chain = find_chain(module, lambda: heads.append(head_of(module, partial(_few, streamed))))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     for unit in units:
         if unit.name not in buffers and not seen.intersection((unit.name, *unit.aliases)):
             check(unit.name, streamed.value(unit.name))
-    return chain, heads[0], logits[0]
+    return chain, heads[0]
+
+
+def _hands_on_alone(streamed: Streamed, chain: Chain) -> bool:
+    """Return whether nobody but a block reads what it is given, which is a matter of code: no file is read for it.
+
+    Rows that stand in for those of the weights are all the same one, which takes no memory.
+    """
+    shapes = {n: t.shape for n, t in streamed.module.named_parameters(remove_duplicate=False)}
+    device = streamed.device
+
+    def stand_in(name: str) -> Tensor:
+        shape = shapes[name]
+        row = torch.arange(shape[-1] if shape else 1, device=device, dtype=streamed.dtype).sin()
+        return (row / len(row) ** 0.5 if len(shape) > 1 else 1 + row / 2).expand(shape)
+
+    other = streamed.variant(Lazy([n for n in shapes if streamed.first.get(n) == n], stand_in))
+    with torch.no_grad(), _one_by_one(other, lambda *_: None):
+        try:
+            wanted = _few(other)
+        except Exception:  # noqa: BLE001 (a model's own code may refuse such values in any way)
+            return False
+        return hands_on_alone(other.module, partial(_few, other), chain, wanted)
 
 
 @contextmanager
-def _one_by_one(streamed: Streamed, seen: set[str]) -> Iterator[None]:
-    """Load every module's own weights in front of each call, and drop them behind it."""
+def _one_by_one(streamed: Streamed, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Load every module's own weights in front of each call, show them to somebody, and drop them behind it."""
     module = streamed.module
     stacks: dict[str, ExitStack] = {}
 
@@ -201,9 +223,7 @@ def _one_by_one(streamed: Streamed, seen: set[str]) -> Iterator[None]:
             stacks[path] = ExitStack()
             streamed.fill(m, path, stacks[path], {}, deep=False)
             for leaf, value in m.named_parameters(recurse=False):
-                name = f"{path}.{leaf}" if path else leaf
-                check(name, value)
-                seen.add(name)
+                look(f"{path}.{leaf}" if path else leaf, value)
 
         return hook
 

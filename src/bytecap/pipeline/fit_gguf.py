@@ -119,7 +119,7 @@ def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> Run
     items = calibrated(job, frame.layout, frame.types, CODING)
     plain = solve(job, cap - frame.fixed, items)
     tuned = job.recover is not None and not config.dry_run
-    found, record = tune_blocks(job, frame.layout, items, plain) if tuned else (plain, {})
+    found, record = tune_blocks(job, frame.layout, items, CODING, plain) if tuned else (plain, {})
     output = None if config.output is None or config.dry_run else Path(config.output)
     result = _finish(job, frame, items, (found, plain), output)
     result.report |= {"recovery": record} if record else {}

@@ -8,6 +8,7 @@ one more pass over the tokens of correction factors, and no byte of the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from bytecap.job import Job
 from bytecap.model.calibration_text import SELF
-from bytecap.model.evaluation import ByWindow, Comparison, compare_models, mean_comparison
+from bytecap.model.evaluation import ByWindow, Comparison, compare_texts
 from bytecap.model.texts import TokenSets
 from bytecap.progress import Reporter
 from bytecap.system.ranks import ALONE, Ranks
@@ -59,11 +60,29 @@ def compare(
     """
     held = sets.correction_texts()
     with reporter.step("evaluation", sum(t.tokens for t in (*sets.evaluation, *held))) as advance:
-        parts, others = (
-            [compare_models(original, coded, t, device=device, progress=advance, ranks=ranks) for t in texts]
-            for texts in (sets.evaluation, held)
-        )
-    return Comparisons(parts, others)
+        found = compare_texts(
+            original, coded, [*sets.evaluation, *held], device=device, progress=advance, ranks=ranks
+        )  # fmt: skip
+    return Comparisons(found[: len(sets.evaluation)], found[len(sets.evaluation) :])
+
+
+def mean_comparison(parts: Sequence[Comparison]) -> Comparison:
+    """Return the unweighted mean over texts, with the standard errors of independent texts."""
+    n = len(parts)
+    values: dict[str, Any] = {}
+    for key in parts[0].__dict__:
+        items = [getattr(p, key) for p in parts]
+        if key == "name":
+            values[key] = "mean"
+        elif key == "windows":
+            values[key] = None
+        elif key in {"tokens", "bytes"}:
+            values[key] = sum(items)
+        elif key.endswith("stderr"):
+            values[key] = math.sqrt(sum(x * x for x in items)) / n
+        else:
+            values[key] = sum(items) / n
+    return Comparison(**values)
 
 
 def quality(parts: Sequence[Comparison], held: Sequence[Comparison] = ()) -> dict[str, Any]:

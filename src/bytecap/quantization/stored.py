@@ -7,7 +7,7 @@ thousands of matrices holds a few numbers of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -131,7 +131,7 @@ class Sample(StoredPrepared):
     def of(item: StoredPrepared) -> StoredPrepared:
         """Return a sample of a unit; the unit itself where it has few rows."""
         rows, cols = item.shape
-        every = min(_EVERY, rows // _LEAST_ROWS)
+        every = _step(rows)
         if every < 2:
             return item
         weight, scratch, device = item.weight[::every], item._scratch, item.device  # noqa: SLF001 (its own class's)
@@ -145,12 +145,46 @@ class Sample(StoredPrepared):
 
     def scaled(self, coded: Coded) -> Coded:
         """Costs and counts of all rows, without symbols, which nobody asks a sample for."""
-        code, none = coded.code, np.zeros((0, self._shape[1]), np.int8)
-        code = GridCode(
-            code.step, none, code.column_step, code.column_class, code.row_step, code.row_class, code.first, code.memory
+        return StoredCoded(_scaled(coded, self._every), self._scratch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldSample(Prepared):
+    """A sample of the rows of a unit in memory.
+
+    Attributes:
+        every: rows of the unit for one of the sample.
+    """
+
+    every: float
+
+    @staticmethod
+    def of(item: Prepared) -> Prepared:
+        """See `Sample`."""
+        every = _step(item.shape[0])
+        if every < 2:
+            return item
+        rows, weight = slice(None, None, every), item.weight[::every].contiguous()
+        return HeldSample(
+            item.unit, weight, item.rows[rows], item.row_step[rows], item.lower, item.order, item.hessian,
+            every=item.shape[0] / len(weight),
         )  # fmt: skip
-        scaled = Coded(code, coded.distortion * self._every, coded.counts * self._every)
-        return StoredCoded(scaled, self._scratch)
+
+    def scaled(self, coded: Coded) -> Coded:
+        """Costs and counts of all rows, without symbols."""
+        return _scaled(coded, self.every)
+
+
+def _step(rows: int) -> int:
+    """Return how many rows stand between two of a sample of so many."""
+    return min(_EVERY, rows // _LEAST_ROWS)
+
+
+def _scaled(coded: Coded, every: float) -> Coded:
+    """Return what a sample says of all rows, without symbols."""
+    none = np.zeros((0, coded.code.column_step.shape[1]), np.int8)
+    parts = {f.name: getattr(coded.code, f.name) for f in fields(GridCode) if f.name != "symbols"}
+    return Coded(GridCode(symbols=none, **parts), coded.distortion * every, coded.counts * every)
 
 
 def kept_rows(kept: KeptTensor, device: torch.device) -> Rows:

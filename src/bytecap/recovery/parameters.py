@@ -12,116 +12,30 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bytecap.allocation.differences import DifferenceUnit
 from bytecap.allocation.planner import Planner, State
-from bytecap.format.coders import Shared
-from bytecap.format.coders.classes import CENTRES, CLASSES
+from bytecap.allocation.target_fit import trial_of
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import dependent
-from bytecap.format.entropy.frequencies import Tables
 from bytecap.format.entropy.shared_tables import count_symbols
 from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.quantization.stored import StoredPrepared
 from bytecap.quantization.symbols_there import symbols_anywhere
-from bytecap.types import Unit
+from bytecap.recovery.code_values import Grid, Offsets, Prices
+from bytecap.recovery.group_walk import TunedUnits
 
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
-_SIZES = 130  # |z| that have a cost of their own; larger ones cost what the last one does
+Walk = Callable[[Sequence[str], TunedUnits], None]
+"""Codes units stage by stage."""
 _SPREAD = 1024  # partial sums of a bin: added up in a fixed order, and few at a time
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The parts of a matrix's code that tuning leaves alone: its grid (rows, 1) and (1, cols), and its classes.
-
-    Attributes:
-        row, column: steps of the grid are their product; the column's hold the unit's own step and halves.
-        coarse: (1, cols), 2 where the grid is fine: offsets are in steps of the column.
-        classes: (rows, cols), uint8.
-        kind: (1, cols), 64 where the grid is fine, else 0.
-    """
-
-    unit: Unit
-    row: Tensor
-    column: Tensor
-    coarse: Tensor
-    classes: Tensor
-    kind: Tensor
-
-    @staticmethod
-    def of(item: Prepared, coded: Coded) -> _Grid:
-        """Read the grid from a matrix and its code."""
-        code, device = coded.code, item.weight.device
-        half = np.where(code.fine, np.float32(0.5), np.float32(1))
-        column = np.float32(code.step) * np.exp2(code.column_step.astype(np.float32) / 4) * half  # (1, cols)
-
-        def whole(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        row = torch.from_numpy(np.exp2(code.row_step.astype(np.float32) / 4))[:, None].to(device)
-        return _Grid(
-            item.unit, row, whole(column), whole(1 / half), torch.from_numpy(code.classes()).to(device),
-            whole(code.fine.astype(np.int64) * CLASSES),
-        )  # fmt: skip
-
-
-class Prices:
-    """The bits of an integer under a file's tables, and their slope from one integer to the next."""
-
-    def __init__(self, tables: Tables, device: torch.device) -> None:
-        def table(cost: npt.NDArray[Any], far: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-            cost = np.minimum(cost[:, : _SIZES + far], 64.0)
-            size = np.arange(_SIZES)
-            return cost[:, :_SIZES], (cost[:, size + far] - cost[:, np.abs(size - far)]) / (2 * far)
-
-        parts = [table(tables.cost_by_size, 1), table(tables.split_cost, 4)]
-        self.bits, self.slope = (
-            torch.from_numpy(np.stack(x).astype(np.float32)).reshape(-1).to(device) for x in zip(*parts, strict=True)
-        )
-
-    def places(self, grid: _Grid, points: Tensor) -> Tensor:
-        """Return the places of a matrix's integers in both tables, int64 (rows, cols)."""
-        return (grid.kind + grid.classes) * _SIZES + points.abs().clamp_(max=_SIZES - 1).long()
-
-
-class _Offsets:
-    """Reconstruction offsets as one tensor: an entry for each table and |z| that the file stores; entry 0 is 0."""
-
-    def __init__(self, shared: Shared, device: torch.device) -> None:
-        place = np.zeros((CLASSES, CENTRES), np.int64)
-        values, seen = [0.0], {}
-        for cls, table in shared.tables.table.items():
-            if id(table) not in seen:
-                seen[id(table)] = len(values)
-                values += shared.offset[cls, 1 : min(table.high, CENTRES - 1) + 1].tolist()
-            size = np.minimum(np.arange(CENTRES), table.high)
-            place[cls] = np.where(size > 0, seen[id(table)] + size - 1, 0)
-        self._place, self._shared = place, shared
-        self.place = torch.from_numpy(place).reshape(-1).to(device)
-        self.values = torch.tensor(values, dtype=torch.float32, device=device)
-
-    def stored(self, values: Tensor) -> Tensor:
-        """Return the offsets as a file holds them, in 256ths; entry 0 is 0."""
-        found = values.mul(256).round_().clamp_(-128, 127).div_(256)
-        found[0] = 0
-        return found
-
-    def table(self, values: Tensor) -> npt.NDArray[Any]:
-        """Return the offsets by class and |z|, (64, 17); classes without a table keep theirs."""
-        has = np.zeros((CLASSES, 1), bool)
-        has[list(self._shared.tables.table)] = True
-        moved = self.stored(values).cpu().numpy()[self._place]
-        return np.where(has, moved, self._shared.offset).astype(np.float32)
 
 
 @dataclass
@@ -136,15 +50,17 @@ class _Matrix:
         step: that it is, or is to be, rounded at.
         coded: what came out; None before.
         points: its integers as float32 once it is coded.
+        place: of their offsets, int16.
     """
 
     item: Prepared
-    grid: _Grid
-    plan: _Grid
+    grid: Grid
+    plan: Grid
     target: Tensor
     step: float
     coded: Coded | None = None
     points: Tensor | None = None
+    place: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -162,7 +78,7 @@ class TunedParameters:
 
     Attributes:
         logs: (matrices,), logarithms of what steps are multiplied by once a matrix is coded.
-        offsets: reconstruction offsets, see `_Offsets`.
+        offsets: reconstruction offsets, see `Offsets`.
         vectors: by vector, its values.
     """
 
@@ -170,19 +86,20 @@ class TunedParameters:
         """Start from `state`, in which every unit is coded."""
         self._planner, self._state, self._device = planner, state, torch.device(device)
         self._rules = state.rules  # with the current offsets
+        self._offsets = Offsets(state.shared, self._device)
         self._matrices: dict[str, _Matrix] = {}
         for item in planner.matrices:
             name = item.unit.name
             if moves(item):
-                grid = _Grid.of(item, state.coded[name])
+                grid = Grid.of(item, state.coded[name])
                 target = item.weight / (grid.row * grid.column)
                 self._matrices[name] = _Matrix(item, grid, grid, target, state.steps[name])
                 self._put(name, item, state.coded[name])
+        self._aims: dict[str, Tensor] = {}  # what the last group was to be coded to, before a walk moved it
         self._vectors = {v.unit.name: v for v in planner.vectors}
         self.vectors = {
             n: torch.from_numpy(v.values.copy()).to(self._device) for n, v in self._vectors.items() if v.fisher.any()
         }
-        self._offsets = _Offsets(state.shared, self._device)
         self.offsets = self._offsets.values.clone()
         self.logs = torch.zeros(max(1, len(self._matrices)), device=self._device)
         self._prices = Prices(state.shared.tables, self._device)
@@ -214,10 +131,20 @@ class TunedParameters:
             held += m.target.numel()
         return found if found[-1] else []
 
-    def unfreeze(self) -> None:
-        """Mark all matrices as not coded yet, at the targets they were coded from."""
-        for m in self._matrices.values():
+    def unfreeze(self, own: Mapping[str, Tensor]) -> None:
+        """Mark all matrices as not coded yet, at the model's own values.
+
+        Targets that they were coded from make up for what others were coded to, and all of it is drawn anew.
+
+        Args:
+            own: the original's tensors in stored layout, by name.
+        """
+        for n, m in self._matrices.items():
             m.coded = m.points = None
+            weight = as_matrix(m.item.unit, own[n].detach()).to(m.target)
+            if isinstance(m.item, DifferenceUnit):
+                weight = weight - torch.from_numpy(m.item.below).to(weight.device)
+            m.target = weight / (m.plan.row * m.plan.column)
 
     def values_only(self) -> dict[str, Tensor]:
         """Return the tensors that are tuned while codes are frozen, by name."""
@@ -227,23 +154,65 @@ class TunedParameters:
         """Return the targets of matrices that are not coded yet."""
         return {f"target {n}": m.target for n, m in self._matrices.items() if m.coded is None}
 
-    def code(self, names: list[str], change: float) -> float:
-        """Round and freeze matrices at `exp(change)` times their steps; returns the bytes beyond those planned."""
+    def code(self, names: list[str], change: float, walk: Walk | None = None) -> float:
+        """Round and freeze matrices at `exp(change)` times their steps; returns the bytes beyond those planned.
+
+        Args:
+            names: of the matrices. If they are coded already, they are coded anew at the same targets.
+            change: of the logarithm of their steps.
+            walk: codes them stage by stage; all at once by default.
+        """
         self._set_offsets()
-        items, steps = [], {}
+        if self._aims.keys() != set(names):
+            self._aims = {n: self._matrices[n].target for n in names}
         for n in names:
             m = self._matrices[n]
-            items.append(replace(m.item, weight=m.weight))
-            m.step = steps[n] = self._state.steps[n] * math.exp(change)
-        coded = self._planner.round(items, steps, self._rules)
-        for item in items:
-            self._put(item.unit.name, item, coded[item.unit.name])
-        return sum(rate(coded[n], self._rules.shared) - self._state.rates[n] for n in names)
+            m.target, m.step = self._aims[n], self._state.steps[n] * math.exp(change)
+        if walk is None:
+            self.round(names, {})
+        else:
+            walk(names, self)
+        coded = {n: self._matrices[n].coded for n in names}
+        return sum(rate(c, self._rules.shared) - self._state.rates[n] for n, c in coded.items() if c is not None)
+
+    def waits(self, name: str) -> bool:
+        """See `TunedUnits`."""
+        return name in self._matrices and self._matrices[name].coded is None
+
+    def trial(self, name: str) -> tuple[Tensor, Tensor]:
+        """See `TunedUnits`."""
+        return trial_of(self._item(name))
+
+    def times(self, name: str, matrix: Tensor) -> Tensor:
+        """See `TunedUnits`."""
+        return self._item(name).times(matrix)
+
+    def _item(self, name: str) -> Prepared:
+        m = self._matrices[name]
+        return replace(m.item, weight=m.weight)
+
+    def round(self, names: Sequence[str], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `TunedUnits`."""
+        items = [item.moved(changes[n]) if n in changes else item for n in names for item in (self._item(n),)]
+        coded = self._planner.round(items, {n: self._matrices[n].step for n in names}, self._rules)
+        for n, item in zip(names, items, strict=True):
+            m = self._matrices[n]
+            m.target = item.weight / (m.plan.row * m.plan.column)
+            self._put(n, item, coded[n])
+        return self.values(names)
+
+    def move(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `TunedUnits`."""
+        for n, change in changes.items():
+            m = self._matrices[n]
+            m.target += change / (m.plan.row * m.plan.column)  # in place: an optimizer follows it
+        return self.values(changes)
 
     def _put(self, name: str, item: Prepared, coded: Coded) -> None:
         m = self._matrices[name]
-        m.coded, m.grid, m.item = coded, _Grid.of(item, coded), item
+        m.coded, m.grid, m.item = coded, Grid.of(item, coded), item
         m.points = symbols_anywhere(coded.code).to(item.weight.device, torch.float32)
+        m.place = self._offsets.places(m.grid, m.points)
 
     def planned(self, names: list[str]) -> tuple[float, int]:
         """Return the bytes planned for matrices, and the number of their weights."""
@@ -252,23 +221,28 @@ class TunedParameters:
     def _decoded(self, m: _Matrix, at: int, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the values, their change by a unit of offset, and the places of the offsets."""
         g, z = m.grid, m.points
-        assert z is not None  # noqa: S101 (callers ask first)
-        place = self._offsets.place[g.classes.long() * CENTRES + z.abs().clamp_(max=CENTRES - 1).long()]
+        assert z is not None and m.place is not None  # noqa: S101, PT018 (callers ask first)
+        place = m.place.int()
         step = g.row * (g.column * torch.exp(self.logs[at]))
         lever = torch.sign(z) * g.coarse
-        return (z - lever * offsets[place]) * step, lever.mul_(step), place
+        shift = offsets.index_select(0, place.flatten()).view_as(z)
+        return torch.sub(z, shift.mul_(lever)).mul_(step), lever.mul_(step), place
 
-    def values(self) -> dict[str, Tensor]:
-        """Return the values of all tuned units in stored layout, decoded where they are coded."""
+    def values(self, only: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return the values of all tuned units, or some, in stored layout, decoded where they are coded."""
         offsets = self._offsets.stored(self.offsets)
         found = {}
         for at, (n, m) in enumerate(self._matrices.items()):
+            if only is not None and n not in only:
+                continue
             g = m.grid
             matrix = m.weight if m.points is None else self._decoded(m, at, offsets)[0]
             if isinstance(m.item, DifferenceUnit):
                 matrix = matrix + torch.from_numpy(m.item.below).to(matrix.device)
             found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
         for n, t in self.vectors.items():
+            if only is not None and n not in only:
+                continue
             v = replace(self._vectors[n], values=t.cpu().numpy())
             finite = np.isfinite(v.values).all()  # else the KL says so
             stored = v.decode(self._state.steps[n]) if finite else v.values

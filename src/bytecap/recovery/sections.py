@@ -25,13 +25,13 @@ from bytecap.format.wire.shared_objects import load_objects
 from bytecap.job import Job, Outcome, Section
 from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import Lazy, copy_of, load_values
+from bytecap.recovery import loop
 from bytecap.recovery.kl_passes import Passes, same_again
-from bytecap.recovery.tuning import LOST, Clock
+from bytecap.recovery.loop import Clock, Schedule
 from bytecap.types import Unit
 
 RATE = 0.002  # first learning rate, in mean sizes of an array
-_WARMING = 10  # iterations until the full rate
-_CHECKS, _APART = 8, 5  # validations on the correction tokens, and iterations between two of them at least
+_SCHEDULE = Schedule(warming=10, checks=8, apart=5)
 
 
 @dataclass(frozen=True)
@@ -101,23 +101,25 @@ class _Tuning:
         ]  # fmt: skip
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
 
-    def iterate(self, rate: float) -> None:
-        """Make one iteration at a share of the first rates."""
+    def iterate(self, rate: float) -> float:
+        """Make one iteration at a share of the first rates; returns the mean KL before it."""
         assert self.optimizer is not None  # noqa: S101 (callers have parts)
         self.optimizer.zero_grad()
         values = {n: p.values() for n, p in self.parts.items()}
         self.passes.load({n: v.detach() for n, v in values.items()})
-        _, found = self.passes.gradients(list(values))
+        kl, found = self.passes.gradients(list(values))
         torch.autograd.backward(list(values.values()), [found[n].to(v.dtype) for n, v in values.items()])
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["first"]
+        loop.set_rates(self.optimizer, rate)
         self.optimizer.step()
+        return kl
 
-    def written(self) -> tuple[dict[str, Section], float]:
-        """Return the sections as they would be written now, and their KL on the correction tokens."""
+    def check(self) -> tuple[float, dict[str, Section] | None]:
+        """Return the KL on the correction tokens of sections as they would be written now, and all if they fit."""
         new = {n: p.written() for n, p in self.parts.items()}
         load_values(self.quantized_copy, _decoded(self.job, new, self.shared))
-        return new, self.passes.check()
+        kl, sections = self.passes.check(), {**self.outcome.sections, **new}
+        fit = self.job.size(sections, self.outcome.tables, self.outcome.objects) <= self.job.budget
+        return kl, sections if fit else None
 
 
 def _joined(own: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -144,24 +146,10 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
     if not tuning.parts:
         job.reporter.note("recovery: no coder of these sections has anything continuous: nothing is tuned")
         return outcome
-    start = best = tuning.passes.check()
-    kept = outcome.sections
+    start = tuning.passes.check()
     with same_again(job.device), job.reporter.step("recovery of continuous values", 1) as advance:
         clock = Clock(effort, advance)
-        while clock.done < 1:
-            tuning.iterate(min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
-            clock.tick()
-            if not clock.due(_CHECKS, _APART):
-                continue
-            new, kl = tuning.written()
-            sections = {**outcome.sections, **new}
-            if kl < best and job.size(sections, outcome.tables, outcome.objects) <= job.budget:
-                best, kept = kl, sections
-            if not kl < LOST * start:
-                job.reporter.note(
-                    f"recovery diverges after {clock.iterations} iterations of values (KL {kl:.4f}): stopped"
-                )
-                break
+        best, kept = loop.tune(tuning.iterate, tuning.check, clock, _SCHEDULE, start, job.reporter.note)
     names = ", ".join(sorted({coder(p.section.tag).id for p in tuning.parts.values()}))
     job.reporter.note(
         f"recovery: {clock.iterations} iterations of the continuous values of {len(tuning.parts)} units ({names}), KL "
@@ -172,7 +160,7 @@ def tune_sections(job: Job, outcome: Outcome) -> Outcome:
     record = {"tokens": tuning.passes.read, "kl_before": start, "stages": [stage], "curve": tuning.passes.curve}
     if outcome.recovery:  # the method's own
         record = _joined(outcome.recovery, record)
-    if kept is outcome.sections:
+    if kept is None:
         return replace(outcome, recovery=record)
     plain = outcome.before or (outcome.sections, outcome.tables)
     return replace(outcome, sections=kept, recovery=record, before=plain, predicted=best)

@@ -23,16 +23,17 @@ from bytecap.allocation.correction import unit_values
 from bytecap.allocation.planner import Planner, State
 from bytecap.job import Job
 from bytecap.model.forward import pass_tokens
+from bytecap.model.quantized_copy import Values
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.streaming import Streamed
+from bytecap.recovery import loop
 from bytecap.recovery.kl_passes import Passes, same_again
+from bytecap.recovery.loop import Clock, Schedule
 from bytecap.recovery.streamed_gradients import kl_backward
-from bytecap.recovery.tuning import LOST, Clock
 from bytecap.system import allocator
 
 RATE = 0.01  # first learning rate: in natural logarithms of a step, in mean sizes of a vector
-_WARMING = 3  # iterations until the full rate
-_CHECKS, _APART = 6, 2  # validations on the correction tokens, and iterations between two of them at least
+_SCHEDULE = Schedule(warming=3, checks=6, apart=2)
 _SAID = (
     "recovery of a streamed model tunes steps, norms and biases of its blocks; codes stay. A model in memory gets new "
     "integers too"
@@ -99,13 +100,27 @@ class StreamedValues:
         for t, old in zip((self.logs, *self.vectors.values()), kept, strict=True):
             t.data.copy_(old)
 
+    def stored(self) -> Values:
+        """Return all values in stored layout, as a file would hold them; nothing is priced."""
+        return unit_values(*self._unpriced())
+
     def settle(self, last: Sequence[str] = ()) -> tuple[Planner, State]:
-        """Return the units and the state with these values and the same integers.
+        """Return the units and the state with these values and the same integers, priced.
 
         Args:
             last: matrices whose targets follow their steps, since they may be rounded anew to meet the cap.
         """
-        planner, steps, coded = self._planner, dict(self._state.steps), dict(self._state.coded)
+        planner, state = self._unpriced()
+        ratios = {n: state.steps[n] / self._state.steps[n] for n in last if n in self._places}
+        matrices = [
+            p.moved(p.weight * (ratios[n] - 1)) if (n := p.unit.name) in ratios else p for p in planner.matrices
+        ]
+        rates = {v.unit.name: v.rate(state.steps[v.unit.name], state.shared) for v in planner.vectors}
+        return replace(planner, matrices=matrices), replace(state, rates={**state.rates, **rates})
+
+    def _unpriced(self) -> tuple[Planner, State]:
+        """Return the units and the state with these values, at the rates of those before."""
+        steps, coded = dict(self._state.steps), dict(self._state.coded)
         scales = dict(zip(self._places, torch.exp(self.logs.detach()).tolist(), strict=True))
         for n, scale in scales.items():
             steps[n] *= scale
@@ -114,15 +129,9 @@ class StreamedValues:
             replace(v, values=self.vectors[n].detach().cpu().numpy().copy())
             if (n := v.unit.name) in self.vectors
             else v
-            for v in planner.vectors
+            for v in self._planner.vectors
         ]
-        matrices = [
-            p.moved(p.weight * (scales[n] - 1)) if (n := p.unit.name) in last and n in scales else p
-            for p in planner.matrices
-        ]
-        rates = {v.unit.name: v.rate(steps[v.unit.name], self._state.shared) for v in vectors}
-        state = replace(self._state, steps=steps, coded=coded, rates={**self._state.rates, **rates})
-        return replace(planner, matrices=matrices, vectors=vectors), state
+        return replace(self._planner, vectors=vectors), replace(self._state, steps=steps, coded=coded)
 
 
 def tune_streamed(
@@ -144,32 +153,25 @@ def tune_streamed(
     values, passes = StreamedValues(planner, state, source), Passes(job, checked.module)
     batch = pass_tokens(model.module, original.device)
 
-    def check() -> float:
-        checked.load(unit_values(*values.settle()))
-        return passes.check()
+    def check() -> tuple[float, list[Tensor]]:
+        checked.load(values.stored())
+        return passes.check(), values.snapshot()
 
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        start = best = check()
-        kept, groups, clock = values.snapshot(), values.groups(), Clock(job.recover, advance)
-        optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12) if groups else None
-        while optimizer is not None and clock.done < 1:
-            optimizer.zero_grad()
-            kl_backward(original, source, passes.windows(), values.weights, batch=batch, scratch=model.scratch)
-            for group in optimizer.param_groups:
-                rate = min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done)
-                group["lr"] = group["first"] * rate
-            optimizer.step()
-            clock.tick()
-            stored = values.storable()
-            if stored and not clock.due(_CHECKS, _APART):
-                continue
-            now = check() if stored else math.inf
-            if now < best:
-                best, kept = now, values.snapshot()
-            if not now < LOST * start:
-                job.reporter.note(f"recovery diverges after {clock.iterations} iterations (KL {now:.4f}): stopped")
-                break
-        values.restore(kept)
+        start, before = check()
+        best, kept, groups, clock = start, None, values.groups(), Clock(job.recover, advance)
+        if groups:
+            optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12)
+
+            def iterate(rate: float) -> float:
+                optimizer.zero_grad()
+                kl = kl_backward(original, source, passes.windows(), values.weights, batch=batch, scratch=model.scratch)
+                loop.set_rates(optimizer, rate)
+                optimizer.step()
+                return kl if values.storable() else math.inf
+
+            best, kept = loop.tune(iterate, check, clock, _SCHEDULE, start, job.reporter.note)
+        values.restore(before if kept is None else kept)
     job.reporter.note(
         f"recovery: {clock.iterations} iterations of values on {passes.read:,} tokens in {clock.seconds:.0f} s, KL on "
         f"the correction tokens {start:.4f} before, {best:.4f} after"

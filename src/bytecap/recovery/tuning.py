@@ -23,24 +23,28 @@ Omitted: units under an overlay keep their integers; overlays are tuned in `byte
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bytecap.allocation import correction
+from bytecap.allocation.asymmetric_targets import tokens_of
 from bytecap.allocation.planner import Planner, State
 from bytecap.calibration.statistics import job_key, windows_key
 from bytecap.job import Job
-from bytecap.job.effort import Effort
 from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
-from bytecap.progress import Advance
+from bytecap.recovery import loop
 from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
+from bytecap.recovery.loop import Clock, Schedule
 from bytecap.recovery.parameters import TunedParameters
 from bytecap.sizes import in_groups
 from bytecap.system import allocator
@@ -48,68 +52,30 @@ from bytecap.system import allocator
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
 VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
 _BETAS = (0.9, 0.95)
-_WARMING = 10  # iterations until the full rate
 _LAST = 0.15  # share of the effort that is left for values alone
 _GROUPS = 24  # times that matrices are coded
 _TRIES = 3  # more at the last of them
 _BELOW = 4e-4  # share of the bytes that is left for trimming
 _MOST_STEERING = 0.1  # natural logarithms of a step
-_CHECKS = 12  # validations of a stage on the correction tokens
-_APART = 5  # iterations between two validations, at least
-LOST, _WORSE = 4.0, 1.1  # times the first and the best KL, beyond which a stage is stopped
 _TOGETHER = 2**26  # values that are moved together: a GPU holds some copies of them
-_PATIENCE = 3  # checks that may be worse
-
-
-class Clock:
-    """Measure how much of an effort is done, and say when a validation on held-out tokens is due.
-
-    Attributes:
-        iterations: made so far.
-        done: share of the effort, 1 when it is spent.
-        validated: `done` and `iterations` at the last validation.
-    """
-
-    def __init__(self, effort: Effort, advance: Advance, share: float = 1.0) -> None:
-        """Start the clock; `advance` is told about progress, which adds up to `share`."""
-        self._effort, self._share, self._advance = effort, share, advance
-        self._started = time.monotonic()
-        self.iterations, self.done, self.validated = 0, effort.share(0, 0.0), (0.0, 0)
-
-    def resume(self, iterations: int, seconds: float, validated: tuple[float, int] = (0.0, 0)) -> None:
-        """Continue after so many iterations in so many seconds, and from the last validation."""
-        self._started -= seconds
-        self.validated = validated
-        self.tick(iterations)
-
-    def tick(self, iterations: int = 1) -> None:
-        """Count iterations that were made."""
-        self.iterations += iterations
-        before = self.done
-        self.done = min(1.0, self._effort.share(self.iterations, self.seconds))
-        self._advance((self.done - before) * self._share)
-
-    def due(self, validations: int, apart: int = 1) -> bool:
-        """Return whether a validation is due: so many in all, at least so many iterations apart, and one at the end."""
-        done, iterations = self.validated
-        if self.done < 1 and (self.done - done < 1 / validations or self.iterations - iterations < apart):
-            return False
-        self.validated = self.done, self.iterations
-        return True
-
-    @property
-    def seconds(self) -> float:
-        """Return the seconds since the first iteration, without the time between two runs."""
-        return time.monotonic() - self._started
+_SCHEDULE = Schedule(warming=10, checks=12, apart=5)
 
 
 class _TuningRun:
     """The iterations of one job."""
 
-    def __init__(self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float) -> None:
+    def __init__(
+        self, job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float,
+        order: Sequence[Sequence[str]],
+    ) -> None:  # fmt: skip
         self.job, self.quantized_copy = job, quantized_copy
         self.parameters = TunedParameters(planner, state, job.device)
         self.passes, self.nats_per_bit = Passes(job, quantized_copy), slope / 8
+        windows, options = job.sets.statistics, planner.options
+        self._walk = GroupWalk(
+            job, order, strength=options.drift, tokens=tokens_of(planner, job.device, windows),
+            most=options.drift_tokens,
+        ) if order else None  # fmt: skip
         effort = [job.recover.steps, job.recover.seconds] if job.recover else []
         self._checkpoint = ProgressCheckpoint(job.store) if job.store.directory is None else ProgressCheckpoint(
             job.store, job_key(job), windows_key(job.sets.recovery or job.sets.statistics), job.budget, effort, RATE,
@@ -133,17 +99,25 @@ class _TuningRun:
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
     def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:
-        """Make one iteration at a share of the first rates; returns the mean KL before it."""
+        """Make one iteration at a share of the first rates; returns the mean KL before it, and moves nothing by NaN."""
         self.passes.load(self.parameters.values())
         kl, found = self.passes.gradients(self.parameters.names)
+        if not math.isfinite(kl):
+            return kl
         tensors = {**self.parameters.values_only(), **self.parameters.targets()}
         for name, g in self.parameters.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["first"]
+        loop.set_rates(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad()
         return kl
+
+    def code(self, names: list[str], change: float) -> float:
+        """Code a group, see `TunedParameters.code`."""
+        if self._walk is None:
+            return self.parameters.code(names, change)
+        self.passes.load(self.parameters.values())
+        return self.parameters.code(names, change, partial(self._walk.code, self.quantized_copy))
 
     def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
         """Keep the progress in the store, after a group was coded and the rest was tuned."""
@@ -180,8 +154,8 @@ class _TuningRun:
 def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Code everything anew, group after group, and tune the rest in between."""
     parameters = tuning_run.parameters
-    parameters.unfreeze()
-    groups, optimizer = parameters.groups(_GROUPS), tuning_run.optimizer()
+    parameters.unfreeze(dict(tuning_run.job.model.module.state_dict()))
+    groups, optimizer = parameters.groups(clock.parts(_GROUPS)), tuning_run.optimizer()
     total = parameters.planned(parameters.matrices)[0]
     beyond, now = _BELOW * total, kl
     seen: list[tuple[float, int, float]] = []
@@ -191,21 +165,21 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
             continue
         left = [n for rest in groups[number:] for n in rest]
         change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (parameters.planned(left)[1] / 8 * 1.2)))
-        spent = parameters.code(group, change)
+        spent = tuning_run.code(group, change)
         for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
             if abs(beyond + spent) < _BELOW / 2 * total:
                 break
             change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
-            spent = parameters.code(group, change)
+            spent = tuning_run.code(group, change)
         beyond += spent
         while clock.done < (number + 1) / len(groups):
-            now = tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING))
+            now = tuning_run.iterate(optimizer, loop.warmed(clock, _SCHEDULE.warming))
             clock.tick()
             seen.append((round(tuning_run.passes.seconds, 2), clock.iterations, now))
-        if not now < LOST * kl:
-            tuning_run.job.reporter.note(
-                f"recovery diverges after {clock.iterations} iterations of integers (KL {now:.4f}): stopped"
-            )
+            if not math.isfinite(now):
+                break
+        if loop.has_diverged(now, kl) and loop.has_diverged(tuning_run.check(), kl):  # one odd batch means nothing
+            tuning_run.job.reporter.note(loop.diverging(clock, "integers", now))
             parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
             break
         tuning_run.keep(optimizer, clock, number + 1, beyond)
@@ -214,28 +188,23 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
 
 def _values(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]:
     """Tune the values that frozen codes leave free; ends at the best that was validated."""
-    job, optimizer = tuning_run.job, tuning_run.optimizer()
-    best, kept, worse = kl, tuning_run.parameters.snapshot(), 0
-    while clock.done < 1:
-        tuning_run.iterate(optimizer, min(1.0, (clock.iterations + 1) / _WARMING) * (1 - clock.done))
-        clock.tick()
-        if not clock.due(_CHECKS, _APART):
-            continue
-        now = tuning_run.check()
-        worse = worse + 1 if not now < _WORSE * best else 0
-        if now < best:
-            best, kept = now, tuning_run.parameters.snapshot()
-        if not now < LOST * kl or worse >= _PATIENCE:
-            job.reporter.note(
-                f"recovery diverges after {clock.iterations} iterations of values (KL {now:.4f}): stopped"
-            )
-            break
-    tuning_run.parameters.restore(kept)
+    optimizer, parameters = tuning_run.optimizer(), tuning_run.parameters
+    before = parameters.snapshot()
+    best, kept = loop.tune(
+        lambda rate: tuning_run.iterate(optimizer, rate), lambda: (tuning_run.check(), parameters.snapshot()),
+        clock, _SCHEDULE, kl, tuning_run.job.reporter.note,
+    )  # fmt: skip
+    parameters.restore(before if kept is None else kept)
     return {"stage": "values", "kl": best}
 
 
 def tune(
-    job: Job, planner: Planner, state: State, quantized_copy: nn.Module, slope: float
+    job: Job,
+    planner: Planner,
+    state: State,
+    quantized_copy: nn.Module,
+    slope: float,
+    order: Sequence[Sequence[str]] = (),
 ) -> tuple[tuple[Planner, State] | None, dict[str, Any]]:
     """Tune a plan; returns it settled at about the same bytes, None if nothing measured better, and a record.
 
@@ -245,6 +214,7 @@ def tune(
         state: what would be shipped without recovery.
         quantized_copy: a copy of the model that holds quantized values, overwritten.
         slope: nats per token that a byte buys.
+        order: units that are coded along a walk, stage by stage; none by default.
     """
     if is_batches(job.sets.statistics):
         job.reporter.note("recovery needs a module whose forward gives logits: nothing is tuned")
@@ -253,7 +223,7 @@ def tune(
     assert effort is not None  # noqa: S101 (callers ask first)
     stages: list[dict[str, Any]] = []
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope)
+        tuning_run = _TuningRun(job, planner, state, quantized_copy, slope, order)
         start = kl = tuning_run.check()
         most, rest = effort.part(1 - _LAST)
         for stage, part, share in ((_integers, most, 1 - _LAST), (_values, rest, _LAST)):

@@ -34,7 +34,7 @@ from bytecap.model.tying import Tying, layers, matrices, point
 from bytecap.progress import Advance
 from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.recovery.kl_passes import tokens_of_iteration
-from bytecap.recovery.tuning import Clock
+from bytecap.recovery.loop import Clock
 from bytecap.system.cache import Store
 from bytecap_lab.layer_tying.start import loop, tied
 from bytecap_lab.layer_tying.uptrain import RATE, Trainer

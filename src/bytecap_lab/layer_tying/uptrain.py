@@ -29,7 +29,7 @@ from bytecap.model.texts import Window, iteration_windows
 from bytecap.progress import Reporter, Silent
 from bytecap.recovery.checkpointing import ProgressCheckpoint
 from bytecap.recovery.kl_passes import tokens_of_iteration
-from bytecap.recovery.tuning import Clock
+from bytecap.recovery.loop import Clock
 from bytecap.system.cache import Store
 
 RATE = 1e-3  # first learning rate

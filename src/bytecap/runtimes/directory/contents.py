@@ -107,7 +107,8 @@ class Contents:
         """Names of embeddings and output heads that stay in 16 bits because the family quantizes none."""
         held = {p.name for p in self.places}
         heads = {n for n, (m, _) in linear_weights(self.model.module).items() if m is head_of(self.model)}
-        return frozenset((*self.model.embeddings(), *heads)) - held
+        found = {*self.model.embeddings(), *heads}
+        return frozenset(u.name for u in self.model.units if u.name in found and u.name not in held)
 
     def tensors(
         self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None,

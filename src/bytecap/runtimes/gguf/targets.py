@@ -28,6 +28,7 @@ from bytecap.model.uncertainty import surely_worse
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, unit_values
+from bytecap.types import Unit
 
 TOKENS = 16_384  # that a walk sees
 
@@ -44,8 +45,8 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
     if isinstance(job.model, StreamedModel):
         job.reporter.note("targets that follow the coded prefix need the model in memory: left out")
         return found
-    model, members = job.model, _by_unit(items)
-    units = [u for u in model.units if u.name in members and _whole(u.matrix_shape[0], members[u.name])]
+    model, members = job.model, members_of(job.model.units, items)
+    units = [u for u in model.units if u.name in members]
     windows = leading(job.sets.statistics, TOKENS)
     order = order_of(units, model.module, windows, job.device)
     quantized_copy, rounded = copy_of(model.module), dict(found.rounded)
@@ -56,11 +57,11 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
 
     def stage(names: Sequence[str], inputs: Moments, *_: int) -> Values:
         weights = {n: as_matrix(matrices[n], model.tensor(matrices[n]).detach()).float() for n in names}
-        fit = inputs.fit([trial_rows(w, _row_weights(members[n])) for n, w in weights.items()], 1.0)
+        fit = inputs.fit([trial_rows(w, row_weights(members[n])) for n, w in weights.items()], 1.0)
         aimed = {n: w + w @ (fit.fix * fit.strength) for n, w in weights.items()}
         if fit.stream is not None:
             aimed = {n: w + fit.stream for n, w in aimed.items()}
-        moved = [_moved(i, w) for n, w in aimed.items() for i in members[n]]
+        moved = [moved_to(i, w) for n, w in aimed.items() for i in members[n]]
         coded = round_all(coding, moved, found.settings, lambda _: None)
         rounded.update(coded)
         return unit_values(model, moved, {n: r.values for n, r in coded.items()})
@@ -93,18 +94,16 @@ def _better(job: Job, items: Sequence[Item], found: Found, rounded: Mapping[str,
     return replace(found, rounded=dict(rounded), predicted=float(after.kl.sum() / after.tokens.sum()))
 
 
-def _by_unit(items: Sequence[Item]) -> dict[str, list[Item]]:
+def members_of(units: Sequence[Unit], items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Return the tensors of every unit all of whose rows are in some, by name."""
     found: dict[str, list[Item]] = {}
     for item in items:
         found.setdefault(item.place.unit, []).append(item)
-    return found
+    rows = {u.name: u.matrix_shape[0] for u in units if u.name in found}
+    return {n: found[n] for n, count in rows.items() if sum(len(i.weight) for i in found[n]) == count}
 
 
-def _whole(rows: int, members: Sequence[Item]) -> bool:
-    return sum(len(i.weight) for i in members) == rows
-
-
-def _row_weights(members: Sequence[Item]) -> torch.Tensor:
+def row_weights(members: Sequence[Item]) -> torch.Tensor:
     """Return the weight (rows,) of every row's error, in the unit's order."""
     found = np.empty(sum(len(i.weight) for i in members))
     for i in members:
@@ -113,7 +112,7 @@ def _row_weights(members: Sequence[Item]) -> torch.Tensor:
     return torch.from_numpy(found)
 
 
-def _moved(item: Item, matrix: torch.Tensor) -> Item:
+def moved_to(item: Item, matrix: torch.Tensor) -> Item:
     """Return the tensor with the values that a unit's matrix (rows, cols) gives it."""
     weight = np.ascontiguousarray(item.place.to_file(matrix.cpu().numpy()), np.float32)
     return replace(item, weight=weight)

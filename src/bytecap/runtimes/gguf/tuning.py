@@ -1,38 +1,43 @@
-"""Tune the continuous numbers of a file of blocks at frozen codes, and so at the same bytes.
+"""Tune a file of blocks end to end at the same bytes: new codes in the types of the plan, then scales and vectors.
 
-Scales and minimums of blocks, vectors, and tables that a directory keeps in 16 bits follow Adam on the KL to the
-original; they are rounded to the type that the file has for them in every pass, with the gradient going straight
-through. From time to time the result is measured on
-the correction tokens, and the best of these is written. Integer sub-scales stay as they are: they are shared with
-codes.
+Tensors are coded anew first (`bytecap.runtimes.gguf.recoding`), then codes are frozen. Scales and minimums of blocks,
+vectors, and tables that a directory keeps in 16 bits follow Adam on the KL to the original; they are rounded to the
+type that the file has for them in every pass, with the gradient going straight through. From time to time the result is
+measured on the correction tokens, and the best of these is written. Integer sub-scales stay as they are: they are
+shared with codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bytecap.allocation.asymmetric_targets import order_of
 from bytecap.job import Job
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.forward import pass_tokens
+from bytecap.model.quantized_copy import Values, copy_of, load_values
+from bytecap.recovery import loop
+from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes, same_again
-from bytecap.recovery.tuning import Clock
+from bytecap.recovery.loop import Clock, Schedule
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.gguf.export import values_of
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout, Place
-from bytecap.runtimes.gguf.rounding import Rounded
+from bytecap.runtimes.gguf.recoding import BlockUnits, code_anew
+from bytecap.runtimes.gguf.rounding import Coding, Rounded
 from bytecap.runtimes.gguf.solve import Found, unit_values
 from bytecap.types import Unit
 
 RATE = 1.5e-3  # first learning rate, relative to each number
-_WARMING = 10  # iterations until the full rate
-_CHECKS, _APART = 8, 5  # validations on the correction tokens, and iterations between two of them at least
-_LOST = 4.0  # times the first KL, beyond which tuning is stopped
+_SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
+_CODING = 0.7  # share of the effort in which tensors are coded anew
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -100,7 +105,7 @@ class _Plain:
         self.leaves = [torch.zeros_like(self.start, requires_grad=True)]
 
     def values(self) -> Tensor:
-        """In the shape of the original, with gradient."""
+        """(rows, cols), one row for a vector, with gradient."""
         return _stored(self.start + self.size * self.leaves[0], self.kind)
 
 
@@ -122,9 +127,9 @@ class _Owner:
 
 
 def owners_of(
-    job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str, tables: Collection[str] = ()
+    job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str, tables: Collection[str]
 ) -> list[_Owner]:
-    """Every unit all of whose stored values can be tuned; `vectors` and `tables` as `tune_blocks` has them."""
+    """Return every unit all of whose stored values can be tuned; `vectors` and `tables` as `tune_blocks` has them."""
     by_name = {i.place.name: i for i in items}
     owners = []
     for unit in job.model.units:
@@ -162,70 +167,105 @@ def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> F
     return replace(found, rounded=rounded, vectors=vectors)
 
 
+@dataclass(frozen=True)
+class _File:
+    """The plan of a file, and what belongs to it: see `tune_blocks`."""
+
+    layout: Layout
+    items: Sequence[Item]
+    coding: Coding
+    found: Found
+    vectors: str
+    tables: Collection[str]
+
+
 def tune_blocks(
-    job: Job,
-    layout: Layout,
-    items: Sequence[Item],
-    found: Found,
-    vectors: str = "F32",
+    job: Job, layout: Layout, items: Sequence[Item], coding: Coding, found: Found, vectors: str = "F32",
     tables: Collection[str] = (),
-) -> tuple[Found, dict[str, Any]]:
-    """The plan with tuned numbers where that measures better on the correction tokens, and a record.
+) -> tuple[Found, dict[str, Any]]:  # fmt: skip
+    """Return the plan with new codes and tuned numbers where these measure better on the correction tokens; a record.
 
     Args:
         job: with an effort of recovery.
         layout: all tensors of the file that may move.
         items: those in block formats.
+        coding: the family of formats.
         found: the plan.
         vectors: the file's type of vectors: F32, F16 or BF16.
-        tables: matrices of that type which are tuned as well, number by number.
+        tables: names of matrices of that type which are tuned as well, number by number.
     """
     assert job.recover is not None  # noqa: S101 (callers ask first)
-    quantized_copy = copy_of(job.model.module)
-    load_values(quantized_copy, unit_values(job.model, items, {n: r.values for n, r in found.rounded.items()}))
-    owners, passes = owners_of(job, layout, items, found, vectors, tables), Passes(job, quantized_copy)
-    leaves = [t for o in owners for p in o.parts for t in p.leaves]
-    optimizer = torch.optim.Adam(leaves, lr=RATE, betas=(0.9, 0.98), eps=1e-12)
-    start = best = passes.check()
-    kept: list[Tensor] = []
-    with same_again(job.device), job.reporter.step("recovery of scales and vectors", 1) as advance:
-        clock = Clock(job.recover, advance)
-        while clock.done < 1:
-            rate = RATE * min(1.0, (clock.iterations + 1) / _WARMING) * (0.1 + 0.9 * (1 - clock.done))
-            _move(passes, owners, optimizer, rate)
-            clock.tick()
-            if not clock.due(_CHECKS, _APART):
-                continue
-            with torch.no_grad():
-                passes.load({o.unit.name: o.values() for o in owners})
-            kl = passes.check()
-            if kl < best:
-                best, kept = kl, [t.detach().clone() for t in leaves]
-            if not kl < _LOST * start:
-                job.reporter.note(f"recovery diverges after {clock.iterations} iterations (KL {kl:.4f}): stopped")
-                break
-    job.reporter.note(
-        f"recovery: {clock.iterations} iterations of scales and vectors, KL on the correction tokens {start:.4f} "
-        f"before, {best:.4f} after"
-    )
+    quantized_copy, stages = copy_of(job.model.module), list[dict[str, Any]]()
+    passes, file = Passes(job, quantized_copy), _File(layout, items, coding, found, vectors, tables)
+    most, rest = job.recover.part(_CODING)
+    with same_again(job.device), job.reporter.step("recovery", 1) as advance:
+        load_values(quantized_copy, _values(job, file))
+        start = best = passes.check()
+        for stage, what, effort, share in (
+            (_code, "codes", most, _CODING), (_tune_numbers, "scales and vectors", rest, 1 - _CODING)
+        ):  # fmt: skip
+            clock = Clock(effort, advance, share)
+            kl, tuned = stage(job, passes, quantized_copy, file, clock, best)
+            stages.append({"stage": what, "moves": clock.iterations, "kl": kl, "seconds": round(clock.seconds, 1)})
+            job.reporter.note(
+                f"recovery: {clock.iterations} iterations of {what} in {clock.seconds:.0f} s, KL on the correction "
+                f"tokens {best:.4f} before, {kl:.4f} after{'' if kl < best else ': left as they were'}"
+            )
+            if tuned is not None and kl < best:
+                best, file = kl, replace(file, found=tuned)
     passes.say_short()
-    stage = {"stage": "continuous", "moves": clock.iterations, "kl": best}
-    record = {"tokens": passes.read, "kl_before": start, "stages": [stage], "curve": passes.curve}
-    if not kept:
-        return found, record
+    record = {"tokens": passes.read, "kl_before": start, "stages": stages, "curve": passes.curve}
+    return (replace(file.found, predicted=best) if best < start else found), record
+
+
+def _values(job: Job, file: _File) -> Values:
+    return unit_values(job.model, file.items, {n: r.values for n, r in file.found.rounded.items()})
+
+
+def _code(
+    job: Job, passes: Passes, quantized_copy: nn.Module, file: _File, clock: Clock, start: float
+) -> tuple[float, Found | None]:
+    """Code the tensors anew; returns the KL on the correction tokens, and the plan with these codes."""
+    del start
+    units = BlockUnits(job, file.items, file.coding, file.found)
+    windows = job.sets.statistics
+    order = order_of([u for u in job.model.units if u.name in units.names], job.model.module, windows, job.device)
+    tokens = pass_tokens(job.model.module, torch.device("cpu"))  # waiting passes are many
+    code_anew(units, passes, quantized_copy, GroupWalk(job, order, strength=1.0, tokens=tokens), clock)
+    return passes.check(), replace(file.found, rounded={**file.found.rounded, **units.rounded})
+
+
+def _tune_numbers(
+    job: Job, passes: Passes, quantized_copy: nn.Module, file: _File, clock: Clock, start: float
+) -> tuple[float, Found | None]:
+    """Tune scales, vectors and tables at frozen codes; returns the lowest KL, and the plan that has it."""
+    load_values(quantized_copy, _values(job, file))
+    owners = owners_of(job, file.layout, file.items, file.found, file.vectors, file.tables)
+    leaves = [t for o in owners for p in o.parts for t in p.leaves]
+    optimizer = torch.optim.Adam([{"params": leaves, "first": RATE}], lr=0.0, betas=(0.9, 0.98), eps=1e-12)
+
+    def check() -> tuple[float, list[Tensor]]:
+        with torch.no_grad():
+            passes.load({o.unit.name: o.values() for o in owners})
+        return passes.check(), [t.detach().clone() for t in leaves]
+
+    iterate = partial(_iterate, passes, owners, optimizer)
+    best, kept = loop.tune(iterate, check, clock, _SCHEDULE, start, job.reporter.note)
+    if kept is None:
+        return best, None
     with torch.no_grad():
         for leaf, value in zip(leaves, kept, strict=True):
             leaf.copy_(value)
-    return replace(_written(items, found, owners), predicted=best), record
+    return best, _written(file.items, file.found, owners)
 
 
-def _move(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> None:
-    """Make one iteration at a learning rate."""
+def _iterate(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> float:
+    """Make one iteration at a share of the first rate; returns the mean KL before it."""
     optimizer.zero_grad()
     values = {o.unit.name: o.values() for o in owners}
     passes.load({n: v.detach() for n, v in values.items()})
-    _, slopes = passes.gradients(list(values))
+    kl, slopes = passes.gradients(list(values))
     torch.autograd.backward(list(values.values()), [slopes[n].to(v.dtype) for n, v in values.items()])
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    loop.set_rates(optimizer, rate)
     optimizer.step()
+    return kl

@@ -1,0 +1,160 @@
+"""Code the tensors of a file of blocks anew, group after group, while what is not coded yet is tuned end to end.
+
+Types stay, and so do the bytes. It is the first stage of recovery, as `bytecap.recovery.tuning` has it for the
+package's own format: between two groups Adam moves the values of all that is not coded yet along the gradient of the
+KL to the original, and behind every coding a walk gives the next tensors least-squares targets
+(`bytecap.recovery.group_walk`). Moves are in steps of a grid that rounding has shown: a uniform error of step `s` has
+a mean square of `s^2 / 12`.
+
+Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block after block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bytecap.allocation.target_fit import trial_rows
+from bytecap.job import Job
+from bytecap.model.checkpoint import as_matrix
+from bytecap.model.quantized_copy import Values
+from bytecap.recovery import loop
+from bytecap.recovery.group_walk import GroupWalk
+from bytecap.recovery.kl_passes import Passes
+from bytecap.recovery.loop import Clock
+from bytecap.runtimes.gguf.menu import Item
+from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
+from bytecap.runtimes.gguf.solve import Found, unit_values
+from bytecap.runtimes.gguf.targets import members_of, moved_to, row_weights
+from bytecap.types import Unit
+
+RATE = 0.004  # learning rate of values, in steps of each one's grid
+GROUPS = 24  # times that tensors are coded
+_WARMING = 10  # iterations until the full rate
+_TOGETHER = 32  # columns that share a step here
+_LEAST = 1e-4  # step in root mean squares of a matrix, where rounding leaves nothing
+
+
+class BlockUnits:
+    """Units of which a file holds every row in a competing tensor: their values, and their codes once they have any.
+
+    Attributes:
+        rounded: tensors that are coded, by name.
+    """
+
+    def __init__(self, job: Job, items: Sequence[Item], coding: Coding, found: Found) -> None:
+        """Start with nothing coded, at the model's own values."""
+        self._job, self._coding, self._settings = job, coding, found.settings
+        self._members = members_of(job.model.units, items)
+        self._units = {u.name: u for u in job.model.units if u.name in self._members}
+        self._grid, self._points = dict[str, Tensor](), dict[str, Tensor]()
+        self._values = dict[str, Tensor]()  # of units that are coded, in stored layout
+        self.rounded = dict[str, Rounded]()
+        for n, unit in self._units.items():
+            matrix = as_matrix(unit, job.model.tensor(unit).detach()).to(job.device, torch.float32)
+            self._grid[n] = self._steps(n, matrix, found.rounded)
+            self._points[n] = matrix / self._grid[n]
+
+    def _steps(self, name: str, matrix: Tensor, rounded: Mapping[str, Rounded]) -> Tensor:
+        """Return the step (rows, cols) of every value's grid, from what rounding has left."""
+        step = np.empty(tuple(matrix.shape), np.float32)
+        for item in self._members[name]:
+            error = np.square(rounded[item.place.name].values - item.weight, dtype=np.float64)
+            starts = np.arange(0, error.shape[1], _TOGETHER)
+            widths = np.diff(np.append(starts, error.shape[1]))
+            mean = np.add.reduceat(error, starts, 1) / widths
+            item.place.to_unit(np.repeat(np.sqrt(12 * mean).astype(np.float32), widths, 1) + item.place.offset, step)
+        least = _LEAST * float(matrix.square().mean().sqrt()) or 1.0
+        return torch.from_numpy(step).to(matrix.device).clamp_(min=least)
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the units, in the model's order."""
+        return list(self._units)
+
+    def groups(self, most: int) -> list[list[str]]:
+        """Split the units, in the model's order, into at most so many groups of about equally many values."""
+        sizes = {n: u.parameters for n, u in self._units.items()}
+        bounds = np.cumsum(list(sizes.values())) - np.array(list(sizes.values())) / 2
+        at = (bounds / max(1, sum(sizes.values())) * most).astype(int)
+        return [[n for n, i in zip(sizes, at, strict=True) if i == k] for k in sorted(set(at.tolist()))]
+
+    def tuned(self) -> dict[str, Tensor]:
+        """Return the values of units that are not coded yet, in steps of their grids."""
+        return {n: t for n, t in self._points.items() if self.waits(n)}
+
+    def values(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the present values of units, all by default, in stored layout."""
+        return {n: self._values[n] if n in self._values else self._stored(n) for n in names or self.names}
+
+    def _stored(self, name: str) -> Tensor:
+        unit = self._units[name]
+        return _from_matrix(unit, self._points[name] * self._grid[name])
+
+    def slope(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the gradient in steps of the grid, from that of the stored values."""
+        return as_matrix(self._units[name], gradient) * self._grid[name]
+
+    def waits(self, name: str) -> bool:
+        """See `TunedUnits`."""
+        return name in self._units and name not in self._values
+
+    def trial(self, name: str) -> tuple[Tensor, Tensor]:
+        """See `TunedUnits`."""
+        return trial_rows(self._points[name] * self._grid[name], row_weights(self._members[name]))
+
+    def times(self, name: str, matrix: Tensor) -> Tensor:
+        """See `TunedUnits`."""
+        return (self._points[name] * self._grid[name]) @ matrix
+
+    def round(self, names: Sequence[str], changes: Mapping[str, Tensor]) -> Values:
+        """See `TunedUnits`."""
+        aimed = {n: self._points[n] * self._grid[n] + changes.get(n, 0.0) for n in names}
+        moved = [moved_to(i, w) for n, w in aimed.items() for i in self._members[n]]
+        coded = round_all(self._coding, moved, self._settings, lambda _: None)
+        self.rounded |= coded
+        found = unit_values(self._job.model, moved, {n: r.values for n, r in coded.items()})
+        self._values |= {n: torch.from_numpy(v).to(self._job.device) for n, v in found.items()}
+        return found
+
+    def move(self, changes: Mapping[str, Tensor]) -> Values:
+        """See `TunedUnits`."""
+        for n, change in changes.items():
+            self._points[n] += change / self._grid[n]  # in place: an optimizer follows it
+        return self.values(list(changes))
+
+
+def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk: GroupWalk, clock: Clock) -> None:
+    """Code all units, group after group, and tune the rest in between.
+
+    Args:
+        units: none of which is coded.
+        passes: over the tokens to tune on.
+        quantized_copy: the copy of the model that they load values into; it holds what is coded afterwards.
+        walk: of groups.
+        clock: of the effort.
+    """
+    optimizer = torch.optim.Adam(
+        [{"params": list(units.tuned().values()), "first": RATE}], lr=0.0, betas=(0.9, 0.95), eps=1e-12
+    )
+    groups = units.groups(clock.parts(GROUPS - 1) + 1)  # behind the last one nothing is left to tune
+    for number, group in enumerate(groups, 1):
+        passes.load(units.values())
+        walk.code(quantized_copy, group, units)
+        while number < len(groups) and clock.done < number / (len(groups) - 1):
+            passes.load(units.values())
+            _, slopes = passes.gradients(list(units.tuned()))
+            for n, t in units.tuned().items():
+                t.grad = units.slope(n, slopes.pop(n))
+            loop.set_rates(optimizer, loop.warmed(clock, _WARMING))
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.tick()
+    passes.load(units.values())
+
+
+def _from_matrix(unit: Unit, matrix: Tensor) -> Tensor:
+    return (matrix.T if unit.transposed else matrix).reshape(unit.shape)

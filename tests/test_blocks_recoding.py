@@ -1,0 +1,107 @@
+"""Tensors of blocks coded anew in a recovery: from the model's own values, in their types, group after group."""
+
+import pytest
+import torch
+
+from bytecap.allocation.asymmetric_targets import order_of
+from bytecap.job.effort import Effort
+from bytecap.model.checkpoint import as_matrix
+from bytecap.model.quantized_copy import copy_of
+from bytecap.pipeline import fit_directory as directories
+from bytecap.recovery.group_walk import GroupWalk
+from bytecap.recovery.kl_passes import Passes
+from bytecap.recovery.loop import Clock
+from bytecap.runtimes.gguf import recoding
+from bytecap.runtimes.gguf.recoding import BlockUnits, code_anew
+from conftest import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def planned(model_directory, texts):
+    """Job, tensors, coding and plan of a tiny model, as recovery is given them."""
+    seen, patch = [], pytest.MonkeyPatch()
+
+    def spy(job, layout, items, coding, found, *_):
+        del layout
+        seen.append((job, items, coding, found))
+        return found, {}
+
+    patch.setattr(directories, "tune_blocks", spy)
+    directories.fit_directory(
+        model_directory("rotary"), 26_000, format="mlx", calibration=texts["calib"], evaluation=texts["val"],
+        recover="6", **SMALL,
+    )  # fmt: skip
+    patch.undo()
+    return seen[0]
+
+
+def test_values_begin_as_the_models_own(planned):
+    job, items, *_ = planned
+    units = BlockUnits(*planned)
+    assert set(units.names) == {i.place.unit for i in items}
+    for n, value in units.values().items():
+        assert torch.allclose(value, job.model.module.state_dict()[n].float(), atol=1e-6)
+    assert [n for group in units.groups(3) for n in group] == units.names
+    assert 1 < len(units.groups(3)) <= 3
+    assert units.groups(1) == [units.names]
+
+
+def test_moves_are_in_steps_of_what_rounding_left(planned):
+    _, items, _, found = planned
+    units = BlockUnits(*planned)
+    item = items[-1]
+    name, before = item.place.unit, units.values([item.place.unit])[item.place.unit].clone()
+    units.tuned()[name].add_(0.5)
+    unit = next(u for u in planned[0].model.units if u.name == name)
+    step = 2 * as_matrix(unit, units.values([name])[name] - before)
+    assert torch.allclose(units.slope(name, torch.ones_like(before)), step, atol=1e-6)
+    error = torch.from_numpy(found.rounded[item.place.name].values - item.weight)[:, :32]
+    assert torch.allclose(step[:, 0], (12 * error.double().square().mean(1)).sqrt().float(), rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_coded_is_what_a_file_holds(planned):
+    units = BlockUnits(*planned)
+    first, second = units.names[1:3]
+    change = torch.full_like(units.tuned()[second], 0.01)
+    moved = units.move({second: change})[second]
+    assert torch.allclose(moved - planned[0].model.module.state_dict()[second].float(), change, atol=1e-5)
+    found = units.round([first], {})
+    assert torch.equal(torch.from_numpy(found[first]), units.values()[first])
+    assert not units.waits(first)
+    assert units.waits(second)
+    assert first not in units.tuned()
+    (tensor,) = [i for i in planned[1] if i.place.unit == first]
+    assert (units.rounded[tensor.place.name].values == found[first].reshape(tensor.shape)).all()
+
+
+def test_everything_is_coded_once_within_the_effort(planned, monkeypatch):
+    monkeypatch.setattr(recoding, "GROUPS", 4)
+    job, items, _, found = planned
+    units, quantized_copy = BlockUnits(*planned), copy_of(job.model.module)
+    order = order_of([u for u in job.model.units if u.name in units.names], job.model.module,
+                     job.sets.statistics, "cpu")  # fmt: skip
+    passes, clock = Passes(job, quantized_copy), Clock(Effort(steps=6), lambda _: None)
+    code_anew(units, passes, quantized_copy, GroupWalk(job, order, strength=1.0, tokens=256), clock)
+    assert clock.iterations == passes.iterations == 6
+    assert set(units.rounded) == {i.place.name for i in items}
+    assert {n: r.codes.format for n, r in units.rounded.items() if r.codes} == {
+        n: r.codes.format for n, r in found.rounded.items() if r.codes
+    }
+    held = quantized_copy.state_dict()
+    assert all(torch.equal(held[n].float(), v) for n, v in units.values().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "budget"), [("mlx", None, 26_000), ("compressed-tensors", ["w4g32a", "w4c"], 45_000)]
+)
+def test_recovery_keeps_bytes_and_types_and_lowers_the_kl(name, types, budget, model_directory, texts, tmp_path):
+    report = directories.fit_directory(
+        model_directory("rotary"), budget, format=name, calibration=texts["calib"], evaluation=texts["val"],
+        output=tmp_path / "model", types=types, recover="30", **SMALL,
+    ).report  # fmt: skip
+    before = report["without_recovery"]
+    assert sum(f.stat().st_size for f in (tmp_path / "model").iterdir()) == report["file_bytes"] <= budget
+    assert min(s["kl"] for s in report["recovery"]["stages"]) < report["recovery"]["kl_before"]
+    assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]

@@ -1,0 +1,144 @@
+"""Large models meet the cap along the walk for targets, without being rounded for it beforehand."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+import bytecap
+from bytecap.allocation import pacing, preparation
+from bytecap.allocation.pacing import Pace
+from bytecap.allocation.planner import Planner, State
+from bytecap.methods import bytecap as default
+from bytecap.methods import rate_control, retargeting
+from bytecap.quantization import stored
+from bytecap.types import Unit
+from conftest import BUDGET, SMALL
+
+WEIGHTS = 100_000
+RATE = 30_000.0  # bytes that every unit is expected to take
+NAMES = [f"layers.{i}" for i in range(32)]
+
+
+class Growing:
+    """A planner whose units take a given part more than was planned, and 0.15 bytes a weight less an octave-e."""
+
+    def __init__(self, growth, finest=0.0):
+        self.growth, self.finest, self.steps = growth, dict.fromkeys(NAMES, finest), {}
+        self.matrices = [SimpleNamespace(unit=Unit(n, (WEIGHTS // 100, 100), "F32")) for n in ["table", *NAMES]]
+
+    def round(self, items, steps, _rules):
+        self.steps |= {p.unit.name: steps[p.unit.name] for p in items}
+        return {
+            p.unit.name: RATE * (1 + self.growth) - 0.15 * WEIGHTS * math.log(steps[p.unit.name]) for p in items
+        }  # fmt: skip
+
+
+def walked(planner, capacity, monkeypatch, times=1):
+    """Bytes of all units after a walk."""
+    monkeypatch.setattr(pacing, "rate", lambda coded, _shared: coded)
+    names = ["table", *NAMES]
+    state = State(dict.fromkeys(names, 1.0), {}, SimpleNamespace(shared=None), dict.fromkeys(names, RATE), {})
+    pace, found = Pace(planner, state, set(NAMES), capacity), {"table": RATE}
+    for _ in range(times):
+        for i in range(0, len(NAMES), 2):
+            found |= pace.round(planner, planner.matrices[1 + i : 3 + i])
+    assert pace.steps == {"table": 1.0, **planner.steps}
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("off", [-0.004, 0.0, 0.004])
+@pytest.mark.parametrize("growth", [-0.01, 0.0, 0.01])
+def test_a_walk_ends_at_the_capacity(growth, off, times, monkeypatch):
+    planned = RATE * (1 + len(NAMES))
+    planner = Growing(growth)
+    assert walked(planner, planned * (1 + off), monkeypatch, times) == pytest.approx(planned * (1 + off), rel=1e-4)
+    assert max(abs(math.log(s)) for s in planner.steps.values()) < 0.06
+
+
+def test_what_cannot_be_met_moves_no_unit_far(monkeypatch):
+    planner = Growing(0.5)
+    assert walked(planner, RATE * 33, monkeypatch) > RATE * 33
+    assert max(math.log(s) for s in planner.steps.values()) == pytest.approx(0.1)
+
+
+def test_no_step_is_finer_than_the_finest(monkeypatch):
+    planner = Growing(-0.2, finest=0.99)
+    walked(planner, RATE * 33, monkeypatch)
+    assert set(planner.steps.values()) == {1.0, 0.99}
+
+
+def test_without_a_capacity_steps_are_those_of_the_plan(monkeypatch):
+    planner = Growing(0.3)
+    walked(planner, None, monkeypatch)
+    assert set(planner.steps.values()) == {1.0}
+
+
+def counted(monkeypatch):
+    """Whole roundings and packings of each unit, by name, from now on."""
+    rounded, packed = {}, {}
+    rounding, packing = Planner._rounded, Planner.encode
+
+    def count_rounding(self, items, *rest):
+        for p in items:
+            if not isinstance(p, stored.Sample):
+                rounded[p.unit.name] = rounded.get(p.unit.name, 0) + 1
+        return rounding(self, items, *rest)
+
+    def count_packing(self, state, names=None):
+        for n in self.names if names is None else names:
+            packed[n] = packed.get(n, 0) + 1
+        return packing(self, state, names)
+
+    monkeypatch.setattr(Planner, "_rounded", count_rounding)
+    monkeypatch.setattr(Planner, "encode", count_packing)
+    return rounded, packed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["1MB", None])
+def test_a_large_model_is_not_rounded_for_the_cap(memory, model_directory, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_LARGE", 0)
+    monkeypatch.setattr(stored, "_LEAST_ROWS", 16)
+    monkeypatch.setattr(retargeting, "near_cap", None)
+    monkeypatch.setattr(default, "fit_to_cap", None)
+    cost, directory = retargeting._cost, model_directory("rotary", num_hidden_layers=4)
+    monkeypatch.setattr(retargeting, "_cost", lambda *args: (cost(*args)[0] / 2, cost(*args)[1]))  # targets are kept
+    files = {"calibration": texts["calib"], "evaluation": texts["val"], "memory": memory, **SMALL}
+    rounded, packed = counted(monkeypatch)
+    plain = bytecap.fit(directory, BUDGET, options={"correct": False}, **files)
+    assert plain.length <= BUDGET
+    assert plain.report["slack_bytes"] <= BUDGET // 100
+    few = [n for n in packed if ".layers.0." in n]
+    assert len(few) > 6
+    assert {packed[n] for n in few} == {1}
+    walks = {n: rounded[n] for n in few if n in rounded}
+    packed.clear()
+    kept = bytecap.fit(directory, BUDGET, options={"correct": False}, store=tmp_path, **files)
+    assert kept.data == plain.data
+    rounded.clear()
+    assert bytecap.fit(directory, BUDGET, options={"correct": False}, store=tmp_path, **files).data == plain.data
+    assert all(rounded[n] == 2 for n in walks)  # by the plan that was kept, and on the walk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True])
+def test_without_targets_it_is_settled_after_all(lost, model_directory, texts, monkeypatch):
+    monkeypatch.setattr(preparation, "_LARGE", 0)
+    if lost:
+
+        def lose(*_, **__):
+            raise retargeting.LostError
+
+        monkeypatch.setattr(retargeting, "drift_targets", lose)
+    else:
+        cost = retargeting._cost
+        monkeypatch.setattr(retargeting, "_cost", lambda *args: (2 * cost(*args)[0], cost(*args)[1]))
+    near = []
+    monkeypatch.setattr(retargeting, "near_cap", lambda *args: near.append(1) or rate_control.near_cap(*args))
+    found = bytecap.fit(model_directory("rotary"), BUDGET, calibration=texts["calib"], evaluation=texts["val"], **SMALL)
+    assert near == [1]
+    assert found.report["slack_bytes"] <= found.report["allowed_slack_bytes"]
+    if not lost:
+        assert not found.report["targets"]["kept"]
