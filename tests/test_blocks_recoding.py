@@ -23,8 +23,8 @@ def planned(model_directory, texts):
     """Job, tensors, coding and plan of a tiny model, as recovery is given them."""
     seen, patch = [], pytest.MonkeyPatch()
 
-    def spy(job, layout, items, coding, found, vectors):
-        del layout, vectors
+    def spy(job, layout, items, coding, found, *_):
+        del layout
         seen.append((job, items, coding, found))
         return found, {}
 
