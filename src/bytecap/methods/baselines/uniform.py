@@ -24,6 +24,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ Progress = Callable[[int], None]
 MAX_LEVELS = 127  # an int8 container, symmetric
 _EXACT_VALUES = 65_536  # a tensor that is no known matrix and not larger than this is kept exact
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_SAMPLE, _PIECES = 2**16, 8  # values of a matrix that sizes are guessed from, and pieces that they are taken in
 _PROBES = 24  # compressions spent on one tensor to use up the budget
 
 
@@ -51,6 +53,7 @@ class CodedMatrix:
 
 
 Writer = Callable[[Quantized], Section]
+Name = TypeVar("Name")
 
 
 def zipped(matrix: Quantized) -> Section:
@@ -88,7 +91,7 @@ def total(parts: Mapping[str, CodedMatrix]) -> int:
     return sum(len(p.data) for p in parts.values())
 
 
-def measure(matrices: Mapping[str, Quantized], write: Writer) -> dict[str, CodedMatrix]:
+def measure(matrices: Mapping[Name, Quantized], write: Writer) -> dict[Name, CodedMatrix]:
     """Compress every matrix for real; compressors release the interpreter lock, so threads help."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sections = pool.map(write, matrices.values())
@@ -174,8 +177,29 @@ def round_rows(weight: npt.NDArray[np.float32], levels: int) -> Quantized:
     return Quantized(np.clip(np.rint(ratio), -levels, levels).astype(np.int8), scales)
 
 
+def guess(arrays: Mapping[str, npt.NDArray[np.float32]], room: int, progress: Progress) -> int:
+    """Return the levels a side that about fit into `room` bytes, by even samples of the rows of large matrices."""
+    samples, shares = {}, {}
+    for n, w in arrays.items():
+        parts = -(-w.size // _SAMPLE)  # neighbouring rows, since compressors look for what was there before
+        size = -(-len(w) // (parts * _PIECES)) or 1
+        rows = [w[at : at + size] for at in range(0, len(w), size * parts)]
+        samples[n] = np.concatenate(rows) if rows else w
+        shares[n] = w.size / max(1, samples[n].size)
+    fits, over = 1, MAX_LEVELS + 1
+    while over - fits > 1:
+        levels = (fits + over) // 2
+        found = measure({n: round_rows(w, levels) for n, w in samples.items()}, zipped)
+        progress(0)
+        if sum(len(p.data) * shares[n] for n, p in found.items()) <= room:
+            fits = levels
+        else:
+            over = levels
+    return fits
+
+
 def uniform(
-    units: Sequence[Unit], weights: Mapping[str, Tensor], capacity: int, progress: Progress | None = None
+    units: Sequence[Unit], weights: Mapping[str, Tensor], capacity: int, progress: Progress = lambda _: None
 ) -> dict[str, Section]:
     """Return sections of all units by round to nearest, in at most `capacity` bytes.
 
@@ -192,27 +216,27 @@ def uniform(
     fixed = sum(len(s.data) for s in sections.values())
     arrays = {u.name: weights[u.name].detach().float().cpu().numpy() for u in units if u.name not in sections}
 
-    def at(levels: int) -> dict[str, CodedMatrix]:
-        found = measure({n: round_rows(w, levels) for n, w in arrays.items()}, zipped)
-        if progress is not None:
-            progress(0)
-        return found
+    def at(tried: Sequence[int]) -> list[dict[str, CodedMatrix]]:
+        found = measure({(n, k): round_rows(w, k) for n, w in arrays.items() for k in tried}, zipped)
+        progress(0)
+        return [{n: found[n, k] for n in arrays} for k in tried]
 
-    fits, over, low, high = 1, MAX_LEVELS + 1, at(1), None
-    if fixed + total(low) > capacity:
-        floor = fixed + total(low)
-        raise BudgetError(f"round to nearest needs {floor:,} bytes at one level a side, {capacity:,} are left", floor)
+    fits, over, low, high = 0, MAX_LEVELS + 1, dict[str, CodedMatrix](), None
+    first = guess(arrays, capacity - fixed, progress)
+    tried = [k for k in (first, first + 1) if k <= MAX_LEVELS]
     while over - fits > 1:
-        levels = (fits + over) // 2 if over <= MAX_LEVELS else min(MAX_LEVELS, 4 * fits + 3)
-        found = at(levels)
-        if fixed + total(found) <= capacity:
-            fits, low = levels, found
-        else:
-            over, high = levels, found
+        for levels, found in zip(tried, at(tried), strict=True):
+            if fixed + total(found) <= capacity:
+                fits, low = levels, found
+            elif levels < over:
+                over, high = levels, found
+        tried = [fits + 1 if fits else over - 1]
+    if not fits:
+        floor = fixed + total(high or {})
+        raise BudgetError(f"round to nearest needs {floor:,} bytes at one level a side, {capacity:,} are left", floor)
     if high is not None:
         room, enough = capacity - fixed - total(low), tolerance(capacity) // 4
         low = fill(low, high, room, write=zipped, enough=enough)
-    if progress is not None:
-        progress(1)
+    progress(1)
     sections |= {n: Section(part.tag, part.data) for n, part in low.items()}
     return {u.name: sections[u.name] for u in units}
