@@ -23,8 +23,8 @@ def planned(model_directory, texts):
     """Job, tensors, coding and plan of a tiny model, as recovery is given them."""
     seen, patch = [], pytest.MonkeyPatch()
 
-    def spy(job, layout, items, coding, found, vectors):
-        del layout, vectors
+    def spy(job, layout, items, coding, found, *_):
+        del layout
         seen.append((job, items, coding, found))
         return found, {}
 
@@ -74,6 +74,22 @@ def test_what_is_coded_is_what_a_file_holds(planned):
     assert first not in units.tuned()
     (tensor,) = [i for i in planned[1] if i.place.unit == first]
     assert (units.rounded[tensor.place.name].values == found[first].reshape(tensor.shape)).all()
+
+
+def test_no_change_moves_nothing(planned):
+    assert BlockUnits(*planned).move({}) == {}
+
+
+def test_a_batch_that_is_not_finite_ends_tuning_and_no_more(planned, monkeypatch):
+    job, items, *_ = planned
+    units, quantized_copy = BlockUnits(*planned), copy_of(job.model.module)
+    passes, clock = Passes(job, quantized_copy), Clock(Effort(steps=12), lambda _: None)
+    strange = lambda names: (float("nan"), {n: torch.full((), float("nan")) for n in names})  # noqa: E731
+    monkeypatch.setattr(passes, "gradients", strange)
+    code_anew(units, passes, quantized_copy, GroupWalk(job, [], strength=1.0, tokens=256), clock)
+    assert clock.iterations == 1
+    assert set(units.rounded) == {i.place.name for i in items}
+    assert all(bool(v.isfinite().all()) for v in units.values().values())
 
 
 def test_everything_is_coded_once_within_the_effort(planned, monkeypatch):

@@ -28,7 +28,7 @@ from conftest import SMALL
 MLX, CT = family("mlx"), family("compressed-tensors")
 BUDGETS = {"mlx": 26_000, "compressed-tensors": 45_000}
 EXTREMES = [("mlx", "w4g32"), ("mlx", "w8g64"), *(("compressed-tensors", s) for s in ("w4g32a", "w4c", "w8ca"))]
-EVERY = [(n, s) for n in FAMILIES for s in family(n).schemes()]
+WORDS = [(n, s) for n in FAMILIES for s in family(n).schemes() if not family(n).scheme(s).floating]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_streams_of_words(bits, count, seed) -> None:
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
-@pytest.mark.parametrize(("name", "scheme"), EVERY)
+@pytest.mark.parametrize(("name", "scheme"), WORDS)
 def test_what_is_stored_decodes_bit_for_bit(name, scheme, kind) -> None:
     fam, rows, cols = family(name), 37, 256
     weight = np.random.default_rng(1).standard_normal((rows, cols)).astype(np.float32)
@@ -335,7 +335,7 @@ def test_transformers_computes_our_logits(written, kind) -> None:
     pytest.importorskip("compressed_tensors")
     import transformers
 
-    names = [s for s in CT.schemes() if not s.endswith("a")]
+    names = [s for s in CT.schemes() if not s.endswith("a") and s != "nvfp4"]
     model, _, _, _, path = written("compressed-tensors", kind, names, num_hidden_layers=6)
     assert CT.check(path) == "transformers loads it"
     ids = torch.arange(3, 60)[None]
@@ -343,6 +343,25 @@ def test_transformers_computes_our_logits(written, kind) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         assert np.abs(theirs(ids).logits[0].numpy() - ours).max() < 1e-5 * np.abs(ours).max()
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_holds_our_weights_of_nvfp4(written) -> None:
+    """Decompressed they are bfloat16 whatever type is asked for, which holds them without rounding."""
+    pytest.importorskip("compressed_tensors")
+    import transformers
+
+    assert CT.check(written("compressed-tensors", names=["nvfp4", "w4g32"])[-1]) == "transformers loads it"
+    model, _, _, _, path = written("compressed-tensors", names=["nvfp4"])
+    assert CT.check(path) == "transformers loads it"
+    ours = logits_of_ours(model, CT, path, torch.arange(3, 60)[None])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        theirs(torch.arange(3, 60)[None])  # decompresses
+        torch.nn.Module.float(theirs)
+        logits = theirs(torch.arange(3, 60)[None]).logits[0].numpy()
+    assert np.abs(logits - ours).max() < 1e-5 * np.abs(ours).max()
 
 
 @pytest.mark.nightly
@@ -358,8 +377,12 @@ def test_compressed_tensors_unpacks_zero_points_as_we_do() -> None:
         scheme = quantization.QuantizationScheme(targets=["x"], weights=quantization.QuantizationArgs(**args))
         state = {s.suffix: torch.from_numpy(np.ascontiguousarray(a)) for s, a in
                  zip(CT.specs(form, 37, 256), CT.arrays(codes), strict=True)}  # fmt: skip
-        tool = base.BaseCompressor.get_value_from_registry("pack-quantized")
-        assert np.array_equal(tool.decompress(state, scheme)["weight"].numpy(), codes.values()), name
+        tool = base.BaseCompressor.get_value_from_registry(
+            "nvfp4-pack-quantized" if name == "nvfp4" else "pack-quantized"
+        )
+        if name == "nvfp4":
+            state["weight_scale"] = state["weight_scale"].view(torch.float8_e4m3fn)
+        assert np.array_equal(tool.decompress(state, scheme)["weight"].float().numpy(), codes.values()), name
 
 
 @pytest.mark.nightly

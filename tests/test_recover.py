@@ -10,6 +10,7 @@ import torch
 import bytecap
 from bytecap.allocation.planner import Planner
 from bytecap.allocation.vector_unit import VectorUnit
+from bytecap.calibration import kl_gradient
 from bytecap.calibration.kl_gradient import gradient
 from bytecap.calibration.metric import Metric
 from bytecap.errors import UsageError
@@ -163,6 +164,39 @@ class TestWholeFits:
         monkeypatch.setattr(tuning._TuningRun, "iterate", lambda self, *args: (moves.append(2), move(self, *args))[1])
         assert fit(recover="8", store=tmp_path / "two")[0].data == recovered.data
         assert moves.count(2) < 8
+
+    def test_a_run_killed_behind_a_batch_that_is_not_finite_goes_on(self, fit, tmp_path, monkeypatch):
+        monkeypatch.setattr(checkpointing, "SECONDS", 0.0)
+        monkeypatch.setattr(loop, "_A_PART", 1)
+        calls, gradients = [], kl_passes.Passes.gradients
+
+        def strange(self, names):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            kl, found = gradients(self, names)
+            return (float("nan") if len(calls) == 1 else kl), found
+
+        monkeypatch.setattr(kl_passes.Passes, "gradients", strange)
+        with pytest.raises(KeyboardInterrupt):
+            fit(recover="8", store=tmp_path / "store")
+        monkeypatch.setattr(kl_passes.Passes, "gradients", gradients)
+        assert len(fit(recover="8", store=tmp_path / "store")[0].data) <= BUDGET
+
+    def test_a_group_is_walked_from_its_targets_whenever_it_is_coded(self, fit, monkeypatch):
+        monkeypatch.setattr(tuning, "_BELOW", 0.0)  # so that the last group is coded again
+        seen, code = [], tuning.GroupWalk.code
+
+        def spy(self, tuned, names, units):
+            held = tuned.state_dict()
+            assert all(units.waits(n) for n in names)
+            assert all(torch.equal(held[n].float(), v) for n, v in units.values(names).items())
+            seen.append(tuple(names))
+            code(self, tuned, names, units)
+
+        monkeypatch.setattr(tuning.GroupWalk, "code", spy)
+        fit(recover="8")
+        assert len(seen) > len(set(seen))
 
     def test_a_text_without_recovery_is_refused(self, refused, job, texts):
         assert "--recover-text is read by --recover" in refused(*job(), "--recover-text", texts["calib"])
@@ -367,6 +401,17 @@ class TestCurve:
             "tokens": 15, "stages": [1, 2], "kl_before": 0.5,
             "curve": [(0.0, 0, 0.5), (4.0, 3, 0.4), (4.5, 3, 0.4), (6.0, 10, 0.3)],
         }  # fmt: skip
+
+    def test_rows_that_do_not_count_may_hold_anything(self):
+        torch.manual_seed(0)
+        found, target = torch.randn(3, 8), torch.randn(3, 8)
+        real, ids = torch.tensor([True, False, True]), torch.zeros(1, 3, dtype=torch.long)
+        whole = kl_gradient._divergence(found, target, real, ids, 0.2)
+        found[1, 2] = float("nan")
+        total, slopes = kl_gradient._divergence(found, target, real, ids, 0.2)
+        assert total == whole[0] > 0
+        assert torch.equal(slopes, whole[1])
+        assert not slopes[1].any()
 
     def test_skipped_iterations_count(self, model_directory, texts):
         model = load_checkpoint(model_directory("rotary"))

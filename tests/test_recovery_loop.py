@@ -86,3 +86,18 @@ def test_rates_are_shares_of_the_first_ones():
 @pytest.mark.parametrize(("effort", "parts"), [("40", 10), ("3", 1), ("1000", 24), ("10s", 24)])
 def test_parts_of_an_effort_have_some_iterations_each(effort, parts):
     assert Clock(Effort.parse(effort), lambda _: None).parts(24) == parts
+
+
+def test_an_optimizer_forgets_what_is_no_longer_tuned():
+    tensors = [torch.zeros(3), torch.ones(2)]
+    optimizer = torch.optim.Adam([{"params": [t], "first": 1.0} for t in tensors])
+    for t in tensors:
+        t.grad = torch.ones_like(t)
+    optimizer.step()
+    loop.keep_only(optimizer, tensors[1:])
+    assert [p is tensors[1] for g in optimizer.param_groups for p in g["params"]] == [True]
+    assert len(optimizer.state) == 1
+    assert tensors[1] in optimizer.state
+    before = tensors[0].clone()
+    optimizer.step()
+    assert torch.equal(tensors[0], before)

@@ -97,6 +97,6 @@ def _divergence(found: Tensor, target: Tensor, real: Tensor, ids: Tensor, labels
         if own is not None:
             loss = (1 - labels) * loss - labels * here.gather(1, own[rows, None])
             wanted.mul_(1 - labels).scatter_add_(1, own[rows, None], torch.full_like(loss, labels))
-        total += (loss * counts).sum(dtype=torch.float64)
-        slopes[rows] = slope.sub_(wanted).mul_(counts)
+        total += loss.masked_fill(~counts, 0).sum(dtype=torch.float64)
+        slopes[rows] = slope.sub_(wanted).masked_fill_(~counts, 0)
     return total, slopes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bytecap.model.texts import Window
 
 _ROWS = {"cpu": 32, "cuda": 2048}  # windows sampled side by side, at most
-_SHARE = 4  # a quarter of a GPU's whole memory is for what they keep; never what is free, so that a seed means one text
+_SHARE = 4  # a quarter of a GPU's whole memory is for what they keep, so that a seed means one text on one kind of GPU
 _COPIES = 2  # of keys and values: a layer's are copied as they grow
 
 
@@ -47,6 +47,8 @@ def sample(
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise MemoryError("the device's memory does not hold one sampled window") from None
+            ids = None
+        if ids is None:  # behind the handler, which holds what the pass has computed
             rows //= 2
             torch.cuda.empty_cache()
             continue

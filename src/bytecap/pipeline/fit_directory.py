@@ -93,7 +93,8 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     tuned = job.recover is not None and not config.dry_run
     found, record = plain, dict[str, Any]()
     if tuned:
-        found, record = tune_blocks(job, contents.tuned(), items, coding, plain, contents.float_type)
+        moving = contents.tuned(), items, coding, plain, contents.float_type, contents.tables()
+        found, record = tune_blocks(job, *moving)
     result = _finish(
         job, contents, items, (found, plain), None if output is None or config.dry_run else Path(output)
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bytecap.allocation.asymmetric_targets import walk_stages
+from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, walk_stages
 from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.target_fit import Moments
 from bytecap.job import Job
@@ -24,7 +24,6 @@ from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.texts import leading
 
 AHEAD = 3  # groups behind the one that was coded
-_TOKENS = {"cpu": 8192, "cuda": 32_768}  # walked for every group
 
 
 class TunedUnits(Protocol):
@@ -61,7 +60,7 @@ class GroupWalk:
         self, job: Job, order: Sequence[Sequence[str]], *, strength: float, tokens: int, most: int | None = None
     ) -> None:
         self._job, self._order, self._strength, self._tokens = job, order, strength, tokens
-        own = _TOKENS[torch.device(job.device).type]
+        own = ROUND_TOKENS[torch.device(job.device).type]  # in one round: targets are moved as they are found
         self._windows = leading(job.sets.statistics, min(own, most or own))
 
     def code(self, tuned: nn.Module, names: Collection[str], units: TunedUnits) -> None:

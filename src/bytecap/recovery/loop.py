@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -125,6 +125,15 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set the rates of an optimizer's groups to a share of their first ones, `first`."""
     for group in optimizer.param_groups:
         group["lr"] = share * group["first"]
+
+
+def keep_only(optimizer: torch.optim.Optimizer, tensors: Iterable[torch.Tensor]) -> None:
+    """Let an optimizer forget all tensors but these, and what it has kept for the others."""
+    wanted = {id(t) for t in tensors}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in wanted]
+    for p in [p for p in optimizer.state if id(p) not in wanted]:
+        del optimizer.state[p]
 
 
 def tune(

@@ -162,18 +162,24 @@ class TunedParameters:
             change: of the logarithm of their steps.
             walk: codes them stage by stage; all at once by default.
         """
+        self.aim(names)
         self._set_offsets()
-        if self._aims.keys() != set(names):
-            self._aims = {n: self._matrices[n].target for n in names}
         for n in names:
-            m = self._matrices[n]
-            m.target, m.step = self._aims[n], self._state.steps[n] * math.exp(change)
+            self._matrices[n].step = self._state.steps[n] * math.exp(change)
         if walk is None:
             self.round(names, {})
         else:
             walk(names, self)
         coded = {n: self._matrices[n].coded for n in names}
         return sum(rate(c, self._rules.shared) - self._state.rates[n] for n, c in coded.items() if c is not None)
+
+    def aim(self, names: Sequence[str]) -> None:
+        """Mark matrices that are to be coded as not coded yet, at the targets from before a walk moved them."""
+        if self._aims.keys() != set(names):
+            self._aims = {n: self._matrices[n].target for n in names}
+        for n in names:
+            m = self._matrices[n]
+            m.target, m.coded, m.points, m.place = self._aims[n], None, None, None
 
     def waits(self, name: str) -> bool:
         """See `TunedUnits`."""

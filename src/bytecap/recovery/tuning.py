@@ -88,7 +88,7 @@ class _TuningRun:
     def optimizer(self) -> torch.optim.Adam:
         """Return Adam over all tensors that are tuned now; those of one rate are moved together."""
         alike: dict[float, list[Tensor]] = {}
-        for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
+        for name, t in self.tuned().items():
             rate = RATE if name.startswith("target ") else VALUES_RATE
             rate *= self.parameters.vector_size(name[7:]) if name.startswith("vector ") else 1.0
             alike.setdefault(rate, []).append(t)
@@ -98,13 +98,17 @@ class _TuningRun:
         ]  # fmt: skip
         return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
 
+    def tuned(self) -> dict[str, Tensor]:
+        """Return the tensors that are tuned now."""
+        return {**self.parameters.values_only(), **self.parameters.targets()}
+
     def iterate(self, optimizer: torch.optim.Adam, rate: float) -> float:
         """Make one iteration at a share of the first rates; returns the mean KL before it, and moves nothing by NaN."""
         self.passes.load(self.parameters.values())
         kl, found = self.passes.gradients(self.parameters.names)
         if not math.isfinite(kl):
             return kl
-        tensors = {**self.parameters.values_only(), **self.parameters.targets()}
+        tensors = self.tuned()
         for name, g in self.parameters.gradients(found, self.nats_per_bit).items():
             tensors[name].grad = g
         loop.set_rates(optimizer, rate)
@@ -116,6 +120,7 @@ class _TuningRun:
         """Code a group, see `TunedParameters.code`."""
         if self._walk is None:
             return self.parameters.code(names, change)
+        self.parameters.aim(names)
         self.passes.load(self.parameters.values())
         return self.parameters.code(names, change, partial(self._walk.code, self.quantized_copy))
 
@@ -124,7 +129,7 @@ class _TuningRun:
 
         def state() -> tuple[dict[str, Tensor], Any]:
             found = {f"live {n}": t for n, t in self.parameters.state().items()}
-            for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
+            for name, t in self.tuned().items():
                 found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
             return found, [group, clock.iterations, clock.seconds, beyond]
 
@@ -140,8 +145,10 @@ class _TuningRun:
         self.parameters.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
         self.passes.skip(iterations, seconds)
         clock.resume(iterations, seconds)
-        for name, t in {**self.parameters.values_only(), **self.parameters.targets()}.items():
-            mine = {k: kept[f"adam {k} {name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        for name, t in self.tuned().items():
+            mine = {k: kept[m] for k in ("step", "exp_avg", "exp_avg_sq") if (m := f"adam {k} {name}") in kept}
+            if not mine:  # no iteration was sound until then
+                continue
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
         return group, beyond
 
@@ -172,6 +179,7 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
             change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
             spent = tuning_run.code(group, change)
         beyond += spent
+        loop.keep_only(optimizer, tuning_run.tuned().values())
         while clock.done < (number + 1) / len(groups):
             now = tuning_run.iterate(optimizer, loop.warmed(clock, _SCHEDULE.warming))
             clock.tick()

@@ -65,7 +65,8 @@ class BlockFormat:
         code_zero: added to codes before they are stored.
         scale_zero: added to sub-scales before they are stored.
         levels: values of the codes 0, 1, ... in rising order, or nothing where a code is its own value.
-        float_type: F16 or BF16, of scales and minimums; E8M0 is a positive power of two in a byte.
+        float_type: F16 or BF16, of scales and minimums; E8M0 is a positive power of two in a byte, E4M3 a
+            positive float8 of 4 digits.
         order: place in `levels` of every stored code, where stored codes are not places.
         vector: columns whose codes are one entry of a table; 0 where codes are free.
         signs: of vectors: `free`, `even` (an even number of minus signs in eight), or empty: the table has them.

@@ -25,7 +25,7 @@ from bytecap.errors import UsageError
 from bytecap.runtimes.blocks import BlockFormat, Codes, FloatArray
 from bytecap.runtimes.blocks.code_search import SWEEPS, CodeSearch, search_of
 from bytecap.runtimes.blocks.lattice_tables import factors_of, tables
-from bytecap.runtimes.blocks.powers import made_positive
+from bytecap.runtimes.blocks.powers import UNSIGNED, made_positive
 
 _STEPS = 10  # candidates for a sub-block's scale
 _FINE = (1.0, 0.99, 1.01, 0.98)  # candidates for the float16 of a block with fine sub-scales
@@ -34,6 +34,7 @@ _FLOATS = {
     "F16": (65504.0, 11, -13),
     "BF16": (3.3895e38, 8, -125),
     "E8M0": (2.0**127, 1, -127),
+    "E4M3": (448 * 2.0**-9, 4, -14),  # divided by 2^9: levels are halves, and the matrix's own scale is 2^8
 }  # largest, digits, least exponent
 _RIDGE = 1e-6  # of the mean diagonal, where a Hessian does not factor
 
@@ -143,6 +144,8 @@ def _tables(form: BlockFormat) -> tuple[FloatArray, FloatArray, FloatArray]:
         table = levels[np.searchsorted(middles, places, side="right")]
     if form.minimums:
         first, width = 1.06, 0.5 if form.high <= 3 else 0.35 if form.high <= 15 else 0.2
+    elif form.float_type == "E4M3":  # the largest value may take the last level but one: few levels are up there
+        first, width = 1.6, 0.8
     elif form.levels:
         first, width = 1.08, 0.5
     else:
@@ -217,8 +220,8 @@ def encode(
 
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
         list(pool.map(one, range(0, rows, LANES)))
-    if layout.float_type == "E8M0":
-        made_positive(found)
+    if layout.float_type in UNSIGNED:
+        made_positive(found, UNSIGNED[layout.float_type])
     return found
 
 

@@ -15,7 +15,7 @@ from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.blocks.search import LANES, Grid, compiled, half, loss
 
 _Array = npt.NDArray[Any]
-_LEAST = np.float32(2.0**-128)
+UNSIGNED = {"E8M0": 2.0**-128, "E4M3": 0.0}  # types of scales that are stored without a sign, and the least of each
 _SHARES = (0.5, 0.75, 1.0, 1.5)
 
 
@@ -56,8 +56,8 @@ def _plain(
 plain: Any = compiled(_plain)
 
 
-def made_positive(found: Codes) -> None:
-    """Give scales that cannot be stored with a sign, or as 0, ones that can; values stay."""
+def made_positive(found: Codes, least: float) -> None:
+    """Give scales that cannot be stored with a sign, or below `least`, ones that can; values stay."""
     minus = found.scale < 0
     found.codes[np.repeat(minus, found.format.block, 1)] *= -1
-    found.scale[:] = np.maximum(np.abs(found.scale), _LEAST)
+    found.scale[:] = np.maximum(np.abs(found.scale), np.float32(least))

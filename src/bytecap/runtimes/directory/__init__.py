@@ -36,11 +36,13 @@ class Scheme:
         bits: of a code.
         group: columns that share a scale; 0 for a whole row.
         symmetric: there is no zero point and no minimum.
+        floating: codes are floating-point numbers, not integers.
     """
 
     bits: int
     group: int
     symmetric: bool
+    floating: bool = False
 
     def width(self, cols: int) -> int:
         """Columns that share a scale, in rows of so many."""

@@ -1,11 +1,11 @@
-"""compressed-tensors, `pack-quantized`: what vLLM and transformers read.
+"""compressed-tensors, `pack-quantized` and NVFP4 (`nvfp4`): what vLLM and transformers read.
 
 Codes of 2 to 8 bits, packed along the columns without gaps, with a scale for a group of 32, 64 or 128 columns or for
 the whole row (channel); without a zero point codes are signed, with one (`a` behind the scheme's name) a weight is
 `scale * (code - zero)`, and zeros are packed along the rows. Linear maps only: embeddings and heads stay in the model's
 floating-point type, because vLLM does not read them otherwise. vLLM joins projections that are given the same input,
 and these must share a scheme.
-Source: compressed_tensors/compressors/pack_quantized (Apache-2.0). Omitted: activations, sparsity, fp8, mxfp4, nvfp4.
+Source: compressed_tensors/compressors/pack_quantized (Apache-2.0). Omitted: activations, sparsity, fp8, mxfp4.
 
 >>> FAMILY.layout("w4g128", 256, "BF16").bits
 4.125
@@ -26,7 +26,7 @@ from bytecap.errors import CheckpointError
 from bytecap.model.building import pretrained
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words, words_of
-from bytecap.runtimes.directory import Scheme, Spec, split
+from bytecap.runtimes.directory import Scheme, Spec, nvfp4, split
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUPS = (0, 128, 64, 32)
@@ -44,7 +44,7 @@ class CompressedTensors:
     _schemes: Mapping[str, Scheme] = {
         f"w{b}{f'g{g}' if g else 'c'}{'' if s else 'a'}": Scheme(b, g, s)
         for b in BITS for g in GROUPS for s in (True, False)
-    }  # fmt: skip
+    } | {nvfp4.NAME: Scheme(4, nvfp4.GROUP, symmetric=True, floating=True)}  # fmt: skip
 
     def schemes(self) -> tuple[str, ...]:
         """Names of all schemes."""
@@ -64,6 +64,8 @@ class CompressedTensors:
         block = s.width(cols)
         if cols <= 0 or cols % block or block % 8 or cols * s.bits % 32:  # rounding takes columns in eights
             return None
+        if name == nvfp4.NAME:
+            return nvfp4.layout()
         size = block * s.bits // 8 + 2
         top = 2 ** (s.bits - 1)
         if s.symmetric:
@@ -73,6 +75,8 @@ class CompressedTensors:
 
     def specs(self, form: BlockFormat, rows: int, cols: int) -> tuple[Spec, ...]:
         """Codes, scales, shape, and zeros."""
+        if form.name == nvfp4.NAME:
+            return nvfp4.specs(rows, cols)
         bits, groups = self._schemes[form.name].bits, cols // form.block
         shapes = ((rows, words_of(cols, bits)), (rows, groups), (2,), (words_of(rows, bits), groups))
         kinds = ("I32", form.float_type, "I64", "I32")
@@ -81,6 +85,8 @@ class CompressedTensors:
 
     def arrays(self, codes: Codes) -> tuple[npt.NDArray[Any], ...]:
         """Codes, scales, shape, and zeros."""
+        if codes.format.name == nvfp4.NAME:
+            return nvfp4.arrays(codes)
         form, bits = codes.format, self._schemes[codes.format.name].bits
         stored = codes.codes.view(np.uint8) + np.uint8(form.code_zero)
         found = (
@@ -94,6 +100,8 @@ class CompressedTensors:
 
     def codes(self, form: BlockFormat, arrays: Sequence[npt.NDArray[Any]]) -> Codes:
         """Codes from words, scales and zeros."""
+        if form.name == nvfp4.NAME:
+            return nvfp4.codes_of(arrays)
         words, scales, shape, *zeros = arrays
         rows, cols = (int(n) for n in shape)
         bits = self._schemes[form.name].bits
@@ -113,13 +121,17 @@ class CompressedTensors:
         groups: dict[str, list[str]] = {}
         for module, name in schemes.items():
             groups.setdefault(name, []).append(module)
+        formats = {name: nvfp4.FORMAT if name == nvfp4.NAME else "pack-quantized" for name in groups}
+        several = len(set(formats.values())) > 1
         entries = {
             f"group_{i}": {"targets": targets, "weights": _weights(self._schemes[name])}
+            | ({"format": formats[name]} if several else {})
             for i, (name, targets) in enumerate(sorted(groups.items()))
         }
         found = {
-            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": entries, "ignore": list(plain),
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision" if several else next(iter(formats.values()), ""),
+            "quantization_status": "compressed", "config_groups": entries, "ignore": list(plain),
         }  # fmt: skip
         return dict(model) | ({"quantization_config": found} if schemes else {})
 
@@ -157,6 +169,8 @@ class CompressedTensors:
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
     """Return the configuration's description of a scheme."""
+    if scheme.floating:
+        return nvfp4.weights()
     strategy: dict[str, Any] = {"strategy": "group", "group_size": scheme.group} if scheme.group else {
         "strategy": "channel"
     }  # fmt: skip

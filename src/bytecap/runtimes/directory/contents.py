@@ -98,9 +98,17 @@ class Contents:
         return json.dumps(whole, separators=(",", ":")).encode()
 
     def tuned(self) -> Layout:
-        """Everything that tuning may move: matrices, and vectors of floating-point numbers."""
-        vectors = [u for u in self.model.units if len(u.shape) == 1 and u.dtype in _FLOATS]
-        return Layout("", (*self.places, *(Place(u.name, u.name, u.shape) for u in vectors)))
+        """Everything that tuning may move: matrices, and vectors and tables of floating-point numbers."""
+        tables = self.tables()
+        plain = [u for u in self.model.units if u.dtype in _FLOATS and (len(u.shape) == 1 or u.name in tables)]
+        return Layout("", (*self.places, *(Place(u.name, u.name, u.shape) for u in plain)))
+
+    def tables(self) -> frozenset[str]:
+        """Names of embeddings and output heads that stay in 16 bits because the family quantizes none."""
+        held = {p.name for p in self.places}
+        heads = {n for n, (m, _) in linear_weights(self.model.module).items() if m is head_of(self.model)}
+        found = {*self.model.embeddings(), *heads}
+        return frozenset(u.name for u in self.model.units if u.name in found and u.name not in held)
 
     def tensors(
         self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None,
@@ -234,15 +242,19 @@ def _parse(menu: Sequence[str] | None, kind: Family, plain: str) -> tuple[str, .
     return tuple(dict.fromkeys(names))
 
 
+def head_of(model: Model) -> Any:
+    """Return the module of the output head, or None where the model names none."""
+    return getattr(model.module, "get_output_embeddings", lambda: None)()
+
+
 def _unfit(unit: Unit, model: Model, kind: Family) -> str:
     """Say why a matrix cannot be stored in any scheme; an empty text if it can."""
     module, sort = linear_weights(model.module).get(unit.name, (None, ""))
     if sort not in {"linear", "embedding"} or not unit.name.endswith("weight"):
         return f"{kind.name} quantizes weights of linear maps{' and embeddings' if kind.tables else ''} only"
-    head = getattr(model.module, "get_output_embeddings", lambda: None)()
     if sort == "embedding" and not kind.tables:
         return _NO_TABLES
-    if module is head and not kind.heads:
+    if module is head_of(model) and not kind.heads:
         return _NO_HEADS
     return ""
 
@@ -346,7 +358,7 @@ def ledger(kind: Family, directory: Path) -> list[Entry]:
     entries, data = [], 0
     for t in tensors.values():
         base, _, suffix = t.name.rpartition(".")
-        main = base not in schemes or (t.dtype in {"U32", "I32"} and "zero" not in suffix)
+        main = base not in schemes or (t.dtype in {"U32", "I32", "U8"} and "zero" not in suffix)
         parameters = 0
         if main:
             bits = kind.scheme(schemes[base]).bits if base in schemes else 0

@@ -20,8 +20,8 @@ from bytecap.format.coders.exact import WIDTH, from_bytes, to_bytes
 from bytecap.model.fileset import check_safetensors
 
 Array = npt.NDArray[Any]
-_WORDS = {"U32": "<u4", "U16": "<u2", "U64": "<u8"}  # types that only runtimes use
-_WIDTHS = {**WIDTH, "U32": 4, "U16": 2, "U64": 8}
+_WORDS = {"U32": "<u4", "U16": "<u2", "U64": "<u8", "F8_E4M3": "u1"}  # types that only runtimes use
+_WIDTHS = {**WIDTH, "U32": 4, "U16": 2, "U64": 8, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True)

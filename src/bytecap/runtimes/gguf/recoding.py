@@ -11,6 +11,7 @@ Sources: QuIP# (arXiv:2402.04396) for tuning what is not quantized yet, block af
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,12 +30,14 @@ from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, unit_values
 from bytecap.runtimes.gguf.targets import members_of, moved_to, row_weights
+from bytecap.sizes import in_groups
 from bytecap.types import Unit
 
 RATE = 0.004  # learning rate of values, in steps of each one's grid
 GROUPS = 24  # times that tensors are coded
 _WARMING = 10  # iterations until the full rate
 _TOGETHER = 32  # columns that share a step here
+_AT_ONCE = 2**26  # values that are moved together: a GPU holds some copies of them
 _LEAST = 1e-4  # step in root mean squares of a matrix, where rounding leaves nothing
 
 
@@ -59,7 +62,7 @@ class BlockUnits:
             self._points[n] = matrix / self._grid[n]
 
     def _steps(self, name: str, matrix: Tensor, rounded: Mapping[str, Rounded]) -> Tensor:
-        """Return the step (rows, cols) of every value's grid, from what rounding has left."""
+        """Return the step (rows, cols) of every value's grid, from what rounding and the plan's targets have left."""
         step = np.empty(tuple(matrix.shape), np.float32)
         for item in self._members[name]:
             error = np.square(rounded[item.place.name].values - item.weight, dtype=np.float64)
@@ -88,7 +91,10 @@ class BlockUnits:
 
     def values(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return the present values of units, all by default, in stored layout."""
-        return {n: self._values[n] if n in self._values else self._stored(n) for n in names or self.names}
+        return {
+            n: self._values[n] if n in self._values else self._stored(n)
+            for n in (self.names if names is None else names)
+        }
 
     def _stored(self, name: str) -> Tensor:
         unit = self._units[name]
@@ -117,6 +123,8 @@ class BlockUnits:
         coded = round_all(self._coding, moved, self._settings, lambda _: None)
         self.rounded |= coded
         found = unit_values(self._job.model, moved, {n: r.values for n, r in coded.items()})
+        for n in names:
+            del self._points[n], self._grid[n]
         self._values |= {n: torch.from_numpy(v).to(self._job.device) for n, v in found.items()}
         return found
 
@@ -137,22 +145,27 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
         walk: of groups.
         clock: of the effort.
     """
+    parts = in_groups(list(units.tuned().values()), Tensor.numel, _AT_ONCE)
     optimizer = torch.optim.Adam(
-        [{"params": list(units.tuned().values()), "first": RATE}], lr=0.0, betas=(0.9, 0.95), eps=1e-12
+        [{"params": some, "first": RATE} for some in parts], lr=0.0, betas=(0.9, 0.95), eps=1e-12
     )
-    groups = units.groups(clock.parts(GROUPS - 1) + 1)  # behind the last one nothing is left to tune
+    sound, groups = True, units.groups(clock.parts(GROUPS - 1) + 1)  # behind the last one nothing is left to tune
     for number, group in enumerate(groups, 1):
         passes.load(units.values())
         walk.code(quantized_copy, group, units)
-        while number < len(groups) and clock.done < number / (len(groups) - 1):
+        loop.keep_only(optimizer, units.tuned().values())
+        while sound and number < len(groups) and clock.done < number / (len(groups) - 1):
             passes.load(units.values())
-            _, slopes = passes.gradients(list(units.tuned()))
+            kl, slopes = passes.gradients(list(units.tuned()))
+            clock.tick()
+            sound = math.isfinite(kl)
+            if not sound:  # what is left is coded as it is, and the correction tokens decide
+                break
             for n, t in units.tuned().items():
                 t.grad = units.slope(n, slopes.pop(n))
             loop.set_rates(optimizer, loop.warmed(clock, _WARMING))
             optimizer.step()
             optimizer.zero_grad()
-            clock.tick()
     passes.load(units.values())
 
 

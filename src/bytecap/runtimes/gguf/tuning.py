@@ -1,14 +1,15 @@
 """Tune a file of blocks end to end at the same bytes: new codes in the types of the plan, then scales and vectors.
 
 Tensors are coded anew first (`bytecap.runtimes.gguf.recoding`), then codes are frozen. Scales and minimums of blocks,
-and vectors, follow Adam on the KL to the original; they are rounded to the type that the file has for them in every
-pass, with the gradient going straight through. From time to time the result is measured on the correction tokens, and
-the best of these is written. Integer sub-scales stay as they are: they are shared with codes.
+vectors, and tables that a directory keeps in 16 bits follow Adam on the KL to the original; they are rounded to the
+type that the file has for them in every pass, with the gradient going straight through. From time to time the result is
+measured on the correction tokens, and the best of these is written. Integer sub-scales stay as they are: they are
+shared with codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -94,8 +95,8 @@ class _Scales:
         return replace(self.codes, scale=scale, minimum=minimum)
 
 
-class _Vector:
-    """A vector, which the file holds in a floating-point type."""
+class _Plain:
+    """A vector or a table, which the file holds in a floating-point type."""
 
     def __init__(self, place: Place, values: Any, float_type: str, device: str) -> None:
         self.place, self.kind = place, _FLOATS[float_type]
@@ -104,7 +105,7 @@ class _Vector:
         self.leaves = [torch.zeros_like(self.start, requires_grad=True)]
 
     def values(self) -> Tensor:
-        """(1, cols), with gradient."""
+        """(rows, cols), one row for a vector, with gradient."""
         return _stored(self.start + self.size * self.leaves[0], self.kind)
 
 
@@ -113,7 +114,7 @@ class _Owner:
     """A unit, the values of it that are tuned, and its rows' places in that order."""
 
     unit: Unit
-    parts: tuple[_Scales | _Vector, ...]
+    parts: tuple[_Scales | _Plain, ...]
     order: Tensor | None
 
     def values(self) -> Tensor:
@@ -125,19 +126,21 @@ class _Owner:
         return (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
 
 
-def owners_of(job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str) -> list[_Owner]:
-    """Every unit all of whose stored values can be tuned; `vectors` is the type that vectors have in the file."""
+def owners_of(
+    job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str, tables: Collection[str]
+) -> list[_Owner]:
+    """Return every unit all of whose stored values can be tuned; `vectors` and `tables` as `tune_blocks` has them."""
     by_name = {i.place.name: i for i in items}
     owners = []
     for unit in job.model.units:
-        parts: list[_Scales | _Vector] = []
+        parts: list[_Scales | _Plain] = []
         places = layout.of(unit.name)
         for p in places:
             codes = found.rounded[p.name].codes if p.name in by_name else None
             if codes is not None and codes.format.float_type in _FLOATS:
                 parts.append(_Scales(p, codes, job.device))
-            elif p.name not in by_name and len(p.shape) == 1 and p.rows is None:
-                parts.append(_Vector(p, values_of(job.model, p), vectors, job.device))
+            elif p.name not in by_name and p.rows is None and (len(p.shape) == 1 or p.name in tables):
+                parts.append(_Plain(p, values_of(job.model, p), vectors, job.device))
         if not parts or len(parts) != len(places):
             continue
         rows = [np.arange(p.parameters // p.cols) if p.rows is None else p.rows for p in places]
@@ -154,7 +157,7 @@ def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> F
     rounded, vectors = dict(found.rounded), dict(found.vectors)
     for part in (p for o in owners for p in o.parts):
         name = part.place.name
-        if isinstance(part, _Vector):
+        if isinstance(part, _Plain):
             vectors[name] = part.values().detach().cpu().numpy().reshape(1, -1)
             continue
         codes, item = part.written(), by_name[name]
@@ -173,11 +176,13 @@ class _File:
     coding: Coding
     found: Found
     vectors: str
+    tables: Collection[str]
 
 
 def tune_blocks(
-    job: Job, layout: Layout, items: Sequence[Item], coding: Coding, found: Found, vectors: str = "F32"
-) -> tuple[Found, dict[str, Any]]:
+    job: Job, layout: Layout, items: Sequence[Item], coding: Coding, found: Found, vectors: str = "F32",
+    tables: Collection[str] = (),
+) -> tuple[Found, dict[str, Any]]:  # fmt: skip
     """Return the plan with new codes and tuned numbers where these measure better on the correction tokens; a record.
 
     Args:
@@ -187,10 +192,11 @@ def tune_blocks(
         coding: the family of formats.
         found: the plan.
         vectors: the file's type of vectors: F32, F16 or BF16.
+        tables: names of matrices of that type which are tuned as well, number by number.
     """
     assert job.recover is not None  # noqa: S101 (callers ask first)
     quantized_copy, stages = copy_of(job.model.module), list[dict[str, Any]]()
-    passes, file = Passes(job, quantized_copy), _File(layout, items, coding, found, vectors)
+    passes, file = Passes(job, quantized_copy), _File(layout, items, coding, found, vectors, tables)
     most, rest = job.recover.part(_CODING)
     with same_again(job.device), job.reporter.step("recovery", 1) as advance:
         load_values(quantized_copy, _values(job, file))
@@ -232,9 +238,9 @@ def _code(
 def _tune_numbers(
     job: Job, passes: Passes, quantized_copy: nn.Module, file: _File, clock: Clock, start: float
 ) -> tuple[float, Found | None]:
-    """Tune scales and vectors at frozen codes; returns the lowest KL, and the plan that has it."""
+    """Tune scales, vectors and tables at frozen codes; returns the lowest KL, and the plan that has it."""
     load_values(quantized_copy, _values(job, file))
-    owners = owners_of(job, file.layout, file.items, file.found, file.vectors)
+    owners = owners_of(job, file.layout, file.items, file.found, file.vectors, file.tables)
     leaves = [t for o in owners for p in o.parts for t in p.leaves]
     optimizer = torch.optim.Adam([{"params": leaves, "first": RATE}], lr=0.0, betas=(0.9, 0.98), eps=1e-12)
 
