@@ -11,7 +11,7 @@ from bytecap.pipeline import fit_directory as directories
 from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes
 from bytecap.recovery.loop import Clock
-from bytecap.runtimes.gguf import recoding
+from bytecap.runtimes.gguf import recoding, tuning
 from bytecap.runtimes.gguf.recoding import BlockUnits, code_anew
 from conftest import SMALL
 
@@ -112,12 +112,25 @@ def test_everything_is_coded_once_within_the_effort(planned, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "types", "budget"), [("mlx", None, 26_000), ("compressed-tensors", ["w4g32a", "w4c"], 45_000)]
 )
-def test_recovery_keeps_bytes_and_types_and_lowers_the_kl(name, types, budget, model_directory, texts, tmp_path):
+def test_recovery_keeps_bytes_and_types_and_lowers_the_kl(
+    name, types, budget, model_directory, texts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tuning, "_MANY", 30)
     report = directories.fit_directory(
         model_directory("rotary"), budget, format=name, calibration=texts["calib"], evaluation=texts["val"],
         output=tmp_path / "model", types=types, recover="30", **SMALL,
     ).report  # fmt: skip
     before = report["without_recovery"]
     assert sum(f.stat().st_size for f in (tmp_path / "model").iterdir()) == report["file_bytes"] <= budget
+    assert [s["stage"] for s in report["recovery"]["stages"]] == ["codes", "scales and vectors"]
     assert min(s["kl"] for s in report["recovery"]["stages"]) < report["recovery"]["kl_before"]
     assert report["kl_nats"] < before["kl_nats"] + 3 * before["kl_difference_stderr"]
+
+
+def test_efforts_of_few_iterations_keep_codes(planned):
+    job, items, *_ = planned
+    passes = Passes(job, copy_of(job.model.module))
+    assert tuning._iterations(Effort(steps=30), passes, items) == 30
+    assert passes.iterations == 0
+    assert 0 < tuning._iterations(Effort(seconds=1.0), passes, items) < 1e6
+    assert passes.iterations == 2

@@ -9,6 +9,7 @@ shared with codes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from bytecap.allocation.asymmetric_targets import order_of
 from bytecap.job import Job
+from bytecap.job.effort import Effort
 from bytecap.model.forward import pass_tokens
 from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.recovery import loop
@@ -38,6 +40,7 @@ from bytecap.types import Unit
 RATE = 1.5e-3  # first learning rate, relative to each number
 _SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
 _CODING = 0.7  # share of the effort in which tensors are coded anew
+_MANY = 100  # iterations from which that pays: in 28 new codes were no better, in 140 they were (LOG.md)
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -197,13 +200,16 @@ def tune_blocks(
     assert job.recover is not None  # noqa: S101 (callers ask first)
     quantized_copy, stages = copy_of(job.model.module), list[dict[str, Any]]()
     passes, file = Passes(job, quantized_copy), _File(layout, items, coding, found, vectors, tables)
-    most, rest = job.recover.part(_CODING)
     with same_again(job.device), job.reporter.step("recovery", 1) as advance:
         load_values(quantized_copy, _values(job, file))
         start = best = passes.check()
+        anew = _CODING if _iterations(job.recover, passes, items) >= _MANY else 0.0
+        most, rest = job.recover.part(anew)
         for stage, what, effort, share in (
-            (_code, "codes", most, _CODING), (_tune_numbers, "scales and vectors", rest, 1 - _CODING)
+            (_code, "codes", most, anew), (_tune_numbers, "scales and vectors", rest, 1 - anew)
         ):  # fmt: skip
+            if not share:
+                continue
             clock = Clock(effort, advance, share)
             kl, tuned = stage(job, passes, quantized_copy, file, clock, best)
             stages.append({"stage": what, "moves": clock.iterations, "kl": kl, "seconds": round(clock.seconds, 1)})
@@ -216,6 +222,17 @@ def tune_blocks(
     passes.say_short()
     record = {"tokens": passes.read, "kl_before": start, "stages": stages, "curve": passes.curve}
     return (replace(file.found, predicted=best) if best < start else found), record
+
+
+def _iterations(effort: Effort, passes: Passes, items: Sequence[Item]) -> float:
+    """Return how many iterations an effort is, two of which are made to see how long they take where it is a time."""
+    if effort.seconds is None:
+        return float(effort.steps or 0)
+    started = 0.0
+    for _ in range(2):  # the first compiles kernels
+        started = time.monotonic()
+        passes.gradients([items[0].place.unit])
+    return effort.seconds / max(1e-9, time.monotonic() - started)
 
 
 def _values(job: Job, file: _File) -> Values:
