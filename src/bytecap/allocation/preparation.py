@@ -42,7 +42,7 @@ from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
-_LARGE = 2**27  # parameters from which a model is rounded as rarely as can be; smaller ones keep their bytes
+_LARGE = 2**28  # parameters from which a model is rounded as rarely as can be; smaller ones keep their bytes
 
 
 @dataclass(frozen=True)
