@@ -31,6 +31,7 @@ from bytecap.model.opening import opened
 from bytecap.model.quantized_copy import Lazy
 from bytecap.model.streaming import Streamed
 from bytecap.model.tensor_files import Tensors
+from bytecap.system.allocator import is_shortage
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
 
@@ -201,13 +202,16 @@ def _hands_on_alone(streamed: Streamed, chain: Chain) -> bool:
     def stand_in(name: str) -> Tensor:
         shape = shapes[name]
         row = torch.arange(shape[-1] if shape else 1, device=device, dtype=streamed.dtype).sin()
-        return (row / len(row) ** 0.5 if len(shape) > 1 else 1 + row / 2).expand(shape)
+        values = row / len(row) ** 0.5 if len(shape) > 1 else 1 + row / 2
+        return values.expand(shape) if shape else values[0]
 
     other = streamed.variant(Lazy([n for n in shapes if streamed.first.get(n) == n], stand_in))
     with torch.no_grad(), _one_by_one(other, lambda *_: None):
         try:
             wanted = _few(other)
-        except Exception:  # noqa: BLE001 (a model's own code may refuse such values in any way)
+        except Exception as exc:
+            if is_shortage(exc):
+                raise
             return False
         return hands_on_alone(other.module, partial(_few, other), chain, wanted)
 
