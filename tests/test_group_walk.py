@@ -12,7 +12,6 @@ from bytecap.model.forward import batches
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.progress import Silent
-from bytecap.recovery import group_walk
 from bytecap.recovery.group_walk import GroupWalk
 
 STEP = 0.25  # in mean sizes of a matrix
@@ -135,8 +134,7 @@ def test_where_calls_come_in_another_order_units_are_coded_without_a_walk(walked
 def test_targets_move_once_where_a_walk_takes_rounds(walked, monkeypatch):
     _, order, _, _ = walked([])
     monkeypatch.setattr(asymmetric_targets, "_chain_of", lambda *_: None)
-    for module in (asymmetric_targets, group_walk):
-        monkeypatch.setattr(module, "ROUND_TOKENS", {"cpu": 300})  # of 1,500
+    monkeypatch.setattr(asymmetric_targets, "ROUND_TOKENS", {"cpu": 300})  # of 1,500
     units, *_ = walked(order[0])
     calls = [n for _, names in units.calls for n in names]
     assert len(calls) == len(set(calls)) > len(order[0])

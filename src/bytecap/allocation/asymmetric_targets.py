@@ -163,7 +163,7 @@ def drift_targets(
 def walk_stages(
     order: Sequence[Sequence[str]], original: nn.Module, quantized_copy: nn.Module, windows: Sequence[Window],
     stage: Stage, *, tokens: int, device: str, advance: Advance,
-    ranks: Ranks = ALONE, streams: bool = False, rough: bool = False,
+    ranks: Ranks = ALONE, streams: bool = False, rough: bool = False, round_tokens: int | None = None,
 ) -> None:  # fmt: skip
     """Walk both models stage by stage, and load into the copy what is made of every stage.
 
@@ -179,6 +179,7 @@ def walk_stages(
         ranks: processes that share the passes.
         streams: units whose output is added to a residual stream are told what that lacks.
         rough: whether passes may be rough, see `rough_products`.
+        round_tokens: of a round, where there is no chain of blocks; `ROUND_TOKENS` by default.
 
     Raises:
         LostError: a pass did not call its modules in this order.
@@ -188,7 +189,8 @@ def walk_stages(
     spent = None
     if chain and not isinstance(windows[0], Batch):  # whose tensors are the user's own
         spent = chain if is_spent(original, next(passes_of(windows[:1], 1, device))[0], chain) else None
-    groups = [list(windows)] if chain else rounds(windows, ROUND_TOKENS[torch.device(device).type])
+    many = round_tokens or ROUND_TOKENS[torch.device(device).type]
+    groups = [list(windows)] if chain else rounds(windows, many)
     for number, chosen in enumerate(groups):
         data = list(passes_of(chosen, tokens, device))
         own = of_rank(data, ranks)

@@ -16,13 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bytecap.allocation.asymmetric_targets import ROUND_TOKENS, walk_stages
+from bytecap.allocation.asymmetric_targets import walk_stages
 from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.target_fit import Moments
 from bytecap.job import Job
 from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.texts import leading
 
+_TOKENS = {"cpu": 8192, "cuda": 32_768}  # walked for every group, in one round: targets move as they are found
 AHEAD = 3  # groups behind the one that was coded
 
 
@@ -60,7 +61,7 @@ class GroupWalk:
         self, job: Job, order: Sequence[Sequence[str]], *, strength: float, tokens: int, most: int | None = None
     ) -> None:
         self._job, self._order, self._strength, self._tokens = job, order, strength, tokens
-        own = ROUND_TOKENS[torch.device(job.device).type]  # in one round: targets are moved as they are found
+        own = _TOKENS[torch.device(job.device).type]
         self._windows = leading(job.sets.statistics, min(own, most or own))
 
     def code(self, tuned: nn.Module, names: Collection[str], units: TunedUnits) -> None:
@@ -89,7 +90,7 @@ class GroupWalk:
         try:
             walk_stages(
                 order, tuned, coded, self._windows, stage, tokens=self._tokens, device=self._job.device,
-                advance=lambda _: None, rough=True,
+                advance=lambda _: None, rough=True, round_tokens=sum(w.predicted for w in self._windows) + 1,
             )  # fmt: skip
         except LostError:  # the order of calls depends on the data
             self._order = ()
