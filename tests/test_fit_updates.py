@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused_before_any_work(updated, base, job, refuse
     assert "model.layers.0.mlp.down_proj.weight is [" in line
     line = refused(*job(model_directory("biased"), budget=UPDATE), *on)
     assert "is missing in the base" in line
-    for more in (("--method", "golf"), ("--paths", "rows"), ("--format", "gguf")):
+    for more in (("--method", "golf"), ("--paths", "rows"), ("--format", "gguf", "-o", "x.gguf")):
         assert "base" in refused(*job(budget=UPDATE), *on, *more)
     assert "update" in refused(*job(budget=UPDATE), "--method", "bytecap", "--base", updated[1])
     assert "no update" in refused("check", base, "--base", updated[1])
